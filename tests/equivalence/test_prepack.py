@@ -54,7 +54,7 @@ def test_the_engine_runs_on_it(tiny_models: Any, tiny_tokenizer: Any, random_ids
         Request(
             tuple(random_ids(count, count)),
             random_prefix(backbone, 4, count).detach(),
-            SamplingParams(max_new_tokens=8),
+            SamplingParams(max_new_tokens=8, min_new_tokens=8),
         )
         for count in (3, 9, 20)
     ]

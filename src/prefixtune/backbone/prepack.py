@@ -1,8 +1,9 @@
 """A frozen model's matrices made ready for inference on a processor, instead of at every call.
 
 Products of one or two rows, which one text at a time consists of, are computed by compiled code where there is a
-compiler (see `native.linear`), from the matrices as they are. For products of many rows, `prepack` also lays the
-matrices out once as the processor's bf16 products want them.
+compiler (see `native.linear`), from the matrices as they are. For products of more rows, `prepack` lays the matrices
+out once as the processor's bf16 products want them: in panels, for compiled code that computes all products
+(`native.panels`), or else in oneDNN's order.
 
 For inference alone: no gradient flows through it. The model itself stays as it is; the packed one shares everything
 with it but the matrices that are laid out otherwise.
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.linear import MOST_ROWS, RowKernel, RowMatrix, row_kernel
+from prefixtune.backbone.native.panels import PanelKernel, PanelMatrix, panel_kernel
 
 __all__ = ["Int8Linear", "PrepackedLinear", "prepack", "with_row_products"]
 
@@ -75,20 +77,36 @@ class PrepackedLinear(_RowLinear):
     Args:
         weight: The layer's.
         bias: The layer's; None: it has none.
-        reorder: Keep a copy of the weight in oneDNN's own order, for products of many rows.
-        by_row: Keep the weight as it is, too, for products of one or two rows.
+        reorder: Keep a copy of the weight in another order: in `panels` if possible, else in oneDNN's for products of
+            many rows.
+        by_row: Unless it is in panels, keep the weight as it is, too, for products of one or two rows.
+        panels: Computes all products; None: nothing does.
     """
 
     def __init__(
-        self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, *, reorder: bool, by_row: bool = True
+        self,
+        weight: Float[Tensor, "N K"],
+        bias: Float[Tensor, " N"] | None,
+        *,
+        reorder: bool,
+        by_row: bool = True,
+        panels: PanelKernel | None = None,
     ) -> None:
-        super().__init__(RowMatrix(weight, bias) if by_row and RowMatrix.suits(weight, bias) else None, *weight.shape)
+        in_panels = reorder and panels is not None and PanelMatrix.suits(weight, bias)
+        by_row = by_row and not in_panels and RowMatrix.suits(weight, bias)
+        super().__init__(RowMatrix(weight, bias) if by_row else None, *weight.shape)
         self.bias, self.reordered = bias, reorder
+        self._panels = PanelMatrix(panels, weight, bias) if in_panels and panels is not None else None
         # No buffer: it cannot be copied or saved as others are. Models that ask for a weight's dtype find it.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if reorder else weight
+        if self._panels is not None:
+            self.weight = self._panels.panels
+        else:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if reorder else weight
 
     def forward(self, inputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
         """The product, and the bias."""
+        if self._panels is not None:
+            return self._panels.multiply(inputs)
         product = self._multiply(inputs)
         if product is not None:
             return product
@@ -155,8 +173,10 @@ def _packed(backbone: Backbone, *, reorder: bool) -> Backbone:
     by_row = not reorder or num_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().available
     if by_row:
         row_kernel()
+    panels = panel_kernel() if reorder else None
     kept: list[Any] = [*model.parameters(), *model.buffers()]
     made = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    order: dict[str, Any] = {"reorder": reorder, "by_row": by_row, "panels": panels}
     twins = dict(zip(model.modules(), made.modules(), strict=True))
     for parent in list(made.modules()):
         for name, child in list(parent.named_children()):
@@ -164,7 +184,7 @@ def _packed(backbone: Backbone, *, reorder: bool) -> Backbone:
                 setattr(parent, name, Int8Linear(child))
             weight = _matrix(child)
             if weight is not None and (reorder or weight.is_contiguous()):
-                setattr(parent, name, PrepackedLinear(weight.contiguous(), child.bias, reorder=reorder, by_row=by_row))
+                setattr(parent, name, PrepackedLinear(weight.contiguous(), child.bias, **order))
     layer_of = {twins[module]: layer for module, layer in backbone.layout.layer_of.items()}
     packed = dataclasses.replace(backbone, model=made, layout=dataclasses.replace(backbone.layout, layer_of=layer_of))
     return packed if _agree(backbone, packed) else backbone
