@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.linear import MOST_ROWS, RowKernel, RowMatrix, row_kernel
+from prefixtune.backbone.native.norm import norm_of
 from prefixtune.backbone.native.panels import PanelKernel, PanelMatrix, panel_kernel
 
 __all__ = ["Int8Linear", "PrepackedLinear", "prepack", "with_row_products"]
@@ -182,6 +183,8 @@ def _packed(backbone: Backbone, *, reorder: bool) -> Backbone:
         for name, child in list(parent.named_children()):
             if _is_int8(child):
                 setattr(parent, name, Int8Linear(child))
+            elif (norm := norm_of(child)) is not None:
+                setattr(parent, name, norm)
             weight = _matrix(child)
             if weight is not None and (reorder or weight.is_contiguous()):
                 setattr(parent, name, PrepackedLinear(weight.contiguous(), child.bias, **order))
