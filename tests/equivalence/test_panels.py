@@ -79,6 +79,34 @@ def test_other_matrices_are_left(weight: torch.Tensor, bias: torch.Tensor | None
     assert PanelMatrix.suits(torch.ones(4, 4, dtype=torch.bfloat16))
 
 
+def test_a_text_differs_from_the_plain_model_s_at_a_close_choice_only(
+    kernel: PanelKernel, tiny_models: Any, tiny_tokenizer: Any, random_ids: Any
+):
+    backbone = Backbone.from_model(tiny_models("llama").to(torch.bfloat16), tiny_tokenizer, "tiny-llama")
+    sampling = SamplingParams(max_new_tokens=24, min_new_tokens=24)
+    asked = [Request(tuple(random_ids(7, seed)), None, sampling) for seed in range(6)]
+    texts = [Engine(backbone, EngineConfig(prepack=packs)).run(asked) for packs in (False, True)]
+    for request, one, other in zip(asked, *texts, strict=True):
+        plain, packed = ([token.id for token in text[0].tokens] for text in (one, other))
+        first = next((i for i, (a, b) in enumerate(zip(plain, packed, strict=True)) if a != b), None)
+        if first is None:
+            continue
+        ids = torch.tensor([[*request.prompt, *plain[:first]]])
+        with torch.inference_mode():
+            logits = backbone.model(input_ids=ids).logits[0, -1].float()
+        assert float((logits[plain[first]] - logits[packed[first]]).abs()) <= 0.02 * float(logits.abs().max())
+
+
+def test_a_model_that_panels_do_not_suit_is_packed_without(
+    kernel: PanelKernel, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    backbone = Backbone.from_model(tiny_models("llama").to(torch.bfloat16), tiny_tokenizer, "tiny-llama")
+    monkeypatch.setattr(PanelMatrix, "multiply", lambda self, given: given.new_ones(*given.shape[:-1], self.outer))
+    packed = prepack(backbone)
+    assert packed is not backbone
+    assert packed.model.lm_head.weight.layout == torch._mkldnn
+
+
 def engine_texts(backbone: Backbone, count: int) -> list[list[int]]:
     asked = [Request((5 + n, 7, 9), None, SamplingParams(max_new_tokens=10)) for n in range(count)]
     return [[token.id for token in texts[0].tokens] for texts in Engine(backbone, EngineConfig()).run(asked)]
