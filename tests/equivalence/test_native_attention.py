@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -198,6 +199,27 @@ def test_what_was_compiled_is_found_again(kernel: AttentionKernel, tmp_path: Pat
     assert build(SOURCE, tmp_path / "native") == path
     assert path.stat().st_mtime_ns == written
     assert AttentionKernel(path).supports(*[torch.zeros(1, 1, 1, 1)] * 3, ScoreOptions(1.0))
+
+
+def test_where_the_cache_cannot_be_written_a_process_has_its_own(
+    kernel: AttentionKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from prefixtune.backbone.native import build as module
+
+    def refuse(folder: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    # Not by the folder's mode: root may write anywhere.
+    monkeypatch.setattr(module, "private_folder", refuse)
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    module._cache.cache_clear()
+    try:
+        path = build(SOURCE)
+        assert path.parent.parent == tmp_path
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        AttentionKernel(path)
+    finally:
+        module._cache.cache_clear()
 
 
 def test_a_folder_that_others_can_write_is_refused(tmp_path: Path):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
+import functools
 import hashlib
 import logging
 import os
@@ -84,7 +86,7 @@ def build(source: Path, folder: Path | None = None) -> Path:
     compiler, openmp = _find_compiler(), _find_openmp()
     facts = (source.read_text(encoding="utf-8"), *_identity(compiler), Path(openmp).name, _processor())
     name = f"{source.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.so"
-    folder = private_folder(cache_folder() / "native" if folder is None else folder)
+    folder = _cache() if folder is None else private_folder(folder)
     path = folder / name
     if path.is_file():
         if path.stat().st_uid != os.getuid():
@@ -96,6 +98,20 @@ def build(source: Path, folder: Path | None = None) -> Path:
             shutil.copyfile(library, temporary)
     _remove_old(folder, source.stem)
     return path
+
+
+@functools.cache
+def _cache() -> Path:
+    """Where compiled files are kept: where the user's cache cannot be written, for this process alone."""
+    try:
+        return private_folder(cache_folder() / "native")
+    except OSError as error:
+        # As of a container whose user owns nothing.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            raise
+    folder = Path(tempfile.mkdtemp(prefix="prefixtune-native-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def private_folder(folder: Path) -> Path:
