@@ -6,7 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-__all__ = ["seldom_collecting"]
+__all__ = ["not_collecting", "seldom_collecting"]
 
 
 _THRESHOLD = 10_000
@@ -26,3 +26,15 @@ def seldom_collecting() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+
+
+@contextlib.contextmanager
+def not_collecting() -> Iterator[None]:
+    """While the block runs, look for no unreachable objects: for imports and models, of which all is kept."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

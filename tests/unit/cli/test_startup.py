@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.utils.collector import seldom_collecting
+from prefixtune.utils.collector import not_collecting, seldom_collecting
 
 WATCH = """
 import contextlib, io, sys
@@ -78,3 +78,13 @@ def test_a_program_collects_more_seldom_and_keeps_what_is_left() -> None:
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)
+
+
+def test_the_collector_is_as_before_after_a_pause() -> None:
+    assert gc.isenabled()
+    with not_collecting():
+        assert not gc.isenabled()
+        with not_collecting():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
