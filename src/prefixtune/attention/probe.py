@@ -69,10 +69,21 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
 
 @torch.no_grad()
 def runs_as_probed(model: Any, attention: AttentionKernel) -> bool:
-    """Let a model that was probed before use this project's attention function; whether it computes finite numbers."""
+    """Let a model that was probed before use this project's attention function, if it computes finite numbers then.
+
+    Returns:
+        Whether it does; if not, it has the function that it had.
+    """
     register()
+    before = model.config._attn_implementation
     _set_attention(model, attention)
-    return bool(_plain_logits(model).isfinite().all())
+    finite = False
+    try:
+        finite = bool(_plain_logits(model).isfinite().all())
+    finally:
+        if not finite:
+            model.set_attn_implementation(before)
+    return finite
 
 
 def _set_attention(model: Any, attention: AttentionKernel) -> None:

@@ -136,7 +136,14 @@ def test_another_model_is_probed_again(change: str, folder: Path, monkeypatch: p
     (note,) = (known_layouts.cache_folder() / "layouts").glob("*.json")
     probed: list[str] = []
     probe = known_layouts.probe
-    monkeypatch.setattr(known_layouts, "probe", lambda *given: probed.append(given[1]) or probe(*given))
+    used: list[str] = []
+
+    def watched(model: Any, attention: Any) -> Any:
+        probed.append(attention)
+        used.append(model.config._attn_implementation)
+        return probe(model, attention)
+
+    monkeypatch.setattr(known_layouts, "probe", watched)
     tensors = load_file(folder / "model.safetensors")
     match change:
         case "weights":
@@ -155,6 +162,8 @@ def test_another_model_is_probed_again(change: str, folder: Path, monkeypatch: p
     else:
         load_backbone(folder, attention="eager" if change == "attention" else "sdpa")
     assert probed == ["eager" if change == "attention" else "sdpa"]
+    # The probe compares with the attention of transformers.
+    assert used == ["sdpa"]
 
 
 def test_few_notes_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
