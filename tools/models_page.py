@@ -64,8 +64,8 @@ with another version, gets a quick self-check when it is first loaded: cached de
 with full recomputation, and a gradient must reach every layer's prefix. It takes about eight calls on a few tokens.
 A pass is stored in the cache folder (`$PREFIXTUNE_HOME`) for this type, configuration, dtype, device, attention kernel
 and these versions; a model that fails is refused with the reason. `PREFIXTUNE_SELF_CHECK=0` turns the check off, for
-users who have checked the model with `prefixtune doctor`. What was found out about its attention layers is stored there,
-too, with the fingerprint of its weights, so that the next start needs not find it again."""
+users who have checked the model with `prefixtune doctor`. What was found out about its attention layers is stored
+there, too, with the fingerprint of its weights, so that the next start needs not find it again."""
 
 
 def models_page(results: Sequence[Result]) -> str:
