@@ -33,8 +33,9 @@ _ROWS = 32
 """For how many rows the layout is chosen; it serves any number."""
 _SHARE_OF_MEMORY = 0.25
 """Of the free memory that a second copy of the matrices may take."""
-_NEAR = 0.02
-"""How far logits may be from the plain model's, as a share of their norm: bf16 has 8 bits."""
+_NEAR = 0.05
+"""How far logits may be from the plain model's, as a share of their norm: bf16 has 8 bits, and norms may be rounded
+otherwise."""
 _NEAR_IN_PANELS = 0.2
 """The same where sums are rounded otherwise. On SmolLM2-135M they are 0.03 apart, and both 0.57 from float32's."""
 
