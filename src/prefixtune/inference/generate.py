@@ -129,7 +129,7 @@ def generate_ids(
             rows = [n for n in rows if shared[n] == shared[rows[0]]]
             limit = limits[rows[0]]
             batch_config = config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
-            few = len(rows) * config.num_beams <= MOST_ROWS and not config.compile
+            few = len(rows) * config.num_beams <= MOST_ROWS and not config.compile and backbone.device.type == "cpu"
             outputs = generate_batch(
                 backbone.for_single_texts if few else backbone,
                 [prompts[n] for n in rows],
