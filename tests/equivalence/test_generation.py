@@ -306,7 +306,7 @@ def scripted(backbone: Any, text: str) -> Backbone:
         device, dtype, config = backbone.device, backbone.dtype, backbone.model.config
         get_output_embeddings = backbone.model.get_output_embeddings
         get_input_embeddings = backbone.model.get_input_embeddings
-        forward = backbone.model.forward
+        forward, modules = backbone.model.forward, backbone.model.modules
 
         def generate(self, input_ids: Any, streamer: Any = None, **_: Any) -> Any:
             if streamer is not None:
