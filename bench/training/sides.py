@@ -24,7 +24,7 @@ from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.encoder import PrefixEncoder
-from prefixtune.training.loop import PendingStep, forward_backward, positions_at_once
+from prefixtune.training.loop import MOST_POSITIONS, PendingStep, forward_backward
 
 TOLERANCE = 1e-4
 
@@ -148,7 +148,7 @@ class OurSide:
 
     def rows(self, batch: Sequence[TokenizedExample]) -> list[Batch]:
         """The packed rows of a step, one pass each."""
-        parts = divide(self.backbone, batch, positions_at_once(self.backbone), share_beginnings=True)
+        parts = divide(self.backbone, batch, MOST_POSITIONS, share_beginnings=True)
         return [collate(self.backbone, part, share_beginnings=True) for part in parts]
 
     def backward(self, batch: Sequence[TokenizedExample]) -> float:

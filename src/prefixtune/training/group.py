@@ -13,10 +13,15 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.errors import TrainingError
 from prefixtune.training.folder import PREVIOUS_FILE, Event
-from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward, positions_at_once
+from prefixtune.training.loop import MOST_POSITIONS, PendingStep, TrainLoop, forward_backward
 from prefixtune.training.runs import Run
 
 __all__ = ["RunGroup"]
+
+
+MOST_POSITIONS_OF_A_THREAD, MOST_POSITIONS_ON_CPU = 256, 1024
+"""Of runs that share passes on a processor, with one thread and with more: larger passes take more memory, and are no
+quicker (docs/LOG.md)."""
 
 
 class RunGroup:
@@ -33,7 +38,7 @@ class RunGroup:
 
     def __init__(self, backbone: Backbone, catches: tuple[type[Exception], ...] = (TrainingError,)) -> None:
         self._backbone, self._catches = backbone, catches
-        self._most_positions = positions_at_once(backbone)
+        self._most_positions = _positions_at_once(backbone)
         self._new: list[Run] = []
         self._remaining: dict[Run, Iterator[list[tuple[Batch, bool]]]] = {}
         self._shares_passes = True
@@ -46,6 +51,7 @@ class RunGroup:
 
     def add(self, run: Run) -> None:
         """Let a run take part from the next step on."""
+        run.loop.most_positions = self._most_positions
         self._new.append(run)
         self._shares_passes = True
 
@@ -142,6 +148,12 @@ class RunGroup:
         except self._catches as error:
             self.remove(run)
             self.failed.append((run, error))
+
+
+def _positions_at_once(backbone: Backbone) -> int:
+    if backbone.device.type != "cpu":
+        return MOST_POSITIONS
+    return MOST_POSITIONS_OF_A_THREAD if torch.get_num_threads() == 1 else MOST_POSITIONS_ON_CPU
 
 
 def _passes(pending: Mapping[Run, PendingStep], most_positions: int) -> list[list[Run]]:

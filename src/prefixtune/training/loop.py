@@ -53,18 +53,12 @@ from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.folder import STATE_FILE, Event
 from prefixtune.training.variation import variation_facts, vary
 
-__all__ = ["PendingStep", "TrainLoop", "evaluation_loss", "forward_backward", "positions_at_once"]
+__all__ = ["MOST_POSITIONS", "PendingStep", "TrainLoop", "evaluation_loss", "forward_backward"]
 
 
-MOST_POSITIONS, MOST_POSITIONS_ON_CPU = 8192, 256
-"""Most tokens that go through the backbone at once, unless a single example has more: memory grows neither with the
-batches nor with the number of runs. On a core, larger passes are slower (docs/LOG.md); on a GPU it was not measured.
-"""
-
-
-def positions_at_once(backbone: Backbone) -> int:
-    """Most tokens that go through a frozen backbone at once."""
-    return MOST_POSITIONS_ON_CPU if backbone.device.type == "cpu" else MOST_POSITIONS
+MOST_POSITIONS = 8192
+"""Most tokens that go through the backbone at once, unless a single example has more: memory does not grow with the
+batches."""
 
 
 @torch.no_grad()
@@ -210,9 +204,7 @@ class TrainLoop:
         self.resumed = self.stopped = False
         # Whether the last state but one is kept at a save, until the other runs have saved as well.
         self.keeps_previous = False
-        # Where the backbone's weights train, each pass adds to as many gradients: the fewer passes, the better.
-        trains_backbone = config.method in ("full", "top")
-        self.most_positions = MOST_POSITIONS if trains_backbone else positions_at_once(backbone)
+        self.most_positions = MOST_POSITIONS
         self.beside: Beside | None = None
         start = self.bake()
         self.site_lengths = {} if start is None else {site: start.length(site) for site in start.sites}

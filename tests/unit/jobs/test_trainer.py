@@ -30,7 +30,7 @@ from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.jobs.trainer import Trainer
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import FolderBusyError
-from prefixtune.training import loop as loop_module
+from prefixtune.training import group as group_module
 from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, read_events
 from prefixtune.training.loop import TrainLoop, forward_backward
 from small_document import DOCUMENT
@@ -241,7 +241,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is prepared at each turn of the others, which come at each layer; each run has passes of its own."""
     monkeypatch.setattr(turns_module, "_SHORTEST", 0.0)
     monkeypatch.setattr(turns_module, "_LONGEST", 0.0)
-    monkeypatch.setattr(loop_module, "MOST_POSITIONS_ON_CPU", 1)
+    monkeypatch.setattr(group_module, "_positions_at_once", lambda backbone: 1)
     seen: list[str] = []
     own = Trainer._take_turn
 

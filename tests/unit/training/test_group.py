@@ -14,6 +14,7 @@ import torch
 import prefixtune as pt
 from patching import replace_everywhere
 from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.training import group as group_module
 from prefixtune.training import loop as loop_module
 from prefixtune.training.group import RunGroup
 from prefixtune.training.opening import open_run
@@ -166,7 +167,8 @@ def test_more_runs_take_more_passes_but_no_more_memory(
     replace_everywhere(monkeypatch, own, counted)
     runs = [open_one(f"run{index}") for index in range(5)]
     batches = next(open_one("measured").loop.remaining_steps())
-    monkeypatch.setattr(loop_module, "MOST_POSITIONS_ON_CPU", int(2.5 * batches[0][0].input_ids.numel()))
+    most = int(2.5 * batches[0][0].input_ids.numel())
+    monkeypatch.setattr(group_module, "_positions_at_once", lambda backbone: most)
     group = RunGroup(backbone)
     for run in runs:
         group.add(run)
@@ -209,7 +211,7 @@ def test_a_run_alone_has_no_larger_passes_than_several(
         return own(backbone, prefix, batch)
 
     replace_everywhere(monkeypatch, own, measured)
-    monkeypatch.setattr(loop_module, "MOST_POSITIONS_ON_CPU", 40)
+    monkeypatch.setattr(group_module, "_positions_at_once", lambda backbone: 40)
     many = [pt.Example(f"n : {letter}", (f"{letter} it is.",)) for letter in "abcdefghijklmnop"]
     group = RunGroup(backbone)
     group.add(open_one("run", batch_size=16, examples=many, dev_examples=many, eval_every=1))
