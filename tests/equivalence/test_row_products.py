@@ -16,7 +16,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native import build as build_module
 from prefixtune.backbone.native.build import build, private_folder, start
 from prefixtune.backbone.native.linear import MOST_ROWS, RowKernel, RowMatrix, row_kernel
-from prefixtune.backbone.prepack import Int8Linear, PrepackedLinear, prepack, with_row_products
+from prefixtune.backbone.prepack import PrepackedLinear, prepack, with_row_products
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 
@@ -128,24 +128,6 @@ def test_a_text_differs_at_a_close_choice_only(
         with torch.inference_mode():
             logits = plain.forward(ids, prefixes=prefix).logits[0, -1].float()
         assert float((logits[one[first]] - logits[other[first]]).abs()) <= 0.02 * float(logits.abs().max())
-
-
-def test_int8_weights_of_torchao_are_read_as_they_are(kernel: RowKernel, tiny_models: Any, tiny_tokenizer: Any) -> None:
-    pytest.importorskip("torchao")
-    from prefixtune.backbone.quantization import quantize
-
-    backbone = in_bf16("llama", tiny_models, tiny_tokenizer)
-    model = backbone.model
-    quantize(model, "int8")
-    ids = torch.tensor([[5]])
-    for packed in (prepack(backbone), with_row_products(backbone)):
-        layers = [module for module in packed.model.modules() if isinstance(module, Int8Linear)]
-        assert len(layers) == 7 * model.config.num_hidden_layers
-        with torch.inference_mode():
-            plain, other = (each.model(input_ids=ids).logits.float() for each in (backbone, packed))
-        assert (other - plain).norm() <= 0.01 * plain.norm()
-        assert all(module._kernel is kernel for module in layers)
-        assert layers[0].weight.qdata.data_ptr() == model.model.layers[0].self_attn.q_proj.weight.qdata.data_ptr()
 
 
 def test_many_texts_are_generated_by_the_plain_model(tiny_models: Any, tiny_tokenizer: Any, random_ids: Any) -> None:
