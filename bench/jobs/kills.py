@@ -335,7 +335,7 @@ class _Run:
         outcome = self.outcome
         # Workers remove within seconds what a kill left of a cancelled job, and the inputs of all.
         end = time.monotonic() + _TIDY_SECONDS
-        while time.monotonic() < end and (list(self._unwanted()) or list(self.data.jobs.glob("*/inputs"))):
+        while time.monotonic() < end and any((*self._unwanted(), *self.data.jobs.glob("*/inputs"))):
             time.sleep(0.5)
         outcome.faults += self._unwanted()
         time.sleep(1.0)
