@@ -199,9 +199,7 @@ class ServeConfig(Config):
     )
     data_folder: str = _training(DATA_FOLDER, min_length=1, description=DATA_FOLDER_HELP)
     database_url: DatabaseUrl = _training("", description=DATABASE_URL_HELP)
-    train_threads: _Number = _training(
-        0, description="threads of the training process; 0: half of the cores, at least two"
-    )
+    train_threads: _Number = _training(0, description="threads of the training process; 0: half of the cores")
     train_nice: Annotated[int, Field(ge=0, le=19)] = _training(
         10, description="how far the training process steps back where the processor is busy (nice)"
     )

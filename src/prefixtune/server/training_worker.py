@@ -73,7 +73,7 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
 
 def training_threads(config: ServeConfig) -> int:
     """Threads of this server's worker."""
-    return config.train_threads or max(min(2, _num_cores()), _num_cores() // 2)
+    return config.train_threads or max(1, _num_cores() // 2)
 
 
 def _num_cores() -> int:
