@@ -19,7 +19,7 @@ from prefixtune.training.runs import Run
 __all__ = ["RunGroup"]
 
 
-MOST_POSITIONS_OF_A_THREAD, MOST_POSITIONS_ON_CPU = 256, 1024
+MOST_POSITIONS_OF_A_THREAD, MOST_POSITIONS_ON_CPU = 192, 1024
 """Of runs that share passes on a processor, with one thread and with more: larger passes take more memory, and are no
 quicker (docs/LOG.md)."""
 
