@@ -50,6 +50,8 @@ SIDES = ("one", "many", "memories")
 # requests of a round, prefixes, positions of a prefix, memories, positions of a memory, tokens in, tokens out
 FULL, QUICK = (96, 1000, 10, 8, 512, 64, 64), (6, 20, 4, 2, 16, 16, 6)
 STREAMS, LONG_TEXTS, LONG, PIECES = 8, 2, 1000, 200
+STARTING_SECONDS = 120.0
+"""Longest wait for the first pieces of a stream."""
 ZIPF = 1.0
 """The n-th prefix is drawn in proportion to 1 / n to this power."""
 
@@ -178,7 +180,8 @@ async def longest_gaps(
             started = asyncio.Event()
             streams = [asyncio.create_task(stream(client, prompt, pieces, started)) for prompt in prompts]
             if side == "long":
-                await started.wait()
+                # A stream that fails never says so.
+                await asyncio.wait_for(started.wait(), STARTING_SECONDS)
                 texts = long_texts[index * LONG_TEXTS : (index + 1) * LONG_TEXTS]
                 await asyncio.gather(*(complete(client, "p-1", text, 1) for text in texts))
             gaps[side].append(max(await asyncio.gather(*streams)))
