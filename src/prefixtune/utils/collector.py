@@ -15,17 +15,18 @@ _THRESHOLD = 10_000
 
 @contextlib.contextmanager
 def seldom_collecting() -> Iterator[None]:
-    """While the block runs, look for unreachable objects more seldom; after it, never again.
+    """While the block runs, look for unreachable objects more seldom.
 
     Importing torch and transformers makes a million objects that stay until the end. At Python's own threshold a sixth
-    of a short command is spent on looking at them again and again, and another sixth on doing so when it ends.
+    of a short command is spent on looking at them again and again. The interpreter looks once more when it ends:
+    libraries such as triton tell of leaks where it may not.
     """
-    _, *others = gc.get_threshold()
-    gc.set_threshold(_THRESHOLD, *others)
+    usual = gc.get_threshold()
+    gc.set_threshold(_THRESHOLD, *usual[1:])
     try:
         yield
     finally:
-        gc.freeze()
+        gc.set_threshold(*usual)
 
 
 @contextlib.contextmanager

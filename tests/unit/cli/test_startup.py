@@ -67,17 +67,15 @@ def test_generate_imports_no_part_that_it_does_not_need(tmp_path: Path, tiny_mod
     assert modules.isdisjoint({*other, "sacrebleu", "fastapi", "datasets", "wandb", "tensorboard", "llguidance"})
 
 
-def test_a_program_collects_more_seldom_and_keeps_what_is_left() -> None:
+def test_a_program_collects_more_seldom_and_still_when_it_ends() -> None:
+    """Libraries tell of leaks where objects that refer to each other are not looked for at the end."""
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
-    try:
-        with seldom_collecting():
-            assert gc.isenabled()
-            assert before[0] < gc.get_threshold()[0] < 100_000
-            assert gc.get_freeze_count() == frozen
-        assert gc.get_freeze_count() > frozen
-    finally:
-        gc.unfreeze()
-        gc.set_threshold(*before)
+    with seldom_collecting():
+        assert gc.isenabled()
+        assert before[0] < gc.get_threshold()[0] < 100_000
+    assert gc.isenabled()
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == frozen
 
 
 def test_the_collector_is_as_before_after_a_pause() -> None:
