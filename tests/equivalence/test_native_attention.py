@@ -16,7 +16,6 @@ import torch
 from engine_runs import ids
 from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.native.build import build, private_folder
 from prefixtune.engine.attention import QuerySpan, SlotAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
@@ -25,6 +24,7 @@ from prefixtune.engine.native import AttentionKernel, load_kernel
 from prefixtune.engine.native.kernel import SOURCE
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.prefix.geometry import LayerShape
+from prefixtune.utils.native.build import build, private_folder
 
 KINDS = ("plain", "window", "softcap", "sinks", "bias", "all")
 
@@ -204,7 +204,7 @@ def test_what_was_compiled_is_found_again(kernel: AttentionKernel, tmp_path: Pat
 def test_where_the_cache_cannot_be_written_a_process_has_its_own(
     kernel: AttentionKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from prefixtune.backbone.native import build as module
+    from prefixtune.utils.native import build as module
 
     def refuse(folder: Path) -> Path:
         raise PermissionError(errno.EACCES, "Permission denied", str(folder))

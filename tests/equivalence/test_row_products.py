@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.native import build as build_module
-from prefixtune.backbone.native.build import build, private_folder, start
+from prefixtune.backbone.native import linear
 from prefixtune.backbone.native.linear import MOST_ROWS, RowKernel, RowMatrix, row_kernel
 from prefixtune.backbone.prepack import PrepackedLinear, prepack, with_row_products
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
+from prefixtune.utils.native.build import build, private_folder, start
 
-SOURCE = Path(build_module.__file__).with_name("linear.cpp")
+SOURCE = Path(linear.__file__).with_name("linear.cpp")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_without_a_compiler_torch_computes(
         assert future.result(60) is None
     assert [record.message for record in caplog.records] == [
         "products of single rows run with torch alone, which is slower: there is no C++ compiler "
-        "(install g++, or clang++ with OpenMP)."
+        "(install g++ or clang++, or with pip: ziglang)."
     ]
     monkeypatch.setattr("prefixtune.backbone.prepack.row_kernel", lambda: future)
     layer = nn.Linear(8, 4).to(torch.bfloat16)

@@ -13,10 +13,10 @@ from prefixtune.attention.layout import Layout
 from prefixtune.attention.probe import probe, runs_as_probed
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.fingerprint import fingerprint
-from prefixtune.backbone.packaged import cache_folder
 from prefixtune.backbone.selfcheck import architecture_facts
 from prefixtune.errors import PrefixError
 from prefixtune.prefix.geometry import LayerShape
+from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import write_text
 
 __all__ = ["probe_once"]

@@ -22,10 +22,11 @@ from pathlib import Path
 from prefixtune.backbone.convert import convert_gguf
 from prefixtune.backbone.download import Pretrained, extract_gguf, fetch_gguf
 from prefixtune.errors import BackboneError, did_you_mean
+from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
 from prefixtune.utils.locks import file_lock
 
-__all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "cache_folder", "prepare", "pretrained_folder"]
+__all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "prepare", "pretrained_folder"]
 
 
 MARKER = "prepared.json"
@@ -47,18 +48,6 @@ PRETRAINED: dict[str, Pretrained] = {
         split_digits=True,
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Return the folder for everything that can be made again: `$PREFIXTUNE_HOME`, or the user's cache folder.
-
-    Without `PREFIXTUNE_HOME` it is `$XDG_CACHE_HOME/prefixtune`, or else `~/.cache/prefixtune`. Makes nothing.
-    """
-    if home := os.environ.get("PREFIXTUNE_HOME"):
-        return Path(home).expanduser()
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache).expanduser() / "prefixtune"
-    return Path.home() / ".cache" / "prefixtune"
 
 
 def pretrained_folder(name: str) -> Path | None:

@@ -31,10 +31,10 @@ from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.injection import batch_prefixes, injecting
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import cached_prefix_slots
-from prefixtune.backbone.packaged import cache_folder
 from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
 from prefixtune.errors import BackboneError, PrefixError
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import write_text
 
 __all__ = ["SWITCH", "Comparison", "architecture_facts", "check_once", "compare"]

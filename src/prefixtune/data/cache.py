@@ -26,8 +26,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from prefixtune.backbone.packaged import cache_folder
 from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import flush_to_disk, fsync, work_folder
 from prefixtune.utils.locks import file_lock
 from prefixtune.utils.writable import reporting_write_errors

@@ -9,17 +9,10 @@
 #include <immintrin.h>
 #endif
 
-namespace {
+#include "threads.h"
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16;
-#elif defined(__AVX__)
-constexpr int64_t LANES = 8;
-#else
-constexpr int64_t LANES = 4;
-#endif
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+namespace {
 
 constexpr int64_t STEP = 2 * LANES;         // Numbers of a line of the matrix at once.
 constexpr int64_t UNROLLED = 3;             // Steps with sums of their own.
@@ -34,34 +27,10 @@ struct Matrix {
 };
 
 template <typename V>
-inline V load(const void* from) {
+inline V load_as(const void* from) {
     V vector;
     std::memcpy(&vector, from, sizeof vector);
     return vector;
-}
-
-inline float to_float(uint16_t value) {
-    const uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-inline uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    // To the nearest, ties to even; NaN stays NaN.
-    return value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float sum_of(Floats vector) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps(reinterpret_cast<const __m512&>(vector));
-#else
-    float sum = 0;
-    for (int64_t lane = 0; lane < LANES; ++lane) sum += vector[lane];
-    return sum;
-#endif
 }
 
 // Words of two bfloat16: a step is its first halves, then its second halves, and the inputs lie so, too.
@@ -70,7 +39,7 @@ struct BFloat16 {
     static int64_t index(int64_t k) { return k / STEP * STEP + k % 2 * LANES + k % STEP / 2; }
     static float widen(Number number) { return to_float(number); }
     static void widen(const Number* from, Floats to[2]) {
-        const Words words = load<Words>(from);
+        const Words words = load_as<Words>(from);
         to[0] = reinterpret_cast<Floats>(words << 16);
         to[1] = reinterpret_cast<Floats>(words & 0xffff0000u);
     }
@@ -83,7 +52,7 @@ struct Int8 {
     static void widen(const Number* from, Floats to[2]) {
         for (int64_t half = 0; half < 2; ++half, from += LANES) {
 #if defined(__AVX512F__)
-            const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+            const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
             to[half] = reinterpret_cast<const Floats&>(wide);
 #elif defined(__AVX2__)
             const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
@@ -103,8 +72,8 @@ void multiply_line(const typename T::Number* line, int64_t inner, const float* i
         T::widen(line + k, wide);
         for (int64_t row = 0; row < ROWS; ++row) {
             const float* input = inputs + row * inner + k;
-            parts[row][part] += wide[0] * load<Floats>(input);
-            parts[row][part + 1] += wide[1] * load<Floats>(input + LANES);
+            parts[row][part] += wide[0] * load(input);
+            parts[row][part + 1] += wide[1] * load(input + LANES);
         }
     };
     int64_t k = 0;
@@ -142,14 +111,13 @@ int run(const Matrix& matrix, const uint16_t* input, uint16_t* out, int64_t rows
             inputs[row * matrix.inner + (k < whole ? T::index(k) : k)] = to_float(input[row * matrix.inner + k]);
     const bool parallel = threads > 1 && matrix.outer * matrix.inner >= SERIAL_WORK;
     const int64_t parts = parallel ? threads * PARTS : 1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (parallel)
-    for (int64_t part = 0; part < parts; ++part) {
+    parallel_for(threads, parts, [&](int64_t part) {
         const int64_t first = matrix.outer * part / parts, last = matrix.outer * (part + 1) / parts;
         if (rows == 1)
             multiply_lines<T, 1>(matrix, inputs, out, first, last);
         else
             multiply_lines<T, 2>(matrix, inputs, out, first, last);
-    }
+    });
     std::free(inputs);
     return 0;
 }

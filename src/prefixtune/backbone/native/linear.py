@@ -6,13 +6,15 @@ import ctypes
 import functools
 from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune.backbone.native.build import start
+from prefixtune.utils.native.build import start
+from prefixtune.utils.native.library import NativeLibrary
 
 __all__ = ["MOST_ROWS", "RowKernel", "RowMatrix", "row_kernel"]
 
@@ -69,33 +71,21 @@ class RowMatrix:
         )
 
 
-class RowKernel:
-    """The compiled products.
+class RowKernel(NativeLibrary):
+    """The compiled products."""
 
-    Args:
-        library: The shared library.
+    structures: ClassVar[dict[str, type[ctypes.Structure]]] = {"linear_matrix_size": _Matrix}
 
-    Raises:
-        OSError: It cannot be loaded, or does not compute what it should.
-        AttributeError: A function is missing.
-    """
-
-    def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        size = loaded.linear_matrix_size
-        size.restype = ctypes.c_int64
-        if size() != ctypes.sizeof(_Matrix):
-            raise OSError(f"{library} was compiled for another version: remove it.")
+    def bind(self, library: ctypes.CDLL) -> None:
+        """See `NativeLibrary`."""
         self._functions = {}
         for dtype, name in _FUNCTIONS.items():
-            function = getattr(loaded, name)
+            function = getattr(library, name)
             function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
             function.restype = ctypes.c_int
             self._functions[dtype] = function
-        if not self._computes():
-            raise OSError(f"{library} computes something else: remove it, or use another compiler.")
 
-    def _computes(self) -> bool:
+    def computes(self) -> bool:
         """Whether small cases have the results of torch's products."""
         draw = torch.Generator().manual_seed(0)
         inputs = torch.randn(2, 150, generator=draw).to(torch.bfloat16)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from prefixtune.backbone.native.build import start
+from prefixtune.utils.native.build import start
+from prefixtune.utils.native.library import NativeLibrary
 
 __all__ = ["NormKernel", "RowNorm", "norm_kernel", "norm_of"]
 
@@ -21,21 +23,21 @@ _UNEQUAL = 0.002
 """Share of numbers that may be rounded otherwise, since squares are added up in another order."""
 
 
-class NormKernel:
-    """The compiled norm.
+class NormKernel(NativeLibrary):
+    """The compiled norm."""
 
-    Args:
-        library: The shared library.
-
-    Raises:
-        OSError: It cannot be loaded.
-        AttributeError: The function is missing.
-    """
-
-    def __init__(self, library: Path) -> None:
-        self._function = ctypes.CDLL(str(library)).rms_norm
+    def bind(self, library: ctypes.CDLL) -> None:
+        """See `NativeLibrary`."""
+        self._function = library.rms_norm
         self._function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float, ctypes.c_int64]
         self._function.restype = None
+
+    def computes(self) -> bool:
+        """Whether a few rows have the results of torch's norm."""
+        inputs = torch.linspace(-3, 5, 3 * 50).view(3, 50).to(torch.bfloat16)
+        weight = torch.linspace(0.5, 2, 50).to(torch.bfloat16)
+        expected = F.rms_norm(inputs.float(), (50,), weight.float(), 0.01)
+        return torch.allclose(self(inputs, weight, 0.01).float(), expected, rtol=0.02)
 
     def __call__(self, inputs: Float[Tensor, "*B N"], weight: Float[Tensor, " N"], epsilon: float) -> Tensor:
         """The inputs over the root of their mean square, rounded, times the weight; all in bfloat16.

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "threads.h"
+
 #if !defined(__AVX512BF16__) || !defined(__AVX512BW__) || !defined(__AVX512VL__)
 #error the processor has no products of bfloat16
 #endif
@@ -97,15 +99,15 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // `to` has room for the matrix with its rows filled up to whole panels; its strides are in numbers.
 extern "C" void panels_pack(const uint16_t* matrix, int64_t outer_stride, int64_t inner_stride, int64_t outer,
                             int64_t inner, int64_t threads, uint16_t* to) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t first = 0; first < outer; first += WIDTH) {
+    parallel_for(threads, (outer + WIDTH - 1) / WIDTH, [=](int64_t panel) {
+        const int64_t first = panel * WIDTH;
         uint16_t* next = to + first * inner;
         for (int64_t k = 0; k < inner; k += 2)
             for (int64_t n = first; n < first + WIDTH; ++n, next += 2) {
                 next[0] = n < outer ? matrix[n * outer_stride + k * inner_stride] : 0;
                 next[1] = n < outer ? matrix[n * outer_stride + (k + 1) * inner_stride] : 0;
             }
-    }
+    });
 }
 
 extern "C" void panels_multiply(const Product* call) {
@@ -116,8 +118,8 @@ extern "C" void panels_multiply(const Product* call) {
     const int64_t most = product.rows >= MANY_ROWS ? NEAR_BYTES / (width * product.inner * 2) : 1;
     int64_t part = smaller(groups / (parallel ? product.threads * PARTS : 1), most);
     if (part < 1) part = 1;
-#pragma omp parallel for num_threads(product.threads) schedule(dynamic) if (parallel)
-    for (int64_t begin = 0; begin < groups; begin += part)
+    parallel_for(parallel ? product.threads : 1, (groups + part - 1) / part, [&](int64_t index) {
+        const int64_t begin = index * part;
         for (int64_t row = 0; row < product.rows; row += tile)
             for (int64_t group = begin; group < smaller(begin + part, groups); ++group) {
                 const int64_t column = group * width, count = smaller(tile, product.rows - row);
@@ -127,6 +129,7 @@ extern "C" void panels_multiply(const Product* call) {
                 else
                     multiply_rows<1>(product, row, count, column, panel, row / tile, tiles);
             }
+    });
 }
 
 extern "C" int64_t panels_product_size() { return sizeof(Product); }

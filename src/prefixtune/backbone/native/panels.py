@@ -11,13 +11,15 @@ import functools
 import sys
 from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune.backbone.native.build import start
+from prefixtune.utils.native.build import start
+from prefixtune.utils.native.library import NativeLibrary
 
 __all__ = ["SOURCE", "PanelKernel", "PanelMatrix", "panel_kernel"]
 
@@ -36,30 +38,19 @@ class _Product(ctypes.Structure):
     ]
 
 
-class PanelKernel:
-    """The compiled products.
+class PanelKernel(NativeLibrary):
+    """The compiled products."""
 
-    Args:
-        library: The shared library.
+    structures: ClassVar[dict[str, type[ctypes.Structure]]] = {"panels_product_size": _Product}
 
-    Raises:
-        OSError: It cannot be loaded, or does not compute what it should.
-        AttributeError: A function is missing.
-    """
-
-    def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        size, self.pack, self.multiply = loaded.panels_product_size, loaded.panels_pack, loaded.panels_multiply
-        size.restype = ctypes.c_int64
-        if size() != ctypes.sizeof(_Product):
-            raise OSError(f"{library} was compiled for another version: remove it.")
+    def bind(self, library: ctypes.CDLL) -> None:
+        """See `NativeLibrary`."""
+        self.pack, self.multiply = library.panels_pack, library.panels_multiply
         self.pack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p]
         self.multiply.argtypes = [ctypes.c_void_p]
         self.pack.restype = self.multiply.restype = None
-        if not self._computes():
-            raise OSError(f"{library} computes something else: remove it, or use another compiler.")
 
-    def _computes(self) -> bool:
+    def computes(self) -> bool:
         """Whether small cases have the results of torch's products."""
         draw = torch.Generator().manual_seed(0)
         for rows, outer in ((1, 40), (19, 50), (70, 300)):

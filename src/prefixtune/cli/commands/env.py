@@ -131,7 +131,7 @@ def _compiler() -> dict[str, str]:
 def _folders() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from prefixtune.backbone.packaged import cache_folder
+    from prefixtune.utils.cache_folder import cache_folder
 
     return {"program": sys.executable, "cache": str(cache_folder()), "hub_cache": HF_HUB_CACHE}
 

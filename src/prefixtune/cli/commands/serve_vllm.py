@@ -14,13 +14,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefixtune.backbone.packaged import PRETRAINED, cache_folder, pretrained_folder
+from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.cli.commands.serve import SERVER_LIBRARIES, ServeOptions
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.interop.vllm.chat_template import TEMPLATE_VERSION, write_template
 from prefixtune.interop.vllm.launch import LaunchConfig
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
+from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 

@@ -7,13 +7,15 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention
-from prefixtune.backbone.native.build import start
+from prefixtune.utils.native.build import start
+from prefixtune.utils.native.library import NativeLibrary
 
 __all__ = ["SOURCE", "AttentionCall", "AttentionKernel", "Span", "load_kernel", "make_spans"]
 
@@ -61,32 +63,20 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
-class AttentionKernel:
-    """The compiled attention.
+class AttentionKernel(NativeLibrary):
+    """The compiled attention."""
 
-    Args:
-        library: The shared library.
+    structures: ClassVar[dict[str, type[ctypes.Structure]]] = {"slot_attention_call_size": AttentionCall}
 
-    Raises:
-        OSError: It cannot be loaded, or does not compute what it should.
-        AttributeError: A function is missing.
-    """
-
-    def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        size = loaded.slot_attention_call_size
-        size.restype = ctypes.c_int64
-        if size() != ctypes.sizeof(AttentionCall):
-            raise OSError(f"{library} was compiled for another version: remove it.")
+    def bind(self, library: ctypes.CDLL) -> None:
+        """See `NativeLibrary`."""
         self._functions = {}
         for dtype, name in _FUNCTIONS.items():
-            function = getattr(loaded, name)
+            function = getattr(library, name)
             function.argtypes, function.restype = [ctypes.POINTER(AttentionCall)], ctypes.c_int
             self._functions[dtype] = function
-        if not self._computes():
-            raise OSError(f"{library} computes something else: remove it, or use another compiler.")
 
-    def _computes(self) -> bool:
+    def computes(self) -> bool:
         """Whether a small case has the result of matrix products."""
         draw = torch.Generator().manual_seed(0)
         keys, values, query, key, value = (

@@ -8,111 +8,16 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <utility>
 
-extern "C" int omp_get_thread_num();
+#include "threads.h"
+#include "vectors.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16;
-#elif defined(__AVX__)
-constexpr int64_t LANES = 8;
-#else
-constexpr int64_t LANES = 4;
-#endif
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
-typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
-typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
-typedef std::make_integer_sequence<int, LANES> Lanes;
 
 constexpr int64_t BLOCK = 64;  // Columns of keys and values at once.
 constexpr int64_t ROWS = 64;   // Rows of queries at once, or one token's.
 constexpr int64_t FEW_ROWS = 4;
 constexpr int64_t SERIAL_WORK = 1 << 17;  // Numbers read below which more threads do not pay.
-
-inline Floats load(const float* from) {
-    Floats result;
-    std::memcpy(&result, from, sizeof result);
-    return result;
-}
-
-inline Floats load(const uint16_t* from) {
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    const Words bits = __builtin_convertvector(halves, Words) << 16;
-    Floats result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(uint16_t value) {
-    const uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-inline void from_float(float value, float* to) { *to = value; }
-
-inline void from_float(float value, uint16_t* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    // To the nearest, ties to even; NaN stays NaN.
-    *to = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// e^x for x <= 0, and 0 below -87.
-inline Floats exponential(Floats x) {
-    const Floats lowest = Floats{} - 88.0f, magic = Floats{} + 12582912.0f;
-    x = x < lowest ? lowest : x;
-    const Floats t = x * 1.44269504f;
-    const Floats whole = (t + magic) - magic;
-    const Floats f = (t - whole) * 0.693147181f;
-    Floats power = Floats{} + 1.0f / 5040;
-    power = power * f + 1.0f / 720;
-    power = power * f + 1.0f / 120;
-    power = power * f + 1.0f / 24;
-    power = power * f + 1.0f / 6;
-    power = power * f + 0.5f;
-    power = power * f + 1.0f;
-    power = power * f + 1.0f;
-    const Ints bits = (__builtin_convertvector(whole, Ints) + 127) << 23;
-    Floats scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return power * scale;
-}
-
-// Every second lane of two vectors, from `FIRST` on.
-template <int FIRST, int... I>
-inline Floats every_second(Floats a, Floats b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, (2 * I + FIRST)...);
-#else
-    return __builtin_shuffle(a, b, Ints{(2 * I + FIRST)...});
-#endif
-}
-
-inline Floats evens(Floats a, Floats b) { return every_second<0>(a, b, Lanes()); }
-inline Floats odds(Floats a, Floats b) { return every_second<1>(a, b, Lanes()); }
-
-inline float sum_of(Floats x) {
-    for (int64_t width = LANES; width > 1; width /= 2) x = evens(x, x) + odds(x, x);
-    return x[0];
-}
-
-inline float max_of(Floats x) {
-    for (int64_t width = LANES; width > 1; width /= 2) {
-        const Floats a = evens(x, x), b = odds(x, x);
-        x = a > b ? a : b;
-    }
-    return x[0];
-}
 
 // Products of `R` queries (in rows of `width`) with `count` keys (in rows of `dim`, a multiple of LANES); the scores are
 // in rows of BLOCK, of which what follows the last key is 0.
@@ -376,7 +281,7 @@ int run(const Call& call) {
         num_items += blocks * call.kv_heads;
         work += blocks * call.kv_heads * (span.start + span.count) * (call.key_dim + call.value_dim);
     }
-    const int threads = work < SERIAL_WORK ? 1 : static_cast<int>(call.threads);
+    const int64_t threads = work < SERIAL_WORK ? 1 : call.threads;
     Item* items = static_cast<Item*>(std::malloc((num_items + 1) * sizeof(Item)));
     float* scratch = static_cast<float*>(std::aligned_alloc(64, threads * sizes.scratch() * sizeof(float)));
     if (!items || !scratch) {
@@ -384,25 +289,24 @@ int run(const Call& call) {
         std::free(scratch);
         return 1;
     }
-    int64_t next = 0;
+    int64_t made = 0;
     // The last tokens of a span first: they take longest.
     for (int64_t i = call.num_spans; i-- > 0;) {
         const Span& span = call.spans[i];
         for (int64_t last = span.count; last > 0; last -= tokens)
             for (int64_t head = 0; head < call.kv_heads; ++head)
-                items[next++] = {&span, head, last > tokens ? last - tokens : 0, last};
+                items[made++] = {&span, head, last > tokens ? last - tokens : 0, last};
     }
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float* own = scratch + omp_get_thread_num() * sizes.scratch();
+    std::atomic<int64_t> next{0};
+    in_threads(threads, [&](int64_t thread, int64_t of) {
         if (call.key) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < call.num_spans * call.kv_heads; ++i)
+            for (int64_t i = thread; i < call.num_spans * call.kv_heads; i += of)
                 write<T>(call, call.spans[i / call.kv_heads], i % call.kv_heads);
+            barrier(of);
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_items; ++i) attend<T>(call, sizes, items[i], own);
-    }
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_items;)
+            attend<T>(call, sizes, items[i], scratch + thread * sizes.scratch());
+    });
     std::free(items);
     std::free(scratch);
     return 0;

@@ -1,6 +1,7 @@
 """Compile a source of this package for this processor, once, and keep the result in the user's cache folder.
 
-A few seconds with any g++ or clang++; in a process of its own, beside the caller, who computes with torch meanwhile.
+A few seconds with any g++ or clang++, with or without OpenMP (see `threads.h`); in a process of its own, beside the
+caller, who computes with torch meanwhile.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -24,17 +27,19 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from prefixtune.backbone.packaged import cache_folder
 from prefixtune.errors import PrefixError
+from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import atomic_path
 
 __all__ = ["build", "private_folder", "start"]
 
 _log = logging.getLogger(__name__)
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
+_HEADERS = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", f"-I{_HEADERS}")
 _PROCESSOR_FLAGS = ("-march=native", "-mcpu=native", "")
 """The first that the compiler takes."""
 _SECONDS = 120.0
@@ -84,7 +89,8 @@ def build(source: Path, folder: Path | None = None) -> Path:
     if sys.platform != "linux":
         raise OSError(f"compiled code is for Linux, not {sys.platform}.")
     compiler, openmp = _find_compiler(), _find_openmp()
-    facts = (source.read_text(encoding="utf-8"), *_identity(compiler), Path(openmp).name, _processor())
+    texts = [path.read_text(encoding="utf-8") for path in (source, *_headers(source))]
+    facts = (*texts, *compiler.identity, Path(openmp).name, _processor())
     name = f"{source.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.so"
     folder = _cache() if folder is None else private_folder(folder)
     path = folder / name
@@ -98,6 +104,11 @@ def build(source: Path, folder: Path | None = None) -> Path:
             shutil.copyfile(library, temporary)
     _remove_old(folder, source.stem)
     return path
+
+
+def _headers(source: Path) -> list[Path]:
+    """What a source may include: the headers here and those beside it."""
+    return sorted({*_HEADERS.glob("*.h"), *source.parent.glob("*.h")})
 
 
 @functools.cache
@@ -128,13 +139,29 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def _find_compiler() -> list[str]:
+@dataclass(frozen=True)
+class _Compiler:
+    """A compiler's command, to compile with and to link with, and what changes when it is another one."""
+
+    compile: tuple[str, ...]
+    link: tuple[str, ...]
+    identity: tuple[str, ...]
+
+
+def _find_compiler() -> _Compiler:
     named = os.environ.get("CXX")
     candidates = [shlex.split(named)] if named else [["g++"], ["c++"], ["clang++"]]
-    for command in candidates:
-        if command and (program := shutil.which(command[0])):
-            return [program, *command[1:]]
-    raise OSError("there is no C++ compiler (install g++, or clang++ with OpenMP).")
+    for name, *rest in filter(None, candidates):
+        if program := shutil.which(name):
+            command = (program, *rest)
+            facts = Path(program).resolve().stat()
+            return _Compiler(command, command, (*command, str(facts.st_size), str(facts.st_mtime_ns)))
+    if not named and importlib.util.find_spec("ziglang") is not None:
+        zig = (sys.executable, "-m", "ziglang")
+        # It would first compile C++'s library, of which nothing is used; C's is there when the result is loaded.
+        link = (*zig, "cc", "-nostdlib")
+        return _Compiler((*zig, "c++"), link, ("ziglang", importlib.metadata.version("ziglang")))
+    raise OSError("there is no C++ compiler (install g++ or clang++, or with pip: ziglang).")
 
 
 def _find_openmp() -> str:
@@ -148,13 +175,6 @@ def _find_openmp() -> str:
     raise OSError("torch has loaded no OpenMP library.")
 
 
-def _identity(compiler: Sequence[str]) -> tuple[str, ...]:
-    """What changes when the compiler is another one."""
-    program = Path(compiler[0]).resolve()
-    facts = program.stat()
-    return (*compiler, str(program), str(facts.st_size), str(facts.st_mtime_ns))
-
-
 def _processor() -> str:
     """What `native` means here."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -163,24 +183,23 @@ def _processor() -> str:
     return "\n".join((platform.machine(), *told))
 
 
-def _compile(source: Path, compiler: Sequence[str], openmp: str, work: Path) -> Path:
+def _compile(source: Path, compiler: _Compiler, openmp: str, work: Path) -> Path:
     """Compile and link in a folder."""
     compiled, library = work / "made.o", work / "made.so"
     for flag in _PROCESSOR_FLAGS:
         flags = [*_FLAGS, *([flag] if flag else [])]
-        error = _run([*compiler, *flags, "-c", str(source), "-o", str(compiled)])
+        error = _run([*compiler.compile, *flags, "-c", str(source), "-o", str(compiled)], work)
         if not error:
             break
     if not error:
-        # Without -fopenmp, which would add the compiler's own OpenMP library.
-        error = _run([*compiler, "-shared", str(compiled), openmp, "-o", str(library)])
+        error = _run([*compiler.link, "-shared", str(compiled), openmp, "-o", str(library)], work)
     if error:
-        raise OSError(f"{compiler[0]} failed: {error}")
+        raise OSError(f"{' '.join(compiler.compile)} failed: {error}")
     return library
 
 
-def _run(command: Sequence[str]) -> str:
-    """Run a compiler at low priority; returns its error, or nothing."""
+def _run(command: Sequence[str], work: Path) -> str:
+    """Run a compiler at low priority, with a folder for files of its own; returns its error, or nothing."""
     nice = shutil.which("nice")
     process = subprocess.Popen(
         [*([nice, "-n", "10"] if nice else []), *command],
@@ -190,6 +209,7 @@ def _run(command: Sequence[str]) -> str:
         text=True,
         errors="replace",
         start_new_session=True,
+        env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(work), "ZIG_LOCAL_CACHE_DIR": str(work)},
     )
 
     def kill() -> None:

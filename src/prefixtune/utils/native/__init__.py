@@ -1,0 +1,1 @@
+"""C++ of this package, compiled on the user's machine for its processor."""
