@@ -85,6 +85,9 @@ class PrepackedLinear(_RowLinear):
             many rows.
         by_row: Unless it is in panels, keep the weight as it is, too, for products of one or two rows.
         panels: Computes all products; None: nothing does.
+
+    Attributes:
+        panels: What it is laid out as for compiled code; None: it is not.
     """
 
     def __init__(
@@ -100,17 +103,17 @@ class PrepackedLinear(_RowLinear):
         by_row = by_row and not in_panels and RowMatrix.suits(weight, bias)
         super().__init__(RowMatrix(weight, bias) if by_row else None, *weight.shape)
         self.bias, self.reordered = bias, reorder
-        self._panels = PanelMatrix(panels, weight, bias) if in_panels and panels is not None else None
+        self.panels = PanelMatrix(panels, weight, bias) if in_panels and panels is not None else None
         # No buffer: it cannot be copied or saved as others are. Models that ask for a weight's dtype find it.
-        if self._panels is not None:
-            self.weight = self._panels.panels
+        if self.panels is not None:
+            self.weight = self.panels.panels
         else:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if reorder else weight
 
     def forward(self, inputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
         """The product, and the bias."""
-        if self._panels is not None:
-            return self._panels.multiply(inputs)
+        if self.panels is not None:
+            return self.panels.multiply(inputs)
         product = self._multiply(inputs)
         if product is not None:
             return product

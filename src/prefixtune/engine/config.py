@@ -38,6 +38,6 @@ class EngineConfig(Config):
     )
     native_attention: bool = _engine(
         True,
-        description="on a CPU with a C++ compiler, attention by code that is compiled once for this processor, in the "
-        "background",
+        description="on a CPU with a C++ compiler, attention, and whole steps of models like LLaMA in bf16, by code "
+        "that is compiled once for this processor, in the background",
     )

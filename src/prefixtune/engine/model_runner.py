@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,12 @@ from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import QuerySpan, SlotAttention
+from prefixtune.engine.decoder_layers import find_layers
+from prefixtune.engine.decoder_step import DecoderStep
 from prefixtune.engine.encoder_cache import EncoderCache
 from prefixtune.engine.kv_cache import UNBOUNDED, KVCache
 from prefixtune.engine.native import load_kernel
+from prefixtune.engine.native.decoder import DecoderKernel, decoder_kernel
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
 
@@ -42,8 +46,13 @@ class ModelRunner:
     def __init__(self, backbone: Backbone, num_slots: int, max_length: int, native_attention: bool = False) -> None:
         self.backbone = backbone
         self._native_attention = native_attention and backbone.device.type == "cpu"
+        self._step: DecoderStep | None = None
+        self._decoder_kernel: Future[DecoderKernel | None] | None = None
         if self._native_attention:
             load_kernel(_KERNEL_SECONDS)
+            if find_layers(backbone) is not None:
+                self._decoder_kernel = decoder_kernel()
+                wait([self._decoder_kernel], _KERNEL_SECONDS)
         has_encoder = backbone.kind == "encoder-decoder"
         self.kv_cache = KVCache(
             backbone.geometry["decoder"],
@@ -110,6 +119,9 @@ class ModelRunner:
             spans.append(QuerySpan(sequence.slot, start, count, prefix_length))
             if scheduled.needs_logits:
                 last_indices.append(len(ids) - 1)
+        wanted = torch.tensor([*last_indices, *prompt_indices] or [len(ids) - 1], device=self.backbone.device)
+        if (step := self._compiled_step()) is not None:
+            return step(ids, positions, self.kv_cache, spans, wanted)
         kernel = load_kernel() if self._native_attention else None
         slot_attention = SlotAttention(self.kv_cache, spans[: len(decodes)], spans[len(decodes) :], kernel=kernel)
         backend: AttentionBackend = slot_attention
@@ -117,20 +129,26 @@ class ModelRunner:
         if self.encoder_cache is not None:
             sequences = [scheduled.sequence for scheduled in decodes]
             backend, encoded = self.encoder_cache.attention(slot_attention, sequences)
-        device = self.backbone.device
-        wanted = torch.tensor([*last_indices, *prompt_indices] or [len(ids) - 1], device=device)
         logits_to_keep = wanted if self.backbone.supports_logits_to_keep else None
         with self.backbone.autocast():
             logits = forward_with_backend(
                 self.backbone.model,
                 self.backbone.layout,
-                torch.tensor([ids], device=device),
-                torch.tensor([positions], device=device),
+                torch.tensor([ids], device=self.backbone.device),
+                torch.tensor([positions], device=self.backbone.device),
                 backend,
                 logits_to_keep,
                 encoded,
             )[0]
         return logits if logits_to_keep is not None else logits[wanted]
+
+    def _compiled_step(self) -> DecoderStep | None:
+        """The step by compiled code, once that is made and found to compute the same."""
+        attention = load_kernel() if self._native_attention else None
+        if self._decoder_kernel is not None and attention is not None and self._decoder_kernel.done():
+            kernel, self._decoder_kernel = self._decoder_kernel.result(), None
+            self._step = None if kernel is None else DecoderStep.make(self.backbone, kernel, attention)
+        return self._step
 
     def clear(self, sequence: TokenSequence) -> None:
         """Leave nothing of a sequence in its slot."""

@@ -74,12 +74,13 @@ class PanelMatrix:
 
     Attributes:
         panels: The weight, laid out.
+        bias: What is added to each row of a product; None: nothing.
     """
 
     def __init__(
         self, kernel: PanelKernel, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None
     ) -> None:
-        self._multiply, self._bias = kernel.multiply, bias
+        self._multiply, self.bias = kernel.multiply, bias
         self.outer, self.inner = weight.shape
         rows = -(-self.outer // _WIDTH) * _WIDTH
         self.panels = torch.empty(rows, self.inner, dtype=torch.bfloat16)
@@ -112,7 +113,7 @@ class PanelMatrix:
         out = torch.empty(*inputs.shape[:-1], self.outer, dtype=torch.bfloat16)
         rows = inputs.numel() // self.inner
         if rows:
-            bias = None if self._bias is None else self._bias.data_ptr()
+            bias = None if self.bias is None else self.bias.data_ptr()
             pointers = inputs.data_ptr(), self.panels.data_ptr(), bias, out.data_ptr()
             product = _Product(*pointers, rows, self.outer, self.inner, torch.get_num_threads())
             self._multiply(ctypes.byref(product))

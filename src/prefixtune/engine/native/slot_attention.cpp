@@ -1,284 +1,25 @@
 // Attention of one step of the engine, in place: the step's keys and values go into the slots of the KV cache, and its
 // queries attend to the slots. See `kernel.py`, which fills in a `Call`, and `SlotAttention`, which computes the same.
-//
-// One item of work is a KV head of a sequence and a block of its queries; the query heads that share the KV head are
-// rows of the same products. Keys and values are read in blocks, with a running softmax, all in float32.
 
-#include <cmath>
-#include <cstdint>
+#include "slot_attention.h"
+
+#include <atomic>
 #include <cstdlib>
-#include <cstring>
 
 #include "threads.h"
-#include "vectors.h"
 
-namespace {
+namespace attention {
 
-constexpr int64_t BLOCK = 64;  // Columns of keys and values at once.
-constexpr int64_t ROWS = 64;   // Rows of queries at once, or one token's.
-constexpr int64_t FEW_ROWS = 4;
 constexpr int64_t SERIAL_WORK = 1 << 17;  // Numbers read below which more threads do not pay.
-
-// Products of `R` queries (in rows of `width`) with `count` keys (in rows of `dim`, a multiple of LANES); the scores are
-// in rows of BLOCK, of which what follows the last key is 0.
-template <int R, typename T>
-inline void multiply_keys(const float* queries, int64_t width, const T* keys, int64_t dim, int64_t count, float* scores) {
-    for (int64_t begin = 0; begin < count; begin += LANES) {
-        Floats parts[R][LANES];
-        for (int64_t j = 0; j < LANES; ++j) {
-            Floats sum[R] = {};
-            if (begin + j < count)
-                for (int64_t d = 0; d < dim; d += LANES) {
-                    const Floats key = load(keys + (begin + j) * dim + d);
-                    for (int r = 0; r < R; ++r) sum[r] += key * load(queries + r * width + d);
-                }
-            for (int r = 0; r < R; ++r) parts[r][j] = sum[r];
-        }
-        for (int r = 0; r < R; ++r) {
-            // Neighbours are added until each lane is the sum of one vector.
-            for (int64_t left = LANES / 2; left > 0; left /= 2)
-                for (int64_t i = 0; i < left; ++i)
-                    parts[r][i] = evens(parts[r][2 * i], parts[r][2 * i + 1]) + odds(parts[r][2 * i], parts[r][2 * i + 1]);
-            store(scores + r * BLOCK + begin, parts[r][0]);
-        }
-    }
-}
-
-template <typename T>
-void multiply_few(const float* queries, int64_t width, const T* keys, int64_t dim, int64_t count, float* scores,
-                  int64_t rows) {
-    if (rows == 4) multiply_keys<4>(queries, width, keys, dim, count, scores);
-    if (rows == 3) multiply_keys<3>(queries, width, keys, dim, count, scores);
-    if (rows == 2) multiply_keys<2>(queries, width, keys, dim, count, scores);
-    if (rows == 1) multiply_keys<1>(queries, width, keys, dim, count, scores);
-}
-
-// `R` rows and `V` vectors of c = a b, or of c += a b.
-template <int R, int V, bool ADD, typename T>
-inline void multiply_tile(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k) {
-    Floats sum[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = ADD ? load(c + r * ldc + v * LANES) : Floats{};
-    for (int64_t i = 0; i < k; ++i) {
-        Floats x[V];
-        for (int v = 0; v < V; ++v) x[v] = load(b + i * ldb + v * LANES);
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) sum[r][v] += x[v] * a[r * lda + i];
-    }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * ldc + v * LANES, sum[r][v]);
-}
-
-template <int R, bool ADD, typename T>
-inline void multiply_rows(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-                          int64_t n) {
-    constexpr int V = LANES == 16 ? 4 : 2;  // As many as there are registers for.
-    int64_t column = 0;
-    for (; column + V * LANES <= n; column += V * LANES)
-        multiply_tile<R, V, ADD>(a, lda, b + column, ldb, c + column, ldc, k);
-    for (; column < n; column += LANES) multiply_tile<R, 1, ADD>(a, lda, b + column, ldb, c + column, ldc, k);
-}
-
-// c = a b, or c += a b; `n` is a multiple of LANES.
-template <bool ADD, typename T>
-void multiply(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t k,
-              int64_t n) {
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) multiply_rows<4, ADD>(a + row * lda, lda, b, ldb, c + row * ldc, ldc, k, n);
-    a += row * lda, c += row * ldc;
-    if (rows - row == 3) multiply_rows<3, ADD>(a, lda, b, ldb, c, ldc, k, n);
-    if (rows - row == 2) multiply_rows<2, ADD>(a, lda, b, ldb, c, ldc, k, n);
-    if (rows - row == 1) multiply_rows<1, ADD>(a, lda, b, ldb, c, ldc, k, n);
-}
-
-struct Span {
-    int64_t slot, start, count, prefix_length, first_token;
-};
-
-struct Call {
-    void *keys, *values;              // (slots, H, C, Dk) and (slots, H, C, Dv)
-    const void *query, *key, *value;  // of the row, by head and token; key and value may be null: nothing is written
-    void* out;                        // (T, Hq, Dv)
-    const Span* spans;
-    const float* bias;   // (Hq, bias_length) by distance, or null
-    const float* sinks;  // (Hq), or null
-    int64_t keys_strides[2], values_strides[2];                  // slot, head
-    int64_t query_strides[2], key_strides[2], value_strides[2];  // head, token
-    int64_t num_spans, heads, kv_heads, key_dim, value_dim, bias_length, window, threads;
-    float scale, softcap;
-};
-
-struct Item {
-    const Span* span;
-    int64_t kv_head, first, last;  // of the span's tokens
-};
-
-// To whole vectors, and whole cache lines.
-inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
-
-struct Sizes {
-    int64_t key, value, rows;
-    explicit Sizes(const Call& call)
-        : key(padded(call.key_dim)), value(padded(call.value_dim)), rows(call.heads / call.kv_heads) {
-        if (rows < ROWS) rows = ROWS / rows * rows;
-    }
-    // Of a thread, in floats.
-    int64_t scratch() const { return rows * (key + value + BLOCK + 2 * 16) + BLOCK * (key + value); }
-};
-
-template <typename T>
-void write(const Call& call, const Span& span, int64_t kv_head) {
-    for (int64_t t = 0; t < span.count; ++t) {
-        const int64_t token = span.first_token + t, position = span.start + t;
-        std::memcpy(static_cast<T*>(call.keys) + span.slot * call.keys_strides[0] + kv_head * call.keys_strides[1] +
-                        position * call.key_dim,
-                    static_cast<const T*>(call.key) + kv_head * call.key_strides[0] + token * call.key_strides[1],
-                    call.key_dim * sizeof(T));
-        std::memcpy(static_cast<T*>(call.values) + span.slot * call.values_strides[0] +
-                        kv_head * call.values_strides[1] + position * call.value_dim,
-                    static_cast<const T*>(call.value) + kv_head * call.value_strides[0] + token * call.value_strides[1],
-                    call.value_dim * sizeof(T));
-    }
-}
-
-// Rows of `dim` numbers as float32, in rows of `width`.
-template <typename T>
-void widen(const T* from, int64_t count, int64_t dim, int64_t width, float* to) {
-    for (int64_t i = 0; i < count; ++i, from += dim, to += width) {
-        for (int64_t d = 0; d < dim; ++d) to[d] = to_float(from[d]);
-        for (int64_t d = dim; d < width; ++d) to[d] = 0;
-    }
-}
-
-// From the products of a query with a block's keys to scores; -inf where the query does not see.
-inline void make_scores(const Call& call, float* scores, int64_t head, int64_t position, int64_t prefix_length,
-                        int64_t begin, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) scores[j] *= call.scale;
-    if (call.softcap > 0)
-        for (int64_t j = 0; j < count; ++j) scores[j] = std::tanh(scores[j] / call.softcap) * call.softcap;
-    const int64_t text = prefix_length > begin ? prefix_length - begin : 0;
-    if (call.bias) {
-        const float* bias = call.bias + head * call.bias_length;
-        for (int64_t j = text; j < count; ++j) {
-            const int64_t distance = position - begin - j;
-            if (distance < 0) break;
-            scores[j] += bias[distance < call.bias_length ? distance : call.bias_length - 1];
-        }
-    }
-    int64_t visible = position + 1 - begin;
-    if (visible < 0) visible = 0;
-    for (int64_t j = visible; j < BLOCK; ++j) scores[j] = -INFINITY;
-    if (call.window > 0) {
-        const int64_t hidden = position - call.window + 1 - begin;
-        for (int64_t j = text; j < hidden && j < count; ++j) scores[j] = -INFINITY;
-    }
-}
-
-// Turn a row of scores into weights, and scale what was summed before; returns the weights' sum.
-inline void soften(float* scores, float* sums, int64_t width, float* highest, float* total) {
-    Floats tops = load(scores);
-    for (int64_t j = LANES; j < BLOCK; j += LANES) {
-        const Floats next = load(scores + j);
-        tops = next > tops ? next : tops;
-    }
-    const float block_top = max_of(tops);
-    // NaN is no top, but makes the total NaN.
-    const float top = block_top > *highest ? block_top : *highest;
-    if (top == -INFINITY) {
-        // Nothing of the block is visible; NaN stays.
-        for (int64_t j = 0; j < BLOCK; ++j) scores[j] = scores[j] != scores[j] ? scores[j] : 0;
-        for (int64_t j = 0; j < BLOCK; ++j) *total += scores[j];
-        return;
-    }
-    Floats parts = {};
-    for (int64_t j = 0; j < BLOCK; j += LANES) {
-        const Floats weight = exponential(load(scores + j) - top);
-        store(scores + j, weight);
-        parts += weight;
-    }
-    if (top != *highest) {
-        const float factor = std::exp(*highest - top);
-        for (int64_t d = 0; d < width; d += LANES) store(sums + d, load(sums + d) * factor);
-        *total *= factor;
-        *highest = top;
-    }
-    *total += sum_of(parts);
-}
-
-template <typename T>
-void attend(const Call& call, const Sizes& sizes, const Item& item, float* scratch) {
-    const Span& span = *item.span;
-    const int64_t group = call.heads / call.kv_heads, rows = (item.last - item.first) * group;
-    float* queries = scratch;
-    float* sums = queries + sizes.rows * sizes.key;
-    float* scores = sums + sizes.rows * sizes.value;
-    float* highest = scores + sizes.rows * BLOCK;
-    float* total = highest + sizes.rows * 16;
-    float* key_block = total + sizes.rows * 16;
-    float* value_block = key_block + BLOCK * sizes.key;
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t head = item.kv_head * group + row % group, token = span.first_token + item.first + row / group;
-        widen(static_cast<const T*>(call.query) + head * call.query_strides[0] + token * call.query_strides[1], 1,
-              call.key_dim, sizes.key, queries + row * sizes.key);
-        highest[row] = -INFINITY;
-        total[row] = 0;
-    }
-    std::memset(sums, 0, rows * sizes.value * sizeof(float));
-    const T* keys = static_cast<const T*>(call.keys) + span.slot * call.keys_strides[0] +
-                    item.kv_head * call.keys_strides[1];
-    const T* values = static_cast<const T*>(call.values) + span.slot * call.values_strides[0] +
-                      item.kv_head * call.values_strides[1];
-    const int64_t stop = span.start + item.last, first_position = span.start + item.first;
-    for (int64_t begin = 0; begin < stop; begin += BLOCK) {
-        const int64_t count = stop - begin < BLOCK ? stop - begin : BLOCK;
-        if (call.window > 0 && begin >= span.prefix_length && begin + count <= first_position - call.window + 1) continue;
-        const T* block = keys + begin * call.key_dim;
-        if (rows <= FEW_ROWS && call.key_dim % LANES == 0) {
-            multiply_few(queries, sizes.key, block, call.key_dim, count, scores, rows);
-        } else if (rows <= FEW_ROWS) {
-            widen(block, count, call.key_dim, sizes.key, key_block);
-            multiply_few(queries, sizes.key, key_block, sizes.key, count, scores, rows);
-        } else {
-            for (int64_t j = 0; j < count; ++j)
-                for (int64_t d = 0; d < call.key_dim; ++d)
-                    key_block[d * BLOCK + j] = to_float(block[j * call.key_dim + d]);
-            multiply<false>(queries, sizes.key, key_block, BLOCK, scores, BLOCK, rows, call.key_dim, padded(count));
-        }
-        for (int64_t row = 0; row < rows; ++row) {
-            make_scores(call, scores + row * BLOCK, item.kv_head * group + row % group, first_position + row / group,
-                        span.prefix_length, begin, count);
-            soften(scores + row * BLOCK, sums + row * sizes.value, sizes.value, highest + row, total + row);
-        }
-        const T* rest = values + begin * call.value_dim;
-        if (rows <= FEW_ROWS && call.value_dim % LANES == 0) {
-            multiply<true>(scores, BLOCK, rest, call.value_dim, sums, sizes.value, rows, count, call.value_dim);
-        } else {
-            widen(rest, count, call.value_dim, sizes.value, value_block);
-            multiply<true>(scores, BLOCK, value_block, sizes.value, sums, sizes.value, rows, count, sizes.value);
-        }
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t head = item.kv_head * group + row % group, token = span.first_token + item.first + row / group;
-        float scale = 1, sum = total[row];
-        if (call.sinks) {
-            const float sink = call.sinks[head], top = sink > highest[row] ? sink : highest[row];
-            scale = std::exp(highest[row] - top);
-            sum = sum * scale + std::exp(sink - top);
-        }
-        T* out = static_cast<T*>(call.out) + (token * call.heads + head) * call.value_dim;
-        for (int64_t d = 0; d < call.value_dim; ++d) from_float(sums[row * sizes.value + d] * scale / sum, out + d);
-    }
-}
 
 template <typename T>
 int run(const Call& call) {
     const Sizes sizes(call);
-    const int64_t tokens = sizes.rows / (call.heads / call.kv_heads);
-    int64_t num_items = 0, work = 0;
+    const int64_t num_items = count_items(call, sizes);
+    int64_t work = 0;
     for (int64_t i = 0; i < call.num_spans; ++i) {
         const Span& span = call.spans[i];
-        const int64_t blocks = (span.count + tokens - 1) / tokens;
-        num_items += blocks * call.kv_heads;
+        const int64_t blocks = (span.count + sizes.tokens - 1) / sizes.tokens;
         work += blocks * call.kv_heads * (span.start + span.count) * (call.key_dim + call.value_dim);
     }
     const int64_t threads = work < SERIAL_WORK ? 1 : call.threads;
@@ -289,14 +30,7 @@ int run(const Call& call) {
         std::free(scratch);
         return 1;
     }
-    int64_t made = 0;
-    // The last tokens of a span first: they take longest.
-    for (int64_t i = call.num_spans; i-- > 0;) {
-        const Span& span = call.spans[i];
-        for (int64_t last = span.count; last > 0; last -= tokens)
-            for (int64_t head = 0; head < call.kv_heads; ++head)
-                items[made++] = {&span, head, last > tokens ? last - tokens : 0, last};
-    }
+    make_items(call, sizes, items);
     std::atomic<int64_t> next{0};
     in_threads(threads, [&](int64_t thread, int64_t of) {
         if (call.key) {
@@ -312,10 +46,10 @@ int run(const Call& call) {
     return 0;
 }
 
-}  // namespace
+}  // namespace attention
 
-extern "C" int slot_attention_float(const Call* call) { return run<float>(*call); }
+extern "C" int slot_attention_float(const attention::Call* call) { return attention::run<float>(*call); }
 
-extern "C" int slot_attention_bfloat16(const Call* call) { return run<uint16_t>(*call); }
+extern "C" int slot_attention_bfloat16(const attention::Call* call) { return attention::run<uint16_t>(*call); }
 
-extern "C" int64_t slot_attention_call_size() { return sizeof(Call); }
+extern "C" int64_t slot_attention_call_size() { return sizeof(attention::Call); }
