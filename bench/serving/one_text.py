@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,19 +24,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
 from bench import data
 from bench.results import FOLDER, DifferenceError, Figure, Log, PeerError, Results, run_benchmark
+from bench.serving.child import ROOT, Child
 from bench.serving.gguf_file import write_gguf
 from bench.serving.serve import make_prompts
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
 from prefixtune.utils.console import Console
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("one_text_side.py")
 # tokens in, tokens out
 FULL, QUICK = (60, 64), (8, 4)
@@ -77,62 +74,6 @@ class Timing:
     first: list[float]
     speed: list[float]
     first_ids: list[int]
-
-
-class Side:
-    """A process that continues texts.
-
-    Args:
-        name: Of the side.
-        command: That starts it.
-        path: Its `PYTHONPATH`.
-
-    Raises:
-        PeerError: It does not start.
-    """
-
-    def __init__(self, name: str, command: Sequence[str], path: str) -> None:
-        self.name = name
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        )
-        self._read()
-
-    def answer(self, prompt: Sequence[int]) -> dict[str, Any]:
-        """Continue a prompt."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(list(prompt)) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = self._read()
-        return answer
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self._process.wait(60)
-        self._log.seek(0)
-        lines = self._log.read().strip().splitlines() or ["no message"]
-        raise PeerError(f"{NAMES[self.name]}: {lines[-1]}")
-
-    def close(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
 
 
 def parse() -> argparse.Namespace:
@@ -190,7 +131,7 @@ def measure(options: argparse.Namespace, console: Console) -> Results:
 
 
 @contextlib.contextmanager
-def open_sides(options: argparse.Namespace, backbone: Backbone, new: int, log: Log) -> Iterator[dict[str, Side]]:
+def open_sides(options: argparse.Namespace, backbone: Backbone, new: int, log: Log) -> Iterator[dict[str, Child]]:
     """All sides that there are, until the block ends."""
     here, common = f"{ROOT / 'src'}:{ROOT}", ["--new", str(new), "--threads", str(options.threads)]
     ours = [sys.executable, str(SCRIPT)]
@@ -214,7 +155,7 @@ def open_sides(options: argparse.Namespace, backbone: Backbone, new: int, log: L
             log("llama.cpp is left out: xllamacpp is not installed (name a Python that has it by --llama-python).")
         sides = {}
         for name, (command, path_of) in starts.items():
-            side = sides[name] = Side(name, command, path_of)
+            side = sides[name] = Child(NAMES[name], command, path_of)
             stack.callback(side.close)
         yield sides
 
@@ -226,7 +167,7 @@ def _has_llama(python: str) -> bool:
         raise PeerError(f"{python} cannot be started: {error.strerror}") from error
 
 
-def take_turns(sides: Mapping[str, Side], prompts: Sequence[Sequence[int]], new: int, log: Log) -> dict[str, Timing]:
+def take_turns(sides: Mapping[str, Child], prompts: Sequence[Sequence[int]], new: int, log: Log) -> dict[str, Timing]:
     """Let all sides continue the same prompts in turn; the first round warms up.
 
     Raises:
@@ -236,7 +177,7 @@ def take_turns(sides: Mapping[str, Side], prompts: Sequence[Sequence[int]], new:
     timings = {name: Timing([], [], []) for name in order}
     for index, prompt in enumerate(prompts):
         for name in order if index % 2 else reversed(order):
-            answer = sides[name].answer(prompt)
+            answer = sides[name].answer(list(prompt))
             seconds, tokens = answer["seconds"], answer["tokens"]
             if len(tokens) != new:
                 raise DifferenceError(f"{new} new tokens were requested, but {name!r} generated {len(tokens)}.")

@@ -7,7 +7,8 @@ All sides generate the same number of tokens for the same prompts (the end token
 machine, in turn in one run; a ratio is the median of the paired ratios. The sides: the engine with 32 prefixes, with
 one and with none; transformers' batched `generate` with one prefix; PEFT with 32 adapters on one model, switched for
 every request; and, if `--vllm-python` names an environment with it, vLLM's server with this project's plugin, with
-the same 32 prefixes and without any, over loopback.
+the same 32 prefixes and without any, over loopback. `--before SRC` adds the engine of another checkout's `src`, and
+this one's engine without a compiler.
 
 Needs `prefixtune prepare` once, and PEFT.
 """
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -33,8 +34,10 @@ from bench import data
 from bench.data import Data
 from bench.machine import resident_mib
 from bench.results import FOLDER, DifferenceError, Figure, Log, Results, run_benchmark
+from bench.serving.child import ROOT, Child
 from bench.serving.sides import (
     PREFIX_LENGTH,
+    ChildSide,
     EngineSide,
     GenerateSide,
     PeftSide,
@@ -42,6 +45,7 @@ from bench.serving.sides import (
     Tokens,
     VllmServer,
     VllmSide,
+    save_prefixes,
 )
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
@@ -67,20 +71,27 @@ NAMES = {
     "none": "engine, no prefix",
     "generate": "transformers' batched generate, one prefix",
     "peft": "PEFT, an adapter for each request, switched",
+    "before": "engine before, a prefix for each request",
+    "torch": "engine without a compiler, a prefix for each request",
     "vllm": "vLLM's server, no prefix",
     "vllm-different": "vLLM's server and the plugin, a prefix for each request",
 }
 GOALS = (
-    ("different", "one", 0.95),
-    ("different", "none", 0.95),
-    ("different", "generate", 1.35),
+    ("different", "one", 0.98),
+    ("different", "none", 0.98),
+    ("different", "generate", 3),
     ("different", "peft", 8),
+    ("different", "before", 2.2),
+    ("torch", "before", 1.3),
     # Reported, without a goal.
-    ("different", "vllm", None),
+    ("different", "vllm", 1.2),
     ("different", "vllm-different", None),
-    ("vllm-different", "vllm", None),
+    ("vllm-different", "vllm", 0.97),
 )
-SAME_OUTPUT = (("different", "peft"), ("one", "generate"), ("none", "vllm"), ("different", "vllm-different"))
+SAME_OUTPUT = (
+    *(("different", "peft"), ("one", "generate"), ("different", "before"), ("different", "torch")),
+    *(("none", "vllm"), ("different", "vllm-different")),
+)
 """Pairs of sides whose outputs are the same up to rounding."""
 
 
@@ -111,6 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--vllm-python", type=Path, help="Python of an environment with vLLM: its server is measured, too"
     )
+    parser.add_argument("--before", type=Path, help="`src` of another version: its engine is measured, too")
     parser.add_argument(
         "--json",
         type=Path,
@@ -170,7 +182,7 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
 def open_sides(
     options: argparse.Namespace, worker: EngineWorker, backbone: Backbone, prefixes: Sequence[Prefix], new: int
 ) -> Iterator[dict[str, Side]]:
-    """All sides; vLLM's server runs until the block ends."""
+    """All sides, until the block ends."""
     requests = len(prefixes)
     sides: dict[str, Side] = {
         "different": EngineSide(worker, prefixes, new),
@@ -180,16 +192,30 @@ def open_sides(
     }
     if not options.without_peft:
         sides["peft"] = PeftSide(options.backbone, backbone.dtype, prefixes, new)
-    if options.vllm_python is None:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        save_prefixes(folder, backbone, prefixes)
+        if options.before is not None:
+            for name, child in start_engines(options, folder, requests, new).items():
+                stack.callback(child.close)
+                sides[name] = ChildSide(child)
+        if options.vllm_python is not None:
+            server = VllmServer(options.vllm_python, backbone, folder)
+            stack.callback(server.close)
+            sides["vllm"] = VllmSide(server, ["m"] * requests, new)
+            sides["vllm-different"] = VllmSide(server, [f"p{index}" for index in range(requests)], new)
         yield sides
-        return
-    server = VllmServer(options.vllm_python, backbone, prefixes)
-    sides["vllm"] = VllmSide(server, ["m"] * requests, new)
-    sides["vllm-different"] = VllmSide(server, server.names, new)
-    try:
-        yield sides
-    finally:
-        server.close()
+
+
+def start_engines(options: argparse.Namespace, folder: Path, requests: int, new: int) -> dict[str, Child]:
+    """The engine before, and this one where there is no compiler, in processes of their own."""
+    command = [sys.executable, str(Path(__file__).with_name("engine_side.py")), "--model", options.backbone]
+    command += ["--prefixes", str(folder), "--requests", str(requests), "--new", str(new)]
+    here, before = str(ROOT / "src"), str(options.before.resolve())
+    return {
+        "before": Child(NAMES["before"], command, before),
+        "torch": Child(NAMES["torch"], command, here, {"CXX": "none"}),
+    }
 
 
 def report(title: str, values: Mapping[str, Any]) -> list[Figure]:

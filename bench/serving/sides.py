@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 
 from bench.peft_setup import model_folder, silence_peft
+from bench.serving.child import Child
 from prefixtune.attention.cache import cache_argument
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
@@ -137,24 +138,46 @@ class PeftSide:
         return outputs
 
 
-class VllmServer:
-    """`prefixtune serve --engine vllm`, in vLLM's own environment, over prefixes in a folder of its own."""
+class ChildSide:
+    """An engine in a process of its own (`engine_side.py`), which gets all requests at once."""
 
-    def __init__(self, python: Path, backbone: Backbone, prefixes: Sequence[Prefix]) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.names = [f"p{index}" for index in range(len(prefixes))]
-        for name, prefix in zip(self.names, prefixes, strict=True):
-            save_prefix(Path(self.folder.name) / f"{name}.safetensors", Prefix(prefix.layers, make_header(backbone)))
+    def __init__(self, child: Child) -> None:
+        self.child = child
+
+    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
+        """All requests."""
+        tokens: Tokens = self.child.answer([list(prompt) for prompt in prompts])
+        return tokens
+
+
+def save_prefixes(folder: Path, backbone: Backbone, prefixes: Sequence[Prefix]) -> None:
+    """Write prefixes as p0.safetensors, p1.safetensors, ..."""
+    for index, prefix in enumerate(prefixes):
+        save_prefix(folder / f"p{index}.safetensors", Prefix(prefix.layers, make_header(backbone)))
+
+
+class VllmServer:
+    """`prefixtune serve --engine vllm`, in vLLM's own environment, over a folder of prefixes."""
+
+    def __init__(self, python: Path, backbone: Backbone, prefixes: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        slots = sum(1 for _ in prefixes.iterdir())
         options = ["--engine", "vllm", "--vllm-python", str(python), "--backbone", backbone.name, "--backbone-id", "m"]
-        options += ["--prefixes", self.folder.name, "--dtype", "bfloat16", "--max-length", "512", "--port", str(port)]
+        options += ["--prefixes", str(prefixes), "--dtype", "bfloat16", "--max-length", "512", "--port", str(port)]
         source = Path(__file__).resolve().parents[2] / "src"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "prefixtune", "serve", *options, f"--vllm-args=--max-num-seqs {len(prefixes)}"],
+            [
+                sys.executable,
+                "-m",
+                "prefixtune",
+                "serve",
+                *options,
+                f"--vllm-args=--max-num-seqs {slots}",
+            ],
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(source)},
@@ -188,7 +211,6 @@ class VllmServer:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.folder.cleanup()
 
 
 class VllmSide:
