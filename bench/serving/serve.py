@@ -83,7 +83,6 @@ GOALS = (
     ("different", "peft", 8),
     ("different", "before", 2.2),
     ("torch", "before", 1.3),
-    # Reported, without a goal.
     ("different", "vllm", 1.2),
     ("different", "vllm-different", None),
     ("vllm-different", "vllm", 0.97),
