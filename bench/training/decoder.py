@@ -139,11 +139,13 @@ def measure_setting(
         "differences_of_bfloat16": {
             variant: compare(sides["peft-fp32"], sides[variant], batches[0]) for variant in ("peft-bf16", "ours-bf16")
         },
-        **measure_time(sides, batches, log),
+        **measure_time(sides, batches, speed_ratios(batch_size), log),
     }
 
 
-def measure_time(sides: dict[str, PeftSide | OurSide], batches: list[Batch], log: Log) -> dict[str, Any]:
+def measure_time(
+    sides: dict[str, PeftSide | OurSide], batches: list[Batch], ratios: list[Goal], log: Log
+) -> dict[str, Any]:
     """Run the same steps on all sides in turn, from the same weights."""
     first = sides["peft-fp32"]
     for side in sides.values():
@@ -155,9 +157,7 @@ def measure_time(sides: dict[str, PeftSide | OurSide], batches: list[Batch], log
             "PEFT": [sides["peft-fp32"].positions(batch) for batch in batches[1:]],
             "prefixtune": [sides["ours-fp32"].positions(batch) for batch in batches[1:]],
         },
-        **interleave(
-            steps_of(sides, batches), [num_target_tokens(batch) for batch in batches], speed_ratios(batch_size), log
-        ),
+        **interleave(steps_of(sides, batches), [num_target_tokens(batch) for batch in batches], ratios, log),
     }
 
 
