@@ -130,6 +130,16 @@ class Backbone:
 
         return with_row_products(self)
 
+    @functools.cached_property
+    def for_training(self) -> Backbone:
+        """This backbone for training a prefix, which shares its weights; itself where nothing is gained.
+
+        Recomputing layers (`gradient_checkpointing`) must be turned on in the model of the one that is used.
+        """
+        from prefixtune.backbone.fusion import with_fused_operations
+
+        return with_fused_operations(self)
+
     @property
     def supports_logits_to_keep(self) -> bool:
         """Whether the model can compute logits at chosen positions alone."""

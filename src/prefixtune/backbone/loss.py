@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
@@ -40,20 +41,24 @@ class _TokenLosses(torch.autograd.Function):
                 probabilities = logarithms.exp_()
                 probabilities.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=torch.float32))
                 slopes[rows] = probabilities
-        context.save_for_backward(slopes)
+        context.slopes = slopes
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (slopes,) = context.saved_tensors
-        return slopes * gradients[0][:, None].to(slopes.dtype), None
+        if context.slopes is None:
+            raise RuntimeError("the loss keeps its gradient for one backward pass: compute it again for another.")
+        # As large as the logits, so nothing else of that size is made.
+        slopes, context.slopes = context.slopes, None
+        return slopes.mul_(gradients[0][:, None].to(slopes.dtype)), None
 
 
 def token_losses(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Cross-entropy of each label, computed in float32 whatever the logits' dtype.
 
     Equals `torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")`, without keeping a float32
-    copy of the logits and of their softmax.
+    copy of the logits and of their softmax. Its gradient can be computed once.
 
     Args:
         logits: One row per label.
@@ -94,8 +99,8 @@ def label_logits(
     if backbone.supports_logits_to_keep:
         arguments["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
     logits: Tensor = backbone.forward(**arguments).logits
-    # In a packed row the logits are the labels', in order; no need to copy them.
-    return logits[0] if batch.packing is not None and logits.shape[1] == len(columns) else logits[rows, columns]
+    # In a packed row the logits are the labels', in order; no need to copy them, nor their gradient.
+    return logits.squeeze(0) if batch.packing is not None and logits.shape[1] == len(columns) else logits[rows, columns]
 
 
 def hidden_states_at(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> torch.Tensor:

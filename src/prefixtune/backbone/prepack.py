@@ -11,8 +11,6 @@ with it but the matrices that are laid out otherwise.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from typing import Any
 
 import psutil
@@ -25,6 +23,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.linear import MOST_ROWS, RowKernel, RowMatrix, row_kernel
 from prefixtune.backbone.native.norm import norm_of
 from prefixtune.backbone.native.panels import PanelKernel, PanelMatrix, panel_kernel
+from prefixtune.backbone.twin import make_twin
 
 __all__ = ["Int8Linear", "PrepackedLinear", "prepack", "with_row_products"]
 
@@ -188,11 +187,9 @@ def _packed(backbone: Backbone, *, reorder: bool, panels: PanelKernel | None = N
     by_row = not reorder or num_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().available
     if by_row:
         row_kernel()
-    kept: list[Any] = [*model.parameters(), *model.buffers()]
-    made = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    twin = make_twin(backbone)
     order: dict[str, Any] = {"reorder": reorder, "by_row": by_row, "panels": panels}
-    twins = dict(zip(model.modules(), made.modules(), strict=True))
-    for parent in list(made.modules()):
+    for parent in list(twin.model.modules()):
         for name, child in list(parent.named_children()):
             if _is_int8(child):
                 setattr(parent, name, Int8Linear(child))
@@ -201,9 +198,7 @@ def _packed(backbone: Backbone, *, reorder: bool, panels: PanelKernel | None = N
             weight = _matrix(child)
             if weight is not None and (reorder or weight.is_contiguous()):
                 setattr(parent, name, PrepackedLinear(weight.contiguous(), child.bias, **order))
-    layer_of = {twins[module]: layer for module, layer in backbone.layout.layer_of.items()}
-    packed = dataclasses.replace(backbone, model=made, layout=dataclasses.replace(backbone.layout, layer_of=layer_of))
-    return packed if _agree(backbone, packed, _NEAR if panels is None else _NEAR_IN_PANELS) else backbone
+    return twin if _agree(backbone, twin, _NEAR if panels is None else _NEAR_IN_PANELS) else backbone
 
 
 def _supported() -> bool:

@@ -1,21 +1,25 @@
-// Rows divided by the root of their mean square, and multiplied by a weight; all in bfloat16. See `norm.py`.
+// Rows divided by the root of their mean square and multiplied by a weight, and the gradient of that in the rows. See
+// `norm.py`. A row's result does not depend on the rows beside it, nor on the number of threads.
 
 #include <cstdint>
 
 #include "norm_row.h"
-#include "threads.h"
+#include "rows.h"
 
-namespace {
+#define NORM(NAME, T)                                                                                                 \
+    extern "C" void rms_norm_##NAME(const T* inputs, const T* weight, T* out, int64_t rows, int64_t width,            \
+                                    float epsilon, int64_t plus_one, int64_t threads) {                               \
+        for_rows(threads, rows, width, [=](int64_t row) {                                                             \
+            norm_row(inputs + row * width, weight, out + row * width, width, epsilon, plus_one);                      \
+        });                                                                                                           \
+    }                                                                                                                 \
+    extern "C" void rms_norm_slopes_##NAME(const T* inputs, const T* weight, const T* slopes, T* out, int64_t rows,   \
+                                           int64_t width, float epsilon, int64_t plus_one, int64_t threads) {         \
+        for_rows(threads, rows, width, [=](int64_t row) {                                                             \
+            const int64_t at = row * width;                                                                           \
+            norm_slopes_row(inputs + at, weight, slopes + at, out + at, width, epsilon, plus_one);                         \
+        });                                                                                                           \
+    }
 
-constexpr int64_t SERIAL_WORK = 1 << 16;  // Numbers below which more threads do not pay.
-
-}  // namespace
-
-extern "C" void rms_norm(const uint16_t* inputs, const uint16_t* weight, uint16_t* out, int64_t rows, int64_t width,
-                         float epsilon, int64_t threads) {
-    const int64_t parts = rows * width >= SERIAL_WORK ? threads : 1;
-    parallel_for(parts, parts, [=](int64_t part) {
-        for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row)
-            norm_row(inputs + row * width, weight, out + row * width, width, epsilon);
-    });
-}
+NORM(float, float)
+NORM(bfloat16, uint16_t)

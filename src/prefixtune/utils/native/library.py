@@ -37,6 +37,10 @@ class NativeLibrary(ABC):
         if not self.computes():
             raise OSError(f"{path} computes something else: remove it, or use another compiler.")
 
+    def __deepcopy__(self, memo: object) -> NativeLibrary:
+        """Itself: copies of a model share the functions that its modules call."""
+        return self
+
     @abstractmethod
     def bind(self, library: ctypes.CDLL) -> None:
         """Keep the library's functions, with their types.

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "bfloat16.h"
 
 #if defined(__AVX512F__)
@@ -37,14 +41,52 @@ inline Floats load(const uint16_t* from) {
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
-// As bfloat16, rounded as by `to_bfloat16`.
+// As bfloat16, rounded as by `to_bfloat16`; but the processor's own instruction takes numbers below 2^-126 as 0.
 inline void store(uint16_t* to, Floats value) {
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
+    std::memcpy(to, &halves, sizeof halves);
+#else
     Words bits;
     std::memcpy(&bits, &value, sizeof bits);
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Words chosen = (bits & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : rounded;
     const Halves halves = __builtin_convertvector(chosen, Halves);
     std::memcpy(to, &halves, sizeof halves);
+#endif
+}
+
+// The first `count` numbers, and zeros.
+template <typename T>
+inline Floats load(const T* from, int64_t count) {
+    if (count == LANES) return load(from);
+    T part[LANES] = {};
+    std::memcpy(part, from, count * sizeof(T));
+    return load(part);
+}
+
+template <typename T>
+inline void store(T* to, Floats value, int64_t count) {
+    if (count == LANES) return store(to, value);
+    T part[LANES];
+    store(part, value);
+    std::memcpy(to, part, count * sizeof(T));
+}
+
+// As if it had been stored.
+template <typename T>
+inline Floats rounded(Floats value) {
+    T stored[LANES];
+    store(stored, value);
+    return load(stored);
+}
+
+// Call `work(first, count)` for each vector of a row.
+template <typename Work>
+inline void for_vectors(int64_t width, const Work& work) {
+    int64_t first = 0;
+    for (; first + LANES <= width; first += LANES) work(first, LANES);
+    if (first < width) work(first, width - first);
 }
 
 // Every second lane of two vectors, from `FIRST` on.
