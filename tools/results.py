@@ -89,6 +89,8 @@ def differences_table(study: Study) -> str:
     """How far a study's points are from their counterparts, one row for each."""
     if not study.differences:
         return "None yet."
+    head = ["BLEU of", "less that of", "test items", "each run (p)", "mean ± standard error"]
+    is_corrected = any(point.corrected_p_value is not None for point in study.differences)
     rows = []
     for point in study.differences:
         runs = [
@@ -97,8 +99,13 @@ def differences_table(study: Study) -> str:
         ]
         error = point.standard_error
         spread = f"{point.mean:+.1f} ± {error:.1f}" if error is not None else ""
-        rows.append([point.point, point.reference, point.part or "all", "; ".join(runs), spread])
-    return _table(["BLEU of", "less that of", "test items", "each run (p)", "mean ± standard error"], rows)
+        row = [point.point, point.reference, point.part or "all", "; ".join(runs), spread]
+        if is_corrected:
+            ends, p_values = point.interval, (point.p_value, point.corrected_p_value)
+            row.append("" if ends is None else f"{ends[0]:+.1f} to {ends[1]:+.1f}")
+            row += ["" if p_value is None else f"{p_value:.3f}" for p_value in p_values]
+        rows.append(row)
+    return _table([*head, "95 % interval", "p", "p, corrected"] if is_corrected else head, rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

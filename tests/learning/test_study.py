@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import shutil
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,6 +127,40 @@ def results(config: StudyConfig) -> dict[str, Any]:
         figures = {k: v for k, v in facts["figures"].items() if not k.endswith(("seconds", "mib"))}
         by_cell[cell.id] = facts["status"], figures, scores, (folder / "outputs.jsonl").read_bytes()
     return by_cell
+
+
+# --- variants, repetitions, backbones ---------------------------------------------------------------------------------
+
+
+def test_variants_repetitions_and_backbones_run_as_their_settings_say(
+    model: str, configure: Make, tmp_path: Path
+) -> None:
+    other = tmp_path / "Other_model"
+    shutil.copytree(model, other)
+    variants = {
+        "shown": {"method": "prefix", "prefix_length": 500, "initialization": "examples", "leave_one_out": False},
+        "mlp": {"method": "prefix", "reparameterization": "mlp", "bottleneck_size": 5},
+    }
+    values = {"variants": variants, "methods": ("shown", "mlp"), "repetitions": 2, "tries": 1, "max_steps": 2}
+    config = configure(tmp_path / "study", name="scale", backbones=(model, str(other)), **values)
+    outcome = run_study(config)
+    assert (outcome.failed, outcome.left) == ({}, ())
+    assert len(outcome.done) == 2 * 2 * 2
+    for backbone in ("backbone", "other-model"):
+        runs = [config.folder / "cells" / name for name in outcome.done if name.startswith(f"{backbone}-shown-")]
+        assert [path.name.partition("-subset")[2] for path in runs] == ["0-seed0", "1-seed1"]
+        for path in runs:
+            train_config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+            assert train_config["backbone"] == (model if backbone == "backbone" else str(other))
+            assert (train_config["initialization"], train_config["leave_one_out"]) == ("examples", False)
+            assert train_config["seed"] == int(path.name[-1])
+        (mlp,) = (config.folder / "cells").glob(f"{backbone}-mlp-*-seed1")
+        assert "bottleneck_size = 5" in (mlp / "config.toml").read_text(encoding="utf-8")
+    points = read(config.folder / "comparisons.json")["points"]
+    assert [(point["point"].partition("-n8")[0], point["num_runs"]) for point in points] == [
+        ("backbone-mlp", 2),
+        ("other-model-mlp", 2),
+    ]
 
 
 # --- a study that runs through ---------------------------------------------------------------------------------------

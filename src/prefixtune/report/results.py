@@ -201,6 +201,9 @@ class Difference(Stored):
         part: Of the test set; empty: all of it.
         differences: For each repetition, its score less the counterpart's.
         p_values: For each repetition; None where it was not tested.
+        interval: Of the mean, 95 %, over the repetitions; None: there is one, or it was not stored.
+        p_value: Of the mean; of a single repetition, its own.
+        corrected_p_value: By Holm's correction over the study's comparisons on the same part of the test set.
     """
 
     point: Text = ""
@@ -210,6 +213,9 @@ class Difference(Stored):
     p_values: Annotated[tuple[float | None, ...], Field(strict=False)] = ()
     mean: float = math.nan
     standard_error: float | None = None
+    interval: Interval = None
+    p_value: float | None = None
+    corrected_p_value: float | None = None
 
     @property
     def is_complete(self) -> bool:

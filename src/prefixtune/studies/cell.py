@@ -7,7 +7,7 @@ import math
 import shutil
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,17 @@ class StudyInputs:
     backbone: SharedBackbone
     on_event: OnEvent
 
+    def for_cell(self, cell: Cell) -> StudyInputs:
+        """The same, with a cell's backbone where there are several."""
+        if not cell.backbone:
+            return self
+        self.backbone.choose(cell.backbone)
+        return replace(self, config=self.config.replace(backbone=cell.backbone))
+
 
 def run_cell(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
     """Train and score a cell, or what is left of it; returns its figures."""
+    inputs = inputs.for_cell(cell)
     if not cell.trains:
         return {"trained_parameters": 0, "stored_parameters": 0, "file_bytes": 0, **_score(inputs, cell)}
     config = inputs.config
@@ -173,9 +181,7 @@ def build_train_config(
     if steps:
         values["max_steps"] = steps
     if cell.prefix_length:
-        words = {"task": config.task_words, "unrelated": config.unrelated_words}.get(cell.initialization)
-        values["prefix_length"] = cell.prefix_length
-        values |= {"init_text": words} if words is not None else {"initialization": cell.initialization}
+        values |= {"prefix_length": cell.prefix_length, **_start_settings(config, cell)}
     if is_short:
         values = shorten_config(values, config.try_steps, num_targets)
     values = {
@@ -191,6 +197,14 @@ def build_train_config(
         "task": config.task,
     }
     return TrainConfig.from_layers(Layer(values, where="the study"))
+
+
+def _start_settings(config: StudyConfig, cell: Cell) -> dict[str, Any]:
+    """The settings of training that a start stands for."""
+    if cell.initialization == "prompt":
+        return {"initialization": "text", "init_text": config.prompt_text}
+    words = {"task": config.task_words, "unrelated": config.unrelated_words}.get(cell.initialization)
+    return {"init_text": words} if words is not None else {"initialization": cell.initialization}
 
 
 def _storage_dtype(config: StudyConfig, cell: Cell) -> str:

@@ -12,12 +12,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from prefixtune.data import TASKS
 from prefixtune.errors import DataError
-from prefixtune.evaluation.metrics import Measurement, measure, randomize
+from prefixtune.evaluation.metrics import Measurement, holm, mean_difference, measure, randomize
 from prefixtune.evaluation.metrics.significance import METHOD
 from prefixtune.evaluation.records import EVALUATION_FILE, OUTPUTS_FILE
 from prefixtune.studies.config import StudyConfig
@@ -71,8 +70,9 @@ def _reference_group(config: StudyConfig, cell: Cell, cells: Sequence[Cell]) -> 
     for other in cells:
         # The first factor is what is compared; the others must be the same, where a method has them.
         same = [other.trains, other.num_targets == cell.num_targets or not cell.trains]
+        same.append(other.backbone == cell.backbone)
         if "prefix_length" in config.kind.factors[1:]:
-            same.append(cell.prefix_length in (0, other.prefix_length))
+            same.append(0 in (cell.prefix_length, other.prefix_length) or cell.prefix_length == other.prefix_length)
         if all(same):
             return other.group
     return ""
@@ -94,7 +94,9 @@ def compare_runs(
     Returns:
         `pairs`: of each run and its counterpart, on the whole test set and on its seen and unseen parts: the difference
         (the run less its counterpart), and the p-value of paired approximate randomization; None where outputs are
-        missing. `points`: all repetitions of a point together: the mean difference, and its standard error over them.
+        missing. `points`: all repetitions of a point together: the mean difference, its standard error and 95 %
+        interval over them (Student's t), and the p-value of the mean; of a single run, that of its pair.
+        `corrected_p_value` is by Holm's correction over the study's points on the same part of the test set.
     """
     settings = {"metric": metric, "test": METHOD, "samples": SAMPLES}
     is_comparable = before is not None and all(before.get(key) == value for key, value in settings.items())
@@ -125,17 +127,25 @@ def compare_runs(
         {"point": point, "reference": reference, "part": part, **_summary(repetitions)}
         for (point, reference, part), repetitions in by_point.items()
     ]
+    for part in dict.fromkeys(point["part"] for point in points):
+        family = [point for point in points if point["part"] == part and point["p_value"] is not None]
+        for point, p_value in zip(family, holm([point["p_value"] for point in family]), strict=True):
+            point["corrected_p_value"] = p_value
     return {**settings, "pairs": pairs, "points": points}
 
 
 def _summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    differences = [pair["difference"] for pair in pairs]
+    differences, p_values = ([pair[key] for pair in pairs] for key in ("difference", "p_value"))
+    found = mean_difference(differences)
     return {
         "num_runs": len(pairs),
         "differences": differences,
-        "p_values": [pair["p_value"] for pair in pairs],
-        "mean": mean(differences),
-        "standard_error": stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else None,
+        "p_values": p_values,
+        "mean": found.mean,
+        "standard_error": found.standard_error,
+        "interval": None if found.interval is None else list(found.interval),
+        "p_value": p_values[0] if len(pairs) == 1 else found.p_value,
+        "corrected_p_value": None,
     }
 
 

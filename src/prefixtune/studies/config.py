@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
@@ -13,7 +14,7 @@ from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.studies.kinds import (
     METHODS,
-    SIZED,
+    PREFIX_METHODS,
     STUDIES,
     UNTRAINED,
     Start,
@@ -22,14 +23,16 @@ from prefixtune.studies.kinds import (
     base_method,
     method_size,
 )
+from prefixtune.studies.variants import check_method, check_variants, grid_faults, variant_lengths, variant_settings
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, option_group
 from prefixtune.utils.faults import show_value
 
-__all__ = ["StudyConfig", "training_defaults"]
+__all__ = ["StudyConfig", "backbone_name", "training_defaults"]
 
 
 _LISTS = ("methods", "sizes", "lengths", "starts")
+_REPEATS = ("subsets", "seeds", "repetitions")
 _TRACKER_KEYS = ("report_to", "project", "run_name", "report_examples")
 _RESERVED_KEYS = (
     *("task", "train", "dev", "backbone", "dtype", "device", "output", "method", "prefix_length", "limit"),
@@ -39,18 +42,12 @@ _RESERVED_KEYS = (
 )
 """Keys of `TrainConfig` that a study sets itself for every run, or cannot use, as all runs share one backbone."""
 
-_PREFIX_METHODS = ("prefix", "prompt", "infix")
-
 _T = TypeVar("_T")
 
 
-def _check_method(method: str) -> str:
-    base, _, size = method.partition(":")
-    if base not in METHODS:
-        raise ValueError(f"is {method!r} ({did_you_mean(method, METHODS).removesuffix('.')})")
-    if ":" in method and not (base in SIZED and size.isascii() and size.isdigit() and int(size)):
-        raise ValueError(f"is {method!r}, but a size goes with top, adapter and lora, as in adapter:8")
-    return method
+def _check_method(method: str, info: Any) -> str:
+    # `info` is pydantic's ValidationInfo, with the fields above this one.
+    return check_method(method, info.data.get("variants", {}))
 
 
 def _check_size(size: str) -> str:
@@ -65,6 +62,7 @@ def _check_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
     return rates
 
 
+_Variants = Annotated[Mapping[str, Mapping[str, Any]], AfterValidator(check_variants)]
 _MethodName = Annotated[str, AfterValidator(_check_method)]
 _Size = Annotated[str, BeforeValidator(str), AfterValidator(_check_size)]
 _Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False), AfterValidator(_check_rates)]
@@ -93,6 +91,7 @@ class StudyConfig(Config):
     name: StudyName = Field("methods", description="; ".join(f"{name}: {k.description}" for name, k in STUDIES.items()))
 
     backbone: str = _model("smollm2-135m", description="embedded name, hub id or local folder")
+    backbones: CommaList[str] = _model((), description="several, in place of backbone: all runs on each")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
     device: DeviceName = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
 
@@ -103,12 +102,22 @@ class StudyConfig(Config):
     test: str = _data("", description="test file, which is scored")
     output: str = _data("", description="folder of the study; empty: runs/NAME")
 
-    methods: CommaList[_MethodName] = _own("grid", ("prefix",), f"of {', '.join(METHODS)}; with a size as in adapter:8")
+    variants: _Variants = Field(
+        default={}, description="name -> a method with prefix_length, initialization and training settings of its own"
+    )
+    methods: CommaList[_MethodName] = _own(
+        "grid", ("prefix",), f"of {', '.join(METHODS)}; with a size as in adapter:8; or names of the table variants"
+    )
     sizes: CommaList[_Limit] = _own("grid", (0,), "numbers of training targets; 0: all")
     lengths: CommaList[_Count] = _own("grid", (10,), "prefix lengths")
-    starts: CommaList[Start] = _own("grid", ("task",), "how the prefix starts; examples: as many as fit its length")
+    starts: CommaList[Start] = _own(
+        "grid", ("task",), "how the prefix starts; examples: as many as fit its length; prompt: from prompt_text"
+    )
     subsets: _Count = _own("grid", 1, "how many samples of the training set, where it is not used whole")
     seeds: _Count = _own("grid", 1, "how many seeds for each")
+    repetitions: _Limit = _grid(
+        0, description="in place of subsets and seeds: so many samples, each with a seed of its own; 0: those"
+    )
     sample: Literal["sources", "pairs"] = _own(
         "grid", "sources", "draw pairs one by one, or sources with all of their targets"
     )
@@ -118,6 +127,11 @@ class StudyConfig(Config):
         "words of the start 'task'; also the instruction of zero-shot and few-shot",
     )
     unrelated_words: str = _grid("elephant quarrel tin whistle overcoat", description="words of the start 'unrelated'")
+    prompt_text: str = _grid(
+        "Each field of the following data has a name and a value. Write one or two fluent sentences that say all of "
+        "it, and nothing else.",
+        description="text of the start 'prompt', with at least as many tokens as the prefix",
+    )
     shots: _Count = _grid(3, description="solved examples that few-shot shows")
 
     tries: _Count = _runs(
@@ -172,26 +186,67 @@ class StudyConfig(Config):
         """What is wrong with the training settings, for any method, and with the numbers of tries."""
         trained = self._trained_methods
         tables = [("train_settings", self._shared_settings())]
-        tables += [(f"train_settings.{base_method(method)}", self._own_settings(method)) for method in trained]
+        tables += [(f"train_settings.{self.base_method(name)}", self._method_settings(name)) for name in trained]
         faults = list(dict.fromkeys(fault for name, table in tables for fault in _setting_faults(name, table)))
         for key, value in self.train_settings.items():
             if key in METHODS and not isinstance(value, Mapping):
                 faults.append(f"train_settings.{key} is {value!r}, but must be a table")
         yield from ((("train_settings",), fault) for fault in faults)
+        yield from ((("variants",), fault) for fault in self._variant_faults())
         if not faults and len({len(self.rates(method)) for method in trained}) > 1:
             yield (
-                ("learning_rates", "methods", "tries"),
+                ("learning_rates", "methods", "tries", "variants"),
                 "learning_rates gives methods different numbers of tries, but a comparison needs the same for each",
             )
+        if not self.prompt_text.strip() and any("prompt" in self.starts_of(name) for name in self._with_prefix):
+            yield ("starts", "prompt_text", "variants"), "a start is 'prompt', but prompt_text is empty"
+        names = [backbone_name(backbone) for backbone in self.backbones]
+        if len(set(names)) < len(names):
+            yield ("backbones",), f"backbones is {list(self.backbones)!r}, but two of them would be called the same"
+
+    def _variant_faults(self) -> Iterator[str]:
+        for name, values in self.variants.items():
+            yield from grid_faults(name, values)
+            yield from _setting_faults(f"variants.{name}", variant_settings(values))
+
+    def method_of(self, name: str) -> str:
+        """The method behind a name among `methods`: of a variant, the method that it varies, with its size."""
+        return str(self.variants[name]["method"]) if name in self.variants else name
+
+    def base_method(self, name: str) -> str:
+        """The method behind a name among `methods`, without its size."""
+        return base_method(self.method_of(name))
+
+    def lengths_of(self, name: str) -> tuple[int, ...]:
+        """The prefix lengths of a method that has a prefix: a variant's own, or those of the study."""
+        return variant_lengths(self.variants.get(name, {})) or self.lengths
+
+    def starts_of(self, name: str) -> tuple[Start, ...]:
+        """The starts of a method that has a prefix: a variant's own, or those of the study."""
+        start = self.variants.get(name, {}).get("initialization")
+        return self.starts if start is None else (start,)
+
+    @property
+    def repeats(self) -> list[tuple[int, int]]:
+        """Sample and seed of every repetition, in the order in which they are run.
+
+        >>> StudyConfig(subsets=2, seeds=2).repeats, StudyConfig(repetitions=3).repeats
+        ([(0, 0), (1, 0), (0, 1), (1, 1)], [(0, 0), (1, 1), (2, 2)])
+        """
+        if self.repetitions:
+            return [(number, number) for number in range(self.repetitions)]
+        return [(subset, seed) for seed in range(self.seeds) for subset in range(self.subsets)]
 
     def settings_of(self, method: str) -> dict[str, Any]:
         """Values of `TrainConfig` for a method's runs; `adapter:8` has those of `adapter`, and its size."""
-        return {**self._shared_settings(), **self._own_settings(method)}
+        own = variant_settings(self.variants.get(method, {}))
+        return {**self._shared_settings(), **self._method_settings(method), **own}
 
     def _shared_settings(self) -> dict[str, Any]:
         return {key: value for key, value in self.train_settings.items() if key not in METHODS}
 
-    def _own_settings(self, method: str) -> dict[str, Any]:
+    def _method_settings(self, name: str) -> dict[str, Any]:
+        method = self.method_of(name)
         own = self.train_settings.get(base_method(method), {})
         size = method_size(method)
         sized = {} if size is None else {"method_size": size}
@@ -200,7 +255,7 @@ class StudyConfig(Config):
     def _effective_settings(self, method: str) -> dict[str, Any]:
         """The settings of a method's runs as far as they have an effect, with the reparameterization by default."""
         settings = {**training_defaults(), **self.settings_of(method)}
-        if base_method(method) not in _PREFIX_METHODS:
+        if self.base_method(method) not in PREFIX_METHODS:
             del settings["reparameterization"]
         return settings
 
@@ -210,10 +265,10 @@ class StudyConfig(Config):
         >>> [f"{rate:.1e}" for rate in StudyConfig(tries=3).rates("full")]
         ['3.3e-05', '1.0e-04', '3.0e-04']
         """
-        base = base_method(method)
-        rates = self.learning_rates.get(method, self.learning_rates.get(base))
-        if rates is not None:
-            return rates
+        sized, base = self.method_of(method), self.base_method(method)
+        for name in (method, sized, base):
+            if name in self.learning_rates:
+                return self.learning_rates[name]
         middle = default_learning_rate(self._effective_settings(method).get("reparameterization", base))
         # As many below the default as above; of an even number, one more above.
         powers = range(-((self.tries - 1) // 2), self.tries // 2 + 1)
@@ -234,8 +289,13 @@ class StudyConfig(Config):
         """
         if key in _LISTS:
             return set(before[key]) <= set(getattr(self, key))
-        if key in ("subsets", "seeds"):
-            return bool(before[key] <= getattr(self, key))
+        if key == "backbones":
+            return bool(before[key]) and set(before[key]) <= set(self.backbones)
+        if key in _REPEATS:
+            other = self._read(before)
+            return other is not None and set(other.repeats) <= set(self.repeats)
+        if key == "variants":
+            return all(self.variants.get(name) == values for name, values in before[key].items())
         if key in ("tries", "learning_rates"):
             return self._has_rates_of(before)
         if key == "train_settings":
@@ -275,6 +335,10 @@ class StudyConfig(Config):
     def _trained_methods(self) -> list[str]:
         return [method for method in self.methods if method not in UNTRAINED]
 
+    @property
+    def _with_prefix(self) -> list[str]:
+        return [name for name in self.methods if self.base_method(name) in PREFIX_METHODS]
+
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """The JSON schema of its files, with that of training inside."""
@@ -285,6 +349,10 @@ class StudyConfig(Config):
         methods = {method: {"$ref": "#/$defs/MethodSettings"} for method in METHODS}
         table = {"properties": {**settings, **methods}, "additionalProperties": False}
         schema["properties"]["train_settings"] |= table
+        own: dict[str, Any] = {"method": {"type": "string"}, "prefix_length": {"type": ["integer", "array"]}}
+        own["initialization"] = {"enum": list(get_args(Start))}
+        variant = {"type": "object", "properties": {**settings, **own}, "additionalProperties": False}
+        schema["properties"]["variants"]["additionalProperties"] = {**variant, "required": ["method"]}
         return schema
 
     @property
@@ -304,6 +372,15 @@ class StudyConfig(Config):
         # An unknown study has no values of its own; validation refuses it.
         own = next((kind.defaults for known, kind in STUDIES.items() if known == name), {})
         super()._fill([Layer(own), *(_check_study(layer, name) for layer in layers)])
+
+
+def backbone_name(backbone: str) -> str:
+    """What a study of several backbones calls one, in its runs' names.
+
+    >>> backbone_name("openai-community/GPT2_medium")
+    'gpt2-medium'
+    """
+    return re.sub("[^a-z0-9]+", "-", backbone.rstrip("/").rpartition("/")[2].lower()).strip("-") or "backbone"
 
 
 def training_defaults() -> dict[str, Any]:

@@ -31,14 +31,19 @@ class SharedBackbone:
     """
 
     def __init__(self, config: StudyConfig, backbone: Backbone | None = None) -> None:
-        self._config, self._backbone = config, backbone
+        self._config, self._backbone, self._name = config, backbone, config.backbone
         self.is_preloaded = backbone is not None
+
+    def choose(self, name: str) -> None:
+        """Which one `get` returns from now on, where a study has several."""
+        if name != self._name:
+            self._name, self._backbone = name, None
 
     def get(self) -> Backbone:
         """The model."""
         if self._backbone is None:
             config = self._config
-            self._backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device)
+            self._backbone = load_backbone(self._name, dtype=config.dtype, device=config.device)
         return self._backbone
 
     def release(self) -> None:

@@ -6,16 +6,13 @@ The order is by repetition, so that a study that is cut short has every point on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from prefixtune.studies.config import StudyConfig
-from prefixtune.studies.kinds import UNTRAINED, Method, base_method
+from prefixtune.studies.config import StudyConfig, backbone_name
+from prefixtune.studies.kinds import PREFIX_METHODS, UNTRAINED, Method, base_method
 
 __all__ = ["Cell", "plan"]
-
-
-_WITH_PREFIX = ("prefix", "prompt", "infix")
 
 
 @dataclass(frozen=True)
@@ -23,13 +20,15 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        method: One of `METHODS`; with a size, as in `adapter:8`, or without.
+        method: One of `METHODS`; with a size, as in `adapter:8`, or without; or the name of a variant.
         num_targets: Training targets; 0: all.
         prefix_length: P; 0 where the method has no prefix.
-        initialization: `task`, `unrelated`, `random` or `examples` (as many as fit the prefix's length); empty where
-            the method has no prefix.
+        initialization: One of `Start`, such as `examples` (as many as fit the prefix's length); empty where the method
+            has no prefix.
         subset: Index of the sample of the training set.
         seed: Of the initial values and the order of the data.
+        variant_of: The method that a variant varies, with its size; empty: it is none.
+        backbone: One of several backbones; empty: the study's only one.
     """
 
     method: str
@@ -38,6 +37,8 @@ class Cell:
     initialization: str
     subset: int = 0
     seed: int = 0
+    variant_of: str = ""
+    backbone: str = ""
 
     @property
     def group(self) -> str:
@@ -50,7 +51,8 @@ class Cell:
         """
         size = f"n{self.num_targets}" if self.num_targets else "all"
         prefix = [f"P{self.prefix_length}", self.initialization] if self.prefix_length else []
-        return "-".join([self.method.replace(":", ""), size, *prefix])
+        backbone = [backbone_name(self.backbone)] if self.backbone else []
+        return "-".join([*backbone, self.method.replace(":", ""), size, *prefix])
 
     @property
     def id(self) -> str:
@@ -59,8 +61,8 @@ class Cell:
 
     @property
     def base_method(self) -> Method:
-        """The method without its size."""
-        return cast(Method, base_method(self.method))
+        """The method without its size; of a variant, that of the method that it varies."""
+        return cast(Method, base_method(self.variant_of or self.method))
 
     @property
     def trains(self) -> bool:
@@ -74,7 +76,8 @@ class Cell:
 
     def factors(self) -> dict[str, Any]:
         """What distinguishes it from other cells, for reports."""
-        factors: dict[str, Any] = {"method": self.method, "num_targets": self.num_targets}
+        factors: dict[str, Any] = {"backbone": backbone_name(self.backbone)} if self.backbone else {}
+        factors |= {"method": self.method, "num_targets": self.num_targets}
         if self.prefix_length:
             factors |= {"prefix_length": self.prefix_length, "initialization": self.initialization}
         return {**factors, "subset": self.subset, "seed": self.seed}
@@ -86,18 +89,26 @@ def plan(config: StudyConfig) -> list[Cell]:
 
 
 def _cells(config: StudyConfig) -> Iterator[Cell]:
-    for seed in range(config.seeds):
-        for subset in range(config.subsets):
+    only = config.backbone if "backbone" in config.kind.factors else ""
+    for subset, seed in config.repeats:
+        for backbone in config.backbones or (only,):
             for size in config.sizes:
                 for method in config.methods:
-                    if method in UNTRAINED:
-                        yield Cell(method, 0, 0, "")
-                        continue
-                    # A training set that is used whole has one sample.
-                    sample = subset if size else 0
-                    if method not in _WITH_PREFIX:
-                        yield Cell(method, size, 0, "", sample, seed)
-                        continue
-                    for length in config.lengths:
-                        for start in config.starts:
-                            yield Cell(method, size, length, start, sample, seed)
+                    yield from _repetition(config, Cell(method, size, 0, "", subset, seed, backbone=backbone))
+
+
+def _repetition(config: StudyConfig, cell: Cell) -> Iterator[Cell]:
+    """A method's cells of one sample, seed and size: one, or one for each length and start of its prefix."""
+    name = cell.method
+    if not cell.trains:
+        yield Cell(name, 0, 0, "", backbone=cell.backbone)
+        return
+    variant_of = config.method_of(name) if name in config.variants else ""
+    # A training set that is used whole has one sample.
+    cell = replace(cell, variant_of=variant_of, subset=cell.subset if cell.num_targets else 0)
+    if cell.base_method not in PREFIX_METHODS:
+        yield cell
+        return
+    for length in config.lengths_of(name):
+        for start in config.starts_of(name):
+            yield replace(cell, prefix_length=length, initialization=start)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 __all__ = [
     "METHODS",
+    "PREFIX_METHODS",
     "SIZED",
     "STUDIES",
     "UNTRAINED",
@@ -28,8 +29,12 @@ UNTRAINED: tuple[Method, ...] = ("zero-shot", "few-shot")
 """Methods that train nothing: the bare model, and the bare model shown a few solved examples."""
 SIZED: tuple[Method, ...] = ("top", "adapter", "lora")
 """Methods that may have a size, as in `adapter:8`."""
-Start = Literal["task", "unrelated", "random", "examples"]
-StudyName = Literal["methods", "low-data", "unseen", "length", "initialization", "position"]
+PREFIX_METHODS: tuple[Method, ...] = ("prefix", "prompt", "infix")
+"""Methods that have a length and a start."""
+Start = Literal["task", "unrelated", "random", "prompt", "examples"]
+StudyName = Literal[
+    "methods", "low-data", "unseen", "length", "initialization", "position", "ceiling", "summarization", "dart", "scale"
+]
 
 
 def base_method(method: str) -> str:
@@ -103,7 +108,7 @@ STUDIES: dict[StudyName, StudyKind] = {
         {"lengths": (1, 2, 5, 10, 20, 50), "sizes": (2000,)},
     ),
     "initialization": StudyKind(
-        "where the prefix starts: the task's words, other words, at random (section 7.4)",
+        "where the prefix starts: the task's words, other words, at random, a prompt, examples (section 7.4)",
         ("initialization",),
         None,
         {"starts": get_args(Start), "sizes": (100,), "subsets": 3, "sample": "pairs", "dev_share": 0.3},
@@ -113,5 +118,33 @@ STUDIES: dict[StudyName, StudyKind] = {
         ("method", "prefix_length"),
         "prefix_length",
         {"methods": ("prefix", "infix", "prompt"), "lengths": (1, 10, 20), "sizes": (2000,)},
+    ),
+    "ceiling": StudyKind(
+        "how much a prefix can learn: by length, against full fine-tuning and LoRA of several ranks",
+        ("method", "prefix_length"),
+        "prefix_length",
+        {
+            "methods": ("full", "prefix", "lora:1", "lora:4", "lora:16", "lora:64"),
+            "lengths": (1, 5, 20, 100, 200, 500),
+            "sizes": (10000,),
+        },
+    ),
+    "summarization": StudyKind(
+        "a prefix against full fine-tuning on summaries (section 6.2)",
+        ("method",),
+        None,
+        {"task": "scitldr", "methods": ("prefix", "full"), "task_words": "Summarize the text in one sentence:"},
+    ),
+    "dart": StudyKind(
+        "a prefix against what else can be trained, on triples of open domains (table 1)",
+        ("method",),
+        None,
+        {"task": "dart", "methods": ("prefix", "full"), "task_words": "Say these facts in one sentence:"},
+    ),
+    "scale": StudyKind(
+        "the same comparison on several backbones",
+        ("method", "backbone"),
+        None,
+        {"methods": ("prefix", "lora", "full"), "sizes": (2000,)},
     ),
 }

@@ -272,14 +272,14 @@ def write_study(
     if before and changed_settings(config, before):
         # Another process has made it larger since this one began.
         return
-    task, kind = TASKS[config.task], config.kind
+    task, kind, backbones = TASKS[config.task], config.kind, ", ".join(config.backbones) or config.backbone
     left = [cell.id for cell in cells if cell_status(config, cell) == "waiting"]
     facts = {
         "kind": "study",
         "name": config.name,
-        "title": f"{kind.description[0].upper()}{kind.description[1:]}: {config.task}, {config.backbone}",
+        "title": f"{kind.description[0].upper()}{kind.description[1:]}: {config.task}, {backbones}",
         "task": config.task,
-        "backbone": config.backbone,
+        "backbone": backbones,
         "factors": list(kind.factors),
         "axis": kind.axis,
         "metric": task.metrics[0],

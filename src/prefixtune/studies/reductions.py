@@ -47,7 +47,13 @@ def _counts(config: StudyConfig) -> Iterator[str]:
     """Fewer repetitions or tries, or less patience, than the study has by default."""
     defaults = StudyConfig(name=config.name)
     tries = len(next(iter(config.learning_rates.values()), ())) or config.tries
-    for name, count in (("subsets", config.subsets), ("seeds", config.seeds), ("tries", tries)):
+    counts = [("subsets", config.subsets), ("seeds", config.seeds)]
+    if config.repetitions:
+        if config.repetitions < len(defaults.repeats):
+            grid = f"{defaults.subsets} subsets with {defaults.seeds} seeds each"
+            yield f"{config.repetitions} subsets, each with a seed of its own, instead of {grid}"
+        counts = []
+    for name, count in (*counts, ("tries", tries)):
         if count < getattr(defaults, name):
             singular = {"subsets": "subset", "seeds": "seed", "tries": "try"}[name]
             yield f"{count} {singular if count == 1 else name} instead of {getattr(defaults, name)}"
@@ -58,7 +64,9 @@ def _counts(config: StudyConfig) -> Iterator[str]:
 def _values(config: StudyConfig) -> Iterator[str]:
     """Methods, sizes, lengths or starts of the paper's study that are missing."""
     for name in ("methods", "sizes", "lengths", "starts"):
-        present = {str(value).partition(":")[0] for value in getattr(config, name)}
+        present = {config.base_method(str(value)) for value in getattr(config, name)}
+        if name in ("lengths", "starts") and config.variants:
+            continue  # Variants have their own.
         expected = config.kind.defaults.get(name, ())
         missing = [str(value) for value in expected if str(value) not in present]
         if missing and len(expected) > 1:

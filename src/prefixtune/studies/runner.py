@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import check_loadable
-from prefixtune.errors import PrefixError
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.studies.cell import StudyInputs, build_train_config, remove_leftovers, run_cell
 from prefixtune.studies.compare import write_comparisons
@@ -64,16 +64,18 @@ def run_study(
     Args:
         config: The study.
         backbone: Already loaded, for the methods that leave it as it is; None: loaded when needed. Methods that change
-            weights load their own.
+            weights load their own. A study of several backbones loads them itself.
         on_event: Called with every event: `overlap` (test sources are in the training set, too), `cell` (begun, done,
             failed), `try`, `decoded`, and those of training with `cell` and `learning_rate` added.
         command: How it was started, for the report.
 
     Raises:
-        ConfigError: The folder holds another study.
+        ConfigError: The folder holds another study; or a backbone is given to a study of several.
         DataError: The data cannot be read, or is too small for the grid.
         KeyboardInterrupt: Ctrl-C; everything done so far is kept.
     """
+    if backbone is not None and config.backbones:
+        raise ConfigError("a loaded backbone was given, but the study has several.", hint="leave one of the two out.")
     inputs = StudyInputs(config, StudyData(config), SharedBackbone(config, backbone), on_event or (lambda event: None))
     cells, budget = plan(config), _Budget(config.budget)
     provenance = _prepare(inputs, cells, command or " ".join(["prefixtune", *sys.argv[1:]]))
@@ -130,7 +132,8 @@ def _check_cells(inputs: StudyInputs, left: Sequence[Cell]) -> None:
     """Report wrong settings and data that is too small at once, not run by run."""
     config = inputs.config
     if not inputs.backbone.is_preloaded:
-        check_loadable(config.backbone, dtype=config.dtype, device=config.device)
+        for backbone in config.backbones or (config.backbone,):
+            check_loadable(backbone, dtype=config.dtype, device=config.device)
     for cell in left:
         if cell.trains:
             rate = config.rates(cell.method)[0]

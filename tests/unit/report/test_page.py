@@ -158,7 +158,7 @@ def test_differences_of_points_from_their_counterparts(tmp_path: Path) -> None:
             "0.031; n/a",
         ],
     ]
-    assert "p: a test of pairs, over the test items" in text
+    assert "p of each run: a test of pairs, over the test items" in text
     parts = [{**point, "part": part, "p_values": [None, None]} for part in ("", "seen")]
     write(study / "comparisons.json", {"metric": "bleu", "test": "a test of pairs", "points": parts})
     _, text = pages(study)

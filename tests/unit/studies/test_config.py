@@ -26,7 +26,8 @@ def refusal(name: str = "methods", **values: Any) -> str:
 
 
 def test_the_papers_studies_are_there():
-    assert [*STUDIES] == ["methods", "low-data", "unseen", "length", "initialization", "position"]
+    assert [*STUDIES][:6] == ["methods", "low-data", "unseen", "length", "initialization", "position"]
+    assert [*STUDIES][6:] == ["ceiling", "summarization", "dart", "scale"]
     low = StudyConfig(name="low-data")
     # Li & Liang 2021, section 6.3: five subsets of each size, two seeds, a development set of 30 %.
     assert (low.sizes, low.subsets, low.seeds, low.dev_share) == ((50, 100, 200, 500), 5, 2, 0.3)
@@ -120,7 +121,8 @@ def test_all_wrong_values_are_reported():
         "methods[3] is 'adapter:', but",
         "methods[4] is 'lora:0', but",
         "methods[5] is 'full:2', but",
-        "starts[0] is 'tasks', but must be one of 'task', 'unrelated', 'random', 'examples' (did you mean 'task'?)",
+        "starts[0] is 'tasks', but must be one of 'task', 'unrelated', 'random', 'prompt', 'examples' (did you mean "
+        "'task'?)",
         "sizes[0] is -1, but must be at least 0",
         "lengths[0] is 0, but must be at least 1",
         "tries is 0, but must be at least 1",
@@ -196,6 +198,14 @@ def test_configured_rates_are_used_and_each_method_has_as_many():
         # Rates around the default, written out.
         ("learning_rates", {}, {"prefix": [*StudyConfig().rates("prefix"), 0.1]}, True),
         ("learning_rates", {}, {"prefix": [0.1, 0.2, 0.3]}, False),
+        ("repetitions", 2, 5, True),
+        ("repetitions", 5, 2, False),
+        # A grid of one sample and one seed is the first of the repetitions.
+        ("repetitions", 0, 3, True),
+        ("variants", {}, {"long": {"method": "prefix", "prefix_length": 50}}, True),
+        ("variants", {"long": {"method": "prefix"}}, {"long": {"method": "prefix", "batch_size": 2}}, False),
+        ("backbones", ["a"], ["b", "a"], True),
+        ("backbones", [], ["a"], False),
         # Of the size that the study has; of another one.
         ("steps_by_size", {}, {"2000": 50}, False),
         ("steps_by_size", {}, {"500": 50}, True),
@@ -225,6 +235,58 @@ def test_settings_are_for_all_runs_or_for_one_method():
     assert config.settings_of("adapter:16") == {"batch_size": 8, "max_steps": 5, "method_size": 16}
     for method in config.methods[:-2]:
         assert TrainConfig(**config.settings_of(method))
+
+
+VARIANTS = {
+    "prefix-examples": {"method": "prefix", "prefix_length": 106, "initialization": "examples", "value_scale": 2.0},
+    "prefix-mlp": {"method": "prefix", "reparameterization": "mlp"},
+    "lora-slow": {"method": "lora:4", "batch_size": 2},
+}
+
+
+def test_a_variant_has_its_methods_settings_and_its_own():
+    settings = {"max_steps": 7, "prefix": {"max_steps": 9}, "lora": {"warmup_steps": 1}}
+    names = [*VARIANTS, "prefix", "lora:4"]
+    config = StudyConfig(methods=names, variants=VARIANTS, train_settings=settings, lengths=[3, 5], tries=2)
+    assert config.settings_of("prefix-examples") == {"max_steps": 9, "value_scale": 2.0}
+    expected = {"max_steps": 7, "warmup_steps": 1, "method_size": 4, "batch_size": 2}
+    assert config.settings_of("lora-slow") == expected
+    assert [config.lengths_of(name) for name in ("prefix-examples", "prefix-mlp")] == [(106,), (3, 5)]
+    assert [config.starts_of(name) for name in ("prefix-examples", "prefix-mlp")] == [("examples",), ("task",)]
+    # Rates around the default of what it trains, or those of its own name.
+    assert config.rates("prefix-mlp")[0] == default_learning_rate("mlp")
+    own = config.replace(learning_rates={"lora": [1e-3, 2e-3], "lora-slow": [1e-4, 2e-4]})
+    assert [own.rates(name) for name in ("lora:4", "lora-slow")] == [(1e-3, 2e-3), (1e-4, 2e-4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("lora8", {"method": "lora:8"}, "has the name 'lora8', which is a method's"),
+        ("prefix", {"method": "prefix"}, "has the name 'prefix', which is a method's"),
+        ("A_b", {"method": "prefix"}, "has the name 'A_b', but a name has small letters"),
+        ("mine", {}, "'mine' has no method"),
+        ("mine", {"method": "lorra"}, "'mine' has a method that is 'lorra' (did you mean 'lora'?)"),
+        ("mine", {"method": "zero-shot"}, "trains nothing and has no variants"),
+        ("mine", {"method": "lora", "prefix_length": 3}, "has 'prefix_length', but the method 'lora' has no prefix"),
+        ("mine", {"method": "prefix", "prefix_length": [3, 0]}, "prefix_length is [3, 0], but must be a whole number"),
+        ("mine", {"method": "prefix", "initialization": "example"}, "is 'example' (did you mean 'examples'?)"),
+        ("mine", {"method": "prefix", "batch_sise": 3}, "unknown key 'variants.mine.batch_sise'"),
+        ("mine", {"method": "prefix", "seed": 3}, "variants.mine has 'seed', which the study sets itself"),
+    ],
+)
+def test_a_wrong_variant_is_named(name: str, values: dict[str, Any], message: str):
+    assert message in refusal(variants={name: values}, methods=["full"])
+
+
+def test_a_name_of_no_variant_is_refused():
+    message = refusal(methods=["prefix-example"], variants=VARIANTS, learning_rates={"lora-fast": [1e-3]})
+    assert "methods[0] is 'prefix-example' (did you mean 'prefix-examples'?)" in message
+    assert "a key of learning_rates is 'lora-fast'" in message
+
+
+def test_backbones_are_told_apart_by_their_names():
+    assert "would be called the same" in refusal("scale", backbones=["a/gpt2", "b/GPT2"])
 
 
 def test_planning_needs_no_torch():

@@ -76,7 +76,7 @@ def test_lengths_and_starts_are_those_of_prefixes():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_what_a_study_varies_is_among_the_factors(name: str):
-    planned = cells(name)
+    planned = cells(name, **({"backbones": "a,b"} if name == "scale" else {}))
     kind = STUDIES[name]
     assert all(any(factor in cell.factors() for cell in planned) for factor in kind.factors)
     assert kind.axis is None or kind.axis in kind.factors
@@ -99,6 +99,56 @@ def test_counterparts_are_of_the_same_sample_seed_and_size():
     }
     length = StudyConfig(name="length", lengths=[2, 5])
     assert [(run.prefix_length, other.prefix_length) for run, other in counterparts(length)] == [(5, 2)]
+
+
+def test_a_sample_comes_with_its_own_seed():
+    planned = cells("low-data", methods="full", sizes="9,0", repetitions=3)
+    assert [(cell.num_targets, cell.subset, cell.seed) for cell in planned] == [
+        *((9, 0, 0), (0, 0, 0), (9, 1, 1), (0, 0, 1), (9, 2, 2), (0, 0, 2)),
+    ]
+    # The first two of a grid's diagonal have the names that they had there.
+    grid = {cell.id for cell in cells("low-data", methods="full", sizes="9", subsets=3, seeds=3)}
+    assert {cell.id for cell in planned if cell.num_targets} <= grid
+
+
+def test_variants_stand_side_by_side():
+    variants = {
+        "words": {"method": "prefix", "prefix_length": 10},
+        "shown": {"method": "prefix", "prefix_length": [106, 211], "initialization": "examples"},
+        "slow": {"method": "lora:8", "warmup_steps": 90},
+    }
+    study = StudyConfig(methods=[*variants, "lora:4"], variants=variants, sizes=[9])
+    assert [cell.group for cell in plan(study)] == [
+        *("words-n9-P10-task", "shown-n9-P106-examples", "shown-n9-P211-examples", "slow-n9", "lora4-n9"),
+    ]
+    assert [cell.base_method for cell in plan(study)] == ["prefix", "prefix", "prefix", "lora", "lora"]
+    assert plan(study)[1].factors()["method"] == "shown"
+    assert {other.group for _, other in counterparts(study)} == {"words-n9-P10-task"}
+
+
+def test_each_backbone_has_all_runs_and_counterparts_of_its_own():
+    study = StudyConfig(name="scale", backbones=["o/GPT2", "smollm2-135m"], methods=["prefix", "full"], sizes=[9])
+    assert [cell.group for cell in plan(study)] == [
+        *("gpt2-prefix-n9-P10-task", "gpt2-full-n9"),
+        *("smollm2-135m-prefix-n9-P10-task", "smollm2-135m-full-n9"),
+    ]
+    assert {run.group: other.group for run, other in counterparts(study)} == {
+        "gpt2-full-n9": "gpt2-prefix-n9-P10-task",
+        "smollm2-135m-full-n9": "smollm2-135m-prefix-n9-P10-task",
+    }
+
+
+def test_every_length_is_compared_with_full_fine_tuning():
+    study = StudyConfig(name="ceiling", methods=["full", "prefix", "lora:4"], lengths=[1, 5], sizes=[9])
+    pairs = {run.group: other.group for run, other in counterparts(study)}
+    assert pairs == dict.fromkeys(("prefix-n9-P1-task", "prefix-n9-P5-task", "lora4-n9"), "full-n9")
+
+
+def test_a_start_from_a_prompt_is_one_from_its_text(tmp_path: Path):
+    (cell,) = cells("initialization", starts="prompt", subsets=1)
+    study = StudyConfig(name="initialization", prompt_text="Say it.")
+    config = build_train_config(study, cell, 1e-2, tmp_path, 5)
+    assert (config.initialization, config.init_text, config.prefix_length) == ("text", "Say it.", 10)
 
 
 def test_all_targets_are_not_taken_for_none():

@@ -39,7 +39,8 @@ class StudyOptions(OutputOptions, ConfigOptions, StudyConfig):
 def study(options: StudyOptions) -> int:
     """Compare methods, sizes, lengths or starts: a grid of runs that can be stopped, resumed and distributed.
 
-    The file of --config may also have the tables train_settings, learning_rates and steps_by_size.
+    The file of --config may also have the tables variants, train_settings, learning_rates and
+    steps_by_size.
 
     For example:
         prefixtune study methods --config studies/methods.toml

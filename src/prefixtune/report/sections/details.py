@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prefixtune.pages.document import Block, Column, Facts, Listing, Outputs, Section, Table, Text, Value, texts
@@ -37,6 +37,7 @@ def differences_section(study: Study, systems: Sequence[System], names: Mapping[
     if any(difference.part for difference in differences):
         columns.append(texts("test items", [d.part or "all" for d in differences]))
     columns.append(Column("mean", [_mean(d, decimals) for d in differences], "± standard error"))
+    columns += _mean_columns(differences, decimals)
     columns.append(
         Column("each run", [Value("; ".join(signed(x, decimals) for x in d.differences)) for d in differences])
     )
@@ -45,13 +46,35 @@ def differences_section(study: Study, systems: Sequence[System], names: Mapping[
         p_values = [Value("; ".join(fixed(p_value, 3) for p_value in d.p_values)) for d in differences]
         columns.append(Column("p", p_values, "each run"))
     table = Table(f"Differences in {metric_name(study.metric)}", columns, num_headers=2)
-    notes = [
-        f"p: {study.comparisons.test}, over the test items: how often chance alone gives a difference this large. "
-        "It is about these runs; how much a score changes with another seed or sample is in the standard error, where "
-        "there are several runs.",
-        f"★: every run differs in the same direction, each with p below {LEVEL}.",
-    ]
-    return Section("Differences", [table, Listing(notes)] if has_tests else [table])
+    notes = []
+    if has_tests:
+        notes += [
+            f"p of each run: {study.comparisons.test}, over the test items: how often chance alone gives a difference "
+            "this large. It is about these runs; how much a score changes with another seed or sample is in the "
+            "standard error, where there are several runs.",
+            f"★: every run differs in the same direction, each with p below {LEVEL}.",
+        ]
+    if any(difference.corrected_p_value is not None for difference in differences):
+        notes.append(
+            "Interval and p of the mean: Student's t over the runs, each pair on the same sample and seed; of a single "
+            "run, its own p. Corrected: by Holm, over all rows of this table with the same test items."
+        )
+    return Section("Differences", [table, Listing(notes)] if notes else [table])
+
+
+def _mean_columns(differences: Sequence[Difference], decimals: int) -> Iterator[Column]:
+    """What is known of the means, besides their standard errors."""
+    if any(difference.interval is not None for difference in differences):
+        yield Column("95 % interval", [_interval(d, decimals) for d in differences], "of the mean")
+    if any(difference.corrected_p_value is not None for difference in differences):
+        pairs = [(difference.p_value, difference.corrected_p_value) for difference in differences]
+        yield Column("p", [Value(fixed(p_value, 3), number=p_value) for p_value, _ in pairs], "of the mean")
+        yield Column("p, corrected", [Value(fixed(p_value, 3), number=p_value) for _, p_value in pairs], "Holm")
+
+
+def _interval(difference: Difference, decimals: int) -> Value:
+    ends = difference.interval
+    return Value(MISSING) if ends is None else Value(f"{signed(ends[0], decimals)} to {signed(ends[1], decimals)}")
 
 
 def _mean(difference: Difference, decimals: int) -> Value:
