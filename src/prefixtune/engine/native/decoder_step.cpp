@@ -203,7 +203,7 @@ class Run {
         call.out = attended_;
         float* scratch = softmax_ + thread * sizes_.scratch();
         for (int64_t i; (i = done.fetch_add(1, std::memory_order_relaxed)) < num_items_;)
-            attention::attend<uint16_t>(call, sizes_, items_[i], scratch);
+            attention::attend<uint16_t>(call, sizes_, items_[i], items_[i + 1 < num_items_ ? i + 1 : i], scratch);
     }
 
     // The rows that are wanted, one after the other: what follows is computed for them alone.

@@ -39,7 +39,7 @@ int run(const Call& call) {
             barrier(of);
         }
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_items;)
-            attend<T>(call, sizes, items[i], scratch + thread * sizes.scratch());
+            attend<T>(call, sizes, items[i], items[i + 1 < num_items ? i + 1 : i], scratch + thread * sizes.scratch());
     });
     std::free(items);
     std::free(scratch);

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "vectors.h"
 
 namespace attention {
@@ -15,6 +19,9 @@ namespace attention {
 constexpr int64_t BLOCK = 64;  // Columns of keys and values at once.
 constexpr int64_t ROWS = 64;   // Rows of queries at once, or one token's.
 constexpr int64_t FEW_ROWS = 4;
+
+// To whole vectors, and whole cache lines.
+inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 
 // Products of `R` queries (in rows of `width`) with `count` keys (in rows of `dim`, a multiple of LANES); the scores are
 // in rows of BLOCK, of which what follows the last key is 0.
@@ -50,15 +57,86 @@ void multiply_few(const float* queries, int64_t width, const T* keys, int64_t di
     if (rows == 1) multiply_keys<1>(queries, width, keys, dim, count, scores);
 }
 
-// `R` rows and `V` vectors of c = a b, or of c += a b.
+#if defined(__AVX512BF16__)
+constexpr int64_t PAIRS = 32;  // Numbers of bfloat16 in a vector.
+
+// Products of `R` queries with `N` keys of `D` vectors, each lane a share of one: of N vectors, one.
+template <int R, int D, int N>
+inline void multiply_pairs(const __m512bh (&queries)[R][D], const uint16_t* keys, int64_t ahead,
+                           Floats (&sums)[R]) {
+    if constexpr (N == 1) {
+        for (int r = 0; r < R; ++r) sums[r] = Floats{};
+        for (int d = 0; d < D; ++d) {
+            const __m512bh key = (__m512bh)_mm512_loadu_si512(keys + d * PAIRS);
+            _mm_prefetch(reinterpret_cast<const char*>(keys + d * PAIRS) + ahead, _MM_HINT_T1);
+            for (int r = 0; r < R; ++r)
+                sums[r] = (Floats)_mm512_dpbf16_ps((__m512)sums[r], key, queries[r][d]);
+        }
+    } else {
+        Floats more[R];
+        multiply_pairs<R, D, N / 2>(queries, keys, ahead, sums);
+        multiply_pairs<R, D, N / 2>(queries, keys + N / 2 * D * PAIRS, ahead, more);
+        for (int r = 0; r < R; ++r) sums[r] = evens(sums[r], more[r]) + odds(sums[r], more[r]);
+    }
+}
+
+// As `multiply_keys`, by products of pairs. Meanwhile, what lies `ahead` bytes behind the keys comes from memory.
+template <int R, int D>
+void multiply_keys(const uint16_t* queries, int64_t width, const uint16_t* keys, int64_t count, int64_t ahead,
+                   float* scores) {
+    __m512bh rows[R][D];
+    for (int r = 0; r < R; ++r)
+        for (int d = 0; d < D; ++d) rows[r][d] = (__m512bh)_mm512_loadu_si512(queries + r * width + d * PAIRS);
+    for (int64_t begin = 0; begin < count; begin += LANES, keys += LANES * D * PAIRS) {
+        Floats sums[R];
+        if (begin + LANES <= count) {
+            multiply_pairs<R, D, LANES>(rows, keys, ahead, sums);
+        } else {
+            // What follows the last key may not be memory of ours.
+            uint16_t rest[LANES * D * PAIRS] = {};
+            std::memcpy(rest, keys, (count - begin) * D * PAIRS * sizeof *keys);
+            multiply_pairs<R, D, LANES>(rows, rest, ahead, sums);
+        }
+        for (int r = 0; r < R; ++r) store(scores + r * BLOCK + begin, sums[r]);
+    }
+}
+
+template <int D>
+void multiply_few(const uint16_t* queries, int64_t width, const uint16_t* keys, int64_t count, int64_t ahead,
+                  float* scores, int64_t rows) {
+    if (rows == 4) multiply_keys<4, D>(queries, width, keys, count, ahead, scores);
+    if (rows == 3) multiply_keys<3, D>(queries, width, keys, count, ahead, scores);
+    if (rows == 2) multiply_keys<2, D>(queries, width, keys, count, ahead, scores);
+    if (rows == 1) multiply_keys<1, D>(queries, width, keys, count, ahead, scores);
+}
+
+inline bool suits_pairs(int64_t dim) { return dim == PAIRS || dim == 2 * PAIRS || dim == 4 * PAIRS; }
+
+inline void multiply_few(const uint16_t* queries, int64_t width, const uint16_t* keys, int64_t dim, int64_t count,
+                         int64_t ahead, float* scores, int64_t rows) {
+    if (dim == PAIRS) multiply_few<1>(queries, width, keys, count, ahead, scores, rows);
+    if (dim == 2 * PAIRS) multiply_few<2>(queries, width, keys, count, ahead, scores, rows);
+    if (dim == 4 * PAIRS) multiply_few<4>(queries, width, keys, count, ahead, scores, rows);
+}
+#else
+inline bool suits_pairs(int64_t) { return false; }
+
+inline void multiply_few(const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t) {}
+#endif
+
+// `R` rows and `V` vectors of c = a b, or of c += a b. Meanwhile, what lies `ahead` bytes behind `b` comes from memory.
 template <int R, int V, bool ADD, typename T>
-inline void multiply_tile(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k) {
+inline void multiply_tile(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
+                          int64_t ahead) {
     Floats sum[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sum[r][v] = ADD ? load(c + r * ldc + v * LANES) : Floats{};
     for (int64_t i = 0; i < k; ++i) {
         Floats x[V];
         for (int v = 0; v < V; ++v) x[v] = load(b + i * ldb + v * LANES);
+        if (ADD)
+            for (size_t line = 0; line < V * LANES * sizeof(T); line += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(b + i * ldb) + line + ahead, 0, 2);
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) sum[r][v] += x[v] * a[r * lda + i];
     }
@@ -68,24 +146,25 @@ inline void multiply_tile(const float* a, int64_t lda, const T* b, int64_t ldb, 
 
 template <int R, bool ADD, typename T>
 inline void multiply_rows(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-                          int64_t n) {
+                          int64_t n, int64_t ahead) {
     constexpr int V = LANES == 16 ? 4 : 2;  // As many as there are registers for.
     int64_t column = 0;
     for (; column + V * LANES <= n; column += V * LANES)
-        multiply_tile<R, V, ADD>(a, lda, b + column, ldb, c + column, ldc, k);
-    for (; column < n; column += LANES) multiply_tile<R, 1, ADD>(a, lda, b + column, ldb, c + column, ldc, k);
+        multiply_tile<R, V, ADD>(a, lda, b + column, ldb, c + column, ldc, k, ahead);
+    for (; column < n; column += LANES) multiply_tile<R, 1, ADD>(a, lda, b + column, ldb, c + column, ldc, k, ahead);
 }
 
 // c = a b, or c += a b; `n` is a multiple of LANES.
 template <bool ADD, typename T>
 void multiply(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t k,
-              int64_t n) {
+              int64_t n, int64_t ahead = 0) {
     int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) multiply_rows<4, ADD>(a + row * lda, lda, b, ldb, c + row * ldc, ldc, k, n);
+    for (; row + 4 <= rows; row += 4)
+        multiply_rows<4, ADD>(a + row * lda, lda, b, ldb, c + row * ldc, ldc, k, n, ahead);
     a += row * lda, c += row * ldc;
-    if (rows - row == 3) multiply_rows<3, ADD>(a, lda, b, ldb, c, ldc, k, n);
-    if (rows - row == 2) multiply_rows<2, ADD>(a, lda, b, ldb, c, ldc, k, n);
-    if (rows - row == 1) multiply_rows<1, ADD>(a, lda, b, ldb, c, ldc, k, n);
+    if (rows - row == 3) multiply_rows<3, ADD>(a, lda, b, ldb, c, ldc, k, n, ahead);
+    if (rows - row == 2) multiply_rows<2, ADD>(a, lda, b, ldb, c, ldc, k, n, ahead);
+    if (rows - row == 1) multiply_rows<1, ADD>(a, lda, b, ldb, c, ldc, k, n, ahead);
 }
 
 struct Span {
@@ -109,9 +188,6 @@ struct Item {
     const Span* span;
     int64_t kv_head, first, last;  // of the span's tokens
 };
-
-// To whole vectors, and whole cache lines.
-inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 
 struct Sizes {
     int64_t key, value, rows, tokens;
@@ -165,17 +241,17 @@ inline void make_scores(const Call& call, float* scores, int64_t head, int64_t p
     }
     int64_t visible = position + 1 - begin;
     if (visible < 0) visible = 0;
-    for (int64_t j = visible; j < BLOCK; ++j) scores[j] = -INFINITY;
+    for (int64_t j = visible; j < padded(count); ++j) scores[j] = -INFINITY;
     if (call.window > 0) {
         const int64_t hidden = position - call.window + 1 - begin;
         for (int64_t j = text; j < hidden && j < count; ++j) scores[j] = -INFINITY;
     }
 }
 
-// Turn a row of scores into weights, and scale what was summed before; returns the weights' sum.
-inline void soften(float* scores, float* sums, int64_t width, float* highest, float* total) {
+// Turn `count` scores into weights, and scale what was summed before; their sum is added to `total`.
+inline void soften(float* scores, int64_t count, float* sums, int64_t width, float* highest, float* total) {
     Floats tops = load(scores);
-    for (int64_t j = LANES; j < BLOCK; j += LANES) {
+    for (int64_t j = LANES; j < count; j += LANES) {
         const Floats next = load(scores + j);
         tops = next > tops ? next : tops;
     }
@@ -184,12 +260,12 @@ inline void soften(float* scores, float* sums, int64_t width, float* highest, fl
     const float top = block_top > *highest ? block_top : *highest;
     if (top == -INFINITY) {
         // Nothing of the block is visible; NaN stays.
-        for (int64_t j = 0; j < BLOCK; ++j) scores[j] = scores[j] != scores[j] ? scores[j] : 0;
-        for (int64_t j = 0; j < BLOCK; ++j) *total += scores[j];
+        for (int64_t j = 0; j < count; ++j) scores[j] = scores[j] != scores[j] ? scores[j] : 0;
+        for (int64_t j = 0; j < count; ++j) *total += scores[j];
         return;
     }
     Floats parts = {};
-    for (int64_t j = 0; j < BLOCK; j += LANES) {
+    for (int64_t j = 0; j < count; j += LANES) {
         const Floats weight = exponential(load(scores + j) - top);
         store(scores + j, weight);
         parts += weight;
@@ -204,7 +280,7 @@ inline void soften(float* scores, float* sums, int64_t width, float* highest, fl
 }
 
 template <typename T>
-void attend(const Call& call, const Sizes& sizes, const Item& item, float* scratch) {
+void attend(const Call& call, const Sizes& sizes, const Item& item, const Item& following, float* scratch) {
     const Span& span = *item.span;
     const int64_t group = call.heads / call.kv_heads, rows = (item.last - item.first) * group;
     float* queries = scratch;
@@ -214,10 +290,16 @@ void attend(const Call& call, const Sizes& sizes, const Item& item, float* scrat
     float* total = highest + sizes.rows * 16;
     float* key_block = total + sizes.rows * 16;
     float* value_block = key_block + BLOCK * sizes.key;
+    const bool in_pairs = sizeof(T) == sizeof(uint16_t) && rows <= FEW_ROWS && suits_pairs(call.key_dim);
+    uint16_t* narrow = reinterpret_cast<uint16_t*>(queries);
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t head = item.kv_head * group + row % group, token = span.first_token + item.first + row / group;
-        widen(static_cast<const T*>(call.query) + head * call.query_strides[0] + token * call.query_strides[1], 1,
-              call.key_dim, sizes.key, queries + row * sizes.key);
+        const T* query =
+            static_cast<const T*>(call.query) + head * call.query_strides[0] + token * call.query_strides[1];
+        if (in_pairs)
+            std::memcpy(narrow + row * sizes.key, query, call.key_dim * sizeof *narrow);
+        else
+            widen(query, 1, call.key_dim, sizes.key, queries + row * sizes.key);
         highest[row] = -INFINITY;
         total[row] = 0;
     }
@@ -226,12 +308,18 @@ void attend(const Call& call, const Sizes& sizes, const Item& item, float* scrat
                     item.kv_head * call.keys_strides[1];
     const T* values = static_cast<const T*>(call.values) + span.slot * call.values_strides[0] +
                       item.kv_head * call.values_strides[1];
+    const int64_t slots = following.span->slot - span.slot, heads = following.kv_head - item.kv_head;
+    const int64_t keys_ahead = (slots * call.keys_strides[0] + heads * call.keys_strides[1]) * sizeof(T);
+    const int64_t values_ahead = (slots * call.values_strides[0] + heads * call.values_strides[1]) * sizeof(T);
     const int64_t stop = span.start + item.last, first_position = span.start + item.first;
     for (int64_t begin = 0; begin < stop; begin += BLOCK) {
         const int64_t count = stop - begin < BLOCK ? stop - begin : BLOCK;
         if (call.window > 0 && begin >= span.prefix_length && begin + count <= first_position - call.window + 1) continue;
         const T* block = keys + begin * call.key_dim;
-        if (rows <= FEW_ROWS && call.key_dim % LANES == 0) {
+        if (in_pairs) {
+            multiply_few(narrow, sizes.key, reinterpret_cast<const uint16_t*>(block), call.key_dim, count, keys_ahead,
+                         scores, rows);
+        } else if (rows <= FEW_ROWS && call.key_dim % LANES == 0) {
             multiply_few(queries, sizes.key, block, call.key_dim, count, scores, rows);
         } else if (rows <= FEW_ROWS) {
             widen(block, count, call.key_dim, sizes.key, key_block);
@@ -245,11 +333,13 @@ void attend(const Call& call, const Sizes& sizes, const Item& item, float* scrat
         for (int64_t row = 0; row < rows; ++row) {
             make_scores(call, scores + row * BLOCK, item.kv_head * group + row % group, first_position + row / group,
                         span.prefix_length, begin, count);
-            soften(scores + row * BLOCK, sums + row * sizes.value, sizes.value, highest + row, total + row);
+            soften(scores + row * BLOCK, padded(count), sums + row * sizes.value, sizes.value, highest + row,
+                   total + row);
         }
         const T* rest = values + begin * call.value_dim;
         if (rows <= FEW_ROWS && call.value_dim % LANES == 0) {
-            multiply<true>(scores, BLOCK, rest, call.value_dim, sums, sizes.value, rows, count, call.value_dim);
+            multiply<true>(scores, BLOCK, rest, call.value_dim, sums, sizes.value, rows, count, call.value_dim,
+                           values_ahead);
         } else {
             widen(rest, count, call.value_dim, sizes.value, value_block);
             multiply<true>(scores, BLOCK, value_block, sizes.value, sums, sizes.value, rows, count, sizes.value);

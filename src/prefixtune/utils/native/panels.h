@@ -1,8 +1,8 @@
 // A few rows or many, times matrices in bfloat16, by the processor's products of pairs of bfloat16.
 //
-// A matrix (outer, inner) lies in panels of 16 of its rows: for each pair of numbers k, k + 1, the pairs of the 16 rows.
-// So a panel is read in order, and a vector of it is multiplied with a pair of each input row. Sums are float32; a row's
-// result does not depend on the rows beside it.
+// A matrix (outer, inner) lies in panels of 16 of its rows: for each pair of numbers k, k + 1, the pairs of the 16
+// rows. So a panel is read in order, and a vector of it is multiplied with a pair of each input row. Sums are float32; a
+// row's result does not depend on the rows beside it.
 #pragma once
 
 #include <immintrin.h>
@@ -50,6 +50,7 @@ namespace panels {
 constexpr int64_t MOST_ROWS = 14;  // Input rows at once: with two panels, as many sums as registers hold.
 constexpr int64_t MANY_ROWS = 64;  // From here on, input rows are read once for several panels.
 constexpr int64_t NEAR_BYTES = 1 << 17;  // Of these panels.
+constexpr int64_t LINE = PANEL * 4;      // Bytes of a panel for a pair of numbers.
 constexpr int64_t CHUNKS = 4;  // Of the work, for each thread: one that is delayed leaves some to others.
 
 // The panels that are multiplied at once, and those that come after them.
@@ -64,7 +65,9 @@ inline __mmask16 first_lanes(int64_t count) {
     return count >= PANEL ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
 }
 
-inline __m512 widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+inline __m512 widen(__m256i halves) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
 
 inline __m512 rounded(__m512 numbers) { return widen((__m256i)_mm512_cvtneps_pbh(numbers)); }
 
@@ -76,31 +79,60 @@ inline __m512 silu(__m512 x) {
     return _mm512_mul_ps(x, reinterpret_cast<const __m512&>(share));
 }
 
+// `sums` += two numbers of an input row times those of the panels.
+template <int C>
+inline __attribute__((always_inline)) void multiply_pair(const char* numbers, const __m512bh (&panels)[C],
+                                                         __m512 (&sums)[C]) {
+    int32_t bits;
+    std::memcpy(&bits, numbers, sizeof bits);
+    const __m512bh pair = (__m512bh)_mm512_set1_epi32(bits);
+    for (int c = 0; c < C; ++c) sums[c] = _mm512_dpbf16_ps(sums[c], panels[c], pair);
+}
+
 // `R` input rows times `C` panels. Meanwhile, a share of what is read next comes from memory.
 template <int R, int C, Finish F>
 void multiply_tile(const uint16_t* inputs, int64_t inner, const Columns& columns, int64_t row, int64_t turn,
                    int64_t tiles) {
-    const int64_t pairs = inner / 2;
-    const uint16_t *panels[C], *next[C];
-    for (int c = 0; c < C; ++c) panels[c] = columns.panels[c], next[c] = columns.next[c];
-    inputs += row * inner;
+    const char *panels[C], *next[C];
+    for (int c = 0; c < C; ++c) {
+        panels[c] = reinterpret_cast<const char*>(columns.panels[c]);
+        next[c] = reinterpret_cast<const char*>(columns.next[c]);
+    }
+    // Pointers to every third row: the processor's addresses have room for a stride, and its registers not for pointers
+    // to all rows.
+    const int64_t stride = inner * 2;
+    const char* rows0 = reinterpret_cast<const char*>(inputs + row * inner);
+    const char *rows3 = rows0 + 3 * stride, *rows6 = rows3 + 3 * stride, *rows9 = rows6 + 3 * stride,
+               *rows12 = rows9 + 3 * stride;
     __m512 sums[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; ++k) {
-        __m512bh numbers[C];
+    for (int64_t k = 0; k < inner / 2; ++k) {
         if (turn-- == 0) {
             turn = tiles - 1;
-            for (int c = 0; c < C; ++c)
-                _mm_prefetch(reinterpret_cast<const char*>(next[c] + k * 2 * PANEL), _MM_HINT_T1);
+            for (int c = 0; c < C; ++c) _mm_prefetch(next[c] + k * LINE, _MM_HINT_T1);
         }
-        for (int c = 0; c < C; ++c) numbers[c] = (__m512bh)_mm512_loadu_si512(panels[c] + k * 2 * PANEL);
-        for (int r = 0; r < R; ++r) {
-            int32_t bits;
-            std::memcpy(&bits, inputs + r * inner + 2 * k, sizeof bits);
-            const __m512bh pair = (__m512bh)_mm512_set1_epi32(bits);
-            for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], numbers[c], pair);
-        }
+        __m512bh numbers[C];
+        for (int c = 0; c < C; ++c) numbers[c] = (__m512bh)_mm512_loadu_si512(panels[c] + k * LINE);
+#define ROW(r, pointer) \
+    if constexpr (R > r) multiply_pair<C>(pointer + r % 3 * stride, numbers, sums[r])
+        ROW(0, rows0);
+        ROW(1, rows0);
+        ROW(2, rows0);
+        ROW(3, rows3);
+        ROW(4, rows3);
+        ROW(5, rows3);
+        ROW(6, rows6);
+        ROW(7, rows6);
+        ROW(8, rows6);
+        ROW(9, rows9);
+        ROW(10, rows9);
+        ROW(11, rows9);
+        ROW(12, rows12);
+        ROW(13, rows12);
+#undef ROW
+        rows0 += 4, rows3 += 4, rows6 += 4, rows9 += 4, rows12 += 4;
+        asm("" : "+r"(rows0), "+r"(rows3), "+r"(rows6), "+r"(rows9), "+r"(rows12));
     }
     for (int c = 0; c < C; ++c) {
         if (!columns.biases[c]) continue;
