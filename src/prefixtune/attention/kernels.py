@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixtune.attention.masks import causal_mask
+from prefixtune.attention.native.packed import compiled_attention
 from prefixtune.attention.packing import Packing
 from prefixtune.prefix.geometry import Site
 
@@ -220,6 +221,11 @@ def packed_attention(
         infix: The prefix is hidden from the groups' sources.
         observe: Called for each group, as an `AttentionObserver` that knows the layer.
     """
+    if scores.fused and scores.position_bias is None and observe is None:
+        rules = scores.scale, scores.window, infix
+        compiled = compiled_attention(packing, site, prefix_kv_by_group, query, key, value, *rules)
+        if compiled is not None:
+            return compiled
     lengths = [0 if kv is None else kv[0].shape[2] for kv in prefix_kv_by_group]
     masks = packing.masks(site, lengths, scores.window, query.dtype, query.device, infix=infix)
     # `split` and `squeeze`, not slices and indices: their backward passes write each gradient once.

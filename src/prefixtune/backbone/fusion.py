@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.native.packed import SMALLEST, packed_kernel
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.gate import gate_kernel, use_gate
 from prefixtune.backbone.native.norm import norm_kernel, norm_of
@@ -41,7 +42,9 @@ def with_fused_operations(backbone: Backbone) -> Backbone:
         or any(p.requires_grad or p.device.type != "cpu" or hasattr(p, "device_mesh") for p in model.parameters())
     ):
         return backbone
-    # All are compiled at the same time.
+    # All are compiled at the same time; a step's attention waits for its own.
+    if model.get_input_embeddings().weight.shape[-1] >= SMALLEST:
+        packed_kernel()
     kernels = norm_kernel(), gate_kernel(), rotation_kernel()
     if all(kernel.result() is None for kernel in kernels):
         return backbone
