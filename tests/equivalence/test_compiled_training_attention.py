@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -192,6 +193,30 @@ def test_what_it_does_not_compute_is_left_to_torch(monkeypatch: pytest.MonkeyPat
     assert not computed(ScoreOptions(0.3), row, lambda *_: None)
     monkeypatch.setattr(packed, "SMALLEST", 1000)
     assert not computed(ScoreOptions(0.3), row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype, kernel: packed.PackedKernel):
+    case, default = Case(4), torch.get_default_dtype()
+    expected = case.compute(torch.float32)
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, expected, case.compute(torch.float32)))
+        assert kernel.computes()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_without_a_compiler_torch_computes_it(monkeypatch: pytest.MonkeyPatch, plain: Any):
+    nothing: Future[None] = Future()
+    monkeypatch.setattr(packed, "packed_kernel", lambda: nothing)
+    monkeypatch.setattr(packed, "_SECONDS", 0.01)
+    packed._kernel.cache_clear()
+    try:
+        case = Case(4)
+        assert all(map(torch.equal, case.compute(torch.float32), plain(case.compute, torch.float32)))
+    finally:
+        packed._kernel.cache_clear()
 
 
 def test_gradients_of_gradients_are_refused():

@@ -73,19 +73,20 @@ class PackedKernel(NativeLibrary):
     def computes(self) -> bool:
         """Whether a source, a target and a prefix have the results and gradients of torch's attention."""
         draw = torch.Generator().manual_seed(0)
+        plain: Any = {"dtype": torch.float32, "device": "cpu"}
         shapes = ((4, 20), (2, 20), (2, 20), (2, 5), (2, 5))
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
             query, key, value, *prefix = (
-                torch.randn(1, heads, length, 24, generator=draw).to(dtype).float().requires_grad_()
+                torch.randn(1, heads, length, 24, generator=draw, **plain).to(dtype).float().requires_grad_()
                 for heads, length in shapes
             )
             rows = query.to(dtype), key.to(dtype), value.to(dtype)
             plan = make_plan(Packing((Group(0, 12, (8,)),)), "decoder", False)
             found = _attend(_Row(self, plan, (0,), 0.5, None), *rows, *prefix)
             keys, values = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
-            mask = torch.ones(20, 25, dtype=torch.bool).tril(5)
+            mask = torch.ones(20, 25, dtype=torch.bool, device="cpu").tril(5)
             expected = F.scaled_dot_product_attention(query, keys, values, mask, scale=0.5, enable_gqa=True)
-            gradient = torch.randn(1, 20, 4, 24, generator=draw)
+            gradient = torch.randn(1, 20, 4, 24, generator=draw, **plain)
             inputs = [query, key, value, *prefix]
             pairs = [
                 (found.float(), expected.transpose(1, 2)),
@@ -104,6 +105,15 @@ class PackedKernel(NativeLibrary):
 def packed_kernel() -> Future[PackedKernel | None]:
     """The compiled attention, as soon as it is made; None: it cannot be made here, which is logged once."""
     return start(Path(__file__).with_name("packed_attention.cpp"), PackedKernel, "attention of training is computed")
+
+
+@functools.cache
+def _kernel() -> PackedKernel | None:
+    """What all of this process's rows are computed by."""
+    try:
+        return packed_kernel().result(_SECONDS)
+    except TimeoutError:
+        return None
 
 
 def compiled_attention(
@@ -143,7 +153,7 @@ def compiled_attention(
     counts = (plan.num_queries, plan.num_keys) == (query.shape[2], key.shape[2])
     if not counts or (site != "decoder" and 0 in map(sum, zip(lengths, plan.num_shared, strict=True))):
         return None
-    kernel = packed_kernel().result(_SECONDS)
+    kernel = _kernel()
     if kernel is None:
         return None
     places = {pair: index for index, pair in enumerate(prefixes)}
@@ -185,8 +195,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, row: _Row, query: Tensor, key: Tensor, value: Tensor, *prefixes: Tensor) -> Tensor:
         heads, tokens = query.shape[1], query.shape[2]
-        out = torch.empty(1, tokens, heads, value.shape[3], dtype=query.dtype)
-        log_sums = torch.empty(heads, tokens)
+        out = query.new_empty(1, tokens, heads, value.shape[3])
+        log_sums = query.new_empty(heads, tokens, dtype=torch.float32)
         call = _BoundCall(row, query, key, value, prefixes)
         call.point(out=out, log_sums=log_sums)
         call.run(row.kernel.functions[query.dtype][0])
@@ -202,8 +212,7 @@ class _Attention(torch.autograd.Function):
         call = _BoundCall(row, query, key, value, prefixes, out_gradient.transpose(1, 2))
         # Each position's heads side by side, as the model's own products have them.
         query_gradient, key_gradient, value_gradient = (
-            torch.empty(1, tensor.shape[2], tensor.shape[1], tensor.shape[3], dtype=tensor.dtype)
-            for tensor in (query, key, value)
+            tensor.new_empty(1, tensor.shape[2], tensor.shape[1], tensor.shape[3]) for tensor in (query, key, value)
         )
         call.point(query_gradient=query_gradient, key_gradient=key_gradient, value_gradient=value_gradient)
         call.point(log_sums=log_sums)
@@ -256,7 +265,7 @@ class _BoundCall:
         entry.key, entry.key_strides = key.data_ptr(), _Strides(*key.stride()[1:3])
         entry.value, entry.value_strides = value.data_ptr(), _Strides(*value.stride()[1:3])
         if gradients:
-            own = [torch.zeros(tensor.shape) for tensor in (key, value)]
+            own = [tensor.new_zeros(tensor.shape) for tensor in (key, value)]
             entry.key_gradient, entry.value_gradient = own[0].data_ptr(), own[1].data_ptr()
             self.prefix_gradients += own
 
