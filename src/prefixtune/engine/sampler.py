@@ -24,6 +24,8 @@ _LOWEST_TEMPERATURE = 1e-5
 """Below it, scores would overflow; the likeliest token has all the weight anyway."""
 _BLOCK = 256
 """Weights of which a sum is drawn before one of them is."""
+_SEARCHED = 2048
+"""Scores of a block in which the highest one is looked for, once its block is known."""
 _ROUNDING = 1e-5
 """Of exponentials in float32, relatively, with a margin."""
 _LOGPROBS_BYTES = 2**24
@@ -47,12 +49,8 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
         allowed[too_short, eos_id] = float("-inf")
         for row in too_short:
             allowed[row, list(sequences[row].request.sampling.end_ids)] = float("-inf")
-    # A row with a NaN anywhere has NaN as its maximum.
-    best = allowed.max(dim=-1)
     tokens: list[Token | str] = []
-    for row, (sequence, score, token) in enumerate(
-        zip(sequences, best.values.tolist(), best.indices.tolist(), strict=True)
-    ):
+    for row, (sequence, score, token) in enumerate(zip(sequences, *_best_tokens(allowed), strict=True)):
         params = sequence.request.sampling
         if not math.isfinite(score):
             tokens.append(NOT_FINITE)
@@ -63,6 +61,22 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
         else:
             tokens.append(_try_one(logits[row], allowed[row], sequence))
     return tokens
+
+
+def _best_tokens(scores: Float[Tensor, "W V"]) -> tuple[list[float], list[int]]:
+    """The highest score of every row, NaN where there is one, and the first token that has it."""
+    size = scores.shape[1]
+    whole = size // _SEARCHED * _SEARCHED
+    if scores.device.type != "cpu" or size < 4 * _SEARCHED:
+        best = scores.max(dim=-1)
+        return best.values.tolist(), best.indices.tolist()
+    # Of blocks first: on a CPU the maximum alone is four times as quick as with its index.
+    blocks = scores[:, :whole].unflatten(1, (-1, _SEARCHED)).amax(dim=-1)
+    if whole < size:
+        blocks = torch.cat([blocks, scores[:, whole:].amax(dim=-1, keepdim=True)], dim=1)
+    starts = (blocks.max(dim=-1).indices * _SEARCHED).clamp(max=size - _SEARCHED)
+    best = scores.gather(1, starts[:, None] + torch.arange(_SEARCHED)).max(dim=-1)
+    return best.values.tolist(), (starts + best.indices).tolist()
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:

@@ -86,6 +86,23 @@ def test_numbers_that_are_not_finite_are_that_rows_trouble():
     assert "finite" in str(found[1])
 
 
+@pytest.mark.parametrize("size", [5, 8191, 8192, 8193, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_of_equals_in_any_vocabulary(size: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(40, size, generator=generator).to(dtype).round()
+    logits[-1] = 0
+    logits[-1, -1] = 1
+    logits[-2, size // 2] = float("nan")
+    found = sample(logits, [sequence() for _ in logits], eos_id=0)
+    for row, token in enumerate(found):
+        if row == len(found) - 2:
+            assert "finite" in str(token)
+        else:
+            assert isinstance(token, Token)
+            assert token.id == int((logits[row] == logits[row].max()).nonzero()[0])
+
+
 def test_texts_without_a_seed_differ():
     row = torch.zeros(1, 1000)
     found = {sample(row, [sequence(seed=None, temperature=1.0)], eos_id=0)[0] for _ in range(5)}

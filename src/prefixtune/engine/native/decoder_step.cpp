@@ -110,7 +110,7 @@ class Run {
     }
 
     // What each thread does.
-    void work(int64_t thread, int64_t threads) const {
+    void work(int64_t thread, int64_t threads) {
         uint16_t* hidden = step_.hidden;
         int64_t rows = step_.tokens;
         for (int64_t i = 0; i < step_.num_layers; ++i) {
@@ -118,39 +118,39 @@ class Run {
             const bool last = i + 1 == step_.num_layers;
             std::atomic<int64_t>* done = done_ + i * PHASES;
             norm(hidden, rows, layer.attention_norm, thread, threads);
-            barrier(threads);
+            barrier_.wait(threads);
             uint16_t* key = projected_ + step_.heads * step_.head_dim;
             uint16_t* value = key + step_.kv_heads * step_.head_dim;
             const Part projections[] = {
                 {layer.query, projected_, row_}, {layer.key, key, row_}, {layer.value, value, row_}};
             multiply_panels<Finish::STORE>(normed_, rows, projections, done[0], threads, pair_of(layer.out));
-            barrier(threads);
+            barrier_.wait(threads);
             for (int64_t t = share(rows, thread, threads); t < share(rows, thread + 1, threads); ++t) place(layer, t);
-            barrier(threads);
+            barrier_.wait(threads);
             attend(layer, done[1], thread);
-            barrier(threads);
+            barrier_.wait(threads);
             const uint16_t* attended = attended_;
             if (last) {
                 keep(thread, threads);
-                barrier(threads);
+                barrier_.wait(threads);
                 hidden = kept_hidden_, attended = kept_attended_, rows = step_.num_kept;
             }
             const PanelPair gate_and_up{{layer.gate.panels, layer.up.panels}};
             const Part out[] = {{layer.out, hidden, width_}};
             multiply_panels<Finish::ADD>(attended, rows, out, done[2], threads, gate_and_up);
-            barrier(threads);
+            barrier_.wait(threads);
             norm(hidden, rows, layer.mlp_norm, thread, threads);
-            barrier(threads);
+            barrier_.wait(threads);
             const Part gates[] = {{layer.gate, gated_, inner_}, {layer.up, gated_, inner_}};
             multiply_panels<Finish::GATE>(normed_, rows, gates, done[3], threads, pair_of(layer.down));
-            barrier(threads);
+            barrier_.wait(threads);
             const Part down[] = {{layer.down, hidden, width_}};
             const PanelPair after = pair_of(last ? step_.head : step_.layers[i + 1].query);
             multiply_panels<Finish::ADD>(gated_, rows, down, done[4], threads, after);
-            barrier(threads);
+            barrier_.wait(threads);
         }
         norm(hidden, rows, step_.norm, thread, threads);
-        barrier(threads);
+        barrier_.wait(threads);
         const Part head[] = {{step_.head, step_.logits, step_.head.outer}};
         multiply_panels<Finish::STORE>(normed_, rows, head, done_[step_.num_layers * PHASES], threads,
                                        pair_of(step_.layers[0].query));
@@ -226,6 +226,7 @@ class Run {
     uint16_t *normed_, *projected_, *attended_, *gated_, *kept_hidden_, *kept_attended_;
     float* softmax_;
     std::atomic<int64_t>* done_;
+    Barrier barrier_;
 };
 
 }  // namespace
@@ -233,7 +234,7 @@ class Run {
 // Returns 1 if there is not enough memory.
 extern "C" int decoder_step(const Step* step) {
     try {
-        const Run run(*step);
+        Run run(*step);
         in_threads(step->threads, [&](int64_t thread, int64_t threads) { run.work(thread, threads); });
     } catch (const std::bad_alloc&) {
         return 1;

@@ -32,11 +32,12 @@ int run(const Call& call) {
     }
     make_items(call, sizes, items);
     std::atomic<int64_t> next{0};
+    Barrier barrier;
     in_threads(threads, [&](int64_t thread, int64_t of) {
         if (call.key) {
             for (int64_t i = thread; i < call.num_spans * call.kv_heads; i += of)
                 write<T>(call, call.spans[i / call.kv_heads], i % call.kv_heads);
-            barrier(of);
+            barrier.wait(of);
         }
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_items;)
             attend<T>(call, sizes, items[i], items[i + 1 < num_items ? i + 1 : i], scratch + thread * sizes.scratch());

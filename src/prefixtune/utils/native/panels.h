@@ -1,8 +1,8 @@
 // A few rows or many, times matrices in bfloat16, by the processor's products of pairs of bfloat16.
 //
 // A matrix (outer, inner) lies in panels of 16 of its rows: for each pair of numbers k, k + 1, the pairs of the 16
-// rows. So a panel is read in order, and a vector of it is multiplied with a pair of each input row. Sums are float32; a
-// row's result does not depend on the rows beside it.
+// rows. So a panel is read in order, and a vector of it is multiplied with a pair of each input row. Sums are float32;
+// a row's result does not depend on the rows beside it.
 #pragma once
 
 #include <immintrin.h>
@@ -49,7 +49,7 @@ namespace panels {
 
 constexpr int64_t MOST_ROWS = 14;  // Input rows at once: with two panels, as many sums as registers hold.
 constexpr int64_t MANY_ROWS = 64;  // From here on, input rows are read once for several panels.
-constexpr int64_t NEAR_BYTES = 1 << 17;  // Of these panels.
+constexpr int64_t NEAR_BYTES = 1 << 19;  // Of these panels.
 constexpr int64_t LINE = PANEL * 4;      // Bytes of a panel for a pair of numbers.
 constexpr int64_t CHUNKS = 4;  // Of the work, for each thread: one that is delayed leaves some to others.
 
@@ -217,9 +217,13 @@ void multiply_panels(const uint16_t* inputs, int64_t rows, const Part (&parts)[N
     const int64_t inner = parts[0].matrix.inner;
     int64_t groups = 0;
     for (int i = 0; i < (F == Finish::GATE ? 1 : N); ++i) groups += groups_of<F>(parts[i]);
-    int64_t chunk = threads > 1 ? groups / (threads * CHUNKS) : groups;
-    if (rows >= MANY_ROWS && chunk > NEAR_BYTES / (2 * PANEL * inner * 2)) chunk = NEAR_BYTES / (2 * PANEL * inner * 2);
-    if (chunk < 1) chunk = 1;
+    int64_t chunks = threads > 1 ? threads * CHUNKS : 1;
+    if (rows >= MANY_ROWS) {
+        const int64_t bytes = groups * 2 * PANEL * inner * 2, per_thread = threads * NEAR_BYTES;
+        const int64_t least = (bytes + per_thread - 1) / per_thread * threads;
+        if (chunks < least) chunks = least;
+    }
+    if (chunks > groups) chunks = groups;
     const auto multiply = [&](int64_t group, int64_t first_tile, int64_t last_tile) {
         Columns columns = columns_of<F>(parts, group);
         for (int c = 0; c < 2; ++c) columns.next[c] = after.first[c];
@@ -235,8 +239,8 @@ void multiply_panels(const uint16_t* inputs, int64_t rows, const Part (&parts)[N
                 multiply_rows<1, F>(inputs, inner, columns, row, count, t, tiles);
         }
     };
-    for (int64_t begin; (begin = done.fetch_add(chunk, std::memory_order_relaxed)) < groups;) {
-        const int64_t end = begin + chunk < groups ? begin + chunk : groups;
+    for (int64_t i; (i = done.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+        const int64_t begin = groups * i / chunks, end = groups * (i + 1) / chunks;
         if (rows < MANY_ROWS)
             for (int64_t group = begin; group < end; ++group) multiply(group, 0, tiles);
         else
