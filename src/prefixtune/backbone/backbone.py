@@ -140,6 +140,25 @@ class Backbone:
 
         return with_fused_operations(self)
 
+    @functools.cached_property
+    def linear_head(self) -> torch.nn.Linear | None:
+        """What makes logits of a decoder-only model's last hidden states; None: more than a frozen linear layer."""
+        head = self.model.get_output_embeddings() if self.kind == "decoder" else None
+        weight = getattr(head, "weight", None)
+        if (
+            type(head) is not torch.nn.Linear
+            or type(weight) is not torch.nn.Parameter
+            or any(parameter.requires_grad for parameter in head.parameters())
+            or self.compute_dtype is not None
+            or hasattr(self.model, "hf_device_map")
+        ):
+            return None
+        with torch.no_grad():
+            ids = torch.arange(4, device=self.device)[None] % len(weight)
+            # Caps, scales and cut vocabularies show.
+            logits, computed = self.forward(ids).logits, head(self.hidden_states(ids))
+        return head if torch.equal(logits, computed) else None
+
     @property
     def supports_logits_to_keep(self) -> bool:
         """Whether the model can compute logits at chosen positions alone."""

@@ -1,0 +1,71 @@
+"""The loss without all logits in memory against that of the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.loss import batch_loss, head_losses, token_losses
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 128, 300])
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses_are_those_of_the_logits(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    draw = torch.Generator().manual_seed(rows)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = nn.Linear(24, 50, bias=bias).to(dtype).requires_grad_(False)
+    hidden = (4 * torch.randn(rows, 24, generator=draw)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 50, (rows,), generator=draw)
+    weights = torch.rand(rows, generator=draw) / rows
+    found, expected = head_losses(hidden, head, labels), token_losses(head(hidden), labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (slopes,), (wanted,) = (torch.autograd.grad((each * weights).sum(), hidden) for each in (found, expected))
+    assert slopes.dtype == dtype
+    near = 1e-5 if dtype == torch.float32 else 0.01
+    assert (slopes - wanted).norm() <= near * wanted.norm()
+    exact = hidden.detach().double().requires_grad_()
+    logits = nn.functional.linear(exact, head.weight.double(), None if head.bias is None else head.bias.double())
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    (true,) = torch.autograd.grad((losses * weights.double()).sum(), exact)
+    assert (slopes - true).norm() <= 1.05 * (wanted - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gemma2", "granite", "bart"])
+def test_a_models_loss_is_that_of_its_logits(
+    name: str, tiny_models: Any, tiny_tokenizer: Any, random_prefix: Any, random_ids: Any
+) -> None:
+    changes = {"logits_scaling": 4.0} if name == "granite" else {}
+    backbone = Backbone.from_model(tiny_models(name, **changes), tiny_tokenizer, f"tiny-{name}")
+    assert (backbone.linear_head is None) == (name in ("gemma2", "granite", "bart"))
+    prefix = random_prefix(backbone, 5)
+    batch = collate(backbone, [TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(6, 2)),))] * 2)
+    losses = batch_loss(backbone, prefix, batch)
+    slopes = torch.autograd.grad(losses.sum(), prefix.tensors())
+    with torch.no_grad():
+        assert torch.allclose(batch_loss(backbone, prefix, batch), losses, atol=1e-5)
+    vars(backbone)["linear_head"] = None
+    expected = torch.autograd.grad(batch_loss(backbone, prefix, batch).sum(), prefix.tensors())
+    for found, wanted in zip(slopes, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_head_that_trains_makes_all_logits(tiny_models: Any, tiny_tokenizer: Any) -> None:
+    backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
+    backbone.model.lm_head.weight.requires_grad_()
+    assert backbone.linear_head is None
+
+
+def test_the_gradient_of_token_losses_is_computed_once() -> None:
+    logits = torch.randn(3, 5).requires_grad_()
+    total = token_losses(logits, torch.tensor([0, 4, 2])).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute it again"):
+        total.backward()
