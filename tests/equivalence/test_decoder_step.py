@@ -200,6 +200,10 @@ def test_other_models_run_module_by_module(
     assert step is not None
     step._arguments.scale *= 1.5
     assert not step._agrees(changed, attention)
+    # One that it fails on.
+    with monkeypatch.context() as patched:
+        patched.setattr(DecoderStep, "__call__", lambda *_: torch.ones(2) + torch.ones(3))
+        assert DecoderStep.make(prepack(made("llama", tiny_tokenizer)), kernel, attention) is None
     monkeypatch.setattr(DecoderStep, "_agrees", lambda *_: False)
     engine = Engine(made("llama", tiny_tokenizer))
     assert engine.run([Request(tuple(random_ids(5)), None, SamplingParams(max_new_tokens=3))])

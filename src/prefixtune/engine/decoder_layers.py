@@ -130,10 +130,11 @@ def find_layers(backbone: Backbone) -> DecoderLayers | None:
 
 def _is_known(model: Any, name: str) -> bool:
     """Whether all modules are those that transformers' classes make, prepacked."""
+    if type(model).__name__ != f"{name}ForCausalLM":
+        return False
     decoder = model.model
     known = (
-        type(model).__name__ == f"{name}ForCausalLM"
-        and type(decoder).__name__ == f"{name}Model"
+        type(decoder).__name__ == f"{name}Model"
         and type(decoder.rotary_emb).__name__ == f"{name}RotaryEmbedding"
         and type(decoder.embed_tokens) is nn.Embedding
         and decoder.embed_tokens.weight.dtype == torch.bfloat16

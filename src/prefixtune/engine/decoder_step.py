@@ -7,6 +7,7 @@ some tokens. Any other model runs module by module.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 from collections.abc import Sequence
@@ -71,8 +72,9 @@ class DecoderStep:
         if found is None:
             return None
         step = cls(backbone.model, found, kernel)
-        if step._agrees(backbone, attention):
-            return step
+        with contextlib.suppress(RuntimeError, TypeError, MemoryError):
+            if step._agrees(backbone, attention):
+                return step
         _log.warning("steps of %s run module by module: the compiled step computes something else.", backbone.name)
         return None
 
