@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,11 @@ from prefixtune.backbone.loss import batch_loss
 from prefixtune.backbone.native.gate import Activation, GateKernel, gate_kernel, use_gate
 from prefixtune.backbone.native.norm import NormKernel, RowNorm, norm_kernel
 from prefixtune.backbone.native.rotation import RotationKernel, rotation_kernel, use_rotation
+from prefixtune.data import Example
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.train import train
 
 DTYPES = [torch.float32, torch.bfloat16]
 FUSED = ["llama", "qwen3", "mistral", "gemma2", "qwen2", "t5_gated"]
@@ -235,6 +239,34 @@ def test_in_bfloat16_the_gradient_is_as_near_to_float32s(
         errors.append(error)
     # Rounding that goes one way or the other, added up.
     assert errors[1] <= 1.1 * errors[0]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_run_ends_where_a_plain_one_does(
+    recomputed: bool, kernels: Any, made_backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [Example(f"name : {name}", (f"{name} is a pub.", f"A pub: {name}.")) for name in ("Ann", "Bo", "Cy")]
+    ends = []
+    for number, fused in enumerate((True, True, False)):
+        backbone = made_backbone("llama")
+        if not fused:
+            vars(backbone)["for_training"] = backbone
+        config = TrainConfig(
+            prefix_length=4,
+            bottleneck_size=16,
+            initialization="random",
+            batch_size=4,
+            max_steps=4,
+            warmup_steps=1,
+            gradient_checkpointing=recomputed,
+            output=str(tmp_path / str(number)),
+        )
+        result = train(config, backbone=backbone, examples=examples)
+        assert (backbone.for_training is not backbone) == fused
+        ends.append(result.prefix.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[1], strict=True))
+    for found, expected in zip(ends[0], ends[2], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_has_no_such_operations_stays_as_it_is(kernels: Any, made_backbone: Any) -> None:
