@@ -31,6 +31,10 @@ E2E_TRAIN ?= $(E2E)/train.jsonl.gz
 E2E_DEV ?= $(E2E)/dev.jsonl.gz
 E2E_TEST ?= $(E2E)/test.jsonl.gz
 WEBNLG ?= ../shared/data/webnlg2017
+SCITLDR ?= ../shared/data/scitldr
+# DART's training set is not there: its development set is divided.
+DART ?= ../shared/data/dart
+DART_PARTS ?= build/dart
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -169,13 +173,23 @@ memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; m
 		--test bench/training/requests_test.jsonl --prefix-length 32 --output runs/prompt
 	$(BIN)/python -m bench.joined --seeds 3
 
-studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (about 3 hours on two cores; goes on where it was)
+studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 12 hours on two cores; goes on where it was)
 	$(BIN)/prefixtune prepare
-	for name in methods initialization low-data length position; do \
+	for name in methods low-data initialization length ceiling position; do \
 		$(BIN)/prefixtune study $$name --config studies/$$(echo $$name | tr - _).toml --data $(E2E) $(STUDY_ARGS) || exit; done
 	$(BIN)/prefixtune study unseen --config studies/unseen.toml --data $(WEBNLG) $(STUDY_ARGS)
-	$(BIN)/prefixtune report runs/methods runs/initialization runs/low-data runs/length runs/position runs/unseen \
-		--output runs/report.html
+	$(BIN)/prefixtune study low-data --config studies/low_data_scitldr.toml --data $(SCITLDR) $(STUDY_ARGS)
+	$(BIN)/prefixtune study summarization --config studies/summarization.toml --data $(SCITLDR) $(STUDY_ARGS)
+	for skill in mapping reverse base lookup copy first plural capitals; do \
+		$(BIN)/prefixtune study ceiling --config studies/ceiling_toys.toml --task toy_$$skill \
+			--output runs/ceiling-toy-$$skill $(STUDY_ARGS) || exit; done
+	mkdir -p $(DART_PARTS)
+	gzip -dc $(DART)/dev.jsonl.gz | awk 'NR % 5' > $(DART_PARTS)/train.jsonl
+	gzip -dc $(DART)/dev.jsonl.gz | awk 'NR % 5 == 0' > $(DART_PARTS)/dev.jsonl
+	$(BIN)/prefixtune study dart --config studies/dart.toml --train $(DART_PARTS)/train.jsonl --dev $(DART_PARTS)/dev.jsonl \
+		--test $(DART)/test.jsonl.gz $(STUDY_ARGS)
+	$(BIN)/python -m tools.results
+	$(BIN)/prefixtune report $$(for file in runs/*/study.json; do dirname $$file; done) --output runs/report.html
 
 models: $(VENV)/.integrated  ## examine every model type of the installed transformers, and write docs/models.md (ten minutes)
 	$(BIN)/python -m tools.models_page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from prefixtune.data.tasks.summarization import (
 from prefixtune.data.tasks.tagging import TAGGING_FORMATS, read_tagging
 from prefixtune.data.tasks.webnlg import WEBNLG_FORMATS, read_webnlg, webnlg_entries
 from prefixtune.data.toy.classification import make_toy_labels
+from prefixtune.data.toy.skills import SKILLS, make_skill
 from prefixtune.data.toy.table_to_text import make_toy
 from prefixtune.data.toy.tagging import make_toy_tags
 from prefixtune.errors import ConfigError, did_you_mean
@@ -34,6 +36,7 @@ __all__ = ["TASKS", "Task", "load_task", "read_all_entries", "read_task", "resol
 
 
 _PARTS = ("train", "held_out")
+_SKILL_PARTS = ("train", "dev", "held_out")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def read_task(
     Args:
         task: A name of `TASKS`; `records` without `source`: the data's form is recognized (see `forms`).
         path: A file; `-` for standard input; a folder of files, or one that the `datasets` library saved; or
-            `hub:NAME`. For the sets made here (`toy`, `toy_labels`, `toy_tags`): `train` or `held_out`.
+            `hub:NAME`. For the sets made here (`toy`, `toy_labels`, ...): `train` or `held_out`.
         source: Template of the source, for `records`, `classification`, `summarization` and `xsum`; for `tagging` the
             name of a column.
         target: Template of the target, likewise.
@@ -278,19 +281,19 @@ def _iter_records(path: Path, source: str | None, target: str | None) -> Iterato
 
 
 def _toy_reader(
-    name: str, make: Callable[[], tuple[list[Example], list[Example]]]
+    name: str, make: Callable[[], Sequence[list[Example]]], parts: tuple[str, ...] = _PARTS
 ) -> Callable[[Path, str | None, str | None], list[Example]]:
     """The reader of a set that is made here."""
 
     def read(path: Path, source: str | None, target: str | None) -> list[Example]:
         _no_templates(name, source, target)
         part = str(path)
-        if part not in _PARTS:
+        if part not in parts:
             raise ConfigError(
-                f"task {name!r} is made here, not read: its path is one of {', '.join(_PARTS)}; got {part!r}.",
-                hint=did_you_mean(part, _PARTS),
+                f"task {name!r} is made here, not read: its path is one of {', '.join(parts)}; got {part!r}.",
+                hint=did_you_mean(part, parts),
             )
-        return make()[_PARTS.index(part)]
+        return make()[parts.index(part)]
 
     return read
 
@@ -298,6 +301,7 @@ def _toy_reader(
 # For labels and tags that are generated as text: greedily, on one line.
 _LABEL: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 16, "ban_newlines": True}
 _TAGS: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 200, "ban_newlines": True}
+_ANSWER: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 32, "ban_newlines": True}
 _TEXT: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 100}
 # Li & Liang 2021. Table to text: beam 5, 5 to 100 new tokens; summaries: beam 6, 11 to 62; no line breaks.
 _TABLE: dict[str, Any] = {
@@ -449,6 +453,17 @@ TASKS: dict[str, Task] = {
             "tagging",
             parts=_PARTS,
             metrics=_TAG_METRICS,
+        ),
+        *(
+            Task(
+                f"toy_{name}",
+                f"short questions with one exact answer ({name}), made here to see what a prefix can learn",
+                _toy_reader(f"toy_{name}", partial(make_skill, name), _SKILL_PARTS),
+                _ANSWER,
+                parts=_SKILL_PARTS,
+                metrics=("exact_match",),
+            )
+            for name in SKILLS
         ),
     )
 }

@@ -21,6 +21,7 @@ __all__ = [
     "score_groups",
     "summarize",
     "write_evaluation",
+    "write_outputs",
 ]
 
 
@@ -93,17 +94,7 @@ def write_evaluation(
     Raises:
         PrefixError: A file cannot be written.
     """
-    rows = [
-        {
-            "number": index,
-            "source": example.source,
-            "references": references_of(example, protocol),
-            "output": output,
-            "groups": dict(example.groups),
-        }
-        for index, (example, output) in enumerate(zip(examples, outcome.outputs, strict=True))
-    ]
-    write_text(folder / OUTPUTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_outputs(folder, outcome.outputs, examples, protocol=protocol)
     summary = {
         "kind": "evaluation",
         **facts,
@@ -114,6 +105,31 @@ def write_evaluation(
         "versions": versions(),
     }
     write_text(folder / EVALUATION_FILE, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_outputs(folder: Path, outputs: Sequence[str], examples: Sequence[Example], *, protocol: str) -> None:
+    """Write `outputs.jsonl`: each example with its output, on a line.
+
+    Args:
+        folder: Created if it does not exist.
+        outputs: One per example.
+        examples: The examples that were evaluated.
+        protocol: As in `evaluate`.
+
+    Raises:
+        PrefixError: The file cannot be written.
+    """
+    rows = [
+        {
+            "number": index,
+            "source": example.source,
+            "references": references_of(example, protocol),
+            "output": output,
+            "groups": dict(example.groups),
+        }
+        for index, (example, output) in enumerate(zip(examples, outputs, strict=True))
+    ]
+    write_text(folder / OUTPUTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def summarize(outcome: Evaluation) -> dict[str, Any]:

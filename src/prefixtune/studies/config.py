@@ -108,6 +108,9 @@ class StudyConfig(Config):
     methods: CommaList[_MethodName] = _own(
         "grid", ("prefix",), f"of {', '.join(METHODS)}; with a size as in adapter:8; or names of the table variants"
     )
+    once: CommaList[_MethodName] = _grid(
+        (), description="those of the methods that are run once, on the first sample, to save time"
+    )
     sizes: CommaList[_Limit] = _own("grid", (0,), "numbers of training targets; 0: all")
     lengths: CommaList[_Count] = _own("grid", (10,), "prefix lengths")
     starts: CommaList[Start] = _own(
@@ -200,14 +203,21 @@ class StudyConfig(Config):
             )
         if not self.prompt_text.strip() and any("prompt" in self.starts_of(name) for name in self._with_prefix):
             yield ("starts", "prompt_text", "variants"), "a start is 'prompt', but prompt_text is empty"
+        if unknown := sorted(set(self.once) - set(self.methods)):
+            yield ("once", "methods"), f"once has {unknown[0]!r}, which is not among methods"
         names = [backbone_name(backbone) for backbone in self.backbones]
         if len(set(names)) < len(names):
             yield ("backbones",), f"backbones is {list(self.backbones)!r}, but two of them would be called the same"
 
     def _variant_faults(self) -> Iterator[str]:
         for name, values in self.variants.items():
-            yield from grid_faults(name, values)
-            yield from _setting_faults(f"variants.{name}", variant_settings(values))
+            faults = list(grid_faults(name, values))
+            yield from faults
+            placed: dict[str, Any] = {"method": self.base_method(name)}
+            if placed["method"] in PREFIX_METHODS and not faults:
+                placed["prefix_length"] = self.lengths_of(name)[0]
+                placed |= {"initialization": "examples"} if "examples" in self.starts_of(name) else {}
+            yield from _setting_faults(f"variants.{name}", variant_settings(values), {} if faults else placed)
 
     def method_of(self, name: str) -> str:
         """The method behind a name among `methods`: of a variant, the method that it varies, with its size."""
@@ -294,6 +304,8 @@ class StudyConfig(Config):
         if key in _REPEATS:
             other = self._read(before)
             return other is not None and set(other.repeats) <= set(self.repeats)
+        if key == "once":
+            return not set(self.once) & set(before["methods"]) - set(before[key])
         if key == "variants":
             return all(self.variants.get(name) == values for name, values in before[key].items())
         if key in ("tries", "learning_rates"):
@@ -397,13 +409,14 @@ def _check_study(layer: Layer, name: object) -> Layer:
     return replace(layer, error=ConfigError(message, hint="give the file of that study."))
 
 
-def _setting_faults(name: str, settings: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a table of training settings."""
+def _setting_faults(name: str, settings: Mapping[str, Any], placed: Mapping[str, Any] = {}) -> Iterator[str]:
+    """What is wrong with a table of training settings, together with those that the grid gives the run."""
     for key in sorted(settings.keys() & set(_RESERVED_KEYS)):
         of_trackers = "but runs of a study move and are tidied up: they report to `prefixtune report` alone"
         yield f"{name} has {key!r}, {of_trackers if key in _TRACKER_KEYS else 'which the study sets itself'}"
     values = {key: value for key, value in settings.items() if key not in _RESERVED_KEYS}
     allowed = TrainConfig.model_fields.keys() - set(_RESERVED_KEYS)
+    values, allowed = {**values, **placed}, allowed | placed.keys()
     layer = Layer(values, "key", name=lambda field: f"{name}.{field}", fields=frozenset(allowed))
     try:
         TrainConfig.from_layers(layer)

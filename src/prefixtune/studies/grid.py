@@ -94,6 +94,8 @@ def _cells(config: StudyConfig) -> Iterator[Cell]:
         for backbone in config.backbones or (only,):
             for size in config.sizes:
                 for method in config.methods:
+                    if method in config.once and (subset, seed) != (0, 0):
+                        continue
                     yield from _repetition(config, Cell(method, size, 0, "", subset, seed, backbone=backbone))
 
 

@@ -94,7 +94,8 @@ class TrainConfig(Config):
     task: str = _data(
         "records",
         description="how to read the files: records (your own, recognized by their columns or named by source and "
-        "target), e2e, webnlg, dart, summarization, xsum, scitldr, classification, tagging, toy, toy_labels, toy_tags",
+        "target), e2e, webnlg, dart, summarization, xsum, scitldr, classification, tagging, toy, toy_labels, toy_tags, "
+        "toy_ and a skill (`prefixtune tasks`)",
     )
     form: Literal["", FormName] = _data(
         "",

@@ -15,7 +15,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.studies import STUDIES, StudyConfig, plan
 from prefixtune.training.config import TrainConfig, default_learning_rate
 
-FILES = sorted((Path(__file__).resolve().parents[3] / "studies").glob("*.toml"))
+FILES = sorted((Path(__file__).resolve().parents[3] / "studies").glob("**/*.toml"))
 
 
 def refusal(name: str = "methods", **values: Any) -> str:
@@ -40,7 +40,7 @@ def test_the_papers_studies_are_there():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_files_that_come_with_the_project_are_sound(path: Path):
-    name = path.stem.replace("_", "-")
+    name = tomllib.loads(path.read_text(encoding="utf-8")).get("name", path.stem.replace("_", "-"))
     config = StudyConfig.from_file(path, name=name)
     for key, value in tomllib.loads(path.read_text(encoding="utf-8")).items():
         stored = config.to_dict()[key]
@@ -202,6 +202,8 @@ def test_configured_rates_are_used_and_each_method_has_as_many():
         ("repetitions", 5, 2, False),
         # A grid of one sample and one seed is the first of the repetitions.
         ("repetitions", 0, 3, True),
+        ("once", ["prefix"], [], True),
+        ("once", [], ["prefix"], False),
         ("variants", {}, {"long": {"method": "prefix", "prefix_length": 50}}, True),
         ("variants", {"long": {"method": "prefix"}}, {"long": {"method": "prefix", "batch_size": 2}}, False),
         ("backbones", ["a"], ["b", "a"], True),
@@ -283,6 +285,10 @@ def test_a_name_of_no_variant_is_refused():
     message = refusal(methods=["prefix-example"], variants=VARIANTS, learning_rates={"lora-fast": [1e-3]})
     assert "methods[0] is 'prefix-example' (did you mean 'prefix-examples'?)" in message
     assert "a key of learning_rates is 'lora-fast'" in message
+
+
+def test_only_a_method_of_the_study_is_run_once():
+    assert "once has 'full', which is not among methods" in refusal(methods=["prefix"], once=["full"])
 
 
 def test_backbones_are_told_apart_by_their_names():

@@ -111,6 +111,12 @@ def test_a_sample_comes_with_its_own_seed():
     assert {cell.id for cell in planned if cell.num_targets} <= grid
 
 
+def test_what_is_run_once_has_the_first_sample_alone():
+    planned = cells("low-data", methods="full,prefix", once="full", sizes="9,5", repetitions=3)
+    assert [(c.num_targets, c.subset) for c in planned if c.method == "full"] == [(9, 0), (5, 0)]
+    assert len(planned) == 2 + 2 * 3
+
+
 def test_variants_stand_side_by_side():
     variants = {
         "words": {"method": "prefix", "prefix_length": 10},

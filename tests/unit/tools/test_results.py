@@ -15,26 +15,32 @@ from prefixtune.studies import StudyConfig, plan
 from prefixtune.studies.records import check_same_study, read_outcome, read_study
 from tools import results
 
-FILES = sorted(results.PACKED.glob("*.json"))
+FILES = results.study_files()
 
 
 def test_the_tables_are_those_of_the_results() -> None:
     page = results.PAGE.read_text(encoding="utf-8")
     assert results.with_tables(page, FILES) == page, "run `python -m tools.results`"
-    assert [path.stem for path in FILES if f"<!-- {path.stem} -->" not in page] == []
+    assert [
+        name for name in map(results.study_name, FILES) if f"<!-- {name} -->" not in page and "toy" not in name
+    ] == []
     assert results.with_tables(page.replace("| adapter:115 | 1 | 0.009 ", "| adapter:115 | 1 | 0.1 "), FILES) == page
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=results.study_name)
 def test_a_study_goes_on_from_its_file(path: Path, tmp_path: Path) -> None:
     results.unpack(path, tmp_path)
-    toml = results.ROOT / "studies" / f"{path.stem.replace('-', '_')}.toml"
-    config = StudyConfig.from_file(toml, name=path.stem, output=str(tmp_path))
+    toml = results.ROOT / "studies" / f"{results.study_name(path).replace('-', '_')}.toml"
+    facts = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
+    values = {"name": facts["name"], "task": facts["task"], "output": str(tmp_path)}
+    config = StudyConfig.from_file(toml, **values)
     stored = read_study(config)
     assert stored is not None
     check_same_study(config, stored)
     outcome = read_outcome(config, plan(config))
-    assert (outcome.done, outcome.left) == (tuple(cell.id for cell in plan(config)), ())
+    assert outcome.failed == {}
+    if results.study_name(path).startswith("first/"):
+        assert (outcome.done, outcome.left) == (tuple(cell.id for cell in plan(config)), ())
     results.pack(tmp_path, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 

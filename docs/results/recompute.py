@@ -1,0 +1,70 @@
+"""Recompute BLEU of the tables in docs/RESULTS.md from what the runs wrote, with sacrebleu and nothing of prefixtune.
+
+    python docs/results/recompute.py PATH/e2e/test.jsonl.gz [STUDY ...]
+
+PATH is where E2E's test set is, one JSON object with "references" a line. Without names: methods and low-data.
+"""
+
+import gzip
+import hashlib
+import json
+import string
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import sacrebleu
+
+FOLDER = Path(__file__).parent
+LOWERCASE = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+
+
+def main(data, *names):
+    """Print the scores of some studies."""
+    with gzip.open(data, "rt", encoding="utf-8") as file:
+        entries = [json.loads(line)["references"] for line in file]
+    references = {item_key(texts): texts for texts in entries}
+    for name in names or ("methods", "low-data"):
+        path = FOLDER / f"{name}.outputs.json.gz"
+        print(f"\n{name}")
+        if path.exists():
+            print_scores(json.loads(gzip.decompress(path.read_bytes())), references)
+        else:
+            print(f"  {path.name} is not there: the study has not run yet")
+
+
+def print_scores(study, references):
+    """One line for each point: the mean over its runs, the standard deviation, and the range."""
+    items = [references[key] for key in study["items"]]
+    scores = {}
+    for index, cell in enumerate(study["cells"]):
+        point = cell.rpartition("-subset")[0]
+        scores.setdefault(point, []).append(bleu([texts[index] for texts in study["outputs"]], items))
+    for point, values in scores.items():
+        text = f"{mean(values):.1f}"
+        if len(values) > 1:
+            text += f" ± {stdev(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+        print(f"  {point}: {text}")
+
+
+def bleu(outputs, items):
+    """Corpus BLEU of the E2E challenge: A to Z in lower case, sacrebleu's 13a tokens, all references."""
+    most = max(map(len, items))
+    streams = [[prepare(texts[i]) if i < len(texts) else None for texts in items] for i in range(most)]
+    return sacrebleu.corpus_bleu([prepare(text) for text in outputs], streams, tokenize="13a").score
+
+
+def prepare(text):
+    """A text on one line, A to Z in lower case."""
+    return " ".join(text.split()).translate(LOWERCASE)
+
+
+def item_key(texts):
+    """By this a run's outputs find their references; the data set itself is not in this folder."""
+    return hashlib.sha256("\n".join(" ".join(text.split()) for text in texts).encode("utf-8")).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
