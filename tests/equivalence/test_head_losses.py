@@ -10,20 +10,21 @@ from torch import nn
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss, head_losses, token_losses
+from prefixtune.backbone.native.loss import loss_kernel
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 128, 300])
-@pytest.mark.parametrize("bias", [False, True])
-def test_losses_are_those_of_the_logits(dtype: torch.dtype, rows: int, bias: bool) -> None:
+@pytest.mark.parametrize(("vocabulary", "bias"), [(50, False), (50, True), (1200, False)])
+def test_losses_are_those_of_the_logits(dtype: torch.dtype, rows: int, vocabulary: int, bias: bool) -> None:
     draw = torch.Generator().manual_seed(rows)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        head = nn.Linear(24, 50, bias=bias).to(dtype).requires_grad_(False)
+        head = nn.Linear(24, vocabulary, bias=bias).to(dtype).requires_grad_(False)
     hidden = (4 * torch.randn(rows, 24, generator=draw)).to(dtype).requires_grad_()
-    labels = torch.randint(0, 50, (rows,), generator=draw)
+    labels = torch.randint(0, vocabulary, (rows,), generator=draw)
     weights = torch.rand(rows, generator=draw) / rows
     found, expected = head_losses(hidden, head, labels), token_losses(head(hidden), labels)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -36,6 +37,51 @@ def test_losses_are_those_of_the_logits(dtype: torch.dtype, rows: int, bias: boo
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     (true,) = torch.autograd.grad((losses * weights.double()).sum(), exact)
     assert (slopes - true).norm() <= 1.05 * (wanted - true).norm() + 1e-6 * true.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_losses_are_torchs(dtype: torch.dtype, threads: int) -> None:
+    kernel = loss_kernel().result(120)
+    if kernel is None:
+        pytest.skip("there is no C++ compiler here")
+    draw = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(40, 1531, generator=draw)).to(dtype)
+    logits[3, 7], logits[4, 1530], logits[5] = 90.0, 300.0, -2.0
+    labels = torch.randint(0, 1531, (40,), generator=draw)
+    labels[3], labels[4] = 8, 1530
+    slopes, losses, before = logits.clone(), torch.empty(40), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        kernel.replace(slopes, labels, losses)
+    finally:
+        torch.set_num_threads(before)
+    wide = logits.double()
+    torch.testing.assert_close(
+        losses, nn.functional.cross_entropy(wide, labels, reduction="none").float(), rtol=1e-5, atol=2e-6
+    )
+    expected = wide.softmax(-1) - nn.functional.one_hot(labels, 1531)
+    near = 1e-5 if dtype == torch.float32 else 2**-8
+    assert torch.allclose(slopes.double(), expected, rtol=near, atol=1e-6)
+    alone, loss = logits[6:7].clone(), torch.empty(1)
+    kernel.replace(alone, labels[6:7], loss)
+    assert torch.equal(alone, slopes[6:7])
+    assert torch.equal(loss, losses[6:7])
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_not_hidden(broken: float) -> None:
+    head = nn.Linear(4, 1100, bias=False).requires_grad_(False)
+    hidden = torch.ones(3, 4)
+    hidden[1, 2] = broken
+    losses = head_losses(hidden.requires_grad_(), head, torch.tensor([0, 5, 1099]))
+    assert losses.isfinite().tolist() == [True, False, True]
+
+
+def test_a_label_that_is_none_is_an_error() -> None:
+    head = nn.Linear(4, 1100, bias=False).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        head_losses(torch.ones(1, 4).requires_grad_(), head, torch.tensor([1100]))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gemma2", "granite", "bart"])
