@@ -207,6 +207,21 @@ def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype, kernel: packed
         torch.set_default_dtype(default)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context: Any):
+    case = Case(4)
+    row, groups = [tensor.float() for tensor in case.row], [None] * len(case.packing.groups)
+    expected = packed_attention(case.packing, "decoder", groups, *row, case.scores)
+    with context():
+        inside = [tensor.clone() for tensor in row]
+        prefix = torch.ones(1, row[1].shape[1], 3, row[1].shape[3]), torch.ones(1, row[1].shape[1], 3, row[2].shape[3])
+        assert torch.equal(packed_attention(case.packing, "decoder", groups, *inside, case.scores), expected)
+    # With gradients, prefixes of inference mode are torch's business.
+    row[1].requires_grad_()
+    packed_attention(case.packing, "decoder", [prefix] * len(groups), *row, case.scores).sum().backward()
+    assert row[1].grad is not None
+
+
 def test_without_a_compiler_torch_computes_it(monkeypatch: pytest.MonkeyPatch, plain: Any):
     nothing: Future[None] = Future()
     monkeypatch.setattr(packed, "packed_kernel", lambda: nothing)

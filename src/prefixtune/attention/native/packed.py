@@ -174,6 +174,8 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, *prefixes: Tensor) -> bool:
         # Not a subclass, which may have no data.
         and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (query, key, value, *prefixes))
         and all(tensor.device.type == "cpu" and tensor.shape[0] == 1 for tensor in (query, key, value, *prefixes))
+        # Those of inference mode cannot be kept for gradients.
+        and not (torch.is_grad_enabled() and any(tensor.is_inference() for tensor in (query, key, value, *prefixes)))
         and not torch.compiler.is_compiling()
     )
 
