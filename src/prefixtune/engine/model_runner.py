@@ -53,6 +53,7 @@ class ModelRunner:
             if find_layers(backbone) is not None:
                 self._decoder_kernel = decoder_kernel()
                 wait([self._decoder_kernel], _KERNEL_SECONDS)
+                self._compiled_step()
         has_encoder = backbone.kind == "encoder-decoder"
         self.kv_cache = KVCache(
             backbone.geometry["decoder"],
