@@ -158,7 +158,7 @@ def test_without_a_compiler_torch_computes(
         assert future.result(60) is None
     assert [record.message for record in caplog.records] == [
         "products of single rows run with torch alone, which is slower: there is no C++ compiler "
-        "(install g++ or clang++, or with pip: ziglang)."
+        "(install g++ or clang++, or with pip: prefixtune[compiler])."
     ]
     monkeypatch.setattr("prefixtune.backbone.prepack.row_kernel", lambda: future)
     layer = nn.Linear(8, 4).to(torch.bfloat16)

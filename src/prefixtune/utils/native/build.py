@@ -161,7 +161,7 @@ def _find_compiler() -> _Compiler:
         # It would first compile C++'s library, of which nothing is used; C's is there when the result is loaded.
         link = (*zig, "cc", "-nostdlib")
         return _Compiler((*zig, "c++"), link, ("ziglang", importlib.metadata.version("ziglang")))
-    raise OSError("there is no C++ compiler (install g++ or clang++, or with pip: ziglang).")
+    raise OSError("there is no C++ compiler (install g++ or clang++, or with pip: prefixtune[compiler]).")
 
 
 def _find_openmp() -> str:
