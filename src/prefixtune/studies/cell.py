@@ -128,14 +128,16 @@ def choose_rate(inputs: StudyInputs, cell: Cell) -> float:
     old = {} if before is None else before.losses
     is_short = config.try_steps > 0 and len(rates) > 1
     losses: dict[float, float | None] = {}
+    errors: list[PrefixError] = []
     for rate in rates:
         stored = as_stored(rate)
-        losses[rate] = old[stored] if stored in old else _try_rate(inputs, cell, rate, is_short=is_short)
+        losses[rate] = old[stored] if stored in old else _try_rate(inputs, cell, rate, errors, is_short=is_short)
     finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
+        reason = f": {errors[-1].message}" if errors else "."
         raise ConfigError(
-            f"no run of {cell.group} reached its end at any learning rate of {', '.join(f'{r:g}' for r in rates)}.",
-            hint="give lower ones in learning_rates.",
+            f"no run of {cell.group} reached its end at any learning rate of {', '.join(f'{r:g}' for r in rates)}{reason}",
+            hint="give lower ones in learning_rates, or correct what the message names.",
         )
     best = min(finite, key=finite.__getitem__)
     if as_stored(best) not in old and len(rates) > 1 and not is_short:
@@ -149,8 +151,10 @@ def choose_rate(inputs: StudyInputs, cell: Cell) -> float:
     return best
 
 
-def _try_rate(inputs: StudyInputs, cell: Cell, rate: float, *, is_short: bool) -> float | None:
-    """The development loss of a run at one rate; None: it did not reach its end."""
+def _try_rate(
+    inputs: StudyInputs, cell: Cell, rate: float, errors: list[PrefixError], *, is_short: bool
+) -> float | None:
+    """The development loss of a run at one rate; None: it did not reach its end, and why is added to `errors`."""
     config = inputs.config
     # A single rate leaves nothing to choose: its run is the cell's own from the start.
     is_only = len(config.rates(cell.method)) == 1
@@ -159,6 +163,7 @@ def _try_rate(inputs: StudyInputs, cell: Cell, rate: float, *, is_short: bool) -
         loss: float | None = _train(inputs, cell, rate, folder, is_short=is_short)["dev_loss"]
     except PrefixError as error:
         inputs.on_event(make_event("try", cell=cell.id, learning_rate=rate, error=error.message))
+        errors.append(error)
         return None
     inputs.on_event(make_event("try", cell=cell.id, learning_rate=rate, dev_loss=loss))
     (folder / STATE_FILE).unlink(missing_ok=True)

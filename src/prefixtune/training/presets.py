@@ -170,7 +170,9 @@ def _few_summaries(method: str) -> Values:
     return {**_run(5e-5, 30, 6, **_SUMMARY, warmup_steps=100), "epochs": by_size}
 
 
+_SKILLS = ("mapping", "reverse", "base", "lookup", "copy", "first", "plural", "capitals")
 _GENERATION = ("e2e", "webnlg", "dart", "summarization", "xsum", "scitldr", "records", "toy")
+_GENERATION += tuple(f"toy_{skill}" for skill in _SKILLS)
 """The tasks whose targets are texts."""
 _QUICK: Values = {
     "initialization": "examples",

@@ -11,6 +11,7 @@ import pytest
 from data_files import write
 from prefixtune.data import TASKS, Example, check_labels, label_names, read_task
 from prefixtune.data.tasks.classification import read_classification
+from prefixtune.data.toy.skills import SKILLS
 from prefixtune.errors import ConfigError, DataError
 
 ROWS = [{"text": "A fine, warm bed.", "label": "praise"}, {"text": "Cold soup.", "label": "complaint"}]
@@ -158,4 +159,5 @@ def test_no_other_task_is_of_this_kind_by_accident():
         "toy_labels": "classification",
         "tagging": "tagging",
         "toy_tags": "tagging",
+        **{f"toy_{name}": "generation" for name in SKILLS},
     }
