@@ -134,9 +134,9 @@ def choose_rate(inputs: StudyInputs, cell: Cell) -> float:
         losses[rate] = old[stored] if stored in old else _try_rate(inputs, cell, rate, errors, is_short=is_short)
     finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
-        reason = f": {errors[-1].message}" if errors else "."
+        tried, reason = ", ".join(f"{rate:g}" for rate in rates), f": {errors[-1].message}" if errors else "."
         raise ConfigError(
-            f"no run of {cell.group} reached its end at any learning rate of {', '.join(f'{r:g}' for r in rates)}{reason}",
+            f"no run of {cell.group} reached its end at any learning rate of {tried}{reason}",
             hint="give lower ones in learning_rates, or correct what the message names.",
         )
     best = min(finite, key=finite.__getitem__)

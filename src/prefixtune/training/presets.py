@@ -171,8 +171,10 @@ def _few_summaries(method: str) -> Values:
 
 
 _SKILLS = ("mapping", "reverse", "base", "lookup", "copy", "first", "plural", "capitals")
-_GENERATION = ("e2e", "webnlg", "dart", "summarization", "xsum", "scitldr", "records", "toy")
-_GENERATION += tuple(f"toy_{skill}" for skill in _SKILLS)
+_GENERATION = (
+    *("e2e", "webnlg", "dart", "summarization", "xsum", "scitldr", "records", "toy"),
+    *(f"toy_{skill}" for skill in _SKILLS),
+)
 """The tasks whose targets are texts."""
 _QUICK: Values = {
     "initialization": "examples",
