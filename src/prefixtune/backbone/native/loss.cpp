@@ -2,10 +2,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "bfloat16.h"
-#include "rows.h"
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -35,22 +34,23 @@ float loss_row(T* scores, int64_t label, int64_t width, float* powers) {
 }
 
 template <typename T>
-void losses_of(T* scores, const int64_t* labels, float* losses, int64_t rows, int64_t width, int64_t threads) {
-    for_rows(threads, rows, width, [=](int64_t row) {
-        thread_local std::vector<float> powers;
-        powers.resize(width);
-        losses[row] = loss_row(scores + row * width, labels[row], width, powers.data());
+void losses_of(T* scores, const int64_t* labels, float* losses, float* powers, int64_t rows, int64_t width,
+               int64_t threads) {
+    in_threads(threads < rows ? threads : rows, [=](int64_t thread, int64_t all) {
+        for (int64_t row = rows * thread / all; row < rows * (thread + 1) / all; ++row)
+            losses[row] = loss_row(scores + row * width, labels[row], width, powers + thread * width);
     });
 }
 
 }  // namespace
 
-extern "C" void losses_float(float* scores, const int64_t* labels, float* losses, int64_t rows, int64_t width,
-                             int64_t threads) {
-    losses_of(scores, labels, losses, rows, width, threads);
+// `powers` has room for a row for each thread.
+extern "C" void losses_float(float* scores, const int64_t* labels, float* losses, float* powers, int64_t rows,
+                             int64_t width, int64_t threads) {
+    losses_of(scores, labels, losses, powers, rows, width, threads);
 }
 
-extern "C" void losses_bfloat16(uint16_t* scores, const int64_t* labels, float* losses, int64_t rows, int64_t width,
-                                int64_t threads) {
-    losses_of(scores, labels, losses, rows, width, threads);
+extern "C" void losses_bfloat16(uint16_t* scores, const int64_t* labels, float* losses, float* powers, int64_t rows,
+                                int64_t width, int64_t threads) {
+    losses_of(scores, labels, losses, powers, rows, width, threads);
 }

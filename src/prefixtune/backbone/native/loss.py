@@ -28,7 +28,7 @@ class LossKernel(NativeLibrary):
         """See `NativeLibrary`."""
         self._functions = {dtype: getattr(library, f"losses_{suffix}") for dtype, suffix in _NAMES.items()}
         for function in self._functions.values():
-            function.argtypes, function.restype = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3], None
+            function.argtypes, function.restype = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3], None
 
     def computes(self) -> bool:
         """Whether a few rows have the losses and gradients of torch's functions."""
@@ -58,8 +58,10 @@ class LossKernel(NativeLibrary):
             labels: Each below V.
             losses: What is filled in.
         """
-        pointers = logits.data_ptr(), labels.data_ptr(), losses.data_ptr()
-        self._functions[logits.dtype](*pointers, *logits.shape, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        scratch = torch.empty(threads, logits.shape[1])
+        pointers = logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), scratch.data_ptr()
+        self._functions[logits.dtype](*pointers, *logits.shape, threads)
 
 
 @functools.cache

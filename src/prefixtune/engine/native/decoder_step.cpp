@@ -54,13 +54,18 @@ class Scratch {
     T* take(int64_t numbers) {
         const size_t bytes = (static_cast<size_t>(numbers) * sizeof(T) + 63) / 64 * 64 + 64;
         void* block = std::aligned_alloc(64, bytes);
-        if (!block) throw std::bad_alloc();
+        if (!block) {
+            failed_ = true;
+            return nullptr;
+        }
         return static_cast<T*>(blocks_[count_++] = block);
     }
+    bool failed() const { return failed_; }
 
   private:
     void* blocks_[16] = {};
     int count_ = 0;
+    bool failed_ = false;
 };
 
 // The share of `count` of one of `threads`.
@@ -90,14 +95,9 @@ class Run {
           call_(make_call()),
           sizes_(call_),
           num_items_(attention::count_items(call_, sizes_)) {
-        items_ = scratch_.take<attention::Item>(num_items_);
-        attention::make_items(call_, sizes_, items_);
-        places_ = scratch_.take<Place>(step.tokens);
-        for (int64_t i = 0; i < step.num_spans; ++i) {
-            const attention::Span& span = step.spans[i];
-            for (int64_t t = 0; t < span.count; ++t) places_[span.first_token + t] = {span.slot, span.start + t};
-        }
         const int64_t rows = step.tokens > step.num_kept ? step.tokens : step.num_kept;
+        items_ = scratch_.take<attention::Item>(num_items_);
+        places_ = scratch_.take<Place>(step.tokens);
         normed_ = scratch_.take<uint16_t>(rows * width_);
         projected_ = scratch_.take<uint16_t>(step.tokens * row_);
         attended_ = scratch_.take<uint16_t>(step.tokens * step.heads * step.head_dim);
@@ -106,8 +106,17 @@ class Run {
         kept_attended_ = scratch_.take<uint16_t>(step.num_kept * step.heads * step.head_dim);
         softmax_ = scratch_.take<float>(step.threads * sizes_.scratch());
         done_ = scratch_.take<std::atomic<int64_t>>(step.num_layers * PHASES + 1);
+        if (scratch_.failed()) return;
+        attention::make_items(call_, sizes_, items_);
+        for (int64_t i = 0; i < step.num_spans; ++i) {
+            const attention::Span& span = step.spans[i];
+            for (int64_t t = 0; t < span.count; ++t) places_[span.first_token + t] = {span.slot, span.start + t};
+        }
         for (int64_t i = 0; i < step.num_layers * PHASES + 1; ++i) new (done_ + i) std::atomic<int64_t>(0);
     }
+
+    // Whether there was enough memory.
+    bool ready() const { return !scratch_.failed(); }
 
     // What each thread does.
     void work(int64_t thread, int64_t threads) {
@@ -233,12 +242,9 @@ class Run {
 
 // Returns 1 if there is not enough memory.
 extern "C" int decoder_step(const Step* step) {
-    try {
-        Run run(*step);
-        in_threads(step->threads, [&](int64_t thread, int64_t threads) { run.work(thread, threads); });
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    Run run(*step);
+    if (!run.ready()) return 1;
+    in_threads(step->threads, [&](int64_t thread, int64_t threads) { run.work(thread, threads); });
     return 0;
 }
 

@@ -39,7 +39,7 @@ __all__ = ["build", "private_folder", "start"]
 
 _log = logging.getLogger(__name__)
 _HEADERS = Path(__file__).parent
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", f"-I{_HEADERS}")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp-simd", "-fno-exceptions", "-fno-rtti", f"-I{_HEADERS}")
 _PROCESSOR_FLAGS = ("-march=native", "-mcpu=native", "")
 """The first that the compiler takes."""
 _SECONDS = 120.0
