@@ -175,9 +175,11 @@ memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; m
 
 studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 12 hours on two cores; goes on where it was)
 	$(BIN)/prefixtune prepare
-	for name in methods low-data initialization length ceiling position; do \
-		$(BIN)/prefixtune study $$name --config studies/$$(echo $$name | tr - _).toml --data $(E2E) $(STUDY_ARGS) || exit; done
+	$(BIN)/prefixtune study methods --config studies/methods.toml --data $(E2E) $(STUDY_ARGS)
+	$(BIN)/prefixtune study low-data --config studies/low_data.toml --data $(E2E) $(STUDY_ARGS)
 	$(BIN)/prefixtune study unseen --config studies/unseen.toml --data $(WEBNLG) $(STUDY_ARGS)
+	for name in initialization length ceiling position; do \
+		$(BIN)/prefixtune study $$name --config studies/$$name.toml --data $(E2E) $(STUDY_ARGS) || exit; done
 	$(BIN)/prefixtune study low-data --config studies/low_data_scitldr.toml --data $(SCITLDR) $(STUDY_ARGS)
 	$(BIN)/prefixtune study summarization --config studies/summarization.toml --data $(SCITLDR) $(STUDY_ARGS)
 	for skill in mapping reverse base lookup copy first plural capitals; do \
