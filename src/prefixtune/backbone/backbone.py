@@ -156,8 +156,10 @@ class Backbone:
         with torch.no_grad():
             ids = torch.arange(4, device=self.device)[None] % len(weight)
             # Caps, scales and cut vocabularies show.
-            logits, computed = self.forward(ids).logits, head(self.hidden_states(ids))
-        return head if torch.equal(logits, computed) else None
+            logits, hidden = self.forward(ids).logits, self.hidden_states(ids)
+            # A model that has no part of its own below the head gives logits in their place.
+            fits = hidden.shape[-1] == head.in_features
+            return head if fits and torch.equal(logits, head(hidden)) else None
 
     @property
     def supports_logits_to_keep(self) -> bool:
