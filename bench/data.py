@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,20 @@ def read(path: Path | None) -> Data:
         return Data("toy (made by prefixtune)", read_task("toy", "train"))
     chosen = path or E2E
     return Data(f"E2E ({chosen.parent.name}/{chosen.name})", read_task("e2e", chosen))
+
+
+def join(data: Data, count: int) -> Data:
+    """Pairs that are as long as `count` of the data's: sources one after the other, and a target of each."""
+    groups = [data.examples[first : first + count] for first in range(0, len(data.examples) - count + 1, count)]
+    examples = [
+        replace(
+            group[0],
+            source="\n".join(example.source for example in group),
+            targets=("\n".join(example.targets[0] for example in group),),
+        )
+        for group in groups
+    ]
+    return Data(f"{data.name}, {count} pairs as one", examples)
 
 
 def encode(backbone: Backbone, data: Data, prefix_length: int) -> Sequence[TokenizedExample]:

@@ -3,6 +3,8 @@
     python -m bench.run                          # all parts, about half an hour on two cores
     python -m bench.run --parts train --repeats 3
     python -m bench.run --parts seq2seq --adapters-python .venv-adapters/bin/python
+    python -m bench.run --parts train --prefix-length 500 --json bench/results/train_long_prefix.json
+    python -m bench.run --parts train --joined 26 --json bench/results/train_long_texts.json   # of 2,000 tokens
     python -m bench.run --quick                  # only to see that it works
 
 Sides take turns on the same data and never work at once, and a ratio is the median of the paired ratios. Prints a table
@@ -34,6 +36,7 @@ SEED = 0
 SETTINGS = [(16, 4), (32, 8)]
 """(pairs per step, most targets of one source): the defaults of training, and what E2E's 8.6 targets allow."""
 QUICK_SETTINGS = [(4, 2), (6, 3)]
+JOINED_SETTINGS = [(2, 1)]
 NUM_TEXTS, NEW_TOKENS = 16, 64
 QUICK_NUM_TEXTS, QUICK_NEW_TOKENS = 4, 8
 
@@ -48,6 +51,8 @@ def parse() -> argparse.Namespace:
         "--data", type=Path, help="E2E training file (default: beside the repository, else the toy set)"
     )
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="name, hub id or folder (default %(default)s)")
+    parser.add_argument("--prefix-length", type=_positive, default=PREFIX_LENGTH, help="default %(default)s")
+    parser.add_argument("--joined", type=_positive, help="write N pairs as one long one, two of which are a step")
     parser.add_argument(
         "--adapters-python",
         type=Path,
@@ -93,10 +98,12 @@ def measure(options: argparse.Namespace, console: Console, failed: list[str]) ->
     if options.data is None and not examples.name.startswith("E2E"):
         console.warn("E2E was not found: measured on the toy set, whose goals are not E2E's. Name it with --data.")
     settings = QUICK_SETTINGS if options.quick else SETTINGS
+    if options.joined is not None:
+        examples, settings = data.join(examples, options.joined), JOINED_SETTINGS
     common: dict[str, Any] = {
         "backbone_name": options.backbone,
         "repeats": options.repeats,
-        "prefix_length": PREFIX_LENGTH,
+        "prefix_length": options.prefix_length,
         "seed": SEED,
         "log": console.info,
     }

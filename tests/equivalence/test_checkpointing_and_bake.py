@@ -33,6 +33,8 @@ def test_checkpointing_changes_no_number(packed: bool, backbone: Any, random_pre
     ids = torch.tensor([random_ids(9, 4), random_ids(9, 5)])
     layer_calls: list[int] = []
     first_layer = next(iter(backbone.layout.layer_of))
+    # Found once, by calls of its own.
+    assert backbone.linear_head is not None
     first_layer.register_forward_pre_hook(lambda *_: layer_calls.append(1))
 
     def loss_and_gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -151,6 +151,8 @@ class Backbone:
             or any(parameter.requires_grad for parameter in head.parameters())
             or self.compute_dtype is not None
             or hasattr(self.model, "hf_device_map")
+            # Split among processes: only the whole model puts its weights together.
+            or any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
         ):
             return None
         with torch.no_grad():

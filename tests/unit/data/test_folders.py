@@ -92,7 +92,7 @@ def test_a_toy_set_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_task_says_how_it_is_scored():
-    known = {"bleu", "nist", "meteor", "rouge_l", "cider", "ter", "rouge_1", "rouge_2"}
+    known = {"bleu", "nist", "meteor", "rouge_l", "cider", "ter", "rouge_1", "rouge_2", "exact_match"}
     for task in TASKS.values():
         assert task.metrics
         if task.kind == "generation":
