@@ -95,7 +95,7 @@ class TrainConfig(Config):
         "records",
         description="how to read the files: records (your own, recognized by their columns or named by source and "
         "target), e2e, webnlg, dart, summarization, xsum, scitldr, classification, tagging, toy, toy_labels, toy_tags, "
-        "toy_ and a skill (`prefixtune tasks`)",
+        "toy_copy and more (`prefixtune tasks`)",
     )
     form: Literal["", FormName] = _data(
         "",
