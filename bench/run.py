@@ -4,7 +4,7 @@
     python -m bench.run --parts train --repeats 3
     python -m bench.run --parts seq2seq --adapters-python .venv-adapters/bin/python
     python -m bench.run --parts train --prefix-length 500 --json bench/results/train_long_prefix.json
-    python -m bench.run --parts train --joined 26 --json bench/results/train_long_texts.json   # of 2,000 tokens
+    python -m bench.run --parts train --joined 34 --json bench/results/train_long_texts.json   # of 2,000 tokens
     python -m bench.run --quick                  # only to see that it works
 
 Sides take turns on the same data and never work at once, and a ratio is the median of the paired ratios. Prints a table
