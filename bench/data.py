@@ -12,6 +12,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example, read_task
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
 from prefixtune.data.order import epoch_batches
+from prefixtune.errors import DataError
 
 E2E = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e" / "train.jsonl.gz"
 """Where E2E is looked for: beside the repository."""
@@ -55,7 +56,13 @@ def read(path: Path | None) -> Data:
 
 
 def join(data: Data, count: int) -> Data:
-    """Pairs that are as long as `count` of the data's: sources one after the other, and a target of each."""
+    """Pairs that are as long as `count` of the data's: sources one after the other, and a target of each.
+
+    Raises:
+        DataError: They are too many to leave a step's two pairs.
+    """
+    if 2 * count > len(data.examples):
+        raise DataError(f"{count} pairs as one leave fewer than 2 of {len(data.examples)}.", hint="join fewer.")
     groups = [data.examples[first : first + count] for first in range(0, len(data.examples) - count + 1, count)]
     examples = [
         replace(

@@ -67,10 +67,16 @@ def random_row(draw: random.Random, num_slots: int) -> list[QuerySpan]:
     return [QuerySpan(slot, start, count, draw.choice([0, start])) for slot, start, count in rows]
 
 
+def make_step(backbone: Any, kernel: DecoderKernel, attention: AttentionKernel) -> DecoderStep | None:
+    layers = find_layers(backbone)
+    assert layers is not None
+    return DecoderStep.make(backbone, layers, kernel, attention)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_any_step_is_the_modules(name: str, tiny_tokenizer: Any, kernel: DecoderKernel, attention: AttentionKernel):
     backbone = prepack(made(name, tiny_tokenizer))
-    step = DecoderStep.make(backbone, kernel, attention)
+    step = make_step(backbone, kernel, attention)
     assert step is not None
     for seed in range(6):
         draw, generator = random.Random(f"{name} {seed}"), torch.Generator().manual_seed(seed)
@@ -196,14 +202,14 @@ def test_other_models_run_module_by_module(
     # One that computes something else is found out.
     changed = prepack(made("llama", tiny_tokenizer))
     changed.model.model.layers[2].mlp.down_proj.panels.panels[3] *= 2
-    step = DecoderStep.make(changed, kernel, attention)
+    step = make_step(changed, kernel, attention)
     assert step is not None
     step._arguments.scale *= 1.5
     assert not step._agrees(changed, attention)
     # One that it fails on.
     with monkeypatch.context() as patched:
         patched.setattr(DecoderStep, "__call__", lambda *_: torch.ones(2) + torch.ones(3))
-        assert DecoderStep.make(prepack(made("llama", tiny_tokenizer)), kernel, attention) is None
+        assert make_step(prepack(made("llama", tiny_tokenizer)), kernel, attention) is None
     monkeypatch.setattr(DecoderStep, "_agrees", lambda *_: False)
     engine = Engine(made("llama", tiny_tokenizer))
     assert engine.run([Request(tuple(random_ids(5)), None, SamplingParams(max_new_tokens=3))])

@@ -64,7 +64,7 @@ def _fuse(twin: Backbone) -> bool:
     for parent in list(twin.model.modules()):
         for name, child in list(parent.named_children()):
             norm = norm_of(child)
-            if norm is not None and norm.settle():
+            if norm is not None and norm.use_kernel():
                 setattr(parent, name, norm)
                 fused = True
         if gate is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import QuerySpan, SlotAttention
-from prefixtune.engine.decoder_layers import DecoderLayers, find_layers
+from prefixtune.engine.decoder_layers import DecoderLayers
 from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.native import AttentionKernel, make_spans
 from prefixtune.engine.native.decoder import DecoderKernel, LayerArguments, Matrix, StepArguments
@@ -60,17 +60,17 @@ class DecoderStep:
         )
 
     @classmethod
-    def make(cls, backbone: Backbone, kernel: DecoderKernel, attention: AttentionKernel) -> DecoderStep | None:
-        """The step of a model; None: it is not a model that is computed here, or other logits come out.
+    def make(
+        cls, backbone: Backbone, found: DecoderLayers, kernel: DecoderKernel, attention: AttentionKernel
+    ) -> DecoderStep | None:
+        """The step of a model; None: other logits come out.
 
         Args:
             backbone: Prepacked.
+            found: Its parts, by `find_layers`.
             kernel: The compiled step.
             attention: What computes the attention of the model to compare with.
         """
-        found = find_layers(backbone)
-        if found is None:
-            return None
         step = cls(backbone.model, found, kernel)
         with contextlib.suppress(RuntimeError, TypeError, MemoryError):
             if step._agrees(backbone, attention):

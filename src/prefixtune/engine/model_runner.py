@@ -13,7 +13,7 @@ from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import QuerySpan, SlotAttention
-from prefixtune.engine.decoder_layers import find_layers
+from prefixtune.engine.decoder_layers import DecoderLayers, find_layers
 from prefixtune.engine.decoder_step import DecoderStep
 from prefixtune.engine.encoder_cache import EncoderCache
 from prefixtune.engine.kv_cache import UNBOUNDED, KVCache
@@ -47,12 +47,14 @@ class ModelRunner:
         self.backbone = backbone
         self._native_attention = native_attention and backbone.device.type == "cpu"
         self._step: DecoderStep | None = None
-        self._decoder_kernel: Future[DecoderKernel | None] | None = None
+        # Of a model whose step can be computed, until it is known whether it is.
+        self._pending: tuple[DecoderLayers, Future[DecoderKernel | None]] | None = None
         if self._native_attention:
             load_kernel(_KERNEL_SECONDS)
-            if find_layers(backbone) is not None:
-                self._decoder_kernel = decoder_kernel()
-                wait([self._decoder_kernel], _KERNEL_SECONDS)
+            layers = find_layers(backbone)
+            if layers is not None:
+                self._pending = layers, decoder_kernel()
+                wait([self._pending[1]], _KERNEL_SECONDS)
                 self._compiled_step()
         has_encoder = backbone.kind == "encoder-decoder"
         self.kv_cache = KVCache(
@@ -146,9 +148,10 @@ class ModelRunner:
     def _compiled_step(self) -> DecoderStep | None:
         """The step by compiled code, once that is made and found to compute the same."""
         attention = load_kernel() if self._native_attention else None
-        if self._decoder_kernel is not None and attention is not None and self._decoder_kernel.done():
-            kernel, self._decoder_kernel = self._decoder_kernel.result(), None
-            self._step = None if kernel is None else DecoderStep.make(self.backbone, kernel, attention)
+        if self._pending is not None and attention is not None and self._pending[1].done():
+            (layers, future), self._pending = self._pending, None
+            kernel = future.result()
+            self._step = None if kernel is None else DecoderStep.make(self.backbone, layers, kernel, attention)
         return self._step
 
     def clear(self, sequence: TokenSequence) -> None:

@@ -134,7 +134,7 @@ class RowNorm(nn.Module):
         self._weight = norm.weight.detach()
         self._kernel: NormKernel | None = None
         self._plus_one = False
-        self._settled = False
+        self._tried = False
 
     def forward(self, inputs: Float[Tensor, "*B N"]) -> Float[Tensor, "*B N"]:
         """The norm."""
@@ -145,14 +145,14 @@ class RowNorm(nn.Module):
             and not torch.compiler.is_compiling()
         ):
             return self._kernel.apply(inputs, self._weight, self.epsilon, self._plus_one)
-        if not self._settled and not torch.compiler.is_compiling() and norm_kernel().done():
-            self.settle()
+        if not self._tried and not torch.compiler.is_compiling() and norm_kernel().done():
+            self.use_kernel()
         plain: Tensor = self._plain(inputs)
         return plain
 
-    def settle(self) -> bool:
+    def use_kernel(self) -> bool:
         """Wait for compiled code, and use it if it has the model's results for random rows; returns whether it has."""
-        self._settled = True
+        self._tried = True
         kernel = norm_kernel().result()
         if kernel is None:
             return False
