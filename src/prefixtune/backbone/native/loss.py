@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune.backbone.native.rehearsal import near
+from prefixtune.backbone.native.compare import near
 from prefixtune.utils.native.build import start
 from prefixtune.utils.native.library import NativeLibrary
 

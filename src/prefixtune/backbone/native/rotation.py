@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from prefixtune.backbone.native.rehearsal import computes_same
+from prefixtune.backbone.native.compare import computes_same
 from prefixtune.utils.native.build import start
 from prefixtune.utils.native.library import NativeLibrary
 
