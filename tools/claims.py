@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Literal
 
-from prefixtune.evaluation.metrics import MeanDifference, mean_difference
-from prefixtune.report.results import Difference, Study
+from prefixtune.evaluation.metrics import MeanDifference, holm, mean_difference
+from prefixtune.report.results import Cell, Pair, Study
+from tools.items import item_interval, kept_pairs
+from tools.outputs import Kept
 
-__all__ = ["CLAIMS", "RULE", "Claim", "claims_table", "measure_claim", "verdict"]
+__all__ = ["CLAIMS", "FULL", "LORA", "RULE", "Claim", "Finding", "claims_table", "figure", "measure_claim", "verdict"]
 
 
-Verdict = Literal["holds", "does not hold", "not decided"]
-RULE = (
-    "A claim **holds** where the 95 % interval of the difference (Student's t over samples and seeds) is above the\n"
-    "least difference that the claim allows, and does **not hold** where it is below; otherwise, and with a single\n"
-    'sample, it is **not decided**. The least difference is 0 for "better", and is in brackets beside "level".'
-)
+Verdict = Literal["holds", "does not hold", "not decided", "partly run", "not run"]
+LEVEL = 0.05
+RULE = """\
+A claim **holds** where the mean difference is above the least one that the claim allows, and does **not hold** where it
+is below, by more than chance, asked twice. Over samples and seeds: Student's t, p < 0.05 after Holm's correction
+for all claims of the table, those not run included. Over test items: the 95 % interval of a paired bootstrap, in which
+all samples count together. Otherwise, and with a single sample, a claim is **not decided**; before all of its runs are
+done it has no verdict. The least difference is 0 for "better", and is in brackets beside "level": it was chosen before
+the runs. Intervals are of 95 %, and are not corrected."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +52,23 @@ class Claim:
     unit: str = "BLEU"
 
 
-_FULL = r"full-(n\d+|all)"
+FULL, LORA = r"full-(n\d+|all)", "lora4"
+"""Points of full fine-tuning; and how those of LoRA begin at the numbers of a prefix of 106 positions."""
 CLAIMS = (
-    Claim("level (-1) with full fine-tuning on E2E", "+1.5 (70.3 against 68.8)", "methods", _FULL, least=-1.0),
-    Claim("better than full fine-tuning with 50 to 500 targets (E2E)", "+2.9 on average", "low-data", _FULL),
+    Claim("level (-1) with full fine-tuning on E2E", "+1.5 (70.3 against 68.8)", "methods", FULL, least=-1.0),
+    Claim("better than full fine-tuning with 50 to 500 targets (E2E)", "+2.9 on average", "low-data", FULL),
     Claim(
         "better than full fine-tuning on unseen categories (WebNLG)",
         "+18.6 (45.3 against 26.7)",
         "unseen",
-        _FULL,
+        FULL,
         part="unseen",
     ),
     Claim(
         "level (-2) with full fine-tuning on summaries (XSUM there, SciTLDR here)",
         "-1.3 (43.8 against 45.1)",
         "summarization",
-        _FULL,
+        FULL,
         least=-2.0,
         scale=100.0,
         unit="ROUGE-1",
@@ -73,63 +79,140 @@ CLAIMS = (
         "initialization",
         r".*-random",
     ),
-    Claim("better than LoRA at equal numbers (rank 4) on E2E", "", "methods", r"lora4-n\d+"),
-    Claim("better than LoRA with 50 to 500 targets (E2E)", "", "low-data", r"lora4-n\d+"),
-    Claim("level (-1) with LoRA on unseen categories (WebNLG)", "", "unseen", r"lora4-n\d+", part="unseen", least=-1.0),
+    Claim("better than LoRA at equal numbers (rank 4) on E2E", "", "methods", rf"{LORA}-n\d+"),
+    Claim("better than LoRA with 50 to 500 targets (E2E)", "", "low-data", rf"{LORA}-n\d+"),
+    Claim(
+        "level (-1) with LoRA on unseen categories (WebNLG)", "", "unseen", rf"{LORA}-n\d+", part="unseen", least=-1.0
+    ),
 )
 
 
-def claims_table(studies: Mapping[str, Study]) -> list[list[str]]:
-    """Rows of claim, paper's figure, ours, verdict and why.
+@dataclass(frozen=True)
+class Finding:
+    """What a study has of a claim so far.
+
+    Attributes:
+        difference: The prefix's score less the other's, over the samples that are whole.
+        planned: How many samples the study has.
+        items: The 95 % interval of the mean difference over test items; None: the outputs are not stored.
+        p_value: Of the hypothesis that the difference is the least one; None: there is one sample.
+        corrected: The same, by Holm's correction over the table.
+        items_p_value: Of a single run and its counterpart, by paired randomization of the test items.
+    """
+
+    difference: MeanDifference
+    planned: int
+    items: tuple[float, float] | None = None
+    p_value: float | None = None
+    corrected: float | None = None
+    items_p_value: float | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all samples are done."""
+        return self.difference.count == self.planned
+
+
+def claims_table(studies: Mapping[str, Study], outputs: Mapping[str, Kept | None] = {}) -> list[list[str]]:
+    """Rows of claim, paper's figure, ours over samples, over items, corrected p-value, verdict and why.
 
     Args:
         studies: By name; claims of a study that is not among them are "not run".
+        outputs: What is stored of their outputs, by name.
     """
+    found = {
+        claim: measure_claim(claim, studies[claim.study], outputs.get(claim.study))
+        for claim in CLAIMS
+        if claim.study in studies
+    }
+    # A claim that is run in part is a question that has no answer yet.
+    asked = {claim: f.p_value for claim, f in found.items() if f and f.is_whole and f.p_value is not None}
+    corrected = dict(zip(asked, holm(list(asked.values()), len(CLAIMS)), strict=True))
     rows = []
     for claim in CLAIMS:
-        study = studies.get(claim.study)
-        found = None if study is None else measure_claim(claim, study.differences)
+        finding = found.get(claim)
         paper = claim.paper or "not asked"
-        if found is None:
-            why = "there is no study yet" if study is None else f"the study {claim.study} has no such pair yet"
-            rows.append([claim.text, paper, "", "not run", why])
-        else:
-            word, why = verdict(found, claim.least)
-            rows.append([claim.text, paper, _figure(found, claim.unit), word, why])
+        if finding is None:
+            planned = _repetitions(claim, studies[claim.study].cells) if claim.study in studies else []
+            why = f"0 of {len(planned)} samples" if planned else "there is no such run yet"
+            rows.append([claim.text, paper, "", "", "", "not run", why])
+            continue
+        finding = replace(finding, corrected=corrected.get(claim))
+        word, why = verdict(finding, claim.least)
+        p_value = "" if finding.corrected is None else f"{finding.corrected:.3f}"
+        items = _interval(finding.items) if finding.items else ""
+        rows.append([claim.text, paper, figure(finding.difference, claim.unit), items, p_value, word, why])
     return rows
 
 
-def measure_claim(claim: Claim, differences: Sequence[Difference]) -> MeanDifference | None:
-    """The prefix's score less the other's, over all samples; None where no pair was compared."""
-    # A study's difference is the other's score less the prefix's.
-    points = [
-        point.differences
-        for point in differences
-        if re.fullmatch(claim.other, point.point) and point.reference.startswith("prefix") and point.part == claim.part
-    ]
-    if not points or len({len(values) for values in points}) > 1:
+def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Finding | None:
+    """The prefix's score less the other's, over the samples of which all pairs are there; None: there is none.
+
+    Args:
+        claim: What is claimed.
+        study: The study that asks it.
+        kept: Its outputs.
+    """
+    planned = _repetitions(claim, study.cells)
+    points = {cell.point for cell in study.cells if re.fullmatch(claim.other, cell.point)}
+    by_sample: dict[str, list[Pair]] = {}
+    for pair in study.comparisons.pairs:
+        point, _, sample = pair.run.rpartition("-subset")
+        if point in points and pair.reference.startswith("prefix") and pair.part == claim.part:
+            by_sample.setdefault(sample, []).append(pair)
+    whole = [pairs for sample in planned if len(pairs := by_sample.get(sample, [])) == len(points)]
+    if not whole:
         return None
-    return mean_difference([-claim.scale * mean(sample) for sample in zip(*points, strict=True)])
+    # A study's difference is the other's score less the prefix's.
+    differences = [-claim.scale * mean(pair.difference for pair in pairs) for pairs in whole]
+    runs = [(pair.reference, pair.run) for pairs in whole for pair in pairs]
+    numbers = kept_pairs(kept, runs, claim.part)
+    interval = item_interval(numbers) if numbers else None
+    return Finding(
+        mean_difference(differences),
+        len(planned),
+        None if interval is None else (claim.scale * interval[0], claim.scale * interval[1]),
+        mean_difference([difference - claim.least for difference in differences]).p_value,
+        items_p_value=whole[0][0].p_value if len(runs) == 1 else None,
+    )
 
 
-def verdict(found: MeanDifference, least: float) -> tuple[Verdict, str]:
+def _repetitions(claim: Claim, cells: Sequence[Cell]) -> list[str]:
+    """The samples and seeds of all runs that a claim is about, as at the ends of their ids."""
+    return list(
+        dict.fromkeys(cell.id.rpartition("-subset")[2] for cell in cells if re.fullmatch(claim.other, cell.point))
+    )
+
+
+def verdict(finding: Finding, least: float) -> tuple[Verdict, str]:
     """The verdict on a difference, by `RULE`, and why.
 
-    >>> verdict(MeanDifference(2.0, 0.5, (0.6, 3.4), 0.02, 5), 0.0)
-    ('holds', 'the interval is above 0')
+    >>> found = MeanDifference(2.0, 0.5, (0.6, 3.4), 0.02, 5)
+    >>> verdict(Finding(found, 5, (1.0, 3.0), 0.02, 0.04), 0.0)
+    ('holds', 'above 0 over samples and over items')
+    >>> verdict(Finding(found, 8, (1.0, 3.0), 0.02), 0.0)
+    ('partly run', '5 of 8 samples')
     """
-    if found.interval is None:
+    found, items = finding.difference, finding.items
+    if not finding.is_whole:
+        return "partly run", f"{found.count} of {finding.planned} samples"
+    if finding.corrected is None:
         return "not decided", "one sample has no interval"
-    low, high = found.interval
-    if low > least:
-        return "holds", f"the interval is above {least:g}"
-    if high < least:
-        return "does not hold", f"the interval is below {least:g}"
-    return "not decided", f"the interval includes {least:g}"
+    if finding.corrected >= LEVEL:
+        return "not decided", f"p = {finding.corrected:.3f} over samples"
+    above = found.mean > least
+    if items is not None and items[0] <= least <= items[1]:
+        return "not decided", f"the interval over items includes {least:g}"
+    over = "over samples and over items" if items is not None else "over samples; no outputs are stored"
+    return ("holds", f"above {least:g} {over}") if above else ("does not hold", f"below {least:g} {over}")
 
 
-def _figure(found: MeanDifference, unit: str) -> str:
+def figure(found: MeanDifference, unit: str) -> str:
+    """A mean difference with its interval over samples."""
     if found.interval is None:
         return f"{found.mean:+.1f} {unit}, one sample"
-    low, high = found.interval
-    return f"{found.mean:+.1f} {unit} ({low:+.1f} to {high:+.1f}), {found.count} samples"
+    return f"{found.mean:+.1f} {unit} ({_interval(found.interval)}), {found.count} samples"
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:+.1f} to {ends[1]:+.1f}"

@@ -4,6 +4,7 @@ NAME.outputs.json.gz beside NAME.json in docs/results/ is an object with
 
     study, task, protocol, metric    of the study
     items                            for each test item, a digest of its references (see `item_key`)
+    parts                            for each test item, the part of the test set that it is in; absent: there are none
     cells                            the ids of the runs
     outputs                          for each item, the text of each run
     statistics                       for each item and run, the numbers whose sums give the corpus's score
@@ -44,12 +45,14 @@ class Kept:
     Attributes:
         study: Its name, task, protocol and metric.
         items: `item_key` of each test item.
+        parts: The part of the test set that each item is in, such as `seen`; empty: there are none.
         outputs: Id of a run -> its text for each item.
         statistics: Id of a run -> its numbers for each item.
     """
 
     study: Mapping[str, str]
     items: list[str]
+    parts: list[str] = field(default_factory=list)
     outputs: dict[str, list[str]] = field(default_factory=dict)
     statistics: dict[str, list[list[float]]] = field(default_factory=dict)
 
@@ -59,6 +62,7 @@ class Kept:
         values = {
             **self.study,
             "items": self.items,
+            **({"parts": self.parts} if self.parts else {}),
             "cells": cells,
             "outputs": [[self.outputs[cell][item] for cell in cells] for item in items],
             "statistics": [[self.statistics[cell][item] for cell in cells] for item in items],
@@ -82,7 +86,9 @@ def read_kept(path: Path) -> Kept | None:
     if not path.exists():
         return None
     values = json.loads(gzip.decompress(path.read_bytes()))
-    kept = Kept({key: values[key] for key in ("study", "task", "protocol", "metric")}, values["items"])
+    kept = Kept(
+        {key: values[key] for key in ("study", "task", "protocol", "metric")}, values["items"], values.get("parts", [])
+    )
     for index, cell in enumerate(values["cells"]):
         kept.outputs[cell] = [texts[index] for texts in values["outputs"]]
         kept.statistics[cell] = [rows[index] for rows in values["statistics"]]
@@ -102,7 +108,7 @@ def pack_outputs(folder: Path, path: Path) -> None:
     for cell in sorted(folder.glob("cells/*/")):
         _add(kept, cell)
     if before is not None and (not kept.items or kept.items == before.items):
-        kept.items = before.items
+        kept.items, kept.parts = before.items, before.parts
         for name in before.outputs.keys() - kept.outputs.keys():
             if (folder / "cells" / name / EVALUATION_FILE).exists():
                 kept.outputs[name], kept.statistics[name] = before.outputs[name], before.statistics[name]
@@ -127,6 +133,8 @@ def _add(kept: Kept, cell: Path) -> None:
     outputs, references = [row["output"] for row in rows], [row["references"] for row in rows]
     items = [item_key(texts) for texts in references]
     kept.items = kept.items or items
+    parts = [row["groups"].get("seen", "") for row in rows]
+    kept.parts = parts if any(parts) else []
     metric, protocol = kept.study["metric"], kept.study["protocol"]
     measured = measure(outputs, references, protocol=protocol, metrics=[metric])[metric]
     expected = json.loads((cell / EVALUATION_FILE).read_text(encoding="utf-8"))["scores"][metric]["score"]

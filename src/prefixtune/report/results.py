@@ -19,6 +19,7 @@ __all__ = [
     "Event",
     "GroupScores",
     "Output",
+    "Pair",
     "Run",
     "Score",
     "Stored",
@@ -224,10 +225,29 @@ class Difference(Stored):
         return finite and len(self.p_values) == len(self.differences)
 
 
+class Pair(Stored):
+    """A run and its counterpart on the same sample and seed.
+
+    Attributes:
+        run: Its id.
+        reference: Its counterpart's id.
+        part: Of the test set; empty: all of it.
+        difference: The run's score less its counterpart's.
+        p_value: Of the difference, over the test items; None: it was not tested.
+    """
+
+    run: Text = ""
+    reference: Text = ""
+    part: Text = ""
+    difference: float = math.nan
+    p_value: float | None = None
+
+
 class Comparisons(Stored):
     """A `comparisons.json`."""
 
     test: Text = ""
+    pairs: Annotated[tuple[Pair, ...], Field(strict=False)] = ()
     points: Annotated[tuple[Difference, ...], Field(strict=False)] = ()
 
 

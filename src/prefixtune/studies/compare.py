@@ -96,7 +96,8 @@ def compare_runs(
         (the run less its counterpart), and the p-value of paired approximate randomization; None where outputs are
         missing. `points`: all repetitions of a point together: the mean difference, its standard error and 95 %
         interval over them (Student's t), and the p-value of the mean; of a single run, that of its pair.
-        `corrected_p_value` is by Holm's correction over the study's points on the same part of the test set.
+        `corrected_p_value` is by Holm's correction over all points that the study has on the same part of the test
+        set, done or not.
     """
     settings = {"metric": metric, "test": METHOD, "samples": SAMPLES}
     is_comparable = before is not None and all(before.get(key) == value for key, value in settings.items())
@@ -127,9 +128,11 @@ def compare_runs(
         {"point": point, "reference": reference, "part": part, **_summary(repetitions)}
         for (point, reference, part), repetitions in by_point.items()
     ]
+    # Rows that are still to come count as questions, or a part of a study would be surer than the whole.
+    questions = len({(cell.group, other.group) for cell, other in counterparts(config)})
     for part in dict.fromkeys(point["part"] for point in points):
         family = [point for point in points if point["part"] == part and point["p_value"] is not None]
-        for point, p_value in zip(family, holm([point["p_value"] for point in family]), strict=True):
+        for point, p_value in zip(family, holm([point["p_value"] for point in family], questions), strict=True):
             point["corrected_p_value"] = p_value
     return {**settings, "pairs": pairs, "points": points}
 

@@ -58,6 +58,9 @@ def test_holm_rejects_what_its_steps_reject() -> None:
                 rejected.add(index)
             assert {index for index, value in enumerate(corrected) if value <= level} == rejected
     assert holm([]) == []
+    # Questions without an answer count as if nothing was found.
+    assert holm([0.01, 0.04], 4) == holm([0.01, 0.04, 1.0, 1.0])[:2] == pytest.approx([0.04, 0.12])
+    assert holm([0.01, 0.04], 1) == holm([0.01, 0.04])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
 
 

@@ -15,7 +15,7 @@ from prefixtune.report.results import Study
 from prefixtune.studies import StudyConfig, plan
 from prefixtune.studies.compare import compare_runs
 from prefixtune.studies.records import Provenance, make_folders, write_cell, write_study
-from tools.results import differences_table
+from tools.study_tables import differences_table
 
 SCORES = {"prefix": [60.0, 61.0, 62.0], "full": [61.0, 63.0, 64.0], "lora:4": [60.5, 60.0, 62.5]}
 
@@ -58,6 +58,14 @@ def test_holm_corrects_among_the_comparisons_on_the_same_items(tmp_path: Path) -
         family = [point for point in points if point["part"] == part]
         assert [point["corrected_p_value"] for point in family] == holm([point["p_value"] for point in family])
         assert max(point["corrected_p_value"] / point["p_value"] for point in family) == pytest.approx(2)
+
+
+def test_rows_that_are_still_to_come_are_questions_too(tmp_path: Path) -> None:
+    config = make_study(tmp_path / "study")
+    done = [cell.id for cell in plan(config) if cell.method != "lora:4"]
+    points = compare_runs(config, "bleu", "e2e", done)["points"]
+    assert {point["point"] for point in points} == {"full-n9"}
+    assert all(point["corrected_p_value"] == pytest.approx(2 * point["p_value"]) for point in points)
 
 
 def test_a_single_run_has_the_p_value_of_its_items(tmp_path: Path) -> None:

@@ -1,79 +1,139 @@
-"""The claims' verdicts: from the differences of studies alone, by one rule."""
+"""The claims' verdicts: from the differences of studies and the numbers of their items, by one rule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from prefixtune.report.results import Cell, Comparisons, Difference, Study
-from tools.claims import CLAIMS, claims_table, measure_claim, verdict
+from prefixtune.evaluation.metrics import holm
+from prefixtune.evaluation.metrics.student import t_p_value
+from prefixtune.report.results import Cell, Comparisons, Pair, Study
+from tools.claims import CLAIMS, Finding, claims_table, measure_claim, verdict
+from tools.outputs import Kept
 
 LEVEL, LOW_DATA, UNSEEN = CLAIMS[:3]
+PREFIX = "prefix-examples-n2000-P106-examples"
 
 
-def difference(point: str, differences: tuple[float, ...], part: str = "", reference: str = "") -> Difference:
-    reference = reference or "prefix-examples-n2000-P106-examples"
-    p_values = (0.1,) * len(differences)
-    mean = sum(differences) / len(differences)
-    return Difference(
-        point=point, reference=reference, part=part, differences=differences, p_values=p_values, mean=mean
-    )
-
-
-def study(*points: Difference) -> Study:
-    return Study(path=Path("study"), cells=(Cell(id="a"),), comparisons=Comparisons(points=points))
+def study(
+    points: Mapping[str, tuple[float, ...]], part: str = "", reference: str = PREFIX, planned: int | None = None
+) -> Study:
+    """A study whose points differ from a prefix by so much, on one sample after the other."""
+    cells, pairs = [], []
+    for point, differences in points.items():
+        for index in range(len(differences) if planned is None else planned):
+            cells.append(Cell(id=f"{point}-subset{index}-seed{index}"))
+        for index, difference in enumerate(differences):
+            names = (f"{name}-subset{index}-seed{index}" for name in (point, reference))
+            run, other = names
+            pairs.append(Pair(run=run, reference=other, part=part, difference=difference, p_value=0.1))
+    return Study(path=Path("study"), cells=tuple(cells), comparisons=Comparisons(pairs=tuple(pairs)))
 
 
 def test_the_prefix_is_ahead_where_the_other_is_behind() -> None:
-    found = measure_claim(LEVEL, [difference("full-n2000", (-1.0, -2.0, -3.0))])
+    found = measure_claim(LEVEL, study({"full-n2000": (-1.0, -2.0, -3.0)}))
     assert found is not None
-    assert (found.mean, found.count) == (2.0, 3)
-    assert found.interval == pytest.approx((2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), abs=1e-3)
+    assert (found.difference.mean, found.difference.count, found.planned) == (2.0, 3, 3)
+    half = 4.3027 / math.sqrt(3)
+    assert found.difference.interval == pytest.approx((2 - half, 2 + half), abs=1e-3)
+    # Against the least difference, -1, and not against 0.
+    assert found.p_value == pytest.approx(t_p_value(3 * math.sqrt(3), 2))
 
 
 def test_several_sizes_count_by_their_mean_for_each_sample() -> None:
-    points = [
-        difference("full-n50", (-4.0, -2.0)),
-        difference("full-n100", (0.0, -6.0)),
-        difference("top2-n50", (9.0,)),
-    ]
-    found = measure_claim(LOW_DATA, points)
+    points = {"full-n50": (-4.0, -2.0), "full-n100": (0.0, -6.0), "top2-n50": (9.0, 9.0)}
+    found = measure_claim(LOW_DATA, study(points))
     assert found is not None
-    assert (found.mean, found.standard_error, found.count) == (3.0, 1.0, 2)
-    # A size that lacks a sample would be a mean of other samples.
-    assert measure_claim(LOW_DATA, [*points[:1], difference("full-n100", (0.0,))]) is None
+    assert (found.difference.mean, found.difference.standard_error, found.difference.count) == (3.0, 1.0, 2)
+
+
+def test_only_samples_that_are_whole_count() -> None:
+    whole = study({"full-n50": (-4.0, -2.0, -7.0), "full-n100": (0.0, -6.0)}, planned=5)
+    found = measure_claim(LOW_DATA, whole)
+    assert found is not None
+    assert (found.difference.mean, found.difference.count, found.planned) == (3.0, 2, 5)
+    # The second sample of one size and the third of the other are no pair.
+    pairs = [pair for pair in whole.comparisons.pairs if "n50-subset1" not in pair.run]
+    found = measure_claim(LOW_DATA, whole.model_copy(update={"comparisons": Comparisons(pairs=tuple(pairs))}))
+    assert found is not None
+    assert (found.difference.mean, found.difference.count) == (2.0, 1)
 
 
 def test_only_pairs_of_a_prefix_on_the_claims_part_count() -> None:
-    assert measure_claim(UNSEEN, [difference("full-n1000", (1.0, 2.0))]) is None
-    assert measure_claim(UNSEEN, [difference("full-n1000", (1.0, 2.0), "unseen", "lora4-n1000")]) is None
-    assert measure_claim(UNSEEN, [difference("full-early-n1000", (1.0, 2.0), "unseen")]) is None
-    assert measure_claim(UNSEEN, [difference("full-n1000", (1.0, 2.0), "unseen")]) is not None
+    values = {"full-n1000": (1.0, 2.0)}
+    assert measure_claim(UNSEEN, study(values)) is None
+    assert measure_claim(UNSEEN, study(values, "unseen", "lora4-n1000")) is None
+    assert measure_claim(UNSEEN, study({"full-early-n1000": (1.0, 2.0)}, "unseen")) is None
+    assert measure_claim(UNSEEN, study(values, "unseen")) is not None
 
 
 @pytest.mark.parametrize(
-    ("differences", "least", "expected"),
+    ("differences", "least", "items", "expected"),
     [
-        ((-2.0, -2.2, -2.1), 0.0, "holds"),
-        ((2.0, 2.2, 2.1), 0.0, "does not hold"),
-        ((2.0, -2.2, 0.1), 0.0, "not decided"),
-        ((0.4, 0.5, 0.6), -1.0, "holds"),
-        ((0.9, 1.1, 1.0), -1.0, "not decided"),
-        ((-9.0,), 0.0, "not decided"),
+        ((-2.0, -2.2, -2.1), 0.0, (1.0, 3.0), "holds"),
+        ((-2.0, -2.2, -2.1), 0.0, None, "holds"),
+        ((-2.0, -2.2, -2.1), 0.0, (-0.1, 3.0), "not decided"),
+        ((2.0, 2.2, 2.1), 0.0, (-3.0, -1.0), "does not hold"),
+        ((2.0, -2.2, 0.1), 0.0, (1.0, 3.0), "not decided"),
+        ((0.4, 0.5, 0.6), -1.0, (-0.9, 0.0), "holds"),
+        ((0.9, 1.1, 1.0), -1.0, (-2.0, 0.0), "not decided"),
+        ((-9.0,), 0.0, (1.0, 9.0), "not decided"),
     ],
 )
-def test_the_interval_decides(differences: tuple[float, ...], least: float, expected: str) -> None:
-    found = measure_claim(LEVEL, [difference("full-n2000", differences)])
+def test_chance_is_excluded_twice(
+    differences: tuple[float, ...], least: float, items: tuple[float, float] | None, expected: str
+) -> None:
+    claim = type(LEVEL)("a claim", "", "methods", LEVEL.other, least=least)
+    found = measure_claim(claim, study({"full-n2000": differences}))
     assert found is not None
-    assert verdict(found, least)[0] == expected
+    # As the only question.
+    finding = Finding(found.difference, found.planned, items, found.p_value, found.p_value)
+    assert verdict(finding, least)[0] == expected
 
 
 def test_every_claim_has_a_row_and_none_an_invented_figure() -> None:
-    assert [row[2:4] for row in claims_table({})] == [["", "not run"]] * len(CLAIMS)
-    rows = claims_table({"methods": study(difference("full-n2000", (-1.0, -2.0, -3.0)))})
-    assert rows[0][2:] == ["+2.0 BLEU (-0.5 to +4.5), 3 samples", "holds", "the interval is above -1"]
-    assert {row[3] for row in rows[1:]} == {"not run"}
-    one = claims_table({"methods": study(difference("full-n2000", (-1.0,)))})
-    assert one[0][2:] == ["+1.0 BLEU, one sample", "not decided", "one sample has no interval"]
+    nothing = ["", "", "", "not run", "there is no such run yet"]
+    assert [row[2:] for row in claims_table({})] == [nothing] * len(CLAIMS)
+    rows = claims_table({"methods": study({"full-n2000": (-1.0, -1.2, -1.1, -1.1)})})
+    assert rows[0][2] == "+1.1 BLEU (+1.0 to +1.2), 4 samples"
+    assert rows[0][5:] == ["holds", "above -1 over samples; no outputs are stored"]
+    assert {row[5] for row in rows[1:]} == {"not run"}
+    one = claims_table({"methods": study({"full-n2000": (-1.0,)})})
+    assert one[0][2:] == ["+1.0 BLEU, one sample", "", "", "not decided", "one sample has no interval"]
+
+
+def test_what_is_run_in_part_has_no_verdict() -> None:
+    rows = claims_table({"methods": study({"full-n2000": (-9.0, -9.2, -9.0, -9.2)}, planned=5)})
+    assert rows[0][2:] == ["+9.1 BLEU (+8.9 to +9.3), 4 samples", "", "", "partly run", "4 of 5 samples"]
+    rows = claims_table({"methods": study({"full-n2000": ()}, planned=5)})
+    assert rows[0][2:] == ["", "", "", "not run", "0 of 5 samples"]
+
+
+def test_claims_are_corrected_for_all_that_the_table_asks() -> None:
+    done = {"full-n2000": (-1.0, -2.0, -1.5), "lora4-n2000": (-0.2, -0.3, -0.25)}
+    rows = claims_table({"methods": study(done)})
+    p_values = []
+    for claim in (CLAIMS[0], CLAIMS[5]):
+        found = measure_claim(claim, study(done))
+        assert found is not None
+        assert found.p_value is not None
+        p_values.append(found.p_value)
+    # The six that are not run count as if nothing was found.
+    expected = holm([*p_values, *[1.0] * 6])[:2]
+    assert [rows[0][4], rows[5][4]] == [f"{value:.3f}" for value in expected]
+    # Of itself the second would hold.
+    assert p_values[1] < 0.05 < expected[1]
+    assert rows[5][5] == "not decided"
+
+
+def test_items_are_those_of_the_runs() -> None:
+    values = study({"full-n2000": (-1.0, -2.0)})
+    names = [name for pair in values.comparisons.pairs for name in (pair.run, pair.reference)]
+    # A metric that is a mean: every item of the prefix is ahead by 0.5.
+    statistics = {name: [[1.5 if "prefix" in name else 1.0, 1.0]] * 9 for name in names}
+    found = measure_claim(LEVEL, values, Kept({}, ["item"] * 9, [], {}, statistics))
+    assert found is not None
+    assert found.items == pytest.approx((0.5, 0.5))

@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -25,24 +26,29 @@ from prefixtune.studies.records import (
     RateChoice,
     as_stored,
     make_folders,
+    read_outcome,
     write_cell,
     write_rate_choice,
     write_study,
 )
 from tools import outputs, results
+from tools.study_tables import scores_table
 
 E2E = results.DATA / "e2e"
 SCRIPT = results.PACKED / "recompute.py"
+MARKS = ("methods", "methods: differences")
 
 
-def make_study(folder: Path, task: str = "toy", data: str = "held_out", **values: object) -> StudyConfig:
-    """A study that is done: its runs wrote references, some of them cut."""
+def make_study(
+    folder: Path, task: str = "toy", data: str = "held_out", done: Collection[str] | None = None, **values: object
+) -> StudyConfig:
+    """A study of which some runs are done, or all: they wrote references, some of them cut."""
     usual = {"methods": ("full", "lora:4"), "sizes": (9,), "test_limit": 5}
     config = StudyConfig(**{**usual, "task": task, "test": data, "output": str(folder), **values})
     make_folders(config)
     examples, rng = StudyData(config).test, random.Random(0)
     protocol = "e2e" if task == "e2e" else "plain"
-    for cell in plan(config):
+    for cell in [cell for cell in plan(config) if done is None or cell.id in done]:
         texts = [" ".join(rng.choice(e.targets).split()[: rng.randint(3, 60)]) for e in examples]
         scores = compute(texts, [e.targets for e in examples], protocol=protocol, metrics=["bleu"])
         facts = {"title": cell.id, "task": task}
@@ -53,7 +59,8 @@ def make_study(folder: Path, task: str = "toy", data: str = "held_out", **values
         if cell.trains:
             write_rate_choice(config, cell, RateChoice(dict.fromkeys(rates, 1.0), as_stored(rates[0])))
     write_study(config, plan(config), Provenance("a command"))
-    write_comparisons(config, plan(config))
+    if done is None:
+        write_comparisons(config, plan(config))
     return config
 
 
@@ -100,6 +107,44 @@ def test_the_sums_of_the_items_numbers_give_the_score(tmp_path: Path) -> None:
         assert facts["scores"]["bleu"]["score"] == pytest.approx(100 * brevity * math.prod(precisions) ** 0.25)
 
 
+def test_a_study_that_is_run_in_part_is_shown_as_such_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = [f"{name}-subset{n}-seed{n}" for name, n in (("prefix-n9-P10-task", 0), ("prefix-n9-P10-task", 1))]
+    done += ["full-n9-subset0-seed0"]
+    values = {"methods": ("prefix", "full", "lora:4"), "repetitions": 3}
+    runs, packed, page = tmp_path / "runs", tmp_path / "packed", tmp_path / "RESULTS.md"
+    packed.mkdir()
+    page.write_text("".join(f"<!-- {mark} -->\n\nold\n\n<!-- end -->\n" for mark in ("claims", *MARKS)))
+    for name, value in {"RUNS": runs, "PACKED": packed, "PAGES": (page,)}.items():
+        monkeypatch.setattr(results, name, value)
+    monkeypatch.setattr(sys, "argv", ["results"])
+    config = make_study(runs / "methods", done=done, **values)
+    results.main()
+    text = page.read_text()
+    assert "**Partly run: 3 of 9 runs are done.** Without any run: lora4-n9." in text
+    assert "| prefix | 2 of 3 | " in text
+    assert "| full | 1 of 3 | " in text
+    assert "1 of 3 runs |" in text
+    assert "|  | partly run | 1 of 3 samples |" in text
+    # The pair's p-value is one of two that the study will have.
+    (point,) = json.loads((config.folder / "comparisons.json").read_text())["points"]
+    assert point["corrected_p_value"] == pytest.approx(min(1.0, 2 * point["p_value"]))
+    first = {file.name: file.read_bytes() for file in packed.iterdir()}
+    assert set(first) == {"methods.json", "methods.outputs.json.gz"}
+    # From the files alone the study goes on where it was.
+    for path in sorted(runs.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    runs.rmdir()
+    results.restore(packed / "methods.json", runs / "methods", tmp_path)
+    outcome = read_outcome(config, plan(config))
+    assert sorted(outcome.done) == sorted(done)
+    assert len(outcome.left) == 6
+    results.main()
+    assert {file.name: file.read_bytes() for file in packed.iterdir()} == first
+    assert page.read_text() == text
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, path = make_study(tmp_path / "study"), tmp_path / "study.outputs.json.gz"
     monkeypatch.setattr(outputs, "MAX_BYTES", 100)
@@ -140,7 +185,7 @@ def test_a_readers_script_gets_the_digits_of_the_tables(tmp_path: Path) -> None:
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     study = read_results(config.folder)
     assert isinstance(study, Study)
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.scores_table(study).splitlines()]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scores_table(study).splitlines()]
     column = table[0].index("BLEU")
     shown = {row[0].replace(":", ""): row[column] for row in table[2:]}
     assert f"full-n9: {shown['full']}\n" in printed
@@ -170,7 +215,7 @@ def test_the_kept_studies_recompute_to_the_page(name: str) -> None:
         pytest.skip("the study has not run yet")
     command = [sys.executable, "-I", str(SCRIPT), str(E2E / "test.jsonl.gz"), name]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    page = results.PAGE.read_text(encoding="utf-8")
+    page = results.PAGES[0].read_text(encoding="utf-8")
     part = page.partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0]
     for line in lines[2:]:
         assert line.rpartition(": ")[2] in part, line

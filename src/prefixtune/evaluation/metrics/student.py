@@ -111,7 +111,7 @@ def t_quantile(probability: float, degrees: int) -> float:
     return high
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], questions: int = 0) -> list[float]:
     """P-values of a family of questions, corrected so that any false answer among them stays as rare (Holm 1979).
 
     The smallest is multiplied by their number, the next one by one less, and so on; none becomes smaller than one
@@ -119,9 +119,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     >>> [round(p_value, 3) for p_value in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
+
+    Args:
+        p_values: Of the questions that are answered.
+        questions: How many are asked; those without an answer count as if their p-value was 1. 0: no more than these.
     """
+    asked = max(questions, len(p_values))
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        largest = max(largest, min(1.0, (asked - rank) * p_values[index]))
         corrected[index] = largest
     return corrected

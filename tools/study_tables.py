@@ -1,0 +1,190 @@
+"""The tables of docs/RESULTS.md, each from a stored study or from stored measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from prefixtune.pages.format import metric_name
+from prefixtune.report.results import Cell, Evaluation, Score, Study
+
+__all__ = ["costs_table", "differences_table", "progress", "scores_table", "table", "toys_table"]
+
+
+def scores_table(study: Study) -> str:
+    """A study's scores, one row for each point that has a run: what varied, runs, the rate among those tried, scores,
+    losses, and how many numbers are trained and stored.
+    """
+    points = _done_points(study)
+    planned = _planned(study)
+    metrics = list(next(iter(points.values()))[0][1].scores) if points else []
+    groups = sorted({name for runs in points.values() for name in _group_scores(runs[0][1])})
+    head = [*study.factors, "runs", "learning rate (tried)", *(name.upper() for name in metrics)]
+    head += [f"BLEU, {name}" for name in groups] + ["development loss", "trained", "stored", "bytes"]
+    rows = []
+    for point, runs in sorted(points.items(), key=lambda item: _order(item[1][0][0], study.factors)):
+        first, evaluations = runs[0][0], [evaluation for _, evaluation in runs]
+        row = [str(first.factors.get(name, "")) for name in study.factors]
+        row += [_count(len(runs), planned[point]), _rates(study.tuning.get(point))]
+        row += [_score([evaluation.scores[name] for evaluation in evaluations]) for name in metrics]
+        in_groups = [_group_scores(evaluation) for evaluation in evaluations]
+        row += [_score([scores[name] for scores in in_groups if name in scores]) for name in groups]
+        losses = [cell.figures["dev_loss"] for cell, _ in runs if "dev_loss" in cell.figures]
+        row.append(f"{mean(losses):.3f}" if losses else "")
+        row += [_whole(first.figures.get(f"{kind}_parameters")) for kind in ("trained", "stored")]
+        rows.append([*row, _whole(first.figures.get("file_bytes"))])
+    return "\n\n".join(filter(None, [progress(study), table(head, rows) if rows else ""]))
+
+
+def progress(study: Study) -> str:
+    """What of a study is still to be done; empty: it is finished."""
+    done = [cell for cell in study.cells if cell.status == "done"]
+    if len(done) == len(study.cells):
+        return ""
+    text = f"**{'Partly run' if done else 'Not run yet'}: {len(done)} of {len(study.cells)} runs are done.**"
+    begun = {cell.point for cell in done}
+    missing = list(dict.fromkeys(cell.point for cell in study.cells if cell.point not in begun))
+    failed = [cell.id for cell in study.cells if cell.status == "failed"]
+    text += f" Without any run: {', '.join(missing)}." if missing and done else ""
+    return text + (f" Failed: {', '.join(failed)}." if failed else "")
+
+
+def differences_table(study: Study) -> str:
+    """How far a study's points are from their counterparts, one row for each."""
+    if not study.differences:
+        return "None yet."
+    decimals, planned = _decimals(study), _planned(study)
+    head = [f"{metric_name(study.metric)} of", "less that of", "test items", "each run (p)", "mean ± standard error"]
+    is_corrected = any(point.corrected_p_value is not None for point in study.differences)
+    rows = []
+    for point in study.differences:
+        runs = [
+            f"{difference:+.{decimals}f}" + (f" ({p_value:.3f})" if p_value is not None else "")
+            for difference, p_value in zip(point.differences, point.p_values, strict=True)
+        ]
+        if len(runs) < planned.get(point.point, 0):
+            runs.append(f"{_count(len(runs), planned[point.point])} runs")
+        error = point.standard_error
+        spread = f"{point.mean:+.{decimals}f} ± {error:.{decimals}f}" if error is not None else ""
+        row = [point.point, point.reference, point.part or "all", "; ".join(runs), spread]
+        if is_corrected:
+            ends, p_values = point.interval, (point.p_value, point.corrected_p_value)
+            row.append("" if ends is None else f"{ends[0]:+.{decimals}f} to {ends[1]:+.{decimals}f}")
+            row += ["" if p_value is None else f"{p_value:.3f}" for p_value in p_values]
+        rows.append(row)
+    return table([*head, "95 % interval", "p", "p, corrected"] if is_corrected else head, rows)
+
+
+def toys_table(studies: Sequence[Study]) -> str:
+    """The share of exact answers on each toy task, a column for each method."""
+    points: dict[str, dict[str, list[Score]]] = {}
+    for study in studies:
+        for point, runs in _done_points(study).items():
+            scores = [evaluation.scores[study.metric] for _, evaluation in runs]
+            points.setdefault(study.task, {}).setdefault(point, []).extend(scores)
+    columns = list(dict.fromkeys(point for scores in points.values() for point in scores))
+    rows = [[task, *(_score(scores[c]) if c in scores else "" for c in columns)] for task, scores in points.items()]
+    missing = [study.task for study in studies if progress(study)]
+    text = f"**Partly run.** Not finished: {', '.join(missing)}.\n\n" if missing else ""
+    return text + table(["task", *columns], rows)
+
+
+def costs_table(measured: Mapping[str, Any] | None) -> str:
+    """Time and memory of a training step of each method, and what they were measured on.
+
+    Args:
+        measured: What `python -m bench.training.methods` wrote; None: nothing.
+    """
+    if measured is None:
+        return "Not measured yet: `make bench-methods`, on a machine with nothing else running."
+    machine, versions, rows = measured["machine"], measured["versions"], measured["methods"]
+    first = next(iter(rows.values()))["step_seconds"]
+    others = measured.get("cores_used_by_others")
+    busy = "" if others is None else f", {others:.2f} cores busy with other work"
+    where = (
+        f"`{measured['command']}`, {measured['date'][:10]}: {machine['processor']}, {machine['cores']} cores, "
+        f"{measured['threads']} threads{busy}; torch {versions['torch']}. Batches of {measured['batch_size']} pairs of "
+        "E2E; the median of the steps."
+    )
+    lines = [
+        [
+            name,
+            _whole(row["trained"]),
+            f"{row['step_seconds']:.2f}",
+            f"{row['step_seconds'] / first:.2f}",
+            _whole(row["peak_memory_mib"]),
+        ]
+        for name, row in rows.items()
+    ]
+    head = ["method", "trained", "seconds a step", "of the first's", "peak memory, MiB"]
+    return f"{where}\n\n{table(head, lines)}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def _done_points(study: Study) -> dict[str, list[tuple[Cell, Evaluation]]]:
+    points: dict[str, list[tuple[Cell, Evaluation]]] = {}
+    for cell in study.cells:
+        if cell.status == "done" and cell.run is not None and cell.run.evaluation is not None:
+            points.setdefault(cell.point, []).append((cell, cell.run.evaluation))
+    return points
+
+
+def _planned(study: Study) -> dict[str, int]:
+    """How many runs each point has, done or not."""
+    counts: dict[str, int] = {}
+    for cell in study.cells:
+        counts[cell.point] = counts.get(cell.point, 0) + 1
+    return counts
+
+
+def _count(done: int, planned: int) -> str:
+    return str(done) if done == planned else f"{done} of {planned}"
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _decimals(study: Study) -> int:
+    """How many a difference has: scores of 0 to 1 need more."""
+    scores = [cell.run.evaluation.scores for cell in study.cells if cell.run is not None and cell.run.evaluation]
+    values = [score.score for by_name in scores if (score := by_name.get(study.metric)) and score.score is not None]
+    return 1 if max(values, default=0.0) > 10 else 3
+
+
+def _group_scores(evaluation: Evaluation) -> dict[str, Score]:
+    """BLEU of seen and unseen categories, where the data distinguishes them."""
+    groups = evaluation.groups.get("seen", {})
+    return {name: group.scores["bleu"] for name, group in groups.items() if "bleu" in group.scores}
+
+
+def _order(cell: Cell, factors: Sequence[str]) -> list[Any]:
+    # By the number first, where there is one.
+    values = [cell.factors.get(name, "") for name in factors]
+    return sorted(values, key=lambda value: isinstance(value, str))
+
+
+def _rates(tuning: dict[str, Any] | None) -> str:
+    if tuning is None:
+        return ""
+    tried = sorted(float(rate) for rate in tuning["learning_rate"])
+    edge = ", at the edge" if len(tried) > 1 and tuning["chosen"] in (tried[0], tried[-1]) else ""
+    return f"{tuning['chosen']:g} ({', '.join(f'{rate:g}' for rate in tried)}{edge})"
+
+
+def _score(scores: Sequence[Score]) -> str:
+    """One run: its score and interval; several: mean, standard deviation and range."""
+    values = [score.score for score in scores if score.score is not None]
+    digits = 1 if max(values) > 10 else 2 if max(values) > 1 else 3
+    if len(values) > 1:
+        spread = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({spread})"
+    interval = scores[0].interval
+    text = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
+    return f"{values[0]:.{digits}f}{text}"
