@@ -62,7 +62,7 @@ def choosing_tables(studies: Mapping[str, Study], outputs: Mapping[str, Kept | N
 
 
 def _quality(studies: Mapping[str, Study]) -> str:
-    head = ["task and data", "prefix less LoRA at equal numbers", "prefix less full fine-tuning"]
+    head = ["task and data", "prefix less LoRA of rank 4", "prefix less full fine-tuning"]
     rows = []
     for q in QUESTIONS:
         others = [rf"{LORA}-{q.size}", rf"full-{q.size}"]

@@ -79,7 +79,7 @@ CLAIMS = (
         "initialization",
         r".*-random",
     ),
-    Claim("better than LoRA at equal numbers (rank 4) on E2E", "", "methods", rf"{LORA}-n\d+"),
+    Claim("better than LoRA of rank 4, at no more numbers (E2E)", "", "methods", rf"{LORA}-n\d+"),
     Claim("better than LoRA with 50 to 500 targets (E2E)", "", "low-data", rf"{LORA}-n\d+"),
     Claim(
         "level (-1) with LoRA on unseen categories (WebNLG)", "", "unseen", rf"{LORA}-n\d+", part="unseen", least=-1.0

@@ -32,8 +32,9 @@ def scores_table(study: Study) -> str:
         row += [_score([scores[name] for scores in in_groups if name in scores]) for name in groups]
         losses = [cell.figures["dev_loss"] for cell, _ in runs if "dev_loss" in cell.figures]
         row.append(f"{mean(losses):.3f}" if losses else "")
-        row += [_whole(first.figures.get(f"{kind}_parameters")) for kind in ("trained", "stored")]
-        rows.append([*row, _whole(first.figures.get("file_bytes"))])
+        for kind in ("trained_parameters", "stored_parameters", "file_bytes"):
+            row.append(_range([cell.figures[kind] for cell, _ in runs if kind in cell.figures]))
+        rows.append(row)
     return "\n\n".join(filter(None, [progress(study), table(head, rows) if rows else ""]))
 
 
@@ -110,10 +111,10 @@ def costs_table(measured: Mapping[str, Any] | None) -> str:
     lines = [
         [
             name,
-            _whole(row["trained"]),
+            f"{row['trained']:,}",
             f"{row['step_seconds']:.2f}",
             f"{row['step_seconds'] / first:.2f}",
-            _whole(row["peak_memory_mib"]),
+            f"{row['peak_memory_mib']:,.0f}",
         ]
         for name, row in rows.items()
     ]
@@ -147,8 +148,10 @@ def _count(done: int, planned: int) -> str:
     return str(done) if done == planned else f"{done} of {planned}"
 
 
-def _whole(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
+def _range(values: Sequence[float]) -> str:
+    """Whole numbers of several runs: a prefix from examples is as long as the examples of its sample."""
+    ends = list(dict.fromkeys([min(values), max(values)])) if values else []
+    return " to ".join(f"{value:,.0f}" for value in ends)
 
 
 def _decimals(study: Study) -> int:

@@ -55,7 +55,8 @@ def make_study(
         path = config.folder / "cells" / cell.id
         write_evaluation(path, Evaluation(scores, tuple(texts)), examples, facts, protocol=protocol)
         rates = config.rates(cell.method) if cell.trains else (1e-3,)
-        write_cell(config, cell, "done", {"learning_rate": as_stored(rates[0]), "trained_parameters": 3})
+        figures = {"learning_rate": as_stored(rates[0]), "trained_parameters": 3, "stored_parameters": 3 + cell.seed}
+        write_cell(config, cell, "done", figures)
         if cell.trains:
             write_rate_choice(config, cell, RateChoice(dict.fromkeys(rates, 1.0), as_stored(rates[0])))
     write_study(config, plan(config), Provenance("a command"))
@@ -126,6 +127,7 @@ def test_a_study_that_is_run_in_part_is_shown_as_such_and_comes_back(
     assert "| prefix | 2 of 3 | " in text
     assert "| full | 1 of 3 | " in text
     assert "1 of 3 runs |" in text
+    assert "| 3 | 3 to 4 |" in text
     assert "|  | partly run | 1 of 3 samples |" in text
     # The pair's p-value is one of two that the study will have.
     (point,) = json.loads((config.folder / "comparisons.json").read_text())["points"]
