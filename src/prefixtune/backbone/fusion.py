@@ -15,6 +15,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.gate import gate_kernel, use_gate
 from prefixtune.backbone.native.norm import norm_kernel, norm_of
 from prefixtune.backbone.native.rotation import rotation_kernel, use_rotation
+from prefixtune.backbone.products import gains, use_products
 from prefixtune.backbone.twin import make_twin
 
 __all__ = ["with_fused_operations"]
@@ -46,7 +47,7 @@ def with_fused_operations(backbone: Backbone) -> Backbone:
     if model.get_input_embeddings().weight.shape[-1] >= SMALLEST:
         packed_kernel()
     kernels = norm_kernel(), gate_kernel(), rotation_kernel()
-    if all(kernel.result() is None for kernel in kernels):
+    if all(kernel.result() is None for kernel in kernels) and not gains():
         return backbone
     with torch.inference_mode(False):
         twin = make_twin(backbone)
@@ -69,6 +70,7 @@ def _fuse(twin: Backbone) -> bool:
                 fused = True
         if gate is not None:
             fused |= use_gate(parent, gate)
+        fused |= use_products(parent)
         if rotation is not None and parent in twin.layout.layer_of:
             fused |= use_rotation(parent, rotation, twin.dtype)
     return fused

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.native.loss import LossKernel, loss_kernel
+from prefixtune.backbone.products import multiply
 from prefixtune.backbone.soft_labels import soft_losses
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
@@ -74,12 +74,12 @@ class _HeadLosses(torch.autograd.Function):
         kernel = _kernel_for(hidden, len(weight), labels)
         for first in range(0, len(labels), _HEAD_ROWS):
             rows = slice(first, first + _HEAD_ROWS)
-            logits = F.linear(hidden[rows], weight, bias)
+            logits = multiply(hidden[rows], weight, bias)
             if kernel is None:
                 _compute_losses(logits, labels[rows], losses[rows], logits)
             else:
                 kernel.replace(logits, labels[rows], losses[rows])
-            torch.mm(logits, weight, out=slopes[rows])
+            slopes[rows] = multiply(logits, weight.t())
         context.save_for_backward(slopes)
         return losses
 
