@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -120,6 +122,23 @@ def test_two_systems_of_one_kind_seldom_differ():
         )
         small.append(compare(first, second, references, "bleu", samples=200, seed=seed).p_value <= 0.05)
     assert sum(small) <= 9
+
+
+@pytest.mark.parametrize("metric", ["bleu", "rouge_1"])
+def test_a_p_value_is_the_share_of_all_exchanges(metric: str):
+    """Every one of the 2 ** 9 exchanges, each scored by its texts, against random ones."""
+    (first, references), (second, _) = items(9, 0.2), items(9, 0.45)
+    texts = list(zip(first, second, strict=True))
+
+    def difference(exchanges: Sequence[bool]) -> float:
+        sides = ([pair[one != swapped] for pair, swapped in zip(texts, exchanges, strict=True)] for one in (0, 1))
+        one, other = (compute(side, references, metrics=[metric])[metric].score for side in sides)
+        return one - other
+
+    observed = abs(difference([False] * 9))
+    reached = [abs(difference(exchanges)) >= observed - 1e-9 for exchanges in product([False, True], repeat=9)]
+    found = compare(first, second, references, metric, samples=20_000)
+    assert found.p_value == pytest.approx(sum(reached) / len(reached), abs=0.01)
 
 
 def test_one_better_item_is_not_significant():
