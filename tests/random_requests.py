@@ -15,10 +15,10 @@ from prefixtune.data.encoding import encode_prompts
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.detokenizer import text_until_stop
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.text_format import read_text_format
+from prefixtune.sampling.detokenizer import text_until_stop
 
 DEFAULT_LENGTH, LONGEST = 12, 24
 """Of the server's configuration: most new tokens by default, and at all."""

@@ -29,7 +29,7 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate_ids
+from prefixtune.inference.decoding import generate_batch
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix, flatten
 
@@ -85,8 +85,9 @@ class GenerateSide:
 
     def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
         """All requests."""
-        config = GenerateConfig(max_new_tokens=self.new, min_new_tokens=self.new, batch_size=len(prompts))
-        return generate_ids(self.backbone, prompts, [self.prefix] * len(prompts), config=config)
+        config = GenerateConfig(max_new_tokens=self.new, min_new_tokens=self.new)
+        prefixes, ends = [self.prefix] * len(prompts), [self.backbone.eos_id]
+        return generate_batch(self.backbone, prompts, prefixes, config, None, None, ends)
 
 
 class PeftSide:

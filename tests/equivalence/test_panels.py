@@ -44,6 +44,24 @@ def test_any_number_of_rows_is_rounded_once(outer: int, inner: int, by_column: b
             torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize(("outer", "inner"), [(1, 2), (16, 30), (17, 576), (500, 66)])
+def test_an_int8_product_is_rounded_once(outer: int, inner: int, kernel: PanelKernel):
+    draw = torch.Generator().manual_seed(outer)
+    weight = torch.randint(-128, 128, (outer, inner), generator=draw, dtype=torch.int8)
+    scales, bias = torch.rand(outer, generator=draw), rand(outer)
+    for given in (bias, None):
+        matrix = PanelMatrix(kernel, weight, given, scales)
+        for rows in (1, 2, 14, 15, 63, 64, 131):
+            inputs = rand(rows, inner)
+            plain = weight.double() * scales.double()[:, None]
+            expected = F.linear(inputs.double(), plain, None if given is None else given.double())
+            # Sums of floats of this size come before the rounding.
+            near = 1e-6 * float(inputs.double().abs().matmul(plain.abs().t()).max())
+            torch.testing.assert_close(matrix.multiply(inputs).double(), expected, rtol=2**-8, atol=near)
+            alone = torch.cat([matrix.multiply(row[None]) for row in inputs[:3]])
+            assert torch.equal(matrix.multiply(inputs)[:3], alone)
+
+
 def test_inputs_have_any_shape_and_order(kernel: PanelKernel):
     weight = rand(20, 8)
     matrix, inputs = PanelMatrix(kernel, weight), rand(8, 3, 5).permute(1, 2, 0)
@@ -77,6 +95,10 @@ def test_a_row_is_the_same_beside_others_and_with_any_number_of_threads(kernel: 
 def test_other_matrices_are_left(weight: torch.Tensor, bias: torch.Tensor | None):
     assert not PanelMatrix.suits(weight, bias)
     assert PanelMatrix.suits(torch.ones(4, 4, dtype=torch.bfloat16))
+    numbers = torch.ones(4, 4, dtype=torch.int8)
+    assert PanelMatrix.suits(numbers, None, torch.ones(4))
+    assert not PanelMatrix.suits(numbers)
+    assert not PanelMatrix.suits(numbers, None, torch.ones(4, dtype=torch.bfloat16))
 
 
 def test_a_text_differs_from_the_plain_model_s_at_a_close_choice_only(

@@ -111,8 +111,14 @@ def test_logits_of_one_token_are_the_plain_ones(
 
 
 def test_a_text_differs_at_a_close_choice_only(
-    kernel: RowKernel, tiny_models: Any, tiny_tokenizer: Any, random_ids: Any, random_prefix: Any
+    kernel: RowKernel,
+    tiny_models: Any,
+    tiny_tokenizer: Any,
+    random_ids: Any,
+    random_prefix: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("prefixtune.inference.generate.suits_engine", lambda *_: False)
     backbone = in_bf16("llama", tiny_models, tiny_tokenizer)
     assert backbone.for_single_texts is backbone.for_single_texts is not backbone
     plain = dataclasses.replace(backbone)

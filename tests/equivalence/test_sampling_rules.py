@@ -23,7 +23,7 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.engine.sampler import sample
 from prefixtune.engine.sequence import TokenSequence
-from prefixtune.inference.detokenizer import Detokenizer
+from prefixtune.sampling.detokenizer import Detokenizer
 
 NEW = 24
 RULES: list[dict[str, Any]] = [

@@ -21,7 +21,7 @@ from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.inference.grammar import compile_json_schema
+from prefixtune.sampling.grammar import compile_json_schema
 
 SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}}, "required": ["a", "b"],

@@ -94,6 +94,13 @@ class Backbone:
         return int(width or self.model.get_input_embeddings().weight.shape[1])
 
     @property
+    def vocab_size(self) -> int:
+        """How many tokens the output head gives scores."""
+        head = self.model.get_output_embeddings()
+        # A weight that is laid out otherwise may have further rows.
+        return int(getattr(head, "out_features", 0) or head.weight.shape[0])
+
+    @property
     def max_positions(self) -> int | None:
         """How many positions the model was made for; None when its configuration does not say (T5: any number).
 

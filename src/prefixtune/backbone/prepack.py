@@ -127,17 +127,25 @@ class Int8Linear(_RowLinear):
 
     Args:
         linear: The layer.
+        panels: Computes all products; None: of one or two rows alone, compiled code does.
+
+    Attributes:
+        panels: What it is laid out as for compiled code; None: it is not.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, panels: PanelKernel | None = None) -> None:
         weight: Any = linear.weight
         bias = None if linear.bias is None else linear.bias.detach()
-        matrix = RowMatrix(weight.qdata, bias, weight.scale.flatten())
-        super().__init__(matrix, linear.out_features, linear.in_features)
+        parts = weight.qdata, bias, weight.scale.flatten()
+        in_panels = panels is not None and PanelMatrix.suits(*parts)
+        super().__init__(None if in_panels else RowMatrix(*parts), linear.out_features, linear.in_features)
+        self.panels = PanelMatrix(panels, *parts) if in_panels and panels is not None else None
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, inputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
         """The product, and the bias."""
+        if self.panels is not None:
+            return self.panels.multiply(inputs)
         product = self._multiply(inputs)
         return F.linear(inputs, self.weight, self.bias) if product is None else product
 
@@ -192,7 +200,7 @@ def _packed(backbone: Backbone, *, reorder: bool, panels: PanelKernel | None = N
     for parent in list(twin.model.modules()):
         for name, child in list(parent.named_children()):
             if _is_int8(child):
-                setattr(parent, name, Int8Linear(child))
+                setattr(parent, name, Int8Linear(child, panels))
             elif (norm := norm_of(child)) is not None:
                 setattr(parent, name, norm)
             weight = _matrix(child)

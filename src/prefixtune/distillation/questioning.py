@@ -15,9 +15,9 @@ from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import DataError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.detokenizer import text_until_stop
 from prefixtune.inference.generate import generate_ids, read_output
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.sampling.detokenizer import text_until_stop
 
 __all__ = ["answer_questions", "asking_tokens", "hold_out", "make_questions"]
 

@@ -5,6 +5,7 @@ By transformers' classes, whose layers are known, and by what they ask of the at
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,16 +19,18 @@ from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.norm import RowNorm
 from prefixtune.backbone.native.panels import PanelMatrix
-from prefixtune.backbone.prepack import PrepackedLinear
+from prefixtune.backbone.prepack import Int8Linear, PrepackedLinear
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["DecoderLayer", "DecoderLayers", "find_layers"]
+__all__ = ["DecoderLayer", "DecoderLayers", "find_layers", "may_have_layers"]
 
 _CLASSES = {
     f"transformers.models.{name.lower()}.modeling_{name.lower()}": name
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
 }
 """Modules of transformers -> how the names of their classes begin."""
+_found: weakref.WeakKeyDictionary[Backbone, DecoderLayers] = weakref.WeakKeyDictionary()
+"""The parts of backbones that were looked at before."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,18 @@ class _Recorder:
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
+def may_have_layers(backbone: Backbone) -> bool:
+    """Whether `find_layers` may find the parts of a model, prepacked or not yet."""
+    return (
+        type(backbone.model).__module__ in _CLASSES
+        and backbone.adapter is None
+        and backbone.compute_dtype is None
+        and backbone.dtype == torch.bfloat16
+        and backbone.device.type == "cpu"
+        and not any(_is_changed(module) for module in backbone.model.modules())
+    )
+
+
 def find_layers(backbone: Backbone) -> DecoderLayers | None:
     """The parts of a model that a `DecoderStep` computes; None: it is another one.
 
@@ -102,11 +117,10 @@ def find_layers(backbone: Backbone) -> DecoderLayers | None:
         backbone: Prepacked.
     """
     model: Any = backbone.model
-    name = _CLASSES.get(type(model).__module__)
-    if name is None or backbone.adapter is not None or backbone.compute_dtype is not None:
+    if not may_have_layers(backbone) or not _is_known(model, _CLASSES[type(model).__module__]):
         return None
-    if not _is_known(model, name) or any(_is_changed(module) for module in model.modules()):
-        return None
+    if backbone in _found:
+        return _found[backbone]
     recorder, zero = _Recorder(), torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         forward_with_backend(model, backbone.layout, zero, zero, recorder, None)
@@ -125,6 +139,8 @@ def find_layers(backbone: Backbone) -> DecoderLayers | None:
         and value_dim == head_dim
         and head_dim % 2 == 0
     )
+    if computed:
+        _found[backbone] = found
     return found if computed else None
 
 
@@ -168,7 +184,7 @@ def _linears(layer: Any) -> list[Any]:
 
 
 def _in_panels(linear: Any) -> bool:
-    return type(linear) is PrepackedLinear and linear.panels is not None
+    return type(linear) in (PrepackedLinear, Int8Linear) and linear.panels is not None
 
 
 def _is_changed(module: nn.Module) -> bool:

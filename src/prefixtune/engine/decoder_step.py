@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.native.panels import MatrixArguments
 from prefixtune.engine.attention import QuerySpan, SlotAttention
 from prefixtune.engine.decoder_layers import DecoderLayers
 from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.native import AttentionKernel, make_spans
-from prefixtune.engine.native.decoder import DecoderKernel, LayerArguments, Matrix, StepArguments
+from prefixtune.engine.native.decoder import DecoderKernel, LayerArguments, StepArguments
 
 __all__ = ["DecoderStep"]
 
@@ -32,6 +34,8 @@ _TOKENS = 24
 """Of the row that is compared: with a part of a prompt and a decode."""
 _NEAR = 0.002
 """How far logits may be from the modules', as a share of their norm: products and attention are the same code."""
+_compared: weakref.WeakSet[Backbone] = weakref.WeakSet()
+"""Backbones whose step gave the modules' logits."""
 
 
 class DecoderStep:
@@ -50,7 +54,7 @@ class DecoderStep:
         self._arguments = StepArguments(
             layers=ctypes.addressof(self._layers),
             norm=found.norm.weight.data_ptr(),
-            head=Matrix.of(found.head),
+            head=MatrixArguments.of(found.head),
             num_layers=len(found.layers),
             heads=found.heads,
             kv_heads=found.kv_heads,
@@ -63,7 +67,7 @@ class DecoderStep:
     def make(
         cls, backbone: Backbone, found: DecoderLayers, kernel: DecoderKernel, attention: AttentionKernel
     ) -> DecoderStep | None:
-        """The step of a model; None: other logits come out.
+        """The step of a model; None: other logits come out. Those of a backbone are compared once.
 
         Args:
             backbone: Prepacked.
@@ -72,8 +76,11 @@ class DecoderStep:
             attention: What computes the attention of the model to compare with.
         """
         step = cls(backbone.model, found, kernel)
+        if backbone in _compared:
+            return step
         with contextlib.suppress(RuntimeError, TypeError, MemoryError):
             if step._agrees(backbone, attention):
+                _compared.add(backbone)
                 return step
         _log.warning("steps of %s run module by module: the compiled step computes something else.", backbone.name)
         return None

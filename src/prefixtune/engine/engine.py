@@ -44,8 +44,8 @@ from prefixtune.engine.sampler import NOT_FINITE, prompt_logprobs, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import RunningSequence, TokenSequence
 from prefixtune.errors import BackboneError, PrefixError, RequestError, describe_value
-from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.prefix.prefix import check_fits
+from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["Engine"]
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.engine.request import SamplingParams
-from prefixtune.inference.penalties import penalize, penalizes
+from prefixtune.sampling.penalties import penalize, penalizes
 
 __all__ = ["LogitRules", "has_rules"]
 

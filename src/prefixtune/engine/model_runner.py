@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch import Tensor
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.native.norm import norm_kernel
 from prefixtune.engine.attention import QuerySpan, SlotAttention
 from prefixtune.engine.decoder_layers import DecoderLayers, find_layers
 from prefixtune.engine.decoder_step import DecoderStep
@@ -54,7 +56,8 @@ class ModelRunner:
             layers = find_layers(backbone)
             if layers is not None:
                 self._pending = layers, decoder_kernel()
-                wait([self._pending[1]], _KERNEL_SECONDS)
+                compiled: list[Future[Any]] = [self._pending[1], norm_kernel()]
+                wait(compiled, _KERNEL_SECONDS)
                 self._compiled_step()
         has_encoder = backbone.kind == "encoder-decoder"
         self.kv_cache = KVCache(
@@ -148,7 +151,8 @@ class ModelRunner:
     def _compiled_step(self) -> DecoderStep | None:
         """The step by compiled code, once that is made and found to compute the same."""
         attention = load_kernel() if self._native_attention else None
-        if self._pending is not None and attention is not None and self._pending[1].done():
+        # It is compared with the modules, whose norms must be compiled ones, too.
+        if self._pending is not None and attention and self._pending[1].done() and norm_kernel().done():
             (layers, future), self._pending = self._pending, None
             kernel = future.result()
             self._step = None if kernel is None else DecoderStep.make(self.backbone, layers, kernel, attention)

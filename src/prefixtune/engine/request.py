@@ -12,9 +12,9 @@ from pydantic import Field
 
 from prefixtune.backbone.prefixes import as_prefix
 from prefixtune.errors import PrefixError, RequestError, describe_value
-from prefixtune.inference.config import SamplingConfig
-from prefixtune.inference.grammar import Grammar
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.sampling.config import SamplingConfig
+from prefixtune.sampling.grammar import Grammar
 from prefixtune.utils.config import CommaList, option_group
 from prefixtune.utils.faults import show_value
 

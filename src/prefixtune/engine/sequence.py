@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from prefixtune.engine.logit_rules import LogitRules
 from prefixtune.engine.request import FinishReason, Request, Token
-from prefixtune.inference.detokenizer import Detokenizer
-from prefixtune.inference.grammar import GrammarState
+from prefixtune.sampling.detokenizer import Detokenizer
+from prefixtune.sampling.grammar import GrammarState
 
 __all__ = ["RunningSequence", "TokenSequence"]
 

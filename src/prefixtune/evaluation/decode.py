@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -16,6 +17,7 @@ from prefixtune.backbone.fingerprint import weights
 from prefixtune.data.examples import Example, conversation_of
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.engine_runs import texts_at_once
 from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
@@ -50,7 +52,8 @@ def decode(
     order = sorted(
         range(len(examples)), key=lambda index: sum(len(m.content) for m in conversation_of(examples[index]))
     )
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    size = texts_at_once(backbone, [prefix], config)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     digest = "" if resume_file is None else _digest(backbone, examples, prefix, text_format, config)
     rows = [] if resume_file is None else list(read_decoded(resume_file, digest))
     outputs: dict[int, str] = {row["number"]: row["output"] for row in rows}
@@ -65,6 +68,7 @@ def decode(
                 prefix,
                 text_format=text_format,
                 config=batch_config,
+                on_batch=None if on_batch is None else functools.partial(_add_done, on_batch, step * size, len(batch)),
                 on_cut=lambda _: None,
                 progress=False,
             )
@@ -75,8 +79,14 @@ def decode(
             if resume_file is not None:
                 _append_decoded(resume_file, digest, decoded, elapsed)
         if on_batch is not None:
-            on_batch(min(len(order), (step + 1) * config.batch_size))
+            on_batch(min(len(order), (step + 1) * size))
     return [outputs[index] for index in range(len(examples))], seconds
+
+
+def _add_done(on_batch: Callable[[int], None], before: int, total: int, done: int) -> None:
+    """Report texts of a batch that are done; of the last one, once the batch is saved."""
+    if done < total:
+        on_batch(before + done)
 
 
 def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:

@@ -19,11 +19,11 @@ from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.detokenizer import StopStringCriterion, ids_until_stop
 from prefixtune.inference.generation_config import to_generation_config
-from prefixtune.inference.grammar import compile_json_schema, constrain
-from prefixtune.inference.penalties import penalize, penalizes
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.sampling.detokenizer import StopStringCriterion, ids_until_stop
+from prefixtune.sampling.grammar import compile_json_schema, constrain
+from prefixtune.sampling.penalties import penalize, penalizes
 
 __all__ = ["generate_batch", "put_prefixes", "repetition_processor", "seeded"]
 

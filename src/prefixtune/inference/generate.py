@@ -15,11 +15,12 @@ from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.decoding import generate_batch, seeded
-from prefixtune.inference.detokenizer import text_until_stop
+from prefixtune.inference.engine_runs import FEW_TOKENS, Text, packed_backbone, run_in_engine, suits_engine
 from prefixtune.inference.generation_config import check_supported
 from prefixtune.inference.prompts import check_requests, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.sampling.detokenizer import text_until_stop
 from prefixtune.utils.console import show_batches
 
 __all__ = ["generate", "generate_ids", "read_output"]
@@ -52,7 +53,7 @@ def generate(
         config: How to decode: a `GenerateConfig`, or a dict of its fields.
         assistant: A smaller model with the same tokenizer that guesses tokens for the backbone to check; the output is
             the same. Texts are generated one at a time.
-        on_batch: Called after each batch with the number of texts that are done.
+        on_batch: Called with the number of texts that are done, as they are.
         on_cut: Called before the work with the indices of the truncated sources, if there are any; None: a warning
             says so.
         progress: Show the progress on stderr; None: only in a notebook, and only without `on_batch`.
@@ -106,45 +107,69 @@ def generate_ids(
     assistant: Backbone | None = None,
     streamer: Any = None,
     on_batch: Callable[[int], None] | None = None,
+    may_pack: bool = True,
 ) -> list[list[int]]:
     """`generate` on token ids: what follows each prompt, without the end token and padding.
 
-    Texts of similar length share a batch; the results are in the order of the prompts. `new_tokens` limits each prompt;
-    None: `config.max_new_tokens` limits all. `ends` are the tokens, besides the tokenizer's end token, at which each
-    text ends.
+    The results are in the order of the prompts. `new_tokens` limits each prompt; None: `config.max_new_tokens` limits
+    all. `ends` are the tokens, besides the tokenizer's end token, at which each text ends. Without `may_pack`, no
+    second copy of the model's matrices is made and kept for speed.
     """
     limits = [config.max_new_tokens] * len(prompts) if new_tokens is None else new_tokens
     check_requests(backbone, prompts, prefixes, limits)
     check_supported(backbone, config, assistant)
-    batch_size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
-    infix = [prefix is not None and prefix.placement == "infix" for prefix in prefixes]
-    # All rows of a batch have the same.
-    shared = list(zip(infix, limits, [tuple(own) for own in ends] or [()] * len(prompts), strict=True))
-    order = sorted(range(len(prompts)), key=lambda n: (infix[n], -limits[n], shared[n][2], len(prompts[n])))
-    results: list[list[int]] = [[] for _ in prompts]
-    done = 0
+    own_ends = [tuple(own) for own in ends] or [()] * len(prompts)
+    texts = {n: Text(*fields) for n, fields in enumerate(zip(prompts, prefixes, limits, own_ends, strict=True))}
+    order = sorted(texts, key=lambda n: (_shared(texts[n]), len(texts[n].prompt)))
+    results: dict[int, list[int]] = {}
+    may_be_compiled = may_pack and suits_engine(config, prefixes, assistant)
+    # The engine draws otherwise than transformers, and a seed is to give the same texts each time.
+    patient = config.temperature > 0 and config.seed is not None
     with seeded(config.seed, backbone.device):
-        while done < len(order):
-            rows = order[done : done + batch_size]
-            rows = [n for n in rows if shared[n] == shared[rows[0]]]
-            limit = limits[rows[0]]
-            batch_config = config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
-            few = len(rows) * config.num_beams <= MOST_ROWS and not config.compile and backbone.device.type == "cpu"
-            outputs = generate_batch(
-                backbone.for_single_texts if few else backbone,
-                [prompts[n] for n in rows],
-                [prefixes[n] for n in rows],
-                batch_config,
-                assistant,
-                streamer,
-                (backbone.eos_id, *shared[rows[0]][2]),
-            )
-            for row, ids in zip(rows, outputs, strict=True):
-                results[row] = ids
-            done += len(rows)
+        while order:
+            left = sum(texts[n].new_tokens for n in order)
+            packed = packed_backbone(backbone, left, patient=patient) if may_be_compiled else None
+            if packed is not None:
+                for number, ids in run_in_engine(packed, {n: texts[n] for n in order}, config, streamer):
+                    results[number] = ids
+                    if on_batch is not None:
+                        on_batch(len(results))
+                # What the engine cannot finish, transformers' loop does.
+                order, may_be_compiled = [n for n in order if n not in results], False
+                continue
+            batch_size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
+            rows = [n for n in order[:batch_size] if _shared(texts[n]) == _shared(texts[order[0]])]
+            outputs = _run_batch(backbone, [texts[n] for n in rows], config, assistant, streamer)
+            results |= dict(zip(rows, outputs, strict=True))
+            order = order[len(rows) :]
             if on_batch is not None:
-                on_batch(done)
-    return results
+                on_batch(len(results))
+    return [results[n] for n in texts]
+
+
+def _shared(text: Text) -> tuple[bool, int, Sequence[int]]:
+    """What all texts of a batch of transformers have alike; in order, the longest outputs come first."""
+    infix = text.prefix is not None and text.prefix.placement == "infix"
+    return infix, -text.new_tokens, text.ends
+
+
+def _run_batch(
+    backbone: Backbone, texts: Sequence[Text], config: GenerateConfig, assistant: Backbone | None, streamer: Any
+) -> list[list[int]]:
+    """What follows each prompt of one batch, by transformers' loop."""
+    limit = texts[0].new_tokens
+    config = config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
+    rows = len(texts) * config.num_beams
+    by_row = rows <= MOST_ROWS and not config.compile and backbone.device.type == "cpu" and limit >= FEW_TOKENS
+    return generate_batch(
+        backbone.for_single_texts if by_row else backbone,
+        [text.prompt for text in texts],
+        [text.prefix for text in texts],
+        config,
+        assistant,
+        streamer,
+        (backbone.eos_id, *texts[0].ends),
+    )
 
 
 def _per_text(

@@ -62,8 +62,8 @@ def newline_tokens(backbone: Backbone) -> list[int]:
     """Every token whose text has a line break."""
     tokens: list[int] | None = backbone.tokenizer_cache.get("newline_tokens")
     if tokens is None:
-        size = int(backbone.model.get_output_embeddings().weight.shape[0])
-        texts = backbone.tokenizer.batch_decode([[token] for token in range(min(size, len(backbone.tokenizer)))])
+        size = min(backbone.vocab_size, len(backbone.tokenizer))
+        texts = backbone.tokenizer.batch_decode([[token] for token in range(size)])
         tokens = [token for token, text in enumerate(texts) if "\n" in text or "\r" in text]
         backbone.tokenizer_cache["newline_tokens"] = tokens
     return tokens

@@ -16,10 +16,10 @@ from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.inference.generate import generate_ids, read_output
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["check_streams", "stream", "stream_ids"]
 

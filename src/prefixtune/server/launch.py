@@ -95,7 +95,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     from prefixtune.engine.engine import Engine
     from prefixtune.engine.worker import EngineWorker
     from prefixtune.inference.generation_config import newline_tokens
-    from prefixtune.inference.grammar import prepare_grammars
+    from prefixtune.sampling.grammar import prepare_grammars
     from prefixtune.server.api.admin import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState

@@ -14,7 +14,7 @@ from prefixtune.engine.request import Request, SamplingParams, Token
 from prefixtune.engine.sampler import sample
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import RequestError
-from prefixtune.inference.detokenizer import Detokenizer
+from prefixtune.sampling.detokenizer import Detokenizer
 
 
 def sequence(**rules: object) -> TokenSequence:

@@ -16,7 +16,7 @@ from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.scheduler import Scheduler
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import RequestError
-from prefixtune.inference.detokenizer import Detokenizer
+from prefixtune.sampling.detokenizer import Detokenizer
 
 
 def make(tenant: str = "", prompt: int = 1, number: int = 0) -> TokenSequence:

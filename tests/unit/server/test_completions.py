@@ -15,9 +15,9 @@ import pytest
 from asgi_client import Response, completion, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.request import SequenceOutput, Token
-from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.sampling.detokenizer import Detokenizer
 
 
 @pytest.mark.parametrize("enabled", [False, True])

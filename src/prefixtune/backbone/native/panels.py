@@ -1,4 +1,4 @@
-"""Products of any number of rows with a bfloat16 matrix by compiled code (`panels.cpp`), for which it is laid out once.
+"""Products of any number of rows with a matrix by compiled code (`panels.cpp`), for which it is laid out once.
 
 For processors with AVX-512's products of bfloat16, but without AMX, which torch's own products (oneDNN) use: with a few
 rows these take nearly as long as with 32.
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from prefixtune.utils.native.build import start
 from prefixtune.utils.native.library import NativeLibrary
 
-__all__ = ["SOURCE", "PanelKernel", "PanelMatrix", "panel_kernel"]
+__all__ = ["SOURCE", "MatrixArguments", "PanelKernel", "PanelMatrix", "panel_kernel"]
 
 SOURCE = Path(__file__).with_name("panels.cpp")
 _WIDTH = 16
@@ -29,12 +29,28 @@ _SECONDS = 30.0
 """Longest wait for the compiler."""
 
 
+class MatrixArguments(ctypes.Structure):
+    """A matrix in panels; as in `panels.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("panels", "scales", "bias")),
+        *((name, ctypes.c_int64) for name in ("outer", "inner")),
+    ]
+
+    @classmethod
+    def of(cls, matrix: PanelMatrix) -> MatrixArguments:
+        """Points to a matrix, which must be kept meanwhile."""
+        optional = (None if tensor is None else tensor.data_ptr() for tensor in (matrix.scales, matrix.bias))
+        return cls(matrix.panels.data_ptr(), *optional, matrix.outer, matrix.inner)
+
+
 class _Product(ctypes.Structure):
     """As in `panels.cpp`."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("inputs", "panels", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "outer", "inner", "threads")),
+        ("matrix", MatrixArguments),
+        *((name, ctypes.c_void_p) for name in ("inputs", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "threads")),
     ]
 
 
@@ -45,10 +61,11 @@ class PanelKernel(NativeLibrary):
 
     def bind(self, library: ctypes.CDLL) -> None:
         """See `NativeLibrary`."""
-        self.pack, self.multiply = library.panels_pack, library.panels_multiply
-        self.pack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p]
-        self.multiply.argtypes = [ctypes.c_void_p]
-        self.pack.restype = self.multiply.restype = None
+        self.pack = {torch.bfloat16: library.panels_pack_bfloat16, torch.int8: library.panels_pack_int8}
+        for pack in self.pack.values():
+            pack.argtypes, pack.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p], None
+        self.multiply = library.panels_multiply
+        self.multiply.argtypes, self.multiply.restype = [ctypes.c_void_p], ctypes.c_int
 
     def computes(self) -> bool:
         """Whether small cases have the results of torch's products."""
@@ -57,10 +74,15 @@ class PanelKernel(NativeLibrary):
             inputs, weight, bias = (
                 torch.randn(shape, generator=draw).to(torch.bfloat16) for shape in ((rows, 150), (outer, 150), (outer,))
             )
-            expected = F.linear(inputs.float(), weight.float(), bias.float())
-            found = PanelMatrix(self, weight, bias).multiply(inputs)
-            if not torch.allclose(found.float(), expected, rtol=0.01, atol=0.01):
-                return False
+            numbers, scales = (weight * 40).round().clamp(-127, 127).to(torch.int8), torch.rand(outer, generator=draw)
+            cases = (
+                (PanelMatrix(self, weight, bias), weight.float()),
+                (PanelMatrix(self, numbers, bias, scales), numbers.float() * scales[:, None]),
+            )
+            for matrix, plain in cases:
+                expected = F.linear(inputs.float(), plain, bias.float())
+                if not torch.allclose(matrix.multiply(inputs).float(), expected, rtol=0.01, atol=0.01):
+                    return False
         return True
 
 
@@ -69,33 +91,40 @@ class PanelMatrix:
 
     Args:
         kernel: The compiled products.
-        weight: In bfloat16, in any order; it is copied.
+        weight: In bfloat16, in any order, or int8 with `scales`; it is copied.
         bias: In bfloat16; None: there is none.
+        scales: What each row of an int8 weight is multiplied by, in float32.
 
     Attributes:
         panels: The weight, laid out.
         bias: What is added to each row of a product; None: nothing.
+        scales: What each column of a product is multiplied by; None: nothing.
     """
 
     def __init__(
-        self, kernel: PanelKernel, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None
+        self,
+        kernel: PanelKernel,
+        weight: Float[Tensor, "N K"] | Tensor,
+        bias: Float[Tensor, " N"] | None = None,
+        scales: Float[Tensor, " N"] | None = None,
     ) -> None:
-        self._multiply, self.bias = kernel.multiply, bias
+        self._multiply, self.bias, self.scales = kernel.multiply, bias, scales
         self.outer, self.inner = weight.shape
         rows = -(-self.outer // _WIDTH) * _WIDTH
-        self.panels = torch.empty(rows, self.inner, dtype=torch.bfloat16)
+        self.panels = torch.empty(rows, self.inner, dtype=weight.dtype)
         sizes = *weight.stride(), *weight.shape, torch.get_num_threads()
-        kernel.pack(weight.data_ptr(), *sizes, self.panels.data_ptr())
+        kernel.pack[weight.dtype](weight.data_ptr(), *sizes, self.panels.data_ptr())
 
     @staticmethod
-    def suits(weight: Tensor, bias: Tensor | None = None) -> bool:
+    def suits(weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> bool:
         """Whether these can be laid out."""
+        dtypes = ((weight, torch.bfloat16 if scales is None else torch.int8), (bias, torch.bfloat16))
         return all(
             type(tensor) in (Tensor, torch.nn.Parameter)
-            and tensor.dtype == torch.bfloat16
+            and tensor.dtype == dtype
             and tensor.device.type == "cpu"
             and (tensor is weight or tensor.is_contiguous())
-            for tensor in (weight, bias)
+            for tensor, dtype in (*dtypes, (scales, torch.float32))
             if tensor is not None
         ) and (weight.shape[1] % 2 == 0 and weight.numel() > 0)
 
@@ -104,6 +133,7 @@ class PanelMatrix:
 
         Raises:
             TypeError: The inputs are not in bfloat16.
+            MemoryError: There is not enough.
         """
         if inputs.dtype != torch.bfloat16 or inputs.shape[-1] != self.inner:
             raise TypeError(
@@ -113,19 +143,25 @@ class PanelMatrix:
         out = torch.empty(*inputs.shape[:-1], self.outer, dtype=torch.bfloat16)
         rows = inputs.numel() // self.inner
         if rows:
-            bias = None if self.bias is None else self.bias.data_ptr()
-            pointers = inputs.data_ptr(), self.panels.data_ptr(), bias, out.data_ptr()
-            product = _Product(*pointers, rows, self.outer, self.inner, torch.get_num_threads())
-            self._multiply(ctypes.byref(product))
+            matrix, threads = MatrixArguments.of(self), torch.get_num_threads()
+            product = _Product(matrix, inputs.data_ptr(), out.data_ptr(), rows, threads)
+            if self._multiply(ctypes.byref(product)):
+                raise MemoryError("a product had not enough memory.")
         return out
 
 
-def panel_kernel() -> PanelKernel | None:
-    """The compiled products, for which it waits; None: the processor gains nothing, or they cannot be made here."""
+def panel_kernel(wait: float = _SECONDS) -> PanelKernel | None:
+    """The compiled products; None: the processor gains nothing, or they cannot be made here, or not yet.
+
+    The first call starts to make them, beside the caller.
+
+    Args:
+        wait: Most seconds to wait for them.
+    """
     if not _gains():
         return None
     try:
-        return _start().result(_SECONDS)
+        return _start().result(wait)
     except TimeoutError:
         return None
 

@@ -17,7 +17,7 @@ from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_with_prefixes, split_joined
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
-from prefixtune.inference.config import SamplingConfig
+from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console
 

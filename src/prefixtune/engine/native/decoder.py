@@ -8,36 +8,21 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import ClassVar
 
-from prefixtune.backbone.native.panels import PanelMatrix
+from prefixtune.backbone.native.panels import MatrixArguments
 from prefixtune.engine.decoder_layers import DecoderLayer
 from prefixtune.utils.native.build import start
 from prefixtune.utils.native.library import NativeLibrary
 
-__all__ = ["DecoderKernel", "LayerArguments", "Matrix", "StepArguments", "decoder_kernel"]
+__all__ = ["DecoderKernel", "LayerArguments", "StepArguments", "decoder_kernel"]
 
 _Strides = ctypes.c_int64 * 2
-
-
-class Matrix(ctypes.Structure):
-    """A matrix in panels; as in `panels.h`."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("panels", "bias")),
-        *((name, ctypes.c_int64) for name in ("outer", "inner")),
-    ]
-
-    @classmethod
-    def of(cls, matrix: PanelMatrix) -> Matrix:
-        """Points to a matrix, which must be kept meanwhile."""
-        bias = None if matrix.bias is None else matrix.bias.data_ptr()
-        return cls(matrix.panels.data_ptr(), bias, matrix.outer, matrix.inner)
 
 
 class LayerArguments(ctypes.Structure):
     """A layer; as in `decoder_step.cpp`."""
 
     _fields_ = [
-        *((name, Matrix) for name in ("query", "key", "value", "out", "gate", "up", "down")),
+        *((name, MatrixArguments) for name in ("query", "key", "value", "out", "gate", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
         *((f"{name}_strides", _Strides) for name in ("keys", "values")),
@@ -49,7 +34,7 @@ class LayerArguments(ctypes.Structure):
         """Points to a layer's matrices and norms, which must be kept meanwhile; keys and values are missing."""
         norms = layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm
         weights = (None if norm is None else norm.weight.data_ptr() for norm in norms)
-        return cls(*(Matrix.of(matrix) for matrix in layer.matrices), *weights, window=layer.window or 0)
+        return cls(*(MatrixArguments.of(matrix) for matrix in layer.matrices), *weights, window=layer.window or 0)
 
 
 class StepArguments(ctypes.Structure):
@@ -57,7 +42,7 @@ class StepArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("layers", "norm")),
-        ("head", Matrix),
+        ("head", MatrixArguments),
         *((name, ctypes.c_void_p) for name in ("hidden", "cos", "sin", "kept", "logits", "spans")),
         *((name, ctypes.c_int64) for name in ("num_layers", "heads", "kv_heads", "head_dim")),
         *((name, ctypes.c_int64) for name in ("tokens", "num_kept", "num_spans", "threads")),

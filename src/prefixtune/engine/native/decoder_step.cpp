@@ -104,6 +104,7 @@ class Run {
         gated_ = scratch_.take<uint16_t>(rows * inner_);
         kept_hidden_ = scratch_.take<uint16_t>(step.num_kept * width_);
         kept_attended_ = scratch_.take<uint16_t>(step.num_kept * step.heads * step.head_dim);
+        wide_ = scratch_.take<uint16_t>(step.threads * widest());
         softmax_ = scratch_.take<float>(step.threads * sizes_.scratch());
         done_ = scratch_.take<std::atomic<int64_t>>(step.num_layers * PHASES + 1);
         if (scratch_.failed()) return;
@@ -120,7 +121,7 @@ class Run {
 
     // What each thread does.
     void work(int64_t thread, int64_t threads) {
-        uint16_t* hidden = step_.hidden;
+        uint16_t *hidden = step_.hidden, *wide = wide_ + thread * widest();
         int64_t rows = step_.tokens;
         for (int64_t i = 0; i < step_.num_layers; ++i) {
             const Layer& layer = step_.layers[i];
@@ -132,7 +133,7 @@ class Run {
             uint16_t* value = key + step_.kv_heads * step_.head_dim;
             const Part projections[] = {
                 {layer.query, projected_, row_}, {layer.key, key, row_}, {layer.value, value, row_}};
-            multiply_panels<Finish::STORE>(normed_, rows, projections, done[0], threads, pair_of(layer.out));
+            multiply_panels<Finish::STORE>(normed_, rows, projections, done[0], threads, pair_of(layer.out), wide);
             barrier_.wait(threads);
             for (int64_t t = share(rows, thread, threads); t < share(rows, thread + 1, threads); ++t) place(layer, t);
             barrier_.wait(threads);
@@ -144,25 +145,25 @@ class Run {
                 barrier_.wait(threads);
                 hidden = kept_hidden_, attended = kept_attended_, rows = step_.num_kept;
             }
-            const PanelPair gate_and_up{{layer.gate.panels, layer.up.panels}};
+            const PanelPair gate_and_up{{layer.gate.panel(0), layer.up.panel(0)}};
             const Part out[] = {{layer.out, hidden, width_}};
-            multiply_panels<Finish::ADD>(attended, rows, out, done[2], threads, gate_and_up);
+            multiply_panels<Finish::ADD>(attended, rows, out, done[2], threads, gate_and_up, wide);
             barrier_.wait(threads);
             norm(hidden, rows, layer.mlp_norm, thread, threads);
             barrier_.wait(threads);
             const Part gates[] = {{layer.gate, gated_, inner_}, {layer.up, gated_, inner_}};
-            multiply_panels<Finish::GATE>(normed_, rows, gates, done[3], threads, pair_of(layer.down));
+            multiply_panels<Finish::GATE>(normed_, rows, gates, done[3], threads, pair_of(layer.down), wide);
             barrier_.wait(threads);
             const Part down[] = {{layer.down, hidden, width_}};
             const PanelPair after = pair_of(last ? step_.head : step_.layers[i + 1].query);
-            multiply_panels<Finish::ADD>(gated_, rows, down, done[4], threads, after);
+            multiply_panels<Finish::ADD>(gated_, rows, down, done[4], threads, after, wide);
             barrier_.wait(threads);
         }
         norm(hidden, rows, step_.norm, thread, threads);
         barrier_.wait(threads);
         const Part head[] = {{step_.head, step_.logits, step_.head.outer}};
         multiply_panels<Finish::STORE>(normed_, rows, head, done_[step_.num_layers * PHASES], threads,
-                                       pair_of(step_.layers[0].query));
+                                       pair_of(step_.layers[0].query), wide);
     }
 
   private:
@@ -173,6 +174,12 @@ class Run {
         call.key_dim = call.value_dim = step_.head_dim;
         call.scale = step_.scale;
         return call;
+    }
+
+    // Room for two panels of int8, widened; also if there are none.
+    int64_t widest() const {
+        const int64_t attended = step_.heads * step_.head_dim, longer = attended > width_ ? attended : width_;
+        return 2 * PANEL * (inner_ > longer ? inner_ : longer);
     }
 
     void norm(const uint16_t* hidden, int64_t rows, const uint16_t* weight, int64_t thread, int64_t threads) const {
@@ -232,7 +239,7 @@ class Run {
     Scratch scratch_;
     attention::Item* items_;
     Place* places_;
-    uint16_t *normed_, *projected_, *attended_, *gated_, *kept_hidden_, *kept_attended_;
+    uint16_t *wide_, *normed_, *projected_, *attended_, *gated_, *kept_hidden_, *kept_attended_;
     float* softmax_;
     std::atomic<int64_t>* done_;
     Barrier barrier_;

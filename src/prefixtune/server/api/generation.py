@@ -21,7 +21,7 @@ from prefixtune.engine.request import (
 )
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
-from prefixtune.inference.grammar import Grammar
+from prefixtune.sampling.grammar import Grammar
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.limits import QueueFull

@@ -17,8 +17,8 @@ from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.generation_config import newline_tokens
-from prefixtune.inference.grammar import Grammar, compile_json_schema
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.sampling.grammar import Grammar, compile_json_schema
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.generation import Generation, deadline_exceeded, start_generation
 from prefixtune.server.api.openai_protocol import ChatRequest

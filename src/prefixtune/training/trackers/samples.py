@@ -42,7 +42,9 @@ def write_samples(loop: TrainLoop, count: int) -> list[dict[str, str]]:
     config = GenerateConfig(max_new_tokens=_MAX_NEW_TOKENS, batch_size=len(pairs))
     prompts = [prompt for prompt, _ in pairs]
     ends = [end_ids(backbone, loop.data.text_format)] * len(prompts)
-    outputs = generate_ids(backbone, prompts, [prefix] * len(prompts), config=config, new_tokens=room, ends=ends)
+    prefixes = [prefix] * len(prompts)
+    # A run needs its memory for other things.
+    outputs = generate_ids(backbone, prompts, prefixes, config=config, new_tokens=room, ends=ends, may_pack=False)
     return [
         {
             "prompt": _shorten(backbone.decode(prompt)),

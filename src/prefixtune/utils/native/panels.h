@@ -1,8 +1,9 @@
-// A few rows or many, times matrices in bfloat16, by the processor's products of pairs of bfloat16.
+// A few rows or many, times matrices in bfloat16 or int8, by the processor's products of pairs of bfloat16.
 //
 // A matrix (outer, inner) lies in panels of 16 of its rows: for each pair of numbers k, k + 1, the pairs of the 16
 // rows. So a panel is read in order, and a vector of it is multiplied with a pair of each input row. Sums are float32;
-// a row's result does not depend on the rows beside it.
+// a row's result does not depend on the rows beside it. Panels of int8 lie in the same order; they are widened, which is
+// exact, once for all input rows.
 #pragma once
 
 #include <immintrin.h>
@@ -20,8 +21,13 @@
 constexpr int64_t PANEL = 16;
 
 struct Matrix {
-    const uint16_t *panels, *bias;  // bias: (outer), or null
+    const void* panels;    // of bfloat16, or of int8 with scales
+    const float* scales;   // (outer), or null
+    const uint16_t* bias;  // (outer), or null
     int64_t outer, inner;
+
+    int64_t bytes_of_panel() const { return PANEL * inner * (scales ? 1 : 2); }
+    const char* panel(int64_t index) const { return static_cast<const char*>(panels) + index * bytes_of_panel(); }
 };
 
 // What becomes of a product, once rounded.
@@ -40,10 +46,10 @@ struct Part {
 
 // Two panels that are read at once.
 struct PanelPair {
-    const uint16_t* first[2];
+    const char* first[2];
 };
 
-inline PanelPair pair_of(const Matrix& matrix) { return {{matrix.panels, matrix.panels + PANEL * matrix.inner}}; }
+inline PanelPair pair_of(const Matrix& matrix) { return {{matrix.panel(0), matrix.panel(1)}}; }
 
 namespace panels {
 
@@ -55,7 +61,9 @@ constexpr int64_t CHUNKS = 4;  // Of the work, for each thread: one that is dela
 
 // The panels that are multiplied at once, and those that come after them.
 struct Columns {
-    const uint16_t *panels[2], *next[2], *biases[2];
+    const char *panels[2], *next[2];
+    const float* scales[2];
+    const uint16_t* biases[2];
     int64_t count;        // of panels: 1 or 2
     uint16_t* out;        // of the first row
     int64_t stride, left; // left: columns of `out`
@@ -89,15 +97,24 @@ inline __attribute__((always_inline)) void multiply_pair(const char* numbers, co
     for (int c = 0; c < C; ++c) sums[c] = _mm512_dpbf16_ps(sums[c], panels[c], pair);
 }
 
+// Int8 as bfloat16, in the same order; exact.
+inline void widen_panel(const char* panel, int64_t count, uint16_t* to) {
+    for (int64_t i = 0; i < count; i += 32) {
+        __m512 halves[2];
+        for (int64_t half = 0; half < 2; ++half) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + i + half * 16));
+            halves[half] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+        }
+        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(halves[1], halves[0]));
+    }
+}
+
 // `R` input rows times `C` panels. Meanwhile, a share of what is read next comes from memory.
 template <int R, int C, Finish F>
 void multiply_tile(const uint16_t* inputs, int64_t inner, const Columns& columns, int64_t row, int64_t turn,
                    int64_t tiles) {
     const char *panels[C], *next[C];
-    for (int c = 0; c < C; ++c) {
-        panels[c] = reinterpret_cast<const char*>(columns.panels[c]);
-        next[c] = reinterpret_cast<const char*>(columns.next[c]);
-    }
+    for (int c = 0; c < C; ++c) panels[c] = columns.panels[c], next[c] = columns.next[c];
     // Pointers to every third row: the processor's addresses have room for a stride, and its registers not for pointers
     // to all rows.
     const int64_t stride = inner * 2;
@@ -135,8 +152,12 @@ void multiply_tile(const uint16_t* inputs, int64_t inner, const Columns& columns
         asm("" : "+r"(rows0), "+r"(rows3), "+r"(rows6), "+r"(rows9), "+r"(rows12));
     }
     for (int c = 0; c < C; ++c) {
-        if (!columns.biases[c]) continue;
         const __mmask16 mask = first_lanes(columns.left - (F == Finish::GATE ? 0 : c * PANEL));
+        if (columns.scales[c]) {
+            const __m512 scale = _mm512_maskz_loadu_ps(mask, columns.scales[c]);
+            for (int r = 0; r < R; ++r) sums[r][c] = _mm512_mul_ps(sums[r][c], scale);
+        }
+        if (!columns.biases[c]) continue;
         const __m512 bias = widen(_mm256_maskz_loadu_epi16(mask, columns.biases[c]));
         for (int r = 0; r < R; ++r) sums[r][c] = _mm512_add_ps(sums[r][c], bias);
     }
@@ -180,7 +201,8 @@ Columns columns_of(const Part (&parts)[N], int64_t group) {
     if constexpr (F == Finish::GATE) {
         for (int c = 0; c < 2; ++c) {
             const Matrix& matrix = parts[c].matrix;
-            columns.panels[c] = matrix.panels + group * PANEL * matrix.inner;
+            columns.panels[c] = matrix.panel(group);
+            columns.scales[c] = matrix.scales ? matrix.scales + group * PANEL : nullptr;
             columns.biases[c] = matrix.bias ? matrix.bias + group * PANEL : nullptr;
         }
         columns.count = 2;
@@ -194,7 +216,8 @@ Columns columns_of(const Part (&parts)[N], int64_t group) {
     const Matrix& matrix = parts[part].matrix;
     const int64_t first = group * 2 * PANEL;
     for (int c = 0; c < 2; ++c) {
-        columns.panels[c] = matrix.panels + (first + c * PANEL) * matrix.inner;
+        columns.panels[c] = matrix.panel(2 * group + c);
+        columns.scales[c] = matrix.scales ? matrix.scales + first + c * PANEL : nullptr;
         columns.biases[c] = matrix.bias ? matrix.bias + first + c * PANEL : nullptr;
     }
     columns.out = parts[part].out + first;
@@ -207,18 +230,20 @@ Columns columns_of(const Part (&parts)[N], int64_t group) {
 }  // namespace panels
 
 // One product of `rows` input rows with the matrices of all parts, by all threads of a team, each of which calls this
-// with the same arguments. `done` counts what is done, from 0. `after` is read after it: its first panels come from
-// memory meanwhile.
+// with the same arguments but for `wide`. `done` counts what is done, from 0. `after` is read after it: its first panels
+// come from memory meanwhile. `wide` has room for two panels of bfloat16, if a matrix is of int8.
 template <Finish F, int N>
 void multiply_panels(const uint16_t* inputs, int64_t rows, const Part (&parts)[N], std::atomic<int64_t>& done,
-                     int64_t threads, const PanelPair& after) {
+                     int64_t threads, const PanelPair& after, uint16_t* wide) {
     using namespace panels;
     const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, tile = (rows + tiles - 1) / tiles;
     const int64_t inner = parts[0].matrix.inner;
     int64_t groups = 0;
     for (int i = 0; i < (F == Finish::GATE ? 1 : N); ++i) groups += groups_of<F>(parts[i]);
     int64_t chunks = threads > 1 ? threads * CHUNKS : 1;
-    if (rows >= MANY_ROWS) {
+    // Those of int8 are widened once.
+    const bool by_group = rows < MANY_ROWS || parts[0].matrix.scales;
+    if (!by_group) {
         const int64_t bytes = groups * 2 * PANEL * inner * 2, per_thread = threads * NEAR_BYTES;
         const int64_t least = (bytes + per_thread - 1) / per_thread * threads;
         if (chunks < least) chunks = least;
@@ -231,6 +256,12 @@ void multiply_panels(const uint16_t* inputs, int64_t rows, const Part (&parts)[N
             const Columns next = columns_of<F>(parts, group + 1);
             for (int c = 0; c < 2; ++c) columns.next[c] = next.panels[c];
         }
+        if (columns.scales[0])
+            for (int64_t c = 0; c < columns.count; ++c) {
+                uint16_t* to = wide + c * PANEL * inner;
+                widen_panel(columns.panels[c], PANEL * inner, to);
+                columns.panels[c] = reinterpret_cast<const char*>(to);
+            }
         for (int64_t t = first_tile; t < last_tile; ++t) {
             const int64_t row = t * tile, count = tile < rows - row ? tile : rows - row;
             if (columns.count == 2)
@@ -241,7 +272,7 @@ void multiply_panels(const uint16_t* inputs, int64_t rows, const Part (&parts)[N
     };
     for (int64_t i; (i = done.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
         const int64_t begin = groups * i / chunks, end = groups * (i + 1) / chunks;
-        if (rows < MANY_ROWS)
+        if (by_group)
             for (int64_t group = begin; group < end; ++group) multiply(group, 0, tiles);
         else
             for (int64_t t = 0; t < tiles; ++t)

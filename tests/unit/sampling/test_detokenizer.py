@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.inference.detokenizer import Detokenizer, StopStringCriterion, ids_until_stop, text_until_stop
+from prefixtune.sampling.detokenizer import Detokenizer, StopStringCriterion, ids_until_stop, text_until_stop
 
 Decode = Callable[[list[int]], str]
 

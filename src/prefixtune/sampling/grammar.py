@@ -223,7 +223,7 @@ def _tokenizer(backbone: Backbone) -> Any:
     tokenizer = backbone.tokenizer_cache.get("llguidance")
     if tokenizer is None:
         library = import_llguidance()
-        size = max(int(backbone.model.get_output_embeddings().weight.shape[0]), len(backbone.tokenizer))
+        size = max(backbone.vocab_size, len(backbone.tokenizer))
         try:
             tokenizer = library.hf.from_tokenizer(backbone.tokenizer, n_vocab=size, eos_token=backbone.eos_id)
         except (KeyboardInterrupt, SystemExit):

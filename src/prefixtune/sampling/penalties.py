@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prefixtune.inference.config import SamplingConfig
+from prefixtune.sampling.config import SamplingConfig
 
 __all__ = ["penalize", "penalizes"]
 
