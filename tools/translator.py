@@ -122,7 +122,7 @@ def convert(tensors: Mapping[str, np.ndarray[Any, Any]]) -> Any:
         dropout=0.0,
     )
     model = make_with_ssru(config)
-    weights = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
+    weights = {name: torch.from_numpy(np.array(value, order="C")) for name, value in tensors.items()}
     model.load_state_dict(_state(weights, layers), strict=True)
     return model
 
@@ -133,8 +133,8 @@ def _state(weights: Mapping[str, Tensor], layers: Mapping[str, int]) -> dict[str
     embeddings = torch.cat([weights["Wemb"], torch.zeros(1, width)])
     names = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")
     state = {f"{name}.weight": embeddings for name in names}
-    # Padding is never written.
-    state["final_logits_bias"] = torch.cat([weights["decoder_ff_logit_out_b"], torch.tensor([[-1e9]])], dim=1)
+    # Padding is never written; a larger number would drown the others where logits are compared.
+    state["final_logits_bias"] = torch.cat([weights["decoder_ff_logit_out_b"], torch.tensor([[-100.0]])], dim=1)
     for side in SIDES:
         state[f"model.{side}.embed_positions.weight"] = _positions(width)
         for number in range(layers[side]):
