@@ -14,6 +14,7 @@ from prefixtune.report.results import Study
 from prefixtune.studies import StudyConfig, plan
 from prefixtune.studies.records import check_same_study, read_outcome, read_study
 from tools import results
+from tools.study_tables import costs_table
 
 FILES = results.study_files()
 
@@ -92,3 +93,26 @@ def test_nothing_is_unpacked_elsewhere(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="belongs to no study"):
         results.unpack(path, tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+def test_the_cost_of_a_step_names_its_machine() -> None:
+    assert "Not measured yet" in costs_table(None)
+    rows = {
+        name: {"step_seconds": seconds, "peak_memory_mib": 1000.4, "trained": 979_200}
+        for name, seconds in (("prefix-examples", 0.5), ("full", 0.9))
+    }
+    measured = {
+        "command": "python -m bench.training.methods",
+        "date": "2026-11-27T12:00:00+00:00",
+        "machine": {"processor": "A processor", "cores": 2},
+        "threads": 2,
+        "cores_used_by_others": 0.014,
+        "versions": {"torch": "2.13.0"},
+        "batch_size": 16,
+        "methods": rows,
+    }
+    text = costs_table(measured)
+    assert "2026-11-27: A processor, 2 cores, 2 threads, 0.01 cores busy with other work; torch 2.13.0." in text
+    assert text.endswith(
+        "| prefix-examples | 979,200 | 0.50 | 1.00 | 1,000 |\n| full | 979,200 | 0.90 | 1.80 | 1,000 |"
+    )
