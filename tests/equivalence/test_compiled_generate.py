@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.examples import Example
 from prefixtune.engine.model_runner import ModelRunner
+from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.inference import engine_runs
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.engine_runs import packed_backbone, texts_at_once
@@ -254,3 +257,15 @@ def test_outputs_that_are_saved_in_between_come_in_larger_parts(backbone: Backbo
     assert texts_at_once(backbone, [None], CONFIG) == 24
     assert texts_at_once(backbone, [None], CONFIG.replace(num_beams=2)) == 3
     assert texts_at_once(in_bf16("gpt2", tiny_tokenizer), [None], CONFIG) == 3
+
+
+def test_an_evaluation_decodes_as_generate_and_goes_on(backbone: Backbone, tmp_path: Path):
+    examples = [Example(f"a red fox {number}", ("an owl",)) for number in range(7)]
+    config = GenerateConfig(max_new_tokens=6, batch_size=2)
+    counts: list[int] = []
+    whole = evaluate(backbone, examples, config=config, resume_file=tmp_path / "decoded.jsonl", on_batch=counts.append)
+    assert counts == list(range(1, 8))
+    assert list(whole.outputs) == generate(backbone, [one.source for one in examples], config=config)
+    again = evaluate(backbone, examples, config=config, resume_file=tmp_path / "decoded.jsonl", on_batch=counts.append)
+    assert again.outputs == whole.outputs
+    assert counts[7:] == [7], "nothing was decoded again"
