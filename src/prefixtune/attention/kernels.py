@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prefixtune.attention.masks import causal_mask
 from prefixtune.attention.native.packed import compiled_attention
+from prefixtune.attention.packed_flex import add_prefixes, packed_block_mask
 from prefixtune.attention.packing import Packing
 from prefixtune.prefix.geometry import Site
 
@@ -109,7 +110,7 @@ def plain_attention(
         return fused
     if mask is None and scores.causal and query.shape[2] > 1:
         mask = causal_mask(query, key)
-    flex = scores.kernel == "flex" and supports_flex(query, key, value, scores)
+    flex = scores.kernel == "flex" and supports_flex(scores, query, key, value)
     out = (call_flex_attention if flex else eager_attention)(query, key, value, mask, scores)
     return out.transpose(1, 2).contiguous()
 
@@ -148,10 +149,10 @@ def attention_weights(
     return weights.softmax(-1)
 
 
-def supports_flex(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions) -> bool:
+def supports_flex(scores: ScoreOptions, *inputs: Tensor) -> bool:
     """Whether flex_attention computes it: it has no sinks, and on the CPU no gradients."""
-    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    return scores.sinks is None and not (learning and query.device.type == "cpu")
+    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return scores.sinks is None and not (learning and inputs[0].device.type == "cpu")
 
 
 def call_flex_attention(
@@ -166,17 +167,43 @@ def call_flex_attention(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
     parts = [part for part in (scores.position_bias, mask) if part is not None]
-    added = sum(parts[1:], parts[0]).expand(shape) if parts else query.new_zeros(()).expand(shape)
-    cap = scores.softcap
-    # Lambdas, since nothing may wrap what torch is to trace.
-    if cap is None:
-        score_mod = lambda score, b, h, q, k: score + added[b, h, q, k]  # noqa: E731
-    else:
-        score_mod = lambda score, b, h, q, k: torch.tanh(score / cap) * cap + added[b, h, q, k]  # noqa: E731
+    score_mod = _score_mod(scores.softcap, sum(parts[1:], parts[0]).expand(shape) if parts else None)
     out: Tensor = flex_attention_on(query.device.type)(
         query, key, value, score_mod=score_mod, scale=scores.scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out
+
+
+def packed_flex_attention(
+    packing: Packing,
+    site: Site,
+    prefix_kv_by_group: Sequence[tuple[Tensor, Tensor] | None],
+    query: Float[Tensor, "1 Hq T Dk"],
+    key: Float[Tensor, "1 H S Dk"],
+    value: Float[Tensor, "1 H S Dv"],
+    scores: ScoreOptions,
+    infix: bool = False,
+) -> Float[Tensor, "1 T Hq Dv"]:
+    """`packed_attention` by torch's flex_attention, in one call, with the prefixes' keys and values in it once."""
+    key, value, lengths, owners = add_prefixes(prefix_kv_by_group, key, value)
+    block_mask = packed_block_mask(packing, site, lengths, owners, scores.window, infix, query.device)
+    bias = scores.position_bias
+    score_mod = _score_mod(scores.softcap, None if bias is None else nn.functional.pad(bias, (sum(lengths), 0)))
+    grouped = query.shape[1] != key.shape[1]
+    out: Tensor = flex_attention_on(query.device.type)(
+        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scores.scale, enable_gqa=grouped
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _score_mod(cap: float | None, added: Tensor | None) -> Callable[..., Tensor] | None:
+    """What flex_attention does to scores: a soft cap, then something to add."""
+    # Lambdas, since nothing may wrap what torch is to trace.
+    if cap is None:
+        return None if added is None else lambda score, b, h, q, k: score + added[b, h, q, k]
+    if added is None:
+        return lambda score, b, h, q, k: torch.tanh(score / cap) * cap
+    return lambda score, b, h, q, k: torch.tanh(score / cap) * cap + added[b, h, q, k]
 
 
 @functools.cache
@@ -208,7 +235,7 @@ def packed_attention(
     infix: bool = False,
     observe: Callable[..., None] | None = None,
 ) -> Float[Tensor, "1 T Hq Dv"]:
-    """Attention of a packed row, group by group, so that nothing is computed across groups.
+    """Attention of a packed row; nothing is computed across groups.
 
     Args:
         packing: The row's groups.
@@ -226,6 +253,9 @@ def packed_attention(
         compiled = compiled_attention(packing, site, prefix_kv_by_group, query, key, value, *rules)
         if compiled is not None:
             return compiled
+    prefixes = (tensor for pair in prefix_kv_by_group if pair is not None for tensor in pair)
+    if scores.kernel == "flex" and observe is None and supports_flex(scores, query, key, value, *prefixes):
+        return packed_flex_attention(packing, site, prefix_kv_by_group, query, key, value, scores, infix)
     lengths = [0 if kv is None else kv[0].shape[2] for kv in prefix_kv_by_group]
     masks = packing.masks(site, lengths, scores.window, query.dtype, query.device, infix=infix)
     # `split` and `squeeze`, not slices and indices: their backward passes write each gradient once.

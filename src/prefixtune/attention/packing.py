@@ -76,12 +76,13 @@ class Packing:
         groups: In the order of the row; for an encoder-decoder, of the decoder's row, with sources of length 0.
         sources: Encoder-decoder only: positions of each group's source in the encoder's row.
         prefix_index: Which of several prefixes is in front of each group; None: one prefix for all groups.
+        cache: What is computed once for all layers of a row.
     """
 
     groups: tuple[Group, ...]
     sources: tuple[int, ...] | None = None
     prefix_index: tuple[int, ...] | None = None
-    _masks: dict[tuple[Any, ...], list[Tensor | None]] = field(default_factory=dict, compare=False, repr=False)
+    cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     def positions(self, site: Site = "decoder") -> Int[Tensor, "1 T"]:
         """Text positions of the row, without the prefix's shift; of the encoder's row for the site `encoder`."""
@@ -128,18 +129,23 @@ class Packing:
         if site != "decoder" and not any(group.hidden for group in self.groups):
             return [None] * len(self.groups)
         key = (site, tuple(prefix_lengths), window, dtype, device, infix)
-        if key not in self._masks:
-            self._masks[key] = [
+        if key not in self.cache:
+            self.cache[key] = [
                 None if visible is None else _additive(visible, dtype).to(device)
                 for visible in self._visible(site, prefix_lengths, window, infix)
             ]
-        return self._masks[key]
+        masks: list[Tensor | None] = self.cache[key]
+        return masks
+
+    def hides_at(self, site: Site) -> bool:
+        """Whether `Group.hidden` is of this site."""
+        return site in (("decoder",) if self.sources is None else ("encoder", "cross"))
 
     def _visible(
         self, site: Site, prefix_lengths: Sequence[int], window: int | None, infix: bool
     ) -> Iterator[Bool[Tensor, "N S"] | None]:
         """Per group, which query (row) sees which of the prefix's positions and keys (column); None: all."""
-        hides = site in (("decoder",) if self.sources is None else ("encoder", "cross"))
+        hides = self.hides_at(site)
         for group, length, queries, keys in zip(self.groups, prefix_lengths, *self.sizes(site), strict=True):
             hidden = [position for position in group.hidden if position < length] if hides else []
             if site != "decoder" and not hidden:

@@ -15,7 +15,7 @@ from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.native import AttentionKernel, make_spans
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["EncoderAttention", "NewSource", "QuerySpan", "SlotAttention"]
+__all__ = ["EncoderAttention", "NewSource", "QuerySpan", "SlotAttention", "batch_attention", "slot_mask"]
 
 _SMALL = 2**20
 """With at most so many numbers in the keys, plain matrix products beat the CPU's fused bf16 kernel (1.4 times at 138
@@ -156,27 +156,21 @@ class SlotAttention:
 
     def _attend_batch(self, query: Float[Tensor, "B Hq Dk"], layer: _Layer) -> Float[Tensor, "B Hq Dv"]:
         keys, values, scores = layer.keys, layer.values, layer.scores
-        heads, kv_heads = query.shape[1], keys.shape[1]
+        heads = query.shape[1]
         if not self.contiguous:
             query_by_slot = query.new_zeros(self.num_rows, *query.shape[1:])
             query_by_slot[self.slots] = query
             query = query_by_slot
         key, value = keys[: self.num_rows, :, : self.common_length], values[: self.num_rows, :, : self.common_length]
         mask = self._batch_mask(layer, query.dtype)
-        if not scores.fused:
-            out = eager_attention(query[:, :, None], key, value, mask, scores)[:, :, 0]
-        elif query.dtype != torch.float32 and query.device.type == "cpu" and key.numel() <= _SMALL:
+        small = query.dtype != torch.float32 and query.device.type == "cpu" and key.numel() <= _SMALL
+        if scores.fused and small:
             # As one sequence with the heads of all.
             flat_mask = self._flat_mask(mask, layer, heads)
             flat = query.reshape(1, -1, 1, query.shape[2]), key.flatten(0, 1)[None], value.flatten(0, 1)[None]
             out = grouped_attention(*flat, None, flat_mask, scores.scale).reshape(self.num_rows, heads, -1)
         else:
-            # Query heads that share a KV head become rows of one head: keys are never repeated.
-            grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
-            if mask.shape[1] > 1:
-                mask = mask.view(self.num_rows, kv_heads, heads // kv_heads, self.common_length)
-            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scores.scale)
-            out = out.flatten(1, 2)
+            out = batch_attention(query, key, value, mask, scores)
         return out if self.contiguous else out[self.slots]
 
     def _attend_span(
@@ -202,7 +196,7 @@ class SlotAttention:
             positions[self.slots, 0] = self.positions
             prefix_lengths[self.slots, 0] = torch.tensor([span.prefix_length for span in self.decodes], device=device)
             columns = torch.arange(self.common_length, device=device)
-            mask = _mask(positions, columns, layer.window, prefix_lengths, dtype)[:, None, None]
+            mask = slot_mask(positions, columns, layer.window, prefix_lengths, dtype)[:, None, None]
             if layer.distance_bias is not None:
                 bias = _bias_at(layer.distance_bias, positions, columns, prefix_lengths)
                 mask = mask + bias.transpose(0, 1)[:, :, None].to(dtype)
@@ -228,7 +222,7 @@ class SlotAttention:
             bias = None
             if layer.distance_bias is not None:
                 bias = _bias_at(layer.distance_bias, positions, columns, span.prefix_length)[None]
-            mask = _mask(positions, columns, layer.window, span.prefix_length, self.kv_cache.dtype)
+            mask = slot_mask(positions, columns, layer.window, span.prefix_length, self.kv_cache.dtype)
             masks = self._span_masks[span, layer.mask_key] = mask, bias
         return masks
 
@@ -283,6 +277,25 @@ class EncoderAttention:
         return self.cross.read(index, query, scores, None)
 
 
+def batch_attention(
+    query: Float[Tensor, "R Hq Dk"],
+    key: Float[Tensor, "R H S Dk"],
+    value: Float[Tensor, "R H S Dv"],
+    mask: Float[Tensor, "R M 1 S"],
+    scores: ScoreOptions,
+) -> Float[Tensor, "R Hq Dv"]:
+    """Attention of one token of each text, with a mask to add to scores, for all heads (M = 1) or for each."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if not scores.fused:
+        return eager_attention(query[:, :, None], key, value, mask, replace(scores, position_bias=None))[:, :, 0]
+    # Query heads that share a KV head become rows of one head: keys are never repeated.
+    grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
+    if mask.shape[1] > 1:
+        mask = mask.view(len(query), kv_heads, heads // kv_heads, key.shape[2])
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scores.scale)
+    return out.flatten(1, 2)
+
+
 def shared_length(lengths: Sequence[int], rows: int) -> int:
     """The cheapest common length: sequences up to it are attended to together, longer ones one by one.
 
@@ -303,7 +316,7 @@ def shared_length(lengths: Sequence[int], rows: int) -> int:
     return best
 
 
-def _mask(
+def slot_mask(
     positions: Int[Tensor, "R 1"],
     columns: Int[Tensor, " S"],
     window: int | None,

@@ -41,3 +41,8 @@ class EngineConfig(Config):
         description="on a CPU with a C++ compiler, attention, and whole steps of models like LLaMA in bf16, by code "
         "that is compiled once for this processor, in the background",
     )
+    cuda_graphs: bool = _engine(
+        False,
+        description="on one CUDA device, replay the steps of decoder-only models as CUDA graphs, recorded by size when "
+        "one comes for the first time; without them where that fails; not measured yet",
+    )

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
+from prefixtune.attention.compute import ScoreRecorder
 from prefixtune.attention.forward import forward_with_backend
-from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.norm import RowNorm
 from prefixtune.backbone.native.panels import PanelMatrix
@@ -77,27 +76,6 @@ class DecoderLayers:
     scale: float
 
 
-@dataclass(eq=False)
-class _Recorder:
-    """An attention backend that records how layers attend, and does not attend."""
-
-    scores: dict[int, ScoreOptions] = field(default_factory=dict)
-    shapes: set[tuple[int, ...]] = field(default_factory=set)
-
-    def attend(
-        self,
-        layer: tuple[Site, int],
-        query: Float[Tensor, "1 Hq T Dk"],
-        key: Float[Tensor, "1 H S Dk"],
-        value: Float[Tensor, "1 H S Dv"],
-        scores: ScoreOptions,
-    ) -> Float[Tensor, "1 T Hq Dv"]:
-        """Record; what is returned has the right shape only."""
-        self.scores[layer[1]] = scores
-        self.shapes.add((query.shape[1], key.shape[1], query.shape[3], value.shape[3]))
-        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-
-
 def may_have_layers(backbone: Backbone) -> bool:
     """Whether `find_layers` may find the parts of a model, prepacked or not yet."""
     return (
@@ -121,13 +99,14 @@ def find_layers(backbone: Backbone) -> DecoderLayers | None:
         return None
     if backbone in _found:
         return _found[backbone]
-    recorder, zero = _Recorder(), torch.zeros(1, 1, dtype=torch.long)
+    recorder, zero = ScoreRecorder(), torch.zeros(1, 1, dtype=torch.long)
     with torch.no_grad():
         forward_with_backend(model, backbone.layout, zero, zero, recorder, None)
     decoder = model.model
-    if recorder.scores.keys() != set(range(len(decoder.layers))) or len(recorder.shapes) != 1:
+    indices: list[tuple[Site, int]] = [("decoder", index) for index in range(len(decoder.layers))]
+    if recorder.scores.keys() != set(indices) or len(recorder.shapes) != 1:
         return None
-    options = [recorder.scores[index] for index in range(len(decoder.layers))]
+    options = [recorder.scores[index] for index in indices]
     heads, kv_heads, head_dim, value_dim = recorder.shapes.pop()
     layers = [_layer(layer, scores.window) for layer, scores in zip(decoder.layers, options, strict=True)]
     found = DecoderLayers(layers, decoder.norm, model.lm_head.panels, heads, kv_heads, head_dim, options[0].scale)

@@ -1,23 +1,30 @@
 """What an encoder-decoder's running sequences read: their sources, encoded once and kept in the sequence's slot.
 
-The encoder reads a source in one piece. Its cross-attention keys and values are computed in the sequence's first step,
-in the same pass as all other sequences' tokens.
+The encoder reads a source in one piece, and where compiled code attends to packed rows, several sources in one row. A
+source's cross-attention keys and values are computed in the sequence's first step, in the same pass as all other
+sequences' tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.attention.compute import relative_bias
-from prefixtune.attention.forward import run_encoder
+from prefixtune.attention.forward import run_encoder, run_encoder_packed
+from prefixtune.attention.native.packed import packed_kernel
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import EncoderAttention, NewSource, QuerySpan, SlotAttention
 from prefixtune.engine.kv_cache import UNBOUNDED, KVCache
 from prefixtune.engine.sequence import TokenSequence
 
 __all__ = ["EncoderCache"]
+
+_ROW = 512
+"""Tokens of several sources that are read in one row: enough for quick products. Biases by distance take its square."""
 
 
 class EncoderCache:
@@ -26,13 +33,16 @@ class EncoderCache:
     Args:
         backbone: An encoder-decoder.
         num_slots: Sequences at once.
+        native_attention: Whether compiled code may be used.
 
     Attributes:
         kv_cache: Cross-attention keys and values.
     """
 
-    def __init__(self, backbone: Backbone, num_slots: int) -> None:
+    def __init__(self, backbone: Backbone, num_slots: int, native_attention: bool = False) -> None:
         self.backbone = backbone
+        # Made beside the first requests.
+        self._kernel = packed_kernel() if native_attention else None
         self.kv_cache = KVCache(
             backbone.geometry["cross"], num_slots, UNBOUNDED, backbone.dtype, backbone.device, site="cross"
         )
@@ -44,20 +54,43 @@ class EncoderCache:
         self._bias_by_layer: dict[int, Float[Tensor, "Hq N"]] = {}
         self._bias_length = 0
 
-    def encode(self, sequence: TokenSequence) -> None:
-        """Encode a sequence's source, and make room for it in the sequence's slot."""
-        prefix, prompt = sequence.request.prefix, sequence.request.prompt
-        length = _prefix_length(sequence) + len(prompt)
-        self.kv_cache.reserve(length)
-        if prefix is not None:
-            self.kv_cache.put(sequence.slot, prefix)
+    def encode(self, sequences: Sequence[TokenSequence]) -> None:
+        """Encode the sequences' sources, and make room for them in the sequences' slots."""
+        for sequence in sequences:
+            prefix = sequence.request.prefix
+            self.kv_cache.reserve(_prefix_length(sequence) + len(sequence.request.prompt))
+            if prefix is not None:
+                self.kv_cache.put(sequence.slot, prefix)
         with self.backbone.autocast():
-            ids = torch.tensor([prompt], device=self.backbone.device)
-            encoded = run_encoder(self.backbone.model, self.backbone.layout, ids, prefix)
-        if self._placeholder is None:
-            self._placeholder = torch.zeros_like(encoded[:, :1])
-        self._new_sources[sequence.slot] = encoded
-        self._lengths[sequence.slot] = length
+            encoded = [source for row in self._rows(sequences) for source in self._run_encoder(row)]
+        for sequence, source in zip(sequences, encoded, strict=True):
+            if self._placeholder is None:
+                self._placeholder = torch.zeros_like(source[:, :1])
+            self._new_sources[sequence.slot] = source
+            self._lengths[sequence.slot] = _prefix_length(sequence) + len(sequence.request.prompt)
+
+    def _rows(self, sequences: Sequence[TokenSequence]) -> list[list[TokenSequence]]:
+        """Which sources are read in one row."""
+        if self._kernel is None or not self._kernel.done() or self._kernel.result() is None:
+            return [[sequence] for sequence in sequences]
+        rows: list[list[TokenSequence]] = []
+        room = 0
+        for sequence in sequences:
+            length = len(sequence.request.prompt)
+            if length > room:
+                rows.append([])
+                room = _ROW
+            rows[-1].append(sequence)
+            room -= length
+        return rows
+
+    def _run_encoder(self, sequences: Sequence[TokenSequence]) -> list[Float[Tensor, "1 _S E"]]:
+        model, layout = self.backbone.model, self.backbone.layout
+        sources = [sequence.request.prompt for sequence in sequences]
+        prefixes = [sequence.request.prefix for sequence in sequences]
+        if len(sequences) == 1:
+            return [run_encoder(model, layout, torch.tensor(sources, device=self.backbone.device), prefixes[0])]
+        return run_encoder_packed(model, layout, sources, prefixes)
 
     def share(self, sequence: TokenSequence, encoded: TokenSequence) -> None:
         """Give a sequence the source of another sequence of the same request."""

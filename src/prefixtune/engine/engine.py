@@ -89,7 +89,9 @@ class Engine:
         self.backbone = backbone
         limits = (self.config.max_length, backbone.max_positions, _rotary_limit(backbone))
         self.max_length = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
-        self.runner = ModelRunner(backbone, self.config.num_slots, self.max_length, self.config.native_attention)
+        self.runner = ModelRunner(
+            backbone, self.config.num_slots, self.max_length, self.config.native_attention, self.config.cuda_graphs
+        )
         self._has_encoder = backbone.kind == "encoder-decoder"
         self._vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
         max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self._vocab_size))
@@ -257,7 +259,7 @@ class Engine:
         self._try_each(admitted, self.runner.load_prefix, outputs)
         with self._lock:
             to_encode = self.scheduler.sequences_to_encode()
-        self._try_each(to_encode, self.runner.encode, outputs)
+        self._encode(to_encode, outputs)
         with self._lock:
             for sequence, computed in self.scheduler.shared_prompts():
                 self.runner.share_prompt(sequence, computed)
@@ -282,6 +284,15 @@ class Engine:
         outputs += [self._finish(sequence, "length") for sequence in ended if sequence not in broken]
         pairs = zip(sampled, tokens, strict=True)
         return outputs + [self._append(sequence, token) for sequence, token in pairs if sequence not in broken]
+
+    def _encode(self, sequences: list[TokenSequence], outputs: list[SequenceOutput]) -> None:
+        """Let the encoder read sources; one that cannot be read ends its sequence alone."""
+        if not sequences:
+            return
+        try:
+            self.runner.encode(sequences)
+        except Exception:
+            self._try_each(sequences, lambda sequence: self.runner.encode([sequence]), outputs)
 
     def _try_each(self, items: Sequence[S], action: Callable[[S], None], outputs: list[SequenceOutput]) -> list[S]:
         """Do something for each sequence; one for which it fails ends. Returns the others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import Any
@@ -15,6 +16,7 @@ from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.norm import norm_kernel
 from prefixtune.engine.attention import QuerySpan, SlotAttention
+from prefixtune.engine.decode_graphs import DecodeGraphs, can_capture
 from prefixtune.engine.decoder_layers import DecoderLayers, find_layers
 from prefixtune.engine.decoder_step import DecoderStep
 from prefixtune.engine.encoder_cache import EncoderCache
@@ -26,6 +28,7 @@ from prefixtune.engine.sequence import TokenSequence
 
 __all__ = ["ModelRunner"]
 
+_log = logging.getLogger(__name__)
 _KERNEL_SECONDS = 0.5
 """How long a new engine waits for compiled code: enough to load it, not to compile it."""
 
@@ -39,13 +42,21 @@ class ModelRunner:
         max_length: Most positions of a slot. An encoder-decoder's slots are not limited here: the engine limits source
             and output, where prefixes do not count.
         native_attention: Whether compiled code may compute the attention (see `engine.native`).
+        cuda_graphs: Whether steps may be replayed as CUDA graphs (see `decode_graphs`).
 
     Attributes:
         kv_cache: Keys and values of prefixes, prompts and texts (of an encoder-decoder's decoder).
         encoder_cache: What an encoder-decoder's decoder sees of sources; None: a decoder-only model.
     """
 
-    def __init__(self, backbone: Backbone, num_slots: int, max_length: int, native_attention: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_slots: int,
+        max_length: int,
+        native_attention: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:
         self.backbone = backbone
         self._native_attention = native_attention and backbone.device.type == "cpu"
         self._step: DecoderStep | None = None
@@ -60,26 +71,31 @@ class ModelRunner:
                 wait(compiled, _KERNEL_SECONDS)
                 self._compiled_step()
         has_encoder = backbone.kind == "encoder-decoder"
+        captures = cuda_graphs and can_capture(backbone)
+        if cuda_graphs and not captures:
+            _log.warning("steps run without CUDA graphs: they are for decoder-only models on one CUDA device.")
         self.kv_cache = KVCache(
             backbone.geometry["decoder"],
-            num_slots,
+            num_slots + captures,
             UNBOUNDED if has_encoder else max_length,
             backbone.dtype,
             backbone.device,
         )
-        self.encoder_cache = EncoderCache(backbone, num_slots) if has_encoder else None
+        self.encoder_cache = EncoderCache(backbone, num_slots, self._native_attention) if has_encoder else None
+        self._graphs = DecodeGraphs(backbone, self.kv_cache) if captures else None
 
     def load_prefix(self, sequence: TokenSequence) -> None:
         """Copy a sequence's prefix into its slot."""
         if sequence.request.prefix is not None:
             self.kv_cache.put(sequence.slot, sequence.request.prefix)
 
-    def encode(self, sequence: TokenSequence) -> None:
-        """Let the encoder read a sequence's source."""
+    def encode(self, sequences: Sequence[TokenSequence]) -> None:
+        """Let the encoder read the sequences' sources."""
         if self.encoder_cache is None:
             raise RuntimeError("a decoder-only model has no encoder")
-        self.encoder_cache.encode(sequence)
-        sequence.num_unencoded = 0
+        self.encoder_cache.encode(sequences)
+        for sequence in sequences:
+            sequence.num_unencoded = 0
 
     def share_prompt(self, sequence: TokenSequence, computed: TokenSequence) -> None:
         """Copy what was computed of the prompt for another sequence of the same request."""
@@ -128,6 +144,10 @@ class ModelRunner:
         wanted = torch.tensor([*last_indices, *prompt_indices] or [len(ids) - 1], device=self.backbone.device)
         if (step := self._compiled_step()) is not None:
             return step(ids, positions, self.kv_cache, spans, wanted)
+        if self._graphs is not None and not prefills and len(last_indices) == len(decodes):
+            replayed = self._graphs(ids, spans)
+            if replayed is not None:
+                return replayed
         kernel = load_kernel() if self._native_attention else None
         slot_attention = SlotAttention(self.kv_cache, spans[: len(decodes)], spans[len(decodes) :], kernel=kernel)
         backend: AttentionBackend = slot_attention
@@ -146,7 +166,9 @@ class ModelRunner:
                 logits_to_keep,
                 encoded,
             )[0]
-        return logits if logits_to_keep is not None else logits[wanted]
+        # Where every token has its own, as in a decoder's step, they are not copied.
+        every = len(last_indices) == len(ids) and not prompt_indices
+        return logits if logits_to_keep is not None or every else logits[wanted]
 
     def _compiled_step(self) -> DecoderStep | None:
         """The step by compiled code, once that is made and found to compute the same."""

@@ -125,7 +125,7 @@ class PrefixModel(nn.Module):
         if is_encoder_decoder and decoder_input_ids is None and labels is not None:
             decoder_input_ids = self._shift_right(labels)
         decoder = {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
-        logits = self._run_backbone(self.backbone.forward, input_ids, attention_mask, decoder, others).logits
+        logits = self._run_backbone(Backbone.forward, input_ids, attention_mask, decoder, others).logits
         if labels is None:
             return CausalLMOutput(logits=logits)
         loss = _mean_loss(logits, labels, num_items_in_batch, shift=not is_encoder_decoder)
@@ -142,7 +142,7 @@ class PrefixModel(nn.Module):
         from transformers.modeling_outputs import BaseModelOutput
 
         return BaseModelOutput(
-            last_hidden_state=self._run_backbone(self.backbone.hidden_states, input_ids, attention_mask, {}, others)
+            last_hidden_state=self._run_backbone(Backbone.hidden_states, input_ids, attention_mask, {}, others)
         )
 
     def _run_backbone(
@@ -168,9 +168,9 @@ class PrefixModel(nn.Module):
         self._check_positions(input_ids, decoder.get("decoder_input_ids"))
         # The prefix is computed in float32 even under a trainer's autocast.
         with torch.autocast(input_ids.device.type, enabled=False):
-            prefix = self.trained()
-        with gradient_checkpointing(self.backbone.model, self._checkpointing and torch.is_grad_enabled()):
-            return method(input_ids, attention_mask, prefixes=prefix, **decoder)
+            prefix, backbone = self.trained(), self.backbone.for_training
+        with gradient_checkpointing(backbone.model, self._checkpointing and torch.is_grad_enabled()):
+            return method(backbone, input_ids, attention_mask, prefixes=prefix, **decoder)
 
     def _check_positions(self, *rows: Tensor | None) -> None:
         limit, prefix_positions = self.backbone.max_positions, self.backbone.prefix_positions(self.prefix_length)
@@ -236,7 +236,11 @@ class PrefixModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixModel:
         """Also move the backbone, unless Accelerate has distributed it over devices."""
         if not hasattr(self.backbone.model, "hf_device_map"):
+            before = _memory_of(self.backbone.model)
             self.backbone.model._apply(fn, recurse)
+            if _memory_of(self.backbone.model) != before:
+                # It has the weights that were there before.
+                vars(self.backbone).pop("for_training", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -283,6 +287,11 @@ class PrefixModel(nn.Module):
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
         """Ignored: an artifact has no model card."""
+
+
+def _memory_of(model: nn.Module) -> list[int]:
+    """Where the weights are."""
+    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 def _mean_loss(

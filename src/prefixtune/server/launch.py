@@ -111,6 +111,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
             num_slots=config.num_slots,
             max_length=config.max_length,
             prefill_tokens=config.prefill_tokens,
+            cuda_graphs=config.cuda_graphs,
             # More than `Admission` ever admits: with their fair shares, a thousand tenants may hold
             # 1 + 1/2 + ... + 1/1000 = 7.5 times the queue.
             max_waiting=8 * (config.num_slots + config.max_queue),

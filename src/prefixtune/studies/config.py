@@ -37,7 +37,7 @@ _TRACKER_KEYS = ("report_to", "project", "run_name", "report_examples")
 _RESERVED_KEYS = (
     *("task", "train", "dev", "backbone", "dtype", "device", "output", "method", "prefix_length", "limit"),
     *("learning_rate", "seed", "dev_limit", "initialization", "init_text"),
-    *("quantize", "adapter", "train_adapter", "adapter_rank"),
+    *("quantize", "attention", "adapter", "train_adapter", "adapter_rank"),
     *_TRACKER_KEYS,
 )
 """Keys of `TrainConfig` that a study sets itself for every run, or cannot use, as all runs share one backbone."""

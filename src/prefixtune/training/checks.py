@@ -124,7 +124,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         ConfigError: They cannot.
     """
     faults = [] if configs else ["there is no run"]
-    for name in ("backbone", "dtype", "device", "quantize", "gradient_checkpointing", "shard"):
+    for name in ("backbone", "dtype", "device", "quantize", "attention", "gradient_checkpointing", "shard"):
         values = sorted({str(getattr(config, name)) for config in configs})
         if len(values) > 1:
             faults.append(f"{name} is {' and '.join(map(repr, values))}, but all runs share one backbone")

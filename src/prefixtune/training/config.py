@@ -76,6 +76,11 @@ class TrainConfig(Config):
     quantize: Literal["", "int8", "int4"] = _backbone(
         "", description="quantize the frozen weights (torchao): int8 or int4"
     )
+    attention: Literal["sdpa", "flex", "eager"] = _backbone(
+        "sdpa",
+        description="what computes attention: sdpa (torch's fused functions; on a CPU compiled code), flex (torch's "
+        "flex_attention: on a GPU a packed row in one call; not measured yet), eager (matrix products)",
+    )
     adapter: str = _backbone("", description="folder of a LoRA adapter (PEFT) to load into the backbone first")
     train_adapter: bool = _backbone(False, description="train the loaded adapter together with the prefix")
     adapter_rank: int = _backbone(0, ge=0, description="train a new LoRA adapter of this rank with the prefix; 0: none")

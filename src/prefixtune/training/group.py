@@ -21,7 +21,9 @@ __all__ = ["RunGroup"]
 
 MOST_POSITIONS_OF_A_THREAD, MOST_POSITIONS_ON_CPU = 192, 1024
 """Of runs that share passes on a processor, with one thread and with more: larger passes are a little quicker, and take
-more memory, for SmolLM2-135M 1.2 MiB a token (docs/LOG.md)."""
+more memory, for SmolLM2-135M in bfloat16 1.2 MiB a token (docs/LOG.md)."""
+MOST_POSITIONS_FUSED = {torch.bfloat16: 640, torch.float32: 384}
+"""With one thread, where operations are fused: no more memory than fewer tokens take without."""
 
 
 class RunGroup:
@@ -153,7 +155,10 @@ class RunGroup:
 def _positions_at_once(backbone: Backbone) -> int:
     if backbone.device.type != "cpu":
         return MOST_POSITIONS
-    return MOST_POSITIONS_OF_A_THREAD if torch.get_num_threads() == 1 else MOST_POSITIONS_ON_CPU
+    if torch.get_num_threads() > 1:
+        return MOST_POSITIONS_ON_CPU
+    fused = backbone.for_training is not backbone
+    return MOST_POSITIONS_FUSED[backbone.dtype] if fused else MOST_POSITIONS_OF_A_THREAD
 
 
 def _passes(pending: Mapping[Run, PendingStep], most_positions: int) -> list[list[Run]]:

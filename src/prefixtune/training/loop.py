@@ -80,7 +80,7 @@ def evaluation_loss(
     shares = prefix is None or prefix.placement != "infix"
     for target_groups in _divided(backbone, batches, most_positions * processes.size, shares):
         batch, counts = _local_batch(backbone, target_groups, processes, shares)
-        losses = batch_loss(backbone, prefix, batch)
+        losses = batch_loss(backbone.for_training, prefix, batch)
         if counts:
             total += float(losses.sum())
             count += len(batch.labels)

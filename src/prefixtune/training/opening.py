@@ -234,6 +234,7 @@ def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
         # A split model moves layer by layer from here to the device that computes.
         device="cpu" if config.shard else processes.device or config.device,
         quantize=config.quantize,
+        attention=config.attention,
         adapter=config.adapter or None,
         train_adapter=config.train_adapter,
         adapter_rank=config.adapter_rank,

@@ -57,7 +57,7 @@ def make_plan(packing: Packing, site: Site, infix: bool) -> Plan:
         site: Where.
         infix: The prefix is hidden from the sources.
     """
-    hides = site in (("decoder",) if packing.sources is None else ("encoder", "cross"))
+    hides = packing.hides_at(site)
     groups: list[GroupEntry] = []
     segments: list[SegmentEntry] = []
     hidden: list[int] = []

@@ -16,6 +16,7 @@ from prefixtune import __version__
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import CommandOptions, command, json_option
 from prefixtune.utils.machine import describe_machine
+from prefixtune.utils.native.build import pip_compiler
 
 __all__ = ["env"]
 
@@ -119,8 +120,11 @@ def _torch() -> dict[str, Any]:
 
 
 def _compiler() -> dict[str, str]:
-    """The C++ compiler that `--compile` uses."""
-    path = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), *_COMPILERS])), None)
+    """The C++ compiler; that of the extra `compiler` is for this package's own code, and not for `--compile`."""
+    named = os.environ.get("CXX", "")
+    path = next(filter(None, map(shutil.which, [named, *_COMPILERS])), None)
+    if path is None and not named and (zig := pip_compiler()):
+        return {"path": " ".join([*zig, "c++"]), "version": f"ziglang {version('ziglang')}"}
     if path is None:
         return {"path": "", "version": ""}
     arguments = [path] if path.lower().endswith("cl.exe") else [path, "--version"]

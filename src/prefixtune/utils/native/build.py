@@ -35,7 +35,7 @@ from prefixtune.errors import PrefixError
 from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import atomic_path
 
-__all__ = ["build", "private_folder", "start"]
+__all__ = ["build", "pip_compiler", "private_folder", "start"]
 
 _log = logging.getLogger(__name__)
 _HEADERS = Path(__file__).parent
@@ -156,12 +156,16 @@ def _find_compiler() -> _Compiler:
             command = (program, *rest)
             facts = Path(program).resolve().stat()
             return _Compiler(command, command, (*command, str(facts.st_size), str(facts.st_mtime_ns)))
-    if not named and importlib.util.find_spec("ziglang") is not None:
-        zig = (sys.executable, "-m", "ziglang")
+    if not named and (zig := pip_compiler()):
         # It would first compile C++'s library, of which nothing is used; C's is there when the result is loaded.
         link = (*zig, "cc", "-nostdlib")
         return _Compiler((*zig, "c++"), link, ("ziglang", importlib.metadata.version("ziglang")))
     raise OSError("there is no C++ compiler (install g++ or clang++, or with pip: prefixtune[compiler]).")
+
+
+def pip_compiler() -> tuple[str, ...]:
+    """The command of what the extra `compiler` brings, without `c++` or `cc`; empty: it is not installed."""
+    return (sys.executable, "-m", "ziglang") if importlib.util.find_spec("ziglang") is not None else ()
 
 
 def _find_openmp() -> str:
