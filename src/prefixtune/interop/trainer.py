@@ -166,9 +166,13 @@ class PrefixModel(nn.Module):
                 hint="start with torchrun or accelerate, or show one GPU (CUDA_VISIBLE_DEVICES=0).",
             )
         self._check_positions(input_ids, decoder.get("decoder_input_ids"))
+        # Its compiled operations are for weights and numbers of one dtype.
+        backbone = self.backbone
+        if not torch.is_autocast_enabled(input_ids.device.type):
+            backbone = backbone.for_training
         # The prefix is computed in float32 even under a trainer's autocast.
         with torch.autocast(input_ids.device.type, enabled=False):
-            prefix, backbone = self.trained(), self.backbone.for_training
+            prefix = self.trained()
         with gradient_checkpointing(backbone.model, self._checkpointing and torch.is_grad_enabled()):
             return method(backbone, input_ids, attention_mask, prefixes=prefix, **decoder)
 
