@@ -2,8 +2,8 @@
 
     python -m bench.serving.decode          # a minute on two cores
 
-Texts of 64 tokens, each with a prefix of its own, SmolLM2-135M in bfloat16; the median of 20 steps in which every text
-adds a token and no prompt is computed. `tools/scale_page.py` uses these figures.
+Texts of 64 tokens, each with a prefix of its own or (`--prefixes 1 8`) with one of a few, SmolLM2-135M in bfloat16; the
+median of 20 steps in which every text adds a token and no prompt is computed. `tools/scale_page.py` uses these figures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -27,12 +28,14 @@ from prefixtune.training.starts.words import from_words
 PROMPT_LENGTH, STEPS, WARMUP_STEPS = 64, 20, 4
 
 
-def step_seconds(backbone: Backbone, num_texts: int, prefix_length: int) -> float:
-    """The median seconds of a step for this number of texts and length of their prefixes."""
+def step_seconds(backbone: Backbone, num_texts: int, prefix_length: int, num_prefixes: int = 0) -> float:
+    """The median seconds of a step for this number of texts, and length and number of their prefixes; 0: one each."""
     engine = Engine(backbone, EngineConfig(num_slots=num_texts))
     new = PROMPT_LENGTH + STEPS + WARMUP_STEPS
+    words = [f"Describe number {index}:" for index in range(num_prefixes or num_texts)]
+    prefixes = [from_words(backbone, text, prefix_length) if prefix_length else None for text in words]
     for index in range(num_texts):
-        prefix = from_words(backbone, f"Describe number {index}:", prefix_length) if prefix_length else None
+        prefix = prefixes[index % len(prefixes)]
         prompt = tuple(range(100 + index, 100 + index + PROMPT_LENGTH))
         engine.add(Request(prompt, prefix, SamplingParams(max_new_tokens=new, min_new_tokens=new)))
     while (
@@ -53,15 +56,16 @@ def main() -> int:
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--texts", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 10, 200])
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[0], help="how many different ones; 0: one per text")
     parser.add_argument("--json", type=Path, default=FOLDER / "decode.json")
     options = parser.parse_args()
     load, backbone = BackgroundLoad(), load_backbone(options.backbone, dtype="bfloat16")
     figures = []
-    for texts in options.texts:
-        for length in options.lengths:
-            seconds = step_seconds(backbone, texts, length)
-            figures.append({"texts": texts, "prefix_length": length, "seconds": round(seconds, 5)})
-            print(json.dumps(figures[-1]), flush=True)
+    for texts, length, prefixes in product(options.texts, options.lengths, options.prefixes):
+        seconds = step_seconds(backbone, texts, length, prefixes)
+        figure = {"texts": texts, "prefix_length": length, "seconds": round(seconds, 5)}
+        figures.append(figure | ({"prefixes": prefixes} if prefixes else {}))
+        print(json.dumps(figures[-1]), flush=True)
     write_results(options.json, load, {"figures": figures})
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.panels import panel_kernel
 from prefixtune.backbone.prepack import prepack
-from prefixtune.engine.attention import QuerySpan, SlotAttention
+from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.decoder_layers import find_layers
 from prefixtune.engine.decoder_step import DecoderStep
@@ -22,6 +23,8 @@ from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.native import AttentionKernel, load_kernel
 from prefixtune.engine.native.decoder import DecoderKernel, decoder_kernel
 from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.engine.shared_prefix import SharedPrefix
+from prefixtune.engine.span import QuerySpan
 from zoo import ZOO, make_model
 
 MODELS = {
@@ -67,6 +70,23 @@ def random_row(draw: random.Random, num_slots: int) -> list[QuerySpan]:
     return [QuerySpan(slot, start, count, draw.choice([0, start])) for slot, start, count in rows]
 
 
+def share_prefixes(spans: list[QuerySpan], backbone: Backbone, draw: random.Random) -> list[QuerySpan]:
+    """The same, some of the prefixes outside the slots: of one length, the same one."""
+    generator = torch.Generator().manual_seed(draw.randrange(1000))
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    shapes = backbone.geometry["decoder"]
+    shared = {
+        length: SharedPrefix(
+            [(rand(s.num_kv_heads, length, s.key_dim), rand(s.num_kv_heads, length, s.value_dim)) for s in shapes]
+        )
+        for length in sorted({span.prefix_length for span in spans} - {0})
+    }
+    return [replace(span, shared=draw.choice([None, shared.get(span.prefix_length)])) for span in spans]
+
+
 def make_step(backbone: Any, kernel: DecoderKernel, attention: AttentionKernel) -> DecoderStep | None:
     layers = find_layers(backbone)
     assert layers is not None
@@ -86,7 +106,7 @@ def test_any_step_is_the_modules(name: str, tiny_tokenizer: Any, kernel: Decoder
             generator.manual_seed(seed)
             for buffer in (*cache.keys, *cache.values):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator))
-        spans = random_row(draw, 5)
+        spans = share_prefixes(random_row(draw, 5), backbone, draw)
         positions = [span.start + index for span in spans for index in range(span.count)]
         tokens = [draw.randrange(60) for _ in positions]
         kept = torch.tensor(draw.choices(range(len(tokens)), k=draw.choice([1, 3, len(tokens) + 2])))

@@ -75,7 +75,7 @@ class PrefixValidator:
         """
         try:
             loaded = load_prefix(path, self.backbone, allow_other_backbone=self.allow_other_backbone)
-            # A copy, which is not mapped from the file.
+            # A copy, which is not mapped from the file, and which the engine reads as it is.
             prefix = loaded.detach().to(self.backbone.dtype, self.backbone.device)
         except PrefixError as error:
             raise CheckpointError(error.message.replace(str(path), name), hint=error.hint) from error

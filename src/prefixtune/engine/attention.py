@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_attention
 from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.native import AttentionKernel, make_spans
+from prefixtune.engine.span import QuerySpan
 from prefixtune.prefix.geometry import Site
 
 __all__ = ["EncoderAttention", "NewSource", "QuerySpan", "SlotAttention", "batch_attention", "slot_mask"]
@@ -24,32 +25,11 @@ CALL_OVERHEAD = 300
 """Cost of attending to one sequence by itself, besides its length, in positions of a shared call."""
 
 
-@dataclass(frozen=True)
-class QuerySpan:
-    """Tokens of one sequence that a step computes.
-
-    Attributes:
-        slot: The sequence's slot.
-        start: Position in the slot of the first of them; the prefix starts at 0.
-        count: How many tokens.
-        prefix_length: Length of the sequence's prefix.
-    """
-
-    slot: int
-    start: int
-    count: int
-    prefix_length: int
-
-    @property
-    def stop(self) -> int:
-        """The position after the last of them."""
-        return self.start + self.count
-
-
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """How a step attends at one layer."""
 
+    index: int
     keys: Float[Tensor, "S H C Dk"]
     # A failed growth leaves buffers of different capacities.
     values: Float[Tensor, "S H _C Dv"]
@@ -68,7 +48,8 @@ class SlotAttention:
     """Attention of one step: its tokens, in one row, attend to their sequences' slots.
 
     Compiled code computes a layer in one call (`engine.native`). Where there is none, or it does not compute a layer's
-    attention, torch does: decodes together up to a common length; those that are far longer, and prefills, one by one.
+    attention, torch does: decodes together up to a common length; those that are far longer, those whose prefix stands
+    outside the slots, and prefills, one by one.
 
     Attributes:
         kv_cache: The slots.
@@ -89,14 +70,19 @@ class SlotAttention:
     def __post_init__(self) -> None:
         device = self.kv_cache.device
         self.slots: Int[Tensor, " B"] = torch.tensor([span.slot for span in self.decodes], device=device)
-        self.positions: Int[Tensor, " B"] = torch.tensor([span.start for span in self.decodes], device=device)
+        columns = [span.columns.start for span in self.decodes]
+        self.columns: Int[Tensor, " B"] = torch.tensor(columns, dtype=torch.long, device=device)
         # Unused slots between used ones are computed as well, and dropped.
         self.num_rows = max((span.slot for span in self.decodes), default=-1) + 1
         self.contiguous = self.num_rows == len(self.decodes)
-        self.common_length = shared_length([span.stop for span in self.decodes], self.num_rows)
-        self.longer = [(row, span) for row, span in enumerate(self.decodes) if span.stop > self.common_length]
-        spans = (*self.decodes, *self.prefills)
-        self._spans = make_spans([(span.slot, span.start, span.count, span.prefix_length) for span in spans])
+        lengths = [span.stop for span in self.decodes if span.shared is None]
+        self.common_length = shared_length(lengths, self.num_rows)
+        self.alone = [
+            (row, span)
+            for row, span in enumerate(self.decodes)
+            if span.shared is not None or span.stop > self.common_length
+        ]
+        self._spans = make_spans([*self.decodes, *self.prefills])
 
     def attend(
         self,
@@ -110,16 +96,18 @@ class SlotAttention:
         keys, values = self.kv_cache.keys[layer[1]], self.kv_cache.values[layer[1]]
         if self.kernel is not None and self.kernel.supports(keys, values, query, scores):
             bias = self.bias_by_layer.get(layer[1])
-            return self.kernel.attend(keys, values, self._spans, query, (key, value), scores, scores.window, bias)
+            return self.kernel.attend(
+                keys, values, self._spans, query, (key, value), scores, scores.window, bias, layer[1]
+            )
         count = len(self.decodes)
         if count:
-            keys[self.slots, :, self.positions] = key[0, :, :count].transpose(0, 1)
-            values[self.slots, :, self.positions] = value[0, :, :count].transpose(0, 1)
+            keys[self.slots, :, self.columns] = key[0, :, :count].transpose(0, 1)
+            values[self.slots, :, self.columns] = value[0, :, :count].transpose(0, 1)
         first = count
         for span in self.prefills:
             row = slice(first, first + span.count)
-            keys[span.slot, :, span.start : span.stop] = key[0, :, row]
-            values[span.slot, :, span.start : span.stop] = value[0, :, row]
+            keys[span.slot, :, span.columns] = key[0, :, row]
+            values[span.slot, :, span.columns] = value[0, :, row]
             first += span.count
         return self.read(layer[1], query, scores, scores.window)
 
@@ -132,8 +120,8 @@ class SlotAttention:
             scores = replace(scores, position_bias=None)
         keys, values, bias = self.kv_cache.keys[index], self.kv_cache.values[index], self.bias_by_layer.get(index)
         if self.kernel is not None and self.kernel.supports(keys, values, query, scores):
-            return self.kernel.attend(keys, values, self._spans, query, None, scores, window, bias)
-        layer = _Layer(keys, values, scores, window, bias)
+            return self.kernel.attend(keys, values, self._spans, query, None, scores, window, bias, index)
+        layer = _Layer(index, keys, values, scores, window, bias)
         count = len(self.decodes)
         outputs = []
         if count:
@@ -145,12 +133,12 @@ class SlotAttention:
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     def _attend_decodes(self, query: Float[Tensor, "B Hq Dk"], layer: _Layer) -> Float[Tensor, "B Hq Dv"]:
-        """Decodes: together up to the common length, and one by one those that are longer."""
+        """Decodes: together up to the common length, the others one by one."""
         if self.common_length:
             out = self._attend_batch(query, layer)
         else:
             out = query.new_empty(*query.shape[:2], layer.values.shape[3])
-        for row, span in self.longer:
+        for row, span in self.alone:
             out[row] = self._attend_span(query[None, row, :, None], span, layer)[0]
         return out
 
@@ -178,7 +166,10 @@ class SlotAttention:
     ) -> Float[Tensor, "T Hq Dv"]:
         """One sequence by itself, over its own length."""
         buffers = (layer.keys, layer.values)
-        key, value = (buffer[span.slot : span.slot + 1, :, : span.stop] for buffer in buffers)
+        key, value = (buffer[span.slot : span.slot + 1, :, : span.columns.stop] for buffer in buffers)
+        if span.shared is not None:
+            prefix = span.shared.layers[layer.index]
+            key, value = (torch.cat([mine[None], own], 2) for mine, own in zip(prefix, (key, value), strict=True))
         mask, bias = self._span_mask(span, layer)
         if not layer.scores.fused:
             scores = replace(layer.scores, position_bias=bias)
@@ -193,7 +184,8 @@ class SlotAttention:
             device = self.kv_cache.device
             positions = torch.zeros(self.num_rows, 1, dtype=torch.long, device=device)
             prefix_lengths = torch.zeros_like(positions)
-            positions[self.slots, 0] = self.positions
+            # Of those that are attended to alone, any will do.
+            positions[self.slots, 0] = self.columns
             prefix_lengths[self.slots, 0] = torch.tensor([span.prefix_length for span in self.decodes], device=device)
             columns = torch.arange(self.common_length, device=device)
             mask = slot_mask(positions, columns, layer.window, prefix_lengths, dtype)[:, None, None]
@@ -233,7 +225,7 @@ class NewSource:
 
     Attributes:
         length: Its positions in the row of sources.
-        targets: Where they go: slots, each with the position after its prefix.
+        targets: Where they go: slots, each with the first position.
     """
 
     length: int

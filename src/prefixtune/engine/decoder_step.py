@@ -21,11 +21,12 @@ from torch import Tensor
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.panels import MatrixArguments
-from prefixtune.engine.attention import QuerySpan, SlotAttention
+from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.decoder_layers import DecoderLayers
 from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.native import AttentionKernel, make_spans
 from prefixtune.engine.native.decoder import DecoderKernel, LayerArguments, StepArguments
+from prefixtune.engine.span import QuerySpan
 
 __all__ = ["DecoderStep"]
 
@@ -111,7 +112,7 @@ class DecoderStep:
         if hidden.dtype != torch.bfloat16 or cos.dtype != torch.bfloat16 or cos.shape[-1] != self._found.head_dim:
             raise TypeError(f"hidden states of {hidden.dtype}, turned by {cos.dtype}, {tuple(cos.shape)}.")
         logits = torch.empty(len(kept), self._found.head.outer, dtype=torch.bfloat16)
-        made = make_spans([(span.slot, span.start, span.count, span.prefix_length) for span in spans])
+        made = make_spans(spans)
         for layer, keys, values in zip(self._layers, kv_cache.keys, kv_cache.values, strict=True):
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
             layer.keys_strides[:], layer.values_strides[:] = keys.stride()[:2], values.stride()[:2]

@@ -249,7 +249,7 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Compute one step; returns its outputs.
 
-        A sequence whose prefix cannot be copied into its slot, for which memory does not suffice or whose logits are
+        A sequence whose prefix cannot be made readable, for which memory does not suffice or whose logits are
         not finite, ends with `error`; the others go on. If the model fails, every sequence of the step ends so, and the
         engine goes on with the rest.
         """

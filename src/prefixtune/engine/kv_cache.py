@@ -1,7 +1,8 @@
 """Keys and values of running sequences: one buffer per layer, one slot per sequence, written in place.
 
-A prefix is copied into a slot's first positions; the sequence's tokens follow. A freed slot is wiped: its old content
-must not reach another sequence, not even as NaN behind a mask.
+A prefix is copied into a slot's first positions, and the sequence's tokens follow; or it is read where it is, by all
+sequences that have it, and a slot has their tokens alone. A freed slot is wiped: its old content must not reach another
+sequence, not even as NaN behind a mask.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prefixtune.engine.shared_prefix import SharedPrefixes
 from prefixtune.errors import RequestError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
@@ -40,6 +42,7 @@ class KVCache:
         capacity: Positions that each slot has now.
         keys: Per layer, (slots, H, capacity, Dk).
         values: Per layer, (slots, H, capacity, Dv).
+        prefixes: Those that are read where they are.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class KVCache:
     ) -> None:
         self.shapes, self.num_slots, self.max_length, self.site = tuple(shapes), num_slots, max_length, site
         self.dtype, self.device = dtype, device
+        self.prefixes = SharedPrefixes(site, dtype, device)
         self.capacity = 0
         self.keys: list[Float[Tensor, "S H C Dk"]] = []
         self.values: list[Float[Tensor, "S H C Dv"]] = []

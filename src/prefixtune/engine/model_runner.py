@@ -15,7 +15,7 @@ from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.norm import norm_kernel
-from prefixtune.engine.attention import QuerySpan, SlotAttention
+from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.decode_graphs import DecodeGraphs, can_capture
 from prefixtune.engine.decoder_layers import DecoderLayers, find_layers
 from prefixtune.engine.decoder_step import DecoderStep
@@ -25,6 +25,7 @@ from prefixtune.engine.native import load_kernel
 from prefixtune.engine.native.decoder import DecoderKernel, decoder_kernel
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
+from prefixtune.engine.span import QuerySpan
 
 __all__ = ["ModelRunner"]
 
@@ -84,16 +85,29 @@ class ModelRunner:
         self.encoder_cache = EncoderCache(backbone, num_slots, self._native_attention) if has_encoder else None
         self._graphs = DecodeGraphs(backbone, self.kv_cache) if captures else None
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether long prefixes of new sequences stay where they are, once for all that have them.
+
+        Compiled code reads them there. Torch does so for one sequence at a time only, and recorded steps do not, so for
+        these they are copied into the slots. Once true, it stays true.
+        """
+        kernel = load_kernel() if self._native_attention and self._graphs is None else None
+        return kernel is not None and kernel.computes_for(self.backbone)
+
     def load_prefix(self, sequence: TokenSequence) -> None:
-        """Copy a sequence's prefix into its slot."""
-        if sequence.request.prefix is not None:
-            self.kv_cache.put(sequence.slot, sequence.request.prefix)
+        """Make a sequence's prefix readable: where it is, or copied into the sequence's slot."""
+        prefix = sequence.request.prefix
+        if prefix is not None:
+            sequence.shared_prefix = self.kv_cache.prefixes.get(prefix) if self.shares_prefixes else None
+            if sequence.shared_prefix is None:
+                self.kv_cache.put(sequence.slot, prefix)
 
     def encode(self, sequences: Sequence[TokenSequence]) -> None:
         """Let the encoder read the sequences' sources."""
         if self.encoder_cache is None:
             raise RuntimeError("a decoder-only model has no encoder")
-        self.encoder_cache.encode(sequences)
+        self.encoder_cache.encode(sequences, share_prefixes=self.shares_prefixes)
         for sequence in sequences:
             sequence.num_unencoded = 0
 
@@ -106,15 +120,13 @@ class ModelRunner:
         # Without the prompt's last token: each sequence samples its own next token after it.
         sequence.num_computed_tokens = sequence.num_input_ids - 1
         sequence.prompt_tokens = computed.prompt_tokens
-        length = sequence.request.prefix_length + sequence.num_computed_tokens
-        self.kv_cache.copy(computed.slot, sequence.slot, length)
+        sequence.shared_prefix = computed.shared_prefix
+        self.kv_cache.copy(computed.slot, sequence.slot, sequence.num_prefix_columns + sequence.num_computed_tokens)
 
     def reserve(self, scheduled: ScheduledSequence) -> None:
         """Let the slots grow if the scheduled tokens need it."""
         sequence = scheduled.sequence
-        self.kv_cache.reserve(
-            sequence.request.prefix_length + sequence.num_computed_tokens + scheduled.num_tokens,
-        )
+        self.kv_cache.reserve(sequence.num_prefix_columns + sequence.num_computed_tokens + scheduled.num_tokens)
 
     def forward(
         self, decodes: Sequence[ScheduledSequence], prefills: Sequence[ScheduledSequence]
@@ -138,7 +150,7 @@ class ModelRunner:
             ids.extend(sequence.token_ids[first : first + count])
             position = start if self.encoder_cache is None else first
             positions.extend(range(position, position + count))
-            spans.append(QuerySpan(sequence.slot, start, count, prefix_length))
+            spans.append(QuerySpan(sequence.slot, start, count, prefix_length, sequence.shared_prefix))
             if scheduled.needs_logits:
                 last_indices.append(len(ids) - 1)
         wanted = torch.tensor([*last_indices, *prompt_indices] or [len(ids) - 1], device=self.backbone.device)
@@ -183,7 +195,8 @@ class ModelRunner:
     def clear(self, sequence: TokenSequence) -> None:
         """Leave nothing of a sequence in its slot."""
         # A failed step may have written behind the computed tokens.
-        length = sequence.request.prefix_length + len(sequence.token_ids)
+        length = sequence.num_prefix_columns + len(sequence.token_ids)
         self.kv_cache.wipe(sequence.slot, min(length, self.kv_cache.capacity))
+        sequence.shared_prefix = None
         if self.encoder_cache is not None:
             self.encoder_cache.wipe(sequence.slot)

@@ -188,10 +188,13 @@ class Prefix:
         )
 
     def detach(self) -> Prefix:
-        """A copy that no longer belongs to any computation graph."""
+        """A copy that no longer belongs to any computation graph; each tensor is contiguous."""
+        layout = torch.contiguous_format
         return Prefix(
             {
-                site: tuple((k.detach().clone(), v.detach().clone()) for k, v in layers)
+                site: tuple(
+                    (k.detach().clone(memory_format=layout), v.detach().clone(memory_format=layout)) for k, v in layers
+                )
                 for site, layers in self.layers.items()
             },
             self.header,

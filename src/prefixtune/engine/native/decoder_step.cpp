@@ -37,7 +37,7 @@ struct Step {
 
 // Where a token's keys and values go.
 struct Place {
-    int64_t slot, position;
+    int64_t slot, column;
 };
 
 constexpr int64_t PHASES = 5;  // Of a layer, whose work is counted.
@@ -111,7 +111,8 @@ class Run {
         attention::make_items(call_, sizes_, items_);
         for (int64_t i = 0; i < step.num_spans; ++i) {
             const attention::Span& span = step.spans[i];
-            for (int64_t t = 0; t < span.count; ++t) places_[span.first_token + t] = {span.slot, span.start + t};
+            for (int64_t t = 0; t < span.count; ++t)
+                places_[span.first_token + t] = {span.slot, span.start + t - span.first_column()};
         }
         for (int64_t i = 0; i < step.num_layers * PHASES + 1; ++i) new (done_ + i) std::atomic<int64_t>(0);
     }
@@ -137,7 +138,7 @@ class Run {
             barrier_.wait(threads);
             for (int64_t t = share(rows, thread, threads); t < share(rows, thread + 1, threads); ++t) place(layer, t);
             barrier_.wait(threads);
-            attend(layer, done[1], thread);
+            attend(i, done[1], thread);
             barrier_.wait(threads);
             const uint16_t* attended = attended_;
             if (last) {
@@ -172,7 +173,7 @@ class Run {
         call.spans = step_.spans, call.num_spans = step_.num_spans;
         call.heads = step_.heads, call.kv_heads = step_.kv_heads;
         call.key_dim = call.value_dim = step_.head_dim;
-        call.scale = step_.scale;
+        call.scale = step_.scale, call.threads = step_.threads;
         return call;
     }
 
@@ -198,18 +199,20 @@ class Run {
         }
         const Place& at = places_[token];
         for (int64_t i = 0; i < kv_heads; ++i, head += dim) {
-            uint16_t* to = layer.keys + at.slot * layer.keys_strides[0] + i * layer.keys_strides[1] + at.position * dim;
+            uint16_t* to = layer.keys + at.slot * layer.keys_strides[0] + i * layer.keys_strides[1] + at.column * dim;
             if (layer.key_norm) norm_row(head, layer.key_norm, head, dim, step_.epsilon);
             rotate(head, cos, sin, dim, to);
         }
         for (int64_t i = 0; i < kv_heads; ++i, head += dim)
             std::memcpy(layer.values + at.slot * layer.values_strides[0] + i * layer.values_strides[1] +
-                            at.position * dim,
+                            at.column * dim,
                         head, dim * sizeof *head);
     }
 
-    void attend(const Layer& layer, std::atomic<int64_t>& done, int64_t thread) const {
+    void attend(int64_t index, std::atomic<int64_t>& done, int64_t thread) const {
+        const Layer& layer = step_.layers[index];
         attention::Call call = call_;
+        call.layer = index;
         call.query = projected_;
         call.query_strides[0] = step_.head_dim, call.query_strides[1] = row_;
         call.keys = layer.keys, call.values = layer.values;

@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention
+from prefixtune.attention.registry import ATTENTION
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.engine.shared_prefix import SharedPrefix
+from prefixtune.engine.span import QuerySpan
 from prefixtune.utils.native.build import start
 from prefixtune.utils.native.library import NativeLibrary
 
@@ -47,7 +52,10 @@ def _start() -> Future[AttentionKernel | None]:
 class Span(ctypes.Structure):
     """Tokens of one sequence in a step's row."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("slot", "start", "count", "prefix_length", "first_token")]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("slot", "start", "count", "prefix_length", "first_token")),
+        ("prefix", ctypes.c_void_p),
+    ]
 
 
 class AttentionCall(ctypes.Structure):
@@ -57,7 +65,7 @@ class AttentionCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("keys", "values", "query", "key", "value", "out", "spans")),
         *((name, ctypes.c_void_p) for name in ("bias", "sinks")),
         *((f"{name}_strides", _Strides) for name in ("keys", "values", "query", "key", "value")),
-        *((name, ctypes.c_int64) for name in ("num_spans", "heads", "kv_heads", "key_dim", "value_dim")),
+        *((name, ctypes.c_int64) for name in ("num_spans", "layer", "heads", "kv_heads", "key_dim", "value_dim")),
         *((name, ctypes.c_int64) for name in ("bias_length", "window", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]
@@ -84,12 +92,29 @@ class AttentionKernel(NativeLibrary):
             for heads, length in ((2, 90), (2, 90), (4, 7), (2, 7), (2, 7))
         )
         scores, positions = ScoreOptions(0.5), torch.arange(80, 87)[:, None]
-        found = self.attend(keys, values, make_spans([(0, 80, 7, 3)]), query, (key, value), scores, 20, None)
+        spans = make_spans([QuerySpan(0, 80, 7, 3)])
+        found = self.attend(keys, values, spans, query, (key, value), scores, 20, None)
         columns = torch.arange(87)
         visible = (columns <= positions) & ((positions - columns < 20) | (columns < 3))
         expected = eager_attention(query, keys[:, :, :87], values[:, :, :87], visible, scores).transpose(1, 2)
         written = torch.equal(keys[:, :, 80:87], key) and torch.equal(values[:, :, 80:87], value)
-        return written and torch.allclose(found, expected, atol=1e-4)
+        # Two sequences that end there, whose prefix stands outside their slots.
+        prefix = SharedPrefix([(keys[0, :, :3].contiguous(), values[0, :, :3].contiguous())])
+        spans = make_spans([QuerySpan(slot, 80, 1, 3, prefix) for slot in (0, 1)])
+        slot_keys, slot_values = (each[:, :, 3:].repeat(2, 1, 1, 1) for each in (keys, values))
+        queries = query[:, :, [0, 0]]
+        shared = self.attend(slot_keys, slot_values, spans, queries, None, scores, 20, None)
+        pairs = ((found, expected), (shared, expected[:, [0, 0]]))
+        return written and all(torch.allclose(one, other, atol=1e-4) for one, other in pairs)
+
+    def computes_for(self, backbone: Backbone) -> bool:
+        """Whether it can be expected to compute a backbone's attention; `supports` says so of each layer."""
+        return (
+            backbone.dtype in self._functions
+            and backbone.device.type == "cpu"
+            and backbone.compute_dtype is None
+            and backbone.model.config._attn_implementation == ATTENTION
+        )
 
     def supports(self, keys: Tensor, values: Tensor, query: Tensor, scores: ScoreOptions) -> bool:
         """Whether it computes this attention."""
@@ -113,6 +138,7 @@ class AttentionKernel(NativeLibrary):
         scores: ScoreOptions,
         window: int | None,
         bias: Float[Tensor, "Hq N"] | None,
+        layer: int = 0,
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Write a row's keys and values into the slots, and attend to the slots.
 
@@ -125,6 +151,7 @@ class AttentionKernel(NativeLibrary):
             scores: How scores are made; without a position bias.
             window: Of the text, how many positions each sees; None: all.
             bias: Added to scores by distance, except at the prefix; the last one holds for all larger distances.
+            layer: Which of a shared prefix's keys and values are read.
 
         Raises:
             MemoryError: There is not enough.
@@ -153,7 +180,7 @@ class AttentionKernel(NativeLibrary):
         out = torch.empty(1, tokens, heads, values.shape[3], dtype=query.dtype)
         call.out = out.data_ptr()
         call.spans, call.num_spans = ctypes.addressof(spans), len(spans)
-        call.window, call.threads = window or 0, torch.get_num_threads()
+        call.layer, call.window, call.threads = layer, window or 0, torch.get_num_threads()
         call.scale, call.softcap = scores.scale, scores.softcap or 0.0
         if self._functions[keys.dtype](ctypes.byref(call)):
             raise MemoryError("attention had not enough memory.")
@@ -168,12 +195,17 @@ def _rows(tensor: Tensor, kept: list[Tensor]) -> Tensor:
     return tensor
 
 
-def make_spans(spans: Sequence[tuple[int, int, int, int]]) -> ctypes.Array[Span]:
-    """Spans of (slot, start, count, prefix length), one after the other in the row."""
+def make_spans(spans: Sequence[QuerySpan]) -> ctypes.Array[Span]:
+    """What the compiled code reads of spans that are one after the other in the row; they must be kept meanwhile.
+
+    Decodes with one shared prefix are put together, so that it is read once for several of them.
+    """
+    firsts = accumulate((span.count for span in spans), initial=0)
+    pairs = sorted(zip(spans, firsts, strict=False), key=lambda pair: (pair[0].count > 1, id(pair[0].shared)))
     made = (Span * len(spans))()
-    first = 0
-    for span, values in zip(made, spans, strict=True):
-        span.slot, span.start, span.count, span.prefix_length = values
-        span.first_token = first
-        first += values[2]
+    for to, (span, first) in zip(made, pairs, strict=True):
+        to.slot, to.start, to.count, to.prefix_length = span.slot, span.start, span.count, span.prefix_length
+        to.first_token = first
+        if span.shared is not None:
+            to.prefix = ctypes.addressof(span.shared.pointers)
     return made

@@ -2,173 +2,28 @@
 //
 // One item of work is a KV head of a sequence and a block of its queries; the query heads that share the KV head are
 // rows of the same products. Keys and values are read in blocks, with a running softmax, all in float32.
+//
+// A prefix that several sequences have may stand outside the slots, once. Those of them that have one token each in the
+// step are one item: its blocks are read for all of them, before each goes on with its own slot.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
-#include "vectors.h"
+#include "attention_products.h"
 
 namespace attention {
 
-constexpr int64_t BLOCK = 64;  // Columns of keys and values at once.
-constexpr int64_t ROWS = 64;   // Rows of queries at once, or one token's.
-constexpr int64_t FEW_ROWS = 4;
-
-// To whole vectors, and whole cache lines.
-inline int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
-
-// Products of `R` queries (in rows of `width`) with `count` keys (in rows of `dim`, a multiple of LANES); the scores are
-// in rows of BLOCK, of which what follows the last key is 0.
-template <int R, typename T>
-inline void multiply_keys(const float* queries, int64_t width, const T* keys, int64_t dim, int64_t count, float* scores) {
-    for (int64_t begin = 0; begin < count; begin += LANES) {
-        Floats parts[R][LANES];
-        for (int64_t j = 0; j < LANES; ++j) {
-            Floats sum[R] = {};
-            if (begin + j < count)
-                for (int64_t d = 0; d < dim; d += LANES) {
-                    const Floats key = load(keys + (begin + j) * dim + d);
-                    for (int r = 0; r < R; ++r) sum[r] += key * load(queries + r * width + d);
-                }
-            for (int r = 0; r < R; ++r) parts[r][j] = sum[r];
-        }
-        for (int r = 0; r < R; ++r) {
-            // Neighbours are added until each lane is the sum of one vector.
-            for (int64_t left = LANES / 2; left > 0; left /= 2)
-                for (int64_t i = 0; i < left; ++i)
-                    parts[r][i] = evens(parts[r][2 * i], parts[r][2 * i + 1]) + odds(parts[r][2 * i], parts[r][2 * i + 1]);
-            store(scores + r * BLOCK + begin, parts[r][0]);
-        }
-    }
-}
-
-template <typename T>
-void multiply_few(const float* queries, int64_t width, const T* keys, int64_t dim, int64_t count, float* scores,
-                  int64_t rows) {
-    if (rows == 4) multiply_keys<4>(queries, width, keys, dim, count, scores);
-    if (rows == 3) multiply_keys<3>(queries, width, keys, dim, count, scores);
-    if (rows == 2) multiply_keys<2>(queries, width, keys, dim, count, scores);
-    if (rows == 1) multiply_keys<1>(queries, width, keys, dim, count, scores);
-}
-
-#if defined(__AVX512BF16__)
-constexpr int64_t PAIRS = 32;  // Numbers of bfloat16 in a vector.
-
-// Products of `R` queries with `N` keys of `D` vectors, each lane a share of one: of N vectors, one.
-template <int R, int D, int N>
-inline void multiply_pairs(const __m512bh (&queries)[R][D], const uint16_t* keys, int64_t ahead,
-                           Floats (&sums)[R]) {
-    if constexpr (N == 1) {
-        for (int r = 0; r < R; ++r) sums[r] = Floats{};
-        for (int d = 0; d < D; ++d) {
-            const __m512bh key = (__m512bh)_mm512_loadu_si512(keys + d * PAIRS);
-            _mm_prefetch(reinterpret_cast<const char*>(keys + d * PAIRS) + ahead, _MM_HINT_T1);
-            for (int r = 0; r < R; ++r)
-                sums[r] = (Floats)_mm512_dpbf16_ps((__m512)sums[r], key, queries[r][d]);
-        }
-    } else {
-        Floats more[R];
-        multiply_pairs<R, D, N / 2>(queries, keys, ahead, sums);
-        multiply_pairs<R, D, N / 2>(queries, keys + N / 2 * D * PAIRS, ahead, more);
-        for (int r = 0; r < R; ++r) sums[r] = evens(sums[r], more[r]) + odds(sums[r], more[r]);
-    }
-}
-
-// As `multiply_keys`, by products of pairs. Meanwhile, what lies `ahead` bytes behind the keys comes from memory.
-template <int R, int D>
-void multiply_keys(const uint16_t* queries, int64_t width, const uint16_t* keys, int64_t count, int64_t ahead,
-                   float* scores) {
-    __m512bh rows[R][D];
-    for (int r = 0; r < R; ++r)
-        for (int d = 0; d < D; ++d) rows[r][d] = (__m512bh)_mm512_loadu_si512(queries + r * width + d * PAIRS);
-    for (int64_t begin = 0; begin < count; begin += LANES, keys += LANES * D * PAIRS) {
-        Floats sums[R];
-        if (begin + LANES <= count) {
-            multiply_pairs<R, D, LANES>(rows, keys, ahead, sums);
-        } else {
-            // What follows the last key may not be memory of ours.
-            uint16_t rest[LANES * D * PAIRS] = {};
-            std::memcpy(rest, keys, (count - begin) * D * PAIRS * sizeof *keys);
-            multiply_pairs<R, D, LANES>(rows, rest, ahead, sums);
-        }
-        for (int r = 0; r < R; ++r) store(scores + r * BLOCK + begin, sums[r]);
-    }
-}
-
-template <int D>
-void multiply_few(const uint16_t* queries, int64_t width, const uint16_t* keys, int64_t count, int64_t ahead,
-                  float* scores, int64_t rows) {
-    if (rows == 4) multiply_keys<4, D>(queries, width, keys, count, ahead, scores);
-    if (rows == 3) multiply_keys<3, D>(queries, width, keys, count, ahead, scores);
-    if (rows == 2) multiply_keys<2, D>(queries, width, keys, count, ahead, scores);
-    if (rows == 1) multiply_keys<1, D>(queries, width, keys, count, ahead, scores);
-}
-
-inline bool suits_pairs(int64_t dim) { return dim == PAIRS || dim == 2 * PAIRS || dim == 4 * PAIRS; }
-
-inline void multiply_few(const uint16_t* queries, int64_t width, const uint16_t* keys, int64_t dim, int64_t count,
-                         int64_t ahead, float* scores, int64_t rows) {
-    if (dim == PAIRS) multiply_few<1>(queries, width, keys, count, ahead, scores, rows);
-    if (dim == 2 * PAIRS) multiply_few<2>(queries, width, keys, count, ahead, scores, rows);
-    if (dim == 4 * PAIRS) multiply_few<4>(queries, width, keys, count, ahead, scores, rows);
-}
-#else
-inline bool suits_pairs(int64_t) { return false; }
-
-inline void multiply_few(const uint16_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t) {}
-#endif
-
-// `R` rows and `V` vectors of c = a b, or of c += a b. Meanwhile, what lies `ahead` bytes behind `b` comes from memory.
-template <int R, int V, bool ADD, typename T>
-inline void multiply_tile(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-                          int64_t ahead) {
-    Floats sum[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = ADD ? load(c + r * ldc + v * LANES) : Floats{};
-    for (int64_t i = 0; i < k; ++i) {
-        Floats x[V];
-        for (int v = 0; v < V; ++v) x[v] = load(b + i * ldb + v * LANES);
-        if (ADD)
-            for (size_t line = 0; line < V * LANES * sizeof(T); line += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(b + i * ldb) + line + ahead, 0, 2);
-        for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) sum[r][v] += x[v] * a[r * lda + i];
-    }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(c + r * ldc + v * LANES, sum[r][v]);
-}
-
-template <int R, bool ADD, typename T>
-inline void multiply_rows(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-                          int64_t n, int64_t ahead) {
-    constexpr int V = LANES == 16 ? 4 : 2;  // As many as there are registers for.
-    int64_t column = 0;
-    for (; column + V * LANES <= n; column += V * LANES)
-        multiply_tile<R, V, ADD>(a, lda, b + column, ldb, c + column, ldc, k, ahead);
-    for (; column < n; column += LANES) multiply_tile<R, 1, ADD>(a, lda, b + column, ldb, c + column, ldc, k, ahead);
-}
-
-// c = a b, or c += a b; `n` is a multiple of LANES.
-template <bool ADD, typename T>
-void multiply(const float* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t k,
-              int64_t n, int64_t ahead = 0) {
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4)
-        multiply_rows<4, ADD>(a + row * lda, lda, b, ldb, c + row * ldc, ldc, k, n, ahead);
-    a += row * lda, c += row * ldc;
-    if (rows - row == 3) multiply_rows<3, ADD>(a, lda, b, ldb, c, ldc, k, n, ahead);
-    if (rows - row == 2) multiply_rows<2, ADD>(a, lda, b, ldb, c, ldc, k, n, ahead);
-    if (rows - row == 1) multiply_rows<1, ADD>(a, lda, b, ldb, c, ldc, k, n, ahead);
-}
+constexpr int64_t ROWS = 64;  // Rows of queries at once, or one token's.
 
 struct Span {
     int64_t slot, start, count, prefix_length, first_token;
+    // Per layer the keys and the values of the prefix, (H, P, Dk) and (H, P, Dv); null: the slot begins with them.
+    const void* const* prefix;
+
+    // Position of the slot's first column.
+    int64_t first_column() const { return prefix ? prefix_length : 0; }
 };
 
 struct Call {
@@ -180,13 +35,14 @@ struct Call {
     const float* sinks;  // (Hq), or null
     int64_t keys_strides[2], values_strides[2];                  // slot, head
     int64_t query_strides[2], key_strides[2], value_strides[2];  // head, token
-    int64_t num_spans, heads, kv_heads, key_dim, value_dim, bias_length, window, threads;
+    int64_t num_spans, layer, heads, kv_heads, key_dim, value_dim, bias_length, window, threads;
     float scale, softcap;
 };
 
 struct Item {
-    const Span* span;
-    int64_t kv_head, first, last;  // of the span's tokens
+    const Span* spans;             // the first of them
+    int64_t num_spans;             // several: of one token each, with the same prefix
+    int64_t kv_head, first, last;  // of a span's tokens
 };
 
 struct Sizes {
@@ -203,13 +59,13 @@ struct Sizes {
 template <typename T>
 void write(const Call& call, const Span& span, int64_t kv_head) {
     for (int64_t t = 0; t < span.count; ++t) {
-        const int64_t token = span.first_token + t, position = span.start + t;
+        const int64_t token = span.first_token + t, column = span.start + t - span.first_column();
         std::memcpy(static_cast<T*>(call.keys) + span.slot * call.keys_strides[0] + kv_head * call.keys_strides[1] +
-                        position * call.key_dim,
+                        column * call.key_dim,
                     static_cast<const T*>(call.key) + kv_head * call.key_strides[0] + token * call.key_strides[1],
                     call.key_dim * sizeof(T));
         std::memcpy(static_cast<T*>(call.values) + span.slot * call.values_strides[0] +
-                        kv_head * call.values_strides[1] + position * call.value_dim,
+                        kv_head * call.values_strides[1] + column * call.value_dim,
                     static_cast<const T*>(call.value) + kv_head * call.value_strides[0] + token * call.value_strides[1],
                     call.value_dim * sizeof(T));
     }
@@ -241,6 +97,7 @@ inline void make_scores(const Call& call, float* scores, int64_t head, int64_t p
     }
     int64_t visible = position + 1 - begin;
     if (visible < 0) visible = 0;
+    if (visible > count) visible = count;
     for (int64_t j = visible; j < padded(count); ++j) scores[j] = -INFINITY;
     if (call.window > 0) {
         const int64_t hidden = position - call.window + 1 - begin;
@@ -279,101 +136,235 @@ inline void soften(float* scores, int64_t count, float* sums, int64_t width, flo
     *total += sum_of(parts);
 }
 
+// Columns of keys and values of a KV head: of a prefix, or of a slot.
+template <typename T>
+struct Columns {
+    const T *keys, *values;  // of the first of them
+    int64_t first, stop;
+};
+
+// None if the prefix stands in the slot.
+template <typename T>
+Columns<T> prefix_columns(const Call& call, const Span& span, int64_t kv_head) {
+    if (!span.prefix) return {};
+    const int64_t row = kv_head * span.prefix_length;
+    return {static_cast<const T*>(span.prefix[2 * call.layer]) + row * call.key_dim,
+            static_cast<const T*>(span.prefix[2 * call.layer + 1]) + row * call.value_dim, 0, span.prefix_length};
+}
+
+// Those that `last` of the span's tokens see.
+template <typename T>
+Columns<T> slot_columns(const Call& call, const Span& span, int64_t kv_head, int64_t last) {
+    return {static_cast<const T*>(call.keys) + span.slot * call.keys_strides[0] + kv_head * call.keys_strides[1],
+            static_cast<const T*>(call.values) + span.slot * call.values_strides[0] + kv_head * call.values_strides[1],
+            span.first_column(), span.start + last};
+}
+
+// How many bytes `to` is behind `from`; 0 if there is none.
+inline int64_t bytes_ahead(const void* from, const void* to) {
+    return to ? reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from) : 0;
+}
+
+// The queries of an item, and what they have summed up so far.
+template <typename T>
+class Rows {
+  public:
+    Rows(const Call& call, const Sizes& sizes, const Item& item, float* scratch)
+        : call_(call),
+          sizes_(sizes),
+          item_(item),
+          group_(call.heads / call.kv_heads),
+          per_span_((item.last - item.first) * group_),
+          count_(item.num_spans * per_span_),
+          few_(per_span_ <= FEW_ROWS),
+          in_pairs_(few_ && sizeof(T) == sizeof(uint16_t) && suits_pairs(call.key_dim)),
+          queries_(scratch),
+          sums_(queries_ + sizes.rows * sizes.key),
+          scores_(sums_ + sizes.rows * sizes.value),
+          highest_(scores_ + sizes.rows * BLOCK),
+          total_(highest_ + sizes.rows * 16),
+          key_block_(total_ + sizes.rows * 16),
+          value_block_(key_block_ + BLOCK * sizes.key) {
+        for_rows(0, count_, [&](int64_t row, int64_t head, int64_t token, int64_t) {
+            const T* query =
+                static_cast<const T*>(call.query) + head * call.query_strides[0] + token * call.query_strides[1];
+            if (in_pairs_)
+                std::memcpy(narrow(row), query, call.key_dim * sizeof(T));
+            else
+                widen(query, 1, call.key_dim, sizes.key, queries_ + row * sizes.key);
+            highest_[row] = -INFINITY;
+            total_[row] = 0;
+        });
+        std::memset(sums_, 0, count_ * sizes.value * sizeof(float));
+    }
+
+    int64_t count() const { return count_; }
+    int64_t per_span() const { return per_span_; }
+
+    // Attend to some columns with rows from `row` to `stop`; meanwhile the next columns come from memory.
+    void attend(const Columns<T>& columns, int64_t row, int64_t stop, const Columns<T>& next) {
+        const int64_t prefix_length = item_.spans->prefix_length;
+        const int64_t keys_ahead = bytes_ahead(columns.keys, next.keys);
+        const int64_t values_ahead = bytes_ahead(columns.values, next.values);
+        const T *keys = columns.keys, *values = columns.values;
+        // Of the first of the rows, if they are one span's.
+        const int64_t position = item_.spans[item_.num_spans > 1 ? row / group_ : 0].start + item_.first;
+        for (int64_t begin = columns.first; begin < columns.stop; begin += BLOCK) {
+            const int64_t count = columns.stop - begin < BLOCK ? columns.stop - begin : BLOCK;
+            // No row sees what is farther than the window from the first one.
+            const bool hidden = call_.window > 0 && begin >= prefix_length &&
+                                begin + count <= position - call_.window + 1;
+            if (!hidden) {
+                multiply_keys(keys, count, row, stop, keys_ahead);
+                for_rows(row, stop, [&](int64_t i, int64_t head, int64_t, int64_t position) {
+                    float* scores = scores_ + i * BLOCK;
+                    make_scores(call_, scores, head, position, prefix_length, begin, count);
+                    soften(scores, padded(count), sums_ + i * sizes_.value, sizes_.value, highest_ + i, total_ + i);
+                });
+                add_values(values, count, row, stop, values_ahead);
+            }
+            keys += count * call_.key_dim, values += count * call_.value_dim;
+        }
+    }
+
+    void store_results() const {
+        for_rows(0, count_, [&](int64_t row, int64_t head, int64_t token, int64_t) {
+            float scale = 1, sum = total_[row];
+            if (call_.sinks) {
+                const float sink = call_.sinks[head], top = sink > highest_[row] ? sink : highest_[row];
+                scale = std::exp(highest_[row] - top);
+                sum = sum * scale + std::exp(sink - top);
+            }
+            T* out = static_cast<T*>(call_.out) + (token * call_.heads + head) * call_.value_dim;
+            const float* sums = sums_ + row * sizes_.value;
+            const int64_t dim = call_.value_dim;
+            for (int64_t d = 0; d < dim; ++d) from_float(sums[d] * scale / sum, out + d);
+        });
+    }
+
+  private:
+    // Call `work(row, head, token, position)` for rows from a span's, or a token's, first one on: each token has a row
+    // for each of the heads that share the KV head.
+    template <typename Work>
+    void for_rows(int64_t row, int64_t stop, const Work& work) const {
+        const bool together = item_.num_spans > 1;
+        for (int64_t t = row / group_; row < stop; ++t) {
+            const Span& span = item_.spans[together ? t : 0];
+            const int64_t index = together ? 0 : item_.first + t;
+            for (int64_t h = 0; h < group_; ++h, ++row)
+                work(row, item_.kv_head * group_ + h, span.first_token + index, span.start + index);
+        }
+    }
+
+    uint16_t* narrow(int64_t row) const { return reinterpret_cast<uint16_t*>(queries_) + row * sizes_.key; }
+
+    // A row's sums must not depend on the rows beside it: what is chosen here depends on one span alone.
+    void multiply_keys(const T* keys, int64_t count, int64_t row, int64_t stop, int64_t ahead) const {
+        const int64_t dim = call_.key_dim, width = sizes_.key;
+        if (!few_) {
+            for (int64_t j = 0; j < count; ++j)
+                for (int64_t d = 0; d < dim; ++d) key_block_[d * BLOCK + j] = to_float(keys[j * dim + d]);
+            multiply<false>(queries_ + row * width, width, key_block_, BLOCK, scores_ + row * BLOCK, BLOCK, stop - row,
+                            dim, padded(count));
+            return;
+        }
+        const bool whole = dim % LANES == 0;
+        if (!whole) widen(keys, count, dim, width, key_block_);
+        for (; row < stop; row += FEW_ROWS, ahead = 0) {
+            const int64_t rows = stop - row < FEW_ROWS ? stop - row : FEW_ROWS;
+            const float* queries = queries_ + row * width;
+            float* scores = scores_ + row * BLOCK;
+            if (in_pairs_)
+                multiply_few(narrow(row), width, reinterpret_cast<const uint16_t*>(keys), dim, count, ahead, scores,
+                             rows);
+            else if (whole)
+                multiply_few(queries, width, keys, dim, count, scores, rows);
+            else
+                multiply_few(queries, width, key_block_, width, count, scores, rows);
+        }
+    }
+
+    void add_values(const T* values, int64_t count, int64_t row, int64_t stop, int64_t ahead) const {
+        const int64_t dim = call_.value_dim, width = sizes_.value;
+        if (few_ && dim % LANES == 0) {
+            for (; row < stop; row += FEW_ROWS, ahead = 0) {
+                const int64_t rows = stop - row < FEW_ROWS ? stop - row : FEW_ROWS;
+                multiply<true>(scores_ + row * BLOCK, BLOCK, values, dim, sums_ + row * width, width, rows, count, dim,
+                               ahead);
+            }
+        } else {
+            widen(values, count, dim, width, value_block_);
+            multiply<true>(scores_ + row * BLOCK, BLOCK, value_block_, width, sums_ + row * width, width, stop - row,
+                           count, width);
+        }
+    }
+
+    const Call& call_;
+    const Sizes& sizes_;
+    const Item& item_;
+    const int64_t group_, per_span_, count_;
+    const bool few_, in_pairs_;
+    float *queries_, *sums_, *scores_, *highest_, *total_, *key_block_, *value_block_;
+};
+
 template <typename T>
 void attend(const Call& call, const Sizes& sizes, const Item& item, const Item& following, float* scratch) {
-    const Span& span = *item.span;
-    const int64_t group = call.heads / call.kv_heads, rows = (item.last - item.first) * group;
-    float* queries = scratch;
-    float* sums = queries + sizes.rows * sizes.key;
-    float* scores = sums + sizes.rows * sizes.value;
-    float* highest = scores + sizes.rows * BLOCK;
-    float* total = highest + sizes.rows * 16;
-    float* key_block = total + sizes.rows * 16;
-    float* value_block = key_block + BLOCK * sizes.key;
-    const bool in_pairs = sizeof(T) == sizeof(uint16_t) && rows <= FEW_ROWS && suits_pairs(call.key_dim);
-    uint16_t* narrow = reinterpret_cast<uint16_t*>(queries);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t head = item.kv_head * group + row % group, token = span.first_token + item.first + row / group;
-        const T* query =
-            static_cast<const T*>(call.query) + head * call.query_strides[0] + token * call.query_strides[1];
-        if (in_pairs)
-            std::memcpy(narrow + row * sizes.key, query, call.key_dim * sizeof *narrow);
-        else
-            widen(query, 1, call.key_dim, sizes.key, queries + row * sizes.key);
-        highest[row] = -INFINITY;
-        total[row] = 0;
+    Rows<T> rows(call, sizes, item, scratch);
+    const Columns<T> prefix = prefix_columns<T>(call, *item.spans, item.kv_head);
+    rows.attend(prefix, 0, rows.count(), prefix_columns<T>(call, *following.spans, following.kv_head));
+    for (int64_t i = 0; i < item.num_spans; ++i) {
+        const Columns<T> own = slot_columns<T>(call, item.spans[i], item.kv_head, item.last);
+        const bool last = i + 1 == item.num_spans;
+        const Columns<T> next = last ? slot_columns<T>(call, *following.spans, following.kv_head, 0)
+                                     : slot_columns<T>(call, item.spans[i + 1], item.kv_head, 0);
+        rows.attend(own, i * rows.per_span(), (i + 1) * rows.per_span(), next);
     }
-    std::memset(sums, 0, rows * sizes.value * sizeof(float));
-    const T* keys = static_cast<const T*>(call.keys) + span.slot * call.keys_strides[0] +
-                    item.kv_head * call.keys_strides[1];
-    const T* values = static_cast<const T*>(call.values) + span.slot * call.values_strides[0] +
-                      item.kv_head * call.values_strides[1];
-    const int64_t slots = following.span->slot - span.slot, heads = following.kv_head - item.kv_head;
-    const int64_t keys_ahead = (slots * call.keys_strides[0] + heads * call.keys_strides[1]) * sizeof(T);
-    const int64_t values_ahead = (slots * call.values_strides[0] + heads * call.values_strides[1]) * sizeof(T);
-    const int64_t stop = span.start + item.last, first_position = span.start + item.first;
-    for (int64_t begin = 0; begin < stop; begin += BLOCK) {
-        const int64_t count = stop - begin < BLOCK ? stop - begin : BLOCK;
-        if (call.window > 0 && begin >= span.prefix_length && begin + count <= first_position - call.window + 1) continue;
-        const T* block = keys + begin * call.key_dim;
-        if (in_pairs) {
-            multiply_few(narrow, sizes.key, reinterpret_cast<const uint16_t*>(block), call.key_dim, count, keys_ahead,
-                         scores, rows);
-        } else if (rows <= FEW_ROWS && call.key_dim % LANES == 0) {
-            multiply_few(queries, sizes.key, block, call.key_dim, count, scores, rows);
-        } else if (rows <= FEW_ROWS) {
-            widen(block, count, call.key_dim, sizes.key, key_block);
-            multiply_few(queries, sizes.key, key_block, sizes.key, count, scores, rows);
+    rows.store_results();
+}
+
+// How many spans before `stop`, that one included, are one after the other of one token, with one prefix.
+inline int64_t count_alike(const Call& call, int64_t stop) {
+    const Span& last = call.spans[stop - 1];
+    int64_t first = stop - 1;
+    if (last.prefix && last.count == 1)
+        while (first > 0 && call.spans[first - 1].prefix == last.prefix && call.spans[first - 1].count == 1) --first;
+    return stop - first;
+}
+
+// Call `make(item)` for each item: the last tokens of a span first, which take longest.
+template <typename Make>
+void for_items(const Call& call, const Sizes& sizes, const Make& make) {
+    for (int64_t stop = call.num_spans; stop > 0;) {
+        const int64_t alike = count_alike(call, stop);
+        if (alike > 1) {
+            // Items of about one size, enough for all threads.
+            int64_t parts = (alike + sizes.tokens - 1) / sizes.tokens;
+            const int64_t wanted = (2 * call.threads + call.kv_heads - 1) / call.kv_heads;
+            if (call.threads > 1 && parts < wanted) parts = wanted < alike ? wanted : alike;
+            for (int64_t head = 0; head < call.kv_heads; ++head)
+                for (int64_t part = 0; part < parts; ++part) {
+                    const int64_t first = alike * part / parts, next = alike * (part + 1) / parts;
+                    make(Item{call.spans + stop - alike + first, next - first, head, 0, 1});
+                }
         } else {
-            for (int64_t j = 0; j < count; ++j)
-                for (int64_t d = 0; d < call.key_dim; ++d)
-                    key_block[d * BLOCK + j] = to_float(block[j * call.key_dim + d]);
-            multiply<false>(queries, sizes.key, key_block, BLOCK, scores, BLOCK, rows, call.key_dim, padded(count));
+            const Span& span = call.spans[stop - 1];
+            for (int64_t last = span.count; last > 0; last -= sizes.tokens)
+                for (int64_t head = 0; head < call.kv_heads; ++head)
+                    make(Item{&span, 1, head, last > sizes.tokens ? last - sizes.tokens : 0, last});
         }
-        for (int64_t row = 0; row < rows; ++row) {
-            make_scores(call, scores + row * BLOCK, item.kv_head * group + row % group, first_position + row / group,
-                        span.prefix_length, begin, count);
-            soften(scores + row * BLOCK, padded(count), sums + row * sizes.value, sizes.value, highest + row,
-                   total + row);
-        }
-        const T* rest = values + begin * call.value_dim;
-        if (rows <= FEW_ROWS && call.value_dim % LANES == 0) {
-            multiply<true>(scores, BLOCK, rest, call.value_dim, sums, sizes.value, rows, count, call.value_dim,
-                           values_ahead);
-        } else {
-            widen(rest, count, call.value_dim, sizes.value, value_block);
-            multiply<true>(scores, BLOCK, value_block, sizes.value, sums, sizes.value, rows, count, sizes.value);
-        }
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t head = item.kv_head * group + row % group, token = span.first_token + item.first + row / group;
-        float scale = 1, sum = total[row];
-        if (call.sinks) {
-            const float sink = call.sinks[head], top = sink > highest[row] ? sink : highest[row];
-            scale = std::exp(highest[row] - top);
-            sum = sum * scale + std::exp(sink - top);
-        }
-        T* out = static_cast<T*>(call.out) + (token * call.heads + head) * call.value_dim;
-        for (int64_t d = 0; d < call.value_dim; ++d) from_float(sums[row * sizes.value + d] * scale / sum, out + d);
+        stop -= alike;
     }
 }
 
 // How many items a call's attention consists of.
 inline int64_t count_items(const Call& call, const Sizes& sizes) {
     int64_t count = 0;
-    for (int64_t i = 0; i < call.num_spans; ++i)
-        count += (call.spans[i].count + sizes.tokens - 1) / sizes.tokens * call.kv_heads;
+    for_items(call, sizes, [&](const Item&) { ++count; });
     return count;
 }
 
-// The items: the last tokens of a span first, which take longest.
 inline void make_items(const Call& call, const Sizes& sizes, Item* items) {
-    for (int64_t i = call.num_spans; i-- > 0;) {
-        const Span& span = call.spans[i];
-        for (int64_t last = span.count; last > 0; last -= sizes.tokens)
-            for (int64_t head = 0; head < call.kv_heads; ++head)
-                *items++ = {&span, head, last > sizes.tokens ? last - sizes.tokens : 0, last};
-    }
+    for_items(call, sizes, [&](const Item& item) { *items++ = item; });
 }
 
 }  // namespace attention

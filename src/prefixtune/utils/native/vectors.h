@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__FMA__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -27,6 +27,22 @@ inline Floats load(const float* from) {
     Floats result;
     std::memcpy(&result, from, sizeof result);
     return result;
+}
+
+// The same number in each lane. (Adding it to zeros costs an addition, for the sake of -0.)
+inline Floats broadcast(float number) { return (Floats{} + 1.0f) * number; }
+
+// a b + c, rounded once where the processor can. Left to itself, a compiler does so in some loops and not in others.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(
+        _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret_cast<Floats>(
+        _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
 }
 
 // Of bfloat16.
