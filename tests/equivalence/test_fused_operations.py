@@ -269,7 +269,14 @@ def test_a_run_ends_where_a_plain_one_does(
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_has_no_such_operations_stays_as_it_is(kernels: Any, made_backbone: Any) -> None:
+@pytest.fixture
+def no_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor where torch's own products are as quick."""
+    monkeypatch.setattr(fusion, "gains", lambda: False)
+    monkeypatch.setattr(fusion, "use_products", lambda module: False)
+
+
+def test_what_has_no_such_operations_stays_as_it_is(kernels: Any, no_products: None, made_backbone: Any) -> None:
     gpt2 = made_backbone("gpt2")
     assert gpt2.for_training is gpt2
     llama = made_backbone("llama", torch.float16)
@@ -279,7 +286,9 @@ def test_what_has_no_such_operations_stays_as_it_is(kernels: Any, made_backbone:
     assert trained.for_training is trained
 
 
-def test_without_a_compiler_the_model_stays_as_it_is(made_backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_model_stays_as_it_is(
+    no_products: None, made_backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     none: Future[None] = Future()
     none.set_result(None)
     for name in ("norm_kernel", "gate_kernel", "rotation_kernel"):

@@ -11,6 +11,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.native.norm import RowNorm
 from prefixtune.errors import TrainingError
 from prefixtune.training.folder import PREVIOUS_FILE, Event
 from prefixtune.training.loop import MOST_POSITIONS, PendingStep, TrainLoop, forward_backward
@@ -157,8 +158,9 @@ def _positions_at_once(backbone: Backbone) -> int:
         return MOST_POSITIONS
     if torch.get_num_threads() > 1:
         return MOST_POSITIONS_ON_CPU
-    fused = backbone.for_training is not backbone
-    return MOST_POSITIONS_FUSED[backbone.dtype] if fused else MOST_POSITIONS_OF_A_THREAD
+    # Norms that keep little for the backward pass.
+    fused = any(isinstance(module, RowNorm) for module in backbone.for_training.model.modules())
+    return MOST_POSITIONS_FUSED.get(backbone.dtype, MOST_POSITIONS_OF_A_THREAD) if fused else MOST_POSITIONS_OF_A_THREAD
 
 
 def _passes(pending: Mapping[Run, PendingStep], most_positions: int) -> list[list[Run]]:
