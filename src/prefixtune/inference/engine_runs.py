@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -19,18 +19,17 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.norm import norm_kernel
 from prefixtune.backbone.native.panels import panel_kernel
 from prefixtune.backbone.prepack import prepack
-from prefixtune.engine.decoder_layers import find_layers, may_have_layers
-from prefixtune.engine.decoder_step import DecoderStep
-from prefixtune.engine.engine import Engine
-from prefixtune.engine.native import load_kernel
-from prefixtune.engine.native.decoder import decoder_kernel
-from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.sampling.grammar import compile_json_schema
+
+# The engine is imported where it runs: a few tokens, and other models, do without it.
+if TYPE_CHECKING:
+    from prefixtune.engine.engine import Engine
+    from prefixtune.engine.request import Request, SequenceOutput
 
 __all__ = ["FEW_TOKENS", "Text", "packed_backbone", "run_in_engine", "suits_engine", "texts_at_once"]
 
@@ -90,13 +89,17 @@ def packed_backbone(backbone: Backbone, num_tokens: int, *, patient: bool = Fals
         num_tokens: Most tokens that will be generated; for a few it is not made.
         patient: Make it for a few as well, and wait for the compiler.
     """
+    if backbone not in _packed and not (patient or num_tokens >= FEW_TOKENS):
+        return None
+    from prefixtune.engine.decoder_layers import may_have_layers
+
     if not may_have_layers(backbone):
         return None
     version = sum(0 if weight.is_inference() else weight._version for weight in backbone.model.parameters())
     with _lock:
         known = _packed.get(backbone)
         if known is None:
-            if not (patient or num_tokens >= FEW_TOKENS) or not _is_compiled(patient):
+            if not _is_compiled(patient):
                 return None
             known = _packed[backbone] = version, _pack(backbone)
     # Weights that changed since are not in the copy.
@@ -105,6 +108,9 @@ def packed_backbone(backbone: Backbone, num_tokens: int, *, patient: bool = Fals
 
 def _is_compiled(patient: bool) -> bool:
     """Whether all compiled code is there; starts to make it."""
+    from prefixtune.engine.native import load_kernel
+    from prefixtune.engine.native.decoder import decoder_kernel
+
     seconds = _COMPILER_SECONDS if patient else _LOADING_SECONDS
     # First, since the others are for nothing where it gains nothing or there is no compiler.
     if panel_kernel(seconds) is None:
@@ -115,6 +121,11 @@ def _is_compiled(patient: bool) -> bool:
 
 
 def _pack(backbone: Backbone) -> Backbone | None:
+    from prefixtune.engine.decoder_layers import find_layers
+    from prefixtune.engine.decoder_step import DecoderStep
+    from prefixtune.engine.native import load_kernel
+    from prefixtune.engine.native.decoder import decoder_kernel
+
     kernel, attention = decoder_kernel().result(), load_kernel()
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in backbone.model.parameters())
     if kernel is None or attention is None or num_bytes > _SHARE_OF_MEMORY * psutil.virtual_memory().available:
@@ -154,6 +165,8 @@ def run_in_engine(
     Raises:
         RequestError: A text failed whose beginning the streamer has.
     """
+    from prefixtune.engine.engine import Engine
+
     engine = Engine(backbone, num_slots=min(config.batch_size, len(texts)), max_waiting=_WAITING, prepack=False)
     requests = _requests(engine, texts, config)
     running: dict[str, tuple[int, list[int]]] = {}
@@ -198,6 +211,8 @@ def _stream(
 
 def _requests(engine: Engine, texts: Mapping[int, Text], config: GenerateConfig) -> Iterator[tuple[int, Request]]:
     """Each text's number and request; those that are too long for the engine are left out."""
+    from prefixtune.engine.request import Request, SamplingParams
+
     shared = {name: getattr(config, name) for name in SamplingConfig.model_fields if name != "seed"}
     shared["banned"] = newline_tokens(engine.backbone) if config.ban_newlines else ()
     grammar = compile_json_schema(engine.backbone, config.response_schema) if config.response_schema else None
