@@ -67,13 +67,12 @@ def says(page: Browser, element: str, words: str) -> None:
 
 
 def click(page: Browser, element: str, words: str = "") -> None:
-    """Click on an element, or on the button in it that says something, as soon as it is there."""
+    """Click on an element, or on the button in it that says something, as soon as it is there and can be used."""
     found = f"document.getElementById('{element}')"
     if words:
         buttons = f"[...{found}.querySelectorAll('button')]"
         found = f"{buttons}.find((one) => one.textContent.startsWith('{words}'))"
-    page.until(f"Boolean({found})")
-    page.value(f"{found}.click()")
+    page.until(f"((one) => one && !one.disabled && (one.click(), true))({found})")
 
 
 def give(page: Browser, name: str, content: str, field: str = "file") -> None:
@@ -186,6 +185,7 @@ def test_a_result_is_tried_downloaded_and_deleted(page: Browser, server: LiveSer
     page.until("!document.getElementById('sure').open")
     assert server.get("/v1/models/clerk", key="pt-me")[0] == 200
     click(page, "actions", "Delete")
+    page.until("document.getElementById('sure').open")
     click(page, "sure-yes")
     says(page, "actions", "clerk was deleted.")
     assert server.get("/v1/models/clerk", key="pt-me")[0] == 404
@@ -200,6 +200,7 @@ def test_a_job_is_paused_resumed_and_cancelled(page: Browser) -> None:
     says(page, "jobs", "long")
     page.until("/waits|trains/.test(document.getElementById('job-said').textContent)", SECONDS)
     click(page, "actions", "Cancel")
+    page.until("document.getElementById('sure').open")
     click(page, "sure-yes")
     says(page, "job-said", "Cancelled.")
     assert page.value("document.querySelector('#jobs [aria-current]').textContent").startswith("longcancelled")
