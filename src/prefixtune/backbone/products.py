@@ -2,7 +2,8 @@
 
 torch multiplies float32 with MKL. On AMD's processors with AVX-512, oneDNN takes 0.90 to 0.96 of its time for the rows
 of a training step, with the weights as they are. It is chosen by the processor alone, so that a run that goes on later
-on the same machine computes the same.
+on the same machine computes the same. It adds up in another order: its results are 1.5 to 2 times as far from float64's
+as MKL's, 4e-7 to 6e-7 of their norm instead of 3e-7 to 4e-7.
 """
 
 from __future__ import annotations
