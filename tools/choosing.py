@@ -62,11 +62,12 @@ def choosing_tables(studies: Mapping[str, Study], outputs: Mapping[str, Kept | N
 
 
 def _quality(studies: Mapping[str, Study]) -> str:
-    head = ["task and data", "prefix less LoRA of rank 4", "prefix less full fine-tuning"]
+    head = ["task and data", *(f"prefix less {name}" for name in ("LoRA of rank 4", "full fine-tuning", "few-shot"))]
     rows = []
     for q in QUESTIONS:
-        others = [rf"{LORA}-{q.size}", rf"full-{q.size}"]
-        claims = [Claim("", "", q.study, other, q.part, scale=q.scale, unit=q.unit) for other in others]
+        others = [rf"{LORA}-{q.size}", rf"full-{q.size}", "few-shot-all"]
+        given = {"scale": q.scale, "unit": q.unit, "prefix": rf"prefix.*-{q.size}-.*"}
+        claims = [Claim("", "", q.study, other, q.part, **given) for other in others]
         rows.append([q.text, *(_cell(claim, studies) for claim in claims)])
     return table(head, rows)
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from prefixtune.evaluation.metrics import MeanDifference, holm, mean_difference
 from prefixtune.report.results import Cell, Pair, Study
+from prefixtune.studies.kinds import UNTRAINED
 from tools.items import item_interval, kept_pairs
 from tools.outputs import Kept
 
@@ -36,6 +37,7 @@ class Claim:
         paper: Its figure in the paper, the prefix less the other; empty: the paper has none.
         study: The name of the study that asks it.
         other: A pattern of the points that the prefix is compared with; where several sizes match, their mean counts.
+        prefix: A pattern of the prefix's points.
         part: Of the test set; empty: all of it.
         least: The smallest difference with which it holds.
         scale: What scores are multiplied by.
@@ -50,6 +52,7 @@ class Claim:
     least: float = 0.0
     scale: float = 1.0
     unit: str = "BLEU"
+    prefix: str = "prefix.*"
 
 
 FULL, LORA = r"full-(n\d+|all)", "lora4"
@@ -157,9 +160,9 @@ def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Findi
     points = {cell.point for cell in study.cells if re.fullmatch(claim.other, cell.point)}
     by_sample: dict[str, list[Pair]] = {}
     for pair in study.comparisons.pairs:
-        point, _, sample = pair.run.rpartition("-subset")
-        if point in points and pair.reference.startswith("prefix") and pair.part == claim.part:
-            by_sample.setdefault(sample, []).append(pair)
+        point, prefix = pair.run.rpartition("-subset")[0], pair.reference.rpartition("-subset")[0]
+        if point in points and re.fullmatch(claim.prefix, prefix) and pair.part == claim.part:
+            by_sample.setdefault(_sample(pair.reference), []).append(pair)
     whole = [pairs for sample in planned if len(pairs := by_sample.get(sample, [])) == len(points)]
     if not whole:
         return None
@@ -178,10 +181,16 @@ def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Findi
 
 
 def _repetitions(claim: Claim, cells: Sequence[Cell]) -> list[str]:
-    """The samples and seeds of all runs that a claim is about, as at the ends of their ids."""
-    return list(
-        dict.fromkeys(cell.id.rpartition("-subset")[2] for cell in cells if re.fullmatch(claim.other, cell.point))
-    )
+    """The samples and seeds of all runs that a claim is about; of the prefix's, where the other is not trained."""
+    others = [cell for cell in cells if re.fullmatch(claim.other, cell.point)]
+    if others and all(cell.point.startswith(UNTRAINED) for cell in others):
+        others = [cell for cell in cells if re.fullmatch(claim.prefix, cell.point)]
+    return list(dict.fromkeys(_sample(cell.id) for cell in others))
+
+
+def _sample(run: str) -> str:
+    """The sample and the seed of a run, as at the end of its id."""
+    return run.rpartition("-subset")[2]
 
 
 def verdict(finding: Finding, least: float) -> tuple[Verdict, str]:

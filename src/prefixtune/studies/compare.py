@@ -1,7 +1,7 @@
 """How much a study's runs differ: each run is compared with its counterpart, test item by test item.
 
 A run's counterpart is the run of the first method, length or start, whatever the study varies, on the same sample, seed
-and size.
+and size. What is not trained has one run, which is compared with the first method's runs of every sample and size.
 """
 
 from __future__ import annotations
@@ -55,22 +55,20 @@ def counterparts(config: StudyConfig) -> Iterator[tuple[Cell, Cell]]:
     ('full-n50-subset0-seed0', 'prefix-n50-P10-task-subset0-seed0')
     """
     cells = plan(config)
-    by_repetition = {(cell.group, cell.subset, cell.seed): cell for cell in cells}
     for cell in cells:
-        other = by_repetition.get((_reference_group(config, cell, cells), cell.subset, cell.seed))
-        if other is not None and other != cell:
-            yield cell, other
+        for size in [cell.num_targets] if cell.trains else config.sizes:
+            group = _reference_group(config, cell, size, cells)
+            for other in cells:
+                is_same = not cell.trains or (other.subset, other.seed) == (cell.subset, cell.seed)
+                if other.group == group and is_same and other != cell:
+                    yield cell, other
 
 
-def _reference_group(config: StudyConfig, cell: Cell, cells: Sequence[Cell]) -> str:
-    """The group that a cell's group is compared with; empty where there is none."""
-    if not cell.trains and len(config.sizes) > 1:
-        # The bare model has no size, so that it is unclear which one to compare it with.
-        return ""
+def _reference_group(config: StudyConfig, cell: Cell, size: int, cells: Sequence[Cell]) -> str:
+    """The group of a size that a cell's group is compared with; empty where there is none."""
     for other in cells:
         # The first factor is what is compared; the others must be the same, where a method has them.
-        same = [other.trains, other.num_targets == cell.num_targets or not cell.trains]
-        same.append(other.backbone == cell.backbone)
+        same = [other.trains, other.num_targets == size, other.backbone == cell.backbone]
         if "prefix_length" in config.kind.factors[1:]:
             same.append(0 in (cell.prefix_length, other.prefix_length) or cell.prefix_length == other.prefix_length)
         if all(same):

@@ -85,9 +85,9 @@ def test_what_a_study_varies_is_among_the_factors(name: str):
 
 
 def test_counterparts_are_of_the_same_sample_seed_and_size():
-    study = StudyConfig(name="low-data", methods=["prefix", "full", "zero-shot"], sizes=[50, 100], subsets=2, seeds=2)
+    study = StudyConfig(name="low-data", methods=["prefix", "full"], sizes=[50, 100], subsets=2, seeds=2)
     pairs = {run.id: other.id for run, other in counterparts(study)}
-    assert len(pairs) == 2 * 2 * 2, "the bare model has no size to be compared at"
+    assert len(pairs) == 2 * 2 * 2
     assert pairs["full-n100-subset1-seed0"] == "prefix-n100-P10-task-subset1-seed0"
     methods = StudyConfig(name="methods", methods=["full", "zero-shot"], sizes=[50])
     assert [(run.id, other.method) for run, other in counterparts(methods)] == [("zero-shot-all-subset0-seed0", "full")]
@@ -99,6 +99,16 @@ def test_counterparts_are_of_the_same_sample_seed_and_size():
     }
     length = StudyConfig(name="length", lengths=[2, 5])
     assert [(run.prefix_length, other.prefix_length) for run, other in counterparts(length)] == [(5, 2)]
+
+
+def test_what_is_not_trained_is_compared_with_every_sample_and_size():
+    study = StudyConfig(name="low-data", methods=["prefix", "full", "few-shot"], sizes=[50, 100], repetitions=3)
+    pairs = [(run.id, other.id) for run, other in counterparts(study) if not run.trains]
+    assert pairs == [
+        ("few-shot-all-subset0-seed0", f"prefix-n{size}-P10-task-subset{index}-seed{index}")
+        for size in (50, 100)
+        for index in range(3)
+    ]
 
 
 def test_a_sample_comes_with_its_own_seed():
@@ -161,6 +171,7 @@ def test_all_targets_are_not_taken_for_none():
     low = StudyConfig(name="low-data", methods=["zero-shot", "prefix", "full"], sizes=[0], subsets=2, seeds=2)
     assert [(run.id, other.id) for run, other in counterparts(low)] == [
         ("zero-shot-all-subset0-seed0", "prefix-all-P10-task-subset0-seed0"),
+        ("zero-shot-all-subset0-seed0", "prefix-all-P10-task-subset0-seed1"),
         ("full-all-subset0-seed0", "prefix-all-P10-task-subset0-seed0"),
         ("full-all-subset0-seed1", "prefix-all-P10-task-subset0-seed1"),
     ]

@@ -11,7 +11,7 @@ import pytest
 from prefixtune.evaluation.metrics import holm
 from prefixtune.evaluation.metrics.student import t_p_value
 from prefixtune.report.results import Cell, Comparisons, Pair, Study
-from tools.claims import CLAIMS, Finding, claims_table, measure_claim, verdict
+from tools.claims import CLAIMS, Claim, Finding, claims_table, measure_claim, verdict
 from tools.outputs import Kept
 
 LEVEL, LOW_DATA, UNSEEN = CLAIMS[:3]
@@ -68,6 +68,23 @@ def test_only_pairs_of_a_prefix_on_the_claims_part_count() -> None:
     assert measure_claim(UNSEEN, study(values, "unseen", "lora4-n1000")) is None
     assert measure_claim(UNSEEN, study({"full-early-n1000": (1.0, 2.0)}, "unseen")) is None
     assert measure_claim(UNSEEN, study(values, "unseen")) is not None
+
+
+def test_one_run_without_training_is_compared_with_every_sample_of_a_size() -> None:
+    shown, prefixes = "few-shot-all-subset0-seed0", [f"prefix-n{size}-P106-examples" for size in (50, 100)]
+    cells, pairs = [Cell(id=shown)], []
+    for prefix, differences in zip(prefixes, [(-1.0, -3.0), (-9.0, -9.0)], strict=True):
+        for index, difference in enumerate(differences):
+            cells.append(Cell(id=f"{prefix}-subset{index}-seed{index}"))
+            pairs.append(Pair(run=shown, reference=cells[-1].id, part="", difference=difference, p_value=0.1))
+    claim = Claim("", "", "low-data", "few-shot-all", prefix="prefix.*-n50-.*")
+    compared = Study(path=Path("study"), cells=tuple(cells), comparisons=Comparisons(pairs=tuple(pairs)))
+    found = measure_claim(claim, compared)
+    assert found is not None
+    assert (found.difference.mean, found.difference.count, found.planned) == (2.0, 2, 2)
+    found = measure_claim(claim, compared.model_copy(update={"comparisons": Comparisons(pairs=tuple(pairs[:1]))}))
+    assert found is not None
+    assert (found.difference.mean, found.difference.count, found.planned) == (1.0, 1, 2)
 
 
 @pytest.mark.parametrize(
