@@ -121,7 +121,8 @@ def _serving(serve: Mapping[str, Any], decode: Mapping[str, Any]) -> str:
     memory = serve["memory"]
     text += (
         f"\n\nA prefix of P = {settings['prefix_length']} is a file of {memory['file_bytes']:,} bytes; 1,000 of them "
-        f"at hand take {memory['tensor_mib_per_1000']:.0f} MiB.\n\n"
+        f"at hand take {memory['resident_mib_per_1000']:.0f} MiB, {memory['tensor_mib_per_1000']:.0f} of it their "
+        "numbers.\n\n"
     )
     seconds = {(row["texts"], row["prefix_length"]): row["seconds"] for row in decode["figures"]}
     texts, lengths = ({key[axis]: None for key in seconds} for axis in (0, 1))

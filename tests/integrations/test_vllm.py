@@ -162,7 +162,9 @@ def server(default_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.mark.deploys(
-    "vLLM", "28 mixed requests of 7 prefixes, token for token, some preempted and resumed", model=MODEL
+    "vLLM",
+    "28 mixed requests of 6 prefixes and of the bare model, token for token, some preempted and resumed",
+    model=MODEL,
 )
 def test_mixed_requests_equal_generate_one_by_one(server: Server):
     cases = [(model, prompt) for prompt in PROMPTS for model in (BASE, *server.prefixes)]

@@ -39,6 +39,11 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(pt, "no_such_name")
 
 
+def test_a_citation_is_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_every_test_is_run_by_make_test_or_by_a_target_of_its_own() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     plain = [ROOT / path for path in settings["testpaths"]]
