@@ -189,6 +189,7 @@ studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciT
 	$(BIN)/prefixtune study unseen --config studies/unseen.toml --data $(WEBNLG) $(STUDY_ARGS)
 	for name in initialization length ceiling position; do \
 		$(BIN)/prefixtune study $$name --config studies/$$name.toml --data $(E2E) $(STUDY_ARGS) || exit; done
+	$(BIN)/python -m tools.nested_length $(E2E)
 	$(BIN)/prefixtune study low-data --config studies/low_data_scitldr.toml --data $(SCITLDR) $(STUDY_ARGS)
 	$(BIN)/prefixtune study summarization --config studies/summarization.toml --data $(SCITLDR) $(STUDY_ARGS)
 	for skill in mapping reverse base lookup copy first plural capitals; do \

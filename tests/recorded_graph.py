@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-REFUSED = tuple(
-    f"aten.{name}" for name in ("item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "lift_fresh")
-)
+from prefixtune.engine.decode_graphs import WAITING
+
+REFUSED = (*WAITING, "aten.lift_fresh")
 
 
 class Recorder(TorchDispatchMode):

@@ -66,8 +66,8 @@ def _quality(studies: Mapping[str, Study]) -> str:
     rows = []
     for q in QUESTIONS:
         others = [rf"{LORA}-{q.size}", rf"full-{q.size}", "few-shot-all"]
-        given = {"scale": q.scale, "unit": q.unit, "prefix": rf"prefix.*-{q.size}-.*"}
-        claims = [Claim("", "", q.study, other, q.part, **given) for other in others]
+        prefix = rf"prefix.*-{q.size}-.*"
+        claims = [Claim("", "", q.study, other, q.part, 0.0, q.scale, q.unit, prefix) for other in others]
         rows.append([q.text, *(_cell(claim, studies) for claim in claims)])
     return table(head, rows)
 

@@ -27,6 +27,7 @@ from prefixtune.studies.compare import write_comparisons
 from prefixtune.utils.files import write_text
 from tools.choosing import choosing_tables
 from tools.claims import RULE, claims_table
+from tools.nested_length import NESTED, nested_table
 from tools.outputs import pack_outputs, read_kept, restore_outputs
 from tools.pages import DOCS, ROOT
 from tools.study_tables import costs_table, differences_table, scores_table, table, toys_table
@@ -112,11 +113,17 @@ def with_tables(page: str, files: Sequence[Path]) -> str:
     head = ["claim about the prefix", "the paper's figure", "ours", "over test items", "p, corrected", "verdict", "why"]
     toys = [study for study in studies.values() if study.task.startswith("toy_")]
     tables["claims"] = f"{RULE}\n\n{table(head, claims_table(studies, outputs))}"
-    tables["costs"] = costs_table(json.loads(COSTS.read_bytes()) if COSTS.exists() else None)
+    tables["costs"] = costs_table(_read(COSTS))
+    if "length" in studies:
+        tables["length: nested"] = nested_table(studies["length"], _read(NESTED))
     tables["toys"] = toys_table(toys) if toys else "Not run yet."
     for mark, text in {**tables, **choosing_tables(studies, outputs)}.items():
         page = _at_mark(page, mark, text)
     return page
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_bytes()) if path.exists() else None
 
 
 def _at_mark(page: str, mark: str, text: str) -> str:

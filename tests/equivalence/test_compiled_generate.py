@@ -42,7 +42,7 @@ def without_engine(backbone: Backbone) -> Backbone:
     """The same model, whose texts transformers' loop generates."""
     made = dataclasses.replace(backbone)
     made.__dict__["for_single_texts"] = made
-    engine_runs._packed[made] = sum(weight._version for weight in made.model.parameters()), None
+    engine_runs._packed[made] = engine_runs.describe_weights(made), None
     return made
 
 
@@ -185,7 +185,7 @@ def test_other_models_are_transformers(tiny_tokenizer: Any, asked: Any, runs: li
     assert runs == []
 
 
-def test_hooks_and_changed_weights_have_their_effect(tiny_tokenizer: Any, asked: Any):
+def test_hooks_have_their_effect(tiny_tokenizer: Any, asked: Any):
     backbone = in_bf16("llama", tiny_tokenizer)
     prompts, prefixes = asked
     before = generate_ids(backbone, prompts, prefixes, config=CONFIG)
@@ -196,10 +196,35 @@ def test_hooks_and_changed_weights_have_their_effect(tiny_tokenizer: Any, asked:
     assert generate_ids(backbone, prompts, prefixes, config=CONFIG) != before
     handle.remove()
     assert generate_ids(backbone, prompts, prefixes, config=CONFIG) == before
+
+
+def in_place(linear: torch.nn.Linear) -> None:
     with torch.no_grad():
-        layer.mlp.down_proj.weight.mul_(3)
-    assert packed_backbone(backbone, NEW) is None
-    assert generate_ids(backbone, prompts, prefixes, config=CONFIG) != before
+        linear.weight.mul_(-3)
+
+
+def by_data(linear: torch.nn.Linear) -> None:
+    linear.weight.data.mul_(-3)
+
+
+def another(linear: torch.nn.Linear) -> None:
+    linear.weight = torch.nn.Parameter(linear.weight.detach() * -3, requires_grad=False)
+
+
+def loaded(linear: torch.nn.Linear) -> None:
+    linear.load_state_dict({"weight": linear.weight.detach() * -3}, assign=True)
+
+
+@pytest.mark.parametrize("change", [in_place, by_data, another, loaded])
+def test_changed_weights_have_their_effect(change: Any, tiny_tokenizer: Any, asked: Any, runs: list[int]):
+    backbone, changed = (in_bf16("llama", tiny_tokenizer) for _ in range(2))
+    before = generate_ids(backbone, *asked, config=CONFIG)
+    for one in (backbone, changed):
+        change(one.model.model.layers[0].mlp.down_proj)
+    after = generate_ids(backbone, *asked, config=CONFIG)
+    assert after != before
+    assert after == generate_ids(changed, *asked, config=CONFIG)
+    assert runs == [7, 7, 7]
 
 
 def test_nothing_is_made_for_a_few_tokens_or_where_memory_is_short(tiny_tokenizer: Any, asked: Any, runs: list[int]):

@@ -18,6 +18,7 @@ from engine_runs import ids
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine import decode_graphs
 from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.decode_graphs import RefuseWaits
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from recorded_graph import record
@@ -194,3 +195,17 @@ def test_the_stand_in_refuses_what_a_graph_refuses():
     for compute in (waits, copies):
         with pytest.raises(RuntimeError, match="capturing"):
             record(compute, torch.device("cpu"), None)
+
+
+def test_a_step_that_waits_is_not_recorded_at_all():
+    def waits() -> Tensor:
+        return torch.arange(3).nonzero()
+
+    def goes_on() -> Tensor:
+        return torch.arange(3).to(torch.float32) * 2
+
+    with RefuseWaits():
+        found = goes_on()
+        with pytest.raises(RuntimeError, match="nonzero.* waits for the device"):
+            waits()
+    assert found.tolist() == [0, 2, 4]

@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
@@ -64,6 +65,17 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
 
 def valid(text: str, schema: dict[str, Any]) -> bool:
     return bool(Draft202012Validator(schema).is_valid(json.loads(text)))
+
+
+def test_a_model_may_have_fewer_scores_than_its_tokenizer_has_tokens(backbone: Any) -> None:
+    state = compile_json_schema(backbone, SCHEMAS[0]).start()
+    whole = state.allowed(len(backbone.tokenizer))
+    assert whole.any()
+    for size in (len(whole) - 1, len(whole) + 3):
+        found = state.allowed(size)
+        assert len(found) == size
+        assert torch.equal(found[: len(whole)], whole[:size])
+        assert not found[len(whole) :].any()
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=["object", "array", "enum", "text"])

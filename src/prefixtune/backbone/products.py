@@ -66,7 +66,9 @@ def use_products(module: nn.Module) -> bool:
     """Let a frozen linear layer multiply by the quicker library; returns whether it does."""
     if type(module) not in _FORWARDS or "forward" in vars(module) or not gains():
         return False
-    if module.weight.dtype != torch.float32 or module.weight.requires_grad:
+    # Quantized weights call themselves float32, too.
+    weight = module.weight
+    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.requires_grad:
         return False
     module.forward = types.MethodType(_FORWARDS[type(module)], module)
     return True

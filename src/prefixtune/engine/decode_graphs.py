@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.kernels import ScoreOptions
@@ -27,11 +29,14 @@ from prefixtune.engine.attention import QuerySpan, batch_attention, slot_mask
 from prefixtune.engine.kv_cache import INITIAL_CAPACITY, KVCache
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["DecodeGraphs", "can_capture", "capture"]
+__all__ = ["WAITING", "DecodeGraphs", "RefuseWaits", "can_capture", "capture"]
 
 _log = logging.getLogger(__name__)
 _MOST_GRAPHS = 32
 """Sizes of steps that are kept; of more, the one that was used longest ago is recorded anew when it comes again."""
+WAITING = tuple(f"aten.{name}" for name in ("item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero"))
+"""What operations are called that need a tensor's numbers on the processor."""
+_COPIES = ("aten._to_copy", "aten.copy_")
 _WARMUPS = 2
 """Times that a step runs before it is recorded, so that libraries choose their kernels and take their memory."""
 
@@ -49,27 +54,56 @@ def capture(compute: Compute, device: torch.device, pool: Any) -> Compute:
     """Record what a function launches on a CUDA device; the result launches it again.
 
     Args:
-        compute: Reads and writes the same memory in every call, and waits for nothing.
+        compute: Reads and writes the same memory in every call.
         device: Where.
         pool: Of the memory between its kernels, which graphs that never run at once may share.
+
+    Raises:
+        RuntimeError: It waits for the device. A recording is not even begun then: one that fails leaves the stream and
+            the random generator of the device as they are within one.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        own, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(own)
+        with torch.cuda.stream(stream), RefuseWaits():
             for _ in range(_WARMUPS):
                 compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out = compute()
+        own.wait_stream(stream)
+        try:
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                out = compute()
+        finally:
+            # After a failure torch may leave the stream of the recording in place.
+            torch.cuda.set_stream(own)
 
     def replay() -> Tensor:
         graph.replay()
         return out
 
     return replay
+
+
+class RefuseWaits(TorchDispatchMode):
+    """Refuses operations for which the processor waits for a device, as no graph can have them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called for every operation."""
+        name = str(func)
+        if name.startswith(WAITING):
+            raise RuntimeError(f"{name} waits for the device")
+        out = func(*args, **(kwargs or {}))
+        if name.startswith(_COPIES) and len({tensor.device.type for tensor in _tensors((args, out))}) > 1:
+            raise RuntimeError(f"{name} copies between devices")
+        return out
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_iter(values) if isinstance(value, Tensor)]
 
 
 class DecodeGraphs:

@@ -236,6 +236,9 @@ class Engine:
         except PrefixError:
             for request_id in added:
                 self.cancel(request_id)
+            # At once: nobody may call `step` any more.
+            with self._lock:
+                self._end_cancelled()
             raise
         outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
         while self.busy:

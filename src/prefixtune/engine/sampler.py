@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,8 @@ from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import RequestError
 
 __all__ = ["NOT_FINITE", "prompt_logprobs", "sample"]
+
+_log = logging.getLogger(__name__)
 
 
 NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or its values too large."
@@ -48,7 +51,9 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
         allowed = logits.clone()
         allowed[too_short, eos_id] = float("-inf")
         for row in too_short:
-            allowed[row, list(sequences[row].request.sampling.end_ids)] = float("-inf")
+            # A tokenizer may have more tokens than its model has scores.
+            ends = [token for token in sequences[row].request.sampling.end_ids if 0 <= token < logits.shape[1]]
+            allowed[row, ends] = float("-inf")
     tokens: list[Token | str] = []
     for row, (sequence, score, token) in enumerate(zip(sequences, *_best_tokens(allowed), strict=True)):
         params = sequence.request.sampling
@@ -90,6 +95,10 @@ def _try_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence
     except RequestError as error:
         # The grammar became too complex.
         return error.message
+    except Exception as error:
+        # Whatever it is, the other texts of the step go on.
+        _log.exception("a token could not be chosen")
+        return f"a token could not be chosen: {type(error).__name__}: {error}"
 
 
 def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:

@@ -44,11 +44,15 @@ _SHARE_OF_MEMORY = 0.25
 """Of the free memory that a second copy of the matrices may take."""
 _BATCHES = 8
 """Of texts that are saved together."""
+_SAMPLED = 4
+"""Numbers of a weight by which a change is noticed."""
 _WAITING = 64
 """Texts that wait in the engine for a slot; the others wait here, as token ids."""
 
-_packed: weakref.WeakKeyDictionary[Backbone, tuple[int, Backbone | None]] = weakref.WeakKeyDictionary()
-"""Backbone -> the version of its weights, and the prepacked one; None: its step is not computed by compiled code."""
+_Weights = tuple[tuple[int, int, int, int], ...]
+
+_packed: weakref.WeakKeyDictionary[Backbone, tuple[_Weights, Backbone | None]] = weakref.WeakKeyDictionary()
+"""Backbone -> its weights as they were, and the prepacked one; None: its step is not computed by compiled code."""
 _lock = threading.Lock()
 
 
@@ -95,15 +99,33 @@ def packed_backbone(backbone: Backbone, num_tokens: int, *, patient: bool = Fals
 
     if not may_have_layers(backbone):
         return None
-    version = sum(0 if weight.is_inference() else weight._version for weight in backbone.model.parameters())
+    weights = describe_weights(backbone)
     with _lock:
         known = _packed.get(backbone)
-        if known is None:
+        if known is None or known[0] != weights:
+            # Weights that changed since are not in the copy.
+            _packed.pop(backbone, None)
             if not _is_compiled(patient):
                 return None
-            known = _packed[backbone] = version, _pack(backbone)
-    # Weights that changed since are not in the copy.
-    return known[1] if known[0] == version else None
+            known = _packed[backbone] = weights, _pack(backbone)
+    return known[1]
+
+
+@torch.inference_mode()
+def describe_weights(backbone: Backbone) -> _Weights:
+    """What is another one after a change of the model's weights: which they are, where they lie, and some numbers.
+
+    A change of a few numbers through `.data`, of which torch keeps no account, may be missed.
+    """
+    facts = []
+    for weight in backbone.model.parameters():
+        version = 0 if weight.is_inference() else weight._version
+        if type(weight) is not torch.nn.Parameter or not weight.numel():
+            facts.append((id(weight), version, 0, 0))
+            continue
+        some = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)]
+        facts.append((id(weight), version, weight.data_ptr(), hash(tuple(some.tolist()))))
+    return tuple(facts)
 
 
 def _is_compiled(patient: bool) -> bool:

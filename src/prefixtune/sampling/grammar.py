@@ -98,8 +98,8 @@ class GrammarState:
         mask = torch.from_numpy(self._mask.result())
         if self._matcher.is_error():
             raise RequestError(_reason(self._matcher), hint="use a simpler schema.")
-        # A model may have more scores than its tokenizer has tokens.
-        return torch.nn.functional.pad(mask, (0, vocab_size - len(mask))) if vocab_size > len(mask) else mask
+        # A model may have more scores than its tokenizer has tokens, or fewer.
+        return torch.nn.functional.pad(mask[:vocab_size], (0, max(0, vocab_size - len(mask))))
 
     def _compute(self) -> Any:
         import llguidance.numpy

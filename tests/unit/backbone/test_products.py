@@ -49,6 +49,17 @@ def test_rows_that_are_not_contiguous_and_transposed_weights() -> None:
     torch.testing.assert_close(products.multiply(inputs, weight), inputs @ weight.t())
 
 
+class Rounded(nn.Parameter):
+    """Stands for a quantized weight, which calls itself float32."""
+
+
+def test_a_weight_that_is_no_plain_tensor_is_left_alone() -> None:
+    layer = nn.Linear(8, 12)
+    layer.weight = Rounded(layer.weight.detach(), requires_grad=False)
+    assert not products.use_products(layer)
+    assert "forward" not in vars(layer)
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(8, 12), nn.Linear(8, 12, bias=False), Conv1D(12, 8)])
 def test_frozen_layers_compute_what_they_did(layer: nn.Module) -> None:
     layer.requires_grad_(False)

@@ -120,3 +120,22 @@ def test_all_faults_of_a_request_at_once():
     with pytest.raises(RequestError, match=r"max_new_tokens.*top_k.*banned.*logprobs") as error:
         SamplingParams(max_new_tokens=-1, top_k=-1, logprobs=21, banned=(-1,))
     assert error.value.hint
+
+
+def test_an_end_token_that_the_model_has_no_score_for_is_no_matter():
+    (token,) = sample(torch.tensor([LOGITS]), [sequence(min_new_tokens=1, end_ids=(4, 99))], eos_id=0)
+    assert isinstance(token, Token)
+    assert token.id == 2
+
+
+class _Broken:
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        raise ValueError("out of sorts")
+
+
+def test_a_text_whose_rules_fail_fails_alone():
+    broken, sound = sequence(), sequence()
+    broken.grammar = _Broken()  # type: ignore[assignment]
+    first, second = sample(torch.tensor([LOGITS, LOGITS]), [broken, sound], eos_id=0)
+    assert first == "a token could not be chosen: ValueError: out of sorts"
+    assert second == Token(0)

@@ -10,10 +10,11 @@ import pytest
 from made_up_runs import low_data_study, write
 from prefixtune.errors import DataError
 from prefixtune.report import compose, read_results, to_markdown
-from prefixtune.report.results import Study
+from prefixtune.report.results import Cell, Study
 from prefixtune.studies import StudyConfig, plan
 from prefixtune.studies.records import check_same_study, read_outcome, read_study
 from tools import results
+from tools.nested_length import METHOD, nested_table
 from tools.study_tables import costs_table
 
 FILES = results.study_files()
@@ -116,3 +117,32 @@ def test_the_cost_of_a_step_names_its_machine() -> None:
     assert text.endswith(
         "| prefix-examples | 979,200 | 0.50 | 1.00 | 1,000 |\n| full | 979,200 | 0.90 | 1.80 | 1,000 |"
     )
+
+
+def test_a_nested_run_stands_beside_the_runs_of_each_length() -> None:
+    cells = [
+        Cell(
+            id=f"{method}-n6-P{length}-task-subset0-seed0",
+            factors={"method": method, "prefix_length": length},
+            **figures,
+        )
+        for method, length, figures in (
+            (METHOD, 2, {"figures": {"dev_loss": 1.5}}),
+            (METHOD, 5, {}),
+            ("prefix-examples", 4, {"figures": {"dev_loss": 9.0}}),
+        )
+    ]
+    measured = {
+        "lengths": [
+            {"prefix_length": 2, "loss": 1.6, "interval": [1.4, 1.8]},
+            {"prefix_length": 5, "loss": 1.25, "interval": [1.0, 1.3]},
+        ],
+        "best": 5,
+        "chosen": 2,
+        "significance": 0.05,
+    }
+    study = Study(path=Path("study"), cells=tuple(cells))
+    rows = nested_table(study, measured).splitlines()
+    assert rows[2:4] == ["| 2 | 1.500 | 1.600 (1.400 to 1.800) |", "| 5 |  | 1.250 (1.000 to 1.300) |"]
+    assert "best length is 5; the shortest that is not significantly worse is 2 " in rows[-1]
+    assert "Not run yet" in nested_table(study, None)

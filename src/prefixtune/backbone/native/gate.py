@@ -55,7 +55,7 @@ class GateKernel(NativeLibrary):
     def computes(self) -> bool:
         """Whether a few rows have the results of torch's functions, and their gradients."""
         plain = {Activation.SILU: F.silu, Activation.GELU_TANH: functools.partial(F.gelu, approximate="tanh")}
-        gate = torch.linspace(-30, 40, 150).view(50, 3).T
+        gate = torch.linspace(-30, 40, 150, dtype=torch.float32).view(50, 3).T
         return all(
             computes_same(
                 functools.partial(self.apply, activation=activation),
@@ -148,7 +148,7 @@ def use_gate(module: nn.Module, kernel: GateKernel) -> bool:
 
 def _activation(function: Any, kernel: GateKernel) -> Activation | None:
     """Which of the compiled activations a model's is."""
-    gate, up = torch.linspace(-12, 12, 600).view(100, 6).T, torch.ones(6, 100)
+    gate, up = torch.linspace(-12, 12, 600, dtype=torch.float32).view(100, 6).T, torch.ones(6, 100, dtype=torch.float32)
     for activation in Activation:
         if computes_same(
             functools.partial(kernel.apply, activation=activation), lambda gate, up: function(gate) * up, [gate, up]

@@ -88,10 +88,13 @@ class RowKernel(NativeLibrary):
     def computes(self) -> bool:
         """Whether small cases have the results of torch's products."""
         draw = torch.Generator().manual_seed(0)
-        inputs = torch.randn(2, 150, generator=draw).to(torch.bfloat16)
-        weight = torch.randn(300, 150, generator=draw)
-        bias = torch.randn(300, generator=draw).to(torch.bfloat16)
-        rounded, scales = (weight * 40).round().clamp(-127, 127).to(torch.int8), torch.rand(300, generator=draw)
+        inputs = torch.randn(2, 150, generator=draw, dtype=torch.float32).to(torch.bfloat16)
+        weight = torch.randn(300, 150, generator=draw, dtype=torch.float32)
+        bias = torch.randn(300, generator=draw, dtype=torch.float32).to(torch.bfloat16)
+        rounded, scales = (
+            (weight * 40).round().clamp(-127, 127).to(torch.int8),
+            torch.rand(300, generator=draw, dtype=torch.float32),
+        )
         cases = (
             (RowMatrix(weight.to(torch.bfloat16), bias), weight.to(torch.bfloat16).float()),
             (RowMatrix(rounded, bias, scales), rounded.float() * scales[:, None]),

@@ -34,8 +34,8 @@ class LossKernel(NativeLibrary):
         """Whether a few rows have the losses and gradients of torch's functions."""
         labels = torch.tensor([0, 70, 99, 3])
         for dtype in _NAMES:
-            logits = torch.linspace(-9, 20, 400).sin().mul(12).view(4, 100).to(dtype)
-            slopes, losses = logits.clone(), torch.empty(4)
+            logits = torch.linspace(-9, 20, 400, dtype=torch.float32).sin().mul(12).view(4, 100).to(dtype)
+            slopes, losses = logits.clone(), torch.empty(4, dtype=torch.float32)
             self.replace(slopes, labels, losses)
             wide = logits.double()
             expected = (wide.softmax(-1) - F.one_hot(labels, 100)).to(dtype)
@@ -59,7 +59,7 @@ class LossKernel(NativeLibrary):
             losses: What is filled in.
         """
         threads = torch.get_num_threads()
-        scratch = torch.empty(threads, logits.shape[1])
+        scratch = torch.empty(threads, logits.shape[1], dtype=torch.float32)
         pointers = logits.data_ptr(), labels.data_ptr(), losses.data_ptr(), scratch.data_ptr()
         self._functions[logits.dtype](*pointers, *logits.shape, threads)
 

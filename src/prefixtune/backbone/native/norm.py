@@ -46,8 +46,8 @@ class NormKernel(NativeLibrary):
     def computes(self) -> bool:
         """Whether a few rows have the results of torch's norm, and its gradients."""
         for dtype, plus_one in ((torch.bfloat16, False), (torch.float32, True)):
-            inputs = torch.linspace(-3, 5, 3 * 50).view(3, 50).to(dtype)
-            weight = torch.linspace(0.5, 2, 50).to(dtype)
+            inputs = torch.linspace(-3, 5, 3 * 50, dtype=torch.float32).view(3, 50).to(dtype)
+            weight = torch.linspace(0.5, 2, 50, dtype=torch.float32).to(dtype)
             factor = weight + 1 if plus_one else weight
             if not computes_same(
                 lambda rows, weight=weight, plus_one=plus_one: self.apply(rows, weight, 0.01, plus_one),

@@ -72,9 +72,13 @@ class PanelKernel(NativeLibrary):
         draw = torch.Generator().manual_seed(0)
         for rows, outer in ((1, 40), (19, 50), (70, 300)):
             inputs, weight, bias = (
-                torch.randn(shape, generator=draw).to(torch.bfloat16) for shape in ((rows, 150), (outer, 150), (outer,))
+                torch.randn(shape, generator=draw, dtype=torch.float32).bfloat16()
+                for shape in ((rows, 150), (outer, 150), (outer,))
             )
-            numbers, scales = (weight * 40).round().clamp(-127, 127).to(torch.int8), torch.rand(outer, generator=draw)
+            numbers, scales = (
+                (weight * 40).round().clamp(-127, 127).to(torch.int8),
+                torch.rand(outer, generator=draw, dtype=torch.float32),
+            )
             cases = (
                 (PanelMatrix(self, weight, bias), weight.float()),
                 (PanelMatrix(self, numbers, bias, scales), numbers.float() * scales[:, None]),

@@ -48,8 +48,11 @@ class RotationKernel(NativeLibrary):
     def computes_as(self, function: Callable[..., Any], dtype: torch.dtype) -> bool:
         """Whether a model's function computes the same."""
         draw = torch.Generator().manual_seed(0)
-        query, key = (torch.randn(2, 5, heads, 24, generator=draw).to(dtype).transpose(1, 2) for heads in (3, 1))
-        angles = 9 * torch.rand(2, 5, 24, generator=draw)
+        query, key = (
+            torch.randn(2, 5, heads, 24, generator=draw, dtype=torch.float32).to(dtype).transpose(1, 2)
+            for heads in (3, 1)
+        )
+        angles = 9 * torch.rand(2, 5, 24, generator=draw, dtype=torch.float32)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return computes_same(
             lambda query, key: self.apply(query, key, cos, sin),

@@ -88,7 +88,7 @@ class AttentionKernel(NativeLibrary):
         """Whether a small case has the result of matrix products."""
         draw = torch.Generator().manual_seed(0)
         keys, values, query, key, value = (
-            torch.randn(1, heads, length, 24, generator=draw)
+            torch.randn(1, heads, length, 24, generator=draw, dtype=torch.float32)
             for heads, length in ((2, 90), (2, 90), (4, 7), (2, 7), (2, 7))
         )
         scores, positions = ScoreOptions(0.5), torch.arange(80, 87)[:, None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -31,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from prefixtune.errors import PrefixError
 from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import atomic_path
 
@@ -64,7 +64,8 @@ def start(source: Path, load: Callable[[Path], T], without: str) -> Future[T | N
         made = None
         try:
             made = load(build(source))
-        except (OSError, PrefixError, subprocess.SubprocessError, ValueError, AttributeError) as error:
+        # Whatever it is: there is another way to compute.
+        except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             _log.warning("%s with torch alone, which is slower: %s", without, first)
         finally:
@@ -168,10 +169,30 @@ def pip_compiler() -> tuple[str, ...]:
     return (sys.executable, "-m", "ziglang") if importlib.util.find_spec("ziglang") is not None else ()
 
 
-def _find_openmp() -> str:
-    """The OpenMP library that torch has loaded: a second one would have threads of its own."""
-    import torch  # noqa: F401
+class _SymbolFacts(ctypes.Structure):
+    """`Dl_info` of <dlfcn.h>."""
 
+    _fields_ = [
+        *(("file", ctypes.c_char_p), ("base", ctypes.c_void_p)),
+        *(("name", ctypes.c_char_p), ("address", ctypes.c_void_p)),
+    ]
+
+
+def _find_openmp() -> str:
+    """The OpenMP library that torch computes with: a second one would have threads of its own.
+
+    Other packages (sentencepiece, scikit-learn) bring copies of it, which are loaded beside torch's.
+    """
+    import torch
+
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        for name in ("GOMP_parallel", "__kmpc_fork_call"):
+            # Of what torch is linked to, whatever else is loaded.
+            function = getattr(library, name, None)
+            facts = _SymbolFacts()
+            if function is not None and ctypes.CDLL(None).dladdr(function, ctypes.byref(facts)) and facts.file:
+                return os.fsdecode(facts.file)
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         found = re.search(r"/\S*/lib(?:g|i|)omp[^/]*\.so[^/\s]*$", line)
         if found:

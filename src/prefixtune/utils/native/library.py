@@ -34,7 +34,12 @@ class NativeLibrary(ABC):
             if size() != ctypes.sizeof(structure):
                 raise OSError(f"{path} was compiled for another version: remove it.")
         self.bind(library)
-        if not self.computes():
+        # Whatever else this process computes on, and in a thread of its own.
+        import torch
+
+        with torch.device("cpu"):
+            is_right = self.computes()
+        if not is_right:
             raise OSError(f"{path} computes something else: remove it, or use another compiler.")
 
     def __deepcopy__(self, memo: object) -> NativeLibrary:

@@ -1,0 +1,88 @@
+"""The curve of `prefixtune length` beside that of the study `length`: one nested run on the same samples.
+
+    python -m tools.nested_length E2E_FOLDER     # after the study: it takes the rate that the study chose
+
+Writes bench/results/nested_length.json, which `python -m tools.results` shows beside the study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.results import FOLDER
+from prefixtune.report.results import Study
+from prefixtune.studies import StudyConfig, plan
+from prefixtune.studies.cell import build_train_config
+from prefixtune.studies.data import StudyData
+from prefixtune.studies.lengths import LENGTH_FILE, study_lengths
+from prefixtune.studies.records import chosen_rate
+from prefixtune.utils.files import write_text
+from tools.pages import ROOT
+from tools.study_tables import table
+
+__all__ = ["NESTED", "nested_table"]
+
+
+NESTED = FOLDER / "nested_length.json"
+METHOD = "prefix-words"
+"""The variant of the study that has a run for each length."""
+
+
+def nested_table(study: Study, measured: Mapping[str, Any] | None) -> str:
+    """The development loss of a run for each length, and of the nested run cut to it.
+
+    Args:
+        study: The study of lengths.
+        measured: What this program wrote; None: nothing.
+    """
+    if measured is None:
+        return "Not run yet: `python -m tools.nested_length E2E_FOLDER`."
+    nested = {point["prefix_length"]: point for point in measured["lengths"]}
+    trained = {
+        cell.factors["prefix_length"]: cell.figures["dev_loss"]
+        for cell in study.cells
+        if cell.factors.get("method") == METHOD and "dev_loss" in cell.figures
+    }
+    rows = []
+    for length in sorted({*nested, *trained}):
+        row = [str(length), f"{trained[length]:.3f}" if length in trained else ""]
+        if length in nested:
+            low, high = nested[length]["interval"]
+            row.append(f"{nested[length]['loss']:.3f} ({low:.3f} to {high:.3f})")
+        else:
+            row.append("")
+        rows.append(row)
+    chosen = (
+        f"The nested run's best length is {measured['best']}; the shortest that is not significantly worse is "
+        f"{measured['chosen']} (p = {measured['significance']:g})."
+    )
+    return f"{table(['P', 'a run for each length', 'one nested run, cut (95 %, over sources)'], rows)}\n\n{chosen}"
+
+
+def main() -> None:
+    """Train the nested run, and keep its curve."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("data", type=Path, help="the folder of E2E")
+    options = parser.parse_args()
+    config = StudyConfig.from_file(ROOT / "studies" / "length.toml", data=str(options.data))
+    cells = [cell for cell in plan(config) if cell.method == METHOD]
+    longest = max(cells, key=lambda cell: cell.prefix_length)
+    rate = chosen_rate(config, longest)
+    if rate is None:
+        parser.error("the study has not chosen the rate yet: prefixtune study length --config studies/length.toml")
+    folder = config.folder.with_name("length-nested")
+    train, dev = StudyData(config).for_cell(longest)
+    run = build_train_config(config, longest, rate, folder, longest.num_targets)
+    lengths = sorted({cell.prefix_length for cell in cells})
+    study_lengths(run, lengths=lengths, resume=(folder / "config.toml").exists(), examples=train, dev_examples=dev)
+    facts = json.loads((folder / LENGTH_FILE).read_text(encoding="utf-8"))
+    kept = {key: facts[key] for key in ("backbone", "best", "chosen", "significance", "test", "num_sources", "lengths")}
+    write_text(NESTED, json.dumps({**kept, "learning_rate": rate}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
