@@ -129,9 +129,8 @@ def _serving(serve: Mapping[str, Any], decode: Mapping[str, Any]) -> str:
     rows = [[str(count), *(f"{seconds[count, p] / seconds[count, 0]:.2f}" for p in lengths if p)] for count in texts]
     head = ["texts at once", *(f"P = {p}" for p in lengths if p)]
     return (
-        text
-        + "A step of decoding, as a multiple of one without a prefix (`bench/results/decode.json`):\n\n"
-        + table(head, rows)
+        text + f"A step of decoding, as a multiple of one without a prefix, {decode['date'][:10]} "
+        "(`bench/results/decode.json`):\n\n" + table(head, rows)
     )
 
 

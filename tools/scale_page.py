@@ -3,20 +3,21 @@
     python -m tools.scale_page            # write it
     python -m tools.scale_page --check    # exit 1 if it is out of date
 
-Sizes follow from the published shapes of the backbones. Speeds (`STEP_SECONDS`) were measured with
-`bench.serving.decode`; nothing here was run on a GPU. The simulation of caches is exact under its assumption: requests
-one after the other, whose tasks follow Zipf's law.
+Sizes follow from the published shapes of the backbones. Speeds are those that `bench.serving.decode` measured; nothing
+here was run on a GPU. The simulation of caches is exact under its assumption: requests one after the other, whose tasks
+follow Zipf's law.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tools.pages import DOCS, write_or_check
+from tools.pages import DOCS, ROOT, write_or_check
 
 PAGE = DOCS / "scale.md"
 BYTES = 2
@@ -64,22 +65,8 @@ DEVICES = {"24 GiB": 24, "80 GiB": 80, "8 x 80 GiB": 640}
 FREE_SHARE = 0.1
 """Share of a device's memory left for intermediate results and the allocator."""
 
-STEP_SECONDS = {
-    (1, 0): 0.0305,
-    (1, 10): 0.0294,
-    (1, 200): 0.0300,
-    (8, 0): 0.0355,
-    (8, 10): 0.0348,
-    (8, 200): 0.0412,
-    (32, 0): 0.0672,
-    (32, 10): 0.0703,
-    (32, 200): 0.0862,
-    (64, 0): 0.1124,
-    (64, 10): 0.1226,
-    (64, 200): 0.1562,
-}
-"""Seconds of a decode step by texts and P, each text with a prefix of its own: `bench.serving.decode`, SmolLM2-135M
-in bfloat16 on two cores, 2026-11-25."""
+STEPS = ROOT / "bench" / "results" / "decode.json"
+"""Seconds of a decode step by texts and P, each text with a prefix of its own: `bench.serving.decode`."""
 
 REPLICAS, TASKS, REQUESTS = 8, 10_000, 200_000
 CACHES = (100, 300, 1_000)
@@ -117,11 +104,13 @@ def capacity_table(texts: int = 64, length: int = 10, text: int = 512) -> list[s
 
 def length_table() -> list[str]:
     """Tokens a second by the number of texts and the prefix's length."""
-    counts, lengths = (sorted({setting[axis] for setting in STEP_SECONDS}) for axis in (0, 1))
+    rows = json.loads(STEPS.read_bytes())["figures"]
+    seconds = {(row["texts"], row["prefix_length"]): row["seconds"] for row in rows}
+    counts, lengths = (sorted({setting[axis] for setting in seconds}) for axis in (0, 1))
     lines = [f"| texts at once | {' | '.join(f'P = {length}' for length in lengths)} |"]
     lines.append("|---|" + "---|" * len(lengths))
     for count in counts:
-        cells = (f"{count / STEP_SECONDS[count, length]:,.0f}" for length in lengths)
+        cells = (f"{count / seconds[count, length]:,.0f}" for length in lengths)
         lines.append(f"| {count} | {' | '.join(cells)} |")
     return lines
 
@@ -209,14 +198,16 @@ prefixes are never the reason for it.
 
 ## Throughput
 
-Tokens per second, measured with `python -m bench.serving.decode`: SmolLM2-135M in bfloat16, texts of about 80 positions
-besides the prefix, each with a prefix of its own, while no prompt is computed.
+Tokens per second, measured with `python -m bench.serving.decode`: SmolLM2-135M in bfloat16 on two cores with a C++
+compiler, texts of about 80 positions besides the prefix, each with a prefix of its own, while no prompt is computed
+(`bench/results/decode.json`).
 
 {speeds}
 
-A step of one text takes nearly as long as one of eight; from about 32 texts on the matrix products take the time. A
-prefix makes only attention longer. The number of different tasks in a batch does not matter: 32 prefixes ran as fast as
-one (`python -m bench.serving.serve`). Many tasks cost memory and cache misses.
+A step of eight texts takes little longer than one of one text; from about 32 texts on the matrix products take the
+time, and more texts at once gain nothing here. A prefix makes only attention longer. The number of different tasks in
+a batch does not matter: 32 prefixes ran as fast as one (`python -m bench.serving.serve`). Many tasks cost memory and
+cache misses.
 
 ## Routing
 

@@ -9,6 +9,7 @@ median of 20 steps in which every text adds a token and no prompt is computed. `
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 import time
@@ -66,7 +67,8 @@ def main() -> int:
         figure = {"texts": texts, "prefix_length": length, "seconds": round(seconds, 5)}
         figures.append(figure | ({"prefixes": prefixes} if prefixes else {}))
         print(json.dumps(figures[-1]), flush=True)
-    write_results(options.json, load, {"figures": figures})
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_results(options.json, load, {"date": date, "figures": figures})
     return 0
 
 

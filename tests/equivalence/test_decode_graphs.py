@@ -206,6 +206,6 @@ def test_a_step_that_waits_is_not_recorded_at_all():
 
     with RefuseWaits():
         found = goes_on()
-        with pytest.raises(RuntimeError, match="nonzero.* waits for the device"):
+        with pytest.raises(RuntimeError, match=r"nonzero.* waits for the device"):
             waits()
     assert found.tolist() == [0, 2, 4]
