@@ -9,6 +9,9 @@ The products that the step needs are counted, 2mnk operations each:
   backward (three in the first layer), no recomputation;
 - the prefix's MLP: forward, and the gradients of input and weight.
 
+They are counted on the plain model, whose layers can be watched; torch's own counter must find as many there, attention
+and the head apart. The timed steps compute the same with fused operations.
+
 Not counted: normalizations, activations, rotary embeddings, softmax, the loss, clipping and AdamW. They take time,
 so the share stays below 1.
 """
@@ -17,7 +20,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -26,8 +30,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.data import Batch, Data, encode, first_batches
-from bench.results import Figure, Log, Results
-from bench.training.sides import OurSide
+from bench.results import DifferenceError, Figure, Log, Results
+from bench.training.sides import OurSide, num_target_tokens
 from bench.training.steps import step
 from prefixtune.backbone.load import load_backbone
 from prefixtune.data.encoding import TokenizedExample
@@ -97,8 +101,7 @@ def measure(
     operands = {shape: (torch.randn(shape[0], shape[1]), torch.randn(shape[2], shape[1])) for shape in shapes}
     operands = {shape: (a.to(dtype), b.to(dtype)) for shape, (a, b) in operands.items()}
     products: dict[str, list[float]] = {_shape_name(shape): [] for shape in shapes}
-    with FlopCounterMode(display=False) as counter:
-        step(side, batches[0])
+    step(side, batches[0])
     seconds = []
     for index, batch in enumerate(batches[1:], 1):
         for shape, (a, b) in operands.items():
@@ -108,7 +111,9 @@ def measure(
         step(side, batch)
         seconds.append(time.perf_counter() - began)
         log(f"flops, {dtype}: {index}/{len(batches) - 1}: {seconds[-1]:.2f} s")
-    flops = [count_flops(side, batch) for batch in batches[1:]]
+    with plain_model(side):
+        flops = [count_flops(side, batch) for batch in batches[1:]]
+        cross_check = check_count(side, batches[0])
     best = max(products, key=lambda name: max(products[name]))
     peak = max(products[best])
     speed = median(f["total"] / s / 1e9 for f, s in zip(flops, seconds, strict=True))
@@ -120,13 +125,46 @@ def measure(
         "flops": flops,
         "step_gflops": speed,
         "share": speed / peak,
-        "cross_check": {
-            "counted_here": count_flops(side, batches[0]),
-            "torch_flop_counter": {
-                "total": counter.get_total_flops(),
-                "by_operator": {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()},
-            },
-        },
+        "cross_check": cross_check,
+    }
+
+
+@contextmanager
+def plain_model(side: OurSide) -> Iterator[None]:
+    """Steps within compute with the model as transformers made it, without fused operations."""
+    values = vars(side.backbone)
+    before = values.get("for_training")
+    values["for_training"] = side.backbone
+    try:
+        yield
+    finally:
+        values.pop("for_training")
+        if before is not None:
+            values["for_training"] = before
+
+
+def check_count(side: OurSide, batch: Sequence[TokenizedExample]) -> dict[str, Any]:
+    """A step's operations as they are counted here and by torch.
+
+    Raises:
+        DifferenceError: Apart from attention, of which torch sees a part, they differ. The head's products are among
+            torch's or not, depending on what computes the loss.
+    """
+    counted = count_flops(side, batch)
+    with FlopCounterMode(display=False) as counter:
+        side.backward(batch)
+    side.optimizer.zero_grad(set_to_none=True)
+    found = {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
+    layers = counted["linear_forward"] + counted["linear_backward"] + counted["mlp"]
+    head = counted["head_forward"] + counted["head_backward"]
+    torch_s = sum(found.get(name, 0) for name in ("aten.mm", "aten.addmm"))
+    if all(abs(ours - torch_s) > 0.001 * torch_s for ours in (layers, layers + head)):
+        raise DifferenceError(
+            f"{layers:,} operations of layers and {head:,} of the head were counted, and {torch_s:,} by torch."
+        )
+    return {
+        "counted_here": counted,
+        "torch_flop_counter": {"total": counter.get_total_flops(), "by_operator": found},
     }
 
 
@@ -151,19 +189,20 @@ def output_head(side: OurSide) -> nn.Module:
 def count_flops(side: OurSide, batch: Sequence[TokenizedExample]) -> dict[str, int]:
     """Operations of the products that a step needs, by kind; see the module's docstring."""
     head = output_head(side)
-    counts = {"linear_forward": 0, "linear_backward": 0, "head_forward": 0, "head_backward": 0, "mlp": 0}
+    # Its logits are computed a few at a time, without a call of the layer.
+    of_head = 2 * num_target_tokens(batch) * head.get_parameter("weight").numel()
+    counts = {"linear_forward": 0, "linear_backward": 0, "head_forward": of_head, "head_backward": of_head, "mlp": 0}
 
     def count_backbone(module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
-        kind = "head" if module is head else "linear"
         operations = 2 * (inputs[0].numel() // inputs[0].shape[-1]) * module.get_parameter("weight").numel()
-        counts[f"{kind}_forward"] += operations
+        counts["linear_forward"] += operations
         if inputs[0].requires_grad:
-            counts[f"{kind}_backward"] += operations
+            counts["linear_backward"] += operations
 
     def count_mlp(module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
         counts["mlp"] += 3 * 2 * inputs[0].shape[0] * module.get_parameter("weight").numel()
 
-    handles = [m.register_forward_hook(count_backbone) for m in side.model.modules() if _is_linear(m)]
+    handles = [m.register_forward_hook(count_backbone) for m in side.model.modules() if _is_linear(m) and m is not head]
     handles += [m.register_forward_hook(count_mlp) for m in side.module.modules() if isinstance(m, nn.Linear)]
     try:
         side.backward(batch)
