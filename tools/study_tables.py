@@ -18,7 +18,8 @@ def scores_table(study: Study) -> str:
     """
     points = _done_points(study)
     planned = _planned(study)
-    metrics = list(next(iter(points.values()))[0][1].scores) if points else []
+    # A run may lack one: METEOR needs Java, in a given time.
+    metrics = list(dict.fromkeys(name for runs in points.values() for _, each in runs for name in each.scores))
     groups = sorted({name for runs in points.values() for name in _group_scores(runs[0][1])})
     head = [*study.factors, "runs", "learning rate (tried)", *(name.upper() for name in metrics)]
     head += [f"BLEU, {name}" for name in groups] + ["development loss", "trained", "stored", "bytes"]
@@ -27,7 +28,7 @@ def scores_table(study: Study) -> str:
         first, evaluations = runs[0][0], [evaluation for _, evaluation in runs]
         row = [str(first.factors.get(name, "")) for name in study.factors]
         row += [_count(len(runs), planned[point]), _rates(study.tuning.get(point))]
-        row += [_score([evaluation.scores[name] for evaluation in evaluations]) for name in metrics]
+        row += [_score([each.scores[name] for each in evaluations if name in each.scores]) for name in metrics]
         in_groups = [_group_scores(evaluation) for evaluation in evaluations]
         row += [_score([scores[name] for scores in in_groups if name in scores]) for name in groups]
         losses = [cell.figures["dev_loss"] for cell, _ in runs if "dev_loss" in cell.figures]
@@ -184,6 +185,8 @@ def _rates(tuning: dict[str, Any] | None) -> str:
 def _score(scores: Sequence[Score]) -> str:
     """One run: its score and interval; several: mean, standard deviation and range."""
     values = [score.score for score in scores if score.score is not None]
+    if not values:
+        return "not measured"
     digits = 1 if max(values) > 10 else 2 if max(values) > 1 else 3
     if len(values) > 1:
         spread = f"{min(values):.{digits}f} to {max(values):.{digits}f}"

@@ -15,7 +15,7 @@ from prefixtune.studies import StudyConfig, plan
 from prefixtune.studies.records import check_same_study, read_outcome, read_study
 from tools import results
 from tools.nested_length import METHOD, nested_table
-from tools.study_tables import costs_table
+from tools.study_tables import costs_table, scores_table
 
 FILES = results.study_files()
 
@@ -146,3 +146,22 @@ def test_a_nested_run_stands_beside_the_runs_of_each_length() -> None:
     assert rows[2:4] == ["| 2 | 1.500 | 1.600 (1.400 to 1.800) |", "| 5 |  | 1.250 (1.000 to 1.300) |"]
     assert "best length is 5; the shortest that is not significantly worse is 2 " in rows[-1]
     assert "Not run yet" in nested_table(study, None)
+
+
+def test_a_run_without_one_of_the_metrics_has_the_others(tmp_path: Path) -> None:
+    study = read_results(low_data_study(tmp_path))
+    assert isinstance(study, Study)
+    done = next(cell for cell in study.cells if cell.run is not None)
+    assert done.run is not None
+    assert done.run.evaluation is not None
+    fewer = {name: score for name, score in done.run.evaluation.scores.items() if name != "meteor"}
+    run = done.run.model_copy(update={"evaluation": done.run.evaluation.model_copy(update={"scores": fewer})})
+    cells = [
+        done.model_copy(update={"id": f"{name}-n9-subset0-seed0", "factors": {"method": name}, "run": each})
+        for name, each in (("first", run), ("second", done.run))
+    ]
+    made = study.model_copy(update={"cells": tuple(cells), "factors": ("method",)})
+    head, _, first, second = scores_table(made).splitlines()
+    column = head.split(" | ").index("METEOR")
+    assert first.split(" | ")[column] == "not measured"
+    assert second.split(" | ")[column].startswith("0.")
