@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ PATTERNS = ("study.json", "comparisons.json", "tuning/*.json", "cells/*/cell.jso
 DATA = ROOT.parent / "shared" / "data"
 FOLDERS = {"webnlg": "webnlg2017"}
 """Folders of data sets that are not called as their tasks."""
+_PATH = re.compile(r"(?<![^\s'\"=])/[^\s'\",]+")
 _ALLOWED = re.compile("|".join(re.escape(pattern).replace(r"\*", "[A-Za-z0-9-]+") for pattern in PATTERNS))
 
 
@@ -48,8 +50,27 @@ _ALLOWED = re.compile("|".join(re.escape(pattern).replace(r"\*", "[A-Za-z0-9-]+"
 def pack(folder: Path, path: Path) -> None:
     """Write a study's folder as one file, a line for each of its files."""
     names = [file.relative_to(folder).as_posix() for pattern in PATTERNS for file in sorted(folder.glob(pattern))]
-    lines = [f"{json.dumps(name)}: {_compact(json.loads((folder / name).read_bytes()))}" for name in names]
+    contents = (portable(json.loads((folder / name).read_bytes())) for name in names)
+    lines = [f"{json.dumps(name)}: {_compact(content)}" for name, content in zip(names, contents, strict=True)]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def portable(value: Any) -> Any:
+    """The same JSON with paths from the repository's folder, or by their names alone, also as words of a command.
+
+    >>> portable({"data": "/elsewhere/e2e", "command": "study --data /elsewhere/e2e"})
+    {'data': 'e2e', 'command': 'study --data e2e'}
+    """
+    if isinstance(value, dict):
+        return {key: portable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [portable(each) for each in value]
+    return _PATH.sub(_from_here, value) if isinstance(value, str) else value
+
+
+def _from_here(found: re.Match[str]) -> str:
+    path = Path(found[0])
+    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT.parent) else path.name
 
 
 def unpack(path: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from prefixtune.pages.format import metric_name
 from prefixtune.report.results import Cell, Evaluation, Score, Study
+from prefixtune.studies.kinds import UNTRAINED
 
 __all__ = ["costs_table", "differences_table", "progress", "scores_table", "table", "toys_table"]
 
@@ -56,7 +57,11 @@ def differences_table(study: Study) -> str:
     """How far a study's points are from their counterparts, one row for each."""
     if not study.differences:
         return "None yet."
-    decimals, planned = _decimals(study), _planned(study)
+    decimals, counts = _decimals(study), _planned(study)
+    # One run that is not trained has a difference from every run of its counterpart.
+    planned = {
+        p.point: counts.get(p.reference if p.point.startswith(UNTRAINED) else p.point, 0) for p in study.differences
+    }
     head = [f"{metric_name(study.metric)} of", "less that of", "test items", "each run (p)", "mean ± standard error"]
     is_corrected = any(point.corrected_p_value is not None for point in study.differences)
     rows = []
@@ -65,7 +70,7 @@ def differences_table(study: Study) -> str:
             f"{difference:+.{decimals}f}" + (f" ({p_value:.3f})" if p_value is not None else "")
             for difference, p_value in zip(point.differences, point.p_values, strict=True)
         ]
-        if len(runs) < planned.get(point.point, 0):
+        if len(runs) < planned[point.point]:
             runs.append(f"{_count(len(runs), planned[point.point])} runs")
         error = point.standard_error
         spread = f"{point.mean:+.{decimals}f} ± {error:.{decimals}f}" if error is not None else ""

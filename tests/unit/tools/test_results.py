@@ -165,3 +165,18 @@ def test_a_run_without_one_of_the_metrics_has_the_others(tmp_path: Path) -> None
     column = head.split(" | ").index("METEOR")
     assert first.split(" | ")[column] == "not measured"
     assert second.split(" | ")[column].startswith("0.")
+
+
+def test_what_is_kept_names_no_path_of_the_machine() -> None:
+    inside, beside = results.ROOT / "runs" / "methods", results.ROOT.parent / "shared" / "e2e"
+    given = {
+        "output": str(inside),
+        "lists": [str(beside), 3],
+        "command": f"study --data {beside} --output={inside} a/b",
+    }
+    assert results.portable(given) == {
+        "output": "runs/methods",
+        "lists": ["../shared/e2e", 3],
+        "command": "study --data ../shared/e2e --output=runs/methods a/b",
+    }
+    assert results.portable({"data": "/somewhere/else/e2e"}) == {"data": "e2e"}
