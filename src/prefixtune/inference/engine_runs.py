@@ -123,9 +123,10 @@ def describe_weights(backbone: Backbone) -> _Weights:
         if type(weight) is not torch.nn.Parameter or not weight.numel():
             facts.append((id(weight), version, 0, b""))
             continue
-        # Of every dimension, so that nothing is copied, however the numbers lie.
+        # Of every dimension, so that no more than these are copied, however the numbers lie.
         some = weight.detach()[tuple(slice(None, None, max(1, size // _SAMPLED)) for size in weight.shape)]
-        facts.append((id(weight), version, weight.data_ptr(), some.flatten().view(torch.uint8).numpy().tobytes()))
+        numbers = some.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        facts.append((id(weight), version, weight.data_ptr(), numbers.numpy().tobytes()))
     return tuple(facts)
 
 
