@@ -176,6 +176,68 @@ def test_ids_are_those_of_transformers(template: str, default_backbone: Any) -> 
     assert found.is_packed == (template not in (THINKING, NO_END))
 
 
+def long_conversation(num_answers: int) -> list[Message]:
+    pairs = [
+        (
+            Message("user", f"What is {number}?"),
+            Message("assistant", f"<think>\nhm {number}\n</think>\n\nIt is é{number}. "),
+        )
+        for number in range(num_answers)
+    ]
+    return [message for pair in pairs for message in pair] + [Message("user", "And now?")]
+
+
+@pytest.mark.parametrize("template", ["model", CHATML, LLAMA_2, THINKING], ids=lambda text: text[:20])
+def test_the_work_for_a_conversation_grows_with_its_length(
+    template: str, default_backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form, messages = chat_format(default_backbone, template), long_conversation(40)
+    encode, encoded = type(default_backbone).encode, [0]
+
+    def counted(backbone: Any, text: str) -> list[int]:
+        encoded[0] += len(text)
+        ids: list[int] = encode(backbone, text)
+        return ids
+
+    monkeypatch.setattr(type(default_backbone), "encode", counted)
+    found = encode_conversation(default_backbone, form, messages, [ANSWER])
+    whole = len(default_backbone.tokenizer.decode([*found.turns[-1].prompt, *found.turns[-1].labels]))
+    assert encoded[0] < 8 * whole
+    own = None if template == "model" else template
+    for turn, stop in zip(found.turns, range(1, len(messages) + 1, 2), strict=True):
+        assert list(turn.prompt) == by_transformers(default_backbone.tokenizer, messages[:stop], own, opens=True)
+
+
+def test_a_tokenizer_that_looks_further_is_asked_for_each_text(
+    default_backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is shared is checked: here a token depends on the length of the text."""
+    form, messages = chat_format(default_backbone, "model"), long_conversation(3)
+    encode = type(default_backbone).encode
+    monkeypatch.setattr(
+        type(default_backbone), "encode", lambda backbone, text: [len(text), *encode(backbone, text)[1:]]
+    )
+    found = encode_conversation(default_backbone, form, messages, [ANSWER])
+    texts = [
+        default_backbone.tokenizer.apply_chat_template(
+            [message._asdict() for message in messages[:stop]], tokenize=False, add_generation_prompt=True
+        )
+        for stop in range(1, len(messages) + 1, 2)
+    ]
+    assert [list(turn.prompt) for turn in found.turns] == [default_backbone.encode(text) for text in texts]
+
+
+def test_what_follows_a_turn_that_is_too_long_is_not_encoded(default_backbone: Any) -> None:
+    form, messages = chat_format(default_backbone, "model"), long_conversation(12)
+    whole = encode_conversation(default_backbone, form, messages, [ANSWER])
+    limit = whole.turns[4].length
+    found = encode_conversation(default_backbone, form, messages, [ANSWER], limit=limit)
+    assert (found.turns, found.num_turns, found.num_last) == (whole.turns[:6], 13, 0)
+    example = chat_example([*messages, Message("assistant", ANSWER)])
+    dataset = encode_examples(default_backbone, [example], form, prefix_length=0, max_length=limit)
+    assert (dataset.num_dropped_turns, len(dataset.examples[0].turns)) == (13 - 5, 5)
+
+
 def test_a_packed_conversation_is_the_whole_text(default_backbone: Any) -> None:
     form = chat_format(default_backbone, "model")
     example = chat_example([*CHAT, Message("assistant", ANSWER)])

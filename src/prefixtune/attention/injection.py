@@ -27,6 +27,7 @@ __all__ = [
     "batch_prefixes",
     "injecting",
     "injecting_beside",
+    "interrupt",
     "interrupting",
     "observe_attention",
     "run_apart",
@@ -208,12 +209,19 @@ def interrupting(function: Callable[[], object]) -> Iterator[None]:
     """While the block runs, `function` is called before each layer attends; what it raises ends the call of the model.
 
     It may run the model itself by `run_apart`: between two layers, a call has all of its state in its own variables.
+    Other long work in the block calls it by `interrupt`.
     """
     token = interruption.set(function)
     try:
         yield
     finally:
         interruption.reset(token)
+
+
+def interrupt() -> None:
+    """Call the function of `interrupting`, if there is one: to be called often by long work."""
+    if (function := interruption.get()) is not None:
+        function()
 
 
 def run_apart(function: Callable[[], object], device: torch.device) -> None:

@@ -13,7 +13,7 @@ from prefixtune.attention.injection import (
     Injection,
     attention_observer,
     current_injection,
-    interruption,
+    interrupt,
     traced_calls,
 )
 from prefixtune.attention.kernels import AttentionKernel, ScoreOptions, packed_attention, plain_attention
@@ -63,8 +63,7 @@ def attend(
     position bias (T5) is zero at the prefix; a soft cap (Gemma 2) and sinks (`s_aux`, gpt-oss) apply to the prefix as
     to the text.
     """
-    if (interrupt := interruption.get()) is not None:
-        interrupt()
+    interrupt()
     injection = prefix_injection if prefix_injection is not None else current_injection.get()
     if query.dtype != value.dtype:
         # Under autocast, rotary embeddings leave queries and keys in float32.

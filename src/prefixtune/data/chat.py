@@ -8,6 +8,7 @@ its own.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -60,13 +61,16 @@ class ConversationTurns:
 
     Attributes:
         turns: One per answer of the assistant; the last ones answer the same message where there are several targets.
+            Where one is too long, it is the last of them.
         num_last: How many of them answer the last message.
         is_packed: Each turn continues the one before it token by token, so that the whole is computed once.
+        num_turns: Of the whole conversation.
     """
 
     turns: tuple[Turn, ...]
     num_last: int
     is_packed: bool
+    num_turns: int
 
 
 def has_chat_template(backbone: Backbone) -> bool:
@@ -209,6 +213,7 @@ def encode_conversation(
     targets: Sequence[str],
     *,
     last_only: bool = False,
+    limit: int | None = None,
 ) -> ConversationTurns:
     """Every answer of a conversation as token ids.
 
@@ -221,21 +226,23 @@ def encode_conversation(
         messages: All messages before the targets; the last one is the user's.
         targets: The answers to the last message.
         last_only: Leave out the earlier answers.
+        limit: Positions of a turn: what follows an earlier one that takes more is not encoded.
 
     Raises:
         RequestError: The template refuses the messages.
     """
     conversation = as_conversation(messages)
-    turns = [
-        _encode_turn(backbone, text_format, conversation[:index], message["content"])
-        for index, message in enumerate(conversation)
-        if message["role"] == "assistant" and not last_only
-    ]
-    num_earlier = len(turns)
-    turns += [_encode_turn(backbone, text_format, conversation, target) for target in targets]
-    following = itertools.pairwise(turns[: num_earlier + 1])
+    earlier = [index for index, one in enumerate(conversation) if one["role"] == "assistant" and not last_only]
+    answers = [(index, conversation[index]["content"]) for index in earlier]
+    answers += [(len(conversation), target) for target in targets]
+    encoder = _Encoder(backbone)
+    turns = _encode_turns(backbone, text_format, conversation, answers, limit, encoder)
+    if not encoder.is_exact:
+        turns = _encode_turns(backbone, text_format, conversation, answers, limit, _Encoder(backbone, shares=False))
+    following = itertools.pairwise(turns[: len(earlier) + 1])
     is_packed = all(later.prompt[: turn.length] == turn.prompt + turn.labels for turn, later in following)
-    return ConversationTurns(tuple(turns), len(targets), is_packed)
+    num_last = len(targets) if len(turns) == len(answers) else 0
+    return ConversationTurns(tuple(turns), num_last, is_packed, len(answers))
 
 
 def lengths_around(backbone: Backbone, text_format: TextFormat, source: Source) -> tuple[int, int]:
@@ -248,8 +255,80 @@ def lengths_around(backbone: Backbone, text_format: TextFormat, source: Source) 
     return len(backbone.encode(before)), len(backbone.encode(after))
 
 
+class _Encoder:
+    """Encodes texts of which each begins like one before it; what they share is encoded once.
+
+    A tokenizer splits a text at special tokens first, so that the tokens on their two sides do not depend on each
+    other. What is shared is encoded up to the last special token in it; the rest, after that token.
+
+    Args:
+        backbone: Its tokenizer counts.
+        shares: Whether to do so; else every text is encoded as a whole.
+    """
+
+    def __init__(self, backbone: Backbone, *, shares: bool = True) -> None:
+        self._backbone = backbone
+        added = backbone.tokenizer.added_tokens_decoder if shares and backbone.tokenizer.is_fast else {}
+        self._specials = {token_id: str(token.content) for token_id, token in added.items() if token.special}
+        # The last two texts, each up to its last special token, and their tokens: an answer is sometimes written in
+        # another way once others follow it, and what was before it is then still shared.
+        self._known: deque[tuple[str, list[int]]] = deque(maxlen=2)
+        self._latest: tuple[str, list[int]] = ("", [])
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        shared = next((known for known in reversed(self._known) if text.startswith(known[0])), None)
+        ids = self._backbone.encode(text) if shared is None else self._after(text, *shared)
+        self._latest = text, ids
+        last = next((index for index in range(len(ids) - 1, -1, -1) if ids[index] in self._specials), None)
+        if last is not None:
+            name = self._specials[ids[last]]
+            self._known.append((text[: text.rfind(name) + len(name)], ids[: last + 1]))
+        return ids
+
+    def _after(self, text: str, beginning: str, ids: list[int]) -> list[int]:
+        """The tokens of a text with a known beginning, which ends with a special token."""
+        return ids[:-1] + self._backbone.encode(self._specials[ids[-1]] + text[len(beginning) :])
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the tokens of the latest text, and so of what the others share with it, are the tokenizer's own."""
+        text, ids = self._latest
+        return ids == self._backbone.encode(text)
+
+
+def _encode_turns(
+    backbone: Backbone,
+    text_format: TextFormat,
+    conversation: Sequence[Mapping[str, str]],
+    answers: Sequence[tuple[int, str]],
+    limit: int | None,
+    encoder: _Encoder,
+) -> list[Turn]:
+    """The turns of a conversation, up to an earlier one that is too long.
+
+    Args:
+        backbone: Its tokenizer counts.
+        text_format: Names the chat template.
+        conversation: All messages before the last answers.
+        answers: How many messages are before each answer, and its text.
+        limit: As in `encode_conversation`.
+        encoder: What encodes the texts.
+    """
+    turns: list[Turn] = []
+    for index, answer in answers:
+        turns.append(_encode_turn(backbone, text_format, conversation[:index], answer, encoder))
+        if limit is not None and turns[-1].length > limit and index < len(conversation):
+            break
+    return turns
+
+
 def _encode_turn(
-    backbone: Backbone, text_format: TextFormat, messages: Sequence[Mapping[str, str]], answer: str
+    backbone: Backbone,
+    text_format: TextFormat,
+    messages: Sequence[Mapping[str, str]],
+    answer: str,
+    encoder: _Encoder,
 ) -> Turn:
     """The tokens before an answer, and its own."""
     tokenizer = backbone.tokenizer
@@ -257,7 +336,7 @@ def _encode_turn(
     answered = [*messages, {"role": "assistant", "content": answer}]
     whole = render_chat(tokenizer, text_format, answered, add_generation_prompt=False)
     _check_characters(whole)
-    prompt, ids = backbone.encode(before), backbone.encode(whole)
+    prompt, ids = encoder.encode(before), encoder.encode(whole)
     # Generation starts after the prompt's own tokens, whatever the tokens of the whole text are.
     text = whole[len(before) :] if whole.startswith(before) else answer
     labels = ids[len(prompt) :] if ids[: len(prompt)] == prompt else backbone.encode(text)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from prefixtune.attention.injection import interrupt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import ConversationTurns, Turn, encode_conversation, lengths_around
 from prefixtune.data.examples import Example, Message, conversation_of
@@ -71,12 +72,15 @@ def encode_conversations(
     origins: list[int] = []
     longest_prompt = num_truncated = num_dropped = num_unpacked = 0
     for number, example in enumerate(examples, start=first):
+        interrupt()
         messages = conversation_of(example)
         name = f"example {number} ({example.source[:60]!r})"
         try:
-            found = encode_conversation(backbone, text_format, messages, example.targets, last_only=turns == "last")
+            found = encode_conversation(
+                backbone, text_format, messages, example.targets, last_only=turns == "last", limit=limit
+            )
             fitting = _fitting(found.turns, found.num_last, limit)
-            if len(fitting) < len(found.turns) and on_too_long == "error":
+            if len(fitting) < found.num_turns and on_too_long == "error":
                 longest = max(found.turns, key=lambda turn: turn.length)
                 raise DataError(
                     f"{name} takes {len(longest.prompt)} tokens and its longest target {len(longest.labels)}, but "
@@ -90,10 +94,10 @@ def encode_conversations(
                 num_truncated += 1
         except RequestError as error:
             raise DataError(f"{name}: {error.message}", hint=error.hint) from None
-        num_last = found.num_last if len(fitting) == len(found.turns) else 1
+        num_last = found.num_last if len(fitting) == found.num_turns else 1
         is_packed = found.is_packed and turns == "packed"
         made = _examples_of(fitting, num_last, is_packed)
-        num_dropped += len(found.turns) - len(fitting)
+        num_dropped += found.num_turns - len(fitting)
         num_unpacked += len(fitting) > num_last and not is_packed
         tokenized += made
         origins += [number - first] * len(made)
@@ -131,7 +135,7 @@ def _cut_first(
         DataError: An answer is too long, or nothing of the message would stay.
     """
     first, stop = list(found.turns), len(messages)
-    if len(found.turns) > found.num_last:
+    if found.num_turns > found.num_last:
         first, stop = first[:1], next(index for index, message in enumerate(messages) if message.role == "assistant")
     before, after = lengths_around(backbone, text_format, messages[:stop])
     longest = max(len(turn.labels) for turn in first)

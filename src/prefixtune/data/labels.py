@@ -257,14 +257,20 @@ def encode_labelled_prompt(
     encoding = backbone.tokenizer(
         text, add_special_tokens=backbone.kind != "decoder", return_offsets_mapping=True, verbose=False
     )
-    positions, start = [], len(text_format.around(backbone.separator)[0])
+    # The tokens that have characters, in the order of the text, as the words are: so one pass serves all words.
+    spans = [(index, first, last) for index, (first, last) in enumerate(encoding["offset_mapping"]) if last > first]
+    positions, at, start = [], 0, len(text_format.around(backbone.separator)[0])
     for token in tokens:
         stop = start + len(token)
-        inside = [index for index, (a, b) in enumerate(encoding["offset_mapping"]) if a < stop and b > start and b > a]
-        if not inside:
+        while at < len(spans) and spans[at][2] <= start:
+            at += 1
+        end = at
+        while end < len(spans) and spans[end][1] < stop:
+            end += 1
+        if end == at:
             raise DataError(
                 f"the tokenizer of {backbone.name!r} makes no token of the word {token!r}.", hint="leave it out."
             )
-        positions.append(inside[0] if backbone.kind == "encoder" else inside[-1])
+        positions.append(spans[at if backbone.kind == "encoder" else end - 1][0])
         start = stop + 1
     return list(encoding["input_ids"]), positions

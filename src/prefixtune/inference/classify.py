@@ -42,6 +42,9 @@ __all__ = ["EncodedTexts", "Prediction", "classify", "encode_to_classify", "enco
 
 T = TypeVar("T")
 
+_MOST_SCORED = 4096
+"""Tokens of labels' words in one batch: each has a logit for every token of the vocabulary."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -130,13 +133,40 @@ class EncodedTexts:
 
     def predict(self, rows: Sequence[int]) -> list[list[Prediction]]:
         """The labels of some texts, computed in one batch: of each text one, or one for each tagged token."""
+        scores = [self.score(rows, part) for part in self.parts(rows, _MOST_SCORED)]
+        return [self.predictions(torch.cat(of_one, dim=-1)) for of_one in zip(*scores, strict=True)]
+
+    def parts(self, rows: Sequence[int], max_tokens: int) -> Iterator[slice]:
+        """The labels in parts, whose words after all of some texts have at most that many tokens; at least one label.
+
+        The texts are computed once for each part; so a part may have as many tokens as they have, too.
+        """
+        most = max(max_tokens, sum(len(self.prompts[row]) for row in rows))
+        first = num_tokens = 0
+        for index, word in enumerate(self.words):
+            if num_tokens and num_tokens + len(rows) * len(word) > most:
+                yield slice(first, index)
+                first, num_tokens = index, 0
+            num_tokens += len(rows) * len(word)
+        yield slice(first, len(self.words))
+
+    def score(self, rows: Sequence[int], part: slice = slice(None)) -> list[Float[Tensor, "at labels"]]:
+        """The scores of some texts, computed in one batch: of each text a row, or one for each tagged token.
+
+        Args:
+            rows: The texts.
+            part: By words: the labels to score; a head scores all.
+        """
         prompts = [self.prompts[row] for row in rows]
         if self.words:
-            scores = _score_words(self.backbone, self.prefix, prompts, self.words)
-            return [[_predict(row, self.labels.names)] for row in scores]
+            return list(_score_words(self.backbone, self.prefix, prompts, self.words[part])[:, None])
         positions = [self.positions[row] for row in rows]
-        head_scores = iter(_score_head(self.backbone, self.prefix, prompts, positions))
-        return [[_predict(next(head_scores), self.labels.names) for _ in at] for at in positions]
+        scores = _score_head(self.backbone, self.prefix, prompts, positions)
+        return list(scores.split([len(at) for at in positions]))
+
+    def predictions(self, scores: Float[Tensor, "at labels"]) -> list[Prediction]:
+        """What the scores of all labels say of one text."""
+        return [_predict(row, self.labels.names) for row in scores]
 
 
 def encode_to_classify(

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.utils.locks import file_lock
@@ -22,6 +23,7 @@ __all__ = [
     "list_names",
     "path_of",
     "signature_of",
+    "signature_of_open",
 ]
 
 
@@ -80,6 +82,15 @@ def signature_of(path: Path) -> Signature | None:
         status = os.stat(path)
     except OSError:
         return None
+    return _signature(status)
+
+
+def signature_of_open(file: IO[bytes]) -> Signature:
+    """The signature of a file that is open, whatever its path leads to by now."""
+    return _signature(os.fstat(file.fileno()))
+
+
+def _signature(status: os.stat_result) -> Signature:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 

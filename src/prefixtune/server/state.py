@@ -106,6 +106,7 @@ class ServerState:
         """Stop the engine; what still runs is cancelled."""
         if self._worker is not None:
             self._worker.close()
+        self.catalog.close()
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         if self.training is not None:
             self.training.close()

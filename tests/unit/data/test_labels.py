@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 import prefixtune as pt
 from prefixtune.data import Example
-from prefixtune.data.labels import choose_labels, encode_labelled, labels_of
+from prefixtune.data.labels import choose_labels, encode_labelled, encode_labelled_prompt, labels_of
 from prefixtune.data.tasks.tagging import tagged
 from prefixtune.errors import ConfigError, DataError, RequestError
 from prefixtune.inference.classify import classify, tag
@@ -134,6 +135,21 @@ def test_a_word_is_tagged_at_its_own_tokens(tiny_backbone: Make) -> None:
     last = encode_labelled(llama, examples, labels, form, prefix_length=0).examples[0]
     assert last.label_positions == (1, 4)
     assert first.targets == last.targets == ((0, 1),)
+
+
+def test_the_work_for_a_text_grows_with_its_words(tiny_backbone: Make) -> None:
+    """By each word's own look at all tokens, it would take minutes."""
+    llama, form = tiny_backbone("llama"), TextFormat("{source}", "{target}")
+    words = ["a", "bcd", "ef"] * 20_000
+    began = time.monotonic()
+    ids, positions = encode_labelled_prompt(llama, form, " ".join(words), words)
+    assert time.monotonic() - began < 10
+    # One token a character; a word's last one counts.
+    ends, end = [], 0
+    for word in words:
+        ends.append(end + len(word) - 1)
+        end += len(word) + 1
+    assert (positions, len(ids)) == (ends, end - 1)
 
 
 def test_a_long_text_is_truncated_and_counted(tiny_backbone: Make) -> None:

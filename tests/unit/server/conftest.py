@@ -53,7 +53,9 @@ def make_server(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
             save_prefix(folder / f"{name}.safetensors", prefix)
         folders = {"prefixes": str(folder), "data_folder": str(tmp_path / "data")}
         config = ServeConfig(**{"backbone": "tiny", **folders, "num_slots": 4, **options})
-        engine = Engine(backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue))
+        engine = Engine(
+            backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue, max_length=config.max_length)
+        )
         state = ServerState(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
         states.append(state)
         return make_app(state), state

@@ -167,3 +167,35 @@ def test_texts_are_generated_meanwhile(server: Any) -> None:
     assert len(batches) > 5
     between = [later - earlier for earlier, later in itertools.pairwise(batches)]
     assert min(between) > 1
+
+
+def test_many_labels_are_scored_in_parts(server: Any, backbone: Any) -> None:
+    """However many there are, no step of the others waits for more than a part of them."""
+    app, state = server
+    labels = [f"label {number}" for number in range(100)]
+    sizes: list[int] = []
+    call = state.worker.call
+
+    def called(work: Any) -> Any:
+        part = work.keywords["part"]
+        sizes.append(sum(len(f" {label} ") for label in labels[part]) * len(work.keywords["rows"]))
+        return call(work)
+
+    state.worker.call = called
+    response = asyncio.run(send(app, "POST", "/classify", {"model": "tiny", "input": TEXTS[:2], "labels": labels})).json
+    expected = classify(backbone, TEXTS[:2], labels=labels)
+    for item, prediction in zip(response["data"], expected, strict=True):
+        assert (item["label"], item["num_classes"]) == (prediction.label, 100)
+        assert item["probs"] == pytest.approx(list(prediction.probabilities.values()), abs=1e-5)
+    assert len(sizes) > 50
+    assert max(sizes) <= max(16, max(len(f" {text} ") for text in TEXTS[:2])) + 10
+
+
+def test_a_text_is_at_most_as_long_as_the_server_allows(make_server: Callable[..., Any]) -> None:
+    body = {"model": "tiny", "input": ["x", "a long text"], "labels": ["yes", "no"]}
+    for options, words in (({"max_prompt_tokens": 8}, "8 are allowed"), ({"max_length": 12}, "the limit is 12")):
+        app, _ = make_server(**options)
+        response = asyncio.run(send(app, "POST", "/classify", body))
+        assert (response.status, response.code) == (400, "context_length_exceeded")
+        assert words in response.json["error"]["message"]
+        assert asyncio.run(send(app, "POST", "/classify", {**body, "input": "x"})).status == 200

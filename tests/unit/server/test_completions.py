@@ -115,6 +115,19 @@ def test_top_logprobs_are_decoded_outside_the_event_loop(
     assert max(waits) < 0.5
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_probabilities_of_a_response_are_bounded(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    app, _ = make_server()
+    monkeypatch.setattr("prefixtune.server.api.generation._MOST_LOGPROBS", 25_000)
+    body = completion(model="tiny", prompt=[5] * 500, max_tokens=0, echo=True, logprobs=20, stream=stream)
+    assert asyncio.run(send(app, "POST", "/v1/completions", {**body, "n": 2})).status == 200
+    response = asyncio.run(send(app, "POST", "/v1/completions", {**body, "n": 3}))
+    assert (response.status, response.code) == (400, "too_many_logprobs")
+    assert "31,500" in response.json["error"]["message"]
+
+
 @pytest.mark.parametrize("target", [" {target} ", "<<{target}>>"])
 def test_offsets_of_tokens_count_within_the_target(
     make_server: Callable[..., Any],

@@ -339,6 +339,20 @@ def test_a_preview_says_what_is_cut(app: Any) -> None:
     assert found["examples"][3] == {"source": rows[3]["source"].strip()[:2000], "targets": ["yes"]}
 
 
+def test_a_preview_of_very_long_conversations(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template writes all earlier messages for each answer: the longest conversations would take hours."""
+    app, state = make_server()
+    template = "{% for m in messages %}<s>{{ m.content }}<pad>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+    monkeypatch.setattr(state.backbone.tokenizer, "chat_template", template)
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    data = b"".join(json.dumps({"messages": turn * count}).encode() + b"\n" for count in (3000, 2, 2000, 3))
+    found = preview(app, data, "chats.jsonl")
+    assert (found["sampled"], len(found["examples"])) == (2, 4)
+    alone = preview(app, data.splitlines()[0], "chats.jsonl")
+    assert alone["cuts"] == "The conversations are too long to be measured here."
+    assert len(alone["examples"]) == 1
+
+
 def test_previews_of_what_has_no_examples(app: Any) -> None:
     text = preview(app, b"Owls fly at night. " * 50, "owls.txt", "document")
     assert text["examples"][0]["source"].startswith("Owls fly")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asgi_client import Response, bearer, send
+import pytest
+
+from asgi_client import Response, bearer, completion, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
@@ -53,3 +56,48 @@ def test_without_keys_every_result_is_downloaded(
     state.store.reload()
     assert download(app, "hers").status == 200
     assert download(app, "a").status == 403
+
+
+def test_a_loaded_prefix_waits_for_none_that_is_read(
+    make_server: Callable[..., Any],
+    backbone: Any,
+    tmp_path: Path,
+    random_prefix: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many others a caller asks for at once."""
+    app, state = make_server()
+    prefix = Prefix(random_prefix(backbone, 4, 3).layers, make_header(backbone))
+    for number in range(40):
+        save_prefix(tmp_path / "prefixes" / f"cold-{number}.safetensors", prefix)
+    state.store.reload()
+    go_on, load = threading.Event(), state.store._load
+
+    def slowly(name: str) -> Any:
+        assert go_on.wait(60)
+        return load(name)
+
+    async def all_at_once() -> tuple[int, list[int]]:
+        await send(app, "POST", "/v1/completions", completion(model="a"))
+        monkeypatch.setattr(state.store, "_load", slowly)
+        cold = [send(app, "POST", "/v1/completions", completion(model=f"cold-{number}")) for number in range(40)]
+        waiting = [asyncio.ensure_future(one) for one in cold]
+        await asyncio.sleep(0.2)
+        warm = await asyncio.wait_for(send(app, "POST", "/v1/completions", completion(model="a")), 30)
+        assert not any(one.done() for one in waiting)
+        go_on.set()
+        return warm.status, [(await one).status for one in waiting]
+
+    assert asyncio.run(all_at_once()) == (200, [200] * 40)
+
+
+@pytest.mark.parametrize("path", ["/v1/models/{}", "/v1/tasks/{}"])
+def test_to_look_at_joined_prefixes_counts_as_a_request(make_server: Callable[..., Any], path: str) -> None:
+    """They are joined for it."""
+    rules = KeyConfig(hash=hash_key("pt-ann"), requests_per_minute=1)
+    app, _ = make_server(keys={"ann": rules})
+
+    def look(name: str) -> int:
+        return asyncio.run(send(app, "GET", path.format(name), headers=bearer("ann"))).status
+
+    assert [look(name) for name in ("a", "a", "a+b", "b", "b+a")] == [200, 200, 200, 200, 429]

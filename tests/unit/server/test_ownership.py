@@ -133,6 +133,37 @@ def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(
     assert ask(app, "ann", text("shared")).model == "shared"
 
 
+def test_a_file_that_became_somebody_elses_is_not_downloaded(make_server: Callable[..., Any], publish: Any) -> None:
+    app, state = make_server(keys=KEYS)
+    publish("shared", owner="ann")
+    state.store.reload()
+    publish("shared", owner="bob", seed=4)
+    responses = {key: asyncio.run(send(app, "GET", "/v1/models/shared/file", headers=bearer(key))) for key in KEYS}
+    assert {key: response.status for key, response in responses.items()} == {"ann": 404, "bob": 200, "boss": 200}
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(
+    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header that decides is that of the very file that is sent."""
+    _, state = make_server(keys=KEYS)
+    publish("shared", owner="ann")
+    state.store.reload()
+    lookup, replaced = type(state.store)._lookup, []
+
+    def replacing(store: Any, name: str) -> Any:
+        found = lookup(store, name)
+        if not replaced:
+            replaced.append(publish("shared", owner="bob", seed=4))
+        return found
+
+    monkeypatch.setattr(type(state.store), "_lookup", replacing)
+    file, header = state.store.open_file("shared")
+    with file:
+        assert header["job"]["owner"] == "bob"
+        assert b"bob" in file.read()
+
+
 def test_an_upload_over_a_result_is_no_result_any_more(
     make_server: Callable[..., Any], publish: Any, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ class CompletionChoices:
         prompts: Sequence[str] | None = None,
         n: int = 1,
     ) -> None:
-        self.decode = token_decoder(backbone)
+        self.backbone, self.decode = backbone, token_decoder(backbone)
         self.text_format, self.prompts, self.n = text_format, prompts, n
         self.begun: set[int] = set()
         self.text_ends: dict[int, int] = {}
@@ -80,6 +80,8 @@ class CompletionChoices:
         if not output.prompt_tokens and not any(token.logprob is not None for token in tokens):
             return None
         texts = [self.decode(token.id) for token in tokens]
+        if output.prompt_tokens or (self.backbone.kind != "decoder" and index not in self.text_ends):
+            texts[0] = _decode(self.backbone, [tokens[0].id])
         offsets, end = [], self.text_ends.get(index, 0)
         num_prompt, prompt_length = len(output.prompt_tokens), len(self._prompt(index))
         for number, text in enumerate(texts):
@@ -165,13 +167,26 @@ class ChatChoices:
 
 
 def token_decoder(backbone: Backbone) -> Callable[[int], str]:
-    """A function: token id -> its text, special tokens by name; cached, as the same tokens come again and again."""
+    """A function: token id -> its text within a text, special tokens by name.
+
+    Some tokenizers leave out the white space that a text begins with, so a token is decoded after another one. Its text
+    is cached, as the same tokens come again and again.
+    """
+    if "before_token" not in backbone.tokenizer_cache:
+        backbone.tokenizer_cache["before_token"] = backbone.encode("a")
+    before: list[int] = backbone.tokenizer_cache["before_token"]
+    beginning = _decode(backbone, before)
 
     @functools.lru_cache(maxsize=10_000)
     def decode(token_id: int) -> str:
-        return str(backbone.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+        text = _decode(backbone, [*before, token_id])
+        return text[len(beginning) :] if text.startswith(beginning) else _decode(backbone, [token_id])
 
     return decode
+
+
+def _decode(backbone: Backbone, ids: Sequence[int]) -> str:
+    return str(backbone.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def _finite(logprob: float | None) -> float:

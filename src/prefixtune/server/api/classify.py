@@ -12,10 +12,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from fastapi import Response
+from torch import Tensor
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.labels import labels_of
-from prefixtune.engine.request import EngineFull
+from prefixtune.engine.request import ContextLengthError, EngineFull
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.classify import EncodedTexts, Prediction, encode_to_classify, encode_to_tag
 from prefixtune.inference.config import ClassifyConfig
@@ -51,7 +54,7 @@ async def create_classification(context: GenerationContext) -> Response:
     """
     state = context.state
     request = await read_json(context, partial(parse, ClassifyRequest, limits=state.limits))
-    model = await state.catalog.load(request.model, context.caller)
+    model = await state.catalog.load(request.model, context.caller, tenant=context.tenant)
     if state.config.log_prompts:
         context.log_fields["input"] = request.texts
     _check_kind(request, model)
@@ -125,26 +128,44 @@ async def _encode(context: RequestContext, request: ClassifyRequest, model: Serv
         encoded = await run_in_turn(context, encode)
     except (RequestError, ConfigError) as error:
         raise bad_request(error.message, "input", hint=error.hint) from None
+    _check_lengths(context, encoded, model)
     if cut:
         context.headers["x-prefixtune-cut-texts"] = context.log_fields["cut_texts"] = str(len(cut))
     return encoded
 
 
+def _check_lengths(context: RequestContext, encoded: EncodedTexts, model: ServedModel) -> None:
+    """Refuse texts that are longer than this server allows, though the model could read them."""
+    state = context.state
+    longest = max(map(len, encoded.prompts))
+    most = state.config.max_prompt_tokens
+    if most and longest > most:
+        raise bad_request(f"a text has {longest} tokens, but {most} are allowed.", "input", "context_length_exceeded")
+    try:
+        state.engine.check_length(longest, model.prefix_length, max(map(len, encoded.words), default=0))
+    except ContextLengthError as error:
+        raise bad_request(error.message, "input", "context_length_exceeded", hint="shorten the text.") from None
+
+
 async def _predict(context: RequestContext, encoded: EncodedTexts) -> list[list[Prediction]]:
-    """The labels of all texts, a batch at a time between two steps of the engine.
+    """The labels of all texts, a batch and a part of the labels at a time between two steps of the engine.
 
     Raises:
         ApiError: The time is over, or the engine accepts no work.
         ClientDisconnect: The client disconnected.
     """
-    worker = context.state.worker
-    results: dict[int, list[Prediction]] = {}
+    worker, max_tokens = context.state.worker, context.state.config.prefill_tokens
+    scores: dict[int, list[Tensor]] = {row: [] for row in range(len(encoded.prompts))}
+
+    def score(backbone: Backbone, rows: Sequence[int], part: slice) -> list[Tensor]:
+        return [one.cpu() for one in encoded.on(backbone).score(rows, part)]
 
     async def predict() -> None:
-        for rows in _batches(encoded, context.state.config.prefill_tokens):
-            call = worker.call(lambda backbone, rows=rows: encoded.on(backbone).predict(rows))  # type: ignore[misc]
-            found = await asyncio.wrap_future(call)
-            results.update(zip(rows, found, strict=True))
+        for rows in _batches(encoded, max_tokens):
+            for part in encoded.parts(rows, max_tokens):
+                found = await asyncio.wrap_future(worker.call(partial(score, rows=rows, part=part)))
+                for row, one in zip(rows, found, strict=True):
+                    scores[row].append(one)
 
     try:
         async with asyncio.timeout(context.remaining):
@@ -153,11 +174,12 @@ async def _predict(context: RequestContext, encoded: EncodedTexts) -> list[list[
         raise deadline_exceeded(context) from None
     except EngineFull as error:
         raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
-    return [results[row] for row in range(len(encoded.prompts))]
+    return [encoded.predictions(torch.cat(of_one, dim=-1)) for of_one in scores.values()]
 
 
 def _batches(encoded: EncodedTexts, max_tokens: int) -> Iterator[list[int]]:
     """Texts of similar length together, with padding at most that many tokens; at least one text."""
+    # Where the labels' words alone are more, they are scored in parts, one text at a time.
     extra = sum(map(len, encoded.words))
     batch: list[int] = []
     for row in sorted(range(len(encoded.prompts)), key=lambda row: len(encoded.prompts[row])):

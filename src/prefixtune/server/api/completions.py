@@ -18,6 +18,7 @@ from typing import Any
 
 from fastapi import Response
 
+from prefixtune.engine.request import SequenceOutput
 from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.body import read_json
@@ -57,7 +58,7 @@ async def create_completion(context: GenerationContext) -> Response:
     """Continue a prompt."""
     state = context.state
     request = await read_json(context, partial(parse, CompletionRequest, limits=state.limits))
-    model = await state.catalog.load(request.model, context.caller, request.prefixes)
+    model = await state.catalog.load(request.model, context.caller, request.prefixes, tenant=context.tenant)
     if state.config.log_prompts:
         context.log_fields["prompts"] = request.prompts
     texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
@@ -92,7 +93,7 @@ async def create_chat_completion(context: GenerationContext) -> Response:
     """Answer a chat, in the prefix's text format or the backbone's chat template."""
     state = context.state
     request = await read_json(context, partial(parse, ChatRequest, limits=state.limits))
-    model = await state.catalog.load(request.model, context.caller, request.prefixes)
+    model = await state.catalog.load(request.model, context.caller, request.prefixes, tenant=context.tenant)
     if state.config.log_prompts:
         context.log_fields["messages"] = request.conversation
     text_format = state.catalog.trained_format(model.header)
@@ -142,13 +143,16 @@ async def _respond(
     if context.state.config.log_prompts:
         context.log_fields["outputs"] = targets
 
+    has_logprobs = request.num_logprobs is not None
+
     def respond() -> Response:
         pairs = enumerate(zip(outputs, targets, strict=True))
         whole = [choices.whole(index, output, target) for index, (output, target) in pairs]
-        return json_response({**head, "choices": whole, "usage": generation.usage()}, headers=context.headers)
+        body = {**head, "choices": whole, "usage": generation.usage()}
+        return json_response(body, headers=context.headers, is_large=has_logprobs)
 
     # Decoding the likeliest tokens of thousands of positions takes seconds.
-    return respond() if request.num_logprobs is None else await asyncio.to_thread(respond)
+    return await asyncio.to_thread(respond) if has_logprobs else respond()
 
 
 async def _events(
@@ -163,6 +167,11 @@ async def _events(
     targets = None if text_format is None else [TargetStream(text_format) for _ in indices]
     # As OpenAI's, which has usage in the last event alone.
     no_usage = {"usage": None} if request.include_usage else {}
+
+    def write(index: int, output: SequenceOutput, target: str) -> list[bytes]:
+        pieces, is_large = choices.pieces(index, output, target), bool(output.prompt_tokens)
+        return [event({**head, "choices": [piece], **no_usage}, is_large=is_large) for piece in pieces]
+
     for index in indices:
         for choice in choices.opening(index):
             yield event({**head, "choices": [choice], **no_usage})
@@ -174,9 +183,9 @@ async def _events(
         last = output.finish_reason is not None
         target = output.text if targets is None else targets[index].add(output.text, last=last)
         # Decoding a long prompt's likeliest tokens takes seconds.
-        pieces = partial(choices.pieces, index, output, target)
-        for choice in await asyncio.to_thread(pieces) if output.prompt_tokens else pieces():
-            yield event({**head, "choices": [choice], **no_usage})
+        written = partial(write, index, output, target)
+        for piece in await asyncio.to_thread(written) if output.prompt_tokens else written():
+            yield piece
     if request.include_usage:
         yield event({**head, "choices": [], "usage": generation.usage()})
     yield DONE

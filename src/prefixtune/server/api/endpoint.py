@@ -79,6 +79,14 @@ class RequestContext:
         """The name in the path."""
         return str(self.request.path_params.get("name", ""))
 
+    def count(self) -> None:
+        """Count the request against the key's limits, where its endpoint does not.
+
+        Raises:
+            RateLimited: There are too many of them.
+        """
+        self.exit_stack.enter_context(self.caller.limit.request())
+
     @property
     def training(self) -> Training:
         """Files and jobs.
@@ -114,11 +122,11 @@ def _context(right: Right = "key", *, limited: bool = False) -> Any:
             address = state.proxies.client_address(request.scope)
             if request.client is not None and request.client.host in state.proxies:
                 exit_stack.enter_context(state.address_limit.request(address))
+            found = RequestContext(request, state, caller, address, exit_stack, log_fields)
             if limited:
                 if state.draining:
                     raise unavailable("the server is shutting down.", "draining", retry_after=5)
-                exit_stack.enter_context(caller.limit.request())
-            found = RequestContext(request, state, caller, address, exit_stack, log_fields)
+                found.count()
             if right == "train":
                 _ = found.training
             yield found

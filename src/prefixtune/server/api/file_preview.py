@@ -36,6 +36,8 @@ router = api_router(401, 403, 404, 500, 503)
 _MOST_SHOWN, _MOST_CHARS = 24, 2_000
 _DOCUMENT_CHARS = 100_000
 """Characters of a document that are tokenized; its other tokens are estimated."""
+_MOST_WRITTEN = 50_000
+"""Messages that a chat template writes while a sample is measured, for each answer all before it: some two seconds."""
 
 
 @router.get(
@@ -60,10 +62,13 @@ async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str
     body = {**_nothing(), "examples": _spread([_shown(example) for example in sample])}
     if not any(example.targets for example in sample):
         return body
+    measured = _measurable(sample)
+    if not measured:
+        return {**body, "cuts": "The conversations are too long to be measured here."}
     backbone = context.state.backbone
     try:
         config = await asyncio.to_thread(_usual_config, context, stored)
-        measures = await run_in_turn(context, partial(_measure, config, backbone, sample, stored))
+        measures = await run_in_turn(context, partial(_measure, config, backbone, measured, stored))
     except PrefixError as error:
         # Such as labels of which the sample has only one.
         return {**body, "cuts": error.message}
@@ -71,7 +76,21 @@ async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str
     threads = training_threads(context.state.config)
     seconds = await asyncio.to_thread(training_seconds, backbone, positions, threads) if positions else None
     estimate = None if seconds is None else {"seconds": round(seconds, 3), "steps": config.max_steps}
-    return {**body, **_measured(measures, len(sample)), "estimate": estimate}
+    return {**body, **_measured(measures, len(measured)), "estimate": estimate}
+
+
+def _measurable(sample: Sequence[Example]) -> list[Example]:
+    """The examples that are measured in little time: of very long conversations a few, or none."""
+    measurable: list[Example] = []
+    written = 0
+    for example in sample:
+        answers = sum(message.role == "assistant" for message in example.messages) + len(example.targets)
+        # Half of all messages on average, and each answer with and without itself.
+        cost = answers * len(example.messages)
+        if written + cost <= _MOST_WRITTEN:
+            measurable.append(example)
+            written += cost
+    return measurable
 
 
 def _usual_config(context: RequestContext, stored: StoredFile) -> TrainConfig:

@@ -40,6 +40,8 @@ __all__ = [
 
 KEEP_ALIVE_SECONDS = 15.0
 """Seconds without an output after which a stream says that it is alive."""
+_MOST_LOGPROBS = 1_000_000
+"""Log-probabilities of a response: some 30 MB."""
 
 
 @dataclass(eq=False)
@@ -205,6 +207,7 @@ def start_generation(
         )
         for prompt in prompts
     ]
+    _check_logprobs(requests)
     try:
         # Before the queue: what can never fit must not be answered with "try again later".
         for one in requests:
@@ -227,6 +230,24 @@ def start_generation(
     for prompt in prompts:
         state.metrics.prompt(model.names, len(prompt))
     return generation
+
+
+def _check_logprobs(requests: Sequence[Request]) -> None:
+    """Refuse a request whose response would be too large by its log-probabilities."""
+    num_logprobs = 0
+    for one in requests:
+        sampling = one.sampling
+        if sampling.prompt_logprobs is not None:
+            num_logprobs += one.n * len(one.prompt) * (sampling.prompt_logprobs + 1)
+        if sampling.logprobs is not None:
+            num_logprobs += one.n * sampling.max_new_tokens * (sampling.logprobs + 1)
+    if num_logprobs > _MOST_LOGPROBS:
+        raise bad_request(
+            f"the response would have {num_logprobs:,} log-probabilities; at most {_MOST_LOGPROBS:,} are allowed.",
+            "logprobs",
+            "too_many_logprobs",
+            hint="ask for fewer, or lower n or max_tokens.",
+        )
 
 
 def _finish(context: RequestContext, generation: Generation) -> None:

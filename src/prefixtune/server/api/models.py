@@ -52,11 +52,15 @@ async def download_model(context: KeyContext) -> Response:
         if not catalog.access.owns(name, context.caller):
             raise forbidden(f"the file of {name[:128]!r} is for the owner of its training job only.", "not_the_owner")
     try:
-        file = await asyncio.to_thread(context.state.store.open_file, name)
+        file, header = await asyncio.to_thread(context.state.store.open_file, name)
     except RequestError:
         raise not_found("model", name) from None
     except PrefixError:
         raise unavailable(f"the file of {name!r} is not served.", "model_not_served") from None
+    if not catalog.access.may_copy(header, context.caller):
+        # It has replaced the file that was known.
+        file.close()
+        raise not_found("model", name)
     return file_stream(context, file, f"{name}.safetensors")
 
 
@@ -66,7 +70,10 @@ async def show_model(context: KeyContext) -> Response:
 
     Or several prefixes that are joined, as in `/v1/models/manual+style`; the list has single ones only.
     """
-    return json_response(await context.state.catalog.describe_one(context.name, context.caller))
+    catalog = context.state.catalog
+    if len(catalog.parts(context.name)) > 1:
+        context.count()
+    return json_response(await catalog.describe_one(context.name, context.caller, tenant=context.tenant))
 
 
 @router.delete(

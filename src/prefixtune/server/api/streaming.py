@@ -31,9 +31,9 @@ _SLOWEST_DOWNLOAD = 2**16
 T = TypeVar("T")
 
 
-def event(value: Any) -> bytes:
-    """A server-sent event."""
-    return format_sse_event(data_str=json_text(value))
+def event(value: Any, *, is_large: bool = False) -> bytes:
+    """A server-sent event; arguments as of `json_text`."""
+    return format_sse_event(data_str=json_text(value, is_large=is_large))
 
 
 def event_stream(context: RequestContext, events: AsyncGenerator[bytes]) -> EventStream:

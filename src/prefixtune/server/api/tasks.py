@@ -44,7 +44,10 @@ async def describe_task(context: KeyContext) -> Response:
     Or of joined prefixes, as in `/v1/tasks/manual+style`.
     """
     catalog = context.state.catalog
-    return json_response(catalog.describe_task(context.name, await catalog.load_header(context.name, context.caller)))
+    if len(catalog.parts(context.name)) > 1:
+        context.count()
+    header = await catalog.load_header(context.name, context.caller, tenant=context.tenant)
+    return json_response(catalog.describe_task(context.name, header))
 
 
 @router.post(
@@ -60,7 +63,7 @@ async def create_task_output(context: GenerationContext) -> Response:
     """
     state = context.state
     body = await read_json(context, dict)
-    model = await state.catalog.load(context.name, context.caller)
+    model = await state.catalog.load(context.name, context.caller, tenant=context.tenant)
     model = await _with_format_of(context, model, body.get("format_of"))
     schema = task_schema_of(model.header)
     parse = partial(parse_task, body, state.limits, schema.columns if schema else ())
@@ -85,7 +88,8 @@ async def _with_format_of(context: RequestContext, model: ServedModel, prefix_na
         return model
     if model.prefix is not None:
         raise bad_request("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")
-    return ServedModel(model.name, None, await context.state.catalog.load_header(prefix_name, context.caller))
+    header = await context.state.catalog.load_header(prefix_name, context.caller, tenant=context.tenant)
+    return ServedModel(model.name, None, header)
 
 
 async def _source(context: RequestContext, request: TaskRequest, schema: TaskSchema | None) -> str:

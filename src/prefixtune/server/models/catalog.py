@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
@@ -21,12 +22,15 @@ from prefixtune.server.models.joined import SEPARATOR, JoinsInUseError, PrefixJo
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.models.task_schema import task_decoding, task_schema_of
 from prefixtune.server.responses import ApiError, bad_request, forbidden, not_found, unavailable
+from prefixtune.server.threads import FairThreads
 
 __all__ = ["Catalog", "ServedModel"]
 
 
 _TEXTS = ("task", "description")
 """Texts of a header; it comes from outside, and anything may be in their place."""
+_THREADS = 4
+"""Prefixes that are read or joined at once, of which one tenant has half."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,11 @@ class Catalog:
         self.finds_new = finds_new
         self.joiner = PrefixJoiner(store, backbone, max_length)
         self.access = ModelAccess(store, backbone_id, is_open=is_open)
+        self._threads = FairThreads(_THREADS, "prefixtune-prefixes")
+
+    def close(self) -> None:
+        """Load no more; what is being loaded goes on."""
+        self._threads.close()
 
     def names(self, caller: Caller) -> list[str]:
         """The models that a caller may use, the bare backbone first; checkpoints of jobs are left out."""
@@ -168,13 +177,18 @@ class Catalog:
         # Suggests only names that the caller may see.
         return not_found("model", name, self.names(caller))
 
-    async def load(self, model: str, caller: Caller, prefixes: Sequence[str] | None = None) -> ServedModel:
+    async def load(
+        self, model: str, caller: Caller, prefixes: Sequence[str] | None = None, *, tenant: str | None = None
+    ) -> ServedModel:
         """The model of that name, with its prefix loaded.
+
+        One that is in memory waits for no other; those that are read or joined take turns by tenants.
 
         Args:
             model: Its name, or those of several prefixes to join, as in `manual+user-42`.
             caller: Who must be allowed to use all of them.
             prefixes: The names of the prefixes instead; `model` is then theirs or the bare backbone's.
+            tenant: Whose turn it is; None: the caller's.
 
         Raises:
             ApiError: The caller may not use it, there is none, its file is broken, or prefixes cannot be joined.
@@ -183,12 +197,29 @@ class Catalog:
         await self.check_access(names, caller)
         if names == (self.backbone_id,):
             return ServedModel(self.backbone_id)
-        return await asyncio.to_thread(self._load, names, caller, "model" if prefixes is None else "prefixes")
+        loaded = await asyncio.to_thread(self._find_loaded, names, caller)
+        if loaded is not None:
+            return loaded
+        param = "model" if prefixes is None else "prefixes"
+        tenant = caller.name if tenant is None else tenant
+        return await self._threads.run(tenant, partial(self._load, names, caller, param))
+
+    def _find_loaded(self, names: tuple[str, ...], caller: Caller) -> ServedModel | None:
+        """The model, if all of it is in memory."""
+        parts: list[Prefix] = []
+        for name in names:
+            part = self.store.loaded(name)
+            if part is None:
+                return None
+            self._check_header(name, part.header, caller)
+            parts.append(part)
+        prefix = parts[0] if len(parts) == 1 else self.joiner.joined(parts)
+        return None if prefix is None else self._served(names, prefix)
 
     def _load(self, names: tuple[str, ...], caller: Caller, param: str) -> ServedModel:
         loaded = [self._load_one(name, caller) for name in names]
         if len(names) == 1:
-            return ServedModel(names[0], loaded[0], loaded[0].header)
+            return self._served(names, loaded[0])
         try:
             prefix = self.joiner.join(names, loaded)
         except RequestError as error:
@@ -197,7 +228,10 @@ class Catalog:
             raise unavailable(f"{error.message} Try again later.", "busy", retry_after=1) from None
         except PrefixError as error:
             raise bad_request(error.message, param, "cannot_join", hint=error.hint) from None
-        return ServedModel(SEPARATOR.join(names), prefix, prefix.header, names)
+        return self._served(names, prefix)
+
+    def _served(self, names: tuple[str, ...], prefix: Prefix) -> ServedModel:
+        return ServedModel(SEPARATOR.join(names), prefix, prefix.header, names if len(names) > 1 else ())
 
     def _load_one(self, name: str, caller: Caller) -> Prefix:
         try:
@@ -216,15 +250,15 @@ class Catalog:
         if not self.access.may_use_header(name, header, caller):
             raise self._unknown(name, caller)
 
-    async def load_header(self, model: str, caller: Caller) -> Mapping[str, Any]:
-        """The header of a model's file, or that of joined prefixes; empty for the bare backbone.
+    async def load_header(self, model: str, caller: Caller, *, tenant: str | None = None) -> Mapping[str, Any]:
+        """The header of a model's file, or of joined prefixes; empty for the bare backbone. Arguments as of `load`.
 
         Raises:
             ApiError: As `load`.
         """
         names = self.parts(model)
         if len(names) > 1:
-            return (await self.load(model, caller)).header
+            return (await self.load(model, caller, tenant=tenant)).header
         await self.check_access(names, caller)
         header = self.header(model)
         if model != self.backbone_id:
@@ -251,8 +285,8 @@ class Catalog:
                 models.append(self.describe(name, caller))
         return models
 
-    async def describe_one(self, model: str, caller: Caller) -> dict[str, Any]:
-        """A model as `/v1/models` lists it; joined prefixes, which are not listed, too.
+    async def describe_one(self, model: str, caller: Caller, *, tenant: str | None = None) -> dict[str, Any]:
+        """A model as `/v1/models` lists it; joined prefixes, which are not listed, too. Arguments as of `load`.
 
         Raises:
             ApiError: As `load`.
@@ -261,7 +295,7 @@ class Catalog:
         if len(names) == 1:
             await self.check_access(names, caller)
             return self.describe(model, caller)
-        joined = await self.load(model, caller)
+        joined = await self.load(model, caller, tenant=tenant)
         prefix, task = joined.prefix, joined.header.get("task")
         return {
             **self._model(joined.name, joined.prefix_length),

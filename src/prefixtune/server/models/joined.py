@@ -56,6 +56,10 @@ class PrefixJoiner:
         # One thread joins at a time: requests for the same prefixes at once wait for one result.
         self._lock = threading.Lock()
 
+    def joined(self, parts: Sequence[Prefix]) -> Prefix | None:
+        """What is in memory of these prefixes, joined in their order; None: nothing. Waits for no other join."""
+        return self.store.cache.get(tuple(map(self._hash, parts)), None)
+
     def join(self, names: Sequence[str], parts: Sequence[Prefix]) -> Prefix:
         """Prefixes joined in their order.
 

@@ -28,6 +28,7 @@ from prefixtune.prefix.folder import (
     list_names,
     path_of,
     signature_of,
+    signature_of_open,
 )
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
@@ -40,6 +41,8 @@ __all__ = ["PrefixStore", "StoreStats"]
 _log = logging.getLogger(__name__)
 _MAX_REASON_LENGTH = 500
 _LOCK_SECONDS = 10.0
+_MOST_OPENED = 5
+"""How often a file is opened that is replaced meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -209,12 +212,12 @@ class PrefixStore:
         with self._lock:
             if name not in self._known and name not in self._refused:
                 raise self._no_such_prefix(name)
-        cached = self.cache.get(name, signature_of(self._path(name)))
+        cached = self.loaded(name)
         if cached is not None:
             return cached
         with self._file_lock:
             # Another thread may have read it meanwhile.
-            cached = self.cache.get(name, signature_of(self._path(name)))
+            cached = self.loaded(name)
             if cached is not None:
                 return cached
             self._refresh(name)
@@ -229,8 +232,12 @@ class PrefixStore:
             self.cache.put(name, known.signature, prefix)
             return prefix
 
-    def open_file(self, name: str) -> BinaryIO:
-        """A prefix's file, as it is now, to be read and closed; whatever replaces it meanwhile is not seen.
+    def loaded(self, name: str) -> Prefix | None:
+        """A prefix that is in memory, as its file is now; None: it is not. Waits for no other thread's reading."""
+        return self.cache.get(name, signature_of(self._path(name)))
+
+    def open_file(self, name: str) -> tuple[BinaryIO, dict[str, Any]]:
+        """A prefix's file, as it is now, to be read and closed, and its header; what replaces it meanwhile is not seen.
 
         Raises:
             RequestError: There is no such prefix.
@@ -240,17 +247,23 @@ class PrefixStore:
         with self._lock:
             if name not in self._known and name not in self._refused:
                 raise self._no_such_prefix(name)
-        with self._file_lock:
-            self._refresh(name)
-        with self._lock:
-            self._lookup(name)
-        try:
-            return open(self._path(name), "rb")
-        except FileNotFoundError:
+        for _ in range(_MOST_OPENED):
+            with self._file_lock:
+                self._refresh(name)
             with self._lock:
-                raise self._no_such_prefix(name) from None
-        except OSError as error:
-            raise PrefixError(f"cannot read {name!r}: {error.strerror}.", hint="try again later.") from error
+                known = self._lookup(name)
+            try:
+                file = open(self._path(name), "rb")  # noqa: SIM115
+            except FileNotFoundError:
+                with self._lock:
+                    raise self._no_such_prefix(name) from None
+            except OSError as error:
+                raise PrefixError(f"cannot read {name!r}: {error.strerror}.", hint="try again later.") from error
+            # Otherwise it was replaced between the two looks, and the header is another file's.
+            if signature_of_open(file) == known.signature:
+                return file, json.loads(known.header)
+            file.close()
+        raise PrefixError(f"cannot read {name!r}: it is replaced all the time.", hint="try again later.")
 
     def _load(self, name: str) -> Prefix:
         try:
