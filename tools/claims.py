@@ -98,7 +98,8 @@ class Finding:
         difference: The prefix's score less the other's, over the samples that are whole.
         planned: How many samples the study has.
         items: The 95 % interval of the mean difference over test items; None: the outputs are not stored.
-        p_value: Of the hypothesis that the difference is the least one; None: there is one sample.
+        p_value: Of the hypothesis that the difference is the least one; None: there is one sample, or all differences
+            are equal.
         corrected: The same, by Holm's correction over the table.
         items_p_value: Of a single run and its counterpart, by paired randomization of the test items.
     """
@@ -206,13 +207,16 @@ def verdict(finding: Finding, least: float) -> tuple[Verdict, str]:
     if not finding.is_whole:
         return "partly run", f"{found.count} of {finding.planned} samples"
     if finding.corrected is None:
-        return "not decided", "one sample has no interval"
+        same = f"the differences of {found.count} samples are equal, which gives no p-value"
+        return "not decided", "one sample has no interval" if found.count == 1 else same
     if finding.corrected >= LEVEL:
         return "not decided", f"p = {finding.corrected:.3f} over samples"
-    above = found.mean > least
-    if items is not None and items[0] <= least <= items[1]:
+    if items is None:
+        return "not decided", "no outputs are stored, so there is no interval over items"
+    if items[0] <= least <= items[1]:
         return "not decided", f"the interval over items includes {least:g}"
-    over = "over samples and over items" if items is not None else "over samples; no outputs are stored"
+    over = "over samples and over items"
+    above = found.mean > least
     return ("holds", f"above {least:g} {over}") if above else ("does not hold", f"below {least:g} {over}")
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("data", type=Path, help="the folder of E2E")
     options = parser.parse_args()
-    config = StudyConfig.from_file(ROOT / "studies" / "length.toml", data=str(options.data))
+    config = StudyConfig.from_file(ROOT / "studies" / "length.toml", name="length", data=str(options.data))
     cells = [cell for cell in plan(config) if cell.method == METHOD]
     longest = max(cells, key=lambda cell: cell.prefix_length)
     rate = chosen_rate(config, longest)

@@ -40,6 +40,8 @@ PATTERNS = ("study.json", "comparisons.json", "tuning/*.json", "cells/*/cell.jso
 DATA = ROOT.parent / "shared" / "data"
 FOLDERS = {"webnlg": "webnlg2017"}
 """Folders of data sets that are not called as their tasks."""
+_MARK = re.compile(r"<!-- ([^\n]+) -->\n.*?<!-- end -->", re.DOTALL)
+_NOTHING = "Not run yet."
 _PATH = re.compile(r"(?<![^\s'\"=])/[^\s'\",]+")
 _ALLOWED = re.compile("|".join(re.escape(pattern).replace(r"\*", "[A-Za-z0-9-]+") for pattern in PATTERNS))
 
@@ -124,7 +126,7 @@ def with_tables(page: str, files: Sequence[Path]) -> str:
     """The page with the tables of the kept studies at their marks: `<!-- NAME -->`, `<!-- NAME: differences -->`.
 
     `<!-- claims -->` is for the claims, `<!-- toys -->` for the toy tasks, `<!-- costs -->` for the cost of a step;
-    those of docs/choosing.md are in `tools.choosing`.
+    those of docs/choosing.md are in `tools.choosing`. A mark of which nothing is kept says so.
     """
     studies = read_studies(files)
     outputs = {study_name(path): read_kept(outputs_file(path)) for path in files}
@@ -137,20 +139,13 @@ def with_tables(page: str, files: Sequence[Path]) -> str:
     tables["costs"] = costs_table(_read(COSTS))
     if "length" in studies:
         tables["length: nested"] = nested_table(studies["length"], _read(NESTED))
-    tables["toys"] = toys_table(toys) if toys else "Not run yet."
-    for mark, text in {**tables, **choosing_tables(studies, outputs)}.items():
-        page = _at_mark(page, mark, text)
-    return page
+    tables["toys"] = toys_table(toys) if toys else _NOTHING
+    tables |= choosing_tables(studies, outputs)
+    return _MARK.sub(lambda found: f"<!-- {found[1]} -->\n\n{tables.get(found[1], _NOTHING)}\n\n<!-- end -->", page)
 
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_bytes()) if path.exists() else None
-
-
-def _at_mark(page: str, mark: str, text: str) -> str:
-    before, start, rest = page.partition(f"<!-- {mark} -->\n")
-    end = "<!-- end -->"
-    return f"{before}{start}\n{text}\n\n{end}{rest.partition(end)[2]}" if start else page
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

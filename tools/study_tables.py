@@ -8,32 +8,37 @@ from typing import Any
 
 from prefixtune.pages.format import metric_name
 from prefixtune.report.results import Cell, Evaluation, Score, Study
+from prefixtune.report.sections.points import varying_factors
 from prefixtune.studies.kinds import UNTRAINED
 
 __all__ = ["costs_table", "differences_table", "progress", "scores_table", "table", "toys_table"]
 
 
+_NUMBERS = ("num_targets", "prefix_length")
+"""Factors that are numbers; all others are words."""
+
+
 def scores_table(study: Study) -> str:
     """A study's scores, one row for each point that has a run: what varied, runs, the rate among those tried, scores,
-    losses, and how many numbers are trained and stored.
+    losses, and how many numbers are trained and stored. A figure that not all of these runs have says how many do.
     """
-    points = _done_points(study)
+    points, factors = _done_points(study), varying_factors(study)
     planned = _planned(study)
     # A run may lack one: METEOR needs Java, in a given time.
     metrics = list(dict.fromkeys(name for runs in points.values() for _, each in runs for name in each.scores))
     groups = sorted({name for runs in points.values() for name in _group_scores(runs[0][1])})
-    head = [*study.factors, "runs", "learning rate (tried)", *(name.upper() for name in metrics)]
+    head = [*factors, "runs", "learning rate (tried)", *(name.upper() for name in metrics)]
     head += [f"BLEU, {name}" for name in groups] + ["development loss", "trained", "stored", "bytes"]
     rows = []
-    for point, runs in sorted(points.items(), key=lambda item: _order(item[1][0][0], study.factors)):
+    for point, runs in sorted(points.items(), key=lambda item: _order(item[1][0][0], study.factors, factors)):
         first, evaluations = runs[0][0], [evaluation for _, evaluation in runs]
-        row = [str(first.factors.get(name, "")) for name in study.factors]
+        row = [str(first.factors.get(name, "")) for name in factors]
         row += [_count(len(runs), planned[point]), _rates(study.tuning.get(point))]
-        row += [_score([each.scores[name] for each in evaluations if name in each.scores]) for name in metrics]
+        row += [_score([each.scores.get(name) for each in evaluations]) for name in metrics]
         in_groups = [_group_scores(evaluation) for evaluation in evaluations]
-        row += [_score([scores[name] for scores in in_groups if name in scores]) for name in groups]
+        row += [_score([scores.get(name) for scores in in_groups]) for name in groups]
         losses = [cell.figures["dev_loss"] for cell, _ in runs if "dev_loss" in cell.figures]
-        row.append(f"{mean(losses):.3f}" if losses else "")
+        row.append(f"{mean(losses):.3f}{_fewer(len(losses), len(runs))}" if losses else "")
         for kind in ("trained_parameters", "stored_parameters", "file_bytes"):
             row.append(_range([cell.figures[kind] for cell, _ in runs if kind in cell.figures]))
         rows.append(row)
@@ -85,10 +90,10 @@ def differences_table(study: Study) -> str:
 
 def toys_table(studies: Sequence[Study]) -> str:
     """The share of exact answers on each toy task, a column for each method."""
-    points: dict[str, dict[str, list[Score]]] = {}
+    points: dict[str, dict[str, list[Score | None]]] = {}
     for study in studies:
         for point, runs in _done_points(study).items():
-            scores = [evaluation.scores[study.metric] for _, evaluation in runs]
+            scores = [evaluation.scores.get(study.metric) for _, evaluation in runs]
             points.setdefault(study.task, {}).setdefault(point, []).extend(scores)
     columns = list(dict.fromkeys(point for scores in points.values() for point in scores))
     rows = [[task, *(_score(scores[c]) if c in scores else "" for c in columns)] for task, scores in points.items()]
@@ -154,6 +159,11 @@ def _count(done: int, planned: int) -> str:
     return str(done) if done == planned else f"{done} of {planned}"
 
 
+def _fewer(count: int, runs: int) -> str:
+    """Of how many runs a figure is; empty: of all."""
+    return "" if count == runs else f", {_count(count, runs)} runs"
+
+
 def _range(values: Sequence[float]) -> str:
     """Whole numbers of several runs: a prefix from examples is as long as the examples of its sample."""
     ends = list(dict.fromkeys([min(values), max(values)])) if values else []
@@ -173,10 +183,13 @@ def _group_scores(evaluation: Evaluation) -> dict[str, Score]:
     return {name: group.scores["bleu"] for name, group in groups.items() if "bleu" in group.scores}
 
 
-def _order(cell: Cell, factors: Sequence[str]) -> list[Any]:
-    # By the number first, where there is one.
-    values = [cell.factors.get(name, "") for name in factors]
-    return sorted(values, key=lambda value: isinstance(value, str))
+def _order(cell: Cell, *lists: Sequence[str]) -> list[Any]:
+    """By lists of factors, one after the other; in each, numbers before words."""
+    order: list[Any] = []
+    for factors in lists:
+        order += [cell.factors.get(name, 0) for name in factors if name in _NUMBERS]
+        order += [str(cell.factors.get(name, "")) for name in factors if name not in _NUMBERS]
+    return order
 
 
 def _rates(tuning: dict[str, Any] | None) -> str:
@@ -187,15 +200,20 @@ def _rates(tuning: dict[str, Any] | None) -> str:
     return f"{tuning['chosen']:g} ({', '.join(f'{rate:g}' for rate in tried)}{edge})"
 
 
-def _score(scores: Sequence[Score]) -> str:
-    """One run: its score and interval; several: mean, standard deviation and range."""
-    values = [score.score for score in scores if score.score is not None]
-    if not values:
+def _score(scores: Sequence[Score | None]) -> str:
+    """One run: its score and interval; several: mean, standard deviation and range.
+
+    Args:
+        scores: Of each run; None: it has none.
+    """
+    measured = [(score.score, score.interval) for score in scores if score is not None and score.score is not None]
+    if not measured:
         return "not measured"
+    values, fewer = [value for value, _ in measured], _fewer(len(measured), len(scores))
     digits = 1 if max(values) > 10 else 2 if max(values) > 1 else 3
     if len(values) > 1:
         spread = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
-        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({spread})"
-    interval = scores[0].interval
+        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({spread}){fewer}"
+    interval = measured[0][1]
     text = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
-    return f"{values[0]:.{digits}f}{text}"
+    return f"{values[0]:.{digits}f}{text}{fewer}"

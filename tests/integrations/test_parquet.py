@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prefixtune.data import streams
+from prefixtune.data import read_task, resolve_task, streams
 from prefixtune.data.files import read_file
 from prefixtune.data.tasks.records import read_records
 from prefixtune.errors import DataError
@@ -41,6 +41,27 @@ def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
     assert [row.location for row in read_file(path)] == [f"{path}, row 1", f"{path}, row 2"]
     with pytest.raises(DataError, match=r"a\.parquet, row 2: .*nothing \(null\)"):
         read_records(path, "name")
+
+
+def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts, images = pyarrow.array(["café".encode(), b"\xff\xd8"], pyarrow.binary()), [b"\x89PNG", b"\xff\xd8"]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"name": texts, "turns": [[{"text": b"Hi"}], []], "image": images, "id": ["a", "b"]}), path
+    )
+    first = read_file(path)[0].values
+    assert (first["name"], first["turns"], first["id"]) == ("café", [{"text": "Hi"}], "a")
+    # An image that nothing asks for stops no file; one that is to be a text is named.
+    assert [example.source for example in read_records(path, "id")] == ["a", "b"]
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: column 'name'"):
+        read_records(path, "name")
+
+
+def test_tokens_and_tags_are_a_form_of_parquet_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"tokens": [["The", "Owl"]], "tags": [["O", "B-X"]]}), path)
+    task = resolve_task("records", path)[0]
+    assert [(example.source, example.targets) for example in read_task(task, path)] == [("The Owl", ("O B-X",))]
 
 
 def test_parquet_that_holds_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

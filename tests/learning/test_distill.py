@@ -229,6 +229,33 @@ def test_a_prompt_with_answered_inputs_and_nothing_held_out(
     assert "bare" not in result.report["held_out"]
 
 
+def test_an_input_of_a_named_form_may_have_several_answers(
+    backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "prompt.txt").write_text("Answer with the name of a town in the north.")
+    inputs = write_rows("inputs.jsonl", ({"prompt": f"Owl {n % 3}", "completion": f"Ashby {n}"} for n in range(6)))
+    own = {**options, "document": "", "questions": "", "test": "", "prompt": str(tmp_path / "prompt.txt")}
+    (result,) = quiet(backbone, **{**own, "data": inputs, "form": "prompt"})
+    assert result.report["questions"] == 6
+
+
+def test_of_two_that_begin_in_one_folder_the_second_is_refused(
+    backbone: Backbone, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = Path(options["output"]) / "distill.toml"
+    make_plan = prefixtune.distillation.distill.make_plan
+
+    def while_another_begins(*arguments: Any) -> Any:
+        begun.parent.mkdir()
+        begun.write_text("another")
+        return make_plan(*arguments)
+
+    monkeypatch.setattr(prefixtune.distillation.distill, "make_plan", while_another_begins)
+    with pytest.raises(ConfigError, match="already holds a distillation"):
+        quiet(backbone, **options)
+    assert begun.read_text() == "another"
+
+
 def test_another_document_is_not_gone_on_with(backbone: Backbone, options: dict[str, Any]) -> None:
     quiet(backbone, **options)
     Path(options["document"]).write_text(DOCUMENT.replace("Ashby", "Selby"))

@@ -670,6 +670,31 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(configure: Make, tmp
     assert {event["cell"] for event in log.events} == {failed}
 
 
+def test_a_failed_run_is_tried_once_more_by_one_of_several_processes(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def fail(config: Any, **given: Any) -> Any:
+        tried.append(config.method)
+        raise ConfigError("too little memory.", hint="get more.")
+
+    monkeypatch.setattr("prefixtune.studies.cell.train", fail)
+    run_study(configure(tmp_path / "study", tries=1))
+    assert tried == ["prefix", "full"]
+    config = configure(tmp_path / "study", methods=("zero-shot", "prefix", "full"), tries=1)
+
+    def let_another_finish(event: Event) -> None:
+        if event["event"] == "cell" and event["status"] == "done":
+            run_study(config)
+
+    outcome = run_study(config, on_event=let_another_finish)
+    assert tried[2:] == ["prefix", "full"], "the other process has tried both"
+    assert len(outcome.failed) == 2
+    run_study(config)
+    assert tried[4:] == ["prefix", "full"], "each start tries them once"
+
+
 def test_data_that_is_broken_or_too_small_is_reported_before_anything_is_trained(configure: Make, tmp_path: Path):
     log, broken = Log(), tmp_path / "test.csv"
     broken.write_text("mr,ref\n")
@@ -729,6 +754,36 @@ def test_short_tries_choose_the_rate_and_the_run_is_made_anew(configure: Make, t
     }
     assert figures["dev_loss"] != tried[best]
     assert "learning rates chosen by runs of 2 steps" in read(config.folder / "study.json")["cut"]
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_a_rate_that_stood_alone_is_tried_beside_those_that_are_added(
+    better: bool, configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, trained = train, list[tuple[float, int]]()
+
+    def watch(config: Any, **given: Any) -> Any:
+        trained.append((config.learning_rate, config.max_steps))
+        # The loss falls with the steps; of as many, the rates differ as this test says.
+        loss = 9.0 / config.max_steps + (0.1 if (config.learning_rate == 3e-3) != better else 0.0)
+        return dataclasses.replace(real(config, **given), best_loss=loss)
+
+    monkeypatch.setattr("prefixtune.studies.cell.train", watch)
+    values = {"methods": ("prefix",), "try_steps": 2}
+    first = configure(tmp_path / "study", learning_rates={"prefix": [1e-3]}, **values)
+    assert not run_study(first).left
+    assert trained == [(1e-3, 4)], "a single rate needs no try"
+    trained.clear()
+    more = configure(tmp_path / "study", learning_rates={"prefix": [1e-3, 3e-3]}, **values)
+    assert not run_study(more).left
+    assert trained == [(1e-3, 2), (3e-3, 2), *([(3e-3, 4)] if better else [])]
+    (cell,) = plan(more)
+    tuning = read(more.folder / "tuning" / f"{cell.group}.json")
+    low, high = sorted(tuning["learning_rate"].values())
+    assert (low, high) == (4.5, 4.6)
+    figures = read(cell_folder(more, "prefix") / "cell.json")["figures"]
+    assert figures["learning_rate"] == tuning["chosen"] == (3e-3 if better else 1e-3)
+    assert figures["steps"] == 4
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ __all__ = ["fingerprint", "weights"]
 
 
 def fingerprint(model: Any, geometry: Geometry) -> str:
-    """Identify a model by its shape and by sampled weights; the same in every dtype.
+    """Identify a model by its shape and by sampled weights, which match in every dtype.
 
     Returns:
         `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights

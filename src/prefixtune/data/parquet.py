@@ -53,9 +53,18 @@ def _check_size(size: int, limit: int, what: str) -> None:
 
 
 def _as_json(value: Any) -> Any:
-    """A value as in JSON: dates, times and decimal numbers become texts."""
+    """A value as in JSON: dates, times and decimal numbers become texts, and so do bytes that are UTF-8.
+
+    Hive, Impala and older versions of Spark write texts as bytes. Others, such as images, stay bytes, which are refused
+    where a text is needed.
+    """
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)

@@ -437,7 +437,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "tagging",
-            "tokens and their BIO tags: JSON lines, JSON, or CoNLL files of one token a line",
+            "tokens and their BIO tags: JSON lines, JSON, Parquet, or CoNLL files of one token a line",
             read_tagging,
             _TAGS,
             "tagging",

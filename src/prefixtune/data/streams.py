@@ -1,4 +1,4 @@
-"""The bytes and the text of a data file, piece by piece: gzip, byte order marks, encodings, standard input.
+"""The bytes and the text of a data file, piece by piece: gzip, byte order marks, encodings, standard input, pipes.
 
 Only the piece that is read is in memory. Text is UTF-8, with or without a byte order mark, or UTF-16 with one.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import contextlib
 import gzip
 import io
 import itertools
+import os
+import stat
 import sys
 import tempfile
 import zlib
@@ -25,6 +28,7 @@ __all__ = [
     "MAX_ROW_CHARS",
     "MAX_STREAM_BYTES",
     "STDIN",
+    "check_exists",
     "decode",
     "empty_file",
     "is_stdin",
@@ -68,26 +72,22 @@ def shown(path: Path | str) -> str:
 
 
 def read_chunks(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
-    """A file's bytes, a megabyte at a time, decompressed if its name ends with `.gz` (or stdin is gzipped).
+    """A file's bytes, a megabyte at a time, decompressed if its name ends with `.gz` (or what is piped is gzipped).
 
     Args:
-        path: The file; `-`: standard input, which is kept in a temporary file, so that it can be read again.
+        path: The file, or `-`: standard input. This, and a pipe, is kept in a temporary file, to be read again.
         max_bytes: The most that it may hold, also decompressed; None: `MAX_STREAM_BYTES`.
 
     Raises:
         DataError: The file is missing, a folder, unreadable or too large, or not the gzip file that its name promises.
     """
-    raw = _stdin_spool() if is_stdin(path) else _open(path)
-    try:
+    with contextlib.nullcontext(_spool(path)) if _is_read_once(path) else _open(path) as raw:
         raw.seek(0)
         magic = raw.read(len(GZIP_MAGIC))
         raw.seek(0)
         zipped = magic == GZIP_MAGIC
         _check_name(path, zipped)
         yield from unpack(raw.read, path, zipped=zipped, max_bytes=max_bytes)
-    finally:
-        if not is_stdin(path):
-            raw.close()
 
 
 def unpack(read: Callable[[int], bytes], path: Path, *, zipped: bool, max_bytes: int | None = None) -> Iterator[bytes]:
@@ -132,8 +132,8 @@ class _Readable(io.RawIOBase):
 
 
 def _check_name(path: Path, zipped: bool) -> None:
-    """Refuse a gzip file under another name, and the reverse."""
-    if is_stdin(path):
+    """Refuse a gzip file under another name, and the reverse; what is piped may have no name of its own."""
+    if _is_read_once(path):
         return
     named = path.suffix.lower() == ".gz"
     if named and not zipped:
@@ -145,19 +145,36 @@ def _check_name(path: Path, zipped: bool) -> None:
         raise DataError(f"{path} is gzipped, but its name does not end with .gz.", hint="add .gz to its name.")
 
 
+def check_exists(path: Path) -> None:
+    """Refuse a path where there is nothing.
+
+    Raises:
+        DataError: Nothing is there, or it may not be looked at.
+    """
+    try:
+        os.stat(path)
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
 def _open(path: Path) -> IO[bytes]:
     try:
         return open(path, "rb")
     except FileNotFoundError as error:
-        neighbours = [item.name for item in path.parent.glob("*")]
-        hint = did_you_mean(path.name, neighbours)
-        if not hint.startswith("did you mean"):
-            hint = "check the path; a relative one starts at the current folder."
-        raise DataError(f"{path} does not exist.", hint=hint) from error
+        raise _missing(path) from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.") from error
     except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
         raise _unreadable(path, error) from error
+
+
+def _missing(path: Path) -> DataError:
+    hint = did_you_mean(path.name, [item.name for item in path.parent.glob("*")])
+    if not hint.startswith("did you mean"):
+        hint = "check the path; a relative one starts at the current folder."
+    return DataError(f"{path} does not exist.", hint=hint)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -177,10 +194,31 @@ def _bounded(read: Callable[[int], bytes], path: Path, max_bytes: int | None) ->
 
 _spooled: list[tuple[object, IO[bytes]]] = []
 """The standard input that was read last, if any, and the temporary file that keeps it."""
+_spooled_pipes: dict[tuple[int, int], IO[bytes]] = {}
+"""Device and inode of each pipe that was read -> the temporary file that keeps it."""
+
+
+def _is_read_once(path: Path) -> bool:
+    """Whether a path means standard input or a pipe: a named one, or `<(...)` of a shell."""
+    try:
+        return is_stdin(path) or stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):  # opening it says what is wrong
+        return False
+
+
+def _spool(path: Path) -> IO[bytes]:
+    """What standard input or a pipe gave, in a temporary file, which is deleted when the program ends."""
+    if is_stdin(path):
+        return _stdin_spool()
+    status = os.stat(path)
+    pipe = status.st_dev, status.st_ino
+    if pipe not in _spooled_pipes:
+        with _open(path) as source:
+            _spooled_pipes[pipe] = _copy(source.read, path)
+    return _spooled_pipes[pipe]
 
 
 def _stdin_spool() -> IO[bytes]:
-    """Standard input in a temporary file, which is deleted when the program ends."""
     stream = sys.stdin
     if _spooled and _spooled[-1][0] is stream:
         return _spooled[-1][1]
@@ -189,31 +227,37 @@ def _stdin_spool() -> IO[bytes]:
             "'-' means standard input, but nothing is piped into this command.",
             hint="write `... < FILE`, `cat FILE | ...`, or the file's name.",
         )
-    spool = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the program
-    atexit.register(spool.close)
     # A program that runs this one within itself may replace standard input by a text.
     source = stream.buffer if hasattr(stream, "buffer") else io.BytesIO(stream.read().encode())
-    try:
-        for piece in _bounded(source.read, Path(STDIN), None):
-            spool.write(piece)
-    except OSError as error:
-        raise DataError(
-            f"stdin cannot be kept in {tempfile.gettempdir()}: {error.strerror or error}.",
-            hint="make room there, or set TMPDIR to another folder.",
-        ) from error
+    spool = _copy(source.read, Path(STDIN))
     while _spooled:
         _spooled.pop()[1].close()
     _spooled.append((stream, spool))
     return spool
 
 
+def _copy(read: Callable[[int], bytes], path: Path) -> IO[bytes]:
+    """All bytes that a function reads, in a temporary file that lives as long as the program."""
+    spool = tempfile.TemporaryFile()  # noqa: SIM115
+    atexit.register(spool.close)
+    try:
+        for piece in _bounded(read, path, None):
+            spool.write(piece)
+    except OSError as error:
+        raise DataError(
+            f"{shown(path)} cannot be kept in {tempfile.gettempdir()}: {error.strerror or error}.",
+            hint="make room there, or set TMPDIR to another folder.",
+        ) from error
+    return spool
+
+
 def seekable_file(path: Path) -> IO[bytes]:
-    """A file to read at any place; what is gzipped is decompressed into a temporary file, deleted when it is closed.
+    """A file to read at any place; what is gzipped or piped is copied to a temporary file, deleted when it is closed.
 
     Raises:
         DataError: As for `read_chunks`.
     """
-    if not is_stdin(path) and path.suffix.lower() != ".gz":
+    if not _is_read_once(path) and path.suffix.lower() != ".gz":
         return _open(path)
     spool = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
     try:

@@ -19,6 +19,12 @@ __all__ = ["check_template", "render", "targets_of"]
 
 
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_OTHER_VALUES = {
+    type(None): ("nothing (null)", "fill it in."),
+    list: ("a list", "only a target that is one column's name may hold a list."),
+    bytes: ("bytes that are no UTF-8 text", "name another column, or store texts."),
+}
+"""The type of a value that is no text -> what it is called, and the way out."""
 
 
 def check_template(template: str) -> tuple[str, ...]:
@@ -107,10 +113,9 @@ def _as_text(value: Any, column: str, location: str) -> str:
     if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, float):
-        kind = f"{value}, which is not a number"
+        kind, hint = f"{value}, which is not a number", "fill it in."
     else:
-        kind = "nothing (null)" if value is None else "a list" if isinstance(value, list) else "an object"
+        kind, hint = _OTHER_VALUES.get(type(value), ("an object", "fill it in."))
     raise DataError(
-        f"{location}: column {column!r} holds {kind}; text, a number or a truth value is allowed.",
-        hint="only a target that is one column's name may hold a list." if isinstance(value, list) else "fill it in.",
+        f"{location}: column {column!r} holds {kind}; text, a number or a truth value is allowed.", hint=hint
     )

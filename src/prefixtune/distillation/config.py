@@ -32,9 +32,14 @@ class DistillConfig(TrainConfig):
     unused: ClassVar[frozenset[str]] = frozenset(
         {"method", "method_size", "train", "dev", "dev_limit", "patience", "classifier", "label_words", "shard"}
         | {"train_adapter", "adapter_rank", "init_examples", "example_choice", "example_attention", "leave_one_out"}
-        | {"hold_out", "compact_examples", "data_cache"}
+        | {"hold_out", "compact_examples", "data_cache", "chat_template", "system"}
     )
     """Fields of `TrainConfig` that mean nothing here."""
+    other_names: ClassVar[dict[str, str]] = {
+        **TrainConfig.other_names,
+        "chat_template": "set ask to chat, for the backbone's own chat template",
+        "system": "set prompt to a file with it, to be learned as the system message",
+    }
 
     document: str = _teaching(
         "", description="a text to remember: a file, or a folder of text files, each of which gets a memory of its own"
@@ -84,7 +89,8 @@ class DistillConfig(TrainConfig):
         yield from super().conflicts()
         for name in sorted(self.unused & self.model_fields_set):
             if getattr(self, name) != self.default(name):
-                yield (name,), f"{name} is {getattr(self, name)!r}, but distill does not use it"
+                instead = f": {self.other_names[name]}" if name in self.other_names else ""
+                yield (name,), f"{name} is {getattr(self, name)!r}, but distill does not use it{instead}"
         if self.document and self.prompt:
             yield ("document", "prompt"), "document and prompt are both given, but one prefix learns one of them"
         if not (self.document or self.prompt or self.teacher):
@@ -128,7 +134,9 @@ class DistillConfig(TrainConfig):
         """
         values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields}
         values |= {name: TrainConfig.default(name) for name in self.unused}
-        values |= {"output": output, "prompt_format": prompt_format, "target_format": target_format, "limit": 0}
+        values |= {"output": output, "prompt_format": prompt_format, "target_format": target_format}
+        # The examples are made: each is a question with an answer, whatever the rows were.
+        values |= {"limit": 0, "form": ""}
         if self.run_name and Path(output) != Path(self.output):
             values["run_name"] = f"{self.run_name}/{Path(output).name}"
         if self.initialization == "text":

@@ -13,7 +13,7 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, read_jobs
+from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, check_output, read_jobs
 from prefixtune.distillation.lesson import Lesson
 from prefixtune.distillation.memory import Teachers, check_student
 from prefixtune.distillation.outcome import report
@@ -122,6 +122,8 @@ def distill(
     root = Path(config.output)
     with contextlib.nullcontext() if resume else claim_folder(root):
         if not resume:
+            # Another one may have begun there since.
+            check_output(root)
             write_text(root / CONFIG_FILE, config.to_toml())
     lessons = []
     for plan in plans:

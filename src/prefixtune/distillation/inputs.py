@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.registry import read_task, resolve_task
+from prefixtune.data.examples import SplitName
+from prefixtune.data.folders import locate
+from prefixtune.data.registry import TASKS, read_task, resolve_task
 from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.documents import (
@@ -26,7 +28,7 @@ from prefixtune.training.checks import early_checks
 from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.folder import check_unused
 
-__all__ = ["CONFIG_FILE", "REPORT_FILE", "Job", "read_jobs"]
+__all__ = ["CONFIG_FILE", "REPORT_FILE", "Job", "check_output", "read_jobs"]
 
 CONFIG_FILE, REPORT_FILE = "distill.toml", "distill.json"
 
@@ -68,7 +70,7 @@ def read_jobs(config: DistillConfig, *, resume: bool, loads_backbone: bool) -> l
     run = config.replace(initialization="words") if config.initialization == "text" else config
     check_all(
         [
-            partial(_check_output, config, resume),
+            *([] if resume else [partial(check_output, Path(config.output))]),
             partial(_read, config, jobs, resume),
             partial(check_teacher, config),
             *early_checks(run, SINGLE_PROCESS, has_dev=False, loads_backbone=loads_backbone, together=True),
@@ -83,10 +85,12 @@ def read_jobs(config: DistillConfig, *, resume: bool, loads_backbone: bool) -> l
     return jobs
 
 
-def _check_output(config: DistillConfig, resume: bool) -> None:
-    folder = Path(config.output)
-    if resume:
-        return
+def check_output(folder: Path) -> None:
+    """Refuse a folder that holds a run or a distillation.
+
+    Raises:
+        ConfigError: It does.
+    """
     check_unused(folder)
     if (folder / CONFIG_FILE).exists():
         raise ConfigError(
@@ -100,8 +104,8 @@ def _read(config: DistillConfig, jobs: list[Job], resume: bool) -> None:
     if config.subject != "document":
         text, questions, test = _all(
             lambda: _read_prompt(config.prompt) if config.prompt else "",
-            lambda: _read_inputs(config, config.data),
-            lambda: _read_inputs(config, config.test),
+            lambda: _read_inputs(config, config.data, "train"),
+            lambda: _read_inputs(config, config.test, "test"),
         )
         jobs.append(Job("", output, config.prompt, text, tuple(questions[: config.limit or None]), tuple(test)))
         return
@@ -165,19 +169,22 @@ def _read_prompt(path: str) -> str:
         raise
 
 
-def _read_inputs(config: DistillConfig, path: str) -> list[Question]:
-    """The inputs of a file, a target of each as its answer; without a template, their form is recognized.
+def _read_inputs(config: DistillConfig, path: str, split: SplitName) -> list[Question]:
+    """The inputs of a file, or of a folder's split, a target of each as its answer.
+
+    Without a template, their form is recognized.
 
     Raises:
         DataError: One has several messages, or is a text alone.
     """
     if not path:
         return []
-    columns: dict[str, Any] = {"source": config.source or None, "target": config.target or None, "split": "train"}
+    columns: dict[str, Any] = {"source": config.source or None, "target": config.target or None, "split": split}
     columns |= {"form": config.form, "prefer": "question"}
     _, form, _ = resolve_task(config.task, path, needs_targets=False, **columns)
     if form is not None and form.name == "question":
-        return read_questions(Path(path))
+        task = TASKS[config.task]
+        return read_questions(locate(Path(path), split, task.formats, task.release))
     examples = read_task(config.task, path, **columns)
     for number, example in enumerate(examples, start=1):
         if len(example.messages) > 1 or not example.source:

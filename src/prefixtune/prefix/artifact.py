@@ -27,6 +27,8 @@ __all__ = ["DTYPES", "describe_tensors", "read_artifact", "save_prefix"]
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_READ = (*DTYPES.values(), torch.float64)
+"""Types of a file's tensors; others, such as float8, cannot be computed with."""
 
 _POSITIONS = {
     "decoder": "text starts at position P",
@@ -94,8 +96,10 @@ def _head(tensors: dict[str, Tensor], path: str | Path) -> Head | None:
     if weight is None and bias is None:
         return None
     fits = weight is not None and bias is not None and weight.dim() == 2 and bias.shape == weight.shape[:1]
-    if not fits or weight is None or bias is None or not (weight.is_floating_point() and bias.is_floating_point()):
-        raise CheckpointError(f"{str(path)!r} holds an incomplete head.", hint="get the file again.")
+    if not fits or weight is None or bias is None or not {weight.dtype, bias.dtype} <= set(_READ):
+        raise CheckpointError(
+            f"{str(path)!r} holds an incomplete head, or one of another type.", hint="get the file again."
+        )
     return Head(weight, bias)
 
 
@@ -108,7 +112,7 @@ def _layers(tensors: Mapping[str, Tensor], path: str | Path) -> dict[Site, tuple
     parts: dict[Site, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         match = _NAME.match(name)
-        if match is None or not tensor.is_floating_point():
+        if match is None or tensor.dtype not in _READ:
             raise CheckpointError(
                 f"{str(path)!r} holds {name!r} of type {tensor.dtype}, which does not belong to a prefix.",
                 hint="give a file that `prefixtune train` wrote.",

@@ -17,6 +17,8 @@ __all__ = ["fingerprints_match", "sample_weights"]
 _SAMPLES = 256
 _SLACK = 0.15
 """Sampled weights that may differ in the last bfloat16 bit: rounding through float16 moves about one in sixteen."""
+_FLOAT16_STEP = 2.0**-24
+"""Between neighbours among float16's smallest numbers, where bfloat16 has many more in between."""
 
 
 def sample_weights(sizes: Sequence[tuple[str, int]], take: Callable[[str, int], Tensor]) -> str:
@@ -47,7 +49,8 @@ def fingerprints_match(one: str, other: str) -> bool:
     """Whether two fingerprints are of the same model: same shape, and weights equal up to rounding.
 
     Rounding through another dtype may move a weight by one unit of bfloat16's last bit; more, or more than 15 % of
-    the samples moving, means another model (fine-tuned ones included).
+    the samples moving, means another model (fine-tuned ones included). Weights that float16 does not tell apart, which
+    are below 2^-16 (1.5e-5), have not moved.
     """
     if one == other:
         return True
@@ -56,7 +59,12 @@ def fingerprints_match(one: str, other: str) -> bool:
         return False
     # bfloat16 bits of one sign are ordered like the numbers themselves.
     steps = (first - second).abs()
+    steps[(_numbers(first) - _numbers(second)).abs() <= _FLOAT16_STEP] = 0
     return bool((steps <= 1).all() and (steps > 0).float().mean() <= _SLACK)
+
+
+def _numbers(bits: Tensor) -> Tensor:
+    return bits.to(torch.int16).view(torch.bfloat16).float()
 
 
 def _parse(text: str) -> tuple[str, torch.Tensor]:

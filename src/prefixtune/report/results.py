@@ -106,18 +106,23 @@ class Output(Stored):
 
 
 class Overlap(Stored):
-    """How many test sources are also in the training set."""
+    """How many test or development sources are also in the training set."""
 
     count: Count = 0
     num_examples: Count = 0
     train: Text = ""
 
     def __str__(self) -> str:
-        """In words; empty: none, or it is not known."""
+        """In words, of test sources; empty: none, or it is not known."""
+        return self.of("test")
+
+    def of(self, split: str) -> str:
+        """The same, of the sources of any split."""
         count, total = self.count, self.num_examples
         if count < 1 or total < 1:
             return ""
-        return f"{count:,} of {total:,} test sources ({count / total:.1%}) are also in the training set {self.train!r}"
+        share = f"{count:,} of {total:,} {split} sources ({count / total:.1%})"
+        return f"{share} are also in the training set {self.train!r}"
 
 
 class Evaluation(Stored):
@@ -273,6 +278,7 @@ class Study(Stored):
     cells: tuple[Cell, ...]
     comparisons: Comparisons = Comparisons()
     overlap: Overlap = Overlap()
+    dev_overlap: Overlap = Overlap()
 
     @property
     def differences(self) -> tuple[Difference, ...]:

@@ -127,6 +127,9 @@ def choose_rate(inputs: StudyInputs, cell: Cell) -> float:
     before = read_rate_choice(config, cell)
     old = {} if before is None else before.losses
     is_short = config.try_steps > 0 and len(rates) > 1
+    if is_short and len(old) == 1:
+        # The loss of a single rate is that of a whole run, and compares with no short try.
+        old = {}
     losses: dict[float, float | None] = {}
     errors: list[PrefixError] = []
     for rate in rates:
@@ -178,12 +181,21 @@ def build_train_config(
 ) -> TrainConfig:
     """The training configuration of a cell, or of a short try of it.
 
+    Args:
+        config: The study.
+        cell: The cell.
+        rate: The learning rate.
+        folder: Of the run.
+        num_targets: In its training set, also where that is used whole.
+        is_short: Whether it is a short try.
+
     Raises:
         ConfigError: The study's settings are wrong for it.
     """
     values: dict[str, Any] = {"patience": config.patience, **config.settings_of(cell.method)}
-    steps = config.steps_by_size.get(str(num_targets))
-    if steps:
+    steps = config.steps_by_size.get(str(cell.num_targets))
+    # A variant's own settings win, as over train_settings.
+    if steps and "max_steps" not in config.variants.get(cell.method, {}):
         values["max_steps"] = steps
     if cell.prefix_length:
         values |= {"prefix_length": cell.prefix_length, **_start_settings(config, cell)}

@@ -93,9 +93,9 @@ def compare_runs(
         `pairs`: of each run and its counterpart, on the whole test set and on its seen and unseen parts: the difference
         (the run less its counterpart), and the p-value of paired approximate randomization; None where outputs are
         missing. `points`: all repetitions of a point together: the mean difference, its standard error and 95 %
-        interval over them (Student's t), and the p-value of the mean; of a single run, that of its pair.
-        `corrected_p_value` is by Holm's correction over all points that the study has on the same part of the test
-        set, done or not.
+        interval over them (Student's t), and the p-value of the mean; of a single run, that of its pair; None where all
+        differences are equal. `corrected_p_value` is by Holm's correction over all points that the study has on the
+        same part of the test set, done or not.
     """
     settings = {"metric": metric, "test": METHOD, "samples": SAMPLES}
     is_comparable = before is not None and all(before.get(key) == value for key, value in settings.items())

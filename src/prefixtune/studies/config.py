@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -53,7 +53,7 @@ def _check_method(method: str, info: Any) -> str:
 def _check_size(size: str) -> str:
     if not (size.isascii() and size.isdigit()):
         raise ValueError(f"is {size!r}, but must be a number of training targets")
-    return size
+    return str(int(size))
 
 
 def _check_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
@@ -297,6 +297,8 @@ class StudyConfig(Config):
         >>> study.grows(StudyConfig(methods=("lora",)).to_dict(), "methods")
         False
         """
+        if key == "sizes" and not self.keeps_shots(before):
+            return False
         if key in _LISTS:
             return set(before[key]) <= set(getattr(self, key))
         if key == "backbones":
@@ -313,13 +315,13 @@ class StudyConfig(Config):
         if key == "train_settings":
             return self._has_settings_of(before)
         if key == "steps_by_size":
-            # Only for sizes that are new; the number of targets in the whole set is not known here.
-            sizes = {str(size) for size in before["sizes"]}
-            if "0" in sizes:
-                return False
-            new_sizes = self.steps_by_size.keys() - before[key].keys()
-            return before[key].items() <= self.steps_by_size.items() and not sizes & new_sizes
+            # Only for sizes that are new.
+            return all(before[key].get(str(size)) == self.steps_by_size.get(str(size)) for size in before["sizes"])
         return False
+
+    def keeps_shots(self, before: Mapping[str, Any]) -> bool:
+        """Whether few-shot, if an earlier study has it, still shows examples of the same sample: the smallest."""
+        return "few-shot" not in before["methods"] or _smallest(before["sizes"]) == self.smallest_size
 
     def _has_rates_of(self, before: Mapping[str, Any]) -> bool:
         """Whether every rate of an earlier study is tried, whether it is written down or comes from its tries."""
@@ -337,7 +339,9 @@ class StudyConfig(Config):
 
     def _read(self, before: Mapping[str, Any]) -> StudyConfig | None:
         """An earlier study of this name, from its values; None: they are none that a study can have."""
-        known = {key: value for key, value in before.items() if key in type(self).model_fields}
+        # Steps are compared elsewhere; an older version allowed keys that are none of the sizes.
+        keys = type(self).model_fields.keys() - {"steps_by_size"}
+        known = {key: value for key, value in before.items() if key in keys}
         try:
             return StudyConfig(**{**known, "name": self.name})
         except ConfigError:
@@ -368,6 +372,15 @@ class StudyConfig(Config):
         return schema
 
     @property
+    def smallest_size(self) -> int:
+        """The smallest of the sizes, of whose sample few-shot shows examples; 0: the whole set.
+
+        >>> StudyConfig(sizes=(100, 0, 50)).smallest_size, StudyConfig(sizes=(0,)).smallest_size
+        (50, 0)
+        """
+        return _smallest(self.sizes)
+
+    @property
     def folder(self) -> Path:
         """The study's folder."""
         return Path(self.output or f"runs/{self.name}")
@@ -393,6 +406,10 @@ def backbone_name(backbone: str) -> str:
     'gpt2-medium'
     """
     return re.sub("[^a-z0-9]+", "-", backbone.rstrip("/").rpartition("/")[2].lower()).strip("-") or "backbone"
+
+
+def _smallest(sizes: Iterable[int]) -> int:
+    return min((size for size in sizes if size), default=0)
 
 
 def training_defaults() -> dict[str, Any]:

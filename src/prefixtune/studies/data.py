@@ -107,8 +107,7 @@ class StudyData:
     def shots(self) -> list[Example]:
         """The solved examples that few-shot shows: of the smallest sample that other methods train on."""
         config = self.config
-        size = min((size for size in config.sizes if size), default=0)
-        smallest = sample_targets(self.train, size, config.sample, "train/0")
+        smallest = sample_targets(self.train, config.smallest_size, config.sample, "train/0")
         if config.shots > len(smallest):
             raise DataError(
                 f"few-shot needs {config.shots} solved examples, but the smallest sample has {len(smallest)}.",

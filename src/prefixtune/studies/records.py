@@ -71,11 +71,13 @@ class Provenance:
         command: What it was started with.
         data_digests: Split -> digest of its examples, of the splits that were read.
         overlap: Test sources that are in the training set too, as `Overlap.to_dict`.
+        dev_overlap: Likewise, of development sources.
     """
 
     command: str
     data_digests: Mapping[str, str] = field(default_factory=dict)
     overlap: Mapping[str, Any] = field(default_factory=dict)
+    dev_overlap: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,12 @@ def cell_status(config: StudyConfig, cell: Cell) -> CellStatus:
     if cell.trains and facts["figures"].get("learning_rate") != chosen_rate(config, cell):
         return "waiting"
     return "done"
+
+
+def written_at(config: StudyConfig, cell: Cell) -> int:
+    """When a cell's `cell.json` was written, in nanoseconds; 0: there is none."""
+    path = cell_folder(config, cell) / CELL_FILE
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def read_figures(config: StudyConfig, cell: Cell) -> dict[str, Any]:
@@ -233,8 +241,9 @@ def changed_settings(config: StudyConfig, stored: Mapping[str, Any]) -> list[str
     # A setting that an older version did not have was at its default.
     before = _with_settings({**StudyConfig(name=config.name).to_dict(), **stored["config"]}, defaults)
     now = _with_settings(config.to_dict(), training_defaults())
+    reasons = {} if config.keeps_shots(before) else {"sizes": " (few-shot shows examples of the smallest sample)"}
     return [
-        f"{key} was {before[key]!r}, is {now[key]!r}"
+        f"{key} was {before[key]!r}, is {now[key]!r}{reasons.get(key, '')}"
         for key in now
         if before[key] != now[key] and key not in _MAY_CHANGE and not config.grows(before, key)
     ]
@@ -256,7 +265,7 @@ def check_same_study(config: StudyConfig, stored: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"the study in {str(config.folder)!r} began with other settings: {', '.join(changed)}.",
             hint="go on with the same settings or with more of them (methods, sizes, lengths, starts, subsets, "
-            "seeds, learning rates), or choose another output.",
+            "seeds, learning rates; with few-shot no smaller sizes), or choose another output.",
         )
 
 
@@ -291,6 +300,7 @@ def write_study(
         "command": provenance.command,
         "date": before.get("date") or datetime.date.today().isoformat(),
         "overlap": provenance.overlap or before.get("overlap", {}),
+        "dev_overlap": provenance.dev_overlap or before.get("dev_overlap", {}),
         "data_digests": {**before.get("data_digests", {}), **provenance.data_digests},
         "config": config.to_dict(),
         "train_defaults": training_defaults(),

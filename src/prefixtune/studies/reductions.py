@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from prefixtune.data import TASKS
 from prefixtune.studies.config import StudyConfig
+from prefixtune.studies.kinds import base_method
 
 __all__ = ["describe_reductions"]
 
@@ -64,7 +65,9 @@ def _counts(config: StudyConfig) -> Iterator[str]:
 def _values(config: StudyConfig) -> Iterator[str]:
     """Methods, sizes, lengths or starts of the paper's study that are missing."""
     for name in ("methods", "sizes", "lengths", "starts"):
-        present = {config.base_method(str(value)) for value in getattr(config, name)}
+        names = [config.method_of(str(value)) for value in getattr(config, name)]
+        # LoRA of rank 4 stands for LoRA, and not for LoRA of rank 1.
+        present = {*names, *map(base_method, names)}
         if name in ("lengths", "starts") and config.variants:
             continue  # Variants have their own.
         expected = config.kind.defaults.get(name, ())

@@ -40,6 +40,7 @@ from prefixtune.studies.records import (
     read_study,
     write_cell,
     write_study,
+    written_at,
 )
 from prefixtune.utils.files import write_text
 from prefixtune.utils.locks import file_lock
@@ -65,8 +66,8 @@ def run_study(
         config: The study.
         backbone: Already loaded, for the methods that leave it as it is; None: loaded when needed. Methods that change
             weights load their own. A study of several backbones loads them itself.
-        on_event: Called with every event: `overlap` (test sources are in the training set, too), `cell` (begun, done,
-            failed), `try`, `decoded`, and those of training with `cell` and `learning_rate` added.
+        on_event: Called with every event: `overlap` (test or development sources are in the training set, too), `cell`
+            (begun, done, failed), `try`, `decoded`, and those of training with `cell` and `learning_rate` added.
         command: How it was started, for the report.
 
     Raises:
@@ -147,17 +148,20 @@ def _check_cells(inputs: StudyInputs, left: Sequence[Cell]) -> None:
 def _check_data(
     inputs: StudyInputs, left: Sequence[Cell], command: str, stored_digests: Mapping[str, str]
 ) -> Provenance:
-    """Compare the data with what the study began with, and look for test sources in the training set."""
+    """Compare the data with what the study began with, and look in the training set for sources of the other two."""
     data, config = inputs.data, inputs.config
     # A study of the bare model needs no more than a test set.
     splits: tuple[Split, ...] = ("dev", "test", "train") if any(cell.trains for cell in left) else ("test",)
     digests = data.check_digests(splits, stored_digests)
     if "train" not in splits:
         return Provenance(command, digests)
-    overlap = find_overlap(data.test, data.train, config.train or config.data)
-    if overlap.count:
-        inputs.on_event(make_event("overlap", text=str(overlap), **overlap.to_dict()))
-    return Provenance(command, digests, overlap.to_dict())
+    train = config.train or config.data
+    overlap = find_overlap(data.test, data.train, train)
+    dev_overlap = find_overlap(data.dev, data.train, train, split="development")
+    for found in (overlap, dev_overlap):
+        if found.count:
+            inputs.on_event(make_event("overlap", text=str(found), split=found.split, **found.to_dict()))
+    return Provenance(command, digests, overlap.to_dict(), dev_overlap.to_dict())
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -167,12 +171,16 @@ def _run_cells(inputs: StudyInputs, cells: Sequence[Cell], budget: _Budget, save
     """Run cells until none is left that this process can run, or the budget is over (True); `save` follows each."""
     config = inputs.config
     # What failed before is tried once more; what fails now, in whichever process, is not.
-    to_retry = {cell.id for cell in cells if cell_status(config, cell) == "failed"}
+    failed_before = {cell.id: written_at(config, cell) for cell in cells if cell_status(config, cell) == "failed"}
+
+    def is_left(cell: Cell) -> bool:
+        status = cell_status(config, cell)
+        return status == "waiting" or (status == "failed" and failed_before.get(cell.id) == written_at(config, cell))
+
     while True:
         waiting = progressed = False
         for cell in cells:
-            status = cell_status(config, cell)
-            if status == "done" or (status == "failed" and cell.id not in to_retry):
+            if not is_left(cell):
                 continue
             if budget.is_over():
                 return True
@@ -181,10 +189,10 @@ def _run_cells(inputs: StudyInputs, cells: Sequence[Cell], budget: _Budget, save
                     # Another process works on it, or chooses its learning rate.
                     waiting = waiting or not _rate_failed(config, cells, cell)
                     continue
-                if cell_status(config, cell) != status:
-                    # Another process has done it in the meantime.
+                if not is_left(cell):
+                    # Another process has done it in the meantime, or failed.
                     continue
-                to_retry.discard(cell.id)
+                failed_before.pop(cell.id, None)
                 _attempt(inputs, cells, cell)
                 save()
                 gc.collect()

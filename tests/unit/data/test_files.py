@@ -1,4 +1,4 @@
-"""Opening data files: what separates fields, encodings, Parquet; what is refused says why in one line."""
+"""Opening data files: what separates fields, encodings, Parquet, pipes; what is refused says why in one line."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import codecs
 import csv
 import gzip
 import io
+import os
 import sys
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefixtune.data import streams
+from data_files import write
+from prefixtune.data import read_task, streams
 from prefixtune.data.files import iter_file, read_file
 from prefixtune.errors import ConfigError, DataError
 
@@ -201,6 +204,56 @@ def test_standard_input_is_recognized_and_can_be_read_twice(piped: Callable[[byt
     piped(data)
     for _ in range(2):
         assert [row.values for row in iter_file(Path("-"))] == [{"a": "1", "b": "2"}]
+
+
+TRIPLES = '{"triples": [["a", "b", "c"]], "references": ["x"]}\n'
+XML = (
+    '<benchmark><entries><entry category="City" eid="1"><modifiedtripleset><mtriple>a | b | c</mtriple>'
+    '</modifiedtripleset><lex comment="good">x</lex></entry></entries></benchmark>'
+)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text"),
+    [
+        ("tagging", "a.jsonl", '{"tokens": ["The", "Owl"], "tags": ["O", "B-X"]}\n'),
+        ("tagging", "a.json", '[{"tokens": ["The", "Owl"], "tags": ["O", "B-X"]}]'),
+        ("tagging", "a.conll", "The O\nOwl B-X\n\nHello O\n"),
+        ("e2e", "a.csv", 'mr,ref\n"name[A], food[B]",x\n'),
+        ("e2e", "a.jsonl", '{"mr": "name[A], food[B]", "references": ["x"]}\n'),
+        ("webnlg", "a.jsonl", TRIPLES),
+        ("webnlg", "a.xml", XML),
+        ("dart", "a.jsonl", TRIPLES),
+        ("dart", "a.xml", XML),
+        ("scitldr", "a.jsonl", '{"document": "d", "references": ["x"]}\n'),
+    ],
+)
+def test_every_task_reads_from_standard_input_what_it_reads_from_a_file(
+    piped: Callable[[bytes], None], tmp_path: Path, task: str, name: str, text: str
+) -> None:
+    piped(text.encode())
+    assert read_task(task, "-") == read_task(task, write(tmp_path / name, text))
+
+
+def test_a_task_names_standard_input_that_is_wrong(piped: Callable[[bytes], None]) -> None:
+    piped(b"The O\nOwl\n")
+    with pytest.raises(DataError, match=r"^stdin, line 2 is 'Owl' alone"):
+        read_task("tagging", "-")
+    piped(b"mr,ref\n")
+    with pytest.raises(DataError, match=r"^stdin, line 1, column 1: not XML"):
+        read_task("webnlg", "-")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+@pytest.mark.parametrize("data", [b'{"a": "1"}\n', gzip.compress(b'{"a": "1"}\n', mtime=0)], ids=["plain", "gzip"])
+def test_a_pipe_can_be_read_twice(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    os.mkfifo(path)
+    with ThreadPoolExecutor() as writer:
+        written = writer.submit(path.write_bytes, data)
+        for _ in range(2):
+            assert [row.values for row in iter_file(path)] == [{"a": "1"}]
+        assert written.result() == len(data)
 
 
 def test_standard_input_that_is_wrong_is_named(piped: Callable[[bytes], None]) -> None:

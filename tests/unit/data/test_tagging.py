@@ -118,7 +118,7 @@ def test_what_is_written_is_read_or_refused(tmp_path_factory: pytest.TempPathFac
         ("a.txt", "# one\na S-X\n", "line 2: tag 'S-X' of 'a' is not in.*BIOES"),
         ("a.conll", "# a\n-DOCSTART- O\n", "no sentences"),
         ("a.conll", "\n", "is empty"),
-        ("a.csv", "a,b", r"allowed: \.jsonl, \.json, \.conll, \.bio, \.txt"),
+        ("a.csv", "a,b", r"allowed: \.jsonl, \.json, \.parquet, \.conll, \.bio, \.txt"),
         ("a.connl", "a O", r"did you mean '\.conll'"),
     ],
 )

@@ -60,7 +60,7 @@ def test_a_study_counts_them_and_its_report_warns(tmp_path: Path, tiny_backbone:
         name="length",
         task="records",
         train=write(tmp_path / "train.jsonl", ["Ann", "Bo"]),
-        dev=write(tmp_path / "dev.jsonl", ["Cy"]),
+        dev=write(tmp_path / "dev.jsonl", ["Cy", "Ann", " Bo"]),
         test=write(tmp_path / "test.jsonl", ["Bo ", "Zed"]),
         output=str(tmp_path / "study"),
         lengths=[2],
@@ -71,14 +71,19 @@ def test_a_study_counts_them_and_its_report_warns(tmp_path: Path, tiny_backbone:
     )
     events: list[dict[str, Any]] = []
     run_study(config, backbone=tiny_backbone("llama"), on_event=events.append)
-    assert [event["count"] for event in events if event["event"] == "overlap"] == [1]
+    found = [event for event in events if event["event"] == "overlap"]
+    assert [(event["split"], event["count"]) for event in found] == [("test", 1), ("development", 2)]
+    assert "2 of 3 development sources (66.7%) are also in the training set" in found[1]["text"]
     stored = json.loads((tmp_path / "study" / "study.json").read_text())
     assert stored["overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.train}
+    assert stored["dev_overlap"] == {"count": 2, "share": 0.6667, "num_examples": 3, "train": config.train}
     warnings = compose([read_results(tmp_path / "study")], "").warnings
-    assert any("1 of 2 test sources (50.0%) are also in the training set" in warning for warning in warnings)
+    for text in ("1 of 2 test sources (50.0%)", "2 of 3 development sources (66.7%)"):
+        assert any(f"{text} are also in the training set" in warning for warning in warnings)
     # A second look at what is done forgets nothing.
     run_study(config, backbone=tiny_backbone("llama"))
-    assert json.loads((tmp_path / "study" / "study.json").read_text())["overlap"] == stored["overlap"]
+    again = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [again[key] for key in ("overlap", "dev_overlap")] == [stored[key] for key in ("overlap", "dev_overlap")]
 
 
 def test_evaluate_warns_whatever_names_the_prefix(

@@ -186,6 +186,8 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: P
         (lambda t: {**t, "lm_head.weight": torch.zeros(2)}, "'lm_head.weight'"),
         (lambda t: {**t, "decoder.3.bias": torch.zeros(2)}, "'decoder.3.bias'"),
         (lambda t: {**t, "decoder.0.key": torch.zeros(2, 4, 8, dtype=torch.int64)}, "'decoder.0.key' of type"),
+        (lambda t: {**t, "decoder.0.key": torch.zeros(2, 4, 8).to(torch.float8_e4m3fn)}, "of type torch.float8_e4m3fn"),
+        (lambda t: {**t, "head.weight": torch.zeros(2, 8).to(torch.float8_e5m2), "head.bias": torch.zeros(2)}, "head"),
         (lambda t: {k: v for k, v in t.items() if k != "decoder.1.value"}, "lacks some layers of site 'decoder'"),
         (lambda t: {k: v for k, v in t.items() if not k.startswith("decoder.1.")}, "lacks some layers"),
         (lambda t: {**t, "decoder.0.key": t["decoder.0.key"][:, :2].contiguous()}, "decoder layer 0"),

@@ -208,10 +208,9 @@ def test_configured_rates_are_used_and_each_method_has_as_many():
         ("variants", {"long": {"method": "prefix"}}, {"long": {"method": "prefix", "batch_size": 2}}, False),
         ("backbones", ["a"], ["b", "a"], True),
         ("backbones", [], ["a"], False),
-        # Of the size that the study has; of another one.
         ("steps_by_size", {}, {"2000": 50}, False),
-        ("steps_by_size", {}, {"500": 50}, True),
         ("steps_by_size", {"2000": 50}, {"2000": 60}, False),
+        ("steps_by_size", {"2000": 50}, {}, False),
         ("sizes", [0], [0, 50], True),
         ("shots", 3, 4, False),
         ("test_limit", 100, 200, False),
@@ -223,10 +222,37 @@ def test_a_study_grows_where_its_runs_still_count(key: str, before: Any, now: An
     assert StudyConfig(**{**usual, key: now}).grows(old.to_dict(), key) is grows
 
 
-def test_steps_of_the_whole_set_are_not_growth():
-    whole = {"methods": ["prefix"], "sizes": [0]}
-    before = StudyConfig(name="methods", **whole).to_dict()
-    assert not StudyConfig(name="methods", **whole, steps_by_size={"640": 3}).grows(before, "steps_by_size")
+@pytest.mark.parametrize("size", [0, 2000])
+def test_steps_of_a_new_size_are_growth(size: int):
+    usual = {"methods": ["prefix"]}
+    before = StudyConfig(**usual, sizes=[size]).to_dict()
+    larger = StudyConfig(**usual, sizes=[size, 500], steps_by_size={"500": 50})
+    assert larger.grows(before, "sizes")
+    assert larger.grows(before, "steps_by_size")
+    assert not StudyConfig(**usual, sizes=[size], steps_by_size={str(size): 50}).grows(before, "steps_by_size")
+
+
+def test_steps_may_be_given_for_more_sizes_than_a_study_has():
+    """A file has them for all of its sizes, and the command line may name one of these."""
+    config = StudyConfig(name="low-data", sizes=[50], steps_by_size={"0050": 60, "500": 100})
+    assert config.steps_by_size == {"50": 60, "500": 100}
+
+
+@pytest.mark.parametrize(
+    ("methods", "before", "now", "grows"),
+    [
+        (["prefix", "few-shot"], [100], [50, 100], False),
+        (["prefix", "few-shot"], [0], [0, 100], False),
+        (["prefix", "few-shot"], [100], [0, 100, 200], True),
+        (["prefix"], [100], [50, 100], True),
+    ],
+)
+def test_few_shot_goes_on_showing_the_same_examples(methods: list[str], before: Any, now: Any, grows: bool):
+    old = StudyConfig(methods=methods, sizes=before)
+    assert StudyConfig(methods=[*methods, "full"], sizes=now).grows(old.to_dict(), "sizes") is grows
+    # What is new itself has no examples yet.
+    late = StudyConfig(methods=["few-shot", "prefix"], sizes=[50, *before])
+    assert late.grows(StudyConfig(methods=["prefix"], sizes=before).to_dict(), "sizes")
 
 
 def test_settings_are_for_all_runs_or_for_one_method():

@@ -160,6 +160,29 @@ def test_every_length_is_compared_with_full_fine_tuning():
     assert pairs == dict.fromkeys(("prefix-n9-P1-task", "prefix-n9-P5-task", "lora4-n9"), "full-n9")
 
 
+def test_steps_are_those_of_the_variant_then_of_the_size(tmp_path: Path):
+    variants = {"longer": {"method": "prefix", "max_steps": 777}, "usual": {"method": "prefix", "batch_size": 2}}
+    study = StudyConfig(
+        methods=[*variants, "full"],
+        variants=variants,
+        sizes=[50, 500, 0],
+        steps_by_size={"0": 300, "50": 20},
+        train_settings={"max_steps": 9, "full": {"max_steps": 8}},
+    )
+    counts = {50: 50, 500: 500, 0: 42061}
+    found = {
+        (cell.method, cell.num_targets): build_train_config(
+            study, cell, 1e-2, tmp_path, counts[cell.num_targets]
+        ).max_steps
+        for cell in plan(study)
+    }
+    assert found == {
+        **{("longer", size): 777 for size in (50, 500, 0)},
+        **{("usual", size): steps for size, steps in ((50, 20), (500, 9), (0, 300))},
+        **{("full", size): steps for size, steps in ((50, 20), (500, 8), (0, 300))},
+    }
+
+
 def test_a_start_from_a_prompt_is_one_from_its_text(tmp_path: Path):
     (cell,) = cells("initialization", starts="prompt", subsets=1)
     study = StudyConfig(name="initialization", prompt_text="Say it.")

@@ -12,6 +12,16 @@ from prefixtune.studies import StudyConfig, plan
 from prefixtune.studies.records import Provenance, check_same_study, make_folders, write_study
 
 
+def test_smaller_samples_than_those_few_shot_shows_are_refused(tmp_path: Path) -> None:
+    config = StudyConfig(output=str(tmp_path), methods=("prefix", "few-shot"), sizes=(100,))
+    stored = {"config": config.to_dict(), "train_defaults": {"reparameterization": "scaled"}}
+    with pytest.raises(ConfigError) as error:
+        check_same_study(config.replace(sizes=(50, 100)), stored)
+    assert "sizes was [100], is [50, 100] (few-shot shows examples of the smallest sample)" in error.value.message
+    assert "no smaller sizes" in error.value.hint
+    check_same_study(config.replace(sizes=(100, 200)), stored)
+
+
 def test_growth_with_another_reparameterization_is_refused(tmp_path: Path) -> None:
     config = StudyConfig(
         output=str(tmp_path / "study"), methods=("zero-shot", "prefix"), train_settings={"max_steps": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from prefixtune.evaluation.metrics import holm
 from prefixtune.evaluation.metrics.student import t_p_value
 from prefixtune.report.results import Cell, Comparisons, Pair, Study
+from prefixtune.studies import StudyConfig, plan
 from tools.claims import CLAIMS, Claim, Finding, claims_table, measure_claim, verdict
 from tools.outputs import Kept
+from tools.pages import ROOT
 
 LEVEL, LOW_DATA, UNSEEN = CLAIMS[:3]
 PREFIX = "prefix-examples-n2000-P106-examples"
@@ -31,6 +34,13 @@ def study(
             run, other = names
             pairs.append(Pair(run=run, reference=other, part=part, difference=difference, p_value=0.1))
     return Study(path=Path("study"), cells=tuple(cells), comparisons=Comparisons(pairs=tuple(pairs)))
+
+
+def outputs(study: Study, ahead: float) -> Kept:
+    """The items of a study's runs by a metric that is a mean: every item of a prefix is ahead by so much."""
+    names = [name for pair in study.comparisons.pairs for name in (pair.run, pair.reference)]
+    statistics = {name: [[1.0 + ahead * ("prefix" in name), 1.0]] * 9 for name in names}
+    return Kept({}, ["item"] * 9, [], {}, statistics)
 
 
 def test_the_prefix_is_ahead_where_the_other_is_behind() -> None:
@@ -91,13 +101,14 @@ def test_one_run_without_training_is_compared_with_every_sample_of_a_size() -> N
     ("differences", "least", "items", "expected"),
     [
         ((-2.0, -2.2, -2.1), 0.0, (1.0, 3.0), "holds"),
-        ((-2.0, -2.2, -2.1), 0.0, None, "holds"),
+        ((-2.0, -2.2, -2.1), 0.0, None, "not decided"),
         ((-2.0, -2.2, -2.1), 0.0, (-0.1, 3.0), "not decided"),
         ((2.0, 2.2, 2.1), 0.0, (-3.0, -1.0), "does not hold"),
         ((2.0, -2.2, 0.1), 0.0, (1.0, 3.0), "not decided"),
         ((0.4, 0.5, 0.6), -1.0, (-0.9, 0.0), "holds"),
         ((0.9, 1.1, 1.0), -1.0, (-2.0, 0.0), "not decided"),
         ((-9.0,), 0.0, (1.0, 9.0), "not decided"),
+        ((-2.0, -2.0, -2.0), 0.0, (1.0, 3.0), "not decided"),
     ],
 )
 def test_chance_is_excluded_twice(
@@ -114,12 +125,33 @@ def test_chance_is_excluded_twice(
 def test_every_claim_has_a_row_and_none_an_invented_figure() -> None:
     nothing = ["", "", "", "not run", "there is no such run yet"]
     assert [row[2:] for row in claims_table({})] == [nothing] * len(CLAIMS)
-    rows = claims_table({"methods": study({"full-n2000": (-1.0, -1.2, -1.1, -1.1)})})
-    assert rows[0][2] == "+1.1 BLEU (+1.0 to +1.2), 4 samples"
-    assert rows[0][5:] == ["holds", "above -1 over samples; no outputs are stored"]
+    done = study({"full-n2000": (-1.0, -1.2, -1.1, -1.1)})
+    rows = claims_table({"methods": done}, {"methods": outputs(done, 1.1)})
+    assert rows[0][2:4] == ["+1.1 BLEU (+1.0 to +1.2), 4 samples", "+1.1 to +1.1"]
+    assert rows[0][5:] == ["holds", "above -1 over samples and over items"]
     assert {row[5] for row in rows[1:]} == {"not run"}
     one = claims_table({"methods": study({"full-n2000": (-1.0,)})})
     assert one[0][2:] == ["+1.0 BLEU, one sample", "", "", "not decided", "one sample has no interval"]
+
+
+def test_samples_alone_are_no_verdict() -> None:
+    """The rule asks for chance among the items, too."""
+    rows = claims_table({"methods": study({"full-n2000": (-1.0, -1.2, -1.1, -1.1)})})
+    assert rows[0][5:] == ["not decided", "no outputs are stored, so there is no interval over items"]
+    equal = study({"full-n2000": (-3.0, -3.0, -3.0)})
+    rows = claims_table({"methods": equal}, {"methods": outputs(equal, 3.0)})
+    assert rows[0][4:] == ["", "not decided", "the differences of 3 samples are equal, which gives no p-value"]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text)
+def test_every_claim_has_the_samples_that_a_verdict_needs(claim: Claim) -> None:
+    path = ROOT / "studies" / f"{claim.study.replace('-', '_')}.toml"
+    config = StudyConfig.from_file(path, name=claim.study)
+    # As the protocol promises (docs/studies.md): each with a seed of its own.
+    assert config.repeats == [(index, index) for index in range(5)]
+    for pattern in (claim.prefix, claim.other):
+        cells = [cell for cell in plan(config) if re.fullmatch(pattern, cell.group)]
+        assert {cell.subset for cell in cells} == set(range(5))
 
 
 def test_what_is_run_in_part_has_no_verdict() -> None:
@@ -131,7 +163,7 @@ def test_what_is_run_in_part_has_no_verdict() -> None:
 
 def test_claims_are_corrected_for_all_that_the_table_asks() -> None:
     done = {"full-n2000": (-1.0, -2.0, -1.5), "lora4-n2000": (-0.2, -0.3, -0.25)}
-    rows = claims_table({"methods": study(done)})
+    rows = claims_table({"methods": study(done)}, {"methods": outputs(study(done), 0.25)})
     p_values = []
     for claim in (CLAIMS[0], CLAIMS[5]):
         found = measure_claim(claim, study(done))
@@ -143,14 +175,11 @@ def test_claims_are_corrected_for_all_that_the_table_asks() -> None:
     assert [rows[0][4], rows[5][4]] == [f"{value:.3f}" for value in expected]
     # Of itself the second would hold.
     assert p_values[1] < 0.05 < expected[1]
-    assert rows[5][5] == "not decided"
+    assert rows[5][5:] == ["not decided", f"p = {expected[1]:.3f} over samples"]
 
 
 def test_items_are_those_of_the_runs() -> None:
     values = study({"full-n2000": (-1.0, -2.0)})
-    names = [name for pair in values.comparisons.pairs for name in (pair.run, pair.reference)]
-    # A metric that is a mean: every item of the prefix is ahead by 0.5.
-    statistics = {name: [[1.5 if "prefix" in name else 1.0, 1.0]] * 9 for name in names}
-    found = measure_claim(LEVEL, values, Kept({}, ["item"] * 9, [], {}, statistics))
+    found = measure_claim(LEVEL, values, outputs(values, 0.5))
     assert found is not None
     assert found.items == pytest.approx((0.5, 0.5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,8 @@ from prefixtune.report import compose, read_results, to_markdown
 from prefixtune.report.results import Cell, Study
 from prefixtune.studies import StudyConfig, plan
 from prefixtune.studies.records import check_same_study, read_outcome, read_study
-from tools import results
+from prefixtune.utils.files import write_text
+from tools import nested_length, results
 from tools.nested_length import METHOD, nested_table
 from tools.study_tables import costs_table, scores_table
 
@@ -29,6 +31,15 @@ def test_the_tables_are_those_of_the_results() -> None:
         name for name in map(results.study_name, FILES) if f"<!-- {name} -->" not in page and "toy" not in name
     ] == []
     assert results.with_tables(page.replace("| adapter:115 | 1 | 0.009 ", "| adapter:115 | 1 | 0.1 "), FILES) == page
+
+
+def test_a_table_of_what_is_no_longer_kept_goes() -> None:
+    page = "<!-- methods -->\n\n**Not run yet: 0 of 66 runs are done.**\n\n<!-- end -->\n\nProse, {}.\n\n"
+    page += "<!-- no-study: differences -->\n\n| old |\n|---|\n\n<!-- end -->\n"
+    nothing = "Not run yet."
+    expected = f"<!-- methods -->\n\n{nothing}\n\n<!-- end -->\n\nProse, {{}}.\n\n"
+    expected += f"<!-- no-study: differences -->\n\n{nothing}\n\n<!-- end -->\n"
+    assert results.with_tables(page, []) == expected == results.with_tables(expected, [])
 
 
 @pytest.mark.parametrize("path", FILES, ids=results.study_name)
@@ -146,6 +157,30 @@ def test_a_nested_run_stands_beside_the_runs_of_each_length() -> None:
     assert rows[2:4] == ["| 2 | 1.500 | 1.600 (1.400 to 1.800) |", "| 5 |  | 1.250 (1.000 to 1.300) |"]
     assert "best length is 5; the shortest that is not significantly worse is 2 " in rows[-1]
     assert "Not run yet" in nested_table(study, None)
+
+
+def test_the_nested_run_takes_the_rate_that_the_study_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = "".join(f'"name[Place {n}], near[Place {n % 7}]",Place {n}.\n' for n in range(600))
+    for split in ("train", "dev"):
+        write_text(tmp_path / "e2e" / f"{split}set.csv", f"mr,ref\n{table}")
+    group = f"{METHOD}-n600-P106-task"
+    facts = {"group": group, "learning_rate": {"0.0067": 1.3, "0.02": 1.2, "0.06": 1.4}, "chosen": 0.02}
+    write(tmp_path / "runs" / "length" / "tuning" / f"{group}.json", facts)
+    given: dict[str, Any] = {}
+
+    def study(run: Any, **options: Any) -> None:
+        given.update(rate=run.learning_rate, folder=run.output, **options)
+        figures = {"backbone": "", "best": 5, "chosen": 2, "significance": 0.05, "test": "", "num_sources": 3}
+        write(tmp_path / run.output / "length.json", {**figures, "lengths": []})
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["nested_length", str(tmp_path / "e2e")])
+    monkeypatch.setattr(nested_length, "study_lengths", study)
+    monkeypatch.setattr(nested_length, "NESTED", tmp_path / "nested.json")
+    nested_length.main()
+    assert (given["rate"], given["folder"]) == (0.02, str(Path("runs/length-nested")))
+    assert given["lengths"] == [1, 2, 5, 10, 50, 106]
+    assert json.loads((tmp_path / "nested.json").read_text())["learning_rate"] == 0.02
 
 
 def test_a_run_without_one_of_the_metrics_has_the_others(tmp_path: Path) -> None:

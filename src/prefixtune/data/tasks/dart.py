@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, file_format, read_file
-from prefixtune.data.hub import is_dataset
+from prefixtune.data.files import Record, read_file
+from prefixtune.data.streams import shown
+from prefixtune.data.tasks.formats import task_format
 from prefixtune.data.tasks.triples import Triple, check_triples, commented_texts, read_benchmark, references_of
 from prefixtune.errors import DataError
 
@@ -49,14 +50,14 @@ def read_dart(path: Path) -> list[Example]:
     """
     examples = [example for example in dart_entries(path) if example is not None]
     if not examples:
-        raise DataError(f"{path} has no text: all are empty.", hint="check that it is complete.")
+        raise DataError(f"{shown(path)} has no text: all are empty.", hint="check that it is complete.")
     return examples
 
 
 def dart_entries(path: Path) -> list[Example | None]:
     """Every entry, as `read_dart` reads it; None for those that it leaves out because they have only empty texts."""
     path = Path(path)
-    if not is_dataset(path) and file_format(path, DART_FORMATS) == ".xml":
+    if task_format(path, DART_FORMATS, ".xml") == ".xml":
         records = [_with_texts(record, record.values.pop("lexicalizations")) for record in read_benchmark(path)]
     else:
         records = [_from_release(record) for record in read_file(path, DART_FORMATS)]

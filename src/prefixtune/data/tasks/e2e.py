@@ -16,8 +16,8 @@ import re
 from pathlib import Path
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, file_format, one_line, read_file
-from prefixtune.data.hub import is_dataset
+from prefixtune.data.files import Record, one_line, read_file
+from prefixtune.data.tasks.formats import task_format
 from prefixtune.errors import DataError, did_you_mean
 
 __all__ = ["ATTRIBUTES", "E2E_FORMATS", "linearize", "parse_mr", "read_e2e"]
@@ -101,11 +101,10 @@ def read_e2e(path: Path) -> list[Example]:
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
     path = Path(path)
-    records = read_file(path, E2E_FORMATS)
-    if is_dataset(path):
-        records, wanted = [_from_hub(record) for record in records], "references"
-    else:
-        wanted = "ref" if file_format(path, E2E_FORMATS) == ".csv" else "references"
+    records, form = read_file(path, E2E_FORMATS), task_format(path, E2E_FORMATS, ".csv")
+    if not form:
+        records = [_from_hub(record) for record in records]
+    wanted = "ref" if form == ".csv" else "references"
     sources: dict[str, str] = {}
     targets: dict[str, list[str]] = {}
     for record in records:

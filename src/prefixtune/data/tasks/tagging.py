@@ -1,8 +1,8 @@
 """Tokens -> one tag per token, in the BIO scheme: `B-TYPE` begins a span, `I-TYPE` continues it, `O` is outside.
 
-There are two kinds of file. JSON lines (or one JSON list) have two columns of lists of equal length, `tokens` and
-`tags`. Text files as of the CoNLL tasks have one token per line with its columns, separated by tabs, or by spaces if
-the line has no tab; the token is the first column and the tag the last; a blank line ends a sentence. `-DOCSTART-`
+There are two kinds of file. JSON lines, one JSON list and Parquet have two columns of lists of equal length, `tokens`
+and `tags`. Text files as of the CoNLL tasks have one token per line with its columns, separated by tabs, or by spaces
+if the line has no tab; the token is the first column and the tag the last; a blank line ends a sentence. `-DOCSTART-`
 lines are ignored, and so are comments: lines that start with `#`, unless they have the columns of a token line and end
 with a tag.
 
@@ -18,29 +18,30 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, check_file, file_format, iter_file
-from prefixtune.data.hub import is_dataset
-from prefixtune.data.streams import read_text
+from prefixtune.data.files import Record, iter_file
+from prefixtune.data.streams import read_text, shown
+from prefixtune.data.tasks.formats import task_format
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
 __all__ = ["TAGGING_FORMATS", "check_tags", "read_tagging", "tag_names", "tagged", "tagged_example"]
 
 
-_JSON = (".jsonl", ".json")
+_ROWS = (".jsonl", ".json", ".parquet")
+"""Formats whose rows can hold lists."""
 _CONLL = (".conll", ".bio", ".txt")
-TAGGING_FORMATS = (*_JSON, *_CONLL)
+TAGGING_FORMATS = (*_ROWS, *_CONLL)
 _TAG = re.compile(r"O|[BI]-\S+")
 _BLANK = " \t\r"
 _SHAPE = "write O, B-TYPE or I-TYPE, as in B-STATION."
 
 
 def read_tagging(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
-    """Read `.jsonl`, `.json`, or `.conll`, `.bio`, `.txt` (one token per line), each also `.gz`.
+    """Read `.jsonl`, `.json`, `.parquet`, or `.conll`, `.bio`, `.txt` (one token per line), each also `.gz`.
 
     Args:
-        path: The file.
-        source: JSON: name of the column of tokens; None: `tokens`.
-        target: JSON: name of the column of tags; None: `tags`.
+        path: The file; `-`: standard input, of any of these; or a set of the `datasets` library.
+        source: Of rows: name of the column of tokens; None: `tokens`.
+        target: Of rows: name of the column of tags; None: `tags`.
 
     Returns:
         One example per sentence; `fields` is `{"tokens": ..., "tags": ...}`, two tuples of equal length.
@@ -50,9 +51,7 @@ def read_tagging(path: Path, source: str | None = None, target: str | None = Non
         DataError: The file or one of its sentences is wrong; the message names file and line.
     """
     path = Path(path)
-    if not is_dataset(path):
-        check_file(path)
-    if is_dataset(path) or file_format(path, TAGGING_FORMATS) in _JSON:
+    if task_format(path, TAGGING_FORMATS, ".conll") not in _CONLL:
         names = ("tokens" if source is None else source, "tags" if target is None else target)
         for name in names:
             if not name.strip() or "{" in name or "}" in name:
@@ -60,11 +59,11 @@ def read_tagging(path: Path, source: str | None = None, target: str | None = Non
                     f"tagging: {name!r} is not the name of a column; a column that holds a list is needed.",
                     hint="name one column, without braces.",
                 )
-        return [tagged_example(record, *names) for record in iter_file(path, _JSON)]
+        return [tagged_example(record, *names) for record in iter_file(path, _ROWS)]
     for option, value in (("source", source), ("target", target)):
         if value is not None:
             raise ConfigError(
-                f"{path} has one token per line and no named columns, but {option} is {value!r}.",
+                f"{shown(path)} has one token per line and no named columns, but {option} is {value!r}.",
                 hint=f"leave {option} out: the token is the first column, and the tag the last.",
             )
     return list(_from_lines(read_text(path), path))
@@ -184,7 +183,7 @@ def _from_lines(text: str, path: Path) -> Iterator[Example]:
         elif cells[0].startswith("#") and not (len(cells) == width and _TAG.fullmatch(cells[-1])):
             continue
         else:
-            location = f"{path}, line {number}"
+            location = f"{shown(path)}, line {number}"
             if len(cells) < 2:
                 raise DataError(
                     f"{location} is {cells[0]!r} alone; a token and a tag are needed.",
@@ -194,7 +193,7 @@ def _from_lines(text: str, path: Path) -> Iterator[Example]:
             sentence.append((cells[0], cells[-1]))
     if not num_sentences:
         raise DataError(
-            f"{path} has no sentences; at least one is needed.", hint="write one token and its tag per line."
+            f"{shown(path)} has no sentences; at least one is needed.", hint="write one token and its tag per line."
         )
 
 

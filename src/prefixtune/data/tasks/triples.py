@@ -17,7 +17,7 @@ from typing import Any
 from xml.parsers import expat
 
 from prefixtune.data.files import Record, join_lines, one_line
-from prefixtune.data.streams import read_text
+from prefixtune.data.streams import read_text, shown
 from prefixtune.errors import DataError, short_repr
 
 __all__ = ["Triple", "check_triples", "commented_texts", "read_benchmark", "references_of", "split_triple"]
@@ -135,7 +135,7 @@ def read_benchmark(path: Path) -> list[Record]:
         DataError: The file cannot be read, is not XML of this kind, or declares a document type; the message names the
             line.
     """
-    reader = _Benchmark(path)
+    reader = _Benchmark(shown(path))
     parser = expat.ParserCreate()
     parser.buffer_text = True
     parser.StartElementHandler = lambda name, attributes: reader.start(parser.CurrentLineNumber, name, attributes)
@@ -146,12 +146,12 @@ def read_benchmark(path: Path) -> list[Record]:
         parser.Parse(read_text(path), True)
     except expat.ExpatError as error:
         raise DataError(
-            f"{path}, line {error.lineno}, column {error.offset + 1}: not XML: {expat.ErrorString(error.code)}.",
+            f"{reader.name}, line {error.lineno}, column {error.offset + 1}: not XML: {expat.ErrorString(error.code)}.",
             hint="copy or download the file again, or repair the line.",
         ) from error
     if not reader.records:
         raise DataError(
-            f"{path} has no entries; at least one <entry> is needed.", hint="check that it is a file of the set."
+            f"{reader.name} has no entries; at least one <entry> is needed.", hint="check that it is a file of the set."
         )
     return reader.records
 
@@ -160,7 +160,7 @@ def read_benchmark(path: Path) -> list[Record]:
 class _Benchmark:
     """What was read of one file so far."""
 
-    path: Path
+    name: str
     records: list[Record] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
     comment: str = ""
@@ -168,7 +168,7 @@ class _Benchmark:
 
     def start(self, line: int, name: str, attributes: dict[str, str]) -> None:
         """An element begins."""
-        location = f"{self.path}, line {line}"
+        location = f"{self.name}, line {line}"
         if not self.open and name != "benchmark":
             raise DataError(
                 f"{location}: the outermost element is <{name}>; <benchmark> is needed.", hint="check the file."
@@ -202,6 +202,6 @@ class _Benchmark:
     def refuse_doctype(self, line: int) -> None:
         """A document type, in which entities could be declared."""
         raise DataError(
-            f"{self.path}, line {line}: a document type (<!DOCTYPE ...>) is not allowed; a file of the set has none.",
+            f"{self.name}, line {line}: a document type (<!DOCTYPE ...>) is not allowed; a file of the set has none.",
             hint="remove it, with the entities that it declares.",
         )

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, file_format, read_file
+from prefixtune.data.files import Record, read_file
 from prefixtune.data.hub import is_dataset
+from prefixtune.data.streams import shown
+from prefixtune.data.tasks.formats import task_format
 from prefixtune.data.tasks.triples import (
     Triple,
     check_triples,
@@ -62,7 +64,7 @@ def read_webnlg(path: Path) -> list[Example]:
     """
     kept = [example for example in webnlg_entries(path) if example is not None]
     if not kept:
-        raise DataError(f"{path} has no text whose comment is 'good'.", hint="check the comments of its texts.")
+        raise DataError(f"{shown(path)} has no text whose comment is 'good'.", hint="check the comments of its texts.")
     return kept
 
 
@@ -71,10 +73,10 @@ def webnlg_entries(path: Path) -> list[Example | None]:
     path = Path(path)
     if path.is_dir() and not is_dataset(path):
         records = [record for file in _xml_files(path) for record in _from_xml(file)]
-    elif is_dataset(path) or file_format(path, WEBNLG_FORMATS) == ".jsonl":
-        records = [_from_hub(record) for record in read_file(path, WEBNLG_FORMATS)]
-    else:
+    elif task_format(path, WEBNLG_FORMATS, ".xml") == ".xml":
         records = _from_xml(path)
+    else:
+        records = [_from_hub(record) for record in read_file(path, WEBNLG_FORMATS)]
     has_unseen = any(record.values.get("category", SEEN_CATEGORIES[0]) not in SEEN_CATEGORIES for record in records)
     examples = [(_example(record, has_unseen), "references" in record.values) for record in records]
     return [example if example.targets or not has_texts else None for example, has_texts in examples]

@@ -87,7 +87,7 @@ class ItemStatistics:
         total: The score of such a sum, shape (columns,).
         implementation: As in `Score`.
         independent: Whether an item's row is the same whatever other items are in the set. False if the references of
-            the whole set determine how rare a word is.
+            the whole set determine how rare a word is, or how many references each item is padded to.
     """
 
     values: Array

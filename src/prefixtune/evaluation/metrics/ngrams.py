@@ -59,7 +59,8 @@ def _bleu(texts: Texts, padding: ReferencePadding) -> ItemStatistics:
     def total(sums: Array) -> float:
         return float(metric._compute_score_from_stats(sums.tolist()).score)
 
-    return ItemStatistics(np.array(statistics, dtype=float), total, _by_sacrebleu(metric, texts, how))
+    values = np.array(statistics, dtype=float)
+    return ItemStatistics(values, total, _by_sacrebleu(metric, texts, how), independent=padding != "longest")
 
 
 def _cased(protocol: Protocol, text: str) -> str:

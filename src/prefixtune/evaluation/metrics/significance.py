@@ -1,7 +1,8 @@
 """A measured metric: the score of all or some items, its bootstrap interval, and a test of two systems' difference.
 
-Everything is computed from each item's statistics, so no text is scored twice. What the items of a set share (how rare
-a word is among all references, for NIST and CIDEr) stays as it is in the whole set.
+Everything is computed from each item's statistics, so no text is scored twice. For intervals and tests, what the items
+of a set share (how rare a word is among all references, for NIST and CIDEr; how many references an item is padded to,
+for WebNLG's BLEU) stays as it is in the whole set.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ from statistics import mean, stdev
 __all__ = ["MeanDifference", "holm", "mean_difference", "t_p_value", "t_quantile"]
 
 
+_ROUNDING = 1e-12
+"""Differences of equal scores may differ by so much."""
+
+
 @dataclass(frozen=True)
 class MeanDifference:
     """The mean of paired differences, by Student's t over the pairs.
@@ -22,7 +26,8 @@ class MeanDifference:
         mean: Of the differences.
         standard_error: Of the mean; None for a single difference, like all that follow.
         interval: The 95 % confidence interval of the mean.
-        p_value: Of the hypothesis that the mean is 0, two-sided.
+        p_value: Of the hypothesis that the mean is 0, two-sided; None also where all differences are equal, as t is
+            not defined there.
         count: How many differences there are.
     """
 
@@ -53,7 +58,8 @@ def mean_difference(differences: Sequence[float]) -> MeanDifference:
         return MeanDifference(center, None, None, None, count)
     error = stdev(differences) / math.sqrt(count)
     half = t_quantile(0.975, count - 1) * error
-    p_value = t_p_value(center / error, count - 1) if error else float(center == 0)
+    are_equal = math.isclose(min(differences), max(differences), rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+    p_value = None if are_equal else t_p_value(center / error, count - 1)
     return MeanDifference(center, error, (center - half, center + half), p_value, count)
 
 

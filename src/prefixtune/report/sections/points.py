@@ -12,21 +12,26 @@ from prefixtune.pages.format import natural, plain, short, spread_out, words
 from prefixtune.report.results import Cell, Study
 from prefixtune.report.sections.systems import System, figures_of
 
-__all__ = ["cell_figures", "name_factors", "point_names", "representatives", "study_systems"]
+__all__ = ["cell_figures", "name_factors", "point_names", "representatives", "study_systems", "varying_factors"]
 
 
 _REPETITIONS = ("subset", "seed")
 
 
-def name_factors(study: Study) -> list[str]:
-    """The factors in a system's name: the study's, and others that vary, without the axis and the repetitions."""
+def varying_factors(study: Study) -> list[str]:
+    """The study's factors, and others that vary, without the repetitions."""
     values: dict[str, set[object]] = {}
     for cell in study.cells:
         for key, value in cell.factors.items():
             values.setdefault(key, set()).update([value] if _is_present(value) else [])
     varying = dict.fromkeys([*study.factors, *(key for key in values if len(values[key]) > 1)])
-    factors = [name for name in varying if name in values and name not in (study.axis, *_REPETITIONS)]
-    return factors or ["method"] * ("method" in values)
+    return [name for name in varying if name in values and name not in _REPETITIONS]
+
+
+def name_factors(study: Study) -> list[str]:
+    """The factors in a system's name: those that vary, without the axis."""
+    factors = [name for name in varying_factors(study) if name != study.axis]
+    return factors or ["method"] * any("method" in cell.factors for cell in study.cells)
 
 
 def study_systems(study: Study) -> list[System]:

@@ -116,8 +116,8 @@ def _warnings(study: Study, main: str) -> list[str]:
         more = f" and {len(unscored) - _MOST_NAMES} more" if len(unscored) > _MOST_NAMES else ""
         names = ", ".join(unscored[:_MOST_NAMES])
         warnings.append(f"Done, but without a finite {metric_name(main) or 'score'}: {names}{more}.")
-    if str(study.overlap):
-        warnings.append(f"{study.overlap}.")
+    overlaps = (study.overlap.of("test"), study.dev_overlap.of("development"))
+    warnings += [f"{text}." for text in overlaps if text]
     return warnings
 
 

@@ -38,6 +38,17 @@ def test_a_part_scores_as_its_texts_scored_anew(metric: str):
     assert part.part([1, 5]).score == pytest.approx(again.score)
 
 
+@pytest.mark.parametrize("protocol", ["webnlg", "dart"])
+def test_a_part_is_padded_to_its_own_references(protocol: str):
+    outputs, references = (
+        ["the cat is on", "a b c d e f"],
+        [["the cat is on the mat in the house"], ["a b c", "d", "e"]],
+    )
+    part = measure(outputs, references, protocol=protocol, metrics=["bleu"])["bleu"].part([0])
+    alone = compute(outputs[:1], references[:1], protocol=protocol, metrics=["bleu"])["bleu"]
+    assert part.score == pytest.approx(alone.score)
+
+
 @pytest.mark.parametrize("wrong", [[], [3], [-1]])
 def test_a_part_needs_items_that_are_there(wrong: list[int]):
     measured = measure(["a"] * 3, [["a"]] * 3, metrics=["ter"])["ter"]

@@ -1,0 +1,51 @@
+"""What a distillation reads, and what it refuses before a model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.distillation.config import DistillConfig
+from prefixtune.distillation.inputs import read_jobs
+from prefixtune.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def of_prompt(tmp_path: Path) -> dict[str, Any]:
+    """Of a run on a prompt, without its inputs."""
+    (tmp_path / "prompt.txt").write_text("Answer in small letters.")
+    return {"prompt": str(tmp_path / "prompt.txt"), "output": str(tmp_path / "run")}
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "completion"), ("source", "target")])
+def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(
+    of_prompt: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for split in ("train", "test"):
+        write_rows(f"data/{split}.jsonl", [dict(zip(names, (f"a {split}?", "b"), strict=True))])
+    config = DistillConfig(data=str(tmp_path / "data"), test=str(tmp_path / "data"), **of_prompt)
+    (job,) = read_jobs(config, resume=False, loads_backbone=False)
+    assert [question.question for question in job.questions] == ["a train?"]
+    assert [question.question for question in job.test] == ["a test?"]
+
+
+def test_a_folder_without_a_test_set_holds_nothing_out(
+    of_prompt: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    write_rows("data/train.jsonl", [{"question": "a?"}])
+    config = DistillConfig(data=str(tmp_path / "data"), test=str(tmp_path / "data"), **of_prompt)
+    with pytest.raises(DataError, match="without a test set"):
+        read_jobs(config, resume=False, loads_backbone=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"), [({"chat_template": "model"}, "set ask to chat"), ({"system": "Be brief."}, "set prompt to")]
+)
+def test_options_of_chats_are_refused_with_what_to_do_instead(
+    of_prompt: dict[str, Any], option: dict[str, str], instead: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"distill does not use it: {instead}"):
+        DistillConfig(data="inputs.jsonl", **of_prompt, **option)
