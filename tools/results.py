@@ -132,7 +132,9 @@ def with_tables(page: str, files: Sequence[Path]) -> str:
     outputs = {study_name(path): read_kept(outputs_file(path)) for path in files}
     tables: dict[str, str] = {}
     for name, study in studies.items():
-        tables |= {name: scores_table(study), f"{name}: differences": differences_table(study)}
+        kept = outputs[name]
+        tables[name] = scores_table(study, None if kept is None else kept.outputs)
+        tables[f"{name}: differences"] = differences_table(study)
     head = ["claim about the prefix", "the paper's figure", "ours", "over test items", "p, corrected", "verdict", "why"]
     toys = [study for study in studies.values() if study.task.startswith("toy_")]
     tables["claims"] = f"{RULE}\n\n{table(head, claims_table(studies, outputs))}"

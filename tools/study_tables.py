@@ -18,9 +18,14 @@ _NUMBERS = ("num_targets", "prefix_length")
 """Factors that are numbers; all others are words."""
 
 
-def scores_table(study: Study) -> str:
+def scores_table(study: Study, outputs: Mapping[str, Sequence[str]] | None = None) -> str:
     """A study's scores, one row for each point that has a run: what varied, runs, the rate among those tried, scores,
-    losses, and how many numbers are trained and stored. A figure that not all of these runs have says how many do.
+    the words of a text, losses, and how many numbers are trained and stored. A figure that not all of these runs have
+    says how many do.
+
+    Args:
+        study: The study.
+        outputs: Id of a run -> its texts, which scores by n-grams punish for being short; None: they are not kept.
     """
     points, factors = _done_points(study), varying_factors(study)
     planned = _planned(study)
@@ -28,7 +33,8 @@ def scores_table(study: Study) -> str:
     metrics = list(dict.fromkeys(name for runs in points.values() for _, each in runs for name in each.scores))
     groups = sorted({name for runs in points.values() for name in _group_scores(runs[0][1])})
     head = [*factors, "runs", "learning rate (tried)", *(name.upper() for name in metrics)]
-    head += [f"BLEU, {name}" for name in groups] + ["development loss", "trained", "stored", "bytes"]
+    head += [f"BLEU, {name}" for name in groups] + ["words"] * bool(outputs)
+    head += ["development loss", "trained", "stored", "bytes"]
     rows = []
     for point, runs in sorted(points.items(), key=lambda item: _order(item[1][0][0], study.factors, factors)):
         first, evaluations = runs[0][0], [evaluation for _, evaluation in runs]
@@ -37,6 +43,8 @@ def scores_table(study: Study) -> str:
         row += [_score([each.scores.get(name) for each in evaluations]) for name in metrics]
         in_groups = [_group_scores(evaluation) for evaluation in evaluations]
         row += [_score([scores.get(name) for scores in in_groups]) for name in groups]
+        if outputs:
+            row.append(_words([outputs[cell.id] for cell, _ in runs if cell.id in outputs]))
         losses = [cell.figures["dev_loss"] for cell, _ in runs if "dev_loss" in cell.figures]
         row.append(f"{mean(losses):.3f}{_fewer(len(losses), len(runs))}" if losses else "")
         for kind in ("trained_parameters", "stored_parameters", "file_bytes"):
@@ -157,6 +165,15 @@ def _planned(study: Study) -> dict[str, int]:
 
 def _count(done: int, planned: int) -> str:
     return str(done) if done == planned else f"{done} of {planned}"
+
+
+def _words(runs: Sequence[Sequence[str]]) -> str:
+    """How long the texts of some runs are on average, and the shortest and the longest average of one."""
+    lengths = [mean(len(text.split()) for text in texts) for texts in runs]
+    if not lengths:
+        return "not kept"
+    spread = f" ({min(lengths):.1f} to {max(lengths):.1f})" if len(lengths) > 1 else ""
+    return f"{mean(lengths):.1f}{spread}"
 
 
 def _fewer(count: int, runs: int) -> str:

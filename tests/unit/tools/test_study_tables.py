@@ -77,3 +77,13 @@ def test_a_figure_that_some_runs_lack_says_how_many_have_it() -> None:
     assert row[head.index("runs")] == "3"
     assert row[head.index("BLEU")] == "52.0 ± 2.0 (50.0 to 54.0)"
     assert row[head.index("METEOR")] == "0.450 ± 0.071 (0.400 to 0.500), 2 of 3 runs"
+
+
+def test_the_words_of_texts_stand_beside_the_scores() -> None:
+    config = StudyConfig(methods=["prefix", "full"], sizes=[100], repetitions=2, once=["full"])
+    study = finished(config)
+    ids = {cell.id: ["a b c", "a"] if "subset0" in cell.id else ["a b c d e", "a b c"] for cell in study.cells}
+    head, *rows = rows_of(scores_table(study, ids))
+    words = {row[0]: row[head.index("words")] for row in rows}
+    assert words == {"prefix": "3.0 (2.0 to 4.0)", "full": "2.0"}
+    assert "words" not in rows_of(scores_table(study))[0]
