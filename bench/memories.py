@@ -27,7 +27,9 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.studies.data import sample_examples, sample_sources
 from prefixtune.utils.console import Console
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+_SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+FOLDERS = {"e2e": _SHARED / "e2e", "webnlg": _SHARED / "webnlg2017", "scitldr": _SHARED / "scitldr"}
+"""Where a task's data lies, unless the command line says otherwise."""
 RESULTS = Path("runs/memories/results.jsonl")
 SCORES = ("bleu", "nist", "rouge_l")
 WORDS = "Describe the restaurant in one sentence:"
@@ -39,7 +41,6 @@ class Data:
 
     Attributes:
         task: As `prefixtune train` names it.
-        folder: In the shared data.
         targets: Training targets; 0: all.
         dev: Development targets.
         settings: Values of `TrainConfig` for all methods.
@@ -47,15 +48,14 @@ class Data:
     """
 
     task: str
-    folder: str
     targets: int
     dev: int
     settings: Mapping[str, Any]
     words: str = WORDS
 
-    def split(self, name: str) -> list[Example]:
-        """The examples of `train`, `dev` or `test` that are used."""
-        examples = [e for e in read_task(self.task, str(SHARED / self.folder), split=name) if e.targets]
+    def split(self, name: str, folder: Path) -> list[Example]:
+        """The examples of `train`, `dev` or `test` in the task's folder that are used."""
+        examples = [e for e in read_task(self.task, str(folder), split=name) if e.targets]
         if name == "test":
             return sample_examples(examples, 300, "test")
         count = self.targets if name == "train" else self.dev
@@ -65,12 +65,10 @@ class Data:
 _MANY = {"max_steps": 125, "batch_size": 16, "eval_every": 0, "warmup_steps": 20}
 _FEW = {"max_steps": 60, "batch_size": 16, "eval_every": 15, "warmup_steps": 10}
 DATA = {
-    "e2e-2000": Data("e2e", "e2e", 2000, 400, _MANY),
-    "e2e-100": Data("e2e", "e2e", 100, 200, _FEW),
-    "webnlg": Data("webnlg", "webnlg2017", 2000, 400, _MANY, "Say these facts in one sentence:"),
-    "scitldr": Data(
-        "scitldr", "scitldr", 500, 200, {**_MANY, "max_length": 400}, "Summarize the paper in one sentence:"
-    ),
+    "e2e-2000": Data("e2e", 2000, 400, _MANY),
+    "e2e-100": Data("e2e", 100, 200, _FEW),
+    "webnlg": Data("webnlg", 2000, 400, _MANY, "Say these facts in one sentence:"),
+    "scitldr": Data("scitldr", 500, 200, {**_MANY, "max_length": 400}, "Summarize the paper in one sentence:"),
 }
 
 
@@ -138,10 +136,11 @@ class Bench:
     Args:
         backbone: The frozen model; methods that change weights load their own.
         results: Lines of JSON, one per finished run.
+        folders: Where the data of each task lies.
     """
 
-    def __init__(self, backbone: Backbone, results: Path = RESULTS) -> None:
-        self.backbone, self.results, self.console = backbone, results, Console()
+    def __init__(self, backbone: Backbone, results: Path, folders: Mapping[str, Path]) -> None:
+        self.backbone, self.results, self.folders, self.console = backbone, results, folders, Console()
         self.examples: dict[tuple[str, str], list[Example]] = {}
         results.parent.mkdir(parents=True, exist_ok=True)
 
@@ -152,7 +151,7 @@ class Bench:
     def split(self, data: str, name: str) -> list[Example]:
         """The examples of a split, read once."""
         if (data, name) not in self.examples:
-            self.examples[data, name] = DATA[data].split(name)
+            self.examples[data, name] = DATA[data].split(name, self.folders[DATA[data].task])
         return self.examples[data, name]
 
     def tune(self, data: str, method: str, seeds: int, *, score: bool) -> None:
@@ -264,11 +263,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--score", action="store_true", help="score the test set at the best rate, every seed")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    for task, folder in FOLDERS.items():
+        parser.add_argument(f"--{task}", type=Path, default=folder, metavar="FOLDER", help=f"where {task} lies")
     options = parser.parse_args()
     if options.methods:
-        bench = Bench(pt.load_backbone(dtype="auto"), options.results)
-        for data in options.data.split(","):
-            for method in options.methods.split(","):
+        names, methods = options.data.split(","), options.methods.split(",")
+        # All of it now: the last of them are read after hours.
+        if unknown := [*(set(names) - set(DATA)), *(set(methods) - set(METHODS))]:
+            parser.error(f"there is no {', '.join(sorted(unknown))}; --help names the data and the methods")
+        folders = {DATA[name].task: getattr(options, DATA[name].task) for name in names}
+        for task, folder in folders.items():
+            if not folder.is_dir():
+                parser.error(f"there is no folder {folder}; set --{task} to that of {task}")
+        bench = Bench(pt.load_backbone(dtype="auto"), options.results, folders)
+        for data in names:
+            for method in methods:
                 bench.tune(data, method, options.seeds, score=options.score)
     print("\n".join(table(read_rows(options.results))))
 

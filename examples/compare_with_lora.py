@@ -1,4 +1,7 @@
-"""The same 24 examples and as many steps: a prefix, and LoRA at two learning rates, scored on messages not seen."""
+"""The same 24 examples and as many steps: a prefix, and LoRA at two learning rates, scored on messages not seen.
+
+Needs `prefixtune[lora]`.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Serve a model, and let OpenAI's client train it: upload examples, ask for a job, follow it, ask the new model."""
+"""Serve a model, and let OpenAI's client train it: upload examples, ask for a job, follow it, ask the new model.
+
+Needs `prefixtune[serve]` and `openai`.
+"""
 
 import json
 import os
@@ -22,7 +25,6 @@ ORDERS = {
     "Hi, two coffees and two muffins please.": "2 x coffee; 2 x muffin",
     "Can I get a tea and three bagels?": "1 x tea; 3 x bagel",
 }
-
 with open("orders.jsonl", "w") as file:
     for text, line in ORDERS.items():
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": line}]
@@ -38,9 +40,7 @@ try:
     model = next(iter(client.models.list())).id
     uploaded = client.files.create(file=Path("orders.jsonl"), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
-        model=model,
-        training_file=uploaded.id,
-        extra_body={"prefixtune": {"name": "till", "max_steps": STEPS}},
+        model=model, training_file=uploaded.id, extra_body={"prefixtune": {"name": "till", "max_steps": STEPS}}
     )
     print(job.model, job.status)
     while job.status in ("queued", "running"):

@@ -1,4 +1,7 @@
-"""Serve two prefixes over one model, and ask both with OpenAI's client: requests share one running batch."""
+"""Serve two prefixes over one model, and ask both with OpenAI's client: requests share one running batch.
+
+Needs `prefixtune[serve]` and `openai`.
+"""
 
 import os
 import socket

@@ -1,4 +1,7 @@
-"""Train a prefix on chats inside TRL's SFTTrainer, which fills in the model's chat template."""
+"""Train a prefix on chats inside TRL's SFTTrainer, which fills in the model's chat template.
+
+Needs `trl` and `datasets`.
+"""
 
 import json
 import os

@@ -16,7 +16,7 @@ result = pt.train(
     max_steps=STEPS,
     warmup_steps=min(5, STEPS),
     batch_size=6,
-    output="runs/capitals",
+    output="runs/to_llama_cpp",
     progress=False,
 )
 print("here:", pt.generate(backbone, ["Greece", "Kenya"], result.prefix, max_new_tokens=6))

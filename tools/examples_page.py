@@ -42,9 +42,10 @@ NAMES.sort(key=lambda name: (*FIRST, name).index(name))
 SHORT = "2"
 MOST_SECONDS = 900
 INTRODUCTION = """\
-Each script is at most 60 lines and runs by itself, in minutes on two cores, with the packaged backbone SmolLM2-135M.
-`make examples` runs them all and writes this page, with what they printed. Two variables change a script without an
-edit: `STEPS` (training steps) and `BACKBONE` (another model).
+Each script is at most 60 lines and runs from a checkout (some read `examples/data`), in minutes on two cores, with the
+backbone that `prefixtune prepare` fetches, SmolLM2-135M. What it needs besides prefixtune is said before it.
+`make examples` installs all of that, runs them all and writes this page, with what they printed. Two variables change
+a script without an edit: `STEPS` (training steps) and `BACKBONE` (another model).
 
 [examples/retrieval](../examples/retrieval/README.md) is a larger one: three of a hundred memories, chosen by words."""
 
@@ -81,7 +82,7 @@ def examples_page() -> str:
         code = "".join(script.splitlines(keepends=True)[tree.body[0].end_lineno or 1 :]).strip()
         parts += [
             f"## {path.name}",
-            " ".join((ast.get_docstring(tree) or "").split()),
+            *(" ".join(paragraph.split()) for paragraph in (ast.get_docstring(tree) or "").split("\n\n")),
             f"```python\n{code}\n```",
             f"It printed:\n\n```text\n{output.rstrip()}\n```",
         ]

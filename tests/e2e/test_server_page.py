@@ -34,7 +34,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     for seed, (name, task) in enumerate((("pubs", "e2e"), ("other-pubs", "e2e"), ("facts", "webnlg"), ("bare", ""))):
         header: dict[str, Any] = {"task": task, "text_format": FORMAT} if task else {}
         make_prefix(backbone, prefixes / f"{name}.safetensors", seed, **header)
-    (folder / "serve.toml").write_text(f'[keys.me]\nhash = "{hash_key("pt-me")}"\n')
+    keys = f'[keys.me]\nhash = "{hash_key("pt-me")}"\n[keys.few]\nhash = "{hash_key("pt-few")}"\nprefixes = ["pubs"]\n'
+    (folder / "serve.toml").write_text(keys)
     server = LiveServer(folder / MODEL, prefixes, "--config", str(folder / "serve.toml"))
     yield server.wait()
     server.stop()
@@ -92,6 +93,14 @@ def test_without_a_key_the_page_asks_for_one(browser: Browser, server: LiveServe
     browser.until("document.querySelectorAll('#models input').length === 5")
     assert browser.value("sessionStorage.getItem('key')") == "pt-me"
     assert browser.value("localStorage.length + document.cookie.length") == 0
+
+
+def test_a_key_sees_how_many_prefixes_it_has(browser: Browser, server: LiveServer) -> None:
+    for key, words in (("pt-me", f"4 prefixes on {MODEL}"), ("pt-few", "1 prefix on ")):
+        browser.open(f"{server.url}/healthz")
+        browser.value(f"sessionStorage.setItem('key', '{key}')")
+        browser.open(f"{server.url}/")
+        browser.until(f"document.getElementById('server').textContent.startsWith('{words}')")
 
 
 def test_outputs_are_side_by_side_and_the_servers(page: Browser, server: LiveServer) -> None:

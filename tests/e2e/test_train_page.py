@@ -34,7 +34,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("train")
-    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n' for name in ("me", "other"))
+    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n' for name in ("me", "other", "acme"))
+    keys += 'prefixes = ["acme-*"]\n'
     (folder / "serve.toml").write_text(keys)
     (folder / "prefixes").mkdir()
     flags = ("--config", str(folder / "serve.toml"), "--data-folder", str(folder / "data"))
@@ -88,6 +89,11 @@ def give(page: Browser, name: str, content: str, field: str = "file") -> None:
 def start(page: Browser, name: str, **settings: str) -> None:
     """Start a job on the chats."""
     give(page, "chats.jsonl", ROWS)
+    begin(page, name, **settings)
+
+
+def begin(page: Browser, name: str, **settings: str) -> None:
+    """Start a job on the file that was chosen."""
     page.until("!document.getElementById('start').disabled", SECONDS)
     for field, value in {"name": name, "prefix-length": "4", **settings}.items():
         page.value(f"document.getElementById('{field}').value = '{value}'")
@@ -204,6 +210,92 @@ def test_a_job_is_paused_resumed_and_cancelled(page: Browser) -> None:
     click(page, "sure-yes")
     says(page, "job-said", "Cancelled.")
     assert page.value("document.querySelector('#jobs [aria-current]').textContent").startswith("longcancelled")
+
+
+def test_an_address_of_a_job_that_is_gone_shows_the_others(browser: Browser, server: LiveServer) -> None:
+    for key, words in (("pt-me", "long"), ("pt-other", "No jobs yet.")):
+        browser.open(f"{server.url}/healthz")
+        browser.value(f"sessionStorage.setItem('key', '{key}')")
+        browser.open(f"{server.url}/train#ftjob-0123456789abcdef01234567")
+        says(browser, "list", words)
+        shown = browser.value("location.hash")
+        assert "0123456789" not in shown
+        assert browser.value("document.getElementById('job').hidden") is not shown.startswith("#ftjob-")
+
+
+def test_a_key_without_the_backbone_trains_it(browser: Browser, server: LiveServer) -> None:
+    page = open_page(browser, server, "pt-acme")
+    for bases in ([MODEL], [MODEL, "acme-1"]):
+        name = f"acme-{len(bases)}"
+        start(page, name, epochs="1")
+        assert page.value("[...document.querySelectorAll('#base option')].map((one) => one.value)") == bases
+        says(page, "job-said", f"{name} answers now.")
+    listed = server.get("/v1/fine_tuning/jobs", key="pt-acme")[1]["data"]
+    assert [job["model"] for job in listed] == [MODEL, MODEL]
+
+
+def test_what_fails_for_now_is_looked_up_again(browser: Browser, server: LiveServer) -> None:
+    page = open_page(browser, server, "pt-acme")
+    page.until("document.querySelectorAll('#pairs dd.new').length === 3", SECONDS)
+    page.value(
+        "Object.keys(sessionStorage).filter((one) => one !== 'key').forEach((one) => sessionStorage.removeItem(one))"
+    )
+    # Every answer, and the models when they are looked up for the job.
+    busy = """{
+      const send = window.fetch;
+      let models = 0;
+      const isBusy = (path) => path.includes("completions") || (path === "/v1/models" && ++models === 2);
+      window.fetch = async (path, options) =>
+        isBusy(path) ? new Response('{"error": {"message": "busy"}}', { status: 503 }) : send(path, options);
+    }"""
+    added = page.call("Page.addScriptToEvaluateOnNewDocument", source=busy)
+    page.open(f"{server.url}/train")
+    page.until("[...document.querySelectorAll('#pairs dd')].filter((one) => one.textContent === '(busy)').length === 6")
+    page.until("document.querySelector('#actions a') !== null")
+    page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
+    page.open(f"{server.url}/train")
+    page.until("document.querySelectorAll('#pairs dd.new').length === 3", SECONDS)
+    assert "(busy)" not in text(page, "pairs")
+
+
+def test_a_wrong_value_in_closed_settings_is_shown(page: Browser) -> None:
+    give(page, "chats.jsonl", ROWS)
+    page.until("!document.getElementById('start').disabled", SECONDS)
+    assert not page.value("document.getElementById('settings').open")
+    page.value("document.getElementById('prefix-length').value = '0'")
+    click(page, "start")
+    says(page, "start-said", "Prefix length: ")
+    assert page.value("document.getElementById('settings').open")
+    assert page.value("document.activeElement.id") == "prefix-length"
+
+
+def test_another_tab_asks_about_a_document(page: Browser, server: LiveServer) -> None:
+    asked = "[...document.querySelectorAll('#pairs .asked')].map((one) => one.textContent)"
+    give(page, "tower.txt", "The tower was built in 1887. It is 300 metres high. " * 9)
+    page.value("document.querySelector('[name=questions][value=file]').click()")
+    give(page, "questions.csv", "question,answer\nHow high is it?,300 metres\n", "questions-file")
+    says(page, "questions-said", "questions.csv")
+    begin(page, "tower", epochs="1000")
+    page.until("document.querySelectorAll('#pairs dd:not(.wait)').length === 3", SECONDS)
+    usual = page.value(asked)
+    assert usual[0] == "What is this text about?"
+    forget = "sessionStorage.removeItem(`pairs ${location.hash.slice(1)}`)"
+    page.value(forget)
+    page.open(f"{server.url}/train")
+    says(page, "job-title", "tower")
+    page.until("document.querySelectorAll('#pairs .asked').length === 3")
+    assert page.value(asked) == usual
+    # A job without a result compares nothing, and asks nothing.
+    job = server.get("/v1/fine_tuning/jobs", key="pt-me")[1]["data"][0]["id"]
+    server.post(f"/v1/fine_tuning/jobs/{job}/cancel", {}, key="pt-me")
+    says(page, "job-said", "Cancelled.")
+    page.value(forget)
+    page.open(f"{server.url}/healthz")
+    page.open(f"{server.url}/train#{job}")
+    says(page, "job-said", "Cancelled.")
+    page.value("fetch('/healthz').then(() => { window.answered = true; })")
+    page.until("window.answered")
+    assert not [url for url in page.requests() if url.endswith("completions")]
 
 
 def test_what_the_server_refuses_is_said(page: Browser) -> None:

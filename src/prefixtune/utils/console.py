@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, TextIO
 
@@ -19,7 +20,7 @@ from rich.text import Text
 
 from prefixtune.utils.notebook import NotebookBar, in_notebook
 
-__all__ = ["Console", "Progress", "format_figure", "format_seconds", "show_batches"]
+__all__ = ["Console", "Progress", "format_figure", "format_seconds", "safe_text", "show_batches"]
 
 
 Figure = float | int | str
@@ -41,7 +42,7 @@ class Progress(Protocol):
 
 
 class Console:
-    """Prints for people, on stderr.
+    """Prints for people, on stderr; characters that would steer the terminal are replaced.
 
     Colors follow the terminal and the environment variable `NO_COLOR`.
 
@@ -113,11 +114,11 @@ class Console:
         for index, name in enumerate(columns):
             cells = [row[index] for row in rows if row[index] is not None]
             numbers = bool(cells) and not any(isinstance(cell, str) for cell in cells)
-            table.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+            table.add_column(_text(name), justify="right" if numbers else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text("" if cell is None else format_figure(cell)) for cell in row))
+            table.add_row(*(_text("" if cell is None else format_figure(cell)) for cell in row))
         if title:
-            _print_line(out, Text(title, style="bold"))
+            _print_line(out, _text(title, "bold"))
         out.print(table, markup=False, highlight=False, emoji=False)
 
     def info(self, text: str) -> None:
@@ -128,16 +129,16 @@ class Console:
     def warn(self, text: str) -> None:
         """Print a warning, unless quiet."""
         if not self.quiet:
-            _print_line(self._out, Text.assemble(("warning: ", "yellow"), text))
+            _print_line(self._out, Text.assemble(("warning: ", "yellow"), _text(text)))
 
     def error(self, message: str, hint: str = "") -> None:
         """Print `error: ...`, and `hint: ...` when there is one."""
-        _print_line(self._out, Text.assemble(("error: ", "bold red"), message))
+        _print_line(self._out, Text.assemble(("error: ", "bold red"), _text(message)))
         if hint:
-            _print_line(self._out, Text.assemble(("hint: ", "cyan"), hint))
+            _print_line(self._out, Text.assemble(("hint: ", "cyan"), _text(hint)))
 
     def _print(self, text: str) -> None:
-        _print_line(self._out, Text(text))
+        _print_line(self._out, _text(text))
 
 
 @contextlib.contextmanager
@@ -175,9 +176,9 @@ def format_figure(value: Figure) -> str:
     """
     if isinstance(value, str | bool):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -191,11 +192,37 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def safe_text(text: str) -> str:
+    r"""A text from elsewhere for a terminal: characters that would steer it are replaced.
+
+    >>> safe_text("a\x1b[2Jb\n")
+    'a\ufffd[2Jb\n'
+    """
+    return "".join(character if _is_safe(character) else "\ufffd" for character in text)
+
+
+def _is_safe(character: str) -> bool:
+    # Python counts the spaces of other languages, such as U+00A0 and U+3000, as not printable.
+    return character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs"
+
+
+class _RichConsole(rich_console.Console):
+    def on_broken_pipe(self) -> None:
+        """Without a reader of messages the work goes on; one of results may have read enough, which `main` handles."""
+        if self.file is sys.stdout:
+            raise BrokenPipeError
+        self.quiet = True
+
+
 def _rich_console(stream: TextIO) -> rich_console.Console:
     terminal = stream.isatty()
     # A log has no width: tables may be as wide as they need. In a notebook, rich would write to the page, not here.
     width = None if terminal else 1000
-    return rich_console.Console(file=stream, force_terminal=terminal, force_jupyter=False, width=width)
+    return _RichConsole(file=stream, force_terminal=terminal, force_jupyter=False, width=width)
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(safe_text(text), style=style)
 
 
 def _print_line(out: rich_console.Console, text: Text) -> None:

@@ -43,6 +43,8 @@ def test_a_header_of_anybody(tiny_backbone: Callable[..., Any], random_prefix: C
     strange |= {"backbone": "x", "task": {"<i>": 1}, "initialization": {"kind": ["a"]}, "text_format": {"prompt": 3}}
     assert facts(Prefix(layers, strange))["task"] == "{'<i>': 1}"
     assert facts(Prefix(layers))["positions"] == "2"
+    huge = {"training": {"dev_loss": 10**400, "num_targets": 10**400, "steps": 10**400}}
+    assert facts(Prefix(layers, huge))["development loss"].startswith("10,000,")
 
 
 def test_a_model(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]) -> None:

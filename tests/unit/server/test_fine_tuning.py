@@ -517,6 +517,10 @@ def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> N
         for name in ("ann", "bob", "boss")
     }
     assert listed == {"ann": [job.id], "bob": [], "boss": [job.id]}
+    # Her patterns leave the backbone out, which she trains all the same: the list says its name.
+    assert ask(app, lambda client: client.models.list(), "pt-ann").data == []
+    page = ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-ann")
+    assert page.prefixtune == {"backbone": job.model}
     with pytest.raises(openai.PermissionDeniedError, match="may not train"):
         create(app, file, key="pt-reader")
     with pytest.raises(openai.AuthenticationError):

@@ -69,6 +69,35 @@ def test_messages_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "hello\nerror: bad\n")
 
 
+def test_a_text_from_elsewhere_does_not_steer_the_terminal(
+    stream: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(stream=stream)
+    evil, shown = "a\x1b[2J\x1b]0;b\x07\u202ec", "a\ufffd[2J\ufffd]0;b\ufffd\ufffdc"
+    for say in (console.info, console.warn, console.error):
+        say(evil)
+    assert stream.getvalue() == f"{shown}\nwarning: {shown}\nerror: {shown}\n"
+    console.table(evil, [evil], [[evil]], result=True)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [shown] * 3
+
+
+def test_spaces_of_other_languages_stay(stream: io.StringIO) -> None:
+    Console(stream=stream).info("12\u202f000\u00a0\u20ac\u3000\u3042")
+    assert stream.getvalue() == "12\u202f000\u00a0\u20ac\u3000\u3042\n"
+
+
+def test_the_work_goes_on_when_nobody_reads_its_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    console = Console(stream=Gone())
+    console.info("hello")
+    run(console, Clock(), total=10, seconds=100, steps=10)
+    console.table("", ["a"], [[1]], result=True)
+    assert capsys.readouterr().out.split() == ["a", "1"]
+
+
 def test_quiet_shows_errors_only(stream: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(quiet=True, stream=stream)
     console.info("hello")
@@ -180,4 +209,5 @@ def test_a_wide_table_is_not_broken_in_a_log(stream: io.StringIO) -> None:
 def test_figures() -> None:
     assert format_figure(float("nan")) == "nan"
     assert format_figure(-1234567.8) == "-1,234,568"
+    assert format_figure(10**399) == "1" + ",000" * 133, "larger than any float"
     assert format_seconds(59.6) == "1:00"

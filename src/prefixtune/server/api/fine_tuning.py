@@ -79,6 +79,8 @@ async def list_fine_tuning_jobs(context: TrainingContext) -> Response:
     page, metadata = read_page(context.request), _read_metadata(context)
     owner = None if context.training.sees_all(context.caller) else context.caller.name
     folder = context.training.folder
+    # `/v1/models` may leave it out, by the patterns of the key.
+    extension = {"backbone": context.state.config.model_id}
 
     def find(queue: JobQueue) -> dict[str, Any]:
         found: list[JobState] = []
@@ -93,7 +95,7 @@ async def list_fine_tuning_jobs(context: TrainingContext) -> Response:
             raise unknown_after(page)
         positions = _positions(queue, found)
         shown = [job_view(state, folder, positions) for state in found[: page.limit]]
-        return list_body(shown, has_more=len(found) > page.limit)
+        return {**list_body(shown, has_more=len(found) > page.limit), "prefixtune": extension}
 
     return json_response(await context.training.ask(find, context.tenant))
 

@@ -168,8 +168,13 @@ class Page(BaseModel):
     has_more: bool
 
 
+class FineTuningListExtension(BaseModel):
+    backbone: Annotated[str, Field(description="The bare model, which jobs of any key may train.")]
+
+
 class FineTuningJobs(Page):
     data: list[FineTuningJob]
+    prefixtune: FineTuningListExtension
 
 
 class FineTuningEvent(BaseModel):

@@ -46,14 +46,13 @@ const jobs = (() => {
     // The list seldom; the job that is shown each time.
     if (state.polls++ % 6 === 0 || !state.list.length || state.failures) await loadList();
     else if (state.id && current() && !ENDED.includes(current().status)) replace(await getJson(pathOf(state.id)));
-    if (state.id && !current()) state.list.unshift(await getJson(pathOf(state.id)));
+    if (state.id && !current()) await loadNamed();
     showList();
     if (current()) await showJob(current());
   }
 
   async function loadModels() {
     state.models = (await getJson("/v1/models")).data;
-    state.backbone = (state.models.find((model) => model.kind === "backbone") || {}).id || "";
   }
 
   async function loadList() {
@@ -62,11 +61,28 @@ const jobs = (() => {
     const older = state.list.filter((job) => !page.data.some(({ id }) => id === job.id) && page.has_more && job.created_at <= page.data[page.data.length - 1].created_at);
     state.more = page.has_more && !older.length ? true : state.more && older.length > 0;
     state.list = [...page.data, ...older];
+    // Not every key sees it among the models.
+    state.backbone = (page.prefixtune && page.prefixtune.backbone) || "";
     showServer(`training on ${state.backbone || "one backbone"}`, false);
-    if (!state.id) {
-      const first = state.list.find((job) => !ENDED.includes(job.status)) || state.list[0];
-      if (first) open(first.id, false);
+    if (!state.id) openFirst();
+  }
+
+  /** The job that is shown, where the list does not have it. If it is gone, or another key's: the first of the list. */
+  async function loadNamed() {
+    try {
+      state.list.unshift(await getJson(pathOf(state.id)));
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      Object.assign(state, { id: "", status: "" });
+      at("job").hidden = true;
+      history.replaceState(null, "", location.pathname);
+      openFirst();
     }
+  }
+
+  function openFirst() {
+    const first = state.list.find((job) => !ENDED.includes(job.status)) || state.list[0];
+    if (first) open(first.id, false);
   }
 
   async function loadMore() {
@@ -129,10 +145,11 @@ const jobs = (() => {
     at("bar-text").textContent = ended ? "" : sayProgress(job);
     at("job-error").textContent = job.error && job.error.message ? job.error.message : "";
     if (state.status !== `${job.id} ${job.status}`) {
+      if (job.status === "succeeded") await loadModels();
+      if (job.id !== state.id) return;
       state.status = `${job.id} ${job.status}`;
       at("job-said").textContent = sayStatus(job);
       at("job-said").className = job.status;
-      if (job.status === "succeeded") await loadModels();
       showActions(job);
       pairs.show(viewOf(job));
       pairs.fill(viewOf(job));
@@ -308,9 +325,11 @@ const jobs = (() => {
 
   // --- start ---
 
+  /** The job that the page's address names. */
+  const named = () => (/^#(ftjob-[0-9a-f]+)$/.exec(location.hash) || ["", ""])[1];
+
   function start() {
-    const named = location.hash.slice(1);
-    if (/^ftjob-[0-9a-f]+$/.test(named)) state.id = named;
+    state.id = named();
     at("more-jobs").addEventListener("click", loadMore);
     at("question").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
     at("own").addEventListener("keydown", (event) => {
@@ -322,7 +341,7 @@ const jobs = (() => {
 
   /** After another key: forget what was seen with the one before. */
   function restart() {
-    Object.assign(state, { list: [], models: [], id: "", status: "", polls: 0, more: false });
+    Object.assign(state, { list: [], models: [], id: named(), status: "", polls: 0, more: false });
     state.curves.clear();
     at("job").hidden = true;
     return poll();

@@ -13,7 +13,8 @@ const pairs = (() => {
   }
 
   function keep(id, list) {
-    try { sessionStorage.setItem(keyOf(id), JSON.stringify(list)); } catch { /* no room: asked again after a reload */ }
+    const kept = list.map(({ messages, before, after }) => ({ messages, before, after }));
+    try { sessionStorage.setItem(keyOf(id), JSON.stringify(kept)); } catch { /* no room: asked again after a reload */ }
   }
 
   /** Remember what is to be asked of a new job. */
@@ -26,23 +27,26 @@ const pairs = (() => {
     keep(id, [...(pairsOf(id) || []), { messages: [{ role: "user", content: text }] }].slice(-MOST));
   }
 
-  function show(view) {
-    const list = pairsOf(view.job.id) || [], { status } = view.job;
+  const hasNoResult = ({ status }) => status === "failed" || status === "cancelled";
+
+  function show(view, list = pairsOf(view.job.id) || []) {
     at("pairs").replaceChildren(...list.map((pair) => row(view, pair)));
-    at("compare").hidden = status === "failed" || status === "cancelled" || (!list.length && !view.isServed());
+    at("compare").hidden = hasNoResult(view.job) || (!list.length && !view.isServed());
     at("question").hidden = !view.isServed();
   }
 
   function row({ job, name, isServed }, pair) {
     const cell = (model, text, className) => make("div", {}, make("dt", {}, model), make("dd", { className: text ? className : `${className} wait` }, text || "…"));
     const asked = pair.messages[pair.messages.length - 1].content;
-    const after = pair.after || (isServed() ? "" : job.status === "succeeded" ? "deleted" : "once it is trained");
-    return make("li", {}, make("p", { className: "asked" }, asked), make("dl", { className: "answers" }, cell(job.model, pair.before, ""), cell(name, after, pair.after ? "new" : "wait")));
+    const { failed = {} } = pair;
+    const after = pair.after || failed.after || (isServed() ? "" : job.status === "succeeded" ? "deleted" : "once it is trained");
+    return make("li", {}, make("p", { className: "asked" }, asked), make("dl", { className: "answers" }, cell(job.model, pair.before || failed.before, ""), cell(name, after, pair.after ? "new" : "wait")));
   }
 
   /** Ask what has not been answered yet: the model as it was, then the new one. One loop at a time. */
   async function fill(view) {
     const mine = ++turn, { job } = view;
+    if (hasNoResult(job)) return;
     let list = pairsOf(job.id);
     if (!list) {
       list = (await questionsAgain(job)).map((messages) => ({ messages }));
@@ -52,17 +56,21 @@ const pairs = (() => {
     for (const side of ["before", ...(view.isServed() ? ["after"] : [])]) {
       for (const pair of list) {
         if (pair[side] || mine !== turn || !view.isShown()) continue;
-        pair[side] = await answer(side === "before" ? job.model : view.name, pair.messages);
+        const { text, lasts } = await answer(side === "before" ? job.model : view.name, pair.messages);
         if (mine !== turn) return;
+        // A failure that may pass is shown only, and asked again the next time.
+        if (lasts) pair[side] = text;
+        else pair.failed = { ...pair.failed, [side]: text };
         keep(job.id, list);
-        show(view);
+        show(view, list);
       }
     }
-    if (mine === turn && view.isShown()) show(view);
+    if (mine === turn && view.isShown()) show(view, list);
   }
 
-  /** In another tab: from the file, as long as it is there. */
+  /** In another tab: from the file, as long as it is there; about a document, the usual ones. */
   async function questionsAgain(job) {
+    if (job.prefixtune && job.prefixtune.kind === "document") return DOCUMENT_QUESTIONS.map((content) => [{ role: "user", content }]);
     try {
       const preview = await getJson(`/v1/files/${encodeURIComponent(job.training_file)}/preview`);
       return questionsOf(preview.examples || []);
@@ -71,7 +79,11 @@ const pairs = (() => {
     }
   }
 
-  /** A model's answer, or why there is none. A model without a chat template continues the text. */
+  const MAY_PASS = [401, 408, 429];
+  /** Whether the same request would fail again: not where the server is away or busy, or the key is wrong. */
+  const isLasting = ({ status }) => status >= 400 && status < 500 && !MAY_PASS.includes(status);
+
+  /** A model's answer, or why there is none, and whether that lasts. A model without a chat template continues the text. */
   async function answer(model, messages) {
     const last = messages.slice(-1), options = { model, max_tokens: MAX_ANSWER, temperature: 0 };
     const ways = [
@@ -80,16 +92,17 @@ const pairs = (() => {
       async () => (await postJson("/v1/completions", { ...options, prompt: last[0].content })).choices[0].text,
       async () => (await postJson("/classify", { model, input: last[0].content })).data[0].label,
     ];
-    let first = null;
+    let first = null, lasts = true;
     for (const way of ways) {
       try {
-        return String(await way()).trim() || "(an empty text)";
+        return { text: String(await way()).trim() || "(an empty text)", lasts: true };
       } catch (error) {
         first = first || error;
+        lasts = isLasting(error);
         if (error.status !== 400) break;
       }
     }
-    return `(${first.message})`;
+    return { text: `(${first.message})`, lasts };
   }
 
   return { begin, add, show, fill };

@@ -288,7 +288,7 @@
   }
 
   function show(now) {
-    const count = state.models.length - 1;
+    const count = state.models.filter((model) => model.kind !== "backbone").length;
     showServer(`${count} ${count === 1 ? "prefix" : "prefixes"} on ${backbone() || "one backbone"}${now.draining ? " · shutting down" : ""}`, now.draining);
     const slots = at("slots");
     while (slots.children.length < Math.min(now.slots, 256)) slots.append(make("li"));

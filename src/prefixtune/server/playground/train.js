@@ -2,7 +2,6 @@
 // From a file to a job.
 
 (() => {
-  const QUESTIONS = ["What is this text about?", "Who or what does it name first?", "What happens in it?"];
   const state = { file: null, sending: null, validation: null, questions: null, examples: [], turn: 0 };
   const isDocument = () => state.file !== null && state.file.purpose === "document";
   const asksFile = () => document.querySelector("[name=questions]:checked").value === "file";
@@ -115,11 +114,12 @@
     at("validation").hidden = isDocument();
     for (const element of [at("questions-file"), at("questions-file").previousElementSibling]) element.hidden = !asksFile();
     if (!state.file) at("takes").textContent = "";
-    const bases = jobs.state.models.filter((model) => model.kind !== "joined");
-    const chosen = at("base").value;
-    at("base").replaceChildren(...bases.map((model) => make("option", { value: model.id, textContent: model.kind === "backbone" ? `${model.id} (new)` : model.id })));
-    if (bases.some((model) => model.id === chosen)) at("base").value = chosen;
-    [...at("probes").querySelectorAll("input")].forEach((input, index) => { if (!input.value) input.value = QUESTIONS[index]; });
+    const { backbone, models } = jobs.state, chosen = at("base").value;
+    const prefixes = models.filter(({ id, kind }) => id !== backbone && kind !== "joined").map(({ id }) => id);
+    const bases = [backbone, ...prefixes].filter(Boolean);
+    at("base").replaceChildren(...bases.map((id) => make("option", { value: id, textContent: id === backbone ? `${id} (new)` : id })));
+    if (bases.includes(chosen)) at("base").value = chosen;
+    [...at("probes").querySelectorAll("input")].forEach((input, index) => { if (!input.value) input.value = DOCUMENT_QUESTIONS[index]; });
   }
 
   const number = (id) => (at(id).value === "" ? null : Number(at(id).value));
@@ -186,6 +186,12 @@
   attachFile(at("questions-file"), at("questions-said"), (file) => { state.questions = file; });
   attachFile(at("validation-file"), at("validation-said"), (file) => { state.validation = file; });
   at("about-document").addEventListener("change", showSetup);
+  // In closed details the browser shows nothing of a wrong value.
+  at("setup").addEventListener("invalid", () => {
+    const input = at("setup").querySelector("input:invalid"), details = input.closest("details");
+    if (details) details.open = true;
+    sayStart(`${input.labels[0].textContent.trim()}: ${input.validationMessage}`, true);
+  }, true);
   at("setup").addEventListener("submit", (event) => { event.preventDefault(); start(); });
   const begin = async (look) => { await look(); showSetup(); loadFiles(); };
   useKeyForm(() => { forgetFile(); sayFile(""); begin(jobs.restart); });

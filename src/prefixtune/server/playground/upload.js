@@ -2,6 +2,8 @@
 // Files: sent with progress, read by the server, shown.
 
 const DOCUMENT = /\.(txt|text|md|markdown|rst)$/i;
+/** Asked before and after about a document, unless others are written. */
+const DOCUMENT_QUESTIONS = ["What is this text about?", "Who or what does it name first?", "What happens in it?"];
 const purposeOf = (file) => (DOCUMENT.test(file.name) ? "document" : "fine-tune");
 const factsOf = (file) => file.prefixtune || {};
 
