@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.engine.engine import Engine
@@ -113,6 +114,33 @@ def test_a_batch_of_generate_has_a_grammar_for_every_row(backbone: Any) -> None:
     assert all(isinstance(json.loads(output), int) for output in generate(backbone, ["a", "b", "c"] * 4, config=config))
 
 
+def test_a_text_that_a_stop_string_ended_leaves_the_others_in_the_batch_alone(tiny_backbone: Any) -> None:
+    llama = tiny_backbone("llama")
+    assert llama.pad_id != llama.eos_id
+    config: dict[str, Any] = {"max_new_tokens": 60, "response_schema": json.dumps({"enum": ["red", "green", "blue"]})}
+    prompts = [[number] for number in range(12)]
+    whole, cut = (
+        generate_ids(llama, prompts, [None] * 12, config=GenerateConfig(**config, stop=stop), may_pack=False)
+        for stop in ((), ("re",))
+    )
+    texts = [llama.decode(ids) for ids in whole]
+    assert len(set(texts)) > 1
+    assert [llama.decode(ids).split("re")[0] for ids in cut] == [text.split("re")[0] for text in texts]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_schema_begins_after_a_first_token_that_is_forced(
+    temperature: float, tiny_models: Any, enclosing_tokenizer: Any
+) -> None:
+    model = tiny_models("mbart")
+    model.generation_config.forced_bos_token_id = 65
+    backbone = Backbone.from_model(model, enclosing_tokenizer, "tiny-mbart")
+    config = GenerateConfig(max_new_tokens=100, temperature=temperature, seed=0, response_schema=json.dumps(SCHEMAS[2]))
+    for ids in generate_ids(backbone, [[5, 6, 7], [8, 9]], [None] * 2, config=config):
+        assert ids[0] == 65
+        assert valid(backbone.decode(ids[1:]), SCHEMAS[2])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_openais_client_gets_json(client: openai.OpenAI, stream: bool) -> None:
     class Pub(BaseModel):
@@ -153,6 +181,7 @@ def test_json_objects_and_completions(client: openai.OpenAI) -> None:
         ({"enum": ["x" * 70_000]}, "at most 65,536"),
         ({"not": {}}, "not"),
         ({"type": "string", "description": "[" * 65}, "nested"),
+        ({"type": "integer", "multipleOf": 1_234_567}, "multipleOf 1234567"),
     ],
 )
 def test_schemas_that_cannot_be_used(client: openai.OpenAI, backbone: Any, schema: Any, words: str) -> None:

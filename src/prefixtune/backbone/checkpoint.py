@@ -15,7 +15,7 @@ from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.plain import load_plain, read_ahead
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.backbone.ssru import has_ssru, load_with_ssru
-from prefixtune.errors import BackboneError
+from prefixtune.errors import BackboneError, did_you_mean
 
 __all__ = ["auto_class", "find_checkpoint", "no_config_error", "read_checkpoint", "read_tokenizer"]
 
@@ -27,7 +27,8 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a backbone, and the options to load it with.
 
     Raises:
-        BackboneError: There is no such file or folder, or the embedded backbone is not prepared.
+        BackboneError: There is no such file or folder, the embedded backbone is not prepared, or the name of an
+            embedded one is misspelt.
     """
     # Weights come from safetensors only: a pickle could run code.
     safe = {"use_safetensors": True, "trust_remote_code": False}
@@ -48,6 +49,12 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
         return str(path), {**safe, "local_files_only": True}
     if path.exists() or name.startswith((".", "/", "~")):
         raise BackboneError(f"{name!r} is neither a folder of a model nor a .gguf file.", hint="check the path.")
+    suggestion = did_you_mean(name.lower(), PRETRAINED)
+    # The hub has old models without an owner, such as gpt2; none of them resembles an embedded one.
+    if "/" not in name and suggestion.startswith("did you mean"):
+        raise BackboneError(
+            f"there is no backbone {name!r}.", hint=f"{suggestion} Other models of the hub are named OWNER/NAME."
+        )
     return name, safe
 
 

@@ -228,7 +228,7 @@ def _resolve(
     if quantize and quantize not in QUANTIZATIONS:
         raise ConfigError(f"unknown quantization {quantize!r}.", hint=did_you_mean(quantize, QUANTIZATIONS))
     if quantize:
-        with needs_extra("quantize", f"quantize = {quantize!r}"):
+        with needs_extra("quantize", f"quantize = {quantize!r}"), quiet_transformers():
             import torchao  # noqa: F401
     if adapter is not None or adapter_rank:
         with needs_extra("lora", "an adapter"):

@@ -1,4 +1,4 @@
-"""Keep transformers quiet while it loads or converts something."""
+"""Keep transformers, and what it imports, quiet while it loads or converts something."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ __all__ = ["quiet_transformers"]
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """While the block runs, no progress bars, advice or warnings of transformers reach the terminal."""
+    """While the block runs, no progress bars, advice or warnings of transformers or torchao reach the terminal."""
     from transformers.utils import logging as transformers_logging
 
-    # transformers imports torchao where it is installed, and that makes torch warn in its log.
-    registry = logging.getLogger("torch.utils._pytree")
-    level = registry.level
-    registry.setLevel(logging.ERROR)
+    # transformers imports torchao where it is installed, and that makes torch warn in its log. The hub's library logs
+    # every try; what fails in the end is an error here.
+    loggers = [logging.getLogger(name) for name in ("torch.utils._pytree", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -28,7 +30,8 @@ def quiet_transformers() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        registry.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

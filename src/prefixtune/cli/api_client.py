@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from prefixtune.cli.common import safe_text
 from prefixtune.errors import ConfigError, RequestError
+from prefixtune.utils.console import safe_text
 
 if TYPE_CHECKING:
     from httpx2 import URL, Client, Response

@@ -1,8 +1,9 @@
-"""What several commands need: the names of metrics, JSON on stdout, and texts for a terminal."""
+"""What several commands need: the names of metrics, paths, and JSON on stdout."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from pydantic import AfterValidator
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.utils.config import CommaList
 
-__all__ = ["MetricNames", "check_metrics", "print_event", "print_json", "safe_text"]
+__all__ = ["MetricNames", "PathText", "check_metrics", "print_event", "print_json"]
 
 
 def _check_named(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -23,6 +24,16 @@ def _check_named(names: tuple[str, ...]) -> tuple[str, ...]:
 
 MetricNames = Annotated[CommaList[str], AfterValidator(_check_named)]
 """The names of `--metrics`; whether there are such metrics depends on the task."""
+
+
+def _check_path(text: str) -> str:
+    if not text:
+        raise ValueError("is empty, but must name a file or a folder")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_check_path)]
+"""A path that, left out, means something else: an empty one, as of a shell's variable that is not set, is refused."""
 
 
 def check_metrics(names: Iterable[str], known: Collection[str]) -> None:
@@ -39,20 +50,16 @@ def check_metrics(names: Iterable[str], known: Collection[str]) -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON value on a line of stdout, at once."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """One JSON value on a line of stdout, at once; with escapes if stdout's encoding lacks a character."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    print(line, flush=True)
 
 
 def print_event(event: dict[str, Any]) -> None:
     """One event of a training as a line of JSON; the training goes on if a reader such as `head` closes the pipe."""
     with suppress(BrokenPipeError):
         print_json(event)
-
-
-def safe_text(text: str) -> str:
-    r"""A text from elsewhere for a terminal: characters that would steer it are replaced.
-
-    >>> safe_text("a\x1b[2Jb\n")
-    'a\ufffd[2Jb\n'
-    """
-    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)

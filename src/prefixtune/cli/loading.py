@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefixtune.cli.composing import read_prefixes
 from prefixtune.errors import ConfigError, check_all
 from prefixtune.utils.console import Console
 
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_BACKBONE",
     "Artifact",
+    "check_data",
     "find_artifact",
     "load",
     "load_artifact",
     "load_with_prefixes",
+    "prefix_files",
     "read_prefix",
+    "short_name",
     "split_joined",
 ]
 
@@ -95,6 +99,49 @@ def split_joined(text: str) -> list[str]:
     return names
 
 
+def short_name(text: str) -> str:
+    """What a text of --prefix is called: the name of a file, or that of a run's folder.
+
+    >>> short_name("runs/e2e/prefix.safetensors"), short_name("runs/e2e"), short_name("hub:me/poems")
+    ('e2e', 'e2e', 'poems')
+    >>> short_name("a/manual.safetensors+runs/style")
+    'manual+style'
+    """
+    paths = [Path(name) for name in split_joined(text)]
+    return "+".join(path.absolute().parent.name if path.stem == "prefix" else path.stem for path in paths)
+
+
+def prefix_files(text: str) -> list[str]:
+    """The files that a text of --prefix names.
+
+    Raises:
+        PrefixError: A name is empty, there are too many, or one of them is missing.
+    """
+    from prefixtune.prefix.hub import prefix_file
+
+    return [str(prefix_file(name)) for name in split_joined(text)]
+
+
+def check_data(path: str | None, task: str | None = None) -> None:
+    """Refuse data that is nowhere, before it can be read, to report it together with other mistakes.
+
+    Args:
+        path: A file, a folder, or what else names data; empty: none.
+        task: How it is read; empty: not known yet.
+
+    Raises:
+        PrefixError: Nothing is there.
+    """
+    from prefixtune.data import TASKS
+    from prefixtune.data.hub import is_dataset
+    from prefixtune.data.streams import check_exists, is_stdin
+
+    tasks = [TASKS[task]] if task in TASKS else TASKS.values()
+    is_made_here = any(one.parts and (task or path in one.parts) for one in tasks)
+    if path and not (is_stdin(path) or is_dataset(path) or is_made_here):
+        check_exists(Path(path))
+
+
 def read_prefix(text: str) -> Prefix:
     """The prefix that a text of --prefix names, to check it before a model is loaded.
 
@@ -103,11 +150,8 @@ def read_prefix(text: str) -> Prefix:
     Raises:
         PrefixError: A file is missing or wrong, or they cannot be joined.
     """
-    from prefixtune.prefix.hub import prefix_file
-
-    names = split_joined(text)
     # A file that is missing is named before torch is imported.
-    files = [prefix_file(name) for name in names]
+    names, files = split_joined(text), prefix_files(text)
 
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.compose import check_join, concatenate
@@ -140,10 +184,13 @@ def load_with_prefixes(
     Raises:
         PrefixError: A prefix or an option is wrong, or they do not fit each other; all faults at once.
     """
-    from prefixtune.prefix.hub import prefix_file
+    # Read first: wrong files are reported at once, before the model loads; missing ones before torch is imported.
+    parts: list[list[str]] = []
 
-    # Read first: a wrong file is reported at once, before the model loads; a missing one before torch is imported.
-    parts = [[str(prefix_file(name)) for name in split_joined(text)] for text in files]
+    def find(text: str) -> None:
+        parts.append(prefix_files(text))
+
+    check_all([partial(find, text) for text in files])
 
     from prefixtune.backbone.load import check_size
     from prefixtune.backbone.prefixes import load_prefix
@@ -151,7 +198,7 @@ def load_with_prefixes(
     from prefixtune.prefix.text_format import read_text_format
 
     files = [file for names in parts for file in names]
-    prefixes = [load_prefix(file) for file in files]
+    prefixes = read_prefixes(files)
     stored = dict(zip(files, prefixes, strict=True))
     names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes} - {""}
     if options.backbone is None and len(names) > 1:
@@ -221,13 +268,12 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
     Raises:
         ConfigError: The run has neither, or --quantize or --adapter does not go with its weights.
     """
-    from prefixtune.prefix.hub import prefix_file
     from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
 
     if options.run_folder:
         folder = Path(options.run_folder)
         weights = folder / WEIGHTS_FILE
-        if os.path.isfile(weights):  # Path.is_file raises if the folder may not be read
+        if weights.is_file():
             for name in ("quantize", "adapter"):
                 if getattr(options, name):
                     raise ConfigError(
@@ -237,7 +283,7 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
             from prefixtune.training.artifact import load_weights
 
             return Artifact(weights=weights, header=load_weights(weights)[1])
-        if not os.path.isfile(folder / PREFIX_FILE):
+        if not (folder / PREFIX_FILE).is_file():
             raise ConfigError(
                 f"{options.run_folder!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
                 hint="name the --output folder of a `prefixtune train` that was finished.",
@@ -245,7 +291,7 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
         file = str(folder / PREFIX_FILE)
     if not file:
         return Artifact()
-    file = "+".join(str(prefix_file(name)) for name in split_joined(file))
+    file = "+".join(prefix_files(file))
     return Artifact(prefix=file, header=read_prefix(file).header)
 
 

@@ -7,9 +7,12 @@ Exit codes: 0 success, 1 a failed check or a bug (with its traceback), 2 wrong u
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
+import io
 import itertools
 import json
+import logging
 import os
 import sys
 import warnings
@@ -79,15 +82,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The command and its options; None: those of this process, which ends with it.
     """
-    with contextlib.nullcontext() if arguments is not None else seldom_collecting():
-        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    if arguments is not None:
+        return _main(list(arguments))
+    _prepare_streams()
+    with seldom_collecting():
+        return _main(sys.argv[1:])
+
+
+def _prepare_streams() -> None:
+    """Let neither a closed stream nor a character that an encoding lacks stop a command; what is piped in is UTF-8."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # A terminal's own encoding is that of the locale.
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8")
 
 
 def _main(words: Sequence[str]) -> int:
     # --json also holds for errors in the arguments themselves.
     as_json = "--json" in [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, words)]
     try:
-        with _shown_warnings(Console(quiet=as_json)):
+        with _shown_warnings(Console(quiet=as_json)), _no_logs() if as_json else contextlib.nullcontext():
             code = run(words)
         sys.stdout.flush()
         return code
@@ -96,9 +115,22 @@ def _main(words: Sequence[str]) -> int:
     except KeyboardInterrupt as stopped:
         return _print_error("interrupted.", str(stopped), "Interrupted", 130, as_json)
     except BrokenPipeError:
-        # The reader, such as `head`, closed the pipe; keep Python from complaining when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader, such as `head`, has closed the pipe.
+        _discard_output()
         return 0
+    except SystemExit as stopped:
+        # rich, which prints the help, turns a closed pipe into this.
+        if not isinstance(stopped.__context__, BrokenPipeError):
+            raise
+        return 0
+    except OSError as error:
+        if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
+            raise
+        if error.filename is None:
+            _discard_output()
+        what = "write" if error.filename is None else f"read or write {str(error.filename)!r}"
+        hint = "free some space." if error.errno == errno.ENOSPC else "check the path and its permissions."
+        return _print_error(f"cannot {what}: {error.strerror}.", hint, PrefixError.__name__, 2, as_json)
 
 
 def run(words: Sequence[str]) -> int:
@@ -177,6 +209,12 @@ def _function(command: str) -> tuple[str, str]:
     return f"prefixtune.cli.commands.{name}", name
 
 
+def _discard_output() -> None:
+    """Keep Python from complaining, when it closes stdout, of results that cannot be written."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_error(message: str, hint: str, kind: str, code: int, as_json: bool) -> int:
     """Print why a command failed on stderr, for people or programs; returns the exit code."""
     if as_json:
@@ -201,6 +239,16 @@ def _shown_warnings(console: Console) -> Iterator[None]:
 
         warnings.showwarning = show_plainly
         yield
+
+
+@contextlib.contextmanager
+def _no_logs() -> Iterator[None]:
+    """Leave out what libraries log on stderr, which a program reads: advice, warnings, every try to reach the hub."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:

@@ -78,10 +78,12 @@ def preset_layer(values: Mapping[str, Any]) -> Layer:
 
     Left out is what these values do not go with, as it is not what the user gave.
     """
+    start = {"initialization": "prefix"} if values.get("init_prefix") else {}
     task, method = (str(values.get(name, TrainConfig.default(name))) for name in ("task", "method"))
     limit = str(values.get("limit", ""))
     num_targets = int(limit) if limit.isdecimal() and int(limit) else 100
     try:
-        return Layer(without_conflicts(preset(values["preset"], task, method, num_targets=num_targets), values))
+        values_of_preset = preset(values["preset"], task, method, num_targets=num_targets)
+        return Layer({**without_conflicts(values_of_preset, {**start, **values}), **start})
     except PrefixError as error:
         return Layer({}, error=error)

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prefixtune.cli.common import safe_text
 from prefixtune.cli.training_client import Event, JobView
-from prefixtune.utils.console import Console, format_seconds
+from prefixtune.utils.console import Console, format_seconds, safe_text
 
 __all__ = ["Follower", "facts_of", "one_line", "status_of", "time_of"]
 

@@ -18,7 +18,7 @@ from typing import Any
 from prefixtune.data.hub import dataset_rows, is_dataset
 from prefixtune.data.parquet import parquet_rows
 from prefixtune.data.parsing import LocatedRow, csv_rows, json_lines, json_list
-from prefixtune.data.streams import is_stdin, read_chunks, read_text, shown, text_pieces
+from prefixtune.data.streams import check_exists, is_stdin, read_chunks, read_text, shown, text_pieces
 from prefixtune.errors import DataError, did_you_mean
 
 __all__ = [
@@ -61,13 +61,14 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     '.csv'
 
     Raises:
-        DataError: The ending is none of `formats`.
+        DataError: The ending is none of `formats`, perhaps as there is no such file.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     ending = suffixes[-1] if suffixes else ""
     if ending not in formats:
+        check_exists(path)
         ending_text = f"the ending {''.join(path.suffixes[-2:])!r}" if path.suffixes else "no ending"
         raise DataError(
             f"{path} has {ending_text}; allowed: {', '.join(formats)}, each with or without .gz.",

@@ -57,6 +57,12 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Relea
     for pattern in patterns:
         if match := _first_match(path, pattern):
             return match
+    try:
+        os.scandir(path).close()
+    except OSError as error:
+        raise DataError(
+            f"the folder {path} cannot be read: {error.strerror or error}.", hint="check its permissions."
+        ) from error
     existing = _existing_splits(path, formats, release)
     raise DataError(
         f"{path} is a folder without a {chosen} set; looked for {', '.join(patterns)}.",

@@ -29,11 +29,19 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata.
 
     Raises:
-        CheckpointError: It is missing or truncated.
+        CheckpointError: It is missing, may not be read, or is truncated.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}.", hint="check the path.")
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {str(path)!r}.", hint="check the path.")
+        # safetensors says of a file that may not be read that there is none.
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
+        ) from error
     try:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118

@@ -288,9 +288,11 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _imply(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """A number of examples implies a start from examples, and that start a length of its own."""
+        """A prefix or a number of examples implies a start from it, and a start from examples a length of its own."""
         implied: dict[str, Any] = {}
-        if values.get("init_examples"):
+        if values.get("init_prefix"):
+            implied["initialization"] = "prefix"
+        elif values.get("init_examples"):
             implied["initialization"] = "examples"
         if values.get("initialization", implied.get("initialization")) == "examples":
             implied["prefix_length"] = 0
@@ -353,6 +355,9 @@ class TrainConfig(Config):
             yield names, "method is 'prompt', which stores no values to match; compaction can be 'cut' or 'stride'"
         if self.initialization == "prefix" and not self.init_prefix:
             yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
+        if self.init_prefix and self.initialization != "prefix":
+            message = f"init_prefix is {show_value(self.init_prefix)}, but initialization is {self.initialization!r}"
+            yield ("init_prefix", "initialization"), message
 
     def _example_conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What a start from examples cannot go with."""

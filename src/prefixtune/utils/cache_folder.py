@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from prefixtune.utils.home import expand_home
+
 __all__ = ["cache_folder"]
 
 
@@ -14,7 +16,7 @@ def cache_folder() -> Path:
     Without `PREFIXTUNE_HOME` it is `$XDG_CACHE_HOME/prefixtune`, or else `~/.cache/prefixtune`. Makes nothing.
     """
     if home := os.environ.get("PREFIXTUNE_HOME"):
-        return Path(home).expanduser()
+        return expand_home(home)
     if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache).expanduser() / "prefixtune"
+        return expand_home(cache) / "prefixtune"
     return Path.home() / ".cache" / "prefixtune"

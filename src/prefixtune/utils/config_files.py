@@ -30,7 +30,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
             raise ConfigError(f"the configuration {str(path)!r} is larger than 1 MiB.", hint="check the path.")
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path.") from error
+        reason = getattr(error, "strerror", None) or error
+        hint = "check its permissions." if isinstance(error, PermissionError) else "check the path."
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {reason}.", hint=hint) from error
     if path.suffix.lower() in (".yaml", ".yml"):
         return _parse_yaml(text, path)
     try:

@@ -20,7 +20,8 @@ def check_writable(path: Path) -> None:
     Raises:
         PrefixError: The path is a folder, or its folder cannot be made or written.
     """
-    if path.is_dir():
+    # Unlike Path.is_dir, it returns False where nobody may look; what is there cannot be written either.
+    if os.path.isdir(path):
         raise PrefixError(f"cannot write {str(path)!r}: it is a folder.", hint="choose another place.")
     with writable_folder(path.parent, path):
         pass

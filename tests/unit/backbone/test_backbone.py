@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from prefixtune.backbone.backbone import Backbone, fingerprint
+from prefixtune.backbone.checkpoint import find_checkpoint
 from prefixtune.backbone.devices import choose_dtype
 from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.fingerprint import fingerprints_match, sample_weights
 from prefixtune.prefix.geometry import LayerShape
 
 SHAPES = {"gpt2": (4, 8), "llama": (2, 8), "opt": (4, 8), "gpt_neox": (4, 8), "qwen3": (2, 16), "mistral": (2, 8)}
@@ -37,6 +40,19 @@ def test_the_geometry_is_found_by_running_it(family: str, backbone: Any):
     assert backbone.hidden_size == 32
     assert backbone.max_positions == 160
     assert family in repr(backbone)
+
+
+def test_names_of_the_hub_need_no_owner():
+    for name in ("gpt2", "t5-small", "bert-base-uncased", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        assert find_checkpoint(name)[0] == name
+
+
+def test_every_try_to_reach_the_hub_stays_quiet():
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    before = logger.isEnabledFor(logging.WARNING)
+    with quiet_transformers():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.isEnabledFor(logging.WARNING) is before
 
 
 def test_it_comes_frozen_and_without_dropout(backbone: Any):
@@ -68,6 +84,21 @@ def test_the_fingerprint_does_not_depend_on_the_dtype(names: tuple[str, ...], ba
         model.to(getattr(torch, name))
     assert fingerprints_match(backbone.fingerprint, fingerprint(model, backbone.geometry))
     assert fingerprints_match(fingerprint(model, backbone.geometry), backbone.fingerprint)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_weights_too_small_for_float16_do_not_change_the_fingerprint(stored: torch.dtype):
+    def printed(dtype: torch.dtype) -> str:
+        return "x:" + sample_weights([("w", len(weights))], lambda _, index: weights.to(stored).to(dtype)[index])
+
+    for size in (1e-4, 1e-5, 1e-6, 1e-7, 1e-9):
+        weights = torch.randn(256, generator=torch.Generator().manual_seed(0)) * 0.02
+        weights[::8] *= size
+        half = printed(torch.float16)
+        assert fingerprints_match(printed(torch.float32), half)
+        assert fingerprints_match(half, printed(torch.bfloat16))
+        weights[1::2] *= 1.01
+        assert not fingerprints_match(printed(torch.float32), half)
 
 
 def test_a_small_fine_tune_changes_the_fingerprint(backbone: Any):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_prefixes_are_switched(
     assert err.count("the prefix 'single' reads your last message only") == 1
     assert err.endswith("  whole\n* single\n  none\n")
     assert out.splitlines()[0] == rows[0]["output"].splitlines()[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="on Windows every user has a home beside the own one")
+def test_a_file_of_no_user_ends_no_conversation(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows, _ = chat("--backbone", model, lines="Hello\n/save ~no-such-user/chat.jsonl\nHello\n")
+    assert [row["text"] for row in rows] == ["Hello", "Hello"]
+    saved = (tmp_path / "~no-such-user" / "chat.jsonl").read_text().splitlines()
+    assert [json.loads(line)["content"] for line in saved] == ["Hello", rows[0]["output"].strip()]
 
 
 def test_a_prefix_of_conversations_reads_all_messages(

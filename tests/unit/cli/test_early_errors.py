@@ -71,12 +71,17 @@ MISTAKES = [
     (TRAIN.replace("rows.jsonl", "empty.jsonl"), "empty.jsonl is empty"),
     (TRAIN.replace("rows.jsonl", "model"), "is a folder"),
     (TRAIN.replace("rows.jsonl", "file"), "has no ending"),
+    (TRAIN.replace("rows.jsonl", "chats"), "chats does not exist"),
+    ("evaluate --task e2e --data nowhere/ --split test", "nowhere does not exist"),
     (TRAIN.replace("--backbone model", "--backbone adapter"), "no config.json"),
     (TRAIN.replace("--backbone model", "--backbone ./nowhere"), "neither a folder of a model"),
     (TRAIN.replace("--backbone model", "--backbone nowhere.gguf"), "there is no GGUF file"),
+    (TRAIN.replace("--backbone model", "--backbone smolm2-135m"), "did you mean 'smollm2-135m'?"),
     (TRAIN + "--adapter adapter", "holds no adapter_config.json"),
     (TRAIN + "--initialization prefix --init-prefix nowhere.safetensors", "there is no file 'nowhere.safetensors'"),
     (TRAIN + "--initialization prefix --init-prefix rows.jsonl", "rows.jsonl"),
+    (TRAIN + "--init-prefix nowhere.safetensors", "there is no file 'nowhere.safetensors'"),
+    (TRAIN + "--initialization words --init-prefix p.safetensors", "but initialization is 'words'"),
     (TRAIN + "--resume", "no run to resume"),
     (TRAIN + "--config nowhere.toml", "nowhere.toml"),
     ("train --together nowhere.toml", "nowhere.toml"),
@@ -226,6 +231,40 @@ def test_several_mistakes_are_reported_at_once(folder: Path, capsys: pytest.Capt
     for message in ("nowhere.jsonl does not exist", "lost.jsonl does not exist", "unknown device 'gpu'", "{source}"):
         assert message in err
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate --prefix no.safetensors --data lost.jsonl",
+        "evaluate --data no.jsonl --shots 1 --train lost.jsonl",
+        "generate --prefix no.safetensors --prefix lost.safetensors x y",
+        "generate --prefix no.safetensors --data lost.jsonl",
+        "chat --prefix no.safetensors --prefix lost.safetensors",
+        "explain no.safetensors --against lost.safetensors",
+        "explain no.safetensors --data lost.jsonl",
+        "data no.jsonl --test lost.jsonl",
+    ],
+)
+def test_all_files_that_are_missing_are_named_at_once(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert "no." in err
+    assert "lost." in err
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("evaluate --data rows.jsonl", "--prefix"), ("evaluate --data rows.jsonl", "--run"), ("generate x", "--run")],
+)
+def test_an_empty_name_is_not_the_bare_model(
+    command: str, option: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a variable of the shell that is not set: --prefix "$PREFIX"."""
+    assert main([*command.split(), option, "", "--backbone", "model"]) == 2
+    assert f"{option} is empty, but must name a file or a folder" in capsys.readouterr().err
 
 
 def test_runs_that_share_a_backbone_are_checked_before_it_loads(

@@ -64,6 +64,7 @@ def test_the_page_holds_every_view_and_the_numbers_are_json(folder: Path, tmp_pa
     for name, title in TITLES.items():
         assert f">{title}</h2>" in shown
         assert SHOWS[name] in shown
+    assert "<title>What the prefix a does</title>" in html
     assert "<b>" not in html
     assert "://" not in html  # nothing is fetched
     assert html.count('<svg class="chart"') == len(found["figures"]) > 8

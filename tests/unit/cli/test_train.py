@@ -43,6 +43,7 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(
         ("--examples 0", {"compact_examples": "", "initialization": "examples", "prefix_length": 64}),
         ("--example-attention all", {"compact_examples": "", "init_examples": 2}),
         ("--initialization examples", {"compact_examples": "stride", "init_examples": 2, "prefix_length": 64}),
+        ("--init-prefix p.safetensors", {"initialization": "prefix", "init_examples": 0, "compact_examples": ""}),
     ],
 )
 def test_a_preset_gives_way_to_what_the_user_gives(
@@ -56,6 +57,8 @@ def test_examples_set_the_length_that_a_preset_gives_for_words(capsys: pytest.Ca
     config = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--examples", "4")
     assert (config.initialization, config.init_examples, config.prefix_length) == ("examples", 4, 0)
     assert config.reparameterization == "mlp"
+    config = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--init-prefix", "p.safetensors")
+    assert (config.initialization, config.prefix_length) == ("prefix", preset("paper-low-data", "e2e")["prefix_length"])
 
 
 def test_a_resumed_run_has_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

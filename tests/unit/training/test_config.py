@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def test_an_initialization_needs_what_it_starts_from():
     with pytest.raises(ConfigError, match="init_prefix names no file"):
         TrainConfig(initialization="prefix")
     assert TrainConfig(initialization="random", init_text="").initialization == "random"
+
+
+def test_a_prefix_to_start_from_is_started_from():
+    config = TrainConfig(init_prefix="p.safetensors")
+    assert config.initialization == "prefix"
+    assert TrainConfig(**tomllib.loads(config.to_toml())) == config
+    for other in ("words", "random", "examples"):
+        with pytest.raises(ConfigError, match=f"init_prefix is 'p.safetensors', but initialization is '{other}'"):
+            TrainConfig(init_prefix="p.safetensors", initialization=other)
+    with pytest.raises(ConfigError, match="init_examples is 4, but initialization is 'prefix'"):
+        TrainConfig(init_prefix="p.safetensors", init_examples=4)
 
 
 def test_unknown_keys_are_reported_with_the_nearest_known_one(tmp_path: Path):

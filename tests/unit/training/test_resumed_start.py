@@ -37,7 +37,8 @@ def test_the_files_of_the_start_are_not_read_again(
     train: Callable[..., Any], backbone: Any, random_prefix: Any, tmp_path: Path, options: Any, change: str
 ) -> None:
     words, prefix = tmp_path / "words.txt", tmp_path / "start.safetensors"
-    options = {**options, "init_text": f"@{words}", "init_prefix": str(prefix), "save_every": 1, "max_steps": 4}
+    start = {"init_prefix": str(prefix)} if options["initialization"] == "prefix" else {"init_text": f"@{words}"}
+    options = {**options, **start, "save_every": 1, "max_steps": 4}
 
     def write() -> None:
         words.write_text("hello there", encoding="utf-8")

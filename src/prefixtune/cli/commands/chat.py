@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -14,12 +13,13 @@ from pydantic import Field
 from prefixtune.cli.common import print_json
 from prefixtune.cli.conversation import Conversation
 from prefixtune.cli.decoding import BackboneOptions
-from prefixtune.cli.loading import load_with_prefixes, split_joined
+from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console
+from prefixtune.utils.home import expand_home
 
 if TYPE_CHECKING:
     from prefixtune.inference.config import GenerateConfig
@@ -102,14 +102,8 @@ def _names(files: Sequence[str]) -> list[str]:
     ['e2e', 'news', 'poems']
     >>> _names(["a/x.safetensors", "b/x.safetensors"])
     ['a/x.safetensors', 'b/x.safetensors']
-    >>> _names(["a/manual.safetensors+runs/style"])
-    ['manual+style']
     """
-    paths = [[Path(name) for name in split_joined(file)] for file in files]
-    short = [
-        "+".join(path.parent.name if path.stem == "prefix" and path.parent.name else path.stem for path in parts)
-        for parts in paths
-    ]
+    short = [short_name(file) for file in files]
     return [
         name if short.count(name) == 1 and name != _NO_PREFIX else file for name, file in zip(short, files, strict=True)
     ]
@@ -214,7 +208,7 @@ class _Terminal:
         elif name == "/prefix":
             self._switch(argument)
         elif name == "/save" and argument:
-            conversation.save(Path(argument).expanduser())
+            conversation.save(expand_home(argument))
             self._console.info(f"{len(conversation.messages)} messages are in {argument}")
         elif name == "/help":
             for known, text in _COMMANDS.items():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import MetricNames, check_metrics, print_json
+from prefixtune.cli.common import MetricNames, PathText, check_metrics, print_json
 from prefixtune.cli.decoding import DecodingOptions, generate_config
-from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, split_joined
+from prefixtune.cli.loading import Artifact, check_data, find_artifact, load_artifact, split_joined
 from prefixtune.cli.options import OutputOptions, command, json_option
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import ConfigError, PrefixError, check_all
 from prefixtune.training.config import FormName, TrainConfig
 from prefixtune.utils.console import Console
 
@@ -27,13 +28,13 @@ __all__ = ["evaluate"]
 class EvaluateOptions(DecodingOptions, OutputOptions):
     """The options of `prefixtune evaluate`."""
 
-    prefix: str | None = Field(
+    prefix: PathText | None = Field(
         None,
         description="a file, the folder of its run, or hub:OWNER/NAME; A+B joins several; without it and --run: the "
         "bare model",
         json_schema_extra={"metavar": "FILE"},
     )
-    run_folder: str | None = Field(
+    run_folder: PathText | None = Field(
         None,
         description="a run of `prefixtune train`, with any method",
         json_schema_extra={"flag": "run", "metavar": "FOLDER"},
@@ -106,7 +107,15 @@ def evaluate(options: EvaluateOptions) -> int:
 
     console = Console(quiet=options.quiet)
     # Everything that can be wrong is reported before the model loads.
-    artifact = find_artifact(options, options.prefix)
+    found: list[Artifact] = []
+    check_all(
+        [
+            lambda: found.append(find_artifact(options, options.prefix)),
+            partial(check_data, options.data, options.task),
+            partial(check_data, options.train, options.task),
+        ]
+    )
+    (artifact,) = found
     name = options.task or artifact.header.get("task") or "records"
     source, target = _columns(options, name, artifact)
     columns: dict[str, Any] = {"source": source, "target": target, "form": options.form}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +12,9 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.decoding import BackboneOptions
-from prefixtune.cli.loading import load_with_prefixes
+from prefixtune.cli.loading import check_data, load_with_prefixes, prefix_files, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.errors import ConfigError, PrefixError, did_you_mean
+from prefixtune.errors import ConfigError, PrefixError, check_all, did_you_mean
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
 
@@ -72,7 +74,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
         from prefixtune.explain.view import TITLES
 
         page = Path(self.output)
-        if page.suffix not in (".html", ".htm") or page.is_dir():
+        if page.suffix not in (".html", ".htm") or os.path.isdir(page):
             yield ("output",), f"--output is {self.output!r}, but must be the name of an .html file"
         for name in self.views:
             if name not in TITLES:
@@ -108,6 +110,12 @@ def explain(options: ExplainOptions) -> int:
     examples: list[Example] = []
     train: list[Example] = []
     files = [options.prefix, *([options.against] if options.against else [])]
+    check_all(
+        [
+            *(partial(prefix_files, file) for file in files),
+            *(partial(check_data, path, options.task) for path in (options.data, options.train)),
+        ]
+    )
     backbone, prefixes = load_with_prefixes(
         console, options, files, check=lambda read: _read_all(options, read, examples, train)
     )
@@ -154,7 +162,7 @@ def _read_all(
             raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
         examples += kept
     if options.train:
-        train += _read_data(options, options.train, "train" if Path(options.train).is_dir() else "", prefixes)
+        train += _read_data(options, options.train, "train" if os.path.isdir(options.train) else "", prefixes)
 
 
 def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequence[Prefix]) -> list[Example]:
@@ -225,8 +233,7 @@ def _write(
         ("data", f"{options.data}, {rows} rows" if options.data else "none"),
         ("against", options.against),
     ]
-    name = Path(options.prefix).resolve().parent.name if options.prefix.endswith(".safetensors") else options.prefix
-    document = compose(views, facts, f"What the prefix of {name} does")
+    document = compose(views, facts, f"What the prefix {short_name(options.prefix)} does")
     write_text(page, to_html(document))
     return save_figures(document, Path(options.figures)) if options.figures else []
 

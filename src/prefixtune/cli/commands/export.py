@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,7 @@ class ExportOptions(OutputOptions):
             if getattr(self, name) != self.default(name):
                 flag = self.flag(name)
                 yield (name, "patch"), f"{flag} cannot go with --patch, since the slot file decides; leave {flag} out"
-        if Path(self.output).exists() and not Path(self.output).is_dir():
+        if os.path.exists(self.output) and not os.path.isdir(self.output):
             yield ("output",), f"--output is {self.output!r}, which is a file; name a folder"
 
 

@@ -5,16 +5,24 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
+from prefixtune.cli.common import PathText, print_json
 from prefixtune.cli.decoding import DecodingOptions, generate_config
-from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, load_with_prefixes, read_prefix
+from prefixtune.cli.loading import (
+    Artifact,
+    find_artifact,
+    load_artifact,
+    load_with_prefixes,
+    prefix_files,
+    read_prefix,
+)
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.errors import ConfigError, RequestError, check_all
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
 
@@ -53,7 +61,7 @@ class GenerateOptions(DecodingOptions, OutputOptions):
         "per text; none: bare model",
         json_schema_extra={"metavar": "FILE"},
     )
-    run_folder: str = Field(
+    run_folder: PathText = Field(
         "",
         description="a run of `prefixtune train`, with any method",
         json_schema_extra={"flag": "run", "metavar": "FOLDER"},
@@ -92,7 +100,10 @@ def generate(options: GenerateOptions) -> int:
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """
     console = Console(quiet=options.quiet)
-    lines: list[Source] = [] if options.print_config else _read_texts(options, console)
+    lines: list[Source] = []
+    checks = [] if options.print_config else [lambda: lines.extend(_read_texts(options, console))]
+    # Everything that can be wrong is reported before the model loads.
+    check_all([*checks, *(partial(prefix_files, name) for name in dict.fromkeys(options.prefix))])
     # Blank lines of stdin have empty results, so that the lines of sources and results match.
     kept = [index for index, line in enumerate(lines) if options.texts or not isinstance(line, str) or line.strip()]
     texts = [lines[index] for index in kept]
@@ -102,7 +113,6 @@ def generate(options: GenerateOptions) -> int:
     if options.run_folder:
         artifact = find_artifact(options, None)
         names = [artifact.prefix] if artifact.prefix else []
-    # Everything that can be wrong is reported before the model loads.
     stored = [read_prefix(name) for name in names]
     config = generate_config(options, stored, artifact.header.get("task"))
     if options.print_config:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from prefixtune.cli.options import CommandOptions, command
 from prefixtune.errors import ConfigError
+from prefixtune.utils.home import expand_home
 
 __all__ = ["install_completion"]
 
@@ -38,7 +38,7 @@ def install_completion(options: CompletionOptions) -> int:
 
     from prefixtune.cli.main import build_app
 
-    output = Path(options.output).expanduser() if options.output else None
+    output = expand_home(options.output) if options.output else None
     install = create_install_completion_command(build_app().install_completion, add_to_startup=False)
     try:
         install(shell=options.shell or detect_shell(), output=output)

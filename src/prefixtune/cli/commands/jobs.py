@@ -14,13 +14,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefixtune.cli.api_client import ApiClient, check_url
-from prefixtune.cli.common import print_event, print_json, safe_text
+from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.cli.training_client import FileView, JobView, TrainingClient
 from prefixtune.cli.training_display import Follower, facts_of, one_line, status_of, time_of
 from prefixtune.errors import ConfigError
 from prefixtune.utils.config import TextList, option_group
-from prefixtune.utils.console import Console
+from prefixtune.utils.console import Console, safe_text
+from prefixtune.utils.home import expand_home
 
 __all__ = ["jobs"]
 
@@ -154,7 +155,7 @@ class _Command:
 
     def _upload(self, path: str, purpose: str) -> FileView:
         self._console.info(f"uploading {path} ...")
-        return self._client.upload(Path(path).expanduser(), purpose)
+        return self._client.upload(expand_home(path), purpose)
 
     def _file_id(self, file: str, purpose: str) -> str:
         """The id of a file that is there already, or of one that is uploaded now."""
@@ -165,7 +166,7 @@ class _Command:
         extension, hyperparameters = _extension(options), _hyperparameters(options)
         for file in (options.what, options.validation, options.questions):
             # Before anything is uploaded.
-            if file not in ("", "self") and not _is_id(file) and not Path(file).expanduser().is_file():
+            if file not in ("", "self") and not _is_id(file) and not expand_home(file).is_file():
                 raise ConfigError(f"there is no file {file[:200]!r}.", hint="check the path.")
         model = options.model or self._client.bare_model()
         request: dict[str, Any] = {"model": model}
@@ -231,9 +232,7 @@ class _Command:
         if self._options.as_json:
             print_json({"jobs": [job.model_dump(mode="json") for job in found]})
             return 0
-        rows = [
-            [*map(safe_text, (job.id, status_of(job), job.name, job.model)), time_of(job.created_at)] for job in found
-        ]
+        rows = [[job.id, status_of(job), job.name, job.model, time_of(job.created_at)] for job in found]
         self._console.table("", ["job", "status", "name", "model", "created"], rows, result=True)
         return 0
 
@@ -243,8 +242,7 @@ class _Command:
             print_json({"files": [file.model_dump(mode="json") for file in found]})
             return 0
         rows: list[list[str | int | None]] = [
-            [*map(safe_text, (file.id, file.filename, file.purpose)), file.bytes, time_of(file.created_at)]
-            for file in found
+            [file.id, file.filename, file.purpose, file.bytes, time_of(file.created_at)] for file in found
         ]
         self._console.table("", ["file", "name", "purpose", "bytes", "created"], rows, result=True)
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class ReportOptions(OutputOptions):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """The page is no .html file."""
         page = Path(self.output)
-        if page.suffix not in (".html", ".htm") or page.is_dir():
+        if page.suffix not in (".html", ".htm") or os.path.isdir(page):
             yield (
                 ("output",),
                 f"--output is {self.output!r}, but must be the name of an .html file; the Markdown file next to it "

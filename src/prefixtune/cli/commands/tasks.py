@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from prefixtune.cli.common import print_json
 from prefixtune.cli.options import CommandOptions, command, json_option
 from prefixtune.data import TASKS, Task
 from prefixtune.training.presets import PRESETS, preset
@@ -23,7 +24,7 @@ class TasksOptions(CommandOptions):
 def tasks(options: TasksOptions) -> int:
     """List the tasks: files, decoding, scores, groups, presets."""
     if options.as_json:
-        print(json.dumps({"tasks": [_as_json(task) for task in TASKS.values()]}, ensure_ascii=False))
+        print_json({"tasks": [_as_json(task) for task in TASKS.values()]})
         return 0
     for task in TASKS.values():
         print(f"{task.name}: {task.description}")

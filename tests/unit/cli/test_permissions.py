@@ -1,0 +1,141 @@
+"""Files and folders that the user may not read or write are one line with the path and the reason, in every command."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefixtune.cli.conversation import Conversation
+from prefixtune.cli.main import main
+from prefixtune.errors import PrefixError
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32" or (sys.platform != "linux" and os.geteuid() == 0), reason="everything may be read here"
+)
+
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2
+
+READ = [
+    "inspect closed",
+    "inspect unread.safetensors",
+    "generate --prefix unread.safetensors a",
+    "generate --prefix closed/p.safetensors a",
+    "generate --run closed a",
+    "generate --data closed/rows.jsonl",
+    "generate --backbone closed/model a",
+    "generate --prefix p.safetensors --adapter closed/adapter a",
+    "chat --prefix closed/p.safetensors",
+    "evaluate --run closed --data rows.jsonl",
+    "evaluate --data closed/rows.jsonl",
+    "train --train unread.jsonl --backbone model",
+    "train --train closed --backbone model",
+    "train --train rows.jsonl --backbone closed",
+    "train --train rows.jsonl --backbone model --chat-template closed/x",
+    "train --train rows.jsonl --backbone model --init-prefix unread.safetensors",
+    "train --resume --output closed",
+    "train --config unread.toml",
+    "length --resume --output closed",
+    "distill --backbone model --questions self --document closed/x.txt",
+    "study length --config unread.toml",
+    "data closed/rows",
+    "convert closed out.safetensors --to prefixtune",
+    "convert closed/x out.safetensors --to prefixtune",
+    "compose p.safetensors unread.safetensors --output out.safetensors",
+    "export p.safetensors --to llama.cpp --output out --patch closed/x",
+    "explain p.safetensors --train closed/rows.jsonl",
+    "push p.safetensors me/x --card --evaluation closed/x",
+    "report closed",
+    "report closed/x",
+    "demo --output closed",
+    "doctor closed",
+    "serve --backbone model --prefixes closed/x",
+    "worker --backbone model --prefixes closed/x",
+    "jobs create closed/x --url http://127.0.0.1:9/v1",
+]
+WRITE = [
+    "train --train rows.jsonl --backbone model --output closed/x",
+    "evaluate --data rows.jsonl --backbone model --output closed/x",
+    "cut p.safetensors --length 2 --output closed/x.safetensors",
+    "convert p.safetensors closed/x --to peft",
+    "convert p.safetensors closed/x/p.safetensors --to prefixtune",
+    "export p.safetensors --to llama.cpp --output closed/x",
+    "explain p.safetensors --output closed/x.html",
+    "report run --output closed/x.html",
+    "config schema train --output closed/x.json",
+    "pull me/x closed/x.safetensors",
+]
+
+
+@contextlib.contextmanager
+def usual_user() -> Iterator[None]:
+    """For the superuser, too, permissions hold: Linux's capabilities to ignore them are laid down."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    # Version 3 of the header, of this thread; effective, permitted and inheritable bits.
+    header, bits = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, bits)
+    before = bits[0]
+    bits[0] &= ~(CAP_DAC_OVERRIDE | CAP_DAC_READ_SEARCH)
+    libc.capset(header, bits)
+    try:
+        yield
+    finally:
+        bits[0] = before
+        libc.capset(header, bits)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in which the user may not read or enter everything."""
+    for inner in ("closed", "model"):
+        (tmp_path / inner).mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for rows in ("rows.jsonl", "unread.jsonl"):
+        (tmp_path / rows).write_text(json.dumps({"source": "a", "target": "b"}) + "\n")
+    pair = torch.zeros(2, 4, 8), torch.ones(2, 4, 8)
+    prefix = Prefix({"decoder": (pair,) * 2}, {"backbone": {"name": "model", "kind": "decoder"}})
+    for file in ("p.safetensors", "unread.safetensors"):
+        save_prefix(tmp_path / file, prefix)
+    (tmp_path / "unread.toml").touch()
+    for closed in ("closed", "unread.jsonl", "unread.safetensors", "unread.toml"):
+        (tmp_path / closed).chmod(0)
+    monkeypatch.chdir(tmp_path)
+    with usual_user():
+        yield tmp_path
+    (tmp_path / "closed").chmod(0o700)
+
+
+@pytest.mark.parametrize("command", [*READ, *WRITE])
+def test_a_path_that_is_closed_is_one_line(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    *_, error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert "Permission denied" in error
+    assert "closed" in error or "unread" in error
+    assert ("cannot write" in error) is (command in WRITE)
+    assert hint.startswith("hint: ")
+
+
+def test_a_program_reads_it_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "closed", "out.safetensors", "--to", "prefixtune", "--json"]) == 2
+    error = json.loads(capsys.readouterr().err)
+    assert "Permission denied" in error["error"]
+    assert (error["kind"], error["exit_code"]) == ("PrefixError", 2)
+
+
+def test_a_conversation_outlives_a_file_that_cannot_be_written(folder: Path) -> None:
+    conversation = Conversation(None, {}, lambda _: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(PrefixError, match=r"cannot write 'closed/chat\.jsonl': Permission denied"):
+        conversation.save(Path("closed/chat.jsonl"))

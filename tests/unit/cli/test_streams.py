@@ -1,0 +1,103 @@
+"""What a command prints to and reads from: pipes that close, full disks, encodings that lack a character."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import run_apart, start
+from prefixtune.cli.main import main
+from prefixtune.errors import PrefixError
+
+NOT_UTF_8 = os.fsdecode(b"caf\xe9.safetensors")
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has neither such pipes nor such names")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two broken prefixes, one under a name that is not UTF-8."""
+    for name in ("\u65e5\u672c.safetensors", NOT_UTF_8):
+        try:
+            (tmp_path / name).write_bytes(b"cut")
+        except OSError:
+            pytest.skip("no such names on this disk")
+    return tmp_path
+
+
+@needs_posix
+@pytest.mark.parametrize("command", ["tasks", "tasks --json", "train --help"])
+def test_a_reader_that_has_enough_is_no_mistake(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefixtune", *command.split()], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert process.communicate()[1] == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        process = subprocess.run([sys.executable, "-m", "prefixtune", "tasks"], stdout=full, stderr=subprocess.PIPE)
+    assert process.stderr.decode() == "error: cannot write: No space left on device.\nhint: free some space.\n"
+    assert process.returncode == 2
+
+
+@needs_posix
+def test_results_that_nobody_wants_are_not_printed() -> None:
+    closed = subprocess.run(["sh", "-c", 'exec "$0" -m prefixtune tasks >&- 2>&-', sys.executable])
+    assert closed.returncode == 0
+
+
+@needs_posix
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_no_character_stops_a_command(encoding: str, folder: Path) -> None:
+    environment = {"PYTHONIOENCODING": encoding}
+    out, _ = run_apart("inspect", str(folder), "--json", code=1, environment=environment)
+    assert {row["name"] for row in json.loads(out)["prefixes"]} == {"\u65e5\u672c.safetensors", NOT_UTF_8}
+    if encoding == "ascii":
+        out, _ = run_apart("inspect", str(folder), code=1, environment=environment)
+        assert r"\u65e5\u672c.safetensors" in out
+
+
+def test_a_name_that_is_no_utf_8_is_shown_with_a_mark(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(folder)]) == 1
+    assert "caf\ufffd.safetensors" in capsys.readouterr().out
+
+
+def test_what_is_piped_in_is_utf_8_in_every_locale() -> None:
+    process = start("generate", environment={"PYTHONIOENCODING": "latin-1"})
+    process.stdin.buffer.write("caf\xe9\n".encode("latin-1"))  # type: ignore[union-attr]
+    _, err = process.communicate()
+    assert "stdin is not UTF-8 text" in err
+    assert process.returncode == 2
+
+
+def test_with_json_no_library_logs_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("a library")
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+
+    def load(*_: Any) -> None:
+        logger.warning("Retrying in 1s")
+        raise PrefixError("the hub cannot be reached.")
+
+    monkeypatch.setattr("prefixtune.backbone.prefixes.load_prefix", load)
+    (tmp_path / "any.safetensors").touch()
+    words = ["inspect", str(tmp_path / "any.safetensors")]
+    assert main([*words, "--json"]) == 2
+    assert json.loads(capsys.readouterr().err)["error"] == "the hub cannot be reached."
+    assert main(words) == 2
+    logger.removeHandler(handler)
+    assert capsys.readouterr().err.startswith("Retrying in 1s\n")
