@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import enum
+import importlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import pytest
 
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE
@@ -35,6 +40,40 @@ def model_config(**changes: Any) -> Any:
         "hf_text_config": SimpleNamespace(tie_word_embeddings=False),
     }
     return SimpleNamespace(**{**facts, **changes})
+
+
+class ConnectorBase:
+    """vLLM's base class of connectors, as far as the plugin uses it."""
+
+    def __init__(self, config: Any, role: Any, kv_cache_config: Any) -> None:
+        self._vllm_config = config
+
+    def bind_kv_cache_manager(self, manager: Any) -> None:
+        """What versions that are too old do not have."""
+
+
+def import_connector(patch: pytest.MonkeyPatch, base: type = ConnectorBase, version: str = "0.32.0") -> Any:
+    """The plugin's connector, as a vLLM with that base class imports it."""
+    connector = "prefixtune.interop.vllm.connector"
+    names = {
+        "vllm": {"__version__": version},
+        "vllm.logger": {"init_logger": lambda name: None},
+        "vllm.distributed.kv_transfer.kv_connector.v1.base": {
+            "KVConnectorBase_V1": base,
+            "KVConnectorMetadata": type("KVConnectorMetadata", (), {}),
+            "KVConnectorRole": enum.Enum("KVConnectorRole", "SCHEDULER WORKER"),
+        },
+    }
+    for name, contents in names.items():
+        module = ModuleType(name)
+        module.__dict__.update(contents)
+        patch.setitem(sys.modules, name, module)
+    patch.delitem(sys.modules, connector, raising=False)
+    try:
+        return importlib.import_module(connector)
+    finally:
+        # The next test imports it anew.
+        sys.modules.pop(connector, None)
 
 
 def save(backbone: Any, prefix: Prefix, path: Path, **header: Any) -> None:

@@ -511,7 +511,9 @@ def test_two_processes_share_the_heads(tiny_tokenizer: Any, tmp_path: Path):
         assert len({running.expected(name, backbone.encode("some text")) for name in (BASE, *prefixes)}) == 4
 
 
-@pytest.mark.deploys("vLLM", "layers with a sliding window", model="mistral", refused=True)
+@pytest.mark.deploys(
+    "vLLM", "layers with a sliding window that is shorter than the longest sequence", model="mistral", refused=True
+)
 def test_sliding_windows_are_refused(tiny_tokenizer: Any, tmp_path: Path):
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -521,7 +523,9 @@ def test_sliding_windows_are_refused(tiny_tokenizer: Any, tmp_path: Path):
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     with (
-        pytest.raises(pytest.fail.Exception, match="a sliding window, and the prefix would drop out of it"),
+        pytest.raises(
+            pytest.fail.Exception, match="a sliding window of 64 positions, and the prefix would drop out of it"
+        ),
         serving(None, str(tmp_path / "model"), {}, tmp_path, "--enforce-eager", max_length=256),
     ):
         pass

@@ -51,7 +51,10 @@ SEEN_BY = {
     "training/": ["train"],
 }
 #: Options of other programs.
-FOREIGN = {"--cache-type-k", "--cache-type-v", "--no-deps", "--force-reinstall", "--python", "--target", "--system"}
+FOREIGN = {
+    *("--cache-type-k", "--cache-type-v", "--no-deps", "--force-reinstall", "--python", "--target", "--system"),
+    *("--max-model-len", "--disable-sliding-window", "--attention-backend"),
+}
 #: Other words with an underscore: of PEFT, transformers, the tasks' files, the environment.
 FOREIGN_WORDS = {
     *("eos_token", "tokenizer_config", "adapter_config", "save_pretrained", "save_to_disk", "modules_to_save"),

@@ -25,8 +25,8 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
     """Refuse what another runtime would compute wrongly, or what was never tested.
 
     Raises:
-        BackboneError: The backbone is not a plain decoder whose layers all keep keys and values of one shape and see
-            the whole text, or the prefix does not fit it.
+        BackboneError: The backbone is not a plain decoder whose layers all keep keys and values of one shape, turned
+            alike in every text, and see the whole text, or the prefix does not fit it.
         ConfigError: The prefix is empty, an infix, holds NaN, or has a head.
     """
     name = backbone.name
@@ -73,11 +73,18 @@ def _check_layers(backbone: Backbone, target: str) -> None:
             f"the layers of {backbone.name!r} differ in KV heads or head sizes; {target} takes equal ones.",
             hint=_HINT,
         )
-    window = _find_window(config)
-    if window is not None:
+    window, max_positions = _find_window(config), backbone.max_positions
+    # One that holds every position never takes effect.
+    if window is not None and (max_positions is None or window < max_positions):
         raise BackboneError(
             f"{backbone.name!r} has a window of {window or 'some'} positions; in prefixtune the prefix stays visible "
             f"to every token, in {target} it would leave the window.",
+            hint=_HINT,
+        )
+    if _uses_longrope(config):
+        raise BackboneError(
+            f"the keys of {backbone.name!r} turn by other frequencies in a longer text (LongRoPE), which was not "
+            f"compared with {target}.",
             hint=_HINT,
         )
     if backbone.layout.cache_layers != tuple(range(len(shapes))) or config.num_hidden_layers != len(shapes):
@@ -95,6 +102,12 @@ def _find_window(config: Any) -> int | None:
     if layer_types is not None:
         return int(window or 0) if {"sliding_attention", "chunked_attention"} & set(layer_types) else None
     return None if window is None else int(window)
+
+
+def _uses_longrope(config: Any) -> bool:
+    settings = getattr(config, "rope_parameters", None) or {}
+    kinds = [settings, *(one for one in settings.values() if isinstance(one, Mapping))]
+    return any(one.get("rope_type") == "longrope" for one in kinds)
 
 
 def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import ConfigError, describe_value, short_repr
 from prefixtune.prefix.composition import content_hash
+from prefixtune.prefix.hub import is_repository
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.console import format_figure
 
@@ -25,13 +27,27 @@ CARD = "README.md"
 
 _EVALUATION = "evaluation.json"
 _MOST_BYTES, _MOST_FOLDERS = 2**24, 1000
-_LOCAL_PATH_STARTS = ("/", ".", "~")
 _TRAINING_FACTS = ("steps", "num_targets", "dev_loss", "learning_rate", "seed")
 """What the card repeats of a header's `training`."""
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Embedded backbones, by the hub's names."""
+_LICENSES = {
+    "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
+    "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",
+    "bsl-1.0", "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0",
+    "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+    "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0",
+    "cdla-sharing-1.0", "creativeml-openrail-m", "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0",
+    "etalab-2.0", "eupl-1.1", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "intel-research", "isc", "lgpl",
+    "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "lppl-1.3c",
+    "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by", "ofl-1.1", "openrail", "openrail++", "osl-3.0", "other",
+    "pddl", "postgresql", "unknown", "unlicense", "wtfpl", "zlib",
+}  # fmt: skip
+"""What the hub takes as `license`, by its documentation of repositories."""
 _PIPELINE_TAGS = {"classification": "text-classification", "tagging": "token-classification"}
 _FACTS = ("task", "data", "split", "num_examples")
+# What Markdown reads as more than text, as in `pages.page`.
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#!]|:(?=\w))")
 
 
 def make_card(prefix: Prefix, repo_id: str, evaluations: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -47,13 +63,15 @@ def make_card(prefix: Prefix, repo_id: str, evaluations: Sequence[Mapping[str, A
     header = prefix.header
     task = str(header.get("task", ""))
     base_model = _find_base_model(prefix)
+    license_id, license_name = _find_license(str(header.get("license") or ""))
     results = [result for evaluation in evaluations for result in _list_results(evaluation, _pipeline_tag(prefix))]
     data = ModelCardData(
         base_model=base_model or None,
         base_model_relation="adapter" if base_model else None,
         datasets=_find_datasets(prefix) or None,
         library_name="prefixtune",
-        license=str(header["license"]) if header.get("license") else None,
+        license=license_id,
+        license_name=license_name,
         pipeline_tag=_pipeline_tag(prefix),
         tags=["prefix-tuning", "prefixtune", *([task] if task else [])],
         model_name=repo_id.rpartition("/")[2] if results else None,
@@ -73,11 +91,23 @@ def _backbone_name(prefix: Prefix) -> str:
     return str(origin.get("name") or "") if isinstance(origin, Mapping) else ""
 
 
+def _find_license(name: str) -> tuple[str | None, str | None]:
+    """A license's identifier on the hub, which refuses a card with any other, and its name where it has none there.
+
+    >>> _find_license("Apache 2.0"), _find_license("ACME Model License"), _find_license("")
+    (('apache-2.0', None), ('other', 'acme-model-license'), (None, None))
+    """
+    identifier = re.sub(r"[^a-z0-9.+]+", "-", name.lower()).strip("-")
+    if identifier in _LICENSES:
+        return identifier, None
+    return ("other", identifier or None) if name else (None, None)
+
+
 def _find_base_model(prefix: Prefix) -> str:
-    """The backbone's name where it may be one of the hub; a folder on somebody's machine is nobody else's model."""
+    """The backbone's name on the hub; empty: it has none there, as a folder on somebody's machine."""
     name = _backbone_name(prefix)
-    is_on_hub = name.count("/") <= 1 and not name.startswith(_LOCAL_PATH_STARTS) and "\\" not in name
-    return _HUB_NAMES.get(name, name) if is_on_hub else ""
+    is_on_hub = is_repository(name) and not os.path.exists(name)
+    return _HUB_NAMES.get(name, name if is_on_hub else "")
 
 
 def _find_datasets(prefix: Prefix) -> list[str]:
@@ -165,8 +195,9 @@ def _list_facts(prefix: Prefix, model: str, task: str) -> dict[str, Any]:
     stored = training if isinstance(training, Mapping) else {}
     known = _backbone_name(prefix)
     return {
-        "model": model + (f" (`{known}` of prefixtune)" if known in _HUB_NAMES else ""),
+        "model": model + (f" ({known} of prefixtune)" if known in _HUB_NAMES else ""),
         "task": task or "unknown",
+        **({"license": prefix.header["license"]} if prefix.header.get("license") else {}),
         "sites": ", ".join(f"{site} (P = {prefix.length(site)})" for site in prefix.sites),
         "parameters": f"{prefix.num_parameters:,}",
         **{key.replace("_", " "): _figure(stored[key]) for key in _TRAINING_FACTS if stored.get(key) is not None},
@@ -184,12 +215,12 @@ def _format_score(score: Mapping[str, Any]) -> str:
 
 
 def _cell(value: object) -> str:
-    """A text that may come from anybody, on one line of a table.
+    r"""A text that may come from anybody, as it is, on one line of a table.
 
-    >>> _cell("two  lines <i>")
-    'two lines &lt;i>'
+    >>> _cell("two  lines <i> ![](x)")
+    'two lines \\<i\\> \\!\\[\\](x)'
     """
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+    return _SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,8 @@ FILE = "prefix.safetensors"
 HUB = "hub:"
 """Marks the name of a repository that is to be downloaded."""
 
+_CARD = "the card is made from the prefix's header; `prefixtune push ... --card` shows it."
+_OTHER_FILE = "`prefixtune pull OWNER/NAME OUTPUT --file NAME` downloads a file with another name."
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -116,15 +119,19 @@ def upload(
         The address of the commit.
 
     Raises:
-        ConfigError: The repository's name is not valid, or the hub is switched off.
+        ConfigError: The repository's name or the card is not valid, or the hub is switched off.
         PrefixError: The hub cannot be reached, or refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
     from prefixtune.prefix.card import CARD
 
+    if not is_repository(repo_id):
+        raise ConfigError(f"{repo_id!r} is not the name of a repository.", hint="write OWNER/NAME.")
     with hub_errors(f"cannot upload to {repo_id!r}"):
         api = HfApi(token=token, library_name="prefixtune", library_version=__version__)
+        # A card that the hub refuses must not leave an empty repository.
+        ModelCard(card).validate()
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.create_commit(
             repo_id,
@@ -138,6 +145,7 @@ def upload(
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """While the block runs, errors of the hub become a `PrefixError` with one line and a hint."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -149,28 +157,33 @@ def hub_errors(what: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    hint = "check the name; private repositories need `hf auth login`."
+    hint, online = "check the name; private repositories need `hf auth login`.", "unset HF_HUB_OFFLINE."
     try:
         yield
     except HFValidationError as error:
         raise ConfigError(f"{what}: {error}", hint="write OWNER/NAME.") from error
     except OfflineModeIsEnabled as error:
-        raise ConfigError(f"{what}: the hub is switched off.", hint="unset HF_HUB_OFFLINE.") from error
+        raise ConfigError(f"{what}: the hub is switched off.", hint=online) from error
     except LocalTokenNotFoundError as error:
         raise ConfigError(
             f"{what}: there is no token.", hint="log in with `hf auth login`, or set HF_TOKEN."
         ) from error
     except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ConfigError(f"{what}: the hub is switched off, and it is not in the cache.", hint=online) from error
         raise PrefixError(f"{what}: the hub cannot be reached.", hint="check the connection.") from error
     except RepositoryNotFoundError as error:
         raise PrefixError(f"{what}: there is no such repository, or it is not yours.", hint=hint) from error
     except RevisionNotFoundError as error:
         raise PrefixError(f"{what}: there is no such revision.", hint="leave it out for the main branch.") from error
     except EntryNotFoundError as error:
-        raise PrefixError(f"{what}: the repository has no such file.", hint="name it with --file.") from error
+        raise PrefixError(f"{what}: the repository has no such file.", hint=_OTHER_FILE) from error
     except HfHubHTTPError as error:
         reason = str(error.server_message or error).splitlines()[0]
         raise PrefixError(f"{what}: the hub answers {error.response.status_code}: {reason}", hint=hint) from error
+    except ValueError as error:
+        # The library's, for a card with metadata that the hub does not take.
+        raise ConfigError(f"{what}: {textwrap.shorten(str(error), 300)}", hint=_CARD) from error
     except Exception as error:
         # The client library depends on the version of huggingface_hub.
         client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")

@@ -73,6 +73,17 @@ def test_there_and_back(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pyte
     assert load_prefix(back).header["task"] == "toy"
 
 
+def test_the_folder_of_a_run(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    ours.rename(run / "prefix.safetensors")
+    assert convert(capsys, run, tmp_path / "adapter", "--to", "peft")["from"] == "prefixtune"
+    assert convert(capsys, run, tmp_path / "same.safetensors", "--to", "prefixtune")["input"] == str(run)
+    # An adapter's folder stays one, whatever else is in it.
+    (tmp_path / "adapter" / "prefix.safetensors").write_bytes(b"")
+    assert convert(capsys, tmp_path / "adapter", tmp_path / "back.safetensors", "--to", "prefixtune")["from"] == "peft"
+
+
 def test_the_backbone_is_checked_and_named(
     ours: Path, model: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,14 @@ from prefixtune.prefix.text_format import TextFormat
 
 Make = Callable[..., Any]
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 64,
+}
+
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
@@ -38,6 +46,8 @@ Make = Callable[..., Any]
         ("modernbert-decoder", {}, "has a window of"),
         ("jamba", {}, "does not hold every layer's own"),
         ("llama4_text", {}, "has a window of 8 positions"),
+        ("mistral", {"sliding_window": 63, "max_position_embeddings": 64}, "has a window of 63 positions"),
+        ("phi3", {"rope_parameters": LONGROPE}, "turn by other frequencies in a longer text"),
     ],
 )
 def test_backbones_that_no_runtime_can_use(
@@ -55,6 +65,7 @@ def test_backbones_that_no_runtime_can_use(
     ("name", "changes"),
     [
         ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 64, "max_position_embeddings": 64}),
         ("qwen2", {"sliding_window": 5, "use_sliding_window": False}),
         ("gpt2", {}),
     ],

@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
@@ -24,6 +25,8 @@ from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.prefix import Prefix
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LICENSES = (None, "apache-2.0", "cc-by-4.0", "other")
+"""Some that the hub takes; it refuses a card with any other spelling."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -81,7 +84,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"url": f"{self.server.url}/{name}"})
             return
         if self.path == "/api/validate-yaml":
-            self.answer(200, {"errors": [], "warnings": []})
+            license_id = ModelCard(json.loads(body)["content"]).data.license
+            errors = [] if license_id in LICENSES else [{"message": f'"license" must be one of {LICENSES}'}]
+            self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
             return
         name, _, what = self.path.removeprefix("/api/models/").partition("/preupload/")
         if what:
@@ -183,6 +188,37 @@ def test_a_repository_is_a_prefix_and_a_path_is_never_looked_for_on_the_hub(
     assert len(fake_hub.calls) == calls, "the hub was asked for a path"
 
 
+@pytest.mark.parametrize(
+    ("license_note", "fields"),
+    [
+        ("Apache 2.0", ("apache-2.0", None)),
+        ("CC-BY-4.0", ("cc-by-4.0", None)),
+        ("ACME's Model License", ("other", "acme-s-model-license")),
+        ("仅供内部使用", ("other", None)),
+        ("", (None, None)),
+    ],
+)
+def test_any_license_note_becomes_one_that_the_hub_takes(
+    license_note: str, fields: tuple[str | None, str | None], fake_hub: Hub, artifact: Path, rewrite_header: Any
+) -> None:
+    rewrite_header(artifact, license=license_note)
+    hub.push(artifact, "me/pubs")
+    card = ModelCard(fake_hub.repos["me/pubs"]["README.md"].decode())
+    assert (card.data.license, card.data.license_name) == fields
+    assert f"| license | {license_note} |" in card.text or not license_note
+
+
+def test_a_card_that_the_hub_refuses_leaves_no_repository(
+    fake_hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("prefixtune.interop.hub.make_card", lambda *_: "---\nlicense: mine\n---\n")
+    assert main(["push", str(artifact), "me/pubs"]) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "error: cannot upload to 'me/pubs'" in printed
+    assert "must be one of" in printed
+    assert fake_hub.created == []
+
+
 def test_a_run_is_pushed_and_a_repository_inspected(
     fake_hub: Hub, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +229,9 @@ def test_a_run_is_pushed_and_a_repository_inspected(
     assert fake_hub.repos["me/pubs"][hub.FILE] == artifact.read_bytes()
     assert main(["inspect", "hub:me/pubs", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["header"]["task"] == "e2e"
+    assert main(["convert", "hub:me/pubs", str(tmp_path / "same.safetensors"), "--to", "prefixtune", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["input"] == "hub:me/pubs"
+    assert load_prefix(tmp_path / "same.safetensors").equal(load_prefix(artifact))
 
 
 def test_the_commands_take_a_repository_for_a_prefix(
@@ -281,8 +320,9 @@ def test_errors_are_reported_and_change_nothing(fake_hub: Hub, artifact: Path, t
     with pytest.raises(PrefixError, match="no such repository"):
         hub.pull("me/nothing", old)
     fake_hub.repos["me/empty"] = {}
-    with pytest.raises(PrefixError, match="no such file"):
+    with pytest.raises(PrefixError, match="no such file") as raised:
         hub.pull("me/empty", old)
+    assert "prefixtune pull OWNER/NAME OUTPUT --file NAME" in raised.value.hint
     fake_hub.repos["me/broken"] = {hub.FILE: b"not a prefix"}
     with pytest.raises(CheckpointError):
         hub.pull("me/broken", old)
@@ -308,5 +348,7 @@ def test_without_the_hub_it_says_so(
     with pytest.raises(PrefixError, match="cannot upload"):
         hub.push(artifact, "me/pubs")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(PrefixError, match="cannot download"):
-        hub.pull("me/pubs", tmp_path / "x.safetensors")
+    for call in (lambda: hub.pull("me/pubs", tmp_path / "x.safetensors"), lambda: hub.push(artifact, "me/pubs")):
+        with pytest.raises(ConfigError, match="the hub is switched off") as raised:
+            call()
+        assert raised.value.hint == "unset HF_HUB_OFFLINE."

@@ -175,6 +175,7 @@ def test_the_folder(tiny_backbone: Make, random_prefix: Make, tmp_path: Path) ->
     readme = (tmp_path / "out/README.md").read_text()
     assert '{"filename": "pubs.bin"}' in readme
     assert "--slot-save-path" in readme
+    assert '-H "Authorization: Bearer $LLAMA_API_KEY"' in readme
     assert (tmp_path / "out/check.py").read_text() == Path(llama_cpp_check.__file__).read_text()
 
 
@@ -225,14 +226,15 @@ class Server:
     """A fake llama-server, whose answers can be spoiled."""
 
     def __init__(self) -> None:
-        self.restored, self.cached, self.spoiled, self.asked = 3, 3, "", []
+        self.restored, self.cached, self.spoiled, self.asked, self.key = 3, 3, "", [], ""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append((self.path, body))
-                code, answer = outer.answer(self.path, body)
+                wrong_key = outer.key and self.headers["Authorization"] != f"Bearer {outer.key}"
+                code, answer = (401, {"error": "no"}) if wrong_key else outer.answer(self.path, body)
                 data = json.dumps(answer).encode()
                 self.send_response(code)
                 self.send_header("Content-Length", str(len(data)))
@@ -313,6 +315,29 @@ def test_a_prefix_that_is_not_in_effect(
     (tmp_path / "export.json").write_text(json.dumps(FACTS))
     assert llama_cpp_check.main([server.url, "--export", str(tmp_path / "export.json")]) == 1
     assert "error: the prefix is not in effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "found"), [("", "got none"), ("another", "refuses this one")])
+def test_a_server_with_a_key(
+    given: str,
+    found: str,
+    server: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server.key = "secret"
+    (tmp_path / "export.json").write_text(json.dumps(FACTS))
+    arguments = [server.url, "--export", str(tmp_path / "export.json")]
+    monkeypatch.setenv("LLAMA_API_KEY", given)
+    assert llama_cpp_check.main(arguments) == 1
+    # Nothing was learned of the prefix.
+    assert capsys.readouterr().err == (
+        f"error: the server wants a key, and {found}: give --api-key or LLAMA_API_KEY.\n"
+    )
+    assert llama_cpp_check.main([*arguments, "--api-key", "secret"]) == 0
+    monkeypatch.setenv("LLAMA_API_KEY", "secret")
+    assert llama_cpp_check.main(arguments) == 0
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError
@@ -25,7 +28,7 @@ EVALUATION |= {"scores": SCORES}
 
 @pytest.fixture
 def prefix(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]) -> Prefix:
-    backbone = tiny_backbone("llama")
+    backbone = dataclasses.replace(tiny_backbone("llama"), name="meta-llama/Llama-3.2-1B")
     training = {"steps": 9, "num_targets": 5, "dataset": "GEM/e2e_nlg"}
     header = make_header(backbone, task="e2e", license="CC-BY-4.0", training=training)
     return Prefix(random_prefix(backbone, 4).layers, header)
@@ -34,11 +37,11 @@ def prefix(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any])
 def test_the_hub_reads_it(prefix: Prefix) -> None:
     text = make_card(prefix, "me/pubs", read_evaluations(EVALUATION))
     card = ModelCard(text)
-    assert card.data.base_model == "tiny-llama"
+    assert card.data.base_model == "meta-llama/Llama-3.2-1B"
     assert card.data.base_model_relation == "adapter"
     assert card.data.library_name == "prefixtune"
     assert card.data.pipeline_tag == "text-generation"
-    assert card.data.license == "CC-BY-4.0"
+    assert card.data.license == "cc-by-4.0"
     assert card.data.datasets == ["GEM/e2e_nlg"]
     assert {"prefix-tuning", "e2e"} <= set(card.data.tags)
     assert card.data.model_name == "pubs"
@@ -57,8 +60,13 @@ def test_the_embedded_backbone_has_its_name_of_the_hub(prefix: Prefix) -> None:
     assert ModelCard(make_card(prefix, "me/pubs")).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_it_names_no_folder_of_a_machine(prefix: Prefix) -> None:
-    prefix.header["backbone"]["name"] = "/home/somebody/models/llama"
+@pytest.mark.parametrize("name", ["/home/somebody/models", "~/somebody", "somebody", "a/b/somebody", "models/somebody"])
+def test_it_names_no_folder_of_a_machine(
+    name: str, prefix: Prefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/somebody").mkdir(parents=True)
+    prefix.header["backbone"]["name"] = name
     text = make_card(prefix, "me/pubs")
     assert "somebody" not in text
     assert "base_model" not in text
@@ -87,6 +95,15 @@ def test_foreign_words_stay_words(prefix: Prefix) -> None:
     assert "<script>" not in text
     assert "\n# a heading" not in text
     assert "x \\| y" in text
+
+
+def test_a_header_makes_no_link_and_no_picture(prefix: Prefix) -> None:
+    words = "![a](http://evil/a.png) [b](http://evil) <img src=c> **d** `e` \\[f](http://evil)"
+    prefix.header["task"] = prefix.header["training"]["dev_loss"] = words
+    page = MarkdownIt("commonmark").enable("table").render(ModelCard(make_card(prefix, "me/pubs")).text)
+    assert page.count(f"<td>{escape(words)}</td>") == 2
+    assert "<img" not in page
+    assert "<a " not in page
 
 
 def test_what_evaluate_returned_goes_into_it(prefix: Prefix) -> None:

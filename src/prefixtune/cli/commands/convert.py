@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,8 +25,8 @@ class ConvertOptions(OutputOptions):
     """The options of `prefixtune convert`."""
 
     input: str = positional(
-        description="a prefix file, the folder of a PEFT adapter, or a checkpoint of the method's authors as "
-        "safetensors; which of these is detected"
+        description="a prefix: a file, the folder of its run, or hub:OWNER/NAME; the folder of a PEFT adapter; or a "
+        "checkpoint of the method's authors as safetensors; which of these is detected"
     )
     output: str = positional(description="a .safetensors file (prefixtune) or a folder (peft)")
     to: Literal["peft", "prefixtune"] = Field(description="the format to write")
@@ -51,7 +52,7 @@ class ConvertOptions(OutputOptions):
                 ("output", "to"),
                 f"{self.output!r} does not end with .safetensors; write to {output.stem or 'prefix'}.safetensors",
             )
-        if self.to == "peft" and output.exists() and not output.is_dir():
+        if self.to == "peft" and os.path.exists(output) and not os.path.isdir(output):
             yield ("output", "to"), f"{self.output!r} is a file, but an adapter is a folder; name a folder"
 
 
@@ -71,7 +72,7 @@ def convert(options: ConvertOptions) -> int:
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.utils.writable import check_writable
 
-    path, output = Path(options.input), Path(options.output)
+    path, output = _find(options.input), Path(options.output)
     format_name = _detect_format(path)
     if format_name == "authors" and options.backbone is None:
         raise ConfigError(
@@ -95,7 +96,7 @@ def convert(options: ConvertOptions) -> int:
         save_prefix(output, prefix, dtype=torch.bfloat16 if prefix.dtype == torch.bfloat16 else torch.float32)
     if options.as_json:
         print_json(
-            {"from": format_name, "to": options.to, "input": str(path), "output": str(output), **_describe(prefix)}
+            {"from": format_name, "to": options.to, "input": options.input, "output": str(output), **_describe(prefix)}
         )
     else:
         print(f"{output}: {prefix!r}, from {format_name}")
@@ -123,6 +124,15 @@ def _describe(prefix: Prefix) -> dict[str, Any]:
     }
 
 
+def _find(name: str) -> Path:
+    """The file or the adapter's folder that the input names: of a run's folder or a repository, its prefix."""
+    from prefixtune.prefix.hub import FILE, prefix_file, repository_of
+
+    path = Path(name)
+    is_run = os.path.isfile(path / FILE) and not os.path.isfile(path / "adapter_config.json")
+    return prefix_file(name) if is_run or repository_of(name) is not None else path
+
+
 def _detect_format(path: Path) -> str:
     """The format of a file or folder: `peft`, `prefixtune` or `authors`."""
     from prefixtune.interop.authors import is_authors
@@ -131,8 +141,8 @@ def _detect_format(path: Path) -> str:
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
             raise CheckpointError(
-                f"the folder {str(path)!r} holds no adapter_config.json.",
-                hint="give the folder that PEFT's save_pretrained wrote, or a file.",
+                f"the folder {str(path)!r} holds no adapter_config.json and no prefix.safetensors.",
+                hint="give the folder that PEFT's save_pretrained wrote, that of a finished training, or a file.",
             )
         return "peft"
     tensors, metadata = read_tensors(path)

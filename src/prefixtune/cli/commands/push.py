@@ -24,7 +24,7 @@ class PushOptions(OutputOptions):
     public: bool = Field(False, description="let everybody see a new repository")
     message: str = Field("", description="of the commit")
     card: bool = Field(False, description="print the model card, and send nothing")
-    revision: str | None = Field(None, description="branch, tag or commit (default: the main branch)")
+    revision: str | None = Field(None, description="branch that the repository has (default: the main branch)")
     as_json: bool = json_option("what was done")
 
 

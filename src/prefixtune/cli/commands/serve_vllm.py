@@ -13,13 +13,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.cli.commands.serve import SERVER_LIBRARIES, ServeOptions
 from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.interop.vllm.chat_template import TEMPLATE_VERSION, write_template
+from prefixtune.interop.vllm.chat_template import TEMPLATE_VERSION, as_block, write_template
 from prefixtune.interop.vllm.launch import LaunchConfig
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
+from prefixtune.interop.vllm.version import TESTED, VERSION_PROBE, check_version
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.console import Console
@@ -62,7 +64,9 @@ def start_vllm(config: ServeConfig, options: ServeOptions) -> int:
     unused = [name for name, value in config if name not in used and value != config.default(name)]
     if unused:
         console.warn(f"vLLM has limits and logs of its own; not used: {', '.join(unused)}.")
-    _check_vllm(python)
+    version = _check_vllm(python)
+    if not f"{version}.".startswith(f"{TESTED}."):
+        console.info(f"vLLM {version or 'of an unknown version'} was not tested with prefixes, but {TESTED} was.")
     console.info(f"starting vLLM: {shlex.join(command)}")
     # vLLM reports usage over the network unless this is set; the environment wins.
     environment = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16), **os.environ}
@@ -188,9 +192,16 @@ def _model_path(backbone: str) -> str:
     return str(folder)
 
 
-def _write_chat_template(model: str, console: Console) -> Path:
-    """Write the plugin's chat template around the model's own to the cache folder; warns if the model has none."""
+def _write_chat_template(model: str, console: Console) -> Path | None:
+    """Write the plugin's chat template around the model's own to the cache folder; None: the model's is unknown.
+
+    Warns if not all chats are possible.
+    """
     text = _chat_template(model)
+    if text is None:
+        # Without this option, vLLM finds the template by itself.
+        console.warn("the model's chat template cannot be read here: prefixes are for /v1/completions only.")
+        return None
     # Named by its content: servers of different models can run on one machine.
     name = hashlib.sha256(f"{TEMPLATE_VERSION}{text}".encode()).hexdigest()[:16]
     path = cache_folder() / "vllm" / f"{name}.jinja"
@@ -200,18 +211,29 @@ def _write_chat_template(model: str, console: Console) -> Path:
     return path
 
 
-def _chat_template(model: str) -> str:
-    """A model's own chat template, from its folder or the hub; empty if it has none."""
+def _chat_template(model: str) -> str | None:
+    """A model's own chat template, from its folder or the hub; empty: it has none; None: its files cannot be read."""
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         try:
             text = _file_of(model, name).read_text(encoding="utf-8")
-            if name.endswith(".jinja"):
-                return text
-            template = json.loads(text).get("chat_template")
-        except (OSError, ValueError):
+            return text if name.endswith(".jinja") else _choose_template(json.loads(text).get("chat_template"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
-        return template if isinstance(template, str) else ""
-    return ""
+    return None
+
+
+def _choose_template(stored: Any) -> str | None:
+    """What a tokenizer's configuration stores: one template, or several by name, as transformers chooses among them.
+
+    That is `tool_use` with tools, if there is one, and else `default`; None: there is none of that name.
+    """
+    if not isinstance(stored, list):
+        return stored if isinstance(stored, str) else ""
+    named = {entry["name"]: entry["template"] for entry in stored}
+    default, tool_use = named.get("default"), named.get("tool_use")
+    if default is None or tool_use is None:
+        return default
+    return "{% if tools %}" + as_block(tool_use) + "{%+ else %}" + as_block(default) + "{%+ endif %}"
 
 
 def _file_of(model: str, name: str) -> Path:
@@ -236,24 +258,27 @@ PLUGIN_PROBE = "import prefixtune.interop.vllm.middleware, prefixtune.interop.vl
 """Imports all that the plugin needs in vLLM's environment, but vLLM itself."""
 
 
-def _check_vllm(python: str) -> None:
-    """Refuse a Python that cannot start vLLM.
+def _check_vllm(python: str) -> str:
+    """Refuse a Python that cannot start vLLM; returns vLLM's version, empty where it is unknown.
 
     Raises:
-        ConfigError: vLLM or the plugin is missing there.
+        ConfigError: vLLM or the plugin is missing there, or vLLM is too old.
     """
     try:
         for module, install in (("vllm", "pip install vllm"), ("prefixtune.interop.vllm.worker_cache", _PLUGIN)):
-            search = subprocess.run(
-                [python, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"],
-                capture_output=True,
-                check=False,
-            )
-            if search.returncode:
+            search = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
+            if _run(python, search).returncode:
                 raise ConfigError(f"{python!r} does not find {module.partition('.')[0]}.", hint=install)
-        probe = subprocess.run([python, "-c", PLUGIN_PROBE], capture_output=True, text=True, check=False)
+        version = _run(python, VERSION_PROBE).stdout.strip()
+        check_version(version)
+        probe = _run(python, PLUGIN_PROBE)
         if probe.returncode:
             last = (probe.stderr.strip().splitlines() or [""])[-1]
             raise ConfigError(f"the plugin does not load in {python!r}: {last}.", hint=_PLUGIN)
     except OSError as error:
         raise ConfigError(f"cannot run {python!r}: {error.strerror}.", hint="name vLLM's Python.") from error
+    return version
+
+
+def _run(python: str, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
 """Ask a running llama-server whether the exported prefix is in effect; exits with 1, saying why, if it is not.
 
-    python check.py http://127.0.0.1:8080 [--slot 0] [--text "..."]
+    python check.py http://127.0.0.1:8080 [--slot 0] [--text "..."] [--api-key KEY]
 
 It is exported together with export.json, and needs nothing but Python. The exported state must be in the server's
 --slot-save-path.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NotInEffectError", "check", "main"]
+__all__ = ["KeyNeededError", "NotInEffectError", "check", "main"]
 
 
 _TIMEOUT = 600.0
@@ -28,7 +29,19 @@ class NotInEffectError(Exception):
     """The server does not answer with the prefix; the message says what was seen."""
 
 
-def check(url: str, facts: Mapping[str, Any], *, slot: int = 0, text: str = "", timeout: float = _TIMEOUT) -> list[str]:
+class KeyNeededError(Exception):
+    """The server answers only clients with its API key, so nothing is known of the prefix."""
+
+
+def check(
+    url: str,
+    facts: Mapping[str, Any],
+    *,
+    slot: int = 0,
+    text: str = "",
+    api_key: str = "",
+    timeout: float = _TIMEOUT,
+) -> list[str]:
     """Restore the slot, and send a prompt with the prefix, with its placeholders as tokens, and without both.
 
     Args:
@@ -36,24 +49,28 @@ def check(url: str, facts: Mapping[str, Any], *, slot: int = 0, text: str = "", 
         facts: The content of export.json.
         slot: The slot to restore; the others are not used.
         text: The prompt; empty: the prompt of the text format.
+        api_key: The one that the server was started with; empty: none.
         timeout: For each request, in seconds.
 
     Returns:
         What was seen, one line each.
 
     Raises:
+        KeyNeededError: The server wants another key.
         NotInEffectError: The file was not restored whole, a request did not find it, or it changes nothing.
     """
+    url = url.rstrip("/")
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
     length, placeholders = int(facts["prefix_length"]), list(facts["placeholders"])
     text = text or str(facts["text_format"]["prompt"]).replace("{source}", "A short text.")
 
     def restore() -> int:
-        reply = _post(url, f"/slots/{slot}?action=restore", {"filename": facts["file"]}, timeout)
+        reply = _post(f"{url}/slots/{slot}?action=restore", {"filename": facts["file"]}, headers, timeout)
         return int(reply.get("n_restored", 0))
 
     def complete(prompt: Sequence[int | str], cached: bool) -> tuple[int, dict[int, float]]:
         body = {"prompt": list(prompt), "id_slot": slot, "cache_prompt": cached, "n_predict": 1, "n_probs": 10}
-        reply = _post(url, "/completion", {**body, "temperature": 0}, timeout)
+        reply = _post(f"{url}/completion", {**body, "temperature": 0}, headers, timeout)
         first = (reply.get("completion_probabilities") or [{}])[0].get("top_logprobs") or []
         if not first:
             raise NotInEffectError("the server returned no probabilities (n_probs), so nothing can be compared.")
@@ -96,20 +113,20 @@ def _describe(difference: float) -> str:
     return f"log-probabilities of the first token differ by up to {difference:.4g}"
 
 
-def _post(url: str, path: str, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(url.rstrip("/") + path, data, {"Content-Type": "application/json"})
+def _post(url: str, body: Mapping[str, Any], headers: Mapping[str, str], timeout: float) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), dict(headers))
     try:
         with urllib.request.urlopen(request, timeout=timeout) as reply:
             answer = json.load(reply)
     except urllib.error.HTTPError as error:
-        raise NotInEffectError(
-            f"{path} answered {error.code}: {error.read().decode(errors='replace')[:300]}"
-        ) from error
+        if error.code in (401, 403):
+            found = "refuses this one" if "Authorization" in headers else "got none"
+            raise KeyNeededError(f"the server wants a key, and {found}: give --api-key or LLAMA_API_KEY.") from error
+        raise NotInEffectError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:300]}") from error
     except (OSError, ValueError) as error:
-        raise NotInEffectError(f"{url}{path} cannot be reached: {error}") from error
+        raise NotInEffectError(f"{url} cannot be reached: {error}") from error
     if not isinstance(answer, dict):
-        raise NotInEffectError(f"the response of {path} is not a JSON object.")
+        raise NotInEffectError(f"the response of {url} is not a JSON object.")
     return answer
 
 
@@ -120,6 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slot", type=int, default=0, help="the slot to restore (default: 0)")
     parser.add_argument("--text", default="", help="the prompt")
     parser.add_argument(
+        "--api-key",
+        default=os.environ.get("LLAMA_API_KEY", ""),
+        metavar="KEY",
+        help="the one that the server was started with (default: LLAMA_API_KEY)",
+    )
+    parser.add_argument(
         "--export",
         default=str(Path(__file__).resolve().parent / "export.json"),
         metavar="FILE",
@@ -128,7 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     facts = json.loads(Path(options.export).read_text(encoding="utf-8"))
     try:
-        lines = check(options.url, facts, slot=options.slot, text=options.text)
+        lines = check(options.url, facts, slot=options.slot, text=options.text, api_key=options.api_key)
+    except KeyNeededError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except NotInEffectError as error:
         print(f"error: the prefix is not in effect: {error}", file=sys.stderr)
         return 1

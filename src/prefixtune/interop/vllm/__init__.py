@@ -18,7 +18,9 @@ placeholders, and removes them from the response.
     joining        several prefixes as one
     reference      how a request names its prefix, signed
     model          shapes and weights of the model that vLLM runs
+    rotary         its rotary frequencies
     settings       the connector's options
+    version        the versions of vLLM that work
     launch         the command that starts vLLM
     chat_template  the chat template that has room for placeholders
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from prefixtune.utils.files import write_text
 
-__all__ = ["PLACEHOLDERS_VARIABLE", "PROMPT_VARIABLE", "TEMPLATE_VERSION", "write_template"]
+__all__ = ["PLACEHOLDERS_VARIABLE", "PROMPT_VARIABLE", "TEMPLATE_VERSION", "as_block", "write_template"]
 
 
-TEMPLATE_VERSION = 2
+TEMPLATE_VERSION = 3
 """Changes when `write_template` writes something else."""
 
 PLACEHOLDERS_VARIABLE = "prefixtune_placeholders"
@@ -19,8 +20,17 @@ PROMPT_VARIABLE = "prefixtune_prompt"
 """The template's variable for a text that replaces the messages: the last one, in a prefix's text format."""
 
 
+def as_block(template: str) -> str:
+    """A template to stand between two tags, the second with a plus (`{%+ endif %}`): it writes what it does alone.
+
+    transformers removes the line break after a tag, the white space before one that begins a line, and the last line
+    break of a template.
+    """
+    return "\n" + re.sub(r"(\r\n|\r|\n)\Z", "", template)
+
+
 def write_template(path: Path, template: str) -> None:
-    """Write a model's chat template, with both variables added.
+    """Write a model's chat template, with both variables added; without them it writes what it did.
 
     Args:
         path: The new file.
@@ -32,4 +42,4 @@ def write_template(path: Path, template: str) -> None:
     own = template or "{{ raise_exception('this model has no chat template') }}"
     placeholders = "{{ " + PLACEHOLDERS_VARIABLE + " | default('') }}"
     prompt = "{% if " + PROMPT_VARIABLE + " is defined %}{{ " + PROMPT_VARIABLE + " }}{% else %}"
-    write_text(path, placeholders + prompt + own + "{% endif %}")
+    write_text(path, placeholders + prompt + as_block(own) + "{%+ endif %}")

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import vllm
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.logger import init_logger
 
 from prefixtune.errors import CheckpointError, PrefixError
-from prefixtune.interop.vllm.model import check_kv_cache, geometry_of, heads_of_rank
+from prefixtune.interop.vllm.model import check_cache_updates, check_kv_cache, geometry_of, heads_of_rank
 from prefixtune.interop.vllm.reference import PrefixReference
 from prefixtune.interop.vllm.settings import Settings
+from prefixtune.interop.vllm.version import too_old
 from prefixtune.interop.vllm.worker_cache import KeyValues, WorkerCache
 
 __all__ = ["PrefixConnector"]
 
+
+# vLLM imports this module before it loads the model.
+if not hasattr(KVConnectorBase_V1, "bind_kv_cache_manager"):
+    raise too_old(vllm.__version__)
 
 logger = init_logger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -141,6 +148,15 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return PrefixReference.from_kv_transfer_params(request.kv_transfer_params, self.settings.secret)
 
     # --- in a worker --------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: Mapping[str, Any]) -> None:
+        """Check, once they exist, that every layer's cache can be filled.
+
+        Raises:
+            ConfigError: The attention backend cannot do that.
+        """
+        layers = self._vllm_config.compilation_config.static_forward_context
+        check_cache_updates({name: layers[name] for name in kv_caches if name in layers})
 
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         """Write all prefixes that the step needs, with one cache update per layer."""

@@ -1,9 +1,10 @@
-"""The model that vLLM runs: its shapes, its weights on disk, and whether it can carry prefixes."""
+"""The model that vLLM runs: its shapes, its files, its weights on disk, and whether it can carry prefixes."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prefixtune.errors import ConfigError
+from prefixtune.interop.vllm.rotary import longrope_limit
 from prefixtune.prefix.fingerprint import sample_weights
 from prefixtune.prefix.geometry import Geometry, LayerShape
 
-__all__ = ["check_kv_cache", "geometry_of", "heads_of_rank", "sample_checkpoint"]
+__all__ = [
+    "check_cache_updates",
+    "check_kv_cache",
+    "find_checkpoint",
+    "geometry_of",
+    "heads_of_rank",
+    "sample_checkpoint",
+]
 
 _DRAFTS_WITHOUT_MODEL = (None, "ngram", "ngram_gpu", "suffix")
+_HINT = "serve it with `prefixtune serve --engine embedded`"
 
 
 def geometry_of(model_config: Any) -> Geometry:
@@ -34,7 +44,12 @@ def geometry_of(model_config: Any) -> Geometry:
         reasons.append("not all of its layers are attention")
     if model_config.is_multimodal_model:
         reasons.append("it reads more than text, and its positions depend on that")
-    _refuse(model_config, reasons)
+    limit, max_positions = longrope_limit(model_config.hf_text_config), getattr(model_config, "max_model_len", None)
+    hint = _HINT
+    if limit is not None and max_positions is not None and max_positions > limit:
+        reasons.append(f"with more than {limit:,} positions all its keys turn by other frequencies (LongRoPE)")
+        hint = f"limit it with --max-model-len {limit}, or {_HINT}"
+    _refuse(model_config, reasons, hint)
     head_dim = model_config.get_head_size()
     shape = LayerShape(model_config.get_total_num_kv_heads(), head_dim, head_dim)
     return {"decoder": (shape,) * model_config.get_total_num_hidden_layers()}
@@ -46,29 +61,56 @@ def check_kv_cache(vllm_config: Any, kv_cache_config: Any) -> None:
     Raises:
         ConfigError: With all reasons.
     """
-    reasons = []
+    reasons, hint = [], _HINT
     dtype = str(vllm_config.cache_config.cache_dtype)
     if dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
         reasons.append(f"its cache has the type {dtype}; leave --kv-cache-dtype at auto")
     groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
-    specs = [group.kv_cache_spec for group in groups]
-    if len(specs) > 1 or any(getattr(spec, "sliding_window", None) for spec in specs):
-        reasons.append("some of its layers have a sliding window, and the prefix would drop out of it")
-    if any(getattr(spec, "attention_chunk_size", None) for spec in specs):
-        reasons.append("some of its layers attend in chunks")
+    specs = [spec for group in groups for spec in _specs_of(group.kv_cache_spec)]
+    for name, what in (("sliding_window", "have a sliding window"), ("attention_chunk_size", "attend in chunks")):
+        size = min((size for spec in specs if (size := getattr(spec, name, None))), default=None)
+        # One that holds every position never takes effect.
+        if size is not None and size < vllm_config.model_config.max_model_len:
+            reasons.append(f"some of its layers {what} of {size} positions, and the prefix would drop out of it")
+            also = " (--disable-sliding-window does that, too)" if name == "sliding_window" else ""
+            hint = f"limit it with --max-model-len {size}{also}, or {_HINT}"
+    if len(groups) > 1:
+        reasons.append("its layers have caches of several kinds")
     drafts = getattr(vllm_config.speculative_config, "method", None)
     if drafts not in _DRAFTS_WITHOUT_MODEL:
         reasons.append(f"its speculative decoding uses a model of its own ({drafts}), which has no prefix")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         reasons.append("decode context parallelism distributes positions")
-    _refuse(vllm_config.model_config, reasons)
+    _refuse(vllm_config.model_config, reasons, hint)
 
 
-def _refuse(model_config: Any, reasons: list[str]) -> None:
+def check_cache_updates(layers: Mapping[str, Any]) -> None:
+    """Refuse an attention backend that writes keys and values only while it attends: a prefix's come from outside.
+
+    Args:
+        layers: vLLM's attention layers with a KV cache, by their names.
+
+    Raises:
+        ConfigError: A layer has such a backend.
+    """
+    for name, layer in layers.items():
+        if not hasattr(layer.impl, "do_kv_cache_update"):
+            raise ConfigError(
+                f"vLLM cannot serve prefixes with the attention backend of {name!r}: {type(layer.impl).__name__} has "
+                "no do_kv_cache_update, by which a prefix is written into the cache.",
+                hint="choose another one with --attention-backend.",
+            )
+
+
+def _specs_of(spec: Any) -> list[Any]:
+    """The caches of a group's layers, which may have a specification each."""
+    return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
+
+
+def _refuse(model_config: Any, reasons: list[str], hint: str) -> None:
     if reasons:
         raise ConfigError(
-            f"vLLM cannot serve prefixes with {model_config.model!r}: {'; '.join(reasons)}.",
-            hint="serve it with `prefixtune serve --engine embedded`.",
+            f"vLLM cannot serve prefixes with {model_config.model!r}: {'; '.join(reasons)}.", hint=f"{hint}."
         )
 
 
@@ -88,6 +130,24 @@ def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> slice:
         )
     first = tp_rank * num_kv_heads // tp_size
     return slice(first, first + max(num_kv_heads // tp_size, 1))
+
+
+def find_checkpoint(model: str, revision: str | None = None, cache: str | None = None) -> Path | None:
+    """The folder of a model's files: its own, or in the hub's cache, where vLLM has put them; None: there is none.
+
+    Args:
+        model: Folder or hub id.
+        revision: Of a hub id; None: the main branch.
+        cache: Folder of the cache; None: the usual one.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def sample_checkpoint(folder: Path) -> str | None:

@@ -39,6 +39,18 @@ _UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 """Fields that cannot be used with a prefix: why, and the values that mean nothing."""
 
+_NO_TOOLS = "its text format has no room for tools"
+_NOT_IN_TEXT_FORMAT: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "tools": (_NO_TOOLS, (None, [])),
+    "tool_choice": (_NO_TOOLS, (None, "none", "auto")),
+    "documents": ("its text format has no room for documents", (None, [])),
+    "reasoning_effort": ("its text format does not tell the model how long to reason", (None, "none")),
+    "chat_template_kwargs": ("its text format is used, not the model's chat template", (None, {})),
+    "add_generation_prompt": ("its text format ends where the answer begins", (None, True)),
+    "continue_final_message": ("its text format ends where the answer begins", (None, False)),
+}
+"""Those of a chat that only the model's own template can follow, which a prefix with a text format replaces."""
+
 
 @dataclass(frozen=True)
 class BackboneRequest:
@@ -74,7 +86,7 @@ def rewrite_request(state: ServerState, body: bytes, *, is_chat: bool) -> Backbo
     prefix = _find_prefix(state, fields)
     if prefix is None:
         return None
-    _check_fields(fields)
+    _check_fields(fields, uses_text_format=is_chat and prefix.text_format is not None)
     secret, length = state.settings.secret, prefix.reference.length
     fields |= {
         "model": state.model_name,
@@ -198,8 +210,12 @@ def _check_length(state: ServerState, prefixes: Sequence[ServedPrefix], param: s
         )
 
 
-def _check_fields(fields: dict[str, Any]) -> None:
+def _check_fields(fields: dict[str, Any], *, uses_text_format: bool) -> None:
     """Refuse what vLLM would take, but not together with a prefix.
+
+    Args:
+        fields: The request's.
+        uses_text_format: It is a chat in the prefix's text format.
 
     Raises:
         APIError: What it is.
@@ -211,9 +227,11 @@ def _check_fields(fields: dict[str, Any]) -> None:
         raise APIError("the body contains half a surrogate pair, which is not a character.") from None
     except RecursionError:
         raise APIError("the body is nested too deeply.") from None
-    for name, (reason, neutral_values) in _UNSUPPORTED.items():
+    unsupported = {**_UNSUPPORTED, **(_NOT_IN_TEXT_FORMAT if uses_text_format else {})}
+    for name, (reason, neutral_values) in unsupported.items():
         if name in fields and fields[name] not in neutral_values:
-            raise APIError(f"{name!r} cannot be used with a prefix: {reason}.", name)
+            what = "this prefix" if name in _NOT_IN_TEXT_FORMAT else "a prefix"
+            raise APIError(f"{name!r} cannot be used with {what}: {reason}.", name)
     salt = fields.get("cache_salt")
     if salt is not None and not isinstance(salt, str):
         raise APIError("'cache_salt' must be a string.", "cache_salt")

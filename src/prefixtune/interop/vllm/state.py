@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE
 from prefixtune.interop.vllm.folder import PrefixFolder
-from prefixtune.interop.vllm.model import geometry_of, sample_checkpoint
+from prefixtune.interop.vllm.model import find_checkpoint, geometry_of, sample_checkpoint
+from prefixtune.interop.vllm.rotary import layer_frequencies
 from prefixtune.interop.vllm.settings import Settings
 
 __all__ = ["ServerState"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,13 @@ class ServerState:
         """
         model_config = app_state.vllm_config.model_config
         settings = Settings.from_vllm(app_state.vllm_config)
-        folder = Path(str(model_config.model))
-        weights = sample_checkpoint(folder) if folder.is_dir() else None
         names = tuple(app_state.args.served_model_name or [app_state.args.model])
         tokenizer = app_state.engine_client.get_tokenizer()
         placeholder_id = _choose_placeholder(tokenizer)
         template = str(getattr(app_state.online_renderer, "chat_template", None) or "")
         return cls(
             settings,
-            PrefixFolder(settings, geometry_of(model_config), names[0], weights),
+            _find_prefixes(settings, app_state.vllm_config, names[0]),
             names[0],
             frozenset(names),
             tokenizer,
@@ -85,6 +87,26 @@ class ServerState:
         """A text's token ids."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
+
+
+def _find_prefixes(settings: Settings, vllm_config: Any, name: str) -> PrefixFolder:
+    """The folder of prefixes, with all that is known of the model to compare them with.
+
+    Raises:
+        ConfigError: This model cannot carry prefixes.
+    """
+    config = vllm_config.model_config
+    model, geometry = str(config.model), geometry_of(config)
+    cache = getattr(getattr(vllm_config, "load_config", None), "download_dir", None)
+    checkpoint = find_checkpoint(model, getattr(config, "revision", None), cache)
+    weights = None if checkpoint is None else sample_checkpoint(checkpoint)
+    hub_id = "" if Path(model).is_dir() else model
+    if weights is None and not settings.allow_other_backbone:
+        others = "shapes, rotary settings and the model's name" if hub_id else "shapes and rotary settings"
+        _LOGGER.warning("prefixes are compared with %r by their %s only, not by its weights.", model, others)
+    shapes = geometry["decoder"]
+    frequencies = layer_frequencies(config.hf_text_config, shapes[0].key_dim, len(shapes))
+    return PrefixFolder(settings, geometry, name, weights, hub_id=hub_id, frequencies=frequencies)
 
 
 def _choose_placeholder(tokenizer: Any) -> int:

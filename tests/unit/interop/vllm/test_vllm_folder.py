@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,37 @@ def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, ran
         Settings.from_vllm(vllm_config(path, allow_other_backbone=True)), folder.geometry, "tiny", "x"
     )
     assert set(others.all()) == {"pubs", "foreign"}
+
+
+def test_other_rotary_settings_are_refused(folder: PrefixFolder):
+    def served(*frequencies: float, **options: Any) -> set[str]:
+        settings = Settings.from_vllm(vllm_config(folder.settings.prefixes, **options))
+        return set(PrefixFolder(settings, folder.geometry, "tiny", frequencies=[frequencies] * 3).all())
+
+    assert served(1.0, 0.1, 0.01, 0.001) == {"pubs"}
+    assert served(1.0, 0.05, 0.01, 0.001) == set()
+    assert served(1.0, 0.05, 0.01, 0.001, allow_other_backbone=True) == {"pubs"}
+    others = PrefixFolder(folder.settings, folder.geometry, "tiny", frequencies=[(1.0, 0.05, 0.01, 0.001)] * 3)
+    with pytest.raises(CheckpointError, match=r"other rotary frequencies than those that 'tiny' runs with"):
+        others.find("pubs")
+
+
+def test_hub_ids_are_compared_where_weights_are_not(folder: PrefixFolder, model_folder: Path, random_prefix: Make):
+    def served(hub_id: str, weights: str | None = None, **options: Any) -> set[str]:
+        settings = Settings.from_vllm(vllm_config(folder.settings.prefixes, **options))
+        return set(PrefixFolder(settings, folder.geometry, "tiny", weights, hub_id=hub_id).all())
+
+    backbone = load_backbone(model_folder, dtype="float32", device="cpu")
+    for name, origin in (("base", "Qwen/Qwen3-4B"), ("tuned", "Qwen/Qwen3-4B-Instruct-2507"), ("local", "qwen")):
+        path = folder.settings.prefixes / f"{name}.safetensors"
+        save(dataclasses.replace(backbone, name=origin), random_prefix(backbone, 3), path)
+    assert served("") == {"pubs", "base", "tuned", "local"}
+    assert served("qwen/qwen3-4b") == {"pubs", "base", "local"}
+    assert served("qwen/qwen3-4b", allow_other_backbone=True) == {"pubs", "base", "tuned", "local"}
+    # Weights say more than names.
+    assert served("Qwen/Qwen3-4B", backbone.fingerprint.partition(":")[2]) == {"pubs", "base", "tuned", "local"}
+    with pytest.raises(CheckpointError, match="trained for 'Qwen/Qwen3-4B-Instruct-2507', not for 'Qwen/Qwen3-4B'"):
+        PrefixFolder(folder.settings, folder.geometry, "tiny", hub_id="Qwen/Qwen3-4B").find("tuned")
 
 
 def test_a_file_of_a_newer_format(folder: PrefixFolder):

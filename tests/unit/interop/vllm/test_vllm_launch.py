@@ -7,6 +7,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from command_line import run
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE, write_template
@@ -27,13 +31,57 @@ def test_the_command_line(tmp_path: Path):
     assert "--max-num-seqs" not in flags
     transfer = json.loads(flags["--kv-transfer-config"])
     assert transfer["kv_connector_extra_config"] == {"prefixes": str(tmp_path), "cache_mib": 1024}
-    write_template(tmp_path / "t.jinja", "{{ messages[0] }}")
-    from jinja2 import Template
 
-    template = Template((tmp_path / "t.jinja").read_text())
-    assert template.render(messages=["a"]) == "a"
-    assert template.render(messages=["a"], **{PLACEHOLDERS_VARIABLE: "##"}) == "##a"
-    assert template.render(messages=["a"], **{PLACEHOLDERS_VARIABLE: "##", PROMPT_VARIABLE: "b"}) == "##b"
+
+def render(template: str, **variables: Any) -> str:
+    """A chat with one message, as transformers renders it."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(messages=["a"], **variables)
+
+
+@pytest.mark.parametrize(
+    "before", ["", "\n", "  ", "  {% if true %}if{% endif %}", "{# x #}\n", "{%- if 1 %}\n{% endif %}"]
+)
+@pytest.mark.parametrize("after", ["", "\n", "\n\n", "\r\n", "\n  ", "\n{{ 'A:' }}\n", "  {% if false %}{% endif %}\n"])
+def test_a_models_own_template_writes_what_it_did(before: str, after: str, tmp_path: Path):
+    own = f"{before}{{{{ messages[0] }}}}{after}"
+    write_template(tmp_path / "t.jinja", own)
+    with open(tmp_path / "t.jinja", newline="") as file:
+        template = file.read()
+    assert render(template) == render(own)
+    assert render(template, **{PLACEHOLDERS_VARIABLE: "##"}) == "##" + render(own)
+    assert render(template, **{PLACEHOLDERS_VARIABLE: "##", PROMPT_VARIABLE: "b"}) == "##b"
+
+
+@pytest.mark.parametrize(
+    ("stored", "chat", "with_tools"),
+    [
+        ("own {{ messages[0] }}\n", "own a", "own a"),
+        ([{"name": "default", "template": "own {{ messages[0] }}\n"}], "own a", "own a"),
+        (
+            [{"name": "default", "template": "  own\n"}, {"name": "tool_use", "template": "tools\n\n"}],
+            "  own",
+            "tools\n",
+        ),
+    ],
+)
+def test_the_template_of_a_tokenizer(stored: Any, chat: str, with_tools: str, tmp_path: Path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
+    shown = serve("--backbone", str(tmp_path), "--prefixes", str(tmp_path), "--show-command", code=0)
+    command = shlex.split(shown.splitlines()[0])
+    template = Path(command[command.index("--chat-template") + 1]).read_text()
+    assert render(template) == chat
+    assert render(template, tools=[{}]) == with_tools
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"tokenizer_config.json": "{"}, {"tokenizer_config.json": '{"chat_template": [{"name": "rag"}]}'}]
+)
+def test_a_template_that_cannot_be_read_is_left_to_vllm(files: dict[str, str], tmp_path: Path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    shown = serve("--backbone", str(tmp_path), "--prefixes", str(tmp_path), "--show-command", code=0)
+    assert "--chat-template" not in shown
 
 
 def serve(*arguments: str, code: int = 2) -> str:

@@ -14,7 +14,14 @@ import pytest
 from fake_vllm import model_config
 from prefixtune.backbone.load import load_backbone
 from prefixtune.errors import ConfigError
-from prefixtune.interop.vllm.model import check_kv_cache, geometry_of, heads_of_rank, sample_checkpoint
+from prefixtune.interop.vllm.model import (
+    check_cache_updates,
+    check_kv_cache,
+    find_checkpoint,
+    geometry_of,
+    heads_of_rank,
+    sample_checkpoint,
+)
 from prefixtune.prefix.geometry import LayerShape
 
 Make = Callable[..., Any]
@@ -71,25 +78,77 @@ def test_weights_on_disk_are_sampled_as_in_memory(tied: bool, tiny_models: Make,
         assert sample_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    ("dtype", "specs", "drafts", "reason"),
-    [
-        ("fp8", [SimpleNamespace()], None, "fp8"),
-        ("auto", [SimpleNamespace(), SimpleNamespace()], None, "sliding window"),
-        ("auto", [SimpleNamespace(sliding_window=64)], None, "sliding window"),
-        ("auto", [SimpleNamespace(attention_chunk_size=64)], None, "in chunks"),
-        ("auto", [SimpleNamespace()], "eagle", "a model of its own (eagle)"),
-    ],
-)
-def test_caches_that_would_lose_a_prefix_are_refused(dtype: str, specs: list[Any], drafts: str | None, reason: str):
+def cache_of(*groups: Any, dtype: str = "auto", drafts: str | None = None) -> tuple[Any, Any]:
+    """vLLM's configurations of a model with 256 positions, and of its KV cache: one group of layers for each."""
     config = SimpleNamespace(
-        model_config=model_config(dtype="torch.bfloat16"),
+        model_config=model_config(dtype="torch.bfloat16", max_model_len=256),
         cache_config=SimpleNamespace(cache_dtype=dtype),
         speculative_config=SimpleNamespace(method=drafts),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
     )
-    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
-    with pytest.raises(ConfigError, match=re.escape(reason)):
-        check_kv_cache(config, groups)
-    config.cache_config.cache_dtype, config.speculative_config.method = "bfloat16", "ngram"
-    check_kv_cache(config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace())]))
+    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in groups])
+
+
+FULL, WINDOW, CHUNKS = (
+    SimpleNamespace(),
+    SimpleNamespace(sliding_window=255),
+    SimpleNamespace(attention_chunk_size=128),
+)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "groups", "drafts", "reason", "hint"),
+    [
+        ("fp8", [FULL], None, "fp8", ""),
+        ("auto", [FULL, FULL], None, "caches of several kinds", ""),
+        ("auto", [WINDOW], None, "a sliding window of 255 positions", "--max-model-len 255 (--disable-sliding-window"),
+        ("auto", [SimpleNamespace(kv_cache_specs={"0": FULL, "1": WINDOW})], None, "a sliding window of 255", ""),
+        ("auto", [CHUNKS], None, "in chunks of 128 positions", "--max-model-len 128, or"),
+        ("auto", [FULL], "eagle", "a model of its own (eagle)", ""),
+    ],
+)
+def test_caches_that_would_lose_a_prefix_are_refused(
+    dtype: str, groups: list[Any], drafts: str | None, reason: str, hint: str
+):
+    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+        check_kv_cache(*cache_of(*groups, dtype=dtype, drafts=drafts))
+    assert hint in caught.value.hint
+    assert "--engine embedded" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "spec", [FULL, SimpleNamespace(sliding_window=256), SimpleNamespace(attention_chunk_size=4096)]
+)
+def test_a_window_that_holds_every_position_hides_nothing(spec: Any):
+    check_kv_cache(*cache_of(spec, dtype="bfloat16", drafts="ngram"))
+
+
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize("settings", [LONGROPE, {"full_attention": LONGROPE, "sliding_attention": {}}])
+def test_keys_that_turn_otherwise_in_a_longer_context_are_refused(settings: dict[str, Any]):
+    config = SimpleNamespace(rope_parameters=settings)
+    geometry_of(model_config(hf_text_config=config, max_model_len=4096))
+    with pytest.raises(ConfigError, match="with more than 4,096 positions") as caught:
+        geometry_of(model_config(hf_text_config=config, max_model_len=4097))
+    assert "--max-model-len 4096" in caught.value.hint
+
+
+def test_a_backend_must_be_able_to_fill_the_cache():
+    able = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=print))
+    check_cache_updates({"layers.0": able})
+    with pytest.raises(ConfigError, match=r"of 'layers\.1': SimpleNamespace has no do_kv_cache_update") as caught:
+        check_cache_updates({"layers.0": able, "layers.1": SimpleNamespace(impl=SimpleNamespace())})
+    assert "--attention-backend" in caught.value.hint
+
+
+def test_the_files_of_a_model(tmp_path: Path):
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+    commit = tmp_path / "models--me--model" / "snapshots" / "abc"
+    commit.mkdir(parents=True)
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text("abc")
+    assert find_checkpoint("me/model", cache=str(tmp_path)) == commit
+    assert find_checkpoint("me/model", "another", str(tmp_path)) is None
+    assert find_checkpoint("me//model", cache=str(tmp_path)) is None

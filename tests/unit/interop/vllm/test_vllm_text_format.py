@@ -136,6 +136,32 @@ def test_messages_that_a_prefix_cannot_read(format_app: FakeVLLM):
     assert "text format" in response["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("field", "neutral", "wrong"),
+    [
+        ("tools", [], [{"type": "function", "function": {"name": "look_up"}}]),
+        ("tool_choice", "auto", "required"),
+        ("documents", [], [{"title": "a", "text": "b"}]),
+        ("reasoning_effort", "none", "high"),
+        ("chat_template_kwargs", {}, {"enable_thinking": False}),
+        ("add_generation_prompt", True, False),
+        ("continue_final_message", False, True),
+    ],
+)
+def test_what_only_the_models_template_can_follow(format_app: FakeVLLM, field: str, neutral: Any, wrong: Any):
+    body = {"model": "qa", "messages": [{"role": "user", "content": "name"}]}
+    status, response = call(format_app, "/v1/chat/completions", {**body, field: wrong})
+    assert (status, format_app.bodies) == (400, [])
+    assert response["error"]["param"] == field
+    assert f"'{field}' cannot be used with this prefix: its text format" in response["error"]["message"]
+    for meaningless in (neutral, None):
+        assert call(format_app, "/v1/chat/completions", {**body, field: meaningless})[0] == 200
+    # A prefix without a text format leaves the template to the model.
+    assert call(format_app, "/v1/chat/completions", {**body, "model": "pubs", field: wrong})[0] == 200
+    if field != "chat_template_kwargs":
+        assert format_app.bodies[-1][field] == wrong
+
+
 def test_long_texts_are_treated_as_in_training(format_app: FakeVLLM):
     format_app.state.vllm_config.model_config.max_model_len = 512
     source = "abcdefghij" * 9
