@@ -80,3 +80,9 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as error:
         GenerateConfig(**options)
     assert error.value.hint
+
+
+def test_an_assistant_whose_vocabulary_has_another_padding_is_refused(tiny_backbone: Make) -> None:
+    backbone, assistant = tiny_backbone("llama"), tiny_backbone("llama", vocab_size=128)
+    with pytest.raises(ConfigError, match=f"is padded to 128 tokens, not {backbone.vocab_size}"):
+        generate_ids(backbone, [[5, 6]], [None], config=PLAIN, assistant=assistant)

@@ -322,10 +322,14 @@ class Backbone:
 
         stored = getattr(model, "generation_config", None)
         if stored is not None:
-            # How an encoder-decoder's output begins belongs to the model.
-            kept = ("decoder_start_token_id", "forced_bos_token_id")
-            begins = {name: getattr(stored, name, None) or getattr(model.config, name, None) for name in kept}
-            model.generation_config = GenerationConfig(**{k: v for k, v in begins.items() if v is not None})
+            # How an encoder-decoder's output begins belongs to the model; its generation configuration wins.
+            begins = {
+                name: token
+                for part in (model.config, stored)
+                for name in ("decoder_start_token_id", "forced_bos_token_id")
+                if (token := getattr(part, name, None)) is not None
+            }
+            model.generation_config = GenerationConfig(**begins)
         layout = (probe_once if unchanged else probe)(model, attention)
         if layout.kind != "encoder" and model.get_output_embeddings() is None:
             raise BackboneError(

@@ -28,6 +28,7 @@ __all__ = [
     "encode_chat",
     "encode_conversation",
     "end_ids",
+    "end_of_turn",
     "has_chat_template",
     "lengths_around",
     "literal_format",
@@ -190,20 +191,30 @@ def end_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[
         backbone: Its tokenizer counts.
         text_format: What the answer is written in; None: the backbone's own chat template, if it has one.
     """
-    if text_format is not None:
-        name = text_format.end if text_format.is_chat else ""
+    if text_format is None:
+        name = end_of_turn(backbone)
+    elif text_format.is_chat or (text_format.end and text_format.end == end_of_turn(backbone)):
+        # A format without a chat template may be the text that one writes (`evaluation.prompting`).
+        name = text_format.end
     else:
-        if "end_of_turn" not in backbone.tokenizer_cache:
-            try:
-                found = _end_of_turn(backbone, _OWN) if has_chat_template(backbone) else ""
-            except RequestError:
-                found = ""
-            backbone.tokenizer_cache["end_of_turn"] = found
-        name = backbone.tokenizer_cache["end_of_turn"]
+        name = ""
     if not name or name == backbone.end:
         return ()
     ids = backbone.encode(name)
     return (ids[0],) if len(ids) == 1 else ()
+
+
+def end_of_turn(backbone: Backbone) -> str:
+    """The token after an answer in the backbone's own chat template; empty: none, or the tokenizer's end token."""
+    found: str | None = backbone.tokenizer_cache.get("end_of_turn")
+    if found is None:
+        try:
+            found = _end_of_turn(backbone, _OWN) if has_chat_template(backbone) else ""
+        except RequestError:
+            found = ""
+        found = "" if found == backbone.end else found
+        backbone.tokenizer_cache["end_of_turn"] = found
+    return found
 
 
 def encode_conversation(

@@ -52,7 +52,8 @@ def evaluate(
     """Generate for every example, and score the outputs against its targets.
 
     A prefix that classifies or tags, by its header, is scored by accuracy and F1 instead, whatever `metrics` says; and
-    texts without sources by their perplexity and bits per byte, with nothing generated.
+    texts without sources by their perplexity and bits per byte, in windows of `max_total_length`, with nothing
+    generated.
 
     Args:
         backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
@@ -104,7 +105,15 @@ def evaluate(
                 backbone, examples, prefix, labels, chosen_format, decoding, show, note_truncated
             )
         elif predicts_texts:
-            outcome = evaluate_texts(backbone, examples, prefix, chosen_format, intervals=intervals, on_batch=show)
+            outcome = evaluate_texts(
+                backbone,
+                examples,
+                prefix,
+                chosen_format,
+                max_length=decoding.max_total_length,
+                intervals=intervals,
+                on_batch=show,
+            )
         else:
             outputs, seconds = decode(
                 backbone,

@@ -16,7 +16,8 @@ import numpy as np
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_examples
 from prefixtune.data.examples import Example
-from prefixtune.data.windows import TEXT_FORMAT
+from prefixtune.data.truncation import position_limit
+from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation.metrics.base import Array, ItemStatistics
 from prefixtune.evaluation.metrics.significance import Measurement
@@ -38,6 +39,7 @@ def evaluate_texts(
     prefix: Prefix | None,
     text_format: TextFormat | None,
     *,
+    max_length: int = 0,
     intervals: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -48,6 +50,7 @@ def evaluate_texts(
         examples: Texts as their only targets, without sources.
         prefix: In front; None: the bare model.
         text_format: None: the prefix's, else the token that begins texts and the text.
+        max_length: Positions of a window; 0: those of the text format, else 512. Never more than the model has.
         intervals: Also compute bootstrap intervals over texts.
         on_batch: Called with the number of texts done so far.
 
@@ -61,8 +64,9 @@ def evaluate_texts(
         )
     begun = time.perf_counter()
     stored = None if prefix is None else read_text_format(prefix.header)
-    chosen = text_format or stored or TEXT_FORMAT
+    chosen = (text_format or stored or TEXT_FORMAT).with_lengths(max_length)
     length = 0 if prefix is None else prefix.length("decoder")
+    window = min(position_limit(backbone, length, chosen.max_length), chosen.max_length or DEFAULT_WINDOW)
     tokenized = [
         encode_examples(backbone, [example], chosen, prefix_length=length, max_length=chosen.max_length).examples
         for example in examples
@@ -79,7 +83,7 @@ def evaluate_texts(
     num_bytes = np.array([[len(example.targets[0].encode())] for example in examples], dtype=float)
     values = np.concatenate([sums, num_bytes], axis=1)
     measured = {
-        name: _measure(title, values, total, what)
+        name: _measure(title, values, total, f"{what}, windows of {window} positions")
         for name, (title, total, what) in zip(
             TEXT_METRICS,
             (

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.chat import end_of_turn
 from prefixtune.data.encoding import default_format
 from prefixtune.data.examples import Example
 from prefixtune.errors import DataError
@@ -46,8 +47,8 @@ def few_shot_format(text_format: TextFormat, examples: Sequence[Example], separa
 def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[Example] = ()) -> TextFormat:
     """A text format that instructs the bare model, and may show it a few solved examples.
 
-    If the tokenizer has a chat template, it is used; otherwise instruction and examples are put before the source,
-    which is formatted as for a prefix.
+    If the tokenizer has a chat template, it is used, and outputs end where its turns do; otherwise instruction and
+    examples are put before the source, which is formatted as for a prefix.
 
     Args:
         backbone: The model.
@@ -67,7 +68,7 @@ def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[
         turns.append(("user", f"{instruction}\n{{source}}"))
         messages = [{"role": role, "content": content} for role, content in turns]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return TextFormat(str(prompt), "{target}")
+        return TextFormat(str(prompt), "{target}", end=end_of_turn(backbone))
     shown = few_shot_format(default_format(backbone), examples, backbone.separator, backbone.end)
     return dataclasses.replace(shown, prompt=f"{instruction}\n{shown.prompt}")
 

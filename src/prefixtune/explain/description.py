@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from prefixtune.data.chat import end_of_turn
 from prefixtune.data.examples import Example, Message, conversation_of
 from prefixtune.errors import PrefixError
 from prefixtune.explain.losses import rows_of
@@ -86,7 +87,7 @@ def _describe(subject: Subject, asked: Mapping[str, str], prefix: Prefix | None)
         subject.backbone,
         list(asked.values()),
         None if prefix is None else Prefix(prefix.layers, {"placement": prefix.placement}),
-        text_format=TextFormat("{source}", "{target}"),
+        text_format=TextFormat("{source}", "{target}", end=end_of_turn(subject.backbone)),
         max_new_tokens=_NEW_TOKENS,
         progress=False,
         stop=("\n",),

@@ -211,7 +211,8 @@ def _add_rules(
         processors.append(_penalties(backbone, prompts, config, start))
     if config.response_schema:
         begin = start if backbone.forced_bos_id is None else start + 1
-        processors.append(constrain(compile_json_schema(backbone, config.response_schema), begin, backbone.eos_id))
+        grammar = compile_json_schema(backbone, config.response_schema)
+        processors.append(constrain(grammar, begin, backbone.eos_id, backbone.pad_id))
     if processors:
         arguments["logits_processor"] = processors
 

@@ -107,6 +107,13 @@ def _check_assistant(backbone: Backbone, config: GenerateConfig, assistant: Back
             f"{assistant.name!r} cannot assist {backbone.name!r}: its kind or its vocabulary differs.",
             hint="choose a smaller model of the same family.",
         )
+    sizes = [one.model.config.get_text_config().vocab_size for one in (assistant, backbone)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"{assistant.name!r} cannot assist {backbone.name!r}: its vocabulary is padded to {sizes[0]:,} tokens, not "
+            f"{sizes[1]:,}.",
+            hint="choose a smaller model of the same family with the same vocab_size.",
+        )
     unfilled = _num_hidden_layers(assistant, 0) > len(assistant.geometry.get("decoder", ()))
     if assistant.kind == "encoder-decoder" and unfilled and not can_crop_empty_layers():
         raise ConfigError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import PrefixError, RequestError
+from prefixtune.errors import PrefixError, RequestError, short_repr
 from prefixtune.utils.extras import needs_extra
+from prefixtune.utils.home import expand_home
 
 __all__ = [
     "ANY_OBJECT",
@@ -35,9 +37,13 @@ ANY_OBJECT = '{"type":"object"}'
 """The schema of any JSON object."""
 _MAX_SCHEMA_LENGTH = 2**16
 _MAX_DEPTH = 64
+_MAX_FIELDS = 1_000
+"""In all objects of a schema: the time of optional ones grows with the square of their number."""
+_MAX_DIVISOR, _DECIMALS = 10_000, 9
+"""A grammar has a state for every remainder of a division: 10,000 take 20 ms, a million 13 s and gigabytes."""
 _WHITE_SPACE = r"[ \n\t]{0,16}"
 """Between the parts of a JSON text. Without a limit, a small model may never end it."""
-# A step of a text's grammar takes at most about 10 ms, and a schema about 50 ms.
+# So limited, a usual schema takes some ms and a large one up to 0.5 s; a step of a text's grammar, rarely above 10 ms.
 _LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 25_000, "max_grammar_size": 100_000, "verbose_errors": False}
 
 
@@ -89,6 +95,10 @@ class GrammarState:
         if not self.finished:
             self._mask = _mask_threads().submit(self._compute)
 
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+        return bool(self._mask.result()[token])
+
     def allowed(self, vocab_size: int) -> Bool[Tensor, " V"]:
         """Which tokens may come next.
 
@@ -127,7 +137,7 @@ class Grammar:
 
 
 def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> Grammar:
-    """A JSON schema as a grammar; may take some 50 ms, without Python's lock.
+    """A JSON schema as a grammar; takes some ms, and up to 0.5 s for the largest ones, without Python's lock.
 
     Args:
         backbone: Whose tokens are used.
@@ -165,12 +175,12 @@ def check_json_schema(schema: str | Mapping[str, Any]) -> str:
     """A schema as compact JSON text.
 
     Raises:
-        RequestError: It is not JSON, no object, or too large.
+        RequestError: It is not JSON, no object, or too large, or has a divisor (`multipleOf`) that is.
     """
     hint = 'write an object such as {"type": "object", "properties": {"name": {"type": "string"}}}.'
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise RequestError(f"the JSON schema is not JSON: {error}.", hint=hint) from None
     if not isinstance(value, Mapping):
@@ -182,7 +192,59 @@ def check_json_schema(schema: str | Mapping[str, Any]) -> str:
         )
     if _depth(text) > _MAX_DEPTH:
         raise RequestError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep.", hint="use $defs and $ref.")
+    parts = [part for part in _parts(json.loads(text)) if isinstance(part, dict)]
+    fields = sum(len(part["properties"]) for part in parts if isinstance(part.get("properties"), dict))
+    if fields > _MAX_FIELDS:
+        raise RequestError(
+            f"the JSON schema's objects have {fields:,} properties; at most {_MAX_FIELDS:,} are allowed.",
+            hint="leave out those that you do not need.",
+        )
+    _check_divisors([part["multipleOf"] for part in parts if type(part.get("multipleOf")) in (int, float)])
     return text
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A JSON value and all values within it."""
+    yield value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part)
+
+
+def _check_divisors(divisors: Sequence[int | float]) -> None:
+    """Refuse large ones.
+
+    A number may have to be a multiple of several, wherever they stand in the schema (`allOf`, `$ref`): of their least
+    common multiple at the most.
+
+    Raises:
+        RequestError: One of them is too large, or their least common multiple is.
+    """
+    hint = "leave multipleOf out, and check the numbers yourself."
+    scaled = []
+    for divisor in filter(None, divisors):
+        whole = Fraction(str(abs(divisor))) * 10**_DECIMALS
+        if whole.denominator > 1 or _digits(whole.numerator) > _MAX_DIVISOR:
+            raise RequestError(
+                f"the JSON schema has multipleOf {short_repr(divisor)}; the number without its decimal point may be at "
+                f"most {_MAX_DIVISOR:,}, with at most {_DECIMALS} decimals.",
+                hint=hint,
+            )
+        scaled.append(whole.numerator)
+    if _digits(math.lcm(*scaled)) > _MAX_DIVISOR:
+        raise RequestError(
+            f"the numbers at multipleOf in the JSON schema have a least common multiple above {_MAX_DIVISOR:,}.",
+            hint=hint,
+        )
+
+
+def _digits(scaled: int) -> int:
+    """A number without its decimal point: 125 for 1.25, which is given as 1,250,000,000."""
+    for _ in range(_DECIMALS):
+        if scaled % 10:
+            break
+        scaled //= 10
+    return scaled
 
 
 def read_json_schema(value: str) -> str:
@@ -194,7 +256,7 @@ def read_json_schema(value: str) -> str:
     if value.lstrip().startswith("{"):
         return check_json_schema(value)
     try:
-        with Path(value).expanduser().open(encoding="utf-8") as file:
+        with open(expand_home(value), encoding="utf-8") as file:
             text = file.read(4 * _MAX_SCHEMA_LENGTH)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -242,16 +304,27 @@ def _reason(matcher: Any) -> str:
     return str(matcher.get_error()).strip().splitlines()[0].rstrip(".")[:300]
 
 
-def constrain(grammar: Grammar, start: int, eos_id: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A logits processor for transformers: every row's text, from `start` on, follows the grammar."""
+def constrain(
+    grammar: Grammar, start: int, eos_id: int, pad_id: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A logits processor for transformers: every row's text, from `start` on, follows the grammar.
+
+    Args:
+        grammar: The same for all rows.
+        start: Where the text begins in the ids; scores of tokens before it (a first one that is forced) stay as they
+            are.
+        eos_id: Ends a text.
+        pad_id: What follows in a row that has ended, by its end token or a stop string.
+    """
     states: list[GrammarState] = []
 
     def apply(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] < start:
+            return scores
         if states:
             for state, token in zip(states, input_ids[:, -1].tolist(), strict=True):
-                # Rows that have ended go on as padding.
-                state.finished = state.finished or token == eos_id
-                if not state.finished and input_ids.shape[1] > start:
+                state.finished = state.finished or token == eos_id or (token == pad_id and not state.allows(token))
+                if not state.finished:
                     state.accept(token)
         else:
             states.extend(grammar.start() for _ in range(len(scores)))

@@ -29,7 +29,9 @@ def test_versions_that_may_work(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["0.29.0", "0.9.2", "0.11.1.post2"])
 def test_versions_that_are_too_old(version: str) -> None:
-    with pytest.raises(ConfigError, match=f"vLLM {version} is too old for prefixes, which need 0.30 or newer") as caught:
+    with pytest.raises(
+        ConfigError, match=f"vLLM {version} is too old for prefixes, which need 0.30 or newer"
+    ) as caught:
         check_version(version)
     assert "vllm>=0.30" in caught.value.hint
 

@@ -34,14 +34,21 @@ from prefixtune.attention.masks import cached_prefix_slots, extend_mask
 from prefixtune.attention.registry import attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.examine import examine
+from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.inference.generation_config import to_generation_config
 
 Make = Callable[..., Any]
 
 
-def test_a_first_token_that_is_forced(tiny_backbone: Make) -> None:
-    assert GREEDY in passing(tiny_backbone("bart", forced_bos_token_id=7))
+@pytest.mark.parametrize("token", [7, 0])
+def test_a_first_token_that_is_forced(token: int, tiny_models: Make, tiny_tokenizer: Any, random_ids: Make) -> None:
+    model = tiny_models("bart")
+    model.generation_config.forced_bos_token_id = token
+    backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-bart")
+    assert GREEDY in passing(backbone)
+    ((first,),) = generate_ids(backbone, [random_ids(5, 0)], [None], config=GenerateConfig(max_new_tokens=1))
+    assert first == token
 
 
 def test_a_window_in_some_layers_only(tiny_backbone: Make) -> None:

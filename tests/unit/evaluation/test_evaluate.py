@@ -384,3 +384,24 @@ def test_a_model_with_a_chat_template_is_instructed_in_turns(tiny_backbone: Make
         "[user]Say it:\nname : Aromi[assistant]Aromi is here.[user]Say it:\nname : Zizzi[assistant]"
     )
     assert instruction_format(backbone, "Say it:").target == "{target}"
+
+
+def test_an_instructed_model_stops_where_its_turn_ends(tiny_backbone: Make, tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.chat_template = template
+    backbone: Any = dataclasses.replace(tiny_backbone("llama"), tokenizer=tokenizer, tokenizer_cache={})
+    form = instruction_format(backbone, "Say it:")
+    options: Any = {"max_new_tokens": 60, "temperature": 9.0, "seed": 1}
+    outputs = generate(backbone, list(WORDS), text_format=form, **options)
+    asked = [[{"role": "user", "content": f"Say it:\n{word}"}] for word in WORDS]
+    assert outputs == generate(backbone, asked, **options)
+    assert outputs != generate(backbone, list(WORDS), text_format=dataclasses.replace(form, end=""), **options)
+    # Where the tokenizer's own end token ends a turn, the format names none, as ever: evaluations of before go on.
+    tokenizer.chat_template = template.replace("<pad>", "</s>")
+    same: Any = dataclasses.replace(backbone, tokenizer_cache={})
+    form = instruction_format(same, "Say it:", [EXAMPLES[0]])
+    assert form == TextFormat(form.prompt, "{target}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.examples import Example
+from prefixtune.data.windows import TEXT_FORMAT
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation.evaluate import evaluate
 
@@ -48,6 +50,15 @@ def test_a_long_text_counts_every_token_once_and_a_batch_changes_nothing(model: 
     low, high = both.scores["perplexity"].interval or (0, 0)
     assert low <= both.scores["perplexity"].score <= high
     assert both.outputs[0] == both.outputs[2] == f"perplexity {alone:.3f} of {both.outputs[0].split()[-2]} tokens"
+
+
+def test_max_length_is_that_of_the_windows(model: Backbone) -> None:
+    text = {"text": " ".join(TEXTS)}
+    whole, short = (evaluate(model, [text], max_total_length=length).scores for length in (0, 16))
+    stored = evaluate(model, [text], text_format=replace(TEXT_FORMAT, max_length=16)).scores
+    assert short["perplexity"].score == stored["perplexity"].score != whole["perplexity"].score
+    assert short["bits_per_byte"].implementation.endswith("windows of 16 positions")
+    assert whole["perplexity"].implementation.endswith(f"windows of {model.max_positions} positions")
 
 
 def test_an_encoder_decoder_cannot_go_on_with_a_text(encoder_decoder: Backbone) -> None:

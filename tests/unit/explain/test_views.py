@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.explain.ablation import loss_view
 from prefixtune.explain.attention import attention_view
 from prefixtune.explain.controls import random_like, shuffled
@@ -193,6 +195,23 @@ def test_descriptions_are_scored_in_the_prefixs_place(make: Make, wide: Any) -> 
     assert numbers["unrelated"]["text"] == UNRELATED
     assert numbers["unrelated"]["loss"] != pytest.approx(numbers["bare_loss"])
     assert (numbers["unrelated"]["faithfulness"] is None) == (numbers["bare_loss"] - numbers["prefix_loss"] < 0.01)
+
+
+def test_an_answer_to_the_chat_question_ends_with_its_turn(make: Make, tiny_models: Make, tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    backbone = Backbone.from_model(tiny_models("llama", max_position_embeddings=512), tokenizer, "tiny-llama")
+    subject = make(backbone, examples=())
+    whole = description_view(subject).numbers["descriptions"]["bare"]["chat"]["text"]
+    # Now the model ends its turn where it wrote the middle letter.
+    head = backbone.model.lm_head.weight
+    with torch.no_grad():
+        head[tokenizer.pad_token_id] = 1.01 * head[backbone.encode(whole[len(whole) // 2])[0]]
+    ended = description_view(subject).numbers["descriptions"]["bare"]["chat"]["text"]
+    assert ended == whole[: whole.index(whole[len(whole) // 2])].strip() != whole
 
 
 def test_without_room_for_a_question_there_is_no_description(make: Make) -> None:

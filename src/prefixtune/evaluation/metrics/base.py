@@ -26,11 +26,11 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 class Unavailable(ValueError):
-    """A metric cannot be computed on this machine: a program, a library or weights are missing.
+    """A metric cannot be computed: a program, a library or weights are missing here, or it cannot read such texts.
 
     Args:
-        reason: What is missing, as a sentence without its full stop.
-        remedy: How to get it.
+        reason: What is missing or why, as a sentence without its full stop.
+        remedy: How to get it, or what to do instead.
     """
 
     def __init__(self, reason: str, remedy: str) -> None:

@@ -7,6 +7,7 @@ NIST is counted here, because the libraries' figures differ from those of the E2
 from __future__ import annotations
 
 import math
+import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from prefixtune.evaluation.metrics.base import Array, ItemStatistics, average, package_version
+from prefixtune.evaluation.metrics.base import Array, ItemStatistics, Unavailable, average, package_version
 from prefixtune.evaluation.metrics.protocols import Protocol, ReferencePadding
 from prefixtune.evaluation.metrics.texts import Texts
 
@@ -22,6 +23,7 @@ __all__ = ["bleu", "bleu_without_padding", "caption_rouge_l", "chrf", "cider", "
 
 
 _ORDER = 5
+_ROUGE_CHARACTER = re.compile("[a-z0-9]")
 _LOWERCASE = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 # A text two thirds as long as its references loses half of its NIST score (Doddington 2002).
 _BREVITY = math.log(0.5) / math.log(1.5) ** 2
@@ -151,7 +153,8 @@ def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 def rouge(kind: str) -> Callable[[Texts], ItemStatistics]:
     """The metric ROUGE-1, ROUGE-2 or ROUGE-L (`1`, `2`, `L`): mean F1 of the items, 0 to 1, with Porter stemming.
 
-    Each item is compared with its best reference. Under a captioning protocol ROUGE-L is `caption_rouge_l`.
+    Each item is compared with its best reference. Under a captioning protocol ROUGE-L is `caption_rouge_l`. Of a text,
+    the letters a to z and digits count alone; where most of the references' are others, the metric is `Unavailable`.
     """
 
     def measure(texts: Texts) -> ItemStatistics:
@@ -160,16 +163,37 @@ def rouge(kind: str) -> Callable[[Texts], ItemStatistics]:
         version = package_version("rouge-score", f"ROUGE-{kind}")
         from rouge_score.rouge_scorer import RougeScorer
 
+        unread = _unread(texts.references)
         name = f"rouge{kind}"
         scorer = RougeScorer([name], use_stemmer=True)
         scores = [
             scorer.score_multi(references, hypothesis)[name].fmeasure
             for hypothesis, references in zip(texts.hypotheses, texts.references, strict=True)
         ]
-        settings = "F1, Porter stemming, best reference"
+        settings = f"F1, Porter stemming, best reference, words of a to z and 0 to 9{unread}"
         return average(scores, f"rouge-score {version} ({settings}); protocol {texts.protocol.name}")
 
     return measure
+
+
+def _unread(references: Sequence[Sequence[str]]) -> str:
+    """What ROUGE cannot read of the references, for its implementation: how many have words, but none of a to z.
+
+    Raises:
+        Unavailable: Most of their letters and digits are others.
+    """
+    flat = [text for item in references for text in item]
+    # Letters and digits of each, and those that count.
+    counts = np.array([(sum(map(str.isalnum, text)), len(_ROUGE_CHARACTER.findall(text.lower()))) for text in flat])
+    written, read = counts.sum(axis=0)
+    if 2 * read < written:
+        raise Unavailable(
+            f"ROUGE counts the letters a to z and digits alone, and {1 - read / written:.0%} of the references' are "
+            "others",
+            "choose the metric chrf",
+        )
+    without = int(((counts[:, 0] > 0) & (counts[:, 1] == 0)).sum())
+    return f", which {without} of {len(flat)} references lack" if without else ""
 
 
 def cider(texts: Texts) -> ItemStatistics:

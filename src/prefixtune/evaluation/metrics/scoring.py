@@ -31,12 +31,13 @@ def measure(
         protocol: A name of `PROTOCOLS`: how the texts are prepared.
         metrics: Names of `METRICS`; None: the protocol's own.
         weights: For `bertscore`, the folder or the hub's name of its model.
-        left_out: If given, a metric that cannot be computed on this machine is left out, and this dict gets the reason;
-            otherwise that is an error.
+        left_out: If given, a metric that cannot be computed on this machine or of these references is left out, and
+            this dict gets the reason; otherwise that is an error.
 
     Raises:
         ValueError: The counts differ, there is no item, an item has no reference, or a name is unknown.
-        Unavailable: (a ValueError) Something that a metric needs is missing on this machine.
+        Unavailable: (a ValueError) Something that a metric needs is missing on this machine, or it cannot read the
+            references.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(_unknown("protocol", protocol, PROTOCOLS))

@@ -85,6 +85,24 @@ def test_rouge_of_known_texts():
     assert one("rouge_1", ["the cat", "dog"], [["the cat"], ["mouse"]]) == 0.5
 
 
+@pytest.mark.parametrize("text", ["Кошка сидит на ковре.", "5 кошек", "你好 世界"])
+def test_rouge_is_not_given_for_texts_that_it_cannot_read(text: str):
+    with pytest.raises(Unavailable, match=r"letters a to z and digits alone, and \d+% of the references' are others"):
+        compute([text], [[text]], metrics=["rouge_1"])
+    left_out: dict[str, str] = {}
+    assert list(compute([text], [[text]], metrics=["rouge_l", "chrf"], left_out=left_out)) == ["chrf"]
+    assert left_out["rouge_l"].endswith("choose the metric chrf")
+
+
+def test_rouge_names_the_words_that_count_and_how_many_references_have_none():
+    says = "words of a to z and 0 to 9"
+    latin = compute(["l'élève", "x"], [["l'élève"], ["a dog", "!"]], metrics=["rouge_1"])["rouge_1"]
+    assert f"{says})" in latin.implementation
+    mixed = compute(["the cat", "кошка", "dog"], [["the cat"], ["кошка"], ["dog"]], metrics=["rouge_1"])["rouge_1"]
+    assert f"{says}, which 1 of 3 references lack)" in mixed.implementation
+    assert (latin.score, mixed.score) == (1 / 2, pytest.approx(2 / 3))
+
+
 def test_ter_of_known_texts():
     # One edit for three words, and one shift for five.
     assert one("ter", ["a x c"], [["a b c"]]) == pytest.approx(1 / 3)

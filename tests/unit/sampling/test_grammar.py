@@ -1,0 +1,49 @@
+"""JSON schemas that would take too much time or memory are refused before they are compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefixtune.errors import RequestError
+from prefixtune.sampling.grammar import check_json_schema
+
+
+def divisible(by: Any) -> dict[str, Any]:
+    return {"type": "number", "multipleOf": by}
+
+
+@pytest.mark.parametrize("by", [1, 7, 9_999, 10_000, -7, 0.01, 0.001, 1e-9, 2.25, 12.34])
+def test_divisors_that_may_be_used(by: Any) -> None:
+    assert "multipleOf" in check_json_schema(divisible(by))
+
+
+@pytest.mark.parametrize("by", [10_001, -1_234_567, 10**30, 12.345, 1e-10, 5e-324, 1e308])
+def test_a_large_divisor(by: Any) -> None:
+    with pytest.raises(RequestError, match=r"has multipleOf \S+; .* at most 10,000, with at most 9 decimals"):
+        check_json_schema({"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, divisible(by)]}}})
+
+
+def test_small_divisors_that_have_a_large_multiple_in_common() -> None:
+    check_json_schema({"type": "object", "properties": {"price": divisible(0.01), "number": divisible(1_000)}})
+    check_json_schema({"allOf": [divisible(97), divisible(89)]})
+    # Zero, which no number is a multiple of, hides none of the others.
+    parts = [divisible(0), divisible(97), divisible(89), divisible(2)]
+    for schema in ({"allOf": parts}, {"$ref": "#/$defs/a", **divisible(991), "$defs": {"a": divisible(997)}}):
+        with pytest.raises(RequestError, match="least common multiple above 10,000"):
+            check_json_schema(schema)
+
+
+def test_many_properties() -> None:
+    part = {"type": "object", "properties": {str(number): {} for number in range(500)}}
+    assert check_json_schema({"allOf": [part, part]})
+    with pytest.raises(RequestError, match="1,001 properties; at most 1,000"):
+        check_json_schema({"allOf": [part, part], "properties": {"one": {}}})
+
+
+def test_what_looks_like_a_divisor() -> None:
+    for value in (True, "12345678", None, {"type": "string"}):
+        check_json_schema({"properties": {"multipleOf": value}, "multipleOf": value})
+    with pytest.raises(RequestError, match="is not JSON"):
+        check_json_schema('{"multipleOf": 1e999}')
