@@ -33,6 +33,8 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
                 (hub / repo_id / operation.path_in_repo).write_bytes(file.read())
         return SimpleNamespace(commit_url=str(hub / repo_id))
 
+    # The hub checks a card before there is a repository.
+    monkeypatch.setattr(ModelCard, "validate", lambda card: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     monkeypatch.setattr("prefixtune.prefix.hub.download", lambda repo_id, **_: hub / repo_id / "prefix.safetensors")

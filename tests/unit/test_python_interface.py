@@ -100,7 +100,7 @@ MESSAGES = {
     "a number among prefixes": ("ConfigError", "3 (of type int)"),
     "a dict as prefix": ("ConfigError", "of type dict"),
     "a missing prefix": ("CheckpointError", "missing.safetensors"),
-    "a hub id, offline": ("PrefixError", "nobody/such-prefix"),
+    "a hub id, offline": ("ConfigError", "nobody/such-prefix"),
     "a hub id without hub:": ("CheckpointError", "hub:nobody/such-prefix is downloaded from the hub"),
     "load: a number": ("ConfigError", "3 (of type int)"),
     "load: a number as prefix": ("ConfigError", "3 (of type int)"),
