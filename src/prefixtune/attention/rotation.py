@@ -8,7 +8,7 @@ pairs, partial rotary, scaled frequencies and frequencies by layer need no name 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prefixtune.attention.injection import Injection, injecting_beside
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.errors import BackboneError
-from prefixtune.prefix.rotation import PairTurns, Rotation
+from prefixtune.prefix.rotation import PairTurns, Rotation, rotary_settings
 
 __all__ = ["find_rotation"]
 
@@ -116,10 +116,8 @@ def _refuse_length_dependent(config: Any, name: str) -> None:
         BackboneError: The configuration names it.
     """
     text = config.get_text_config(decoder=True)
-    settings = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    by_layer_type = [settings, *settings.values()] if isinstance(settings, Mapping) else []
-    for one in by_layer_type:
-        kind = (one.get("rope_type") or one.get("type")) if isinstance(one, Mapping) else None
+    for one in rotary_settings(text).values():
+        kind = one.get("rope_type") or one.get("type")
         if kind in _LENGTH_DEPENDENT:
             raise BackboneError(
                 f"the rotary frequencies of {name} depend on the length of the text (rope_type {kind!r}), so that its "

@@ -45,6 +45,7 @@ from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import RunningSequence, TokenSequence
 from prefixtune.errors import BackboneError, PrefixError, RequestError, describe_value
 from prefixtune.prefix.prefix import check_fits
+from prefixtune.prefix.rotation import longrope_limit
 from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["Engine"]
@@ -407,10 +408,4 @@ def _rotary_limit(backbone: Backbone) -> int:
 
     LongRoPE rotates all positions of a call differently as soon as one of them is beyond the model's original limit.
     """
-    settings = getattr(backbone.model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    # Of all layers, or by kind of layer.
-    by_layer_kind = [settings, *(value for value in settings.values() if isinstance(value, dict))]
-    limits = [
-        int(rope["original_max_position_embeddings"]) for rope in by_layer_kind if rope.get("rope_type") == "longrope"
-    ]
-    return min(limits, default=0)
+    return longrope_limit(backbone.model.config.get_text_config(decoder=True)) or 0

@@ -12,6 +12,7 @@ from prefixtune.data.chat import literal_format
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.rotation import rotary_settings
 
 __all__ = ["MANIFEST", "check_exportable", "check_prefix", "describe_origin", "write_manifest"]
 
@@ -81,7 +82,7 @@ def _check_layers(backbone: Backbone, target: str) -> None:
             f"to every token, in {target} it would leave the window.",
             hint=_HINT,
         )
-    if _uses_longrope(config):
+    if any(settings.get("rope_type") == "longrope" for settings in rotary_settings(config).values()):
         raise BackboneError(
             f"the keys of {backbone.name!r} turn by other frequencies in a longer text (LongRoPE), which was not "
             f"compared with {target}.",
@@ -102,12 +103,6 @@ def _find_window(config: Any) -> int | None:
     if layer_types is not None:
         return int(window or 0) if {"sliding_attention", "chunked_attention"} & set(layer_types) else None
     return None if window is None else int(window)
-
-
-def _uses_longrope(config: Any) -> bool:
-    settings = getattr(config, "rope_parameters", None) or {}
-    kinds = [settings, *(one for one in settings.values() if isinstance(one, Mapping))]
-    return any(one.get("rope_type") == "longrope" for one in kinds)
 
 
 def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:

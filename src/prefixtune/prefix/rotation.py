@@ -21,7 +21,7 @@ from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.geometry import SITES, Geometry, Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["PairTurns", "Positions", "Rotation"]
+__all__ = ["PairTurns", "Positions", "Rotation", "longrope_limit", "rotary_settings"]
 
 Positions = Literal["rotary", "none", "absolute"]
 """How a model's keys depend on position.
@@ -273,3 +273,28 @@ def _is_whole(value: object, lowest: int, highest: int) -> bool:
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(cast(float, value))
+
+
+def rotary_settings(config: Any) -> dict[str, Mapping[str, Any]]:
+    """A model's rotary settings by the kind of its layers; where all share them, as `full_attention`.
+
+    Args:
+        config: The text configuration, of any version of transformers.
+    """
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = {kind: one for kind, one in settings.items() if isinstance(one, Mapping)}
+    return nested or {"full_attention": settings}
+
+
+def longrope_limit(config: Any) -> int | None:
+    """The number of positions beyond which all keys turn by other frequencies (LongRoPE); None: there is none.
+
+    Args:
+        config: As for `rotary_settings`.
+    """
+    limits = [
+        settings.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for settings in rotary_settings(config).values()
+        if settings.get("rope_type") == "longrope"
+    ]
+    return min((int(limit) for limit in limits if limit), default=None)

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prefixtune.errors import ConfigError
-from prefixtune.interop.vllm.rotary import longrope_limit
 from prefixtune.prefix.fingerprint import sample_weights
 from prefixtune.prefix.geometry import Geometry, LayerShape
+from prefixtune.prefix.rotation import longrope_limit
 
 __all__ = [
     "check_cache_updates",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -35,10 +36,11 @@ SETTINGS = {
 
 
 def frequencies_of(backbone: Any, **changes: Any) -> Any:
-    config = backbone.model.config.get_text_config(decoder=True)
+    config = copy.deepcopy(backbone.model.config.get_text_config(decoder=True))
+    for name, value in changes.items():
+        setattr(config, name, value)
     shapes = backbone.geometry["decoder"]
-    facts = {name: getattr(config, name, None) for name in ("rope_parameters", "layer_types", "qk_rope_head_dim")}
-    return layer_frequencies(SimpleNamespace(**{**facts, **changes}), shapes[0].key_dim, len(shapes))
+    return layer_frequencies(config, shapes[0].key_dim, len(shapes))
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
