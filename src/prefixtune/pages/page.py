@@ -15,13 +15,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from prefixtune.pages.document import Document, Picture, is_drawn
 from prefixtune.pages.figures import inline_svg, save_figure
 from prefixtune.pages.format import MISSING, clean, words
+from prefixtune.utils.markdown import escape_markdown
 
 __all__ = ["save_figures", "to_html", "to_markdown"]
 
 
 MOST_FIGURES = 64
 """Charts that are drawn; of the others there is only the table."""
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#!]|:(?=\w))")
 # At the start of a line these would begin a list, a heading under the line before, or a number.
 _START = re.compile(r"^([-+=](?!\d)|\d+(?=[.)](?:\s|$)))")
 
@@ -92,7 +92,7 @@ class _Escaped(str):
     def __new__(cls, text: object) -> _Escaped:
         if hasattr(text, "__html__"):
             return super().__new__(cls, text)
-        escaped = _SPECIAL.sub(r"\\\1", " ".join(clean(str(text)).split()))
+        escaped = escape_markdown(clean(str(text)))
         match = _START.match(escaped)
         if match is not None:
             end = match.end() if match[1].isdigit() else 0

@@ -18,6 +18,7 @@ from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.hub import is_repository
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.console import format_figure
+from prefixtune.utils.markdown import escape_markdown
 
 __all__ = ["CARD", "find_evaluations", "make_card", "read_evaluations"]
 
@@ -46,8 +47,6 @@ _LICENSES = {
 """What the hub takes as `license`, by its documentation of repositories."""
 _PIPELINE_TAGS = {"classification": "text-classification", "tagging": "token-classification"}
 _FACTS = ("task", "data", "split", "num_examples")
-# What Markdown reads as more than text, as in `pages.page`.
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#!]|:(?=\w))")
 
 
 def make_card(prefix: Prefix, repo_id: str, evaluations: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -215,12 +214,8 @@ def _format_score(score: Mapping[str, Any]) -> str:
 
 
 def _cell(value: object) -> str:
-    r"""A text that may come from anybody, as it is, on one line of a table.
-
-    >>> _cell("two  lines <i> ![](x)")
-    'two lines \\<i\\> \\!\\[\\](x)'
-    """
-    return _SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
+    """A text that may come from anybody, as it is, on one line of a table."""
+    return escape_markdown(str(value))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
