@@ -15,6 +15,7 @@ from prefixtune.engine.logit_rules import LogitRules, has_rules
 from prefixtune.engine.request import SamplingParams, Token
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import RequestError
+from prefixtune.sampling.config import LOWEST_TEMPERATURE
 
 __all__ = ["NOT_FINITE", "prompt_logprobs", "sample"]
 
@@ -23,8 +24,6 @@ _log = logging.getLogger(__name__)
 
 NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or its values too large."
 """Why there is no token."""
-_LOWEST_TEMPERATURE = 1e-5
-"""Below it, scores would overflow; the likeliest token has all the weight anyway."""
 _BLOCK = 256
 """Weights of which a sum is drawn before one of them is."""
 _SEARCHED = 2048
@@ -113,7 +112,7 @@ def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], seque
         return "every token is banned."
     token = int(best.indices)
     if params.temperature > 0:
-        token = _draw((scores - best.values) / max(params.temperature, _LOWEST_TEMPERATURE), sequence)
+        token = _draw((scores - best.values) / max(params.temperature, LOWEST_TEMPERATURE), sequence)
     return _with_logprobs(token, logits, params)
 
 

@@ -9,6 +9,7 @@ from prefixtune.attention.cache import can_crop_empty_layers
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
+from prefixtune.sampling.config import LOWEST_TEMPERATURE
 
 __all__ = ["check_supported", "newline_tokens", "to_generation_config"]
 
@@ -50,7 +51,8 @@ def to_generation_config(backbone: Backbone, config: GenerateConfig, end_ids: Se
     if config.num_beams > 1:
         values["length_penalty"] = config.length_penalty
     if config.temperature > 0:
-        values |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+        temperature = max(config.temperature, LOWEST_TEMPERATURE)
+        values |= {"temperature": temperature, "top_k": config.top_k, "top_p": config.top_p}
         if config.min_p:
             values["min_p"] = config.min_p
     if config.ban_newlines:

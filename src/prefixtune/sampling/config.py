@@ -9,7 +9,11 @@ from pydantic import field_validator
 from prefixtune.utils.config import Config, TextList, option_group
 from prefixtune.utils.faults import show_value
 
-__all__ = ["SamplingConfig"]
+__all__ = ["LOWEST_TEMPERATURE", "SamplingConfig"]
+
+
+LOWEST_TEMPERATURE = 1e-5
+"""Lower ones sample as this one does: the likeliest token has all the weight, and no score divided by it overflows."""
 
 
 _decoding = option_group("decoding")
@@ -29,7 +33,7 @@ class SamplingConfig(Config):
     seed: int | None = _decoding(None, description="of sampling; without one, it is not reproducible")
     stop: TextList = _decoding((), description="ends an output, and is left out of it; several: each may end it")
     repetition_penalty: float = _decoding(
-        1.0, gt=0, description="above 1 discourages tokens that the prompt or the text already has"
+        1.0, ge=0.01, le=10, description="above 1 discourages tokens that the prompt or the text already has"
     )
     presence_penalty: float = _decoding(
         0.0, ge=-2, le=2, description="subtracted from the score of every token that the text already has"

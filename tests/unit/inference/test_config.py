@@ -47,6 +47,19 @@ def test_all_faults_at_once_and_did_you_mean() -> None:
         GenerateConfig(num_beams=2, temperature=1.0)
 
 
+def test_penalties_that_would_overflow_are_refused() -> None:
+    for penalty in (1e-300, 0.0, 11.0):
+        with pytest.raises(ConfigError, match="repetition_penalty"):
+            GenerateConfig(repetition_penalty=penalty)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gptj"])
+def test_a_tiny_temperature_takes_the_likeliest_tokens(tiny_backbone: Callable[..., Any], kind: str) -> None:
+    backbone = tiny_backbone(kind)
+    greedy = generate(backbone, ["some text"], max_new_tokens=8)
+    assert generate(backbone, ["some text"], max_new_tokens=8, temperature=1e-39, seed=1) == greedy
+
+
 def test_words_around_the_target_are_taken_off(
     tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
