@@ -51,8 +51,8 @@ def run(config: ServeConfig, console: Console) -> int:
     """Serve until a signal stops it; returns the exit code.
 
     Raises:
-        ConfigError: The folder of prefixes is missing, the data folder belongs to another database, or the address is
-            in use.
+        ConfigError: The folder of prefixes is missing or cannot be read, the data folder belongs to another database,
+            or the address is in use.
         BackboneError: The model cannot be loaded or served.
     """
     folder = Path(config.prefixes)
@@ -61,6 +61,13 @@ def run(config: ServeConfig, console: Console) -> int:
             f"there is no folder of prefixes {config.prefixes!r}.",
             hint="create it, and put the prefix files of `prefixtune train` there, as NAME.safetensors.",
         )
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"the folder of prefixes {config.prefixes!r} cannot be read: {error.strerror}.",
+            hint="let the server's user read and enter it.",
+        ) from error
     if config.takes_jobs:
         data = DataFolder(Path(config.data_folder).absolute())
         check_database(data, config.database_url or data.database_url)

@@ -58,6 +58,7 @@ READ = [
     "report closed/x",
     "demo --output closed",
     "doctor closed",
+    "serve --backbone model --prefixes closed",
     "serve --backbone model --prefixes closed/x",
     "worker --backbone model --prefixes closed/x",
     "jobs create closed/x --url http://127.0.0.1:9/v1",
