@@ -57,6 +57,14 @@ def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
         read_records(path, "name")
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array([text]) for text in "abc"]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["prompt", "completion", "completion"]), path)
+    with pytest.raises(DataError, match="names the column 'completion' twice"):
+        read_file(path)
+
+
 def test_tokens_and_tags_are_a_form_of_parquet_too(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"tokens": [["The", "Owl"]], "tags": [["O", "B-X"]]}), path)

@@ -97,7 +97,7 @@ class Conversation:
         write_text(path, "".join(f"{json.dumps(message, ensure_ascii=False)}\n" for message in self.messages))
 
     def _stream(self, text: str, on_cut: Callable[[Sequence[int]], None] | None) -> Generator[str, None, None]:
-        from prefixtune.data.chat import encode_chat, end_ids
+        from prefixtune.data.chat import encode_chat, end_ids, special_stops
         from prefixtune.inference.streaming import stream, stream_ids
 
         prefix = self.prefixes.get(self.name)
@@ -108,7 +108,8 @@ class Conversation:
         if self._stored_format is not None:
             return stream(self.backbone, conversation, prefix, config=config, on_cut=on_cut)
         ids = encode_chat(self.backbone, conversation)
-        return stream_ids(self.backbone, ids, prefix, config=config, ends=end_ids(self.backbone))
+        ends = (*end_ids(self.backbone), *special_stops(self.backbone, config.stop))
+        return stream_ids(self.backbone, ids, prefix, config=config, ends=ends)
 
     @property
     def _answered(self) -> list[dict[str, str]]:

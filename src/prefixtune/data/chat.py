@@ -33,6 +33,7 @@ __all__ = [
     "lengths_around",
     "literal_format",
     "only_text",
+    "special_stops",
 ]
 
 
@@ -202,6 +203,23 @@ def end_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[
         return ()
     ids = backbone.encode(name)
     return (ids[0],) if len(ids) == 1 else ()
+
+
+def special_stops(backbone: Backbone, stop: Sequence[str]) -> tuple[int, ...]:
+    """The tokens of those stop strings that are special tokens, such as `<|eot_id|>`: a text never shows them.
+
+    Args:
+        backbone: Its tokenizer counts.
+        stop: Strings that end a text.
+    """
+    if not stop:
+        return ()
+    special: dict[str, int] | None = backbone.tokenizer_cache.get("special_tokens")
+    if special is None:
+        added = getattr(backbone.tokenizer, "added_tokens_decoder", {})
+        special = {token.content: number for number, token in added.items() if token.special}
+        backbone.tokenizer_cache["special_tokens"] = special
+    return tuple(special[string] for string in stop if string in special)
 
 
 def end_of_turn(backbone: Backbone) -> str:

@@ -9,6 +9,7 @@ computation. A conversation of several turns, and a text, is an example of its o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -298,8 +299,14 @@ def _count(number: int, unit: str) -> str:
 
 
 def _present(record: Record, names: Sequence[str]) -> str:
-    """The first of these columns that a row has; the last one, if it has none."""
-    return next((name for name in names if name in record.values), names[-1])
+    """The first of these columns that a row has filled; else the first that it has; else the last one."""
+    present = [name for name in names if name in record.values]
+    return next((name for name in present if _is_filled(record.values[name])), [*present, names[-1]][0])
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a cell holds something; white space is nothing."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value != []
 
 
 def _targets(record: Record, names: Sequence[str], needed: bool) -> tuple[str, ...]:
@@ -330,14 +337,27 @@ def _refuse_tools(record: Record) -> None:
 
 
 def _prompt(record: Record, needs_targets: bool) -> Example:
-    prompt, answer = record.values["prompt"], record.values.get(_present(record, _COMPLETIONS))
-    if isinstance(prompt, list) or (isinstance(answer, list) and answer and isinstance(answer[0], Mapping)):
-        _refuse_tools(record)
-        messages = _messages_or_text(prompt, "prompt", "user", record)
-        if answer is not None:
-            messages += _messages_or_text(answer, _present(record, _COMPLETIONS), "assistant", record)
-        return _chat(messages, record, needs_targets)
-    return _one_turn(record, render("prompt", record.values, record.location), _COMPLETIONS, needs_targets)
+    column = _present(record, _COMPLETIONS)
+    prompt, answer = (_messages_in(record.values.get(name)) for name in ("prompt", column))
+    if not isinstance(prompt, list) and not (isinstance(answer, list) and answer and isinstance(answer[0], Mapping)):
+        return _one_turn(record, render("prompt", record.values, record.location), _COMPLETIONS, needs_targets)
+    _refuse_tools(record)
+    messages = [*_system(record), *_messages_or_text(prompt, "prompt", "user", record)]
+    if answer is not None:
+        messages += _messages_or_text(answer, column, "assistant", record)
+    return _chat(messages, record, needs_targets)
+
+
+def _messages_in(value: Any) -> Any:
+    """The messages that a text holds as JSON, as a cell of a table does; any other value as it is."""
+    # Most texts are none, and need not be parsed.
+    if not isinstance(value, str) or not value.lstrip().startswith("[") or not value.rstrip().endswith("}]"):
+        return value
+    try:
+        items = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return items if all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in items) else value
 
 
 def _messages_or_text(value: Any, column: str, role: Literal["user", "assistant"], record: Record) -> list[Message]:
@@ -346,23 +366,25 @@ def _messages_or_text(value: Any, column: str, role: Literal["user", "assistant"
     return [Message(role, render(column, record.values, record.location))]
 
 
+def _system(record: Record) -> list[Message]:
+    """The message of the column `system`; none, where it is empty."""
+    if not _is_filled(record.values.get("system")):
+        return []
+    return [Message("system", render("system", record.values, record.location))]
+
+
 def _instruction(record: Record, needs_targets: bool) -> Example:
     source = render("instruction", record.values, record.location)
     column = _present(record, ("input", "context"))
-    more = record.values.get(column)
-    if more is not None and not (isinstance(more, str) and not more.strip()):
+    if _is_filled(record.values.get(column)):
         source = f"{source}\n\n{render(column, record.values, record.location)}"
     return _one_turn(record, source, ("output", "response"), needs_targets)
 
 
 def _one_turn(record: Record, source: str, columns: Sequence[str], needs_targets: bool) -> Example:
     """One question of the user and its answers, perhaps with a system message."""
-    system = record.values.get("system")
-    messages = [Message("user", source)]
-    if system is not None and system != "":
-        messages.insert(0, Message("system", render("system", record.values, record.location)))
     targets = _targets(record, columns, needs_targets)
-    return Example(source, targets, record.values, messages=tuple(messages))
+    return Example(source, targets, record.values, messages=(*_system(record), Message("user", source)))
 
 
 def _plain(source: str, *targets: str) -> Callable[[Record, bool], Example]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,9 +20,11 @@ from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prom
 __all__ = [
     "ClassifierKind",
     "Labels",
+    "check_known",
     "choose_labels",
     "encode_labelled",
     "encode_labelled_prompt",
+    "labels_in",
     "labels_of",
     "validate_labels",
     "with_label_words",
@@ -55,10 +57,25 @@ class Labels:
 
 def labels_of(prefix: Prefix | None) -> Labels | None:
     """The labels in a prefix's header; None: it generates."""
-    stored = None if prefix is None else prefix.header.get("labels")
+    return None if prefix is None else labels_in(prefix.header)
+
+
+def labels_in(header: Mapping[str, Any]) -> Labels | None:
+    """The labels in a header; None: what it describes generates."""
+    stored = header.get("labels")
     if not isinstance(stored, Mapping):
         return None
     return Labels(stored["kind"], stored["by"], tuple(stored["names"]), tuple(stored.get("words", ())))
+
+
+def check_known(examples: Iterable[Example], labels: Labels) -> None:
+    """Refuse examples with a label or a tag that can never be predicted, which would count as an error each time.
+
+    Raises:
+        DataError: There is one; the message names it and the nearest known one.
+    """
+    check = check_labels if labels.kind == "classification" else check_tags
+    check(examples, labels.names)
 
 
 def choose_labels(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data import streams
+from prefixtune.data.parsing import check_names
 from prefixtune.errors import DataError
 from prefixtune.utils.extras import needs_extra
 
@@ -21,8 +22,8 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         ConfigError: pyarrow is not installed.
-        DataError: The file cannot be read, is not a complete Parquet file, or has too many bytes of columns in a group
-            of rows or in all.
+        DataError: The file cannot be read, is not a complete Parquet file, names a column twice, or has too many bytes
+            of columns in a group of rows or in all.
     """
     with needs_extra("datasets", f"{path}: reading Parquet", ", or export the table as JSON lines"):
         import pyarrow as arrow
@@ -30,6 +31,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     name = streams.shown(path)
     try:
         with streams.seekable_file(path) as data, parquet.ParquetFile(arrow.PythonFile(data, mode="r")) as file:
+            check_names(file.schema_arrow.names, name)
             sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
             _check_size(max(sizes, default=0), streams.MAX_FILE_BYTES, f"a group of rows of {name}")
             _check_size(sum(sizes), streams.MAX_STREAM_BYTES, name)

@@ -18,7 +18,7 @@ from typing import Any
 from prefixtune.data.streams import MAX_ROW_CHARS, empty_file, shown, text_lines
 from prefixtune.errors import DataError
 
-__all__ = ["LocatedRow", "csv_rows", "json_lines", "json_list"]
+__all__ = ["LocatedRow", "check_names", "csv_rows", "json_lines", "json_list"]
 
 
 LocatedRow = tuple[str, dict[str, Any]]
@@ -45,7 +45,12 @@ def json_lines(pieces: Iterable[str], path: Path) -> Iterator[LocatedRow]:
 def json_list(text: str, path: Path) -> Iterator[LocatedRow]:
     """The objects of one JSON list."""
     name = shown(path)
-    values = _parse_json(text, name, 1)
+    try:
+        values = _parse_json(text, name, 1)
+    except DataError:
+        if text.lstrip().startswith("{") and _is_json(text.lstrip().partition("\n")[0]):
+            raise DataError(f"{name} has one object a line.", hint="name such a file .jsonl.") from None
+        raise
     if not isinstance(values, list):
         raise DataError(
             f"{name} holds a JSON {_json_type(values)}; a .json file must hold a list of objects.",
@@ -80,6 +85,14 @@ def _parse_json(text: str, name: str, first_line: int) -> Any:
     return value
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _as_object(value: Any, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(
@@ -109,19 +122,49 @@ def csv_rows(pieces: Iterable[str], path: Path, separators: str = ",;") -> Itera
     if not number:
         raise empty_file(path)
     columns = [column.strip() for column in header]
-    for column, times in Counter(columns).items():
-        if times > 1:
-            raise DataError(
-                f"{name}, line {number}: the header names the column {column!r} twice; names must differ.",
-                hint="rename or drop one of the two.",
-            )
+    check_names(columns, f"{name}, line {number}: the header")
     for number, cells in lines:
+        if separator == "\t" and any(_holds_rows(cell, index, len(columns)) for index, cell in enumerate(cells)):
+            raise DataError(
+                f"{name}, line {number}: a field that starts with a quote goes on over several rows.",
+                hint='write a quote at the start of a field as """, or use JSON lines.',
+            )
         if len(cells) != len(columns):
             raise DataError(
                 f"{name}, line {number} has {len(cells)} fields; the header has {len(columns)}: {', '.join(columns)}.",
                 hint=f'put a field that contains the separator, {separator!r}, in quotes, "like this".',
             )
         yield f"{name}, line {number}", dict(zip(columns, cells, strict=True))
+
+
+def check_names(columns: Iterable[str], what: str) -> None:
+    """Refuse columns of one name.
+
+    Args:
+        columns: Of a table.
+        what: What names them, for messages.
+
+    Raises:
+        DataError: Two have the same name.
+    """
+    for column, times in Counter(columns).items():
+        if times > 1:
+            raise DataError(
+                f"{what} names the column {column!r} twice; names must differ.", hint="rename or drop one of the two."
+            )
+
+
+def _holds_rows(cell: str, index: int, num_columns: int) -> bool:
+    r"""Whether a cell that is not the last of its row looks like several rows between two quotes that are text.
+
+    >>> _holds_rows("Wow\tgood\nFine\tgood\nBad", 0, 2), _holds_rows("two\nlines", 0, 2)
+    (True, False)
+    """
+    last = num_columns - 1
+    if "\n" not in cell or index == last:
+        return False
+    first_line, *between, last_line = (line.count("\t") for line in cell.split("\n"))
+    return first_line == last - index and last_line == index and all(count == last for count in between)
 
 
 def _find_separator(lines: Iterator[str], name: str, separators: str) -> tuple[str, Iterator[str]]:

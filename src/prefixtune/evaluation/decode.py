@@ -52,7 +52,9 @@ def decode(
     order = sorted(
         range(len(examples)), key=lambda index: sum(len(m.content) for m in conversation_of(examples[index]))
     )
-    size = texts_at_once(backbone, [prefix], config)
+    # Each batch has a seed of its own, so its texts must not depend on how fast this machine is.
+    seeded = config.temperature > 0 and config.seed is not None
+    size = config.batch_size if seeded else texts_at_once(backbone, [prefix], config)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     digest = "" if resume_file is None else _digest(backbone, examples, prefix, text_format, config)
     rows = [] if resume_file is None else list(read_decoded(resume_file, digest))

@@ -12,7 +12,7 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.encoding import TextFormatLike, as_text_format
 from prefixtune.data.examples import Example, ExampleLike, TaskKind, references_of
-from prefixtune.data.labels import Labels, labels_of
+from prefixtune.data.labels import Labels, check_known, labels_of
 from prefixtune.data.tasks.classification import label_names
 from prefixtune.data.tasks.records import as_examples
 from prefixtune.data.windows import is_text
@@ -74,7 +74,7 @@ def evaluate(
         **options: Fields of `GenerateConfig`, instead of `config`.
 
     Raises:
-        DataError: There is no example, or one is wrong or has no target.
+        DataError: There is no example, one is wrong or has no target, or one has a label that the prefix does not know.
         RequestError: A source is too long and may not be truncated; raised before any work is done.
         ConfigError: `resume_file` holds the outputs of another evaluation; a metric or the protocol is unknown;
             intervals of labels or tags; or an argument is of a wrong type.
@@ -95,6 +95,8 @@ def evaluate(
 
     labels = labels_of(prefix)
     check_kind(task_kind, labelled=labels is not None, intervals=intervals)
+    if labels is not None:
+        check_known(examples, labels)
     if labels is None and task_kind != "generation":
         labels = Labels(task_kind, "words", label_names(examples))
     names = [] if labels is not None else _check_names(protocol, metrics)

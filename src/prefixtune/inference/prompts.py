@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.chat import Source, chat_format, end_ids, has_chat_template
+from prefixtune.data.chat import Source, chat_format, end_ids, has_chat_template, special_stops
 from prefixtune.data.encoding import encode_prompts, format_of
 from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import RequestError
@@ -74,7 +74,8 @@ def prepare_prompts(
     ids = truncate_prompts(backbone, whole, formats, prefixes, new_tokens, texts)
     check_requests(backbone, ids, prefixes, new_tokens)
     report_truncated(whole, ids, on_cut)
-    ends = tuple(end_ids(backbone, form) for form in formats)
+    special = special_stops(backbone, config.stop)
+    ends = tuple((*end_ids(backbone, form), *special) for form in formats)
     return Prompts(tuple(ids), tuple(formats), tuple(new_tokens), ends)
 
 

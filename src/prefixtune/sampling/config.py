@@ -31,7 +31,9 @@ class SamplingConfig(Config):
         0.0, ge=0, le=1, description="sample no token less likely than this share of the likeliest one's probability"
     )
     seed: int | None = _decoding(None, description="of sampling; without one, it is not reproducible")
-    stop: TextList = _decoding((), description="ends an output, and is left out of it; several: each may end it")
+    stop: TextList = _decoding(
+        (), description="ends an output, and is left out of it; several: each may end it (a line break in bash: $'\\n')"
+    )
     repetition_penalty: float = _decoding(
         1.0, ge=0.01, le=10, description="above 1 discourages tokens that the prompt or the text already has"
     )

@@ -66,6 +66,11 @@ def test_a_declared_separator_is_one_that_is_read_and_keeps_the_numbers_of_the_l
     assert rows_of(tmp_path / "a.tsv", "sep=\t\nname\ttext\nAromi\tEat.\n") == [{"name": "Aromi", "text": "Eat."}]
 
 
+def test_quoted_fields_of_a_tsv_may_hold_lines_and_tabs(tmp_path: Path) -> None:
+    text = 'code\tname\n"a\n\tb"\t"x\n\ty"\n'
+    assert rows_of(tmp_path / "a.tsv", text) == [{"code": "a\n\tb", "name": "x\n\ty"}]
+
+
 def test_a_row_of_another_length_names_the_separator(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.csv, line 2 has 3 fields; the header has 2: name, text") as raised:
         rows_of(tmp_path / "a.csv", "name;text\nAromi;Eat; go.\n")
@@ -95,6 +100,14 @@ def test_text_with_a_byte_order_mark_is_read(mark: bytes, encoding: str, tmp_pat
         ("a.csv.gz", b"name\nx\n", "ends with .gz but is not a gzip file", "remove .gz"),
         ("a.csv.gz", gzip.compress(b"name\nx\n", mtime=0)[:-9], "is a broken gzip file", "again"),
         ("a.csv", gzip.compress(b"name\nx\n", mtime=0), "does not end with .gz", "add .gz"),
+        (
+            "a.tsv",
+            b'text\tlabel\n"Wow\tgood\nFine\tgood\nSo"\tbad\n',
+            "line 2: a field that starts with a quote",
+            "JSON lines",
+        ),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "has one object a line", ".jsonl"),
+        ("a.json", b'{"text": "a",\n "b": }', "line 2, column 7: not JSON", "missing quote"),
         ("a.xlsx", b"PK", "has the ending '.xlsx'; allowed: .jsonl, .json, .csv, .tsv, .parquet", ""),
     ],
 )

@@ -323,3 +323,55 @@ def test_without_targets_there_is_something_to_answer(tmp_path: Path) -> None:
     assert read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"})) == [Example("Hi", messages=HI)]
     with pytest.raises(DataError, match="forms that are recognized"):
         read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"}), needs_targets=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "targets"),
+    [
+        (
+            {"system": "Answer in French.", "prompt": [USER], "completion": [ASSISTANT]},
+            (Message("system", "Answer in French."), *HI),
+            ("Hello. ",),
+        ),
+        (
+            {"system": " ", "prompt": "Hi", "completion": [ASSISTANT]},
+            HI,
+            ("Hello. ",),
+        ),
+        # As a cell of a table holds them.
+        ({"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, HI, ("Hello. ",)),
+        ({"prompt": json.dumps([HUMAN]), "completion": "Hello."}, HI, ("Hello.",)),
+        # A text about a list.
+        ({"prompt": '[{"a": 1}]', "completion": "x"}, (Message("user", '[{"a": 1}]'),), ("x",)),
+        ({"prompt": "[{", "completion": "x"}, (Message("user", "[{"),), ("x",)),
+    ],
+)
+def test_messages_and_a_system_message_as_prompt(row: Row, messages: tuple[Message, ...], targets: tuple[str, ...]):
+    (example,) = as_examples([row], needs_targets=True)
+    assert example.messages == messages
+    assert example.targets == targets
+
+
+def test_two_system_messages_are_refused() -> None:
+    with pytest.raises(DataError, match="message 2 of the conversation is the system's"):
+        as_examples([{"system": "Be kind.", "prompt": [SYSTEM, USER], "completion": [ASSISTANT]}])
+
+
+def test_an_empty_column_gives_way_to_a_filled_one_of_the_same_meaning() -> None:
+    (example,) = as_examples([{"instruction": "Sum up.", "input": "", "context": "Owls hunt.", "output": "Owls."}])
+    assert example.source == "Sum up.\n\nOwls hunt."
+    (merged,) = as_examples(
+        [{"instruction": "Sum up.", "input": None, "output": None, "context": "Owls hunt.", "response": "Owls."}],
+        needs_targets=True,
+    )
+    assert (merged.source, merged.targets) == ("Sum up.\n\nOwls hunt.", ("Owls.",))
+
+
+def test_where_a_chat_is_from_is_no_field_of_an_example() -> None:
+    chats = [{"messages": [USER, ASSISTANT], "source": "forum"}, {"messages": [USER, ASSISTANT]}]
+    assert [example.targets for example in as_examples(chats, needs_targets=True)] == [("Hello. ",)] * 2
+    (pair,) = as_examples([{"prompt": "1+1", "completion": "2", "source": "forum"}])
+    assert (pair.source, pair.targets) == ("1+1", ("2",))
+    # An example without a target keeps its fields.
+    assert as_examples([{"messages": [USER], "source": "Hi"}])[0].source == "Hi"
+    assert as_examples([{"source": "1+1"}])[0].source == "1+1"

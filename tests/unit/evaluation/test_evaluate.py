@@ -21,7 +21,9 @@ from prefixtune.evaluation.metrics import METRICS, Unavailable, compute
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.evaluation.records import Evaluation, summarize, write_evaluation
 from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.engine_runs import texts_at_once
 from prefixtune.inference.generate import generate
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.report import read_results
 
@@ -167,6 +169,16 @@ def test_an_example_without_a_reference_is_reported(model: Any, fake_outputs: Ma
     assert requests == []
 
 
+def test_a_label_that_the_prefix_does_not_know_is_refused(model: Any, random_prefix: Make):
+    labels = {"kind": "classification", "by": "words", "names": ["yes", "no"], "words": ["yes", "no"]}
+    prefix = Prefix(random_prefix(model, 3).layers, {"labels": labels}).detach()
+    known = [Example("good", ("yes",)), Example("bad", ("no",))]
+    assert len(evaluate(model, known, prefix).outputs) == 2
+    with pytest.raises(DataError, match="label 'Yes' of example 3 is not one of the 2 known labels") as caught:
+        evaluate(model, [*known, Example("fine", ("Yes",))], prefix)
+    assert "did you mean 'yes'" in caught.value.hint
+
+
 def test_labels_have_no_intervals(model: Any):
     with pytest.raises(ConfigError, match="intervals are for texts"):
         evaluate(model, [Example("good", ("yes",)), Example("bad", ("no",))], kind="classification", intervals=True)
@@ -221,6 +233,16 @@ def test_a_stopped_evaluation_continues(
     assert again.outputs == whole.outputs
     assert again.seconds == pytest.approx(resumed.seconds, abs=1e-4)
     assert again.seconds > 0
+
+
+def test_sampled_outputs_do_not_depend_on_how_many_texts_run_at_once(
+    model: Any, prefix: Any, fake_outputs: Make, monkeypatch: pytest.MonkeyPatch
+):
+    outputs, sizes = [], iter((2, 16))
+    replace_everywhere(monkeypatch, texts_at_once, lambda *_: next(sizes))
+    for _ in range(2):
+        outputs.append(evaluate(model, EXAMPLES, prefix, config=SAMPLED).outputs)
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize(("cut", "batches"), [(1, 0), (2, 1), (20, 1), (200, 2)])

@@ -13,6 +13,7 @@ from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.inference.streaming import stream, stream_ids
 
 
@@ -34,6 +35,14 @@ def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Calla
         request = Request(tuple(prompt), sampling=SamplingParams(max_new_tokens=12, end_ids=own))
         ((output,),) = engine.run([request])
         assert [token.id for token in output.tokens] == ids
+
+
+def test_a_special_token_may_be_a_stop_string(tiny_backbone: Callable[..., Any]) -> None:
+    backbone = tiny_backbone("llama")
+    bos = backbone.tokenizer.bos_token_id
+    config = GenerateConfig(stop=["b", "<s>", "<x>"])
+    assert prepare_prompts(backbone, ["x"], [None], config).ends == ((bos,),)
+    assert prepare_prompts(backbone, ["x"], [None], GenerateConfig()).ends == ((),)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,20 @@ def test_prompts_and_outputs_are_logged_only_on_request(
     assert (output in str(record.__dict__["fields"].get("outputs"))) is enabled
 
 
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("stop", "finish", "count"), [(["<s>"], "stop", 0), (["<x>"], "length", 6)])
+def test_a_special_token_may_be_a_stop_string(
+    make_server: Callable[..., Any], raw: bool, stop: list[str], finish: str, count: int
+) -> None:
+    app, state = make_server(raw_completions=raw)
+    # Its text is never shown.
+    bias = {str(state.backbone.tokenizer.bos_token_id): 100}
+    body = completion(max_tokens=6, temperature=0, logit_bias=bias, stop=stop)
+    reply = asyncio.run(send(app, "POST", "/v1/completions", body)).json
+    assert (reply["choices"][0]["text"].strip(), reply["choices"][0]["finish_reason"]) == ("", finish)
+    assert reply["usage"]["completion_tokens"] == count
+
+
 @pytest.mark.parametrize(("stop", "expected"), [([], " \n one  two \n"), (["two"], " \n one  "), (["one"], " \n ")])
 def test_white_space_around_a_text_is_kept_except_around_targets(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stop: list[str], expected: str

@@ -102,6 +102,7 @@ def evaluate(options: EvaluateOptions) -> int:
     """
     from prefixtune.data import TASKS, read_task, resolve_task
     from prefixtune.data.forms import describe_data
+    from prefixtune.data.labels import check_known, labels_in
     from prefixtune.evaluation.records import summarize, write_evaluation
     from prefixtune.utils.files import write_text
 
@@ -133,8 +134,10 @@ def evaluate(options: EvaluateOptions) -> int:
     if form is not None and form.name == "text":
         _check_text_options(options)
     check_examples(examples)
-    labelled = artifact.weights is None and bool(artifact.header.get("labels"))
-    check_kind(task.kind, labelled=labelled, intervals=options.intervals)
+    labels = labels_in(artifact.header) if artifact.weights is None else None
+    check_kind(task.kind, labelled=labels is not None, intervals=options.intervals)
+    if labels is not None:
+        check_known(examples, labels)
     config = generate_config(options, [], name)
     if options.print_config:
         print(config.to_toml().rstrip())

@@ -12,7 +12,8 @@ from typing import Any
 
 from prefixtune.data.examples import Example, ExampleLike, chat_example, check_messages, merge_examples
 from prefixtune.data.files import Record, iter_file
-from prefixtune.data.forms import Form, detect_form, make_example
+from prefixtune.data.forms import Form, detect_form, fitting_forms, make_example
+from prefixtune.data.messages import parse_messages
 from prefixtune.data.templates import check_template, render, targets_of
 from prefixtune.errors import DataError, describe_value
 
@@ -127,10 +128,22 @@ def _check_list(examples: Any, what: str) -> None:
 
 
 def _has_fields(row: Mapping[str, Any]) -> bool:
-    """Whether a dict has the fields of an `Example`; one that has a source but no target of that name is meant so."""
-    if "source" in row:
-        return row.keys() <= _FIELDS or not {"target", "targets"} & row.keys()
-    return "messages" in row and bool({"target", "targets", "groups"} & row.keys())
+    """Whether a dict has the fields of an `Example`; else it is a row of a form.
+
+    Of chats that are collected, the column `source` says where each is from.
+    """
+    has_target = bool({"target", "targets"} & row.keys())
+    if "messages" in row:
+        return has_target or "groups" in row or ("source" in row and row.keys() <= _FIELDS and not _ends_answered(row))
+    return "source" in row and (row.keys() <= _FIELDS or not (has_target or fitting_forms(row)))
+
+
+def _ends_answered(row: Mapping[str, Any]) -> bool:
+    """Whether the last message of a row is an answer, which the messages of an `Example` have not."""
+    try:
+        return parse_messages(row["messages"], "messages", "")[-1].role == "assistant"
+    except DataError:
+        return False
 
 
 def _as_example(values: Any, location: str) -> Example:
@@ -151,6 +164,11 @@ def _as_example(values: Any, location: str) -> Example:
     for key in ("fields", "groups"):
         if not isinstance(values.get(key, {}), Mapping):
             raise DataError(f"the {key} of {location} are {describe_value(values[key])}, not a dict.", hint=hint)
+    for name, group in values.get("groups", {}).items():
+        if not isinstance(group, str):
+            raise DataError(
+                f"the group {name!r} of {location} is {describe_value(group)}, not a text.", hint="write it as a text."
+            )
     others = {key: values[key] for key in ("fields", "groups") if key in values}
     if "messages" not in values:
         return Example(values["source"], tuple(targets), **others)

@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from prefixtune.backbone.load import BackboneLike
 from prefixtune.backbone.prefixes import PrefixLike
-from prefixtune.data.chat import end_ids
+from prefixtune.data.chat import end_ids, special_stops
 from prefixtune.data.encoding import encode_pairs, encode_prompts, format_of
 from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError, RequestError, short_repr
@@ -291,12 +291,13 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                 batch = [index for index in order[: self.batch_size] if configs[index] == config]
                 order = order[len(batch) :]
                 prefixes = [self._prefix_of(requests[index]) for index in batch]
+                special = special_stops(self.backbone, config.stop)
                 outputs = generate_ids(
                     self.backbone,
                     [prompts[index] for index in batch],
                     prefixes,
                     config=config,
-                    ends=[end_ids(self.backbone, self._formats[id(prefix)]) for prefix in prefixes],
+                    ends=[(*end_ids(self.backbone, self._formats[id(prefix)]), *special) for prefix in prefixes],
                 )
                 keep(
                     {
