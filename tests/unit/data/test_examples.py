@@ -59,5 +59,5 @@ def test_what_is_no_conversation(messages: Any, says: str) -> None:
 
 
 def test_a_group_is_a_text() -> None:
-    with pytest.raises(DataError, match="the group 'number' of example 1 is .*, not a text"):
+    with pytest.raises(DataError, match=r"the group 'number' of example 1 is .*, not a text"):
         as_examples([{"source": "a", "target": "b", "groups": {"number": 3}}])
