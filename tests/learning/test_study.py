@@ -17,7 +17,7 @@ import torch
 
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example, read_task
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation.metrics import compare, compute
 from prefixtune.report import read_results
 from prefixtune.studies import StudyConfig, plan, run_study
@@ -598,6 +598,44 @@ def test_any_error_of_a_run_is_reported_and_the_others_go_on(
     monkeypatch.setattr("prefixtune.studies.cell.train", real)
     assert not run_study(config).failed
     assert not (cell_folder(config, "full") / "error.txt").exists()
+
+
+def test_a_full_disk_is_no_learning_rate_that_fails(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = configure(tmp_path / "study", methods=("prefix",), try_steps=2), train
+    rates = config.rates("prefix")
+
+    def full(given: Any, **options: Any) -> Any:
+        if given.learning_rate == rates[1]:
+            raise PrefixError("cannot write: No space left on device.", hint="make room.")
+        return real(given, **options)
+
+    monkeypatch.setattr("prefixtune.studies.cell.train", full)
+    assert [*run_study(config).failed.values()] == ["cannot write: No space left on device. make room."]
+    assert not [*(config.folder / "tuning").glob("*.json")]
+    # With room again, all rates are tried.
+    monkeypatch.setattr("prefixtune.studies.cell.train", real)
+    assert run_study(config).done
+    (tuning,) = (config.folder / "tuning").glob("*.json")
+    assert all(loss is not None for loss in read(tuning)["learning_rate"].values())
+
+
+def test_a_start_that_a_setting_would_change_is_refused(configure: Make, tmp_path: Path) -> None:
+    config = configure(tmp_path / "study", methods=("prefix",), max_steps=2)
+    config = config.replace(train_settings={**config.train_settings, "init_examples": 2})
+    with pytest.raises(ConfigError, match="init_examples"):
+        run_study(config)
+
+
+def test_a_cell_whose_record_is_deleted_is_made_again(configure: Make, tmp_path: Path) -> None:
+    config = configure(tmp_path / "study", methods=("full",), tries=1)
+    assert run_study(config).done
+    folder = cell_folder(config, "full")
+    scores = read(folder / "evaluation.json")["scores"]
+    (folder / "cell.json").unlink()
+    assert run_study(config).done
+    assert read(folder / "evaluation.json")["scores"] == scores
 
 
 @pytest.mark.parametrize(

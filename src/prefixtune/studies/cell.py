@@ -17,7 +17,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import ConfigError, TrainingError
 from prefixtune.evaluation.decode import DECODED_FILE
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.prompting import instruction_format
@@ -131,7 +131,7 @@ def choose_rate(inputs: StudyInputs, cell: Cell) -> float:
         # The loss of a single rate is that of a whole run, and compares with no short try.
         old = {}
     losses: dict[float, float | None] = {}
-    errors: list[PrefixError] = []
+    errors: list[TrainingError] = []
     for rate in rates:
         stored = as_stored(rate)
         losses[rate] = old[stored] if stored in old else _try_rate(inputs, cell, rate, errors, is_short=is_short)
@@ -155,7 +155,7 @@ def choose_rate(inputs: StudyInputs, cell: Cell) -> float:
 
 
 def _try_rate(
-    inputs: StudyInputs, cell: Cell, rate: float, errors: list[PrefixError], *, is_short: bool
+    inputs: StudyInputs, cell: Cell, rate: float, errors: list[TrainingError], *, is_short: bool
 ) -> float | None:
     """The development loss of a run at one rate; None: it did not reach its end, and why is added to `errors`."""
     config = inputs.config
@@ -164,7 +164,8 @@ def _try_rate(
     folder = cell_folder(config, cell) if is_only else try_folder(config, cell, rate)
     try:
         loss: float | None = _train(inputs, cell, rate, folder, is_short=is_short)["dev_loss"]
-    except PrefixError as error:
+    except TrainingError as error:
+        # Any other error is none of the rate's: the cell fails, and the rate is tried again.
         inputs.on_event(make_event("try", cell=cell.id, learning_rate=rate, error=error.message))
         errors.append(error)
         return None
@@ -221,7 +222,12 @@ def _start_settings(config: StudyConfig, cell: Cell) -> dict[str, Any]:
     if cell.initialization == "prompt":
         return {"initialization": "text", "init_text": config.prompt_text}
     words = {"task": config.task_words, "unrelated": config.unrelated_words}.get(cell.initialization)
-    return {"init_text": words} if words is not None else {"initialization": cell.initialization}
+    # Named, so that a setting which implies another start is refused.
+    return (
+        {"initialization": "words", "init_text": words}
+        if words is not None
+        else {"initialization": cell.initialization}
+    )
 
 
 def _storage_dtype(config: StudyConfig, cell: Cell) -> str:
@@ -243,7 +249,7 @@ def shorten_config(values: Mapping[str, Any], steps: int, num_targets: int) -> d
 def _train(inputs: StudyInputs, cell: Cell, rate: float, folder: Path, *, is_short: bool = False) -> dict[str, Any]:
     """A cell's training (or a short try of it) in a folder, from where it stopped; returns its figures."""
     path = folder / _FIGURES_FILE
-    if path.exists():
+    if path.exists() and any((folder / name).exists() for name in (PREFIX_FILE, WEIGHTS_FILE)):
         figures = read_json_file(path)
         if figures.get("learning_rate", rate) == rate:
             return figures

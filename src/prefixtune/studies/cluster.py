@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.records import Event, OnEvent, Outcome
@@ -165,5 +166,7 @@ def _with_absolute_paths(config: StudyConfig) -> StudyConfig:
     def absolute(text: str) -> str:
         return str(Path(text).absolute()) if text and Path(text).exists() else text
 
-    data: dict[str, Any] = {name: absolute(getattr(config, name)) for name in ("data", "train", "dev", "test")}
+    # Of a set that is made, not read, these are names of parts.
+    names = () if TASKS[config.task].parts else ("data", "train", "dev", "test")
+    data: dict[str, Any] = {name: absolute(getattr(config, name)) for name in names}
     return config.replace(output=str(config.folder.absolute()), **data)

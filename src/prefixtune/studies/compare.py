@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -93,9 +94,10 @@ def compare_runs(
         `pairs`: of each run and its counterpart, on the whole test set and on its seen and unseen parts: the difference
         (the run less its counterpart), and the p-value of paired approximate randomization; None where outputs are
         missing. `points`: all repetitions of a point together: the mean difference, its standard error and 95 %
-        interval over them (Student's t), and the p-value of the mean; of a single run, that of its pair; None where all
-        differences are equal. `corrected_p_value` is by Holm's correction over all points that the study has on the
-        same part of the test set, done or not.
+        interval over the samples of the training set (Student's t; several seeds of a sample count once, by their
+        mean), or over the seeds of a single sample, and the p-value of the mean; of a single run, that of its pair;
+        None where all differences are equal. `corrected_p_value` is by Holm's correction over all points that the
+        study has on the same part of the test set, done or not.
     """
     settings = {"metric": metric, "test": METHOD, "samples": SAMPLES}
     is_comparable = before is not None and all(before.get(key) == value for key, value in settings.items())
@@ -107,7 +109,7 @@ def compare_runs(
         return _measure_outputs(folder / cell.id, metric, protocol)
 
     pairs: list[dict[str, Any]] = []
-    by_point: dict[_PairKey, list[dict[str, Any]]] = {}
+    by_point: dict[_PairKey, list[tuple[int, dict[str, Any]]]] = {}
     for cell, other in counterparts(config):
         if not {cell.id, other.id} <= set(done):
             continue
@@ -121,7 +123,9 @@ def compare_runs(
             if p_value is None:
                 p_value = _p_value(outputs_of(cell), outputs_of(other), part, (score, reference_score))
             pairs.append({**pair, "p_value": p_value})
-            by_point.setdefault((cell.group, other.group, part), []).append(pairs[-1])
+            # What is not trained has no sample of its own.
+            sample = (cell if cell.trains else other).subset
+            by_point.setdefault((cell.group, other.group, part), []).append((sample, pairs[-1]))
     points = [
         {"point": point, "reference": reference, "part": part, **_summary(repetitions)}
         for (point, reference, part), repetitions in by_point.items()
@@ -135,9 +139,11 @@ def compare_runs(
     return {**settings, "pairs": pairs, "points": points}
 
 
-def _summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(repetitions: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What pairs say together, each with the number of its sample of the training set."""
+    pairs = [pair for _, pair in repetitions]
     differences, p_values = ([pair[key] for pair in pairs] for key in ("difference", "p_value"))
-    found = mean_difference(differences)
+    found = mean_difference(_independent(repetitions))
     return {
         "num_runs": len(pairs),
         "differences": differences,
@@ -148,6 +154,15 @@ def _summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "p_value": p_values[0] if len(pairs) == 1 else found.p_value,
         "corrected_p_value": None,
     }
+
+
+def _independent(repetitions: Sequence[tuple[int, Mapping[str, Any]]]) -> list[float]:
+    """The differences that say nothing of each other: of each sample the mean over seeds; of a single one, each."""
+    by_sample: dict[int, list[float]] = {}
+    for sample, pair in repetitions:
+        by_sample.setdefault(sample, []).append(pair["difference"])
+    (first, *others) = by_sample.values()
+    return [statistics.fmean(values) for values in (first, *others)] if others else first
 
 
 def _key(pair: Mapping[str, Any]) -> _PairKey:

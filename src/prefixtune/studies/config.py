@@ -191,12 +191,15 @@ class StudyConfig(Config):
         tables = [("train_settings", self._shared_settings())]
         tables += [(f"train_settings.{self.base_method(name)}", self._method_settings(name)) for name in trained]
         faults = list(dict.fromkeys(fault for name, table in tables for fault in _setting_faults(name, table)))
+        if any("=" in str(table.get("sites", "")) for _, table in tables):
+            faults.append("train_settings.sites gives lengths, but lengths are those of the study")
         for key, value in self.train_settings.items():
             if key in METHODS and not isinstance(value, Mapping):
                 faults.append(f"train_settings.{key} is {value!r}, but must be a table")
         yield from ((("train_settings",), fault) for fault in faults)
-        yield from ((("variants",), fault) for fault in self._variant_faults())
-        if not faults and len({len(self.rates(method)) for method in trained}) > 1:
+        variant_faults = list(self._variant_faults())
+        yield from ((("variants",), fault) for fault in variant_faults)
+        if not (faults or variant_faults) and len({len(self.rates(method)) for method in trained}) > 1:
             yield (
                 ("learning_rates", "methods", "tries", "variants"),
                 "learning_rates gives methods different numbers of tries, but a comparison needs the same for each",
@@ -396,6 +399,13 @@ class StudyConfig(Config):
         name = named[-1].values["name"]
         # An unknown study has no values of its own; validation refuses it.
         own = next((kind.defaults for known, kind in STUDIES.items() if known == name), {})
+        given = [layer.values for layer in layers]
+        shared = [table for values in given if isinstance(table := values.get("train_settings"), Mapping)]
+        if any({"max_steps", "epochs"} & table.keys() for table in shared) and not any(
+            "steps_by_size" in values for values in given
+        ):
+            # The study's own would override what is written there.
+            own = {key: value for key, value in own.items() if key != "steps_by_size"}
         super()._fill([Layer(own), *(_check_study(layer, name) for layer in layers)])
 
 

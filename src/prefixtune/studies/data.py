@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import load_backbone
 from prefixtune.data import Example, read_task
 from prefixtune.errors import ConfigError, DataError
@@ -33,6 +34,14 @@ class SharedBackbone:
     def __init__(self, config: StudyConfig, backbone: Backbone | None = None) -> None:
         self._config, self._backbone, self._name = config, backbone, config.backbone
         self.is_preloaded = backbone is not None
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype that it has or will have."""
+        if self._backbone is not None:
+            return self._backbone.dtype_name
+        dtype = choose_dtype(self._config.dtype, choose_device(self._config.device))
+        return str(dtype).removeprefix("torch.")
 
     def choose(self, name: str) -> None:
         """Which one `get` returns from now on, where a study has several."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError, DataError, short_repr
+from prefixtune.evaluation.records import EVALUATION_FILE
 from prefixtune.studies.config import StudyConfig, training_defaults
 from prefixtune.studies.grid import Cell
 from prefixtune.studies.reductions import describe_reductions
@@ -28,7 +30,8 @@ __all__ = ["CellStatus", "Event", "EventKind", "OnEvent", "Outcome", "Provenance
 
 
 STUDY_FILE, CELL_FILE, COMPARISONS_FILE, ERROR_FILE = "study.json", "cell.json", "comparisons.json", "error.txt"
-_MAY_CHANGE = ("output", "budget", "keep_weights", "device", "data", "train", "dev", "test")
+_MAY_CHANGE = ("output", "budget", "keep_weights", "device", "dtype", "data", "train", "dev", "test")
+"""Of these, a dtype that `auto` chose is compared with what the runs were computed in."""
 _OLD_DEFAULTS = {"reparameterization": "residual"}
 """Of training, for a study whose file does not have them."""
 _HINT = "delete it, and run the study again."
@@ -245,8 +248,15 @@ def changed_settings(config: StudyConfig, stored: Mapping[str, Any]) -> list[str
     return [
         f"{key} was {before[key]!r}, is {now[key]!r}{reasons.get(key, '')}"
         for key in now
-        if before[key] != now[key] and key not in _MAY_CHANGE and not config.grows(before, key)
+        if before[key] != now[key]
+        and key not in _MAY_CHANGE
+        and not config.grows(before, key)
+        and not (key == "backbone" and _is_same_folder(before[key], now[key]))
     ]
+
+
+def _is_same_folder(first: str, second: str) -> bool:
+    return Path(first).is_dir() and Path(first).resolve() == Path(second).resolve()
 
 
 def _with_settings(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,6 +279,38 @@ def check_same_study(config: StudyConfig, stored: Mapping[str, Any]) -> None:
         )
 
 
+def check_same_dtype(config: StudyConfig, cells: Sequence[Cell], dtype: str) -> None:
+    """Refuse to mix, on another machine, what `auto` chose on two of them; a dtype that is named is meant.
+
+    Args:
+        config: The study.
+        cells: Of the study.
+        dtype: What this machine computes in.
+
+    Raises:
+        ConfigError: Runs that are done were computed in another dtype, and none was named.
+    """
+    others = [name for name in _dtypes(config, cells) if name != dtype]
+    if others and config.dtype == "auto":
+        raise ConfigError(
+            f"runs of the study in {str(config.folder)!r} were computed in {others[0]}, but this machine would compute "
+            f"in {dtype}.",
+            hint=f"go on with --dtype {others[0]}, or name --dtype {dtype} to have both in one study.",
+        )
+
+
+def _dtypes(config: StudyConfig, cells: Sequence[Cell]) -> Counter[str]:
+    """In which dtype how many of the runs that are done were computed."""
+    found: Counter[str] = Counter()
+    for cell in cells:
+        path = cell_folder(config, cell) / EVALUATION_FILE
+        if path.exists() and cell_status(config, cell) == "done":
+            settings = read_json_file(path).get("settings") or {}
+            found[str(settings.get("dtype", ""))] += 1
+    del found[""]
+    return found
+
+
 def write_study(
     config: StudyConfig, cells: Sequence[Cell], provenance: Provenance, *, is_over_budget: bool = False
 ) -> None:
@@ -283,6 +325,7 @@ def write_study(
         return
     task, kind, backbones = TASKS[config.task], config.kind, ", ".join(config.backbones) or config.backbone
     left = [cell.id for cell in cells if cell_status(config, cell) == "waiting"]
+    dtypes = _dtypes(config, cells)
     facts = {
         "kind": "study",
         "name": config.name,
@@ -293,7 +336,13 @@ def write_study(
         "axis": kind.axis,
         "metric": task.metrics[0],
         "budget_minutes": config.budget or None,
-        "cut": describe_reductions(config, left, len(cells), is_over_budget=is_over_budget),
+        "cut": [
+            *describe_reductions(config, left, len(cells), is_over_budget=is_over_budget),
+            *(
+                [f"computed in {' and '.join(f'{name} ({count} runs)' for name, count in dtypes.items())}"]
+                * (len(dtypes) > 1)
+            ),
+        ],
         "tuning": _read_all_tuning(config),
         "machine": describe_machine(),
         "versions": versions(),

@@ -31,6 +31,7 @@ from prefixtune.studies.records import (
     Provenance,
     cell_folder,
     cell_status,
+    check_same_dtype,
     check_same_study,
     chosen_rate,
     lock_path,
@@ -120,6 +121,7 @@ def _prepare(inputs: StudyInputs, cells: Sequence[Cell], command: str) -> Proven
     stored = read_study(config)
     if stored is not None:
         check_same_study(config, stored)
+        check_same_dtype(config, cells, inputs.backbone.dtype_name)
     left = [cell for cell in cells if cell_status(config, cell) != "done"]
     provenance = Provenance(command)
     if left:

@@ -70,6 +70,8 @@ def grid_faults(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with where a variant stands in the grid."""
     where, base = f"variants.{name}", base_method(str(values["method"]))
     lengths, start = variant_lengths(values), values.get("initialization", "task")
+    if ":" in str(values["method"]) and "method_size" in values:
+        yield f"{where} has method_size = {show_value(values['method_size'])} and the size of {values['method']!r}"
     if base in UNTRAINED:
         yield f"{where} has the method {base!r}, which trains nothing and has no variants"
     if base not in PREFIX_METHODS:

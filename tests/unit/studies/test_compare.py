@@ -51,6 +51,29 @@ def test_the_mean_difference_has_an_interval_over_the_samples(tmp_path: Path) ->
     assert full["p_value"] == pytest.approx(t_p_value(5.0, 2)) == pytest.approx(0.0377, abs=1e-4)
 
 
+def test_several_seeds_of_a_sample_count_once(tmp_path: Path) -> None:
+    config = StudyConfig(output=str(tmp_path / "study"), methods=("prefix", "full"), sizes=(9,), subsets=2, seeds=2)
+    make_folders(config)
+    # Of the first sample full fine-tuning is 1 and 3 ahead, of the second 4 and 4.
+    ahead = {("full", 0, 0): 1.0, ("full", 0, 1): 3.0, ("full", 1, 0): 4.0, ("full", 1, 1): 4.0}
+    for cell in plan(config):
+        score = 60.0 + ahead.get((cell.method, cell.subset, cell.seed), 0.0)
+        path = config.folder / "cells" / cell.id / "evaluation.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"num_examples": 6, "scores": {"bleu": {"score": score}}}), encoding="utf-8")
+        write_cell(config, cell, "done", {"learning_rate": 1e-3})
+    (point,) = compared(config)["points"]
+    assert sorted(point["differences"]) == [1.0, 3.0, 4.0, 4.0]
+    assert point["num_runs"] == 4
+    # Two samples, of means 2 and 4.
+    assert (point["mean"], point["standard_error"]) == pytest.approx((3.0, 1.0))
+    assert point["p_value"] == pytest.approx(t_p_value(3.0, 1))
+    # Seeds alone are all that a single sample has.
+    one = config.replace(subsets=1, output=str(tmp_path / "study"))
+    (alone,) = compared(one)["points"]
+    assert (alone["mean"], alone["standard_error"]) == pytest.approx((2.0, 1.0))
+
+
 def test_holm_corrects_among_the_comparisons_on_the_same_items(tmp_path: Path) -> None:
     points = compared(make_study(tmp_path / "study"))["points"]
     assert [point["part"] for point in points] == ["", "seen", "unseen", "", "seen", "unseen"]

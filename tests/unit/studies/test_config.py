@@ -301,10 +301,15 @@ def test_a_variant_has_its_methods_settings_and_its_own():
         ("mine", {"method": "prefix", "initialization": "example"}, "is 'example' (did you mean 'examples'?)"),
         ("mine", {"method": "prefix", "batch_sise": 3}, "unknown key 'variants.mine.batch_sise'"),
         ("mine", {"method": "prefix", "seed": 3}, "variants.mine has 'seed', which the study sets itself"),
+        ("mine", {"method": "prefix", "reparameterization": "mpl"}, "variants.mine.reparameterization is 'mpl'"),
+        ("mine", {"method": "prefix", "reparameterization": []}, "variants.mine.reparameterization"),
+        ("mine", {"method": "lora:4", "method_size": 8}, "method_size = 8 and the size of 'lora:4'"),
     ],
 )
 def test_a_wrong_variant_is_named(name: str, values: dict[str, Any], message: str):
     assert message in refusal(variants={name: values}, methods=["full"])
+    if name == "mine":
+        assert message in refusal(variants={name: values}, methods=["full", "mine"])
 
 
 def test_a_name_of_no_variant_is_refused():
@@ -326,3 +331,18 @@ def test_planning_needs_no_torch():
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_steps_in_the_settings_win_over_the_studys_own():
+    steps = StudyConfig(name="low-data").steps_by_size
+    assert steps
+    assert StudyConfig(name="low-data", train_settings={"max_steps": 60}).steps_by_size == {}
+    assert StudyConfig(name="low-data", train_settings={"epochs": 1}).steps_by_size == {}
+    assert StudyConfig(name="low-data", train_settings={"batch_size": 8}).steps_by_size == steps
+    both = StudyConfig(name="low-data", train_settings={"max_steps": 60}, steps_by_size={"50": 10})
+    assert both.steps_by_size == {"50": 10}
+
+
+def test_lengths_are_those_of_the_study_alone():
+    assert "sites gives lengths" in refusal(train_settings={"sites": "decoder=20"})
+    assert StudyConfig(train_settings={"sites": "decoder"}).train_settings["sites"] == "decoder"

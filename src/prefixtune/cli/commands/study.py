@@ -73,7 +73,7 @@ def study(options: StudyOptions) -> int:
         _print_outcome(console, outcome, len(cells))
     if outcome.failed and not outcome.done:
         raise ConfigError("every run of the study failed.", hint=next(iter(outcome.failed.values())))
-    return 0
+    return 1 if outcome.failed else 0
 
 
 def _print_plan(options: StudyOptions, config: StudyConfig, cells: Sequence[Cell]) -> None:
