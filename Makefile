@@ -188,6 +188,8 @@ translator: $(VENV)/.tested  ## a real encoder-decoder of 17M parameters into bu
 	$(BIN)/python -m tools.translator $(TRANSLATOR)
 
 studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 14 hours on two cores, and 9 for all of E2E at the end; goes on where it was)
+	@for folder in $(E2E) $(WEBNLG) $(SCITLDR) $(DART); do \
+		test -d "$$folder" || { echo "there is no $$folder: set E2E, WEBNLG, SCITLDR and DART to the folders of the data"; exit 2; }; done
 	$(BIN)/prefixtune prepare
 	$(BIN)/prefixtune study methods --config studies/methods.toml --data $(E2E) $(STUDY_ARGS)
 	$(BIN)/prefixtune study low-data --config studies/low_data.toml --data $(E2E) $(STUDY_ARGS)

@@ -16,10 +16,11 @@ from typing import Any
 from bench.results import FOLDER
 from prefixtune.report.results import Study
 from prefixtune.studies import StudyConfig, plan
-from prefixtune.studies.cell import build_train_config
+from prefixtune.studies.cell import build_train_config, clear_folder, read_rate
 from prefixtune.studies.data import StudyData
 from prefixtune.studies.lengths import LENGTH_FILE, study_lengths
 from prefixtune.studies.records import chosen_rate
+from prefixtune.training.folder import STATE_FILE
 from prefixtune.utils.files import write_text
 from tools.pages import ROOT
 from tools.study_tables import table
@@ -78,7 +79,11 @@ def main() -> None:
     train, dev = StudyData(config).for_cell(longest)
     run = build_train_config(config, longest, rate, folder, longest.num_targets)
     lengths = sorted({cell.prefix_length for cell in cells})
-    study_lengths(run, lengths=lengths, resume=(folder / "config.toml").exists(), examples=train, dev_examples=dev)
+    resume = (folder / STATE_FILE).exists() and read_rate(folder) == rate
+    if not resume:
+        # It was stopped before its first save, or is at a rate that is no longer the chosen one.
+        clear_folder(folder)
+    study_lengths(run, lengths=lengths, resume=resume, examples=train, dev_examples=dev)
     facts = json.loads((folder / LENGTH_FILE).read_text(encoding="utf-8"))
     kept = {key: facts[key] for key in ("backbone", "best", "chosen", "significance", "test", "num_sources", "lengths")}
     write_text(NESTED, json.dumps({**kept, "learning_rate": rate}, indent=1) + "\n")

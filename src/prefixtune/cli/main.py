@@ -1,7 +1,7 @@
 """The command line: parse, call the command, and print errors as one line with a hint.
 
-Exit codes: 0 success, 1 a failed check or a bug (with its traceback), 2 wrong use or input, 130 interrupted. With
-`--json` an error is one JSON object on stderr, and nothing else is written there.
+Exit codes: 0 success, 1 a failed check, job or run, or a bug (with its traceback), 2 wrong use or input, 130
+interrupted. With `--json` an error is one JSON object on stderr, and nothing else is written there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -139,7 +140,7 @@ def run(words: Sequence[str]) -> int:
     Raises:
         PrefixError: Wrong use or input.
     """
-    words = _join_stdin(words)
+    words = _join_values(words)
     function, bound, faults = _parse(build_app(words[0] if words else ""), words)
     if not hasattr(function, "options"):
         # --help, --version and shell completion are cyclopts' own.
@@ -154,18 +155,22 @@ def run(words: Sequence[str]) -> int:
 
 
 _DATA_OPTIONS = ("--train", "--dev", "--data", "--references", "--test")
+_NEGATIVE = re.compile(r"-[0-9.][0-9.,e+-]*")
 
 
-def _join_stdin(words: Sequence[str]) -> list[str]:
+def _join_values(words: Sequence[str]) -> list[str]:
     """The words with `--train=-` for `--train -`, which cyclopts takes for an option without a value.
 
-    >>> _join_stdin(["train", "--train", "-", "--seed", "1"])
+    >>> _join_values(["train", "--train", "-", "--seed", "1"])
     ['train', '--train=-', '--seed', '1']
+    >>> _join_values(["compose", "--weights", "-0.5,1.5"])
+    ['compose', '--weights=-0.5,1.5']
     """
     joined: list[str] = []
     for word in words:
-        if word == "-" and joined and joined[-1] in _DATA_OPTIONS:
-            joined[-1] += "=-"
+        last = joined[-1] if joined else ""
+        if (word == "-" and last in _DATA_OPTIONS) or (last == "--weights" and _NEGATIVE.fullmatch(word)):
+            joined[-1] += f"={word}"
         else:
             joined.append(word)
     return joined
@@ -179,7 +184,8 @@ def build_app(command: str = "") -> App:
         help_epilogue=None
         if command
         else "Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`. Mistakes "
-        "exit with 2, failed checks and bugs with 1; with --json a mistake is one JSON object on stderr.",
+        "exit with 2; failed checks, jobs and runs, and bugs with 1; with --json a mistake is one JSON object on "
+        "stderr.",
         version=f"prefixtune {__version__}",
         help_format="plaintext",
         group_parameters=Group("Options", sort_key=0),
@@ -289,13 +295,21 @@ def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
     unknown = [word.partition("=")[0] for word, is_option in zip(unused, options, strict=True) if is_option]
     # What follows an unknown option is its value; and what an option left out above had may be anywhere.
     values = [bool(faults) or after_option for after_option in [False, *options][: len(unused)]]
-    faults += [f"unknown option {word!r} ({function.options.suggest(word)})" for word in unknown]
+    faults += [f"unknown option {word!r} ({_suggest(function, word)})" for word in unknown]
     faults += [
         f"unexpected argument {word!r}"
         for word, is_option, is_value in zip(unused, options, values, strict=True)
         if not is_option and not is_value
     ]
     return function, bound, faults
+
+
+def _suggest(function: Any, word: str) -> str:
+    """What to write instead of an option that a command does not have."""
+    if " " in word:
+        return "a text that begins with - goes after --"
+    suggestion: str = function.options.suggest(word)
+    return suggestion
 
 
 def _without_values_of_switches(app: App, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -321,8 +335,8 @@ def _describe(error: CycloptsError) -> tuple[str, str | None]:
     match error:
         case UnknownOptionError():
             option = error.token.value.partition("=")[0]
-            options = getattr(error.target, "options", None)
-            return f"unknown option {option!r}{f' ({options.suggest(option)})' if options else ''}", option
+            has_options = hasattr(error.target, "options")
+            return f"unknown option {option!r}{f' ({_suggest(error.target, option)})' if has_options else ''}", option
         case ConsumeMultipleError() if error.max_allowed is not None and error.actual_count > error.max_allowed:
             return f"unexpected argument {error.tokens_so_far[error.max_allowed]!r}", None
         case MissingArgumentError() if error.argument is not None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.config import CommaList, option_group
 
@@ -32,7 +34,7 @@ class DistillConfig(TrainConfig):
     unused: ClassVar[frozenset[str]] = frozenset(
         {"method", "method_size", "train", "dev", "dev_limit", "patience", "classifier", "label_words", "shard"}
         | {"train_adapter", "adapter_rank", "init_examples", "example_choice", "example_attention", "leave_one_out"}
-        | {"hold_out", "compact_examples", "data_cache", "chat_template", "system"}
+        | {"hold_out", "compact_examples", "data_cache", "chat_template", "system", "report_examples"}
     )
     """Fields of `TrainConfig` that mean nothing here."""
     other_names: ClassVar[dict[str, str]] = {
@@ -76,13 +78,25 @@ class DistillConfig(TrainConfig):
     answer_length: int = _teaching(64, ge=1, le=4096, description="most tokens of an answer that the teacher writes")
 
     prefix_length: int = _prefix(64, ge=1, description="P, the number of positions of the memory")
-    initialization: Literal["words", "text", "examples", "random", "prefix"] = _prefix(
+    initialization: Literal["words", "text", "random", "prefix"] = _prefix(  # type: ignore[assignment]
         "text",
         description="start from: text: the document's or the prompt's own keys and values, brought to P positions; "
         "words: the words of init_text, as for a teacher alone; random; another prefix",
     )
+    beside: str = _prefix(
+        "",
+        description="to be joined later: other prefixes stand beside this one at random while it trains: a file, a "
+        "folder of files or runs, or self (the other documents of the folder)",
+    )
     max_steps: int = _training(150, ge=0, description="optimizer steps; 0: those of the epochs")
     output: str = _output("runs/memory", description="folder of the run; of several documents: one folder in it each")
+    eval_every: int = _output(100, ge=0, description="store the prefix every N steps; 0: only at the end")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _imply(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A prefix implies a start from it."""
+        return {"initialization": "prefix", **values} if values.get("init_prefix") else values
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: what has to be learned, and what goes with it."""
@@ -109,8 +123,6 @@ class DistillConfig(TrainConfig):
             yield ("data", "prompt", "teacher"), "data is empty, but a prompt or a teacher needs inputs to answer"
         if not self.kinds:
             yield ("kinds",), "kinds names no kind of question"
-        if self.initialization == "examples":
-            yield ("initialization",), "initialization is 'examples', which `prefixtune train` can start from"
 
     def _useless(self) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         """Fields, whether they mean nothing in this run, and in what."""

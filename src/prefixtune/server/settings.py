@@ -146,7 +146,9 @@ class ServeConfig(Config):
     )
     header_timeout: _Seconds = _network(15.0, description="seconds that a client may take to send a request's header")
     keep_alive: _Seconds = _network(75.0, description="seconds that a connection may wait for its next request")
-    playground: bool = _network(True, description="serve a page to try things on, at /, and this interface, at /docs")
+    playground: bool = _network(
+        True, description="serve pages: to try things on, at /; to train, at /train; this interface, at /docs"
+    )
 
     num_slots: _Size = _engine(32, description="texts that are generated at once")
     max_length: _Number = _engine(

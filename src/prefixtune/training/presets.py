@@ -227,7 +227,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "paper-small-adapter": Preset(
-        "the paper's adapters with 0.1 % of the weights; those of `paper` have 3 %",
+        "the paper's runs of adapters with 0.1 % of the weights (those of `paper`: 3 %); their width is --method-size",
         {
             "e2e": {"adapter": _run(8e-5, 10, 5)},
             "webnlg": {"adapter": _run(5e-5, 10, 5)},

@@ -320,6 +320,8 @@ class Config(Table):
             # What `json_schema_extra` says is for the command line.
             for key in field.json_schema_extra if isinstance(field.json_schema_extra, dict) else ():
                 del schema["properties"][name][key]
+        for name in cls.unused:
+            del schema["properties"][name]
         for model in (schema, *schema.get("$defs", {}).values()):
             model["description"] = model["description"].partition("\n")[0]
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -88,8 +88,10 @@ def test_modes_with_numbers(folder: Path) -> None:
     files = "compose manual.safetensors mood.safetensors"
     assert main(f"{files} --mode average --output mean.safetensors".split()) == 0
     assert main(f"{files} --mode interpolate --weights 0.9,0.1 --output mix.safetensors".split()) == 0
+    assert main(f"{files} --mode interpolate --weights -0.5,1.5 --output beyond.safetensors".split()) == 0
     assert main(f"{files} --mode difference --start mood.safetensors --output same.safetensors".split()) == 0
-    for name, weights in (("mean", (0.5, 0.5)), ("mix", (0.9, 0.1)), ("same", (1.0, 0.0))):
+    beyond = ("beyond", (-0.5, 1.5))
+    for name, weights in (("mean", (0.5, 0.5)), ("mix", (0.9, 0.1)), ("same", (1.0, 0.0)), beyond):
         tensors = zip(manual.tensors(), mood.tensors(), read_artifact(f"{name}.safetensors").tensors(), strict=True)
         assert all(torch.allclose(weights[0] * a + weights[1] * b, c, atol=1e-6) for a, b, c in tensors)
 

@@ -15,7 +15,7 @@ from command_line import call, run
 from prefixtune.errors import ConfigError
 from prefixtune.server.auth import hash_key
 
-NAMES = ("train", "generate", "classify", "study", "serve", "worker", "engine")
+NAMES = ("train", "distill", "generate", "classify", "study", "serve", "worker", "engine")
 STUDIES = sorted((Path(__file__).resolve().parents[3] / "studies").glob("*.toml"))
 SERVE = f"""
 #:schema serve.schema.json
@@ -77,6 +77,12 @@ def test_a_schema_accepts_a_correct_file_and_names_what_is_wrong() -> None:
         ("hash =", "hahs =", "$.keys.alice"),
     ):
         assert path in faults("serve", SERVE.replace(right, wrong)), wrong
+
+
+def test_a_schema_has_no_key_that_is_refused() -> None:
+    properties = schema_of("distill")["properties"]
+    assert "examples" not in properties["initialization"]["enum"]
+    assert not {"method", "train", "hold_out", "report_examples"} & properties.keys()
 
 
 def test_a_schema_is_written_to_a_file(tmp_path: Path) -> None:

@@ -100,6 +100,12 @@ def test_a_text_is_taken_as_typed_and_escapes_are_read_when_asked_for(
     assert as_typed != read, "the texts must differ for the model"
 
 
+def test_a_text_that_begins_as_an_option_goes_after_two_hyphens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "- a point"]) == 2
+    assert "unknown option '- a point' (a text that begins with - goes after --)" in capsys.readouterr().err
+    assert main(["generate", "--print-config", "--", "- a point"]) == 0
+
+
 def test_joined_prefixes_are_those_of_the_composed_file(
     backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,3 +49,11 @@ def test_options_of_chats_are_refused_with_what_to_do_instead(
 ) -> None:
     with pytest.raises(ConfigError, match=f"distill does not use it: {instead}"):
         DistillConfig(data="inputs.jsonl", **of_prompt, **option)
+
+
+def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DistillConfig(data="inputs.jsonl", **of_prompt, initialization="examples")
+    assert "initialization is 'examples'" in caught.value.message
+    assert "prefix_length" not in caught.value.message
+    assert DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p").initialization == "prefix"

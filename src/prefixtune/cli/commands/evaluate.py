@@ -102,7 +102,6 @@ def evaluate(options: EvaluateOptions) -> int:
     """
     from prefixtune.data import TASKS, read_task, resolve_task
     from prefixtune.data.forms import describe_data
-    from prefixtune.data.labels import check_known, labels_in
     from prefixtune.evaluation.records import summarize, write_evaluation
     from prefixtune.utils.files import write_text
 
@@ -127,6 +126,7 @@ def evaluate(options: EvaluateOptions) -> int:
     examples = examples[: options.limit or None]
     if form is not None:
         console.info(describe_data(form, examples, options.data, first_row))
+    from prefixtune.data.labels import check_known, labels_in
     from prefixtune.evaluation.evaluate import check_examples, check_kind
 
     task = TASKS[name]
