@@ -62,10 +62,11 @@ def choosing_tables(studies: Mapping[str, Study], outputs: Mapping[str, Kept | N
 
 
 def _quality(studies: Mapping[str, Study]) -> str:
-    head = ["task and data", *(f"prefix less {name}" for name in ("LoRA of rank 4", "full fine-tuning", "few-shot"))]
+    names = "LoRA of rank 4", "full fine-tuning", "ten positions from words", "few-shot"
+    head = ["task and data", *(f"prefix less {name}" for name in names)]
     rows = []
     for q in QUESTIONS:
-        others = [rf"{LORA}-{q.size}", rf"full-{q.size}", "few-shot-all"]
+        others = [rf"{LORA}-{q.size}", rf"full-{q.size}", rf"prefix-words-{q.size}-P10-task", "few-shot-all"]
         prefix = rf"prefix.*-{q.size}-.*"
         claims = [Claim("", "", q.study, other, q.part, 0.0, q.scale, q.unit, prefix) for other in others]
         rows.append([q.text, *(_cell(claim, studies) for claim in claims)])
