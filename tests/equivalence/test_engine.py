@@ -20,6 +20,7 @@ from prefixtune.data.encoding import encode_prompts
 from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
+from prefixtune.engine.kv_cache import lazy_zeros
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.generate import generate
@@ -575,20 +576,18 @@ def test_memory_that_does_not_suffice_fails_the_text_that_needs_it(
     few = SamplingParams(max_new_tokens=4)
     small, long = Request(requests(llama)[3].prompt, None, few), Request(tuple(random_ids(100)), None, few)
     engine = Engine(llama, EngineConfig(num_slots=2))
-    zeros = torch.zeros
     made = 0
 
-    def scarce(*size: Any, **options: Any) -> torch.Tensor:
+    def scarce(*arguments: Any) -> torch.Tensor:
         nonlocal made
-        buffer = isinstance(size[0], tuple) and len(size[0]) == 4
-        made += buffer
+        made += 1
         # The first layers' buffers can still be made.
-        if buffer and made > 2:
+        if made > 2:
             raise MemoryError
-        return zeros(*size, **options)
+        return lazy_zeros(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "zeros", scarce)
+        patch.setattr("prefixtune.engine.kv_cache.lazy_zeros", scarce)
         (short,), (failed,) = engine.run([small, long])
     assert failed.finish_reason == "error"
     assert ids(short) == alone(llama, small), short.error

@@ -206,6 +206,13 @@ class Engine:
         return bool(self._sequences)
 
     @property
+    def max_cache_bytes(self) -> int:
+        """Memory of keys and values, in bytes, if texts of `max_length` are in all slots."""
+        runner = self.runner
+        caches = [runner.kv_cache, *([runner.encoder_cache.kv_cache] if runner.encoder_cache else [])]
+        return self.max_length * sum(cache.bytes_per_position for cache in caches)
+
+    @property
     def num_running(self) -> int:
         """Sequences that have a slot."""
         return len(self.scheduler.running)

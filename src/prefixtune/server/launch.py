@@ -124,6 +124,10 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
             max_waiting=8 * (config.num_slots + config.max_queue),
         ),
     )
+    console.info(
+        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, would take "
+        f"{engine.max_cache_bytes / 2**30:.1f} GiB of memory besides the model"
+    )
     # The engine may have replaced it, and then the first one can be freed.
     backbone = engine.backbone
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
