@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import DEFAULT_MAX_LENGTH, Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.addresses import TrustedProxies
 from prefixtune.server.auth import Keyring
@@ -58,7 +58,7 @@ class ServerState:
             config.model_id,
             int(self.started),
             max_joined=config.max_joined_prefixes,
-            max_length=worker.engine.max_length if worker else config.max_length or backbone.max_positions or 0,
+            max_length=worker.engine.max_length if worker else _max_length(config, backbone),
             is_open=self.keyring.is_open,
             finds_new=config.takes_jobs,
         )
@@ -110,3 +110,9 @@ class ServerState:
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         if self.training is not None:
             self.training.close()
+
+
+def _max_length(config: ServeConfig, backbone: Backbone) -> int:
+    """Most positions of a text, as an engine of the model would have them."""
+    limits = (config.max_length, backbone.max_positions)
+    return min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
