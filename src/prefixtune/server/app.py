@@ -96,7 +96,7 @@ def make_app(state: ServerState) -> FastAPI:
             allow_headers=("*",),
             expose_headers=_READABLE_HEADERS,
         )
-    app.add_middleware(Middleware, metrics=state.metrics, with_cors=bool(origins))
+    app.add_middleware(Middleware, metrics=state.metrics, open_requests=state.open_requests, with_cors=bool(origins))
     return app
 
 

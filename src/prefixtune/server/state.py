@@ -11,7 +11,7 @@ from prefixtune.engine.engine import DEFAULT_MAX_LENGTH, Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.addresses import TrustedProxies
 from prefixtune.server.auth import Keyring
-from prefixtune.server.limits import AddressLimit, Admission, FairLock, Limits, SharedCapacity
+from prefixtune.server.limits import AddressLimit, Admission, FairLock, Limits, OpenRequests, SharedCapacity
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.models.catalog import Catalog
 from prefixtune.server.models.store import PrefixStore
@@ -34,6 +34,7 @@ class ServerState:
         proxies: Whose `X-Forwarded-For` counts.
         address_limit: Requests at once of each address behind a proxy.
         pending_bytes: Memory for the bodies of all requests.
+        open_requests: Those that are being answered.
         admission: The texts that run or wait.
         limits: What one request may ask for.
         metrics: All metrics.
@@ -65,6 +66,7 @@ class ServerState:
         self.proxies = TrustedProxies(config.proxies)
         self.address_limit = AddressLimit(config.max_connections_per_address)
         self.pending_bytes = SharedCapacity(config.max_pending_mib * 2**20)
+        self.open_requests = OpenRequests()
         self.admission = Admission(config.num_slots, config.max_queue)
         self.limits = Limits(config.max_tokens, config.max_texts, config.max_joined_prefixes)
         self.draining = False
@@ -93,17 +95,17 @@ class ServerState:
         return self.worker.engine
 
     async def drain(self, seconds: float) -> bool:
-        """Accept no more requests, and wait until the running ones are done; False: some were not in time."""
+        """Accept no more work, and wait until all requests are answered; False: some were not in time."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
-                await self.admission.wait_until_idle()
+                await self.open_requests.wait_until_idle()
         except TimeoutError:
             return False
         return True
 
     def close(self) -> None:
-        """Stop the engine; what still runs is cancelled."""
+        """Stop the engine and the checks of files; what still runs is cancelled."""
         if self._worker is not None:
             self._worker.close()
         self.catalog.close()
