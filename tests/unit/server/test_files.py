@@ -18,6 +18,7 @@ import pytest
 
 from asgi_client import Response, bearer, send
 from openai_client import ask
+from prefixtune.jobs import file_check
 from prefixtune.jobs.files import Upload
 from prefixtune.server import training
 from prefixtune.server.auth import hash_key
@@ -364,3 +365,25 @@ def test_previews_of_what_has_no_examples(app: Any) -> None:
     assert "at least two labels" in one_label["cuts"]
     labels = preview(app, b"text,label\ngood,yes\nbad,no\n", "labels.csv")
     assert labels["parts"][0]["text"]
+
+
+def test_a_check_that_takes_long_does_not_delay_the_end(
+    make_server: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
+    mark = tmp_path / "begun"
+    monkeypatch.setattr(file_check, "_COMMAND", f"open({str(mark)!r}, 'w'); import time; time.sleep(60)")
+    app, state = make_server()
+
+    def close() -> None:
+        while not mark.exists():
+            time.sleep(0.01)
+        state.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    # Where the purpose comes last, the check begins when the file is complete.
+    response = post(app, FILE + PURPOSE + END)
+    closing.join()
+    assert (response.status, response.code) == (503, "stopped")
+    assert stored(tmp_path) == []

@@ -237,7 +237,7 @@ def _limits(context: RequestContext, training: Training) -> FileLimits:
 
 
 def _refusal(code: str, message: str) -> ApiError:
-    statuses = {"empty_file": 400, "file_too_large": 413, "no_room": 413}
+    statuses = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "stopped": 503}
     return ApiError(statuses.get(code, 403), message, code=code, param="file")
 
 
