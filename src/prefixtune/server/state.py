@@ -16,9 +16,14 @@ from prefixtune.server.metrics import Metrics
 from prefixtune.server.models.catalog import Catalog
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.settings import ServeConfig
+from prefixtune.server.threads import FairThreads
 from prefixtune.server.training import Training
 
 __all__ = ["ServerState"]
+
+
+_RESPONSE_THREADS = 4
+"""Large responses that are written at once, of which one tenant has half."""
 
 
 class ServerState:
@@ -41,6 +46,8 @@ class ServerState:
         training: Files and jobs; None: this server takes none.
         tokenizer_thread: Where texts are tokenized, one at a time.
         tokenizer_lock: Whose turn it is there.
+        classify_lock: Whose texts the engine's thread classifies next.
+        response_threads: Where large responses are written.
         draining: Whether the server is shutting down.
         folder_error: Why the last reload of the folder failed; names no path, as everybody may read it.
         started: When the server started, in seconds since 1970.
@@ -82,6 +89,8 @@ class ServerState:
         # One thread: tokenizers keep settings that several threads would overwrite.
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
         self.tokenizer_lock = FairLock()
+        self.classify_lock = FairLock()
+        self.response_threads = FairThreads(_RESPONSE_THREADS, "prefixtune-responses")
 
     @property
     def worker(self) -> EngineWorker:
@@ -110,6 +119,7 @@ class ServerState:
             self._worker.close()
         self.catalog.close()
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        self.response_threads.close()
         if self.training is not None:
             self.training.close()
 
