@@ -27,6 +27,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.sampling.detokenizer import Detokenizer
 from zoo import make_model
 
 NEW = 10
@@ -382,10 +383,12 @@ def test_a_seed_gives_one_text_whatever_runs_beside(options: dict[str, Any], lla
     assert ids(Engine(llama).run([other])[0][0]) not in lonely
 
 
+@pytest.mark.parametrize("new", [0, 1, NEW])
 def test_texts_of_one_request_compute_its_prompt_once(
-    llama: Backbone, random_ids: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
+    new: int, llama: Backbone, random_ids: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    rules = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW, temperature=1.0, seed=3)
+    scored = None if new else 0
+    rules = SamplingParams(max_new_tokens=new, min_new_tokens=new, temperature=1.0, seed=3, prompt_logprobs=scored)
     prefix = random_prefix(llama, 5, 5).detach()
     prompt = tuple(random_ids(40, 40))
 
@@ -409,9 +412,9 @@ def test_texts_of_one_request_compute_its_prompt_once(
     (one,), once = computed(1)
     several, together = computed(4)
     assert several[0] == one
-    assert len({tuple(text) for text in several}) == 4
+    assert len({tuple(text) for text in several}) == 4 or new < NEW
     # Of each further text: the prompt's last token and all that it writes but the last.
-    assert together - once == 3 * NEW
+    assert together - once == 3 * max(1, new)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -520,6 +523,27 @@ def test_a_step_that_fails_ends_its_texts_and_no_others(
     assert all(found[number][0].error == "RuntimeError: out of luck" for number in failed)
     for number in set(range(len(asked))) - set(failed):
         assert ids(found[number][0]) == alone(llama, asked[number])
+
+
+def test_a_text_whose_token_cannot_be_decoded_fails_alone(
+    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
+):
+    asked = requests(llama)
+    add = Detokenizer.add
+    bad = asked[0]
+
+    def decode(self: Detokenizer, *tokens: int) -> str:
+        sequences = engine.scheduler.running
+        if any(one.detokenizer is self and one.request is bad and one.num_new_tokens == 2 for one in sequences):
+            raise ValueError("no such token")
+        return add(self, *tokens)
+
+    monkeypatch.setattr(Detokenizer, "add", decode)
+    engine = Engine(llama, EngineConfig(num_slots=3))
+    found = engine.run(asked)
+    assert found[0][0].error == "ValueError: no such token"
+    for request, (output,) in zip(asked[1:], found[1:], strict=True):
+        assert ids(output) == alone(llama, request)
 
 
 def broken(prefix: Prefix, value: float) -> Prefix:
