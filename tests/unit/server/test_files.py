@@ -19,7 +19,7 @@ import pytest
 from asgi_client import Response, bearer, send
 from openai_client import ask
 from prefixtune.jobs import file_check
-from prefixtune.jobs.files import Upload
+from prefixtune.jobs.files import FileStore, Upload
 from prefixtune.server import training
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
@@ -352,6 +352,25 @@ def test_a_preview_of_very_long_conversations(make_server: Callable[..., Any], m
     alone = preview(app, data.splitlines()[0], "chats.jsonl")
     assert alone["cuts"] == "The conversations are too long to be measured here."
     assert len(alone["examples"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "purpose"), [(ROWS, "rows.jsonl", "fine-tune"), (b"Owls fly.", "owls.txt", "document")]
+)
+def test_a_preview_of_a_file_that_is_deleted_meanwhile(
+    data: bytes, name: str, purpose: str, app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = FileStore.get
+
+    def get_and_delete(store: FileStore, *asked: Any) -> Any:
+        stored = get(store, *asked)
+        store.delete(*asked)
+        return stored
+
+    made = post(app, part("purpose", purpose.encode()) + part("file", data, filename=name) + END).json
+    monkeypatch.setattr(FileStore, "get", get_and_delete)
+    response = asyncio.run(send(app, "GET", f"/v1/files/{made['id']}/preview"))
+    assert (response.status, response.code) == (404, "file_not_found")
 
 
 def test_previews_of_what_has_no_examples(app: Any) -> None:

@@ -281,6 +281,19 @@ def test_events_are_streamed_until_the_job_stands_still(make_server: Callable[..
     assert [json.loads(one)["message"] for one in rest] == ["step 2", "last"]
 
 
+def test_events_after_one_that_is_not_there_are_refused(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state))
+
+    async def get(query: str) -> Any:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
+            return await client.get(f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?{query}", timeout=5)
+
+    for query in ("after=nothing", "after=nothing&stream=true"):
+        response = asyncio.run(get(query))
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "after")
+
+
 def test_too_many_streams_are_refused(make_server: Callable[..., Any]) -> None:
     app, state = make_server()
     job = create(app, upload(state))
