@@ -20,12 +20,14 @@ from prefixtune.data.encoding import encode_prompts
 from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
+from prefixtune.engine.kv_cache import lazy_zeros
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.generate import generate
 from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.sampling.detokenizer import Detokenizer
 from zoo import make_model
 
 NEW = 10
@@ -381,10 +383,12 @@ def test_a_seed_gives_one_text_whatever_runs_beside(options: dict[str, Any], lla
     assert ids(Engine(llama).run([other])[0][0]) not in lonely
 
 
+@pytest.mark.parametrize("new", [0, 1, NEW])
 def test_texts_of_one_request_compute_its_prompt_once(
-    llama: Backbone, random_ids: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
+    new: int, llama: Backbone, random_ids: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    rules = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW, temperature=1.0, seed=3)
+    scored = None if new else 0
+    rules = SamplingParams(max_new_tokens=new, min_new_tokens=new, temperature=1.0, seed=3, prompt_logprobs=scored)
     prefix = random_prefix(llama, 5, 5).detach()
     prompt = tuple(random_ids(40, 40))
 
@@ -408,9 +412,9 @@ def test_texts_of_one_request_compute_its_prompt_once(
     (one,), once = computed(1)
     several, together = computed(4)
     assert several[0] == one
-    assert len({tuple(text) for text in several}) == 4
+    assert len({tuple(text) for text in several}) == 4 or new < NEW
     # Of each further text: the prompt's last token and all that it writes but the last.
-    assert together - once == 3 * NEW
+    assert together - once == 3 * max(1, new)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -521,6 +525,27 @@ def test_a_step_that_fails_ends_its_texts_and_no_others(
         assert ids(found[number][0]) == alone(llama, asked[number])
 
 
+def test_a_text_whose_token_cannot_be_decoded_fails_alone(
+    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
+):
+    asked = requests(llama)
+    add = Detokenizer.add
+    bad = asked[0]
+
+    def decode(self: Detokenizer, *tokens: int) -> str:
+        sequences = engine.scheduler.running
+        if any(one.detokenizer is self and one.request is bad and one.num_new_tokens == 2 for one in sequences):
+            raise ValueError("no such token")
+        return add(self, *tokens)
+
+    monkeypatch.setattr(Detokenizer, "add", decode)
+    engine = Engine(llama, EngineConfig(num_slots=3))
+    found = engine.run(asked)
+    assert found[0][0].error == "ValueError: no such token"
+    for request, (output,) in zip(asked[1:], found[1:], strict=True):
+        assert ids(output) == alone(llama, request)
+
+
 def broken(prefix: Prefix, value: float) -> Prefix:
     layers = [(key.clone(), part.clone()) for key, part in prefix.layers["decoder"]]
     layers[1][0][0, 0] = value
@@ -575,20 +600,18 @@ def test_memory_that_does_not_suffice_fails_the_text_that_needs_it(
     few = SamplingParams(max_new_tokens=4)
     small, long = Request(requests(llama)[3].prompt, None, few), Request(tuple(random_ids(100)), None, few)
     engine = Engine(llama, EngineConfig(num_slots=2))
-    zeros = torch.zeros
     made = 0
 
-    def scarce(*size: Any, **options: Any) -> torch.Tensor:
+    def scarce(*arguments: Any) -> torch.Tensor:
         nonlocal made
-        buffer = isinstance(size[0], tuple) and len(size[0]) == 4
-        made += buffer
+        made += 1
         # The first layers' buffers can still be made.
-        if buffer and made > 2:
+        if made > 2:
             raise MemoryError
-        return zeros(*size, **options)
+        return lazy_zeros(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "zeros", scarce)
+        patch.setattr("prefixtune.engine.kv_cache.lazy_zeros", scarce)
         (short,), (failed,) = engine.run([small, long])
     assert failed.finish_reason == "error"
     assert ids(short) == alone(llama, small), short.error

@@ -206,6 +206,13 @@ class Engine:
         return bool(self._sequences)
 
     @property
+    def max_cache_bytes(self) -> int:
+        """Memory of keys and values, in bytes, if texts of `max_length` are in all slots."""
+        runner = self.runner
+        caches = [runner.kv_cache, *([runner.encoder_cache.kv_cache] if runner.encoder_cache else [])]
+        return self.max_length * sum(cache.bytes_per_position for cache in caches)
+
+    @property
     def num_running(self) -> int:
         """Sequences that have a slot."""
         return len(self.scheduler.running)
@@ -264,9 +271,8 @@ class Engine:
         with self._lock:
             to_encode = self.scheduler.sequences_to_encode()
         self._encode(to_encode, outputs)
+        self._share_prompts()
         with self._lock:
-            for sequence, computed in self.scheduler.shared_prompts():
-                self.runner.share_prompt(sequence, computed)
             decodes, prefills = self.scheduler.schedule()
         decodes = self._try_each(decodes, self.runner.reserve, outputs)
         prefills = self._try_each(prefills, self.runner.reserve, outputs)
@@ -284,6 +290,8 @@ class Engine:
         ended = [work.sequence for work in scheduled if work.is_last and not work.needs_logits]
         for work in scheduled:
             work.sequence.num_computed_tokens += work.num_tokens
+        # Before one ends whose prompt the others of its request need.
+        self._share_prompts()
         outputs += [self._finish(sequence, "error", error=NOT_FINITE) for sequence in broken]
         outputs += [self._finish(sequence, "length") for sequence in ended if sequence not in broken]
         pairs = zip(sampled, tokens, strict=True)
@@ -298,6 +306,12 @@ class Engine:
         except Exception:
             self._try_each(sequences, lambda sequence: self.runner.encode([sequence]), outputs)
 
+    def _share_prompts(self) -> None:
+        """Let sequences have what was computed of their prompt for another one of their request."""
+        with self._lock:
+            for sequence, computed in self.scheduler.shared_prompts():
+                self.runner.share_prompt(sequence, computed)
+
     def _try_each(self, items: Sequence[S], action: Callable[[S], None], outputs: list[SequenceOutput]) -> list[S]:
         """Do something for each sequence; one for which it fails ends. Returns the others."""
         done = []
@@ -310,7 +324,14 @@ class Engine:
         return done
 
     def _append(self, sequence: TokenSequence, token: Token | str) -> SequenceOutput:
-        """Append a sampled token to its sequence; a string says why there is none."""
+        """Append a sampled token to its sequence, which ends if that fails; a string says why there is none."""
+        try:
+            return self._extend(sequence, token)
+        except Exception as error:
+            return self._fail(sequence, error)
+
+    def _extend(self, sequence: TokenSequence, token: Token | str) -> SequenceOutput:
+        """As `_append`, but raises what fails."""
         text = sequence.detokenizer
         if isinstance(token, str):
             return self._finish(sequence, "error", error=token)

@@ -3,10 +3,16 @@
 A prefix is copied into a slot's first positions, and the sequence's tokens follow; or it is read where it is, by all
 sequences that have it, and a slot has their tokens alone. A freed slot is wiped: its old content must not reach another
 sequence, not even as NaN behind a mask.
+
+All slots are as long as the longest text needed so far. On a CPU that costs little: positions that were never written
+take no memory.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +24,7 @@ from prefixtune.errors import RequestError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["UNBOUNDED", "KVCache"]
+__all__ = ["UNBOUNDED", "KVCache", "lazy_zeros"]
 
 
 UNBOUNDED = 2**31
@@ -80,14 +86,22 @@ class KVCache:
         for dim, buffers in (("key_dim", self.keys), ("value_dim", self.values)):
             for layer, shape in enumerate(self.shapes):
                 size = (self.num_slots, shape.num_kv_heads, new, getattr(shape, dim))
-                # Zeros, not `empty`: masked values must be finite.
-                buffer = torch.zeros(size, dtype=self.dtype, device=self.device)
+                buffer = lazy_zeros(size, self.dtype, self.device)
                 if old:
-                    buffer[:, :, :old] = buffers[layer][:, :, :old]
+                    self._copy_used(buffers[layer], buffer, old)
                     buffers[layer] = buffer
                 else:
                     buffers.append(buffer)
         self.capacity = new
+
+    def _copy_used(self, source: Float[Tensor, "S H C D"], target: Float[Tensor, "S H C2 D"], length: int) -> None:
+        """Copy the first positions of all slots; on a CPU without the zeros of free ones, which take no memory."""
+        if self.device.type != "cpu":
+            target[:, :, :length] = source[:, :, :length]
+            return
+        for slot in range(self.num_slots):
+            if source[slot].any():
+                target[slot, :, :length] = source[slot, :, :length]
 
     def put(self, slot: int, prefix: Prefix) -> None:
         """Copy a prefix into a slot's first positions."""
@@ -109,5 +123,23 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the buffers, in bytes."""
+        """Size of the buffers, in bytes; on a CPU, they take memory only where they were written."""
         return sum(buffer.numel() * buffer.element_size() for buffer in (*self.keys, *self.values))
+
+    @property
+    def bytes_per_position(self) -> int:
+        """What one more position of every slot takes, in bytes."""
+        return self.num_slots * sum(shape.size for shape in self.shapes) * self.dtype.itemsize
+
+
+def lazy_zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not `empty`, as masked values must be finite; on a CPU, they take memory when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    num_bytes = math.prod(size) * dtype.itemsize
+    if sys.platform == "win32":
+        memory = mmap.mmap(-1, num_bytes)
+    else:
+        # A shared one would take memory where it is read, too.
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(*size)

@@ -166,7 +166,7 @@ class EncodedTexts:
 
     def predictions(self, scores: Float[Tensor, "at labels"]) -> list[Prediction]:
         """What the scores of all labels say of one text."""
-        return [_predict(row, self.labels.names) for row in scores]
+        return [_predict(row, self.labels.names) for row in scores.float().softmax(-1).tolist()]
 
 
 def encode_to_classify(
@@ -337,7 +337,6 @@ def _score_head(
     return prefix.head(hidden_states_at(backbone, prefix, collate(backbone, examples)))
 
 
-def _predict(scores: Float[Tensor, " labels"], names: Sequence[str]) -> Prediction:
-    probabilities = scores.float().softmax(-1).tolist()
+def _predict(probabilities: Sequence[float], names: Sequence[str]) -> Prediction:
     best = max(range(len(names)), key=probabilities.__getitem__)
     return Prediction(names[best], dict(zip(names, probabilities, strict=True)))

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ from prefixtune.data.parsing import json_list
 from prefixtune.data.streams import decode, unpack
 from prefixtune.errors import DataError, PrefixError
 from prefixtune.jobs.file_facts import FileReport, document_facts, read_facts
+from prefixtune.jobs.stored_file import FileRefusedError
 
 __all__ = ["FileCheck", "main"]
 
@@ -50,10 +52,11 @@ class FileCheck:
         path: The file.
         filename: What messages call it.
         ending: Of its format, as in `.jsonl.gz`; of a document any other.
+        stopped: Set when nobody waits for results any more.
     """
 
-    def __init__(self, path: Path, filename: str, ending: str) -> None:
-        self._path, self._filename, self._ending = path, filename, ending
+    def __init__(self, path: Path, filename: str, ending: str, stopped: threading.Event) -> None:
+        self._path, self._filename, self._ending, self._stopped = path, filename, ending, stopped
         self._process: subprocess.Popen[bytes] | None = None
 
     def note_size(self, size: int) -> None:
@@ -66,6 +69,7 @@ class FileCheck:
         """What the file holds; it grows no more. Blocks.
 
         Raises:
+            FileRefusedError: The check was stopped.
             PrefixError: It is wrong; the message names the row and no path.
         """
         size = self._path.stat().st_size
@@ -103,14 +107,8 @@ class FileCheck:
             process.stdin.flush()
 
     def _wait(self) -> FileReport:
-        assert self._process is not None
         try:
-            # The end of its input says that the file is complete.
-            output, _ = self._process.communicate(timeout=_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise DataError(
-                f"{self._filename} was not read within {_SECONDS:,.0f} seconds.", hint="split the file."
-            ) from None
+            output = self._output()
         finally:
             self.cancel()
         try:
@@ -122,6 +120,21 @@ class FileCheck:
         if "error" in found:
             raise DataError(found["error"]["message"], hint=found["error"]["hint"])
         return FileReport.model_validate(found)
+
+    def _output(self) -> bytes:
+        """What the process writes, when it is done."""
+        assert self._process is not None
+        end = time.monotonic() + _SECONDS
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # The end of its input says that the file is complete.
+                return self._process.communicate(timeout=_POLLING_SECONDS)[0]
+            if self._stopped.is_set():
+                raise FileRefusedError("stopped", f"{self._filename} was not read to its end.", hint="upload it again.")
+            if time.monotonic() > end:
+                raise DataError(
+                    f"{self._filename} was not read within {_SECONDS:,.0f} seconds.", hint="split the file."
+                )
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -67,6 +67,11 @@ class FileStore:
         self._folder = folder
         self._uploads: set[Upload] = set()
         self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """End the checks of uploads, which are refused then; from any thread."""
+        self._closed.set()
 
     def clear(self) -> int:
         """Remove what killed processes left; returns how many folders there were."""
@@ -103,6 +108,7 @@ class FileStore:
                 filename,
                 purpose,
                 limits,
+                stopped=self._closed,
                 kept_bytes=lambda upload: kept + self._bytes_of_others(upload),
                 publish=partial(self._publish, limits),
                 on_end=self._forget,

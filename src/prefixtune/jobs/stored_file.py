@@ -50,7 +50,7 @@ class FileRefusedError(RequestError):
     """A file is not taken.
 
     Attributes:
-        code: `empty_file`, `file_too_large`, `too_many_files` or `no_room`.
+        code: `empty_file`, `file_too_large`, `too_many_files`, `no_room` or `stopped`.
     """
 
     def __init__(self, code: str, message: str, *, hint: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -44,6 +45,7 @@ class Upload:
         filename: As its owner calls it.
         purpose: What it is for.
         limits: How much the owner may keep.
+        stopped: Set when checks are to end at once.
         kept_bytes: Bytes of the owner's other files and uploads.
         publish: Moves the complete file in a folder to its place.
         on_end: Called when nothing is written any more.
@@ -63,13 +65,14 @@ class Upload:
         purpose: Purpose | None,
         limits: FileLimits,
         *,
+        stopped: threading.Event,
         kept_bytes: Callable[[Upload], int],
         publish: Callable[[Path, StoredFile], object],
         on_end: Callable[[Upload], object],
     ) -> None:
         self.owner, self.size = owner, 0
         self.filename, self.purpose = filename, purpose
-        self._limits = limits
+        self._limits, self._stopped = limits, stopped
         self._kept_bytes, self._publish, self._on_end = kept_bytes, publish, on_end
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(work_folder(folder, UPLOAD_FOLDER)) / "file"
@@ -114,7 +117,7 @@ class Upload:
         A file whose content is wrong is kept too, so that its owner can read it, with the status `error`.
 
         Raises:
-            FileRefusedError: It is empty, or there is no room for it any more.
+            FileRefusedError: It is empty, there is no room for it any more, or its check was stopped.
             OSError: The disk is full, or fails.
         """
         with self:
@@ -159,7 +162,7 @@ class Upload:
         self._ending = _ending_of(self.filename, head, self.purpose)
         self._file = open(self._folder / f"data{self._ending}", "wb", buffering=0)  # noqa: SIM115  closed by `abort`
         if self.purpose == "fine-tune":
-            self._check = FileCheck(Path(self._file.name), self.filename, self._ending)
+            self._check = FileCheck(Path(self._file.name), self.filename, self._ending, self._stopped)
         self._append(head)
 
     def _append(self, chunk: bytes) -> None:
@@ -177,9 +180,11 @@ class Upload:
             if self.purpose == "document":
                 self._ending = _ending_of(self.filename, b"", "document")
                 path = path.rename(self._folder / f"data{self._ending}")
-            self._check = FileCheck(path, self.filename, self._ending)
+            self._check = FileCheck(path, self.filename, self._ending, self._stopped)
         try:
             report = self._check.result()
+        except FileRefusedError:
+            raise
         except PrefixError as error:
             hint = error.hint[:1].upper() + error.hint[1:]
             return {"status": "error", "status_details": f"{error.message} {hint}".strip()[:1000]}

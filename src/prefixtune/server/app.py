@@ -58,6 +58,11 @@ _ROUTERS = (
 )
 _ENGINE_ROUTERS = (completions.router, tasks.router, classify.router, health.engine_router)
 """What a server without an engine does not have."""
+_READABLE_HEADERS = (
+    *("retry-after", "x-request-id", "x-should-retry"),
+    *("x-prefixtune-cut-texts", "x-prefixtune-cut-tokens", "x-prefixtune-dropped-messages"),
+)
+"""What pages of other origins may read of a response."""
 ROUTES = [route for router in _ROUTERS for route in router.routes]
 """All routes, but for the playground's."""
 
@@ -87,10 +92,11 @@ def make_app(state: ServerState) -> FastAPI:
             CORSMiddleware,
             allow_origins=origins,
             allow_methods=("GET", "POST", "DELETE"),
-            allow_headers=("authorization", "content-type"),
-            expose_headers=("retry-after", "x-request-id"),
+            # Clients send many of their own, as OpenAI's: x-stainless-os, idempotency-key.
+            allow_headers=("*",),
+            expose_headers=_READABLE_HEADERS,
         )
-    app.add_middleware(Middleware, metrics=state.metrics, with_cors=bool(origins))
+    app.add_middleware(Middleware, metrics=state.metrics, open_requests=state.open_requests, with_cors=bool(origins))
     return app
 
 

@@ -39,7 +39,7 @@ class Connections:
         header_seconds: Time to send a request's header, from its first byte on; for the first request, from the
             connection on. Also for the rest of a body whose response has been sent.
         client_seconds: Time to read a piece of a response.
-        request_seconds: Time of a request in all, whatever happens.
+        request_seconds: Time of a request until its response begins, whatever happens. Streams end by themselves.
         proxies: The trusted proxies.
     """
 
@@ -155,6 +155,11 @@ class Connection(H11Protocol):
         """Whether a request is being answered."""
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def _is_responding(self) -> bool:
+        """Whether the response has begun."""
+        return self._busy and self.cycle.response_started
+
     def data_received(self, data: bytes) -> None:
         """Bytes of a header or a body arrived."""
         if self._header_since is None and not self._busy:
@@ -197,7 +202,7 @@ class Connection(H11Protocol):
             self._closing_since = now
         return (
             _longer(now, self._header_since, limits.header_seconds)
-            or _longer(now, self._request_since, limits.request_seconds)
+            or (not self._is_responding and _longer(now, self._request_since, limits.request_seconds))
             or _longer(now, self._stalled_since, limits.client_seconds)
             or _longer(now, self._closing_since, limits.client_seconds)
         )

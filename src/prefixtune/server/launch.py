@@ -124,6 +124,10 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
             max_waiting=8 * (config.num_slots + config.max_queue),
         ),
     )
+    console.info(
+        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, would take "
+        f"{engine.max_cache_bytes / 2**30:.1f} GiB of memory besides the model"
+    )
     # The engine may have replaced it, and then the first one can be freed.
     backbone = engine.backbone
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
@@ -286,11 +290,16 @@ class GracefulServer(uvicorn.Server):
 
     async def _stop(self) -> None:
         state = self.state
-        log("draining", texts=state.admission.texts)
+        log("draining", requests=state.open_requests.count, texts=state.admission.texts)
         if self.training_worker is not None:
             self.training_worker.begin_stop()
         if not await state.drain(state.config.drain_seconds):
-            log("gave_up", level=logging.WARNING, texts=state.admission.texts)
+            log(
+                "gave_up",
+                level=logging.WARNING,
+                requests=state.open_requests.count,
+                texts=state.admission.texts,
+            )
             await asyncio.to_thread(state.close)
             # The responses of the cancelled requests are still sent.
             await state.drain(_FLUSH_SECONDS)

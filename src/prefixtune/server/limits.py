@@ -16,6 +16,7 @@ __all__ = [
     "Admission",
     "FairLock",
     "Limits",
+    "OpenRequests",
     "QueueFull",
     "RateLimited",
     "RequestLimit",
@@ -221,8 +222,33 @@ class FairLock:
                 return
 
 
+class OpenRequests:
+    """Counts the requests that are being answered, whatever they wait for, and knows when all have ended."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request while the block runs."""
+        self.count += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.count -= 1
+            if not self.count:
+                self._idle.set()
+
+    async def wait_until_idle(self) -> None:
+        """Wait until no request is being answered."""
+        await self._idle.wait()
+
+
 class Admission:
-    """The queue's limit: bounds the texts that run or wait, shares the room fairly, and knows when all have ended.
+    """The queue's limit: bounds the texts that run or wait, and shares the room fairly.
 
     Args:
         num_slots: Texts that run at once.
@@ -233,8 +259,6 @@ class Admission:
         self.num_slots = num_slots
         self._capacity = SharedCapacity(num_slots + max_queue)
         self._seconds_per_request = 1.0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def texts(self) -> int:
@@ -253,16 +277,9 @@ class Admission:
             rounds = self.texts / self.num_slots
             retry_after = min(60.0, max(1.0, rounds * self._seconds_per_request))
             raise QueueFull(f"{self.texts} texts run or wait already", retry_after)
-        self._idle.clear()
         started = time.monotonic()
         try:
             with self._capacity.hold(texts, tenant):
                 yield
         finally:
             self._seconds_per_request += 0.1 * (time.monotonic() - started - self._seconds_per_request)
-            if not self.texts:
-                self._idle.set()
-
-    async def wait_until_idle(self) -> None:
-        """Wait until no text runs or waits."""
-        await self._idle.wait()

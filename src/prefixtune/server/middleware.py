@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prefixtune.server.limits import OpenRequests
 from prefixtune.server.logs import log
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.responses import ApiError
@@ -40,11 +41,12 @@ class Middleware:
     Args:
         app: The application.
         metrics: Counts every request.
+        open_requests: Those that are being answered.
         with_cors: Whether pages of other origins may read the responses.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, with_cors: bool = False) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, open_requests: OpenRequests, *, with_cors: bool = False) -> None:
+        self.app, self.metrics, self.open_requests = app, metrics, open_requests
         cors = {"cross-origin-resource-policy": "cross-origin"} if with_cors else {}
         self.headers = {**_SECURITY_HEADERS, **cors}
 
@@ -74,7 +76,7 @@ class Middleware:
 
         error: Exception | None = None
         try:
-            with self.metrics.open_requests.track_inprogress():
+            with self.open_requests.request(), self.metrics.open_requests.track_inprogress():
                 await self.app(app_scope, receive, send_with_headers)
         except ClientDisconnect:
             status = _CLIENT_CLOSED_REQUEST

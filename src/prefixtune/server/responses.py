@@ -81,8 +81,8 @@ def forbidden(message: str, code: str) -> ApiError:
 
 
 def not_found(what: str, name: str, known: list[str] | None = None) -> ApiError:
-    """404: there is no such thing; suggests the nearest name where `known` is not too long."""
-    hint = f" {capitalize(did_you_mean(name, known))}" if known and len(known) <= 50 else ""
+    """404: there is no such thing; suggests the nearest of the `known` names."""
+    hint = f" {capitalize(did_you_mean(name, known))}" if known else ""
     return ApiError(404, f"there is no {what} {name[:128]!r}.{hint}", code=f"{what.replace(' ', '_')}_not_found")
 
 

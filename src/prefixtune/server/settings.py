@@ -61,7 +61,10 @@ class KeyConfig(Config):
     )
     requests_per_minute: int = Field(default=0, ge=0, description="0: no limit")
     concurrent: int = Field(default=0, ge=0, description="requests at once; 0: no limit")
-    admin: bool = Field(default=False, description="may list, upload and delete prefixes, and read the metrics")
+    admin: bool = Field(
+        default=False,
+        description="may see, change and delete prefixes, files, jobs and results of all keys, and read the metrics",
+    )
     metrics: bool = Field(default=False, description="may read the metrics")
     train: bool = Field(default=True, description="may upload files and train")
     max_files: _Number = Field(default=100, description="most uploaded files that it keeps")

@@ -7,18 +7,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import DEFAULT_MAX_LENGTH, Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.addresses import TrustedProxies
 from prefixtune.server.auth import Keyring
-from prefixtune.server.limits import AddressLimit, Admission, FairLock, Limits, SharedCapacity
+from prefixtune.server.limits import AddressLimit, Admission, FairLock, Limits, OpenRequests, SharedCapacity
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.models.catalog import Catalog
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.settings import ServeConfig
+from prefixtune.server.threads import FairThreads
 from prefixtune.server.training import Training
 
 __all__ = ["ServerState"]
+
+
+_RESPONSE_THREADS = 4
+"""Large responses that are written at once, of which one tenant has half."""
 
 
 class ServerState:
@@ -34,12 +39,15 @@ class ServerState:
         proxies: Whose `X-Forwarded-For` counts.
         address_limit: Requests at once of each address behind a proxy.
         pending_bytes: Memory for the bodies of all requests.
+        open_requests: Those that are being answered.
         admission: The texts that run or wait.
         limits: What one request may ask for.
         metrics: All metrics.
         training: Files and jobs; None: this server takes none.
         tokenizer_thread: Where texts are tokenized, one at a time.
         tokenizer_lock: Whose turn it is there.
+        classify_lock: Whose texts the engine's thread classifies next.
+        response_threads: Where large responses are written.
         draining: Whether the server is shutting down.
         folder_error: Why the last reload of the folder failed; names no path, as everybody may read it.
         started: When the server started, in seconds since 1970.
@@ -58,13 +66,14 @@ class ServerState:
             config.model_id,
             int(self.started),
             max_joined=config.max_joined_prefixes,
-            max_length=worker.engine.max_length if worker else config.max_length or backbone.max_positions or 0,
+            max_length=worker.engine.max_length if worker else _max_length(config, backbone),
             is_open=self.keyring.is_open,
             finds_new=config.takes_jobs,
         )
         self.proxies = TrustedProxies(config.proxies)
         self.address_limit = AddressLimit(config.max_connections_per_address)
         self.pending_bytes = SharedCapacity(config.max_pending_mib * 2**20)
+        self.open_requests = OpenRequests()
         self.admission = Admission(config.num_slots, config.max_queue)
         self.limits = Limits(config.max_tokens, config.max_texts, config.max_joined_prefixes)
         self.draining = False
@@ -80,6 +89,8 @@ class ServerState:
         # One thread: tokenizers keep settings that several threads would overwrite.
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
         self.tokenizer_lock = FairLock()
+        self.classify_lock = FairLock()
+        self.response_threads = FairThreads(_RESPONSE_THREADS, "prefixtune-responses")
 
     @property
     def worker(self) -> EngineWorker:
@@ -93,20 +104,27 @@ class ServerState:
         return self.worker.engine
 
     async def drain(self, seconds: float) -> bool:
-        """Accept no more requests, and wait until the running ones are done; False: some were not in time."""
+        """Accept no more work, and wait until all requests are answered; False: some were not in time."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
-                await self.admission.wait_until_idle()
+                await self.open_requests.wait_until_idle()
         except TimeoutError:
             return False
         return True
 
     def close(self) -> None:
-        """Stop the engine; what still runs is cancelled."""
+        """Stop the engine and the checks of files; what still runs is cancelled."""
         if self._worker is not None:
             self._worker.close()
         self.catalog.close()
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        self.response_threads.close()
         if self.training is not None:
             self.training.close()
+
+
+def _max_length(config: ServeConfig, backbone: Backbone) -> int:
+    """Most positions of a text, as an engine of the model would have them."""
+    limits = (config.max_length, backbone.max_positions)
+    return min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)

@@ -230,7 +230,8 @@ class Training:
             log("audit_failed", level=logging.ERROR, reason=error.message)
 
     def close(self) -> None:
-        """Close the queue."""
+        """Close the queue, and end the checks of files, which may take minutes."""
+        self.files.close()
         for threads in (self._threads, self._readers, self._file_threads):
             threads.close()
         queue, self._queue = self._queue, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,3 +71,20 @@ def test_slots_grow_to_the_longest_text_and_no_further():
     assert cache.capacity == 300
     with pytest.raises(RequestError, match="301 positions"):
         cache.reserve(301)
+
+
+def test_a_long_text_takes_memory_for_itself_alone():
+    """Slots become as long as the longest text, in memory that only written positions take."""
+    cache = KVCache((LayerShape(4, 64, 64),), 32, 20_000, torch.float32, torch.device("cpu"))
+    process, mib = psutil.Process(), 2**20
+    cache.put(1, Prefix({"decoder": ((torch.ones(4, 200, 64), torch.ones(4, 200, 64)),)}))
+    before = process.memory_info().rss
+    cache.reserve(8_000)
+    cache.reserve(20_000)
+    cache.keys[0][0, :, :8_000] = 1.0
+    assert cache.num_bytes == 20_000 * cache.bytes_per_position > 1_000 * mib
+    assert process.memory_info().rss - before < 64 * mib
+    # What reads a free slot, behind a mask, takes none either.
+    assert not cache.values[0][2:12].any()
+    assert cache.keys[0][1, :, :200].all()
+    assert process.memory_info().rss - before < 64 * mib

@@ -153,6 +153,19 @@ def test_what_a_process_cannot_read_in_time_or_memory_is_an_error(put: Put, monk
     assert "could not be read to its end" in put(rows(100), "a.jsonl").status_details
 
 
+def test_checks_end_when_the_store_is_closed(
+    put: Put, store: FileStore, folder: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
+    monkeypatch.setattr(file_check, "_COMMAND", "import time; time.sleep(60)")
+    threading.Timer(0.2, store.close).start()
+    began = time.monotonic()
+    with pytest.raises(FileRefusedError) as caught:
+        put(rows(100), "rows.jsonl")
+    assert (caught.value.code, time.monotonic() - began < 20) == ("stopped", True)
+    assert [*folder.files_of("ann").iterdir()] == []
+
+
 def test_a_small_file_that_unpacks_to_gigabytes_is_refused_in_little_memory(put: Put) -> None:
     line = gzip.compress(b"x" * 2**20)
     # Members of gzip that follow each other are one file.

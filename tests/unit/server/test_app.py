@@ -22,6 +22,20 @@ def test_pages_of_other_origins_need_cors_origins(make_server: Callable[..., Any
     assert "access-control-allow-origin" not in response.headers
 
 
+def test_a_page_may_use_openais_client(make_server: Callable[..., Any]) -> None:
+    app, _ = make_server(cors_origins=("https://a.example",))
+    sent = "authorization,content-type,idempotency-key,x-stainless-os,x-stainless-retry-count"
+    headers = {
+        "origin": "https://a.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": sent,
+    }
+    response = asyncio.run(send(app, "OPTIONS", "/v1/chat/completions", headers=headers))
+    assert (response.status, response.headers["access-control-allow-headers"]) == (200, sent)
+    response = asyncio.run(send(app, "GET", "/v1/models", headers={"origin": "https://a.example"}))
+    assert "x-should-retry" in response.headers["access-control-expose-headers"]
+
+
 def test_the_openapi_document_has_every_route_and_no_other(make_server: Callable[..., Any]) -> None:
     for playground in (True, False):
         app, _ = make_server(playground=playground)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from asgi_client import send
 from prefixtune.backbone.prefixes import load_prefix, make_header
-from prefixtune.inference.classify import classify, tag
+from prefixtune.inference.classify import EncodedTexts, classify, tag
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Head, Prefix
 
@@ -189,6 +190,66 @@ def test_many_labels_are_scored_in_parts(server: Any, backbone: Any) -> None:
         assert item["probs"] == pytest.approx(list(prediction.probabilities.values()), abs=1e-5)
     assert len(sizes) > 50
     assert max(sizes) <= max(16, max(len(f" {text} ") for text in TEXTS[:2])) + 10
+
+
+def test_a_large_response_is_written_in_a_thread_of_its_own_and_bounded(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "tags", "input": TEXTS}
+    small = asyncio.run(send(server[0], "POST", "/classify", body)).json["data"]
+    threads: set[str] = set()
+    predictions = EncodedTexts.predictions
+
+    def noted(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name.rpartition("_")[0])
+        return predictions(*arguments)
+
+    monkeypatch.setattr(EncodedTexts, "predictions", noted)
+    monkeypatch.setattr("prefixtune.server.api.classify._FEW_PROBABILITIES", 10)
+    assert asyncio.run(send(server[0], "POST", "/classify", body)).json["data"] == small
+    assert threads == {"prefixtune-responses"}
+    # 14 words, each with two tags.
+    monkeypatch.setattr("prefixtune.server.api.classify._MOST_PROBABILITIES", 27)
+    response = asyncio.run(send(server[0], "POST", "/classify", body))
+    assert (response.status, response.code) == (400, "too_many_probabilities")
+    assert "28" in response.json["error"]["message"]
+
+
+def test_one_with_many_texts_delays_another_by_one_batch(server: Any) -> None:
+    app, state = server
+    done: list[int] = []
+    begun, release = threading.Event(), threading.Event()
+    call = state.worker.call
+
+    def called(work: Any) -> Any:
+        def noted(backbone: Any) -> Any:
+            begun.set()
+            assert release.wait(20)
+            done.append(1)
+            return work(backbone)
+
+        return call(noted)
+
+    state.worker.call = called
+
+    async def both() -> tuple[Any, int]:
+        many = {"model": "head", "input": TEXTS * 4}
+        greedy = [asyncio.ensure_future(send(app, "POST", "/classify", many, client="127.0.0.2")) for _ in range(6)]
+        assert await asyncio.to_thread(begun.wait, 20)
+        modest = asyncio.ensure_future(
+            send(app, "POST", "/classify", {"model": "head", "input": "x"}, client="127.0.0.3")
+        )
+        while state.admission.texts < 6 * 20 + 1:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        release.set()
+        response, batches = await modest, len(done)
+        await asyncio.gather(*greedy)
+        return response, batches
+
+    response, batches = asyncio.run(both())
+    assert response.status == 200
+    assert batches <= 4
 
 
 def test_a_text_is_at_most_as_long_as_the_server_allows(make_server: Callable[..., Any]) -> None:

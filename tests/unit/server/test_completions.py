@@ -130,6 +130,25 @@ def test_top_logprobs_are_decoded_outside_the_event_loop(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_tenants_share_the_threads_that_write_log_probabilities(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    app, state = make_server()
+    tenants: list[str] = []
+    run = state.response_threads.run
+
+    async def noted(tenant: str, work: Callable[[], Any]) -> Any:
+        tenants.append(tenant)
+        return await run(tenant, work)
+
+    monkeypatch.setattr(state.response_threads, "run", noted)
+    body = completion(model="tiny", max_tokens=1, echo=True, logprobs=2, stream=stream)
+    assert asyncio.run(send(app, "POST", "/v1/completions", body, client="127.0.0.2")).status == 200
+    assert asyncio.run(send(app, "GET", "/v1/models", client="127.0.0.3")).status == 200
+    assert tenants == ["127.0.0.2", "127.0.0.3"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_the_log_probabilities_of_a_response_are_bounded(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:

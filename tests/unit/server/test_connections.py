@@ -39,6 +39,37 @@ def test_connections_of_one_ipv6_network_count_together(proxies: tuple[str, ...]
     assert asyncio.run(connect()) == [False, False, limited]
 
 
+def test_a_response_that_has_begun_may_take_the_time_that_it_sets_itself() -> None:
+    """A slow client gets the time that it needs for all of a large file."""
+
+    async def serve() -> list[bool]:
+        begin, begun = asyncio.Event(), asyncio.Event()
+
+        async def app(_: Any, receive: Any, send: Any) -> None:
+            await begin.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"piece", "more_body": True})
+            begun.set()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        connections = Connections(10, 0, 15.0, 30.0, 600.0, TrustedProxies(()))
+        config = Config(app=app, log_config=None, lifespan="off")
+        config.load()
+        connection: Any = connections.protocol()(config, ServerState(), {})  # type: ignore[call-arg]
+        connection.connection_made(Transport(("127.0.0.1", 9)))
+        connection.data_received(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        later = asyncio.get_running_loop().time() + 700
+        overdue = [connection.is_overdue(later)]
+        begin.set()
+        await begun.wait()
+        overdue.append(connection.is_overdue(later))
+        connection.connection_lost(None)
+        return overdue
+
+    assert asyncio.run(serve()) == [True, False]
+
+
 class Transport(asyncio.Transport):
     """A socket of an address, which takes what is written."""
 

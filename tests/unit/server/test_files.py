@@ -18,7 +18,8 @@ import pytest
 
 from asgi_client import Response, bearer, send
 from openai_client import ask
-from prefixtune.jobs.files import Upload
+from prefixtune.jobs import file_check
+from prefixtune.jobs.files import FileStore, Upload
 from prefixtune.server import training
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
@@ -353,6 +354,25 @@ def test_a_preview_of_very_long_conversations(make_server: Callable[..., Any], m
     assert len(alone["examples"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("data", "name", "purpose"), [(ROWS, "rows.jsonl", "fine-tune"), (b"Owls fly.", "owls.txt", "document")]
+)
+def test_a_preview_of_a_file_that_is_deleted_meanwhile(
+    data: bytes, name: str, purpose: str, app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = FileStore.get
+
+    def get_and_delete(store: FileStore, *asked: Any) -> Any:
+        stored = get(store, *asked)
+        store.delete(*asked)
+        return stored
+
+    made = post(app, part("purpose", purpose.encode()) + part("file", data, filename=name) + END).json
+    monkeypatch.setattr(FileStore, "get", get_and_delete)
+    response = asyncio.run(send(app, "GET", f"/v1/files/{made['id']}/preview"))
+    assert (response.status, response.code) == (404, "file_not_found")
+
+
 def test_previews_of_what_has_no_examples(app: Any) -> None:
     text = preview(app, b"Owls fly at night. " * 50, "owls.txt", "document")
     assert text["examples"][0]["source"].startswith("Owls fly")
@@ -364,3 +384,25 @@ def test_previews_of_what_has_no_examples(app: Any) -> None:
     assert "at least two labels" in one_label["cuts"]
     labels = preview(app, b"text,label\ngood,yes\nbad,no\n", "labels.csv")
     assert labels["parts"][0]["text"]
+
+
+def test_a_check_that_takes_long_does_not_delay_the_end(
+    make_server: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
+    mark = tmp_path / "begun"
+    monkeypatch.setattr(file_check, "_COMMAND", f"open({str(mark)!r}, 'w'); import time; time.sleep(60)")
+    app, state = make_server()
+
+    def close() -> None:
+        while not mark.exists():
+            time.sleep(0.01)
+        state.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    # Where the purpose comes last, the check begins when the file is complete.
+    response = post(app, FILE + PURPOSE + END)
+    closing.join()
+    assert (response.status, response.code) == (503, "stopped")
+    assert stored(tmp_path) == []

@@ -281,6 +281,19 @@ def test_events_are_streamed_until_the_job_stands_still(make_server: Callable[..
     assert [json.loads(one)["message"] for one in rest] == ["step 2", "last"]
 
 
+def test_events_after_one_that_is_not_there_are_refused(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state))
+
+    async def get(query: str) -> Any:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
+            return await client.get(f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?{query}", timeout=5)
+
+    for query in ("after=nothing", "after=nothing&stream=true"):
+        response = asyncio.run(get(query))
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "after")
+
+
 def test_too_many_streams_are_refused(make_server: Callable[..., Any]) -> None:
     app, state = make_server()
     job = create(app, upload(state))
@@ -299,7 +312,7 @@ def test_a_document_becomes_a_job_of_its_own_kind(make_server: Callable[..., Any
     app, state = make_server()
     document = upload(state, DOCUMENT, "tower.md", "document")
     questions = upload(state, QUESTIONS, "questions.jsonl")
-    alone = create(app, document, own={"prefix_length": 8, "num_questions": 16})
+    alone = create(app, document, own={"prefix_length": 8, "num_questions": 16, "questions": "self"})
     assert (alone.training_file, alone.prefixtune["kind"]) == (document, "document")
     both = create(app, questions, own={"document": document})
     assert both.training_file == questions
@@ -445,6 +458,9 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"own": {"start": "words", "prefix_length": 0}}, 400, "prefixtune.prefix_length", None),
     ({"own": {"document": "file-" + "0" * 24}}, 404, "prefixtune.document", "file_not_found"),
     ({"validation_file": "file-" + "0" * 24}, 404, "validation_file", "file_not_found"),
+    # Only questions are made by the model.
+    ({"validation_file": "self"}, 404, "validation_file", "file_not_found"),
+    ({"own": {"document": "self"}}, 404, "prefixtune.document", "file_not_found"),
     ({"model": "none"}, 404, None, "model_not_found"),
 ]
 
@@ -493,6 +509,7 @@ def test_files_that_cannot_be_trained_on(make_server: Callable[..., Any]) -> Non
     assert refusal(app, good, own={"form": "label"}).param == "prefixtune.form"
     assert refusal(app, "file-" + "0" * 24).status_code == 404
     assert refusal(app, "x").status_code == 404
+    assert refusal(app, "self").status_code == 404
     assert left(state) == ([], [])
 
 

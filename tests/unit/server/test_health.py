@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from asgi_client import Response, bearer, completion, send
 from prefixtune.errors import PrefixError
+from prefixtune.jobs.files import FileStore
 from prefixtune.server.auth import hash_key
 from prefixtune.server.launch import watch_folder
 from prefixtune.server.settings import KeyConfig
@@ -37,6 +39,32 @@ def test_while_draining_only_running_requests_go_on(make_server: Callable[..., A
     assert (refused.status, refused.code) == (503, "draining")
     assert "retry-after" in refused.headers
     assert (alive.status, ready.status, in_time) == (200, 503, True)
+
+
+def test_a_request_that_is_not_admitted_yet_goes_on_while_draining(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    begun, release = threading.Event(), threading.Event()
+
+    def look_slowly(self: FileStore, *_: Any) -> list[Any]:
+        begun.set()
+        assert release.wait(20)
+        return []
+
+    monkeypatch.setattr(FileStore, "list", look_slowly)
+
+    async def drain() -> tuple[bool, Response, bool]:
+        running = asyncio.ensure_future(send(app, "GET", "/v1/files"))
+        assert await asyncio.to_thread(begun.wait, 20)
+        draining = asyncio.ensure_future(state.drain(20))
+        await asyncio.sleep(0.05)
+        waits = not draining.done()
+        release.set()
+        return waits, await running, await draining
+
+    waits, response, in_time = asyncio.run(drain())
+    assert (waits, response.status, in_time) == (True, 200, True)
 
 
 def test_status_hides_the_names_of_other_callers_models(make_server: Callable[..., Any]) -> None:

@@ -26,7 +26,7 @@ def test_the_first_signal_drains_and_the_second_ends_the_process(make_server: Ca
     async def signals() -> list[tuple[bool, bool, bool]]:
         seen = []
         server.loop = asyncio.get_running_loop()
-        with state.admission.admit(1):
+        with state.open_requests.request():
             for _ in range(2):
                 server.handle_exit(signal.SIGTERM, None)
                 await asyncio.sleep(0.01)

@@ -101,3 +101,22 @@ def test_to_look_at_joined_prefixes_counts_as_a_request(make_server: Callable[..
         return asyncio.run(send(app, "GET", path.format(name), headers=bearer("ann"))).status
 
     assert [look(name) for name in ("a", "a", "a+b", "b", "b+a")] == [200, 200, 200, 200, 429]
+
+
+def test_among_many_names_no_similar_one_is_looked_for(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take milliseconds for thousands of names, in which no stream goes on."""
+    app, state = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
+
+    def message(path: str) -> str:
+        response = asyncio.run(send(app, "GET", path, headers=bearer("boss")))
+        assert response.status == 404
+        return str(response.json["error"]["message"])
+
+    assert "Did you mean 'a'" in message("/v1/models/aa")
+    assert "Did you mean 'a'" in message("/admin/prefixes/aa")
+    monkeypatch.setattr("prefixtune.server.models.store._FEW", 1)
+    monkeypatch.setattr(state.store, "names", None)
+    assert message("/v1/models/aa") == "there is no model 'aa'."
+    assert message("/admin/prefixes/aa") == "there is no prefix 'aa'."

@@ -75,6 +75,11 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
     assert completion(max_tokens=None, temperature=None, stop=None, n=None, stream=None, tools=None) == completion()
 
 
+def test_vllms_top_k_for_all_tokens_and_openais_top_p_of_zero() -> None:
+    assert completion(top_k=-1).sampling(LIMITS).top_k == 0
+    assert 0 < completion(top_p=0).sampling(LIMITS).top_p < 1e-6
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -82,7 +87,7 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("temperature", True),
         ("repetition_penalty", 5e-324), ("temperature", 10**400), ("top_p", 10**400), ("max_tokens", 10**400),
         ("max_tokens", 1e300),
-        ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("n", 0), ("n", 7), ("logprobs", 21), ("seed", 2**64),
+        ("top_p", -0.1), ("top_p", 1.1), ("top_k", -2), ("n", 0), ("n", 7), ("logprobs", 21), ("seed", 2**64),
         ("stop", [""]), ("stop", [1]), ("stop", ["a"] * 17), ("stop", "x" * 257), ("stream", 1), ("stream", "yes"),
         ("stream_options", {"include_usage": True}), ("repetition_penalty", 0), ("model", 3), ("model", ""),
         ("min_p", 1.1), ("min_p", -0.1), ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("echo", 1),

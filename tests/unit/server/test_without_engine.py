@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from asgi_client import send
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.backbone.unloaded import load_tokenizer
+from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.errors import ConfigError
 from prefixtune.jobs.upload import UPLOAD_FOLDER
 from prefixtune.prefix.artifact import save_prefix
@@ -53,6 +55,22 @@ def test_it_lists_results_and_says_that_it_is_well(state: ServerState):
     for path in ("/healthz", "/readyz", "/metrics", "/train", "/docs", "/openapi.json", "/v1/models/a/file"):
         assert asyncio.run(send(app, "GET", path)).status == 200, path
     assert b"Playground</a>" not in asyncio.run(send(app, "GET", "/train")).body
+
+
+def test_a_model_without_a_limit_of_its_own_is_trained(state: ServerState, monkeypatch: pytest.MonkeyPatch):
+    """T5 reads texts of any length; an engine of it would have slots of `DEFAULT_MAX_LENGTH`."""
+    monkeypatch.setattr(Backbone, "max_positions", None)
+    state = ServerState(state.config, state.backbone, state.store, None)
+    app = make_app(state)
+    assert asyncio.run(send(app, "GET", "/v1/models/model")).json["max_model_len"] == DEFAULT_MAX_LENGTH
+    assert state.training is not None
+    with state.training.files.open_upload("local", "rows.jsonl", "fine-tune") as upload:
+        upload.write(b'{"prompt": "a", "completion": "b"}\n' * 20)
+        file = upload.finish().id
+    body = {"model": "model", "training_file": file}
+    created = asyncio.run(send(app, "POST", "/v1/fine_tuning/jobs", body))
+    state.close()
+    assert created.status == 200, created.json
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def _new_key(name: str) -> int:
     print(
         '    prefixes = ["*"]              # patterns of model names\n    requests_per_minute = 0       # 0: any number'
     )
-    print("    concurrent = 0                # requests at once; 0: any number\n    admin = false")
+    print("    concurrent = 0                # requests at once; 0: any number")
+    print("    admin = false                 # true: sees, changes and deletes what all keys have")
     print(
         "    train = true                  # may upload files and train\n    max_jobs = 10                 # unfinished"
     )

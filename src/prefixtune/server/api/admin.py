@@ -129,7 +129,7 @@ async def _run_in_thread(context: RequestContext, action: Callable[..., Any], *a
 def _check_known(context: RequestContext) -> None:
     store = context.state.store
     if context.name not in store and context.name not in store.refused:
-        raise not_found("prefix", context.name, store.names())
+        raise not_found("prefix", context.name, store.names() if store.has_few else None)
 
 
 def clear_uploads(folder: Path) -> int:

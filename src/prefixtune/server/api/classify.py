@@ -38,6 +38,10 @@ __all__ = ["router"]
 
 
 router = api_router(401, 403, 404, 429, 500, 503, 504)
+_FEW_PROBABILITIES = 5_000
+"""Of a response that is written at once; of others a thread makes it."""
+_MOST_PROBABILITIES = 500_000
+"""Probabilities of a response: some 12 MB, and two seconds of a thread."""
 
 
 @router.post(
@@ -64,21 +68,22 @@ async def create_classification(context: GenerationContext) -> Response:
     num_tokens = sum(map(len, encoded.prompts))
     context.log_fields |= {"model": model.name, "prompt_tokens": num_tokens}
     state.metrics.prompt(model.names, num_tokens)
-    predictions = await _predict(context, encoded)
-    tags = encoded.labels.kind == "tagging"
-    data = [
-        {"index": index, **(_tagged(_words(texts[index]), one) if tags else _label(one[0]))}
-        for index, one in enumerate(predictions)
-    ]
-    body = {
-        "id": f"classify-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": model.name,
-        "data": data,
-        "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
-    }
-    return json_response(body, headers=context.headers)
+    scores = await _score(context, encoded)
+    is_large = _num_probabilities(encoded) > _FEW_PROBABILITIES
+
+    def respond() -> Response:
+        body = {
+            "id": f"classify-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": model.name,
+            "data": [_item(encoded, index, texts[index], one) for index, one in enumerate(scores)],
+            "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
+        }
+        return json_response(body, headers=context.headers, is_large=is_large)
+
+    # Of thousands of words it takes a second.
+    return await state.response_threads.run(context.tenant, respond) if is_large else respond()
 
 
 def _check_kind(request: ClassifyRequest, model: ServedModel) -> None:
@@ -129,6 +134,13 @@ async def _encode(context: RequestContext, request: ClassifyRequest, model: Serv
     except (RequestError, ConfigError) as error:
         raise bad_request(error.message, "input", hint=error.hint) from None
     _check_lengths(context, encoded, model)
+    if (count := _num_probabilities(encoded)) > _MOST_PROBABILITIES:
+        raise bad_request(
+            f"the response would have {count:,} probabilities; at most {_MOST_PROBABILITIES:,} are allowed.",
+            "input",
+            "too_many_probabilities",
+            hint="send fewer texts at once.",
+        )
     if cut:
         context.headers["x-prefixtune-cut-texts"] = context.log_fields["cut_texts"] = str(len(cut))
     return encoded
@@ -147,34 +159,37 @@ def _check_lengths(context: RequestContext, encoded: EncodedTexts, model: Served
         raise bad_request(error.message, "input", "context_length_exceeded", hint="shorten the text.") from None
 
 
-async def _predict(context: RequestContext, encoded: EncodedTexts) -> list[list[Prediction]]:
-    """The labels of all texts, a batch and a part of the labels at a time between two steps of the engine.
+async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]:
+    """The scores of all texts, a batch and a part of the labels at a time between two steps of the engine.
+
+    Tenants take turns.
 
     Raises:
         ApiError: The time is over, or the engine accepts no work.
         ClientDisconnect: The client disconnected.
     """
-    worker, max_tokens = context.state.worker, context.state.config.prefill_tokens
+    state, max_tokens = context.state, context.state.config.prefill_tokens
     scores: dict[int, list[Tensor]] = {row: [] for row in range(len(encoded.prompts))}
 
     def score(backbone: Backbone, rows: Sequence[int], part: slice) -> list[Tensor]:
         return [one.cpu() for one in encoded.on(backbone).score(rows, part)]
 
-    async def predict() -> None:
+    async def score_all() -> None:
         for rows in _batches(encoded, max_tokens):
             for part in encoded.parts(rows, max_tokens):
-                found = await asyncio.wrap_future(worker.call(partial(score, rows=rows, part=part)))
+                async with state.classify_lock.hold(context.tenant):
+                    found = await asyncio.wrap_future(state.worker.call(partial(score, rows=rows, part=part)))
                 for row, one in zip(rows, found, strict=True):
                     scores[row].append(one)
 
     try:
         async with asyncio.timeout(context.remaining):
-            await run_until_disconnect(context.request.receive, predict())
+            await run_until_disconnect(context.request.receive, score_all())
     except TimeoutError:
         raise deadline_exceeded(context) from None
     except EngineFull as error:
         raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
-    return [encoded.predictions(torch.cat(of_one, dim=-1)) for of_one in scores.values()]
+    return [torch.cat(of_one, dim=-1) for of_one in scores.values()]
 
 
 def _batches(encoded: EncodedTexts, max_tokens: int) -> Iterator[list[int]]:
@@ -188,6 +203,19 @@ def _batches(encoded: EncodedTexts, max_tokens: int) -> Iterator[list[int]]:
             batch = []
         batch.append(row)
     yield batch
+
+
+def _num_probabilities(encoded: EncodedTexts) -> int:
+    """Of all texts together: one for every label, of a text or of each of its words."""
+    labelled = sum(map(len, encoded.positions)) if encoded.positions else len(encoded.prompts)
+    return labelled * len(encoded.labels.names)
+
+
+def _item(encoded: EncodedTexts, index: int, text: str | Sequence[str], scores: Tensor) -> dict[str, Any]:
+    """A text of the response."""
+    predictions = encoded.predictions(scores)
+    tags = encoded.labels.kind == "tagging"
+    return {"index": index, **(_tagged(_words(text), predictions) if tags else _label(predictions[0]))}
 
 
 def _label(prediction: Prediction) -> dict[str, Any]:

@@ -9,7 +9,6 @@ the model generated, white space around it included.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -154,7 +153,7 @@ async def _respond(
         return json_response(body, headers=context.headers, is_large=has_logprobs)
 
     # Decoding the likeliest tokens of thousands of positions takes seconds.
-    return await asyncio.to_thread(respond) if has_logprobs else respond()
+    return await context.state.response_threads.run(context.tenant, respond) if has_logprobs else respond()
 
 
 async def _events(
@@ -186,7 +185,8 @@ async def _events(
         target = output.text if targets is None else targets[index].add(output.text, last=last)
         # Decoding a long prompt's likeliest tokens takes seconds.
         written = partial(write, index, output, target)
-        for piece in await asyncio.to_thread(written) if output.prompt_tokens else written():
+        threads = context.state.response_threads
+        for piece in await threads.run(context.tenant, written) if output.prompt_tokens else written():
             yield piece
     if request.include_usage:
         yield event({**head, "choices": [], "usage": generation.usage()})

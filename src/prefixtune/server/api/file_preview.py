@@ -14,7 +14,7 @@ from fastapi import Response
 
 from prefixtune.errors import PrefixError
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext
-from prefixtune.server.api.files import find_file
+from prefixtune.server.api.files import file_or_404, find_file
 from prefixtune.server.api.openapi import FILE_ID, api_router, errors
 from prefixtune.server.api.prompting import run_in_turn
 from prefixtune.server.api.training_schemas import FilePreview
@@ -58,7 +58,7 @@ async def preview_file(context: TrainingContext) -> Response:
 
 async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
     files = context.training.files
-    sample = await context.training.look(partial(files.sample, stored.owner, stored.id), context.tenant)
+    sample = await file_or_404(context, partial(files.sample, stored.owner, stored.id))
     body = {**_nothing(), "examples": _spread([_shown(example) for example in sample])}
     if not any(example.targets for example in sample):
         return body
@@ -187,7 +187,7 @@ async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str
         with files.open(stored.owner, stored.id) as file:
             return file.read(4 * _DOCUMENT_CHARS).decode("utf-8", "ignore")[:_DOCUMENT_CHARS]
 
-    text = await asyncio.to_thread(read)
+    text = await file_or_404(context, read)
     backbone = context.state.backbone
     tokens = len(await run_in_turn(context, lambda: backbone.encode(text)))
     total = round(tokens * facts.characters / max(len(text), 1))

@@ -34,7 +34,7 @@ from prefixtune.server.training import Training
 if TYPE_CHECKING:
     from prefixtune.jobs.files import FileLimits, StoredFile, Upload
 
-__all__ = ["file_object", "find_file", "router"]
+__all__ = ["file_object", "file_or_404", "find_file", "router"]
 
 
 router = api_router(401, 403, 404, 500, 503)
@@ -97,7 +97,7 @@ async def show_file(context: TrainingContext) -> Response:
 async def download_file(context: TrainingContext) -> Response:
     """A file's content, as it was uploaded."""
     training, stored = context.training, await find_file(context)
-    file = await _or_404(context, lambda: training.files.open(stored.owner, stored.id))
+    file = await file_or_404(context, lambda: training.files.open(stored.owner, stored.id))
     return file_stream(context, file, stored.filename)
 
 
@@ -109,7 +109,7 @@ async def delete_file(context: TrainingContext) -> Response:
     """
     training, stored = context.training, await find_file(context)
     try:
-        await _or_404(context, lambda: training.files.delete(stored.owner, stored.id))
+        await file_or_404(context, lambda: training.files.delete(stored.owner, stored.id))
     except OSError as error:
         context.log_fields["storage_error"] = str(error)
         raise storage_error(error, "the file", "the data folder") from None
@@ -141,7 +141,7 @@ async def find_file(context: RequestContext) -> StoredFile:
     """
     training = context.training
     file_id = str(context.request.path_params["file_id"])
-    return await _or_404(context, lambda: training.files.get(_owner(context, training), file_id))
+    return await file_or_404(context, lambda: training.files.get(_owner(context, training), file_id))
 
 
 # --- an upload -------------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def _limits(context: RequestContext, training: Training) -> FileLimits:
 
 
 def _refusal(code: str, message: str) -> ApiError:
-    statuses = {"empty_file": 400, "file_too_large": 413, "no_room": 413}
+    statuses = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "stopped": 503}
     return ApiError(statuses.get(code, 403), message, code=code, param="file")
 
 
@@ -249,8 +249,12 @@ def _owner(context: RequestContext, training: Training) -> str | None:
     return None if training.sees_all(context.caller) else context.caller.name
 
 
-async def _or_404(context: RequestContext, work: Callable[[], T]) -> T:
-    """Do something with a file, in a thread."""
+async def file_or_404(context: RequestContext, work: Callable[[], T]) -> T:
+    """Do something with the file that the path names, in a thread.
+
+    Raises:
+        ApiError: There is none any more.
+    """
     from prefixtune.jobs.files import UnknownFileError
 
     try:

@@ -145,6 +145,8 @@ async def list_fine_tuning_events(context: TrainingContext) -> Response:
     state = await _find(context)
     log_of_job = JobEvents(context.training.folder.job(state.job.id))
     if wants_stream == "true":
+        if page.after and all(one.id != page.after for one in (await asyncio.to_thread(log_of_job.read)).events):
+            raise unknown_after(page)
         streams = context.training.streams
         if not streams.has_room(1, context.tenant):
             raise too_many_requests(f"{streams.used} streams of events are open.", "too_many_streams", 5.0)

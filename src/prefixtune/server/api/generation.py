@@ -40,8 +40,8 @@ __all__ = [
 
 KEEP_ALIVE_SECONDS = 15.0
 """Seconds without an output after which a stream says that it is alive."""
-_MOST_LOGPROBS = 1_000_000
-"""Log-probabilities of a response: some 30 MB."""
+_MOST_LOGPROBS = 200_000
+"""Log-probabilities of a response: some 5 MB, and one to four seconds of a thread."""
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefixtune.distillation.config import SELF
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError, RequestError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.inputs import InputName, find_input, has_inputs, make_job_folder
@@ -34,7 +35,6 @@ __all__ = ["create_job"]
 
 
 _MAX_KEY_LENGTH = 255
-_SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,10 @@ def _find_inputs(context: RequestContext, body: FineTuningRequest, *, has_start:
         "training_file": body.training_file,
         "validation_file": body.validation_file,
         "prefixtune.document": options.get("document"),
-        "prefixtune.questions": options.get("questions"),
+        "prefixtune.questions": None if options.get("questions") == SELF else options.get("questions"),
     }
     for param, file_id in asked.items():
-        if file_id is None or file_id == _SELF:
+        if file_id is None:
             continue
         owner = None if context.training.sees_all(context.caller) else context.caller.name
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import Response
@@ -30,7 +31,8 @@ _FILE: dict[int | str, Any] = {
 @router.get("/v1/models", response_model=Models)
 async def list_models(context: KeyContext) -> Response:
     """The models that the key may use."""
-    models = await asyncio.to_thread(context.state.catalog.describe_all, context.caller)
+    describe = partial(context.state.catalog.describe_all, context.caller)
+    models = await context.state.response_threads.run(context.tenant, describe)
     return json_response({"object": "list", "data": models})
 
 

@@ -81,6 +81,8 @@ Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
 TokenIds = Annotated[list[Integer], Field(min_length=1, fail_fast=True), BeforeValidator(whole_ids)]
 TokenNumber = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+_SMALLEST_TOP_P = 1e-9
+"""What a `top_p` of 0 means: the likeliest token alone reaches it."""
 
 
 class Body(BaseModel):
@@ -114,8 +116,8 @@ class GenerationRequest(Body):
     )
     min_tokens: Integer = Field(0, ge=0, description="Fewest new tokens; at most max_tokens.")
     temperature: Number = Field(1.0, ge=0, le=2, description="0: the likeliest token each time.")
-    top_p: Number = Field(1.0, gt=0, le=1)
-    top_k: Integer = Field(0, ge=0, le=1_000_000, description="0: all tokens.")
+    top_p: Number = Field(1.0, ge=0, le=1, description="0: the likeliest token each time.")
+    top_k: Integer = Field(0, ge=-1, le=1_000_000, description="0 or -1: all tokens.")
     min_p: Number = Field(
         0.0, ge=0, le=1, description="No token less likely than this share of the likeliest one's probability."
     )
@@ -164,8 +166,8 @@ class GenerationRequest(Body):
             max_new_tokens=limits.max_tokens if self.length is None else self.length,
             min_new_tokens=self.min_tokens,
             temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
+            top_p=self.top_p or _SMALLEST_TOP_P,
+            top_k=max(0, self.top_k),
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,

@@ -175,7 +175,7 @@ class Catalog:
 
     def _unknown(self, name: str, caller: Caller) -> ApiError:
         # Suggests only names that the caller may see.
-        return not_found("model", name, self.names(caller))
+        return not_found("model", name, self.names(caller) if self.store.has_few else None)
 
     async def load(
         self, model: str, caller: Caller, prefixes: Sequence[str] | None = None, *, tenant: str | None = None

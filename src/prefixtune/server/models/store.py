@@ -41,6 +41,8 @@ __all__ = ["PrefixStore", "StoreStats"]
 _log = logging.getLogger(__name__)
 _MAX_REASON_LENGTH = 500
 _LOCK_SECONDS = 10.0
+_FEW = 50
+"""Names among which a similar one is looked for; among many it would hold up the event loop."""
 _MOST_OPENED = 5
 """How often a file is opened that is replaced meanwhile."""
 
@@ -141,6 +143,11 @@ class PrefixStore:
     def __len__(self) -> int:
         with self._lock:
             return len(self._known)
+
+    @property
+    def has_few(self) -> bool:
+        """Whether there are so few names that a similar one may be looked for among them."""
+        return len(self) <= _FEW
 
     def header(self, name: str) -> dict[str, Any]:
         """The header of a prefix's file; its tensors are not read for it.
