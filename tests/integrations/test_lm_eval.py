@@ -20,6 +20,8 @@ from tokenizers import processors
 
 from lm_eval_tasks import make_tasks
 from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.quantization import quantize
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import encode_examples
 from prefixtune.data.examples import Example
@@ -297,6 +299,19 @@ def test_a_stopped_evaluation_goes_on(
     for change in changes:
         with pytest.raises(AssertionError, match="computed again"):
             measure(PrefixLM(backbone, responses=file, console=QUIET, **change), "made_choices")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_answers_of_other_weights_are_computed_again(
+    tiny_backbone: Any, measure: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    file, backbone = tmp_path / "responses.jsonl", tiny_backbone("llama", max_position_embeddings=700)
+    whole = measure(PrefixLM(backbone, responses=file, console=QUIET), "made_choices")
+    with quiet_transformers():
+        quantize(backbone.model, kind)
+    rounded = measure(PrefixLM(backbone, responses=file, console=QUIET), "made_choices")
+    same_answers(rounded, measure(PrefixLM(backbone, console=QUIET), "made_choices"))
+    assert rounded["answers"] != whole["answers"]
 
 
 def test_a_file_of_something_else_is_no_file_of_answers(tiny_backbone: Any, tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ from prefixtune.data.chat import end_ids, special_stops
 from prefixtune.data.encoding import encode_pairs, encode_prompts, format_of
 from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError, RequestError, short_repr
+from prefixtune.inference.answers import digest_facts, model_facts
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
 from prefixtune.interop.lm_eval.loading import check_batch_size, load_fitting_backbone, load_prefixes, stored_chat
 from prefixtune.interop.lm_eval.prompting import decoding_config, fill_template, keep_right
-from prefixtune.interop.lm_eval.responses import Responses, model_digest, request_key
+from prefixtune.interop.lm_eval.responses import Responses, request_key
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 from prefixtune.utils.console import Console
@@ -105,7 +106,8 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         self._device = self.backbone.device
         self._console = Console() if console is None else console
         self._responses = Responses(None if responses is None else Path(responses))
-        self._digests = {id(one): model_digest(self.backbone, one, [prompt_format, max_length]) for one in known}
+        facts = {**model_facts(self.backbone), "name": self.backbone.name, "settings": [prompt_format, max_length]}
+        self._digests = {id(one): digest_facts({**facts, "placement": one and one.placement}, one) for one in known}
         self._formats = {id(one): self._format_of(one) for one in known}
         self._num_cut = 0
 
