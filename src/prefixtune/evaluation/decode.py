@@ -92,9 +92,7 @@ def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
         DataError: The file cannot be read, or was not written by an evaluation.
     """
     keys = {"digest", "number", "output", "seconds"}
-    rows = read_rows(
-        path, lambda row: isinstance(row, dict) and keys <= row.keys(), "is not what an evaluation writes"
-    )
+    rows = read_rows(path, lambda row: isinstance(row, dict) and keys <= row.keys(), "is not what an evaluation writes")
     for row in rows:
         if row["digest"] != digest:
             raise ConfigError(

@@ -110,6 +110,21 @@ def test_an_output_that_is_a_file(trained: Path, capsys: pytest.CaptureFixture[s
     assert "which is a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", ["llama.cpp", "onnx"])
+@pytest.mark.parametrize("name", ["config.toml", "prefix.safetensors", "README.md"])
+def test_a_run_is_not_written_over(
+    target: str, name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, module, sys.modules[__name__])
+    (tmp_path / name).write_text("mine")
+    assert export(trained, "--to", target, "--output", tmp_path) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"holds a {name}, and is not the folder of an export" in shown
+    assert "loading" not in shown
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
 def test_another_backbone_of_other_weights(
     trained: Path, tmp_path: Path, tiny_models: Make, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from prefixtune.errors import BackboneError
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.onnx import export as target
 from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
+from prefixtune.prefix.artifact import save_prefix
 
 Make = Callable[..., Any]
 
@@ -113,6 +115,38 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     with pytest.raises(BackboneError, match="ONNX Runtime computes other logits than 'tiny-llama'"):
         target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("baked", [False, True])
+def test_a_prefix_next_to_an_export_stays(
+    runtime: ModuleType,
+    tiny_backbone: Make,
+    random_prefix: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    baked: bool,
+) -> None:
+    backbone = tiny_backbone("llama")
+    prefix = random_prefix(backbone, 3)
+    runtime.__version__ = "1.0"  # type: ignore[attr-defined]
+    monkeypatch.setattr(target, "_trace", lambda backbone, baked, facts, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(target, "_compare", lambda *_: 0.0)
+    target.export_onnx(prefix, backbone, tmp_path)
+    assert (tmp_path / "past.safetensors").exists()
+    save_prefix(tmp_path / "prefix.safetensors", prefix)
+    facts = target.export_onnx(prefix, backbone, tmp_path, baked=baked)
+    assert facts["prefix_file"] == (None if baked else "past.safetensors")
+    assert (tmp_path / "past.safetensors").exists() != baked
+    assert load_prefix(tmp_path, backbone).equal(prefix)
+
+
+def test_a_folder_of_a_run_is_refused(
+    runtime: ModuleType, tiny_backbone: Make, random_prefix: Make, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone("llama")
+    save_prefix(tmp_path / "prefix.safetensors", random_prefix(backbone, 3))
+    with pytest.raises(ConfigError, match=r"holds a prefix\.safetensors"):
+        target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path, baked=True)
 
 
 def test_what_a_killed_export_left_goes(

@@ -98,6 +98,7 @@ def export(options: ExportOptions) -> int:
         prefixtune export runs/e2e/prefix.safetensors --to llama.cpp --output exported --patch slots/placeholders.bin
         prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported --baked
     """
+    from prefixtune.interop.export import MANIFEST, README, check_folder
     from prefixtune.utils.writable import check_writable
 
     if options.to == "onnx":
@@ -105,7 +106,8 @@ def export(options: ExportOptions) -> int:
 
         require_onnx()
     folder, console = Path(options.output), Console(quiet=options.quiet)
-    check_writable(folder / "export.json")
+    check_writable(folder / MANIFEST)
+    check_folder(folder)
     backbone, (prefix,) = load_with_prefixes(console, options, [options.prefix], partial(_check_inputs, options))
     console.info(f"exporting to {options.to} ...")
     if options.to == "onnx":
@@ -127,7 +129,7 @@ def export(options: ExportOptions) -> int:
     if options.as_json:
         print_json({**facts, "folder": str(folder)})
     else:
-        print(f"{folder / facts['file']}; {note} ({folder / 'README.md'})")
+        print(f"{folder / facts['file']}; {note} ({folder / README})")
     return 0
 
 

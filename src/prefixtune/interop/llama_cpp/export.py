@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.interop.export import check_exportable, describe_origin, write_manifest
+from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
 from prefixtune.interop.llama_cpp.state import Rows, encode_blob, encode_file, patch_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_files
@@ -108,8 +108,10 @@ def export_llama_cpp(
     Raises:
         BackboneError: llama.cpp cannot use a prefix of this backbone; the message says why.
         CheckpointError: The slot file cannot be patched; the message says why.
-        ConfigError: An unknown version or type, or the prefix is empty, an infix, or has a head.
+        ConfigError: An unknown version or type, the prefix is empty, an infix, or has a head, or the folder holds a
+            run.
     """
+    check_folder(folder)
     check_exportable(prefix, backbone, "llama.cpp")
     if backbone.adapter is not None:
         raise BackboneError(
@@ -135,7 +137,7 @@ def export_llama_cpp(
     request = {"prompt": placeholders, "n_predict": 0, "cache_prompt": True, "id_slot": 0}
     files["placeholders.json"] = f"{json.dumps(request)}\n".encode()
     files["check.py"] = (_RESOURCES / "check.py").read_bytes()
-    files["README.md"] = _make_readme(facts, None if slot_file is not None else f"{name}.blob").encode()
+    files[README] = _make_readme(facts, None if slot_file is not None else f"{name}.blob").encode()
     with atomic_files(folder) as temporary:
         for file, content in files.items():
             (temporary / file).write_bytes(content)
