@@ -107,8 +107,8 @@ def short_name(text: str) -> str:
     >>> short_name("a/manual.safetensors+runs/style")
     'manual+style'
     """
-    paths = [Path(name) for name in split_joined(text)]
-    return "+".join(path.absolute().parent.name if path.stem == "prefix" else path.stem for path in paths)
+    paths = [Path(os.path.abspath(name)) for name in split_joined(text)]
+    return "+".join(path.parent.name if path.stem == "prefix" else path.stem for path in paths)
 
 
 def prefix_files(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from prefixtune.data.chat import literal_format
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.prefix.rotation import rotary_settings
+from prefixtune.prefix.rotation import length_dependent_turn
 from prefixtune.training.folder import CONFIG_FILE, PREFIX_FILE
 
 __all__ = [
@@ -107,10 +107,11 @@ def _check_layers(backbone: Backbone, target: str) -> None:
             f"to every token, in {target} it would leave the window.",
             hint=_HINT,
         )
-    if any(settings.get("rope_type") == "longrope" for settings in rotary_settings(config).values()):
+    turn = length_dependent_turn(config)
+    if turn is not None:
         raise BackboneError(
-            f"the keys of {backbone.name!r} turn by other frequencies in a longer text (LongRoPE), which was not "
-            f"compared with {target}.",
+            f"the keys of {backbone.name!r} turn by other frequencies in a longer text (rope_type {turn!r}), which was "
+            f"not compared with {target}.",
             hint=_HINT,
         )
     if backbone.layout.cache_layers != tuple(range(len(shapes))) or config.num_hidden_layers != len(shapes):

@@ -23,6 +23,7 @@ from prefixtune.backbone.lora import ADAPTER_CONFIG, adapter_config
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
 from prefixtune.interop.safetensors import conversion, read_tensors
+from prefixtune.prefix.card import HUB_NAMES
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import LayerShape, describe
 from prefixtune.prefix.header import parse_header
@@ -221,10 +222,11 @@ def _make_config(
     if peft_type not in PEFT_TYPES:
         raise ConfigError(f"unknown peft_type {peft_type!r}.", hint=did_you_mean(str(peft_type), PEFT_TYPES))
     stored = header.get("backbone")
+    name = stored.get("name") if isinstance(stored, Mapping) else None
     config: dict[str, Any] = {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": (stored.get("name") or None) if isinstance(stored, Mapping) else None,
+        "base_model_name_or_path": HUB_NAMES.get(str(name), name) or None,
         "inference_mode": True,
         "num_virtual_tokens": prefix.length(),
         "num_layers": len(prefix.layers["decoder"]),

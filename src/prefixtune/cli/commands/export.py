@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from prefixtune.cli.common import print_json
-from prefixtune.cli.loading import load_with_prefixes
+from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
 from prefixtune.utils.config import DeviceName, option_group
@@ -121,7 +121,7 @@ def export(options: ExportOptions) -> int:
             prefix,
             backbone,
             folder,
-            name=Path(options.prefix).stem,
+            name=short_name(options.prefix),
             slot_file=options.patch or None,
             **{name: value for name, value in layout.items() if value},
         )

@@ -95,7 +95,7 @@ def export_llama_cpp(
         prefix: Trained for a decoder-only model of one of `LAYOUTS`.
         backbone: That model.
         folder: Gets `NAME.bin` (to be restored into a slot), `NAME.blob` (for `llama_state_seq_set_data`),
-            `placeholders.json`, `check.py`, `export.json` and `README.md`.
+            `placeholders.json`, `ask.json`, `check.py`, `export.json` and `README.md`.
         name: The files' name.
         state_version: The layout's version; see `state.STATE_VERSIONS`.
         kv_type: The type of the cache that it will be restored into; see `state.KV_TYPES`.
@@ -134,8 +134,13 @@ def export_llama_cpp(
         "patched": slot_file is not None,
         "placeholders": placeholders,
     }
-    request = {"prompt": placeholders, "n_predict": 0, "cache_prompt": True, "id_slot": 0}
-    files["placeholders.json"] = f"{json.dumps(request)}\n".encode()
+    slot = {"cache_prompt": True, "id_slot": 0}
+    prompt = facts["text_format"]["prompt"].replace("{source}", "...")
+    for file, request in {
+        "placeholders.json": {"prompt": placeholders, "n_predict": 0, **slot},
+        "ask.json": {"prompt": [*placeholders, prompt], "temperature": 0, **slot},
+    }.items():
+        files[file] = f"{json.dumps(request, ensure_ascii=False)}\n".encode()
     files["check.py"] = (_RESOURCES / "check.py").read_bytes()
     files[README] = _make_readme(facts, None if slot_file is not None else f"{name}.blob").encode()
     with atomic_files(folder) as temporary:
@@ -165,7 +170,6 @@ def _make_readme(facts: Mapping[str, Any], blob: str | None) -> str:
         facts,
         backbone=facts["backbone"]["name"],
         server_kv_type=str(facts["kv_type"]).split("/")[0],
-        prompt=json.dumps(facts["text_format"]["prompt"].replace("{source}", "..."), ensure_ascii=False),
         flash_attention="off" if facts["transposed"] else "on",
         layout="transposed" if facts["transposed"] else "in rows",
         blob_usage=blob_usage if blob else "",

@@ -149,7 +149,7 @@ def _list_facts(prefix: Prefix, backbone: Backbone, baked: bool) -> dict[str, An
         "num_layers": len(shapes),
         "num_kv_heads": shapes[0].num_kv_heads,
         "head_dim": shapes[0].key_dim,
-        "end_id": next(iter(end_ids(backbone, format_of(backbone, prefix))), backbone.eos_id),
+        "end_ids": [*end_ids(backbone, format_of(backbone, prefix)), backbone.eos_id],
         "pad_id": backbone.pad_id,
     }
 
