@@ -15,6 +15,7 @@ from typing import Any
 
 from prefixtune.errors import ConfigError, describe_value, short_repr
 from prefixtune.prefix.composition import content_hash
+from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import is_repository
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.console import format_figure
@@ -86,8 +87,7 @@ def _pipeline_tag(prefix: Prefix) -> str:
 
 
 def _backbone_name(prefix: Prefix) -> str:
-    origin = prefix.header.get("backbone")
-    return str(origin.get("name") or "") if isinstance(origin, Mapping) else ""
+    return backbone_origin(prefix.header).name
 
 
 def _find_license(name: str) -> tuple[str | None, str | None]:
