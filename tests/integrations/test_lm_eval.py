@@ -253,6 +253,16 @@ def test_each_task_has_its_own_prefix_in_shared_batches(
         same_answers({key: {task: mixed[key][task]} for key in mixed}, wanted)
 
 
+def test_a_name_that_is_no_task_is_refused(tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]) -> None:
+    backbone = tiny_backbone("llama", max_position_embeddings=700)
+    own = {"made": random_prefix(backbone, 5)}
+    with pytest.raises(ConfigError, match=r"given for 'made', but the tasks .* were 'made_choices', 'made_texts'"):
+        measure(PrefixLM(backbone, task_prefixes=own, console=QUIET), "made")
+    # One for a task that is not measured this time is none of these.
+    both = {"made_choices": own["made"], "made_texts": None}
+    measure(PrefixLM(backbone, task_prefixes=both, console=QUIET), "made_choices")
+
+
 # --- answers are kept -------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ __all__ = ["PrefixLM"]
 
 _DEFAULT_POSITIONS = 2048
 """lm-eval's own default for models that do not say how many they have."""
+_MOST_SHOWN = 5
+"""Names of tasks in a message."""
 
 
 @register_model("prefixtune")
@@ -49,7 +51,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair; None: the one that the
             prefix's header names.
         prefix: For all tasks: a `Prefix`, a path, or a repository of the hub; None: the bare model.
-        task_prefixes: Task -> its own prefix, or None for the bare model.
+        task_prefixes: Task -> its own prefix, or None for the bare model. Groups are not resolved: name their tasks.
         prompt_format: `raw`: contexts are raw text behind the prefix, as `hf` reads them; `prefix`: a context is the
             source of the prefix's text format, and a continuation the target.
         batch_size: Requests that are computed together; `auto`: 16.
@@ -110,6 +112,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         self._digests = {id(one): digest_facts({**facts, "placement": one and one.placement}, one) for one in known}
         self._formats = {id(one): self._format_of(one) for one in known}
         self._num_cut = 0
+        self._seen: set[str] = set()
 
     # --- what lm-eval asks of the tokenizer and the model ---
 
@@ -145,7 +148,19 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval's files say of the model."""
+        """What lm-eval's files say of the model; it asks once all tasks are done.
+
+        Raises:
+            ConfigError: A prefix is given for a name that no task had, while other tasks had no prefix of their own.
+        """
+        unused, others = self.task_prefixes.keys() - self._seen, sorted(self._seen - self.task_prefixes.keys())
+        if unused and others:
+            more = " ..." if len(others) > _MOST_SHOWN else ""
+            raise ConfigError(
+                f"a prefix is given for {', '.join(map(repr, sorted(unused)))}, but the tasks without one of their own "
+                f"were {', '.join(map(repr, others[:_MOST_SHOWN]))}{more}.",
+                hint="task_prefixes takes the names of tasks, not of groups; leave out what is not measured.",
+            )
         return {
             "model_num_parameters": self.backbone.num_parameters,
             "model_dtype": self.backbone.dtype_name,
@@ -397,6 +412,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
 
         Sampled answers are drawn anew each time, and not kept.
         """
+        self._seen.update(request.task_name for request in requests)
         keys = [request_key(self._digests[id(self._prefix_of(request))], kind, request.args) for request in requests]
         kept = [not drawn for drawn in sampled] or [True] * len(keys)
         answers = {i: self._responses[key] for i, key in enumerate(keys) if kept[i] and key in self._responses}
