@@ -33,6 +33,7 @@ __all__ = [
     "check_all",
     "describe_value",
     "did_you_mean",
+    "first_line",
     "short_repr",
 ]
 
@@ -130,6 +131,16 @@ def short_repr(value: object) -> str:
     """
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of another program's error; of one without a message, its type.
+
+    >>> first_line(OSError("no room\nat all")), first_line(KeyError())
+    ('no room', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def check_all(checks: Iterable[Callable[[], object]]) -> None:

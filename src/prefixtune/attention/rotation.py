@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prefixtune.attention.injection import Injection, injecting_beside
 from prefixtune.attention.layout import Layout, main_device
-from prefixtune.errors import BackboneError
+from prefixtune.errors import BackboneError, first_line
 from prefixtune.prefix.rotation import PairTurns, Rotation, length_dependent_turn
 
 __all__ = ["find_rotation"]
@@ -73,9 +73,8 @@ def find_rotation(model: Any, layout: Layout, max_positions: int | None) -> Rota
     try:
         samples = _run_at(model, layout, offsets)
     except Exception as failure:
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         raise BackboneError(
-            f"{name} does not run at several positions: {reason}",
+            f"{name} does not run at several positions: {first_line(failure)}",
             hint="its prefixes can be used alone, but not joined.",
         ) from failure
     tolerance = _TOLERANCE.get(model.dtype, _FLOAT32_TOLERANCE)

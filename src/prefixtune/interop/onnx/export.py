@@ -28,7 +28,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data.chat import end_ids
 from prefixtune.data.encoding import format_of
-from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.errors import BackboneError, ConfigError, first_line
 from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
 from prefixtune.interop.onnx.run import pad, past_names, start, step
 from prefixtune.prefix.prefix import Prefix
@@ -201,10 +201,9 @@ def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], p
             if program is not None:
                 program.save(path, external_data=size_in_bytes > MAX_BYTES_IN_GRAPH)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BackboneError(
             f"torch cannot write {backbone.name!r} (model type {model.config.model_type!r}) as a graph: "
-            f"{lines[0] if lines else type(error).__name__}",
+            f"{first_line(error)}",
             hint="use `prefixtune serve`, or another target.",
         ) from error
 
