@@ -378,7 +378,7 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="without reentrance"):
         model.activation_checkpointing_enable({"use_reentrant": True})
     llama.model.__class__ = type("OwnDecoder", (type(llama.model),), {})
-    with pytest.raises(ConfigError, match="would not shift for a OwnDecoder"):
+    with pytest.raises(ConfigError, match="would not shift them for OwnDecoder"):
         model(ids)
     bart = PrefixModel(tiny_backbone("bart"), settings())
     with pytest.raises(ConfigError, match="neither labels nor decoder_input_ids"):

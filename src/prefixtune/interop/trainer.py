@@ -194,8 +194,8 @@ class PrefixModel(nn.Module):
         known = self.backbone.kind != "decoder" or self._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         if self.training and not known:
             raise ConfigError(
-                f"a batch came without labels, which a trainer that smooths them would not shift for a "
-                f"{self._get_name()}: transformers does not know it as a decoder.",
+                "a batch came without labels: a trainer that smooths them would not shift them for "
+                f"{self._get_name()}, which transformers does not know as a decoder.",
                 hint="set label_smoothing_factor to 0.",
             )
 

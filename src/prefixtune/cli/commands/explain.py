@@ -180,15 +180,14 @@ def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequenc
     name = options.task or str(header.get("task") or "records")
     if name not in TASKS:
         raise ConfigError(f"there is no task {name!r}.", hint=did_you_mean(name, TASKS))
-    columns: dict[str, Any] = {"source": options.source, "target": options.target}
+    columns: dict[str, Any] = {"source": options.source, "target": options.target, "form": options.form}
     trained = read_text_format(header)
     if trained is not None and TASKS[name].takes_columns:
-        columns = {
+        columns |= {
             "source": options.source or trained.source or None,
             "target": options.target or trained.target_template or None,
         }
-    forms = {"form": options.form, "prefer": str(header.get("form") or "")}
-    return list(read_task(name, path, split=split or None, **forms, **columns))
+    return list(read_task(name, path, split=split or None, prefer=str(header.get("form") or ""), **columns))
 
 
 def _make_views(
