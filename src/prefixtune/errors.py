@@ -19,7 +19,7 @@ A message says what failed, the value got, what is allowed, and in `hint` the ne
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 __all__ = [
     "BackboneError",
@@ -33,6 +33,7 @@ __all__ = [
     "check_all",
     "describe_value",
     "did_you_mean",
+    "first_line",
     "short_repr",
 ]
 
@@ -85,23 +86,18 @@ class RequestError(PrefixError):
 _LONGEST_WORD = 1000
 
 
-def did_you_mean(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Suggest the nearest known word, as a hint.
 
     >>> did_you_mean("prefix_lenght", ["prefix_length", "seed"])
     "did you mean 'prefix_length'?"
     >>> did_you_mean("zzz", ["prefix_length", "seed"])
     'known: prefix_length, seed.'
-    >>> did_you_mean("lr", ["learning_rate"], {"lr": "it is called learning_rate here."})
-    'it is called learning_rate here.'
 
     Args:
         word: What was written.
         known: What could have been meant.
-        elsewhere: Words of other programs, and what to write here instead.
     """
-    if elsewhere and word in elsewhere:
-        return elsewhere[word]
     names = sorted(known)
     # A word may come from outside; one that is much longer resembles none, and comparing it takes long.
     close = difflib.get_close_matches(word[:_LONGEST_WORD], names, n=1)
@@ -130,6 +126,16 @@ def short_repr(value: object) -> str:
     """
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of another program's error; of one without a message, its type.
+
+    >>> first_line(OSError("no room\nat all")), first_line(KeyError())
+    ('no room', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def check_all(checks: Iterable[Callable[[], object]]) -> None:

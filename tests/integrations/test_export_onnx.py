@@ -39,7 +39,7 @@ class Exported:
         self.backbone, self.prefix, self.folder = backbone, prefix, folder
         self.facts = target.export_onnx(prefix, backbone, folder, baked=baked)
         assert json.loads((folder / "export.json").read_text()) == self.facts
-        self.past = None if baked else load_file(folder / "prefix.safetensors")
+        self.past = None if baked else load_file(folder / "past.safetensors")
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
     def run(self, feed: dict[str, Any]) -> Any:

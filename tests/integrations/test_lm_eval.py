@@ -20,6 +20,8 @@ from tokenizers import processors
 
 from lm_eval_tasks import make_tasks
 from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.quantization import quantize
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import encode_examples
 from prefixtune.data.examples import Example
@@ -251,6 +253,16 @@ def test_each_task_has_its_own_prefix_in_shared_batches(
         same_answers({key: {task: mixed[key][task]} for key in mixed}, wanted)
 
 
+def test_a_name_that_is_no_task_is_refused(tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]) -> None:
+    backbone = tiny_backbone("llama", max_position_embeddings=700)
+    own = {"made": random_prefix(backbone, 5)}
+    with pytest.raises(ConfigError, match=r"given for 'made', but the tasks .* were 'made_choices', 'made_texts'"):
+        measure(PrefixLM(backbone, task_prefixes=own, console=QUIET), "made")
+    # One for a task that is not measured this time is none of these.
+    both = {"made_choices": own["made"], "made_texts": None}
+    measure(PrefixLM(backbone, task_prefixes=both, console=QUIET), "made_choices")
+
+
 # --- answers are kept -------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +309,19 @@ def test_a_stopped_evaluation_goes_on(
     for change in changes:
         with pytest.raises(AssertionError, match="computed again"):
             measure(PrefixLM(backbone, responses=file, console=QUIET, **change), "made_choices")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_answers_of_other_weights_are_computed_again(
+    tiny_backbone: Any, measure: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    file, backbone = tmp_path / "responses.jsonl", tiny_backbone("llama", max_position_embeddings=700)
+    whole = measure(PrefixLM(backbone, responses=file, console=QUIET), "made_choices")
+    with quiet_transformers():
+        quantize(backbone.model, kind)
+    rounded = measure(PrefixLM(backbone, responses=file, console=QUIET), "made_choices")
+    same_answers(rounded, measure(PrefixLM(backbone, console=QUIET), "made_choices"))
+    assert rounded["answers"] != whole["answers"]
 
 
 def test_a_file_of_something_else_is_no_file_of_answers(tiny_backbone: Any, tmp_path: Path) -> None:

@@ -188,6 +188,17 @@ def test_a_first_label_is_not_counted(tiny_backbone: Make, tmp_path: Path) -> No
     assert logged(run) == pytest.approx([wanted], rel=1e-5)
 
 
+def test_labels_are_smoothed_at_the_next_token(tiny_backbone: Make, tmp_path: Path) -> None:
+    model = PrefixModel(tiny_backbone("llama"), settings())
+    batch = model.collator()(EXAMPLES[:2])
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    wanted = F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    run = trainer(model, tmp_path, EXAMPLES[:2], max_steps=1, gradient_accumulation_steps=1, label_smoothing_factor=0.1)
+    run.train()
+    assert logged(run) == pytest.approx([float(wanted)], rel=1e-5)
+
+
 def test_only_the_prefix_is_there_to_a_trainer(tiny_backbone: Make) -> None:
     model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
     assert {name for name, _ in model.named_parameters()} == set(model.state_dict())
@@ -366,6 +377,12 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
         model(torch.zeros(1, 158, dtype=torch.long))
     with pytest.raises(ConfigError, match="without reentrance"):
         model.activation_checkpointing_enable({"use_reentrant": True})
+    llama.model.__class__ = type("OwnDecoder", (type(llama.model),), {})
+    with pytest.raises(ConfigError, match="would not shift them for OwnDecoder"):
+        model(ids)
+    bart = PrefixModel(tiny_backbone("bart"), settings())
+    with pytest.raises(ConfigError, match="neither labels nor decoder_input_ids"):
+        bart(ids)
     model._is_replica = True
     with pytest.raises(ConfigError, match="DataParallel"):
         model(ids)

@@ -59,7 +59,7 @@ FOREIGN = {
 FOREIGN_WORDS = {
     *("eos_token", "tokenizer_config", "adapter_config", "save_pretrained", "save_to_disk", "modules_to_save"),
     *("use_reentrant", "remove_unused_columns", "padding_free", "control_trans", "triples_scores"),
-    *("max_gen_toks", "generation_kwargs"),
+    *("max_gen_toks", "generation_kwargs", "label_smoothing_factor"),
 }
 
 

@@ -19,7 +19,7 @@ from prefixtune.attention.kernels import AttentionKernel
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.registry import ATTENTIONS, register
-from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean, first_line
 from prefixtune.prefix.geometry import LayerShape, Site
 
 __all__ = ["probe", "runs_as_probed"]
@@ -63,7 +63,7 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
         raise
     except Exception as error:
         raise BackboneError(
-            f"{name} fails on a few tokens: {_first_line(error)}", hint="choose another backbone."
+            f"{name} fails on a few tokens: {first_line(error)}", hint="choose another backbone."
         ) from error
 
 
@@ -108,7 +108,7 @@ def _choose_attention(model: Any, name: str, attention: AttentionKernel) -> list
     except Exception as error:
         # Whatever it needs besides token ids, or finds wrong with its configuration.
         raise BackboneError(
-            f"{name} does not run on token ids alone: {_first_line(error)}", hint="choose another backbone."
+            f"{name} does not run on token ids alone: {first_line(error)}", hint="choose another backbone."
         ) from error
     try:
         _set_attention(model, attention)
@@ -153,11 +153,6 @@ def _stack(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
     # Prefix slots in the cache would shift the borders of chunks.
     cache_layers = None if not packable else _cache_layers(model, len(shapes))
     return Layout({"decoder": shapes}, layer_of, "decoder", packable, forwards_kwargs, cache_layers, notes)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _forwards_kwargs(calls: Sequence[AttentionCall]) -> bool:
@@ -235,7 +230,7 @@ def _trace(model: Any, name: str) -> list[AttentionCall]:
             model(**inputs, prefix_injection=Injection({}))
         except Exception as error:
             raise BackboneError(
-                f"{name} does not pass arguments on to its attention: {_first_line(error)}", hint=_HINT
+                f"{name} does not pass arguments on to its attention: {first_line(error)}", hint=_HINT
             ) from error
     return calls
 

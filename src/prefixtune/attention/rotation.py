@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from prefixtune.attention.injection import Injection, injecting_beside
 from prefixtune.attention.layout import Layout, main_device
-from prefixtune.errors import BackboneError
-from prefixtune.prefix.rotation import PairTurns, Rotation, rotary_settings
+from prefixtune.errors import BackboneError, first_line
+from prefixtune.prefix.rotation import PairTurns, Rotation, length_dependent_turn
 
 __all__ = ["find_rotation"]
 
@@ -41,7 +41,6 @@ _NOISE = 2.0
 """Times what values change by, which do not turn: what rounding may do to keys."""
 _MOST_NOISE = 0.5
 """How far later layers may be at most, where such rounding is seen in the values too; what does not turn is further."""
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,8 @@ def find_rotation(model: Any, layout: Layout, max_positions: int | None) -> Rota
     try:
         samples = _run_at(model, layout, offsets)
     except Exception as failure:
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         raise BackboneError(
-            f"{name} does not run at several positions: {reason}",
+            f"{name} does not run at several positions: {first_line(failure)}",
             hint="its prefixes can be used alone, but not joined.",
         ) from failure
     tolerance = _TOLERANCE.get(model.dtype, _FLOAT32_TOLERANCE)
@@ -115,15 +113,13 @@ def _refuse_length_dependent(config: Any, name: str) -> None:
     Raises:
         BackboneError: The configuration names it.
     """
-    text = config.get_text_config(decoder=True)
-    for one in rotary_settings(text).values():
-        kind = one.get("rope_type") or one.get("type")
-        if kind in _LENGTH_DEPENDENT:
-            raise BackboneError(
-                f"the rotary frequencies of {name} depend on the length of the text (rope_type {kind!r}), so that its "
-                "prefixes cannot be moved to other positions.",
-                hint="its prefixes can be used alone; join prefixes of a backbone with fixed frequencies.",
-            )
+    kind = length_dependent_turn(config.get_text_config(decoder=True))
+    if kind is not None:
+        raise BackboneError(
+            f"the rotary frequencies of {name} depend on the length of the text (rope_type {kind!r}), so that its "
+            "prefixes cannot be moved to other positions.",
+            hint="its prefixes can be used alone; join prefixes of a backbone with fixed frequencies.",
+        )
 
 
 def _offsets(max_positions: int | None) -> list[int]:

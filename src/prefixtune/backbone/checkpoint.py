@@ -15,7 +15,7 @@ from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.plain import load_plain, read_ahead
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.backbone.ssru import has_ssru, load_with_ssru
-from prefixtune.errors import BackboneError, did_you_mean
+from prefixtune.errors import BackboneError, did_you_mean, first_line
 
 __all__ = ["auto_class", "find_checkpoint", "no_config_error", "read_checkpoint", "read_tokenizer"]
 
@@ -95,7 +95,7 @@ def read_checkpoint(
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except _UNREADABLE as error:
             raise BackboneError(
-                f"cannot load the backbone {name!r}: {_first_line(error)}",
+                f"cannot load the backbone {name!r}: {first_line(error)}",
                 hint="check that its folder holds config.json, safetensors weights and a tokenizer.",
             ) from error
     return model, tokenizer, unused
@@ -115,7 +115,7 @@ def read_tokenizer(name: str, source: str, options: Mapping[str, Any]) -> tuple[
             return config, AutoTokenizer.from_pretrained(source, **options)
         except _UNREADABLE as error:
             raise BackboneError(
-                f"cannot load the tokenizer of {name!r}: {_first_line(error)}",
+                f"cannot load the tokenizer of {name!r}: {first_line(error)}",
                 hint="check that its folder holds config.json and a tokenizer.",
             ) from error
 
@@ -126,7 +126,7 @@ def _read_config(name: str, source: str, options: Mapping[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(source, **options)
     except _UNREADABLE as error:
-        raise no_config_error(name, _first_line(error)) from error
+        raise no_config_error(name, first_line(error)) from error
 
 
 def no_config_error(name: str, reason: str) -> BackboneError:
@@ -198,8 +198,3 @@ def _load_model(auto: Any, name: str, source: str, options: Mapping[str, Any]) -
 def _some(names: Sequence[str], count: int = 5) -> str:
     """The first few names."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

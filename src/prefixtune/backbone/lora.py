@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefixtune.errors import BackboneError, CheckpointError
+from prefixtune.errors import BackboneError, CheckpointError, first_line
 from prefixtune.prefix.header import parse_header
 from prefixtune.utils.extras import needs_extra
 
@@ -38,8 +38,9 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
         stored = peft.load_peft_weights(str(folder), device="cpu").keys()
         missing = sorted(key for key in peft.get_peft_model_state_dict(tuned) if "lora_" in key and key not in stored)
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackboneError(f"the adapter {path!r} does not fit: {first}", hint="load its own base model.") from error
+        raise BackboneError(
+            f"the adapter {path!r} does not fit: {first_line(error)}", hint="load its own base model."
+        ) from error
     if missing:
         raise BackboneError(
             f"the adapter {path!r} lacks {len(missing)} weights that its configuration asks for, such as {missing[0]}.",

@@ -12,6 +12,7 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.errors import BackboneError
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix, check_fits
 
@@ -74,36 +75,33 @@ def load_prefix(
         PrefixError: The hub cannot be reached, or has no such file.
     """
     prefix = path if isinstance(path, Prefix) else read_artifact(prefix_file(path))
-    path = "the prefix" if isinstance(path, Prefix) else path
+    name = "the prefix" if isinstance(path, Prefix) else repr(str(path))
     if backbone is not None:
         backbone = as_backbone(backbone)
         check_fits(prefix, backbone.geometry, backbone.name)
         head = prefix.head
         if head is not None and head.weight.shape[1] != backbone.hidden_size:
             raise BackboneError(
-                f"the head in {str(path)!r} is for hidden states of {head.weight.shape[1]}, but {backbone.name!r} has "
+                f"the head in {name} is for hidden states of {head.weight.shape[1]}, but {backbone.name!r} has "
                 f"{backbone.hidden_size}.",
                 hint="load the backbone that its header names.",
             )
-        _check_fingerprint(prefix.header, backbone, path, allow_other_backbone)
+        if not allow_other_backbone:
+            _check_fingerprint(prefix.header, backbone, name)
     return prefix
 
 
-def _check_fingerprint(
-    header: Mapping[str, Any], backbone: Backbone, path: str | os.PathLike[str], allowed: bool
-) -> None:
-    origin = header.get("backbone")
-    if allowed or not isinstance(origin, Mapping) or "fingerprint" not in origin:
-        return
-    if not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
+def _check_fingerprint(header: Mapping[str, Any], backbone: Backbone, name: str) -> None:
+    origin = backbone_origin(header)
+    if origin.fingerprint and not fingerprints_match(origin.fingerprint, backbone.fingerprint):
         raise BackboneError(
-            f"{str(path)!r} was trained for {origin.get('name')!r} with other weights than {backbone.name!r} "
-            f"(fingerprint {_short(origin['fingerprint'])} against {_short(backbone.fingerprint)}).",
+            f"{name} was trained for {origin.name!r} with other weights than {backbone.name!r} "
+            f"(fingerprint {_short(origin.fingerprint)} against {_short(backbone.fingerprint)}).",
             hint="load the backbone that its header names; if you know that they are close: allow_other_backbone, or "
             "--allow-other-backbone of `prefixtune generate`, `evaluate` and `export`.",
         )
 
 
-def _short(fingerprint: object) -> str:
-    shape, _, samples = str(fingerprint).partition(":")
+def _short(fingerprint: str) -> str:
+    shape, _, samples = fingerprint.partition(":")
     return f"{shape[:8]}:{samples[:8]}"

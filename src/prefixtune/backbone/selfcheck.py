@@ -32,7 +32,7 @@ from prefixtune.attention.injection import batch_prefixes, injecting
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
-from prefixtune.errors import BackboneError, PrefixError
+from prefixtune.errors import BackboneError, PrefixError, first_line
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import write_text
@@ -96,8 +96,7 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
     except PrefixError:
         raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackboneError(f"{name} cannot run with a prefix: {first}", hint=hint) from error
+        raise BackboneError(f"{name} cannot run with a prefix: {first_line(error)}", hint=hint) from error
     if not found.passed:
         what = (
             f"with a prefix, {'a padded batch' if layout.kind == 'encoder' else 'cached decoding in a padded batch'} "

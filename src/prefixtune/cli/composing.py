@@ -57,8 +57,9 @@ def load_backbone_of(
     """
     from prefixtune.backbone.load import check_loadable, check_size, load_backbone
     from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.prefix.header import backbone_origin
 
-    named = (str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes)
+    named = (backbone_origin(prefix.header).name for prefix in prefixes)
     name = backbone or next(filter(None, named), "")
     if not name:
         raise ConfigError(f"{files[0]!r} does not name its backbone.", hint="name it: --backbone NAME.")

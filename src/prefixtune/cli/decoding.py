@@ -10,7 +10,7 @@ from pydantic import Field
 from prefixtune.cli.options import CommandOptions
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.utils.config import DeviceName, option_group
+from prefixtune.utils.config import DeviceName, DTypeName, option_group
 
 if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
@@ -24,9 +24,7 @@ class BackboneOptions(CommandOptions):
     """The options of loading a backbone for prefixes."""
 
     backbone: str | None = _backbone(None, description="default: the one in the prefix's header")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _backbone(
-        "auto", description="dtype of the frozen weights"
-    )
+    dtype: DTypeName = _backbone("auto", description="dtype of the frozen weights")
     device: DeviceName = _backbone("auto", description="cpu, cuda, cuda:0, mps or auto")
     quantize: Literal["", "int8", "int4"] = _backbone("", description="quantize the frozen weights (torchao)")
     adapter: str | None = _backbone(None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix")

@@ -107,8 +107,8 @@ def short_name(text: str) -> str:
     >>> short_name("a/manual.safetensors+runs/style")
     'manual+style'
     """
-    paths = [Path(name) for name in split_joined(text)]
-    return "+".join(path.absolute().parent.name if path.stem == "prefix" else path.stem for path in paths)
+    paths = [Path(os.path.abspath(name)) for name in split_joined(text)]
+    return "+".join(path.parent.name if path.stem == "prefix" else path.stem for path in paths)
 
 
 def prefix_files(text: str) -> list[str]:
@@ -195,12 +195,13 @@ def load_with_prefixes(
     from prefixtune.backbone.load import check_size
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.compose import check_join, concatenate
+    from prefixtune.prefix.header import backbone_origin
     from prefixtune.prefix.text_format import read_text_format
 
     files = [file for names in parts for file in names]
     prefixes = read_prefixes(files)
     stored = dict(zip(files, prefixes, strict=True))
-    names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes} - {""}
+    names = {backbone_origin(prefix.header).name for prefix in prefixes} - {""}
     if options.backbone is None and len(names) > 1:
         raise ConfigError(
             f"the prefixes name different backbones: {', '.join(sorted(names))}.",

@@ -37,6 +37,11 @@ def json_option(what: str) -> Any:
     return Field(False, description=f"print {what} as JSON on stdout", json_schema_extra={"flag": "json"})
 
 
+def form_option() -> Any:
+    """The field `form` of a command that reads examples, of type `Literal["", FormName]`."""
+    return Field("", description="records without source: what the columns are, where several readings fit")
+
+
 class CommandOptions(Config):
     """The options of one command; those that it inherits from a configuration may also come from a file."""
 

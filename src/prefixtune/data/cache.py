@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,13 +52,11 @@ class Stored:
         columns: Its numbers by name, mapped from the files.
         facts: What else was stored, as JSON.
         maps: The memory that the columns are in.
-        reused: It was there before.
     """
 
     columns: Mapping[str, npt.NDArray[Any]]
     facts: Mapping[str, Any]
     maps: tuple[mmap.mmap, ...] = field(default=(), repr=False)
-    reused: bool = False
 
     def release(self) -> None:
         """Take what was read out of this process's memory; the system may still have it when it is read again."""
@@ -166,7 +164,7 @@ def stored(key: str | None, build: Build) -> Stored:
     found = _open(entry)
     if found is None:
         raise PrefixError(f"{str(entry)!r} cannot be read back.", hint="check the disk.")
-    return replace(found, reused=False)
+    return found
 
 
 def _temporary(build: Build) -> Stored:
@@ -183,7 +181,7 @@ def _temporary(build: Build) -> Stored:
                 atexit.register(shutil.rmtree, made, ignore_errors=True)
     if found is None:
         raise PrefixError(f"{str(made)!r} cannot be read back.", hint="check the disk.")
-    return replace(found, reused=False)
+    return found
 
 
 def _write(folder: Path, build: Build) -> None:
@@ -208,7 +206,7 @@ def _open(folder: Path, *, check: bool = True) -> Stored | None:
         os.utime(folder / _INDEX)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return Stored(columns, index["facts"], tuple(some for some in maps.values() if some is not None), reused=True)
+    return Stored(columns, index["facts"], tuple(some for some in maps.values() if some is not None))
 
 
 def _map(path: Path, facts: Mapping[str, Any], *, check: bool) -> mmap.mmap | None:

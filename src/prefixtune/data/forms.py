@@ -143,14 +143,13 @@ def detect_form(
     return fitting[0]
 
 
-def fitting_forms(row: Mapping[str, Any], *, needs_targets: bool = True) -> list[Form]:
-    """The forms that a row may have, by its columns; where there are several, one must be chosen.
+def fitting_forms(row: Mapping[str, Any]) -> list[Form]:
+    """The forms with targets that a row may have, by its columns; where there are several, one must be chosen.
 
     Args:
         row: Column -> value; the first of its file.
-        needs_targets: A row without a column of targets has none.
     """
-    return _likeliest(_candidates(row, needs_targets), row)
+    return _likeliest(_candidates(row, needs_targets=True), row)
 
 
 def _candidates(row: Mapping[str, Any], needs_targets: bool) -> list[Form]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, first_line
 from prefixtune.prefix.hub import HUB
 from prefixtune.utils.extras import needs_extra
 
@@ -134,7 +134,7 @@ def _load_from_disk(path: Path | str) -> Any:
         if isinstance(error, IndexError) and not list(Path(path).glob("*.arrow")):
             return []  # saved without rows, which the library cannot read
         raise DataError(
-            f"{path} cannot be read as a set of the datasets library: {_first_line(error)}.",
+            f"{path} cannot be read as a set of the datasets library: {first_line(error).rstrip('.')}.",
             hint="copy the whole folder again, or save the set again with save_to_disk.",
         ) from error
 
@@ -146,14 +146,10 @@ def _load_from_hub(name: str, configuration: str | None, revision: str | None) -
     except Exception as error:  # as above, also the network's
         raise DataError(
             f"{HUB}{name}{f':{configuration}' if configuration else ''}{f'#{revision}' if revision else ''} cannot be "
-            f"loaded: {_first_line(error)}.",
+            f"loaded: {first_line(error).rstrip('.')}.",
             hint="check the name (with its configuration and revision, hub:OWNER/NAME:CONFIGURATION#REVISION) and the "
             "network.",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _with_class_names(feature: Any, value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefixtune.data import streams
 from prefixtune.data.parsing import check_names
-from prefixtune.errors import DataError
+from prefixtune.errors import DataError, first_line
 from prefixtune.utils.extras import needs_extra
 
 __all__ = ["parquet_rows"]
@@ -42,7 +42,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except DataError:
         raise
     except Exception as error:  # the library raises many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise DataError(f"{name} is not a complete Parquet file: {reason}.", hint="copy or export it again.") from error
 
 

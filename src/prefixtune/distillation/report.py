@@ -58,13 +58,11 @@ class Reading:
 
 
 def encode_questions(
-    backbone: Backbone, questions: Sequence[Question], wording: Wording, prefix_length: int, max_length: int = 0
+    backbone: Backbone, questions: Sequence[Question], wording: Wording, prefix_length: int
 ) -> list[TokenizedExample]:
     """Questions with answers as token ids; a question that is too long is cut as in training."""
     examples = [Example(question.question, (question.answer or "",)) for question in questions]
-    dataset = encode_examples(
-        backbone, examples, wording.text_format, prefix_length=prefix_length, max_length=max_length
-    )
+    dataset = encode_examples(backbone, examples, wording.text_format, prefix_length=prefix_length)
     return list(dataset.examples)
 
 

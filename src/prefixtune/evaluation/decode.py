@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.fingerprint import weights
 from prefixtune.data.examples import Example, conversation_of
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError
+from prefixtune.inference.answers import OTHER_FOLDER, append_rows, digest_facts, model_facts, read_rows
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.engine_runs import texts_at_once
 from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.utils.files import line_writer
-from prefixtune.utils.writable import check_writable, reporting_write_errors
+from prefixtune.utils.writable import check_writable
 
 __all__ = ["DECODED_FILE", "decode", "read_decoded"]
 
 DECODED_FILE = "decoded.jsonl"
-_NUM_SAMPLES = 64
-"""Numbers of each weight that go into the digest."""
 
 
 def decode(
@@ -98,37 +91,24 @@ def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
         ConfigError: The rows belong to another evaluation.
         DataError: The file cannot be read, or was not written by an evaluation.
     """
-    hint = "choose another output folder, or delete it."
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {str(path)!r}: {error}.", hint=hint) from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(row, dict) or not {"digest", "number", "output", "seconds"} <= row.keys():
-            raise DataError(f"line {number} of {str(path)!r} is not what an evaluation writes.", hint=hint)
+    keys = {"digest", "number", "output", "seconds"}
+    rows = read_rows(path, lambda row: isinstance(row, dict) and keys <= row.keys(), "is not what an evaluation writes")
+    for row in rows:
         if row["digest"] != digest:
             raise ConfigError(
                 f"{str(path)!r} holds outputs of another evaluation (another prefix, model, data or settings).",
-                hint=hint,
+                hint=OTHER_FOLDER,
             )
         yield row
 
 
 def _append_decoded(path: Path, digest: str, outputs: Mapping[int, str], seconds: float) -> None:
     """Add a batch's outputs to the file."""
-    rows = [
-        {"number": index, "output": output, "seconds": round(seconds / len(outputs), 6), "digest": digest}
-        for index, output in outputs.items()
-    ]
-    with reporting_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with line_writer(path) as append:
-        # An incomplete line of a process that was killed stays alone on its line.
-        append("\n" + "\n".join(json.dumps(row) for row in rows))
+    each = round(seconds / len(outputs), 6)
+    append_rows(
+        path,
+        [{"number": index, "output": output, "seconds": each, "digest": digest} for index, output in outputs.items()],
+    )
 
 
 def _digest(
@@ -140,24 +120,9 @@ def _digest(
 ) -> str:
     """Identifies what the outputs depend on: model, prefix, texts and settings."""
     facts = {
-        "fingerprint": backbone.fingerprint,
-        "weights": [_sample(value) for _, value in weights(backbone.model)],
-        "dtype": str(backbone.dtype),
+        **model_facts(backbone),
         "format": None if text_format is None else text_format.to_dict(),
-        "header": None if prefix is None else prefix.header.get("text_format"),
         "decoding": config.to_dict(),
         "sources": [example.messages or example.source for example in examples],
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for tensor in () if prefix is None else prefix.tensors():
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _sample(weight: torch.Tensor) -> list[float]:
-    """Some numbers of a weight that identify it, the same on any number of cores."""
-    # torchao's tensors can neither be sliced nor summed.
-    plain = weight if type(weight) in (torch.Tensor, torch.nn.Parameter) else weight.dequantize()
-    flat = plain.detach().reshape(-1)
-    sampled: list[float] = flat[:: max(1, len(flat) // _NUM_SAMPLES)].float().tolist()
-    return sampled
+    return digest_facts(facts, prefix)

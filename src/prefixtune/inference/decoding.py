@@ -17,7 +17,7 @@ from prefixtune.attention.cache import cache_argument, growing_cache, prefilled_
 from prefixtune.attention.injection import Injection, batch_prefixes, injecting
 from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, first_line
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generation_config import to_generation_config
 from prefixtune.prefix.prefix import Prefix
@@ -95,7 +95,7 @@ def _compiler_errors() -> Iterator[None]:
         if not isinstance(error, BackendCompilerFailed):
             raise
         raise ConfigError(
-            f"the decoding step cannot be compiled here: {str(error).strip().splitlines()[0]}.",
+            f"the decoding step cannot be compiled here: {first_line(error)}.",
             hint="install a C++ compiler (on Debian and Ubuntu: apt install g++), or leave compile out.",
         ) from error
 

@@ -25,6 +25,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.notebook import prefix_html
 from prefixtune.prefix.prefix import Prefix
@@ -262,7 +263,7 @@ def _backbone_of(prefixes: Sequence[Prefix]) -> str:
     Raises:
         ConfigError: They name several, or none.
     """
-    names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes}
+    names = {backbone_origin(prefix.header).name for prefix in prefixes}
     if len(names) > 1 or names == {""}:
         shown = ", ".join(sorted(names)).strip(", ") or "none"
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class Collator:
     """Makes padded batches: one row for each target, with labels only at the target.
 
     It takes `Example`s, rows with `source` and `target` (one text, or several) or `messages`, or rows of token ids with
-    `input_ids` and `labels`. Sources that do not fit are cut, as in `train`.
+    `input_ids` and `labels`, of which those where `attention_mask` is 0 are left out. Sources that do not fit are cut,
+    as in `train`.
 
     Attributes:
         backbone: The model that the batches are for.
@@ -55,7 +57,7 @@ class Collator:
         rows: list[tuple[list[int], list[int]]] = []
         for feature in features:
             if isinstance(feature, Mapping) and {"input_ids", "labels"} <= feature.keys():
-                rows.append(([*map(int, feature["input_ids"])], [*map(int, feature["labels"])]))
+                rows.append(self._unpad(feature))
             else:
                 rows.extend(self._encode(_to_example(feature)))
         ids, labels = ([torch.tensor(row[part]) for row in rows] for part in (0, 1))
@@ -65,6 +67,14 @@ class Collator:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
+
+    def _unpad(self, feature: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Ids and labels of a row without the padding that its mask shows."""
+        ids, labels = [*map(int, feature["input_ids"])], [*map(int, feature["labels"])]
+        mask = [*map(bool, feature.get("attention_mask", [1] * len(ids)))]
+        ids = [*compress(ids, mask)]
+        # An encoder-decoder's labels are another text.
+        return ids, labels if self.backbone.kind == "encoder-decoder" else [*compress(labels, mask)]
 
     def _encode(self, example: Example) -> list[tuple[list[int], list[int]]]:
         """Ids and labels of the rows of an example, one for each target."""

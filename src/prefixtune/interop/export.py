@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,38 @@ from prefixtune.data.chat import literal_format
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.prefix.rotation import rotary_settings
+from prefixtune.prefix.rotation import length_dependent_turn
+from prefixtune.training.folder import CONFIG_FILE, PREFIX_FILE
 
-__all__ = ["MANIFEST", "check_exportable", "check_prefix", "describe_origin", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "README",
+    "check_exportable",
+    "check_folder",
+    "check_prefix",
+    "describe_origin",
+    "write_manifest",
+]
 
 
-MANIFEST = "export.json"
+MANIFEST, README = "export.json", "README.md"
 
 _HINT = "use `prefixtune generate` or `prefixtune serve` for it."
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder that an export would mix with a run, or whose README it would replace.
+
+    Raises:
+        ConfigError: It holds such a file, and no export.
+    """
+    if os.path.exists(Path(folder) / MANIFEST):
+        return
+    for name in (CONFIG_FILE, PREFIX_FILE, README):
+        if os.path.exists(Path(folder) / name):
+            raise ConfigError(
+                f"{str(folder)!r} holds a {name}, and is not the folder of an export.", hint="name a folder of its own."
+            )
 
 
 def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
@@ -82,10 +107,11 @@ def _check_layers(backbone: Backbone, target: str) -> None:
             f"to every token, in {target} it would leave the window.",
             hint=_HINT,
         )
-    if any(settings.get("rope_type") == "longrope" for settings in rotary_settings(config).values()):
+    turn = length_dependent_turn(config)
+    if turn is not None:
         raise BackboneError(
-            f"the keys of {backbone.name!r} turn by other frequencies in a longer text (LongRoPE), which was not "
-            f"compared with {target}.",
+            f"the keys of {backbone.name!r} turn by other frequencies in a longer text (rope_type {turn!r}), which was "
+            f"not compared with {target}.",
             hint=_HINT,
         )
     if backbone.layout.cache_layers != tuple(range(len(shapes))) or config.num_hidden_layers != len(shapes):

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.lora import ADAPTER_CONFIG, adapter_config
-from prefixtune.backbone.prefixes import make_header
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
 from prefixtune.interop.safetensors import conversion, read_tensors
-from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.card import HUB_NAMES
 from prefixtune.prefix.geometry import LayerShape, describe
-from prefixtune.prefix.header import parse_header
-from prefixtune.prefix.prefix import Prefix, check_fits, flatten, unflatten
+from prefixtune.prefix.header import backbone_origin, parse_header
+from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 from prefixtune.utils.files import atomic_files
 
 __all__ = ["PEFT_TYPES", "export_peft", "import_peft"]
@@ -149,7 +149,7 @@ def _check_backbone(prefix: Prefix, header: Mapping[str, Any], backbone: Backbon
             f"{backbone.name!r} is of kind {backbone.kind!r}; PEFT's prefixes are for decoder-only models here.",
             hint="load the model that the adapter's configuration names.",
         )
-    check_fits(prefix, backbone.geometry, backbone.name)
+    load_prefix(Prefix(prefix.layers, header), backbone)
     count = len(prefix.layers["decoder"])
     num_hidden_layers = getattr(backbone.model.config.get_text_config(decoder=True), "num_hidden_layers", count)
     if backbone.layout.cache_layers != tuple(range(count)) or count != num_hidden_layers:
@@ -157,13 +157,6 @@ def _check_backbone(prefix: Prefix, header: Mapping[str, Any], backbone: Backbon
             f"not every layer of {backbone.name!r} keeps keys and values of its own: PEFT would put the prefix into "
             "other layers than those it is for.",
             hint="prefixes for hybrids and for models whose layers share keys can only be used in prefixtune.",
-        )
-    stored = header.get("backbone")
-    origin = stored if isinstance(stored, Mapping) else {}
-    if "fingerprint" in origin and not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
-        raise BackboneError(
-            f"the prefix was trained for {origin.get('name')!r} with other weights than {backbone.name!r}.",
-            hint="load the backbone that its header names.",
         )
 
 
@@ -220,11 +213,11 @@ def _make_config(
     peft_type = peft_type or origin.get("peft_type", PEFT_TYPES[0])
     if peft_type not in PEFT_TYPES:
         raise ConfigError(f"unknown peft_type {peft_type!r}.", hint=did_you_mean(str(peft_type), PEFT_TYPES))
-    stored = header.get("backbone")
+    name = backbone_origin(header).name
     config: dict[str, Any] = {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": (stored.get("name") or None) if isinstance(stored, Mapping) else None,
+        "base_model_name_or_path": HUB_NAMES.get(name, name) or None,
         "inference_mode": True,
         "num_virtual_tokens": prefix.length(),
         "num_layers": len(prefix.layers["decoder"]),
@@ -247,8 +240,7 @@ def _only_shape(prefix: Prefix) -> LayerShape:
     Raises:
         ConfigError: PEFT's format cannot hold the prefix; with all reasons.
     """
-    origin = prefix.header.get("backbone")
-    kind = origin.get("kind", "decoder") if isinstance(origin, Mapping) else "decoder"
+    kind = backbone_origin(prefix.header).kind
     shapes = set(prefix.geometry.get("decoder", ()))
     dtypes = {tensor.dtype for tensor in prefix.tensors()}
     faults = {

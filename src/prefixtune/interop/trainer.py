@@ -116,17 +116,18 @@ class PrefixModel(nn.Module):
             transformers' `CausalLMOutput`: logits, and the loss where there are labels.
 
         Raises:
-            ConfigError: An argument cannot be used with a prefix.
+            ConfigError: An argument cannot be used with a prefix, or is missing.
             DataError: The texts and the prefix are longer than the backbone's positions.
         """
         from transformers.modeling_outputs import CausalLMOutput
 
         is_encoder_decoder = self.backbone.kind == "encoder-decoder"
-        if is_encoder_decoder and decoder_input_ids is None and labels is not None:
+        if is_encoder_decoder and decoder_input_ids is None:
             decoder_input_ids = self._shift_right(labels)
         decoder = {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
         logits = self._run_backbone(Backbone.forward, input_ids, attention_mask, decoder, others).logits
         if labels is None:
+            self._check_smoothing()
             return CausalLMOutput(logits=logits)
         loss = _mean_loss(logits, labels, num_items_in_batch, shift=not is_encoder_decoder)
         return CausalLMOutput(loss=loss, logits=logits)
@@ -186,8 +187,25 @@ class PrefixModel(nn.Module):
                 hint=f"cut the texts to {limit - prefix_positions} tokens (max_length), or use `model.collator()`.",
             )
 
-    def _shift_right(self, labels: Int[Tensor, "B Td"]) -> Int[Tensor, "B Td"]:
+    def _check_smoothing(self) -> None:
+        """Refuse a training step whose labels a trainer would compare with the logits of the same tokens."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        known = self.backbone.kind != "decoder" or self._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        if self.training and not known:
+            raise ConfigError(
+                "a batch came without labels: a trainer that smooths them would not shift them for "
+                f"{self._get_name()}, which transformers does not know as a decoder.",
+                hint="set label_smoothing_factor to 0.",
+            )
+
+    def _shift_right(self, labels: Int[Tensor, "B Td"] | None) -> Int[Tensor, "B Td"]:
         """What a decoder reads to predict the labels."""
+        if labels is None:
+            raise ConfigError(
+                "a batch has neither labels nor decoder_input_ids, but the decoder must read something.",
+                hint="set label_smoothing_factor to 0, with which trainers keep the labels, or add decoder_input_ids.",
+            )
         start = torch.full_like(labels[:, :1], self.backbone.decoder_start_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == IGNORED, self.backbone.pad_id)
@@ -236,6 +254,10 @@ class PrefixModel(nn.Module):
         return save_prefix(Path(save_directory) / PREFIX_FILE, self.prefix(), dtype=dtype)
 
     # --- what trainers need of a model -------------------------------------------------------------------------------
+
+    def _get_name(self) -> str:
+        """The backbone's class: by its name `Trainer` knows whether to shift the labels that it smooths."""
+        return str(self.backbone.model._get_name())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixModel:
         """Also move the backbone, unless Accelerate has distributed it over devices."""

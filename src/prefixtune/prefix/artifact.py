@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefixtune.errors import CheckpointError, ConfigError, describe_value, did_you_mean
 from prefixtune.prefix.geometry import Site
-from prefixtune.prefix.header import HEADER_KEY, check_header
+from prefixtune.prefix.header import HEADER_KEY, backbone_origin, check_header
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.utils.files import atomic_path
@@ -68,8 +68,7 @@ def read_artifact(path: str | Path) -> Prefix:
 
 def describe_tensors(prefix: Prefix) -> dict[str, Any]:
     """What a header says of a prefix's tensors."""
-    origin = prefix.header.get("backbone")
-    kind = origin.get("kind", "decoder") if isinstance(origin, Mapping) else "decoder"
+    kind = backbone_origin(prefix.header).kind
     shifts = kind == "decoder" and prefix.sites == ("decoder",)
     if prefix.placement == "infix" and shifts:
         kind = "infix"

@@ -15,12 +15,13 @@ from typing import Any
 
 from prefixtune.errors import ConfigError, describe_value, short_repr
 from prefixtune.prefix.composition import content_hash
+from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import is_repository
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.console import format_figure
 from prefixtune.utils.markdown import escape_markdown
 
-__all__ = ["CARD", "find_evaluations", "make_card", "read_evaluations"]
+__all__ = ["CARD", "HUB_NAMES", "find_evaluations", "make_card", "read_evaluations"]
 
 
 CARD = "README.md"
@@ -30,7 +31,7 @@ _EVALUATION = "evaluation.json"
 _MOST_BYTES, _MOST_FOLDERS = 2**24, 1000
 _TRAINING_FACTS = ("steps", "num_targets", "dev_loss", "learning_rate", "seed")
 """What the card repeats of a header's `training`."""
-_HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Embedded backbones, by the hub's names."""
 _LICENSES = {
     "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
@@ -86,8 +87,7 @@ def _pipeline_tag(prefix: Prefix) -> str:
 
 
 def _backbone_name(prefix: Prefix) -> str:
-    origin = prefix.header.get("backbone")
-    return str(origin.get("name") or "") if isinstance(origin, Mapping) else ""
+    return backbone_origin(prefix.header).name
 
 
 def _find_license(name: str) -> tuple[str | None, str | None]:
@@ -106,7 +106,7 @@ def _find_base_model(prefix: Prefix) -> str:
     """The backbone's name on the hub; empty: it has none there, as a folder on somebody's machine."""
     name = _backbone_name(prefix)
     is_on_hub = is_repository(name) and not os.path.exists(name)
-    return _HUB_NAMES.get(name, name if is_on_hub else "")
+    return HUB_NAMES.get(name, name if is_on_hub else "")
 
 
 def _find_datasets(prefix: Prefix) -> list[str]:
@@ -194,7 +194,7 @@ def _list_facts(prefix: Prefix, model: str, task: str) -> dict[str, Any]:
     stored = training if isinstance(training, Mapping) else {}
     known = _backbone_name(prefix)
     return {
-        "model": model + (f" ({known} of prefixtune)" if known in _HUB_NAMES else ""),
+        "model": model + (f" ({known} of prefixtune)" if known in HUB_NAMES else ""),
         "task": task or "unknown",
         **({"license": prefix.header["license"]} if prefix.header.get("license") else {}),
         "sites": ", ".join(f"{site} (P = {prefix.length(site)})" for site in prefix.sites),

@@ -21,6 +21,7 @@ from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.prefix.composition import check_count, content_hash, describe_parts, lead_header
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import SITES, Site, describe
+from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix
 from prefixtune.prefix.rotation import Rotation
 
@@ -384,9 +385,7 @@ def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Ro
 
 def _is_unshifted(prefix: Prefix) -> bool:
     """Whether the text behind a prefix is not shifted, so that nothing is moved: in encoders."""
-    origin = prefix.header.get("backbone")
-    encoder_decoder = isinstance(origin, Mapping) and origin.get("kind") == "encoder-decoder"
-    return set(prefix.sites) != {"decoder"} or encoder_decoder
+    return set(prefix.sites) != {"decoder"} or backbone_origin(prefix.header).kind == "encoder-decoder"
 
 
 def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> list[str]:
@@ -423,13 +422,10 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
 
 
 def _check_same_backbone(one: Mapping[str, Any], other: Mapping[str, Any], name: str, other_name: str) -> None:
-    first, second = one.get("backbone"), other.get("backbone")
-    if not isinstance(first, Mapping) or not isinstance(second, Mapping):
-        return
-    prints = first.get("fingerprint"), second.get("fingerprint")
-    if None not in prints and not fingerprints_match(str(prints[0]), str(prints[1])):
+    first, second = backbone_origin(one), backbone_origin(other)
+    prints = first.fingerprint, second.fingerprint
+    if all(prints) and not fingerprints_match(*prints):
         raise BackboneError(
-            f"{name} was trained for {first.get('name')!r} and {other_name} for {second.get('name')!r}, whose weights "
-            "differ.",
+            f"{name} was trained for {first.name!r} and {other_name} for {second.name!r}, whose weights differ.",
             hint="compose prefixes of one backbone, with the same weights; `prefixtune inspect FILE` names it.",
         )

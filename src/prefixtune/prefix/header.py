@@ -21,8 +21,10 @@ __all__ = [
     "FORMAT_VERSION",
     "HEADER_FIELDS",
     "HEADER_KEY",
+    "BackboneOrigin",
     "JobOrigin",
     "Outline",
+    "backbone_origin",
     "check_header",
     "check_storable",
     "check_version",
@@ -191,6 +193,28 @@ def dump_header(header: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class BackboneOrigin:
+    """The model that a prefix was trained for, as far as its header says.
+
+    Attributes:
+        name: Empty: unknown.
+        fingerprint: Empty: unknown.
+        kind: Where the header names none, as of most other programs' prefixes, a decoder.
+    """
+
+    name: str = ""
+    fingerprint: str = ""
+    kind: str = "decoder"
+
+
+def backbone_origin(header: Mapping[str, Any]) -> BackboneOrigin:
+    """The model that a prefix was trained for."""
+    origin = header.get("backbone")
+    known = origin if isinstance(origin, Mapping) else {}
+    return BackboneOrigin(**{key: str(known[key]) for key in ("name", "fingerprint", "kind") if known.get(key)})
+
+
+@dataclass(frozen=True)
 class JobOrigin:
     """The job that made a prefix for somebody who asked a server for it.
 
@@ -296,9 +320,8 @@ def incompatibilities(
     elif not reasons and not _fits(shapes, geometry):
         reasons.append(f"its shapes are not those of {name!r}")
     elif not reasons and fingerprint is not None:
-        origin = header.get("backbone")
-        stored = origin.get("fingerprint", fingerprint) if isinstance(origin, dict) else fingerprint
-        if not fingerprints_match(str(stored), fingerprint):
+        stored = backbone_origin(header).fingerprint
+        if stored and not fingerprints_match(stored, fingerprint):
             reasons.append(f"it was trained for other weights than those of {name!r}")
     return reasons
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefixtune import __version__
-from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describe_value
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describe_value, first_line
 
 __all__ = [
     "FILE",
@@ -179,7 +179,7 @@ def hub_errors(what: str) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise PrefixError(f"{what}: the repository has no such file.", hint=_OTHER_FILE) from error
     except HfHubHTTPError as error:
-        reason = str(error.server_message or error).splitlines()[0]
+        reason = next(iter((error.server_message or "").strip().splitlines()), first_line(error))
         raise PrefixError(f"{what}: the hub answers {error.response.status_code}: {reason}", hint=hint) from error
     except ValueError as error:
         # The library's, for a card with metadata that the hub does not take.

@@ -21,7 +21,7 @@ from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.geometry import SITES, Geometry, Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["PairTurns", "Positions", "Rotation", "longrope_limit", "rotary_settings"]
+__all__ = ["PairTurns", "Positions", "Rotation", "length_dependent_turn", "longrope_limit", "rotary_settings"]
 
 Positions = Literal["rotary", "none", "absolute"]
 """How a model's keys depend on position.
@@ -284,6 +284,16 @@ def rotary_settings(config: Any) -> dict[str, Mapping[str, Any]]:
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = {kind: one for kind, one in settings.items() if isinstance(one, Mapping)}
     return nested or {"full_attention": settings}
+
+
+def length_dependent_turn(config: Any) -> str | None:
+    """The kind of rotary frequencies that change with the text's length, `dynamic` or `longrope`; None: none do.
+
+    Args:
+        config: As for `rotary_settings`.
+    """
+    kinds = [settings.get("rope_type") or settings.get("type") for settings in rotary_settings(config).values()]
+    return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
 
 
 def longrope_limit(config: Any) -> int | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data import TASKS
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import ConfigError, PrefixError, first_line
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.records import Event, OnEvent, Outcome
 from prefixtune.studies.runner import outcome_of, run_study
@@ -100,7 +100,7 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         where = f"the cluster {address!r}" if address else "Ray on this machine"
         raise ConfigError(
-            f"cannot start or reach {where}: {_first_line(error)}", hint="see `ray status` and `ray start`."
+            f"cannot start or reach {where}: {first_line(error)}", hint="see `ray status` and `ray start`."
         ) from error
 
 
@@ -151,13 +151,9 @@ def _forward_events(ray: Any, running: list[Any], events: Any, on_event: OnEvent
                 ray.exceptions.OutOfMemoryError,
             ) as error:
                 raise ConfigError(
-                    f"a worker was lost {_RETRIES + 1} times: {_first_line(error)}", hint="start it again."
+                    f"a worker was lost {_RETRIES + 1} times: {first_line(error)}", hint="start it again."
                 ) from error
     drain()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def _with_absolute_paths(config: StudyConfig) -> StudyConfig:

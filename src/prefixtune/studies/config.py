@@ -25,7 +25,7 @@ from prefixtune.studies.kinds import (
 )
 from prefixtune.studies.variants import check_method, check_variants, grid_faults, variant_lengths, variant_settings
 from prefixtune.training.config import TrainConfig, default_learning_rate
-from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, option_group
+from prefixtune.utils.config import CommaList, Config, DeviceName, DTypeName, Layer, option_group
 from prefixtune.utils.faults import show_value
 
 __all__ = ["StudyConfig", "backbone_name", "training_defaults"]
@@ -92,7 +92,7 @@ class StudyConfig(Config):
 
     backbone: str = _model("smollm2-135m", description="embedded name, hub id or local folder")
     backbones: CommaList[str] = _model((), description="several, in place of backbone: all runs on each")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
+    dtype: DTypeName = _model("auto", description="dtype of the frozen weights")
     device: DeviceName = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
 
     task: str = _own("data", "e2e", "how to read the data")

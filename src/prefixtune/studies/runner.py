@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import check_loadable
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import ConfigError, PrefixError, first_line
 from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.studies.cell import StudyInputs, build_train_config, remove_leftovers, run_cell
 from prefixtune.studies.compare import write_comparisons
@@ -238,5 +238,4 @@ def _describe(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, PrefixError):
         return f"{error.message} {error.hint}".strip()
-    first, _, _ = str(error).strip().partition("\n")
-    return f"{type(error).__name__}: {first}. The traceback is in {ERROR_FILE}."
+    return f"{type(error).__name__}: {first_line(error)}. The traceback is in {ERROR_FILE}."

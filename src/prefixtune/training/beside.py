@@ -20,7 +20,6 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.tokenized import TokenizedExample, any_hidden, longest_text
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.prefix.compose import check_joinable, join
-from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.rotation import Rotation
@@ -112,25 +111,16 @@ def load_others(config: TrainConfig, backbone: Backbone) -> list[Prefix]:
         BackboneError: One was trained for another backbone, or the backbone's keys cannot be turned on.
         PrefixError: As `read_others`.
     """
-    others = [(path, load_prefix(prefix)) for path, prefix in read_others(config)]
+    others = read_others(config)
     for path, prefix in others:
-        _check_backbone(path, prefix, backbone)
+        try:
+            load_prefix(prefix, backbone)
+        except BackboneError as error:
+            raise BackboneError(
+                f"{path!r} cannot stand beside a prefix of {backbone.name!r}: {error.message}",
+                hint="take it out of the folder of --beside.",
+            ) from error
     return [Prefix(prefix.layers).to(torch.float32, backbone.device) for _, prefix in others]
-
-
-def _check_backbone(path: str, prefix: Prefix, backbone: Backbone) -> None:
-    """Refuse a prefix of other weights or shapes, by its path."""
-    origin = prefix.header.get("backbone")
-    shapes = {site: backbone.geometry.get(site) for site in prefix.geometry}
-    fits = shapes == prefix.geometry
-    if fits and (origin is None or fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint)):
-        return
-    name = "another backbone" if origin is None else repr(origin["name"])
-    raise BackboneError(
-        f"{path!r} was trained for {name}, and cannot stand beside a prefix of {backbone.name!r}"
-        f"{' with other weights' if fits else ''}.",
-        hint="take it out of the folder of --beside.",
-    )
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.errors import CheckpointError, ConfigError, first_line
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.training.config import TrainConfig
@@ -195,7 +195,7 @@ def load_tensors(
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     except (RuntimeError, LookupError, ValueError) as error:
         raise CheckpointError(
-            f"the state in {checkpoint.folder!r} does not fit the run: {str(error).splitlines()[0]}",
+            f"the state in {checkpoint.folder!r} does not fit the run: {first_line(error)}",
             hint="start again in another --output.",
         ) from error
 

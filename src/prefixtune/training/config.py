@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from prefixtune.errors import did_you_mean
 from prefixtune.prefix.geometry import SITES, Site
-from prefixtune.utils.config import CommaList, Config, option_group
+from prefixtune.utils.config import CommaList, Config, DTypeName, option_group
 from prefixtune.utils.faults import show_value
 
 __all__ = ["MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
@@ -69,9 +69,7 @@ class TrainConfig(Config):
     }
 
     backbone: str = _backbone("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _backbone(
-        "auto", description="dtype of the frozen weights; the prefix always trains in float32"
-    )
+    dtype: DTypeName = _backbone("auto", description="dtype of the frozen weights; the prefix always trains in float32")
     device: str = _backbone("auto", description="cpu, cuda, cuda:0, mps or auto")
     quantize: Literal["", "int8", "int4"] = _backbone(
         "", description="quantize the frozen weights (torchao): int8 or int4"

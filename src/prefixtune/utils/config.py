@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -34,6 +34,7 @@ from prefixtune.utils.faults import MAX_FAULTS, cut, describe_fault, describe_un
 __all__ = [
     "CommaList",
     "Config",
+    "DTypeName",
     "DeviceName",
     "Layer",
     "Table",
@@ -95,6 +96,9 @@ def _check_device(name: str) -> str:
 
 DeviceName = Annotated[str, AfterValidator(_check_device)]
 """What torch calls a device, or `auto`; whether the machine has it is seen when a model loads."""
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+"""The dtype of a model that is loaded."""
 
 
 def option_group(name: str, **extra: Any) -> Callable[..., Any]:

@@ -25,6 +25,8 @@ _MOST_CHARS = 300
 """Longest text in a table."""
 _MOST_POINTS = 200
 """Most points of a curve."""
+_PICTURE_SIZE = 360, 110
+"""Width and height of a picture, in pixels."""
 
 
 def in_notebook() -> bool:
@@ -105,22 +107,19 @@ def facts_html(title: str, facts: Mapping[str, object], *, below: str = "") -> s
     return f'<div><strong>{escape(_shorten(title))}</strong><table style="margin:0">{rows}</table>{below}</div>'
 
 
-def curve_svg(
-    curves: Mapping[str, Sequence[tuple[float, float]]], *, label: str = "", width: int = 360, height: int = 110
-) -> str:
+def curve_svg(curves: Mapping[str, Sequence[tuple[float, float]]], *, label: str = "") -> str:
     """Curves as a small inline picture, the first solid and the others dashed; empty: there is nothing to draw.
 
     Args:
         curves: Name -> points (x, y); points that are not finite are left out, long curves are thinned out.
         label: What the picture shows, for readers that see no picture.
-        width: In pixels.
-        height: In pixels.
     """
     drawn = {name: _thin([p for p in points if all(map(math.isfinite, p))]) for name, points in curves.items()}
     drawn = {name: points for name, points in drawn.items() if len(points) > 1}
     if not drawn:
         return ""
     xs, ys = ([point[axis] for points in drawn.values() for point in points] for axis in (0, 1))
+    width, height = _PICTURE_SIZE
     left, low, high = min(xs), min(ys), max(ys)
     across, up = (width - 60) / ((max(xs) - left) or 1), (height - 24) / ((high - low) or 1)
     style = "font-size:10px;fill:currentColor;opacity:0.7"

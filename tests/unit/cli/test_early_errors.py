@@ -110,6 +110,7 @@ MISTAKES = [
     ("generate --prefix deep.safetensors x", "4 layers"),
     ("generate --prefix p.safetensors --backbone adapter x", "no config.json"),
     ("generate --prefix p.safetensors --adapter adapter x", "holds no adapter_config.json"),
+    ("generate --prefix p.safetensors --form prompt x", "--form says what the columns of --data are"),
     ("generate --prefix p.safetensors --device gpu x", "--device is 'gpu', but must be cpu"),
     ("generate --prefix p.safetensors --dtype bf16 x", "'bf16'"),
     ("generate --prefix p.safetensors --quantize int3 x", "--quantize is 'int3', but must be one of 'int8'"),

@@ -73,6 +73,19 @@ def test_the_page_holds_every_view_and_the_numbers_are_json(folder: Path, tmp_pa
     }
 
 
+def test_rows_that_can_be_read_in_two_ways_are_read_as_asked(folder: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(folder / "model", device="cpu", dtype="float32")
+    prefix = tmp_path / "p.safetensors"
+    save_prefix(prefix, Prefix(from_words(backbone, "some words", 3).layers, make_header(backbone)))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "ab", "completion": "c", "question": "de", "answer": "fghij"}))
+    words = ["explain", str(prefix), "--data", str(rows), "--output", str(tmp_path / "page.html"), "--views", "loss"]
+    _, err = run(*words, code=2)
+    assert "--form prompt or --form question" in " ".join(err.split())
+    found = [json.loads(run(*words, "--form", form, "--json")[0]) for form in ("prompt", "question")]
+    assert found[0]["views"]["loss"]["labels"] < found[1]["views"]["loss"]["labels"]
+
+
 def test_without_data_what_needs_it_is_left_out(folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     out, _ = run("explain", str(folder / "b.safetensors"), "--output", str(page), "--corpus", "100", "--device", "cpu")

@@ -110,6 +110,38 @@ def test_an_output_that_is_a_file(trained: Path, capsys: pytest.CaptureFixture[s
     assert "which is a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", ["llama.cpp", "onnx"])
+@pytest.mark.parametrize("name", ["config.toml", "prefix.safetensors", "README.md"])
+def test_a_run_is_not_written_over(
+    target: str, name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, module, sys.modules[__name__])
+    (tmp_path / name).write_text("mine")
+    assert export(trained, "--to", target, "--output", tmp_path) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"holds a {name}, and is not the folder of an export" in shown
+    assert "loading" not in shown
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_files_are_named_after_the_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "inns"
+    run.mkdir()
+    for name in ("prefix", "more"):
+        (run / f"{name}.safetensors").write_bytes(trained.read_bytes())
+    monkeypatch.chdir(run)
+    for given, name in (
+        (".", "inns"),
+        ("prefix.safetensors", "inns"),
+        (f"{trained}+more.safetensors", "pubs+more"),
+    ):
+        assert main(["export", given, "--to", "llama.cpp", "--output", str(tmp_path / "out"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["file"] == f"{name}.bin"
+
+
 def test_another_backbone_of_other_weights(
     trained: Path, tmp_path: Path, tiny_models: Make, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -310,3 +310,16 @@ def test_all_mistakes_of_the_options_come_in_one_answer(prefixes: list[str], no_
         call("generate", "x", "--num-beam", "2", "--top-p", "2", "--cache", "big", "--stream", "--json", "--do-sample")
     for fault in ("(did you mean '--num-beams'?)", "--top-p is 2.0", "--cache is 'big'", "--stream", "temperature"):
         assert fault in caught.value.message
+
+
+def test_rows_that_can_be_read_in_two_ways_are_read_as_asked(
+    prefixes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "ab", "completion": "c", "question": "de", "answer": "f"}))
+    words = ["generate", "--prefix", prefixes[1], "--data", str(data), "--json", *SHORT]
+    assert main(words) == 2
+    assert "--form prompt or --form question" in " ".join(capsys.readouterr().err.split())
+    for form, text in (("prompt", "ab"), ("question", "de")):
+        assert main([*words, "--form", form]) == 0
+        assert text in capsys.readouterr().out.partition('"output"')[0]

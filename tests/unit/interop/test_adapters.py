@@ -85,6 +85,12 @@ def test_the_files_are_those_of_peft(folder: Path, prefix: Prefix) -> None:
         assert handle.metadata()["format"] == "pt"
 
 
+def test_an_embedded_backbone_has_its_name_on_the_hub(prefix: Prefix, tmp_path: Path) -> None:
+    embedded = Prefix(prefix.layers, {"backbone": {"name": "smollm2-135m", "kind": "decoder"}})
+    facts = facts_of(export_peft(embedded, tmp_path / "adapter"))
+    assert facts["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def test_what_peft_trained_becomes_our_file(folder: Path, prefix: Prefix, llama: Any, tmp_path: Path) -> None:
     rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     rewrite(folder, {"prompt_embeddings": rows})

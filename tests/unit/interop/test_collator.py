@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from prefixtune.data.chat import chat_format
+from prefixtune.data.encoding import default_format
 from prefixtune.interop.collator import Collator
 
 TEMPLATE = (
@@ -21,6 +22,17 @@ CHAT = [
     {"role": "user", "content": "Go on"},
     {"role": "assistant", "content": "No."},
 ]
+
+
+def test_rows_that_are_padded_already(tiny_backbone: Callable[..., Any]) -> None:
+    row = {"input_ids": [2, 2, 5, 6], "attention_mask": [0, 0, 1, 1], "labels": [-100, -100, 5, 6]}
+    longer = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
+    for name, learned in (("llama", [5, 6, -100]), ("bart", [-100, -100, 5, 6])):
+        backbone = tiny_backbone(name)
+        batch = Collator(backbone, default_format(backbone), prefix_length=3)([row, longer])
+        assert batch["input_ids"].tolist() == [[5, 6, backbone.pad_id], [3, 4, 5]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+        assert batch["labels"][0].tolist() == learned
 
 
 @pytest.mark.parametrize(

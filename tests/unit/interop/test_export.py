@@ -27,6 +27,8 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
@@ -47,7 +49,8 @@ LONGROPE = {
         ("jamba", {}, "does not hold every layer's own"),
         ("llama4_text", {}, "has a window of 8 positions"),
         ("mistral", {"sliding_window": 63, "max_position_embeddings": 64}, "has a window of 63 positions"),
-        ("phi3", {"rope_parameters": LONGROPE}, "turn by other frequencies in a longer text"),
+        ("phi3", {"rope_parameters": LONGROPE}, "turn by other frequencies in a longer text .*'longrope'"),
+        ("llama", {"rope_parameters": DYNAMIC}, "turn by other frequencies in a longer text .*'dynamic'"),
     ],
 )
 def test_backbones_that_no_runtime_can_use(

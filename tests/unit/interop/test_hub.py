@@ -11,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
@@ -22,6 +24,7 @@ from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.interop import hub
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.composition import content_hash
+from prefixtune.prefix.hub import hub_errors
 from prefixtune.prefix.prefix import Prefix
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -352,3 +355,12 @@ def test_without_the_hub_it_says_so(
         with pytest.raises(ConfigError, match="the hub is switched off") as raised:
             call()
         assert raised.value.hint == "unset HF_HUB_OFFLINE."
+
+
+@pytest.mark.parametrize(
+    ("says", "message"), [("", "answers 500: HfHubHTTPError"), ("busy\nnow", "answers 500: busy ")]
+)
+def test_an_answer_of_the_hub_that_says_nothing(says: str, message: str) -> None:
+    response = httpx2.Response(500, request=httpx2.Request("GET", "https://hub/me/it"))
+    with pytest.raises(PrefixError, match=message), hub_errors("cannot get it"):
+        raise HfHubHTTPError("", response=response, server_message=says)

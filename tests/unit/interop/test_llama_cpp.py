@@ -162,9 +162,10 @@ def test_quantized_caches_say_what_to_do() -> None:
 
 def test_the_folder(tiny_backbone: Make, random_prefix: Make, tmp_path: Path) -> None:
     backbone = tiny_backbone("llama")
-    prefix = dataclasses.replace(random_prefix(backbone, 5), header={"task": "e2e", "placement": "front"})
+    header = {"task": "e2e", "placement": "front", "text_format": {"prompt": " it's {source}:", "target": "{target}"}}
+    prefix = dataclasses.replace(random_prefix(backbone, 5), header=header)
     facts = export_llama_cpp(prefix, backbone, tmp_path / "out", name="pubs", state_version=3)
-    names = ["README.md", "check.py", "export.json", "placeholders.json", "pubs.bin", "pubs.blob"]
+    names = ["README.md", "ask.json", "check.py", "export.json", "placeholders.json", "pubs.bin", "pubs.blob"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert json.loads((tmp_path / "out/export.json").read_text()) == facts
     assert (facts["prefix_length"], facts["state_version"], facts["patched"]) == (5, 3, False)
@@ -172,8 +173,11 @@ def test_the_folder(tiny_backbone: Make, random_prefix: Make, tmp_path: Path) ->
     assert (tmp_path / "out/pubs.bin").read_bytes() == encode_file(rows_of(prefix, backbone), tokens, version=3)
     asked = json.loads((tmp_path / "out/placeholders.json").read_text())
     assert (asked["prompt"], asked["n_predict"]) == (tokens, 0)
+    asked = json.loads((tmp_path / "out/ask.json").read_text())
+    assert (asked["prompt"], asked["id_slot"], asked["temperature"]) == ([*tokens, " it's ...:"], 0, 0)
     readme = (tmp_path / "out/README.md").read_text()
     assert '{"filename": "pubs.bin"}' in readme
+    assert readme.count("-d @ask.json") == 1
     assert "--slot-save-path" in readme
     assert '-H "Authorization: Bearer $LLAMA_API_KEY"' in readme
     assert (tmp_path / "out/check.py").read_text() == Path(llama_cpp_check.__file__).read_text()

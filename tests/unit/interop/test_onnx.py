@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -13,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from prefixtune.errors import BackboneError
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.onnx import export as target
 from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.text_format import TextFormat
 
 Make = Callable[..., Any]
 
-FACTS = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 3, "pad_id": 0, "end_id": 9}
+FACTS = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 3, "pad_id": 0, "end_ids": [9]}
 
 PREFIX = {name: np.ones((1, 2, 4, 3), dtype=np.float32) for name in past_names(FACTS)}
 
@@ -58,6 +62,11 @@ def test_without_a_prefix_the_past_is_empty() -> None:
     assert graph.fed[0]["position_ids"].tolist() == [[0]]
     # All texts have ended: nothing more is asked for.
     assert len(graph.fed) == 8
+
+
+def test_a_text_ends_at_any_end_token() -> None:
+    facts = {**FACTS, "end_ids": [8, 6]}
+    assert generate(Graph(), facts, PREFIX, [[1, 2, 6], [4]], max_new_tokens=3) == [[7], [5]]
 
 
 def test_a_step_goes_on_to_the_next_token() -> None:
@@ -113,6 +122,40 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     with pytest.raises(BackboneError, match="ONNX Runtime computes other logits than 'tiny-llama'"):
         target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("baked", [False, True])
+def test_a_prefix_next_to_an_export_stays(
+    runtime: ModuleType,
+    tiny_backbone: Make,
+    random_prefix: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    baked: bool,
+) -> None:
+    backbone = tiny_backbone("llama")
+    form = TextFormat("{source}", "{target}", chat_template="{{ messages[-1].content }}", end="<pad>")
+    prefix = dataclasses.replace(random_prefix(backbone, 3), header={"text_format": form.to_dict()})
+    runtime.__version__ = "1.0"  # type: ignore[attr-defined]
+    monkeypatch.setattr(target, "_trace", lambda backbone, baked, facts, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(target, "_compare", lambda *_: 0.0)
+    target.export_onnx(prefix, backbone, tmp_path)
+    assert (tmp_path / "past.safetensors").exists()
+    save_prefix(tmp_path / "prefix.safetensors", prefix)
+    facts = target.export_onnx(prefix, backbone, tmp_path, baked=baked)
+    assert facts["end_ids"] == [backbone.encode("<pad>")[0], backbone.eos_id]
+    assert facts["prefix_file"] == (None if baked else "past.safetensors")
+    assert (tmp_path / "past.safetensors").exists() != baked
+    assert load_prefix(tmp_path, backbone).equal(prefix)
+
+
+def test_a_folder_of_a_run_is_refused(
+    runtime: ModuleType, tiny_backbone: Make, random_prefix: Make, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone("llama")
+    save_prefix(tmp_path / "prefix.safetensors", random_prefix(backbone, 3))
+    with pytest.raises(ConfigError, match=r"holds a prefix\.safetensors"):
+        target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path, baked=True)
 
 
 def test_what_a_killed_export_left_goes(

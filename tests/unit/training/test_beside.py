@@ -88,6 +88,15 @@ def test_prefixes_of_another_backbone_are_refused_by_name(
     # All of one other backbone: only the loaded model shows it.
     with pytest.raises(BackboneError, match=r"stranger.* was trained for .* with other weights"):
         train(2, output=str(tmp_path / "new"), beside=str(others / "stranger"))
+    # PEFT stores no fingerprint of its base model: shapes are compared.
+    made = pt.load_prefix(others / "stranger" / "prefix.safetensors")
+    imported = pt.Prefix(made.layers, {"backbone": {"name": "gpt2", "kind": "decoder"}})
+    pt.save_prefix(tmp_path / "imported.safetensors", imported)
+    train(2, output=str(tmp_path / "near"), beside=str(tmp_path / "imported.safetensors"))
+    narrow = {"decoder": tuple((key[..., :4], value[..., :4]) for key, value in made.layers["decoder"])}
+    pt.save_prefix(tmp_path / "imported.safetensors", pt.Prefix(narrow, imported.header))
+    with pytest.raises(BackboneError, match=r"imported.* cannot stand beside a prefix of 'tiny-llama': the prefix has"):
+        train(2, output=str(tmp_path / "new"), beside=str(tmp_path / "imported.safetensors"))
     train(2, output=str(others / "between"), method="infix")
     with pytest.raises(ConfigError, match=r"between.* is an infix"):
         train(2, output=str(tmp_path / "new"), beside=str(others / "between"))

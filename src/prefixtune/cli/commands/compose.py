@@ -149,6 +149,7 @@ def _common_start(console: Console, options: ComposeOptions, prefixes: list[Pref
 def _notes(prefixes: list[Prefix], names: tuple[str, ...], rotation: Rotation | None) -> list[str]:
     """What a user should know of the result."""
     from prefixtune.prefix.composition import content_hash, same_templates
+    from prefixtune.prefix.header import backbone_origin
 
     notes = []
     first_of: dict[str, str] = {}
@@ -171,9 +172,7 @@ def _notes(prefixes: list[Prefix], names: tuple[str, ...], rotation: Rotation | 
     if len(dtypes) > 1:
         notes.append(f"the parts were trained on the backbone in different dtypes ({', '.join(sorted(dtypes))})")
     unnamed = [
-        name
-        for name, prefix in zip(names, prefixes, strict=True)
-        if not (prefix.header.get("backbone") or {}).get("fingerprint")
+        name for name, prefix in zip(names, prefixes, strict=True) if not backbone_origin(prefix.header).fingerprint
     ]
     if unnamed:
         notes.append(f"no backbone is named in {', '.join(unnamed)}: only shapes were compared")

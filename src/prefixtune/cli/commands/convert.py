@@ -116,9 +116,10 @@ def _load_backbone(options: ConvertOptions) -> Backbone | None:
 
 def _describe(prefix: Prefix) -> dict[str, Any]:
     """The backbone and the size of a prefix, for --json."""
-    backbone = prefix.header.get("backbone") or {}
+    from prefixtune.prefix.header import backbone_origin
+
     return {
-        "backbone": backbone.get("name") or None,
+        "backbone": backbone_origin(prefix.header).name or None,
         "prefix_length": {site: prefix.length(site) for site in prefix.sites},
         "parameters": prefix.num_parameters,
     }

@@ -12,7 +12,7 @@ from pydantic import Field
 from prefixtune.cli.common import MetricNames, PathText, check_metrics, print_json
 from prefixtune.cli.decoding import DecodingOptions, generate_config
 from prefixtune.cli.loading import Artifact, check_data, find_artifact, load_artifact, split_joined
-from prefixtune.cli.options import OutputOptions, command, json_option
+from prefixtune.cli.options import OutputOptions, command, form_option, json_option
 from prefixtune.errors import ConfigError, PrefixError, check_all
 from prefixtune.training.config import FormName, TrainConfig
 from prefixtune.utils.console import Console
@@ -47,9 +47,7 @@ class EvaluateOptions(DecodingOptions, OutputOptions):
     split: Literal["", "train", "dev", "test"] = Field("", description="which part of a folder")
     source: str | None = Field(None, description="records: column or template (default: as in training)")
     target: str | None = Field(None, description="records: column or template (default: as in training)")
-    form: Literal["", FormName] = Field(
-        "", description="records without source: what the columns are, where several readings fit"
-    )
+    form: Literal["", FormName] = form_option()
     limit: int = Field(0, ge=0, description="only the first N examples; 0: all")
     shots: int = Field(0, ge=0, description="show N solved examples of --train before each")
     train: str | None = Field(
@@ -115,6 +113,9 @@ def evaluate(options: EvaluateOptions) -> int:
             partial(check_data, options.train, options.task),
         ]
     )
+    # What is missing is named before torch is imported.
+    from prefixtune.data.labels import check_known, labels_in
+
     (artifact,) = found
     name = options.task or artifact.header.get("task") or "records"
     source, target = _columns(options, name, artifact)

@@ -13,8 +13,9 @@ from pydantic import Field
 from prefixtune.cli.common import print_json
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import check_data, load_with_prefixes, prefix_files, short_name
-from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.options import OutputOptions, command, form_option, json_option, positional
 from prefixtune.errors import ConfigError, PrefixError, check_all, did_you_mean
+from prefixtune.training.config import FormName
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
 
@@ -67,6 +68,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
     split: Literal["", "train", "dev", "test"] = Field("", description="which part of a folder")
     source: str | None = Field(None, description="records: column or template (default: as in training)")
     target: str | None = Field(None, description="records: column or template (default: as in training)")
+    form: Literal["", FormName] = form_option()
     as_json: bool = json_option("all numbers")
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -80,7 +82,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
             if name not in TITLES:
                 hint = did_you_mean(name, TITLES).removesuffix(".")
                 yield ("views",), f"--views has {name!r}, which is no view ({hint})"
-        for name in ("task", "split", "source", "target"):
+        for name in ("task", "split", "source", "target", "form"):
             if getattr(self, name) and not (self.data or self.train):
                 yield (name,), f"--{name} says how --data is read: give --data PATH too"
 
@@ -178,10 +180,10 @@ def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequenc
     name = options.task or str(header.get("task") or "records")
     if name not in TASKS:
         raise ConfigError(f"there is no task {name!r}.", hint=did_you_mean(name, TASKS))
-    columns: dict[str, Any] = {"source": options.source, "target": options.target}
+    columns: dict[str, Any] = {"source": options.source, "target": options.target, "form": options.form}
     trained = read_text_format(header)
     if trained is not None and TASKS[name].takes_columns:
-        columns = {
+        columns |= {
             "source": options.source or trained.source or None,
             "target": options.target or trained.target_template or None,
         }

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from prefixtune.cli.common import print_json
-from prefixtune.cli.loading import load_with_prefixes
+from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
-from prefixtune.utils.config import DeviceName, option_group
+from prefixtune.utils.config import DeviceName, DTypeName, option_group
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ class ExportOptions(OutputOptions):
         False, description="put the prefix into the graph, for runtimes that cannot start from a given past"
     )
     backbone: str | None = _of_backbone(None, description="default: the one in the prefix's header")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _of_backbone(
-        "float32", description="of the loaded backbone; onnx: float32"
-    )
+    dtype: DTypeName = _of_backbone("float32", description="of the loaded backbone; onnx: float32")
     device: DeviceName = _of_backbone("cpu", description="auto, cpu, cuda, cuda:0, mps")
     adapter: str | None = _of_backbone(
         None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix"
@@ -98,6 +96,7 @@ def export(options: ExportOptions) -> int:
         prefixtune export runs/e2e/prefix.safetensors --to llama.cpp --output exported --patch slots/placeholders.bin
         prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported --baked
     """
+    from prefixtune.interop.export import MANIFEST, README, check_folder
     from prefixtune.utils.writable import check_writable
 
     if options.to == "onnx":
@@ -105,7 +104,8 @@ def export(options: ExportOptions) -> int:
 
         require_onnx()
     folder, console = Path(options.output), Console(quiet=options.quiet)
-    check_writable(folder / "export.json")
+    check_writable(folder / MANIFEST)
+    check_folder(folder)
     backbone, (prefix,) = load_with_prefixes(console, options, [options.prefix], partial(_check_inputs, options))
     console.info(f"exporting to {options.to} ...")
     if options.to == "onnx":
@@ -119,7 +119,7 @@ def export(options: ExportOptions) -> int:
             prefix,
             backbone,
             folder,
-            name=Path(options.prefix).stem,
+            name=short_name(options.prefix),
             slot_file=options.patch or None,
             **{name: value for name, value in layout.items() if value},
         )
@@ -127,7 +127,7 @@ def export(options: ExportOptions) -> int:
     if options.as_json:
         print_json({**facts, "folder": str(folder)})
     else:
-        print(f"{folder / facts['file']}; {note} ({folder / 'README.md'})")
+        print(f"{folder / facts['file']}; {note} ({folder / README})")
     return 0
 
 

@@ -55,6 +55,7 @@ class GenerateOptions(DecodingOptions, OutputOptions):
         "row's last user message is answered, one result a row",
         json_schema_extra={"metavar": "FILE"},
     )
+    form: str = Field("", description="form of --data, where several fit: messages, prompt, instruction, ...")
     prefix: TextList = Field(
         (),
         description="a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; once for all texts, or once "
@@ -80,6 +81,8 @@ class GenerateOptions(DecodingOptions, OutputOptions):
         if self.data and (self.texts or self.stream):
             other = "texts" if self.texts else "stream"
             yield ("data", other), "--data gives the texts, one result a row; leave out --stream and other texts"
+        if self.form and not self.data:
+            yield ("form", "data"), "--form says what the columns of --data are: give --data FILE too"
         if not (self.texts or self.data) and not self.print_config and (sys.stdin is None or sys.stdin.isatty()):
             yield ("texts",), 'there is no text to continue: give it as an argument ("..."), or as lines on stdin'
 
@@ -174,7 +177,7 @@ def _read_data(options: GenerateOptions, console: Console) -> list[Source]:
     from prefixtune.data.forms import describe_data, file_form, iter_form
 
     path = locate(Path(options.data), None, FORMATS, {})
-    form, row = file_form(path, needs_targets=False)
+    form, row = file_form(path, form=options.form, needs_targets=False)
     examples = list(iter_form(iter_file(path), form))
     console.info(describe_data(form, examples, options.data, row))
     return [example.messages or example.source for example in examples]

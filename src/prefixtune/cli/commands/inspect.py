@@ -134,6 +134,8 @@ def _trained_in(run: Path) -> list[Path]:
 
 def _row(folder: Path, path: Path) -> dict[str, Any]:
     """The row of a file in the list; the whole file is read and checked, as when it is used."""
+    from prefixtune.prefix.header import backbone_origin
+
     row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
     try:
         row["file_bytes"] = path.stat().st_size
@@ -142,12 +144,11 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
         return {**row, "error": error.message}
     except OSError as error:
         return {**row, "error": f"it cannot be read: {error.strerror or error}."}
-    origin = header.get("backbone")
     return {
         **row,
         **facts,
         "method": header.get("method", "prefix"),
-        "backbone": origin.get("name") if isinstance(origin, Mapping) else None,
+        "backbone": backbone_origin(header).name or None,
         "task": header.get("task"),
     }
 

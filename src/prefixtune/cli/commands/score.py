@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from prefixtune.cli.common import MetricNames, check_metrics, print_json
-from prefixtune.cli.options import CommandOptions, command, json_option
+from prefixtune.cli.options import CommandOptions, command, form_option, json_option
 from prefixtune.errors import ConfigError, DataError, PrefixError, check_all, did_you_mean
 from prefixtune.training.config import FormName
 from prefixtune.utils.config import TextList
@@ -56,9 +56,7 @@ class ScoreOptions(CommandOptions):
     split: Literal["", "train", "dev", "test"] = Field("", description="which part, if the references are a folder")
     source: str | None = Field(None, description="records, classification, tagging: column or template")
     target: str | None = Field(None, description="the same, for the references")
-    form: Literal["", FormName] = Field(
-        "", description="records without source: what the columns are, where several readings fit"
-    )
+    form: Literal["", FormName] = form_option()
     as_json: bool = json_option("the scores")
     quiet: bool = Field(False, description="no warnings, only results and errors")
 

@@ -19,7 +19,7 @@ from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.cli.commands.serve import SERVER_LIBRARIES, ServeOptions
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.interop.vllm.chat_template import TEMPLATE_VERSION, as_block, write_template
-from prefixtune.interop.vllm.launch import LaunchConfig
+from prefixtune.interop.vllm.launch import vllm_arguments
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
 from prefixtune.interop.vllm.version import TESTED, VERSION_PROBE, check_version
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
@@ -54,7 +54,7 @@ def start_vllm(config: ServeConfig, options: ServeOptions) -> int:
     console = Console(quiet=options.quiet)
     python = options.vllm_python or sys.executable
     socket = _training_socket(config, console)
-    command = [python, *_launch_config(config, options, console, socket).arguments()]
+    command = [python, *_launch_arguments(config, options, console, socket)]
     training = _training_command(config, socket) if socket else []
     if options.show_command:
         for shown in filter(None, (command, training)):
@@ -112,7 +112,7 @@ def _training_command(config: ServeConfig, socket: str) -> list[str]:
     return [sys.executable, "-m", "prefixtune", "serve", *flags]
 
 
-def _launch_config(config: ServeConfig, options: ServeOptions, console: Console, socket: str) -> LaunchConfig:
+def _launch_arguments(config: ServeConfig, options: ServeOptions, console: Console, socket: str) -> list[str]:
     """What vLLM is started with.
 
     Raises:
@@ -130,20 +130,21 @@ def _launch_config(config: ServeConfig, options: ServeOptions, console: Console,
     template = None if "--chat-template" in more else _write_chat_template(model, console)
     # The default of the embedded engine says nothing about vLLM.
     slots = 0 if config.num_slots == config.default("num_slots") else config.num_slots
-    return LaunchConfig(
-        model,
-        prefixes,
-        config.model_id,
-        config.host,
-        config.port,
-        config.dtype,
-        config.max_length,
-        slots,
-        config.cache_mib,
-        template,
-        more,
-        {name: value for name in _CONNECTOR_OPTIONS if (value := getattr(config, name)) != config.default(name)},
-        socket,
+    values = {name: getattr(config, name) for name in _CONNECTOR_OPTIONS}
+    return vllm_arguments(
+        model=model,
+        prefixes=prefixes,
+        model_id=config.model_id,
+        host=config.host,
+        port=config.port,
+        dtype=config.dtype,
+        max_length=config.max_length,
+        num_slots=slots,
+        cache_mib=config.cache_mib,
+        chat_template=template,
+        connector_options={name: value for name, value in values.items() if value != config.default(name)},
+        training_socket=socket,
+        more=more,
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.interop.export import check_exportable, describe_origin, write_manifest
+from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
 from prefixtune.interop.llama_cpp.state import Rows, encode_blob, encode_file, patch_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_files
@@ -95,7 +95,7 @@ def export_llama_cpp(
         prefix: Trained for a decoder-only model of one of `LAYOUTS`.
         backbone: That model.
         folder: Gets `NAME.bin` (to be restored into a slot), `NAME.blob` (for `llama_state_seq_set_data`),
-            `placeholders.json`, `check.py`, `export.json` and `README.md`.
+            `placeholders.json`, `ask.json`, `check.py`, `export.json` and `README.md`.
         name: The files' name.
         state_version: The layout's version; see `state.STATE_VERSIONS`.
         kv_type: The type of the cache that it will be restored into; see `state.KV_TYPES`.
@@ -108,8 +108,10 @@ def export_llama_cpp(
     Raises:
         BackboneError: llama.cpp cannot use a prefix of this backbone; the message says why.
         CheckpointError: The slot file cannot be patched; the message says why.
-        ConfigError: An unknown version or type, or the prefix is empty, an infix, or has a head.
+        ConfigError: An unknown version or type, the prefix is empty, an infix, or has a head, or the folder holds a
+            run.
     """
+    check_folder(folder)
     check_exportable(prefix, backbone, "llama.cpp")
     if backbone.adapter is not None:
         raise BackboneError(
@@ -132,10 +134,15 @@ def export_llama_cpp(
         "patched": slot_file is not None,
         "placeholders": placeholders,
     }
-    request = {"prompt": placeholders, "n_predict": 0, "cache_prompt": True, "id_slot": 0}
-    files["placeholders.json"] = f"{json.dumps(request)}\n".encode()
+    slot = {"cache_prompt": True, "id_slot": 0}
+    prompt = facts["text_format"]["prompt"].replace("{source}", "...")
+    for file, request in {
+        "placeholders.json": {"prompt": placeholders, "n_predict": 0, **slot},
+        "ask.json": {"prompt": [*placeholders, prompt], "temperature": 0, **slot},
+    }.items():
+        files[file] = f"{json.dumps(request, ensure_ascii=False)}\n".encode()
     files["check.py"] = (_RESOURCES / "check.py").read_bytes()
-    files["README.md"] = _make_readme(facts, None if slot_file is not None else f"{name}.blob").encode()
+    files[README] = _make_readme(facts, None if slot_file is not None else f"{name}.blob").encode()
     with atomic_files(folder) as temporary:
         for file, content in files.items():
             (temporary / file).write_bytes(content)
@@ -163,7 +170,6 @@ def _make_readme(facts: Mapping[str, Any], blob: str | None) -> str:
         facts,
         backbone=facts["backbone"]["name"],
         server_kv_type=str(facts["kv_type"]).split("/")[0],
-        prompt=json.dumps(facts["text_format"]["prompt"].replace("{source}", "..."), ensure_ascii=False),
         flash_attention="off" if facts["transposed"] else "on",
         layout="transposed" if facts["transposed"] else "in rows",
         blob_usage=blob_usage if blob else "",

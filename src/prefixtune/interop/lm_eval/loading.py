@@ -9,6 +9,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.prefixes import PrefixLike, load_prefix
 from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 
@@ -60,7 +61,7 @@ def load_fitting_backbone(
         ConfigError: A prefix is for labels.
     """
     if given is None:
-        names = [str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes]
+        names = [backbone_origin(prefix.header).name for prefix in prefixes]
         given = next((name for name in names if name), DEFAULT_BACKBONE)
     named = isinstance(given, str | Path)
     backbone = load_backbone(given, dtype=dtype, device=device) if named else as_backbone(given)

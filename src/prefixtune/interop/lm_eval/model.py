@@ -21,12 +21,13 @@ from prefixtune.data.chat import end_ids, special_stops
 from prefixtune.data.encoding import encode_pairs, encode_prompts, format_of
 from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError, RequestError, short_repr
+from prefixtune.inference.answers import digest_facts, model_facts
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
 from prefixtune.interop.lm_eval.loading import check_batch_size, load_fitting_backbone, load_prefixes, stored_chat
 from prefixtune.interop.lm_eval.prompting import decoding_config, fill_template, keep_right
-from prefixtune.interop.lm_eval.responses import Responses, model_digest, request_key
+from prefixtune.interop.lm_eval.responses import Responses, request_key
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 from prefixtune.utils.console import Console
@@ -35,6 +36,8 @@ __all__ = ["PrefixLM"]
 
 _DEFAULT_POSITIONS = 2048
 """lm-eval's own default for models that do not say how many they have."""
+_MOST_SHOWN = 5
+"""Names of tasks in a message."""
 
 
 @register_model("prefixtune")
@@ -48,7 +51,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair; None: the one that the
             prefix's header names.
         prefix: For all tasks: a `Prefix`, a path, or a repository of the hub; None: the bare model.
-        task_prefixes: Task -> its own prefix, or None for the bare model.
+        task_prefixes: Task -> its own prefix, or None for the bare model. Groups are not resolved: name their tasks.
         prompt_format: `raw`: contexts are raw text behind the prefix, as `hf` reads them; `prefix`: a context is the
             source of the prefix's text format, and a continuation the target.
         batch_size: Requests that are computed together; `auto`: 16.
@@ -105,9 +108,11 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         self._device = self.backbone.device
         self._console = Console() if console is None else console
         self._responses = Responses(None if responses is None else Path(responses))
-        self._digests = {id(one): model_digest(self.backbone, one, [prompt_format, max_length]) for one in known}
+        facts = {**model_facts(self.backbone), "name": self.backbone.name, "settings": [prompt_format, max_length]}
+        self._digests = {id(one): digest_facts({**facts, "placement": one and one.placement}, one) for one in known}
         self._formats = {id(one): self._format_of(one) for one in known}
         self._num_cut = 0
+        self._seen: set[str] = set()
 
     # --- what lm-eval asks of the tokenizer and the model ---
 
@@ -143,7 +148,19 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval's files say of the model."""
+        """What lm-eval's files say of the model; it asks once all tasks are done.
+
+        Raises:
+            ConfigError: A prefix is given for a name that no task had, while other tasks had no prefix of their own.
+        """
+        unused, others = self.task_prefixes.keys() - self._seen, sorted(self._seen - self.task_prefixes.keys())
+        if unused and others:
+            more = " ..." if len(others) > _MOST_SHOWN else ""
+            raise ConfigError(
+                f"a prefix is given for {', '.join(map(repr, sorted(unused)))}, but the tasks without one of their own "
+                f"were {', '.join(map(repr, others[:_MOST_SHOWN]))}{more}.",
+                hint="task_prefixes takes the names of tasks, not of groups; leave out what is not measured.",
+            )
         return {
             "model_num_parameters": self.backbone.num_parameters,
             "model_dtype": self.backbone.dtype_name,
@@ -395,6 +412,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
 
         Sampled answers are drawn anew each time, and not kept.
         """
+        self._seen.update(request.task_name for request in requests)
         keys = [request_key(self._digests[id(self._prefix_of(request))], kind, request.args) for request in requests]
         kept = [not drawn for drawn in sampled] or [True] * len(keys)
         answers = {i: self._responses[key] for i, key in enumerate(keys) if kept[i] and key in self._responses}

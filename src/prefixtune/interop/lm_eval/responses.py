@@ -12,13 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import DataError
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.files import line_writer
-from prefixtune.utils.writable import reporting_write_errors
+from prefixtune.inference.answers import append_rows, read_rows
 
-__all__ = ["RESPONSES_FILE", "Responses", "model_digest", "request_key"]
+__all__ = ["RESPONSES_FILE", "Responses", "request_key"]
 
 RESPONSES_FILE = "responses.jsonl"
 
@@ -53,31 +49,17 @@ class Responses:
         self._known.update(answers)
         if self._path is None or not answers:
             return
-        with reporting_write_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"key": key, "answer": answer}) for key, answer in answers.items()]
-        with line_writer(self._path) as append:
-            # An incomplete line of a process that was killed stays alone on its line.
-            append("\n" + "\n".join(lines))
+        append_rows(self._path, [{"key": key, "answer": answer} for key, answer in answers.items()])
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The answers in a file, by their keys; an incomplete line is ignored."""
-    hint = "choose another output folder, or delete the file."
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {str(path)!r}: {error}.", hint=hint) from error
-    known: dict[str, Any] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("key"), str) or not _is_answer(row.get("answer")):
-            raise DataError(f"line {number} of {str(path)!r} is no answer to a request of lm-eval.", hint=hint)
-        known[row["key"]] = row["answer"]
-    return known
+    """The answers in a file, by their keys."""
+    rows = read_rows(path, _is_response, "is no answer to a request of lm-eval")
+    return {row["key"]: row["answer"] for row in rows}
+
+
+def _is_response(row: object) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("key"), str) and _is_answer(row.get("answer"))
 
 
 def _is_answer(answer: object) -> bool:
@@ -87,22 +69,11 @@ def _is_answer(answer: object) -> bool:
     return isinstance(answer, str | float)
 
 
-def model_digest(backbone: Backbone, prefix: Prefix | None, settings: Sequence[Any]) -> str:
-    """Identifies a backbone with a prefix, and settings that its answers depend on."""
-    facts = [backbone.fingerprint, backbone.name, backbone.dtype_name, *settings]
-    if prefix is not None:
-        facts += [prefix.header.get("placement"), prefix.header.get("text_format")]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for tensor in () if prefix is None else prefix.tensors():
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def request_key(model: str, kind: str, arguments: Sequence[Any]) -> str:
     """The key of a request's answer.
 
     Args:
-        model: `model_digest` of what answers.
+        model: Identifies what answers: the backbone with its prefix, and settings.
         kind: lm-eval's name of the request, such as `loglikelihood`.
         arguments: The request's arguments.
     """

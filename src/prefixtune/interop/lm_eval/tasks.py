@@ -15,7 +15,7 @@ import lm_eval.api.task
 import lm_eval.evaluator
 from lm_eval.tasks import TaskManager
 
-from prefixtune.errors import ConfigError, DataError, did_you_mean
+from prefixtune.errors import ConfigError, DataError, did_you_mean, first_line
 from prefixtune.interop.lm_eval.prompting import decoding_config
 
 __all__ = ["LoadedTasks", "check_tasks", "find_tasks", "load_tasks", "prefixes_by_task", "without_noise"]
@@ -137,7 +137,7 @@ def load_tasks(manager: TaskManager, names: Sequence[str]) -> LoadedTasks:
             with without_noise():
                 loaded = manager.load([name])
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             raise DataError(
                 f"lm-eval cannot load the task {name!r}: {reason}.",
                 hint="its data may come from the Hugging Face hub, or need a package: `lm-eval validate` says more.",

@@ -28,8 +28,8 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data.chat import end_ids
 from prefixtune.data.encoding import format_of
-from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.interop.export import check_exportable, describe_origin, write_manifest
+from prefixtune.errors import BackboneError, ConfigError, first_line
+from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
 from prefixtune.interop.onnx.run import pad, past_names, start, step
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.extras import needs_extra
@@ -41,7 +41,7 @@ __all__ = ["GRAPH", "MAX_BYTES_IN_GRAPH", "PAST", "export_onnx", "require_onnx"]
 GRAPH = "model.onnx"
 """The graph's file; large weights go into `model.onnx.data` in the same folder."""
 
-PAST = "prefix.safetensors"
+PAST = "past.safetensors"
 """The file of the first past: one row, by the names of the inputs."""
 
 _TOLERANCE = 1e-4
@@ -95,7 +95,7 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
     Args:
         prefix: Trained for a decoder-only model.
         backbone: That model, in float32.
-        folder: Gets `model.onnx`, `prefix.safetensors` (unless it is baked), the tokenizer, `run.py`, `export.json` and
+        folder: Gets `model.onnx`, `past.safetensors` (unless it is baked), the tokenizer, `run.py`, `export.json` and
             `README.md`.
         baked: Put the prefix into the graph, for runtimes that cannot start from a past.
 
@@ -104,10 +104,11 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
 
     Raises:
         BackboneError: The model cannot be traced, or ONNX Runtime computes something else; nothing is written.
-        ConfigError: A library of the extra `onnx` is missing, the backbone is not in float32, or the prefix is empty,
-            an infix, or has a head.
+        ConfigError: A library of the extra `export` is missing, the backbone is not in float32, the prefix is empty,
+            an infix, or has a head, or the folder holds a run.
     """
     runtime = require_onnx()
+    check_folder(folder)
     check_exportable(prefix, backbone, "ONNX")
     if backbone.model.dtype != torch.float32:
         raise ConfigError(
@@ -129,7 +130,7 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
             backbone.tokenizer.save_pretrained(temporary)
         script = importlib.resources.files("prefixtune.interop.onnx") / "run.py"
         (temporary / "run.py").write_bytes(script.read_bytes())
-        (temporary / "README.md").write_text(_make_readme(facts), encoding="utf-8")
+        (temporary / README).write_text(_make_readme(facts), encoding="utf-8")
         write_manifest(temporary, facts)
     if baked:
         (folder / PAST).unlink(missing_ok=True)
@@ -148,7 +149,7 @@ def _list_facts(prefix: Prefix, backbone: Backbone, baked: bool) -> dict[str, An
         "num_layers": len(shapes),
         "num_kv_heads": shapes[0].num_kv_heads,
         "head_dim": shapes[0].key_dim,
-        "end_id": next(iter(end_ids(backbone, format_of(backbone, prefix))), backbone.eos_id),
+        "end_ids": [*end_ids(backbone, format_of(backbone, prefix)), backbone.eos_id],
         "pad_id": backbone.pad_id,
     }
 
@@ -200,10 +201,9 @@ def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], p
             if program is not None:
                 program.save(path, external_data=size_in_bytes > MAX_BYTES_IN_GRAPH)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BackboneError(
             f"torch cannot write {backbone.name!r} (model type {model.config.model_type!r}) as a graph: "
-            f"{lines[0] if lines else type(error).__name__}",
+            f"{first_line(error)}",
             hint="use `prefixtune serve`, or another target.",
         ) from error
 

@@ -91,7 +91,7 @@ def generate(
     *,
     max_new_tokens: int = 100,
 ) -> list[list[int]]:
-    """Each prompt's greedy continuation, without the end token.
+    """Each prompt's greedy continuation, up to an end token.
 
     Args:
         run: Runs the graph once.
@@ -107,7 +107,7 @@ def generate(
     for _ in range(max_new_tokens):
         ids = step(run, state, ids)[:, -1].argmax(axis=-1)[:, None]
         for row, token in enumerate(ids[:, 0].tolist()):
-            done[row] = done[row] or token == facts["end_id"]
+            done[row] = done[row] or token in facts["end_ids"]
             if not done[row]:
                 outputs[row].append(token)
         if all(done):

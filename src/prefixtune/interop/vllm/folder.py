@@ -16,7 +16,7 @@ from prefixtune.interop.vllm.settings import Settings
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.geometry import Geometry
-from prefixtune.prefix.header import incompatibilities, read_outline
+from prefixtune.prefix.header import backbone_origin, incompatibilities, read_outline
 from prefixtune.prefix.hub import is_repository
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 
@@ -170,9 +170,8 @@ class PrefixFolder:
     def _differences(self, header: Mapping[str, Any]) -> list[str]:
         """How the model that a prefix of these shapes was trained for differs from this one, where that is known."""
         differences = []
-        stored = header.get("backbone")
-        origin = stored if isinstance(stored, Mapping) else {}
-        name, fingerprint = str(origin.get("name", "")), str(origin.get("fingerprint", ""))
+        origin = backbone_origin(header)
+        name, fingerprint = origin.name, origin.fingerprint
         if self.weights is not None and fingerprint:
             # The hash in front is of a configuration as transformers reads it for training. Of what is in it, shapes
             # were compared already, and rotary settings are below.

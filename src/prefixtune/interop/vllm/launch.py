@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LaunchConfig"]
+__all__ = ["vllm_arguments"]
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """A vLLM server with prefixes.
+def vllm_arguments(
+    *,
+    model: str,
+    prefixes: Path,
+    model_id: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "auto",
+    max_length: int = 0,
+    num_slots: int = 0,
+    cache_mib: int = 1024,
+    chat_template: Path | None = None,
+    connector_options: Mapping[str, Any] | None = None,
+    training_socket: str = "",
+    more: Sequence[str] = (),
+) -> list[str]:
+    """The arguments of the command `python`, for a vLLM server with prefixes.
 
-    Attributes:
+    Args:
         model: Folder or hub id of the model.
         prefixes: The folder of prefixes.
         model_id: The bare model's name in the API.
@@ -31,43 +44,26 @@ class LaunchConfig:
         training_socket: File of the training server's socket; empty: there is none.
         more: Further options of vLLM's own, put last.
     """
-
-    model: str
-    prefixes: Path
-    model_id: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    dtype: str = "auto"
-    max_length: int = 0
-    num_slots: int = 0
-    cache_mib: int = 1024
-    chat_template: Path | None = None
-    more: Sequence[str] = ()
-    connector_options: Mapping[str, Any] = field(default_factory=dict)
-    training_socket: str = ""
-
-    def arguments(self) -> list[str]:
-        """The arguments of the command `python`."""
-        options_of_connector = {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib, **self.connector_options}
-        if self.training_socket:
-            options_of_connector["training_socket"] = self.training_socket
-        transfer_config = {
-            "kv_connector": "PrefixConnector",
-            "kv_connector_module_path": "prefixtune.interop.vllm.connector",
-            "kv_role": "kv_consumer",
-            "kv_connector_extra_config": options_of_connector,
-        }
-        options = {
-            "--model": self.model,
-            "--served-model-name": self.model_id,
-            "--host": self.host,
-            "--port": str(self.port),
-            "--dtype": self.dtype,
-            "--middleware": "prefixtune.interop.vllm.middleware.PrefixMiddleware",
-            "--kv-transfer-config": json.dumps(transfer_config),
-            "--max-model-len": str(self.max_length or ""),
-            "--max-num-seqs": str(self.num_slots or ""),
-            "--chat-template": str(self.chat_template or ""),
-        }
-        flags = [part for option, value in options.items() if value for part in (option, value)]
-        return ["-m", "vllm.entrypoints.openai.api_server", *flags, *self.more]
+    options_of_connector = {"prefixes": str(prefixes), "cache_mib": cache_mib, **(connector_options or {})}
+    if training_socket:
+        options_of_connector["training_socket"] = training_socket
+    transfer_config = {
+        "kv_connector": "PrefixConnector",
+        "kv_connector_module_path": "prefixtune.interop.vllm.connector",
+        "kv_role": "kv_consumer",
+        "kv_connector_extra_config": options_of_connector,
+    }
+    options = {
+        "--model": model,
+        "--served-model-name": model_id,
+        "--host": host,
+        "--port": str(port),
+        "--dtype": dtype,
+        "--middleware": "prefixtune.interop.vllm.middleware.PrefixMiddleware",
+        "--kv-transfer-config": json.dumps(transfer_config),
+        "--max-model-len": str(max_length or ""),
+        "--max-num-seqs": str(num_slots or ""),
+        "--chat-template": str(chat_template or ""),
+    }
+    flags = [part for option, value in options.items() if value for part in (option, value)]
+    return ["-m", "vllm.entrypoints.openai.api_server", *flags, *more]

@@ -173,8 +173,8 @@ def chat_prompt(state: ServerState, messages: Any, formatter: Formatter) -> tupl
     With a chat template all messages are written, else the last one.
 
     Raises:
-        APIError: The last one is not the user's or no text, there are others that the prefix cannot read, or it is too
-            long.
+        APIError: The last one is not the user's or no text, there are others that the prefix cannot read, it is too
+            long, or the tokenizer would read the chat otherwise than in training.
     """
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "user":
@@ -196,6 +196,13 @@ def chat_prompt(state: ServerState, messages: Any, formatter: Formatter) -> tupl
     conversation = [_as_message(message) for message in messages] if is_chat else None
     text = formatter.format(source, conversation)
     ids = state.encode(text)
+    if state.encode(state.placeholder_text + text) != [state.placeholder_id, *ids]:
+        # Some tokenizers mark the start of a text, which the placeholders take here.
+        raise APIError(
+            "this prefix cannot be used in chats: behind placeholders its text format has other tokens than in "
+            "training; /v1/completions works.",
+            "messages",
+        )
     if len(formatter.fit(ids, source, conversation)) < len(ids):
         raise APIError(f"the message takes {len(ids)} tokens and would be cut; /v1/completions does that.", "messages")
     return text, 0 if is_chat else len(messages) - 1

@@ -36,6 +36,8 @@ __all__ = ["build_encoder", "from_prefix", "resolve_site_lengths"]
 
 _WORDS = 10
 """Positions of the words that the steps of a random start are as large as."""
+_SAMPLE, _SAMPLE_BATCH = 64, 16
+"""Examples whose hidden states standardize a head, and how many are computed together."""
 
 
 def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[Site, int]) -> Prefix:
@@ -194,12 +196,10 @@ def _sinks(config: TrainConfig, backbone: Backbone, start: Start) -> dict[Site, 
 
 
 @torch.no_grad()
-def _sample_hidden(
-    backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExample], count: int = 64, batch_size: int = 16
-) -> Float[Tensor, "N d"]:
+def _sample_hidden(backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExample]) -> Float[Tensor, "N d"]:
     """Hidden states at the labels of the first examples."""
-    sample = examples[:count]
-    chunks = [collate(backbone, sample[first : first + batch_size]) for first in range(0, len(sample), batch_size)]
+    firsts = range(0, min(len(examples), _SAMPLE), _SAMPLE_BATCH)
+    chunks = [collate(backbone, examples[first : first + _SAMPLE_BATCH]) for first in firsts]
     return torch.cat([hidden_states_at(backbone, prefix, batch) for batch in chunks])
 
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from prefixtune.errors import first_line
 from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import atomic_path
 
@@ -66,8 +67,7 @@ def start(source: Path, load: Callable[[Path], T], without: str) -> Future[T | N
             made = load(build(source))
         # Whatever it is: there is another way to compute.
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _log.warning("%s with torch alone, which is slower: %s", without, first)
+            _log.warning("%s with torch alone, which is slower: %s", without, first_line(error))
         finally:
             future.set_result(made)
 

@@ -14,15 +14,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from command_line import run
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE, write_template
-from prefixtune.interop.vllm.launch import LaunchConfig
+from prefixtune.interop.vllm.launch import vllm_arguments
 from prefixtune.server.settings import ServeConfig
 
 
 def test_the_command_line(tmp_path: Path):
-    config = LaunchConfig(
-        "model", tmp_path, "base", max_length=512, chat_template=tmp_path / "t.jinja", more=("--x", "1")
+    arguments = vllm_arguments(
+        model="model",
+        prefixes=tmp_path,
+        model_id="base",
+        max_length=512,
+        chat_template=tmp_path / "t.jinja",
+        more=("--x", "1"),
     )
-    arguments = config.arguments()
     assert arguments[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
     assert arguments[-2:] == ["--x", "1"]
     flags = dict(zip(arguments[2::2], arguments[3::2], strict=True))

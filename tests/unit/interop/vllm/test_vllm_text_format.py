@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from fake_vllm import FakeVLLM, call, request
 from prefixtune.errors import CheckpointError
@@ -40,6 +42,22 @@ def test_a_text_gets_the_prefixs_own_format(format_app: FakeVLLM):
             "tiny",
         ).find("hostile")
     assert call(format_app, "/v1/completions", {"model": "hostile", "prompt": "a"})[0] == 503
+
+
+@pytest.mark.parametrize(("scheme", "status"), [("first", 400), ("always", 200), ("never", 200)])
+def test_a_chat_whose_tokens_would_differ_is_refused(format_app: FakeVLLM, scheme: str, status: int):
+    # As SentencePiece's: "first" marks the start of a text, but not what follows a special token.
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", *"Q:name", "\u2581Q", "\u2581name"]
+    model = Tokenizer(models.Unigram([(piece, -float(10 - len(piece))) for piece in pieces], unk_id=0))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    format_app.state.engine_client.get_tokenizer = lambda: tokenizer
+    call(format_app, "/v1/completions", {"model": "qa", "prompt": "name"})
+    assert prompts_of(format_app) == [format_app.encode("Q: name<s>")]
+    body = {"model": "qa", "messages": [{"role": "user", "content": "name"}]}
+    answered, response = call(format_app, "/v1/chat/completions", body)
+    assert answered == status
+    assert status == 200 or "other tokens than in training; /v1/completions works" in response["error"]["message"]
 
 
 def test_raw_completions(format_app: FakeVLLM):
