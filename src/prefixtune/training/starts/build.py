@@ -144,7 +144,7 @@ def build_encoder(
         embedding_size=backbone.hidden_size,
         bottleneck_size=config.bottleneck_size,
         start=start.prefix,
-        head=(num_labels, backbone.hidden_size) if num_labels else None,
+        head=(num_labels, backbone.head_size) if num_labels else None,
         value_scale=config.value_scale,
         like=_like(config, backbone, lengths) if start.prefix is None else None,
         sinks=_sinks(config, backbone, start),
