@@ -77,10 +77,12 @@ class Wording:
         return replace(self, prompt=self.bare) if self.bare else self
 
     def view(self, backbone: Backbone, text: str) -> str:
-        """A text as it stands in view before a question."""
+        """A text as it stands in view before a question, behind what the tokenizer begins every text with (Gemma)."""
         if self.chat:
             return _render(backbone, [("system", text)], prompt=False)
-        return f"{text.strip()}\n\n"
+        tokenizer = backbone.tokenizer
+        begins = tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+        return f"{tokenizer.bos_token if begins else ''}{text.strip()}\n\n"
 
 
 def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: TextFormat | None) -> Wording:

@@ -73,6 +73,14 @@ def test_a_text_in_view_as_a_prefix_is_the_text_in_view(backbone: Backbone) -> N
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_text_in_view_begins_as_the_tokenizer_begins_texts(backbone: Backbone, enclosing_tokenizer: Any) -> None:
+    wording = choose_wording(config(), backbone, None)
+    assert wording.view(backbone, " The Owl.\n") == "The Owl.\n\n"
+    beginning = dataclasses.replace(backbone, tokenizer=enclosing_tokenizer)
+    seen = beginning.encode(wording.view(beginning, "The Owl."))
+    assert seen == [enclosing_tokenizer.bos_token_id, *backbone.encode("The Owl.\n\n")]
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "bamba", "jamba"])
 def test_a_model_whose_other_layers_get_nothing_of_a_text_in_view_is_refused(name: str, tiny_tokenizer: Any) -> None:
     hybrid = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
