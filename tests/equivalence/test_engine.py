@@ -653,6 +653,15 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         EngineConfig(num_slots=0, prefill_tokens=0)
 
 
+def test_a_decoder_only_models_requests_are_not_tokenized(
+    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
+):
+    good = requests(llama)[0]
+    expected = alone(llama, good)
+    monkeypatch.setattr(type(llama.tokenizer), "__call__", None)
+    assert ids(Engine(llama).run([good])[0][0]) == expected
+
+
 def test_a_run_that_is_refused_leaves_nothing_behind(llama: Backbone, requests: Any):
     good = requests(llama)[0]
     engine = Engine(llama)

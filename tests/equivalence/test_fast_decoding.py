@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
@@ -31,6 +32,18 @@ def test_a_static_cache(backbone: Any, random_ids: Make, random_prefix: Make, be
     plain = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=12, num_beams=beams))
     static = GenerateConfig(max_new_tokens=12, num_beams=beams, cache="static")
     assert generate_ids(backbone, prompts, prefixes, config=static) == plain
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_one_text_without_padding_in_a_static_cache(
+    name: str, tiny_models: Make, tiny_tokenizer: Any, random_ids: Make, random_prefix: Make
+) -> None:
+    """Then transformers makes no mask, and a layer gets the slots that are not written yet too."""
+    backbone = Backbone.from_model(tiny_models(name), tiny_tokenizer, name)
+    for prefix in (random_prefix(backbone, 4, 5), None):
+        plain = generate_ids(backbone, [random_ids(7)], [prefix], config=PLAIN)
+        static = PLAIN.replace(cache="static")
+        assert generate_ids(backbone, [random_ids(7)], [prefix], config=static) == plain
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler, and there is none here")

@@ -15,7 +15,7 @@ from prefixtune.attention.layout import Layout, main_device
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
-__all__ = ["ScoreRecorder", "compute_kv", "prefix_from_tokens", "relative_bias"]
+__all__ = ["ScoreRecorder", "add_noise", "compute_kv", "prefix_from_tokens", "relative_bias"]
 
 
 @torch.no_grad()
@@ -36,6 +36,15 @@ def prefix_from_tokens(model: Any, layout: Layout, input_ids: Int[Tensor, "1 T"]
     if layout.kind == "encoder-decoder":
         inputs["decoder_input_ids"] = input_ids
     return compute_kv(model, layout, **inputs).to(device="cpu")
+
+
+def add_noise(prefix: Prefix, generator: torch.Generator) -> Prefix:
+    """A prefix of a text on the CPU, moved a little at random, as training moves it, to where no text has one."""
+
+    def noisy(tensor: Tensor) -> Tensor:
+        return tensor + 0.25 * tensor.square().mean().sqrt() * torch.randn(tensor.shape, generator=generator)
+
+    return Prefix({site: tuple((noisy(k), noisy(v)) for k, v in layers) for site, layers in prefix.layers.items()})
 
 
 def compute_kv(model: Any, layout: Layout, **inputs: Tensor) -> Prefix:

@@ -107,7 +107,7 @@ class Injection:
             return key, value, mask, scores
         queries, rows, length = query.shape[2], query.shape[0], prefix_kv[0].shape[2]
         if mask is None and scores.causal and queries > 1:
-            mask = causal_mask(query, key)
+            mask = causal_mask(query)
         key = torch.cat([to_rows(prefix_kv[0], rows).to(key), key], dim=2)
         value = torch.cat([to_rows(prefix_kv[1], rows).to(value), value], dim=2)
         prefix_mask = self.prefix_mask.get(layer[0])

@@ -109,7 +109,7 @@ def plain_attention(
         fused, _ = sdpa_attention_forward(module, query, key, value, mask, position_bias=bias, **scores.arguments)
         return fused
     if mask is None and scores.causal and query.shape[2] > 1:
-        mask = causal_mask(query, key)
+        mask = causal_mask(query)
     flex = scores.kernel == "flex" and supports_flex(scores, query, key, value)
     out = (call_flex_attention if flex else eager_attention)(query, key, value, mask, scores)
     return out.transpose(1, 2).contiguous()

@@ -122,6 +122,7 @@ def _choose_attention(model: Any, name: str, attention: AttentionKernel) -> list
                 f"{name} attends with {', '.join(sorted(unknown))}, which this attention function does not compute.",
                 hint="choose another backbone.",
             )
+    _check_values(calls, name)
     after = _plain_logits(model)
     if not float((after - before).norm()) <= 0.05 * float(before.norm()):
         raise BackboneError(
@@ -130,6 +131,19 @@ def _choose_attention(model: Any, name: str, attention: AttentionKernel) -> list
             hint=_HINT,
         )
     return calls
+
+
+def _check_values(calls: Sequence[AttentionCall], name: str) -> None:
+    """Refuse a layer that attends twice with the same keys, to different values: a prefix has one value for a key."""
+    values_of: dict[tuple[nn.Module, int], Tensor] = {}
+    for call in calls:
+        values = values_of.setdefault((call.module, call.key.data_ptr()), call.value)
+        if not torch.equal(values, call.value):
+            raise BackboneError(
+                f"{name} attends twice in a layer, to different values of the same keys: a prefix has one value for a "
+                "key.",
+                hint="choose another backbone.",
+            )
 
 
 def _stack(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
@@ -340,7 +354,7 @@ def _cache_layers(model: Any, count: int) -> tuple[int, ...] | None:
         layer = cache.layers[index] if index < len(cache.layers) else None
         keys: Tensor | None = getattr(layer, "keys", None)
         values: Tensor | None = getattr(layer, "values", None)
-        if keys is None or values is None or keys.shape != call.key.shape or values.shape != call.value.shape:
+        if keys is None or values is None or not (torch.equal(keys, call.key) and torch.equal(values, call.value)):
             return None
         indices.append(index)
     # A layer that is run several times has as many entries in the cache.

@@ -94,6 +94,12 @@ class Backbone:
         return int(width or self.model.get_input_embeddings().weight.shape[1])
 
     @property
+    def head_size(self) -> int:
+        """The width of the last hidden states, which a head reads: d, but where the model projects them (OPT-350M)."""
+        projected = getattr(self.model.config.get_text_config(decoder=True), "word_embed_proj_dim", None)
+        return int(projected or self.hidden_size)
+
+    @property
     def vocab_size(self) -> int:
         """How many tokens the output head gives scores."""
         head = self.model.get_output_embeddings()

@@ -80,10 +80,10 @@ def load_prefix(
         backbone = as_backbone(backbone)
         check_fits(prefix, backbone.geometry, backbone.name)
         head = prefix.head
-        if head is not None and head.weight.shape[1] != backbone.hidden_size:
+        if head is not None and head.weight.shape[1] != backbone.head_size:
             raise BackboneError(
                 f"the head in {name} is for hidden states of {head.weight.shape[1]}, but {backbone.name!r} has "
-                f"{backbone.hidden_size}.",
+                f"{backbone.head_size}.",
                 hint="load the backbone that its header names.",
             )
         if not allow_other_backbone:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from prefixtune.attention.cache import cache_argument, prefilled_cache
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.compute import add_noise, prefix_from_tokens
 from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.injection import batch_prefixes, injecting
 from prefixtune.attention.layout import Layout, main_device
@@ -152,6 +152,7 @@ def compare(model: Any, layout: Layout) -> Comparison:
         return ids
 
     prefix = prefix_from_tokens(model, layout, torch.tensor([draw(_PREFIX_LENGTH)], device=device))
+    prefix = add_noise(prefix, generator)
     prefixes = [prefix, None]
     texts = [draw(length) for length in _TEXT_LENGTHS]
     targets = [draw(_NEW_TOKENS) for _ in texts]

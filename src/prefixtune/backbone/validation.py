@@ -42,7 +42,7 @@ class PrefixValidator:
             return json.dumps(outline.header, ensure_ascii=False)
         fingerprint = None if self.allow_other_backbone else self.backbone.fingerprint
         reasons = incompatibilities(outline, self.backbone.geometry, self.backbone.name, fingerprint, classifies=True)
-        width = _hidden_size(self.backbone)
+        width = self.backbone.head_size
         if outline.shapes.get("head.weight", (0, width))[-1:] != (width,):
             reasons.append(f"its head is not for hidden states of {width} numbers")
         num_bytes = outline.num_elements * self.backbone.dtype.itemsize
@@ -85,8 +85,3 @@ class PrefixValidator:
                 hint="serve in float32 or bfloat16.",
             )
         return prefix
-
-
-def _hidden_size(backbone: Backbone) -> int:
-    config = backbone.model.config.get_text_config(decoder=True)
-    return int(getattr(config, "hidden_size", 0) or config.d_model)

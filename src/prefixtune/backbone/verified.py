@@ -41,7 +41,6 @@ VERIFIED = frozenset(
         "deberta-v2",
         "deepseek_v2",
         "deepseek_v3",
-        "diffllama",
         "distilbert",
         "doge",
         "dory",

@@ -16,7 +16,7 @@ from prefixtune.distillation.outcome import describe
 from prefixtune.distillation.phases import label_data, prepare
 from prefixtune.distillation.plan import make_plan
 from prefixtune.distillation.teacher import Teacher, load_teacher
-from prefixtune.distillation.wording import choose_wording
+from prefixtune.distillation.wording import check_view, choose_wording
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.training.config import TrainConfig
@@ -141,9 +141,17 @@ class Teachers:
         return self.load().text_format if self._config.teacher else None
 
     def readers(self) -> list[Backbone]:
-        """Who has a text in view: the student, and a model of its own that teaches."""
+        """Who has a text in view: the student, and a model of its own that teaches.
+
+        Raises:
+            ConfigError: One of them cannot read a text that is in view.
+        """
         teacher = self.load().backbone if self._config.teacher else self._student
-        return [self._student] if teacher is self._student else [self._student, teacher]
+        readers = [self._student] if teacher is self._student else [self._student, teacher]
+        if self._config.subject != "teacher":
+            for reader in readers:
+                check_view(reader)
+        return readers
 
     def free(self) -> None:
         """Let the teacher go."""

@@ -15,12 +15,18 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["Wording", "choose_wording", "in_view"]
+__all__ = ["Wording", "check_view", "choose_wording", "in_view"]
 
 _PLAIN = {
     "document": ("Question: {source}\nAnswer:", " {target}\n"),
     "prompt": ("Input: {source}\nOutput:", " {target}\n"),
 }
+
+_SENTENCE = "The Owl goes to Ashby at noon. Where does it go?"
+_FEW_TOKENS = 12
+"""Fewer than any window of a model that is trained."""
+_MOST_DIFFERENCE = 0.1
+"""Between a model's reading of a text and of its prefix, relative to the numbers themselves: what rounding may do."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,12 @@ class Wording:
         return replace(self, prompt=self.bare) if self.bare else self
 
     def view(self, backbone: Backbone, text: str) -> str:
-        """A text as it stands in view before a question."""
+        """A text as it stands in view before a question, behind what the tokenizer begins every text with (Gemma)."""
         if self.chat:
             return _render(backbone, [("system", text)], prompt=False)
-        return f"{text.strip()}\n\n"
+        tokenizer = backbone.tokenizer
+        begins = tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+        return f"{tokenizer.bos_token if begins else ''}{text.strip()}\n\n"
 
 
 def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: TextFormat | None) -> Wording:
@@ -163,3 +171,23 @@ def in_view(backbone: Backbone, wording: Wording, text: str) -> Prefix:
     """A text in view as a prefix: the keys and values that the model computes for it, uncut."""
     ids = torch.tensor([backbone.encode(wording.view(backbone, text))], device=backbone.device)
     return prefix_from_tokens(backbone.model, backbone.layout, ids)
+
+
+@torch.no_grad()
+def check_view(backbone: Backbone) -> None:
+    """Refuse a model to which a text as a prefix is less than the text itself.
+
+    Raises:
+        ConfigError: Some of its layers mix positions by something else than attention.
+    """
+    ids = torch.tensor([backbone.encode(_SENTENCE)[:_FEW_TOKENS]], device=backbone.device)
+    half = ids.shape[1] // 2
+    view = prefix_from_tokens(backbone.model, backbone.layout, ids[:, :half])
+    whole = backbone.forward(ids).logits[:, half:].float()
+    seen = backbone.forward(ids[:, half:], prefixes=view).logits.float()
+    if not float((seen - whole).norm()) <= _MOST_DIFFERENCE * float(whole.norm()):
+        raise ConfigError(
+            f"{backbone.name!r} does not read all of a text that is in view as a prefix: some of its layers mix "
+            "positions by something else than attention, as those of state-space models do.",
+            hint="choose a backbone with attention alone; or train on questions with answers (`prefixtune train`).",
+        )

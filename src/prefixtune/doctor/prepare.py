@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.compute import add_noise, prefix_from_tokens
 from prefixtune.attention.injection import trace_calls
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.reference import (
@@ -40,7 +40,7 @@ _MIN_OUTPUT_EFFECT = 1e-3
 
 
 def prepare(backbone: Backbone, prefix_length: int, seed: int) -> Subject:
-    """Compute two prefixes from random tokens, and strengthen them until every layer's prefix shows.
+    """Compute two prefixes from random tokens and noise, and strengthen them until every layer's prefix shows.
 
     Raises:
         BackboneError: Not every layer that was found at loading attends through the registry now.
@@ -56,7 +56,8 @@ def prepare(backbone: Backbone, prefix_length: int, seed: int) -> Subject:
 
     def random_prefix(length: int) -> Prefix:
         ids = torch.tensor([random_ids(vocabulary, length, generator)], device=backbone.device)
-        return prefix_from_tokens(backbone.model, backbone.layout, ids).to(device=backbone.device)
+        prefix = prefix_from_tokens(backbone.model, backbone.layout, ids)
+        return add_noise(prefix, generator).to(device=backbone.device)
 
     lengths = (prefix_length, prefix_length + EXTRA_POSITIONS, prefix_length)
     first, second, other = (random_prefix(length) for length in lengths)

@@ -158,9 +158,8 @@ class Engine:
         decode, sampling = self.backbone.decode, request.sampling
         context = () if self._has_encoder else request.prompt[-_CONTEXT_TOKENS:]
         text = Detokenizer(decode, sampling.stop, verbatim=request.verbatim, context=context)
-        start_id, bos_id = self.backbone.decoder_start_id, self.backbone.forced_bos_id
         sequence = (
-            TokenSequence(request, index, text, start_id, bos_id)
+            TokenSequence(request, index, text, self.backbone.decoder_start_id, self.backbone.forced_bos_id)
             if self._has_encoder
             else TokenSequence(request, index, text)
         )

@@ -136,7 +136,7 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
     Args:
         path: Ends with `.safetensors`.
         prefix: With its header; see `make_header`.
-        dtype: float32, or bfloat16 for half the size; or its name.
+        dtype: Of keys and values: float32, or bfloat16 for half the size; or its name. A head keeps its own.
 
     Raises:
         CheckpointError: The prefix holds NaN or infinity, or the path has another ending.

@@ -245,7 +245,7 @@ class PrefixEncoder(nn.Module):
                 site: tuple((k.cpu().clone(), v.cpu().clone()) for k, v in layers)
                 for site, layers in prefix.layers.items()
             },
-            head=None if prefix.head is None else prefix.head.to(device="cpu").detach(),
+            head=None if prefix.head is None else prefix.head.to("cpu").detach(),
         )
 
     @property

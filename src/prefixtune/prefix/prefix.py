@@ -47,9 +47,9 @@ class Head:
         weight, bias = self.weight.to(hidden.device).float(), self.bias.to(hidden.device).float()
         return torch.nn.functional.linear(hidden.float(), weight, bias)
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Head:
-        """The same head in another dtype or on another device."""
-        return Head(self.weight.to(device=device, dtype=dtype), self.bias.to(device=device, dtype=dtype))
+    def to(self, device: torch.device | str | None) -> Head:
+        """The same head on another device."""
+        return Head(self.weight.to(device=device), self.bias.to(device=device))
 
     def detach(self) -> Head:
         """A copy that no longer belongs to any computation graph."""
@@ -168,7 +168,7 @@ class Prefix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its tensors."""
+        """The dtype of its keys and values."""
         return self.tensors()[0].dtype
 
     @property
@@ -177,14 +177,17 @@ class Prefix:
         return self.tensors()[0].device
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Prefix:
-        """The same prefix in another dtype or on another device."""
+        """The same prefix in another dtype or on another device.
+
+        A head keeps its own dtype: it is computed in float32, whatever the model computes in.
+        """
         return Prefix(
             {
                 site: tuple((k.to(device=device, dtype=dtype), v.to(device=device, dtype=dtype)) for k, v in layers)
                 for site, layers in self.layers.items()
             },
             self.header,
-            None if self.head is None else self.head.to(dtype, device),
+            None if self.head is None else self.head.to(device),
         )
 
     def detach(self) -> Prefix:

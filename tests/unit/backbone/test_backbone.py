@@ -282,6 +282,15 @@ REFUSED = {
     # They attend by code of their own.
     "bloom": lambda: transformers.BloomConfig(vocab_size=105, hidden_size=32, n_layer=2, n_head=4),
     "mpt": lambda: transformers.MptConfig(vocab_size=105, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    # It attends twice with the same keys, to two values.
+    "diffllama": lambda: transformers.DiffLlamaConfig(
+        vocab_size=105,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    ),
     # It has no attention.
     "mamba": lambda: transformers.MambaConfig(vocab_size=105, hidden_size=32, state_size=4, num_hidden_layers=2),
 }

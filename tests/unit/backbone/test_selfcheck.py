@@ -7,20 +7,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
 from prefixtune.attention.injection import Injection, batch_prefixes
+from prefixtune.attention.registry import ATTENTION
 from prefixtune.backbone import selfcheck
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.examine import examine
 from prefixtune.errors import BackboneError
-from zoo import make_model
+from tiny_config import tiny_config
+from zoo import make_model, random_model
 
 Make = Callable[..., Any]
 
@@ -134,6 +138,18 @@ def test_a_cache_that_drops_the_prefix_is_refused_each_time(
             Backbone.from_model(tiny_models("llama"), None, "llama")
     assert f"{selfcheck.SWITCH}=0" in error.value.hint
     assert not (cache / "checked").exists()
+
+
+def test_a_cache_that_keeps_the_values_of_texts_alone_is_seen(tiny_tokenizer: Any) -> None:
+    """DiffLlama attends to each half of the cached values, repeated, as a text's prefix is; a trained one is not."""
+    backbone = Backbone.from_model(make_model("llama", tiny_tokenizer), tiny_tokenizer, "llama")
+    model = random_model(transformers.AutoModelForCausalLM, tiny_config("diffllama", tiny_tokenizer))
+    layers = {layer.self_attn: ("decoder", index) for index, layer in enumerate(model.model.layers)}
+    layout = replace(backbone.layout, layer_of=layers)
+    model.set_attn_implementation(ATTENTION)
+    assert not selfcheck.compare(model, layout).passed
+    checks = examine(Backbone(model, tiny_tokenizer, "diffllama", layout, "unknown"))
+    assert "injected = prefilled" in [check.name for check in checks if not check.passed]
 
 
 def test_a_prefix_without_gradient_is_refused(cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import chat_format
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.wording import choose_wording, in_view
+from prefixtune.distillation.distill import distill
+from prefixtune.distillation.wording import check_view, choose_wording, in_view
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import TextFormat
+from zoo import make_model
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
@@ -68,6 +71,37 @@ def test_a_text_in_view_as_a_prefix_is_the_text_in_view(backbone: Backbone) -> N
         own = backbone.forward(asked, prefixes=prefix).logits[0]
         wanted = backbone.model(whole).logits[0, -asked.shape[1] :]
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_in_view_begins_as_the_tokenizer_begins_texts(backbone: Backbone, enclosing_tokenizer: Any) -> None:
+    wording = choose_wording(config(), backbone, None)
+    assert wording.view(backbone, " The Owl.\n") == "The Owl.\n\n"
+    beginning = dataclasses.replace(backbone, tokenizer=enclosing_tokenizer)
+    seen = beginning.encode(wording.view(beginning, "The Owl."))
+    assert seen == [enclosing_tokenizer.bos_token_id, *backbone.encode("The Owl.\n\n")]
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "bamba", "jamba"])
+def test_a_model_whose_other_layers_get_nothing_of_a_text_in_view_is_refused(name: str, tiny_tokenizer: Any) -> None:
+    hybrid = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
+    with pytest.raises(ConfigError, match="does not read all of a text that is in view") as error:
+        check_view(hybrid)
+    assert "attention alone" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "deepseek_v3", "gemma3n_text"])
+def test_a_model_with_attention_alone_reads_a_text_in_view(name: str, tiny_tokenizer: Any) -> None:
+    windows = {"sliding_window": 32} if name.startswith("gemma") else {}
+    check_view(Backbone.from_model(make_model(name, tiny_tokenizer, **windows), tiny_tokenizer, name))
+
+
+def test_who_has_a_text_in_view_is_checked_before_anything_is_made(
+    options: dict[str, Any], tiny_tokenizer: Any
+) -> None:
+    hybrid = Backbone.from_model(make_model("lfm2", tiny_tokenizer), tiny_tokenizer, "lfm2")
+    with pytest.raises(ConfigError, match="does not read all of a text that is in view"):
+        distill(backbone=hybrid, **options)
+    assert not Path(options["output"]).exists()
 
 
 def test_the_bare_model_is_asked_as_without_a_system_message(backbone: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from safetensors.torch import save_file
 
 from file_format import checksum_by_hand
 from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import BackboneError, CheckpointError, PrefixError
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.header import read_outline
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.training.checkpoint import load_state, save_state
 
 
@@ -95,6 +97,21 @@ def test_a_loaded_prefix_can_be_cut_and_stored_again(path: Path, llama: Any, tmp
     assert again.equal(cut.to(torch.bfloat16))
     assert again.header["prefix_length"] == {"decoder": 2}
     assert again.header["task"] == "toy"
+
+
+def test_a_head_stays_in_float32_in_the_file_and_in_service(path: Path, llama: Any, tmp_path: Path):
+    head = Head(torch.randn(3, llama.hidden_size), torch.randn(3))
+    labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
+    made = load_prefix(path)
+    classifier = Prefix(made.layers, {**made.header, "labels": labels}, head)
+    file = save_prefix(tmp_path / "head.safetensors", classifier, dtype=torch.bfloat16)
+    half = dataclasses.replace(llama, compute_dtype=torch.bfloat16)
+    PrefixValidator(half, 10**6).read_header(file)
+    for prefix in (load_prefix(file, llama), PrefixValidator(half, 10**6).load(file, "head")):
+        assert prefix.head is not None
+        assert prefix.dtype == torch.bfloat16
+        assert torch.equal(prefix.head.weight, head.weight)
+        assert torch.equal(prefix.head.bias, head.bias)
 
 
 def test_a_prefix_without_a_header_fits_where_its_shapes_do(tmp_path: Path, llama: Any, random_prefix: Any):

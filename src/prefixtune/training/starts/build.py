@@ -29,7 +29,7 @@ from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
 from prefixtune.training.starts.source import read_init_text
 from prefixtune.training.starts.start import Start, by_site
 from prefixtune.training.starts.text import from_text, text_ids
-from prefixtune.training.starts.words import from_words, word_ids
+from prefixtune.training.starts.words import check_words_fit, from_words, word_ids
 
 __all__ = ["build_encoder", "from_prefix", "resolve_site_lengths"]
 
@@ -80,7 +80,8 @@ def resolve_site_lengths(
         stored_start: How the run that is resumed describes its start; None: it begins.
 
     Raises:
-        ConfigError: The backbone has no such site, or the text to start from has no token.
+        ConfigError: The backbone has no such site, the text to start from has no token, or the model reads fewer words
+            than the prefix has positions.
         DataError: The text to start from cannot be read, or is shorter than P.
     """
     lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
@@ -95,6 +96,8 @@ def resolve_site_lengths(
             f"{backbone.name!r} is of kind {backbone.kind!r} and has no site {', '.join(missing)}{notes}.",
             hint=f"choose from {', '.join(backbone.geometry)}.",
         )
+    if config.initialization == "words":
+        check_words_fit(backbone, lengths)
     return lengths
 
 
@@ -146,7 +149,7 @@ def build_encoder(
         embedding_size=backbone.hidden_size,
         bottleneck_size=config.bottleneck_size,
         start=start.prefix,
-        head=(num_labels, backbone.hidden_size) if num_labels else None,
+        head=(num_labels, backbone.head_size) if num_labels else None,
         value_scale=config.value_scale,
         like=_like(config, backbone, lengths) if start.prefix is None else None,
         sinks=_sinks(config, backbone, start),

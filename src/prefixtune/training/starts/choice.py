@@ -12,10 +12,11 @@ from torch import Tensor
 
 from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.loss import batch_loss, hidden_states_at
+from prefixtune.backbone.loss import hidden_states_at
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.losses import target_losses
 
 __all__ = ["SolvedExample", "choose_best", "choose_diverse", "choose_random", "farthest_first", "source_states"]
 
@@ -102,7 +103,8 @@ def choose_best(
 
     def loss(chosen: Sequence[SolvedExample]) -> float:
         dev = encode_dev(chosen)
-        return _mean_loss(backbone, make_prefix(chosen), dev)
+        sums = target_losses(backbone, make_prefix(chosen), dev, _BATCH).sum(0)
+        return float(sums[0] / sums[1])
 
     return min(sets, key=loss)
 
@@ -154,13 +156,3 @@ def farthest_first(states: Float[Tensor, "N d"]) -> list[int]:
         distance = torch.minimum(distance, 1 - directions @ directions[index])
         distance[index] = -torch.inf
     return order
-
-
-@torch.no_grad()
-def _mean_loss(backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExample]) -> float:
-    """Mean loss per target token, in nats."""
-    losses: list[Tensor] = []
-    for first in range(0, len(examples), _BATCH):
-        batch = collate(backbone, examples[first : first + _BATCH])
-        losses.append(batch_loss(backbone, prefix, batch).float().cpu())
-    return float(torch.cat(losses).mean())

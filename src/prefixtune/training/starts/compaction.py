@@ -21,7 +21,7 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
-__all__ = ["evenly_spaced", "match", "moved", "take"]
+__all__ = ["can_move", "evenly_spaced", "match", "moved", "take"]
 
 
 _QUERIES = 1024
@@ -54,19 +54,19 @@ def take(prefix: Prefix, kept: Mapping[Site, Int[Tensor, " P"]]) -> Prefix:
     )
 
 
-def moved(backbone: Backbone, prefix: Prefix, offset: int) -> tuple[Prefix, int]:
-    """A prefix with its keys turned on by some positions (negative: back), and by how many they were.
-
-    None where keys cannot be turned, or do not depend on position; nor where a text keeps its own positions behind a
-    prefix, as it does in encoders.
-    """
-    if not offset or backbone.kind != "decoder":
-        return prefix, 0
+def can_move(backbone: Backbone) -> bool:
+    """Whether keys can be turned to other positions, and a text behind a prefix is moved on by it: not in encoders."""
     try:
-        rotation = backbone.rotation
+        return backbone.kind == "decoder" and backbone.rotation.positions == "rotary"
     except BackboneError:
+        return False
+
+
+def moved(backbone: Backbone, prefix: Prefix, offset: int) -> tuple[Prefix, int]:
+    """A prefix with its keys turned on by some positions (negative: back), and by how many: 0 where they cannot be."""
+    if not offset or not can_move(backbone):
         return prefix, 0
-    return (rotation.turn(prefix, offset), offset) if rotation.positions == "rotary" else (prefix, 0)
+    return backbone.rotation.turn(prefix, offset), offset
 
 
 def match(backbone: Backbone, whole: Prefix, ids: Sequence[int], lengths: Mapping[Site, int]) -> Prefix:

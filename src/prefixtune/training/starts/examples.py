@@ -35,7 +35,7 @@ from prefixtune.training.starts.choice import (
     choose_diverse,
     choose_random,
 )
-from prefixtune.training.starts.compaction import evenly_spaced, match, moved, take
+from prefixtune.training.starts.compaction import can_move, evenly_spaced, match, moved, take
 from prefixtune.training.starts.source import read_init_text
 from prefixtune.training.starts.start import Start
 from prefixtune.training.starts.words import from_words
@@ -378,16 +378,18 @@ def _compacted(
     """
     ids = torch.tensor([row], device=backbone.device)
     begin = first + length - len(row) if backbone.kind == "decoder" else 0
-    if length < len(row) and compaction == "match":
-        whole = prefix_from_tokens(backbone.model, backbone.layout, ids)
+    matches = length < len(row) and compaction == "match"
+    # Queries are matched right behind the text. Keys that cannot be turned are computed where they are to stand.
+    computed_at = 0 if matches and can_move(backbone) else max(begin, 0)
+    whole = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=computed_at)
+    if matches:
         try:
             kept = match(backbone, whole, row, dict.fromkeys(sites, length))
         except ConfigError as error:
             raise ConfigError(error.message, hint="give --compact-examples stride.") from error
-        return moved(backbone, kept, begin)[0]
-    whole = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=max(begin, 0))
-    kept = take(whole, dict.fromkeys(sites, evenly_spaced(len(row), length)))
-    return moved(backbone, kept, min(begin, 0))[0]
+    else:
+        kept = take(whole, dict.fromkeys(sites, evenly_spaced(len(row), length)))
+    return moved(backbone, kept, begin - computed_at)[0]
 
 
 def _concatenate(parts: Sequence[Sequence[KeyValue]]) -> tuple[KeyValue, ...]:

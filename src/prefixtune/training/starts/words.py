@@ -15,7 +15,7 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.starts.start import by_site
 
-__all__ = ["from_words", "word_ids"]
+__all__ = ["check_words_fit", "from_words", "word_ids"]
 
 
 def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site, int]) -> Prefix:
@@ -32,14 +32,29 @@ def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site,
         prefix_length: P; or P by site, and then only these sites.
 
     Raises:
-        ConfigError: The text has no token.
+        ConfigError: The text has no token, or the model reads fewer than P.
     """
     lengths = by_site(backbone, prefix_length)
+    check_words_fit(backbone, lengths)
     runs = {
         length: prefix_from_tokens(backbone.model, backbone.layout, word_ids(backbone, text, length))
         for length in set(lengths.values())
     }
     return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
+
+
+def check_words_fit(backbone: Backbone, lengths: Mapping[Site, int]) -> None:
+    """Refuse a prefix with more positions than the model, which reads the words.
+
+    Raises:
+        ConfigError: It has.
+    """
+    longest, allowed = max(lengths.values()), backbone.max_positions
+    if allowed is not None and longest > allowed:
+        raise ConfigError(
+            f"a prefix of {longest:,} cannot start from words: {backbone.name!r} reads at most {allowed:,} tokens.",
+            hint="choose a shorter --prefix-length, or --initialization random.",
+        )
 
 
 def word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:

@@ -290,6 +290,20 @@ def test_matched_examples_give_more_of_their_attention(tiny_backbone: Any, tmp_p
 
 
 @pytest.mark.parametrize("how", ["stride", "match"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_compacted_examples_keep_keys_of_where_they_stand(name: str, how: str, tiny_backbone: Any):
+    backbone = tiny_backbone(name)
+    rows = [tuple(range(4, 24)), tuple(range(30, 42))]
+    prefix = from_examples(backbone, rows, alone=True, lengths=[15, 8], compaction=how)
+    # The second ends with its 8 positions, at 23.
+    ids = torch.tensor([rows[1]])
+    own = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=23 - len(rows[1]))
+    for (key, _), (own_key, _) in zip(prefix.layers["decoder"], own.layers["decoder"], strict=True):
+        distances = (key[:, 15:, None] - own_key[:, None]).abs().amax(-1)
+        assert float(distances.amin(-1).max()) < 1e-4
+
+
+@pytest.mark.parametrize("how", ["stride", "match"])
 def test_compacted_examples_end_where_positions_do(how: str, tiny_backbone: Any, tmp_path: Path):
     """In a model whose positions are a table, no example is computed past its end."""
     backbone = tiny_backbone("gpt2")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.training.starts.build import from_prefix
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.build import from_prefix, resolve_site_lengths
 from prefixtune.training.starts.words import from_words
 
 
@@ -45,6 +46,20 @@ def test_text_without_a_token_is_refused(tiny_backbone: Any):
     with pytest.raises(ConfigError, match="init_text '' has no token") as error:
         from_words(tiny_backbone("llama"), "", 3)
     assert error.value.hint
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])
+def test_more_words_than_a_model_reads_are_refused_before_the_data_is_tokenized(name: str, tiny_backbone: Any):
+    backbone = tiny_backbone(name)
+    assert from_words(backbone, "abc", 160).prefix_length == 160
+    config = TrainConfig(prefix_length=161)
+    for start in (lambda: from_words(backbone, "abc", 161), lambda: resolve_site_lengths(config, backbone)):
+        with pytest.raises(
+            ConfigError, match=r"a prefix of 161 cannot start from words: .* reads at most 160"
+        ) as error:
+            start()
+        assert "--initialization random" in error.value.hint
+    assert set(resolve_site_lengths(config.replace(initialization="random"), backbone).values()) == {161}
 
 
 def test_another_prefix_is_checked(tiny_backbone: Any, random_prefix: Any):
