@@ -113,9 +113,6 @@ def evaluate(options: EvaluateOptions) -> int:
             partial(check_data, options.train, options.task),
         ]
     )
-    # What is missing is named before torch is imported.
-    from prefixtune.data.labels import check_known, labels_in
-
     (artifact,) = found
     name = options.task or artifact.header.get("task") or "records"
     source, target = _columns(options, name, artifact)
