@@ -78,7 +78,7 @@ class DistillConfig(TrainConfig):
     answer_length: int = _teaching(64, ge=1, le=4096, description="most tokens of an answer that the teacher writes")
 
     prefix_length: int = _prefix(64, ge=1, description="P, the number of positions of the memory")
-    initialization: Literal["words", "text", "random", "prefix"] = _prefix(  # type: ignore[assignment]
+    initialization: Literal["words", "text", "random", "prefix"] = _prefix(
         "text",
         description="start from: text: the document's or the prompt's own keys and values, brought to P positions; "
         "words: the words of init_text, as for a teacher alone; random; another prefix",
