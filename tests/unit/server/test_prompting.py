@@ -98,7 +98,7 @@ def test_long_texts_of_one_caller_do_not_delay_another(
 
     def slowly(self: Any, texts: list[str]) -> Any:
         tokenized.extend(name for text in texts for name in ("heavy", "light") if name in text)
-        time.sleep(0.05)
+        time.sleep(0.1)
         return encode(self, texts)
 
     monkeypatch.setattr(type(state.backbone), "encode_sources", slowly)

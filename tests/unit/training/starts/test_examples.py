@@ -19,6 +19,7 @@ from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.interop.trainer import PrefixModel
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.data import tokenize
+from prefixtune.training.losses import target_losses
 from prefixtune.training.presets import preset
 from prefixtune.training.starts import choice
 from prefixtune.training.starts.build import build_encoder
@@ -330,13 +331,13 @@ def test_a_choice_by_loss_reads_behind_the_compacted_prefix(
 ):
     """Its room is the site's, not prefix_length; and development texts stand behind what is left of the examples."""
     seen: list[tuple[int, int]] = []
-    usual = choice._mean_loss
+    usual = target_losses
 
-    def recorded(backbone: Any, prefix: Any, examples: Any) -> float:
+    def recorded(backbone: Any, prefix: Any, examples: Any, batch_size: int) -> Any:
         seen.append((prefix.prefix_length, max(len(example.prompt) for example in examples)))
-        return usual(backbone, prefix, examples)
+        return usual(backbone, prefix, examples, batch_size)
 
-    monkeypatch.setattr(choice, "_mean_loss", recorded)
+    monkeypatch.setattr(choice, "target_losses", recorded)
     backbone = tiny_backbone("llama")
     examples = [pt.Example(f"{n} " + "q" * 60, ("t" * 8,)) for n in range(8)]
     options = {"prefix_length": 40, "sites": "decoder=30", "compact_examples": "stride", "example_choice": "loss"}
