@@ -222,12 +222,10 @@ def _start_settings(config: StudyConfig, cell: Cell) -> dict[str, Any]:
     if cell.initialization == "prompt":
         return {"initialization": "text", "init_text": config.prompt_text}
     words = {"task": config.task_words, "unrelated": config.unrelated_words}.get(cell.initialization)
+    if words is None:
+        return {"initialization": cell.initialization}
     # Named, so that a setting which implies another start is refused.
-    return (
-        {"initialization": "words", "init_text": words}
-        if words is not None
-        else {"initialization": cell.initialization}
-    )
+    return {"initialization": "words", "init_text": words}
 
 
 def _storage_dtype(config: StudyConfig, cell: Cell) -> str:

@@ -325,7 +325,10 @@ def write_study(
         return
     task, kind, backbones = TASKS[config.task], config.kind, ", ".join(config.backbones) or config.backbone
     left = [cell.id for cell in cells if cell_status(config, cell) == "waiting"]
+    cut = describe_reductions(config, left, len(cells), is_over_budget=is_over_budget)
     dtypes = _dtypes(config, cells)
+    if len(dtypes) > 1:
+        cut.append(f"computed in {' and '.join(f'{name} ({count} runs)' for name, count in dtypes.items())}")
     facts = {
         "kind": "study",
         "name": config.name,
@@ -336,13 +339,7 @@ def write_study(
         "axis": kind.axis,
         "metric": task.metrics[0],
         "budget_minutes": config.budget or None,
-        "cut": [
-            *describe_reductions(config, left, len(cells), is_over_budget=is_over_budget),
-            *(
-                [f"computed in {' and '.join(f'{name} ({count} runs)' for name, count in dtypes.items())}"]
-                * (len(dtypes) > 1)
-            ),
-        ],
+        "cut": cut,
         "tuning": _read_all_tuning(config),
         "machine": describe_machine(),
         "versions": versions(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,11 +95,13 @@ def test_long_texts_of_one_caller_do_not_delay_another(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app, state = make_server(keys={name: KeyConfig(hash=hash_key(f"pt-{name}")) for name in ("heavy", "light")})
-    encode, tokenized = type(state.backbone).encode_sources, list[str]()
+    encode, tokenized, both_wait = type(state.backbone).encode_sources, list[str](), threading.Event()
 
     def slowly(self: Any, texts: list[str]) -> Any:
         tokenized.extend(name for text in texts for name in ("heavy", "light") if name in text)
-        time.sleep(0.1)
+        # The first text takes until the other caller's has arrived, however slow this machine is.
+        assert both_wait.wait(30)
+        time.sleep(0.05)
         return encode(self, texts)
 
     monkeypatch.setattr(type(state.backbone), "encode_sources", slowly)
@@ -112,7 +115,12 @@ def test_long_texts_of_one_caller_do_not_delay_another(
         ]
         while not tokenized:
             await asyncio.sleep(0.001)
-        light = await send(app, "POST", "/v1/completions", completion(prompt="light"), headers=bearer("light"))
+        waiting = asyncio.ensure_future(
+            send(app, "POST", "/v1/completions", completion(prompt="light"), headers=bearer("light"))
+        )
+        await asyncio.sleep(1)
+        both_wait.set()
+        light = await waiting
         before = tokenized.count("heavy")
         return light, before, list(await asyncio.gather(*heavy))
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from fastapi import Response
 
-from prefixtune.data.chat import special_stops
 from prefixtune.engine.request import SequenceOutput
 from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import TextFormat
@@ -116,8 +115,7 @@ async def _continue(
     """Generate after prompts as they are; the `ends` end a text, besides the tokenizer's end token."""
     state = context.state
     default = state.config.default_max_tokens if request.length is None else None
-    sampling = request.sampling(state.limits)
-    sampling = sampling.replace(end_ids=(*ends, *special_stops(state.backbone, sampling.stop)))
+    sampling = request.sampling(state.limits).replace(end_ids=tuple(ends))
     grammar = await compile_grammar(context, request)
     return start_generation(
         context, model, prompts, sampling, n=request.n, default_max_tokens=default, verbatim=True, grammar=grammar

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefixtune.data.chat import special_stops
 from prefixtune.data.labels import labels_of
 from prefixtune.engine.request import (
     ContextLengthError,
@@ -193,6 +194,8 @@ def start_generation(
         message = f"the prefix {model.name!r} gives labels and writes no text."
         raise bad_request(message, "model", "not_a_generator", hint="use /classify.")
     context.log_fields |= {"model": model.name, "prompt_tokens": sum(map(len, prompts))}
+    if special := special_stops(state.backbone, sampling.stop):
+        sampling = sampling.replace(end_ids=(*sampling.end_ids, *special))
     requests = [
         Request(
             prompt,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import chat
-from prefixtune.data.chat import Source, end_ids, special_stops
+from prefixtune.data.chat import Source, end_ids
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import ConfigError, RequestError
@@ -213,8 +213,6 @@ async def start_targets(
         )
         changes["banned"] = tuple(banned)
     sampling = request.sampling(context.state.limits).replace(**changes)
-    special = special_stops(context.state.backbone, sampling.stop)
-    sampling = sampling.replace(end_ids=(*sampling.end_ids, *special))
     prompts = [await _encode_source(context, model, text_format, source, length) for source in sources]
     default = task_length if request.length is None else None
     grammar = await compile_grammar(context, request)
