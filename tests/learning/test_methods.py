@@ -181,6 +181,7 @@ def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny
         ({"method": "lorra"}, "did you mean 'lora'"),
         ({"method": "full", "adapter_rank": 4}, "does not go with method 'full'"),
         ({"method": "lora", "quantize": "int8"}, "does not go with method 'lora'"),
+        ({"method": "lora", "adapter": "folder"}, "adapter is 'folder', which does not go with method 'lora'"),
         ({"method": "top", "method_size": -1}, "at least 0"),
     ],
 )
@@ -188,6 +189,13 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
     with pytest.raises(ConfigError) as error:
         TrainConfig(**changes)
     assert message in str(error.value.message)
+
+
+def test_lora_takes_no_other_adapters_place(tmp_path: Path, folder: Path, run: Make) -> None:
+    adapter = tmp_path / "adapter"
+    load_backbone(folder, adapter_rank=2).save_adapter(adapter)
+    with pytest.raises(BackboneError, match="holds a LoRA adapter, whose place the new one would take"):
+        run("lora", backbone=load_backbone(adapter))
 
 
 def test_more_top_layers_than_there_are(run: Make) -> None:

@@ -12,7 +12,7 @@ from prefixtune.errors import BackboneError, CheckpointError, first_line
 from prefixtune.prefix.header import parse_header
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["ADAPTER_CONFIG", "adapter_config", "add_adapter", "check_lora", "is_adapter", "load_adapter"]
+__all__ = ["ADAPTER_CONFIG", "adapter_config", "add_adapter", "check_lora", "has_adapter", "is_adapter", "load_adapter"]
 
 
 def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
@@ -61,6 +61,11 @@ def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
+
+
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether a model holds the layers of a LoRA adapter."""
+    return any(hasattr(module, "lora_A") for module in model.modules())
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.lora import add_adapter
+from prefixtune.backbone.lora import add_adapter, has_adapter
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 
@@ -88,13 +88,18 @@ def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:
         The same backbone, which computes in its loaded dtype; its fingerprint stays that of the weights as loaded.
 
     Raises:
-        BackboneError: The model has no list of layers to train or to insert adapters in.
+        BackboneError: The model has no list of layers to train or to insert adapters in, or has a LoRA adapter already.
         ConfigError: The model has fewer layers than are to be trained.
     """
     model, dtype = backbone.model, backbone.dtype
     if tuning.method == "full":
         model.requires_grad_(True)
     elif tuning.method == "lora":
+        if has_adapter(model):
+            raise BackboneError(
+                f"{backbone.name!r} holds a LoRA adapter, whose place the new one would take.",
+                hint="train that one further with a prefix (train_adapter), or merge it into its base model first.",
+            )
         with quiet_transformers():
             add_adapter(model, tuning.size, seed=seed)
     else:

@@ -324,7 +324,7 @@ class TrainConfig(Config):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What only a prefix can have, and what a start needs."""
         if not self.trains_prefix:
-            for name in ("adapter_rank", "train_adapter", "quantize"):
+            for name in ("adapter", "adapter_rank", "train_adapter", "quantize"):
                 value = getattr(self, name)
                 if value != self.default(name):
                     yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
