@@ -10,11 +10,24 @@ from typing import Literal
 
 from prefixtune.evaluation.metrics import MeanDifference, holm, mean_difference
 from prefixtune.report.results import Cell, Pair, Study
+from prefixtune.studies.compare import sample_overlap
 from prefixtune.studies.kinds import UNTRAINED
 from tools.items import item_interval, kept_pairs
 from tools.outputs import Kept
 
-__all__ = ["CLAIMS", "FULL", "LORA", "RULE", "Claim", "Finding", "claims_table", "figure", "measure_claim", "verdict"]
+__all__ = [
+    "CLAIMS",
+    "FULL",
+    "LORA",
+    "RULE",
+    "Claim",
+    "Finding",
+    "claims_table",
+    "figure",
+    "measure_claim",
+    "repetitions",
+    "verdict",
+]
 
 
 Verdict = Literal["holds", "does not hold", "not decided", "partly run", "not run"]
@@ -137,7 +150,7 @@ def claims_table(studies: Mapping[str, Study], outputs: Mapping[str, Kept | None
         finding = found.get(claim)
         paper = claim.paper or "not asked"
         if finding is None:
-            planned = _repetitions(claim, studies[claim.study].cells) if claim.study in studies else []
+            planned = repetitions(claim, studies[claim.study].cells) if claim.study in studies else []
             why = f"0 of {len(planned)} samples" if planned else "there is no such run yet"
             rows.append([claim.text, paper, "", "", "", "not run", why])
             continue
@@ -157,7 +170,7 @@ def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Findi
         study: The study that asks it.
         kept: Its outputs.
     """
-    planned = _repetitions(claim, study.cells)
+    planned = repetitions(claim, study.cells)
     points = {cell.point for cell in study.cells if re.fullmatch(claim.other, cell.point)}
     by_sample: dict[str, list[Pair]] = {}
     for pair in study.comparisons.pairs:
@@ -172,16 +185,20 @@ def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Findi
     runs = [(pair.reference, pair.run) for pairs in whole for pair in pairs]
     numbers = kept_pairs(kept, runs, claim.part)
     interval = item_interval(numbers) if numbers else None
+    sizes = [int(cell.factors.get("num_targets") or 0) for cell in study.cells if cell.point in points]
+    # Several seeds of one sample say nothing of other samples.
+    is_one_sample = len({sample.partition("-seed")[0] for sample in planned}) == 1
+    shared = 0.0 if is_one_sample else max((sample_overlap(size, study.train_targets) for size in sizes), default=0.0)
     return Finding(
-        mean_difference(differences),
+        mean_difference(differences, shared),
         len(planned),
         None if interval is None else (claim.scale * interval[0], claim.scale * interval[1]),
-        mean_difference([difference - claim.least for difference in differences]).p_value,
+        mean_difference([difference - claim.least for difference in differences], shared).p_value,
         items_p_value=whole[0][0].p_value if len(runs) == 1 else None,
     )
 
 
-def _repetitions(claim: Claim, cells: Sequence[Cell]) -> list[str]:
+def repetitions(claim: Claim, cells: Sequence[Cell]) -> list[str]:
     """The samples and seeds of all runs that a claim is about; of the prefix's, where the other is not trained."""
     others = [cell for cell in cells if re.fullmatch(claim.other, cell.point)]
     if others and all(cell.point.startswith(UNTRAINED) for cell in others):

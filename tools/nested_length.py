@@ -1,6 +1,6 @@
 """The curve of `prefixtune length` beside that of the study `length`: one nested run on the same samples.
 
-    python -m tools.nested_length E2E_FOLDER     # after the study: it takes the rate that the study chose
+    python -m tools.nested_length E2E_FOLDER     # after the study: it takes the study's dtype and rate
 
 Writes bench/results/nested_length.json, which `python -m tools.results` shows beside the study.
 """
@@ -19,7 +19,7 @@ from prefixtune.studies import StudyConfig, plan
 from prefixtune.studies.cell import build_train_config, clear_folder, read_rate
 from prefixtune.studies.data import StudyData
 from prefixtune.studies.lengths import LENGTH_FILE, study_lengths
-from prefixtune.studies.records import chosen_rate
+from prefixtune.studies.records import chosen_rate, read_study
 from prefixtune.training.folder import STATE_FILE
 from prefixtune.utils.files import write_text
 from tools.pages import ROOT
@@ -70,11 +70,16 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="the folder of E2E")
     options = parser.parse_args()
     config = StudyConfig.from_file(ROOT / "studies" / "length.toml", name="length", data=str(options.data))
+    stored = read_study(config)
+    if stored is not None:
+        config = config.model_copy(update={"dtype": stored["config"]["dtype"]})
     cells = [cell for cell in plan(config) if cell.method == METHOD]
     longest = max(cells, key=lambda cell: cell.prefix_length)
     rate = chosen_rate(config, longest)
     if rate is None:
-        parser.error("the study has not chosen the rate yet: prefixtune study length --config studies/length.toml")
+        # A study with a budget may have ended before.
+        print("left out: the study has not chosen the rate yet: prefixtune study length --config studies/length.toml")
+        return
     folder = config.folder.with_name("length-nested")
     train, dev = StudyData(config).for_cell(longest)
     run = build_train_config(config, longest, rate, folder, longest.num_targets)

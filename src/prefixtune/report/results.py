@@ -279,6 +279,7 @@ class Study(Stored):
     comparisons: Comparisons = Comparisons()
     overlap: Overlap = Overlap()
     dev_overlap: Overlap = Overlap()
+    train_targets: int = 0
 
     @property
     def differences(self) -> tuple[Difference, ...]:

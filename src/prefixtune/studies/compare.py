@@ -25,7 +25,7 @@ from prefixtune.studies.grid import Cell, plan
 from prefixtune.studies.records import COMPARISONS_FILE, changed_settings, read_json_file, read_outcome, read_study
 from prefixtune.utils.files import write_text
 
-__all__ = ["SAMPLES", "compare_runs", "counterparts", "write_comparisons"]
+__all__ = ["SAMPLES", "compare_runs", "counterparts", "sample_overlap", "write_comparisons"]
 
 
 SAMPLES = 1000
@@ -44,7 +44,8 @@ def write_comparisons(config: StudyConfig, cells: Sequence[Cell]) -> None:
         return
     path, task = config.folder / COMPARISONS_FILE, TASKS[config.task]
     before = read_json_file(path, "pairs") if path.exists() else None
-    facts = compare_runs(config, task.metrics[0], task.protocol, read_outcome(config, cells).done, before)
+    done, available = read_outcome(config, cells).done, stored.get("train_targets", 0)
+    facts = compare_runs(config, task.metrics[0], task.protocol, done, before, available)
     write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
@@ -78,7 +79,12 @@ def _reference_group(config: StudyConfig, cell: Cell, size: int, cells: Sequence
 
 
 def compare_runs(
-    config: StudyConfig, metric: str, protocol: str, done: Collection[str], before: Mapping[str, Any] | None = None
+    config: StudyConfig,
+    metric: str,
+    protocol: str,
+    done: Collection[str],
+    before: Mapping[str, Any] | None = None,
+    available: int = 0,
 ) -> dict[str, Any]:
     """The differences between a study's runs, as `comparisons.json` has them.
 
@@ -89,15 +95,16 @@ def compare_runs(
         done: Ids of the runs that are done; the others are left out.
         before: An earlier result. Its tests are kept where the scores are still the same, so that outputs may be gone
             by now.
+        available: Targets that samples are drawn from, so that what they share counts in the intervals; 0: unknown.
 
     Returns:
         `pairs`: of each run and its counterpart, on the whole test set and on its seen and unseen parts: the difference
         (the run less its counterpart), and the p-value of paired approximate randomization; None where outputs are
         missing. `points`: all repetitions of a point together: the mean difference, its standard error and 95 %
-        interval over the samples of the training set (Student's t; several seeds of a sample count once, by their
-        mean), or over the seeds of a single sample, and the p-value of the mean; of a single run, that of its pair;
-        None where all differences are equal. `corrected_p_value` is by Holm's correction over all points that the
-        study has on the same part of the test set, done or not.
+        interval over the samples of the training set (Student's t, wider where samples overlap; several seeds of a
+        sample count once, by their mean), or over the seeds of a single sample, and the p-value of the mean; of one
+        run, that of its pair; None where all differences are equal. `corrected_p_value` is by Holm's correction over
+        all points that the study has on the same part of the test set, done or not.
     """
     settings = {"metric": metric, "test": METHOD, "samples": SAMPLES}
     is_comparable = before is not None and all(before.get(key) == value for key, value in settings.items())
@@ -110,6 +117,7 @@ def compare_runs(
 
     pairs: list[dict[str, Any]] = []
     by_point: dict[_PairKey, list[tuple[int, dict[str, Any]]]] = {}
+    overlaps: dict[_PairKey, float] = {}
     for cell, other in counterparts(config):
         if not {cell.id, other.id} <= set(done):
             continue
@@ -124,10 +132,16 @@ def compare_runs(
                 p_value = _p_value(outputs_of(cell), outputs_of(other), part, (score, reference_score))
             pairs.append({**pair, "p_value": p_value})
             # What is not trained has no sample of its own.
-            sample = (cell if cell.trains else other).subset
-            by_point.setdefault((cell.group, other.group, part), []).append((sample, pairs[-1]))
+            trained, key = cell if cell.trains else other, (cell.group, other.group, part)
+            by_point.setdefault(key, []).append((trained.subset, pairs[-1]))
+            overlaps[key] = sample_overlap(trained.num_targets, available)
     points = [
-        {"point": point, "reference": reference, "part": part, **_summary(repetitions)}
+        {
+            "point": point,
+            "reference": reference,
+            "part": part,
+            **_summary(repetitions, overlaps[point, reference, part]),
+        }
         for (point, reference, part), repetitions in by_point.items()
     ]
     # Rows that are still to come count as questions, or a part of a study would be surer than the whole.
@@ -139,11 +153,22 @@ def compare_runs(
     return {**settings, "pairs": pairs, "points": points}
 
 
-def _summary(repetitions: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+def sample_overlap(num_targets: int, available: int) -> float:
+    """The share that two samples of so many targets have in common on average; 0 where all are taken, or it is unknown.
+
+    >>> sample_overlap(500, 2000), sample_overlap(0, 2000), sample_overlap(500, 0)
+    (0.25, 0.0, 0.0)
+    """
+    return num_targets / available if num_targets < available else 0.0
+
+
+def _summary(repetitions: Sequence[tuple[int, Mapping[str, Any]]], shared: float) -> dict[str, Any]:
     """What pairs say together, each with the number of its sample of the training set."""
     pairs = [pair for _, pair in repetitions]
     differences, p_values = ([pair[key] for pair in pairs] for key in ("difference", "p_value"))
-    found = mean_difference(_independent(repetitions))
+    # Several seeds of one sample say nothing of other samples.
+    is_one_sample = len({sample for sample, _ in repetitions}) == 1
+    found = mean_difference(_independent(repetitions), 0.0 if is_one_sample else shared)
     return {
         "num_runs": len(pairs),
         "differences": differences,

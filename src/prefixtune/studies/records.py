@@ -75,12 +75,14 @@ class Provenance:
         data_digests: Split -> digest of its examples, of the splits that were read.
         overlap: Test sources that are in the training set too, as `Overlap.to_dict`.
         dev_overlap: Likewise, of development sources.
+        train_targets: How many targets samples are drawn from; 0: the training set was not read.
     """
 
     command: str
     data_digests: Mapping[str, str] = field(default_factory=dict)
     overlap: Mapping[str, Any] = field(default_factory=dict)
     dev_overlap: Mapping[str, Any] = field(default_factory=dict)
+    train_targets: int = 0
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,7 @@ def write_study(
         "date": before.get("date") or datetime.date.today().isoformat(),
         "overlap": provenance.overlap or before.get("overlap", {}),
         "dev_overlap": provenance.dev_overlap or before.get("dev_overlap", {}),
+        "train_targets": provenance.train_targets or before.get("train_targets", 0),
         "data_digests": {**before.get("data_digests", {}), **provenance.data_digests},
         "config": config.to_dict(),
         "train_defaults": training_defaults(),

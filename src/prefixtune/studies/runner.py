@@ -20,7 +20,7 @@ from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.studies.cell import StudyInputs, build_train_config, remove_leftovers, run_cell
 from prefixtune.studies.compare import write_comparisons
 from prefixtune.studies.config import StudyConfig
-from prefixtune.studies.data import SharedBackbone, StudyData
+from prefixtune.studies.data import SharedBackbone, StudyData, count_targets
 from prefixtune.studies.grid import Cell, plan
 from prefixtune.studies.kinds import Split
 from prefixtune.studies.records import (
@@ -163,7 +163,7 @@ def _check_data(
     for found in (overlap, dev_overlap):
         if found.count:
             inputs.on_event(make_event("overlap", text=str(found), split=found.split, **found.to_dict()))
-    return Provenance(command, digests, overlap.to_dict(), dev_overlap.to_dict())
+    return Provenance(command, digests, overlap.to_dict(), dev_overlap.to_dict(), count_targets(data.train))
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

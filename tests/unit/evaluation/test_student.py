@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import numpy as np
 import pytest
@@ -45,6 +46,19 @@ def test_one_difference_has_no_spread_and_equal_ones_no_p_value() -> None:
         assert found.p_value is None
     with pytest.raises(ValueError, match="at least one"):
         mean_difference([])
+
+
+def test_samples_that_overlap_give_wider_intervals_that_hold_what_they_promise() -> None:
+    """A sum over a pool of which samples share a half: 95 % of the intervals hold the mean over all pools."""
+    rng, held = random.Random(0), 0
+    for _ in range(2000):
+        pool = [rng.gauss(0.0, 1.0) for _ in range(60)]
+        found = mean_difference([statistics.fmean(rng.sample(pool, 30)) for _ in range(5)], 0.5)
+        assert found.interval is not None
+        held += found.interval[0] <= 0.0 <= found.interval[1]
+    assert 0.93 < held / 2000 < 0.97
+    with pytest.raises(ValueError, match=r"overlap is 1\.0"):
+        mean_difference([1.0, 2.0], 1.0)
 
 
 def test_holm_rejects_what_its_steps_reject() -> None:
