@@ -22,7 +22,7 @@ __all__ = ["RowLosses", "change", "row_losses", "rows_of"]
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Per row, the sum of its labels' losses in nats, and how many labels it has."""
+    """Per row, the sum of its labels' losses in nats, and how many labels it has; a text's windows are one row."""
 
     sums: tuple[float, ...]
     counts: tuple[int, ...]
@@ -55,7 +55,14 @@ def _interval(sums: Sequence[float], counts: Sequence[int], seed: int) -> list[f
 def row_losses(subject: Subject, prefix: Prefix | None, hidden: Sequence[int] = ()) -> RowLosses:
     """Each row's loss with a prefix in front (None: none), whose `hidden` positions are not seen (`Group.hidden`)."""
     rows = [replace(row, hidden=tuple(hidden)) for row in subject.tokenized]
-    return rows_of(subject.backbone, rows, prefix, subject.prefix.head, subject.limits.batch_size)
+    losses = rows_of(subject.backbone, rows, prefix, subject.prefix.head, subject.limits.batch_size)
+    if not subject.origins:
+        return losses
+    sums, counts = dict.fromkeys(subject.origins, 0.0), dict.fromkeys(subject.origins, 0)
+    for origin, one, count in zip(subject.origins, losses.sums, losses.counts, strict=True):
+        sums[origin] += one
+        counts[origin] += count
+    return RowLosses(tuple(sums.values()), tuple(counts.values()))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_pairs, format_of
 from prefixtune.data.examples import Example
-from prefixtune.data.labels import labels_of, with_label_words
+from prefixtune.data.labels import check_known, labels_of, with_label_words
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.starts.examples import from_examples
 from prefixtune.training.starts.words import from_words
@@ -28,6 +28,7 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
 
     Raises:
         ConfigError: The words in the header have no token.
+        DataError: An example has a label that the prefix does not know.
     """
     stored = prefix.header.get("initialization")
     if not isinstance(stored, dict) or "kind" not in stored:
@@ -76,6 +77,8 @@ def _find_examples(
         return None, other
     chosen = [train[index] for index in indices]
     labels, text_format = labels_of(prefix), format_of(backbone, prefix)
+    if labels is not None:
+        check_known(chosen, labels)
     if labels is not None and labels.by == "words":
         chosen = list(with_label_words(chosen, labels))
     if not chosen or not all(example.targets for example in chosen):

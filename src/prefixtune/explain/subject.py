@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import TokenizedExample, encode_examples, format_of
+from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_examples, format_of
 from prefixtune.data.examples import Example
-from prefixtune.data.labels import Labels, encode_labelled, labels_of, with_label_words
+from prefixtune.data.labels import Labels, check_known, encode_labelled, labels_of, with_label_words
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 
@@ -25,7 +25,7 @@ class Limits:
     """How much is computed.
 
     Attributes:
-        rows: Most examples, each with its first target.
+        rows: Most examples, each with its first target; of texts alone, most windows.
         parts: Most blocks that the positions, and the layers, of a prefix are left out in, one block at a time.
         corpus_tokens: Most tokens of real text that keys and values are compared with.
         batch_size: Examples per call of the model.
@@ -50,7 +50,8 @@ class Subject:
         prefix: In float32, on the CPU.
         text_format: The text around source and target.
         examples: The rows, each with one target; empty: no data.
-        tokenized: The same as tokens.
+        tokenized: The same as tokens; a long text in several windows.
+        origins: The example of each row of tokens, where some have several; empty: one each.
         labels: Where the prefix classifies or tags; None: it generates.
         controls: Name -> a prefix to compare with: `random`, `shuffled`, `other`.
         start: What it was trained from, where that can be computed again; None: not known.
@@ -69,6 +70,7 @@ class Subject:
     start_note: str
     limits: Limits
     on_part: Callable[[], None] = lambda: None
+    origins: Sequence[int] = ()
     _began: float = field(default_factory=time.monotonic)
 
     @property
@@ -101,36 +103,63 @@ def make_subject(
     """The first rows as tokens, as in training.
 
     Raises:
-        DataError: An example is wrong, or too long.
+        DataError: An example is wrong or too long, or has a label or a tag that the prefix does not know.
         CheckpointError: The text format in the prefix's header cannot be used.
     """
     labels, text_format = labels_of(prefix), format_of(backbone, prefix)
     rows = [replace(example, targets=example.targets[:1]) for example in examples if example.targets][: limits.rows]
+    if labels is not None:
+        check_known(rows, labels)
     if labels is not None and labels.by == "words":
         rows = list(with_label_words(rows, labels))
     longest = max((each.prefix_length for each in (prefix, *controls.values())), default=0)
+    tokenized: Sequence[TokenizedExample] = ()
+    origins: Sequence[int] = ()
+    if rows:
+        dataset = tokenize(prefix, backbone, rows, text_format, labels, longest)
+        tokenized, origins = dataset.examples[: limits.rows], list(map(int, dataset.origins[: limits.rows]))
     return Subject(
         backbone=backbone,
         prefix=prefix.to(torch.float32, "cpu"),
         text_format=text_format,
-        examples=tuple(rows),
-        tokenized=tokenize(backbone, rows, text_format, labels, longest) if rows else (),
+        examples=tuple(rows[: origins[-1] + 1] if origins else rows),
+        tokenized=tokenized,
         labels=labels,
         controls=controls,
         start=start[0],
         start_note=start[1],
         limits=limits,
         on_part=on_part,
+        origins=origins,
     )
 
 
 def tokenize(
-    backbone: Backbone, rows: Sequence[Example], text_format: TextFormat, labels: Labels | None, prefix_length: int
-) -> Sequence[TokenizedExample]:
-    """The rows as tokens, cut to the backbone's positions beside a prefix of this length."""
+    prefix: Prefix,
+    backbone: Backbone,
+    rows: Sequence[Example],
+    text_format: TextFormat,
+    labels: Labels | None,
+    prefix_length: int,
+) -> TokenizedDataset:
+    """The rows as tokens, as long as in training, and no longer than the backbone has room for.
+
+    Args:
+        prefix: Where its header has no text format, rows that are too long are cut.
+        backbone: Of the prefix.
+        rows: With one target each.
+        text_format: Of the prefix.
+        labels: Likewise.
+        prefix_length: Positions that the backbone has no more for the rows.
+    """
+    lengths: dict[str, Any] = {
+        "prefix_length": prefix_length,
+        "max_length": text_format.max_length,
+        "on_too_long": text_format.on_too_long if prefix.header.get("text_format") is not None else "cut",
+    }
     if labels is not None and labels.by == "head":
-        return encode_labelled(backbone, rows, labels, text_format, prefix_length=prefix_length).examples
-    return encode_examples(backbone, rows, text_format, prefix_length=prefix_length, turns="last").examples
+        return encode_labelled(backbone, rows, labels, text_format, **lengths)
+    return encode_examples(backbone, rows, text_format, turns="last", **lengths)
 
 
 def blocks(count: int, most: int) -> list[range]:

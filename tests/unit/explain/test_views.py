@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+import prefixtune as pt
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.encoding import encode_examples
+from prefixtune.data.windows import TEXT_FORMAT
+from prefixtune.errors import DataError
+from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.explain.ablation import loss_view
 from prefixtune.explain.attention import attention_view
 from prefixtune.explain.controls import random_like, shuffled
@@ -24,6 +30,7 @@ from prefixtune.explain.nearest import _Neighbours, cosines, nearest_view, turne
 from prefixtune.explain.subject import Limits
 from prefixtune.explain.view import SHOWS, TITLES
 from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.starts.words import from_words
 
 Make = Callable[..., Any]
@@ -137,6 +144,37 @@ def test_a_prefix_that_is_its_start_loses_nothing_by_it(make: Make, tiny_backbon
     assert left.numbers["keys"]["decoder"]["moved"] == pytest.approx(0, abs=1e-6)
     assert left.numbers["values"]["decoder"]["cosine"] == pytest.approx(1)
     assert left.numbers["controls"]["random"]["values"]["decoder"]["cosine"] < 0.9
+
+
+def test_texts_are_read_in_the_windows_of_training_and_count_as_one_row_each(make: Make, tiny_backbone: Make) -> None:
+    texts = [pt.Example("", ("the fox sleeps. " * 12,)), pt.Example("", ("an owl",)), pt.Example("", ("hare " * 20,))]
+    header = {"text_format": {**TEXT_FORMAT.to_dict(), "max_length": 40}}
+    subject = make("llama", examples=texts, header=header)
+    made = encode_examples(tiny_backbone("llama"), texts, TEXT_FORMAT, prefix_length=4, max_length=40)
+    assert subject.tokenized == made.examples
+    losses = row_losses(subject, subject.prefix)
+    assert losses.counts == tuple(len(text.targets[0]) + 1 for text in texts)
+    scores = evaluate(subject.backbone, texts, subject.prefix).scores
+    assert math.exp(losses.mean) == pytest.approx(scores["perplexity"].score, rel=1e-4)
+    few = make("llama", examples=texts, header=header, rows=3)
+    assert (len(few.tokenized), len(few.examples)) == (3, 1)
+    assert row_losses(few, few.prefix).describe(0)["interval"] is None, "windows of one text are one row"
+
+
+def test_rows_are_as_long_as_in_training(make: Make) -> None:
+    long = [pt.Example("s" * 60, ("yes",)), pt.Example("s", ("no",))]
+    form = {**TextFormat().to_dict(), "max_length": 40}
+    subject = make("llama", examples=long, header={"text_format": {**form, "on_too_long": "cut"}})
+    assert max(len(row.prompt) + len(row.targets[0]) for row in subject.tokenized) == 40
+    with pytest.raises(DataError, match="40 positions are allowed"):
+        make("llama", examples=long, header={"text_format": {**form, "on_too_long": "error"}})
+
+
+def test_a_label_that_the_prefix_does_not_know_is_refused(make: Make) -> None:
+    for by, words in (("words", ["yes", "no"]), ("head", [])):
+        labels = {"kind": "classification", "by": by, "names": ["x", "y"], "words": words}
+        with pytest.raises(DataError, match="label 'z' of example 2"):
+            make("llama", examples=[pt.Example("a", ("x",)), pt.Example("b", ("z",))], header={"labels": labels})
 
 
 def test_time_ends_a_view_and_says_so(make: Make) -> None:

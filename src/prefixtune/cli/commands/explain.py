@@ -56,7 +56,9 @@ class ExplainOptions(BackboneOptions, OutputOptions):
         description="only these, of attention,loss,nearest,description,likeness,start",
         json_schema_extra={"metavar": "NAMES"},
     )
-    rows: int = Field(32, ge=1, le=10_000, description="most examples, each with its first target")
+    rows: int = Field(
+        32, ge=1, le=10_000, description="most examples, each with its first target; of texts alone, most windows"
+    )
     parts: int = Field(
         32, ge=1, le=1000, description="most blocks that positions and layers are left out in, one at a time"
     )
@@ -156,8 +158,11 @@ def _read_all(
     """Add the first rows of --data to `examples`, and all of --train to `train`.
 
     Raises:
-        PrefixError: A file cannot be read, or no example has a target.
+        PrefixError: A file cannot be read, no example has a target, or one has a label that the prefix does not know.
     """
+    from prefixtune.data.labels import check_known, labels_of
+
+    labels = labels_of(prefixes[0])
     if options.data:
         kept = [e for e in _read_data(options, options.data, options.split, prefixes) if e.targets][: options.rows]
         if not kept:
@@ -165,6 +170,9 @@ def _read_all(
         examples += kept
     if options.train:
         train += _read_data(options, options.train, "train" if os.path.isdir(options.train) else "", prefixes)
+    if labels is not None:
+        check_known(examples, labels)
+        check_known(train, labels)
 
 
 def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequence[Prefix]) -> list[Example]:
