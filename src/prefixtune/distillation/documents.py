@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.files import FORMATS, read_file
+from prefixtune.data.files import FORMATS, Record, read_file
 from prefixtune.data.streams import read_text
 from prefixtune.errors import DataError, describe_value
 
@@ -123,7 +123,8 @@ def read_questions(path: Path) -> list[Question]:
     """The questions of a file; all of them have an answer, or none has.
 
     Args:
-        path: Rows with `question` and perhaps `answer`.
+        path: Rows with `question` and perhaps `answer` or `answers`, which may be a list: the question is then there
+            with each of them.
 
     Raises:
         DataError: The file cannot be read, or a row is wrong.
@@ -137,7 +138,8 @@ def read_questions(path: Path) -> list[Question]:
                 f"{record.location}: 'question' is missing; the columns are {', '.join(map(repr, record.values))}.",
                 hint='write rows such as {"question": "...", "answer": "..."}.',
             )
-        answer = _text(record.values, "answer", record.location)
+        answers = _answers(record)
+        answer = answers[0]
         if questions and (answer is None) != (questions[0].answer is None):
             one, other = ("has an", "has none") if answer is not None else ("has no", "has one")
             raise DataError(
@@ -145,8 +147,20 @@ def read_questions(path: Path) -> list[Question]:
                 hint="give all questions an answer, or none: then the teacher writes them.",
             )
         first = first or record.location
-        questions.append(Question(question, answer))
+        questions += [Question(question, one) for one in answers]
     return questions
+
+
+def _answers(record: Record) -> list[str] | list[None]:
+    """The answers of a row; [None]: it has none."""
+    for column in ("answer", "answers"):
+        value = record.values.get(column)
+        texts = [
+            _text({column: one}, column, record.location) for one in (value if isinstance(value, list) else [value])
+        ]
+        if given := [text for text in texts if text is not None]:
+            return given
+    return [None]
 
 
 def _text(values: object, column: str, location: str) -> str | None:

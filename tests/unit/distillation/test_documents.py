@@ -91,6 +91,19 @@ def test_wrong_questions(write_rows: Callable[..., str], rows: list[dict[str, An
         read_questions(Path(write_rows("q.jsonl", rows)))
 
 
+def test_each_of_several_answers_is_learned(write_rows: Callable[..., str]) -> None:
+    rows = [
+        {"question": "Where?", "answers": ["Ashby", "In Ashby"]},
+        {"question": "When?", "answers": "8"},
+        {"question": "Who?", "answer": ["Mira"]},
+        {"question": "Why?", "answer": None, "answers": ["Rain."]},
+    ]
+    found = [(one.question, one.answer) for one in read_questions(Path(write_rows("q.jsonl", rows)))]
+    assert found == [("Where?", "Ashby"), ("Where?", "In Ashby"), ("When?", "8"), ("Who?", "Mira"), ("Why?", "Rain.")]
+    with pytest.raises(DataError, match=r"'answers' is .*, not a text"):
+        read_questions(Path(write_rows("q.jsonl", [{"question": "Where?", "answers": [["Ashby"]]}])))
+
+
 def test_numbers_are_answers(write_rows: Callable[..., str]) -> None:
     (question,) = read_questions(Path(write_rows("q.jsonl", [{"question": "How many?", "answer": 24}])))
     assert question.answer == "24"
