@@ -198,6 +198,18 @@ def test_stopped_runs_resume_to_the_same_end(
             assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_finished_prefix_without_its_state_stays(tiny_backbone: Any, config_for: Callable[..., TrainConfig]) -> None:
+    backbone = tiny_backbone("llama")
+    configs = [config_for("done", max_steps=1)]
+    (done,) = train_together(configs, backbone=backbone, examples=[EATS])
+    stored = done.path.read_bytes()
+    (done.path.parent / "state.safetensors").unlink()
+    with pytest.raises(ConfigError, match="done' already holds a run, without a state to go on from") as caught:
+        train_together([*configs, config_for("new", max_steps=1)], backbone=backbone, examples=DATA[:2], resume=True)
+    assert "--resume" not in str(caught.value.hint)
+    assert done.path.read_bytes() == stored
+
+
 def test_what_cannot_share_a_pass_is_refused(
     tiny_backbone: Any, config_for: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

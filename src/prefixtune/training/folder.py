@@ -54,11 +54,11 @@ def check_unused(folder: Path) -> None:
     Raises:
         ConfigError: It does.
     """
-    if any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE, WEIGHTS_FILE)):
-        raise ConfigError(
-            f"{str(folder)!r} already holds a run.",
-            hint="go on with --resume (resume=True), choose another --output (output), or delete it.",
-        )
+    others = "choose another --output (output), or delete it."
+    if (folder / STATE_FILE).exists():
+        raise ConfigError(f"{str(folder)!r} already holds a run.", hint=f"go on with --resume (resume=True), {others}")
+    if any((folder / name).exists() for name in (PREFIX_FILE, WEIGHTS_FILE)):
+        raise ConfigError(f"{str(folder)!r} already holds a run, without a state to go on from.", hint=others)
 
 
 def stored_config(output: str | Path) -> Path:

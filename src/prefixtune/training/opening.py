@@ -181,12 +181,13 @@ def _prepare(
             config,
             *some,
             processes,
-            resume=resume,
+            # A run that has no state to go on from starts, and only where there is none.
+            resume=checkpoint is not None,
             loads_backbone=backbone is None,
             together=together,
             has_start=stored is not None,
         )
-        for config, some, stored in zip(configs, inputs, stored_starts, strict=True)
+        for config, some, checkpoint, stored in zip(configs, inputs, checkpoints, stored_starts, strict=True)
     ]
     for config, (train, dev), given in zip(configs, examples, inputs, strict=True):
         for line in describe_run_data(config, train, dev, given=given[0] is not None):

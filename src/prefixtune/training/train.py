@@ -123,7 +123,7 @@ def train_together(
         backbone: Already loaded; None: the one that they all name is loaded.
         examples: Per run, already read; None: its `train` is read.
         dev_examples: Per run, already read; None: its `dev` is read, if it is set.
-        resume: Go on from the states in the folders; a run without a state starts.
+        resume: Go on from the states in the folders; a run without a state starts, where there is no artifact yet.
         on_event: Called with every event, with the run's folder added as `run`; in the first process only.
         processes: As in `train`.
         teach: As in `train`, called for each run.
