@@ -10,7 +10,7 @@ from torch import nn
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["QUANTIZATIONS", "quantize"]
+__all__ = ["QUANTIZATIONS", "is_quantized", "quantize"]
 
 
 QUANTIZATIONS = ("int8", "int4")
@@ -50,3 +50,8 @@ def quantize(model: Any, kind: str) -> None:
         return kind == "int8" or module.in_features % _GROUP == 0
 
     ao.quantize_(model, config, filter_fn=wanted)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether `quantize` has rounded some of a model's weights."""
+    return any(type(weight).__module__.partition(".")[0] == "torchao" for weight in model.parameters())

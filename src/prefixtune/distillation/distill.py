@@ -147,6 +147,7 @@ def _load(config: DistillConfig, console: Console) -> Backbone:
         dtype=config.dtype,
         device=config.device,
         quantize=config.quantize,
+        attention=config.attention,
         adapter=config.adapter or None,
     )
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import check_loadable
 from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.backbone.quantization import is_quantized
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.beside import SELF, read_others
 from prefixtune.training.chat import read_template
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.distributed import ProcessGroup
+from prefixtune.training.distributed import ProcessGroup, is_sharded
 from prefixtune.training.starts.source import check_init_text
 from prefixtune.training.trackers.tracker import check_installed
 
 __all__ = [
+    "check_given",
     "check_gradient_checkpointing",
     "check_hidden_positions",
     "check_together",
@@ -142,6 +145,39 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     if faults:
         raise ConfigError(
             "; ".join(faults) + ".", hint="give each run an output of its own, and train separately what differs."
+        )
+
+
+def check_given(config: TrainConfig, backbone: Backbone) -> None:
+    """Refuse options of loading that a loaded backbone does not follow; all faults at once.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    device, model = backbone.device, backbone.model
+    # Some models compute attention by `eager` alone.
+    attentions = {name for name, key in ATTENTIONS.items() if key == model.config._attn_implementation}
+    attentions |= set() if getattr(model, "_supports_sdpa", True) else set(ATTENTIONS)
+    faults = []
+    if config.dtype not in ("auto", backbone.dtype_name):
+        faults.append(f"dtype is {config.dtype!r}, but it computes in {backbone.dtype_name}")
+    if config.device not in ("auto", device.type, str(device)):
+        faults.append(f"device is {config.device!r}, but it is on {str(device)!r}")
+    if config.attention not in (TrainConfig.default("attention"), *attentions):
+        faults.append(f"attention is {config.attention!r}, but it was loaded with another")
+    if config.quantize and not is_quantized(model):
+        faults.append(f"quantize is {config.quantize!r}, but its weights are not quantized")
+    if config.adapter and backbone.adapter is None:
+        faults.append(f"adapter is {config.adapter!r}, but it holds no adapter")
+    for name in ("train_adapter", "adapter_rank"):
+        if getattr(config, name) and not backbone.adapter_parameters:
+            faults.append(f"{name} is {getattr(config, name)!r}, but it holds no adapter to train")
+    if config.shard and not is_sharded(model):
+        faults.append("shard is True, but its weights are not split")
+    if faults:
+        raise ConfigError(
+            f"the backbone {backbone.name!r} is used as it is: {'; '.join(faults)}.",
+            hint="leave these options out, or give them to load_backbone.",
         )
 
 

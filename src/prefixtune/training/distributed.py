@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 
 from prefixtune.errors import BackboneError
 
-__all__ = ["SINGLE_PROCESS", "ProcessGroup", "init_distributed", "is_main_process", "shard_model"]
+__all__ = ["SINGLE_PROCESS", "ProcessGroup", "init_distributed", "is_main_process", "is_sharded", "shard_model"]
 
 
 T = TypeVar("T")
@@ -131,3 +131,8 @@ def shard_model(model: Any) -> None:
         for layer in stack:
             fully_shard(layer)
     fully_shard(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are split among processes."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())

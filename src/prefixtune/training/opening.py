@@ -19,6 +19,7 @@ from prefixtune.training.baselines import Tuning, tune
 from prefixtune.training.beside import SELF, Beside, load_others
 from prefixtune.training.checkpoint import Checkpoint, goes_on_differently, read_checkpoint
 from prefixtune.training.checks import (
+    check_given,
     check_gradient_checkpointing,
     check_hidden_positions,
     check_together,
@@ -199,6 +200,8 @@ def _prepare(
         console.info(f"loading {configs[0].backbone} ...")
     loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)
     for config in configs:
+        if backbone is not None:
+            check_given(config, loaded)
         _check_backbone(config, loaded, together=together)
     others = [_load_beside(config, loaded) for config in configs]
     for config in configs:

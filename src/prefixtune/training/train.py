@@ -47,8 +47,9 @@ def train(
 
     Args:
         config: The run: a `TrainConfig`, or a dict of its fields.
-        backbone: A `Backbone` or a (model, tokenizer) pair, which a method that trains weights changes; a name or path
-            replaces `config.backbone`; None: `config.backbone` is loaded.
+        backbone: A `Backbone` or a (model, tokenizer) pair, which a method that trains weights changes, and which the
+            configuration's options of loading must not contradict; a name or path replaces `config.backbone`; None:
+            `config.backbone` is loaded.
         examples: `Example`s, or dicts: such as `{"source": "...", "target": "..."}`, or records where `config.source`
             is set; None: `config.train` is read.
         dev_examples: Likewise; None: `config.dev` is read, if it is set.

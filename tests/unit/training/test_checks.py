@@ -1,14 +1,32 @@
-"""Which runs may share a pass over one backbone."""
+"""Which runs may share a pass over one backbone, and which options go with a backbone that is loaded, or split."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import prefixtune as pt
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
-from prefixtune.training.checks import check_together
+from prefixtune.training.checks import check_given, check_together
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.distributed import ProcessGroup
+
+
+class _AskedFor(Exception):
+    pass
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that looks like a model, before it is loaded."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
 
 
 @pytest.mark.parametrize(
@@ -29,3 +47,35 @@ def test_what_runs_cannot_share_is_refused(values: dict[str, Any], message: str)
 def test_adapters_are_refused_in_all_runs_alike() -> None:
     with pytest.raises(ConfigError, match="the run in 'b' has an adapter, but"):
         check_together([TrainConfig(output=name, adapter_rank=2) for name in ("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but it computes in float32"),
+        ({"device": "cuda:1"}, "device is 'cuda:1', but it is on 'cpu'"),
+        ({"attention": "eager"}, "attention is 'eager', but it was loaded with another"),
+        ({"quantize": "int8"}, "quantize is 'int8', but its weights are not quantized"),
+        ({"adapter": "folder"}, "adapter is 'folder', but it holds no adapter"),
+        ({"adapter_rank": 4}, "adapter_rank is 4, but it holds no adapter to train"),
+        ({"adapter": "folder", "train_adapter": True}, "train_adapter is True, but it holds no adapter to train"),
+        ({"shard": True}, "shard is True, but its weights are not split"),
+    ],
+)
+def test_what_a_loaded_backbone_does_not_follow_is_refused(
+    values: dict[str, Any], message: str, backbone: Backbone
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_given(TrainConfig(**values), backbone)
+
+
+def test_options_that_a_loaded_backbone_has_are_allowed(tiny_models: Any, tiny_tokenizer: Any) -> None:
+    backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny", attention="eager")
+    check_given(TrainConfig(dtype="bfloat16", device="cpu", attention="eager"), backbone)
+    check_given(TrainConfig(), backbone)
+
+
+def test_a_run_on_a_loaded_backbone_is_checked(train: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter_rank is 4, but it holds no adapter to train"):
+        train(adapter_rank=4)
+    assert not (tmp_path / "run").exists()
