@@ -73,6 +73,16 @@ def test_packed_is_padded_without_a_prefix(backbone: Any, examples: list[Tokeniz
     assert evaluation_loss(backbone, None, examples) == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "phimoe"])
+def test_a_window_that_is_in_the_mask_alone_is_kept(
+    name: str, tiny_backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
+):
+    backbone = tiny_backbone(name)
+    prefix = random_prefix(backbone, 5)
+    assert backbone.layout.packable
+    assert_same(batch_loss(backbone, prefix, pack(examples)), torch.cat(pair_losses(backbone, prefix, examples)))
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_evaluation_loss_does_not_depend_on_the_batch(
     batch_size: int, tiny_backbone: Any, random_prefix: Any, examples: list[TokenizedExample]

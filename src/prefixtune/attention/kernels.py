@@ -81,7 +81,7 @@ class ScoreOptions:
             softcap,
             s_aux,
             kernel,
-            arguments.get("sliding_window"),
+            _window(module, arguments),
             getattr(module, "is_causal", True) if causal is None else causal,
             arguments,
         )
@@ -90,6 +90,18 @@ class ScoreOptions:
     def fused(self) -> bool:
         """Whether torch's fused function computes it."""
         return self.kernel == "sdpa" and self.softcap is None and self.sinks is None
+
+
+def _window(module: nn.Module, arguments: Mapping[str, Any]) -> int | None:
+    """How many of the nearest positions a layer sees; None: all.
+
+    Some models have it in their mask alone, in whose place packed rows and the engine put their own.
+    """
+    if "sliding_window" in arguments:
+        window: int | None = arguments["sliding_window"]
+        return window
+    named = module.config if type(module).__name__ == "PhimoeAttention" else module
+    return getattr(named, "sliding_window", None) or None
 
 
 def plain_attention(
