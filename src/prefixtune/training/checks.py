@@ -93,7 +93,7 @@ def no_head(config: TrainConfig) -> ConfigError:
 
 def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bool, together: bool) -> None:
     """Refuse options that contradict each other, the data or the machine."""
-    if config.shard and (processes.size == 1 or not config.trains_prefix or config.train_adapter):
+    if config.shard and (processes.size == 1 or not config.trains_prefix):
         raise ConfigError(
             "shard splits a frozen backbone among several processes.",
             hint="start them with torchrun or accelerate launch, and train a prefix.",

@@ -331,6 +331,10 @@ class TrainConfig(Config):
             for name in ("nested", "prefix_dropout", "beside", "init_examples", "compact_examples"):
                 if getattr(self, name):
                     yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
+        if self.shard:
+            for name in ("train_adapter", "adapter_rank", "quantize"):
+                if getattr(self, name):
+                    yield (name, "shard"), f"{name} is {getattr(self, name)!r}, which does not go with shard"
         yield from self._chat_conflicts()
         if self.beside and self.method == "infix":
             yield ("beside", "method"), "beside needs prefixes before the text, but method is 'infix'"

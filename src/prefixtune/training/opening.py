@@ -12,6 +12,7 @@ from typing import Any
 
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.data import ExampleLike
 from prefixtune.errors import ConfigError
@@ -232,11 +233,12 @@ def _prepare(
 
 def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
     """The backbone of a run, on the device of this process."""
+    device = processes.device or config.device
     backbone = load_backbone(
         config.backbone,
-        dtype=config.dtype,
+        dtype=choose_dtype(config.dtype, choose_device(device)),
         # A split model moves layer by layer from here to the device that computes.
-        device="cpu" if config.shard else processes.device or config.device,
+        device="cpu" if config.shard else device,
         quantize=config.quantize,
         attention=config.attention,
         adapter=config.adapter or None,

@@ -79,3 +79,21 @@ def test_a_run_on_a_loaded_backbone_is_checked(train: Callable[..., Any], tmp_pa
     with pytest.raises(ConfigError, match="adapter_rank is 4, but it holds no adapter to train"):
         train(adapter_rank=4)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
+    folder: Path, examples: list[pt.Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(*_: Any, **options: Any) -> Any:
+        asked.update(options)
+        raise _AskedFor
+
+    monkeypatch.setattr("prefixtune.training.opening.load_backbone", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    config = TrainConfig(backbone=str(folder), shard=True, output=str(tmp_path / "run"))
+    with pytest.raises(_AskedFor):
+        pt.train(config, examples=examples, processes=ProcessGroup(0, 2, "cuda:0"))
+    assert (asked["dtype"], asked["device"]) == (torch.bfloat16, "cpu")

@@ -58,6 +58,12 @@ def test_an_initialization_needs_what_it_starts_from():
     assert TrainConfig(initialization="random", init_text="").initialization == "random"
 
 
+@pytest.mark.parametrize("values", [{"train_adapter": True}, {"adapter_rank": 4}, {"quantize": "int8"}])
+def test_what_cannot_be_split_among_processes(values: dict[str, Any]):
+    with pytest.raises(ConfigError, match="which does not go with shard"):
+        TrainConfig(shard=True, **values)
+
+
 def test_a_prefix_to_start_from_is_started_from():
     config = TrainConfig(init_prefix="p.safetensors")
     assert config.initialization == "prefix"
