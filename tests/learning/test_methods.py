@@ -183,6 +183,8 @@ def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny
         ({"method": "lora", "quantize": "int8"}, "does not go with method 'lora'"),
         ({"method": "lora", "adapter": "folder"}, "adapter is 'folder', which does not go with method 'lora'"),
         ({"method": "top", "method_size": -1}, "at least 0"),
+        ({"method": "full", "method_size": 7}, "method_size is 7, but method 'full' has no size"),
+        ({"method_size": 7}, "method_size is 7, but method 'prefix' has no size"),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:

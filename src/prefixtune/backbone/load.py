@@ -129,7 +129,7 @@ def load_backbone(
     name = os.fspath(name_or_path)
     target_device = choose_device(device)
     target_dtype = choose_dtype(dtype, target_device)
-    source, options, adapter = _resolve(name, quantize, adapter, adapter_rank)
+    source, options, adapter = _resolve(name, quantize, adapter, adapter_rank, train_adapter=train_adapter)
     spread = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
     if quantize and (device_map is not None or adapter is not None or adapter_rank):
         raise ConfigError(
@@ -171,6 +171,7 @@ def check_loadable(
     device: str = "auto",
     quantize: str = "",
     adapter: str | None = None,
+    train_adapter: bool = False,
     adapter_rank: int = 0,
 ) -> None:
     """Check what can be checked at once, before other work and before loading; arguments as for `load_backbone`.
@@ -179,7 +180,7 @@ def check_loadable(
         PrefixError: As `load_backbone` does; a name on the hub is not looked up.
     """
     choose_dtype(dtype, choose_device(device))
-    source, options, _ = _resolve(name, quantize, adapter, adapter_rank)
+    source, options, _ = _resolve(name, quantize, adapter, adapter_rank, train_adapter=train_adapter)
     if Path(source).is_dir() and "gguf_file" not in options and not (Path(source) / "config.json").is_file():
         raise no_config_error(name, "the folder has no config.json.")
 
@@ -206,12 +207,12 @@ def check_size(prefix: Prefix, name: str) -> None:
 
 
 def _resolve(
-    name: str, quantize: str, adapter: str | os.PathLike[str] | None, adapter_rank: int
+    name: str, quantize: str, adapter: str | os.PathLike[str] | None, adapter_rank: int, *, train_adapter: bool
 ) -> tuple[str, dict[str, Any], str | os.PathLike[str] | None]:
     """Where a backbone is, the options to load it with, and its adapter.
 
     Raises:
-        PrefixError: There is no such backbone or adapter, or a library that it needs is missing.
+        PrefixError: There is no such backbone or adapter, none to train, or a library that it needs is missing.
     """
     base = name
     if is_adapter(Path(name)):
@@ -225,6 +226,11 @@ def _resolve(
         if Path(adapter).is_dir():
             adapter_config(adapter)
         check_lora(Path(adapter))
+    if train_adapter and adapter is None and not adapter_rank:
+        raise ConfigError(
+            "train_adapter is True, but there is no adapter.",
+            hint="name one (adapter, --adapter FOLDER), or train a new one (adapter_rank, --adapter-rank 8).",
+        )
     if quantize and quantize not in QUANTIZATIONS:
         raise ConfigError(f"unknown quantization {quantize!r}.", hint=did_you_mean(quantize, QUANTIZATIONS))
     if quantize:

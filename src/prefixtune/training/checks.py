@@ -23,6 +23,7 @@ __all__ = [
     "check_given",
     "check_gradient_checkpointing",
     "check_hidden_positions",
+    "check_no_labels",
     "check_together",
     "early_checks",
     "no_head",
@@ -48,6 +49,7 @@ def early_checks(
             device=config.device,
             quantize=config.quantize,
             adapter=config.adapter or None,
+            train_adapter=config.train_adapter,
             adapter_rank=config.adapter_rank,
         )
     yield lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}")
@@ -118,6 +120,20 @@ def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bo
             "beside is 'self', the other runs that train together, but this run trains alone.",
             hint="give several files to --together, or name a folder of prefixes.",
         )
+
+
+def check_no_labels(config: TrainConfig) -> None:
+    """Refuse options of classification where texts are generated.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    for name in ("classifier", "label_words"):
+        if getattr(config, name) != config.default(name):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels: it generates.",
+                hint="use --task classification (task) for data with labels, or leave it out.",
+            )
 
 
 def check_together(configs: Sequence[TrainConfig]) -> None:

@@ -34,6 +34,7 @@ MOST_LENGTHS = 64
 """Lengths of a nested prefix that are measured after a run, at most."""
 
 _PREFIX_METHODS = ("prefix", "prompt", "infix")
+_SIZED_METHODS = ("top", "adapter", "lora")
 TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow", "all", "none"]
 _TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
 _INIT_EXAMPLES = 4
@@ -331,6 +332,9 @@ class TrainConfig(Config):
             for name in ("nested", "prefix_dropout", "beside", "init_examples", "compact_examples"):
                 if getattr(self, name):
                     yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
+        if self.method_size and self.method not in _SIZED_METHODS:
+            message = f"method_size is {self.method_size}, but method {self.method!r} has no size"
+            yield ("method_size", "method"), message
         if self.shard:
             for name in ("train_adapter", "adapter_rank", "quantize"):
                 if getattr(self, name):

@@ -44,7 +44,7 @@ from prefixtune.data.tokenized import (
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.chat import check_messages_can_be_written, choose_template
-from prefixtune.training.checks import early_checks, no_solved_examples
+from prefixtune.training.checks import check_no_labels, early_checks, no_solved_examples
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.folder import check_unused
@@ -122,7 +122,9 @@ def read_data(
 
     def check_labels() -> None:
         # What could not be read is reported by itself.
-        if kind != "generation" and train and (dev or not config.dev):
+        if kind == "generation" and train:
+            check_no_labels(config)
+        elif train and (dev or not config.dev):
             validate_labels(kind, train, dev, by=config.classifier, words=config.words_by_label)
 
     check_all(

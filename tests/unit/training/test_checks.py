@@ -97,3 +97,11 @@ def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
     with pytest.raises(_AskedFor):
         pt.train(config, examples=examples, processes=ProcessGroup(0, 2, "cuda:0"))
     assert (asked["dtype"], asked["device"]) == (torch.bfloat16, "cpu")
+
+
+def test_no_adapter_to_train(folder: Path, examples: list[pt.Example], tmp_path: Path, no_backbone_loads: None) -> None:
+    config = TrainConfig(backbone=str(folder), train_adapter=True, output=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="train_adapter is True, but there is no adapter"):
+        pt.train(config, examples=examples)
+    with pytest.raises(ConfigError, match="train_adapter is True, but there is no adapter"):
+        pt.load_backbone(folder, train_adapter=True)

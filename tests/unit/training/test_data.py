@@ -11,7 +11,7 @@ import pytest
 import prefixtune as pt
 from prefixtune.cli.main import main
 from prefixtune.data.tokenized import TokenizedExample
-from prefixtune.errors import DataError
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.data import count_steps, plan_steps
 
 
@@ -29,6 +29,15 @@ def test_data_without_a_target_is_refused_before_the_backbone_loads(
 
     assert main(["train", "--task", "e2e", "--train", str(file), "--output", str(tmp_path / "run"), "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("options", [{"classifier": "head"}, {"classifier": "words"}, {"label_words": "a=b"}])
+def test_options_of_classification_are_refused_where_texts_are_generated(
+    options: dict[str, str], train: Callable[..., Any], no_backbone_loads: None
+) -> None:
+    with pytest.raises(ConfigError, match="but task 'records' has no labels: it generates") as caught:
+        train(**options)
+    assert "--task classification" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
