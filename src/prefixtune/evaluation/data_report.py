@@ -26,6 +26,7 @@ from prefixtune.data.registry import TASKS, read_task, resolve_task
 from prefixtune.data.templates import check_template, render, targets_of
 from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.data.truncation import template_lengths
+from prefixtune.data.windows import TEXT_FORMAT, is_text
 from prefixtune.errors import DataError
 from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.training.config import TrainConfig
@@ -34,6 +35,7 @@ from prefixtune.training.data import optimizer_steps, training_format
 __all__ = ["DataReport", "Lengths", "Limit", "Measures", "Part", "measure_examples", "report_data"]
 
 _LIMITS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_UNBOUNDED = 1 << 30
 _NUM_BINS = 10
 _SHORT = 1
 """Tokens of a very short target, without its end token, at most."""
@@ -66,7 +68,8 @@ class Limit:
 
     Attributes:
         positions: The limit (`max_length`).
-        cut: Examples that lose something: the end of a source, or the last turns of a conversation.
+        cut: Examples that lose something: the end of a source, or the last turns of a conversation; texts alone lose
+            nothing.
         refused: Examples whose target alone does not fit; training would stop with an error.
         name: Why it is listed, if it is no usual one.
     """
@@ -148,14 +151,14 @@ def report_data(
     Raises:
         PrefixError: A file cannot be read, or an option is wrong; as in training.
     """
-    rows, is_whole, title, kind = _read(config, config.train, max_rows)
+    rows, is_whole, title, kind = _read(config, config.train, max_rows, "train")
     if not any(row.targets for row in rows):
         raise DataError(f"{config.train} has no targets.", hint="name the target column (--target).")
     merged = merge_examples(rows) if kind == "generation" else rows
     backbone, unlimited = (load_tokenizer(config.backbone, limited=limited) for limited in (True, False))
     counts = dict(Counter(target for row in rows for target in row.targets)) if kind == "classification" else {}
     measures = measure_examples(config, merged, kind, backbone, unlimited, max_tokenized=max_tokenized)
-    test_rows = _read(config, test, max_rows)[0] if test else []
+    test_rows = _read(config, test, max_rows, "test")[0] if test else []
     numbers = _row_counts(rows)
     short = [] if kind != "generation" else _short_targets(unlimited, measures.examples)
     return DataReport(
@@ -226,11 +229,15 @@ def measure_examples(
     """
     chosen: Sequence[Example] = _spread([example for example in examples if example.targets], max_tokenized)
     by_head = False
+    are_texts = unlimited.kind == "decoder" and all(map(is_text, chosen))
     if kind != "generation":
         labels = choose_labels(kind, unlimited, examples, by=config.classifier, words=config.words_by_label)
         by_head = labels.by == "head"
         if not by_head:
             chosen = list(with_label_words(chosen, labels))
+    if are_texts:
+        around = {"prompt_format": TEXT_FORMAT.prompt, "target_format": TEXT_FORMAT.target}
+        config = config.replace(**{name: getattr(config, name) or text for name, text in around.items()})
     has_messages = any(example.messages for example in examples)
     text_format = training_format(config, unlimited, for_head=by_head, has_messages=has_messages)
     if by_head:
@@ -238,15 +245,24 @@ def measure_examples(
         prompts = encode_prompts(unlimited, text_format, [example.source for example in chosen])
         tokenized = [TokenizedExample(tuple(prompt), ((),)) for prompt in prompts]
     else:
-        tokenized = list(encode_examples(unlimited, chosen, text_format, prefix_length=0).examples)
-    around = sum(template_lengths(unlimited, text_format, "a"))
+        # Texts, too, are whole here.
+        whole = encode_examples(unlimited, chosen, text_format, prefix_length=0, max_length=_UNBOUNDED)
+        tokenized = list(whole.examples)
+    windows = tokenized
+    if are_texts:
+        in_windows = encode_examples(
+            backbone, chosen, text_format, prefix_length=config.prefix_length, max_length=config.max_length
+        )
+        windows = list(in_windows.examples)
+    template = sum(template_lengths(unlimited, text_format, "a"))
     factor = (num_examples or len(examples)) / max(len(chosen), 1)
     return Measures(
         chosen,
         text_format.is_chat,
         _all_lengths(tokenized, by_head),
-        _limits(config, backbone, tokenized, around, by_head),
-        {} if by_head else _positions(config, backbone, tokenized, factor),
+        # Training learns all of a text, in as many windows as it needs.
+        _limits(config, backbone, [] if are_texts else tokenized, template, by_head),
+        {} if by_head else _positions(config, backbone, windows, factor),
         _parts(unlimited, tokenized[0], by_head),
     )
 
@@ -254,20 +270,25 @@ def measure_examples(
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(config: TrainConfig, path: str, most: int) -> tuple[list[Example], bool, str, TaskKind]:
-    """The example of each row, whether these are all, one line for people, and the kind of the task."""
+def _read(config: TrainConfig, path: str, most: int, split: str) -> tuple[list[Example], bool, str, TaskKind]:
+    """The example of each row, whether these are all, one line for people, and the kind of the task.
+
+    Args:
+        config: The run.
+        path: A file; of a folder or a set with splits, the one of that name is read.
+        most: Rows that are read, at most; 0: all.
+        split: `train` or `test`.
+    """
     source, target = config.source or None, config.target or None
-    task, found, columns = resolve_task(
-        config.task, path, source=source, target=target, split="train", form=config.form
-    )
+    task, found, columns = resolve_task(config.task, path, source=source, target=target, split=split, form=config.form)
     chosen = TASKS[task]
     if found is None and not (config.task == "records" and source):
-        examples = read_task(task, path, source=source, target=target, split="train")
+        examples = read_task(task, path, source=source, target=target, split=split)
         return examples, True, f"{path}: read as task {task}: {len(examples):,} examples", chosen.kind
-    every = iter_file(locate(Path(path), "train", chosen.formats, chosen.release))
+    every = iter_file(locate(Path(path), split, chosen.formats, chosen.release))
     records = itertools.islice(every, most) if most else every
     if found is not None:
-        rows = iter_form(records, found)
+        rows = iter_form(records, found, needs_targets=found.task != "records")
     else:
         for template in filter(None, (source, target)):
             check_template(template)
@@ -382,7 +403,7 @@ def _positions(
 ) -> dict[str, int]:
     """Positions that the model computes in an optimizer step, without padding; of the examples that were tokenized."""
     model = backbone.max_positions
-    most = min(config.max_length or 1 << 30, 1 << 30 if model is None else model)
+    most = min(config.max_length or _UNBOUNDED, _UNBOUNDED if model is None else model)
     steps = [
         sum(min(most, len(example.prompt) + sum(map(len, example.targets))) for batch in step for example in batch)
         for step in optimizer_steps(config, tokenized, epoch=0)

@@ -12,6 +12,7 @@ import pytest
 import prefixtune as pt
 from prefixtune.backbone.unloaded import load_tokenizer
 from prefixtune.data.encoding import default_format, encode_examples
+from prefixtune.data.windows import TEXT_FORMAT
 from prefixtune.errors import BackboneError, DataError, PrefixError
 from prefixtune.evaluation.data_report import DataReport, report_data
 
@@ -137,6 +138,34 @@ def test_overlap_with_a_test_file(look: Callable[..., DataReport], tmp_path: Pat
     report = look(rows_of(ROWS), test=str(test))
     assert report.overlap is not None
     assert (report.overlap["count"], report.overlap["num_examples"]) == (1, 2)
+
+
+def test_a_folder_is_compared_with_its_own_test_file(model: Callable[[str], str], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(ROWS)), encoding="utf-8")
+    (data / "test.jsonl").write_text('{"source": "new", "target": "q"}\n', encoding="utf-8")
+    for columns in ({}, {"source": "source", "target": "target"}):
+        config = pt.TrainConfig(train=str(data), backbone=model("llama"), prefix_length=3, **columns)
+        overlap = report_data(config, test=str(data)).overlap
+        assert overlap is not None
+        assert (overlap["count"], overlap["num_examples"]) == (0, 1)
+
+
+def test_texts_are_measured_whole_and_nothing_of_them_is_cut(
+    look: Callable[..., DataReport], tiny_backbone: Callable[..., Any]
+) -> None:
+    texts = ["n" * 700, "o" * 30, "p" * 1200]
+    report = look([{"text": text} for text in texts], max_length=40, batch_size=100)
+    made = encode_examples(
+        tiny_backbone("llama"), [pt.Example("", (t,)) for t in texts], TEXT_FORMAT, prefix_length=3, max_length=40
+    )
+    assert report.lengths[-1].longest == 1200 + 2, "with the tokens that begin and end it"
+    assert sum(count for _, _, count in report.lengths[-1].bins) == report.tokenized == 3
+    assert "".join(part.text for part in report.example).count("n") == 700
+    assert {(limit.cut, limit.refused) for limit in report.limits} == {(0, 0)}
+    steps = [sum(len(one.prompt) + len(one.targets[0]) for one in made.examples)]
+    assert (report.positions["mean"], report.positions["steps"]) == (steps[0], 1)
 
 
 def test_very_short_targets_are_named(look: Callable[..., DataReport]) -> None:
