@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from prefixtune.cli.options import CommandOptions
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
+from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import DeviceName, DTypeName, option_group
+from prefixtune.utils.console import Console
 
-if TYPE_CHECKING:
-    from prefixtune.prefix.prefix import Prefix
-
-__all__ = ["BackboneOptions", "DecodingOptions", "generate_config"]
+__all__ = ["BackboneOptions", "DecodingOptions", "generate_config", "longest_target", "note_unused"]
 
 _backbone = option_group("backbone")
 
@@ -45,12 +44,34 @@ class DecodingOptions(BackboneOptions, GenerateConfig):
                 yield names, message
 
 
-def generate_config(options: DecodingOptions, prefixes: Sequence[Prefix], task: str | None = None) -> GenerateConfig:
+def note_unused(console: Console, options: SamplingConfig, config: GenerateConfig) -> None:
+    """Say which of the options that were given do nothing with the final settings."""
+    names = type(options).model_fields
+    for parts, is_used, needed in (
+        (("top_k", "top_p", "min_p", "seed"), config.temperature > 0, "--temperature above 0, as nothing is sampled"),
+        (("length_penalty",), config.num_beams > 1, "--num-beams above 1"),
+    ):
+        given = [f"--{name.replace('_', '-')}" for name in parts if name in names and name in options.model_fields_set]
+        if given and not is_used:
+            console.info(f"{' and '.join(given)} {'do' if len(given) > 1 else 'does'} nothing without {needed}")
+
+
+def longest_target(header: Mapping[str, Any]) -> int:
+    """Tokens of the longest target that a prefix of records was trained on; 0: unknown, or texts have no targets."""
+    from prefixtune.prefix.text_format import read_text_format
+
+    stored = None if header.get("form") == "text" else read_text_format(header)
+    return 0 if stored is None else stored.longest_target
+
+
+def generate_config(
+    options: DecodingOptions, headers: Sequence[Mapping[str, Any]], task: str | None = None
+) -> GenerateConfig:
     """The decoding settings of the task, replaced by those of the options.
 
     Args:
         options: The options of the command.
-        prefixes: The first one's header names the task, if `task` does not.
+        headers: Of the prefixes or the trained weights; the first one names the task, if `task` does not.
         task: The name of the task.
 
     Raises:
@@ -58,8 +79,10 @@ def generate_config(options: DecodingOptions, prefixes: Sequence[Prefix], task: 
     """
     from prefixtune.data import TASKS
 
-    task_name = task or (prefixes[0].header.get("task") if prefixes else None)
+    task_name = task or (headers[0].get("task") if headers else None)
     values: dict[str, Any] = dict(TASKS[task_name].decoding) if task_name in TASKS else {}
+    if task_name == "records":
+        values["max_new_tokens"] = max([values["max_new_tokens"], *map(longest_target, headers)])
     flags = options.given(GenerateConfig)
     if flags.get("temperature", 0) > 0 and "num_beams" not in flags:
         # --temperature asks for sampling, so the task's beam search is dropped.

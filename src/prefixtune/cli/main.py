@@ -98,9 +98,9 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # A terminal's own encoding is that of the locale.
+    # A terminal's own encoding is that of the locale. A byte order mark, as Windows' programs write, is no text.
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8")
+        sys.stdin.reconfigure(encoding="utf-8-sig")
 
 
 def _main(words: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from prefixtune.data.messages import parse_messages, split_answer
 from prefixtune.data.streams import shown
 from prefixtune.data.tasks.classification import labelled_example
 from prefixtune.data.tasks.summarization import DOCUMENT_COLUMNS, SUMMARY_COLUMNS, summary_example
-from prefixtune.data.tasks.tagging import tagged_example
+from prefixtune.data.tasks.tagging import tagged_example, untagged_example
 from prefixtune.data.templates import render, targets_of
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 
@@ -406,10 +406,14 @@ def _text(record: Record, needs_targets: bool) -> Example:
 
 
 def _label(record: Record, needs_targets: bool) -> Example:
+    if not needs_targets and record.values.get("label") is None:
+        return Example(render("text", record.values, record.location), (), record.values)
     return labelled_example(record, "text", "label")
 
 
 def _tags(record: Record, needs_targets: bool) -> Example:
+    if not needs_targets and record.values.get("tags") is None:
+        return untagged_example(record, "tokens")
     return tagged_example(record, "tokens", "tags")
 
 
@@ -459,7 +463,7 @@ FORMS: dict[str, Form] = {
             (DOCUMENT_COLUMNS, SUMMARY_COLUMNS),
             "documents and summaries",
             ("document", "summary"),
-            lambda record, needs_targets: summary_example(record),
+            lambda record, needs_targets: summary_example(record, needs_target=needs_targets),
             task="summarization",
         ),
         Form("label", (("text",), ("label",)), "texts and labels", ("text", ""), _label, task="classification"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example, TaskKind
-from prefixtune.data.files import FORMATS, iter_file
+from prefixtune.data.files import FORMATS, iter_file, join_lines
 from prefixtune.data.folders import Release, locate
 from prefixtune.data.forms import FORMS, Form, file_form, iter_form, read_form
 from prefixtune.data.tasks.classification import iter_classification, read_classification
@@ -24,15 +24,16 @@ from prefixtune.data.tasks.summarization import (
     read_summaries,
     read_xsum,
 )
-from prefixtune.data.tasks.tagging import TAGGING_FORMATS, read_tagging
+from prefixtune.data.tasks.tagging import TAGGING_FORMATS, read_tagging, untagged_example
 from prefixtune.data.tasks.webnlg import WEBNLG_FORMATS, read_webnlg, webnlg_entries
+from prefixtune.data.templates import render
 from prefixtune.data.toy.classification import make_toy_labels
 from prefixtune.data.toy.skills import SKILLS, make_skill
 from prefixtune.data.toy.table_to_text import make_toy
 from prefixtune.data.toy.tagging import make_toy_tags
 from prefixtune.errors import ConfigError, did_you_mean
 
-__all__ = ["TASKS", "Task", "load_task", "read_all_entries", "read_task", "resolve_task"]
+__all__ = ["TASKS", "Task", "load_task", "read_all_entries", "read_sources", "read_task", "resolve_task"]
 
 
 _PARTS = ("train", "held_out")
@@ -230,6 +231,25 @@ def load_task(
         form=found.name,
         needs_targets=needs_targets,
     )
+
+
+def read_sources(task: str, path: Path, source: str) -> list[str]:
+    """The sources of a file's rows, which need no targets.
+
+    Args:
+        task: A name of `TASKS` that takes columns.
+        path: A file; `-` for standard input; or a set of the `datasets` library.
+        source: As for `read_task`.
+
+    Raises:
+        ConfigError: The template is malformed.
+        DataError: The file or one of its rows is wrong.
+    """
+    chosen = _task(task)
+    if chosen.kind == "tagging":
+        return [untagged_example(record, source).source for record in iter_file(path)]
+    texts = [render(source, record.values, record.location) for record in iter_file(path)]
+    return [join_lines(text) for text in texts] if chosen.protocol == "summarization" else texts
 
 
 def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,24 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.utils.writable import check_writable
 
-__all__ = ["DECODED_FILE", "decode", "read_decoded"]
+__all__ = ["DECODED_FILE", "Decoded", "decode", "read_decoded"]
 
 DECODED_FILE = "decoded.jsonl"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The outputs of an evaluation.
+
+    Attributes:
+        outputs: One per example.
+        seconds: That decoding took.
+        num_unended: Outputs that took all tokens they may have and did not end.
+    """
+
+    outputs: list[str]
+    seconds: float
+    num_unended: int
 
 
 def decode(
@@ -35,8 +51,8 @@ def decode(
     resume_file: Path | None,
     on_batch: Callable[[int], None] | None,
     on_cut: Callable[[Sequence[int]], None],
-) -> tuple[list[str], float]:
-    """One output per example, and the seconds that decoding took; sources of similar length share a batch."""
+) -> Decoded:
+    """One output per example; sources of similar length share a batch."""
     if resume_file is not None:
         check_writable(resume_file)
     sources = [example.messages or example.source for example in examples]
@@ -52,10 +68,12 @@ def decode(
     digest = "" if resume_file is None else _digest(backbone, examples, prefix, text_format, config)
     rows = [] if resume_file is None else list(read_decoded(resume_file, digest))
     outputs: dict[int, str] = {row["number"]: row["output"] for row in rows}
+    unended = {row["number"] for row in rows if row.get("ended") is False}
     seconds = sum(row["seconds"] for row in rows)
     for step, batch in enumerate(batches):
         if any(index not in outputs for index in batch):
             batch_config = config if config.seed is None else config.replace(seed=config.seed + step)
+            unended_here: list[int] = []
             start_time = time.perf_counter()
             texts = generate(
                 backbone,
@@ -65,17 +83,19 @@ def decode(
                 config=batch_config,
                 on_batch=None if on_batch is None else functools.partial(_add_done, on_batch, step * size, len(batch)),
                 on_cut=lambda _: None,
+                on_unended=unended_here.extend,
                 progress=False,
             )
             elapsed = time.perf_counter() - start_time
             decoded = dict(zip(batch, texts, strict=True))
             outputs.update(decoded)
+            unended.update(batch[position] for position in unended_here)
             seconds += elapsed
             if resume_file is not None:
-                _append_decoded(resume_file, digest, decoded, elapsed)
+                _append_decoded(resume_file, digest, decoded, unended, elapsed)
         if on_batch is not None:
             on_batch(min(len(order), (step + 1) * size))
-    return [outputs[index] for index in range(len(examples))], seconds
+    return Decoded([outputs[index] for index in range(len(examples))], seconds, len(unended))
 
 
 def _add_done(on_batch: Callable[[int], None], before: int, total: int, done: int) -> None:
@@ -102,12 +122,17 @@ def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _append_decoded(path: Path, digest: str, outputs: Mapping[int, str], seconds: float) -> None:
+def _append_decoded(
+    path: Path, digest: str, outputs: Mapping[int, str], unended: Collection[int], seconds: float
+) -> None:
     """Add a batch's outputs to the file."""
     each = round(seconds / len(outputs), 6)
     append_rows(
         path,
-        [{"number": index, "output": output, "seconds": each, "digest": digest} for index, output in outputs.items()],
+        [
+            {"number": n, "output": output, "ended": n not in unended, "seconds": each, "digest": digest}
+            for n, output in outputs.items()
+        ],
     )
 
 

@@ -17,7 +17,7 @@ from prefixtune.data.tasks.classification import label_names
 from prefixtune.data.tasks.records import as_examples
 from prefixtune.data.windows import is_text
 from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean
-from prefixtune.evaluation.decode import decode
+from prefixtune.evaluation.decode import Decoded, decode
 from prefixtune.evaluation.language import evaluate_texts
 from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, accuracy, macro_f1, measure, span_f1
 from prefixtune.evaluation.records import Evaluation, score_groups
@@ -40,6 +40,7 @@ def evaluate(
     text_format: TextFormatLike | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
     kind: str = "generation",
+    labels: Labels | None = None,
     protocol: str = "plain",
     metrics: str | Sequence[str] | None = ("bleu",),
     intervals: bool = False,
@@ -63,6 +64,8 @@ def evaluate(
         config: How to decode: a `GenerateConfig`, or a dict of its fields; None: greedy.
         kind: The bare model's task: `generation`, or `classification` by the labels' own words. A prefix knows its
             task.
+        labels: Those that the model's own weights were trained with (`labels_in` the header of a run of another
+            method); None: the prefix's own, or for the bare model those of the examples.
         protocol: By whose rules texts are scored (`Task.protocol`).
         metrics: The name of a score, or several; None: the protocol's usual ones. Those that cannot be computed here
             are left out, with the reason in `Evaluation.left_out`.
@@ -77,7 +80,7 @@ def evaluate(
         DataError: There is no example, one is wrong or has no target, or one has a label that the prefix does not know.
         RequestError: A source is too long and may not be truncated; raised before any work is done.
         ConfigError: `resume_file` holds the outputs of another evaluation; a metric or the protocol is unknown;
-            intervals of labels or tags; or an argument is of a wrong type.
+            intervals of labels or tags; the prefix is for something else; or an argument is of a wrong type.
     """
     decoding = GenerateConfig.from_arguments(config, options)
     examples = as_examples(examples)
@@ -93,12 +96,14 @@ def evaluate(
         if on_cut is not None:
             on_cut(indices)
 
-    labels = labels_of(prefix)
-    check_kind(task_kind, labelled=labels is not None, intervals=intervals)
+    _check_given(labels, prefix)
+    labels = labels or labels_of(prefix)
+    check_kind(task_kind, labelled=labels is not None, intervals=intervals, has_prefix=prefix is not None)
     if labels is not None:
         check_known(examples, labels)
     if labels is None and task_kind != "generation":
-        labels = Labels(task_kind, "words", label_names(examples))
+        names_of_examples = label_names(examples)
+        labels = Labels(task_kind, "words", names_of_examples, names_of_examples)
     names = [] if labels is not None else _check_names(protocol, metrics)
     predicts_texts = labels is None and all(is_text(example) for example in examples)
     with show_batches("evaluating", len(examples), on_batch, progress) as show:
@@ -117,7 +122,7 @@ def evaluate(
                 on_batch=show,
             )
         else:
-            outputs, seconds = decode(
+            decoded = decode(
                 backbone,
                 examples,
                 prefix,
@@ -128,7 +133,7 @@ def evaluate(
                 on_cut=note_truncated,
             )
     if labels is None and not predicts_texts:
-        outcome = _score_texts(outputs, examples, protocol, names, intervals=intervals, seconds=seconds)
+        outcome = _score_texts(decoded, examples, protocol, names, intervals=intervals)
     return dataclasses.replace(outcome, num_truncated=len(truncated))
 
 
@@ -147,21 +152,37 @@ def check_examples(examples: Sequence[Example]) -> None:
             )
 
 
-def check_kind(kind: TaskKind, *, labelled: bool, intervals: bool) -> None:
+def check_kind(kind: TaskKind, *, labelled: bool, intervals: bool, has_prefix: bool = False) -> None:
     """Refuse what labels and tags do not support.
 
     Args:
         kind: Of the task.
-        labelled: Whether the prefix was trained to classify or tag.
+        labelled: Whether the prefix, or the model's own weights, were trained to classify or tag.
         intervals: Whether intervals are wanted.
+        has_prefix: Whether there is a prefix.
 
     Raises:
-        ConfigError: Tags of the bare model, or intervals of labels or tags.
+        ConfigError: Labels or tags of a prefix that generates, tags of the bare model, or intervals of labels or tags.
     """
+    if kind != "generation" and has_prefix and not labelled:
+        raise ConfigError(
+            f"a prefix for generation cannot be used for {kind}.",
+            hint=f"give a prefix that was trained for {kind}, or name a source and a target of your data.",
+        )
     if kind == "tagging" and not labelled:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
     if intervals and (labelled or kind != "generation"):
         raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
+
+
+def _check_given(labels: Labels | None, prefix: Prefix | None) -> None:
+    if labels is not None and not isinstance(labels, Labels):
+        raise ConfigError(
+            f"labels is {describe_value(labels)}, but must be `Labels`.",
+            hint="write labels_in(header) for other weights; the bare model takes those of the examples.",
+        )
+    if labels is not None and prefix is not None:
+        raise ConfigError("labels are given, but a prefix has its own.", hint="leave them out.")
 
 
 def _as_kind(kind: str) -> TaskKind:
@@ -188,27 +209,27 @@ def _check_names(protocol: str, metrics: str | Sequence[str] | None) -> Sequence
 
 
 def _score_texts(
-    outputs: Sequence[str],
+    decoded: Decoded,
     examples: Sequence[Example],
     protocol: str,
     metrics: Sequence[str] | None,
     *,
     intervals: bool,
-    seconds: float,
 ) -> Evaluation:
     references = [references_of(example, protocol) for example in examples]
     left_out: dict[str, str] = {}
     try:
-        measured = measure(outputs, references, protocol=protocol, metrics=metrics, left_out=left_out)
+        measured = measure(decoded.outputs, references, protocol=protocol, metrics=metrics, left_out=left_out)
     except ValueError as error:
         raise DataError(f"the outputs cannot be scored: {error}.", hint="check the references.") from error
     level = 0.95 if intervals else None
     return Evaluation(
         {name: measurement.to_score(level=level) for name, measurement in measured.items()},
-        tuple(outputs),
+        tuple(decoded.outputs),
         score_groups(measured, examples),
         left_out,
-        seconds,
+        decoded.seconds,
+        num_unended=decoded.num_unended,
     )
 
 
@@ -236,11 +257,13 @@ def _evaluate_labels(
             backbone,
             [example.source for example in examples],
             prefix,
-            labels=labels.names if prefix is None else None,
+            labels=labels.words if prefix is None else None,
             on_cut=on_cut,
             **shared,
         )
         predicted = [prediction.label for prediction in predictions]
+        if prefix is None:
+            predicted = [labels.name_of[word] for word in predicted]
         wanted = [example.targets[0] for example in examples]
         scores = {"accuracy": accuracy(predicted, wanted), "macro_f1": macro_f1(predicted, wanted)}
         return Evaluation(scores, tuple(predicted))

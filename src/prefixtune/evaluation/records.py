@@ -52,6 +52,7 @@ class Evaluation:
         left_out: Metric -> why it could not be computed here.
         seconds: How long decoding took; of an evaluation that was stopped and continued, the whole time.
         num_truncated: Sources that were truncated to fit.
+        num_unended: Outputs that took all tokens they may have and did not end.
     """
 
     scores: dict[str, Score]
@@ -60,6 +61,7 @@ class Evaluation:
     left_out: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     num_truncated: int = 0
+    num_unended: int = 0
 
 
 def score_groups(measured: Mapping[str, Measurement], examples: Sequence[Example]) -> dict[str, dict[str, GroupScores]]:
@@ -148,4 +150,5 @@ def summarize(outcome: Evaluation) -> dict[str, Any]:
         },
         "left_out": outcome.left_out,
         "num_cut": outcome.num_truncated,
+        "num_unended": outcome.num_unended,
     }

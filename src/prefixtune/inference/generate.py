@@ -20,7 +20,7 @@ from prefixtune.inference.generation_config import check_supported
 from prefixtune.inference.prompts import check_requests, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.sampling.detokenizer import text_until_stop
+from prefixtune.sampling.detokenizer import Detokenizer, text_until_stop
 from prefixtune.utils.console import show_batches
 
 __all__ = ["generate", "generate_ids", "read_output"]
@@ -36,6 +36,7 @@ def generate(
     assistant: BackboneLike | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
+    on_unended: Callable[[Sequence[int]], None] | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> list[str]:
@@ -56,6 +57,8 @@ def generate(
         on_batch: Called with the number of texts that are done, as they are.
         on_cut: Called before the work with the indices of the truncated sources, if there are any; None: a warning
             says so.
+        on_unended: Called after the work with the indices of the outputs that took all tokens they may have and did not
+            end, if there are any.
         progress: Show the progress on stderr; None: only in a notebook, and only without `on_batch`.
         **options: Fields of `GenerateConfig`, instead of `config`.
 
@@ -88,7 +91,21 @@ def generate(
             assistant=assistant,
             on_batch=show,
         )
+    if on_unended is not None:
+        limits = enumerate(zip(outputs, prompts.new_tokens, strict=True))
+        unended = [number for number, (ids, limit) in limits if not _has_ended(backbone, ids, limit, config)]
+        if unended:
+            on_unended(unended)
     return [read_output(backbone, ids, form, config) for ids, form in zip(outputs, prompts.formats, strict=True)]
+
+
+def _has_ended(backbone: Backbone, ids: Sequence[int], limit: int, config: GenerateConfig) -> bool:
+    """Whether an output ended by itself: by an end token, which is left out of its tokens, or by a stop string."""
+    if len(ids) < limit:
+        return True
+    text = Detokenizer(backbone.decode, config.stop)
+    text.add(*ids)
+    return text.stopped
 
 
 def read_output(backbone: Backbone, ids: list[int], text_format: TextFormat, config: GenerateConfig) -> str:

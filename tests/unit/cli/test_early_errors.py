@@ -52,6 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]) + "\n")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "tags.jsonl").write_text('{"tokens": ["a"], "tags": ["B-X"]}\n')
+    (tmp_path / "other_script.jsonl").write_text('{"question": "Кто?", "answer": "Мира поёт."}\n', encoding="utf-8")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "file").write_text("no folder")
     prefix_for(tmp_path / "p.safetensors")
@@ -125,6 +126,13 @@ MISTAKES = [
     ("cut nowhere.safetensors --length 1 --output new.safetensors", "there is no file 'nowhere.safetensors'"),
     ("distill --backbone model --document nowhere.txt --questions rows.jsonl --output run", "nowhere.txt"),
     ("explain nowhere.safetensors", "there is no file 'nowhere.safetensors'"),
+    *(
+        (
+            f"explain labels.safetensors {option} rows.jsonl --task classification --source text --target name",
+            "label 'Ann' of example 1 is not one of the 2 known labels",
+        )
+        for option in ("--data", "--train")
+    ),
     (TRAIN.replace("train ", "length ", 1), "--dev"),
     # evaluate
     ("evaluate --prefix nowhere.safetensors --data rows.jsonl", "there is no file"),
@@ -132,6 +140,7 @@ MISTAKES = [
     ("evaluate --prefix p.safetensors --data rows.jsonl --source name", "has no target"),
     ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target nam", "no column 'nam'"),
     ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target text --metrics blue", "'blue'"),
+    ("evaluate --prefix p.safetensors --data other_script.jsonl --metrics rouge_l", "ROUGE counts the letters a to z"),
     ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target text --device gpu", "'gpu'"),
     ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target text --output file", "file"),
     ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target text --outputs model", "a folder"),
@@ -143,6 +152,11 @@ MISTAKES = [
         "--intervals",
         "intervals are for texts",
     ),
+    (
+        "evaluate --prefix p.safetensors --data rows.jsonl --task classification --source text --target label",
+        "a prefix for generation cannot be used for classification",
+    ),
+    ("evaluate --prefix p.safetensors --data tags.jsonl", "a prefix for generation cannot be used for tagging"),
     # convert, export, push, pull, inspect
     ("convert nowhere out.safetensors --to prefixtune --backbone model", "nowhere"),
     ("convert p.safetensors out.bin --to prefixtune --backbone model", "does not end with .safetensors"),

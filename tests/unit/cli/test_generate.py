@@ -22,11 +22,13 @@ from prefixtune.cli.loading import read_prefix, split_joined
 from prefixtune.cli.main import main
 from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError
+from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate as generate_texts
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.artifact import load_tuned
 from prefixtune.training.train import train
 
@@ -248,6 +250,100 @@ def test_a_run_of_any_method_generates(
     assert shown != in_lines(bare), "what was trained must show"
 
 
+def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"good": "near", "bad": "rained", "mid": "river"}
+    examples = [{"source": f"{label} day", "targets": [label]} for label in words]
+    settings = {"max_steps": 2, "learning_rate": 0.1, "dtype": "float32", "device": "cpu", "task": "classification"}
+    label_words = ",".join(f"{label}={word}" for label, word in words.items())
+    train(
+        backbone=str(model), examples=examples, method="top", output=str(tmp_path / "run"), progress=False,
+        label_words=label_words, **settings,
+    )  # fmt: skip
+    tuned, form = load_tuned(tmp_path / "run" / "weights.safetensors", device="cpu")
+    texts = ["a good day", "a bad one"]
+    expected = classify(tuned, texts, labels=list(words.values()), text_format=form)
+    run = ("--run", str(tmp_path / "run"), "--json")
+    rows = [json.loads(row) for row in outputs(capsys, *run, *texts)]
+    for row, prediction in zip(rows, expected, strict=True):
+        assert words[row["output"]] == prediction.label
+        shares = {words[label]: share for label, share in row["probabilities"].items()}
+        assert shares == pytest.approx(prediction.probabilities, abs=1e-5)
+    assert "--stream" in error(capsys, "--run", str(tmp_path / "run"), "--stream", "a good day")
+    # Data that has not all of the labels.
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in zip(texts, words, strict=False)))
+    evaluated = ["evaluate", *run, "--data", str(data), "--device", "cpu", "--dtype", "float32", "--quiet"]
+    assert main([*evaluated, "--outputs", str(tmp_path / "outputs")]) == 0
+    capsys.readouterr()
+    assert (tmp_path / "outputs").read_text().split() == [row["output"] for row in rows]
+    data.write_text(json.dumps({"text": "so", "label": "soso"}))
+    assert main(evaluated) == 2
+    assert "'soso'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "more"),
+    [
+        ({"text": "the pub is near"}, "the pub is near", ()),
+        ({"document": "a\nb"}, "a b", ()),
+        ({"tokens": ["a", "b"]}, "a b", ()),
+        ({"text": "x y"}, "x y", ("--form", "label")),
+        ({"name": "Aromi", "food": "soup"}, "Aromi is soup", ()),
+        ({"name": "Aromi", "food": "soup", "prompt": "Say"}, "Say", ("--form", "prompt")),
+    ],
+)
+def test_rows_need_no_targets(
+    row: dict[str, Any], text: str, more: tuple[str, ...], prefixes: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    prefix = load_prefix(prefixes[1])
+    form = {**TextFormat().to_dict(), "source": "{name} is {food}", "target_template": "text"}
+    file = save_prefix(tmp_path / "p.safetensors", Prefix(prefix.layers, {**prefix.header, "text_format": form}))
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    rows = outputs(capsys, "--data", str(tmp_path / "rows.jsonl"), "--prefix", str(file), "--json", *more)
+    (expected,) = outputs(capsys, text, "--prefix", str(file), "--json")
+    for found in map(json.loads, rows):
+        assert found["output"] == json.loads(expected)["output"]
+        assert text == (found["text"] if "text" in found else found["messages"][-1]["content"])
+
+
+def test_rows_of_no_form_are_refused_with_a_hint_that_works(
+    prefixes: list[str], tmp_path: Path, capsys: Any, no_loading: None
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"city": "Ashby"}')
+    message = error(capsys, "--data", str(tmp_path / "rows.jsonl"), "--prefix", prefixes[1])
+    assert "forms that are recognized" in message
+    assert "--source" not in message
+
+
+def test_a_byte_order_mark_on_stdin_is_no_text(
+    prefixes: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfab\r\ncd\n"), encoding="latin-1"))
+    monkeypatch.setattr("sys.argv", ["prefixtune", "generate", "--prefix", prefixes[1], "--json", *SHORT])
+    assert main() == 0
+    assert [json.loads(line)["text"] for line in lines_of(capsys.readouterr().out)] == ["ab", "cd"]
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (("--top-p", "0.5", "--seed", "1"), "--top-p and --seed do nothing without --temperature"),
+        (("--length-penalty", "2"), "--length-penalty does nothing without --num-beams"),
+        (("--top-p", "0.5", "--temperature", "1"), ""),
+        (("--length-penalty", "2", "--num-beams", "2"), ""),
+    ],
+)
+def test_options_that_do_nothing_are_named(
+    words: tuple[str, ...], note: str, prefixes: list[str], capsys: pytest.CaptureFixture[str], no_loading: None
+) -> None:
+    with pytest.raises(AssertionError, match="loaded"):
+        main(["generate", "ab", "--prefix", prefixes[1], *words])
+    said = " ".join(capsys.readouterr().err.split())
+    assert note in said if note else "nothing" not in said
+
+
 def test_a_folder_without_a_run_and_a_run_beside_a_prefix_are_refused(
     tmp_path: Path, prefixes: list[str], capsys: pytest.CaptureFixture[str], no_loading: None
 ) -> None:
@@ -303,6 +399,37 @@ def test_print_config_shows_the_settings_that_result(prefixes: list[str], capsys
     shown = GenerateConfig(**tomllib.loads(capsys.readouterr().out))
     values = {name: value for name, value in TASKS["e2e"].decoding.items() if name != "num_beams"}
     assert shown == GenerateConfig(**values, top_k=5, temperature=1)
+
+
+def test_outputs_may_be_as_long_as_the_longest_target_of_records(
+    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, capsys: Any, no_loading: None
+) -> None:
+    layers = random_prefix(backbone, 3).layers
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"source": "ab", "target": "c"}))
+
+    def limit(command: list[str], longest: int, *more: str, **header: str) -> int:
+        form = {**TextFormat().to_dict(), "longest_target": longest}
+        facts = {"task": "records", "text_format": form, **header}
+        file = save_prefix(tmp_path / "p.safetensors", Prefix(layers, make_header(backbone, **facts)))
+        assert call(*command, "--print-config", "--prefix", file, *more) == 0
+        return tomllib.loads(capsys.readouterr().out)["max_new_tokens"]
+
+    for command in (["generate"], ["evaluate", "--data", str(data)]):
+        assert limit(command, 162) == 162
+        assert limit(command, 62) == 100
+        assert limit(command, 162, "--max-new-tokens", "120") == 120
+    # A text has no end.
+    assert limit(["generate"], 162, form="text") == 100
+    assert limit(["generate"], 162, task="toy") == 100
+
+
+def test_a_result_says_whether_its_output_ended(prefixes: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = outputs(capsys, "ab", "--prefix", prefixes[1], "--json")
+    output = json.loads(row)["output"]
+    assert json.loads(row)["ended"] is False
+    (row,) = outputs(capsys, "ab", "--prefix", prefixes[1], "--json", "--stop", output[0])
+    assert json.loads(row)["ended"] is True
 
 
 def test_all_mistakes_of_the_options_come_in_one_answer(prefixes: list[str], no_loading: None) -> None:

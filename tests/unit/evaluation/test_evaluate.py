@@ -15,11 +15,13 @@ import torch
 from patching import replace_everywhere
 from prefixtune.data import Example, references_of
 from prefixtune.data.encoding import default_format, encode_examples, encode_prompts
+from prefixtune.data.labels import Labels
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.metrics import METRICS, Unavailable, compute
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.evaluation.records import Evaluation, summarize, write_evaluation
+from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.engine_runs import texts_at_once
 from prefixtune.inference.generate import generate
@@ -104,6 +106,21 @@ def test_outputs_are_what_generation_gives(model: Any, prefix: Any):
     assert outcome.outputs != evaluate(model, EXAMPLES, config=CONFIG).outputs
 
 
+def test_outputs_that_did_not_end_are_counted(model: Any, prefix: Any, tmp_path: Path):
+    sources = [e.source for e in EXAMPLES]
+    whole = generate(model, sources, prefix, max_new_tokens=6)
+    # A string that ends one output at its very last token.
+    stop = next(text[-1] for text in whole if len(text) > 1 and text[-1] not in text[:-1])
+    config = CONFIG.replace(stop=(stop,))
+    longer = generate(model, sources, prefix, config=config.replace(max_new_tokens=12))
+    file = tmp_path / "decoded.jsonl"
+    outcome = evaluate(model, EXAMPLES, prefix, config=config, resume_file=file)
+    unended = [short != long for short, long in zip(outcome.outputs, longer, strict=True)]
+    assert 0 < sum(unended) < len(EXAMPLES)
+    assert summarize(outcome)["num_unended"] == sum(unended)
+    assert evaluate(model, EXAMPLES, prefix, config=config, resume_file=file).num_unended == sum(unended)
+
+
 def test_a_group_scores_as_if_it_were_all_there_is(model: Any, fake_outputs: Make):
     fake_outputs(SAID)
     outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES)
@@ -177,6 +194,24 @@ def test_a_label_that_the_prefix_does_not_know_is_refused(model: Any, random_pre
     with pytest.raises(DataError, match="label 'Yes' of example 3 is not one of the 2 known labels") as caught:
         evaluate(model, [*known, Example("fine", ("Yes",))], prefix)
     assert "did you mean 'yes'" in caught.value.hint
+
+
+def test_labels_of_other_weights_are_chosen_by_their_words(model: Any, prefix: Any):
+    words = {"yes": "fox", "no": "owl", "perhaps": "swan"}
+    labels = Labels("classification", "words", tuple(words), tuple(words.values()))
+    examples = [Example("good", ("yes",)), Example("bad", ("no",))]
+    chosen = classify(model, ["good", "bad"], labels=labels.words)
+    outcome = evaluate(model, examples, labels=labels)
+    assert [words[name] for name in outcome.outputs] == [prediction.label for prediction in chosen]
+    with pytest.raises(DataError, match="label 'Yes'"):
+        evaluate(model, [Example("fine", ("Yes",))], labels=labels)
+    with pytest.raises(ConfigError, match="a prefix has its own"):
+        evaluate(model, examples, prefix, labels=labels)
+
+
+def test_a_prefix_that_generates_gives_no_labels(model: Any, prefix: Any):
+    with pytest.raises(ConfigError, match="a prefix for generation cannot be used for classification"):
+        evaluate(model, [Example("good", ("yes",))], prefix, kind="classification")
 
 
 def test_labels_have_no_intervals(model: Any):

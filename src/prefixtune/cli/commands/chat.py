@@ -12,7 +12,7 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.conversation import Conversation
-from prefixtune.cli.decoding import BackboneOptions
+from prefixtune.cli.decoding import BackboneOptions, longest_target, note_unused
 from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
@@ -49,7 +49,7 @@ class ChatOptions(OutputOptions, BackboneOptions, SamplingConfig):
     )
     as_json: bool = json_option("one object per answer")
     max_new_tokens: int = option_group("decoding")(
-        512, ge=1, description="most tokens of an answer; with a prefix: as its task has it"
+        512, ge=1, description="most tokens of an answer; with a prefix: as its task has it, for records at least 512"
     )
 
 
@@ -70,6 +70,7 @@ def chat(options: ChatOptions) -> int:
         printf 'Hello\nWho are you?\n' | prefixtune chat --json
     """
     console = Console(quiet=options.quiet)
+    note_unused(console, options, _decoding_with(options, None))
     backbone, prefixes = load_with_prefixes(console, options, options.prefix, _check_prefixes)
 
     from prefixtune.data.chat import has_chat_template
@@ -116,6 +117,8 @@ def _decoding_with(options: ChatOptions, prefix: Prefix | None) -> GenerateConfi
 
     task = TASKS.get(str(prefix.header.get("task"))) if prefix is not None else None
     values: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, **(task.decoding if task else {})}
+    if prefix is not None and task is not None and task.name == "records":
+        values["max_new_tokens"] = max(options.max_new_tokens, longest_target(prefix.header))
     values |= options.given(SamplingConfig)
     values["min_new_tokens"] = min(values.get("min_new_tokens", 0), values["max_new_tokens"])
     return GenerateConfig(

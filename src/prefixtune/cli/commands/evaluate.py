@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from prefixtune.cli.common import MetricNames, PathText, check_metrics, print_json
-from prefixtune.cli.decoding import DecodingOptions, generate_config
+from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
 from prefixtune.cli.loading import Artifact, check_data, find_artifact, load_artifact, split_joined
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option
-from prefixtune.errors import ConfigError, PrefixError, check_all
+from prefixtune.errors import ConfigError, DataError, PrefixError, check_all
 from prefixtune.training.config import FormName, TrainConfig
 from prefixtune.utils.console import Console
 
@@ -128,22 +128,33 @@ def evaluate(options: EvaluateOptions) -> int:
     from prefixtune.evaluation.evaluate import check_examples, check_kind
 
     task = TASKS[name]
-    metrics = _check_metrics(options.metrics, task) if options.metrics else task.metrics
     if form is not None and form.name == "text":
         _check_text_options(options)
     check_examples(examples)
-    labels = labels_in(artifact.header) if artifact.weights is None else None
-    check_kind(task.kind, labelled=labels is not None, intervals=options.intervals)
+    metrics = _check_metrics(options.metrics, task, examples) if options.metrics else task.metrics
+    labels = labels_in(artifact.header)
+    check_kind(
+        task.kind,
+        labelled=labels is not None,
+        intervals=options.intervals,
+        has_prefix=artifact.prefix is not None,
+    )
     if labels is not None:
         check_known(examples, labels)
-    config = generate_config(options, [], name)
+    config = generate_config(options, [artifact.header], name)
     if options.print_config:
         print(config.to_toml().rstrip())
         return 0
+    note_unused(console, options, config)
     _check_outputs(options)
     shots = _read_shots(options, name, columns)
     overlap = _overlap(console, examples, _training_files(options, artifact, shots), shots)
     outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots)
+    if outcome.num_unended:
+        console.warn(
+            f"{outcome.num_unended} of {len(examples)} outputs did not end within {config.max_new_tokens} tokens, and "
+            "are scored as they are (--max-new-tokens)."
+        )
     if options.output:
         method = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
         facts = {**_describe(options, name, "few-shot" if shots else method), **settings, **overlap}
@@ -200,6 +211,7 @@ def _evaluate(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Load the model, decode and score; returns the evaluation, and the backbone and settings for its files."""
     from prefixtune.data.encoding import default_format
+    from prefixtune.data.labels import labels_in
     from prefixtune.evaluation.decode import DECODED_FILE
     from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.prompting import few_shot_format, instruction_format
@@ -218,6 +230,7 @@ def _evaluate(
             text_format=text_format,
             config=config,
             kind=task.kind,
+            labels=None if artifact.weights is None else labels_in(artifact.header),
             protocol=task.protocol,
             metrics=metrics,
             intervals=options.intervals,
@@ -266,12 +279,14 @@ def _check_text_options(options: EvaluateOptions) -> None:
             )
 
 
-def _check_metrics(metrics: Sequence[str], task: Task) -> Sequence[str]:
+def _check_metrics(metrics: Sequence[str], task: Task, examples: Sequence[Example]) -> Sequence[str]:
     """The metrics of --metrics.
 
     Raises:
-        ConfigError: One is unknown, or cannot be computed here.
+        ConfigError: One is unknown, or cannot be computed here or of these references.
+        DataError: It cannot be computed of these references.
     """
+    from prefixtune.data.examples import references_of
     from prefixtune.evaluation.metrics import METRICS, Unavailable, measure
 
     if task.kind != "generation":
@@ -285,8 +300,14 @@ def _check_metrics(metrics: Sequence[str], task: Task) -> Sequence[str]:
     try:
         # Any text shows whether a library is missing.
         measure(["a word"], [["a word"]], protocol=task.protocol, metrics=metrics)
+        # These do not read every script.
+        if picky := [name for name in metrics if name.startswith("rouge_") or name == "cider"]:
+            references = [references_of(example, task.protocol) for example in examples]
+            measure([own[0] for own in references], references, protocol=task.protocol, metrics=picky)
     except Unavailable as error:
         raise ConfigError(f"{error.reason}.", hint=f"{error.remedy}, or leave the metric out.") from error
+    except ValueError as error:
+        raise DataError(f"the outputs could not be scored: {error}.", hint="check the references.") from error
     return metrics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from prefixtune.cli.common import PathText, print_json
-from prefixtune.cli.decoding import DecodingOptions, generate_config
+from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
 from prefixtune.cli.loading import (
     Artifact,
     find_artifact,
@@ -22,13 +23,14 @@ from prefixtune.cli.loading import (
     read_prefix,
 )
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.errors import ConfigError, RequestError, check_all
+from prefixtune.errors import ConfigError, DataError, PrefixError, RequestError, check_all
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.data.chat import Source
+    from prefixtune.data.labels import Labels
     from prefixtune.inference.classify import Prediction
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
@@ -117,12 +119,14 @@ def generate(options: GenerateOptions) -> int:
         artifact = find_artifact(options, None)
         names = [artifact.prefix] if artifact.prefix else []
     stored = [read_prefix(name) for name in names]
-    config = generate_config(options, stored, artifact.header.get("task"))
+    headers = [prefix.header for prefix in stored] if artifact.weights is None else [artifact.header]
+    config = generate_config(options, headers)
     if options.print_config:
         print(config.to_toml().rstrip())
         return 0
-    labelling = _is_labelling(stored, options)
-    if options.stream and not labelling:
+    note_unused(console, options, config)
+    labels = _common_labels(headers, options)
+    if options.stream and labels is None:
         from prefixtune.inference.streaming import check_streams
 
         check_streams(config)
@@ -132,8 +136,8 @@ def generate(options: GenerateOptions) -> int:
         backbone, _, text_format = load_artifact(console, options, artifact)
     else:
         backbone, prefixes = load_with_prefixes(console, options, names)
-    if labelling:
-        rows = _label(console, backbone, prefixes, [_last_text(text) for text in texts], config)
+    if labels is not None:
+        rows = _label(console, backbone, prefixes, [_last_text(text) for text in texts], labels, text_format, config)
     elif options.stream:
         return _stream(console, backbone, texts[0], prefixes, text_format, config)
     else:
@@ -171,16 +175,51 @@ def _given_texts(options: GenerateOptions, console: Console) -> list[str]:
 
 
 def _read_data(options: GenerateOptions, console: Console) -> list[Source]:
-    """The source of every row of a file; of a conversation, all messages before the last answer."""
+    """The source of every row of a file: of a conversation, all messages before the last answer; a text as it is.
+
+    Rows that have the columns of the prefix's training are read as it read them, unless --form is given.
+    """
     from prefixtune.data.files import FORMATS, iter_file
     from prefixtune.data.folders import locate
     from prefixtune.data.forms import describe_data, file_form, iter_form
+    from prefixtune.data.registry import read_sources
+    from prefixtune.data.templates import check_template
 
     path = locate(Path(options.data), None, FORMATS, {})
-    form, row = file_form(path, form=options.form, needs_targets=False)
+    task, template = ("", "") if options.form else _trained_source(options)
+    if template and set(check_template(template)) <= next(iter_file(path)).values.keys():
+        sources = read_sources(task, path, template)
+        console.info(f"{options.data}: read as in training, by {template!r}: {len(sources):,} rows")
+        return [*sources]
+    try:
+        form, row = file_form(path, form=options.form, needs_targets=False)
+    except DataError as error:
+        if "--source" in error.hint:
+            raise DataError(error.message, hint="rename the columns, or give the texts on stdin.") from error
+        raise
     examples = list(iter_form(iter_file(path), form))
     console.info(describe_data(form, examples, options.data, row))
-    return [example.messages or example.source for example in examples]
+    return [example.messages or example.source or example.targets[0] for example in examples]
+
+
+def _trained_source(options: GenerateOptions) -> tuple[str, str]:
+    """The task, and the column or template of the sources in the training of the prefixes or of the run.
+
+    Both are empty where there is none, where they differ, and where a file cannot be read, which is reported elsewhere.
+    """
+    from prefixtune.data import TASKS
+    from prefixtune.prefix.text_format import read_text_format
+
+    found: set[tuple[str, str]] = set()
+    try:
+        for name in dict.fromkeys(options.prefix) or (None,):
+            header = find_artifact(options, name).header
+            stored, task = read_text_format(header), str(header.get("task"))
+            takes_columns = task in TASKS and TASKS[task].takes_columns
+            found.add((task, stored.source) if stored is not None and takes_columns else ("", ""))
+    except PrefixError:
+        return "", ""
+    return found.pop() if len(found) == 1 else ("", "")
 
 
 def _last_text(source: Source) -> str:
@@ -212,23 +251,24 @@ def _check_texts(lines: Sequence[str]) -> None:
             ) from error
 
 
-def _is_labelling(prefixes: Sequence[Prefix], options: GenerateOptions) -> bool:
-    """Whether the prefixes classify or tag.
+def _common_labels(headers: Sequence[Mapping[str, Any]], options: GenerateOptions) -> Labels | None:
+    """The labels of the first prefix, or of the trained weights, where all classify or all tag; None: they generate.
 
     Raises:
         ConfigError: They are of several kinds, or label although --stream is set.
     """
-    from prefixtune.data.labels import labels_of
+    from prefixtune.data.labels import labels_in
 
-    kinds = [labels.kind if (labels := labels_of(prefix)) else "generation" for prefix in prefixes]
-    if set(kinds) <= {"generation"}:
-        return False
-    if len(set(kinds)) > 1 or options.stream:
+    labels = [labels_in(header) for header in headers]
+    kinds = {"generation" if one is None else one.kind for one in labels}
+    if kinds <= {"generation"}:
+        return None
+    if len(kinds) > 1 or options.stream:
         raise ConfigError(
-            f"the prefixes are for {', '.join(sorted(set(kinds)))}{', and --stream is set' * options.stream}.",
+            f"the prefixes are for {', '.join(sorted(kinds))}{', and --stream is set' * options.stream}.",
             hint="give prefixes of one kind at a time, and labels without --stream.",
         )
-    return True
+    return labels[0]
 
 
 def _stream(
@@ -263,6 +303,7 @@ def _generate(
     from prefixtune.inference.generate import generate as generate_texts
 
     cut: set[int] = set()
+    unended: set[int] = set()
     with console.progress("generating", len(texts)) as bar:
         outputs = generate_texts(
             backbone,
@@ -272,10 +313,11 @@ def _generate(
             config=config,
             on_batch=bar.update,
             on_cut=cut.update,
+            on_unended=unended.update,
         )
     _report_cut(console, cut, len(texts))
     return [
-        {**_shown(text), "output": output, "cut": index in cut}
+        {**_shown(text), "output": output, "cut": index in cut, "ended": index not in unended}
         for index, (text, output) in enumerate(zip(texts, outputs, strict=True))
     ]
 
@@ -292,25 +334,38 @@ def _print_rows(options: GenerateOptions, lines: Sequence[Source], rows: Mapping
 
 
 def _label(
-    console: Console, backbone: Backbone, prefixes: Sequence[Prefix], texts: Sequence[str], config: GenerateConfig
+    console: Console,
+    backbone: Backbone,
+    prefixes: Sequence[Prefix],
+    texts: Sequence[str],
+    labels: Labels,
+    text_format: TextFormat | None,
+    config: GenerateConfig,
 ) -> list[dict[str, Any]]:
-    """The labels or tags of every text, with their probabilities."""
-    from prefixtune.data.labels import labels_of
+    """The labels or tags of every text, with their probabilities; without a prefix, by the words of `labels`."""
     from prefixtune.inference.classify import classify, tag
 
-    labels = labels_of(prefixes[0])
-    tagging = labels is not None and labels.kind == "tagging"
     rows: dict[int, dict[str, Any]] = {}
     cut: set[int] = set()
     with console.progress("labelling", len(texts)) as bar:
         for prefix, indices in _texts_by_prefix(prefixes, len(texts)):
             chosen = [texts[index] for index in indices]
-            if tagging:
+            if prefix is not None and labels.kind == "tagging":
                 tags = tag(backbone, [text.split() for text in chosen], prefix, config=config)
                 rows.update({i: _tag_row(texts[i], result) for i, result in zip(indices, tags, strict=True)})
             else:
                 cut_here: set[int] = set()
-                classes = classify(backbone, chosen, prefix, config=config, on_cut=cut_here.update)
+                classes = classify(
+                    backbone,
+                    chosen,
+                    prefix,
+                    labels=labels.words if prefix is None else None,
+                    text_format=text_format,
+                    config=config,
+                    on_cut=cut_here.update,
+                )
+                if prefix is None:
+                    classes = [_with_names(result, labels) for result in classes]
                 cut |= {indices[position] for position in cut_here}
                 rows.update(
                     {i: _class_row(texts[i], result, i in cut) for i, result in zip(indices, classes, strict=True)}
@@ -320,10 +375,20 @@ def _label(
     return [rows[index] for index in range(len(texts))]
 
 
-def _texts_by_prefix(prefixes: Sequence[Prefix], num_texts: int) -> list[tuple[Prefix, list[int]]]:
-    """Every prefix with the indices of its texts; one prefix is for all texts."""
-    if len(prefixes) == 1:
-        return [(prefixes[0], list(range(num_texts)))]
+def _with_names(result: Prediction, labels: Labels) -> Prediction:
+    """A choice among the words of labels as one among their names."""
+    name_of = labels.name_of
+    return replace(
+        result,
+        label=name_of[result.label],
+        probabilities={name_of[word]: share for word, share in result.probabilities.items()},
+    )
+
+
+def _texts_by_prefix(prefixes: Sequence[Prefix], num_texts: int) -> Sequence[tuple[Prefix | None, list[int]]]:
+    """Every prefix with the indices of its texts; one prefix is for all texts, and so is none."""
+    if len(prefixes) < 2:
+        return [(prefixes[0] if prefixes else None, list(range(num_texts)))]
     groups: dict[int, tuple[Prefix, list[int]]] = {}
     for index, prefix in enumerate(prefixes):
         groups.setdefault(id(prefix), (prefix, []))[1].append(index)

@@ -113,6 +113,8 @@ def summary_example(
     target: str | None = None,
     documents: Sequence[str] = DOCUMENT_COLUMNS,
     summaries: Sequence[str] = SUMMARY_COLUMNS,
+    *,
+    needs_target: bool = True,
 ) -> Example:
     """The example of a row: a document and its summaries, each in one line.
 
@@ -122,11 +124,14 @@ def summary_example(
         target: Template of the summary; None: the first of `summaries` that is there.
         documents: Columns.
         summaries: Columns.
+        needs_target: A row without a summary is refused.
 
     Raises:
         DataError: A column is missing or has no text.
     """
     from_columns = _column(record, documents, "document", "source")[1] if source is None else source
+    if not needs_target and all(record.values.get(name) is None for name in summaries):
+        return Example(join_lines(render(from_columns, record.values, record.location)), (), record.values)
     to_columns = _column(record, summaries, "summary", "target")[1] if target is None else target
     targets = tuple(join_lines(text) for text in targets_of(to_columns, record))
     return Example(join_lines(render(from_columns, record.values, record.location)), targets, record.values)

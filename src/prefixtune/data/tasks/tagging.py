@@ -23,7 +23,7 @@ from prefixtune.data.streams import read_text, shown
 from prefixtune.data.tasks.formats import task_format
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
-__all__ = ["TAGGING_FORMATS", "check_tags", "read_tagging", "tag_names", "tagged", "tagged_example"]
+__all__ = ["TAGGING_FORMATS", "check_tags", "read_tagging", "tag_names", "tagged", "tagged_example", "untagged_example"]
 
 
 _ROWS = (".jsonl", ".json", ".parquet")
@@ -143,6 +143,18 @@ def tagged_example(record: Record, source: str, target: str) -> Example:
     for token, tag in zip(tokens, tags, strict=True):
         _check_pair(token, tag, record.location)
     return tagged(tokens, tags)
+
+
+def untagged_example(record: Record, source: str) -> Example:
+    """The example of a row without tags: a column of tokens.
+
+    Raises:
+        DataError: The column is missing or holds no such list.
+    """
+    tokens = _strings(record, source)
+    for token in tokens:
+        _check_pair(token, "O", record.location)
+    return Example(" ".join(tokens), (), {"tokens": tuple(tokens)})
 
 
 def _strings(record: Record, column: str) -> list[str]:
