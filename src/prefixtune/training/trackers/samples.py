@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.data.chat import end_ids
@@ -43,8 +44,9 @@ def write_samples(loop: TrainLoop, count: int) -> list[dict[str, str]]:
     prompts = [prompt for prompt, _ in pairs]
     ends = [end_ids(backbone, loop.data.text_format)] * len(prompts)
     prefixes = [prefix] * len(prompts)
-    # A run needs its memory for other things.
-    outputs = generate_ids(backbone, prompts, prefixes, config=config, new_tokens=room, ends=ends, may_pack=False)
+    with _not_training(backbone.model):
+        # A run needs its memory for other things.
+        outputs = generate_ids(backbone, prompts, prefixes, config=config, new_tokens=room, ends=ends, may_pack=False)
     return [
         {
             "prompt": _shorten(backbone.decode(prompt)),
@@ -66,6 +68,22 @@ def as_markdown(samples: Sequence[dict[str, Any]]) -> str:
                 fence += "`"
             parts.append(f"{title}:\n\n{fence}text\n{sample[title].strip()}\n{fence}")
     return "\n\n".join(parts) + "\n"
+
+
+@contextlib.contextmanager
+def _not_training(model: Any) -> Iterator[None]:
+    """While the block runs, no layer is marked as training.
+
+    Those that are to be recomputed are; transformers 5.20 gives them no cache, and so no prefix, in generation either.
+    """
+    marked = [module for module in model.modules() if module.training]
+    for module in marked:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in marked:
+            module.training = True
 
 
 def _prompt_and_target(example: TokenizedExample) -> tuple[list[int], list[int]]:

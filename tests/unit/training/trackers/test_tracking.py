@@ -12,6 +12,7 @@ import pytest
 
 import prefixtune as pt
 from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.inference.generate import generate_ids
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.trackers import tracking
 from prefixtune.training.trackers.samples import as_markdown
@@ -288,6 +289,30 @@ def test_texts_in_markdown_cannot_break_out() -> None:
     page = as_markdown([{"prompt": "```\n# no heading", "target": "a", "output": "|b|"}])
     assert "````text\n```\n# no heading\n````" in page
     assert page.count("\n```text\n") == 2
+
+
+def test_no_layer_is_recomputed_while_texts_are_written(
+    train: Callable[..., Any], tracked: list[Any], tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tiny_backbone("gpt2")
+    marks: dict[str, list[bool]] = {"texts": [], "step": []}
+
+    def is_marked() -> bool:
+        return any(module.training for module in own.model.modules())
+
+    def write(*arguments: Any, **options: Any) -> Any:
+        marks["texts"].append(is_marked())
+        return generate_ids(*arguments, **options)
+
+    monkeypatch.setattr("prefixtune.training.trackers.samples.generate_ids", write)
+    options: dict[str, Any] = {"dev_examples": DEV, "eval_every": 1, "report_to": "wandb", "backbone": own}
+    train(
+        2,
+        gradient_checkpointing=True,
+        on_event=lambda event: marks["step"].append(is_marked()) if event["event"] == "step" else None,
+        **options,
+    )
+    assert marks == {"texts": [False, False], "step": [True, True]}
 
 
 @pytest.mark.parametrize(
