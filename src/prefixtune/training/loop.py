@@ -121,6 +121,7 @@ class PendingStep:
         num_targets: Targets of the step, in all processes.
         num_tokens: Labels of the step, in all processes.
         join: Puts what stands beside in this step around the prefix, in each of some lengths.
+        scale: What gradients are computed larger by, so that none is too small for float16; `apply` divides by it.
         loss: The loss of this process's part; `apply` sums it over the processes.
     """
 
@@ -132,6 +133,7 @@ class PendingStep:
     num_targets: int
     num_tokens: int
     join: Callable[[Sequence[Prefix]], list[Prefix]] = list
+    scale: float = 1.0
     loss: float = 0.0
 
     def prefixes(self, index: int) -> list[Prefix | None]:
@@ -158,10 +160,18 @@ def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
         losses = batch_loss(backbone.for_training, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
         weights = [step.weights[index].to(losses.device) for step in active]
         weighted = losses * torch.cat(weights)
-        weighted.sum().backward()
-        lengths = [len(part) for part in weights]
-        for step, part in zip(active, weighted.detach().split(lengths), strict=True):
-            step.loss += float(part.sum())
+        sums = [part.sum() for part in weighted.split([len(part) for part in weights])]
+        torch.stack([part * step.scale for step, part in zip(active, sums, strict=True)]).sum().backward()
+        for step, part in zip(active, sums, strict=True):
+            step.loss += float(part.detach())
+
+
+def _gradient_scale(dtype: torch.dtype, weights: Sequence[Tensor]) -> float:
+    """A power of two that brings the largest weight of a label in the loss near 1, where they are float16's."""
+    largest = max((float(part.max()) for part in weights), default=0.0)
+    if dtype != torch.float16 or not 0 < largest < 1:
+        return 1.0
+    return float(2 ** math.floor(-math.log2(largest)))
 
 
 class TrainLoop:
@@ -379,6 +389,7 @@ class TrainLoop:
             num_targets,
             num_tokens,
             self._joining(),
+            _gradient_scale(self.backbone.dtype, weights),
         )
 
     def _joining(self) -> Callable[[Sequence[Prefix]], list[Prefix]]:
@@ -430,6 +441,9 @@ class TrainLoop:
         """Sum the gradients over the processes, take them through the encoder, and clip them; returns their norm."""
         # Summed at the prefix: the backward pass through the encoder is the same in every process.
         leaves = [] if step.prefix_leaf is None else step.prefix_leaf.stored_tensors()
+        for tensor in [*leaves, *self.adapter.values()] if step.scale != 1 else ():
+            if tensor.grad is not None:
+                tensor.grad /= step.scale
         self.processes.all_reduce_gradients([*leaves, *self.adapter.values()])
         if step.prefix is not None:
             torch.autograd.backward(step.prefix.stored_tensors(), [leaf.grad for leaf in leaves])
