@@ -200,6 +200,25 @@ def test_lora_takes_no_other_adapters_place(tmp_path: Path, folder: Path, run: M
         run("lora", backbone=load_backbone(adapter))
 
 
+def test_a_new_adapter_begins_by_the_seed(folder: Path) -> None:
+    first, second, again = (
+        torch.cat([p.flatten() for p in load_backbone(folder, adapter_rank=2, seed=seed).adapter_parameters.values()])
+        for seed in (0, 1, 1)
+    )
+    assert torch.equal(second, again)
+    assert not torch.equal(first, second)
+
+
+def test_a_run_whose_adapter_began_by_another_seed_is_refused(run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        by_zero: Any = lambda *given, **options: load_backbone(*given, **{**options, "seed": 0})  # noqa: E731
+        patch.setattr("prefixtune.training.opening.load_backbone", by_zero)
+        run("prefix", adapter_rank=2, seed=1, max_steps=1)
+    with pytest.raises(ConfigError, match="was started on another backbone") as caught:
+        run("prefix", adapter_rank=2, seed=1, max_steps=2, resume=True)
+    assert "A new adapter now begins by the run's seed" in str(caught.value.hint)
+
+
 def test_more_top_layers_than_there_are(run: Make) -> None:
     with pytest.raises(ConfigError, match="has 3 layers"):
         run("top", method_size=4)

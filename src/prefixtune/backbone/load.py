@@ -91,6 +91,7 @@ def load_backbone(
     train_adapter: bool = False,
     adapter_rank: int = 0,
     attention: str = "sdpa",
+    seed: int = 0,
 ) -> Backbone:
     """Load a frozen language model: decoder-only, encoder-decoder, or a text encoder.
 
@@ -111,6 +112,7 @@ def load_backbone(
         adapter_rank: Add a new LoRA adapter of this rank to the model, to be trained together with a prefix; 0: none.
         attention: What computes the attention once the prefix is in front: `sdpa` (torch's fused functions), `flex`
             (torch's flex_attention) or `eager` (matrix products, to compare with).
+        seed: Of a new adapter's weights.
 
     Raises:
         BackboneError: There is no such model, its checkpoint lacks weights, or it cannot have a prefix; the message
@@ -148,7 +150,7 @@ def load_backbone(
         if adapter is not None:
             peft_model = load_adapter(model, str(adapter), trainable=train_adapter)
         elif adapter_rank:
-            peft_model = add_adapter(model, adapter_rank)
+            peft_model = add_adapter(model, adapter_rank, seed=seed)
     backbone = Backbone.from_model(
         model,
         tokenizer,

@@ -268,7 +268,13 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
     """
     folder, facts = checkpoint.folder, checkpoint.facts
     if not fingerprints_match(facts["fingerprint"], backbone.fingerprint):
-        raise ConfigError(f"the run in {folder!r} was started on another backbone.", hint="load that one.")
+        hint = "load that one."
+        if facts["config"].get("adapter_rank") and facts["config"].get("seed"):
+            hint += (
+                " A new adapter now begins by the run's seed, not by 0: a run that an earlier version began with one "
+                "cannot go on; start again in another --output."
+            )
+        raise ConfigError(f"the run in {folder!r} was started on another backbone.", hint=hint)
     dtype = backbone.dtype_name
     if facts["dtype"] != dtype:
         raise ConfigError(

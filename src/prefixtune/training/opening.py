@@ -244,6 +244,7 @@ def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
         adapter=config.adapter or None,
         train_adapter=config.train_adapter,
         adapter_rank=config.adapter_rank,
+        seed=config.seed,
     )
     if config.shard:
         shard_model(backbone.model)

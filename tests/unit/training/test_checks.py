@@ -93,10 +93,10 @@ def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
     monkeypatch.setattr("prefixtune.training.opening.load_backbone", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    config = TrainConfig(backbone=str(folder), shard=True, output=str(tmp_path / "run"))
+    config = TrainConfig(backbone=str(folder), shard=True, seed=3, output=str(tmp_path / "run"))
     with pytest.raises(_AskedFor):
         pt.train(config, examples=examples, processes=ProcessGroup(0, 2, "cuda:0"))
-    assert (asked["dtype"], asked["device"]) == (torch.bfloat16, "cpu")
+    assert (asked["dtype"], asked["device"], asked["seed"]) == (torch.bfloat16, "cpu", 3)
 
 
 def test_no_adapter_to_train(folder: Path, examples: list[pt.Example], tmp_path: Path, no_backbone_loads: None) -> None:
