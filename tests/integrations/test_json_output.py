@@ -194,6 +194,29 @@ def test_schemas_that_cannot_be_used(client: openai.OpenAI, backbone: Any, schem
     assert error.value.param == "response_format"
 
 
+def test_many_optional_properties_are_followed(backbone: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {f"p{number}": {"type": "string"} for number in range(200)},
+        "additionalProperties": False,
+    }
+    state = compile_json_schema(backbone, schema).start()
+    for character in '{"p3": "x", "p199": "y"}':
+        (token,) = backbone.encode_sources([character])[0]
+        assert state.allowed(len(backbone.tokenizer))[token]
+        state.accept(token)
+    assert state.finished
+
+
+def test_a_schema_that_becomes_too_complex_is_the_requests_fault(backbone: Any) -> None:
+    parts = [{"type": "object", "properties": {f"p{n}": {"type": "null"} for n in range(m, m + 190)}} for m in range(5)]
+    grammar = compile_json_schema(backbone, {"anyOf": parts})
+    first, second = Engine(backbone).run([Request((5, 6), grammar=grammar), Request((5, 6))])
+    assert (first[0].finish_reason, first[0].refused) == ("error", True)
+    assert "cannot go on by its JSON schema: " in first[0].error
+    assert (second[0].finish_reason, second[0].refused) == ("length", False)
+
+
 def test_generates_options_say_what_is_wrong_before_the_model_loads(tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "object"}')
     assert GenerateConfig(response_schema=str(tmp_path / "schema.json")).response_schema == '{"type":"object"}'

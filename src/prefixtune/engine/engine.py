@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -322,18 +323,22 @@ class Engine:
                 outputs.append(self._fail(item if isinstance(item, TokenSequence) else item.sequence, error))
         return done
 
-    def _append(self, sequence: TokenSequence, token: Token | str) -> SequenceOutput:
-        """Append a sampled token to its sequence, which ends if that fails; a string says why there is none."""
+    def _append(self, sequence: TokenSequence, token: Token | str | RequestError) -> SequenceOutput:
+        """Append a sampled token to its sequence, which ends if that fails, or if there is none, as `sample` says."""
+        if isinstance(token, str):
+            return self._finish(sequence, "error", error=token)
         try:
+            if isinstance(token, RequestError):
+                raise token
             return self._extend(sequence, token)
+        except RequestError as error:
+            return replace(self._finish(sequence, "error", error=error.message), refused=True)
         except Exception as error:
             return self._fail(sequence, error)
 
-    def _extend(self, sequence: TokenSequence, token: Token | str) -> SequenceOutput:
+    def _extend(self, sequence: TokenSequence, token: Token) -> SequenceOutput:
         """As `_append`, but raises what fails."""
         text = sequence.detokenizer
-        if isinstance(token, str):
-            return self._finish(sequence, "error", error=token)
         if token.id == self.backbone.eos_id or token.id in sequence.request.sampling.end_ids:
             return self._finish(sequence, "stop", (), text.finish())
         sequence.token_ids.append(token.id)
@@ -342,10 +347,7 @@ class Engine:
             return self._finish(sequence, "stop", (token,), piece)
         # A forced first token is no part of the text.
         if sequence.grammar is not None and not (token.id == sequence.forced_bos_id and sequence.num_new_tokens == 1):
-            try:
-                sequence.grammar.accept(token.id)
-            except PrefixError as error:
-                return self._finish(sequence, "error", error=error.message)
+            sequence.grammar.accept(token.id)
             if sequence.grammar.finished:
                 return self._finish(sequence, "stop", (token,), piece + text.finish())
         if sequence.num_new_tokens >= sequence.request.sampling.max_new_tokens:

@@ -169,6 +169,7 @@ class SequenceOutput:
         finish_reason: None: the sequence goes on.
         error: What went wrong, if `finish_reason` is `error`.
         engine_crashed: The whole engine failed, not this request: it may be sent again.
+        refused: The request is at fault: its grammar became too complex. `error` is then for its sender.
         prompt_tokens: In the first output, if `prompt_logprobs` were requested: the prompt's tokens.
     """
 
@@ -179,6 +180,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     error: str = ""
     engine_crashed: bool = False
+    refused: bool = False
     prompt_tokens: tuple[Token, ...] = ()
 
 

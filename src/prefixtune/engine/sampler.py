@@ -34,10 +34,13 @@ _LOGPROBS_BYTES = 2**24
 """Of a prompt's log-probabilities that are computed at once."""
 
 
-def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int) -> list[Token | str]:
-    """The next token of every sequence, or a sentence that says why there is none; the other sequences are unaffected.
+def sample(
+    logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int
+) -> list[Token | str | RequestError]:
+    """The next token of every sequence, or why there is none; the other sequences are unaffected.
 
-    Plain greedy sequences are decided together; the others one by one, in float32.
+    Why: a sentence, or an error where the request is at fault, as its grammar became too complex. Plain greedy
+    sequences are decided together; the others one by one, in float32.
 
     Args:
         logits: One row per sequence.
@@ -53,7 +56,7 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
             # A tokenizer may have more tokens than its model has scores.
             ends = [token for token in sequences[row].request.sampling.end_ids if 0 <= token < logits.shape[1]]
             allowed[row, ends] = float("-inf")
-    tokens: list[Token | str] = []
+    tokens: list[Token | str | RequestError] = []
     for row, (sequence, score, token) in enumerate(zip(sequences, *_best_tokens(allowed), strict=True)):
         params = sequence.request.sampling
         if not math.isfinite(score):
@@ -88,12 +91,13 @@ def _is_plain_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0 and params.logprobs is None and not has_rules(params)
 
 
-def _try_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:
+def _try_one(
+    logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence
+) -> Token | str | RequestError:
     try:
         return _sample_one(logits, allowed, sequence)
     except RequestError as error:
-        # The grammar became too complex.
-        return error.message
+        return error
     except Exception as error:
         # Whatever it is, the other texts of the step go on.
         _log.exception("a token could not be chosen")

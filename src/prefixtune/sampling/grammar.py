@@ -38,7 +38,9 @@ ANY_OBJECT = '{"type":"object"}'
 _MAX_SCHEMA_LENGTH = 2**16
 _MAX_DEPTH = 64
 _MAX_FIELDS = 1_000
-"""In all objects of a schema: the time of optional ones grows with the square of their number."""
+"""In all objects of a schema."""
+_MAX_OPTIONAL = 200
+"""In one object: any of them may come next, and a step's items grow with the square of their number."""
 _MAX_DIVISOR, _DECIMALS = 10_000, 9
 """A grammar has a state for every remainder of a division: 10,000 take 20 ms, a million 13 s and gigabytes."""
 _WHITE_SPACE = r"[ \n\t]{0,16}"
@@ -90,7 +92,7 @@ class GrammarState:
         """
         self._mask.result()
         if not self._matcher.consume_token(token):
-            raise RequestError(_reason(self._matcher), hint="use a simpler schema.")
+            raise self._error()
         self.finished = bool(self._matcher.is_stopped())
         if not self.finished:
             self._mask = _mask_threads().submit(self._compute)
@@ -107,9 +109,15 @@ class GrammarState:
         """
         mask = torch.from_numpy(self._mask.result())
         if self._matcher.is_error():
-            raise RequestError(_reason(self._matcher), hint="use a simpler schema.")
+            raise self._error()
         # A model may have more scores than its tokenizer has tokens, or fewer.
         return torch.nn.functional.pad(mask[:vocab_size], (0, max(0, vocab_size - len(mask))))
+
+    def _error(self) -> RequestError:
+        return RequestError(
+            f"the text cannot go on by its JSON schema: {_reason(self._matcher)}.",
+            hint="use a simpler schema.",
+        )
 
     def _compute(self) -> Any:
         import llguidance.numpy
@@ -175,7 +183,8 @@ def check_json_schema(schema: str | Mapping[str, Any]) -> str:
     """A schema as compact JSON text.
 
     Raises:
-        RequestError: It is not JSON, no object, or too large, or has a divisor (`multipleOf`) that is.
+        RequestError: It is not JSON, no object, or too large, or has a divisor (`multipleOf`) that is, or an object of
+            many optional properties.
     """
     hint = 'write an object such as {"type": "object", "properties": {"name": {"type": "string"}}}.'
     try:
@@ -199,6 +208,8 @@ def check_json_schema(schema: str | Mapping[str, Any]) -> str:
             f"the JSON schema's objects have {fields:,} properties; at most {_MAX_FIELDS:,} are allowed.",
             hint="leave out those that you do not need.",
         )
+    for part in parts:
+        _check_optional(part)
     _check_divisors([part["multipleOf"] for part in parts if type(part.get("multipleOf")) in (int, float)])
     return text
 
@@ -209,6 +220,24 @@ def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _parts(part)
+
+
+def _check_optional(part: dict[str, Any]) -> None:
+    """Refuse an object of many optional properties.
+
+    Raises:
+        RequestError: It has too many.
+    """
+    properties, required = part.get("properties"), part.get("required")
+    if not isinstance(properties, dict):
+        return
+    names = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    optional = len(properties.keys() - names)
+    if optional > _MAX_OPTIONAL:
+        raise RequestError(
+            f"an object of the JSON schema has {optional:,} optional properties; at most {_MAX_OPTIONAL} are allowed.",
+            hint='name those that must be there in "required", or leave some out.',
+        )
 
 
 def _check_divisors(divisors: Sequence[int | float]) -> None:

@@ -129,13 +129,19 @@ def test_an_end_token_that_the_model_has_no_score_for_is_no_matter():
 
 
 class _Broken:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
     def allowed(self, vocab_size: int) -> torch.Tensor:
-        raise ValueError("out of sorts")
+        raise self.error
 
 
 def test_a_text_whose_rules_fail_fails_alone():
-    broken, sound = sequence(), sequence()
-    broken.grammar = _Broken()  # type: ignore[assignment]
-    first, second = sample(torch.tensor([LOGITS, LOGITS]), [broken, sound], eos_id=0)
+    broken, complex_one, sound = sequence(), sequence(), sequence()
+    too_complex = RequestError("too many items.")
+    broken.grammar = _Broken(ValueError("out of sorts"))  # type: ignore[assignment]
+    complex_one.grammar = _Broken(too_complex)  # type: ignore[assignment]
+    first, second, third = sample(torch.tensor([LOGITS] * 3), [broken, complex_one, sound], eos_id=0)
     assert first == "a token could not be chosen: ValueError: out of sorts"
-    assert second == Token(0)
+    assert second is too_complex
+    assert third == Token(0)

@@ -36,10 +36,21 @@ def test_small_divisors_that_have_a_large_multiple_in_common() -> None:
 
 
 def test_many_properties() -> None:
-    part = {"type": "object", "properties": {str(number): {} for number in range(500)}}
+    names = [str(number) for number in range(500)]
+    part = {"type": "object", "properties": {name: {} for name in names}, "required": names}
     assert check_json_schema({"allOf": [part, part]})
     with pytest.raises(RequestError, match="1,001 properties; at most 1,000"):
         check_json_schema({"allOf": [part, part], "properties": {"one": {}}})
+
+
+@pytest.mark.parametrize("required", [[], ["0", "1"], None, "all"])
+def test_many_optional_properties(required: Any) -> None:
+    count = 202 if required == ["0", "1"] else 200
+    whole = {"properties": {str(number): {"type": "string"} for number in range(count)}, "required": required}
+    assert check_json_schema({"type": "array", "items": whole})
+    whole["properties"]["one"] = {"type": "string"}
+    with pytest.raises(RequestError, match="has 201 optional properties; at most 200"):
+        check_json_schema({"type": "array", "items": whole})
 
 
 def test_what_looks_like_a_divisor() -> None:

@@ -315,6 +315,9 @@ def _failure(context: RequestContext, output: SequenceOutput) -> ApiError:
         return deadline_exceeded(context)
     if output.finish_reason == "cancelled":
         return unavailable("the server is shutting down; the request was cancelled.", "draining", retry_after=5)
+    if output.refused:
+        hint = "use a simpler schema, with fewer optional properties or alternatives."
+        return bad_request(output.error, "response_format", "invalid_schema", hint=hint)
     # The engine's own words are for the log only.
     context.log_fields["engine_error"] = output.error[:500]
     if output.engine_crashed:
