@@ -1,16 +1,14 @@
 """Mistakes that users make, from `unit/cli/mistakes.json`, and what the command line and the Python interface answer.
 
-`python tests/mistakes.py` prints the table: each mistake, the answer with argparse and dataclasses, and the answer now.
+`python tests/mistakes.py` prints the table: each mistake, and its answer.
 
 An entry of the file has:
 
 - `mistake`: what is wrong, in a few words.
 - `command`: the arguments of `prefixtune`, as typed in a shell; or `python`: a call of its public names.
 - `files`: name -> text; `environment`: variables.
-- `before`: the answer with argparse and dataclasses, `error` and `hint`; a new mistake has none.
 - `needs`: what an answer must contain: the option, the value got, what is allowed, the suggestion. Small and capital
   letters, and `-` and `_`, are the same; ` | ` separates words of which one is enough.
-- `adds`: what it must contain too, although the answer before did not.
 - `never`: what it must not contain, such as a secret.
 """
 
@@ -59,12 +57,10 @@ class Mistake:
 
     mistake: str
     needs: Sequence[str]
-    before: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     python: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    adds: Sequence[str] = ()
     never: Sequence[str] = ()
 
     @property
@@ -190,12 +186,8 @@ def _print_table() -> None:
         print(f"\n{mistake.mistake}\n  $ {mistake.typed}")
         for name, text in mistake.files.items():
             print(f"  {name}: {text!r}")
-        for title, error, hint in (
-            ("before", mistake.before.get("error"), mistake.before.get("hint")),
-            ("now", now.error, now.hint),
-        ):
-            print(f"  {title:<6} {error or '(nothing)'}\n         hint: {hint}")
-        missing = lacks(now.text, [*mistake.needs, *mistake.adds])
+        print(f"  {now.error}\n  hint: {now.hint}")
+        missing = lacks(now.text, mistake.needs)
         if missing or now.code != 2:
             print(f"  MISSES {missing}, exit code {now.code}")
 

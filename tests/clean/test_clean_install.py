@@ -59,6 +59,12 @@ EXTRAS = {
 }
 """Every optional extra, and commands that need it."""
 
+# What the package does once it is installed is seen on one of the two machines, which hold the same packages.
+by_pip, by_uv = (
+    pytest.mark.parametrize("machine", [pytest.param(how, marks=pytest.mark.xdist_group(how))], indirect=True)
+    for how in ("pip", "uv")
+)
+
 
 def test_the_core_dependencies_alone_are_there(machine: Machine) -> None:
     out, _ = machine.run("python", "-c", INSTALLED)
@@ -72,6 +78,7 @@ def test_the_core_dependencies_alone_are_there(machine: Machine) -> None:
     assert ("pip" in here) == (machine.name == "pip")
 
 
+@by_uv
 def test_every_module_imports_without_the_extras(machine: Machine) -> None:
     out, _ = machine.run("python", "-c", IMPORTS)
     missing = json.loads(out)
@@ -90,6 +97,7 @@ def test_the_demo_is_the_first_command(machine: Machine, demo: tuple[str, str]) 
     assert (machine.work / "runs" / "demo" / "loss.png").stat().st_size > 1000
 
 
+@by_uv
 def test_every_command_has_help(machine: Machine) -> None:
     out, _ = machine.run("python", "-c", "from prefixtune.cli.main import command_options; print(*command_options())")
     names = out.split()
@@ -100,6 +108,7 @@ def test_every_command_has_help(machine: Machine) -> None:
         assert err == ""
 
 
+@by_uv
 def test_the_wheel_brings_completion_for_the_shells(machine: Machine) -> None:
     """Without running Python, bash completes a command from the script that the wheel put beside the program."""
     share = machine.programs.parent / "share"
@@ -111,6 +120,7 @@ def test_the_wheel_brings_completion_for_the_shells(machine: Machine) -> None:
     assert out.split() == ["generate"]
 
 
+@by_pip
 def test_train_generate_evaluate_inspect_report(machine: Machine, prefix: Path) -> None:
     out, _ = machine.prefixtune("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "Aromi is Italian")
     assert json.loads(out)["output"]
@@ -126,6 +136,7 @@ def test_train_generate_evaluate_inspect_report(machine: Machine, prefix: Path) 
     assert "<svg" in page
 
 
+@by_pip
 def test_commands_on_files(machine: Machine, prefix: Path) -> None:
     """What converts, exports and scores needs no optional library either."""
     out, _ = machine.prefixtune(*SCORE, "--metrics", "bleu,chrf", "--json")
@@ -139,6 +150,7 @@ def test_commands_on_files(machine: Machine, prefix: Path) -> None:
     assert (machine.work / "exported-llama" / "check.py").exists()
 
 
+@by_pip
 def test_the_python_of_the_readme(machine: Machine, demo: tuple[str, str]) -> None:
     block = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)[0]
     assert "max_steps=20" in block
@@ -148,6 +160,7 @@ def test_the_python_of_the_readme(machine: Machine, demo: tuple[str, str]) -> No
     assert (machine.work / "runs" / "trains" / "prefix.safetensors").stat().st_size < 600_000
 
 
+@by_pip
 def test_tokenizers_of_sentencepiece(machine: Machine) -> None:
     """transformers reads them with two packages that it does not require."""
     machine.run("python", Path(__file__).with_name("sentencepiece_models.py"), "models", **machine.offline)
@@ -157,6 +170,7 @@ def test_tokenizers_of_sentencepiece(machine: Machine) -> None:
         assert (machine.work / "runs" / name / "prefix.safetensors").exists()
 
 
+@by_uv
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_a_missing_extra_is_named(machine: Machine, prefix: Path, extra: str) -> None:
     (machine.work / "study.toml").write_text(
@@ -180,20 +194,19 @@ def test_offline_it_is_said_soon_how_to_go_on(machine: Machine) -> None:
     assert "prefixtune prepare --wheel FILE" in err
 
 
+@by_uv
 def test_without_pip_and_uv_the_wheel_is_asked_for(machine: Machine) -> None:
-    if machine.name == "pip":
-        pytest.skip("this environment has pip")
     settings = {"PATH": str(machine.programs), "PREFIXTUNE_HOME": str(machine.folder / "nothing")}
     _, err = machine.run("prefixtune", "prepare", code=2, **settings)
     assert "has no pip, and no uv is on the path" in err
     assert "prefixtune prepare --wheel FILE" in err
 
 
+@by_uv
 @pytest.mark.parametrize("how", ["uv tool run", "uv tool install"])
 def test_tools_of_uv(machine: Machine, how: str, wheel: Path, torch_options: list[str]) -> None:
     """A tool that uv runs knows its uv by `$UV`; one that it installed is an ordinary program, and has pip."""
-    if machine.uv is None:
-        pytest.skip("this environment was made by pip")
+    assert machine.uv is not None
     tools = {"UV_TOOL_DIR": str(machine.folder / "tools"), "UV_TOOL_BIN_DIR": str(machine.folder / "bin")}
     home = {"PREFIXTUNE_HOME": str(machine.folder / how.replace(" ", "-"))}
     if how == "uv tool run":

@@ -67,6 +67,18 @@ def test_the_engine_runs_on_it(tiny_models: Any, tiny_tokenizer: Any, random_ids
         assert one[0].finish_reason == other[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_little_memory_keeps_one_copy(
+    share: float, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In panels there is one copy anyway.
+    monkeypatch.setattr("prefixtune.backbone.prepack.panel_kernel", lambda: None)
+    monkeypatch.setattr("prefixtune.backbone.prepack._SHARE_OF_MEMORY", share)
+    packed = prepack(made("llama", tiny_models, tiny_tokenizer))
+    linears = [module for module in packed.model.modules() if isinstance(module, PrepackedLinear)]
+    assert {module._matrix is None for module in linears} == {share == 0.0}
+
+
 def test_what_cannot_gain_stays_as_it_is(tiny_models: Any, tiny_tokenizer: Any, tiny_backbone: Any) -> None:
     in_float32 = tiny_backbone("llama")
     assert prepack(in_float32) is in_float32

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native import linear
 from prefixtune.backbone.native.linear import MOST_ROWS, RowKernel, RowMatrix, row_kernel
-from prefixtune.backbone.prepack import PrepackedLinear, prepack, with_row_products
+from prefixtune.backbone.prepack import PrepackedLinear, with_row_products
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.utils.native.build import build, private_folder, start
@@ -145,14 +145,6 @@ def test_many_texts_are_generated_by_the_plain_model(tiny_models: Any, tiny_toke
 def test_what_gains_nothing_stays_as_it_is(tiny_backbone: Any) -> None:
     in_float32 = tiny_backbone("llama")
     assert in_float32.for_single_texts is in_float32
-
-
-def test_little_memory_keeps_one_copy(tiny_models: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = in_bf16("llama", tiny_models, tiny_tokenizer)
-    monkeypatch.setattr("prefixtune.backbone.prepack._SHARE_OF_MEMORY", 0.0)
-    packed = prepack(backbone)
-    linears = [module for module in packed.model.modules() if isinstance(module, PrepackedLinear)]
-    assert all(module._matrix is None for module in linears)
 
 
 def test_without_a_compiler_torch_computes(
