@@ -148,6 +148,11 @@ def _losses(subject: Subject, description: str, prefix: Prefix | None) -> float:
         examples = tuple(_preceded(example, description) for example in examples)
     elif description:
         text_format = dataclasses.replace(text_format, prompt=f"{literal}\n{text_format.prompt}")
+    if description and text_format.max_length:
+        # The words take nothing from the rows.
+        more = len(subject.backbone.encode(f"{literal}\n"))
+        text_format = dataclasses.replace(text_format, max_length=text_format.max_length + more)
     length = subject.prefix.prefix_length
-    rows = tokenize(subject.backbone, examples, text_format, subject.labels, length)
+    dataset = tokenize(subject.prefix, subject.backbone, examples, text_format, subject.labels, length)
+    rows = dataset.examples[: subject.limits.rows]
     return rows_of(subject.backbone, rows, prefix, None, subject.limits.batch_size).mean

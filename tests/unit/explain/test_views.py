@@ -235,6 +235,13 @@ def test_descriptions_are_scored_in_the_prefixs_place(make: Make, wide: Any) -> 
     assert (numbers["unrelated"]["faithfulness"] is None) == (numbers["bare_loss"] - numbers["prefix_loss"] < 0.01)
 
 
+def test_a_description_takes_no_room_from_rows_of_training_length(make: Make, wide: Any) -> None:
+    longest = max(len(row.prompt) + len(row.targets[0]) for row in make(wide).tokenized)
+    form = {**TextFormat().to_dict(), "max_length": longest, "on_too_long": "error"}
+    limited, free = (description_view(make(wide, header=header)).numbers for header in ({"text_format": form}, None))
+    assert limited["unrelated"]["loss"] == pytest.approx(free["unrelated"]["loss"])
+
+
 def test_an_answer_to_the_chat_question_ends_with_its_turn(make: Make, tiny_models: Make, tiny_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
