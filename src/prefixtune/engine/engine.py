@@ -10,7 +10,8 @@ prompt with its encoder when the request gets a slot. Sequences of one request s
         for output in engine.step():
             print(output.text)
 
-`add` and `cancel` may be called from any thread; `step` from one at a time.
+`add` and `cancel` may be called from any thread; `step` from one at a time. Only a step touches slots, without the lock
+that callers wait for: copying and wiping them can take a while.
 
 In float32 a greedy text is the same alone and in any mix, token for token. In bfloat16, sums round differently when a
 product has other rows as well, which may decide a close choice between two tokens differently.
@@ -245,8 +246,7 @@ class Engine:
             for request_id in added:
                 self.cancel(request_id)
             # At once: nobody may call `step` any more.
-            with self._lock:
-                self._end_cancelled()
+            self._end_cancelled()
             raise
         outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
         while self.busy:
@@ -264,8 +264,8 @@ class Engine:
         not finite, ends with `error`; the others go on. If the model fails, every sequence of the step ends so, and the
         engine goes on with the rest.
         """
+        outputs = self._end_cancelled()
         with self._lock:
-            outputs = self._end_cancelled()
             admitted = self.scheduler.admit()
         self._try_each(admitted, self.runner.load_prefix, outputs)
         with self._lock:
@@ -309,8 +309,9 @@ class Engine:
     def _share_prompts(self) -> None:
         """Let sequences have what was computed of their prompt for another one of their request."""
         with self._lock:
-            for sequence, computed in self.scheduler.shared_prompts():
-                self.runner.share_prompt(sequence, computed)
+            pairs = self.scheduler.shared_prompts()
+        for sequence, computed in pairs:
+            self.runner.share_prompt(sequence, computed)
 
     def _try_each(self, items: Sequence[S], action: Callable[[S], None], outputs: list[SequenceOutput]) -> list[S]:
         """Do something for each sequence; one for which it fails ends. Returns the others."""
@@ -364,8 +365,9 @@ class Engine:
         error: str = "",
     ) -> SequenceOutput:
         request_id = sequence.request.id
+        self._clear(sequence)
         with self._lock:
-            self._end(sequence, reason)
+            self._release(sequence, reason)
             if all(other.finish_reason for other in self._sequences.get(request_id, ())):
                 self._sequences.pop(request_id, None)
                 self._cancelled.pop(request_id, None)
@@ -375,23 +377,30 @@ class Engine:
     def _fail(self, sequence: TokenSequence, error: Exception) -> SequenceOutput:
         return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
-    def _end(self, sequence: TokenSequence, reason: FinishReason) -> None:
-        """Mark a sequence as ended and free its slot; the lock is held."""
-        sequence.finish_reason = reason
+    def _clear(self, sequence: TokenSequence) -> None:
+        """Leave nothing of a sequence in its slot."""
         if sequence.slot >= 0:
             self.runner.clear(sequence)
+
+    def _release(self, sequence: TokenSequence, reason: FinishReason) -> None:
+        """Mark a sequence as ended and free its slot, which is cleared; the lock is held."""
+        sequence.finish_reason = reason
         self.scheduler.release(sequence)
 
     def _end_cancelled(self) -> list[SequenceOutput]:
-        """End the sequences of cancelled requests; the lock is held."""
-        outputs = []
-        for request_id, reason in self._cancelled.items():
-            for sequence in self._sequences.pop(request_id, ()):
-                if sequence.finish_reason is None:
-                    self._end(sequence, reason)
-                    outputs.append(SequenceOutput(request_id, sequence.index, (), "", reason))
-        self._cancelled.clear()
-        return outputs
+        """End the sequences of cancelled requests."""
+        with self._lock:
+            cancelled = dict(self._cancelled)
+            sequences = [s for name in cancelled for s in self._sequences[name] if s.finish_reason is None]
+        for sequence in sequences:
+            self._clear(sequence)
+        with self._lock:
+            for sequence in sequences:
+                self._release(sequence, cancelled[sequence.request.id])
+            # Their ids are in use until here.
+            for request_id in cancelled:
+                del self._sequences[request_id], self._cancelled[request_id]
+        return [SequenceOutput(s.request.id, s.index, (), "", cancelled[s.request.id]) for s in sequences]
 
 
 def _add_prompt_logprobs(logits: Float[Tensor, "R V"], scheduled: Sequence[ScheduledSequence]) -> list[TokenSequence]:

@@ -198,6 +198,42 @@ def test_a_callback_may_submit_more_requests(worker: EngineWorker):
     assert last.reason == "length"
 
 
+@pytest.mark.parametrize("name", ["share_prompt", "clear"])
+def test_callers_do_not_wait_while_slots_are_copied_or_wiped(
+    name: str, worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
+):
+    touch = getattr(worker.engine.runner, name)
+    began, go = threading.Event(), threading.Event()
+
+    def slowly(*sequences: Any) -> None:
+        began.set()
+        assert go.wait(PATIENCE)
+        touch(*sequences)
+
+    monkeypatch.setattr(worker.engine.runner, name, slowly)
+    ear, other = Ear(2), Ear()
+    worker.submit(Request((1, 2, 3), sampling=LONG, n=2, id="a"), ear)
+    if name == "clear":
+        assert ear.began.wait(PATIENCE)
+        worker.cancel("a")
+    assert began.wait(PATIENCE)
+
+    def call() -> None:
+        worker.submit(Request((1,), sampling=SHORT, id="b"), other)
+        worker.cancel("nobody")
+        worker.snapshot()
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    caller.join(PATIENCE / 4)
+    waits = caller.is_alive()
+    go.set()
+    caller.join()
+    assert not waits
+    assert other.reason == "length"
+    assert ear.reason in ("cancelled", "length")
+
+
 # --- crashes ---------------------------------------------------------------------------------------------------------
 
 
