@@ -73,11 +73,20 @@ def test_packed_is_padded_without_a_prefix(backbone: Any, examples: list[Tokeniz
     assert evaluation_loss(backbone, None, examples) == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "phimoe"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("phimoe", {}), ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3})],
+    ids=["phimoe", "qwen2_moe"],
+)
 def test_a_window_that_is_in_the_mask_alone_is_kept(
-    name: str, tiny_backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
+    name: str,
+    settings: dict[str, Any],
+    tiny_backbone: Any,
+    random_prefix: Any,
+    examples: list[TokenizedExample],
+    assert_same: Any,
 ):
-    backbone = tiny_backbone(name)
+    backbone = tiny_backbone(name, **settings)
     prefix = random_prefix(backbone, 5)
     assert backbone.layout.packable
     assert_same(batch_loss(backbone, prefix, pack(examples)), torch.cat(pair_losses(backbone, prefix, examples)))
