@@ -21,6 +21,7 @@ from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.kv_cache import lazy_zeros
+from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.generate import generate
@@ -502,27 +503,34 @@ def test_a_request_given_up_frees_its_slot_before_the_next_step(llama: Backbone,
     assert not engine.busy
 
 
-def test_a_step_that_fails_ends_its_texts_and_no_others(
-    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("prompt_logprobs", "new"), [(None, NEW), (2, NEW), (2, 0)])
+def test_a_text_with_which_the_model_fails_fails_alone(
+    prompt_logprobs: int | None, new: int, llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    asked = requests(llama)
-    calls = 0
-    whole = forward_with_backend
+    # Within its prompt, or where that is short, at its first decode.
+    rules = {"temperature": 0.9, "seed": 3, "prompt_logprobs": prompt_logprobs, "max_new_tokens": new}
+    asked = requests(llama, **rules)
+    asked.append(Request(asked[0].prompt, asked[0].prefix, asked[0].sampling, n=3))
+    expected = Engine(llama).run(asked)
+    forward = ModelRunner.forward
 
-    def sometimes(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise RuntimeError("out of luck")
-        return whole(*args)
+    def fail(self: ModelRunner, decodes: Any, prefills: Any) -> torch.Tensor:
+        logits = forward(self, decodes, prefills)
+        for work in (*decodes, *prefills):
+            if work.sequence.request is asked[1] and (work.sequence.num_computed_tokens >= 8 or work in decodes):
+                raise RuntimeError("out of luck")
+        return logits
 
-    replace_everywhere(monkeypatch, forward_with_backend, sometimes)
-    found = Engine(llama, EngineConfig(num_slots=3)).run(asked)
-    failed = [number for number, (output,) in enumerate(found) if output.finish_reason == "error"]
-    assert len(failed) == 3
-    assert all(found[number][0].error == "RuntimeError: out of luck" for number in failed)
-    for number in set(range(len(asked))) - set(failed):
-        assert ids(found[number][0]) == alone(llama, asked[number])
+    monkeypatch.setattr(ModelRunner, "forward", fail)
+    found = Engine(llama, EngineConfig(num_slots=4, prefill_tokens=8)).run(asked)
+    assert [output.error for output in found[1]] == ["RuntimeError: out of luck"]
+    for number, texts in enumerate(found):
+        for output, one in zip(texts, expected[number], strict=True):
+            if number != 1:
+                assert (ids(output), output.finish_reason) == (ids(one), one.finish_reason)
+                assert [token.id for token in output.prompt_tokens] == [token.id for token in one.prompt_tokens]
+                got, wanted = ([token.logprob for token in text.prompt_tokens[1:]] for text in (output, one))
+                assert got == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_text_whose_token_cannot_be_decoded_fails_alone(

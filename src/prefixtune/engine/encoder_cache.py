@@ -135,7 +135,7 @@ class EncoderCache:
         sources: dict[int, Float[Tensor, "1 S E"]] = {}
         targets: dict[int, list[tuple[int, int]]] = {}
         for sequence in sequences:
-            encoded = self._new_sources.pop(sequence.slot, None)
+            encoded = self._new_sources.get(sequence.slot)
             if encoded is not None:
                 sources[id(encoded)] = encoded
                 targets.setdefault(id(encoded), []).append(
@@ -147,6 +147,11 @@ class EncoderCache:
         cross = SlotAttention(self.kv_cache, spans, (), kernel=decoder.kernel)
         row = torch.cat(list(sources.values()), dim=1) if sources else self._placeholder
         return EncoderAttention(decoder, cross, new_sources), row
+
+    def computed(self, sequences: Sequence[TokenSequence]) -> None:
+        """Note that a step has computed what is new of the sequences' sources; one that fails may be tried again."""
+        for sequence in sequences:
+            self._new_sources.pop(sequence.slot, None)
 
     def _span(self, slot: int) -> QuerySpan:
         """A query that sees a slot's prefix and all of its source."""

@@ -19,6 +19,7 @@ product has other rows as well, which may decide a close choice between two toke
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -59,6 +60,8 @@ _PROMPT_LOGITS_BYTES = 2**27
 """Of the logits (as float32) of prompts whose log-probabilities are wanted, in one step."""
 _CONTEXT_TOKENS = 4
 """Tokens of a prompt with which the first generated tokens are decoded."""
+
+_log = logging.getLogger(__name__)
 
 S = TypeVar("S", TokenSequence, ScheduledSequence)
 
@@ -260,9 +263,8 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Compute one step; returns its outputs.
 
-        A sequence whose prefix cannot be made readable, for which memory does not suffice or whose logits are
-        not finite, ends with `error`; the others go on. If the model fails, every sequence of the step ends so, and the
-        engine goes on with the rest.
+        A sequence whose prefix cannot be made readable, for which memory does not suffice, with which the model fails
+        or whose logits are not finite, ends with `error`; the others go on.
         """
         outputs = self._end_cancelled()
         with self._lock:
@@ -276,12 +278,11 @@ class Engine:
             decodes, prefills = self.scheduler.schedule()
         decodes = self._try_each(decodes, self.runner.reserve, outputs)
         prefills = self._try_each(prefills, self.runner.reserve, outputs)
-        scheduled = [*decodes, *prefills]
-        self.batch_size = len(scheduled)
+        self.batch_size = len(decodes) + len(prefills)
+        scheduled, logits = self._forward(decodes, prefills, outputs)
         if not scheduled:
             return outputs
         try:
-            logits = self.runner.forward(decodes, prefills)
             sampled = [work.sequence for work in scheduled if work.needs_logits]
             tokens = sample(logits[: len(sampled)], sampled, self.backbone.eos_id) if sampled else []
             broken = _add_prompt_logprobs(logits[len(sampled) :], scheduled)
@@ -305,6 +306,30 @@ class Engine:
             self.runner.encode(sequences)
         except Exception:
             self._try_each(sequences, lambda sequence: self.runner.encode([sequence]), outputs)
+
+    def _forward(
+        self, decodes: list[ScheduledSequence], prefills: list[ScheduledSequence], outputs: list[SequenceOutput]
+    ) -> tuple[list[ScheduledSequence], Float[Tensor, "W V"]]:
+        """The step's logits, as `ModelRunner.forward` gives them, and of which sequences; one that fails ends alone."""
+        if not decodes and not prefills:
+            return [], torch.empty(0, self._vocab_size)
+        try:
+            return [*decodes, *prefills], self.runner.forward(decodes, prefills)
+        except Exception:
+            _log.exception("a step failed; its sequences are computed one by one")
+        after_last: list[Tensor] = []
+        in_prompts: list[Tensor] = []
+
+        def compute(work: ScheduledSequence) -> None:
+            # What the failed step wrote is written again.
+            one = [work]
+            logits = self.runner.forward(one, []) if work in decodes else self.runner.forward([], one)
+            count = int(work.needs_logits)
+            after_last.append(logits[:count])
+            in_prompts.append(logits[count : count + work.num_prompt_logits])
+
+        computed = self._try_each([*decodes, *prefills], compute, outputs)
+        return computed, torch.cat([*after_last, *in_prompts]) if computed else torch.empty(0, self._vocab_size)
 
     def _share_prompts(self) -> None:
         """Let sequences have what was computed of their prompt for another one of their request."""

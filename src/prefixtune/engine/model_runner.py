@@ -131,7 +131,7 @@ class ModelRunner:
     def forward(
         self, decodes: Sequence[ScheduledSequence], prefills: Sequence[ScheduledSequence]
     ) -> Float[Tensor, "W V"]:
-        """Compute the scheduled tokens in one row.
+        """Compute the scheduled tokens in one row; if that fails, it may be done again, or in parts.
 
         Returns:
             The logits after each sequence's last token that needs them; then those after the tokens of prompts whose
@@ -178,6 +178,8 @@ class ModelRunner:
                 logits_to_keep,
                 encoded,
             )[0]
+        if self.encoder_cache is not None:
+            self.encoder_cache.computed([scheduled.sequence for scheduled in decodes])
         # Where every token has its own, as in a decoder's step, they are not copied.
         every = len(last_indices) == len(ids) and not prompt_indices
         return logits if logits_to_keep is not None or every else logits[wanted]

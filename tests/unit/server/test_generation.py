@@ -20,15 +20,15 @@ from prefixtune.server.api import prompting
 
 def test_a_request_that_fails_fails_alone(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     app, state = make_server()
-    submit = state.worker.submit
+    runner = state.worker.engine.runner
+    forward = runner.forward
 
-    def failing(request: Any, on_output: Any, deadline: Any = None) -> None:
-        if request.prefix_name == "b":
-            on_output(SequenceOutput(request.id, 0, (), "", "error", "NaN in /srv/models"))
-        else:
-            submit(request, on_output, deadline)
+    def failing(decodes: Any, prefills: Any) -> torch.Tensor:
+        if any(work.sequence.request.prefix_name == "b" for work in (*decodes, *prefills)):
+            raise RuntimeError("NaN in /srv/models")
+        return forward(decodes, prefills)
 
-    monkeypatch.setattr(state.worker, "submit", failing)
+    monkeypatch.setattr(runner, "forward", failing)
 
     async def both() -> list[Response]:
         return list(
