@@ -250,6 +250,8 @@ class OpenRequests:
 class Admission:
     """The queue's limit: bounds the texts that run or wait, and shares the room fairly.
 
+    As many may be prepared meanwhile: their prefix is read, their text tokenized, their schema compiled.
+
     Args:
         num_slots: Texts that run at once.
         max_queue: Texts that may wait.
@@ -258,12 +260,30 @@ class Admission:
     def __init__(self, num_slots: int, max_queue: int) -> None:
         self.num_slots = num_slots
         self._capacity = SharedCapacity(num_slots + max_queue)
+        self._in_preparation = SharedCapacity(num_slots + max_queue)
         self._seconds_per_request = 1.0
 
     @property
     def texts(self) -> int:
         """How many texts run or wait."""
         return self._capacity.used
+
+    @property
+    def texts_in_preparation(self) -> int:
+        """How many texts are being prepared."""
+        return self._in_preparation.used
+
+    @contextlib.contextmanager
+    def prepare(self, texts: int, tenant: str = "") -> Iterator[None]:
+        """Count some texts of a tenant as being prepared while the block runs.
+
+        Raises:
+            QueueFull: There is no room for them.
+        """
+        if not self._in_preparation.has_room(texts, tenant):
+            raise QueueFull(f"{self.texts_in_preparation} texts are being prepared already", 1.0)
+        with self._in_preparation.hold(texts, tenant):
+            yield
 
     @contextlib.contextmanager
     def admit(self, texts: int, tenant: str = "") -> Iterator[None]:

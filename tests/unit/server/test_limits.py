@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from asgi_client import Response, bearer, completion, send
+from prefixtune.server.api import prompting
 from prefixtune.server.auth import hash_key
 from prefixtune.server.limits import Admission, QueueFull, RateLimited, RequestLimit
 from prefixtune.server.settings import KeyConfig
@@ -38,6 +40,39 @@ def test_the_queue_is_bounded(make_server: Callable[..., Any], monkeypatch: pyte
     assert int(refused.headers["retry-after"]) >= 1
     assert health.status == 200
     assert state.admission.texts == 0
+
+
+def test_requests_in_preparation_are_bounded(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, state = make_server(max_queue=2)
+    release = threading.Event()
+    encode = prompting.encode_prompts
+
+    def slowly(*arguments: Any) -> Any:
+        assert release.wait(20)
+        return encode(*arguments)
+
+    monkeypatch.setattr(prompting, "encode_prompts", slowly)
+    chat = {"model": "a", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "n": 2}
+    task = {"name": "Aromi", "max_tokens": 5}
+
+    async def fill() -> tuple[list[Response], list[Response]]:
+        bodies = [("/v1/completions", completion(prompt=["x", "y"])), ("/v1/chat/completions", chat)]
+        bodies += [("/v1/tasks/b", task), ("/v1/tasks/a", task)]
+        running = [asyncio.ensure_future(send(app, "POST", path, body)) for path, body in bodies]
+        while state.admission.texts_in_preparation < 6:
+            await asyncio.sleep(0.005)
+        refused = [await send(app, "POST", path, body) for path, body in bodies]
+        release.set()
+        return refused, list(await asyncio.gather(*running))
+
+    refused, served = asyncio.run(fill())
+    assert [(response.status, response.code) for response in refused] == [(429, "queue_full")] * 4
+    assert {response.headers["retry-after"] for response in refused} == {"1"}
+    assert [response.status for response in served] == [200] * 4
+    assert state.admission.texts_in_preparation == 0
+    # What is refused later counts no more, either.
+    assert asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 2_000))).status == 400
+    assert state.admission.texts_in_preparation == 0
 
 
 def test_what_can_never_fit_is_refused_as_such_before_the_queue(

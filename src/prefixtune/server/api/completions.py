@@ -57,6 +57,7 @@ async def create_completion(context: GenerationContext) -> Response:
     """Continue a prompt."""
     state = context.state
     request = await read_json(context, partial(parse, CompletionRequest, limits=state.limits))
+    context.prepare(len(request.prompts) * request.n)
     model = await state.catalog.load(request.model, context.caller, request.prefixes, tenant=context.tenant)
     if state.config.log_prompts:
         context.log_fields["prompts"] = request.prompts
@@ -92,6 +93,7 @@ async def create_chat_completion(context: GenerationContext) -> Response:
     """Answer a chat, in the prefix's text format or the backbone's chat template."""
     state = context.state
     request = await read_json(context, partial(parse, ChatRequest, limits=state.limits))
+    context.prepare(request.n)
     model = await state.catalog.load(request.model, context.caller, request.prefixes, tenant=context.tenant)
     if state.config.log_prompts:
         context.log_fields["messages"] = request.conversation

@@ -58,6 +58,7 @@ class RequestContext:
         log_fields: What its log line contains.
         headers: Headers of a successful response.
         started: When its header had arrived, by the monotonic clock.
+        preparation: What ends when the request's texts are admitted, or with the response.
     """
 
     request: Request
@@ -68,6 +69,7 @@ class RequestContext:
     log_fields: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    preparation: ExitStack = field(default_factory=ExitStack)
 
     @property
     def remaining(self) -> float:
@@ -78,6 +80,15 @@ class RequestContext:
     def name(self) -> str:
         """The name in the path."""
         return str(self.request.path_params.get("name", ""))
+
+    def prepare(self, texts: int) -> None:
+        """Count texts that are prepared for the engine, until they are admitted.
+
+        Raises:
+            QueueFull: Too many are being prepared.
+        """
+        self.exit_stack.callback(self.preparation.close)
+        self.preparation.enter_context(self.state.admission.prepare(texts, self.tenant))
 
     def count(self) -> None:
         """Count the request against the key's limits, where its endpoint does not.

@@ -220,6 +220,7 @@ def start_generation(
         hint = f"shorten the prompt or lower max_tokens{fewer}."
         raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None
     context.exit_stack.enter_context(state.admission.admit(len(prompts) * n, context.tenant))
+    context.preparation.close()
     generation = Generation(state.worker, requests, model, context.remaining, state.metrics)
     context.exit_stack.callback(_finish, context, generation)
     try:

@@ -63,6 +63,7 @@ async def create_task_output(context: GenerationContext) -> Response:
     """
     state = context.state
     body = await read_json(context, dict)
+    context.prepare(1)
     model = await state.catalog.load(context.name, context.caller, tenant=context.tenant)
     model = await _with_format_of(context, model, body.get("format_of"))
     schema = task_schema_of(model.header)
