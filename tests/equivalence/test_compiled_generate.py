@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.twin import make_twin
 from prefixtune.data.examples import Example
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.evaluation.evaluate import evaluate
@@ -27,10 +28,18 @@ NEW = 16
 CONFIG = GenerateConfig(max_new_tokens=NEW, min_new_tokens=NEW, batch_size=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    if not engine_runs._is_compiled(patient=True):
-        pytest.skip("this machine gains nothing by panels, or compiles nothing")
+@pytest.fixture(scope="module")
+def is_compiled() -> bool:
+    """Whether this machine gains by panels, and compiles."""
+    return engine_runs._is_compiled(patient=True)
+
+
+@pytest.fixture(autouse=True)
+def engine_anywhere(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the engine runs the model's own layers: what it is asked for, and when, is the same."""
+    if not is_compiled:
+        monkeypatch.setattr(engine_runs, "_is_compiled", lambda patient: True)
+        monkeypatch.setattr(engine_runs, "_pack", make_twin)
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +250,10 @@ def test_nothing_is_made_for_a_few_tokens_or_where_memory_is_short(tiny_tokenize
 
 
 def test_little_memory_keeps_one_copy(
-    tiny_tokenizer: Any, asked: Any, runs: list[int], monkeypatch: pytest.MonkeyPatch
+    is_compiled: bool, tiny_tokenizer: Any, asked: Any, runs: list[int], monkeypatch: pytest.MonkeyPatch
 ):
+    if not is_compiled:
+        pytest.skip("this machine gains nothing by panels, or compiles nothing")
     monkeypatch.setattr(engine_runs, "_SHARE_OF_MEMORY", 0.0)
     generate_ids(in_bf16("llama", tiny_tokenizer), *asked, config=CONFIG)
     assert runs == []
