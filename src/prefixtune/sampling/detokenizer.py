@@ -53,8 +53,7 @@ class Detokenizer:
         self._decode_pending()
         if self.stopped:
             return self._new_part(self._text)
-        held = max((n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n])), default=0)
-        return self._new_part(self._text[: len(self._text) - held])
+        return self._new_part(self._text[: len(self._text) - self._num_held()])
 
     def finish(self) -> str:
         """No more tokens come: returns what was held back and belongs to the text."""
@@ -81,6 +80,18 @@ class Detokenizer:
             self._text = text[: min(stops)]
         elif final or (added and not added.endswith("\ufffd")):
             self._text, self._context, self._pending = text, self._pending, []
+
+    def _num_held(self) -> int:
+        """How many characters at the end of the text may be the beginning of a stop string."""
+        held = 0
+        for string in self._stop:
+            if len(string) > 1:
+                tail = self._text[1 - len(string) :]
+                start = tail.find(string[0])
+                while start >= 0 and not string.startswith(tail[start:]):
+                    start = tail.find(string[0], start + 1)
+                held = max(held, len(tail) - start if start >= 0 else 0)
+        return held
 
     def _new_part(self, text: str) -> str:
         """What was not returned before."""

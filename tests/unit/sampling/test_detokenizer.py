@@ -67,6 +67,35 @@ def test_what_may_still_be_a_stop_string_is_held_back():
     assert pieces(by_bytes, list(b"a <"), ("</s>",)) == ["a", "", "", " <"]
 
 
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
+def test_held_back_is_the_longest_beginning_of_a_stop_string(text: str, stop: list[str]) -> None:
+    found = Detokenizer(by_bytes, stop, verbatim=True)
+    returned = found.add(*text.encode())
+    if not found.stopped:
+        held = [n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])]
+        assert returned == text[: len(text) - max(held, default=0)]
+
+
+def test_long_stop_strings_cost_little() -> None:
+    class Counted(str):
+        count = 0
+
+        def startswith(self, *arguments: Any) -> bool:
+            Counted.count += 1
+            return super().startswith(*arguments)
+
+        def __getitem__(self, key: Any) -> str:
+            Counted.count += 1
+            return super().__getitem__(key)
+
+    stop = tuple(Counted(f"#{number:02}" + "x" * 253) for number in range(16))
+    written = b"some text with a # in it"
+    assert "".join(pieces(by_bytes, list(written), stop)) == written.decode()
+    # Of each string its first character, and whether it begins as the text after a # does.
+    assert Counted.count < 4 * len(stop) * len(written)
+
+
 def test_a_text_is_decoded_a_few_tokens_at_a_time():
     longest = 0
 
