@@ -25,11 +25,25 @@ def test_prompts_and_outputs_are_logged_only_on_request(
     make_server: Callable[..., Any], caplog: pytest.LogCaptureFixture, enabled: bool
 ) -> None:
     app, _ = make_server(log_prompts=enabled)
-    with caplog.at_level(logging.DEBUG, "prefixtune.server"):
-        output = asyncio.run(send(app, "POST", "/v1/tasks/a", {"name": "a secret", "max_tokens": 20})).json["output"]
-    (record,) = caplog.records
-    assert ("a secret" in str(record.__dict__)) is enabled
-    assert (output in str(record.__dict__["fields"].get("outputs"))) is enabled
+
+    def fields(path: str, **body: Any) -> tuple[Any, Response]:
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, "prefixtune.server"):
+            response = asyncio.run(send(app, "POST", path, {"max_tokens": 20, **body}))
+        (record,) = caplog.records
+        assert ("a secret" in str(record.__dict__)) is enabled
+        return record.__dict__["fields"].get("outputs"), response
+
+    outputs, response = fields("/v1/tasks/a", name="a secret")
+    assert outputs == ([response.json["output"]] if enabled else None)
+    chat = {"model": "a", "messages": [{"role": "user", "content": "a secret"}]}
+    for path, more in (("/v1/completions", completion(prompt="a secret", n=2)), ("/v1/chat/completions", chat)):
+        body = {**more, "max_tokens": 20, "temperature": 0}
+        whole, response = fields(path, **body)
+        texts = [choice.get("text") or choice["message"]["content"] for choice in response.json["choices"]]
+        assert whole == (texts if enabled else None)
+        assert fields(path, **body, stream=True)[0] == whole
+    assert fields("/v1/tasks/a", name="a secret", stream=True)[0] == outputs
 
 
 @pytest.mark.parametrize("raw", [False, True])
