@@ -175,7 +175,9 @@ class EngineWorker:
         with self._changed:
             self._accepting, self._closing = False, True
             while self._calls:
-                self._calls.popleft()[0].cancel()
+                future, _ = self._calls.popleft()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(EngineFull("the engine is being closed.", hint="use another replica."))
             for request_id in self._submissions:
                 self.engine.cancel(request_id)
             self._changed.notify_all()

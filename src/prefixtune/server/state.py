@@ -49,6 +49,7 @@ class ServerState:
         classify_lock: Whose texts the engine's thread classifies next.
         response_threads: Where large responses are written.
         draining: Whether the server is shutting down.
+        closed: Whether it has stopped: nothing is computed any more.
         folder_error: Why the last reload of the folder failed; names no path, as everybody may read it.
         started: When the server started, in seconds since 1970.
     """
@@ -76,7 +77,7 @@ class ServerState:
         self.open_requests = OpenRequests()
         self.admission = Admission(config.num_slots, config.max_queue)
         self.limits = Limits(config.max_tokens, config.max_texts, config.max_joined_prefixes)
-        self.draining = False
+        self.draining = self.closed = False
         self.folder_error = ""
         self.metrics = Metrics(
             worker,
@@ -115,6 +116,7 @@ class ServerState:
 
     def close(self) -> None:
         """Stop the engine and the checks of files; what still runs is cancelled."""
+        self.closed = True
         if self._worker is not None:
             self._worker.close()
         self.catalog.close()

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from prefixtune.server.responses import unavailable
+
 __all__ = ["FairThreads"]
 
 
@@ -42,11 +44,14 @@ class FairThreads:
         self._is_closed = False
 
     def submit(self, tenant: str, work: Callable[[], T]) -> Future[T]:
-        """Do something in a thread, when it is the tenant's turn; until then, it may be cancelled."""
+        """Do something in a thread, when it is the tenant's turn; until then, it may be cancelled.
+
+        The future has an `ApiError` where the threads are closed before that.
+        """
         future: Future[T] = Future()
         with self._lock:
             if self._is_closed:
-                future.cancel()
+                _refuse(future)
                 return future
             self._waiting.setdefault(tenant, deque()).append(_Work(work, future))
             self._start()
@@ -67,13 +72,13 @@ class FairThreads:
             raise
 
     def close(self) -> None:
-        """Take no more work, and cancel what waits; what runs goes on."""
+        """Take no more work, and refuse what waits; what runs goes on."""
         with self._lock:
             self._is_closed = True
             waiting, self._waiting = self._waiting, OrderedDict()
         for queue in waiting.values():
             for work in queue:
-                work.future.cancel()
+                _refuse(work.future)
         self._threads.shutdown(wait=False)
 
     def _start(self) -> None:
@@ -103,3 +108,9 @@ class FairThreads:
                 del self._running[tenant]
             if not self._is_closed:
                 self._start()
+
+
+def _refuse(future: Future[Any]) -> None:
+    """Let who waits for some work answer that the server stops."""
+    if future.set_running_or_notify_cancel():
+        future.set_exception(unavailable("the server is shutting down.", "draining", retry_after=5))

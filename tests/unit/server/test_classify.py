@@ -252,6 +252,31 @@ def test_one_with_many_texts_delays_another_by_one_batch(server: Any) -> None:
     assert batches <= 4
 
 
+def test_a_forced_stop_answers_what_waits(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, state = server
+    begun, release = threading.Event(), threading.Event()
+
+    def busy(_: Any) -> None:
+        begun.set()
+        assert release.wait(20)
+
+    async def stop() -> list[Any]:
+        state.worker.call(busy)
+        assert await asyncio.to_thread(begun.wait, 20)
+        waiting = [
+            asyncio.ensure_future(send(app, "POST", "/classify", {"model": "head", "input": "x"})) for _ in range(2)
+        ]
+        while not state.worker._calls:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(state.worker.close, 0.0)
+        release.set()
+        return list(await asyncio.gather(*waiting))
+
+    for response in asyncio.run(stop()):
+        assert (response.status, response.code) == (503, "engine_unavailable")
+        assert "retry-after" in response.headers
+
+
 def test_a_text_is_at_most_as_long_as_the_server_allows(make_server: Callable[..., Any]) -> None:
     body = {"model": "tiny", "input": ["x", "a long text"], "labels": ["yes", "no"]}
     for options, words in (({"max_prompt_tokens": 8}, "8 are allowed"), ({"max_length": 12}, "the limit is 12")):

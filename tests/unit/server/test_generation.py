@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -113,6 +114,32 @@ def test_when_the_engine_fails_its_requests_get_503_and_later_ones_are_served(
 
     assert asyncio.run(until_served()).status == 200
     assert state.worker.engine is not engine
+
+
+def test_a_forced_stop_answers_what_waits_for_the_tokenizer(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    begun, release = threading.Event(), threading.Event()
+    encode = prompting.encode_prompts
+
+    def slowly(*arguments: Any) -> Any:
+        begun.set()
+        assert release.wait(20)
+        return encode(*arguments)
+
+    monkeypatch.setattr(prompting, "encode_prompts", slowly)
+
+    async def stop() -> list[Response]:
+        waiting = [asyncio.ensure_future(send(app, "POST", "/v1/completions", completion())) for _ in range(3)]
+        assert await asyncio.to_thread(begun.wait, 20)
+        await asyncio.to_thread(state.close)
+        release.set()
+        return list(await asyncio.gather(*waiting))
+
+    responses = asyncio.run(stop())
+    assert [response.status for response in responses] == [503] * 3
+    assert [response.code for response in responses].count("draining") == 2
 
 
 def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:

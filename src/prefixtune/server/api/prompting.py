@@ -26,7 +26,7 @@ from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import task_decoding
-from prefixtune.server.responses import bad_request
+from prefixtune.server.responses import bad_request, unavailable
 
 __all__ = [
     "chat_source",
@@ -51,7 +51,7 @@ async def run_in_turn(context: RequestContext, work: Callable[[], T]) -> T:
     """Run work on one text in the tokenizer's thread, when it is the caller's turn: a long text must not block streams.
 
     Raises:
-        ApiError: The request's time is over.
+        ApiError: The request's time is over, or the server has stopped.
         ClientDisconnect: The client disconnected.
     """
     state = context.state
@@ -59,6 +59,8 @@ async def run_in_turn(context: RequestContext, work: Callable[[], T]) -> T:
 
     async def wait_and_work() -> T:
         async with state.tokenizer_lock.hold(context.tenant):
+            if state.closed:
+                raise unavailable("the server is shutting down.", "draining", retry_after=5)
             return await loop.run_in_executor(state.tokenizer_thread, work)
 
     try:
