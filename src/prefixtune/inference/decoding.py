@@ -25,7 +25,7 @@ from prefixtune.sampling.detokenizer import StopStringCriterion, ids_until_stop
 from prefixtune.sampling.grammar import compile_json_schema, constrain
 from prefixtune.sampling.penalties import penalize, penalizes
 
-__all__ = ["generate_batch", "put_prefixes", "repetition_processor", "seeded"]
+__all__ = ["generate_batch", "penalty_processor", "put_prefixes", "seeded"]
 
 
 @torch.inference_mode()
@@ -208,7 +208,7 @@ def _add_rules(
         )
     processors = LogitsProcessorList()
     if penalizes(config):
-        processors.append(_penalties(backbone, prompts, config, start))
+        processors.append(penalty_processor(backbone, prompts, config, start))
     if config.response_schema:
         begin = start if backbone.forced_bos_id is None else start + 1
         grammar = compile_json_schema(backbone, config.response_schema)
@@ -217,10 +217,17 @@ def _add_rules(
         arguments["logits_processor"] = processors
 
 
-def _penalties(
+def penalty_processor(
     backbone: Backbone, prompts: Sequence[Sequence[int]], config: GenerateConfig, start: int
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Transformers' own penalties would count padding and prefix slots."""
+    """The penalties on each row's own text; transformers' own would count padding and prefix slots.
+
+    Args:
+        backbone: The frozen model.
+        prompts: Token ids that count as said; an encoder-decoder's do not.
+        config: The penalties, and with `num_beams` the rows per prompt.
+        start: Where generated tokens begin in the ids.
+    """
     in_prompt: torch.Tensor | None = None
 
     def apply(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -237,27 +244,6 @@ def _penalties(
         return penalize(scores, config, in_prompt | (counts > 0), counts)
 
     return apply
-
-
-def repetition_processor(
-    prompts: Sequence[Sequence[int]], penalty: float, start: int, repeats: int
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A repetition penalty on each row's own text: without padding, prefix slots and other rows.
-
-    Args:
-        prompts: Token ids that count as said.
-        penalty: Above 1: said tokens become less likely.
-        start: Where generated tokens begin in the ids.
-        repeats: Rows per prompt.
-    """
-
-    def penalize(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen = torch.zeros_like(scores, dtype=torch.bool)
-        for row, ids in enumerate(input_ids[:, start:].tolist()):
-            seen[row, [*prompts[row // repeats], *ids]] = True
-        return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
-
-    return penalize
 
 
 @contextlib.contextmanager

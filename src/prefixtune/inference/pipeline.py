@@ -23,7 +23,7 @@ from prefixtune.data.labels import labels_of
 from prefixtune.errors import ConfigError, RequestError, did_you_mean
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.decoding import put_prefixes, repetition_processor
+from prefixtune.inference.decoding import penalty_processor, put_prefixes
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
 
@@ -224,7 +224,8 @@ def _generate(
             setattr(config, name, getattr(config, name) + width)
     processors = list(logits_processor or ())
     if config.repetition_penalty and config.repetition_penalty != 1:
-        processors.append(repetition_processor(prompts, config.repetition_penalty, start, repeats))
+        penalties = GenerateConfig(num_beams=repeats, repetition_penalty=config.repetition_penalty)
+        processors.append(penalty_processor(backbone, prompts, penalties, start))
         config.repetition_penalty = None
     if streamer is not None:
         options["streamer"] = _Shortened(streamer, width)
