@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import BackboneLike, as_backbone
-from prefixtune.errors import BackboneError
+from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix, check_fits
 
-__all__ = ["PrefixLike", "as_prefix", "load_prefix", "make_header"]
+__all__ = ["PrefixLike", "as_prefix", "load_prefix", "make_header", "named_backbone", "trained_adapter"]
 
 
 def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
@@ -89,6 +90,45 @@ def load_prefix(
         if not allow_other_backbone:
             _check_fingerprint(prefix.header, backbone, name)
     return prefix
+
+
+def named_backbone(prefixes: Sequence[Prefix]) -> str:
+    """The backbone that prefixes were trained for; one that names none goes along. Without any, the embedded one.
+
+    Raises:
+        ConfigError: They name several, or none.
+    """
+    names = {backbone_origin(prefix.header).name for prefix in prefixes} - {""}
+    if len(names) > 1 or (prefixes and not names):
+        named = f"different backbones: {', '.join(sorted(names))}" if names else "no backbone"
+        raise ConfigError(
+            f"the {'prefixes name' if len(prefixes) > 1 else 'prefix names'} {named}.",
+            hint='name the model: load("smollm2-135m", prefix), or --backbone.',
+        )
+    return names.pop() if names else DEFAULT_BACKBONE
+
+
+def trained_adapter(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) -> str | None:
+    """The LoRA adapter that prefixes were trained with: a folder next to their file, or a name; None: there is none.
+
+    Args:
+        files: Where each prefix was read from; the prefix itself, if it was given.
+        prefixes: As many.
+
+    Raises:
+        ConfigError: They were trained with different ones.
+    """
+    adapters: set[str | None] = set()
+    for file, prefix in zip(files, prefixes, strict=True):
+        name = prefix.header.get("adapter")
+        beside = None if isinstance(file, Prefix) or not name else file.parent / str(name)
+        adapters.add(None if not name else str(beside) if beside is not None and beside.is_dir() else str(name))
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"the prefixes were trained with different adapters: {', '.join(sorted(map(str, adapters)))}.",
+            hint="use one at a time, or name the adapter: adapter= of load, or --adapter.",
+        )
+    return adapters.pop() if adapters else None
 
 
 def _check_fingerprint(header: Mapping[str, Any], backbone: Backbone, name: str) -> None:

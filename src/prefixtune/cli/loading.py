@@ -193,22 +193,15 @@ def load_with_prefixes(
     check_all([partial(find, text) for text in files])
 
     from prefixtune.backbone.load import check_size
-    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.backbone.prefixes import load_prefix, named_backbone, trained_adapter
     from prefixtune.prefix.compose import check_join, concatenate
-    from prefixtune.prefix.header import backbone_origin
     from prefixtune.prefix.text_format import read_text_format
 
     files = [file for names in parts for file in names]
     prefixes = read_prefixes(files)
     stored = dict(zip(files, prefixes, strict=True))
-    names = {backbone_origin(prefix.header).name for prefix in prefixes} - {""}
-    if options.backbone is None and len(names) > 1:
-        raise ConfigError(
-            f"the prefixes name different backbones: {', '.join(sorted(names))}.",
-            hint="generate for one at a time, or pass --backbone.",
-        )
-    name = options.backbone or next(iter(names), DEFAULT_BACKBONE)
-    adapter = _adapter(options, files, prefixes)
+    name = options.backbone or named_backbone(prefixes)
+    adapter = options.adapter or trained_adapter([Path(file) for file in files], prefixes)
     check_all(
         [
             partial(_check_loadable, options, name, adapter),
@@ -235,27 +228,6 @@ def _check_loadable(options: Any, name: str, adapter: str | None = None) -> None
     from prefixtune.backbone.load import check_loadable
 
     check_loadable(name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter)
-
-
-def _adapter(options: Any, files: Sequence[str], prefixes: Sequence[Prefix]) -> str | None:
-    """The LoRA adapter of --adapter, or the one that the prefixes were trained with.
-
-    Raises:
-        ConfigError: The prefixes were trained with different ones.
-    """
-    if options.adapter:
-        return str(options.adapter)
-    adapters: set[str | None] = set()
-    for file, prefix in zip(files, prefixes, strict=True):
-        name = prefix.header.get("adapter")
-        next_to_file = Path(file).parent / str(name)
-        adapters.add(None if not name else str(next_to_file) if next_to_file.is_dir() else str(name))
-    if len(adapters) > 1:
-        raise ConfigError(
-            f"the prefixes were trained with different adapters: {', '.join(sorted(map(str, adapters)))}.",
-            hint="generate for one at a time.",
-        )
-    return adapters.pop() if adapters else None
 
 
 def find_artifact(options: Any, file: str | None) -> Artifact:

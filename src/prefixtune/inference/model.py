@@ -10,22 +10,20 @@ import os
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast, overload
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone, load_backbone
-from prefixtune.backbone.prefixes import PrefixLike, load_prefix
+from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.prefixes import PrefixLike, load_prefix, named_backbone, trained_adapter
 from prefixtune.data.chat import has_chat_template
 from prefixtune.data.encoding import check_texts
-from prefixtune.errors import ConfigError, RequestError, describe_value
+from prefixtune.errors import RequestError, describe_value
 from prefixtune.inference.classify import Prediction, classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.notebook import prefix_html
 from prefixtune.prefix.prefix import Prefix
@@ -71,9 +69,9 @@ def load(
     files = [one if isinstance(one, Prefix) else prefix_file(one) for one in given]
     read = [load_prefix(file) for file in files]
     if model is None:
-        model = _backbone_of(read)
+        model = named_backbone(read)
     if isinstance(model, str | os.PathLike):
-        adapter = options.pop("adapter", None) or _adapter_of(files, read)
+        adapter = options.pop("adapter", None) or trained_adapter(files, read)
         backbone = load_backbone(model, **{"dtype": "auto", "adapter": adapter, **options})
     else:
         backbone = load_backbone(model, **options) if options else as_backbone(model)
@@ -255,41 +253,6 @@ def _as_list(prefix: PrefixLike | Sequence[PrefixLike] | None) -> list[PrefixLik
         return []
     several = isinstance(prefix, Sequence) and not isinstance(prefix, str)
     return list(cast(Sequence[PrefixLike], prefix)) if several else [cast(PrefixLike, prefix)]
-
-
-def _backbone_of(prefixes: Sequence[Prefix]) -> str:
-    """The backbone that the prefixes were trained for.
-
-    Raises:
-        ConfigError: They name several, or none.
-    """
-    names = {backbone_origin(prefix.header).name for prefix in prefixes}
-    if len(names) > 1 or names == {""}:
-        shown = ", ".join(sorted(names)).strip(", ") or "none"
-        raise ConfigError(
-            f"the prefixes name {'different backbones' if len(names) > 1 else 'no backbone'} ({shown}).",
-            hint='name the model, as in load("smollm2-135m", prefix).',
-        )
-    return names.pop() if names else DEFAULT_BACKBONE
-
-
-def _adapter_of(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) -> str | None:
-    """The LoRA adapter that the prefixes were trained with: next to their files, or by its name.
-
-    Raises:
-        ConfigError: They were trained with different ones.
-    """
-    adapters = set()
-    for file, prefix in zip(files, prefixes, strict=True):
-        name = str(prefix.header.get("adapter") or "")
-        beside = None if isinstance(file, Prefix) or not name else file.parent / name
-        adapters.add(str(beside) if beside is not None and beside.is_dir() else name)
-    if len(adapters) > 1:
-        raise ConfigError(
-            f"the prefixes were trained with different adapters: {', '.join(map(repr, sorted(adapters)))}.",
-            hint="load one at a time, or name one with adapter=.",
-        )
-    return (adapters.pop() if adapters else "") or None
 
 
 def _is_conversation(value: object) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.prefixes import make_header
+from prefixtune.backbone.prefixes import make_header, named_backbone
 from prefixtune.data.chat import encode_chat
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.inference.classify import classify
@@ -157,6 +157,8 @@ def test_what_is_wrong_gets_one_line(
     stranger.header["backbone"]["name"] = "another"
     with pytest.raises(ConfigError, match="different backbones"):
         load(prefix=[make_prefix(), stranger])
+    # One that names none goes along with one that does, in Python and on the command line.
+    assert named_backbone([nameless, stranger]) == "another"
 
 
 def test_it_says_what_it_is(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
