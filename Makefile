@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# Tests run in as many processes as there are cores, each on one of them.
-PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
+# Tests run in as many processes as there are cores, each on one of them. The programs that they start compile Python once.
+PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST = $(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 # What make test needs of the package's extras.
 TEST_EXTRAS := serve,scores,bertscore,lora

@@ -37,7 +37,8 @@ def test_workers_of_ray_share_a_study_that_is_killed_and_goes_on(flags: tuple[st
     assert len(begun) <= 4, "what was done before is not done again"
     assert scores_of(folder) == scores_of(alone)
     # Nothing is left to do now.
-    assert events_of(run_apart(*spread, **eager)[0])[-1]["done"] == events[-1]["done"]
+    left = run(*flags, "--output", str(folder), "--seeds", "2", "--json")[0]
+    assert events_of(left)[-1]["done"] == events[-1]["done"]
 
 
 def test_a_cluster_that_is_not_there(flags: tuple[str, ...], tmp_path: Path) -> None:

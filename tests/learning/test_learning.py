@@ -246,10 +246,7 @@ def test_the_learning_rate_rises_then_falls_to_zero(backbone: Any, config_for: C
 
 
 @pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
-@pytest.mark.parametrize("moment", [("step", 3), ("save", 4), ("evaluation", 4), ("step", 9)])
-def test_resumed_is_uninterrupted(
-    moment: tuple[str, int], kind: str, backbone: Any, config_for: Callable[..., TrainConfig]
-):
+def test_resumed_is_uninterrupted(kind: str, backbone: Any, config_for: Callable[..., TrainConfig]):
     options = {
         "reparameterization": kind,
         "initialization": "random",
@@ -261,21 +258,22 @@ def test_resumed_is_uninterrupted(
     }
     data = {"backbone": backbone, "examples": SHARED, "dev_examples": HELD_OUT}
     whole = train(config_for("whole", **options), **data)
-    stopped = config_for("stopped", **options)
-    with pytest.raises(Killed):
-        train(stopped, **data, on_event=at(*moment, kill))
-    torch.manual_seed(99)
-    resumed = train(stopped, **data, resume=True)
-    assert losses(resumed) == losses(whole)
-    assert resumed.prefix.equal(whole.prefix)
-    assert resumed.best_loss == whole.best_loss
 
     def log(folder: Path) -> list[dict[str, Any]]:
         events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
         kinds = ("start", "step", "evaluation", "end")
         return [{k: v for k, v in event.items() if k != "seconds"} for event in events if event["event"] in kinds]
 
-    assert log(resumed.path.parent) == log(whole.path.parent)
+    for moment, number in (("step", 3), ("save", 4), ("evaluation", 4), ("step", 9)):
+        stopped = config_for(f"stopped-at-{moment}-{number}", **options)
+        with pytest.raises(Killed):
+            train(stopped, **data, on_event=at(moment, number, kill))
+        torch.manual_seed(99)
+        resumed = train(stopped, **data, resume=True)
+        assert losses(resumed) == losses(whole), (moment, number)
+        assert resumed.prefix.equal(whole.prefix), (moment, number)
+        assert resumed.best_loss == whole.best_loss
+        assert log(resumed.path.parent) == log(whole.path.parent)
 
 
 def test_a_log_cut_off_within_a_line_does_not_matter(backbone: Any, config_for: Callable[..., TrainConfig]):
