@@ -299,7 +299,8 @@ def test_help_of_every_command_is_quick_and_loads_nothing_large() -> None:
     assert len(commands) >= 20
     large = {"torch", "transformers", "fastapi", "jinja2", "matplotlib", "numpy", "sacrebleu"}
     code = (
-        "import sys, time; from prefixtune.cli.main import main; main(['train', '--help']); seconds = time.process_time(); "
+        "import sys, time; from prefixtune.cli.main import main; main(['train', '--help']); "
+        "seconds = time.process_time(); "
         f"[main([name, '--help']) for name in {commands}]; print(seconds); print(sorted({large} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
