@@ -188,10 +188,12 @@ class StudyConfig(Config):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with the training settings, for any method, and with the numbers of tries."""
         trained = self._trained_methods
-        tables = [("train_settings", self._shared_settings())]
-        tables += [(f"train_settings.{self.base_method(name)}", self._method_settings(name)) for name in trained]
-        faults = list(dict.fromkeys(fault for name, table in tables for fault in _setting_faults(name, table)))
-        if any("=" in str(table.get("sites", "")) for _, table in tables):
+        tables: list[tuple[str, dict[str, Any], dict[str, Any]]] = [("train_settings", self._shared_settings(), {})]
+        for name in trained:
+            method = self.base_method(name)
+            tables.append((f"train_settings.{method}", self._method_settings(name), {"method": method}))
+        faults = list(dict.fromkeys(fault for table in tables for fault in _setting_faults(*table)))
+        if any("=" in str(table.get("sites", "")) for _, table, _ in tables):
             faults.append("train_settings.sites gives lengths, but lengths are those of the study")
         for key, value in self.train_settings.items():
             if key in METHODS and not isinstance(value, Mapping):
