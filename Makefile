@@ -190,7 +190,7 @@ translator: $(VENV)/.tested  ## a real encoder-decoder of 17M parameters into bu
 # The most telling first. A study that fails lets the others go on, and `make studies` fails at its end.
 E2E_STUDIES := initialization length ceiling position
 TOYS := mapping reverse base lookup copy first plural capitals
-STUDIES := methods low-data unseen $(E2E_STUDIES) length-nested low-data-scitldr summarization \
+STUDIES := methods low-data low-data-rate unseen $(E2E_STUDIES) length-nested low-data-scitldr summarization \
 	$(addprefix toy-,$(TOYS)) dart encoder-decoder e2e-full
 STUDY := $(BIN)/prefixtune study
 .PHONY: $(addprefix study-,$(STUDIES))
@@ -212,6 +212,9 @@ study-summarization: DATA = $(SCITLDR)
 
 study-low-data:
 	$(STUDY) low-data --config studies/low_data.toml --data $(E2E) $(STUDY_ARGS)
+
+study-low-data-rate:
+	$(STUDY) low-data --config studies/low_data_rate.toml --data $(E2E) $(STUDY_ARGS)
 
 study-low-data-scitldr:
 	$(STUDY) low-data --config studies/low_data_scitldr.toml --data $(SCITLDR) $(STUDY_ARGS)
