@@ -116,8 +116,7 @@ def compare_runs(
         return _measure_outputs(folder / cell.id, metric, protocol)
 
     pairs: list[dict[str, Any]] = []
-    by_point: dict[_PairKey, list[tuple[int, dict[str, Any]]]] = {}
-    overlaps: dict[_PairKey, float] = {}
+    by_point: dict[_PairKey, list[tuple[Cell, dict[str, Any]]]] = {}
     for cell, other in counterparts(config):
         if not {cell.id, other.id} <= set(done):
             continue
@@ -132,16 +131,10 @@ def compare_runs(
                 p_value = _p_value(outputs_of(cell), outputs_of(other), part, (score, reference_score))
             pairs.append({**pair, "p_value": p_value})
             # What is not trained has no sample of its own.
-            trained, key = cell if cell.trains else other, (cell.group, other.group, part)
-            by_point.setdefault(key, []).append((trained.subset, pairs[-1]))
-            overlaps[key] = sample_overlap(trained.num_targets, available)
+            trained = cell if cell.trains else other
+            by_point.setdefault((cell.group, other.group, part), []).append((trained, pairs[-1]))
     points = [
-        {
-            "point": point,
-            "reference": reference,
-            "part": part,
-            **_summary(repetitions, overlaps[point, reference, part]),
-        }
+        {"point": point, "reference": reference, "part": part, **_summary(repetitions, available)}
         for (point, reference, part), repetitions in by_point.items()
     ]
     # Rows that are still to come count as questions, or a part of a study would be surer than the whole.
@@ -162,13 +155,19 @@ def sample_overlap(num_targets: int, available: int) -> float:
     return num_targets / available if num_targets < available else 0.0
 
 
-def _summary(repetitions: Sequence[tuple[int, Mapping[str, Any]]], shared: float) -> dict[str, Any]:
-    """What pairs say together, each with the number of its sample of the training set."""
+def _summary(repetitions: Sequence[tuple[Cell, Mapping[str, Any]]], available: int) -> dict[str, Any]:
+    """What pairs say together, each with the run that has a sample of the training set."""
     pairs = [pair for _, pair in repetitions]
     differences, p_values = ([pair[key] for pair in pairs] for key in ("difference", "p_value"))
-    # Several seeds of one sample say nothing of other samples.
-    is_one_sample = len({sample for sample, _ in repetitions}) == 1
-    found = mean_difference(_independent(repetitions), 0.0 if is_one_sample else shared)
+    by_sample: dict[int, list[float]] = {}
+    for cell, pair in repetitions:
+        by_sample.setdefault(cell.subset, []).append(pair["difference"])
+    if len(by_sample) == 1:
+        # Several seeds of one sample say nothing of other samples.
+        found = mean_difference(differences)
+    else:
+        shared = sample_overlap(repetitions[0][0].num_targets, available)
+        found = mean_difference([statistics.fmean(values) for values in by_sample.values()], shared)
     return {
         "num_runs": len(pairs),
         "differences": differences,
@@ -179,15 +178,6 @@ def _summary(repetitions: Sequence[tuple[int, Mapping[str, Any]]], shared: float
         "p_value": p_values[0] if len(pairs) == 1 else found.p_value,
         "corrected_p_value": None,
     }
-
-
-def _independent(repetitions: Sequence[tuple[int, Mapping[str, Any]]]) -> list[float]:
-    """The differences that say nothing of each other: of each sample the mean over seeds; of a single one, each."""
-    by_sample: dict[int, list[float]] = {}
-    for sample, pair in repetitions:
-        by_sample.setdefault(sample, []).append(pair["difference"])
-    (first, *others) = by_sample.values()
-    return [statistics.fmean(values) for values in (first, *others)] if others else first
 
 
 def _key(pair: Mapping[str, Any]) -> _PairKey:

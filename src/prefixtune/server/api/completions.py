@@ -166,10 +166,10 @@ async def _events(
 ) -> AsyncGenerator[bytes]:
     indices = range(generation.num_texts)
     targets = None if text_format is None else [TargetStream(text_format) for _ in indices]
-    written_targets = [""] * generation.num_texts
-    if context.state.config.log_prompts:
+    logged = [""] * generation.num_texts if context.state.config.log_prompts else None
+    if logged is not None:
         # As far as they get: the client may disconnect.
-        context.log_fields["outputs"] = written_targets
+        context.log_fields["outputs"] = logged
     # As OpenAI's, which has usage in the last event alone.
     no_usage = {"usage": None} if request.include_usage else {}
 
@@ -187,7 +187,8 @@ async def _events(
         index = generation.text_index(output)
         last = output.finish_reason is not None
         target = output.text if targets is None else targets[index].add(output.text, last=last)
-        written_targets[index] += target
+        if logged is not None:
+            logged[index] += target
         # Decoding a long prompt's likeliest tokens takes seconds.
         written = partial(write, index, output, target)
         threads = context.state.response_threads
