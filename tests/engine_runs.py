@@ -23,3 +23,20 @@ def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
     """What `generate_ids` makes of a request by itself."""
     config = GenerateConfig(**{"max_new_tokens": request.sampling.max_new_tokens, **options})
     return generate_ids(backbone, [list(request.prompt)], [request.prefix], config=config)[0]
+
+
+class EvenNumbers:
+    """In place of a sequence's random numbers: multiples of the golden ratio, spread as evenly as can be over [0, 1).
+
+    Of 500 numbers, or of every second of 1,000, an interval gets 500 times its length, to within four.
+    """
+
+    WITHIN = 4
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def random(self) -> float:
+        """The next number."""
+        self.count += 1
+        return self.count * (5**0.5 - 1) / 2 % 1

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_runs import EvenNumbers
 from prefixtune.engine.request import Request, SamplingParams, Token
 from prefixtune.engine.sampler import sample
 from prefixtune.engine.sequence import TokenSequence
@@ -21,8 +22,10 @@ def sequence(**rules: object) -> TokenSequence:
     return TokenSequence(Request((0,), None, SamplingParams(**{"seed": 5, **rules})), 0, Detokenizer(str))
 
 
-def drawn(logits: list[float], count: int = 4000, **rules: object) -> Counter[int]:
+def drawn(logits: list[float], count: int, *, evenly: bool = False, **rules: object) -> Counter[int]:
     one = sequence(**rules)
+    if evenly:
+        one.random = EvenNumbers()
     row = torch.tensor([logits])
     found: Counter[int] = Counter()
     for _ in range(count):
@@ -55,12 +58,16 @@ LOGITS = [math.log(p) for p in (0.4, 0.05, 0.3, 0.2, 0.05)]
     ],
 )
 def test_tokens_come_as_often_as_they_should(rules: dict[str, object], expected: dict[int, float]):
-    count = 4000
-    found = drawn(LOGITS, count, **rules)
+    count = 500
+    found = drawn(LOGITS, count, evenly=True, **rules)
     assert found.keys() == expected.keys()
     for token, share in expected.items():
-        # Five standard deviations.
-        assert abs(found[token] - count * share) <= 5 * math.sqrt(count * share * (1 - share)) + 1e-9
+        assert abs(found[token] - count * share) <= EvenNumbers.WITHIN
+
+
+def test_random_numbers_are_drawn_for_each_token():
+    """By the sequence's own generator: a fair share of each of two tokens, within five standard deviations."""
+    assert abs(drawn([0.0, 0.0], 400, temperature=1.0)[0] - 200) <= 50
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
