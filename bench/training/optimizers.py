@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 import prefixtune as pt
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example, read_task
 from prefixtune.studies.data import sample_examples, sample_targets
 from prefixtune.utils.console import Console
@@ -73,8 +72,9 @@ class Muon(torch.optim.Optimizer):
                 numbers.sub_(group["lr"] * (blocks / size).transpose(0, 1).flatten(1))
 
 
-def dev_loss(arm: str, backbone: Backbone, train: list[Example], dev: list[Example], settings: dict[str, Any]) -> float:
-    """The development loss per token after a run of an arm."""
+def dev_loss(arm: str, train: list[Example], dev: list[Example], settings: dict[str, Any]) -> float:
+    """The development loss per token after a run of an arm, on a backbone of its own, since LoRA changes it."""
+    backbone = pt.load_backbone(dtype="auto")
     name, _, rate = arm.partition(":")
     own: dict[str, Any] = {"prefix_length": 106, "initialization": "examples"}
     if name == "lora":
@@ -89,7 +89,8 @@ def dev_loss(arm: str, backbone: Backbone, train: list[Example], dev: list[Examp
         tempfile.TemporaryDirectory() as folder,
         patch.object(torch.optim, "AdamW", muon if name == "muon" else torch.optim.AdamW),
     ):
-        config = pt.TrainConfig(**settings, **own, learning_rate=float(rate), output=folder)
+        own |= {"dtype": backbone.dtype_name, "learning_rate": float(rate), "output": folder}
+        config = pt.TrainConfig(**settings, **own)
         result = pt.train(config, backbone=backbone, examples=train, dev_examples=dev)
     return float(result.best_loss)
 
@@ -104,14 +105,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
-    console, backbone = Console(), pt.load_backbone(dtype="auto")
+    console = Console()
     settings = {
         "task": options.task,
         "max_steps": options.steps,
         "batch_size": options.batch_size,
         "eval_every": options.steps,
         "warmup_steps": max(1, options.steps // 5),
-        "dtype": backbone.dtype_name,
     }
     train, dev = (read_task(options.task, options.data, split=split, needs_targets=True) for split in ("train", "dev"))
     dev = sample_examples(dev, 40, "dev")
@@ -119,7 +119,7 @@ def main() -> None:
     for seed in range(options.seeds):
         sample = sample_targets(train, options.steps * options.batch_size, "sources", str(seed))
         for arm, found in losses.items():
-            found.append(dev_loss(arm, backbone, sample, dev, {**settings, "seed": seed}))
+            found.append(dev_loss(arm, sample, dev, {**settings, "seed": seed}))
             console.info(f"seed {seed}, {arm}: {found[-1]:.4f}")
     rows = [[arm, f"{fmean(found):.4f}", " ".join(f"{loss:.4f}" for loss in found)] for arm, found in losses.items()]
     console.table("development loss per token", ["arm", "mean", "by seed"], rows, result=True)
