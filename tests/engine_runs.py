@@ -28,7 +28,7 @@ def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
 class EvenNumbers:
     """In place of a sequence's random numbers: multiples of the golden ratio, spread as evenly as can be over [0, 1).
 
-    Of 500 numbers, or of every second of 1,000, an interval gets 500 times its length, to within four.
+    Of 1,000 numbers, or of every second of 2,000, an interval gets 1,000 times its length, to within four.
     """
 
     WITHIN = 4

@@ -3,7 +3,7 @@
     python -m bench.training.optimizers --task webnlg --data ../shared/data/webnlg2017 --seeds 3
 
 All arms of a seed train on the same targets in the same order and steps. An arm is an optimizer and its peak rate:
-`adamw:0.02` and `muon:0.005` train a prefix of at most 106 positions from solved examples, `lora:0.0081` LoRA of rank
+`adamw:0.02` and `muon:0.004` train a prefix of at most 106 positions from solved examples, `lora:0.0081` LoRA of rank
 4, which stores as many numbers. Muon (Jordan et al. 2024) is only here: `prefixtune train` has AdamW. A run of 32 steps
 takes two minutes on a core.
 """
@@ -25,6 +25,7 @@ from prefixtune.data import Example, read_task
 from prefixtune.studies.data import sample_examples, sample_targets
 from prefixtune.utils.console import Console
 
+ARMS = ("adamw", "muon", "lora")
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -100,11 +101,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="webnlg")
     parser.add_argument("--data", default="../shared/data/webnlg2017", help="the task's folder")
-    parser.add_argument("--arms", nargs="+", default=["adamw:0.02", "muon:0.005", "lora:0.0081"], metavar="NAME:RATE")
+    parser.add_argument("--arms", nargs="+", default=["adamw:0.02", "muon:0.004", "lora:0.0081"], metavar="NAME:RATE")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
+    for arm in options.arms:
+        if arm.partition(":")[0] not in ARMS:
+            parser.error(f"{arm!r} is no arm: {', '.join(ARMS)}, each with its rate")
     console = Console()
     settings = {
         "task": options.task,

@@ -117,7 +117,7 @@ def test_what_is_drawn_within_min_p_is_what_transformers_leaves(min_p: float, te
     params = SamplingParams(temperature=temperature, top_p=top_p, min_p=min_p, seed=1)
     sequence = TokenSequence(Request((0,), None, params), 0, Detokenizer(str))
     sequence.random = EvenNumbers()
-    count = 500
+    count = 1000
     drawn = Counter(sample(scores, [sequence], eos_id=0)[0].id for _ in range(count))
     assert set(drawn) <= set(probabilities.nonzero().flatten().tolist())
     for token, share in enumerate(probabilities.tolist()):

@@ -58,14 +58,14 @@ LOGITS = [math.log(p) for p in (0.4, 0.05, 0.3, 0.2, 0.05)]
     ],
 )
 def test_tokens_come_as_often_as_they_should(rules: dict[str, object], expected: dict[int, float]):
-    count = 500
+    count = 1000
     found = drawn(LOGITS, count, evenly=True, **rules)
     assert found.keys() == expected.keys()
     for token, share in expected.items():
         assert abs(found[token] - count * share) <= EvenNumbers.WITHIN
 
 
-def test_random_numbers_are_drawn_for_each_token():
+def test_each_token_is_sampled_with_a_new_random_number():
     """By the sequence's own generator: a fair share of each of two tokens, within five standard deviations."""
     assert abs(drawn([0.0, 0.0], 400, temperature=1.0)[0] - 200) <= 50
 
