@@ -4,21 +4,15 @@
 
 All arms of a seed train on the same targets in the same order and steps. An arm is an optimizer and its peak rate:
 `adamw:0.02` and `muon:0.004` train a prefix of at most 106 positions from solved examples, `lora:0.0081` LoRA of rank
-4, which stores as many numbers. Muon (Jordan et al. 2024) is only here: `prefixtune train` has AdamW. A run of 32 steps
-takes two minutes on a core.
+4, which stores as many numbers, with AdamW. A run of 32 steps takes two minutes on a core.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import Any
-from unittest.mock import patch
-
-import torch
-from torch import Tensor
 
 import prefixtune as pt
 from prefixtune.data import Example, read_task
@@ -26,70 +20,16 @@ from prefixtune.studies.data import sample_examples, sample_targets
 from prefixtune.utils.console import Console
 
 ARMS = ("adamw", "muon", "lora")
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-
-def orthogonalized(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest matrices whose singular values are all alike (roughly: between 0.7 and 1.2), by Newton and Schulz.
-
-    Args:
-        matrices: (..., M, N).
-        rounds: Of the iteration.
-    """
-    a, b, c = _NEWTON_SCHULZ
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
-    made: Tensor = matrices.mT if is_tall else matrices
-    made = made / made.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
-    for _ in range(rounds):
-        gram = made @ made.mT
-        made = a * made + (b * gram + c * gram @ gram) @ made
-    return made.mT if is_tall else made
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized for the keys and for the values of each layer; a step's root mean square is its rate.
-
-    Args:
-        parameters: A prefix's numbers, (P, layers * 2 * width).
-        width: Of a layer's keys, and of its values.
-        lr: The rate.
-        momentum: Of the gradients that came before.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], width: int, lr: float, momentum: float = 0.9) -> None:
-        super().__init__(list(parameters), {"lr": lr, "momentum": momentum, "width": width})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move the numbers against their gradients."""
-        for group in self.param_groups:
-            for numbers in group["params"]:
-                state = self.state[numbers]
-                moment = state.setdefault("momentum", torch.zeros_like(numbers))
-                moment.mul_(group["momentum"]).add_(numbers.grad)
-                ahead = numbers.grad + group["momentum"] * moment
-                blocks = orthogonalized(ahead.unflatten(1, (-1, group["width"])).transpose(0, 1))
-                size = blocks.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-12)
-                numbers.sub_(group["lr"] * (blocks / size).transpose(0, 1).flatten(1))
 
 
 def dev_loss(arm: str, train: list[Example], dev: list[Example], settings: dict[str, Any]) -> float:
     """The development loss per token after a run of an arm, on a backbone of its own, since LoRA changes it."""
     backbone = pt.load_backbone(dtype="auto")
     name, _, rate = arm.partition(":")
-    own: dict[str, Any] = {"prefix_length": 106, "initialization": "examples"}
+    own: dict[str, Any] = {"prefix_length": 106, "initialization": "examples", "optimizer": name}
     if name == "lora":
         own = {"method": "lora", "method_size": 4}
-    shape = backbone.geometry["decoder"][0]
-    width = shape.num_kv_heads * shape.key_dim
-
-    def muon(parameters: Iterable[Tensor], lr: float, **_: Any) -> Muon:
-        return Muon(parameters, width, lr)
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.object(torch.optim, "AdamW", muon if name == "muon" else torch.optim.AdamW),
-    ):
+    with tempfile.TemporaryDirectory() as folder:
         own |= {"dtype": backbone.dtype_name, "learning_rate": float(rate), "output": folder}
         config = pt.TrainConfig(**settings, **own)
         result = pt.train(config, backbone=backbone, examples=train, dev_examples=dev)

@@ -13,6 +13,7 @@ They run once per step, not once per row.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -92,6 +93,13 @@ class SiteEncoder(nn.Module):
         out: Tensor = self.output(torch.tanh(self.hidden(self.embedding.weight)))
         return out if self.start is None else self.start + out
 
+    @property
+    def numbers(self) -> nn.Parameter | None:
+        """The trained (P, S) matrix that stands for the prefix number by number; None: an MLP computes it."""
+        if self.kind == "scaled":
+            return self.delta
+        return self.table if self.kind == "none" else None
+
 
 class HeadEncoder(nn.Module):
     """The trainable parameters of a linear head.
@@ -159,6 +167,11 @@ class PromptEncoder(nn.Module):
     def forward(self) -> Prefix:
         """The prompt as a prefix as it is now, in float32, attached to the graph of its parameters."""
         return self.compute_kv(self.prompt())
+
+    def matrices(self) -> dict[Tensor, tuple[int, ...]]:
+        """The trained matrix of the embeddings, and its width; empty: an MLP computes them."""
+        numbers = self.prompt.numbers
+        return {} if numbers is None else {numbers: (numbers.shape[1],)}
 
     @torch.no_grad()
     def bake(self) -> Prefix:
@@ -247,6 +260,14 @@ class PrefixEncoder(nn.Module):
             },
             head=None if prefix.head is None else prefix.head.to("cpu").detach(),
         )
+
+    def matrices(self) -> dict[Tensor, tuple[int, ...]]:
+        """Each site's trained matrix, and the widths of its layers' keys and values; empty: an MLP computes them."""
+        return {
+            numbers: tuple(shape.num_kv_heads * width for shape in shapes for width in (shape.key_dim, shape.value_dim))
+            for site, shapes in self.geometry.items()
+            if (numbers := cast(SiteEncoder, self.sites[site]).numbers) is not None
+        }
 
     @property
     def num_trained(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -156,23 +157,30 @@ def state_facts(
 
 
 def state_tensors(
-    encoder: nn.Module | None, adapter: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    encoder: nn.Module | None, adapter: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """What a state stores of the trained parameters and of the optimizer's moments, by name."""
+    """What a state stores of the trained parameters and of the optimizers' moments, by name."""
     tensors: dict[str, Tensor] = {}
     if encoder is not None:
         tensors.update({f"module.{name}": tensor for name, tensor in encoder.state_dict().items()})
     tensors.update({f"adapter.{name}": parameter for name, parameter in adapter.items()})
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()})
+    for optimizer, first in zip(optimizers, _first_indices(optimizers), strict=True):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{first + index}.{key}": torch.as_tensor(v) for key, v in values.items()})
     return tensors
+
+
+def _first_indices(optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
+    """Each optimizer's first parameter, counted through all of them."""
+    counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
+    return list(accumulate(counts[:-1], initial=0))
 
 
 def load_tensors(
     checkpoint: Checkpoint,
     encoder: nn.Module | None,
     adapter: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Put back what `state_tensors` collected.
 
@@ -192,7 +200,15 @@ def load_tensors(
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 moments.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        for optimizer, first in zip(optimizers, _first_indices(optimizers), strict=True):
+            facts = optimizer.state_dict()
+            own_moments = {
+                index: moments[first + index]
+                for group in facts["param_groups"]
+                for index in group["params"]
+                if first + index in moments
+            }
+            optimizer.load_state_dict({**facts, "state": own_moments})
     except (RuntimeError, LookupError, ValueError) as error:
         raise CheckpointError(
             f"the state in {checkpoint.folder!r} does not fit the run: {first_line(error)}",

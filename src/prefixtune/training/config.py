@@ -12,7 +12,7 @@ from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.config import CommaList, Config, DTypeName, option_group
 from prefixtune.utils.faults import show_value
 
-__all__ = ["MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
+__all__ = ["ADAMW_PER_MUON", "MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
 
 
 FormName = Literal[
@@ -32,6 +32,9 @@ FormName = Literal[
 
 MOST_LENGTHS = 64
 """Lengths of a nested prefix that are measured after a run, at most."""
+
+ADAMW_PER_MUON = 5
+"""How much larger the rate of AdamW is than that of Muon for the same numbers."""
 
 _PREFIX_METHODS = ("prefix", "prompt", "infix")
 _SIZED_METHODS = ("top", "adapter", "lora")
@@ -241,9 +244,14 @@ class TrainConfig(Config):
         0.0,
         ge=0,
         description="peak rate; 0: 2e-2 for scaled, 5e-3 for none, 1e-3 for residual, 5e-4 for mlp, half of it with "
-        "beside; full 1e-4, top 3e-4, adapter and lora 1e-3",
+        "beside, a fifth with muon; full 1e-4, top 3e-4, adapter and lora 1e-3",
     )
-    weight_decay: float = _training(0.0, ge=0, description="weight decay of AdamW")
+    optimizer: Literal["adamw", "muon"] = _training(
+        "adamw",
+        description="what moves the trained numbers: adamw; muon: orthogonalized momentum, for reparameterization "
+        "scaled or none",
+    )
+    weight_decay: float = _training(0.0, ge=0, description="weight decay, times the rate, of a step")
     warmup_steps: int = _training(20, ge=0, description="steps of linear warm-up; a linear decay to 0 follows")
     epochs: float = _training(5.0, gt=0, description="passes over the training targets; max_steps overrides it")
     max_steps: int = _training(0, ge=0, description="optimizer steps; 0: those of the epochs")
@@ -332,6 +340,12 @@ class TrainConfig(Config):
             for name in ("nested", "prefix_dropout", "beside", "init_examples", "compact_examples"):
                 if getattr(self, name):
                     yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
+        if self.optimizer == "muon" and not self.trains_prefix:
+            message = f"optimizer 'muon' is for a prefix, which method {self.method!r} does not train"
+            yield ("optimizer", "method"), message
+        elif self.optimizer == "muon" and self.reparameterization not in ("scaled", "none"):
+            names = "optimizer", "reparameterization"
+            yield names, f"optimizer is 'muon', but reparameterization {self.reparameterization!r} trains an MLP"
         if self.method_size and self.method not in _SIZED_METHODS:
             message = f"method_size is {self.method_size}, but method {self.method!r} has no size"
             yield ("method_size", "method"), message
@@ -450,13 +464,13 @@ class TrainConfig(Config):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The configured learning rate, or the default of the method or reparameterization; half of it beside others.
+        """The configured learning rate, or the default of what trains and its optimizer; half of it beside others.
 
         What stands beside changes from step to step: at the full rate such a prefix never settles.
         """
         if self.learning_rate:
             return self.learning_rate
-        usual = default_learning_rate(self.reparameterization if self.trains_prefix else self.method)
+        usual = default_learning_rate(self.reparameterization if self.trains_prefix else self.method, self.optimizer)
         return usual / 2 if self.beside else usual
 
 
@@ -470,7 +484,13 @@ def _parse_label_words(text: str) -> dict[str, str]:
     return pairs
 
 
-def default_learning_rate(trained: str) -> float:
-    """The default peak learning rate of a reparameterization, or of another method."""
+def default_learning_rate(trained: str, optimizer: str = "adamw") -> float:
+    """The default peak learning rate of a reparameterization, or of another method.
+
+    >>> default_learning_rate("scaled"), default_learning_rate("scaled", "muon")
+    (0.02, 0.004)
+    """
     rates = {"scaled": 2e-2, "none": 5e-3, "residual": 1e-3, "mlp": 5e-4}
-    return {**rates, "full": 1e-4, "top": 3e-4, "adapter": 1e-3, "lora": 1e-3}[trained]
+    usual = {**rates, "full": 1e-4, "top": 3e-4, "adapter": 1e-3, "lora": 1e-3}[trained]
+    # A step of Muon has the size of its rate; AdamW's are smaller than theirs wherever gradients differ in sign.
+    return usual / ADAMW_PER_MUON if optimizer == "muon" else usual

@@ -2,8 +2,8 @@
 
 One loop trains a prefix and the methods that it is compared with: the same data, order, loss and schedule. In a step
 the encoder yields the prefix once, packed rows go through the frozen backbone with the prefix in front, logits are
-computed where there is a label, and AdamW moves the encoder's parameters. Everything is a function of the configuration
-and the step's index, so that a resumed run continues exactly.
+computed where there is a label, and AdamW or Muon moves the encoder's parameters. Everything is a function of the
+configuration and the step's index, so that a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData, count_steps, plan_steps
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.folder import STATE_FILE, Event
+from prefixtune.training.optimizer import make_optimizers
 from prefixtune.training.variation import variation_facts, vary
 
 __all__ = ["MOST_POSITIONS", "PendingStep", "TrainLoop", "evaluation_loss", "forward_backward"]
@@ -207,13 +208,7 @@ class TrainLoop:
         # The model's own weights that train: a LoRA adapter's, or those of another method; empty otherwise.
         self.adapter = backbone.adapter_parameters
         self.trained = [*(() if encoder is None else encoder.parameters()), *self.adapter.values()]
-        self.optimizer = torch.optim.AdamW(
-            self.trained,
-            lr=config.peak_learning_rate,
-            weight_decay=config.weight_decay,
-            # One pass over the numbers, where torch's default takes ten; on a GPU it has a quick way of its own.
-            fused=all(parameter.device.type == "cpu" for parameter in self.trained) or None,
-        )
+        self.optimizers = make_optimizers(config, encoder, self.adapter.values())
         self.steps_per_epoch = count_steps(config, data.train.examples)
         self.state = TrainState(self._planned_steps(config.max_steps, config.epochs))
         self.extended_from: int | None = None
@@ -373,7 +368,8 @@ class TrainLoop:
         own = [batch for batch, counts in batches if counts]
         sums = sum(batch.num_targets for batch in own), sum(len(batch.labels) for batch in own)
         num_targets, num_tokens = map(int, self.processes.all_reduce(*map(float, sums)))
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         # Every row's gradient gathers at the leaf; then it flows back through the encoder once.
         prefix = None if self.encoder is None else self._placed(self.encoder())
         weights = [
@@ -421,9 +417,10 @@ class TrainLoop:
                 f"(now {self.config.peak_learning_rate:g}), or with --dtype float32.",
             )
         rate = self.learning_rate(self.state.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["per_rate"]
+            optimizer.step()
         self.state.step += 1
         per_token = step.num_targets / step.num_tokens if self.config.loss_reduction == "sentence" else 1.0
         return {
@@ -518,7 +515,7 @@ class TrainLoop:
             keep_state(folder)
         save_state(
             folder / STATE_FILE,
-            state_tensors(self.encoder, self.adapter, self.optimizer),
+            state_tensors(self.encoder, self.adapter, self.optimizers),
             state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization),
         )
 
@@ -530,7 +527,7 @@ class TrainLoop:
             ConfigError: The state belongs to another backbone or other data, or the run cannot be extended.
         """
         check_same_run(checkpoint, self.backbone, self.data_digest)
-        load_tensors(checkpoint, self.encoder, self.adapter, self.optimizer)
+        load_tensors(checkpoint, self.encoder, self.adapter, self.optimizers)
         self.state = TrainState.from_facts(checkpoint.facts, self.state.total_steps)
         self.resumed = True
         stored = checkpoint.facts["config"]
