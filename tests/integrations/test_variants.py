@@ -150,16 +150,21 @@ def test_an_adapter_that_lacks_weights_is_refused(folder: Path, lora: Path) -> N
         load_backbone(folder, device="cpu", adapter=lora)
 
 
-def test_a_prefix_and_an_adapter_train_together(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_prefix_and_an_adapter_train_together(
+    optimizer: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "device": "cpu", "adapter_rank": 2}
     options |= {"prefix_length": 3, "bottleneck_size": 8, "epochs": 3.0, "batch_size": 2, "learning_rate": 1e-2}
-    config = TrainConfig(**options, output=str(tmp_path / "run"), save_every=1)
+    config = TrainConfig(**options, output=str(tmp_path / "run"), save_every=1, optimizer=optimizer)
     backbone = load_backbone(folder, device="cpu", adapter_rank=2)
     before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
     result = pt.train(config, backbone=backbone, examples=EXAMPLES)
     moved = {n for n, p in backbone.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == set(backbone.adapter_parameters)
-    assert result.num_trained > sum(p.numel() for p in backbone.adapter_parameters.values())
+    num_adapter = sum(p.numel() for p in backbone.adapter_parameters.values())
+    assert result.num_trained > num_adapter > 0
+    assert f"{num_adapter:,} of them in the backbone's adapter" in capsys.readouterr().err
     again = load_backbone(folder, device="cpu", adapter=tmp_path / "run" / "adapter")
     loaded = pt.load_prefix(result.path, again)
     with torch.no_grad():

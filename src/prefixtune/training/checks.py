@@ -154,8 +154,8 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     if len(configs) == 1 and configs[0].beside == SELF:
         faults.append("beside is 'self', but there is no other run")
     for config in configs:
-        has_adapter = config.adapter or config.adapter_rank or config.train_adapter
-        if config.method not in ("prefix", "prompt") or has_adapter:
+        adapts = config.adapter or config.adapter_rank or config.train_adapter
+        if config.method not in ("prefix", "prompt") or adapts:
             what = f"method {config.method!r}" if config.method not in ("prefix", "prompt") else "an adapter"
             faults.append(f"the run in {config.output!r} has {what}, but only prefixes and prompts share a backbone")
     if faults:
@@ -165,12 +165,17 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
 
 
 def check_given(config: TrainConfig, backbone: Backbone) -> None:
-    """Refuse options of loading that a loaded backbone does not follow; all faults at once.
+    """Refuse options of loading that a loaded backbone does not follow, all faults at once, and one that is not frozen.
 
     Raises:
-        ConfigError: There are some.
+        ConfigError: There are some; or a prefix is to train on a backbone whose own weights train.
     """
     device, model = backbone.device, backbone.model
+    if config.trains_prefix and backbone.adapter_parameters and backbone.adapter is None:
+        raise ConfigError(
+            f"the backbone {backbone.name!r} is not frozen: an earlier run by another method trained it.",
+            hint="load it again for the prefix.",
+        )
     # Some models compute attention by `eager` alone.
     attentions = {name for name, key in ATTENTIONS.items() if key == model.config._attn_implementation}
     attentions |= set() if getattr(model, "_supports_sdpa", True) else set(ATTENTIONS)

@@ -291,6 +291,7 @@ class TrainLoop:
             "num_dev_targets": 0 if self.data.dev is None else self.data.dev.num_targets,
             "num_trained": sum(parameter.numel() for parameter in self.trained),
             "num_stored": sum(tensor.numel() for tensor in stored),
+            **self._adapter_facts(),
             "initialization": self.initialization,
             "prefix_length": 0 if prefix is None else prefix.prefix_length,
             **self._patience_facts(),
@@ -305,6 +306,11 @@ class TrainLoop:
         dataset = self.data.train
         facts = {"num_dropped_turns": dataset.num_dropped_turns, "num_unpacked": dataset.num_unpacked}
         return {name: count for name, count in facts.items() if count}
+
+    def _adapter_facts(self) -> dict[str, int]:
+        """How many parameters of a LoRA adapter train with a prefix; empty: none do."""
+        count = sum(parameter.numel() for parameter in self.adapter.values())
+        return {"num_adapter": count} if count and self.encoder is not None else {}
 
     def _patience_facts(self) -> dict[str, int]:
         """How many evaluations there will be, where a run may stop by them; empty: it does not."""

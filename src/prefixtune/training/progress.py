@@ -61,9 +61,10 @@ def _describe(event: Event) -> str:
             cut += f", {dropped:,} turns at the end of conversations left out to fit"
         if unpacked := event.get("num_unpacked"):
             cut += f", the turns of {unpacked:,} conversations computed separately"
+        adapter = f", {event['num_adapter']:,} of them in the backbone's adapter" if event.get("num_adapter") else ""
         return (
             f"{_describe_prefix(event)}{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
-            f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "
+            f"{event['num_trained']:,} parameters train{adapter}, {event['num_stored']:,} are stored; "
             f"{event['dtype']} on {event['device']}{_describe_patience(event)}"
         )
     if event["event"] == "tracking":

@@ -105,3 +105,12 @@ def test_no_adapter_to_train(folder: Path, examples: list[pt.Example], tmp_path:
         pt.train(config, examples=examples)
     with pytest.raises(ConfigError, match="train_adapter is True, but there is no adapter"):
         pt.load_backbone(folder, train_adapter=True)
+
+
+@pytest.mark.parametrize("method", ["full", "top", "adapter", "lora"])
+def test_a_prefix_is_not_trained_on_what_another_method_left_to_train(
+    method: str, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    train(1, method=method, method_size=0 if method == "full" else 1, output=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="is not frozen: an earlier run by another method trained it"):
+        train(1)
