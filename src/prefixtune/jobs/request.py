@@ -36,7 +36,7 @@ Hyperparameters = Mapping[str, int | float | Literal["auto"]]
 
 _SHARED_OPTIONS = (
     *("name", "prefix_length", "start", "init_text", "compaction", "reparameterization", "prefix_dropout", "nested"),
-    *("max_steps", "eval_every", "warmup_steps", "weight_decay", "save_dtype", "license"),
+    *("optimizer", "max_steps", "eval_every", "warmup_steps", "weight_decay", "save_dtype", "license"),
 )
 EXAMPLE_OPTIONS = (
     *(*_SHARED_OPTIONS, "preset", "form", "system", "chat_template", "max_length", "on_too_long", "init_examples"),
@@ -198,7 +198,7 @@ def resolved_hyperparameters(job: Job) -> dict[str, int | float]:
     epochs = float(job.config.get("epochs", kind.default("epochs")))
     if steps and job.targets:
         epochs = steps / -(-job.targets // batch_size)
-    usual = default_learning_rate(str(job.config.get("reparameterization", kind.default("reparameterization"))))
+    usual = _usual_rate(job.config)
     rate = float(job.config.get("learning_rate", 0.0)) or usual
     # Whole, as OpenAI's are.
     return {
@@ -358,9 +358,14 @@ def _config_values(request: JobRequest, targets: int, max_steps: int) -> dict[st
     if request.validation_file is not None or values.get("hold_out"):
         values["dev_limit"] = _num_validated(request)
     if "learning_rate_multiplier" in numbers:
-        kind = str(values.get("reparameterization", TrainConfig.default("reparameterization")))
-        values["learning_rate"] = default_learning_rate(kind) * numbers["learning_rate_multiplier"]
+        values["learning_rate"] = _usual_rate(values) * numbers["learning_rate_multiplier"]
     return values
+
+
+def _usual_rate(values: Mapping[str, Any]) -> float:
+    """The learning rate that a multiplier of 1 stands for."""
+    trained, optimizer = (values.get(name, TrainConfig.default(name)) for name in ("reparameterization", "optimizer"))
+    return default_learning_rate(str(trained), str(optimizer))
 
 
 def _num_validated(request: JobRequest) -> int:

@@ -284,7 +284,9 @@ class StudyConfig(Config):
         for name in (method, sized, base):
             if name in self.learning_rates:
                 return self.learning_rates[name]
-        middle = default_learning_rate(self._effective_settings(method).get("reparameterization", base))
+        settings = self._effective_settings(method)
+        optimizer = settings.get("optimizer", TrainConfig.default("optimizer"))
+        middle = default_learning_rate(settings.get("reparameterization", base), optimizer)
         # As many below the default as above; of an even number, one more above.
         powers = range(-((self.tries - 1) // 2), self.tries // 2 + 1)
         return tuple(float(f"{middle * 3.0**power:.2g}") for power in powers)

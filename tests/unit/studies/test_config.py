@@ -171,6 +171,9 @@ def test_rates_are_tried_around_the_default_as_many_for_each_method():
     assert low == default_learning_rate("lora") < high
     bare = StudyConfig(name="methods", train_settings={"reparameterization": "none"}, tries=1)
     assert bare.rates("prefix") == (default_learning_rate("none"),)
+    variants = {"prefix-muon": {"method": "prefix", "optimizer": "muon"}}
+    other = StudyConfig(name="methods", methods=["prefix-muon"], variants=variants, tries=1)
+    assert other.rates("prefix-muon") == (default_learning_rate("scaled", "muon"),)
 
 
 def test_configured_rates_are_used_and_each_method_has_as_many():

@@ -124,6 +124,7 @@ class TrainingOptions(_Part):
     compaction: Literal["cut", "stride", "match"] | None = None
     compact_examples: Literal["stride", "match"] | None = None
     reparameterization: Literal["none", "mlp", "residual", "scaled"] | None = None
+    optimizer: Literal["adamw", "muon"] | None = None
     prefix_dropout: Number | None = Field(None, ge=0, lt=1)
     nested: Boolean | None = None
     max_steps: Integer | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of n_epochs.")
