@@ -13,6 +13,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.checkpoint import find_checkpoint, no_config_error, read_checkpoint
 from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.lora import adapter_config, add_adapter, base_model_name, check_lora, is_adapter, load_adapter
+from prefixtune.backbone.packaged import DEFAULT as DEFAULT_BACKBONE
 from prefixtune.backbone.quantization import QUANTIZATIONS
 from prefixtune.backbone.quantization import quantize as quantize_weights
 from prefixtune.backbone.quiet import quiet_transformers
@@ -32,8 +33,6 @@ __all__ = [
     "load_backbone",
 ]
 
-
-DEFAULT_BACKBONE = "smollm2-135m"
 
 _UNIFORM = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3")
 """Model types whose layers all have the KV heads and head size of `config.json`."""

@@ -19,6 +19,7 @@ from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.data import Example, Task
+    from prefixtune.data.labels import Labels
     from prefixtune.evaluation.records import Evaluation
     from prefixtune.inference.config import GenerateConfig
 
@@ -98,8 +99,7 @@ def evaluate(options: EvaluateOptions) -> int:
         prefixtune evaluate --run runs/full --data webnlg/ --split test --output runs/full/test --intervals
         prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/
     """
-    from prefixtune.data import TASKS, read_task, resolve_task
-    from prefixtune.data.forms import describe_data
+    from prefixtune.data import TASKS
     from prefixtune.evaluation.records import summarize, write_evaluation
     from prefixtune.utils.files import write_text
 
@@ -114,33 +114,10 @@ def evaluate(options: EvaluateOptions) -> int:
         ]
     )
     (artifact,) = found
-    name = options.task or artifact.header.get("task") or "records"
-    source, target = _columns(options, name, artifact)
-    columns: dict[str, Any] = {"source": source, "target": target, "form": options.form}
-    if name == "records" and not options.form:
-        columns["prefer"] = artifact.header.get("form") or ""
-    name, form, first_row = resolve_task(name, options.data, split=options.split or None, **columns)
-    examples = read_task(name, options.data, split=options.split or None, needs_targets=True, **columns)
-    examples = examples[: options.limit or None]
-    if form is not None:
-        console.info(describe_data(form, examples, options.data, first_row))
-    from prefixtune.data.labels import check_known, labels_in
-    from prefixtune.evaluation.evaluate import check_examples, check_kind
-
+    name, columns, examples = _read_examples(console, options, artifact)
     task = TASKS[name]
-    if form is not None and form.name == "text":
-        _check_text_options(options)
-    check_examples(examples)
     metrics = _check_metrics(options.metrics, task, examples) if options.metrics else task.metrics
-    labels = labels_in(artifact.header)
-    check_kind(
-        task.kind,
-        labelled=labels is not None,
-        intervals=options.intervals,
-        has_prefix=artifact.prefix is not None,
-    )
-    if labels is not None:
-        check_known(examples, labels)
+    labels = _check_labels(options, task, artifact, examples)
     config = generate_config(options, [artifact.header], name)
     if options.print_config:
         print(config.to_toml().rstrip())
@@ -149,15 +126,15 @@ def evaluate(options: EvaluateOptions) -> int:
     _check_outputs(options)
     shots = _read_shots(options, name, columns)
     overlap = _overlap(console, examples, _training_files(options, artifact, shots), shots)
-    outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots)
+    outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots, labels)
     if outcome.num_unended:
         console.warn(
             f"{outcome.num_unended} of {len(examples)} outputs did not end within {config.max_new_tokens} tokens, and "
             "are scored as they are (--max-new-tokens)."
         )
+    trained = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
+    facts = {**_describe(options, name, "few-shot" if shots else trained), **settings, **overlap}
     if options.output:
-        method = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
-        facts = {**_describe(options, name, "few-shot" if shots else method), **settings, **overlap}
         write_evaluation(Path(options.output), outcome, examples, facts, protocol=task.protocol)
         console.info(f"scores, outputs and settings: {options.output}")
     if options.as_json:
@@ -168,6 +145,58 @@ def evaluate(options: EvaluateOptions) -> int:
     if options.outputs:
         write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
     return 0
+
+
+def _read_examples(
+    console: Console, options: EvaluateOptions, artifact: Artifact
+) -> tuple[str, dict[str, Any], list[Example]]:
+    """The task's name, what its files are read with, and the examples; a line says how data of one's own is read.
+
+    Raises:
+        ConfigError: An option is for texts that are generated, but the data is texts alone.
+    """
+    from prefixtune.data import read_task, resolve_task
+    from prefixtune.data.forms import describe_data
+    from prefixtune.evaluation.evaluate import check_examples
+
+    name = options.task or artifact.header.get("task") or "records"
+    source, target = _columns(options, name, artifact)
+    columns: dict[str, Any] = {"source": source, "target": target, "form": options.form}
+    if name == "records" and not options.form:
+        columns["prefer"] = artifact.header.get("form") or ""
+    name, form, first_row = resolve_task(name, options.data, split=options.split or None, **columns)
+    examples = read_task(name, options.data, split=options.split or None, needs_targets=True, **columns)
+    examples = examples[: options.limit or None]
+    if form is not None:
+        console.info(describe_data(form, examples, options.data, first_row))
+        if form.name == "text":
+            _check_text_options(options)
+    check_examples(examples)
+    return name, columns, examples
+
+
+def _check_labels(
+    options: EvaluateOptions, task: Task, artifact: Artifact, examples: Sequence[Example]
+) -> Labels | None:
+    """The labels that the training chose among; None: it made texts.
+
+    Raises:
+        ConfigError: The task is of another kind.
+        DataError: An example has a label that the training did not know.
+    """
+    from prefixtune.data.labels import check_known, labels_in
+    from prefixtune.evaluation.evaluate import check_kind
+
+    labels = labels_in(artifact.header)
+    check_kind(
+        task.kind,
+        labelled=labels is not None,
+        intervals=options.intervals,
+        has_prefix=artifact.prefix is not None,
+    )
+    if labels is not None:
+        check_known(examples, labels)
+    return labels
 
 
 def _check_outputs(options: EvaluateOptions) -> None:
@@ -208,10 +237,10 @@ def _evaluate(
     metrics: Sequence[str],
     config: GenerateConfig,
     shots: Sequence[Example],
+    labels: Labels | None,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Load the model, decode and score; returns the evaluation, and the backbone and settings for its files."""
     from prefixtune.data.encoding import default_format
-    from prefixtune.data.labels import labels_in
     from prefixtune.evaluation.decode import DECODED_FILE
     from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.prompting import few_shot_format, instruction_format
@@ -230,7 +259,7 @@ def _evaluate(
             text_format=text_format,
             config=config,
             kind=task.kind,
-            labels=None if artifact.weights is None else labels_in(artifact.header),
+            labels=None if artifact.weights is None else labels,
             protocol=task.protocol,
             metrics=metrics,
             intervals=options.intervals,
