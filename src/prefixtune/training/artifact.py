@@ -73,6 +73,7 @@ def make_run_header(
             "batch_size": config.batch_size,
             "loss_reduction": config.loss_reduction,
             "seed": config.seed,
+            "optimizer": config.optimizer,
             "learning_rate": config.peak_learning_rate,
             **variation_facts(config),
         },

@@ -108,6 +108,7 @@ def test_a_run_learns_and_goes_on_where_it_stopped(
 
     whole = train(6, **options)
     assert losses(whole)[-1] < losses(whole)[0]
+    assert whole.prefix.header["training"]["optimizer"] == "muon"
     again = {**options, "output": str(tmp_path / "again")}
     with pytest.raises(Stopped):
         train(6, on_event=stop, **again)
