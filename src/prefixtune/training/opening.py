@@ -14,7 +14,7 @@ from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
-from prefixtune.data import ExampleLike
+from prefixtune.data import Example, ExampleLike
 from prefixtune.errors import ConfigError
 from prefixtune.training.baselines import Tuning, tune
 from prefixtune.training.beside import SELF, Beside, load_others
@@ -175,35 +175,18 @@ def _prepare(
         for config in configs
     ]
     stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
-    for config, given in zip(configs, inputs, strict=True):
-        if given[0] is None and is_large_file(config.train):
-            console.info(f"reading {config.train} ...")
-    examples = [
-        read_data(
-            config,
-            *some,
-            processes,
-            # A run that has no state to go on from starts, and only where there is none.
-            resume=checkpoint is not None,
-            loads_backbone=backbone is None,
-            together=together,
-            has_start=stored is not None,
-        )
-        for config, some, checkpoint, stored in zip(configs, inputs, checkpoints, stored_starts, strict=True)
-    ]
-    for config, (train, dev), given in zip(configs, examples, inputs, strict=True):
-        for line in describe_run_data(config, train, dev, given=given[0] is not None):
-            console.info(line)
-        if does_hold_out(config, given[1]):
-            sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
-            console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
-    if backbone is None:
-        console.info(f"loading {configs[0].backbone} ...")
-    loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)
-    for config in configs:
-        if backbone is not None:
-            check_given(config, loaded)
-        _check_backbone(config, loaded, together=together)
+    examples = _read(
+        configs,
+        inputs,
+        processes,
+        console,
+        # A run that has no state to go on from starts, and only where there is none.
+        goes_on=[checkpoint is not None for checkpoint in checkpoints],
+        loads_backbone=backbone is None,
+        together=together,
+        has_start=[stored is not None for stored in stored_starts],
+    )
+    loaded = _open_backbone(configs, backbone, processes, console, together=together)
     others = [_load_beside(config, loaded) for config in configs]
     for config in configs:
         if config.initialization == "examples" and config.trains_prefix and not resume:
@@ -229,6 +212,61 @@ def _prepare(
     agree_on_step(loops, checkpoints)
     # Checkpoints are dropped one by one: each may be as large as the model.
     return loops, [_resume(loop, checkpoints.pop(0)) for loop in loops]
+
+
+def _read(
+    configs: Sequence[TrainConfig],
+    inputs: Sequence[Inputs],
+    processes: ProcessGroup,
+    console: Console,
+    *,
+    goes_on: Sequence[bool],
+    loads_backbone: bool,
+    together: bool,
+    has_start: Sequence[bool],
+) -> list[tuple[Sequence[Example], Sequence[Example]]]:
+    """Each run's examples and development examples; lines say what is read, and what is held out."""
+    for config, given in zip(configs, inputs, strict=True):
+        if given[0] is None and is_large_file(config.train):
+            console.info(f"reading {config.train} ...")
+    examples = [
+        read_data(
+            config,
+            *given,
+            processes,
+            resume=goes,
+            loads_backbone=loads_backbone,
+            together=together,
+            has_start=has,
+        )
+        for config, given, goes, has in zip(configs, inputs, goes_on, has_start, strict=True)
+    ]
+    for config, (train, dev), given in zip(configs, examples, inputs, strict=True):
+        for line in describe_run_data(config, train, dev, given=given[0] is not None):
+            console.info(line)
+        if does_hold_out(config, given[1]):
+            sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
+            console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
+    return examples
+
+
+def _open_backbone(
+    configs: Sequence[TrainConfig],
+    given: BackboneLike | None,
+    processes: ProcessGroup,
+    console: Console,
+    *,
+    together: bool,
+) -> Backbone:
+    """The backbone of the runs, loaded where it is not given, and checked before anything is tokenized."""
+    if given is None:
+        console.info(f"loading {configs[0].backbone} ...")
+    backbone = _load(configs[0], processes) if given is None else as_backbone(given)
+    for config in configs:
+        if given is not None:
+            check_given(config, backbone)
+        _check_backbone(config, backbone, together=together)
+    return backbone
 
 
 def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
