@@ -94,8 +94,8 @@ class SiteEncoder(nn.Module):
         return out if self.start is None else self.start + out
 
     @property
-    def numbers(self) -> nn.Parameter | None:
-        """The trained (P, S) matrix that stands for the prefix number by number; None: an MLP computes it."""
+    def matrix(self) -> nn.Parameter | None:
+        """The trained (P, S) matrix that has one value for each stored one; None: an MLP computes them."""
         if self.kind == "scaled":
             return self.delta
         return self.table if self.kind == "none" else None
@@ -170,8 +170,8 @@ class PromptEncoder(nn.Module):
 
     def matrices(self) -> dict[Tensor, tuple[int, ...]]:
         """The trained matrix of the embeddings, and its width; empty: an MLP computes them."""
-        numbers = self.prompt.numbers
-        return {} if numbers is None else {numbers: (numbers.shape[1],)}
+        matrix = self.prompt.matrix
+        return {} if matrix is None else {matrix: (matrix.shape[1],)}
 
     @torch.no_grad()
     def bake(self) -> Prefix:
@@ -264,9 +264,9 @@ class PrefixEncoder(nn.Module):
     def matrices(self) -> dict[Tensor, tuple[int, ...]]:
         """Each site's trained matrix, and the widths of its layers' keys and values; empty: an MLP computes them."""
         return {
-            numbers: tuple(shape.num_kv_heads * width for shape in shapes for width in (shape.key_dim, shape.value_dim))
+            matrix: tuple(shape.num_kv_heads * width for shape in shapes for width in (shape.key_dim, shape.value_dim))
             for site, shapes in self.geometry.items()
-            if (numbers := cast(SiteEncoder, self.sites[site]).numbers) is not None
+            if (matrix := cast(SiteEncoder, self.sites[site]).matrix) is not None
         }
 
     @property

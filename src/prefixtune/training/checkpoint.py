@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -164,16 +163,19 @@ def state_tensors(
     if encoder is not None:
         tensors.update({f"module.{name}": tensor for name, tensor in encoder.state_dict().items()})
     tensors.update({f"adapter.{name}": parameter for name, parameter in adapter.items()})
-    for optimizer, first in zip(optimizers, _first_indices(optimizers), strict=True):
-        for index, values in optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{first + index}.{key}": torch.as_tensor(v) for key, v in values.items()})
+    for optimizer, indices in _indices(optimizers):
+        for own, values in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{indices[own]}.{key}": torch.as_tensor(v) for key, v in values.items()})
     return tensors
 
 
-def _first_indices(optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
-    """Each optimizer's first parameter, counted through all of them."""
-    counts = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
-    return list(accumulate(counts[:-1], initial=0))
+def _indices(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, range]]:
+    """Each optimizer with the indices of its parameters, counted through all optimizers."""
+    first = 0
+    for optimizer in optimizers:
+        end = first + sum(len(group["params"]) for group in optimizer.param_groups)
+        yield optimizer, range(first, end)
+        first = end
 
 
 def load_tensors(
@@ -200,15 +202,9 @@ def load_tensors(
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 moments.setdefault(int(index), {})[key] = tensor
-        for optimizer, first in zip(optimizers, _first_indices(optimizers), strict=True):
-            facts = optimizer.state_dict()
-            own_moments = {
-                index: moments[first + index]
-                for group in facts["param_groups"]
-                for index in group["params"]
-                if first + index in moments
-            }
-            optimizer.load_state_dict({**facts, "state": own_moments})
+        for optimizer, indices in _indices(optimizers):
+            state = {own: moments[index] for own, index in enumerate(indices) if index in moments}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     except (RuntimeError, LookupError, ValueError) as error:
         raise CheckpointError(
             f"the state in {checkpoint.folder!r} does not fit the run: {first_line(error)}",

@@ -251,7 +251,9 @@ class TrainConfig(Config):
         description="what moves the trained numbers: adamw; muon: orthogonalized momentum, for reparameterization "
         "scaled or none",
     )
-    weight_decay: float = _training(0.0, ge=0, description="weight decay, times the rate, of a step")
+    weight_decay: float = _training(
+        0.0, ge=0, description="decoupled weight decay: a step takes this share, times the rate"
+    )
     warmup_steps: int = _training(20, ge=0, description="steps of linear warm-up; a linear decay to 0 follows")
     epochs: float = _training(5.0, gt=0, description="passes over the training targets; max_steps overrides it")
     max_steps: int = _training(0, ge=0, description="optimizer steps; 0: those of the epochs")

@@ -425,7 +425,7 @@ class TrainLoop:
         rate = self.learning_rate(self.state.step + 1)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["per_rate"]
+                group["lr"] = rate * group.get("per_rate", 1)
             optimizer.step()
         self.state.step += 1
         per_token = step.num_targets / step.num_tokens if self.config.loss_reduction == "sentence" else 1.0

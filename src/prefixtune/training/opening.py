@@ -176,15 +176,7 @@ def _prepare(
     ]
     stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
     examples = _read(
-        configs,
-        inputs,
-        processes,
-        console,
-        # A run that has no state to go on from starts, and only where there is none.
-        goes_on=[checkpoint is not None for checkpoint in checkpoints],
-        loads_backbone=backbone is None,
-        together=together,
-        has_start=[stored is not None for stored in stored_starts],
+        configs, inputs, checkpoints, processes, console, loads_backbone=backbone is None, together=together
     )
     loaded = _open_backbone(configs, backbone, processes, console, together=together)
     others = [_load_beside(config, loaded) for config in configs]
@@ -217,13 +209,12 @@ def _prepare(
 def _read(
     configs: Sequence[TrainConfig],
     inputs: Sequence[Inputs],
+    checkpoints: Sequence[Checkpoint | None],
     processes: ProcessGroup,
     console: Console,
     *,
-    goes_on: Sequence[bool],
     loads_backbone: bool,
     together: bool,
-    has_start: Sequence[bool],
 ) -> list[tuple[Sequence[Example], Sequence[Example]]]:
     """Each run's examples and development examples; lines say what is read, and what is held out."""
     for config, given in zip(configs, inputs, strict=True):
@@ -234,12 +225,13 @@ def _read(
             config,
             *given,
             processes,
-            resume=goes,
+            # A run that has no state to go on from starts, and only where there is none.
+            resume=checkpoint is not None,
             loads_backbone=loads_backbone,
             together=together,
-            has_start=has,
+            has_start=checkpoint is not None and checkpoint.facts["initialization"] is not None,
         )
-        for config, given, goes, has in zip(configs, inputs, goes_on, has_start, strict=True)
+        for config, given, checkpoint in zip(configs, inputs, checkpoints, strict=True)
     ]
     for config, (train, dev), given in zip(configs, examples, inputs, strict=True):
         for line in describe_run_data(config, train, dev, given=given[0] is not None):

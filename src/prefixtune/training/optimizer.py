@@ -7,7 +7,7 @@ ones. The matrices of a prefix are the keys and the values of each layer, (P, KV
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         self.widths = dict(widths)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Move the parameters against their gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -95,23 +95,23 @@ def _directions(ahead: Float[Tensor, "P S"], widths: Sequence[int]) -> Float[Ten
 def make_optimizers(
     config: TrainConfig, encoder: PrefixEncoder | PromptEncoder | None, weights: Iterable[Tensor]
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run, whose rates are multiples of the run's: a group's is `group["per_rate"]` times that.
+    """The optimizers of a run: one, or Muon for a prefix and AdamW for what trains beside it.
 
     Args:
-        config: The run. Where it takes Muon, what is no matrix of a prefix (a head, a LoRA adapter that trains with it)
-            moves by AdamW, at a rate as much larger as AdamW's usual one is.
+        config: The run.
         encoder: The trainable prefix; None: none.
         weights: The backbone's own that train.
+
+    Returns:
+        AdamW beside Muon has groups with `per_rate`, how much larger their rate is than the run's.
     """
     rate, decay = config.peak_learning_rate, config.weight_decay
     matrices = encoder.matrices() if config.optimizer == "muon" and encoder is not None else {}
-    rest = [numbers for numbers in (*(encoder.parameters() if encoder else ()), *weights) if numbers not in matrices]
     made: list[torch.optim.Optimizer] = [Muon(matrices, rate, weight_decay=decay)] if matrices else []
-    if rest:
-        # One pass over the numbers, where torch's default takes ten; on a GPU it has a quick way of its own.
-        fused = all(numbers.device.type == "cpu" for numbers in rest) or None
-        made.append(torch.optim.AdamW(rest, lr=rate, weight_decay=decay, fused=fused))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["per_rate"] = ADAMW_PER_MUON if matrices and not isinstance(optimizer, Muon) else 1
+    trained = [*(() if encoder is None else encoder.parameters()), *weights]
+    if rest := [parameter for parameter in trained if parameter not in matrices]:
+        group = {"params": rest, **({"per_rate": ADAMW_PER_MUON} if matrices else {})}
+        # One pass over the parameters, where torch's default takes ten; on a GPU it has a quick way of its own.
+        fused = all(parameter.device.type == "cpu" for parameter in rest) or None
+        made.append(torch.optim.AdamW([group], lr=rate, weight_decay=decay, fused=fused))
     return made

@@ -44,16 +44,16 @@ def train(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Callable
 
 
 @pytest.fixture
-def train_until(train: Callable[..., Any]) -> Callable[[int], None]:
-    """`train_until(step)`: the same run, ended right after it has saved its state at that step."""
+def train_until(train: Callable[..., Any]) -> Callable[..., None]:
+    """`train_until(step, ...)`: the run of `train(...)`, ended right after it has saved its state at that step."""
 
-    def run(step: int) -> None:
+    def run(step: int, *arguments: Any, **fields: Any) -> None:
         def on_event(event: Any) -> None:
             if event["event"] == "save" and event["step"] == step:
                 raise _Stopped
 
         with pytest.raises(_Stopped):
-            train(on_event=on_event)
+            train(*arguments, on_event=on_event, **fields)
 
     return run
 

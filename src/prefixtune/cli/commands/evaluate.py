@@ -132,9 +132,9 @@ def evaluate(options: EvaluateOptions) -> int:
             f"{outcome.num_unended} of {len(examples)} outputs did not end within {config.max_new_tokens} tokens, and "
             "are scored as they are (--max-new-tokens)."
         )
-    trained = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
-    facts = {**_describe(options, name, "few-shot" if shots else trained), **settings, **overlap}
     if options.output:
+        method = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
+        facts = {**_describe(options, name, "few-shot" if shots else method), **settings, **overlap}
         write_evaluation(Path(options.output), outcome, examples, facts, protocol=task.protocol)
         console.info(f"scores, outputs and settings: {options.output}")
     if options.as_json:
