@@ -124,7 +124,9 @@ class TrainingOptions(_Part):
     compaction: Literal["cut", "stride", "match"] | None = None
     compact_examples: Literal["stride", "match"] | None = None
     reparameterization: Literal["none", "mlp", "residual", "scaled"] | None = None
-    optimizer: Literal["adamw", "muon"] | None = None
+    optimizer: Literal["adamw", "muon"] | None = Field(
+        None, description="By default adamw; muon goes with the reparameterizations scaled and none."
+    )
     prefix_dropout: Number | None = Field(None, ge=0, lt=1)
     nested: Boolean | None = None
     max_steps: Integer | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of n_epochs.")
