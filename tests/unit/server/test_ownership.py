@@ -292,11 +292,28 @@ def test_a_new_result_answers_before_the_folder_is_looked_at(make_server: Callab
             ask(app, "bob", text(name))
 
 
+def test_a_new_result_is_listed_before_the_folder_is_looked_at(
+    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server(keys=KEYS)
+    before = listed(app, "ann")
+    publish("hers")
+    publish("his", owner="bob")
+    assert listed(app, "ann") == [*before, "hers"]
+    assert "his" in listed(app, "bob")
+    publish("hers-too")
+    with monkeypatch.context() as patched:
+        patched.setattr(state.store, "folder", state.store.folder / "gone")
+        assert listed(app, "ann") == [*before, "hers"]
+    assert listed(app, "ann") == [*before, "hers", "hers-too"]
+
+
 def test_a_server_that_takes_no_jobs_looks_when_it_is_told_to(make_server: Callable[..., Any], publish: Any) -> None:
     app, state = make_server(train_workers=0)
     publish("new")
     with pytest.raises(openai.NotFoundError):
         ask(app, "any", text("new"))
+    assert "new" not in listed(app, "any")
     state.store.reload()
     assert ask(app, "any", text("new")).model == "new"
 

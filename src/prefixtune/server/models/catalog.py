@@ -71,7 +71,8 @@ class Catalog:
         max_joined: Most prefixes that are joined.
         max_length: Most positions of a text, prefix included.
         is_open: Whether no key is configured: results of jobs are then everybody's.
-        finds_new: Whether an unknown name is looked for in the folder, where a job may just have put it.
+        finds_new: Whether the folder is looked at for an unknown name and for a list, where a job may just have put a
+            file.
 
     Attributes:
         joiner: Joins prefixes.
@@ -277,7 +278,14 @@ class Catalog:
             raise _not_served(error, name) from None
 
     def describe_all(self, caller: Caller) -> list[dict[str, Any]]:
-        """All models that a caller may use; reads every header, so not for the event loop."""
+        """All models that a caller may use; reads every header, so not for the event loop.
+
+        The result of a job that has succeeded is among them, before the folder is looked at the next time.
+        """
+        if self.finds_new:
+            # What is known is answered, whatever the folder is like.
+            with contextlib.suppress(PrefixError):
+                self.store.look_for_new()
         models = []
         for name in self.names(caller):
             # It may have been deleted meanwhile.

@@ -206,6 +206,19 @@ class PrefixStore:
                 with self._file_lock:
                     self._refresh(name)
 
+    def look_for_new(self) -> None:
+        """Look whether there are files of names that are not known; waits for the disk.
+
+        Raises:
+            PrefixError: The folder itself cannot be read.
+        """
+        try:
+            names = list_names(self.folder)
+        except OSError as error:
+            raise _unreadable(error) from error
+        for name in sorted(names):
+            self.look(name)
+
     # --- getting one --------------------------------------------------------------------------------------------------
 
     def get(self, name: str) -> Prefix:

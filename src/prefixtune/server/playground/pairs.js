@@ -3,7 +3,7 @@
 
 /** Functions take a view of a job: { job, name, isServed, isShown }; name is what it is called once it is served. */
 const pairs = (() => {
-  const MAX_ANSWER = 120, MOST = 20;
+  const MAX_ANSWER = 120, MOST = 20, AGAIN = 10000;
   let turn = 0;
 
   const keyOf = (id) => `pairs ${id}`;
@@ -53,19 +53,22 @@ const pairs = (() => {
       // None may mean that they could not be read now.
       if (list.length) keep(job.id, list);
     }
+    let isAgain = false;
     for (const side of ["before", ...(view.isServed() ? ["after"] : [])]) {
       for (const pair of list) {
         if (pair[side] || mine !== turn || !view.isShown()) continue;
         const { text, lasts } = await answer(side === "before" ? job.model : view.name, pair.messages);
         if (mine !== turn) return;
-        // A failure that may pass is shown only, and asked again the next time.
+        // A failure that may pass is shown only, and asked again.
         if (lasts) pair[side] = text;
-        else pair.failed = { ...pair.failed, [side]: text };
+        else { pair.failed = { ...pair.failed, [side]: text }; isAgain = true; }
         keep(job.id, list);
         show(view, list);
       }
     }
-    if (mine === turn && view.isShown()) show(view, list);
+    if (mine !== turn || !view.isShown()) return;
+    show(view, list);
+    if (isAgain) setTimeout(() => { if (mine === turn && view.isShown()) fill(view); }, AGAIN);
   }
 
   /** In another tab: from the file, as long as it is there; about a document, the usual ones. */
