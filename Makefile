@@ -190,12 +190,12 @@ translator: $(VENV)/.tested  ## a real encoder-decoder of 17M parameters into bu
 # The most telling first. A study that fails lets the others go on, and `make studies` fails at its end.
 E2E_STUDIES := initialization length ceiling position
 TOYS := mapping reverse base lookup copy first plural capitals
-STUDIES := methods low-data low-data-rate unseen $(E2E_STUDIES) length-nested low-data-scitldr summarization \
+STUDIES := methods low-data low-data-rate low-data-steps unseen $(E2E_STUDIES) length-nested low-data-scitldr summarization \
 	$(addprefix toy-,$(TOYS)) dart encoder-decoder e2e-full
 STUDY := $(BIN)/prefixtune study
 .PHONY: $(addprefix study-,$(STUDIES))
 
-studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 14 hours on two cores with AVX-512's bfloat16, and 9 for all of E2E at the end; goes on where it was)
+studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 16 hours on two cores with AVX-512's bfloat16, and 9 for all of E2E at the end; goes on where it was)
 	@for folder in $(E2E) $(WEBNLG) $(SCITLDR) $(DART); do \
 		test -d "$$folder" || { echo "there is no $$folder: set E2E, WEBNLG, SCITLDR and DART to the folders of the data"; exit 2; }; done
 	$(BIN)/prefixtune prepare
@@ -213,8 +213,8 @@ study-summarization: DATA = $(SCITLDR)
 study-low-data:
 	$(STUDY) low-data --config studies/low_data.toml --data $(E2E) $(STUDY_ARGS)
 
-study-low-data-rate:
-	$(STUDY) low-data --config studies/low_data_rate.toml --data $(E2E) $(STUDY_ARGS)
+study-low-data-rate study-low-data-steps: study-low-data-%:
+	$(STUDY) low-data --config studies/low_data_$*.toml --data $(E2E) $(STUDY_ARGS)
 
 study-low-data-scitldr:
 	$(STUDY) low-data --config studies/low_data_scitldr.toml --data $(SCITLDR) $(STUDY_ARGS)

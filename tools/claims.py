@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Literal
 
 from prefixtune.evaluation.metrics import MeanDifference, holm, mean_difference
+from prefixtune.evaluation.metrics.student import t_quantile
 from prefixtune.report.results import Cell, Pair, Study
 from prefixtune.studies.compare import sample_overlap
 from prefixtune.studies.kinds import UNTRAINED
@@ -26,6 +27,7 @@ __all__ = [
     "figure",
     "measure_claim",
     "repetitions",
+    "smallest_told",
     "verdict",
 ]
 
@@ -38,7 +40,8 @@ is below, by more than chance, asked twice. Over samples and seeds: Student's t,
 for all claims of the table, those not run included. Over test items: the 95 % interval of a paired bootstrap, in which
 all samples count together. Otherwise, and with a single sample, a claim is **not decided**; before all of its runs are
 done it has no verdict. The least difference is 0 for "better", and is in brackets beside "level": it was chosen before
-the runs. Intervals are of 95 %, and are not corrected."""
+the runs. Intervals are of 95 %, and are not corrected. "It takes" says how far from the least difference the mean would
+have to be for p < 0.05, with the spread that these samples have and the smallest p-value of the table."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Findi
     runs = [(pair.reference, pair.run) for pairs in whole for pair in pairs]
     numbers = kept_pairs(kept, runs, claim.part)
     interval = item_interval(numbers) if numbers else None
-    sizes = [int(cell.factors.get("num_targets") or 0) for cell in study.cells if cell.point in points]
+    sizes = [int(cell.factors.get("num_targets") or 0) for cell in _with_samples(claim, study.cells)]
     # Several seeds of one sample say nothing of other samples.
     is_one_sample = len({sample.partition("-seed")[0] for sample in planned}) == 1
     shared = 0.0 if is_one_sample else max((sample_overlap(size, study.train_targets) for size in sizes), default=0.0)
@@ -199,11 +202,16 @@ def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Findi
 
 
 def repetitions(claim: Claim, cells: Sequence[Cell]) -> list[str]:
-    """The samples and seeds of all runs that a claim is about; of the prefix's, where the other is not trained."""
+    """The samples and seeds of all runs that a claim is about."""
+    return list(dict.fromkeys(_sample(cell.id) for cell in _with_samples(claim, cells)))
+
+
+def _with_samples(claim: Claim, cells: Sequence[Cell]) -> list[Cell]:
+    """The runs whose samples a claim is about: the other's, or the prefix's where the other is not trained."""
     others = [cell for cell in cells if re.fullmatch(claim.other, cell.point)]
     if others and all(cell.point.startswith(UNTRAINED) for cell in others):
-        others = [cell for cell in cells if re.fullmatch(claim.prefix, cell.point)]
-    return list(dict.fromkeys(_sample(cell.id) for cell in others))
+        return [cell for cell in cells if re.fullmatch(claim.prefix, cell.point)]
+    return others
 
 
 def _sample(run: str) -> str:
@@ -227,7 +235,8 @@ def verdict(finding: Finding, least: float) -> tuple[Verdict, str]:
         same = f"the differences of {found.count} samples are equal, which gives no p-value"
         return "not decided", "one sample has no interval" if found.count == 1 else same
     if finding.corrected >= LEVEL:
-        return "not decided", f"p = {finding.corrected:.3f} over samples"
+        told = smallest_told(found)
+        return "not decided", f"p = {finding.corrected:.3f} over samples" + (f"; it takes {told:.1f}" if told else "")
     if items is None:
         return "not decided", "no outputs are stored, so there is no interval over items"
     if items[0] <= least <= items[1]:
@@ -235,6 +244,19 @@ def verdict(finding: Finding, least: float) -> tuple[Verdict, str]:
     over = "over samples and over items"
     above = found.mean > least
     return ("holds", f"above {least:g} {over}") if above else ("does not hold", f"below {least:g} {over}")
+
+
+def smallest_told(found: MeanDifference) -> float:
+    """How far a mean must be from the least difference to be told from it; 0: the differences are equal.
+
+    It is that of the table's smallest p-value, which Holm's correction multiplies by the number of claims.
+
+    >>> round(smallest_told(MeanDifference(0.4, 1.5, (-3.8, 4.6), 0.8, 5)), 1)
+    7.9
+    """
+    if not found.standard_error:
+        return 0.0
+    return found.standard_error * t_quantile(1 - LEVEL / (2 * len(CLAIMS)), found.count - 1)
 
 
 def figure(found: MeanDifference, unit: str) -> str:

@@ -92,6 +92,11 @@ def test_one_run_without_training_is_compared_with_every_sample_of_a_size() -> N
     found = measure_claim(claim, compared)
     assert found is not None
     assert (found.difference.mean, found.difference.count, found.planned) == (2.0, 2, 2)
+    # Samples of 50 of 100 targets share a half, which widens the interval as everywhere: sqrt(1/2 + 1) for sqrt(1/2).
+    sized = [cell.model_copy(update={"factors": {"num_targets": 50 * ("n50" in cell.id)}}) for cell in cells]
+    shared = measure_claim(claim, compared.model_copy(update={"cells": tuple(sized), "train_targets": 100}))
+    assert shared is not None
+    assert shared.difference.standard_error == pytest.approx(math.sqrt(3) * found.difference.standard_error)
     found = measure_claim(claim, compared.model_copy(update={"comparisons": Comparisons(pairs=tuple(pairs[:1]))}))
     assert found is not None
     assert (found.difference.mean, found.difference.count, found.planned) == (1.0, 1, 2)
@@ -175,7 +180,8 @@ def test_claims_are_corrected_for_all_that_the_table_asks() -> None:
     assert [rows[0][4], rows[5][4]] == [f"{value:.3f}" for value in expected]
     # Of itself the second would hold.
     assert p_values[1] < 0.05 < expected[1]
-    assert rows[5][5:] == ["not decided", f"p = {expected[1]:.3f} over samples"]
+    # 12.59 standard errors of 0.029: the quantile of Student's t for two degrees of freedom and 0.05 / 8.
+    assert rows[5][5:] == ["not decided", f"p = {expected[1]:.3f} over samples; it takes 0.4"]
 
 
 def test_items_are_those_of_the_runs() -> None:
