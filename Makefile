@@ -195,14 +195,23 @@ STUDIES := methods low-data low-data-rate low-data-steps unseen $(E2E_STUDIES) l
 STUDY := $(BIN)/prefixtune study
 .PHONY: $(addprefix study-,$(STUDIES))
 
-studies: $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 16 hours on two cores with AVX-512's bfloat16, and 9 for all of E2E at the end; goes on where it was)
+studies: study-data $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 16 hours on two cores with AVX-512's bfloat16, and 9 for all of E2E at the end; goes on where it was)
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 $(addprefix study-,$(STUDIES)); failed=$$?; \
+		$(MAKE) --no-print-directory study-pages && exit $$failed
+
+.PHONY: study-backbone study-data study-pages
+study-data:
 	@for folder in $(E2E) $(WEBNLG) $(SCITLDR) $(DART); do \
 		test -d "$$folder" || { echo "there is no $$folder: set E2E, WEBNLG, SCITLDR and DART to the folders of the data"; exit 2; }; done
+
+study-pages: $(VENV)/.tested
+	$(BIN)/python -m tools.results
+	$(BIN)/prefixtune report $$(for file in runs/*/study.json; do dirname $$file; done) --output runs/report.html
+
+study-backbone: $(VENV)/.tested
 	$(BIN)/prefixtune prepare
-	@$(MAKE) --no-print-directory --keep-going --jobs=1 $(addprefix study-,$(STUDIES)); failed=$$?; \
-		$(BIN)/python -m tools.results && \
-		$(BIN)/prefixtune report $$(for file in runs/*/study.json; do dirname $$file; done) --output runs/report.html && \
-		exit $$failed
+
+$(addprefix study-,$(STUDIES)): study-backbone
 
 study-methods study-unseen study-summarization $(addprefix study-,$(E2E_STUDIES)): study-%:
 	$(STUDY) $* --config studies/$*.toml --data $(DATA) $(STUDY_ARGS)
@@ -226,7 +235,7 @@ $(addprefix study-toy-,$(TOYS)): study-toy-%:
 	$(STUDY) ceiling --config studies/ceiling_toys.toml --task toy_$* --output runs/ceiling-toy-$* $(STUDY_ARGS)
 
 study-dart:
-	if ls $(DART)/train.* > /dev/null 2>&1; then \
+	if test -n "$$(ls -d $(DART)/train.* $(DART)/*-train.* 2> /dev/null)"; then \
 		$(STUDY) dart --config studies/dart.toml --data $(DART) $(STUDY_ARGS); \
 	else \
 		mkdir -p $(DART_PARTS) && gzip -dc $(DART)/dev.jsonl.gz > $(DART_PARTS)/all.jsonl && \

@@ -16,7 +16,7 @@ from typing import Any
 from bench.results import FOLDER
 from prefixtune.report.results import Study
 from prefixtune.studies import StudyConfig, plan
-from prefixtune.studies.cell import build_train_config, clear_folder, read_rate
+from prefixtune.studies.cell import begun_with, build_train_config, clear_folder
 from prefixtune.studies.data import StudyData
 from prefixtune.studies.lengths import LENGTH_FILE, study_lengths
 from prefixtune.studies.records import chosen_rate, read_study
@@ -72,7 +72,7 @@ def main() -> None:
     config = StudyConfig.from_file(ROOT / "studies" / "length.toml", name="length", data=str(options.data))
     stored = read_study(config)
     if stored is not None:
-        config = config.model_copy(update={"dtype": stored["config"]["dtype"]})
+        config = config.model_copy(update={"dtype": stored.get("dtype") or stored["config"]["dtype"]})
     cells = [cell for cell in plan(config) if cell.method == METHOD]
     longest = max(cells, key=lambda cell: cell.prefix_length)
     rate = chosen_rate(config, longest)
@@ -84,9 +84,9 @@ def main() -> None:
     train, dev = StudyData(config).for_cell(longest)
     run = build_train_config(config, longest, rate, folder, longest.num_targets)
     lengths = sorted({cell.prefix_length for cell in cells})
-    resume = (folder / STATE_FILE).exists() and read_rate(folder) == rate
+    resume = (folder / STATE_FILE).exists() and begun_with(folder) == (rate, config.dtype)
     if not resume:
-        # It was stopped before its first save, or is at a rate that is no longer the chosen one.
+        # It was stopped before its first save, is at a rate that is no longer the chosen one, or is of another dtype.
         clear_folder(folder)
     study_lengths(run, lengths=lengths, resume=resume, examples=train, dev_examples=dev)
     facts = json.loads((folder / LENGTH_FILE).read_text(encoding="utf-8"))

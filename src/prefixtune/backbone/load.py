@@ -238,7 +238,7 @@ def _resolve(
         with needs_extra("quantize", f"quantize = {quantize!r}"), quiet_transformers():
             import torchao  # noqa: F401
     if adapter is not None or adapter_rank:
-        with needs_extra("lora", "an adapter"):
+        with needs_extra("lora", "a LoRA adapter"):
             import peft  # noqa: F401
     source, options = find_checkpoint(base)
     return source, options, adapter

@@ -55,7 +55,7 @@ def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:
     Returns:
         PEFT's view of the model, as for `load_adapter`.
     """
-    with needs_extra("lora", "adapter_rank"):
+    with needs_extra("lora", "a LoRA adapter"):
         import peft
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Test examples that are also in the training set: their scores say little about new texts.
+"""Test examples that are also in the training or the development set: their scores say little about new texts.
 
 Two sources are equal if they differ only in white space.
 """
@@ -26,19 +26,21 @@ MAX_TRAINING_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many test or development sources are also in a training set.
+    """How many test or development sources are also in another set.
 
     Attributes:
         count: How many.
         total: All of them.
-        train: The name of the training set.
+        train: The name of the other set.
         split: Which sources: of the test set, or of the development set.
+        other: What the other set is for.
     """
 
     count: int
     total: int
     train: str
     split: Literal["test", "development"] = "test"
+    other: Literal["training", "development"] = "training"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -49,21 +51,25 @@ class Overlap:
         share = self.count / max(self.total, 1)
         figures = {"test": "scores", "development": "losses that choose rates and steps"}[self.split]
         return (
-            f"{self.count:,} of {self.total:,} {self.split} sources ({share:.1%}) are also in the training set "
+            f"{self.count:,} of {self.total:,} {self.split} sources ({share:.1%}) are also in the {self.other} set "
             f"{self.train!r}: the {figures} say less about new texts"
         )
 
 
 def find_overlap(
-    examples: Sequence[Example], training: Sequence[Example], train: str, split: Literal["test", "development"] = "test"
+    examples: Sequence[Example],
+    training: Sequence[Example],
+    train: str,
+    split: Literal["test", "development"] = "test",
+    other: Literal["training", "development"] = "training",
 ) -> Overlap:
-    """Count the examples whose source is also in a training set.
+    """Count the examples whose source is also in a training set, or in a development set.
 
     >>> find_overlap([Example("a  b"), Example("c")], [Example(" a b", ("x",))], "my.csv").count
     1
     """
     known = set(map(_key, training))
-    return Overlap(sum(_key(example) in known for example in examples), len(examples), train, split)
+    return Overlap(sum(_key(example) in known for example in examples), len(examples), train, split, other)
 
 
 def training_examples(config: TrainConfig) -> list[Example] | None:

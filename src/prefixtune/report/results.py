@@ -106,7 +106,7 @@ class Output(Stored):
 
 
 class Overlap(Stored):
-    """How many test or development sources are also in the training set."""
+    """How many test or development sources are also in the training set, or test sources in the development set."""
 
     count: Count = 0
     num_examples: Count = 0
@@ -116,13 +116,13 @@ class Overlap(Stored):
         """In words, of test sources; empty: none, or it is not known."""
         return self.of("test")
 
-    def of(self, split: str) -> str:
-        """The same, of the sources of any split."""
+    def of(self, split: str, other: str = "training") -> str:
+        """The same, of the sources of any split in any other."""
         count, total = self.count, self.num_examples
         if count < 1 or total < 1:
             return ""
         share = f"{count:,} of {total:,} {split} sources ({count / total:.1%})"
-        return f"{share} are also in the training set {self.train!r}"
+        return f"{share} are also in the {other} set {self.train!r}"
 
 
 class Evaluation(Stored):
@@ -279,6 +279,7 @@ class Study(Stored):
     comparisons: Comparisons = Comparisons()
     overlap: Overlap = Overlap()
     dev_overlap: Overlap = Overlap()
+    test_dev_overlap: Overlap = Overlap()
     train_targets: int = 0
 
     @property

@@ -28,6 +28,7 @@ from prefixtune.prefix.text_format import TextFormat
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.data import SharedBackbone, StudyData, count_targets
 from prefixtune.studies.grid import Cell, plan
+from prefixtune.studies.kinds import PREFIX_METHODS
 from prefixtune.studies.records import (
     CELL_FILE,
     OnEvent,
@@ -108,8 +109,11 @@ def run_cell(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
 
 def remove_leftovers(config: StudyConfig, cell: Cell) -> None:
     """Remove what a cell that is done no longer needs."""
-    for name in (STATE_FILE, DECODED_FILE, *(() if config.keep_weights else (WEIGHTS_FILE,))):
-        (cell_folder(config, cell) / name).unlink(missing_ok=True)
+    folder = cell_folder(config, cell)
+    for name in (STATE_FILE, *(() if config.keep_weights else (WEIGHTS_FILE,))):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob(f"*{DECODED_FILE}"):
+        path.unlink(missing_ok=True)
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------
@@ -194,9 +198,7 @@ def build_train_config(
         ConfigError: The study's settings are wrong for it.
     """
     values: dict[str, Any] = {"patience": config.patience, **config.settings_of(cell.method)}
-    steps = config.steps_by_size.get(str(cell.num_targets))
-    # A variant's own settings win, as over train_settings.
-    if steps and "max_steps" not in config.variants.get(cell.method, {}):
+    if steps := config.steps_of(cell.method, cell.num_targets):
         values["max_steps"] = steps
     if cell.prefix_length:
         values |= {"prefix_length": cell.prefix_length, **_start_settings(config, cell)}
@@ -247,18 +249,18 @@ def shorten_config(values: Mapping[str, Any], steps: int, num_targets: int) -> d
 def _train(inputs: StudyInputs, cell: Cell, rate: float, folder: Path, *, is_short: bool = False) -> dict[str, Any]:
     """A cell's training (or a short try of it) in a folder, from where it stopped; returns its figures."""
     path = folder / _FIGURES_FILE
-    if path.exists() and any((folder / name).exists() for name in (PREFIX_FILE, WEIGHTS_FILE)):
-        figures = read_json_file(path)
-        if figures.get("learning_rate", rate) == rate:
-            return figures
-        # The cell's own run, at a rate that was the best before more were tried.
-        clear_folder(folder)
+    dtype = _training_dtype(inputs, cell)
+    is_same = begun_with(folder) in ((rate, dtype), (rate, "auto"))
+    if is_same and path.exists() and any((folder / name).exists() for name in (PREFIX_FILE, WEIGHTS_FILE)):
+        return read_json_file(path)
     examples, dev_examples = inputs.data.for_cell(cell)
     num_targets = count_targets(examples)
     config = build_train_config(inputs.config, cell, rate, folder, num_targets, is_short=is_short)
-    resume = (folder / STATE_FILE).exists() and read_rate(folder) == rate
+    # Named, so that the folder says on every machine what it was computed in.
+    config = config.replace(dtype=dtype)
+    resume = is_same and (folder / STATE_FILE).exists()
     if not resume:
-        # It was stopped before its first save, or is at a rate that is no longer the chosen one.
+        # It was stopped before its first save, is at a rate that is no longer the chosen one, or is of another dtype.
         clear_folder(folder)
     if not config.trains_prefix:
         # This method loads a model of its own; the shared one would count as its memory.
@@ -304,14 +306,19 @@ def clear_folder(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_rate(folder: Path) -> float | None:
-    """The learning rate of the training in a folder; None where there is none."""
+def _training_dtype(inputs: StudyInputs, cell: Cell) -> str:
+    """What a cell's training computes in: of a shared model in its dtype, and else in what the method loads."""
+    is_shared = cell.base_method in PREFIX_METHODS
+    return inputs.backbone.dtype_name if is_shared else inputs.backbone.own_dtype_name
+
+
+def begun_with(folder: Path) -> tuple[float, str] | None:
+    """The learning rate and the dtype of the training in a folder; None where there is none."""
     try:
         values = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return float(values["learning_rate"]), str(values["dtype"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    rate = values.get("learning_rate")
-    return float(rate) if isinstance(rate, int | float) else None
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -335,7 +342,8 @@ def _score(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
         protocol=task.protocol,
         metrics=task.metrics,
         intervals=True,
-        resume_file=folder / DECODED_FILE,
+        # A run that was stopped elsewhere may have begun in another dtype.
+        resume_file=folder / f"{backbone.dtype_name}-{DECODED_FILE}",
         on_batch=lambda count: inputs.on_event(make_event("decoded", cell=cell.id, count=count, total=len(examples))),
     )
     facts = {

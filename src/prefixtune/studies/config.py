@@ -33,6 +33,7 @@ __all__ = ["StudyConfig", "backbone_name", "training_defaults"]
 
 _LISTS = ("methods", "sizes", "lengths", "starts")
 _REPEATS = ("subsets", "seeds", "repetitions")
+_LENGTH_KEYS = frozenset(("max_steps", "epochs"))
 _TRACKER_KEYS = ("report_to", "project", "run_name", "report_examples")
 _RESERVED_KEYS = (
     *("task", "train", "dev", "backbone", "dtype", "device", "output", "method", "prefix_length", "limit"),
@@ -253,9 +254,35 @@ class StudyConfig(Config):
         return [(subset, seed) for seed in range(self.seeds) for subset in range(self.subsets)]
 
     def settings_of(self, method: str) -> dict[str, Any]:
-        """Values of `TrainConfig` for a method's runs; `adapter:8` has those of `adapter`, and its size."""
+        """Values of `TrainConfig` for a method's runs; `adapter:8` has those of `adapter`, and its size.
+
+        Passes over the data that a narrower table gives take the place of a wider one's steps.
+
+        >>> study = StudyConfig(train_settings={"max_steps": 60, "full": {"epochs": 3}})
+        >>> study.settings_of("full"), study.settings_of("prefix")
+        ({'epochs': 3}, {'max_steps': 60})
+        """
+        found: dict[str, Any] = {}
         own = variant_settings(self.variants.get(method, {}))
-        return {**self._shared_settings(), **self._method_settings(method), **own}
+        for table in (self._shared_settings(), self._method_settings(method), own):
+            if "epochs" in table:
+                found.pop("max_steps", None)
+            found |= table
+        return found
+
+    def steps_of(self, method: str, num_targets: int) -> int:
+        """The optimizer steps of a method's runs by the size of their samples; 0: its settings have its length.
+
+        A variant's own length wins over `steps_by_size`, and a method's own over that of the study by default.
+
+        >>> study = StudyConfig(name="low-data", train_settings={"full": {"epochs": 3}})
+        >>> study.steps_of("full", 50), study.steps_of("prefix", 50)
+        (0, 200)
+        """
+        own = set(self.variants.get(method, {}))
+        if self.steps_by_size == self.kind.defaults.get("steps_by_size"):
+            own |= set(self._method_settings(method))
+        return 0 if _LENGTH_KEYS & own else self.steps_by_size.get(str(num_targets), 0)
 
     def _shared_settings(self) -> dict[str, Any]:
         return {key: value for key, value in self.train_settings.items() if key not in METHODS}
@@ -405,7 +432,7 @@ class StudyConfig(Config):
         own = next((kind.defaults for known, kind in STUDIES.items() if known == name), {})
         given = [layer.values for layer in layers]
         shared = [table for values in given if isinstance(table := values.get("train_settings"), Mapping)]
-        if any({"max_steps", "epochs"} & table.keys() for table in shared) and not any(
+        if any(_LENGTH_KEYS & table.keys() for table in shared) and not any(
             "steps_by_size" in values for values in given
         ):
             # The study's own would override what is written there.

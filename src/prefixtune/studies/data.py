@@ -16,6 +16,7 @@ from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import load_backbone
 from prefixtune.data import Example, read_task
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.grid import Cell
 from prefixtune.studies.kinds import Split
@@ -38,10 +39,37 @@ class SharedBackbone:
     @property
     def dtype_name(self) -> str:
         """The dtype that it has or will have."""
-        if self._backbone is not None:
-            return self._backbone.dtype_name
+        return self.own_dtype_name if self._backbone is None else self._backbone.dtype_name
+
+    @property
+    def own_dtype_name(self) -> str:
+        """The dtype of what the study loads itself."""
         dtype = choose_dtype(self._config.dtype, choose_device(self._config.device))
         return str(dtype).removeprefix("torch.")
+
+    def check_same(self, stored: Mapping[str, str]) -> dict[str, str]:
+        """Load every model of the study, and compare it with the one that the study began with.
+
+        Args:
+            stored: Name of a model -> its fingerprint; of a study with one model the name is empty.
+
+        Returns:
+            The fingerprints as they are now.
+
+        Raises:
+            ConfigError: The weights are others.
+        """
+        now: dict[str, str] = {}
+        for name in self._config.backbones or ("",):
+            if name:
+                self.choose(name)
+            now[name] = self.get().fingerprint
+            if name in stored and not fingerprints_match(stored[name], now[name]):
+                raise ConfigError(
+                    f"the study in {str(self._config.folder)!r} began with another model than {self._name!r} is now.",
+                    hint="put the first one back, or choose another output.",
+                )
+        return now
 
     def choose(self, name: str) -> None:
         """Which one `get` returns from now on, where a study has several."""

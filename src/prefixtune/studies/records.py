@@ -75,14 +75,20 @@ class Provenance:
         data_digests: Split -> digest of its examples, of the splits that were read.
         overlap: Test sources that are in the training set too, as `Overlap.to_dict`.
         dev_overlap: Likewise, of development sources.
+        test_dev_overlap: Test sources that are in the development set, which chooses rates and steps.
         train_targets: How many targets samples are drawn from; 0: the training set was not read.
+        dtype: What this process computes in; empty: it runs nothing.
+        fingerprints: Name of a model -> its fingerprint; of a study with one model the name is empty.
     """
 
     command: str
     data_digests: Mapping[str, str] = field(default_factory=dict)
     overlap: Mapping[str, Any] = field(default_factory=dict)
     dev_overlap: Mapping[str, Any] = field(default_factory=dict)
+    test_dev_overlap: Mapping[str, Any] = field(default_factory=dict)
     train_targets: int = 0
+    dtype: str = ""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -290,9 +296,10 @@ def check_same_dtype(config: StudyConfig, cells: Sequence[Cell], dtype: str) -> 
         dtype: What this machine computes in.
 
     Raises:
-        ConfigError: Runs that are done were computed in another dtype, and none was named.
+        ConfigError: The study began in another dtype, or runs that are done were computed in one, and none was named.
     """
-    others = [name for name in _dtypes(config, cells) if name != dtype]
+    begun = (read_study(config) or {}).get("dtype") or dtype
+    others = [name for name in (begun, *_dtypes(config, cells)) if name != dtype]
     if others and config.dtype == "auto":
         raise ConfigError(
             f"runs of the study in {str(config.folder)!r} were computed in {others[0]}, but this machine would compute "
@@ -349,8 +356,11 @@ def write_study(
         "date": before.get("date") or datetime.date.today().isoformat(),
         "overlap": provenance.overlap or before.get("overlap", {}),
         "dev_overlap": provenance.dev_overlap or before.get("dev_overlap", {}),
+        "test_dev_overlap": provenance.test_dev_overlap or before.get("test_dev_overlap", {}),
         "train_targets": provenance.train_targets or before.get("train_targets", 0),
         "data_digests": {**before.get("data_digests", {}), **provenance.data_digests},
+        "dtype": before.get("dtype") or provenance.dtype,
+        "fingerprints": {**provenance.fingerprints, **before.get("fingerprints", {})},
         "config": config.to_dict(),
         "train_defaults": training_defaults(),
     }

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import check_loadable
@@ -86,6 +86,8 @@ def run_study(
         write_study(config, cells, provenance, is_over_budget=is_over_budget)
 
     save()
+    # Of processes that begin together, one may be the first to write down its dtype.
+    check_same_dtype(config, cells, inputs.backbone.dtype_name)
     is_over_budget = False
     try:
         is_over_budget = _run_cells(inputs, cells, budget, save)
@@ -126,7 +128,11 @@ def _prepare(inputs: StudyInputs, cells: Sequence[Cell], command: str) -> Proven
     provenance = Provenance(command)
     if left:
         _check_cells(inputs, left)
-        provenance = _check_data(inputs, left, command, (stored or {}).get("data_digests") or {})
+        before = stored or {}
+        provenance = _check_data(inputs, left, command, before.get("data_digests") or {})
+        # Last, as it loads every model.
+        fingerprints = inputs.backbone.check_same(before.get("fingerprints") or {})
+        provenance = replace(provenance, dtype=inputs.backbone.dtype_name, fingerprints=fingerprints)
     make_folders(config)
     return provenance
 
@@ -134,9 +140,10 @@ def _prepare(inputs: StudyInputs, cells: Sequence[Cell], command: str) -> Proven
 def _check_cells(inputs: StudyInputs, left: Sequence[Cell]) -> None:
     """Report wrong settings and data that is too small at once, not run by run."""
     config = inputs.config
-    if not inputs.backbone.is_preloaded:
+    has_lora = any(cell.base_method == "lora" for cell in left)
+    if not inputs.backbone.is_preloaded or has_lora:
         for backbone in config.backbones or (config.backbone,):
-            check_loadable(backbone, dtype=config.dtype, device=config.device)
+            check_loadable(backbone, dtype=config.dtype, device=config.device, adapter_rank=int(has_lora))
     for cell in left:
         if cell.trains:
             rate = config.rates(cell.method)[0]
@@ -150,7 +157,7 @@ def _check_cells(inputs: StudyInputs, left: Sequence[Cell]) -> None:
 def _check_data(
     inputs: StudyInputs, left: Sequence[Cell], command: str, stored_digests: Mapping[str, str]
 ) -> Provenance:
-    """Compare the data with what the study began with, and look in the training set for sources of the other two."""
+    """Compare the data with what the study began with, and look for sources that are in two of its sets."""
     data, config = inputs.data, inputs.config
     # A study of the bare model needs no more than a test set.
     splits: tuple[Split, ...] = ("dev", "test", "train") if any(cell.trains for cell in left) else ("test",)
@@ -160,10 +167,18 @@ def _check_data(
     train = config.train or config.data
     overlap = find_overlap(data.test, data.train, train)
     dev_overlap = find_overlap(data.dev, data.train, train, split="development")
-    for found in (overlap, dev_overlap):
+    test_dev = find_overlap(data.test, data.dev, config.dev or config.data, other="development")
+    for found in (overlap, dev_overlap, test_dev):
         if found.count:
             inputs.on_event(make_event("overlap", text=str(found), split=found.split, **found.to_dict()))
-    return Provenance(command, digests, overlap.to_dict(), dev_overlap.to_dict(), count_targets(data.train))
+    return Provenance(
+        command,
+        digests,
+        overlap.to_dict(),
+        dev_overlap.to_dict(),
+        test_dev.to_dict(),
+        count_targets(data.train),
+    )
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

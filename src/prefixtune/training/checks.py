@@ -50,7 +50,8 @@ def early_checks(
             quantize=config.quantize,
             adapter=config.adapter or None,
             train_adapter=config.train_adapter,
-            adapter_rank=config.adapter_rank,
+            # Of the method LoRA, which puts its own adapter on the model later, that PEFT is there.
+            adapter_rank=config.adapter_rank or int(config.method == "lora"),
         )
     yield lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}")
     if config.chat_template:

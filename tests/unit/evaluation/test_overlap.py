@@ -72,12 +72,15 @@ def test_a_study_counts_them_and_its_report_warns(tmp_path: Path, tiny_backbone:
     events: list[dict[str, Any]] = []
     run_study(config, backbone=tiny_backbone("llama"), on_event=events.append)
     found = [event for event in events if event["event"] == "overlap"]
-    assert [(event["split"], event["count"]) for event in found] == [("test", 1), ("development", 2)]
+    assert [(event["split"], event["count"]) for event in found] == [("test", 1), ("development", 2), ("test", 1)]
+    assert "1 of 2 test sources (50.0%) are also in the development set" in found[2]["text"]
     assert "2 of 3 development sources (66.7%) are also in the training set" in found[1]["text"]
     stored = json.loads((tmp_path / "study" / "study.json").read_text())
     assert stored["overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.train}
     assert stored["dev_overlap"] == {"count": 2, "share": 0.6667, "num_examples": 3, "train": config.train}
+    assert stored["test_dev_overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.dev}
     warnings = compose([read_results(tmp_path / "study")], "").warnings
+    assert any("1 of 2 test sources (50.0%) are also in the development set" in warning for warning in warnings)
     for text in ("1 of 2 test sources (50.0%)", "2 of 3 development sources (66.7%)"):
         assert any(f"{text} are also in the training set" in warning for warning in warnings)
     # A second look at what is done forgets nothing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +182,31 @@ def test_steps_are_those_of_the_variant_then_of_the_size(tmp_path: Path):
         **{("usual", size): steps for size, steps in ((50, 20), (500, 9), (0, 300))},
         **{("full", size): steps for size, steps in ((50, 20), (500, 8), (0, 300))},
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"train_settings": {"full": {"max_steps": 400}}},
+            {"prefix": (200, 5.0), "full": (400, 5.0), "short": (0, 3.0)},
+        ),
+        ({"train_settings": {"full": {"epochs": 10}}}, {"prefix": (200, 5.0), "full": (0, 10.0), "short": (0, 3.0)}),
+        ({"train_settings": {"max_steps": 60}}, {"prefix": (60, 5.0), "full": (60, 5.0), "short": (0, 3.0)}),
+        ({"steps_by_size": {"50": 20}}, {"prefix": (20, 5.0), "full": (20, 5.0), "short": (0, 3.0)}),
+        (
+            {"train_settings": {"max_steps": 60, "full": {"epochs": 10}}},
+            {"prefix": (60, 5.0), "full": (0, 10.0), "short": (0, 3.0)},
+        ),
+    ],
+)
+def test_the_length_of_a_run_is_that_of_the_narrowest_table(
+    tmp_path: Path, settings: dict[str, Any], expected: dict[str, tuple[int, float]]
+):
+    variants = {"short": {"method": "prefix", "epochs": 3.0}}
+    study = StudyConfig(name="low-data", methods=["prefix", "full", "short"], variants=variants, sizes=[50], **settings)
+    configs = {cell.method: build_train_config(study, cell, 1e-2, tmp_path, 50) for cell in plan(study)}
+    assert {method: (config.max_steps, config.epochs) for method, config in configs.items()} == expected
 
 
 def test_a_start_from_a_prompt_is_one_from_its_text(tmp_path: Path):

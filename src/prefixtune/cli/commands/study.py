@@ -45,7 +45,7 @@ def study(options: StudyOptions) -> int:
     For example:
         prefixtune study methods --config studies/methods.toml
         prefixtune study low-data --config studies/low_data.toml --budget 60
-        prefixtune study length --task toy --train train --dev held_out --test held_out --sizes 0
+        prefixtune study length --task toy_copy --train train --dev dev --test held_out --sizes 0
     """
     from prefixtune.studies.grid import plan
 

@@ -116,7 +116,11 @@ def _warnings(study: Study, main: str) -> list[str]:
         more = f" and {len(unscored) - _MOST_NAMES} more" if len(unscored) > _MOST_NAMES else ""
         names = ", ".join(unscored[:_MOST_NAMES])
         warnings.append(f"Done, but without a finite {metric_name(main) or 'score'}: {names}{more}.")
-    overlaps = (study.overlap.of("test"), study.dev_overlap.of("development"))
+    overlaps = (
+        study.overlap.of("test"),
+        study.dev_overlap.of("development"),
+        study.test_dev_overlap.of("test", "development"),
+    )
     warnings += [f"{text}." for text in overlaps if text]
     return warnings
 
