@@ -162,7 +162,7 @@ def test_one_address_cannot_take_all_connections(server: LiveServer) -> None:
         # Each holds a request whose body does not end: none of them is idle.
         for _ in range(PER_ADDRESS):
             stack.enter_context(connect(server, "127.0.0.7")).sendall(request)
-        time.sleep(0.2)
+        server.until(lambda: server.metric("prefixtune_open_requests", key="pt-me") >= PER_ADDRESS)
         with connect(server, "127.0.0.7") as one_more:
             received = until_closed(one_more)[1]
         assert b" 503 Service Unavailable" in received

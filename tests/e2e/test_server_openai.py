@@ -283,6 +283,9 @@ def test_a_client_that_does_not_wait_leaves_nothing(server: LiveServer) -> None:
 def test_an_error_in_a_stream_is_the_clients_exception(folder: Path) -> None:
     server = LiveServer(folder / MODEL, folder / "prefixes", "--deadline", "1", "--num-slots", "2").wait()
     try:
+        # The first request of a process may take longer than the deadline.
+        one = {**GREEDY, "prompt": "a", "max_tokens": 1}
+        server.until(lambda: server.post("/v1/completions", one)[0] == 200, 30)
         with client(server) as caller:
             pieces = caller.completions.create(**{**LONG, "n": 32}, stream=True)
             started = time.monotonic()

@@ -46,7 +46,9 @@ def start(folder: Path) -> Iterator[Callable[..., LiveServer]]:
 
 def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start: Callable[..., LiveServer]) -> None:
     server = start("--num-slots", "8")
-    body = {"model": "one", "prompt": "abc", "max_tokens": 200, "temperature": 0, "n": 1}
+    # So long that the first ones do not end before the last ones are there.
+    tokens = 400
+    body = {"model": "one", "prompt": "abc", "max_tokens": tokens, "temperature": 0, "n": 1}
 
     def whole(index: int) -> Any:
         return server.post("/v1/completions", {**body, "prompt": f"text {index}"})
@@ -68,7 +70,7 @@ def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start:
         answers = [each.result() for each in wholes]
         texts = [each.result() for each in streams]
     assert [answer[0] for answer in answers] == [200] * 12
-    assert all(answer[1]["usage"]["completion_tokens"] == 200 for answer in answers)
+    assert all(answer[1]["usage"]["completion_tokens"] == tokens for answer in answers)
     for answer, (status, text, _) in zip(answers, texts, strict=True):
         assert status == 200
         assert text.endswith("data: [DONE]\n\n")
@@ -90,6 +92,9 @@ def test_killed_during_an_upload_then_stopped_within_a_limit(start: Callable[...
         half.sendall(f"{head}Content-Length: {len(file)}\r\n\r\n".encode() + file[:-1])
         server.until(lambda: list(prefixes.glob(".upload.*")))
         server.stop(signal.SIGKILL)
+    # As if it had been killed while it copied, too.
+    (prefixes / ".half.safetensors.abc.tmp").mkdir()
+    (prefixes / ".half.safetensors.abc.tmp" / "half.safetensors").write_bytes(file[:-1])
     # Nobody takes it for a prefix, and the next start removes it.
     assert [path.name for path in prefixes.glob("*.safetensors")] == ["one.safetensors"]
     assert list(prefixes.glob(".upload.*"))

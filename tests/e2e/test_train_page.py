@@ -259,6 +259,37 @@ def test_what_fails_for_now_is_asked_again(browser: Browser, server: LiveServer)
     page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
 
 
+def test_an_older_job_does_not_take_a_later_ones_model_for_its_own(page: Browser, server: LiveServer) -> None:
+    start(page, "twice", epochs="1")
+    says(page, "job-said", "twice answers now.")
+    server.request("DELETE", "/v1/models/twice", key="pt-me")
+    start(page, "twice", epochs="1")
+    says(page, "job-said", "twice answers now.")
+    first, second = [job["id"] for job in server.get("/v1/fine_tuning/jobs", key="pt-me")[1]["data"][:2]][::-1]
+    page.value(f"document.querySelector('#jobs button[value={first}]').click()")
+    says(page, "action-said", "twice was deleted.")
+    page.value(f"document.querySelector('#jobs button[value={second}]').click()")
+    page.until("document.querySelector('#actions a') !== null")
+
+
+def test_a_job_does_not_start_without_the_validation_file_that_is_being_sent(page: Browser) -> None:
+    give(page, "chats.jsonl", ROWS)
+    page.until("!document.getElementById('start').disabled", SECONDS)
+    page.value("{ window.send = XMLHttpRequest.prototype.send; XMLHttpRequest.prototype.send = () => {}; }")
+    give(page, "valid.jsonl", ROWS, "validation-file")
+    click(page, "start")
+    says(page, "start-said", "The validation file is not there yet")
+    page.value("XMLHttpRequest.prototype.send = window.send")
+    give(page, "valid.jsonl", ROWS, "validation-file")
+    says(page, "validation-said", "valid.jsonl")
+    # The list of files is read again with the next one.
+    give(page, "chats.jsonl", ROWS)
+    label = "document.querySelector('#files button[aria-label=\"Delete valid.jsonl\"]')"
+    page.until(f"{label} !== null", SECONDS)
+    page.value(f"{label}.click()")
+    says(page, "validation-said", "valid.jsonl was deleted.")
+
+
 def test_a_wrong_value_in_closed_settings_is_shown(page: Browser) -> None:
     give(page, "chats.jsonl", ROWS)
     page.until("!document.getElementById('start').disabled", SECONDS)

@@ -24,11 +24,19 @@ from prefixtune.jobs.files import FileStore, result_file_id
 from prefixtune.jobs.job import Job, JobError, JobResult
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact, save_prefix
-from prefixtune.prefix.folder import ENDING, Signature, change_folder, list_names, path_of, signature_of
+from prefixtune.prefix.folder import (
+    ENDING,
+    Signature,
+    change_folder,
+    list_names,
+    path_of,
+    remove_abandoned_copies,
+    signature_of,
+)
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
-from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
+from prefixtune.utils.files import flush_to_disk, fsync, work_folder
 from prefixtune.utils.writable import reporting_write_errors
 
 __all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
@@ -256,8 +264,7 @@ def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature
         names = list_names(prefixes)
     except OSError:
         return []
-    for name in {left.name[1:].rsplit(".", 2)[0] for left in prefixes.glob(f".*{ENDING}.*.tmp")}:
-        remove_abandoned(prefixes, name)
+    remove_abandoned_copies(prefixes)
     for name in settled.keys() - names:
         del settled[name]
     for name in sorted(names):

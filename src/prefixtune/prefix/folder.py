@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.utils.files import remove_abandoned
 from prefixtune.utils.locks import file_lock
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "check_regular_file",
     "list_names",
     "path_of",
+    "remove_abandoned_copies",
     "signature_of",
     "signature_of_open",
 ]
@@ -120,3 +122,9 @@ def check_regular_file(folder: Path, name: str) -> None:
         raise CheckpointError("it is a link that leads out of the folder.", hint="copy the file into the folder.")
     if not stat.S_ISREG(mode):
         raise CheckpointError("it is not a regular file.", hint="put a file there.")
+
+
+def remove_abandoned_copies(folder: Path) -> int:
+    """Remove the unfinished files of processes that were killed while they put one there; returns how many."""
+    names = {left.name[1:].rsplit(".", 2)[0] for left in folder.glob(f".*{ENDING}.*.tmp")}
+    return sum(remove_abandoned(folder, name) for name in names)

@@ -227,7 +227,8 @@ async def watch_folder(state: ServerState) -> None:
     while watch.pause:
         await asyncio.sleep(pause)
         try:
-            if not await asyncio.to_thread(watch.is_due):
+            # After an error it is looked at once more, whatever its time says.
+            if not await asyncio.to_thread(watch.is_due) and not state.folder_error:
                 continue
             await asyncio.to_thread(state.store.reload)
             watch.note_look()

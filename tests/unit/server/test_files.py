@@ -349,6 +349,8 @@ def test_a_preview_of_very_long_conversations(make_server: Callable[..., Any], m
     data = b"".join(json.dumps({"messages": turn * count}).encode() + b"\n" for count in (3000, 2, 2000, 3))
     found = preview(app, data, "chats.jsonl")
     assert (found["sampled"], len(found["examples"])) == (2, 4)
+    # Nor are all of their messages shown.
+    assert [len(example["messages"]) for example in found["examples"]] == [50, 4, 50, 6]
     alone = preview(app, data.splitlines()[0], "chats.jsonl")
     assert alone["cuts"] == "The conversations are too long to be measured here."
     assert len(alone["examples"]) == 1

@@ -265,7 +265,7 @@ def test_events_are_streamed_until_the_job_stands_still(make_server: Callable[..
             log.add("last")
             await state.training.ask(lambda queue: queue.cancel(job.id))
 
-        stopping = asyncio.ensure_future(cancel_soon())
+        stopping = asyncio.ensure_future(cancel_soon() if not after else asyncio.sleep(0))
         transport = httpx2.AsyncClient(transport=httpx2.ASGITransport(app))
         async with transport as client:
             url = f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?{query.decode()}"
@@ -279,6 +279,29 @@ def test_events_are_streamed_until_the_job_stands_still(make_server: Callable[..
     assert [json.loads(one)["message"] for one in events] == ["step 0", "step 1", "step 2", "last"]
     *rest, end = asyncio.run(stream(json.loads(events[1])["id"]))
     assert [json.loads(one)["message"] for one in rest] == ["step 2", "last"]
+
+
+def test_a_stream_has_what_a_worker_says_of_a_cancelled_job_a_while_later(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state))
+    log = JobEvents(state.training.folder.job(job.id))
+
+    async def stream() -> list[str]:
+        async def cancel() -> None:
+            await state.training.ask(lambda queue: queue.cancel(job.id))
+            await asyncio.sleep(1.2)
+            log.add("Training is cancelled at step 2/9.")
+
+        stopping = asyncio.ensure_future(cancel())
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
+            url = f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?stream=true"
+            response = await client.get(url, timeout=20)
+        await stopping
+        return [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+
+    *events, end = asyncio.run(stream())
+    assert end == "[DONE]"
+    assert json.loads(events[-1])["message"] == "Training is cancelled at step 2/9."
 
 
 def test_events_after_one_that_is_not_there_are_refused(make_server: Callable[..., Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from asgi_client import Response, bearer, completion, send
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.files import FileStore
 from prefixtune.server.auth import hash_key
-from prefixtune.server.launch import watch_folder
+from prefixtune.server.launch import FolderWatch, watch_folder
 from prefixtune.server.settings import KeyConfig
 
 
@@ -116,6 +118,35 @@ def test_a_link_to_itself_is_one_bad_file_and_watching_goes_on(make_server: Call
     asyncio.run(watch())
     assert state.store.names() == ["a", "b", "c"]
     assert list(state.store.refused) == ["loop"]
+
+
+def test_a_folder_that_is_back_as_it_was_is_well_again(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixtune.server.launch._WATCH_SECONDS", 0.02)
+    _, state = make_server(train_workers=1)
+    due, failures = FolderWatch.is_due, list[int]()
+
+    def fails_twice(self: FolderWatch) -> bool:
+        # After the looks at the start, which find nothing new later.
+        if self._seen is not None and self._next_look == math.inf and len(failures) < 2:
+            failures.append(1)
+            raise OSError(errno.ESTALE, "stale")
+        return due(self)
+
+    monkeypatch.setattr(FolderWatch, "is_due", fails_twice)
+
+    async def watch() -> None:
+        watching = asyncio.ensure_future(watch_folder(state))
+        async with asyncio.timeout(10):
+            while not state.folder_error:
+                await asyncio.sleep(0.005)
+            while state.folder_error:
+                await asyncio.sleep(0.005)
+        watching.cancel()
+
+    asyncio.run(watch())
+    assert len(failures) == 2
 
 
 @pytest.mark.parametrize("error", [RuntimeError("/srv/x"), PrefixError("/srv/x"), RecursionError(), MemoryError()])

@@ -308,6 +308,31 @@ def test_a_new_result_is_listed_before_the_folder_is_looked_at(
     assert listed(app, "ann") == [*before, "hers", "hers-too"]
 
 
+def test_a_new_result_is_there_for_admins_and_for_its_deletion(
+    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, _ = make_server(keys=KEYS)
+    boss = bearer("boss")
+    for name, method, path, status in (
+        ("one", "GET", "/v1/models/one/file", 200),
+        ("two", "GET", "/admin/prefixes/two", 200),
+        ("three", "DELETE", "/admin/prefixes/three", 204),
+    ):
+        publish(name)
+        assert asyncio.run(send(app, method, path, headers=boss)).status == status
+    publish("four")
+    assert "four" in asyncio.run(send(app, "GET", "/admin/prefixes", headers=boss)).json["prefixes"]
+    # Its checkpoints go with it, as its file says whose they are.
+    removed = list[str]()
+    monkeypatch.setattr(
+        "prefixtune.server.api.models.remove_checkpoints", lambda folder: removed.append(folder.root.name)
+    )
+    job_id = f"ftjob-{'a' * 24}"
+    publish("five", job_id=job_id)
+    assert asyncio.run(send(app, "DELETE", "/v1/models/five", headers=bearer("ann"))).status == 200
+    assert removed == [job_id]
+
+
 def test_a_server_that_takes_no_jobs_looks_when_it_is_told_to(make_server: Callable[..., Any], publish: Any) -> None:
     app, state = make_server(train_workers=0)
     publish("new")

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import Response
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
-from prefixtune.prefix.folder import FolderBusyError
+from prefixtune.prefix.folder import FolderBusyError, remove_abandoned_copies
 from prefixtune.server.api.body import receive_body
 from prefixtune.server.api.endpoint import AdminContext, RequestContext
 from prefixtune.server.api.openapi import BYTES_BODY, NAME, api_router, errors
@@ -44,6 +44,7 @@ async def list_prefixes(context: AdminContext) -> Response:
     Needs a key with the right 'admin'.
     """
     store = context.state.store
+    await context.state.catalog.look_for_new()
     return json_response({"prefixes": store.names(), "refused": store.refused, "cache": vars(store.stats)})
 
 
@@ -53,7 +54,7 @@ async def inspect_prefix(context: AdminContext) -> Response:
 
     Needs a key with the right 'admin'.
     """
-    _check_known(context)
+    await _check_known(context)
     return json_response({"name": context.name, "header": context.state.catalog.header(context.name)})
 
 
@@ -63,7 +64,7 @@ async def delete_prefix(context: AdminContext) -> Response:
 
     Needs a key with the right 'admin'.
     """
-    _check_known(context)
+    await _check_known(context)
     await _run_in_thread(context, context.state.store.delete, context.name)
     log("audit", action="prefix.delete", key=context.caller.name, model=context.name)
     return Response(status_code=204)
@@ -126,8 +127,9 @@ async def _run_in_thread(context: RequestContext, action: Callable[..., Any], *a
         raise storage_error(error, "the prefix", "the folder of prefixes") from None
 
 
-def _check_known(context: RequestContext) -> None:
+async def _check_known(context: RequestContext) -> None:
     store = context.state.store
+    await context.state.catalog.look(context.name)
     if context.name not in store and context.name not in store.refused:
         raise not_found("prefix", context.name, store.names() if store.has_few else None)
 
@@ -137,4 +139,4 @@ def clear_uploads(folder: Path) -> int:
 
     What is locked belongs to another replica that serves the same folder.
     """
-    return remove_abandoned(folder, _UPLOAD_FOLDER)
+    return remove_abandoned(folder, _UPLOAD_FOLDER) + remove_abandoned_copies(folder)

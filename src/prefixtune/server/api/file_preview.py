@@ -33,7 +33,7 @@ __all__ = ["router"]
 
 
 router = api_router(401, 403, 404, 500, 503)
-_MOST_SHOWN, _MOST_CHARS = 24, 2_000
+_MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 24, 50, 2_000
 _DOCUMENT_CHARS = 100_000
 """Characters of a document that are tokenized; its other tokens are estimated."""
 _MOST_WRITTEN = 50_000
@@ -59,10 +59,11 @@ async def preview_file(context: TrainingContext) -> Response:
 async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
     files = context.training.files
     sample = await file_or_404(context, partial(files.sample, stored.owner, stored.id))
-    body = {**_nothing(), "examples": _spread([_shown(example) for example in sample])}
+    body = {**_nothing(), "examples": [_shown(example) for example in _spread(sample)]}
     if not any(example.targets for example in sample):
         return body
-    measured = _measurable(sample)
+    # Conversations of a sample may have hundreds of thousands of messages.
+    measured = await asyncio.to_thread(_measurable, sample)
     if not measured:
         return {**body, "cuts": "The conversations are too long to be measured here."}
     backbone = context.state.backbone
@@ -156,19 +157,19 @@ def _cuts(positions: int, cut: int, refused: int, sampled: int) -> str:
 
 
 def _shown(example: Example) -> dict[str, Any]:
-    """An example for people, long texts shortened."""
+    """An example for people, long texts and conversations shortened."""
     targets = [target[:_MOST_CHARS] for target in example.targets[:3]]
     if not example.messages:
         return {"source": example.source[:_MOST_CHARS], "targets": targets}
     messages = [
         {"role": message.role, "content": message.content[:_MOST_CHARS], "trained": message.role == "assistant"}
-        for message in example.messages
+        for message in example.messages[:_MOST_MESSAGES]
     ]
     answers = [{"role": "assistant", "content": target, "trained": True} for target in targets[:1]]
-    return {"messages": messages + answers}
+    return {"messages": messages if len(messages) < len(example.messages) else messages + answers}
 
 
-def _spread(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _spread(items: Sequence[Example]) -> list[Example]:
     """Some of the items, evenly spaced, the first one among them."""
     count = min(len(items), _MOST_SHOWN)
     return [items[index * len(items) // count] for index in range(count)]

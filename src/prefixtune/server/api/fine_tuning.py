@@ -6,6 +6,7 @@ Each key sees its own jobs; an admin key, and everybody where there are no keys,
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -49,7 +50,7 @@ _METADATA = {
     "style": "deepObject",
 }
 _STREAM = parameter("stream", "Send events as they come, until the job stands still.", type="boolean")
-_POLL_SECONDS, _STATUS_SECONDS, _KEEP_ALIVE_SECONDS = 0.3, 1.0, 15.0
+_POLL_SECONDS, _STATUS_SECONDS, _LAST_SECONDS, _KEEP_ALIVE_SECONDS = 0.3, 1.0, 2.0, 15.0
 
 Action = Literal["cancel", "pause", "resume"]
 
@@ -269,7 +270,7 @@ def _read_metadata(context: RequestContext) -> dict[str, str]:
 async def _stream(context: RequestContext, job_id: str, log_of_job: JobEvents, after: str) -> AsyncGenerator[bytes]:
     """The events of a job after one of them, until the job stands still or the request's time is over."""
     clock = asyncio.get_running_loop().time
-    position, is_known, stands_still = 0, not after, False
+    position, is_known, ends_at = 0, not after, math.inf
     looked_at = sent_at = -_STATUS_SECONDS
     while context.remaining > 0 and not context.state.draining:
         if clock() - looked_at >= _STATUS_SECONDS:
@@ -277,7 +278,12 @@ async def _stream(context: RequestContext, job_id: str, log_of_job: JobEvents, a
             status = (await context.training.ask(lambda queue: queue.statuses([job_id]), context.tenant)).get(
                 job_id, "failed"
             )
-            stands_still, looked_at = status in (*ENDED, "paused"), clock()
+            looked_at = clock()
+            if status not in (*ENDED, "paused"):
+                ends_at = math.inf
+            elif ends_at == math.inf:
+                # A worker notices a while later that a job was stopped, and says at which step.
+                ends_at = looked_at + (_LAST_SECONDS if status in ("cancelled", "paused") else 0)
         page = await asyncio.to_thread(log_of_job.read, position)
         position = page.position
         for one in page.events:
@@ -285,7 +291,7 @@ async def _stream(context: RequestContext, job_id: str, log_of_job: JobEvents, a
                 sent_at = clock()
                 yield event(event_view(one))
             is_known = is_known or one.id == after
-        if stands_still:
+        if clock() >= ends_at:
             yield DONE
             return
         if clock() - sent_at >= _KEEP_ALIVE_SECONDS:

@@ -31,6 +31,7 @@ _FILE: dict[int | str, Any] = {
 @router.get("/v1/models", response_model=Models)
 async def list_models(context: KeyContext) -> Response:
     """The models that the key may use."""
+    await context.state.catalog.look_for_new()
     describe = partial(context.state.catalog.describe_all, context.caller)
     models = await context.state.response_threads.run(context.tenant, describe)
     return json_response({"object": "list", "data": models})
@@ -53,6 +54,7 @@ async def download_model(context: KeyContext) -> Response:
         await catalog.check_access((name,), context.caller)
         if not catalog.access.owns(name, context.caller):
             raise forbidden(f"the file of {name[:128]!r} is for the owner of its training job only.", "not_the_owner")
+    await catalog.look(name)
     try:
         file, header = await asyncio.to_thread(context.state.store.open_file, name)
     except RequestError:
@@ -87,6 +89,7 @@ async def delete_model(context: KeyContext) -> Response:
     An admin key deletes any prefix. Requests that have it go on.
     """
     state, name = context.state, context.name
+    await state.catalog.look(name)
     origin = state.store.origin(name)
     try:
         names = await state.catalog.delete(name, context.caller)

@@ -152,6 +152,18 @@ class Catalog:
         names = [model] if model == self.backbone_id else model.split(SEPARATOR)
         return all(self.access.is_known(name) and self.access.may_use(name, caller) for name in names)
 
+    async def look(self, name: str) -> None:
+        """Look for an unknown name in the folder, where a job may just have put it."""
+        if self.finds_new and not self.access.is_known(name):
+            await asyncio.to_thread(self.store.look, name)
+
+    async def look_for_new(self) -> None:
+        """Look for all files that a job may just have put into the folder."""
+        if self.finds_new:
+            # What is known is answered, whatever the folder is like.
+            with contextlib.suppress(PrefixError):
+                await asyncio.to_thread(self.store.look_for_new)
+
     async def check_access(self, names: Sequence[str], caller: Caller) -> None:
         """Refuse names of which the caller may not use one, whether there is such a model or not.
 
@@ -165,8 +177,7 @@ class Catalog:
             ApiError: 403 or 404.
         """
         for name in names:
-            if self.finds_new and not self.access.is_known(name):
-                await asyncio.to_thread(self.store.look, name)
+            await self.look(name)
         for name in names:
             if not (caller.may_use(name) or self.access.owns(name, caller)):
                 raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
@@ -278,14 +289,7 @@ class Catalog:
             raise _not_served(error, name) from None
 
     def describe_all(self, caller: Caller) -> list[dict[str, Any]]:
-        """All models that a caller may use; reads every header, so not for the event loop.
-
-        The result of a job that has succeeded is among them, before the folder is looked at the next time.
-        """
-        if self.finds_new:
-            # What is known is answered, whatever the folder is like.
-            with contextlib.suppress(PrefixError):
-                self.store.look_for_new()
+        """All models that a caller may use; reads every header, so not for the event loop."""
         models = []
         for name in self.names(caller):
             # It may have been deleted meanwhile.

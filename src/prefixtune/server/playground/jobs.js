@@ -3,18 +3,18 @@
 
 const jobs = (() => {
   const ENDED = ["succeeded", "failed", "cancelled"];
-  const PAGE = 20, MAX_EVENT_PAGES = 20, SHOWN_EVENTS = 100;
+  const PAGE = 20, MAX_EVENT_PAGES = 20, SHOWN_EVENTS = 100, LATE_SECONDS = 60;
   const FASTEST = 1500, IDLE = 20000, SLOWEST = 30000;
   const state = {
-    backbone: "", models: [], list: [], more: false, id: "", curves: new Map(), status: "",
-    failures: 0, timer: 0, turn: 0, polls: 0,
+    backbone: "", models: [], list: [], more: false, pages: 1, last: "", id: "", curves: new Map(), status: "",
+    failures: 0, timer: 0, turn: 0, polls: 0, tell: () => {},
   };
 
   const pathOf = (id, more = "") => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}${more}`;
   const progressOf = (job) => (job.prefixtune && job.prefixtune.progress) || {};
   const nameOf = (job) => job.fine_tuned_model || (job.prefixtune && job.prefixtune.name) || job.id;
-  /** Whether its result answers: it may have been deleted. */
-  const answers = (job) => job.status === "succeeded" && state.models.some(({ id }) => id === nameOf(job));
+  /** Whether its result answers: it may have been deleted, and another job's may have its name by now. */
+  const answers = (job) => job.status === "succeeded" && state.models.some((model) => model.id === nameOf(job) && (!model.job || model.job === job.id));
   const current = () => state.list.find((job) => job.id === state.id) || null;
 
   // --- polling ---
@@ -27,6 +27,7 @@ const jobs = (() => {
     if (document.visibilityState === "visible") {
       try {
         await look();
+        if (state.failures) state.tell({ isBack: true });
         state.failures = 0;
         wait = state.list.some((job) => job.status === "running") ? FASTEST : state.list.some((job) => job.status === "queued") ? 2 * FASTEST : IDLE;
       } catch (error) {
@@ -53,14 +54,19 @@ const jobs = (() => {
 
   async function loadModels() {
     state.models = (await getJson("/v1/models")).data;
+    state.tell({ isBack: false });
   }
 
   async function loadList() {
     if (!state.models.length) await loadModels();
     const page = await getJson(`/v1/fine_tuning/jobs?limit=${PAGE}`);
     const older = state.list.filter((job) => !page.data.some(({ id }) => id === job.id) && page.has_more && job.created_at <= page.data[page.data.length - 1].created_at);
-    state.more = page.has_more && !older.length ? true : state.more && older.length > 0;
-    state.list = [...page.data, ...older];
+    if (!page.has_more) state.pages = 1;
+    if (state.pages === 1) Object.assign(state, { more: page.has_more, last: lastOf(page) });
+    // What is on no page that is looked at, and goes on.
+    const unfinished = older.filter((job) => !ENDED.includes(job.status)).slice(0, PAGE);
+    const now = await Promise.all(unfinished.map((job) => getJson(pathOf(job.id)).catch(() => job)));
+    state.list = [...page.data, ...older.map((job) => now.find(({ id }) => id === job.id) || job)];
     // Not every key sees it among the models.
     state.backbone = (page.prefixtune && page.prefixtune.backbone) || "";
     showServer(`training on ${state.backbone || "one backbone"}`, false);
@@ -85,12 +91,13 @@ const jobs = (() => {
     if (first) open(first.id, false);
   }
 
+  const lastOf = ({ data }) => (data.length ? data[data.length - 1].id : "");
+
   async function loadMore() {
-    const last = state.list[state.list.length - 1];
     try {
-      const page = await getJson(`/v1/fine_tuning/jobs?limit=${PAGE}&after=${encodeURIComponent(last.id)}`);
-      state.list.push(...page.data.filter(({ id }) => !state.list.some((job) => job.id === id)));
-      state.more = page.has_more;
+      const page = await getJson(`/v1/fine_tuning/jobs?limit=${PAGE}&after=${encodeURIComponent(state.last)}`);
+      state.list = [...state.list, ...page.data.filter(({ id }) => !state.list.some((job) => job.id === id))].sort((one, other) => other.created_at - one.created_at);
+      Object.assign(state, { more: page.has_more, pages: state.pages + 1, last: lastOf(page) || state.last });
       showList();
     } catch (error) {
       at("list-said").textContent = error.message;
@@ -186,7 +193,8 @@ const jobs = (() => {
     const curve = state.curves.get(job.id);
     if (!curve.whole) {
       for (const event of (await newEvents(job.id, curve)).reverse()) keep(curve, event);
-      curve.whole = ENDED.includes(job.status);
+      // A worker notices a while later that a job was cancelled, and says where.
+      curve.whole = ENDED.includes(job.status) && (job.status !== "cancelled" || Date.now() / 1000 - job.finished_at > LATE_SECONDS);
     }
     if (job.id !== state.id) return;
     drawCurve(at("curve"), curve, progressOf(job).total_steps || 0);
@@ -341,11 +349,14 @@ const jobs = (() => {
 
   /** After another key: forget what was seen with the one before. */
   function restart() {
-    Object.assign(state, { list: [], models: [], id: named(), status: "", polls: 0, more: false });
+    Object.assign(state, { list: [], models: [], id: named(), status: "", polls: 0, more: false, pages: 1 });
     state.curves.clear();
     at("job").hidden = true;
     return poll();
   }
 
-  return { start, restart, begin, duration, state };
+  /** Call this when other models are there, or when the server is back. */
+  const onNews = (tell) => { state.tell = tell; };
+
+  return { start, restart, begin, duration, onNews, state };
 })();

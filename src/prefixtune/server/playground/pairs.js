@@ -17,9 +17,9 @@ const pairs = (() => {
     try { sessionStorage.setItem(keyOf(id), JSON.stringify(kept)); } catch { /* no room: asked again after a reload */ }
   }
 
-  /** Remember what is to be asked of a new job. */
+  /** Remember what is to be asked of a new job; null: it is not known. */
   function begin(id, questions) {
-    keep(id, questions.map((messages) => ({ messages })));
+    if (questions) keep(id, questions.map((messages) => ({ messages })));
   }
 
   /** One more question. */
@@ -47,13 +47,14 @@ const pairs = (() => {
   async function fill(view) {
     const mine = ++turn, { job } = view;
     if (hasNoResult(job)) return;
-    let list = pairsOf(job.id);
+    let list = pairsOf(job.id), isAgain = false;
     if (!list) {
-      list = (await questionsAgain(job)).map((messages) => ({ messages }));
-      // None may mean that they could not be read now.
+      const questions = await questionsAgain(job);
+      if (mine !== turn) return;
+      isAgain = questions === null;
+      list = (questions || []).map((messages) => ({ messages }));
       if (list.length) keep(job.id, list);
     }
-    let isAgain = false;
     for (const side of ["before", ...(view.isServed() ? ["after"] : [])]) {
       for (const pair of list) {
         if (pair[side] || mine !== turn || !view.isShown()) continue;
@@ -71,14 +72,14 @@ const pairs = (() => {
     if (isAgain) setTimeout(() => { if (mine === turn && view.isShown()) fill(view); }, AGAIN);
   }
 
-  /** In another tab: from the file, as long as it is there; about a document, the usual ones. */
+  /** In another tab: from the file, as long as it is there; about a document, the usual ones; null: not to be had now. */
   async function questionsAgain(job) {
     if (job.prefixtune && job.prefixtune.kind === "document") return DOCUMENT_QUESTIONS.map((content) => [{ role: "user", content }]);
     try {
       const preview = await getJson(`/v1/files/${encodeURIComponent(job.training_file)}/preview`);
       return questionsOf(preview.examples || []);
-    } catch {
-      return [];
+    } catch (error) {
+      return isLasting(error) ? [] : null;
     }
   }
 

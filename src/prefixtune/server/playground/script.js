@@ -7,7 +7,7 @@
     prompt: "The text as it is, after the prefix: nothing is added.",
     chat: "One message, in the backbone's chat template.",
   };
-  const state = { models: [], chosen: [], tasks: new Map(), runs: [], running: 0, form: "", read: null, turn: 0 };
+  const state = { models: [], chosen: [], tasks: new Map(), runs: [], running: 0, failed: false, form: "", read: null, turn: 0 };
 
   // --- helpers ---
 
@@ -34,8 +34,10 @@
   async function loadModels() {
     try {
       state.models = (await (await api("/v1/models")).json()).data;
+      state.failed = false;
     } catch (error) {
       state.models = [];
+      state.failed = true;
       showServer(error.message, true);
     }
     const names = state.models.map((model) => model.id);
@@ -278,7 +280,10 @@
     clearTimeout(timer);
     if (document.visibilityState === "visible") {
       try {
-        show(await (await api("/v1/status")).json());
+        const now = await (await api("/v1/status")).json();
+        // They could not be had before.
+        if (state.failed) await loadModels();
+        show(now);
       } catch (error) {
         showServer(error.status ? error.message : "the server does not respond.", true);
       }
@@ -289,7 +294,7 @@
 
   function show(now) {
     const count = state.models.filter((model) => model.kind !== "backbone").length;
-    showServer(`${count} ${count === 1 ? "prefix" : "prefixes"} on ${backbone() || "one backbone"}${now.draining ? " · shutting down" : ""}`, now.draining);
+    if (!state.failed) showServer(`${count} ${count === 1 ? "prefix" : "prefixes"} on ${backbone() || "one backbone"}${now.draining ? " · shutting down" : ""}`, now.draining);
     const slots = at("slots");
     while (slots.children.length < Math.min(now.slots, 256)) slots.append(make("li"));
     for (const cell of slots.children) { cell.className = ""; cell.removeAttribute("title"); }

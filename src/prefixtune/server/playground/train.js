@@ -2,6 +2,7 @@
 // From a file to a job.
 
 (() => {
+  const ATTACHED = ["validation", "questions"];
   const state = { file: null, sending: null, validation: null, questions: null, examples: [], turn: 0 };
   const isDocument = () => state.file !== null && state.file.purpose === "document";
   const asksFile = () => document.querySelector("[name=questions]:checked").value === "file";
@@ -95,6 +96,7 @@
       try {
         await api(`/v1/files/${encodeURIComponent(file.id)}`, { method: "DELETE" });
         if (state.file && state.file.id === file.id) { forgetFile(); sayFile(`${file.filename} was deleted.`); }
+        for (const kind of ATTACHED) if (state[kind] && state[kind].id === file.id) detach(kind, `${file.filename} was deleted.`);
         at("file").focus();
         loadFiles();
       } catch (error) {
@@ -102,6 +104,14 @@
       }
     });
     return make("li", {}, make("span", {}, file.filename, " ", make("small", { className: file.status === "error" ? "error" : "quiet" }, file.status === "error" ? file.status_details : bytes(file.bytes))), again, remove);
+  }
+
+  /** Forget a file that was sent beside the one to train on. */
+  function detach(kind, text) {
+    at(`${kind}-file`).value = "";
+    // Stops what is still being sent.
+    at(`${kind}-file`).dispatchEvent(new Event("change"));
+    at(`${kind}-said`).textContent = text;
   }
 
   // --- the settings ---
@@ -114,12 +124,17 @@
     at("validation").hidden = isDocument();
     for (const element of [at("questions-file"), at("questions-file").previousElementSibling]) element.hidden = !asksFile();
     if (!state.file) at("takes").textContent = "";
+    showBases();
+    [...at("probes").querySelectorAll("input")].forEach((input, index) => { if (!input.value) input.value = DOCUMENT_QUESTIONS[index]; });
+  }
+
+  /** What a training may start from. */
+  function showBases() {
     const { backbone, models } = jobs.state, chosen = at("base").value;
     const prefixes = models.filter(({ id, kind }) => id !== backbone && kind !== "joined").map(({ id }) => id);
     const bases = [backbone, ...prefixes].filter(Boolean);
     at("base").replaceChildren(...bases.map((id) => make("option", { value: id, textContent: id === backbone ? `${id} (new)` : id })));
     if (bases.includes(chosen)) at("base").value = chosen;
-    [...at("probes").querySelectorAll("input")].forEach((input, index) => { if (!input.value) input.value = DOCUMENT_QUESTIONS[index]; });
   }
 
   const number = (id) => (at(id).value === "" ? null : Number(at(id).value));
@@ -139,9 +154,9 @@
     return body;
   }
 
-  /** What will be asked before and after. */
+  /** What will be asked before and after; null: the file's examples could not be read. */
   function questions() {
-    if (!isDocument()) return questionsOf(state.examples);
+    if (!isDocument()) return state.examples.length ? questionsOf(state.examples) : null;
     const texts = [...at("probes").querySelectorAll("input")].map((input) => input.value.trim()).filter(Boolean);
     return texts.map((content) => [{ role: "user", content }]);
   }
@@ -149,6 +164,7 @@
   async function start() {
     if (!state.file) return;
     if (isDocument() && asksFile() && !state.questions) { sayStart("Choose a file of questions, or let the model make them.", true); return; }
+    if (!isDocument() && at("validation-file").files.length && !state.validation) { sayStart("The validation file is not there yet: wait for it, or choose none.", true); return; }
     at("start").disabled = true;
     sayStart("It is queued …");
     try {
@@ -194,6 +210,12 @@
   }, true);
   at("setup").addEventListener("submit", (event) => { event.preventDefault(); start(); });
   const begin = async (look) => { await look(); showSetup(); loadFiles(); };
-  useKeyForm(() => { forgetFile(); sayFile(""); begin(jobs.restart); });
+  jobs.onNews(({ isBack }) => { showBases(); if (isBack) loadFiles(); });
+  useKeyForm(() => {
+    forgetFile();
+    sayFile("");
+    for (const kind of ATTACHED) detach(kind, "");
+    begin(jobs.restart);
+  });
   begin(jobs.start);
 })();
