@@ -69,6 +69,13 @@ def _path(path: str, methods: Schema) -> Iterator[str]:
             kinds = ", ".join(f"`{kind}`: {_type(content['schema'])}" for kind, content in body["content"].items())
             yield f"Body: {kinds.rstrip(': ')}. {body.get('description', '')}"
             for content in body["content"].values():
+                if fields := content["schema"].get("properties"):
+                    required = content["schema"].get("required", ())
+                    rows = [
+                        f"| `{field}` | {_type(value)} | {'required' * (field in required)} |"
+                        for field, value in fields.items()
+                    ]
+                    yield "\n".join(["| field | type | |", "|---|---|---|", *rows])
                 if "example" in content:
                     yield f"```json\n{json.dumps(content['example'], indent=2, ensure_ascii=False)}\n```"
         rows = [f"| {status} | {_response(response)} |" for status, response in operation["responses"].items()]

@@ -156,7 +156,8 @@ class TrainConfig(Config):
     max_length: int = _data(
         0,
         ge=0,
-        description="most positions of source and target together (encoder-decoder: of each); 0: the backbone's",
+        description="most positions of source and target together (encoder-decoder: of each); 0: the backbone's, and "
+        "512 for texts alone, which are learned in windows",
     )
     on_too_long: Literal["cut", "error"] = _data(
         "cut", description="a source that is too long: cut it (counted), or stop with an error"
