@@ -41,7 +41,7 @@ Source = str | Sequence[Message] | Sequence[Mapping[str, str]]
 """What is answered: one user message's text, or all messages before the answer."""
 
 _OWN = TextFormat("{source}", "{target}", chat_template=MODEL_TEMPLATE)
-_ANSWER = "\ue000answer\ue001"
+_ANSWER, _QUESTION = "\ue000answer\ue001", "\ue000question\ue001"
 """A text that stands for an answer; of characters for private use, which no template changes."""
 
 
@@ -393,10 +393,20 @@ def _stop(backbone: Backbone, labels: Sequence[int], ends: set[int]) -> int | No
 
 
 def _end_of_turn(backbone: Backbone, text_format: TextFormat) -> str:
-    """The special token that a chat template writes after an answer; empty: it writes none."""
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}]
+    """The special token that a chat template writes after an answer; empty: it writes none.
+
+    Raises:
+        RequestError: It leaves out the question or the answer.
+    """
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     text = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=False)
-    after = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
+    for role, content in (("user", _QUESTION), ("assistant", _ANSWER)):
+        if content not in text:
+            raise RequestError(
+                f"the chat template does not write the message of the role {role!r}.",
+                hint="it gets messages, each with role (system, user or assistant) and content.",
+            )
+    after = text.rpartition(_ANSWER)[2]
     ids = backbone.encode(after.lstrip())
     added = backbone.tokenizer.added_tokens_decoder
     return str(added[ids[0]].content) if ids and ids[0] in added else ""

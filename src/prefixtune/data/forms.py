@@ -310,7 +310,7 @@ def _is_filled(value: Any) -> bool:
 
 def _targets(record: Record, names: Sequence[str], needed: bool) -> tuple[str, ...]:
     column = _present(record, names)
-    if not needed and record.values.get(column) is None:
+    if not needed and not _is_filled(record.values.get(column)):
         return ()
     return tuple(targets_of(column, record))
 
@@ -406,7 +406,7 @@ def _text(record: Record, needs_targets: bool) -> Example:
 
 
 def _label(record: Record, needs_targets: bool) -> Example:
-    if not needs_targets and record.values.get("label") is None:
+    if not needs_targets and not _is_filled(record.values.get("label")):
         return Example(render("text", record.values, record.location), (), record.values)
     return labelled_example(record, "text", "label")
 

@@ -155,15 +155,22 @@ def check_names(columns: Iterable[str], what: str) -> None:
 
 
 def _holds_rows(cell: str, index: int, num_columns: int) -> bool:
-    r"""Whether a cell that is not the last of its row looks like several rows between two quotes that are text.
+    r"""Whether a cell looks like several rows between two quotes that are text.
 
     >>> _holds_rows("Wow\tgood\nFine\tgood\nBad", 0, 2), _holds_rows("two\nlines", 0, 2)
     (True, False)
+    >>> _holds_rows("Great\nneg\tBad\npos\tReally good.", 1, 2), _holds_rows("two\nlines", 1, 2)
+    (True, False)
     """
     last = num_columns - 1
-    if "\n" not in cell or index == last:
+    # In a table of one column nothing tells a row from a line.
+    if "\n" not in cell or not last:
         return False
-    first_line, *between, last_line = (line.count("\t") for line in cell.split("\n"))
+    lines = cell.split("\n")
+    if index == last and not all(line.partition("\t")[0].strip() for line in lines[1:]):
+        # A line that begins with a tab is indented rather than a row.
+        return False
+    first_line, *between, last_line = (line.count("\t") for line in lines)
     return first_line == last - index and last_line == index and all(count == last for count in between)
 
 

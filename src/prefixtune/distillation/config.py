@@ -127,7 +127,10 @@ class DistillConfig(TrainConfig):
     def _useless(self) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         """Fields, whether they mean nothing in this run, and in what."""
         yield ("kinds", "num_questions"), self.questions != SELF, "a run whose questions are given"
-        yield ("task", "source", "target"), bool(self.document), "a document, whose questions are rows of that name,"
+        rows = "a document, whose questions are rows of that name,"
+        yield ("task", "source", "target", "form"), bool(self.document), rows
+        yield ("limit",), bool(self.document) and self.questions == SELF, "a run whose questions are made"
+        yield ("init_text",), self.initialization == "text", f"a run that starts from the {self.subject} itself"
         yield ("chunk_length",), not self.document, "a run without a document"
 
     @property

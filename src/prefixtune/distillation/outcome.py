@@ -64,7 +64,8 @@ def describe(
         "labels": "the teacher's 20 likeliest tokens" if lesson.soft else "given answers",
         "questions": len(lesson.questions),
         "held_out": {
-            "questions": len(lesson.test),
+            # One that has several answers is there with each.
+            "questions": len({question.question for question in lesson.test}),
             "also_trained_on": _also_trained_on(lesson),
             "teacher_answers": len(lesson.taught),
         },

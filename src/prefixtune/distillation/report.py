@@ -186,11 +186,11 @@ def _count_exact(
     batch_size: int,
     on_batch: Callable[[int], None],
 ) -> int:
-    """How many greedy answers are the given ones.
+    """How many questions have a greedy answer that is given; of several answers to one question, any counts.
 
     Where a line break ends an answer, as many lines count as the given one has.
     """
-    exact = done = 0
+    done, right = 0, set[str]()
     by_lines: dict[int, list[int]] = {}
     for index, question in enumerate(given):
         by_lines.setdefault((question.answer or "").count("\n") + 1, []).append(index)
@@ -207,8 +207,9 @@ def _count_exact(
         done += len(rows)
         for index, (answer, _) in zip(rows, answers, strict=True):
             kept = "\n".join(answer.split("\n")[:lines]) if wording.ends_with_line else answer
-            exact += _same(kept, given[index].answer or "")
-    return exact
+            if _same(kept, given[index].answer or ""):
+                right.add(given[index].question)
+    return len(right)
 
 
 def _same(answer: str, wanted: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prefixtune.data.examples import Example, limit_targets
+from prefixtune.data.examples import Example, conversation_of, limit_targets
 from prefixtune.data.folders import locate
 from prefixtune.data.registry import TASKS, read_task
 from prefixtune.data.streams import is_stdin
@@ -99,6 +99,7 @@ def training_examples(config: TrainConfig) -> list[Example] | None:
 
 
 def _key(example: Example) -> tuple[str, ...]:
-    """The source, the messages before the answer, or a text alone, without differences in white space."""
-    texts = (example.source, *(m.content for m in example.messages)) if example.source else example.targets
+    """The messages before the answer, or a text alone, without differences in white space and the system's message."""
+    messages = [message.content for message in conversation_of(example) if message.role != "system"]
+    texts = messages if any(messages) else example.targets
     return tuple(" ".join(text.split()) for text in texts)

@@ -12,7 +12,9 @@ from prefixtune.data.encoding import encode_pairs, format_of
 from prefixtune.data.examples import Example
 from prefixtune.data.labels import check_known, labels_of, with_label_words
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.data import held_out_rows
 from prefixtune.training.starts.examples import from_examples
+from prefixtune.training.starts.source import stored_text
 from prefixtune.training.starts.words import from_words
 
 __all__ = ["find_start"]
@@ -33,12 +35,14 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
     stored = prefix.header.get("initialization")
     if not isinstance(stored, dict) or "kind" not in stored:
         return None, "the file does not say what training started from."
-    kind, text = stored["kind"], stored.get("text")
+    kind, text = stored["kind"], stored_text(stored)
     if prefix.header.get("method") == "prompt":
         return None, "a prompt at the input layer starts from embeddings, which are no keys and values."
     if not _is_beginning(prefix.header.get("composition")):
         return None, "the prefix was cut at its start or joined after training: its positions are not its start's."
-    if kind == "words" and isinstance(text, str):
+    if kind == "words" and text is None and "text" in stored:
+        return None, "training started from words of which the file holds the beginning only."
+    if kind == "words" and text is not None:
         lengths = {site: prefix.length(site) for site in prefix.sites}
         return _like(prefix, from_words(backbone, text, lengths)), f"the words {text!r}"
     if kind == "examples":
@@ -71,7 +75,13 @@ def _find_examples(
         return None, "training started from some of its examples, which the file does not hold; give them: --train."
     if backbone.kind == "encoder-decoder" and "decoder" in prefix.sites:
         return None, "an encoder-decoder's decoder started from words that the file does not hold."
-    indices, tokens = stored.get("examples"), stored.get("tokens")
+    indices, tokens, held = stored.get("examples"), stored.get("tokens"), stored.get("held_out")
+    if isinstance(held, Mapping):
+        share, seed = held.get("share"), held.get("seed")
+        if type(share) is float and 0 < share < 1 and type(seed) is int and len(train) > 1:
+            # They are counted among those that were left to train on.
+            out = held_out_rows(train, share, seed)
+            train = [example for example, is_out in zip(train, out, strict=True) if not is_out]
     other = "training started from examples that are not those of --train (in number, order or length)."
     if not _are_counts(indices, most=len(train) - 1) or len(indices) > prefix.prefix_length:
         return None, other

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, load_task
@@ -56,6 +57,7 @@ __all__ = [
     "TrainData",
     "count_steps",
     "does_hold_out",
+    "held_out_rows",
     "is_large_file",
     "optimizer_steps",
     "plan_steps",
@@ -158,6 +160,20 @@ def does_hold_out(config: TrainConfig, dev_examples: Sequence[ExampleLike] | Non
     return bool(config.hold_out) and not config.dev and dev_examples is None
 
 
+def held_out_rows(train: Sequence[Example], share: float, seed: int) -> NDArray[np.bool_]:
+    """Which examples a run holds out of training: a share of the sources, one at least, with all their targets.
+
+    Args:
+        train: The examples of at least two sources.
+        share: Of the sources, above 0 and below 1.
+        seed: The run's.
+    """
+    sources, ids = distinct_sources(train), source_ids(train)
+    count = min(max(1, round(share * len(sources))), len(sources) - 1)
+    drawn = random.Random(f"{seed}/hold_out").sample(range(len(sources)), count)
+    return np.isin(ids, ids[sources[drawn]])
+
+
 def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
     """Divide the examples into those to train on and a share of the sources, with all their targets, to develop with.
 
@@ -172,10 +188,7 @@ def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[E
             f"hold_out is {config.hold_out:g}, but there is only one training source.",
             hint="give more data or a development file, or set hold_out to 0.",
         )
-    count = min(max(1, round(config.hold_out * len(sources))), len(sources) - 1)
-    drawn = random.Random(f"{config.seed}/hold_out").sample(range(len(sources)), count)
-    ids = source_ids(train)
-    held = np.isin(ids, ids[sources[drawn]])
+    held = held_out_rows(train, config.hold_out, config.seed)
     dev = first_targets(select(train, np.flatnonzero(held)), config.dev_limit)
     return select(train, np.flatnonzero(~held)), dev
 

@@ -107,6 +107,9 @@ def describe_run_data(
     """
     if not config.form or given:
         return []
-    files = [(config.train, train), *([(config.dev, dev)] if config.dev else [])]
-    form = FORMS[config.form]
-    return [describe_data(form, some, path, some[0].fields) for path, some in files if some]
+    files = [(config.train, train, FORMS[config.form])]
+    if config.dev:
+        # It may have a form of its own.
+        form = resolve_task("records", config.dev, split="dev", prefer=config.form)[1]
+        files.append((config.dev, dev, form or FORMS[config.form]))
+    return [describe_data(form, some, path, some[0].fields) for path, some, form in files if some]

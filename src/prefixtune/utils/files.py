@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prefixtune.utils.locks import acquire_lock, file_lock
-from prefixtune.utils.writable import reporting_write_errors
+from prefixtune.utils.writable import check_no_device, reporting_write_errors
 
 __all__ = [
     "append_line",
@@ -57,6 +57,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         PrefixError: The disk is full or the folder cannot be written.
     """
     path = Path(path)
+    check_no_device(path)
     with reporting_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with work_folder(path.parent, path.name) as folder:

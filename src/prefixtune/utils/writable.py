@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prefixtune.errors import PrefixError
 
-__all__ = ["check_writable", "reporting_write_errors", "writable_folder"]
+__all__ = ["check_no_device", "check_writable", "reporting_write_errors", "writable_folder"]
 
 
 def check_writable(path: Path) -> None:
@@ -23,8 +23,22 @@ def check_writable(path: Path) -> None:
     # Unlike Path.is_dir, it returns False where nobody may look; what is there cannot be written either.
     if os.path.isdir(path):
         raise PrefixError(f"cannot write {str(path)!r}: it is a folder.", hint="choose another place.")
+    check_no_device(path)
     with writable_folder(path.parent, path):
         pass
+
+
+def check_no_device(path: Path) -> None:
+    """Refuse to put a file in the place of a device, a pipe or a socket, such as /dev/null.
+
+    Raises:
+        PrefixError: It is one, or a link to one.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise PrefixError(
+            f"cannot write {str(path)!r}: it is a device or a pipe, which a file would replace.",
+            hint="name a file, or leave the option out.",
+        )
 
 
 @contextlib.contextmanager

@@ -201,6 +201,14 @@ def test_a_document_and_its_questions(jobs: Jobs, server: FakeServer, rows: Path
         (["create", "{rows}", "--validation", "gone.jsonl"], "there is no file 'gone.jsonl'"),
         (["create", "{rows}", "--option", "length"], "--option is 'length', but must be NAME=VALUE"),
         (["create", "{rows}", "--epochs", "two"], "--epochs is 'two', but must be a number or auto"),
+        (
+            ["create", "{rows}", "--learning-rate-multiplier", "nan"],
+            "multiplier is 'nan', but must be a number or auto",
+        ),
+        (
+            ["create", "{rows}", "--learning-rate-multiplier", "inf"],
+            "multiplier is 'inf', but must be a number or auto",
+        ),
         (["show", ".."], "names nothing"),
         (["--key", "a\nb"], "characters that no key has"),
     ],

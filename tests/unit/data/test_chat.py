@@ -158,3 +158,17 @@ def test_a_changed_template_is_noticed(default_backbone: Any) -> None:
     assert encode_prompts(default_backbone, form, ["Hi"])
     with pytest.warns(UserWarning, match="is not the one that the prefix was trained with"):
         encode_prompts(default_backbone, replace(form, template_hash="0" * 16), ["Hi"])
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        ("{% for m in messages if m.role == 'human' %}{{ m.content }}{% endfor %}BOT: ", "user"),
+        ("{{ prompt }} {{ answer }}", "user"),
+        ("a plain text", "user"),
+        ("{{ messages[0].content }} BOT: ", "assistant"),
+    ],
+)
+def test_a_template_that_leaves_a_message_out_is_refused(llama: Any, template: str, role: str) -> None:
+    with pytest.raises(RequestError, match=f"does not write the message of the role '{role}'"):
+        chat_format(llama, template)

@@ -16,7 +16,8 @@ from prefixtune.data.files import iter_file
 from prefixtune.data.forms import FORMS, describe_data, detect_form, file_form, iter_form
 from prefixtune.data.registry import TASKS, resolve_task
 from prefixtune.errors import ConfigError, DataError, PrefixError
-from prefixtune.training.config import FormName
+from prefixtune.training.config import FormName, TrainConfig
+from prefixtune.training.forms import describe_run_data, settle_form
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello. "}
 HI = (Message("user", "Hi"),)
@@ -375,3 +376,15 @@ def test_where_a_chat_is_from_is_no_field_of_an_example() -> None:
     # An example without a target keeps its fields.
     assert as_examples([{"messages": [USER], "source": "Hi"}])[0].source == "Hi"
     assert as_examples([{"source": "1+1"}])[0].source == "1+1"
+
+
+def test_a_development_file_is_described_by_its_own_form(tmp_path: Path) -> None:
+    train, dev = tmp_path / "qa.jsonl", tmp_path / "dev.csv"
+    train.write_text('{"question": "Who?", "answer": "Mira"}\n', encoding="utf-8")
+    dev.write_text("prompt,completion\nHow high?,3 m\n", encoding="utf-8")
+    config = settle_form(TrainConfig(train=str(train), dev=str(dev)))
+    lines = describe_run_data(config, read_task("records", train), read_task("records", dev))
+    assert lines == [
+        f"{train}: read as questions and answers: 1 question, 1 answer",
+        f"{dev}: read as prompts and completions: 1 prompt, 1 completion",
+    ]

@@ -51,6 +51,23 @@ def test_options_of_chats_are_refused_with_what_to_do_instead(
         DistillConfig(data="inputs.jsonl", **of_prompt, **option)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"questions": "q.jsonl", "init_text": "foo bar"},
+            "init_text is 'foo bar', but a run that starts from the document",
+        ),
+        ({"questions": "self", "limit": 2}, "limit is 2, but a run whose questions are made"),
+        ({"questions": "q.jsonl", "form": "prompt"}, "form is 'prompt', but a document"),
+    ],
+)
+def test_what_a_document_does_not_use_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        DistillConfig(document="doc.txt", **options)
+    assert message in caught.value.message
+
+
 def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         DistillConfig(data="inputs.jsonl", **of_prompt, initialization="examples")

@@ -70,6 +70,15 @@ def test_answers_of_several_lines_can_be_exact(backbone: Backbone, monkeypatch: 
     assert stops == {"List?": ("\nQuestion:",), "Where?": ("\n",), "Who?": ("\n",)}
 
 
+def test_of_several_answers_to_a_question_any_is_right(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        module, "answer_questions", lambda _, questions, *args, **options: [("Mira", True)] * len(questions)
+    )
+    test = [Question("Who?", "Mira"), Question("Who?", "Mira Stone"), Question("Where?", "Ashby")]
+    reading = read_test(Teacher(backbone, "t"), test, [], [None] * 3, [], WORDING, batch_size=2)
+    assert reading.exact == 1
+
+
 def test_held_out_questions_share_no_sentence_and_no_name_with_the_others() -> None:
     questions = [
         Question(f"{kind} {about}?", None, 0, "fact", about)

@@ -11,7 +11,7 @@ import pytest
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
-from prefixtune.data import Example
+from prefixtune.data.examples import Example, Message
 from prefixtune.evaluation import overlap
 from prefixtune.evaluation.overlap import find_overlap, training_examples
 from prefixtune.prefix.artifact import save_prefix
@@ -33,6 +33,17 @@ def test_sources_are_compared_without_their_white_space() -> None:
     found = find_overlap(tested, training, "my.csv")
     assert found.to_dict() == {"count": 2, "share": 0.5, "num_examples": 4, "train": "my.csv"}
     assert "2 of 4 test sources (50.0%)" in str(found)
+
+
+def test_a_question_is_the_same_as_a_chat_a_row_or_with_a_system_message() -> None:
+    system, asked = Message("system", "Be brief."), Message("user", "How high?")
+    forms = [Example("How high?"), Example("How high?", messages=(asked,)), Example("x", messages=(system, asked))]
+    for one in forms:
+        assert find_overlap(forms, [one], "my.jsonl").count == 3
+    # What was said before counts.
+    longer = Example("x", messages=(Message("user", "Hi"), Message("assistant", "Hello"), asked))
+    assert find_overlap([longer], forms, "my.jsonl").count == 0
+    assert find_overlap([Example("", ("a text",))], [Example("", ("a  text",))], "my.txt").count == 1
 
 
 def test_the_training_set_is_read_as_the_run_read_it(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from prefixtune.explain.likeness import start_view
 from prefixtune.explain.start import find_start
 from prefixtune.prefix.compose import cut
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.starts.source import stored_text
 
 EXAMPLES = [
     pt.Example(f"n : {letter * count}", (f"{letter} it is.",)) for count, letter in enumerate("abcdef", start=1)
@@ -52,6 +53,36 @@ def test_a_start_from_examples_needs_the_training_data(
     assert "not those of --train" in find_start(backbone, prefix, EXAMPLES[::-1])[1]
     assert "not those of --train" in find_start(backbone, prefix, EXAMPLES[:1])[1]
     assert "no longer that of its start" in find_start(backbone, prefix[:3], EXAMPLES)[1]
+
+
+def test_a_start_from_examples_that_were_left_after_some_were_held_out(
+    backbone: Any, trained: Callable[..., Prefix], assert_same: Callable[..., None]
+) -> None:
+    prefix = trained(init_examples=2, hold_out=0.4)
+    assert prefix.header["initialization"]["held_out"] == {"share": 0.4, "seed": 0}
+    start, _ = find_start(backbone, prefix, EXAMPLES)
+    assert start is not None
+    assert_same(start.tensors(), prefix.tensors(), tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("length", "known"), [(400, True), (9_000, True), (11_000, False)])
+def test_a_start_from_a_long_text_is_known_where_the_file_holds_all_of_it(
+    length: int, known: bool, backbone: Any, trained: Callable[..., Prefix], assert_same: Callable[..., None]
+) -> None:
+    text = "".join(f"{number} " for number in range(length))[:length].strip()
+    prefix = trained(prefix_length=6, init_text=text)
+    start, note = find_start(backbone, prefix)
+    if not known:
+        assert (start, note) == (None, "training started from words of which the file holds the beginning only.")
+        return
+    assert start is not None
+    assert_same(start.tensors(), prefix.tensors(), tolerance=1e-4)
+
+
+def test_what_an_earlier_version_stored_of_a_long_text_is_not_taken_for_all_of_it() -> None:
+    assert stored_text({"kind": "words", "text": "a" * 1000}) is None
+    assert stored_text({"kind": "words", "text": "a" * 999}) == "a" * 999
+    assert stored_text({"kind": "words", "text": 3}) is None
 
 
 def test_a_start_from_words(backbone: Any, trained: Callable[..., Prefix], assert_same: Callable[..., None]) -> None:

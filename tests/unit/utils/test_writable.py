@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from prefixtune.errors import PrefixError
+from prefixtune.utils.files import write_text
 from prefixtune.utils.writable import check_writable, reporting_write_errors, writable_folder
 
 
@@ -34,6 +36,19 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     check_writable(tmp_path / "old" / "deep" / "a")
     assert names(tmp_path / "old") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(PrefixError, match="it is a device or a pipe"):
+            check_writable(tmp_path / name)
+        with pytest.raises(PrefixError, match="it is a device or a pipe"):
+            write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["link", "pipe"]
 
 
 def test_errors_of_others_are_left_as_they_are(tmp_path: Path) -> None:

@@ -127,22 +127,20 @@ def _common_start(console: Console, options: ComposeOptions, prefixes: list[Pref
     """
     from prefixtune.prefix.compose import check_start
     from prefixtune.prefix.prefix import Prefix
+    from prefixtune.training.starts.source import stored_text
     from prefixtune.training.starts.words import from_words
 
     check_start(prefixes, None, options.files)
     began = prefixes[0].header.get("initialization") or {}
-    if (
-        began.get("kind") != "words"
-        or not isinstance(began.get("text"), str)
-        or not prefixes[1].header.get("initialization")
-    ):
+    text = stored_text(began)
+    if began.get("kind") != "words" or text is None or not prefixes[1].header.get("initialization"):
         raise ConfigError(
             f"--mode difference needs what both were trained from, which was {began.get('kind') or 'not stored'!r}.",
             hint="name it: --start FILE.",
         )
     backbone = load_backbone_of(console, prefixes, options.files, options.backbone)
     lengths = {site: prefixes[0].length(site) for site in prefixes[0].sites}
-    words = from_words(backbone, began["text"], lengths)
+    words = from_words(backbone, text, lengths)
     return Prefix(words.layers, {"backbone": prefixes[0].header.get("backbone")})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -280,10 +281,15 @@ def _extension(options: JobsOptions) -> dict[str, Any]:
                 f"--option is {text[:80]!r}, but must be NAME=VALUE.", hint="as in --option prefix_length=20."
             )
         try:
-            fields[name] = json.loads(value)
+            fields[name] = json.loads(value, parse_constant=_no_number)
         except (ValueError, RecursionError):
             fields[name] = value
     return fields
+
+
+def _no_number(text: str) -> None:
+    """NaN and the infinities, which Python reads and JSON has not: they stay texts, which the server refuses."""
+    raise ValueError(text)
 
 
 def _hyperparameters(options: JobsOptions) -> dict[str, float | int]:
@@ -299,7 +305,9 @@ def _hyperparameters(options: JobsOptions) -> dict[str, float | int]:
             continue
         try:
             found[name] = kind(text)
-        except ValueError:
+            if not math.isfinite(found[name]):
+                raise ValueError
+        except (ValueError, OverflowError):
             flag = "--epochs" if name == "n_epochs" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} is {text[:80]!r}, but must be a number or auto.") from None
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
+from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.cli.training import preset_layer, stored_layer
 from prefixtune.training.config import MOST_LENGTHS, TrainConfig
@@ -114,7 +114,7 @@ def length(options: LengthOptions) -> int:
                 significance=options.significance,
                 samples=options.samples,
                 resume=options.resume,
-                on_event=print_json if options.as_json else show,
+                on_event=print_event if options.as_json else show,
                 on_point=_Progress(console, stack).show,
                 progress=False,
             )

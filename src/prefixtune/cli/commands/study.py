@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
+from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
 from prefixtune.studies.config import StudyConfig
@@ -94,7 +94,7 @@ def _run_study(console: Console, options: StudyOptions, config: StudyConfig, num
     from prefixtune.studies.runner import run_study
 
     with ExitStack() as stack:
-        on_event = print_json if options.as_json else _StudyProgress(console, stack, num_runs).show
+        on_event = print_event if options.as_json else _StudyProgress(console, stack, num_runs).show
         try:
             if not options.ray and not options.ray_address:
                 return run_study(config, on_event=on_event)

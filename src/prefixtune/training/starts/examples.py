@@ -324,6 +324,8 @@ def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], lengths: Seq
         "choice": config.example_choice,
         "attention": config.example_attention,
         "leave_one_out": config.leave_one_out,
+        # Their numbers count what was left to train on.
+        **({"held_out": {"share": config.hold_out, "seed": config.seed}} if config.hold_out and not config.dev else {}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from prefixtune.data.streams import read_text
 from prefixtune.errors import DataError
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["MAX_TEXT_BYTES", "InitText", "check_init_text", "read_init_text"]
+__all__ = ["MAX_TEXT_BYTES", "InitText", "check_init_text", "read_init_text", "stored_text"]
 
 
+_MAX_STORED, _MAX_STORED_BEFORE = 10_000, 1_000
 MAX_TEXT_BYTES = 2**20
 """Most bytes of a file that a run starts from."""
 
@@ -31,8 +33,21 @@ class InitText:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a header says of it: a file's name, or the text's beginning."""
-        return {"file": self.file} if self.file else {"text": self.text[:1000]}
+        """What a header says of it: a file's name, or the text; of a long one the beginning, and how long it is."""
+        if self.file:
+            return {"file": self.file}
+        if len(self.text) <= _MAX_STORED:
+            return {"text": self.text}
+        return {"text": self.text[:_MAX_STORED], "characters": len(self.text)}
+
+
+def stored_text(description: Mapping[str, Any]) -> str | None:
+    """The whole text that a header's `initialization` names; None: it has none, or only the beginning of it."""
+    text, characters = description.get("text"), description.get("characters")
+    if not isinstance(text, str) or characters not in (None, len(text)):
+        return None
+    # Earlier versions stored 1,000 characters, and did not say of how many.
+    return None if characters is None and len(text) == _MAX_STORED_BEFORE else text
 
 
 def read_init_text(init_text: str) -> InitText:
