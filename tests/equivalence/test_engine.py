@@ -24,11 +24,13 @@ from prefixtune.engine.kv_cache import lazy_zeros
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.inference.generate import generate
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.detokenizer import Detokenizer
+from tools.models_sweep import make_tiny
 from zoo import make_model
 
 NEW = 10
@@ -679,9 +681,32 @@ def test_a_run_that_is_refused_leaves_nothing_behind(llama: Backbone, requests: 
     assert ids(engine.run([good])[0][0]) == alone(llama, good)
 
 
-def test_a_rotation_that_depends_on_the_longest_text_bounds_all(tiny_tokenizer: Any):
+def test_a_rotation_that_depends_on_the_longest_text_bounds_all(
+    tiny_tokenizer: Any, random_ids: Any, random_prefix: Any
+):
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 40, **factors}
     model = make_model("phi3", tiny_tokenizer, rope_parameters=rope, original_max_position_embeddings=40)
     backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-longrope")
     assert Engine(backbone).max_length == 40
+    # Where it is crossed, transformers computes the text anew without what the cache began with: the prefix.
+    ids, prefix = random_ids(30), random_prefix(backbone, 5, 3)
+    assert len(generate_ids(backbone, [ids], [prefix], config=GenerateConfig(max_new_tokens=5))[0]) == 5
+    with pytest.raises(RequestError, match=r"5 \(prefix\) \+ 30 \(text\) \+ 6 \(new\) positions.*has 40 with a prefix"):
+        generate_ids(backbone, [ids], [prefix], config=GenerateConfig(max_new_tokens=6))
+    assert len(generate_ids(backbone, [random_ids(50)], [None], config=GenerateConfig(max_new_tokens=6))[0]) == 6
+
+
+def test_a_model_that_runs_a_layer_several_times_is_refused(tiny_tokenizer: Any):
+    backbone = Backbone.from_model(make_tiny("hrm_text", tiny_tokenizer), tiny_tokenizer, "tiny-looped")
+    assert backbone.layout.repeats
+    with pytest.raises(BackboneError, match="runs a layer several times in one pass"):
+        Engine(backbone)
+
+
+def test_several_texts_of_a_prompt_with_nan_all_fail(llama: Backbone, random_ids: Any, random_prefix: Any):
+    nan = float("nan")
+    bad = Prefix({"decoder": tuple((key * nan, value) for key, value in random_prefix(llama, 2, 5).layers["decoder"])})
+    sampling = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
+    (outputs,) = Engine(llama).run([Request(tuple(random_ids(6)), bad, sampling, n=2)])
+    assert [output.finish_reason for output in outputs] == ["error", "error"]

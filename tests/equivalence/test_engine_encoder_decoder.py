@@ -16,12 +16,15 @@ from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import forward_with_backend, run_encoder, run_encoder_packed
 from prefixtune.attention.native.packed import packed_kernel
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.prefix import Prefix
+from zoo import make_model
 
 NEW = 10
 FAMILIES = ("bart", "mbart", "pegasus", "marian", "blenderbot", "t5", "t5_gated", "mt5")
@@ -356,3 +359,15 @@ def test_what_cannot_write_side_by_side_is_refused(tiny_backbone: Any):
     # Its decoder works positions out from the row.
     with pytest.raises(BackboneError, match="several texts in one row"):
         Engine(tiny_backbone("m2m_100"))
+
+
+def test_texts_do_not_compete_for_experts(tiny_tokenizer: Any, random_ids: Any) -> None:
+    """Switch Transformers' experts take so many tokens of a row, and what is beyond passes them by."""
+    if packed_kernel().result(150.0) is None:
+        pytest.skip("sources are read one by one here")
+    model = make_model("switch_transformers", tiny_tokenizer, expert_capacity=12, num_experts=2)
+    backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-switch")
+    asked = [Request(tuple(random_ids(10, seed)), None, SamplingParams(max_new_tokens=NEW)) for seed in range(12)]
+    assert [ids(output) for (output,) in Engine(backbone).run(asked)] == [alone(backbone, one) for one in asked]
+    batch = collate(backbone, [TokenizedExample(request.prompt, ((3, 4),)) for request in asked])
+    assert (batch.packing, len(batch.input_ids)) == (None, len(asked))

@@ -77,6 +77,22 @@ def test_prompt_look_up(backbone: Any, random_ids: Make, random_prefix: Make) ->
     assert generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=12, prompt_lookup=3)) == plain
 
 
+def test_shared_keys_are_met_by_the_last_queries(
+    tiny_models: Make, tiny_tokenizer: Any, random_ids: Make, random_prefix: Make
+) -> None:
+    """Gemma 4's last layers compute the positions alone whose logits are asked for: with guesses, several."""
+    backbone = Backbone.from_model(tiny_models("gemma4_text"), tiny_tokenizer, "tiny-gemma4")
+    guessing = GenerateConfig(max_new_tokens=12, prompt_lookup=3)
+    static = GenerateConfig(max_new_tokens=12, cache="static")
+    for seed in range(8):
+        for prefix in (random_prefix(backbone, 5, seed), None):
+            # With something to look up.
+            prompt = [random_ids(5, seed) * 3]
+            plain = generate_ids(backbone, prompt, [prefix], config=PLAIN)
+            assert generate_ids(backbone, prompt, [prefix], config=guessing) == plain
+            assert generate_ids(backbone, prompt, [prefix], config=static) == plain
+
+
 def test_an_assistant(backbone: Any, family: str, tiny_backbone: Make, random_ids: Make, random_prefix: Make) -> None:
     prompts, prefixes = ways(backbone, random_ids, random_prefix)
     plain = generate_ids(backbone, prompts, prefixes, config=PLAIN)

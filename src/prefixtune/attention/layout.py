@@ -28,6 +28,7 @@ class Layout:
         cache_layers: Index of each decoder layer's keys and values in the model's cache; None: they cannot be put there
             beforehand, so that generation injects them.
         notes: What a user should know, such as sites that are not available and why.
+        repeats: Whether a layer is run several times in one pass, each time with keys and values of its own.
     """
 
     geometry: Geometry
@@ -37,6 +38,7 @@ class Layout:
     forwards_kwargs: bool = True
     cache_layers: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    repeats: bool = False
 
 
 def main_device(model: Any) -> torch.device:

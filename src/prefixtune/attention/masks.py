@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from prefixtune.attention.layout import setting
+
 __all__ = [
     "cached_prefix_slots",
     "causal_mask",
@@ -37,6 +39,9 @@ def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int 
     """The mask of scaled-dot-product attention; in a window or chunk, cached prefix slots stay visible."""
     from transformers.masking_utils import sdpa_mask
 
+    if setting(kwargs.get("config"), "num_kv_shared_layers"):
+        # Of such a model only the last queries may reach a layer, which without a mask count as the first ones.
+        kwargs["allow_is_causal_skip"] = False
     slots = _num_cached_prefix_slots.get()
     if not slots or local_size is None:
         return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)

@@ -7,6 +7,7 @@ in a configuration. A model that cannot have a prefix is refused here, with the 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,7 +167,8 @@ def _stack(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
     packable = not mixing and "chunked_attention" not in types and not weighted
     # Prefix slots in the cache would shift the borders of chunks.
     cache_layers = None if not packable else _cache_layers(model, len(shapes))
-    return Layout({"decoder": shapes}, layer_of, "decoder", packable, forwards_kwargs, cache_layers, notes)
+    repeats = len(calls) > len({call.module for call in calls})
+    return Layout({"decoder": shapes}, layer_of, "decoder", packable, forwards_kwargs, cache_layers, notes, repeats)
 
 
 def _forwards_kwargs(calls: Sequence[AttentionCall]) -> bool:
@@ -312,7 +314,8 @@ def _number_layers(
         layer_of[call.module] = (site, index_of[storage])
     notes = []
     if len(calls) > len(attending):
-        notes.append(f"one {site} layer is run {len(calls) // len(attending)} times, each time with the same prefix")
+        most = max(Counter(call.module for call in calls).values())
+        notes.append(f"one {site} layer is run {most} times, each time with the same prefix")
     if untraced:
         kinds = sorted({types[n] for n in untraced})
         notes.append(

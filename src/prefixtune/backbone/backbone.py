@@ -137,6 +137,11 @@ class Backbone:
             return find_rotation(self.model, self.layout, self.max_positions)
 
     @functools.cached_property
+    def counts_by_row(self) -> bool:
+        """Whether experts take only so many tokens of a row (Switch Transformers), for which its texts compete."""
+        return any(hasattr(module, "expert_capacity") for module in self.model.modules())
+
+    @functools.cached_property
     def for_single_texts(self) -> Backbone:
         """This backbone for generating one or two texts, which shares its weights; itself where nothing is gained."""
         from prefixtune.backbone.prepack import with_row_products

@@ -65,6 +65,7 @@ def _read(note: Path, model: Any) -> Layout | None:
         stored["forwards_kwargs"],
         None if stored["cache_layers"] is None else tuple(stored["cache_layers"]),
         tuple(stored["notes"]),
+        stored["repeats"],
     )
     return layout if fingerprint(model, layout.geometry) == stored["fingerprint"] else None
 
@@ -83,6 +84,7 @@ def _write(note: Path, model: Any, layout: Layout) -> None:
         "forwards_kwargs": layout.forwards_kwargs,
         "cache_layers": layout.cache_layers,
         "notes": layout.notes,
+        "repeats": layout.repeats,
     }
     note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_text(note, json.dumps(values) + "\n")

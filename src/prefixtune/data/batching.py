@@ -50,7 +50,7 @@ def collate(backbone: Backbone, examples: Sequence[TokenizedExample], *, share_b
     if examples[0].label_positions is not None:
         return _collate_labelled(backbone, examples)
     start = backbone.decoder_start_id if backbone.kind == "encoder-decoder" else None
-    if backbone.layout.packable:
+    if backbone.layout.packable and not backbone.counts_by_row:
         return pack(examples, decoder_start_id=start, share_beginnings=share_beginnings)
     return pad(examples, pad_id=backbone.pad_id, decoder_start_id=start)
 

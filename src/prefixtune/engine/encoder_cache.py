@@ -88,7 +88,8 @@ class EncoderCache:
 
     def _rows(self, sequences: Sequence[TokenSequence]) -> list[list[TokenSequence]]:
         """Which sources are read in one row."""
-        if self._kernel is None or not self._kernel.done() or self._kernel.result() is None:
+        is_ready = self._kernel is not None and self._kernel.done() and self._kernel.result() is not None
+        if not is_ready or self.backbone.counts_by_row:
             return [[sequence] for sequence in sequences]
         rows: list[list[TokenSequence]] = []
         room = 0

@@ -291,9 +291,9 @@ class Engine:
         ended = [work.sequence for work in scheduled if work.is_last and not work.needs_logits]
         for work in scheduled:
             work.sequence.num_computed_tokens += work.num_tokens
-        # Before one ends whose prompt the others of its request need.
-        self._share_prompts()
+        # Before the others of its request take its prompt over; and before one ends whose prompt they need.
         outputs += [self._finish(sequence, "error", error=NOT_FINITE) for sequence in broken]
+        self._share_prompts()
         outputs += [self._finish(sequence, "length") for sequence in ended if sequence not in broken]
         pairs = zip(sampled, tokens, strict=True)
         return outputs + [self._append(sequence, token) for sequence, token in pairs if sequence not in broken]
@@ -455,6 +455,11 @@ def _check_generates(backbone: Backbone) -> None:
     if not backbone.layout.packable:
         raise BackboneError(
             f"{backbone.name!r} (kind {backbone.kind}) cannot compute several texts in one row.",
+            hint="use `generate`, which batches whole requests.",
+        )
+    if backbone.layout.repeats:
+        raise BackboneError(
+            f"{backbone.name!r} runs a layer several times in one pass, for which a slot has no room.",
             hint="use `generate`, which batches whole requests.",
         )
 

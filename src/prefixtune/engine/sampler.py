@@ -116,7 +116,9 @@ def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], seque
         return "every token is banned."
     token = int(best.indices)
     if params.temperature > 0:
-        token = _draw((scores - best.values) / max(params.temperature, LOWEST_TEMPERATURE), sequence)
+        scaled = (scores - best.values) / max(params.temperature, LOWEST_TEMPERATURE)
+        # Sums of many small weights are computed in float64, which Apple's GPUs lack.
+        token = _draw(scaled.cpu() if scaled.device.type == "mps" else scaled, sequence)
     return _with_logprobs(token, logits, params)
 
 

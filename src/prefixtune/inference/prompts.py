@@ -12,6 +12,7 @@ from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.rotation import longrope_limit
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
 __all__ = ["Prompts", "check_positions", "check_requests", "prepare_prompts", "truncate_prompts"]
@@ -158,8 +159,10 @@ def check_positions(
     Raises:
         RequestError: There is such a prompt.
     """
-    limit = backbone.max_positions
+    whole = backbone.max_positions
     separate = backbone.kind == "encoder-decoder"
+    # Beyond it all keys are turned differently, those of a prefix too, so that transformers forgets the cache it is in.
+    turned = longrope_limit(backbone.model.config.get_text_config(decoder=True))
     for number, (prompt, prefix, new) in enumerate(zip(prompts, prefixes, new_tokens, strict=True), start=1):
         if not prompt:
             raise RequestError(
@@ -167,12 +170,13 @@ def check_positions(
             )
         prefix_positions = backbone.prefix_positions(_length(prefix))
         needed = max(len(prompt), new + 1) if separate else prefix_positions + len(prompt) + new
+        limit = min(whole or turned, turned) if turned and prefix_positions else whole
         if limit is not None and needed > limit:
             parts = [] if separate else [f"{prefix_positions} (prefix)"]
             parts += [f"{len(prompt)} (text)", *([f"{new} (new)"] if new else [])]
             raise RequestError(
                 f"text {number} needs {(' and ' if separate else ' + ').join(parts)} positions, but {backbone.name!r} "
-                f"has {limit}{' on either side' if separate else ''}.",
+                f"has {limit}{' on either side' if separate else ' with a prefix' if limit != whole else ''}.",
                 hint=hint,
             )
 

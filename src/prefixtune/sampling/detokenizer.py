@@ -12,6 +12,9 @@ __all__ = ["Detokenizer", "StopStringCriterion", "ids_until_stop", "text_until_s
 
 Decode = Callable[[list[int]], str]
 
+_UNFINISHED = ("\ufffd", "@@")
+"""How a text ends that the next token may change: within a character, or within a word of tokenizers that mark this."""
+
 
 class Detokenizer:
     """The text of generated tokens, returned in pieces that later tokens cannot change.
@@ -78,7 +81,7 @@ class Detokenizer:
         if stops:
             self.stopped = True
             self._text = text[: min(stops)]
-        elif final or (added and not added.endswith("\ufffd")):
+        elif final or (added and not added.endswith(_UNFINISHED)):
             self._text, self._context, self._pending = text, self._pending, []
 
     def _num_held(self) -> int:

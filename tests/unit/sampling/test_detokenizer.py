@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,16 @@ def test_pieces_joined_are_the_whole_text(decode: Decode, size: int, data: st.Da
     ids = data.draw(st.lists(st.integers(0, size - 1), max_size=20))
     stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é"]), max_size=2)))
     assert "".join(pieces(decode, ids, stop)) == cut(decode(ids), stop).strip()
+
+
+def test_words_in_parts_that_are_marked_as_such():
+    """As the tokenizers of CTRL and BlenderBot do."""
+    parts = ["hel@@", "lo", "world", "are@@", "n't", "!@@"]
+
+    def by_parts(ids: list[int]) -> str:
+        return re.sub("@@( |$)", lambda found: "" if found[1] else "@@", " ".join(parts[number] for number in ids))
+
+    assert pieces(by_parts, [0, 1, 2, 3, 4]) == ["", "hello", " world", "", " aren't", ""]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
