@@ -288,7 +288,8 @@ def _read(config: TrainConfig, path: str, most: int, split: str) -> tuple[list[E
     every = iter_file(locate(Path(path), split, chosen.formats, chosen.release))
     records = itertools.islice(every, most) if most else every
     if found is not None:
-        rows = iter_form(records, found, needs_targets=found.task != "records")
+        # As training refuses them.
+        rows = iter_form(records, found, needs_targets=split == "train" or found.task != "records")
     else:
         for template in filter(None, (source, target)):
             check_template(template)

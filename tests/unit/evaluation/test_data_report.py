@@ -186,3 +186,8 @@ def test_without_weights(model: Callable[[str], str], tiny_backbone: Callable[..
 def test_data_without_targets(look: Callable[..., DataReport]) -> None:
     with pytest.raises(PrefixError, match="target"):
         look([{"name": "a"}], source="name")
+
+
+def test_a_row_without_an_answer_is_refused_as_by_training(look: Callable[..., DataReport]) -> None:
+    with pytest.raises(DataError, match=r"line 2"):
+        look([{"question": "a", "answer": "b"}, {"question": "c", "answer": None}])
