@@ -130,7 +130,6 @@ class DistillConfig(TrainConfig):
         rows = "a document, whose questions are rows of that name,"
         yield ("task", "source", "target", "form"), bool(self.document), rows
         yield ("limit",), bool(self.document) and self.questions == SELF, "a run whose questions are made"
-        yield ("init_text",), self.initialization == "text", f"a run that starts from the {self.subject} itself"
         yield ("chunk_length",), not self.document, "a run without a document"
 
     @property

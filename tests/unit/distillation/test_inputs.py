@@ -54,10 +54,6 @@ def test_options_of_chats_are_refused_with_what_to_do_instead(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"questions": "q.jsonl", "init_text": "foo bar"},
-            "init_text is 'foo bar', but a run that starts from the document",
-        ),
         ({"questions": "self", "limit": 2}, "limit is 2, but a run whose questions are made"),
         ({"questions": "q.jsonl", "form": "prompt"}, "form is 'prompt', but a document"),
     ],
