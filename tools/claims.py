@@ -26,8 +26,8 @@ __all__ = [
     "claims_table",
     "figure",
     "measure_claim",
+    "minimum_detectable",
     "repetitions",
-    "smallest_told",
     "verdict",
 ]
 
@@ -235,7 +235,7 @@ def verdict(finding: Finding, least: float) -> tuple[Verdict, str]:
         same = f"the differences of {found.count} samples are equal, which gives no p-value"
         return "not decided", "one sample has no interval" if found.count == 1 else same
     if finding.corrected >= LEVEL:
-        told = smallest_told(found)
+        told = minimum_detectable(found)
         return "not decided", f"p = {finding.corrected:.3f} over samples" + (f"; it takes {told:.1f}" if told else "")
     if items is None:
         return "not decided", "no outputs are stored, so there is no interval over items"
@@ -246,12 +246,12 @@ def verdict(finding: Finding, least: float) -> tuple[Verdict, str]:
     return ("holds", f"above {least:g} {over}") if above else ("does not hold", f"below {least:g} {over}")
 
 
-def smallest_told(found: MeanDifference) -> float:
+def minimum_detectable(found: MeanDifference) -> float:
     """How far a mean must be from the least difference to be told from it; 0: the differences are equal.
 
     It is that of the table's smallest p-value, which Holm's correction multiplies by the number of claims.
 
-    >>> round(smallest_told(MeanDifference(0.4, 1.5, (-3.8, 4.6), 0.8, 5)), 1)
+    >>> round(minimum_detectable(MeanDifference(0.4, 1.5, (-3.8, 4.6), 0.8, 5)), 1)
     7.9
     """
     if not found.standard_error:

@@ -121,10 +121,7 @@ class PrefixStore:
             PrefixError: The folder itself cannot be read; what was known stays known.
         """
         with self._file_lock:
-            try:
-                names = list_names(self.folder)
-            except OSError as error:
-                raise _unreadable(error) from error
+            names = self._names_in_folder()
             for name in sorted(names):
                 self._refresh(name)
             with self._lock:
@@ -212,12 +209,17 @@ class PrefixStore:
         Raises:
             PrefixError: The folder itself cannot be read.
         """
-        try:
-            names = list_names(self.folder)
-        except OSError as error:
-            raise _unreadable(error) from error
+        names = self._names_in_folder()
+        with self._lock:
+            names -= self._known.keys() | self._refused.keys()
         for name in sorted(names):
             self.look(name)
+
+    def _names_in_folder(self) -> set[str]:
+        try:
+            return set(list_names(self.folder))
+        except OSError as error:
+            raise _unreadable(error) from error
 
     # --- getting one --------------------------------------------------------------------------------------------------
 
