@@ -398,10 +398,15 @@ def _end_of_turn(backbone: Backbone, text_format: TextFormat) -> str:
     Raises:
         RequestError: It leaves out the question or the answer.
     """
-    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    text = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=False)
-    for role, content in (("user", _QUESTION), ("assistant", _ANSWER)):
-        if content not in text:
+
+    def written(question: str) -> str:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _ANSWER}]
+        return render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=False)
+
+    text = written(_QUESTION)
+    # A template may rewrite the question: strip it, or cut what is not the last message.
+    for role, is_written in (("user", text != written(_QUESTION[::-1])), ("assistant", _ANSWER in text)):
+        if not is_written:
             raise RequestError(
                 f"the chat template does not write the message of the role {role!r}.",
                 hint="it gets messages, each with role (system, user or assistant) and content.",
