@@ -121,6 +121,8 @@ class DistillConfig(TrainConfig):
                     yield (name,), f"{name} is {getattr(self, name)!r}, but {where} does not use it"
         if not self.document and (self.prompt or self.teacher) and not self.data:
             yield ("data", "prompt", "teacher"), "data is empty, but a prompt or a teacher needs inputs to answer"
+        if self.document and self.test == SELF:
+            yield ("test",), "test is 'self', but held-out questions are read from a file: only questions are made"
         if not self.kinds:
             yield ("kinds",), "kinds names no kind of question"
 

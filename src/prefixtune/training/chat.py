@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import has_chat_template
 from prefixtune.data.chat_examples import check_plain
 from prefixtune.data.examples import Example
+from prefixtune.data.stored_examples import has_messages as some_have_messages
 from prefixtune.data.streams import read_text
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["check_messages_can_be_written", "choose_template", "read_template"]
+__all__ = ["check_messages_can_be_written", "check_system", "choose_template", "read_template"]
 
 
 _HINT = "give a file with a Jinja template, or 'model' or 'none'."
@@ -48,6 +49,25 @@ def check_messages_can_be_written(config: TrainConfig, examples: Iterable[Exampl
             check_plain(example, number)
 
 
+def check_system(config: TrainConfig, examples: Sequence[Example]) -> None:
+    """Refuse a system message that no chat template would write, before a backbone loads.
+
+    Raises:
+        ConfigError: The data has no messages, or is written plainly, and no template is named.
+    """
+    if not config.system or config.chat_template or not examples:  # None could be read, which is reported by itself.
+        return
+    if config.prompt_format or config.target_format or not some_have_messages(examples):
+        raise _no_template()
+
+
+def _no_template() -> ConfigError:
+    return ConfigError(
+        "system is given, but there is no chat template that could write it.",
+        hint="give one (--chat-template model, or FILE).",
+    )
+
+
 def choose_template(
     config: TrainConfig, backbone: Backbone, *, for_labels: bool = False, has_messages: bool = False
 ) -> str:
@@ -76,8 +96,5 @@ def choose_template(
     if own and chats and has_messages and has_chat_template(backbone):
         template = MODEL_TEMPLATE
     if config.system and not template:
-        raise ConfigError(
-            "system is given, but there is no chat template that could write it.",
-            hint="give one (--chat-template model, or FILE).",
-        )
+        raise _no_template()
     return template

@@ -17,6 +17,7 @@ from prefixtune.training.chat import read_template
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup, is_sharded
 from prefixtune.training.starts.source import check_init_text
+from prefixtune.training.starts.start import check_lengths
 from prefixtune.training.trackers.tracker import check_installed
 
 __all__ = [
@@ -71,7 +72,9 @@ def _check_start(config: TrainConfig) -> None:
     """Read the prefix that a run starts from, as far as that needs no backbone."""
     if config.method == "prompt":
         raise no_start()
-    load_prefix(config.init_prefix)
+    prefix = load_prefix(config.init_prefix)
+    # Without sites, the run trains all of the backbone's, and the prefix may lack one of them.
+    check_lengths(prefix, config.site_lengths or dict.fromkeys(prefix.sites, config.prefix_length))
 
 
 def no_start() -> ConfigError:

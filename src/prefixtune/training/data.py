@@ -44,11 +44,12 @@ from prefixtune.data.tokenized import (
 )
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.chat import check_messages_can_be_written, choose_template
+from prefixtune.training.chat import check_messages_can_be_written, check_system, choose_template
 from prefixtune.training.checks import check_no_labels, early_checks, no_solved_examples
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.folder import check_unused
+from prefixtune.training.forms import check_texts_alone
 from prefixtune.training.starts.build import resolve_site_lengths
 from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
 from prefixtune.utils.console import Console, Progress
@@ -136,7 +137,9 @@ def read_data(
             *([hold_out] if holds_out else ()),
             check_labels,
             lambda: check_example_count(config, train),
+            lambda: check_texts_alone(config),
             lambda: check_messages_can_be_written(config, itertools.chain(train, dev)),
+            lambda: check_system(config, train),
             *early_checks(
                 config,
                 processes,

@@ -13,7 +13,7 @@ from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["check_form", "describe_run_data", "describe_windows", "settle_form"]
+__all__ = ["check_form", "check_texts_alone", "describe_run_data", "describe_windows", "settle_form"]
 
 
 def settle_form(config: TrainConfig, examples: Sequence[ExampleLike] | None = None) -> TrainConfig:
@@ -57,16 +57,22 @@ def check_form(config: TrainConfig, backbone: Backbone) -> None:
     """Refuse texts where they cannot be learned.
 
     Raises:
-        ConfigError: The backbone reads a source apart, or the start is solved examples, which texts are not.
+        ConfigError: The backbone reads a source apart.
     """
-    if config.form != "text":
-        return
-    if backbone.kind != "decoder":
+    if config.form == "text" and backbone.kind != "decoder":
         raise ConfigError(
             f"{backbone.name!r} is an {backbone.kind}, which does not go on with a text, but the data is texts alone.",
             hint="choose a decoder-only model, or give sources and targets.",
         )
-    if config.trains_prefix and config.initialization == "examples":
+
+
+def check_texts_alone(config: TrainConfig) -> None:
+    """Refuse to start from texts as if they were solved examples, before a backbone loads.
+
+    Raises:
+        ConfigError: The data is texts alone, and the start is solved examples.
+    """
+    if config.form == "text" and config.trains_prefix and config.initialization == "examples":
         raise ConfigError(
             "initialization is 'examples', but texts alone are no solved examples.",
             hint="start from words, or from a text: --initialization text --init-text @FILE.",

@@ -56,6 +56,7 @@ def test_options_of_chats_are_refused_with_what_to_do_instead(
     [
         ({"questions": "self", "limit": 2}, "limit is 2, but a run whose questions are made"),
         ({"questions": "q.jsonl", "form": "prompt"}, "form is 'prompt', but a document"),
+        ({"questions": "self", "test": "self"}, "test is 'self', but held-out questions are read from a file"),
     ],
 )
 def test_what_a_document_does_not_use_is_refused(options: dict[str, Any], message: str) -> None:

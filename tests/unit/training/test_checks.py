@@ -99,6 +99,31 @@ def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
     assert (asked["dtype"], asked["device"], asked["seed"]) == (torch.bfloat16, "cpu", 3)
 
 
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        ({"system": "Be short."}, [pt.Example("Where?", ("Near.",))], "no chat template that could write it"),
+        ({"initialization": "examples"}, [{"text": "the pub is near"}], "are no solved examples"),
+        ({"init_prefix": "FILE", "prefix_length": 4}, [{"prompt": "a", "completion": "b"}], "length 3, but .* is 4"),
+        (
+            {"init_prefix": "FILE", "sites": "cross=3"},
+            [{"prompt": "a", "completion": "b"}],
+            "decoder=3, but .* cross=3",
+        ),
+    ],
+)
+def test_what_the_data_or_the_start_shows_is_refused_before_a_backbone_loads(
+    folder: Path, tmp_path: Path, no_backbone_loads: None, options: dict[str, Any], rows: list[Any], message: str
+) -> None:
+    start = tmp_path / "start.safetensors"
+    layers = ((torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)),) * 3
+    pt.save_prefix(start, pt.Prefix({"decoder": layers}))
+    options = {name: str(start) if value == "FILE" else value for name, value in options.items()}
+    config = TrainConfig(backbone=str(folder), output=str(tmp_path / "run"), **options)
+    with pytest.raises(ConfigError, match=message):
+        pt.train(config, examples=rows)
+
+
 def test_no_adapter_to_train(folder: Path, examples: list[pt.Example], tmp_path: Path, no_backbone_loads: None) -> None:
     config = TrainConfig(backbone=str(folder), train_adapter=True, output=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match="train_adapter is True, but there is no adapter"):

@@ -27,7 +27,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.compaction import evenly_spaced
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
 from prefixtune.training.starts.source import read_init_text
-from prefixtune.training.starts.start import Start, by_site
+from prefixtune.training.starts.start import Start, by_site, check_lengths
 from prefixtune.training.starts.text import from_text, text_ids
 from prefixtune.training.starts.words import check_words_fit, from_words, word_ids
 
@@ -49,24 +49,8 @@ def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping
     """
     check_fits(prefix, backbone.geometry, backbone.name)
     wanted = by_site(backbone, prefix_length)
-    actual = {site: prefix.length(site) for site in prefix.sites}
-    if actual != wanted:
-        raise ConfigError(
-            f"the prefix to start from has length {_spell(actual)}, but prefix_length is {_spell(wanted)}.",
-            hint=f"set prefix_length to {_spell(actual)}, or slice the prefix.",
-        )
+    check_lengths(prefix, wanted)
     return prefix.to(torch.float32)
-
-
-def _spell(lengths: Mapping[Site, int]) -> str:
-    """Lengths by site as a person writes them: `10`, or `encoder=10,cross=5`.
-
-    >>> _spell({"decoder": 10}), _spell({"encoder": 10, "cross": 5})
-    ('10', 'encoder=10,cross=5')
-    """
-    if len(lengths) == 1:
-        return str(*lengths.values())
-    return ",".join(f"{site}={length}" for site, length in lengths.items())
 
 
 def resolve_site_lengths(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["Start", "by_site"]
+__all__ = ["Start", "by_site", "check_lengths"]
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,32 @@ def by_site(backbone: Backbone, prefix_length: int | Mapping[Site, int]) -> dict
     if isinstance(prefix_length, int):
         return dict.fromkeys(backbone.geometry, prefix_length)
     return dict(prefix_length)
+
+
+def check_lengths(prefix: Prefix, wanted: Mapping[Site, int]) -> None:
+    """Refuse a start with other positions than the run trains.
+
+    Args:
+        prefix: To start from.
+        wanted: The run's prefix length at each site.
+
+    Raises:
+        ConfigError: Its sites or lengths are others.
+    """
+    actual = {site: prefix.length(site) for site in prefix.sites}
+    if actual != wanted:
+        by_name = len(actual.keys() | wanted.keys()) > 1
+        has, runs = _spell(actual, by_name), _spell(wanted, by_name)
+        raise ConfigError(
+            f"the prefix to start from has length {has}, but {'sites' if by_name else 'prefix_length'} is {runs}.",
+            hint=f"set {'sites' if by_name else 'prefix_length'} to {has}, or slice the prefix.",
+        )
+
+
+def _spell(lengths: Mapping[Site, int], by_name: bool) -> str:
+    """Lengths as the options `prefix_length`, of one site, and `sites` take them.
+
+    >>> _spell({"decoder": 10}, False), _spell({"encoder": 10, "cross": 5}, True)
+    ('10', 'encoder=10,cross=5')
+    """
+    return ",".join(f"{site}={length}" if by_name else str(length) for site, length in lengths.items())
