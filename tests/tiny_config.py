@@ -88,6 +88,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "n_input_layers": 1,
         "n_recurrent_layers": 2,
         "n_output_layers": 1,
+        # The random values of its scales are about as large; of smaller ones attention's scores would reach hundreds.
+        "initializer_range": 0.25,
     },
     "dots3_note": _EVEN_HEADS,
     "dots3_note_text": _EVEN_HEADS,
