@@ -2,7 +2,7 @@
 
     python -m tools.tutorials docs/tutorials/first_prefix.md
 
-prints every block and what it printed. A block whose first line is `# elsewhere` is left out: it needs something that
+prints every block and what it printed. A block below the line `<!-- not run -->` is left out: it needs something that
 the tutorial says. The program is this checkout's; the backbone is fetched anew, unless `--home` names a home that
 has it.
 """
@@ -22,16 +22,16 @@ from tools.pages import ROOT
 
 __all__ = ["blocks"]
 
-BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(<!-- not run -->\n)?```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str) -> list[str]:
     r"""The commands of a page.
 
-    >>> blocks("Look:\n\n```bash\nls\n```\n\n```bash\n# elsewhere\nssh host\n```\n")
+    >>> blocks("Look:\n\n```bash\nls\n```\n\n<!-- not run -->\n```bash\nssh host\n```\n")
     ['ls\n']
     """
-    return [block for block in BLOCK.findall(page) if not block.startswith("# elsewhere")]
+    return [block for mark, block in BLOCK.findall(page) if not mark]
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ echo one > here
 python -c 'import prefixtune, os; print(prefixtune.__version__, os.listdir(), os.environ["HOME"])'
 ```
 
+<!-- not run -->
 ```bash
-# elsewhere
 exit 5
 ```
 
