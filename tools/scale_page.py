@@ -68,6 +68,9 @@ FREE_SHARE = 0.1
 STEPS = ROOT / "bench" / "results" / "decode.json"
 """Seconds of a decode step by texts and P, each text with a prefix of its own: `bench.serving.decode`."""
 
+MIXED, SERVED = (ROOT / "bench" / "results" / f"{name}.json" for name in ("mixed", "serve"))
+"""What one engine gave for many tasks at once: `bench.serving.mixed` and `bench.serving.serve`."""
+
 REPLICAS, TASKS, REQUESTS = 8, 10_000, 200_000
 CACHES = (100, 300, 1_000)
 LOADED = ("SmolLM2-135M", "Llama-3.1-8B", "Llama-3.1-70B")
@@ -112,6 +115,33 @@ def length_table() -> list[str]:
     for count in counts:
         cells = (f"{count / seconds[count, length]:,.0f}" for length in lengths)
         lines.append(f"| {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def engine_table() -> list[str]:
+    """What one engine on two cores gave for many tasks at once."""
+    mixed, served = (json.loads(path.read_bytes()) for path in (MIXED, SERVED))
+    figures = {row["what"]: row["value"] for row in (*mixed["summary"], *served["summary"])}
+    sizes = mixed["settings"]
+    asked = f"{sizes['requests']} x ({sizes['tokens_in']} in, {sizes['tokens_out']} out)"
+    engine = "engine, a prefix for each request"
+    speeds = {
+        f"one prefix of P = {sizes['prefix_length']}": "one prefix",
+        f"{sizes['prefixes']:,} prefixes by Zipf's law": f"{sizes['prefixes']} prefixes by Zipf's law",
+        f"half of them with memories of {sizes['memory_length']} positions": f"half with memories of "
+        f"{sizes['memory_length']}",
+    }
+    lines = ["| | |", "|---|---|"]
+    lines += [f"| {title} | {figures[f'{asked}: {name}']:,.0f} tokens/s |" for title, name in speeds.items()]
+    at_once = served["settings"]["requests"]
+    for title, name in (("first token", "first token"), ("between two tokens", "between tokens")):
+        median, slow = (figures[f"{engine}, {name}, {share}"] for share in ("p50", "p99"))
+        lines.append(f"| {title}, {at_once} requests at once | {median:,.0f} ms (median), {slow:,.0f} ms (p99) |")
+    texts = sizes["long_text"]
+    alone = figures["longest gap of 8 streams alone"]
+    beside = figures[f"longest gap of 8 streams while texts of {texts} tokens come"]
+    lines.append(f"| longest gap in 8 streams; while texts of {texts:,} tokens come | {alone:.2f} s; {beside:.2f} s |")
+    lines.append(f"| memory of 1,000 loaded prefixes | {figures['memory of 1,000 loaded prefixes']:,.0f} MiB |")
     return lines
 
 
@@ -209,6 +239,11 @@ time, and more texts at once gain nothing here. A prefix makes only attention lo
 a batch does not matter: 32 prefixes ran as fast as one (`python -m bench.serving.serve`). Many tasks cost memory and
 cache misses.
 
+One engine with many tasks at once, on the same two cores: {asked} through {slots} slots
+(`python -m bench.serving.mixed`, `python -m bench.serving.serve`; each the median of its rounds).
+
+{engine}
+
 ## Routing
 
 {replicas} replicas, {tasks:,} tasks requested by Zipf's law, {requests:,} requests, and a cache in each replica that
@@ -242,11 +277,15 @@ cluster; `train --together` for small batches on one |
 
 def page() -> str:
     """The whole page."""
+    sizes = json.loads(MIXED.read_bytes())["settings"]
     waits = ((model.name, 0.05 + model.position_bytes * 10 / 100e6) for model in MODELS if model.name in LOADED)
     return TEXT.format(
         sizes="\n".join(prefixes_table()),
         room="\n".join(capacity_table()),
         speeds="\n".join(length_table()),
+        engine="\n".join(engine_table()),
+        asked="{requests} requests of {tokens_in} tokens with answers of {tokens_out}".format(**sizes),
+        slots=sizes["slots"],
         replicas=REPLICAS,
         tasks=TASKS,
         requests=REQUESTS,
