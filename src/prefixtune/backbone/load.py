@@ -12,7 +12,15 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.checkpoint import find_checkpoint, no_config_error, read_checkpoint
 from prefixtune.backbone.devices import choose_device, choose_dtype
-from prefixtune.backbone.lora import adapter_config, add_adapter, base_model_name, check_lora, is_adapter, load_adapter
+from prefixtune.backbone.lora import (
+    adapter_config,
+    add_adapter,
+    base_model_name,
+    check_lora,
+    import_peft,
+    is_adapter,
+    load_adapter,
+)
 from prefixtune.backbone.packaged import DEFAULT as DEFAULT_BACKBONE
 from prefixtune.backbone.quantization import QUANTIZATIONS
 from prefixtune.backbone.quantization import quantize as quantize_weights
@@ -238,8 +246,7 @@ def _resolve(
         with needs_extra("quantize", f"quantize = {quantize!r}"), quiet_transformers():
             import torchao  # noqa: F401
     if adapter is not None or adapter_rank:
-        with needs_extra("lora", "a LoRA adapter"):
-            import peft  # noqa: F401
+        import_peft()
     source, options = find_checkpoint(base)
     return source, options, adapter
 

@@ -8,11 +8,32 @@ from typing import Any
 
 import torch
 
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, CheckpointError, first_line
 from prefixtune.prefix.header import parse_header
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["ADAPTER_CONFIG", "adapter_config", "add_adapter", "check_lora", "has_adapter", "is_adapter", "load_adapter"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "adapter_config",
+    "add_adapter",
+    "check_lora",
+    "has_adapter",
+    "import_peft",
+    "is_adapter",
+    "load_adapter",
+]
+
+
+def import_peft() -> Any:
+    """PEFT, which imports torchao where it is installed; what that says of the machine is no matter here.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    with needs_extra("lora", "a LoRA adapter"), quiet_transformers():
+        import peft
+    return peft
 
 
 def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
@@ -24,8 +45,7 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
     Raises:
         BackboneError: There is no such adapter, it is a pickle, it lacks weights, or it does not fit.
     """
-    with needs_extra("lora", "adapter"):
-        import peft
+    peft = import_peft()
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise BackboneError(
@@ -55,8 +75,7 @@ def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:
     Returns:
         PEFT's view of the model, as for `load_adapter`.
     """
-    with needs_extra("lora", "a LoRA adapter"):
-        import peft
+    peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
