@@ -125,6 +125,10 @@ def test_without_its_past_the_graph_is_the_bare_backbone(exported: Exported, ran
 def test_the_script_runs_by_itself(exported: Exported) -> None:
     from prefixtune.inference.generate import generate as ours
 
+    # As a checkpoint that was saved after training may have it.
+    stored = json.loads((exported.folder / "tokenizer.json").read_text())
+    stored["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (exported.folder / "tokenizer.json").write_text(json.dumps(stored))
     texts = ["name : Aromi", "a longer text | with more"]
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['prefixtune'] = None;"
     code += "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"

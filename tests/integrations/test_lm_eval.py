@@ -432,6 +432,22 @@ def test_in_the_format_of_a_chat_prefix_a_context_is_a_users_message(
             assert total == pytest.approx(row_of(model, prefix, prompt, target), abs=1e-3)
 
 
+def test_the_end_of_a_prefixs_own_chat_ends_raw_texts(
+    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
+) -> None:
+    backbone = tiny_backbone("llama", max_position_embeddings=700)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    made = random_prefix(backbone, 4, seed=5).layers
+    plain = PrefixLM(backbone, Prefix(made), console=QUIET)
+    texts = [text for (text,) in measure(plain, "made_texts")["answers"]["made_texts"].values()]
+    # A letter that it writes is the end of an answer in the template.
+    end = next(text[1] for text in texts if len(text) > 1)
+    form = TextFormat("{source}", "{target}", end=end, chat_template=template)
+    chat = PrefixLM(backbone, Prefix(made, {"text_format": form.to_dict()}), console=QUIET)
+    ended = measure(chat, "made_texts")["answers"]["made_texts"]
+    assert [text for (text,) in ended.values()] == [text.split(end)[0] for text in texts]
+
+
 def test_sampled_texts_are_drawn_anew(tiny_backbone: Any, measure: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "responses.jsonl"
     options = {"gen_kwargs": {"do_sample": True, "temperature": 2.0, "until": ["\n"]}, "limit": 4}

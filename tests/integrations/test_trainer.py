@@ -369,6 +369,10 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
         PrefixModel(llama, settings(method="infix"))
     with pytest.raises(ConfigError, match="an encoder"):
         PrefixModel(tiny_backbone("bert"))
+    for change in ({"nested": True}, {"prefix_dropout": 0.3}, {"adapter_rank": 4}, {"quantize": "int8"}):
+        (name,) = change
+        with pytest.raises(ConfigError, match=f"{name} is "):
+            PrefixModel(llama, settings(**change))
     model = PrefixModel(llama, settings())
     ids = torch.tensor([[3, 4, 5]])
     with pytest.raises(ConfigError, match="position_ids came with a batch"):

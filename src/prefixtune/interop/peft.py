@@ -21,7 +21,7 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.lora import ADAPTER_CONFIG, adapter_config
 from prefixtune.backbone.prefixes import load_prefix, make_header
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError, did_you_mean, short_repr
 from prefixtune.interop.safetensors import conversion, read_tensors
 from prefixtune.prefix.card import HUB_NAMES
 from prefixtune.prefix.geometry import LayerShape, describe
@@ -77,6 +77,13 @@ def import_peft(folder: str | Path, backbone: Backbone | None = None) -> Prefix:
         _check_backbone(prefix, header, backbone)
         header |= make_header(backbone)
     origin = {name: config[name] for name in ("peft_type", "num_frozen_tokens") if name in config}
+    frozen = origin.get("num_frozen_tokens", 0)
+    if type(frozen) is not int or not 0 <= frozen <= prefix.length():
+        raise CheckpointError(
+            f"{str(folder / ADAPTER_CONFIG)!r}: num_frozen_tokens is {short_repr(frozen)}, but must be a whole number "
+            f"from 0 to {prefix.length()}.",
+            hint="save the adapter again with PEFT.",
+        )
     return Prefix(prefix.layers, {**header, "peft": origin})
 
 
@@ -188,6 +195,7 @@ def export_peft(
         PrefixError: A file cannot be written.
     """
     folder = Path(folder)
+    check_adapter_folder(folder)
     shape = _only_shape(prefix)
     if not prefix.is_finite():
         raise CheckpointError(f"the prefix for {str(folder)!r} holds NaN or infinity.", hint="train it again.")
@@ -203,6 +211,25 @@ def export_peft(
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (temporary / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     return folder
+
+
+def check_adapter_folder(folder: str | Path) -> None:
+    """Refuse a folder in which an adapter would replace another kind of adapter, or stand beside a model.
+
+    Raises:
+        ConfigError: It holds a model, or an adapter that is no prefix.
+    """
+    folder, other = Path(folder), ""
+    if (folder / "config.json").exists():
+        other = "a model"
+    elif (folder / ADAPTER_CONFIG).exists():
+        try:
+            peft_type = adapter_config(folder).get("peft_type")
+        except PrefixError:
+            peft_type = None
+        other = "" if peft_type in PEFT_TYPES else f"an adapter of type {short_repr(peft_type)}"
+    if other:
+        raise ConfigError(f"{str(folder)!r} holds {other}.", hint="name a folder of its own.")
 
 
 def _make_config(
@@ -265,10 +292,10 @@ def _count_frozen(prefix: Prefix, num_frozen_tokens: int | None, origin: Mapping
     """How many first positions of a cartridge are not trained."""
     count = num_frozen_tokens
     if count is None:
-        count = int(origin.get("num_frozen_tokens", min(1, prefix.length())))
-    if not 0 <= count <= prefix.length():
+        count = origin.get("num_frozen_tokens", min(1, prefix.length()))
+    if type(count) is not int or not 0 <= count <= prefix.length():
         raise ConfigError(
-            f"num_frozen_tokens is {count}, but must be from 0 to the prefix's length, {prefix.length()}.",
+            f"num_frozen_tokens is {short_repr(count)}, but must be from 0 to the prefix's length, {prefix.length()}.",
             hint="1 keeps the first position, which models attend to by default.",
         )
     return count

@@ -34,13 +34,16 @@ from prefixtune.interop.collator import IGNORED, Collator
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.artifact import reparameterization_facts
-from prefixtune.training.checks import check_gradient_checkpointing
+from prefixtune.training.checks import check_given, check_gradient_checkpointing
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
 from prefixtune.training.folder import PREFIX_FILE
 from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
 
 __all__ = ["PrefixModel"]
+
+_OF_TRAIN = ("nested", "prefix_dropout", "beside", "classifier", "label_words")
+"""Fields of `TrainConfig` that its own loop follows, and no other."""
 
 
 class PrefixModel(nn.Module):
@@ -51,10 +54,11 @@ class PrefixModel(nn.Module):
         config: How the prefix starts and what is trained: `prefix_length`, `sites`, `reparameterization`,
             `bottleneck_size`, `initialization` and its options, `prompt_format`, `target_format`, `max_length`,
             `on_too_long`, `seed`; `task`, `source` and `license` go into the artifact. The trainer sets everything
-            else.
+            else. What only `train` does is refused, and so are options of loading that the backbone does not follow.
 
     Raises:
-        ConfigError: The method is not a prefix, or the backbone is an encoder or trains weights of its own.
+        ConfigError: The method is not a prefix, the backbone is an encoder or trains weights of its own, or the
+            configuration asks for more than a trainer does.
     """
 
     accepts_loss_kwargs = True
@@ -76,6 +80,14 @@ class PrefixModel(nn.Module):
                 f"{backbone.name!r} has weights that are to be trained, but only the prefix is trained here.",
                 hint="load it without train_adapter and adapter_rank, or use `train`.",
             )
+        faults = [
+            f"{name} is {getattr(config, name)!r}"
+            for name in _OF_TRAIN
+            if getattr(config, name) != config.default(name)
+        ]
+        if faults:
+            raise ConfigError(f"{', '.join(faults)}, which is not done here.", hint="use `train`.")
+        check_given(config, backbone)
         self.backbone, self.settings = backbone, config
         self.trained, start = build_encoder(config, backbone)
         self.initialization = start.description

@@ -21,7 +21,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.console import format_figure
 from prefixtune.utils.markdown import escape_markdown
 
-__all__ = ["CARD", "HUB_NAMES", "find_evaluations", "make_card", "read_evaluations"]
+__all__ = ["CARD", "HUB_NAMES", "check_complete", "find_evaluations", "make_card", "read_evaluations"]
 
 
 CARD = "README.md"
@@ -84,6 +84,19 @@ def _pipeline_tag(prefix: Prefix) -> str:
     labels = prefix.header.get("labels")
     kind = str(labels.get("kind")) if isinstance(labels, Mapping) else ""
     return _PIPELINE_TAGS.get(kind, "text-generation")
+
+
+def check_complete(prefix: Prefix) -> None:
+    """Refuse to publish a prefix that is of no use by itself.
+
+    Raises:
+        ConfigError: It was trained with a LoRA adapter, which is in a folder of its own.
+    """
+    if prefix.header.get("adapter"):
+        raise ConfigError(
+            "the prefix was trained together with a LoRA adapter, and a repository would hold the prefix alone.",
+            hint="upload the run's folder with `hf upload`.",
+        )
 
 
 def _backbone_name(prefix: Prefix) -> str:
@@ -313,16 +326,21 @@ def _check(evaluation: Any, what: str) -> dict[str, Any]:
     try:
         if evaluation["kind"] != "evaluation" or not isinstance(evaluation["scores"], Mapping):
             raise ValueError("it is not an evaluation")
-        for score in evaluation["scores"].values():
-            float(score["score"])
-            str(score["implementation"])
-            low, high = score.get("interval") or (0, 0)
-            float(low), float(high)
-        {name: evaluation[name] for name in _FACTS}
-        int(evaluation["num_examples"])
+        facts = {name: evaluation[name] for name in _FACTS}
+        facts["num_examples"] = int(facts["num_examples"])
+        scores = {str(name): _check_score(score) for name, score in evaluation["scores"].items()}
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{what} holds no scores: {short_repr(str(error))}.",
             hint="give the folder that `prefixtune evaluate --output` wrote.",
         ) from error
-    return dict(evaluation)
+    return {**evaluation, **facts, "scores": scores}
+
+
+def _check_score(score: Any) -> dict[str, Any]:
+    interval = score.get("interval")
+    if interval is not None:
+        low, high = interval
+        interval = [float(low), float(high)]
+    figures = {"score": float(score["score"]), "implementation": str(score["implementation"]), "interval": interval}
+    return {**score, **figures}

@@ -327,15 +327,17 @@ class Prefix:
 
         Raises:
             CheckpointError: The prefix holds NaN or infinity.
-            ConfigError: The evaluation holds no scores, the name is not valid, or the hub is switched off.
+            ConfigError: The evaluation holds no scores, the name is not valid, the prefix needs a LoRA adapter, or the
+                hub is switched off.
             PrefixError: The hub cannot be reached, or refuses.
         """
         from tempfile import TemporaryDirectory
 
         from prefixtune.prefix.artifact import save_prefix
-        from prefixtune.prefix.card import make_card, read_evaluations
+        from prefixtune.prefix.card import check_complete, make_card, read_evaluations
         from prefixtune.prefix.hub import FILE, upload
 
+        check_complete(self)
         card = make_card(self, repo_id, read_evaluations(evaluation, self))
         with TemporaryDirectory() as folder:
             file = save_prefix(Path(folder) / FILE, self, dtype=self.dtype)

@@ -207,6 +207,7 @@ def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("manual.safetensors long.safetensors", "take 160 positions, but the model has 160"),
         ("manual.safetensors style.safetensors --mode average", "decoder 4 positions"),
         ("manual.safetensors mood.safetensors --mode difference", "--start FILE"),
+        ("manual.safetensors mood.safetensors --mode average --backbone x", "needs no --backbone"),
         ("none.safetensors nothing.safetensors", "nothing.safetensors"),
     ],
 )
@@ -217,5 +218,8 @@ def test_what_does_not_belong_together_is_refused(
 
 
 def test_a_cut_to_the_whole_length_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs no --backbone" in _error(
+        "cut manual.safetensors --length 2 --backbone x --output x.safetensors", capsys
+    )
     error = _error("cut manual.safetensors --length 4 --output x.safetensors", capsys)
     assert "has 4 positions, and cannot be cut to 4" in error

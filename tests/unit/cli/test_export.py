@@ -130,13 +130,14 @@ def test_files_are_named_after_the_run(
 ) -> None:
     run = tmp_path / "inns"
     run.mkdir()
-    for name in ("prefix", "more"):
+    for name in ("prefix", "more", "two words"):
         (run / f"{name}.safetensors").write_bytes(trained.read_bytes())
     monkeypatch.chdir(run)
     for given, name in (
         (".", "inns"),
         ("prefix.safetensors", "inns"),
         (f"{trained}+more.safetensors", "pubs+more"),
+        ("two words.safetensors", "two-words"),
     ):
         assert main(["export", given, "--to", "llama.cpp", "--output", str(tmp_path / "out"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["file"] == f"{name}.bin"

@@ -172,6 +172,10 @@ def test_models_in_which_peft_would_miss_the_layers(
         ({"num_attention_heads": 3}, "over 3 heads"),
         ({"token_dim": None}, "token_dim is None"),
         ({"num_layers": 0}, "num_layers is 0"),
+        ({"peft_type": "CARTRIDGE", "num_frozen_tokens": None}, "num_frozen_tokens is None"),
+        ({"peft_type": "CARTRIDGE", "num_frozen_tokens": "x"}, "num_frozen_tokens is 'x'"),
+        ({"peft_type": "CARTRIDGE", "num_frozen_tokens": True}, "num_frozen_tokens is True"),
+        ({"peft_type": "CARTRIDGE", "num_frozen_tokens": 5}, "num_frozen_tokens is 5, .* from 0 to 4"),
     ],
 )
 def test_configurations_that_are_refused(folder: Path, changes: dict[str, Any], text: str) -> None:
@@ -211,6 +215,19 @@ def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
             import_peft(folder)
+
+
+def test_nothing_of_another_kind_is_written_over(folder: Path, prefix: Prefix, tmp_path: Path) -> None:
+    export_peft(prefix, folder)  # An earlier one is replaced.
+    lora = change(folder, peft_type="LORA")
+    before = {path.name: path.read_bytes() for path in lora.iterdir()}
+    with pytest.raises(ConfigError, match="holds an adapter of type 'LORA'"):
+        export_peft(prefix, lora)
+    assert {path.name: path.read_bytes() for path in lora.iterdir()} == before
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a model"):
+        export_peft(prefix, tmp_path / "model")
 
 
 def test_a_pickle_is_refused_with_the_line_that_converts_it(folder: Path, prefix: Prefix) -> None:

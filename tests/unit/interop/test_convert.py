@@ -120,6 +120,15 @@ def test_cartridges_and_half_precision(ours: Path, tmp_path: Path, prefix: Prefi
     assert load_prefix(tmp_path / "half.safetensors").equal(prefix.to(torch.bfloat16))
 
 
+def test_a_backbone_that_is_named_goes_into_the_file(
+    prefix: Prefix, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, named = save_prefix(tmp_path / "bare.safetensors", Prefix(prefix.layers)), tmp_path / "named.safetensors"
+    made = convert(capsys, bare, named, "--to", "prefixtune", "--backbone", model)
+    assert made["backbone"] == str(model)
+    assert {"backbone", "rotation"} <= load_prefix(named).header.keys()
+
+
 def test_what_is_printed(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(ours), str(tmp_path / "adapter"), "--to", "peft"]) == 0
     printed = capsys.readouterr()

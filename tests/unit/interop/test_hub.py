@@ -333,6 +333,14 @@ def test_errors_are_reported_and_change_nothing(fake_hub: Hub, artifact: Path, t
         hub.pull("me/empty", tmp_path / "x.bin")
     with pytest.raises(ConfigError, match="OWNER/NAME"):
         hub.push(artifact, "me//pubs")
+    assert main(["push", str(artifact), "badname", "--card"]) == 2
+    assert main(["push", str(artifact), "me/pubs", "--card", "--json"]) == 2
+    prefix = load_prefix(artifact)
+    adapted = Prefix(prefix.layers, {**prefix.header, "adapter": "adapter"})
+    with pytest.raises(ConfigError, match="together with a LoRA adapter"):
+        adapted.push_to_hub("me/pubs")
+    with pytest.raises(ConfigError, match="together with a LoRA adapter"):
+        hub.push(save_prefix(tmp_path / "adapted.safetensors", adapted), "me/pubs")
     with pytest.raises(CheckpointError):
         hub.push(tmp_path / "missing.safetensors", "me/pubs")
     with pytest.raises(ConfigError, match="holds no scores"):

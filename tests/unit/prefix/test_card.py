@@ -121,6 +121,14 @@ def test_several_evaluations(prefix: Prefix, tmp_path: Path) -> None:
     assert [result.dataset_split for result in results] == ["test", "dev"]
 
 
+def test_figures_may_be_texts(prefix: Prefix) -> None:
+    score = {"score": "60.5", "implementation": "theirs", "interval": ["58", "62.25"]}
+    told = read_evaluations({**EVALUATION, "num_examples": "300", "scores": {"bleu": score}})
+    page = make_card(prefix, "me/pubs", told)
+    assert "(300 examples)" in page
+    assert "| bleu | 60.5 | 58 to 62.25 | theirs |" in page
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

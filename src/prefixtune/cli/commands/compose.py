@@ -56,6 +56,8 @@ class ComposeOptions(OutputOptions):
             yield ("output",), f"{self.output!r} does not end with .safetensors; write to {name}.safetensors"
         if len(self.files) < 2:
             yield ("files",), f"FILES names {len(self.files) or 'no'} prefix; name two or more"
+        if self.backbone is not None and self.mode in ("average", "interpolate"):
+            yield ("backbone", "mode"), f"--mode {self.mode} turns no keys and needs no --backbone; leave it out"
         if self.start and self.mode != "difference":
             yield ("start", "mode"), "--start goes with --mode difference only; leave it out"
         if self.mode == "difference" and len(self.files) > 2:

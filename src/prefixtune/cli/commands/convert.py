@@ -68,8 +68,10 @@ def convert(options: ConvertOptions) -> int:
     import torch
 
     from prefixtune.backbone.load import check_size
-    from prefixtune.interop.peft import export_peft
+    from prefixtune.backbone.prefixes import make_header
+    from prefixtune.interop.peft import check_adapter_folder, export_peft
     from prefixtune.prefix.artifact import save_prefix
+    from prefixtune.prefix.prefix import Prefix
     from prefixtune.utils.writable import check_writable
 
     path, output = _find(options.input), Path(options.output)
@@ -84,10 +86,13 @@ def convert(options: ConvertOptions) -> int:
         prefix = _read(path, format_name, None)
         if options.backbone is not None:
             check_size(prefix, options.backbone)
+    if options.to == "peft":
+        check_adapter_folder(output)
     check_writable(output if options.to == "prefixtune" else output / "adapter_config.json")
     backbone = _load_backbone(options)
     if backbone is not None:
         prefix = _read(path, format_name, backbone)
+        prefix = Prefix(prefix.layers, {**prefix.header, **make_header(backbone)}, prefix.head)
     if options.to == "peft":
         export_peft(
             prefix, output, backbone, peft_type=options.peft_type or None, num_frozen_tokens=options.frozen_tokens

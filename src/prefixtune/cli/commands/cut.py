@@ -34,10 +34,12 @@ class CutOptions(OutputOptions):
     as_json: bool = json_option("what was done")
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """An output that is no prefix file."""
+        """An output that is no prefix file, and a backbone that is not needed."""
         if Path(self.output).suffix != ".safetensors":
             name = Path(self.output).stem or "prefix"
             yield ("output",), f"{self.output!r} does not end with .safetensors; write to {name}.safetensors"
+        if self.backbone is not None and self.cut_from == "end":
+            yield ("backbone", "cut_from"), "--from end turns no keys and needs no --backbone; leave it out"
 
 
 @command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -119,7 +120,8 @@ def export(options: ExportOptions) -> int:
             prefix,
             backbone,
             folder,
-            name=short_name(options.prefix),
+            # It stands in the commands of the README and in requests.
+            name=re.sub(r"[^A-Za-z0-9._+-]+", "-", short_name(options.prefix)),
             slot_file=options.patch or None,
             **{name: value for name, value in layout.items() if value},
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pydantic import Field
 
 from prefixtune.cli.common import print_json
@@ -26,6 +28,11 @@ class PushOptions(OutputOptions):
     card: bool = Field(False, description="print the model card, and send nothing")
     revision: str | None = Field(None, description="branch that the repository has (default: the main branch)")
     as_json: bool = json_option("what was done")
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """A card is no JSON."""
+        if self.card and self.as_json:
+            yield ("card", "as_json"), "--card prints the card, not JSON; leave one of the two out"
 
 
 @command

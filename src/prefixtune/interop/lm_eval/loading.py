@@ -7,9 +7,10 @@ from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone, load_backbone
-from prefixtune.backbone.prefixes import PrefixLike, load_prefix
+from prefixtune.backbone.prefixes import PrefixLike, load_prefix, trained_adapter
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.header import backbone_origin
+from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 
@@ -32,23 +33,27 @@ def check_batch_size(batch_size: int | str, most: int | None) -> int:
 
 def load_prefixes(
     prefix: PrefixLike | None, task_prefixes: Mapping[str, PrefixLike | None]
-) -> tuple[Prefix | None, dict[str, Prefix | None]]:
-    """The prefixes of all tasks and of each; a file that several tasks name is read once."""
+) -> tuple[Prefix | None, dict[str, Prefix | None], dict[int, Path]]:
+    """The prefixes of all tasks and of each, and by `id` the file of each; one that several tasks name is read once."""
     known: dict[str, Prefix] = {}
+    files: dict[int, Path] = {}
 
     def read(one: PrefixLike | None) -> Prefix | None:
         if one is None or isinstance(one, Prefix):
             return one
         if str(one) not in known:
-            known[str(one)] = load_prefix(one)
+            file = prefix_file(one)
+            known[str(one)] = load_prefix(file)
+            files[id(known[str(one)])] = file
         return known[str(one)]
 
-    return read(prefix), {task: read(one) for task, one in task_prefixes.items()}
+    return read(prefix), {task: read(one) for task, one in task_prefixes.items()}, files
 
 
 def load_fitting_backbone(
     given: BackboneLike | None,
     prefixes: Sequence[Prefix],
+    files: Sequence[Path | Prefix],
     *,
     dtype: str,
     device: str,
@@ -56,15 +61,24 @@ def load_fitting_backbone(
 ) -> Backbone:
     """The backbone, with which the prefixes were checked.
 
+    Args:
+        given: The model; None: the one that the prefixes name. One that is named is loaded with their LoRA adapter.
+        prefixes: Of all tasks.
+        files: Where each was read from; the prefix itself, if it was given.
+        dtype: Of a model that is named.
+        device: Likewise.
+        allow_other_backbone: Accept prefixes of another fingerprint, when their shapes fit.
+
     Raises:
         BackboneError: It is an encoder, or a prefix does not fit it.
-        ConfigError: A prefix is for labels.
+        ConfigError: A prefix is for labels, or they were trained with different adapters.
     """
     if given is None:
         names = [backbone_origin(prefix.header).name for prefix in prefixes]
         given = next((name for name in names if name), DEFAULT_BACKBONE)
     named = isinstance(given, str | Path)
-    backbone = load_backbone(given, dtype=dtype, device=device) if named else as_backbone(given)
+    adapter = trained_adapter(files, prefixes) if named else None
+    backbone = load_backbone(given, dtype=dtype, device=device, adapter=adapter) if named else as_backbone(given)
     if backbone.kind == "encoder":
         raise BackboneError(
             f"{backbone.name!r} is an encoder, which reads text and writes none.",

@@ -29,7 +29,7 @@ from prefixtune.interop.lm_eval.loading import check_batch_size, load_fitting_ba
 from prefixtune.interop.lm_eval.prompting import decoding_config, fill_template, keep_right
 from prefixtune.interop.lm_eval.responses import Responses, request_key
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
+from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat, read_text_format
 from prefixtune.utils.console import Console
 
 __all__ = ["PrefixLM"]
@@ -92,11 +92,12 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                 hint="raw is what lm-eval's other models read.",
             )
         self.batch_size = check_batch_size(batch_size, max_batch_size)
-        self.prefix, self.task_prefixes = load_prefixes(prefix, task_prefixes or {})
+        self.prefix, self.task_prefixes, files = load_prefixes(prefix, task_prefixes or {})
         known = list({id(one): one for one in (self.prefix, *self.task_prefixes.values())}.values())
         self.backbone = load_fitting_backbone(
             backbone,
             [one for one in known if one is not None],
+            [files.get(id(one), one) for one in known if one is not None],
             dtype=dtype,
             device=device,
             allow_other_backbone=allow_other_backbone,
@@ -109,8 +110,9 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         self._console = Console() if console is None else console
         self._responses = Responses(None if responses is None else Path(responses))
         facts = {**model_facts(self.backbone), "name": self.backbone.name, "settings": [prompt_format, max_length]}
-        self._digests = {id(one): digest_facts({**facts, "placement": one and one.placement}, one) for one in known}
         self._formats = {id(one): self._format_of(one) for one in known}
+        self._ends = {id(one): self._ends_of(one) for one in known}
+        self._digests = {id(one): digest_facts({**facts, **self._facts_of(one)}, one) for one in known}
         self._num_cut = 0
         self._seen: set[str] = set()
 
@@ -314,7 +316,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                     [prompts[index] for index in batch],
                     prefixes,
                     config=config,
-                    ends=[(*end_ids(self.backbone, self._formats[id(prefix)]), *special) for prefix in prefixes],
+                    ends=[(*self._ends[id(prefix)], *special) for prefix in prefixes],
                 )
                 keep(
                     {
@@ -444,6 +446,19 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         """The text format around a prefix's contexts; None: they are raw text."""
         raw = prefix is None or self.prompt_format == "raw"
         return None if raw else format_of(self.backbone, prefix)
+
+    def _ends_of(self, prefix: Prefix | None) -> tuple[int, ...]:
+        """The tokens that end an answer; after raw text, which may be a chat, that of the prefix's own template."""
+        text_format = self._formats[id(prefix)]
+        if text_format is None and prefix is not None:
+            stored = read_text_format(prefix.header)
+            text_format = stored if stored is not None and stored.is_chat else None
+        return end_ids(self.backbone, text_format)
+
+    def _facts_of(self, prefix: Prefix | None) -> dict[str, Any]:
+        """What responses behind a prefix depend on, besides its numbers."""
+        ends, usual = self._ends[id(prefix)], end_ids(self.backbone, self._formats[id(prefix)])
+        return {"placement": prefix and prefix.placement, **({"ends": ends} if ends != usual else {})}
 
     def _room(self, prefix: Prefix | None) -> int:
         """Positions for text behind a prefix."""

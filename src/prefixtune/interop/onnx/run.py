@@ -136,7 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(str(folder / facts["file"]), providers=["CPUExecutionProvider"])
     prefix = None if facts["baked"] else load_file(str(folder / facts["prefix_file"]))
+    if not (folder / "tokenizer.json").is_file():
+        parser.error(
+            "the model's tokenizer has no tokenizer.json: make token ids with transformers, and call `generate`"
+        )
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # A checkpoint's file may say how its texts were cut and padded when it was trained.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     texts = [facts["text_format"]["prompt"].replace("{source}", source) for source in options.sources]
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     outputs = generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class ServerState:
         model_config = app_state.vllm_config.model_config
         settings = Settings.from_vllm(app_state.vllm_config)
         names = tuple(app_state.args.served_model_name or [app_state.args.model])
-        tokenizer = app_state.engine_client.get_tokenizer()
+        # vLLM's own threads use theirs, and a call that truncates makes others that run beside it truncate, too.
+        tokenizer = copy.deepcopy(app_state.engine_client.get_tokenizer())
         placeholder_id = _choose_placeholder(tokenizer)
         template = str(getattr(app_state.online_renderer, "chat_template", None) or "")
         return cls(
