@@ -42,7 +42,7 @@ QUESTIONS = (
     Question("100 summaries (SciTLDR)", "low-data-scitldr", "n100", "", 100.0, "ROUGE-1"),
     Question("320 summaries", "summarization", "n320", "", 100.0, "ROUGE-1"),
     Question("1,000 targets of DART", "dart", "n1000"),
-    Question("an encoder-decoder of 17M, 2,000 targets of E2E", "encoder-decoder", "n2000"),
+    Question("an encoder-decoder of 17M, 2,000 targets of E2E (46 positions from words)", "encoder-decoder", "n2000"),
 )
 
 
