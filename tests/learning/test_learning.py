@@ -209,6 +209,21 @@ def test_accumulation_is_one_large_batch(reduction: str, backbone: Any, config_f
     ]
 
 
+def test_a_start_from_a_prefix_goes_on_from_its_head(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+    backbone = tiny_backbone("llama")
+    options = {"task": "classification", "classifier": "head", "targets_per_source": 1}
+    rows = [Example(f"the {word} food", (word[0],)) for word in ("great", "bad", "good", "best")]
+    rows = [Example(row.source, ("pos" if row.targets[0] in "g" else "neg",)) for row in rows]
+    first = train(config_for("first", **options), backbone=backbone, examples=rows, dev_examples=rows)
+    more = {"init_prefix": str(first.path), "initialization": "prefix", "learning_rate": 1e-12, "max_steps": 1}
+    second = train(config_for("second", **options, **more), backbone=backbone, examples=rows, dev_examples=rows)
+    assert second.best_loss == pytest.approx(first.best_loss, rel=1e-4)
+    assert second.prefix.header["initialization"]["head"] == "continued"
+    others = [Example(row.source, (row.targets[0].upper(),)) for row in rows]
+    third = train(config_for("third", **options, **more), backbone=backbone, examples=others)
+    assert third.prefix.header["initialization"]["head"] == "left out"
+
+
 def test_a_head_trains_with_accumulated_gradients(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
     labelled = [Example(f"{name} is here", (("pos", "neg")[index % 2],)) for index, name in enumerate(NAMES)]
     options = {"task": "classification", "classifier": "head", "targets_per_source": 1, "max_steps": 3}
@@ -300,6 +315,10 @@ def test_a_signal_saves_before_it_stops(number: int, backbone: Any, config_for: 
     resumed = train(config, backbone=backbone, examples=SHARED, resume=True)
     assert losses(resumed) == losses(whole)
     assert resumed.prefix.equal(whole.prefix)
+    # In the last step there is nothing left to stop.
+    last = config_for("last", save_every=100)
+    kill = at("step", last.max_steps, lambda: os.kill(os.getpid(), number))
+    assert train(last, backbone=backbone, examples=SHARED, on_event=kill).prefix.equal(whole.prefix)
 
 
 def test_a_finished_run_can_be_resumed_without_effect(backbone: Any, config_for: Callable[..., TrainConfig]):

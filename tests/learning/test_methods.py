@@ -13,8 +13,9 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
 from prefixtune.inference.generate import generate
+from prefixtune.inference.model import load
 from prefixtune.training.artifact import load_tuned, load_weights
 from prefixtune.training.baselines import Tuning, decoder_layers, freeze_tuned, tune
 from prefixtune.training.config import TrainConfig
@@ -185,6 +186,9 @@ def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny
         ({"method": "top", "method_size": -1}, "at least 0"),
         ({"method": "full", "method_size": 7}, "method_size is 7, but method 'full' has no size"),
         ({"method_size": 7}, "method_size is 7, but method 'prefix' has no size"),
+        ({"method": "full", "init_prefix": "p"}, "init_prefix is for a prefix, which method 'full' does not train"),
+        ({"method": "lora", "sites": "cross=3"}, "sites is for a prefix, which method 'lora' does not train"),
+        ({"classifier": "head", "label_words": "a=b"}, "label_words are for classifier 'words'"),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -217,6 +221,33 @@ def test_a_run_whose_adapter_began_by_another_seed_is_refused(run: Make, monkeyp
     with pytest.raises(ConfigError, match="was started on another backbone") as caught:
         run("prefix", adapter_rank=2, seed=1, max_steps=2, resume=True)
     assert "A new adapter now begins by the run's seed" in str(caught.value.hint)
+
+
+def test_prefix_and_adapter_are_of_one_evaluation_after_a_full_disk(
+    run: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixtune.training import artifact
+
+    save, saved = artifact.save_prefix, list[Path]()
+
+    def fill_disk(path: Path, *given: Any, **options: Any) -> Any:
+        saved.append(path)
+        if len(saved) == 2:
+            raise PrefixError("no space left on the device.")
+        return save(path, *given, **options)
+
+    monkeypatch.setattr(artifact, "save_prefix", fill_disk)
+    with pytest.raises(PrefixError, match="no space left"):
+        run("prefix", adapter_rank=2, max_steps=4, eval_every=2)
+    model = load(prefix=saved[0])
+    assert model.backbone.adapter is not None
+
+
+def test_a_trained_adapter_is_used_again_only_as_it_was_loaded(run: Make, folder: Path) -> None:
+    backbone = load_backbone(folder, adapter_rank=2)
+    run("prefix", adapter_rank=2, max_steps=1, backbone=backbone)
+    with pytest.raises(ConfigError, match="not as it was loaded"):
+        run("prefix", "again", adapter_rank=2, max_steps=1, backbone=backbone)
 
 
 def test_more_top_layers_than_there_are(run: Make) -> None:

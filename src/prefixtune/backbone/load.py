@@ -16,6 +16,7 @@ from prefixtune.backbone.lora import (
     adapter_config,
     add_adapter,
     base_model_name,
+    check_adapter_files,
     check_lora,
     import_peft,
     is_adapter,
@@ -235,6 +236,7 @@ def _resolve(
         if Path(adapter).is_dir():
             adapter_config(adapter)
         check_lora(Path(adapter))
+        check_adapter_files(Path(adapter))
     if train_adapter and adapter is None and not adapter_rank:
         raise ConfigError(
             "train_adapter is True, but there is no adapter.",

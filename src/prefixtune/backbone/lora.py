@@ -17,6 +17,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "adapter_config",
     "add_adapter",
+    "check_adapter_files",
     "check_lora",
     "has_adapter",
     "import_peft",
@@ -47,11 +48,7 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
     """
     peft = import_peft()
     folder = Path(path)
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise BackboneError(
-            f"{path!r} holds no adapter_config.json with adapter_model.safetensors.",
-            hint="give the folder that PEFT's save_pretrained wrote, with safe serialization.",
-        )
+    check_adapter_files(folder)
     try:
         tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
         # PEFT only warns of weights that are missing, and leaves those layers as they were.
@@ -67,6 +64,19 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
             hint="get the whole adapter, and load its own base model.",
         )
     return tuned
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Refuse a folder that lacks one of an adapter's two files.
+
+    Raises:
+        BackboneError: It does.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise BackboneError(
+            f"{str(folder)!r} holds no adapter_config.json with adapter_model.safetensors.",
+            hint="give the folder that PEFT's save_pretrained wrote, with safe serialization.",
+        )
 
 
 def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.cli.common import print_event
-from prefixtune.errors import PrefixError
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset, without_conflicts
 from prefixtune.utils.config import Layer
@@ -81,9 +81,14 @@ def preset_layer(values: Mapping[str, Any]) -> Layer:
     start = {"initialization": "prefix"} if values.get("init_prefix") else {}
     task, method = (str(values.get(name, TrainConfig.default(name))) for name in ("task", "method"))
     limit = str(values.get("limit", ""))
-    num_targets = int(limit) if limit.isdecimal() and int(limit) else 100
+    num_targets = int(limit) if limit.isdecimal() else 0
     try:
-        values_of_preset = preset(values["preset"], task, method, num_targets=num_targets)
+        values_of_preset = preset(values["preset"], task, method, num_targets=num_targets or 100)
+        if values["preset"] == "paper-low-data" and not num_targets:
+            raise ConfigError(
+                "the preset paper-low-data depends on the number of training targets, but limit does not give it.",
+                hint="--limit 50, 100, 200 or 500.",
+            )
         return Layer({**without_conflicts(values_of_preset, {**start, **values}), **start})
     except PrefixError as error:
         return Layer({}, error=error)

@@ -128,6 +128,13 @@ class HeadEncoder(nn.Module):
         self.center.copy_(hidden.mean(0))
         self.spread.copy_(hidden.std(0, correction=0).clamp(min=1e-6 + 1e-3 * float(hidden.std())))
 
+    def start_from(self, head: Head) -> None:
+        """Take a head's numbers, as it is for hidden states as they are."""
+        weight = head.weight.to(self.weight).float()
+        with torch.no_grad():
+            self.weight.copy_(weight * self.spread)
+            self.bias.copy_(head.bias.to(self.bias) + weight @ self.center)
+
     def forward(self) -> Head:
         """The head as it is now, for hidden states as they are."""
         weight = self.weight / self.spread

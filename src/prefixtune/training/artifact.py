@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ def make_run_header(
         initialization: Where it started, as `build_encoder` describes it.
         state: How far it is.
     """
-    # A LoRA adapter that trains with the prefix is stored next to it.
+    # A LoRA adapter that trains with the prefix is stored next to it, each time under a new name.
     trains_adapter = config.trains_prefix and bool(backbone.adapter_parameters)
-    adapter = ADAPTER_FOLDER if trains_adapter else config.adapter
+    adapter = f"{ADAPTER_FOLDER}-{state.step}" if trains_adapter else config.adapter
     header = make_header(
         backbone,
         task=config.task,
@@ -129,8 +130,17 @@ def save_artifact(config: TrainConfig, backbone: Backbone, prefix: Prefix | None
         return
     if backbone.adapter_parameters:
         # The fingerprint is that of the tuned weights.
-        header = {**header, **make_header(backbone.save_adapter(folder / ADAPTER_FOLDER))}
+        header = {**header, **make_header(backbone.save_adapter(folder / header["adapter"]))}
     save_prefix(folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
+    if backbone.adapter_parameters:
+        _remove_adapters(folder, but=header["adapter"])
+
+
+def _remove_adapters(folder: Path, *, but: str) -> None:
+    """Remove the adapters of earlier evaluations, which the prefix that is there now does not name."""
+    for path in folder.glob(f"{ADAPTER_FOLDER}*"):
+        if path.name != but and re.fullmatch(rf"{ADAPTER_FOLDER}(-\d+)?", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # --- the weights of other methods ------------------------------------------------------------------------------------

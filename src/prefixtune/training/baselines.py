@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,17 @@ from prefixtune.backbone.lora import add_adapter, has_adapter
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 
-__all__ = ["DEFAULT_SIZES", "Bottleneck", "Tuning", "freeze_tuned", "load_tuned_weights", "tune", "tuned_weights"]
+__all__ = [
+    "DEFAULT_SIZES",
+    "Bottleneck",
+    "Tuning",
+    "freeze_tuned",
+    "load_tuned_weights",
+    "note_trained",
+    "tune",
+    "tuned_weights",
+    "was_trained",
+]
 
 
 DEFAULT_SIZES = {"full": 0, "top": 2, "adapter": 64, "lora": 8}
@@ -74,6 +85,21 @@ class Bottleneck(nn.Module):
         """A layer's output with the adapter's part added, of the same shape (B, T, d)."""
         added: Tensor = self.up(nn.functional.gelu(self.down(self.norm(hidden.to(self.norm.weight.dtype)))))
         return hidden + added.to(hidden.dtype)
+
+
+_TRAINED: WeakSet[nn.Module] = WeakSet()
+"""Models of which a run has trained weights."""
+
+
+def note_trained(backbone: Backbone) -> None:
+    """Remember that a run trains weights of a backbone, so that no other begins with what it leaves."""
+    if backbone.adapter_parameters:
+        _TRAINED.add(backbone.model)
+
+
+def was_trained(backbone: Backbone) -> bool:
+    """Whether a run in this process has trained weights of a backbone."""
+    return backbone.model in _TRAINED
 
 
 def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:

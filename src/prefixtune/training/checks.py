@@ -7,11 +7,13 @@ from pathlib import Path
 
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import check_loadable
+from prefixtune.backbone.load import check_loadable, check_size
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.backbone.quantization import is_quantized
+from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.baselines import was_trained
 from prefixtune.training.beside import SELF, read_others
 from prefixtune.training.chat import read_template
 from prefixtune.training.config import TrainConfig
@@ -61,20 +63,29 @@ def early_checks(
     if config.initialization in ("words", "text", "examples") and begins:
         yield lambda: check_init_text(config)
     if config.initialization == "prefix" and begins:
-        yield lambda: _check_start(config)
+        yield lambda: _check_start(config, loads_backbone)
     yield lambda: check_installed(config.trackers)
     if config.beside and config.beside != SELF:
-        yield lambda: read_others(config)
+        yield lambda: _check_others(config, loads_backbone)
     yield lambda: _check_combination(config, processes, has_dev, together)
 
 
-def _check_start(config: TrainConfig) -> None:
+def _check_start(config: TrainConfig, loads_backbone: bool) -> None:
     """Read the prefix that a run starts from, as far as that needs no backbone."""
     if config.method == "prompt":
         raise no_start()
     prefix = load_prefix(config.init_prefix)
     # Without sites, the run trains all of the backbone's, and the prefix may lack one of them.
     check_lengths(prefix, config.site_lengths or dict.fromkeys(prefix.sites, config.prefix_length))
+    if loads_backbone:
+        check_size(prefix, config.backbone)
+
+
+def _check_others(config: TrainConfig, loads_backbone: bool) -> None:
+    """Read the prefixes that are to stand beside, as far as that needs no backbone."""
+    others = read_others(config)
+    if loads_backbone:
+        check_size(others[0][1], config.backbone)
 
 
 def no_start() -> ConfigError:
@@ -109,7 +120,8 @@ def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bo
             f"patience is {config.patience}, but patience needs a development file to evaluate on.",
             hint="set dev (--dev FILE), or patience to 0.",
         )
-    if config.classifier == "head" and not config.trains_prefix:
+    tags = config.task in TASKS and TASKS[config.task].kind == "tagging"
+    if (config.classifier == "head" or tags) and config.method != "prefix":
         raise no_head(config)
     if config.initialization == "examples" and config.trains_prefix:
         if config.classifier == "head":
@@ -172,13 +184,13 @@ def check_given(config: TrainConfig, backbone: Backbone) -> None:
     """Refuse options of loading that a loaded backbone does not follow, all faults at once, and one that is not frozen.
 
     Raises:
-        ConfigError: There are some; or a prefix is to train on a backbone whose own weights train.
+        ConfigError: There are some; or its weights are not those that were loaded: an earlier run trained them.
     """
     device, model = backbone.device, backbone.model
-    if config.trains_prefix and backbone.adapter_parameters and backbone.adapter is None:
+    if was_trained(backbone) or (backbone.adapter_parameters and backbone.adapter is None):
         raise ConfigError(
-            f"the backbone {backbone.name!r} is not frozen: an earlier run by another method trained it.",
-            hint="load it again for the prefix.",
+            f"the backbone {backbone.name!r} is not as it was loaded: an earlier run trained weights of it.",
+            hint="load it again, for each such run.",
         )
     # Some models compute attention by `eager` alone.
     attentions = {name for name, key in ATTENTIONS.items() if key == model.config._attn_implementation}

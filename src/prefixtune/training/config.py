@@ -38,6 +38,7 @@ ADAMW_PER_MUON = 5
 
 _PREFIX_METHODS = ("prefix", "prompt", "infix")
 _SIZED_METHODS = ("top", "adapter", "lora")
+_OF_PREFIXES = ("nested", "prefix_dropout", "beside", "init_examples", "compact_examples", "init_prefix", "sites")
 TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow", "all", "none"]
 _TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
 _INIT_EXAMPLES = 4
@@ -340,9 +341,11 @@ class TrainConfig(Config):
                 value = getattr(self, name)
                 if value != self.default(name):
                     yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
-            for name in ("nested", "prefix_dropout", "beside", "init_examples", "compact_examples"):
+            for name in _OF_PREFIXES:
                 if getattr(self, name):
                     yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
+        if self.classifier == "head" and self.label_words:
+            yield ("label_words", "classifier"), "label_words are for classifier 'words', but classifier is 'head'"
         if self.optimizer == "muon" and not self.trains_prefix:
             message = f"optimizer 'muon' is for a prefix, which method {self.method!r} does not train"
             yield ("optimizer", "method"), message

@@ -283,9 +283,9 @@ class TrainData:
         return self.labels is not None and self.labels.by == "head"
 
     @property
-    def num_head_labels(self) -> int:
-        """Labels that a head tells apart; 0: there is no head."""
-        return len(self.labels.names) if self.labels is not None and self.has_head else 0
+    def head_labels(self) -> Sequence[str]:
+        """The labels that a head tells apart, in order; empty: there is no head."""
+        return self.labels.names if self.labels is not None and self.has_head else ()
 
 
 def tokenize(

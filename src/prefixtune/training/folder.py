@@ -41,7 +41,7 @@ TRACKERS_FILE = "trackers.json"
 """What continues the tracked runs of a run."""
 
 ADAPTER_FOLDER = "adapter"
-"""A LoRA adapter that was trained with the prefix."""
+"""A LoRA adapter that was trained with the prefix, followed by a hyphen and the step."""
 
 Event = dict[str, Any]
 """What happened: `event` is start, resume, extend, step, evaluation, save, end, tracking (news of a tracker) or

@@ -16,7 +16,7 @@ from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.data import Example, ExampleLike
 from prefixtune.errors import ConfigError
-from prefixtune.training.baselines import Tuning, tune
+from prefixtune.training.baselines import Tuning, note_trained, tune
 from prefixtune.training.beside import SELF, Beside, load_others
 from prefixtune.training.checkpoint import Checkpoint, goes_on_differently, read_checkpoint
 from prefixtune.training.checks import (
@@ -308,18 +308,20 @@ def _build_loop(
 ) -> TrainLoop:
     """A loop with what trains in it: an encoder, or the backbone's own weights."""
     if config.trains_prefix:
+        note_trained(backbone)
         encoder, start = build_encoder(
             config,
             backbone,
-            num_labels=data.num_head_labels,
+            head_labels=data.head_labels,
             examples=data.train.examples,
             plan=data.plan,
             stored_start=stored_start,
         )
         return TrainLoop(config, backbone, data, encoder, start.description, processes)
-    if data.num_head_labels:
+    if data.has_head:
         raise no_head(config)
     backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
+    note_trained(backbone)
     return TrainLoop(config, backbone, data, None, {"kind": "backbone"}, processes)
 
 

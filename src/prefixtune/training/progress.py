@@ -90,6 +90,8 @@ def _describe_prefix(event: Event) -> str:
     source = _START_NAMES.get(start, start)
     if start == "examples" and (chosen := event["initialization"].get("examples")):
         source = f"{len(chosen)} {'solved examples' if len(chosen) > 1 else 'solved example'}"
+    if head := event["initialization"].get("head"):
+        source += " and its head" if head == "continued" else ", whose head is for other labels and is left out"
     parts = [f"starts from {source}, P = {length}"]
     if event.get("nested"):
         parts.append("every length trains")

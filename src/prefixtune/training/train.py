@@ -95,7 +95,8 @@ def train(
                 show(happened)
                 if on_event is not None and processes.is_main:
                     on_event(happened)
-        if stop.is_set():
+        # A signal in the last step finds a run that is done.
+        if stop.is_set() and (after is not None or not run.loop.ended):
             raise KeyboardInterrupt("the state is saved")
         if after is not None:
             after(run.loop, stop)
@@ -117,7 +118,7 @@ def train_together(
 
     Each run has its own data, length, start, rate and seed, and its own folder, as if it were trained alone; its
     gradients are those that it has alone, up to rounding. When a run has taken its steps, or its loss is not finite,
-    the others go on.
+    the others go on; but those that a broken prefix stands beside (`beside` = "self") can break with it.
 
     Args:
         configs: The runs. They share the backbone and its dtype.
@@ -152,7 +153,7 @@ def train_together(
                 for happened in run.record(event):
                     if on_event is not None and processes.is_main:
                         on_event({**happened, "run": str(Path(run.loop.config.output))})
-        if stop.is_set():
+        if stop.is_set() and not all(run.loop.ended for run in runs):
             raise KeyboardInterrupt("the states are saved")
         if group.failed:
             raise group.failed[0][1]

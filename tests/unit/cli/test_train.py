@@ -54,11 +54,17 @@ def test_a_preset_gives_way_to_what_the_user_gives(
 
 
 def test_examples_set_the_length_that_a_preset_gives_for_words(capsys: pytest.CaptureFixture[str]) -> None:
-    config = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--examples", "4")
+    config = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--limit", "100", "--examples", "4")
     assert (config.initialization, config.init_examples, config.prefix_length) == ("examples", 4, 0)
     assert config.reparameterization == "mlp"
-    config = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--init-prefix", "p.safetensors")
+    options = ("--preset", "paper-low-data", "--limit", "100", "--init-prefix", "p.safetensors")
+    config = printed(capsys, "--task", "e2e", *options)
     assert (config.initialization, config.prefix_length) == ("prefix", preset("paper-low-data", "e2e")["prefix_length"])
+
+
+def test_the_presets_for_few_targets_need_their_number() -> None:
+    with pytest.raises(ConfigError, match="paper-low-data depends on the number of training targets"):
+        call("train", "--task", "e2e", "--preset", "paper-low-data", "--print-config")
 
 
 def test_a_resumed_run_has_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

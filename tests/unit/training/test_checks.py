@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class _AskedFor(Exception):
 def folder(tmp_path: Path) -> Path:
     """A folder that looks like a model, before it is loaded."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    facts = {"model_type": "llama", "num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 3}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts))
     return tmp_path / "model"
 
 
@@ -133,9 +135,30 @@ def test_no_adapter_to_train(folder: Path, examples: list[pt.Example], tmp_path:
 
 
 @pytest.mark.parametrize("method", ["full", "top", "adapter", "lora"])
-def test_a_prefix_is_not_trained_on_what_another_method_left_to_train(
-    method: str, train: Callable[..., Any], tmp_path: Path
+def test_nothing_is_trained_on_what_another_method_left(method: str, train: Callable[..., Any], tmp_path: Path) -> None:
+    size = 0 if method == "full" else 1
+    train(1, method=method, method_size=size, output=str(tmp_path / "other"))
+    for again in ({}, {"method": method, "method_size": size}):
+        with pytest.raises(ConfigError, match="is not as it was loaded: an earlier run trained weights of it"):
+            train(1, **again)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": "none"}, "'none' holds no adapter_config.json with adapter_model.safetensors"),
+        ({"init_prefix": "FILE", "prefix_length": 3}, "KV heads|layers"),
+        ({"beside": "FILE"}, "KV heads|layers"),
+        ({"classifier": "head", "method": "infix"}, "method 'infix' trains no head"),
+        ({"task": "tagging", "method": "lora"}, "method 'lora' trains no head"),
+    ],
+)
+def test_what_needs_no_backbone_is_refused_before_one_loads(
+    folder: Path, tmp_path: Path, no_backbone_loads: None, options: dict[str, Any], message: str
 ) -> None:
-    train(1, method=method, method_size=0 if method == "full" else 1, output=str(tmp_path / "other"))
-    with pytest.raises(ConfigError, match="is not frozen: an earlier run by another method trained it"):
-        train(1)
+    other = tmp_path / "other.safetensors"
+    pt.save_prefix(other, pt.Prefix({"decoder": ((torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)),) * 2}))
+    options = {name: str(other) if value == "FILE" else value for name, value in options.items()}
+    config = TrainConfig(backbone=str(folder), output=str(tmp_path / "run"), **options)
+    with pytest.raises(pt.PrefixError, match=message):
+        pt.train(config, examples=[{"prompt": "a", "completion": "b"}])

@@ -17,6 +17,7 @@ from prefixtune.backbone.loss import hidden_states_at
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.data.labels import labels_of
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder, fit
@@ -89,7 +90,7 @@ def build_encoder(
     config: TrainConfig,
     backbone: Backbone,
     *,
-    num_labels: int = 0,
+    head_labels: Sequence[str] = (),
     examples: Sequence[TokenizedExample] = (),
     plan: ExamplePlan | None = None,
     stored_start: Mapping[str, Any] | None = None,
@@ -99,7 +100,8 @@ def build_encoder(
     Args:
         config: The run; its method is `prefix`, `prompt` or `infix`.
         backbone: The frozen model.
-        num_labels: Labels of a head to train with it; 0: no head.
+        head_labels: The labels of a head to train with it, in order; empty: no head. A start from a prefix with a head
+            for the same labels goes on from that head, too.
         examples: With a head: what it is standardized by.
         plan: The examples to start from, where the run starts from some.
         stored_start: How the run that is resumed describes its start, which is in its state and is not computed again;
@@ -112,7 +114,7 @@ def build_encoder(
     """
     torch.manual_seed(config.seed)
     lengths = resolve_site_lengths(config, backbone, stored_start) if plan is None else plan.site_lengths
-    if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or num_labels):
+    if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or head_labels):
         raise ConfigError(
             f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
             f"{backbone.name!r} is of kind {backbone.kind!r}.",
@@ -133,7 +135,7 @@ def build_encoder(
         embedding_size=backbone.hidden_size,
         bottleneck_size=config.bottleneck_size,
         start=start.prefix,
-        head=(num_labels, backbone.head_size) if num_labels else None,
+        head=(len(head_labels), backbone.head_size) if head_labels else None,
         value_scale=config.value_scale,
         like=_like(config, backbone, lengths) if start.prefix is None else None,
         sinks=_sinks(config, backbone, start),
@@ -143,6 +145,12 @@ def build_encoder(
     encoder.to(backbone.device)
     if encoder.head is not None:
         encoder.head.standardize(_sample_hidden(backbone, encoder.bake(), examples))
+    if start.prefix is not None and start.prefix.head is not None:
+        stored = labels_of(start.prefix)
+        goes_on = encoder.head is not None and stored is not None and list(stored.names) == list(head_labels)
+        if goes_on and encoder.head is not None:
+            encoder.head.start_from(start.prefix.head)
+        start = replace(start, description={**start.description, "head": "continued" if goes_on else "left out"})
     return encoder, start
 
 
