@@ -12,8 +12,10 @@ import pytest
 from prefixtune.cli.main import build_app, command_options
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDES = ("training", "labels", "tasks", "evaluation", "metrics", "studies", "serving", "convert", "export")
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").glob("**/*.md") if page.stem != "LOG" and page.parent.name != "api"),
+]
 RUN = [page for page in PAGES if page.stem in ("README", "training", "labels", "evaluation", "metrics")]
 """What their Python needs is there: other pages name files of the reader's own."""
 
@@ -22,17 +24,29 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-def commands(page: Path) -> list[str]:
+def commands(page: Path) -> list[list[str]]:
+    """The words after `prefixtune` of every command that a page shows, also within a pipe."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [line.split("|")[-1].strip() for line in lines if "prefixtune " in line]
+    found = []
+    for line in lines:
+        if "prefixtune " not in line or line.startswith("{"):  # A row of data that a command makes.
+            continue
+        line = re.sub(r"\$\w+|\$\(.*?\)", "1", line)
+        lexer = shlex.shlex(re.sub(r"\s\d?[<>]+ *\S+", "", line), posix=True, punctuation_chars="|;&")
+        lexer.whitespace_split = True
+        parts = [[]]
+        for word in lexer:
+            parts.append([]) if set(word) <= set("|;&") else parts[-1].append(word)
+        found += [part[1:] for part in parts if part and part[0] == "prefixtune"]
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_shown_parses(page: Path) -> None:
-    shown = [line for line in commands(page) if line.startswith("prefixtune ")]
+    shown = commands(page)
     assert shown or page.stem not in ("README", "training", "evaluation", "studies")
-    for line in shown:
-        words = shlex.split(line, comments=True)[1:]
+    for words in shown:
+        line = shlex.join(words)
         function, bound, unknown, _ = build_app(words[0]).parse_known_args(words)
         assert not unknown, f"{line}: {unknown}"
         assert function.options is command_options()[words[0]]

@@ -8,9 +8,12 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -52,7 +55,7 @@ def proxy(folder: Path, replicas: list[LiveServer]) -> Iterator[HttpClient]:
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, replicas: list[LiveServer]) -> Iterator[HttpClient]:
+def nginx(folder: Path, replicas: Sequence[Any]) -> Iterator[HttpClient]:
     """The configuration of deploy/ with other ports, and nothing but this test's folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -110,6 +113,40 @@ def test_without_keys_a_replica_refuses_requests_through_nginx(folder: Path, tmp
             assert server.get("/v1/models")[0] == 200
     finally:
         server.stop()
+
+
+def test_a_request_to_train_reaches_one_replica_alone(tmp_path: Path) -> None:
+    """A replica that breaks off may have taken the job: the other one must not get it as well."""
+    posts: list[str] = []
+
+    class Replica(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def do_POST(self) -> None:
+            posts.append(self.path)
+            self.close_connection = True
+
+    with contextlib.ExitStack() as stack:
+        replicas = []
+        for _ in range(2):
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Replica))
+            stack.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            replicas.append(SimpleNamespace(url=f"http://127.0.0.1:{server.server_address[1]}"))
+        for path, sent in (("/v1/fine_tuning/jobs", 1), ("/v1/completions", 2)):
+            posts.clear()
+            # Started anew, as it leaves out a replica that failed.
+            (folder := tmp_path / str(sent)).mkdir()
+            with nginx(folder, replicas) as proxy, contextlib.suppress(ValueError):  # It answers with a page.
+                proxy.post(path, {"model": MODEL})
+            assert posts == [path] * sent
 
 
 def complete(proxy: HttpClient, model: str = MODEL, **more: Any) -> tuple[int, Any, dict[str, str]]:

@@ -216,6 +216,14 @@ def test_a_start_from_a_prompt_is_one_from_its_text(tmp_path: Path):
     assert (config.initialization, config.init_text, config.prefix_length) == ("text", "Say it.", 10)
 
 
+@pytest.mark.parametrize(("start", "words"), [("task", "Describe it."), ("unrelated", "elephant keyboard")])
+def test_a_start_from_words_is_one_from_its_own(start: str, words: str, tmp_path: Path):
+    (cell,) = cells("initialization", starts=start, subsets=1)
+    study = StudyConfig(name="initialization", task_words="Describe it.", unrelated_words="elephant keyboard")
+    config = build_train_config(study, cell, 1e-2, tmp_path, 5)
+    assert (config.initialization, config.init_text) == ("words", words)
+
+
 def test_all_targets_are_not_taken_for_none():
     low = StudyConfig(name="low-data", methods=["zero-shot", "prefix", "full"], sizes=[0], subsets=2, seeds=2)
     assert [(run.id, other.id) for run, other in counterparts(low)] == [
