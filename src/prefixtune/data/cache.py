@@ -203,9 +203,10 @@ def _open(folder: Path, *, check: bool = True) -> Stored | None:
             return None
         maps = {name: _map(_file(folder, name), facts, check=check) for name, facts in described.items()}
         columns = {name: _numbers(maps[name], facts["dtype"]) for name, facts in described.items()}
-        os.utime(folder / _INDEX)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    with contextlib.suppress(OSError):  # an entry of another user
+        os.utime(folder / _INDEX)
     return Stored(columns, index["facts"], tuple(some for some in maps.values() if some is not None))
 
 

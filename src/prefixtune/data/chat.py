@@ -131,6 +131,9 @@ def only_text(source: Source) -> str:
 def chat_format(backbone: Backbone, template: str, system: str = "") -> TextFormat:
     """The text format of a chat template, with the token that ends a turn.
 
+    A template may write something before an answer that the model has to generate, such as Qwen 3's empty thought: it
+    is part of the labels, and `target` has it, so that it is taken from an output.
+
     Args:
         backbone: Its tokenizer counts.
         template: `model`, or the text of a Jinja template.
@@ -154,7 +157,8 @@ def chat_format(backbone: Backbone, template: str, system: str = "") -> TextForm
         system=system,
     )
     form.check_stored()
-    return TextFormat(**{**form.to_dict(), "end": _end_of_turn(backbone, form) or backbone.end})
+    end, head = _end_of_turn(backbone, form) or backbone.end, _before_answer(backbone, form)
+    return replace(form, end=end, target=f"{head}{{target}}" if head.strip() and "{target}" not in head else "{target}")
 
 
 def literal_format(backbone: Backbone, text_format: TextFormat) -> TextFormat:
@@ -415,6 +419,20 @@ def _end_of_turn(backbone: Backbone, text_format: TextFormat) -> str:
     ids = backbone.encode(after.lstrip())
     added = backbone.tokenizer.added_tokens_decoder
     return str(added[ids[0]].content) if ids and ids[0] in added else ""
+
+
+def _before_answer(backbone: Backbone, text_format: TextFormat) -> str:
+    """What a chat template writes between the prompt and an answer, as an output shows it; empty: nothing.
+
+    Raises:
+        RequestError: The template refuses the messages.
+    """
+    messages = [{"role": "user", "content": _QUESTION}]
+    before = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=True)
+    messages.append({"role": "assistant", "content": _ANSWER})
+    whole = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=False)
+    head = whole.removeprefix(before).partition(_ANSWER)[0] if whole.startswith(before) else ""
+    return str(backbone.tokenizer.decode(backbone.encode(head), skip_special_tokens=True)) if head else ""
 
 
 def _check_characters(text: str) -> None:

@@ -8,6 +8,7 @@ whole, everything else row by row. Instead of a file, a set of the `datasets` li
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -162,9 +163,12 @@ def _stdin_format(formats: Sequence[str]) -> str:
 def recognize_format(start: bytes) -> str:
     """The format of a file by its first bytes: `.jsonl`, `.json`, `.parquet`, or a table or a text (empty).
 
-    >>> recognize_format(b' {"text": "a"}'), recognize_format(b"[")
-    ('.jsonl', '.json')
+    >>> recognize_format(b' {"text": "a"}'), recognize_format(b"["), recognize_format('{"text"'.encode("utf-16"))
+    ('.jsonl', '.json', '.jsonl')
     """
+    for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+        if start.startswith(mark):
+            start = start[: len(start) // 2 * 2].decode(encoding, errors="replace").encode()
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"PAR1"):
         return ".parquet"

@@ -356,7 +356,11 @@ def _messages_in(value: Any) -> Any:
         items = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return items if all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in items) else value
+    are_messages = all(
+        isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
+        for item in items
+    )
+    return items if are_messages else value
 
 
 def _messages_or_text(value: Any, column: str, role: Literal["user", "assistant"], record: Record) -> list[Message]:

@@ -10,9 +10,10 @@ from typing import Any, get_args
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
-from prefixtune.data.encoding import TextFormatLike, as_text_format
+from prefixtune.data.encoding import TextFormatLike, as_text_format, default_format
 from prefixtune.data.examples import Example, ExampleLike, TaskKind, references_of
 from prefixtune.data.labels import Labels, check_known, labels_of
+from prefixtune.data.stored_examples import has_messages
 from prefixtune.data.tasks.classification import label_names
 from prefixtune.data.tasks.records import as_examples
 from prefixtune.data.windows import is_text
@@ -60,7 +61,7 @@ def evaluate(
         backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
         examples: Each with one or more targets: `Example`s, or dicts such as `{"source": "...", "targets": ["..."]}`.
         prefix: A `Prefix`, a path, or a repository of the hub; None: the bare model.
-        text_format: None: the one that the prefix was trained with.
+        text_format: None: the one that the prefix was trained with; without a prefix, that of training by default.
         config: How to decode: a `GenerateConfig`, or a dict of its fields; None: greedy.
         kind: The bare model's task: `generation`, or `classification` by the labels' own words. A prefix knows its
             task.
@@ -122,6 +123,9 @@ def evaluate(
                 on_batch=show,
             )
         else:
+            if prefix is None and chosen_format is None and not has_messages(examples):
+                # As a prefix would read them; alone, the model would go on with the source.
+                chosen_format = default_format(backbone)
             decoded = decode(
                 backbone,
                 examples,

@@ -93,7 +93,9 @@ def classify(
     """
     config = ClassifyConfig.from_arguments(config, options)
     check_texts(texts)
-    if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
+    texts = list(texts)
+    is_list = hasattr(labels, "__iter__") and not isinstance(labels, str)
+    if labels is not None and not (is_list and all(isinstance(label, str) for label in labels)):
         raise ConfigError(f"labels is {describe_value(labels)}, but must be a list of strings.", hint="write [a, b].")
     backbone = as_backbone(backbone)
     loaded = as_prefix(prefix, backbone)

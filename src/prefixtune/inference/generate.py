@@ -74,6 +74,7 @@ def generate(
     """
     config = GenerateConfig.from_arguments(config, options)
     check_texts(texts)
+    texts = list(texts)
     backbone = as_backbone(backbone)
     assistant = None if assistant is None else as_backbone(assistant)
     prefixes = _per_text(prefix, len(texts), backbone)

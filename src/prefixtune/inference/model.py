@@ -139,7 +139,7 @@ class Model:
             ConfigError: An option is wrong.
         """
         source = self._source([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
-        return generate(self.backbone, [source], self.prefix, **_answer_options(options))[0]
+        return generate(self.backbone, [source], self.prefix, **self._answer_options(source, options))[0]
 
     def stream(self, text: str | Messages, **options: Any) -> Generator[str, None, None]:
         """Continue a text, or answer a conversation, in pieces as they are generated; joined, they are `generate`'s.
@@ -153,7 +153,8 @@ class Model:
             ConfigError: An option is wrong.
         """
         if not isinstance(text, str):
-            text, options = self._source(text), _answer_options(options)
+            text = self._source(text)
+            options = self._answer_options(text, options)
         return stream(self.backbone, text, self.prefix, **options)
 
     @overload
@@ -225,6 +226,18 @@ class Model:
             return messages[-1]["content"]
         return list(messages)
 
+    def _answer_options(self, source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of an answer, which has as many tokens as fit where the caller names no number."""
+        if options.get("config") is not None or "max_new_tokens" in options:
+            return dict(options)
+        most, limit = _ANSWER_TOKENS, self.backbone.max_positions
+        if self.backbone.kind == "decoder" and limit is not None:
+            config, taken = GenerateConfig(max_new_tokens=1), 0 if self.prefix is None else self.prefix.length()
+            prompts = prepare_prompts(self.backbone, [source], [self.prefix], config, on_cut=lambda _: None)
+            left = limit - self.backbone.prefix_positions(taken) - len(prompts.ids[0])
+            most = max(1, min(most, left))
+        return {"max_new_tokens": most, **options}
+
     def _prompt(self, text: str | Messages, new_tokens: int) -> tuple[list[int], tuple[int, ...]]:
         """The token ids of a text or a conversation, cut as in training, and those that end an answer."""
         source = text if isinstance(text, str) else self._source(text)
@@ -257,7 +270,3 @@ def _as_list(prefix: PrefixLike | Sequence[PrefixLike] | None) -> list[PrefixLik
 
 def _is_conversation(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
-
-
-def _answer_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(options) if options.get("config") is not None else {"max_new_tokens": _ANSWER_TOKENS, **options}

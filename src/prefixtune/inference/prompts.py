@@ -51,7 +51,7 @@ def prepare_prompts(
         texts: Sources, as in training; or conversations.
         prefixes: One per text.
         config: How to decode, and what happens to long sources.
-        text_format: The text around a source; None: what each prefix was trained with.
+        text_format: The text around a source; None: what each prefix was trained with, and nothing without a prefix.
         on_cut: Called with the indices of the truncated sources, if there are any; None: a warning says so.
 
     Raises:
@@ -59,7 +59,7 @@ def prepare_prompts(
         BackboneError: A prefix does not fit the backbone.
         CheckpointError: A prefix's header has an invalid text format.
     """
-    format_by_prefix = {id(prefix): format_of(backbone, prefix, text_format) for prefix in prefixes}
+    format_by_prefix = {id(prefix): _format_of(backbone, prefix, text_format) for prefix in prefixes}
     formats = [
         format_by_prefix[id(prefix)]
         if isinstance(text, str) or text_format is not None or _has_format(prefix)
@@ -78,6 +78,13 @@ def prepare_prompts(
     special = special_stops(backbone, config.stop)
     ends = tuple((*end_ids(backbone, form), *special) for form in formats)
     return Prompts(tuple(ids), tuple(formats), tuple(new_tokens), ends)
+
+
+def _format_of(backbone: Backbone, prefix: Prefix | None, text_format: TextFormat | None) -> TextFormat:
+    """The text format of a request; without a prefix, a text is continued as it is."""
+    if prefix is None and text_format is None and backbone.kind == "decoder":
+        return TextFormat("{source}", "{target}")
+    return format_of(backbone, prefix, text_format)
 
 
 def _has_format(prefix: Prefix | None) -> bool:
@@ -126,11 +133,15 @@ def check_requests(
     """Refuse a generation that cannot work.
 
     Raises:
-        RequestError: The backbone is an encoder, or a prompt is empty or does not fit.
+        RequestError: The backbone is an encoder, a prefix has a head, or a prompt is empty or does not fit.
         BackboneError: A prefix does not fit the backbone.
     """
     for prefix in {id(p): p for p in prefixes if p is not None}.values():
         check_fits(prefix, backbone.geometry, backbone.name)
+        if prefix.head is not None:
+            raise RequestError(
+                "the prefix was trained with a head for labels, and writes no text.", hint="use classify or tag."
+            )
     if backbone.kind == "encoder":
         raise RequestError(
             f"{backbone.name!r} is an encoder, which reads text and writes none.",

@@ -142,7 +142,7 @@ def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
         "positions": "text starts at position P",
         "text_format": {
             "prompt": text_format.format_prompt("{source}", backbone.separator),
-            "target": text_format.target,
+            "target": trained.target,
         },
         "end": trained.end if trained.is_chat else backbone.end,
         **{key: prefix.header[key] for key in ("task", "license") if prefix.header.get(key)},
