@@ -62,6 +62,18 @@ def test_an_entry_is_built_once():
     assert content_key(x=1) == key != content_key(x=2)
 
 
+def test_an_entry_of_another_user_is_used(monkeypatch: pytest.MonkeyPatch):
+    build, key = Builder(), content_key(x=1)
+    check(stored(key, build))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(1, "not yours")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    check(stored(key, build))
+    assert build.times == 1
+
+
 @pytest.mark.parametrize("damage", ["number", "size", "missing", "index", "facts", "no json"])
 def test_a_broken_entry_is_built_again(damage: str):
     build, key = Builder(), content_key(x=1)

@@ -210,8 +210,8 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
 @pytest.mark.parametrize(
     "data",
     [b'{"a": "1", "b": "2"}\n', b' [{"a": "1", "b": "2"}]', b"a,b\n1,2\n", b"a\tb\n1\t2\n", b"\xef\xbb\xbfa;b\n1;2\n",
-     gzip.compress(b'{"a": "1", "b": "2"}\n', mtime=0)],
-    ids=["lines", "array", "commas", "tabs", "semicolons", "gzip"],
+     gzip.compress(b'{"a": "1", "b": "2"}\n', mtime=0), '{"a": "1", "b": "2"}\n'.encode("utf-16")],
+    ids=["lines", "array", "commas", "tabs", "semicolons", "gzip", "utf-16"],
 )  # fmt: skip
 def test_standard_input_is_recognized_and_can_be_read_twice(piped: Callable[[bytes], None], data: bytes) -> None:
     piped(data)

@@ -326,6 +326,9 @@ def test_without_targets_there_is_something_to_answer(tmp_path: Path) -> None:
         read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"}), needs_targets=True)
 
 
+FLIGHTS = '[{"from": "Rome", "to": "Oslo"}]'
+
+
 @pytest.mark.parametrize(
     ("row", "messages", "targets"),
     [
@@ -345,6 +348,8 @@ def test_without_targets_there_is_something_to_answer(tmp_path: Path) -> None:
         # A text about a list.
         ({"prompt": '[{"a": 1}]', "completion": "x"}, (Message("user", '[{"a": 1}]'),), ("x",)),
         ({"prompt": "[{", "completion": "x"}, (Message("user", "[{"),), ("x",)),
+        ({"prompt": "Who?", "completion": '[{"role": "CEO"}]'}, (Message("user", "Who?"),), ('[{"role": "CEO"}]',)),
+        ({"prompt": FLIGHTS, "completion": "x"}, (Message("user", FLIGHTS),), ("x",)),
     ],
 )
 def test_messages_and_a_system_message_as_prompt(row: Row, messages: tuple[Message, ...], targets: tuple[str, ...]):

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header, named_backbone
-from prefixtune.data.chat import encode_chat
+from prefixtune.data.chat import chat_format, encode_chat, encode_conversation
+from prefixtune.data.examples import Message
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.inference.classify import classify
-from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.generate import generate, generate_ids, read_output
 from prefixtune.inference.model import Model, load
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.prefix.text_format import TextFormat
 
 TEMPLATE = (
@@ -67,6 +69,56 @@ def test_texts(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
     assert "".join(model.stream(TEXTS[0], **FEW)).strip() == expected[0]
     assert load(backbone).generate(TEXTS, **FEW) == generate(backbone, TEXTS, **FEW)
     assert model.generate([]) == []
+
+
+def test_the_bare_model_continues_a_text_as_it_is(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+    (ids,) = generate_ids(backbone, [backbone.encode("some text")], [None], config=pt.GenerateConfig(**FEW))
+    expected = backbone.decode(ids).strip()
+    assert load(backbone).generate("some text", **FEW) == expected
+    # Also beside a prefix, whose format the text does not get.
+    with_prefix, bare = generate(backbone, ["some text"] * 2, [make_prefix(), None], **FEW)
+    assert (bare, with_prefix == expected) == (expected, False)
+    assert generate(backbone, ["some text"], text_format=TextFormat(), **FEW) != [expected]
+
+
+class Column(list[str]):
+    """As a column of pandas or NumPy, it is neither true nor false."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of a column is ambiguous.")
+
+
+def test_texts_in_a_column(backbone: Backbone) -> None:
+    assert generate(backbone, Column(TEXTS), **FEW) == generate(backbone, TEXTS, **FEW)
+    labelled = classify(backbone, Column(TEXTS), labels=["yes", "no"])
+    assert labelled == classify(backbone, TEXTS, labels=["yes", "no"])
+
+
+def test_an_answer_has_as_many_tokens_as_fit(backbone: Backbone) -> None:
+    model, most = load(backbone), backbone.max_positions
+    assert most is not None
+    long = [{"role": "user", "content": "x" * (most - 40)}]
+    assert model.chat(long) == model.chat(long, max_new_tokens=most - len(encode_chat(backbone, long)))
+    assert "".join(model.stream(long)).strip() == model.chat(long)
+    with pytest.raises(RequestError, match="positions"):
+        model.chat(long, max_new_tokens=60)
+
+
+def test_a_prefix_with_a_head_writes_no_text(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+    head = Head(torch.zeros(2, backbone.head_size), torch.zeros(2))
+    model = load(backbone, Prefix(make_prefix().layers, head=head))
+    for ask in (lambda: model.generate("a"), lambda: model.chat("a"), lambda: list(model.stream("a"))):
+        with pytest.raises(RequestError, match="head for labels, and writes no text"):
+            ask()
+
+
+def test_what_a_template_writes_before_an_answer_is_no_part_of_it(backbone: Backbone) -> None:
+    thinks = TEMPLATE.replace("{{ m['content'] }}", "{{ '(hm)\n' if m['role'] == 'assistant' }}{{ m['content'] }}")
+    form = chat_format(backbone, thinks)
+    (turn,) = encode_conversation(backbone, form, [Message("user", "Hi")], ["Yes"]).turns
+    assert backbone.tokenizer.decode(turn.labels).startswith("(hm)\nYes")
+    assert read_output(backbone, list(turn.labels), form, pt.GenerateConfig()) == "Yes"
+    assert chat_format(backbone, TEMPLATE).target == "{target}"
 
 
 def test_conversations_go_through_the_chat_template(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
