@@ -21,6 +21,7 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS
 from prefixtune.data.tasks.e2e import linearize
 from prefixtune.inference.generate import generate
+from prefixtune.prefix.text_format import read_text_format
 from prefixtune.server.auth import hash_key
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} "}
@@ -281,7 +282,7 @@ def test_a_tasks_output_is_that_of_generate(server: LiveServer, backbone: Any, f
     # The task's own length by default.
     assert server.post("/v1/tasks/pubs", {"mr": MR})[1]["usage"]["completion_tokens"] == 100
     # The bare backbone on the very same text.
-    (bare,) = generate(backbone, [linearize(MR)], None, **greedy)
+    (bare,) = generate(backbone, [linearize(MR)], None, text_format=read_text_format(prefix.header), **greedy)
     other = server.post(f"/v1/tasks/{MODEL}", {"mr": MR, "format_of": "pubs", "max_tokens": 60})[1]
     assert other["output"] == bare != expected
 

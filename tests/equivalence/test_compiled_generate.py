@@ -12,6 +12,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.twin import make_twin
+from prefixtune.data.encoding import default_format
 from prefixtune.data.examples import Example
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.evaluation.evaluate import evaluate
@@ -301,7 +302,8 @@ def test_an_evaluation_decodes_as_generate_and_goes_on(backbone: Backbone, tmp_p
     counts: list[int] = []
     whole = evaluate(backbone, examples, config=config, resume_file=tmp_path / "decoded.jsonl", on_batch=counts.append)
     assert counts == list(range(1, 8))
-    assert list(whole.outputs) == generate(backbone, [one.source for one in examples], config=config)
+    sources = [one.source for one in examples]
+    assert list(whole.outputs) == generate(backbone, sources, config=config, text_format=default_format(backbone))
     again = evaluate(backbone, examples, config=config, resume_file=tmp_path / "decoded.jsonl", on_batch=counts.append)
     assert again.outputs == whole.outputs
     assert counts[7:] == [7], "nothing was decoded again"

@@ -11,6 +11,7 @@ In PEFT, too, the text starts at position P. PEFT itself need not be installed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -220,9 +221,9 @@ def check_adapter_folder(folder: str | Path) -> None:
         ConfigError: It holds a model, or an adapter that is no prefix.
     """
     folder, other = Path(folder), ""
-    if (folder / "config.json").exists():
+    if os.path.exists(folder / "config.json"):  # Path.exists raises where the folder may not be read
         other = "a model"
-    elif (folder / ADAPTER_CONFIG).exists():
+    elif os.path.exists(folder / ADAPTER_CONFIG):
         try:
             peft_type = adapter_config(folder).get("peft_type")
         except PrefixError:
