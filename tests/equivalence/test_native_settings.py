@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from prefixtune.attention.native.packed import PackedKernel
-from prefixtune.backbone.native import panels
-from prefixtune.backbone.native.gate import GateKernel
-from prefixtune.backbone.native.linear import RowKernel
-from prefixtune.backbone.native.loss import LossKernel
-from prefixtune.backbone.native.norm import NormKernel
-from prefixtune.backbone.native.panels import PanelKernel
-from prefixtune.backbone.native.rotation import RotationKernel
-from prefixtune.engine.native import AttentionKernel
-from prefixtune.engine.native.decoder import DecoderKernel
+from compiled_code import LIBRARIES, SOURCES, skip_where_it_gains_nothing
 from prefixtune.utils.native.build import build, pip_compiler
 
-KERNELS: dict[str, Any] = {
-    "packed_attention": PackedKernel,
-    "gate": GateKernel,
-    "linear": RowKernel,
-    "loss": LossKernel,
-    "norm": NormKernel,
-    "panels": PanelKernel,
-    "rotation": RotationKernel,
-    "slot_attention": AttentionKernel,
-    "decoder_step": DecoderKernel,
-}
 HAS_COMPILER = bool(pip_compiler()) or any(map(shutil.which, ("g++", "c++", "clang++")))
 
 
@@ -49,16 +27,15 @@ def default_dtype() -> Iterator[None]:
 @pytest.mark.usefixtures("default_dtype")
 @pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_a_compiler_makes_what_computes_right_under_any_default_dtype(name: str, dtype: torch.dtype):
     """Tests of kernels skip where there is none; here one that cannot be made, or is wrong, fails."""
-    if name == "panels" and not panels._gains():
-        pytest.skip("this processor gains nothing by panels")
-    kernel = KERNELS[name]
-    path = build(Path(inspect.getfile(kernel)).with_name(f"{name}.cpp"))
+    skip_where_it_gains_nothing(name)
+    path = build(SOURCES[name])
     # As while transformers builds a model in another thread.
     torch.set_default_dtype(dtype)
-    assert isinstance(kernel(path), kernel)
+    # Loading compares results with torch's.
+    LIBRARIES[name](path)
 
 
 def test_it_shares_the_threads_of_torch():

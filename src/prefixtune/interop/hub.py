@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.errors import CheckpointError
 from prefixtune.prefix.card import check_complete, find_evaluations, make_card, read_evaluations
-from prefixtune.prefix.hub import FILE, download, is_repository, prefix_file, repository_of, upload
+from prefixtune.prefix.hub import FILE, check_repository, download, prefix_file, repository_of, upload
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_path
 from prefixtune.utils.writable import check_writable
@@ -67,8 +67,7 @@ def card_of(path: str | Path, repo_id: str, evaluation: Any = None) -> str:
     file = prefix_file(path)
     prefix = load_prefix(file)
     check_complete(prefix)
-    if not is_repository(repo_id):
-        raise ConfigError(f"{repo_id!r} is not the name of a repository.", hint="write OWNER/NAME.")
+    check_repository(repo_id)
     if evaluation is None and repository_of(path) is None:
         return make_card(prefix, repo_id, find_evaluations(file.parent, prefix))
     return make_card(prefix, repo_id, read_evaluations(evaluation, prefix))

@@ -19,6 +19,7 @@ from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describ
 __all__ = [
     "FILE",
     "HUB",
+    "check_repository",
     "download",
     "find_pretrained",
     "hub_errors",
@@ -94,6 +95,16 @@ def download(repo_id: str, name: str = FILE, *, revision: str | None = None, tok
         )
 
 
+def check_repository(repo_id: str) -> None:
+    """Refuse what cannot be a repository's name.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not is_repository(repo_id):
+        raise ConfigError(f"{repo_id!r} is not the name of a repository.", hint="write OWNER/NAME.")
+
+
 def upload(
     file: Path,
     card: str,
@@ -126,8 +137,7 @@ def upload(
 
     from prefixtune.prefix.card import CARD
 
-    if not is_repository(repo_id):
-        raise ConfigError(f"{repo_id!r} is not the name of a repository.", hint="write OWNER/NAME.")
+    check_repository(repo_id)
     with hub_errors(f"cannot upload to {repo_id!r}"):
         api = HfApi(token=token, library_name="prefixtune", library_version=__version__)
         # A card that the hub refuses must not leave an empty repository.

@@ -68,10 +68,8 @@ def convert(options: ConvertOptions) -> int:
     import torch
 
     from prefixtune.backbone.load import check_size
-    from prefixtune.backbone.prefixes import make_header
     from prefixtune.interop.peft import check_adapter_folder, export_peft
     from prefixtune.prefix.artifact import save_prefix
-    from prefixtune.prefix.prefix import Prefix
     from prefixtune.utils.writable import check_writable
 
     path, output = _find(options.input), Path(options.output)
@@ -92,7 +90,6 @@ def convert(options: ConvertOptions) -> int:
     backbone = _load_backbone(options)
     if backbone is not None:
         prefix = _read(path, format_name, backbone)
-        prefix = Prefix(prefix.layers, {**prefix.header, **make_header(backbone)}, prefix.head)
     if options.to == "peft":
         export_peft(
             prefix, output, backbone, peft_type=options.peft_type or None, num_frozen_tokens=options.frozen_tokens
@@ -163,10 +160,16 @@ def _detect_format(path: Path) -> str:
 
 
 def _read(path: Path, format_name: str, backbone: Backbone | None) -> Prefix:
-    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.backbone.prefixes import load_prefix, make_header
     from prefixtune.interop.authors import import_authors
     from prefixtune.interop.peft import import_peft
+    from prefixtune.prefix.prefix import Prefix
 
     if format_name == "authors" and backbone is not None:
         return import_authors(path, backbone)
-    return import_peft(path, backbone) if format_name == "peft" else load_prefix(path, backbone)
+    if format_name == "peft":
+        return import_peft(path, backbone)
+    prefix = load_prefix(path, backbone)
+    return (
+        prefix if backbone is None else Prefix(prefix.layers, {**prefix.header, **make_header(backbone)}, prefix.head)
+    )
