@@ -107,7 +107,9 @@ def short_name(text: str) -> str:
     >>> short_name("a/manual.safetensors+runs/style")
     'manual+style'
     """
-    paths = [Path(os.path.abspath(name.removeprefix("hub:"))) for name in split_joined(text)]
+    from prefixtune.prefix.hub import HUB
+
+    paths = [Path(os.path.abspath(name.removeprefix(HUB))) for name in split_joined(text)]
     return "+".join(path.parent.name if path.stem == "prefix" else path.stem for path in paths)
 
 
