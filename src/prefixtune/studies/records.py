@@ -293,11 +293,13 @@ def check_same_dtype(config: StudyConfig, cells: Sequence[Cell], dtype: str) -> 
     Args:
         config: The study.
         cells: Of the study.
-        dtype: What this machine computes in.
+        dtype: What this machine computes in; empty: it runs nothing, so nothing is mixed.
 
     Raises:
         ConfigError: The study began in another dtype, or runs that are done were computed in one, and none was named.
     """
+    if not dtype:
+        return
     begun = (read_study(config) or {}).get("dtype") or dtype
     others = [name for name in (begun, *_dtypes(config, cells)) if name != dtype]
     if others and config.dtype == "auto":
@@ -338,6 +340,10 @@ def write_study(
     dtypes = _dtypes(config, cells)
     if len(dtypes) > 1:
         cut.append(f"computed in {' and '.join(f'{name} ({count} runs)' for name, count in dtypes.items())}")
+    # Where nothing is run, the study remains what another process made.
+    origin = {"machine": describe_machine(), "versions": versions(), "command": provenance.command}
+    if not provenance.dtype:
+        origin |= {key: before[key] for key in origin if key in before}
     facts = {
         "kind": "study",
         "name": config.name,
@@ -350,9 +356,7 @@ def write_study(
         "budget_minutes": config.budget or None,
         "cut": cut,
         "tuning": _read_all_tuning(config),
-        "machine": describe_machine(),
-        "versions": versions(),
-        "command": provenance.command,
+        **origin,
         "date": before.get("date") or datetime.date.today().isoformat(),
         "overlap": provenance.overlap or before.get("overlap", {}),
         "dev_overlap": provenance.dev_overlap or before.get("dev_overlap", {}),

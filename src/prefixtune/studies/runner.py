@@ -87,7 +87,7 @@ def run_study(
 
     save()
     # Of processes that begin together, one may be the first to write down its dtype.
-    check_same_dtype(config, cells, inputs.backbone.dtype_name)
+    check_same_dtype(config, cells, provenance.dtype)
     is_over_budget = False
     try:
         is_over_budget = _run_cells(inputs, cells, budget, save)
@@ -123,10 +123,10 @@ def _prepare(inputs: StudyInputs, cells: Sequence[Cell], command: str) -> Proven
     stored = read_study(config)
     if stored is not None:
         check_same_study(config, stored)
-        check_same_dtype(config, cells, inputs.backbone.dtype_name)
     left = [cell for cell in cells if cell_status(config, cell) != "done"]
     provenance = Provenance(command)
     if left:
+        check_same_dtype(config, cells, inputs.backbone.dtype_name)
         _check_cells(inputs, left)
         before = stored or {}
         provenance = _check_data(inputs, left, command, before.get("data_digests") or {})

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from prefixtune.errors import ConfigError
-from prefixtune.studies import StudyConfig, plan
+from prefixtune.studies import StudyConfig, plan, run_study
 from prefixtune.studies.config import training_defaults
+from prefixtune.studies.data import SharedBackbone
 from prefixtune.studies.records import (
     Provenance,
     check_same_dtype,
@@ -84,6 +85,22 @@ def test_two_dtypes_are_mixed_only_on_request_and_named(tmp_path: Path) -> None:
     assert "computed in bfloat16 (1 runs) and float32 (1 runs)" in cut or (
         "computed in float32 (1 runs) and bfloat16 (1 runs)" in cut
     )
+
+
+def test_a_finished_study_is_shown_on_any_machine_and_says_where_it_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = StudyConfig(output=str(tmp_path / "study"), methods=("zero-shot",))
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[SharedBackbone(config).dtype_name]
+    finish(config, other)
+    write_study(config, plan(config), Provenance("first", dtype=other))
+    stored = (config.folder / "study.json").read_text(encoding="utf-8")
+    monkeypatch.setattr("prefixtune.studies.records.describe_machine", lambda: {"processor": "another"})
+    outcome = run_study(config, command="second")
+    assert (len(outcome.done), outcome.left) == (1, ())
+    assert (config.folder / "study.json").read_text(encoding="utf-8") == stored
+    with pytest.raises(ConfigError, match=f"were computed in {other}"):
+        run_study(config.replace(methods=("zero-shot", "few-shot")), command="third")
 
 
 def test_a_folder_is_the_same_backbone_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
