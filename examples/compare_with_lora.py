@@ -1,5 +1,7 @@
 """The same 24 examples and as many steps: a prefix, and LoRA at two learning rates, scored on messages not seen.
 
+Eight messages and one seed: a way to compare, not a result.
+
 Needs `prefixtune[lora]`.
 """
 
@@ -13,7 +15,7 @@ from prefixtune.training.artifact import load_tuned
 from prefixtune.training.presets import preset
 
 DATA = Path(__file__).parent / "data"
-STEPS = int(os.environ.get("STEPS", "12"))
+STEPS = int(os.environ.get("STEPS", "24"))
 NAME = os.environ.get("BACKBONE", "smollm2-135m")
 
 tests = [json.loads(line) for line in (DATA / "bookings_test.jsonl").open(encoding="utf-8")]
@@ -32,8 +34,8 @@ common = {
 }
 runs = {
     "prefix, P = 64": {**preset("quick", "records"), **common},
-    "LoRA, rate 1e-3": {**common, "method": "lora", "learning_rate": 1e-3},
     "LoRA, rate 3e-3": {**common, "method": "lora", "learning_rate": 3e-3},
+    "LoRA, rate 8e-3": {**common, "method": "lora", "learning_rate": 8e-3},
 }
 print(f"{'':16} {'parameters':>10} {'bytes':>10} {'seconds':>8}   right")
 for index, (name, options) in enumerate(runs.items()):

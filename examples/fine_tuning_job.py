@@ -57,4 +57,4 @@ try:
             print(f"{name:12} {asked} -> {done.choices[0].message.content.strip()!r}")
 finally:
     server.terminate()
-    server.wait()
+    server.wait(timeout=60)

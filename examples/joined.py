@@ -1,4 +1,4 @@
-"""Three prefixes, each with facts of its own: mixed in one batch, and joined into one prefix that knows all of them."""
+"""Three prefixes, each with facts of its own: mixed in one batch, and joined into one prefix that knows most of it."""
 
 import os
 
@@ -43,7 +43,7 @@ questions = [wordings[0].format(name) for wordings in WORDINGS for name in TRAIN
 own = pt.generate(backbone, questions, prefixes * 2, max_new_tokens=8)  # six rows, three prefixes, one batch
 together = concatenate(prefixes, backbone.rotation, names=list(TRAINS))
 joined = pt.generate(backbone, questions, together, max_new_tokens=8)
-bare = pt.generate(backbone, questions, None, max_new_tokens=8)
+bare = pt.generate(backbone, questions, None, text_format=prefixes[0].header["text_format"], max_new_tokens=8)
 print(f"{'':30} {'its own prefix':16} {'all three joined':18} none")
 for row in zip(questions, own, joined, bare, strict=True):
     print("{:30} {:16} {:18} {!r}".format(*row))

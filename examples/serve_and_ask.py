@@ -52,4 +52,4 @@ try:
     print()
 finally:
     server.terminate()
-    server.wait()
+    server.wait(timeout=60)

@@ -16,6 +16,10 @@ result = pt.train(
     max_steps=STEPS,
     warmup_steps=min(5, STEPS),
     batch_size=6,
+    prompt_format="The capital of {source} is",
+    target_format=" {target}",
+    init_text="The capital of",
+    learning_rate=5e-3,
     output="runs/to_llama_cpp",
     progress=False,
 )
