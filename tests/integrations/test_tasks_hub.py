@@ -6,8 +6,11 @@ The hub itself is never asked: `load_dataset` is replaced.
 from __future__ import annotations
 
 import builtins
+import datetime
 import shutil
 import sys
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,52 @@ def test_a_set_whose_form_is_recognized(tmp_path: Path):
         read_task("records", wrong, needs_targets=True)
 
 
+def test_images_and_sounds_of_unused_columns_are_not_decoded(tmp_path: Path):
+    # Decoding would fail: there is no such image, and no program for sounds here.
+    damaged = {"bytes": b"\xffno image", "path": "a.png"}
+    row = {"prompt": "Hi", "completion": "Hello.", "photo": damaged, "sound": damaged, "photos": [damaged] * 2}
+    data = datasets.Dataset.from_list([{**row, "scan": {"page": damaged}, "facts": '{"size": 1}'}])
+    media = {
+        "photo": datasets.Image(),
+        "sound": datasets.Audio(),
+        "photos": datasets.List(datasets.Image()),
+        "scan": {"page": datasets.Image()},
+        "facts": datasets.Json(),
+    }
+    data.cast(datasets.Features({**data.features, **media})).save_to_disk(str(tmp_path / "set"))
+    (example,) = read_task("records", tmp_path / "set")
+    assert (example.source, example.targets) == ("Hi", ("Hello.",))
+    assert example.fields["facts"] == {"size": 1}
+
+
+def test_values_are_those_of_the_same_table_as_parquet(tmp_path: Path):
+    values = {
+        "day": datetime.date(2026, 1, 2),
+        "time": datetime.datetime(2026, 1, 2, 3, 4, 5),
+        "price": Decimal("1.50"),
+        "name": b"Aromi",
+        "ok": True,
+    }
+    data = datasets.Dataset.from_list([{**values, "text": "x"}])
+    data.to_parquet(str(tmp_path / "rows.parquet"))
+    data.with_format("numpy").save_to_disk(str(tmp_path / "set"))
+    options = {"source": "{day} {time} {price} {name} {ok}", "target": "text"}
+    of_set, of_file = (read_task("records", tmp_path / name, **options) for name in ("set", "rows.parquet"))
+    assert of_set == of_file
+    assert of_set[0].source == "2026-01-02 2026-01-02 03:04:05 1.50 Aromi true"
+    assert of_set[0].fields == of_file[0].fields
+
+
+def test_a_row_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any) -> Iterator[Any]:
+        raise OSError("the disk is gone.\nMore.")
+
+    folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}])
+    monkeypatch.setattr(datasets.Dataset, "iter", broken)
+    with pytest.raises(DataError, match=r"set cannot be read as a set of the datasets library: the disk is gone\. "):
+        read_task("xsum", folder)
+
+
 def test_splits(tmp_path: Path):
     rows = {
         name: [{"document": f"{name}.", "summary": f"{name}!"}] for name in ("train", "validation", "test_seen", "test")
@@ -194,6 +243,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
 
     def load(name: str, configuration: str | None, revision: str | None = None) -> Any:
         calls.append((name, f"{configuration}#{revision}" if revision else configuration))
+        if name == "GEM/e2e_nlg" and revision != "refs/convert/parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found e2e_nlg.py")
+        if name == "GEM/e2e_nlg":
+            return datasets.DatasetDict({"train": datasets.Dataset.from_list([{"mr": MR, "ref": "One."}])})
         if name != "GEM/xsum":
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist.\nMore.")
         parts = {part: [{"document": f"{part}.", "summary": "x"}] for part in ("train", "validation")}
@@ -216,6 +269,16 @@ def test_the_hub_is_asked_only_where_it_is_named(tmp_path: Path, asked: list[tup
     with pytest.raises(DataError):
         read_task("xsum", "GEM/xsum", split="dev")
     assert len(asked) == count
+
+
+def test_a_set_that_is_a_script_has_a_way_out(asked: list[tuple[str, str | None]]):
+    with pytest.raises(DataError, match=r"hub:GEM/e2e_nlg cannot be loaded: Dataset scripts") as caught:
+        read_task("e2e", "hub:GEM/e2e_nlg@train")
+    assert "hub:GEM/e2e_nlg#refs/convert/parquet" in caught.value.hint
+    assert "JSON lines" in caught.value.hint
+    for path in ("hub:GEM/e2e_nlg#refs/convert/parquet", "hub:GEM/e2e_nlg@train#refs/convert/parquet"):
+        assert read_task("e2e", path, split="train")[0].targets == ("One.",)
+    assert asked[-1] == ("GEM/e2e_nlg", "None#refs/convert/parquet")
 
 
 @pytest.mark.parametrize(

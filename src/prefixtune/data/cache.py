@@ -3,6 +3,7 @@
 An entry is a folder with an `index.json` and one file for each column, the numbers alone in little-endian order. Its
 name is a hash of everything that its content depends on, so that an entry never has to be refreshed; what was not used
 for longest is removed where all entries together are too large. An entry that is not as it was written is built again.
+Where it cannot be kept, or another process that builds it stands still, it is a temporary one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,9 +28,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import ConfigError, PrefixError, PrefixWarning
 from prefixtune.utils.cache_folder import cache_folder
-from prefixtune.utils.files import flush_to_disk, fsync, work_folder
+from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
 from prefixtune.utils.locks import file_lock
 from prefixtune.utils.writable import reporting_write_errors
 
@@ -42,6 +44,10 @@ _INDEX = "index.json"
 _FORMAT = 1
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _BLOCK = 2**22
+_LOOK = 10.0
+"""Seconds after which a process that waits for another one looks whether that goes on."""
+_PATIENCE = 300.0
+"""Seconds for which the other one may write nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +131,8 @@ def data_folder() -> Path:
 def stored(key: str | None, build: Build) -> Stored:
     """The entry of a key: the one that is there, or one that is built; two processes build it once.
 
+    A process that waits for another one warns of it, and builds a temporary entry if that stands still.
+
     Args:
         key: From `content_key`; None: the entry is temporary, and removed when it is no longer used or the program
             ends.
@@ -149,22 +157,49 @@ def stored(key: str | None, build: Build) -> Stored:
     entry = folder / key
     if (found := _open(entry)) is not None:
         return found
-    # Another process that builds the same entry is waited for.
-    with file_lock(folder / f"{key}.lock", timeout=-1.0):
-        if (found := _open(entry)) is not None:
-            return found
-        shutil.rmtree(entry, ignore_errors=True)
-        with _reporting(folder), work_folder(folder, key) as work:
-            made = work / "entry"
-            _write(made, build)
-            with contextlib.suppress(OSError):  # without locks, another process may have been quicker
-                os.replace(made, entry)
-            fsync(folder)
-    _remove_oldest(folder, limit, keep=key)
-    found = _open(entry)
-    if found is None:
-        raise PrefixError(f"{str(entry)!r} cannot be read back.", hint="check the disk.")
-    return found
+    with _lock_to_build(folder, key) as mine:
+        if (found := _open(entry)) is None and mine:
+            shutil.rmtree(entry, ignore_errors=True)
+            with _reporting(folder), work_folder(folder, key) as work:
+                made = work / "entry"
+                _write(made, build)
+                with contextlib.suppress(OSError):  # without locks, another process may have been quicker
+                    os.replace(made, entry)
+                fsync(folder)
+            found = _open(entry)
+            _remove_oldest(folder, limit, keep=key)
+    # None: the other process stands still, or one that needs room has removed the entry before it was open.
+    return _temporary(build) if found is None else found
+
+
+@contextlib.contextmanager
+def _lock_to_build(folder: Path, key: str) -> Iterator[bool]:
+    """Hold the lock of an entry while the block runs; yields False if another process has it and stands still."""
+    written, idle = -1, 0.0
+    while idle < _PATIENCE:
+        with file_lock(folder / f"{key}.lock", timeout=_LOOK) as mine:
+            if mine:
+                yield True
+                return
+        if written < 0:
+            _warn(f"another process prepares the same data in {str(folder)!r}; waiting for it.")
+        before, written = written, _written(folder, key)
+        idle = idle + _LOOK if written == before else 0.0
+    _warn(f"the other process has written nothing for {idle:.0f} seconds; the data is prepared for this run alone.")
+    yield False
+
+
+def _written(folder: Path, key: str) -> int:
+    """Bytes of an entry that is being built."""
+    size = 0
+    for file in folder.glob(f".{key}.*.tmp/entry/*"):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    return size
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, PrefixWarning, stacklevel=2)
 
 
 def _temporary(build: Build) -> Stored:
@@ -241,7 +276,12 @@ def _file(folder: Path, column: str) -> Path:
 
 
 def _remove_oldest(folder: Path, limit: int, *, keep: str) -> None:
-    """Remove the entries that were not used for longest until the rest fits; files that are mapped stay readable."""
+    """Remove what killed processes left, and the entries that were not used for longest until the rest fits.
+
+    Files that are mapped stay readable.
+    """
+    for name in {left.name[1:].partition(".")[0] for left in folder.glob(".*.tmp")}:
+        remove_abandoned(folder, name)
     entries: list[tuple[float, int, Path]] = []
     for index in folder.glob(f"*/{_INDEX}"):
         with contextlib.suppress(OSError):

@@ -111,7 +111,7 @@ class Example:
             Empty: the example is no chat.
 
     Raises:
-        DataError: Source or targets are not texts, or the messages are no conversation (see `check_messages`).
+        DataError: Source, targets or groups are not texts, or the messages are no conversation (see `check_messages`).
     """
 
     source: str
@@ -135,9 +135,25 @@ class Example:
                 f"the targets of the example {self.source[:60]!r} are {describe_value(self.targets)}, not texts.",
                 hint='write Example("source", ("target",)).',
             )
+        if self.groups:
+            self._check_groups()
         if self.messages:
             messages = check_messages(self.messages, f"the conversation {self.source[:60]!r}")
             object.__setattr__(self, "messages", messages)
+
+    def _check_groups(self) -> None:
+        hint = 'write groups={"category": "Food"}.'
+        if not isinstance(self.groups, Mapping):
+            raise DataError(
+                f"the groups of the example {self.source[:60]!r} are {describe_value(self.groups)}, not a dict.",
+                hint=hint,
+            )
+        for name, group in self.groups.items():
+            if not isinstance(group, str):
+                raise DataError(
+                    f"the group {name!r} of the example {self.source[:60]!r} is {describe_value(group)}, not a text.",
+                    hint=hint,
+                )
 
 
 def chat_example(messages: Any, name: str = "the conversation", **fields: Any) -> Example:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from prefixtune.data.examples import Example, Message, merge_examples
 from prefixtune.data.files import Record, iter_file
-from prefixtune.data.messages import parse_messages, split_answer
+from prefixtune.data.messages import parse_messages, split_answer, unused_keys
 from prefixtune.data.streams import shown
 from prefixtune.data.tasks.classification import labelled_example
 from prefixtune.data.tasks.summarization import DOCUMENT_COLUMNS, SUMMARY_COLUMNS, summary_example
@@ -39,8 +39,11 @@ __all__ = [
     "read_form",
 ]
 
+_CHATS = ("messages", "conversations", "prompt")
+"""The forms whose columns may hold messages."""
 _COMPLETIONS = ("completion", "response")
 _OUTPUTS = ("output", "response")
+_ANSWERS = ("answer", "answers")
 _MAX_SHOWN = 12
 """Columns that a message lists at most."""
 _REFUSED = {
@@ -79,6 +82,12 @@ class Form:
         """Its columns, as messages show them."""
         return " + ".join(group[0] for group in self.columns)
 
+    @property
+    def merges(self) -> bool:
+        """Whether rows of equal sources are one example."""
+        # Each row of a named task counts, as in the published figures of test sets.
+        return self.task == "records"
+
     def fits(self, columns: Iterable[str], *, needs_targets: bool = True) -> bool:
         """Whether rows with these columns have this form.
 
@@ -89,6 +98,12 @@ class Form:
         present = set(columns)
         groups = self.columns if needs_targets or len(self.columns) == 1 else self.columns[:-1]
         return all(present & set(group) for group in groups)
+
+    def columns_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of a row's columns, and, as in `messages.name`, those within messages that are not read."""
+        names = tuple(map(str, row))
+        read = [name for group in self.columns for name in group if name in row and self.name in _CHATS]
+        return (*names, *(f"{name}.{key}" for name in read for key in unused_keys(_messages_in(row[name]))))
 
     def unused(self, columns: Iterable[str]) -> list[str]:
         """Columns that are kept in the examples' fields alone."""
@@ -224,8 +239,7 @@ def read_form(path: Path, form: Form, *, needs_targets: bool = False) -> list[Ex
         DataError: A row is wrong, or has another form; the message names file and row.
     """
     examples = iter_form(iter_file(path), form, needs_targets=needs_targets)
-    # Each row of a named task counts, as in the published figures of test sets.
-    return merge_examples(examples) if form.task == "records" else list(examples)
+    return merge_examples(examples) if form.merges else list(examples)
 
 
 def iter_form(records: Iterable[Record], form: Form, *, needs_targets: bool = False) -> Iterator[Example]:
@@ -268,11 +282,13 @@ def describe_data(form: Form, examples: Sequence[Example], path: Path | str, col
         form: Of the data.
         examples: All of them.
         path: Where they are from.
-        columns: Of the first row.
+        columns: The first row, or the names that `Form.columns_of` gives of it.
     """
     # Imported here: numpy takes a moment.
     from prefixtune.data.stored_examples import count_answers
 
+    if isinstance(columns, Mapping):
+        columns = form.columns_of(columns)
     return describe_counts(form, len(examples), count_answers(examples), path, columns)
 
 
@@ -377,11 +393,34 @@ def _system(record: Record) -> list[Message]:
 
 
 def _instruction(record: Record, needs_targets: bool) -> Example:
-    source = render("instruction", record.values, record.location)
-    column = _present(record, ("input", "context"))
-    if _is_filled(record.values.get(column)):
-        source = f"{source}\n\n{render(column, record.values, record.location)}"
+    source = _with_text(record, "instruction", ("input", "context"))
     return _one_turn(record, source, ("output", "response"), needs_targets)
+
+
+def _question(record: Record, needs_targets: bool) -> Example:
+    source = _with_text(record, "question", ("context",))
+    values = {name: _answer(record.values[name]) for name in _ANSWERS if name in record.values}
+    return Example(source, _targets(Record(record.location, values), _ANSWERS, needs_targets), record.values)
+
+
+def _answer(value: Any) -> Any:
+    """The texts of answers that also say where they begin, as SQuAD's do; any other value as it is.
+
+    >>> _answer({"text": ["Rome"], "answer_start": [7]}), _answer([{"text": "Rome", "answer_start": 7}])
+    (['Rome'], ['Rome'])
+    """
+    if isinstance(value, list):
+        return [_answer(item) for item in value]
+    return value["text"] if isinstance(value, Mapping) and "text" in value else value
+
+
+def _with_text(record: Record, column: str, texts: Sequence[str]) -> str:
+    """What is asked, and after an empty line the text that it is about, if one of these columns is filled."""
+    source = render(column, record.values, record.location)
+    about = _present(record, texts)
+    if _is_filled(record.values.get(about)):
+        source = f"{source}\n\n{render(about, record.values, record.location)}"
+    return source
 
 
 def _one_turn(record: Record, source: str, columns: Sequence[str], needs_targets: bool) -> Example:
@@ -450,10 +489,11 @@ FORMS: dict[str, Form] = {
         ),
         Form(
             "question",
-            (("question",), ("answer", "answers")),
+            (("question",), _ANSWERS),
             "questions and answers",
             ("question", "answer"),
-            _plain("question", "answer", "answers"),
+            _question,
+            optional=("context",),
         ),
         Form(
             "source",

@@ -2,19 +2,24 @@
 
     hub:OWNER/NAME[:CONFIGURATION][@SPLIT][#REVISION]
 
-A set's split has an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. A revision is a branch, a tag or a commit,
-as in `hub:GEM/e2e_nlg@train#v1.0`. Nothing is downloaded without `hub:`.
-Class numbers become class names. The library is optional, and imported only when a set is read.
+A set's split has an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. A revision is a branch, a tag or a commit.
+Sets that are Python scripts are not read; the hub has most of them as Parquet, in a branch of its own:
+`hub:GEM/e2e_nlg@train#refs/convert/parquet`. Nothing is downloaded without `hub:`.
+
+Class numbers become class names, and other values are as in Parquet. Images, sounds and the like stay bytes. The
+library is optional, and imported only when a set is read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefixtune.data.values import as_json
 from prefixtune.errors import ConfigError, DataError, first_line
 from prefixtune.prefix.hub import HUB
 from prefixtune.utils.extras import needs_extra
@@ -24,6 +29,10 @@ __all__ = ["HUB", "dataset_rows", "dataset_splits", "is_dataset", "split_path"]
 
 _DATASET_INFO, _DATASET_DICT = "dataset_info.json", "dataset_dict.json"
 """The files by which a folder of one split, or of several splits, is recognized."""
+_CONVERTED = "refs/convert/parquet"
+"""The branch in which the hub keeps a set as Parquet."""
+_BATCH = 100
+"""Rows that are in memory at once; they may hold images."""
 
 
 def is_dataset(path: Path | str) -> bool:
@@ -85,7 +94,8 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         ConfigError: The `datasets` library is not installed.
-        DataError: The set cannot be found or read, has no rows, or has several splits.
+        DataError: The set cannot be found or read, has no rows, or has several splits; of a damaged one, raised when
+            the row is reached.
     """
     if splits := dataset_splits(path):
         raise DataError(
@@ -102,12 +112,35 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
         data = _load_from_disk(path)
     if not len(data):
         raise DataError(f"{path} has no rows; at least one is needed.", hint="check how the set was made.")
-    features = dict(data.features)
-    for number, values in enumerate(data, start=1):
-        yield (
-            f"{path}, row {number}",
-            {column: _with_class_names(features[column], value) for column, value in values.items()},
-        )
+    try:
+        for number, values in enumerate(_rows(data), start=1):
+            yield f"{path}, row {number}", values
+    except Exception as error:  # the library raises many types
+        raise _unreadable(path, error) from error
+
+
+def _rows(data: Any) -> Iterator[dict[str, Any]]:
+    """The values of each row by column, as JSON values where possible."""
+    features = type(data.features)({column: _without_media(feature) for column, feature in data.features.items()})
+    # In this format the library decodes nothing, and a format that the set was saved with does not count.
+    for batch in data.with_format("arrow").iter(_BATCH):
+        for row in batch.to_pylist():
+            values = features.decode_example(row)
+            yield {column: as_json(_with_class_names(features[column], value)) for column, value in values.items()}
+
+
+def _without_media(feature: Any) -> Any:
+    """A column's type, in which images, sounds and the like are not decoded: nothing reads them."""
+    if isinstance(feature, dict):
+        return {name: _without_media(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_without_media(inner) for inner in feature]
+    if hasattr(feature, "feature"):
+        return dataclasses.replace(feature, feature=_without_media(feature.feature))
+    # The library's type of JSON is decoded too, but to values.
+    if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
+        return dataclasses.replace(feature, decode=False)
+    return feature
 
 
 def _address(path: str) -> tuple[str, str | None, str | None, str | None]:
@@ -116,7 +149,7 @@ def _address(path: str) -> tuple[str, str | None, str | None, str | None]:
     rest, _, split = address.partition("@")
     name, _, configuration = rest.partition(":")
     if not name.strip("/ "):
-        raise ConfigError(f"{path!r} names no set.", hint="write hub:OWNER/NAME, as in hub:GEM/e2e_nlg.")
+        raise ConfigError(f"{path!r} names no set.", hint="write hub:OWNER/NAME, as in hub:EdinburghNLP/xsum.")
     return name, configuration or None, split or None, revision or None
 
 
@@ -133,10 +166,17 @@ def _load_from_disk(path: Path | str) -> Any:
     except Exception as error:  # the library raises many types, also pyarrow's
         if isinstance(error, IndexError) and not list(Path(path).glob("*.arrow")):
             return []  # saved without rows, which the library cannot read
-        raise DataError(
-            f"{path} cannot be read as a set of the datasets library: {first_line(error).rstrip('.')}.",
-            hint="copy the whole folder again, or save the set again with save_to_disk.",
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path | str, error: Exception) -> DataError:
+    is_on_hub = str(path).startswith(HUB)
+    return DataError(
+        f"{path} cannot be read as a set of the datasets library: {first_line(error).rstrip('.')}.",
+        hint="download it again, or export it as JSON lines."
+        if is_on_hub
+        else "copy the whole folder again, or save the set again with save_to_disk.",
+    )
 
 
 def _load_from_hub(name: str, configuration: str | None, revision: str | None) -> Any:
@@ -144,11 +184,20 @@ def _load_from_hub(name: str, configuration: str | None, revision: str | None) -
     try:
         return library.load_dataset(name, configuration, revision=revision)
     except Exception as error:  # as above, also the network's
+        address = f"{HUB}{name}{f':{configuration}' if configuration else ''}"
+        if "scripts are no longer supported" in str(error):
+            hint = (
+                f"name the branch in which the hub has most sets as Parquet, as in {HUB}{name}#{_CONVERTED}; or export "
+                "the set as JSON lines."
+            )
+        else:
+            hint = (
+                "check the name (with its configuration and revision, hub:OWNER/NAME:CONFIGURATION#REVISION) and the "
+                "network."
+            )
         raise DataError(
-            f"{HUB}{name}{f':{configuration}' if configuration else ''}{f'#{revision}' if revision else ''} cannot be "
-            f"loaded: {first_line(error).rstrip('.')}.",
-            hint="check the name (with its configuration and revision, hub:OWNER/NAME:CONFIGURATION#REVISION) and the "
-            "network.",
+            f"{address}{f'#{revision}' if revision else ''} cannot be loaded: {first_line(error).rstrip('.')}.",
+            hint=hint,
         ) from error
 
 

@@ -1,6 +1,7 @@
 """A conversation of a data file -> messages: OpenAI's form (`role`, `content`) and ShareGPT's (`from`, `value`).
 
-Texts stay as they are, white space included. What is no text (tools, images, sounds) is refused by name.
+Texts stay as they are, white space included. What is no text (tools, images, sounds) is refused by name, and so is what
+asks for another training than that of every answer: thoughts beside the text, weights, answers not to be learned.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefixtune.data.examples import Message, check_messages
-from prefixtune.errors import DataError, describe_value, did_you_mean
+from prefixtune.errors import DataError, describe_value, did_you_mean, short_repr
 
-__all__ = ["parse_messages", "split_answer"]
+__all__ = ["parse_messages", "split_answer", "unused_keys"]
 
 _ROLES = {
     "system": "system",
@@ -29,6 +30,20 @@ _ROLES = {
 _TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 _HINT = 'write {"role": "user", "content": "..."}.'
 _NO_TOOLS = "leave such conversations out: calls of tools are not learned here."
+_REFUSED = {
+    **dict.fromkeys(("tool_calls", "function_call"), ("calls a tool", _NO_TOOLS)),
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        ("has a thought beside its text", "write it into the text, as the model's template does, or leave it out."),
+    ),
+    **dict.fromkeys(
+        ("images", "image", "audio", "audios", "video", "videos"),
+        ("holds more than text", "leave such conversations out, or the key."),
+    ),
+}
+"""Keys that are refused where they are filled -> what the message does, and the way out."""
+_LEARNED = {"weight": 1, "train": True, "loss": True}
+"""Keys of a message of the assistant -> their value where it is learned as here; other values are refused."""
 
 
 def parse_messages(value: Any, column: str, location: str) -> list[Message]:
@@ -57,6 +72,18 @@ def parse_messages(value: Any, column: str, location: str) -> list[Message]:
         _parse_message(message, f"{location}: message {number} of {column!r}")
         for number, message in enumerate(value, start=1)
     ]
+
+
+def unused_keys(value: Any) -> list[str]:
+    """The filled keys of a list of messages that are not read, in order; none, if it is something else.
+
+    >>> unused_keys([{"role": "user", "content": "Hi", "name": "Ann", "refusal": None}])
+    ['name']
+    """
+    messages = [message for message in value if isinstance(message, Mapping)] if isinstance(value, list | tuple) else []
+    known = {"role", "content", "from", "value", *_REFUSED, *_LEARNED}
+    keys = (str(key) for message in messages for key, item in message.items() if item not in (None, "", [], {}))
+    return [key for key in dict.fromkeys(keys) if key not in known]
 
 
 def split_answer(
@@ -100,22 +127,23 @@ def _parse_message(message: Any, name: str) -> Message:
     word = written.lower() if isinstance(written, str) else ""
     if word in _TOOLS:
         raise DataError(f"{name} has the role {written!r}; system, user and assistant are read.", hint=_NO_TOOLS)
-    for key in ("tool_calls", "function_call"):
+    for key, (what, hint) in _REFUSED.items():
         if message.get(key):
-            raise DataError(f"{name} calls a tool ({key}); only texts are read.", hint=_NO_TOOLS)
+            raise DataError(f"{name} {what} ({key}); only texts are read.", hint=hint)
     if word not in _ROLES:
         known = ", ".join(_ROLES)
         hint = did_you_mean(word, _ROLES) if word else f"known: {known}."
         raise DataError(f"{name} has the role {describe_role(written)}, which is not known.", hint=hint)
-    if message.get("weight", 1) == 0:
-        raise DataError(
-            f"{name} has the weight 0; every turn of the assistant is learned here.",
-            hint="end the conversation before it, or leave the key out.",
-        )
+    role: Any = _ROLES[word]
+    for key, learned in _LEARNED.items():
+        if role == "assistant" and message.get(key) not in (None, learned):
+            raise DataError(
+                f"{name} has the {key} {short_repr(message[key])}; every turn of the assistant is learned alike here.",
+                hint="end the conversation before it, or leave the key out.",
+            )
     text = content if isinstance(content, str) else _join_parts(content, name)
     if not text.strip():
         raise DataError(f"{name} is empty.", hint="write its text, or leave the conversation out.")
-    role: Any = _ROLES[word]
     return Message(role, text)
 
 

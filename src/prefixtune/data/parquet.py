@@ -8,6 +8,7 @@ from typing import Any
 
 from prefixtune.data import streams
 from prefixtune.data.parsing import check_names
+from prefixtune.data.values import as_json
 from prefixtune.errors import DataError, first_line
 from prefixtune.utils.extras import needs_extra
 
@@ -38,7 +39,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             # Batch by batch, because all rows at once as Python objects take many times the file's size.
             rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                yield f"{name}, row {number}", {column: _as_json(value) for column, value in row.items()}
+                yield f"{name}, row {number}", {column: as_json(value) for column, value in row.items()}
     except DataError:
         raise
     except Exception as error:  # the library raises many types
@@ -52,21 +53,3 @@ def _check_size(size: int, limit: int, what: str) -> None:
             f"{what} has {size:,} bytes of columns; at most {limit:,} are read.",
             hint="split the file, or write it with smaller row groups.",
         )
-
-
-def _as_json(value: Any) -> Any:
-    """A value as in JSON: dates, times and decimal numbers become texts, and so do bytes that are UTF-8.
-
-    Hive, Impala and older versions of Spark write texts as bytes. Others, such as images, stay bytes, which are refused
-    where a text is needed.
-    """
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _as_json(item) for key, item in value.items()}
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)

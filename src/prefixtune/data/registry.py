@@ -63,7 +63,7 @@ class Task:
         read_all: If some entries of a file are not examples (they have no good text): path -> every entry, with None
             for those.
         iterate: As `read`, one example for each row, where that can be done without all of the file in memory.
-        merges: `read` merges equal sources, which `iterate` does not.
+        merges: Rows of equal sources are one example, but of `iterate`, which gives one for each row.
     """
 
     name: str
@@ -140,7 +140,7 @@ def resolve_task(
     prefer: str = "",
     needs_targets: bool = True,
 ) -> tuple[str, Form | None, tuple[str, ...]]:
-    """The task that a file's form belongs to, the form, and the columns of the first row; the arguments of `read_task`.
+    """The task that a file's form belongs to, the form, and its columns in the first row; the arguments of `read_task`.
 
     For a task that has no form, that is the task itself, None, and nothing.
 
@@ -154,7 +154,7 @@ def resolve_task(
         return task, None, ()
     file = locate(Path(path), split, chosen.formats, chosen.release)
     found, row = file_form(file, form=form, prefer=prefer, needs_targets=needs_targets)
-    return found.task, found, tuple(map(str, row))
+    return found.task, found, found.columns_of(row)
 
 
 def _task(name: str) -> Task:
@@ -226,7 +226,7 @@ def load_task(
     return gather_file(
         file,
         lambda: iter_form(iter_file(file), found, needs_targets=needs_targets),
-        merge=found.task == "records",
+        merge=found.merges,
         keep=keep,
         form=found.name,
         needs_targets=needs_targets,
@@ -357,6 +357,7 @@ TASKS: dict[str, Task] = {
             _TABLE,
             metrics=("bleu", "nist", "meteor", "rouge_l", "cider"),
             protocol="e2e",
+            merges=True,
             groups=("attributes",),
             formats=E2E_FORMATS,
             release={

@@ -45,7 +45,7 @@ FEW_CHARS = 2**25
 """Most characters of them."""
 KEPT_BYTES = 2**21
 """A file of this size is worth keeping as examples from run to run."""
-_VERSION = 2
+_VERSION = 3
 """Of what the columns mean, and of how examples are made: to be raised when a reader's results change."""
 _BLOCK = 1024
 """Examples that are read or written at a time."""

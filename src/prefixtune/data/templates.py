@@ -22,6 +22,7 @@ _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _OTHER_VALUES = {
     type(None): ("nothing (null)", "fill it in."),
     list: ("a list", "only a target that is one column's name may hold a list."),
+    dict: ("an object", "name another column, or write its text."),
     bytes: ("bytes that are no UTF-8 text", "name another column, or store texts."),
 }
 """The type of a value that is no text -> what it is called, and the way out."""
@@ -115,7 +116,7 @@ def _as_text(value: Any, column: str, location: str) -> str:
     if isinstance(value, float):
         kind, hint = f"{value}, which is not a number", "fill it in."
     else:
-        kind, hint = _OTHER_VALUES.get(type(value), ("an object", "fill it in."))
+        kind, hint = _OTHER_VALUES.get(type(value), _OTHER_VALUES[dict])
     raise DataError(
         f"{location}: column {column!r} holds {kind}; text, a number or a truth value is allowed.", hint=hint
     )

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.unloaded import load_tokenizer
@@ -21,13 +21,13 @@ from prefixtune.data.examples import Example, TaskKind, merge_examples
 from prefixtune.data.files import iter_file
 from prefixtune.data.folders import locate
 from prefixtune.data.forms import describe_data, iter_form
-from prefixtune.data.labels import choose_labels, with_label_words
+from prefixtune.data.labels import ClassifierKind, choose_labels, validate_labels, with_label_words
 from prefixtune.data.registry import TASKS, read_task, resolve_task
 from prefixtune.data.templates import check_template, render, targets_of
 from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.data.truncation import template_lengths
 from prefixtune.data.windows import TEXT_FORMAT, is_text
-from prefixtune.errors import DataError
+from prefixtune.errors import DataError, PrefixError
 from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import optimizer_steps, training_format
@@ -151,20 +151,23 @@ def report_data(
     Raises:
         PrefixError: A file cannot be read, or an option is wrong; as in training.
     """
-    rows, is_whole, title, kind = _read(config, config.train, max_rows, "train")
+    data = _read(config, config.train, max_rows, "train")
+    rows, kind = data.rows, data.kind
     if not any(row.targets for row in rows):
         raise DataError(f"{config.train} has no targets.", hint="name the target column (--target).")
-    merged = merge_examples(rows) if kind == "generation" else rows
+    if kind != "generation" and not data.is_whole:
+        _check_labels(config, rows, kind)
+    merged = merge_examples(rows) if data.merges else rows
     backbone, unlimited = (load_tokenizer(config.backbone, limited=limited) for limited in (True, False))
     counts = dict(Counter(target for row in rows for target in row.targets)) if kind == "classification" else {}
     measures = measure_examples(config, merged, kind, backbone, unlimited, max_tokenized=max_tokenized)
-    test_rows = _read(config, test, max_rows, "test")[0] if test else []
+    test_rows = _read(config, test, max_rows, "test").rows if test else []
     numbers = _row_counts(rows)
     short = [] if kind != "generation" else _short_targets(unlimited, measures.examples)
     return DataReport(
-        title,
+        data.title,
         len(rows),
-        is_whole,
+        data.is_whole,
         len(merged),
         len(measures.examples),
         config.backbone,
@@ -270,8 +273,27 @@ def measure_examples(
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(config: TrainConfig, path: str, most: int, split: str) -> tuple[list[Example], bool, str, TaskKind]:
-    """The example of each row, whether these are all, one line for people, and the kind of the task.
+@dataclass(frozen=True)
+class _Data:
+    """What was read of a file.
+
+    Attributes:
+        rows: The example of each row; of a task that is not read by rows, those of training.
+        is_whole: Whether these are all.
+        title: One line for people.
+        kind: Of the task.
+        merges: Whether training makes one example of equal sources.
+    """
+
+    rows: list[Example]
+    is_whole: bool
+    title: str
+    kind: TaskKind
+    merges: bool = False
+
+
+def _read(config: TrainConfig, path: str, most: int, split: str) -> _Data:
+    """Read a file as training would, row by row where that can be done.
 
     Args:
         config: The run.
@@ -284,7 +306,7 @@ def _read(config: TrainConfig, path: str, most: int, split: str) -> tuple[list[E
     chosen = TASKS[task]
     if found is None and not (config.task == "records" and source):
         examples = read_task(task, path, source=source, target=target, split=split)
-        return examples, True, f"{path}: read as task {task}: {len(examples):,} examples", chosen.kind
+        return _Data(examples, True, f"{path}: read as task {task}: {len(examples):,} examples", chosen.kind)
     every = iter_file(locate(Path(path), split, chosen.formats, chosen.release))
     records = itertools.islice(every, most) if most else every
     if found is not None:
@@ -303,9 +325,26 @@ def _read(config: TrainConfig, path: str, most: int, split: str) -> tuple[list[E
         )
     kept = list(rows)
     is_whole = next(every, None) is None
+    title = f"{path}: read by templates: {len(kept):,} rows"
     if found is not None:
-        return kept, is_whole, describe_data(found, kept, path, columns), chosen.kind
-    return kept, is_whole, f"{path}: read by templates: {len(kept):,} rows", chosen.kind
+        title = describe_data(found, kept, path, columns)
+    return _Data(kept, is_whole, title, chosen.kind, chosen.merges)
+
+
+def _check_labels(config: TrainConfig, rows: Sequence[Example], kind: TaskKind) -> None:
+    """Refuse the first rows of a file, if a run could not be made of their labels alone.
+
+    Raises:
+        PrefixError: They have too few, or not one that the run names; the rest of the file may have it.
+    """
+    by: ClassifierKind | Literal["auto"] = "head" if config.classifier == "head" else "auto"
+    try:
+        validate_labels(kind, rows, by=by, words=config.words_by_label)
+    except PrefixError as error:
+        raise type(error)(
+            f"in the first {len(rows):,} rows of {config.train}: {error.message}",
+            hint=f"read all rows: --rows 0; if there are no others, {error.hint}",
+        ) from error
 
 
 def _spread(examples: Sequence[Example], most: int) -> list[Example]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -87,7 +88,7 @@ def evaluate(
     examples = as_examples(examples)
     chosen_format = as_text_format(text_format)
     task_kind = _as_kind(kind)
-    check_examples(examples)
+    check_examples(examples, protocol)
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
     truncated: list[int] = []
@@ -141,11 +142,15 @@ def evaluate(
     return dataclasses.replace(outcome, num_truncated=len(truncated))
 
 
-def check_examples(examples: Sequence[Example]) -> None:
+def check_examples(examples: Sequence[Example], protocol: str = "plain") -> None:
     """Refuse examples that cannot be scored, before any decoding.
 
+    Args:
+        examples: To evaluate on.
+        protocol: As in `evaluate`.
+
     Raises:
-        DataError: There is no example, or one has no target.
+        DataError: There is no example, or one has no target, or under this protocol no reference.
     """
     if not examples:
         raise DataError("there is no example to evaluate on.", hint="check the file.")
@@ -153,6 +158,12 @@ def check_examples(examples: Sequence[Example]) -> None:
         if not any(target.strip() for target in example.targets):
             raise DataError(
                 f"example {number} ({example.source[:60]!r}) has no target.", hint="name the target column."
+            )
+        if not any(text.strip() for text in references_of(example, protocol)):
+            raise DataError(
+                f"the references of example {number} ({example.source[:60]!r}) by the protocol {protocol!r} are blank "
+                "(official_references_3).",
+                hint="fill in the official references of its row, or leave that column out.",
             )
 
 
@@ -256,6 +267,7 @@ def _evaluate_labels(
         "config": decoding,
         "on_batch": on_batch,
     }
+    start_time = time.perf_counter()
     if labels.kind == "classification":
         predictions = classify(
             backbone,
@@ -265,20 +277,22 @@ def _evaluate_labels(
             on_cut=on_cut,
             **shared,
         )
+        seconds = time.perf_counter() - start_time
         predicted = [prediction.label for prediction in predictions]
         if prefix is None:
             predicted = [labels.name_of[word] for word in predicted]
         wanted = [example.targets[0] for example in examples]
         scores = {"accuracy": accuracy(predicted, wanted), "macro_f1": macro_f1(predicted, wanted)}
-        return Evaluation(scores, tuple(predicted))
+        return Evaluation(scores, tuple(predicted), seconds=seconds)
     if prefix is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
     tagged = tag(backbone, [_field(example, "tokens") for example in examples], prefix, **shared)
+    seconds = time.perf_counter() - start_time
     predicted_tags = [[prediction.label for prediction in row] for row in tagged]
     wanted_tags = [_field(example, "tags") for example in examples]
     flat = [name for row in predicted_tags for name in row], [name for row in wanted_tags for name in row]
     scores = {"span_f1": span_f1(predicted_tags, wanted_tags), "accuracy": accuracy(*flat)}
-    return Evaluation(scores, tuple(" ".join(row) for row in predicted_tags))
+    return Evaluation(scores, tuple(" ".join(row) for row in predicted_tags), seconds=seconds)
 
 
 def _field(example: Example, name: str) -> Sequence[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example, references_of
-from prefixtune.evaluation.metrics import Measurement, Score
+from prefixtune.evaluation.metrics import Measurement, Score, Unavailable
 from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import describe_machine, versions
 
@@ -50,7 +50,8 @@ class Evaluation:
         outputs: One per example.
         groups: Grouping -> group -> its scores, if examples are grouped (category, seen or unseen, ...).
         left_out: Metric -> why it could not be computed here.
-        seconds: How long decoding took; of an evaluation that was stopped and continued, the whole time.
+        seconds: How long decoding took, or predicting labels or tags; of an evaluation that was stopped and continued,
+            the whole time.
         num_truncated: Sources that were truncated to fit.
         num_unended: Outputs that took all tokens they may have and did not end.
     """
@@ -65,20 +66,30 @@ class Evaluation:
 
 
 def score_groups(measured: Mapping[str, Measurement], examples: Sequence[Example]) -> dict[str, dict[str, GroupScores]]:
-    """The scores of every group of examples; numbers are sorted, others as they first occur."""
+    """The scores of every group of examples; numbers are sorted, others as they first occur.
+
+    A metric that cannot be computed of one of the groups is left out of their grouping.
+    """
     members: dict[str, dict[str, list[int]]] = {}
     for index, example in enumerate(examples):
         for grouping, group in example.groups.items():
             members.setdefault(grouping, {}).setdefault(group, []).append(index)
-    return {
-        grouping: {
-            group: GroupScores(
-                len(indices), {name: metric.part(indices).to_score() for name, metric in measured.items()}
-            )
+    scored: dict[str, dict[str, GroupScores]] = {}
+    for grouping, groups in members.items():
+        by_metric = {name: scores for name, metric in measured.items() if (scores := _score_parts(metric, groups))}
+        scored[grouping] = {
+            group: GroupScores(len(indices), {name: scores[group] for name, scores in by_metric.items()})
             for group, indices in sorted(groups.items(), key=lambda item: int(item[0]) if item[0].isdecimal() else 0)
         }
-        for grouping, groups in members.items()
-    }
+    return scored
+
+
+def _score_parts(metric: Measurement, groups: Mapping[str, Sequence[int]]) -> dict[str, Score]:
+    """The score of each group; none, if it cannot be computed of one of them."""
+    try:
+        return {group: metric.part(indices).to_score() for group, indices in groups.items()}
+    except Unavailable:
+        return {}
 
 
 def write_evaluation(

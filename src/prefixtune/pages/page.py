@@ -17,11 +17,13 @@ from prefixtune.pages.figures import inline_svg, save_figure
 from prefixtune.pages.format import MISSING, clean, words
 from prefixtune.utils.markdown import escape_markdown
 
-__all__ = ["save_figures", "to_html", "to_markdown"]
+__all__ = ["is_own_markdown", "save_figures", "to_html", "to_markdown"]
 
 
 MOST_FIGURES = 64
 """Charts that are drawn; of the others there is only the table."""
+_LAST_LINE = re.compile(rb"<!-- Written by prefixtune [a-z]+\. -->\s*\Z")
+"""Of the Markdown, as its template writes it."""
 # At the start of a line these would begin a list, a heading under the line before, or a number.
 _START = re.compile(r"^([-+=](?!\d)|\d+(?=[.)](?:\s|$)))")
 
@@ -45,6 +47,15 @@ def to_html(document: Document) -> str:
 def to_markdown(document: Document) -> str:
     """The whole document; equal documents give equal text."""
     return _environment(_Escaped).get_template("page.md").render(document=document).strip("\n") + "\n"
+
+
+def is_own_markdown(path: Path) -> bool:
+    """Whether a file ends as `to_markdown` ends it, so that a new report may replace it.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return _LAST_LINE.search(path.read_bytes()) is not None
 
 
 def save_figures(document: Document, folder: Path) -> list[str]:

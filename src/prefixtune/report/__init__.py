@@ -7,10 +7,19 @@ Reads JSON and TOML files. Knows nothing of models, and runs nothing.
 
 from __future__ import annotations
 
-from prefixtune.pages.page import save_figures, to_html, to_markdown
+from prefixtune.pages.page import is_own_markdown, save_figures, to_html, to_markdown
 from prefixtune.report.compose import compose
 from prefixtune.report.load import read_results
 from prefixtune.report.losses import loss_plot
 from prefixtune.report.sections.charts import smooth
 
-__all__ = ["compose", "loss_plot", "read_results", "save_figures", "smooth", "to_html", "to_markdown"]
+__all__ = [
+    "compose",
+    "is_own_markdown",
+    "loss_plot",
+    "read_results",
+    "save_figures",
+    "smooth",
+    "to_html",
+    "to_markdown",
+]

@@ -74,6 +74,24 @@ def test_refuses_an_output_that_is_no_page(name: str, tmp_path: Path) -> None:
         run(evaluation(tmp_path / "run"), "--output", tmp_path / name)
 
 
+def test_notes_that_somebody_wrote_are_not_replaced(tmp_path: Path) -> None:
+    run_folder, page, notes = evaluation(tmp_path / "run"), tmp_path / "notes.html", tmp_path / "notes.md"
+    notes.write_text("# Notes\n\n## Summary\n\nMine.\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"notes\.md' exists and is not known as a report") as caught:
+        run(run_folder, "--output", page)
+    assert "--output" in caught.value.hint
+    assert not page.exists()
+    assert notes.read_text(encoding="utf-8").endswith("Mine.\n")
+    notes.unlink()
+    run(run_folder, "--output", page, "--title", "First")
+    run(run_folder, "--output", page, "--title", "Second")
+    text = notes.read_text(encoding="utf-8")
+    assert text.startswith("# Second\n")
+    notes.write_text(f"{text}\nI add: it is slow.\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not known as a report"):
+        run(run_folder, "--output", page)
+
+
 def test_a_broken_folder_leaves_the_old_report(tmp_path: Path) -> None:
     page = tmp_path / "out.html"
     page.write_text("old")

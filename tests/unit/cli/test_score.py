@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -73,11 +74,88 @@ def test_json_lines_of_outputs_give_the_same(
     assert first == second
 
 
+def as_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_outputs_of_an_evaluation_are_scored_in_the_order_of_their_numbers(
+    references: str, hypotheses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    # As decoded.jsonl has them: by the lengths of their sources.
+    rows = [{"number": number, "output": OUTPUTS[number], "digest": "a"} for number in (2, 0, 1)]
+    options = ("--task", "e2e", "--references", references, "--metrics", "bleu", "--hypotheses")
+    wanted = run_json(capsys, *options, hypotheses)
+    for name in ("decoded.jsonl", "renamed.txt"):
+        assert run_json(capsys, *options, write(tmp_path / name, as_lines(rows))) == wanted
+    for numbers, says in (
+        ((0, 1, 3), r"line 3: 'number' is 3; 3 outputs have the numbers 0 to 2, each once"),
+        ((0, 1, 1), r"line 3: 'number' is 1"),
+        ((0, None, 2), r"line 2: 'number' is None"),
+        ((0, 1, True), r"line 3: 'number' is True"),
+    ):
+        rows = [{"number": number, "output": "x"} for number in numbers]
+        with pytest.raises(DataError, match=says) as caught:
+            run(*options, write(tmp_path / "wrong.jsonl", as_lines(rows)))
+        assert "outputs.jsonl" in caught.value.hint
+
+
+def test_outputs_of_another_set_are_refused_by_their_sources(
+    references: str, hypotheses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    sources = ["name : Aromi", "name : Blue Spice", "name : The Mill | near :  Aromi"]
+    rows = [{"source": source, "output": output} for source, output in zip(sources, OUTPUTS, strict=True)]
+    options = ("--task", "e2e", "--references", references, "--metrics", "bleu", "--hypotheses")
+    right = write(tmp_path / "outputs.jsonl", as_lines(rows))
+    assert run_json(capsys, *options, right) == run_json(capsys, *options, hypotheses)
+    other = write(tmp_path / "other.jsonl", as_lines([rows[0], rows[2], rows[1]]))
+    for arguments in ((other,), (right, "--against", other)):
+        with pytest.raises(
+            DataError, match=r"other\.jsonl, line 2: the output is for the source 'name : The Mill"
+        ) as e:
+            run(*options, *arguments)
+        assert "example 2 of the references has 'name : Blue Spice'" in e.value.message
+        assert e.value.hint
+
+
+def test_json_lines_on_standard_input(
+    references: str, hypotheses: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    options = ("--task", "e2e", "--references", references, "--metrics", "bleu")
+    wanted = run_json(capsys, *options, "--hypotheses", hypotheses)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(as_lines([{"output": text} for text in OUTPUTS])))
+    assert run_json(capsys, *options, "--hypotheses=-") == wanted
+
+
+def test_texts_that_are_json_are_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    answers = ['{"food": "pizza"}', '{"food": "soup"}']
+    rows = [{"prompt": name, "completion": answer} for name, answer in zip(("a", "b"), answers, strict=True)]
+    options = ("--references", write(tmp_path / "rows.jsonl", as_lines(rows)), "--metrics", "exact_match")
+    outputs = write(tmp_path / "outputs.txt", "\n".join(answers) + "\n")
+    assert run_json(capsys, *options, "--hypotheses", outputs)["scores"]["exact_match"]["score"] == 100
+
+
+def test_rows_of_one_source_are_one_example_and_the_counts_say_so(tmp_path: Path):
+    pairs = [(f"name[{'ABC'[number % 3]}]", f"Text {number}.") for number in range(6)]
+    csv = write(tmp_path / "e2e.csv", "mr,ref\n" + "".join(f"{mr},{text}\n" for mr, text in pairs))
+    rows = write(tmp_path / "rows.jsonl", as_lines([{"source": mr, "target": text} for mr, text in pairs]))
+    outputs = write(tmp_path / "out.txt", "x\n" * 6)
+    for options in (("--task", "e2e", "--references", csv), ("--references", rows)):
+        with pytest.raises(
+            DataError, match=r"has 6 outputs, but .* has 3 examples \(6 rows, 3 distinct sources\)"
+        ) as e:
+            run(*options, "--hypotheses", outputs)
+        assert e.value.hint == "write one output for each distinct source, in the order of their first rows."
+
+
 def test_an_empty_output_is_an_empty_line(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     outputs = write(tmp_path / "some.txt", "Aromi is a pub.\r\n\n\n")
     result = run_json(capsys, "--task", "e2e", "--hypotheses", outputs, "--references", references, "--metrics", "ter")
     # Nothing to do in the first item; 6 and 8 words to write, of 5 (the mean of 4 and 6), 6 and 8.
     assert result["scores"]["ter"]["score"] == pytest.approx(14 / 19)
+    one = write(tmp_path / "one.jsonl", as_lines(ITEMS[1:2]))
+    blank = write(tmp_path / "blank.txt", "\n")
+    result = run_json(capsys, "--task", "e2e", "--hypotheses", blank, "--references", one, "--metrics", "ter")
+    assert result["scores"]["ter"]["score"] == 1, "the only output is empty"
 
 
 def test_intervals_and_a_second_system(

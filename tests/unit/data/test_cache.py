@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,8 @@ import pytest
 
 from prefixtune.data import cache
 from prefixtune.data.cache import ColumnWriter, Stored, content_key, stored
-from prefixtune.errors import ConfigError, DataError, PrefixError
+from prefixtune.errors import ConfigError, DataError, PrefixError, PrefixWarning
+from prefixtune.utils.locks import file_lock
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +143,80 @@ print(int(stored(content_key(x=1), build).columns["a"].sum()))
     ]
     assert [child.communicate()[0] for child in children] == ["36\n"] * 2
     assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_another_builder_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "_LOOK", 0.1)
+    monkeypatch.setattr(cache, "_PATIENCE", 0.3)
+    key = content_key(x=1)
+    cache.data_folder().mkdir(parents=True)
+    with file_lock(cache.data_folder() / f"{key}.lock") as mine:
+        assert mine
+        with pytest.warns(PrefixWarning) as caught:
+            check(stored(key, Builder()))
+    said = [str(warning.message) for warning in caught]
+    assert said[0].startswith("another process prepares the same data in")
+    assert "has written nothing for" in said[1]
+    assert list(cache.data_folder().iterdir()) == []
+
+
+def test_another_builder_that_goes_on_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "_LOOK", 0.1)
+    monkeypatch.setattr(cache, "_PATIENCE", 0.4)
+    monkeypatch.setattr(cache, "_BLOCK", 16)
+    key = content_key(x=1)
+    started = threading.Event()
+
+    class Slow(Builder):
+        def __call__(self, writer: ColumnWriter) -> Mapping[str, Any]:
+            self.times += 1
+            for number in range(self.size):
+                writer.append("a", np.array([number, number], np.int64))
+                started.set()
+                time.sleep(0.15)
+            writer.append("none", np.empty(0, np.int32))
+            return {"size": self.size}
+
+    first, second = Slow(10), Builder(10)
+    thread = threading.Thread(target=lambda: stored(key, first))
+    thread.start()
+    started.wait()
+    with pytest.warns(PrefixWarning, match="another process prepares the same data"):
+        check(stored(key, second), 10)
+    thread.join()
+    assert (first.times, second.times) == (1, 0)
+
+
+def test_what_a_killed_builder_left_is_removed(home: Path):
+    program = """
+import sys, time
+import numpy as np
+from prefixtune.data.cache import content_key, stored
+def build(writer):
+    writer.append("a", np.arange(9))
+    print("ready", flush=True)
+    time.sleep(600)
+stored(content_key(x=1), build)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    assert len(list(cache.data_folder().glob(".*.tmp"))) == 1
+    # While that one works, it keeps its folder.
+    stored(content_key(x=2), Builder())
+    assert len(list(cache.data_folder().glob(".*.tmp"))) == 1
+    child.kill()
+    child.communicate()
+    stored(content_key(x=3), Builder())
+    assert list(cache.data_folder().glob(".*.tmp")) == []
+
+
+def test_an_entry_that_another_process_removes_at_once_is_built_for_this_run(monkeypatch: pytest.MonkeyPatch):
+    build, key = Builder(), content_key(x=1)
+    # What is called between making the entry and opening it.
+    monkeypatch.setattr(cache, "fsync", lambda folder: shutil.rmtree(folder / key))
+    check(stored(key, build))
+    assert build.times == 2
 
 
 def test_what_was_not_used_for_longest_is_removed(monkeypatch: pytest.MonkeyPatch):

@@ -61,3 +61,11 @@ def test_what_is_no_conversation(messages: Any, says: str) -> None:
 def test_a_group_is_a_text() -> None:
     with pytest.raises(DataError, match=r"the group 'number' of example 1 is .*, not a text"):
         as_examples([{"source": "a", "target": "b", "groups": {"number": 3}}])
+
+
+@pytest.mark.parametrize(("groups", "says"), [({"n": 3}, "the group 'n' of the example 'a' is 3"), ("n", "not a dict")])
+def test_groups_are_texts(groups: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says) as caught:
+        Example("a", ("b",), groups=groups)
+    assert caught.value.hint
+    assert Example("a", ("b",), groups={"n": "3"}).groups == {"n": "3"}

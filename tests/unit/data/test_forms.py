@@ -61,6 +61,28 @@ CASES: list[tuple[str, Row, str, tuple[str, ...], tuple[Message, ...]]] = [
         ("Hello. ",),
         HI,
     ),
+    # As OpenAI's clients and others write them: empty keys, and marks that say what is done anyway.
+    (
+        "messages",
+        {
+            "messages": [
+                {**USER, "train": False, "weight": 0},
+                {
+                    **ASSISTANT,
+                    **dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "reasoning_content")),
+                    "annotations": [],
+                    "images": [],
+                    "thinking": "",
+                    "weight": 1,
+                    "train": True,
+                    "loss": None,
+                },
+            ]
+        },
+        "Hi",
+        ("Hello. ",),
+        HI,
+    ),
     ("messages", {"messages": json.dumps([USER, ASSISTANT])}, "Hi", ("Hello. ",), HI),
     ("conversations", {"conversations": [HUMAN, GPT]}, "Hi", ("Hello. ",), HI),
     (
@@ -94,6 +116,16 @@ CASES: list[tuple[str, Row, str, tuple[str, ...], tuple[Message, ...]]] = [
     ("instruction", {"instruction": "Hi", "context": "", "response": "Hello.", "category": "x"}, "Hi", ("Hello.",), HI),
     ("question", {"question": "Why?", "answer": "So.", "id": 3}, "Why?", ("So.",), ()),
     ("question", {"question": "Why?", "answers": ["So.", "Because."]}, "Why?", ("So.", "Because."), ()),
+    # SQuAD's, as the hub has it, and as its own files write answers.
+    (
+        "question",
+        {"question": "Who?", "context": "Ann sang.", "answers": {"text": ["Ann", "She"], "answer_start": [0, 0]}},
+        "Who?\n\nAnn sang.",
+        ("Ann", "She"),
+        (),
+    ),
+    ("question", {"question": "Who?", "answers": [{"text": "Ann", "answer_start": 0}]}, "Who?", ("Ann",), ()),
+    ("question", {"question": "Who?", "context": None, "answer": "Ann"}, "Who?", ("Ann",), ()),
     ("source", {"source": "1+1", "target": "2"}, "1+1", ("2",), ()),
     ("source", {"source": "1+1", "targets": ["2", "two"]}, "1+1", ("2", "two"), ()),
     ("document", {"document": "It\nrained.", "summary": "Rain."}, "It rained.", ("Rain.",), ()),
@@ -142,6 +174,23 @@ def test_equal_sources_of_one_turn_are_merged_and_conversations_and_texts_are_no
     texts = read_task("records", jsonl(tmp_path / "b.jsonl", {"text": "x"}, {"text": "x"}))
     assert texts == [Example("", ("x",))] * 2
     assert describe_data(FORMS["text"], texts, "-", ["text"]) == "stdin: read as texts: 2 texts"
+
+
+def test_unknown_keys_of_messages_are_named_with_the_columns_that_are_not_used(tmp_path: Path) -> None:
+    named = [{**USER, "name": "Ann", "refusal": None}, {**ASSISTANT, "id": 3, "weight": 1}]
+    for name, row in {
+        "messages": {"id": 1, "messages": named},
+        "prompt": {"id": 1, "prompt": named[:1], "completion": named[1:]},
+    }.items():
+        path = jsonl(tmp_path / "a.jsonl", row)
+        _, form, columns = resolve_task("records", path)
+        assert form is not None
+        within = ["messages.name", "messages.id"] if name == "messages" else ["prompt.name", "completion.id"]
+        for first in (columns, row):
+            line = describe_data(form, read_task("records", path), path, first)
+            assert line.endswith(f"; not used: id, {', '.join(within)}")
+    # A text about a list has no keys.
+    assert FORMS["prompt"].columns_of({"prompt": FLIGHTS, "completion": "x"}) == ("prompt", "completion")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +302,13 @@ for _ in range(500):
         (chat({"role": 3, "content": "x"}), "message 1 of 'messages' has the role 3 (of type int)"),
         (chat({"role": "user", "content": 3}), "message 1 of 'messages' has 3 (of type int) as content"),
         (chat(USER, {**ASSISTANT, "weight": 0}), "message 2 of 'messages' has the weight 0"),
+        (chat(USER, {**ASSISTANT, "weight": 0.5}), "message 2 of 'messages' has the weight 0.5"),
+        (chat(USER, {**ASSISTANT, "train": False}), "message 2 of 'messages' has the train False"),
+        (chat(USER, {**ASSISTANT, "loss": False}), "message 2 of 'messages' has the loss False"),
+        (chat(USER, {**ASSISTANT, "reasoning_content": "Hm."}), "has a thought beside its text (reasoning_content)"),
+        (chat(USER, {**ASSISTANT, "thinking": "Hm."}), "has a thought beside its text (thinking)"),
+        (chat({**USER, "images": ["a.png"]}, ASSISTANT), "message 1 of 'messages' holds more than text (images)"),
+        (chat(USER, {**ASSISTANT, "audio": {"id": "a"}}), "message 2 of 'messages' holds more than text (audio)"),
         (chat("Hi"), "message 1 of 'messages' is of type str, 'Hi', not an object"),
         (chat(NESTED), "message 1 of 'messages' is of type list, not an object"),
         (chat({"role": "user", "content": NESTED}), "message 1 of 'messages' holds of type list; only text is read"),
@@ -300,6 +356,12 @@ def test_a_wrong_row_of_chats_is_named_in_one_line(row: Row, message: str, tmp_p
             {"conversations": [{"from": "human"}]},
             "message 1 of 'conversations' has no 'value'",
         ),
+        (
+            {"question": "a", "answers": {"text": ["b"], "answer_start": [0]}},
+            {"question": "a", "answers": {"text": [], "answer_start": []}},
+            "'answers' is an empty list",
+        ),
+        ({"question": "a", "answer": "b"}, {"question": "a", "answer": {"begin": 3}}, "'answer' holds an object"),
         ({"text": "x"}, {"text": ""}, "'text' gives an empty text"),
         ({"text": "x"}, {"text": ["x"]}, "column 'text' holds a list"),
         ({"text": "x", "label": "a"}, {"text": "x", "label": 0.5}, "label 0.5 is not a whole number"),

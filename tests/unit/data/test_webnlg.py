@@ -122,6 +122,20 @@ def test_the_releases_folders(tmp_path: Path):
         read_task("webnlg", tmp_path / "empty")
 
 
+def test_texts_in_several_languages_are_refused(tmp_path: Path):
+    # As the Russian release of 2020 has them.
+    text = benchmark(entry([LEADER], [("good", "One."), ("good", "Два.")]))
+    both = text.replace("<lex", '<lex lang="en"', 1).replace("<lex comment", '<lex lang="ru" comment', 1)
+    with pytest.raises(
+        DataError, match=r"line 10: this text has the language 'ru', but those before it 'en'"
+    ) as caught:
+        read_webnlg(write(tmp_path / "both.xml", both))
+    assert '<lex lang="ru">' in caught.value.hint
+    for language in ("ru", ""):
+        same = write(tmp_path / "one.xml", text.replace("<lex", f'<lex lang="{language}"'))
+        assert read_webnlg(same)[0].targets == ("One.", "Два.")
+
+
 GOOD = entry([LEADER], [("good", "x")])
 
 

@@ -12,6 +12,7 @@ import pytest
 import prefixtune as pt
 from prefixtune.backbone.unloaded import load_tokenizer
 from prefixtune.data.encoding import default_format, encode_examples
+from prefixtune.data.registry import load_task
 from prefixtune.data.windows import TEXT_FORMAT
 from prefixtune.errors import BackboneError, DataError, PrefixError
 from prefixtune.evaluation.data_report import DataReport, report_data
@@ -121,6 +122,36 @@ def test_labels(look: Callable[..., DataReport]) -> None:
     by_head = look(rows, task="classification", classifier="head")
     assert [lengths.what for lengths in by_head.lengths] == ["source"]
     assert [part.is_label for part in by_head.example] == [False]
+
+
+def test_labels_that_the_first_rows_do_not_have_are_no_mistake_of_the_file(look: Callable[..., DataReport]) -> None:
+    rows = [{"text": f"t{n}", "label": "bad" if n < 6 else "good"} for n in range(9)]
+    with pytest.raises(DataError, match=r"in the first 5 rows of .*: all examples have the label 'bad'") as caught:
+        look(rows, max_rows=5)
+    assert caught.value.hint.startswith("read all rows: --rows 0; ")
+    assert look(rows, max_rows=8).labels == {"bad": 6, "good": 2}
+    with pytest.raises(DataError) as caught:
+        look(rows[:5])
+    assert "--rows" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "count"),
+    [
+        # Each row of a named task is an example of its own, as in published figures; but E2E merges its own rows.
+        ("records", {"document": "It rained.", "summary": "Rain."}, 3),
+        ("webnlg", {"category": "Food", "triples": [["a", "b", "c"]], "references": ["Rain."]}, 3),
+        ("e2e", {"mr": "name[A]", "references": ["Rain."]}, 1),
+        ("records", {"source": "It rained.", "target": "Rain."}, 1),
+    ],
+)
+def test_equal_sources_are_merged_where_training_merges_them(
+    look: Callable[..., DataReport], tmp_path: Path, task: str, row: dict[str, Any], count: int
+) -> None:
+    report = look([row] * 3, task=task)
+    trained = load_task(task, tmp_path / "rows.jsonl")
+    assert report.examples == len(trained) == count
+    assert report.positions["steps"] == 1
 
 
 def test_only_the_first_rows_of_a_large_file_are_read(look: Callable[..., DataReport]) -> None:

@@ -226,6 +226,43 @@ def test_dart_is_scored_against_the_official_references():
     assert references_of(Example("a", ("plain",)), "dart") == ["plain"]
 
 
+def test_blank_official_references_are_reported_before_anything_is_decoded(model: Any, fake_outputs: Make):
+    requests = fake_outputs()
+    blank = Example("a", ("A text.",), {"official_references": ["", " "]})
+    with pytest.raises(
+        DataError, match=r"the references of example 1 \('a'\) by the protocol 'dart' are blank"
+    ) as caught:
+        evaluate(model, [blank], config=CONFIG, protocol="dart")
+    assert "official references" in caught.value.hint
+    assert requests == []
+    assert evaluate(model, [blank], config=CONFIG).outputs
+
+
+def test_a_metric_that_one_group_does_not_allow_is_left_out_of_the_grouping(
+    model: Any, fake_outputs: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    whole = METRICS["nist"]
+
+    def picky(texts: Any) -> Any:
+        if len(texts.hypotheses) < 3:
+            raise Unavailable("there are too few", "take more")
+        return whole.measure(texts)
+
+    fake_outputs(SAID)
+    monkeypatch.setitem(METRICS, "nist", dataclasses.replace(whole, measure=picky))
+    outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=["bleu", "nist"])
+    names = {grouping: {tuple(part.scores) for part in parts.values()} for grouping, parts in outcome.groups.items()}
+    # Seven examples: of two groups, each has three or more; of three, some have two.
+    assert names == {"parity": {("bleu", "nist")}, "rest": {("bleu",)}}
+    write_evaluation(tmp_path, outcome, EXAMPLES, {})
+    assert read_results(tmp_path).evaluation
+
+
+def test_the_time_of_labels_is_measured(model: Any):
+    examples = [Example("good", ("yes",)), Example("bad", ("no",))]
+    assert evaluate(model, examples, kind="classification").seconds > 0
+
+
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 

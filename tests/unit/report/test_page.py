@@ -385,6 +385,22 @@ def test_outputs_are_sampled_evenly_and_all_are_in_the_page(tmp_path: Path) -> N
     assert "The other 80 examples are in the HTML file." in text
 
 
+def test_a_page_holds_a_bounded_number_of_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = evaluation(tmp_path, count=100)
+    monkeypatch.setattr("prefixtune.report.sections.details.MOST_OTHERS", 30)
+    page, text = pages(folder)
+    for shown in (Page(page).text(), text):
+        assert "The other 30 examples" in shown
+        assert "50 more examples are left out of this page; outputs.jsonl of each run has them." in shown
+    assert len(re.findall(r"Example \d+", Page(page).text())) == 50
+    monkeypatch.setattr("prefixtune.report.sections.details.MOST_CHARACTERS", 1000)
+    # An example has about 200 characters.
+    shown = Page(pages(folder)[0]).text()
+    count = len(re.findall(r"Example \d+", shown))
+    assert 22 <= count <= 28
+    assert f"{100 - count} more examples are left out" in shown
+
+
 def test_an_output_for_another_source_is_left_out(tmp_path: Path) -> None:
     study = methods_study(tmp_path)
     rows = examples(60, 0.5)
@@ -451,7 +467,8 @@ def test_texts_stay_texts_in_markdown(nasty: tuple[str, str]) -> None:
     _, text = nasty
     text.encode()
     assert markdown_tables(text)
-    assert not re.search(r"(?<!\\)[<>`]", text.replace("> **Note:**", ""))
+    own = text.replace("> **Note:**", "").removesuffix("<!-- Written by prefixtune report. -->\n")
+    assert not re.search(r"(?<!\\)[<>`]", own)
     assert "\\# no heading - no item 1. no number" in text
     assert "a \\| b \\\\\\| \\`code\\` \\*bold\\* \\[link\\](http://example.org) \\$x\\$" in text
 

@@ -78,7 +78,7 @@ def data(options: DataOptions) -> int:
 
 
 def _lines(report: DataReport, test: str) -> Iterator[str]:
-    yield report.read
+    yield safe_text(report.read)
     if not report.is_whole:
         yield f"only the first {report.rows:,} rows were read (--rows)"
     yield ""
@@ -90,7 +90,7 @@ def _lines(report: DataReport, test: str) -> Iterator[str]:
         most, steps = report.positions["most"], report.positions["steps"]
         yield (
             f"an optimizer step reads about {report.positions['mean']:,.0f} positions, {most:,.0f} at most; "
-            f"{steps:,.0f} {'step' if steps == 1 else 'steps'} are an epoch"
+            f"{steps:,.0f} {'step is' if steps == 1 else 'steps are'} an epoch"
         )
     yield ""
     yield from _notes(report, test)
@@ -145,7 +145,7 @@ def _notes(report: DataReport, test: str) -> Iterator[str]:
         more = "; ..." if report.num_short_targets > len(report.short_targets) else ""
         yield f"targets of at most one token: {report.num_short_targets:,}: {shown}{more}"
     if report.labels:
-        listed = [f"{label} {count:,}" for label, count in list(report.labels.items())[:_MAX_LABELS]]
+        listed = [f"{safe_text(label)} {count:,}" for label, count in list(report.labels.items())[:_MAX_LABELS]]
         yield f"{len(report.labels):,} labels: {', '.join(listed)}{', ...' if len(report.labels) > _MAX_LABELS else ''}"
     if report.overlap is not None:
         count, total = report.overlap["count"], report.overlap["num_examples"]

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.errors import ConfigError
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
 
@@ -55,13 +56,14 @@ def report(options: ReportOptions) -> int:
     from prefixtune.utils.writable import check_writable, writable_folder
 
     page = Path(options.output)
-    for path in (page, page.with_suffix(".md")):
+    markdown = page.with_suffix(".md")
+    for path in (page, markdown):
         check_writable(path)
+    _check_markdown(markdown)
     if options.figures:
         with writable_folder(Path(options.figures), Path(options.figures)):
             pass
     document = compose([read_results(Path(run)) for run in options.runs], options.title)
-    markdown = page.with_suffix(".md")
     write_text(page, to_html(document))
     write_text(markdown, to_markdown(document))
     figures = save_figures(document, Path(options.figures)) if options.figures else []
@@ -80,3 +82,22 @@ def report(options: ReportOptions) -> int:
             + (f"; {len(figures)} figures in {options.figures}" * bool(figures))
         )
     return 0
+
+
+def _check_markdown(path: Path) -> None:
+    """Refuse to replace a text that is no report, as the name of this file is not given but follows from the page's.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    from prefixtune.report import is_own_markdown
+
+    try:
+        is_free = is_own_markdown(path)
+    except OSError as error:
+        is_free = isinstance(error, FileNotFoundError)
+    if not is_free:
+        raise ConfigError(
+            f"{str(path)!r} exists and is not known as a report, but the report as Markdown gets this name.",
+            hint="choose another --output; or remove the file, if it is an older report.",
+        )

@@ -19,6 +19,7 @@ from prefixtune.utils.console import Console
 if TYPE_CHECKING:
     from prefixtune.data import Example
     from prefixtune.evaluation.metrics import Comparison, Measurement
+    from prefixtune.evaluation.outputs import Output
 
 __all__ = ["score"]
 
@@ -97,7 +98,7 @@ def score(options: ScoreOptions) -> int:
     options = _resolve_task(options)
     examples, outputs = _read_files(options)
     names = [name for name in (options.hypotheses, options.against) if name is not None]
-    systems = [_outputs_of_examples(console, options, name, outputs[name], len(examples)) for name in names]
+    systems = [_outputs_of_examples(console, options, name, outputs[name], examples) for name in names]
     kind = TASKS[options.task].kind
     if kind == "generation":
         result = _score_texts(options, examples, systems)
@@ -132,7 +133,7 @@ def _resolve_task(options: ScoreOptions) -> ScoreOptions:
     return options.replace(task=task)
 
 
-def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[str]]]:
+def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[Output]]]:
     """The examples, each with a reference, and file -> its outputs.
 
     Raises:
@@ -140,6 +141,7 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[st
     """
     from prefixtune.data import TASKS, read_task
     from prefixtune.evaluation.metrics import METRICS
+    from prefixtune.evaluation.outputs import read_outputs
 
     columns: dict[str, Any] = {
         "source": options.source,
@@ -149,10 +151,10 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[st
         "needs_targets": True,
     }
     examples: list[Example] = []
-    outputs: dict[str, list[str]] = {}
+    outputs: dict[str, list[Output]] = {}
 
-    def read_outputs(name: str) -> None:
-        outputs[name] = _read_outputs(Path(name))
+    def read_system(name: str) -> None:
+        outputs[name] = read_outputs(Path(name))
 
     names = [name for name in (options.hypotheses, options.against) if name is not None]
     # An unknown task is named when its files are read.
@@ -160,7 +162,7 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[st
     check_all(
         [
             lambda: examples.extend(read_task(options.task, options.references, **columns)),
-            *(partial(read_outputs, name) for name in names),
+            *(partial(read_system, name) for name in names),
             *([partial(check_metrics, options.metrics, metrics)] if metrics else []),
         ]
     )
@@ -174,69 +176,56 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[st
 
 
 def _outputs_of_examples(
-    console: Console, options: ScoreOptions, name: str, outputs: list[str], num_examples: int
+    console: Console, options: ScoreOptions, name: str, outputs: list[Output], examples: Sequence[Example]
 ) -> list[str]:
     """The outputs of a file, one for each example.
 
     Raises:
-        DataError: Their number is neither that of the examples nor that of all entries of the references.
+        DataError: Their number is neither that of the examples nor that of all entries of the references; or one names
+            the source of another example.
     """
     from prefixtune.data import read_all_entries
+    from prefixtune.evaluation.outputs import check_sources
 
-    if len(outputs) == num_examples:
-        return outputs
-    # Perhaps for all entries, including those without a reference.
-    entries = read_all_entries(options.task, options.references, split=options.split or None)
-    if len(outputs) != len(entries):
-        raise _wrong_count(name, len(outputs), num_examples, len(entries), options.references)
-    reason = f"{len(entries) - num_examples} of {len(entries):,} entries have no text to compare with"
-    console.info(f"{name}: {reason}; the outputs for them are left out")
-    return [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]
-
-
-def _read_outputs(path: Path) -> list[str]:
-    """The outputs of a file: its lines, also blank ones, or the values of "output" in JSON lines.
-
-    Raises:
-        DataError: It is neither, or cannot be read.
-    """
-    from prefixtune.data.files import check_file, read_file
-    from prefixtune.data.streams import read_text
-
-    check_file(path)
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith(".json"):
-        raise DataError(
-            f"{path} is JSON, but outputs are read from lines.",
-            hint='write one output a line (.txt), or lines of {"output": "..."} (.jsonl).',
-        )
-    if name.endswith(".jsonl"):
-        outputs = []
-        for row in read_file(path, (".jsonl",)):
-            output = row.values.get("output")
-            if not isinstance(output, str):
-                raise DataError(
-                    f"{row.location}: 'output' is {output!r}; a text is needed.",
-                    hint='write lines as {"output": "..."}.',
-                )
-            outputs.append(output)
-    else:
-        # Only "\n" ends a line; the one after the last line adds no empty output.
-        outputs = [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
-    return outputs
+    if len(outputs) != len(examples):
+        # Perhaps for all entries, including those without a reference.
+        entries = read_all_entries(options.task, options.references, split=options.split or None)
+        if len(outputs) != len(entries):
+            raise _wrong_count(options, name, len(outputs), len(examples), len(entries))
+        reason = f"{len(entries) - len(examples)} of {len(entries):,} entries have no text to compare with"
+        console.info(f"{name}: {reason}; the outputs for them are left out")
+        outputs = [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]
+    check_sources(outputs, examples)
+    return [output.text for output in outputs]
 
 
-def _wrong_count(name: str, num_outputs: int, num_examples: int, num_entries: int, references: str) -> DataError:
-    or_entries = (
-        f" (or {num_entries:,}, with the entries that have no text to compare with)"
-        if num_entries > num_examples
-        else ""
-    )
+def _wrong_count(options: ScoreOptions, name: str, num_outputs: int, num_examples: int, num_entries: int) -> DataError:
+    """The error of outputs whose number is not that of the examples."""
+    hint = "write one output a line, in the order of the examples; an empty output is an empty line."
+    more = ""
+    if num_entries > num_examples:
+        more = f" (or {num_entries:,}, with the entries that have no text to compare with)"
+    elif (num_rows := _num_merged_rows(options)) > num_examples:
+        more = f" ({num_rows:,} rows, {num_examples:,} distinct sources)"
+        hint = "write one output for each distinct source, in the order of their first rows."
     return DataError(
-        f"{name} has {num_outputs:,} outputs, but {references} has {num_examples:,} examples{or_entries}; "
+        f"{name} has {num_outputs:,} outputs, but {options.references} has {num_examples:,} examples{more}; "
         "the counts must agree.",
-        hint="write one output a line, in the order of the examples; an empty output is an empty line.",
+        hint=hint,
     )
+
+
+def _num_merged_rows(options: ScoreOptions) -> int:
+    """The rows of the references, if those of one source are one example; otherwise 0."""
+    from prefixtune.data import TASKS
+    from prefixtune.data.files import iter_file
+    from prefixtune.data.folders import locate
+
+    task = TASKS[options.task]
+    if not task.merges:
+        return 0
+    file = locate(Path(options.references), options.split or None, task.formats, task.release)
+    return sum(1 for _ in iter_file(file))
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -374,7 +363,8 @@ def _show(console: Console, result: Mapping[str, Any], options: ScoreOptions) ->
             [name, f"{group['num_examples']:,}", *(_format_score(score) for score in group["scores"].values())]
             for name, group in groups.items()
         ]
-        console.table("", [grouping, "outputs", *scores], rows, result=True)
+        names = next(iter(groups.values()))["scores"]
+        console.table("", [grouping, "outputs", *names], rows, result=True)
     if "against" in result:
         other = result["against"]
         method = next(iter(other["comparison"].values()))["method"]

@@ -132,8 +132,8 @@ def read_benchmark(path: Path) -> list[Record]:
         (comment, text) for each `lex`, the texts in one line.
 
     Raises:
-        DataError: The file cannot be read, is not XML of this kind, or declares a document type; the message names the
-            line.
+        DataError: The file cannot be read, is not XML of this kind, declares a document type, or has texts in several
+            languages; the message names the line.
     """
     reader = _Benchmark(shown(path))
     parser = expat.ParserCreate()
@@ -164,6 +164,7 @@ class _Benchmark:
     records: list[Record] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
     comment: str = ""
+    language: str = ""
     pieces: list[str] = field(default_factory=list)
 
     def start(self, line: int, name: str, attributes: dict[str, str]) -> None:
@@ -182,6 +183,17 @@ class _Benchmark:
             if "entry" not in self.open:
                 raise DataError(f"{location}: <{name}> is outside an <entry>.", hint="check the file.")
             self.comment, self.pieces = attributes.get("comment", ""), []
+            if name == "lex":
+                self._check_language(attributes.get("lang", ""), location)
+
+    def _check_language(self, language: str, location: str) -> None:
+        """Refuse a text in another language than those before it: as a reference it would be no other wording."""
+        if self.language and language not in ("", self.language):
+            raise DataError(
+                f"{location}: this text has the language {language!r}, but those before it {self.language!r}.",
+                hint=f'keep the texts of one language, as by removing every <lex lang="{language}">.',
+            )
+        self.language = self.language or language
 
     def text(self, text: str) -> None:
         """Characters within an element."""

@@ -203,7 +203,9 @@ def cider(texts: Texts) -> ItemStatistics:
 
     hypotheses, references = texts.treebank
     if not any(text for item in references for text in item):
-        raise ValueError("CIDEr needs a word in the references, but they hold punctuation alone")
+        raise Unavailable(
+            "CIDEr needs a word in the references, but they hold punctuation alone", "choose another metric"
+        )
     _, scores = Cider().compute_score(
         dict(enumerate(references)), {index: [text] for index, text in enumerate(hypotheses)}
     )

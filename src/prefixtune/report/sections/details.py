@@ -16,6 +16,12 @@ __all__ = ["differences_section", "outputs_section", "settings_section", "tuning
 
 LEVEL = 0.05
 MOST_SYSTEMS, SAMPLE = 6, 20
+MOST_OTHERS, MOST_CHARACTERS = 2_000, 4_000_000
+"""Examples besides the sample, and characters of them, that a page has at most: a browser has to open it."""
+
+
+_Item = tuple[Output, list[str | None]]
+"""An example, and the output of each system."""
 
 
 def differences_section(study: Study, systems: Sequence[System], names: Mapping[str, str]) -> Section | None:
@@ -157,11 +163,28 @@ def outputs_section(systems: Sequence[System], note: str = "") -> Section | None
     items = [_item(index, chosen) for index in sorted({index for _, outputs in chosen for index in outputs})]
     sample = spread_out(items, SAMPLE)
     shown = {id(item) for item in sample}
-    block = Outputs([name for name, _ in chosen], sample, [item for item in items if id(item) not in shown])
-    return Section("Outputs", [Text(note), block] if note else [block])
+    rest = [item for item in items if id(item) not in shown]
+    others = _as_many_as_fit(rest)
+    blocks: list[Block] = [Text(note)] if note else []
+    blocks.append(Outputs([name for name, _ in chosen], sample, others))
+    if left := len(rest) - len(others):
+        blocks.append(Text(f"{left:,} more examples are left out of this page; outputs.jsonl of each run has them."))
+    return Section("Outputs", blocks)
 
 
-def _item(index: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> tuple[Output, list[str | None]]:
+def _as_many_as_fit(items: Sequence[_Item]) -> list[_Item]:
+    """The first of the items, as many as a page has room for."""
+    kept: list[_Item] = []
+    room = MOST_CHARACTERS
+    for example, outputs in items[:MOST_OTHERS]:
+        room -= len(example.source) + sum(map(len, example.references)) + sum(len(text or "") for text in outputs)
+        if room < 0:
+            break
+        kept.append((example, outputs))
+    return kept
+
+
+def _item(index: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> _Item:
     """An example's outputs; the output of a system whose source at this index is another one is left out."""
     example = next(outputs[index] for _, outputs in chosen if index in outputs)
     candidates = [outputs.get(index) for _, outputs in chosen]

@@ -133,6 +133,14 @@ def test_captioning_metrics_of_known_texts():
 
 
 @needs_java
+def test_cider_is_left_out_where_references_hold_punctuation_alone():
+    left_out: dict[str, str] = {}
+    made = compute(["a b", "c"], [["!"], ["..."]], protocol="e2e", metrics=["bleu", "cider"], left_out=left_out)
+    assert list(made) == ["bleu"]
+    assert left_out["cider"].startswith("CIDEr needs a word in the references, but they hold punctuation alone")
+
+
+@needs_java
 def test_meteor_of_known_and_odd_texts():
     wanted = [["dog cat sat"], ["red house"], *([text, "x"] for text in ODD)]
     meteor = measure(["cat sat", "red house", *ODD], wanted, metrics=["meteor"])["meteor"]
