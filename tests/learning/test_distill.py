@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import prefixtune.distillation.distill
+import prefixtune.distillation.memory
 import prefixtune.distillation.phases
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
@@ -211,6 +214,79 @@ def test_the_run_of_another_method_is_a_teacher(
     assert held_out["memory"]["kl"] < held_out["bare"]["kl"]
     assert held_out["teacher"]["loss"] < held_out["bare"]["loss"]
     assert load_prefix(result.path).length() == 8
+
+
+def test_a_teacher_is_let_go_before_the_training(
+    backbone: Backbone,
+    tiny_models: Any,
+    tiny_tokenizer: Any,
+    unanswered: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "teacher"
+    tiny_models("llama", max_position_embeddings=512, num_hidden_layers=1).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    loaded: list[weakref.ref[Any]] = []
+    load_teacher = prefixtune.distillation.memory.load_teacher
+
+    def load(*arguments: Any) -> Any:
+        teacher = load_teacher(*arguments)
+        loaded.append(weakref.ref(teacher.backbone.model))
+        return teacher
+
+    left: list[bool] = []
+
+    def at_a_step(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            gc.collect()
+            left.append(loaded[0]() is not None)
+
+    monkeypatch.setattr(prefixtune.distillation.memory, "load_teacher", load)
+    own = {**unanswered, "teacher": str(folder), "dtype": "float32", "max_steps": 2, "warmup_steps": 0}
+    (result,) = distill(backbone=backbone, progress=False, on_event=at_a_step, **own)
+    assert result.report["teacher"] == f"{folder} with the document in view"
+    assert (len(loaded), left) == (1, [False, False])
+
+
+def test_a_held_out_question_with_several_answers_is_asked_once(
+    backbone: Backbone, unanswered: dict[str, Any], tmp_path: Path
+) -> None:
+    test = tmp_path / "several.jsonl"
+    rows = [{"question": ROWS[0]["question"], "answers": ["Ashby", "to Ashby"]}, {"question": "Who?", "answer": "Fox"}]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result,) = quiet(backbone, **{**unanswered, "test": str(test)})
+    held_out = result.report["held_out"]
+    assert (held_out["questions"], held_out["teacher_answers"], held_out["also_trained_on"]) == (2, 2, 1)
+    assert held_out["memory"].keys() == {"loss", "exact", "kl"}
+    rows = [json.loads(line) for line in (result.path.parent / "questions.jsonl").read_text().splitlines()]
+    assert sum(row["held_out"] for row in rows) == 2
+
+
+def test_another_backbone_does_not_go_on_as_the_teacher(
+    backbone: Backbone, unanswered: dict[str, Any], tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        # The answers are there, and the training has not begun.
+        patch.setattr(prefixtune.distillation.distill, "label_data", kill)
+        with pytest.raises(Killed):
+            quiet(backbone, **unanswered)
+    other = tiny_backbone("llama", max_position_embeddings=512, seed=1)
+    with pytest.raises(CheckpointError, match="begun with another backbone"):
+        distill(output=unanswered["output"], backbone=other, resume=True, progress=False)
+
+
+def test_fewer_questions_than_asked_for_are_counted_by_kind(
+    backbone: Backbone, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {**options, "questions": "self", "num_questions": 200, "kinds": ("continuation", "summary"), "test": ""}
+    distill(backbone=backbone, **{**own, "max_steps": 1, "warmup_steps": 0})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "of 200 questions were made (summary " in said
+    assert ", continuation 4)" in said
 
 
 def test_a_document_shorter_than_the_memory_is_refused(backbone: Backbone, options: dict[str, Any]) -> None:

@@ -156,11 +156,20 @@ def read_prefix(text: str) -> Prefix:
     names, files = split_joined(text), prefix_files(text)
 
     from prefixtune.backbone.prefixes import load_prefix
+
+    return _join([load_prefix(file) for file in files], names)
+
+
+def _join(parts: Sequence[Prefix], names: Sequence[str]) -> Prefix:
+    """One prefix of those that a text of --prefix names, without the model, as `read_prefix` says.
+
+    Raises:
+        PrefixError: They cannot be joined.
+    """
     from prefixtune.prefix.compose import check_join, concatenate
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
 
-    parts = [load_prefix(file) for file in files]
     if len(parts) == 1:
         return parts[0]
     rotation, _ = check_join(parts, names=names)
@@ -181,7 +190,7 @@ def load_with_prefixes(
         console: Reports what is loaded.
         options: The options of the command.
         files: Prefixes: paths, folders of runs or `hub:OWNER/NAME`; several with a + between them are joined.
-        check: Checks the prefixes against other options; called before the backbone loads.
+        check: Checks the prefixes, one per text of `files`, against other options; called before the backbone loads.
 
     Raises:
         PrefixError: A prefix or an option is wrong, or they do not fit each other; all faults at once.
@@ -196,7 +205,7 @@ def load_with_prefixes(
 
     from prefixtune.backbone.load import check_size
     from prefixtune.backbone.prefixes import load_prefix, named_backbone, trained_adapter
-    from prefixtune.prefix.compose import check_join, concatenate
+    from prefixtune.prefix.compose import concatenate
     from prefixtune.prefix.text_format import read_text_format
 
     files = [file for names in parts for file in names]
@@ -204,13 +213,23 @@ def load_with_prefixes(
     stored = dict(zip(files, prefixes, strict=True))
     name = options.backbone or named_backbone(prefixes)
     adapter = options.adapter or trained_adapter([Path(file) for file in files], prefixes)
+
+    def check_joined() -> None:
+        joined: list[Prefix] = []
+
+        def join(names: Sequence[str]) -> None:
+            joined.append(_join([stored[name] for name in names], names))
+
+        check_all([partial(join, names) for names in parts])
+        if check is not None:
+            check(joined)
+
     check_all(
         [
             partial(_check_loadable, options, name, adapter),
             *(partial(read_text_format, prefix.header) for prefix in prefixes),
             *(partial(check_size, prefix, name) for prefix in prefixes),
-            *(partial(check_join, [stored[one] for one in names], names=names) for names in parts if len(names) > 1),
-            *([] if check is None else [partial(check, prefixes)]),
+            check_joined,
         ]
     )
     backbone = load(console, name, options, adapter)

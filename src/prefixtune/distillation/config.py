@@ -65,8 +65,9 @@ class DistillConfig(TrainConfig):
     test: str = _teaching("", description="held-out questions or inputs for the report, in the form of the others")
     ask: Literal["auto", "plain", "chat"] = _teaching(
         "auto",
-        description="text around a question: plain: 'Question: ... Answer:'; chat: the backbone's chat template; auto: "
-        "plain for a document, the teacher's own for a teacher, and the chat template, if there is one, for a prompt",
+        description="text around a question: plain: 'Question: ... Answer:' for a document, 'Input: ... Output:' for "
+        "others, nothing for an encoder-decoder; chat: the backbone's chat template; auto: plain for a document, a "
+        "teacher's own if it was trained with one, and else the chat template, if there is one",
     )
     num_questions: int = _teaching(256, ge=5, le=20_000, description="with --questions self: questions to make")
     kinds: CommaList[QuestionKind] = _teaching(
@@ -125,6 +126,8 @@ class DistillConfig(TrainConfig):
             yield ("test",), "test is 'self', but held-out questions are read from a file: only questions are made"
         if not self.kinds:
             yield ("kinds",), "kinds names no kind of question"
+        elif "paraphrase" in self.kinds and "fact" not in self.kinds:
+            yield ("kinds",), "kinds has paraphrase without fact, whose questions it asks in other words"
 
     def _useless(self) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         """Fields, whether they mean nothing in this run, and in what."""
@@ -133,6 +136,8 @@ class DistillConfig(TrainConfig):
         yield ("task", "source", "target", "form"), bool(self.document), rows
         yield ("limit",), bool(self.document) and self.questions == SELF, "a run whose questions are made"
         yield ("chunk_length",), not self.document, "a run without a document"
+        starts_from_text = self.initialization == "text" and bool(self.document or self.prompt)
+        yield ("init_text",), starts_from_text, f"a start from the {self.subject} itself (initialization 'text')"
 
     @property
     def subject(self) -> Literal["document", "prompt", "teacher"]:

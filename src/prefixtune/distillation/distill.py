@@ -13,14 +13,14 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, check_output, read_jobs
+from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, check_output, read_jobs
 from prefixtune.distillation.lesson import Lesson
 from prefixtune.distillation.memory import Teachers, check_student
 from prefixtune.distillation.outcome import report
 from prefixtune.distillation.phases import label_data, prepare
-from prefixtune.distillation.plan import make_plan
+from prefixtune.distillation.plan import Plan, make_plan
 from prefixtune.distillation.stored import write_seconds
-from prefixtune.distillation.wording import choose_wording
+from prefixtune.distillation.wording import Wording, choose_wording
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
@@ -117,8 +117,8 @@ def distill(
     check_student(config, student, jobs)
     teachers = Teachers(config, student, console)
     wording = choose_wording(config, student, teachers.text_format())
-    readers = teachers.readers()
-    plans = [make_plan(config, job, readers, wording, console) for job in jobs]
+    # No name here holds the readers: the teacher is let go before the training.
+    plans = _make_plans(config, jobs, teachers.readers(), wording, console)
     root = Path(config.output)
     with contextlib.nullcontext() if resume else claim_folder(root):
         if not resume:
@@ -138,6 +138,12 @@ def distill(
         # A later `resume` without options goes on as this one did.
         write_text(root / CONFIG_FILE, config.to_toml())
     return finished
+
+
+def _make_plans(
+    config: DistillConfig, jobs: Sequence[Job], readers: Sequence[Backbone], wording: Wording, console: Console
+) -> list[Plan]:
+    return [make_plan(config, job, readers, wording, console) for job in jobs]
 
 
 def _load(config: DistillConfig, console: Console) -> Backbone:

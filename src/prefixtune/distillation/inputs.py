@@ -27,6 +27,7 @@ from prefixtune.training.beside import SELF as ALL_OTHERS
 from prefixtune.training.checks import early_checks
 from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.folder import check_unused
+from prefixtune.utils.writable import check_writable
 
 __all__ = ["CONFIG_FILE", "REPORT_FILE", "Job", "check_output", "read_jobs"]
 
@@ -72,7 +73,8 @@ def read_jobs(config: DistillConfig, *, resume: bool, loads_backbone: bool) -> l
         [
             *([] if resume else [partial(check_output, Path(config.output))]),
             partial(_read, config, jobs, resume),
-            partial(check_teacher, config),
+            partial(check_writable, Path(config.output) / CONFIG_FILE),
+            partial(check_teacher, config, loads_backbone=loads_backbone),
             *early_checks(run, SINGLE_PROCESS, has_dev=False, loads_backbone=loads_backbone, together=True),
         ]
     )

@@ -19,6 +19,7 @@ from prefixtune.distillation.teacher import Teacher, load_teacher
 from prefixtune.distillation.wording import check_view, choose_wording
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.artifact import read_artifact
+from prefixtune.training.beside import SELF
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.training.folder import PREFIX_FILE
@@ -96,10 +97,10 @@ def _describe(config: DistillConfig, lesson: Lesson, student: Backbone, run: Run
 
 
 def check_student(config: DistillConfig, student: Backbone, jobs: list[Job]) -> None:
-    """Refuse what needs the tokenizer to be seen.
+    """Refuse what needs the backbone to be seen.
 
     Raises:
-        ConfigError: The backbone cannot have a text in view.
+        ConfigError: The backbone cannot have a text in view, or cannot train memories beside each other.
         DataError: A document or prompt is shorter than the memory.
     """
     if student.kind == "encoder" or (config.subject != "teacher" and student.kind != "decoder"):
@@ -107,6 +108,11 @@ def check_student(config: DistillConfig, student: Backbone, jobs: list[Job]) -> 
             f"{student.name!r} is of kind {student.kind!r}, but a {config.subject} is distilled into a decoder-only "
             "model.",
             hint="choose another backbone; encoder-decoders can learn from a --teacher.",
+        )
+    if config.beside == SELF and not student.layout.packable:
+        raise ConfigError(
+            f"beside is 'self', but {student.name!r} reads no packed rows, so that documents cannot train together.",
+            hint="train them without --beside, or name a folder of finished prefixes.",
         )
     short = {
         job.text_file: count

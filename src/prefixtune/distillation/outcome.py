@@ -14,7 +14,7 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.lesson import TEACHER_FILE, Lesson, Views
-from prefixtune.distillation.report import Reading, encode_taught, read_test, recovered_share, text_bytes
+from prefixtune.distillation.report import Reading, encode_taught, num_asked, read_test, recovered_share, text_bytes
 from prefixtune.distillation.teacher import TEST_LABELS_FILE, Teacher, stored_labels
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import CheckpointError, DataError
@@ -61,11 +61,11 @@ def describe(
         "subject": config.subject,
         **({"name": lesson.job.name} if lesson.job.name else {}),
         "teacher": _teacher_name(config, lesson, student),
+        "prompt_format": lesson.wording.prompt,
         "labels": "the teacher's 20 likeliest tokens" if lesson.soft else "given answers",
         "questions": len(lesson.questions),
         "held_out": {
-            # One that has several answers is there with each.
-            "questions": len({question.question for question in lesson.test}),
+            "questions": num_asked(lesson.test),
             "also_trained_on": _also_trained_on(lesson),
             "teacher_answers": len(lesson.taught),
         },
@@ -88,8 +88,8 @@ def describe(
 def _also_trained_on(lesson: Lesson) -> int:
     """Questions of the report that are trained on in the same words: what they show is memory, not understanding."""
     trained = {" ".join(question.question.split()) for question in lesson.questions}
-    asked = lesson.test or lesson.taught
-    return sum(" ".join(question.question.split()) in trained for question in asked)
+    asked = {question.question for question in lesson.test or lesson.taught}
+    return sum(" ".join(question.split()) in trained for question in asked)
 
 
 def _teacher_name(config: DistillConfig, lesson: Lesson, student: Backbone) -> str:
@@ -119,9 +119,10 @@ def _readings(
         "memory": (lesson.wording, [memory] * len(lesson.test), [memory] * len(taught)),
     }
     readings: dict[str, Reading] = {}
-    with console.progress("report", len(readers) * len(lesson.test)) as bar:
+    asked_by_each = num_asked(lesson.test)
+    with console.progress("report", len(readers) * asked_by_each) as bar:
         for number, (name, (wording, test_views, taught_views)) in enumerate(readers.items()):
-            offset = number * len(lesson.test)
+            offset = number * asked_by_each
             labelled = taught
             if taught and wording is not lesson.wording:
                 asked = encode_taught(student, lesson.taught, wording, config.prefix_length)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.distillation.config import SELF, DistillConfig
+from prefixtune.distillation.config import KINDS, SELF, DistillConfig
 from prefixtune.distillation.documents import Question
 from prefixtune.distillation.lesson import TEACHER_FILE, Lesson, Views
 from prefixtune.distillation.plan import Plan, with_chunks
 from prefixtune.distillation.questioning import answer_questions, hold_out, make_questions
-from prefixtune.distillation.report import cut_unended, encode_taught, read_test, target_endings
+from prefixtune.distillation.report import cut_unended, encode_taught, num_asked, read_test, target_endings
 from prefixtune.distillation.room import START_FILE
 from prefixtune.distillation.stored import (
     check_sources,
@@ -65,8 +66,8 @@ def prepare(
         DataError: No question could be made, or the teacher answers none.
     """
     job = plan.job
-    check_sources(config, job)
-    write_sources(config, job)
+    check_sources(config, job, student)
+    write_sources(config, job, student)
     if plan.excerpt:
         write_text(job.output / START_FILE, plan.excerpt)
     seconds = read_seconds(job)
@@ -110,10 +111,19 @@ def _make(
                 batch_size=config.batch_size,
                 on_batch=bar.update,
             )
+        if len(questions) < config.num_questions:
+            counts = Counter(question.kind for question in questions)
+            console.info(
+                f"{len(questions)} of {config.num_questions} questions{name} were made "
+                f"({', '.join(f'{kind} {counts[kind]}' for kind in KINDS if kind in config.kinds)})"
+            )
         seconds["questions"] = seconds.get("questions", 0.0) + time.monotonic() - started
     else:
         questions = with_chunks(job.questions, chunks)
-    held_out = [Question(question.question, None, question.chunk, question.kind) for question in test]
+    # One that has several answers is there with each; the teacher is asked once.
+    held_out = list(
+        dict.fromkeys(Question(question.question, None, question.chunk, question.kind) for question in test)
+    )
     if not test and config.questions == SELF:
         questions, held_out = hold_out(questions, config.seed)
     started = time.monotonic()
@@ -163,7 +173,7 @@ def _keep_reading(
     if teacher.backbone is student and teacher.prefix is None:
         return
     test = plan.test
-    with console.progress("the teacher's answers", len(test)) as bar:
+    with console.progress("the teacher's answers", num_asked(test)) as bar:
         reading = read_test(
             teacher, test, [], views.of(test), [], wording, batch_size=config.batch_size, on_batch=bar.update
         )

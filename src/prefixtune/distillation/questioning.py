@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_prompts
-from prefixtune.distillation.config import QuestionKind
+from prefixtune.distillation.config import KINDS, QuestionKind
 from prefixtune.distillation.documents import Question
 from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import Wording
@@ -61,7 +61,7 @@ def make_questions(
         chunks: The document's pieces.
         views: Each piece in the teacher's view.
         count: Questions to make; fewer where the text gives no more.
-        kinds: What they ask for, in equal shares.
+        kinds: What they ask for, in equal shares; paraphrases only together with facts.
         seed: Of all choices.
         batch_size: Texts in one pass.
         on_batch: Called with the number of questions so far.
@@ -77,8 +77,10 @@ def make_questions(
         if 3 <= len(key) <= _MOST_CHARS and any(letter.isalpha() for letter in key):
             made.setdefault(key, question)
 
-    for number, kind in enumerate(kinds):
-        share = count * (number + 1) // len(kinds) - count * number // len(kinds)
+    # Facts come before their paraphrases, in whatever order they are named.
+    ordered = [kind for kind in KINDS if kind in kinds]
+    for number, kind in enumerate(ordered):
+        share = count * (number + 1) // len(ordered) - count * number // len(ordered)
         wanted = min(len(made) + share, count)
         if kind in ("fact", "paraphrase"):
             for attempt in range(_ROUNDS):

@@ -26,6 +26,7 @@ __all__ = [
     "encode_questions",
     "encode_taught",
     "mean_loss",
+    "num_asked",
     "read_test",
     "recovered_share",
     "target_endings",
@@ -159,7 +160,7 @@ def read_test(
         wording: The text around questions and answers.
         taught: The questions of `labelled`.
         batch_size: Questions in one pass.
-        on_batch: Called with the number of answers so far.
+        on_batch: Called with the number of answers so far, one per question.
     """
     backbone = reader.backbone
     loss = exact = divergence = None
@@ -190,31 +191,43 @@ def _count_exact(
 
     Where a line break ends an answer, as many lines count as the given one has.
     """
-    done, right = 0, set[str]()
-    by_lines: dict[int, list[int]] = {}
+    done = right = 0
+    rows_of: dict[str, list[int]] = {}
     for index, question in enumerate(given):
-        by_lines.setdefault((question.answer or "").count("\n") + 1, []).append(index)
-    for lines, rows in sorted(by_lines.items()):
+        rows_of.setdefault(question.question, []).append(index)
+    by_lines: dict[int, list[list[int]]] = {}
+    for rows in rows_of.values():
+        by_lines.setdefault(max(_num_lines(given[index]) for index in rows), []).append(rows)
+    for lines, asked in sorted(by_lines.items()):
+        longest = max(len(target) for rows in asked for index in rows for target in examples[index].targets)
         answers = answer_questions(
             reader,
-            [given[index].question for index in rows],
-            [views[index] for index in rows],
+            [given[rows[0]].question for rows in asked],
+            [views[rows[0]] for rows in asked],
             wording if lines == 1 else wording.of_lines(),
-            answer_length=max(len(target) for index in rows for target in examples[index].targets) + 4,
+            answer_length=longest + 4,
             batch_size=batch_size,
             on_batch=lambda count, before=done: on_batch(before + count),  # type: ignore[misc]
         )
-        done += len(rows)
-        for index, (answer, _) in zip(rows, answers, strict=True):
-            kept = "\n".join(answer.split("\n")[:lines]) if wording.ends_with_line else answer
-            if _same(kept, given[index].answer or ""):
-                right.add(given[index].question)
-    return len(right)
+        done += len(asked)
+        for rows, (answer, _) in zip(asked, answers, strict=True):
+            right += any(_is_given(answer, given[index], by_line=wording.ends_with_line) for index in rows)
+    return right
 
 
-def _same(answer: str, wanted: str) -> bool:
-    """Whether two answers are the same but for white space."""
-    return answer.split() == wanted.split()
+def num_asked(questions: Sequence[Question]) -> int:
+    """How many different questions there are: one that has several answers is there with each."""
+    return len({question.question for question in questions})
+
+
+def _num_lines(question: Question) -> int:
+    return (question.answer or "").count("\n") + 1
+
+
+def _is_given(answer: str, question: Question, *, by_line: bool) -> bool:
+    """Whether an answer, or with `by_line` as many lines of it as are given, is the given one but for white space."""
+    kept = "\n".join(answer.split("\n")[: _num_lines(question)]) if by_line else answer
+    return kept.split() == (question.answer or "").split()
 
 
 def recovered_share(bare: float | None, best: float | None, memory: float | None) -> float | None:

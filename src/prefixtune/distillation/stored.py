@@ -10,11 +10,14 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.documents import Question
 from prefixtune.distillation.inputs import Job
+from prefixtune.distillation.teacher import teaches_on_student
 from prefixtune.errors import CheckpointError, DataError
+from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.utils.files import write_text
 
 __all__ = [
@@ -65,7 +68,8 @@ def read_prepared(job: Job, num_chunks: int) -> tuple[list[Question], list[Quest
         for line in read_text(path).removesuffix("\n").split("\n"):
             row: dict[str, Any] = json.loads(line)
             held_out = row.pop("held_out")
-            parts[held_out].append(_checked(Question(**row), held_out, num_chunks))
+            question = _checked(Question(**row), held_out, num_chunks)
+            parts[held_out].append(question)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DataError) as error:
         raise CheckpointError(
             f"{str(path)!r} does not hold the questions of a run.", hint="delete it: they are made again."
@@ -105,13 +109,18 @@ def with_answers(questions: Sequence[Question], answers: Sequence[tuple[str, boo
 # --- what they were made from ----------------------------------------------------------------------------------------
 
 
-def write_sources(config: DistillConfig, job: Job) -> None:
+def write_sources(config: DistillConfig, job: Job, student: Backbone) -> None:
     """Keep the hashes of what a memory is made from."""
-    write_text(job.output / SOURCES_FILE, json.dumps(_sources(config, job), indent=1) + "\n")
+    write_text(job.output / SOURCES_FILE, json.dumps(_sources(config, job, student), indent=1) + "\n")
 
 
-def check_sources(config: DistillConfig, job: Job) -> None:
+def check_sources(config: DistillConfig, job: Job, student: Backbone) -> None:
     """Refuse to go on with another document, prompt, questions or teacher than those that the run began with.
+
+    Args:
+        config: The options.
+        job: The memory.
+        student: The backbone, which may be the teacher.
 
     Raises:
         CheckpointError: One is another; or the file is damaged.
@@ -127,8 +136,8 @@ def check_sources(config: DistillConfig, job: Job) -> None:
         raise CheckpointError(
             f"{str(path)!r} does not say what a run was made from.", hint="start again in another --output."
         ) from error
-    present = _sources(config, job)
-    others = [name for name, value in present.items() if name in kept and kept[name] != value]
+    present = _sources(config, job, student)
+    others = [name for name, value in present.items() if name in kept and not _is_same(name, kept[name], value)]
     if others:
         raise CheckpointError(
             f"the distillation in {str(job.output)!r} was begun with another {' and another '.join(others)}.",
@@ -136,7 +145,12 @@ def check_sources(config: DistillConfig, job: Job) -> None:
         )
 
 
-def _sources(config: DistillConfig, job: Job) -> dict[str, Any]:
+def _is_same(name: str, one: object, other: Any) -> bool:
+    """Whether a source is the one that was kept; a backbone may have been rounded to another dtype."""
+    return one == other or (name == "backbone" and fingerprints_match(str(one), other))
+
+
+def _sources(config: DistillConfig, job: Job, student: Backbone) -> dict[str, Any]:
     """A hash by what is learned from; settings as they are."""
     hashes: dict[str, Any] = {
         "teacher": _teacher_hash(config.teacher),
@@ -147,6 +161,9 @@ def _sources(config: DistillConfig, job: Job) -> dict[str, Any]:
     if config.subject != "document" or not job.answered:
         # The teacher answers these too; otherwise only the report reads them.
         hashes["test"] = _hash(job.test)
+        hashes["dtype"] = student.dtype_name
+        if teaches_on_student(config):
+            hashes["backbone"] = student.fingerprint
         hashes |= {name: json.loads(json.dumps(getattr(config, name))) for name in _SETTINGS}
     return hashes
 
@@ -164,7 +181,7 @@ def _teacher_hash(teacher: str) -> str:
         return teacher
     files = [root] if root.is_file() else sorted(path for path in root.iterdir() if path.is_file())
     for path in files:
-        if path.suffix not in (".safetensors", ".json", ".bin", ".toml"):
+        if path.suffix not in (".safetensors", ".gguf", ".json", ".bin", ".toml"):
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())

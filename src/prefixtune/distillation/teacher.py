@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import check_loadable, load_backbone
+from prefixtune.backbone.load import check_loadable, check_size, load_backbone
 from prefixtune.backbone.loss import label_logits
-from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.backbone.prefixes import load_prefix, trained_adapter
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
@@ -39,6 +39,7 @@ __all__ = [
     "load_teacher",
     "store_labels",
     "stored_labels",
+    "teaches_on_student",
     "with_labels",
 ]
 
@@ -80,8 +81,17 @@ def _kind(path: str) -> tuple[str, Path]:
     return "model", root
 
 
-def check_teacher(config: DistillConfig) -> None:
+def teaches_on_student(config: DistillConfig) -> bool:
+    """Whether the student itself teaches: as it is, or with a prefix or an adapter on it."""
+    return not config.teacher or _kind(config.teacher)[0] in ("prefix", "adapter")
+
+
+def check_teacher(config: DistillConfig, *, loads_backbone: bool = True) -> None:
     """Refuse, before anything is loaded, a teacher that is not there or does not go with the rest.
+
+    Args:
+        config: The options.
+        loads_backbone: The student is loaded as the options say; False: a caller gives it.
 
     Raises:
         PrefixError: It is not; the message says why.
@@ -92,17 +102,41 @@ def check_teacher(config: DistillConfig) -> None:
     if kind == "weights":
         load_weights(path)
     elif kind == "prefix":
-        load_prefix(path)
-        if config.document or config.prompt:
-            raise ConfigError(
-                f"the teacher {config.teacher!r} is a prefix, and a document or a prompt would stand in its place.",
-                hint="name a model or a run of another method, or leave --document and --prompt out.",
-            )
+        _check_prefix(config, path, load_prefix(path), loads_backbone=loads_backbone)
     else:
         name, adapter = (config.backbone, str(path)) if kind == "adapter" else (config.teacher, None)
         check_loadable(name, dtype=config.dtype, device=config.device, quantize="", adapter=adapter)
         if kind == "model":
             _check_token_files(Path(config.backbone), path)
+
+
+def _check_prefix(config: DistillConfig, path: Path, prefix: Prefix, *, loads_backbone: bool) -> None:
+    """Refuse a prefix that cannot teach.
+
+    Raises:
+        BackboneError: Its shapes are not the student's.
+        ConfigError: It writes no text, stands where a text would be in view, or was trained with another adapter.
+    """
+    if config.document or config.prompt:
+        raise ConfigError(
+            f"the teacher {config.teacher!r} is a prefix, and a document or a prompt would stand in its place.",
+            hint="name a model or a run of another method, or leave --document and --prompt out.",
+        )
+    if prefix.head is not None:
+        raise ConfigError(
+            f"the teacher {config.teacher!r} gives labels by a head, and writes no text to learn from.",
+            hint="name a prefix that generates, or train one for the labels (`prefixtune train --classifier`).",
+        )
+    if not loads_backbone:
+        return
+    check_size(prefix, config.backbone)
+    adapter = trained_adapter([path], [prefix])
+    if bool(adapter) != bool(config.adapter):
+        how = f"with the adapter {adapter!r}" if adapter else "without an adapter"
+        raise ConfigError(
+            f"the teacher {config.teacher!r} was trained {how}, but adapter is {config.adapter!r}.",
+            hint=f"give --adapter {adapter}, which the new prefix then needs, too." if adapter else "leave it out.",
+        )
 
 
 def _check_token_files(student: Path, teacher: Path) -> None:

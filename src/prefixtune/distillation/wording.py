@@ -9,11 +9,12 @@ import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.chat import end_ids, has_chat_template, literal_format
+from prefixtune.data.chat import chat_format, end_ids, has_chat_template, literal_format
+from prefixtune.data.encoding import default_format
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat
+from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
 __all__ = ["Wording", "check_view", "choose_wording", "in_view"]
 
@@ -91,54 +92,72 @@ def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: Te
     Args:
         config: The options.
         backbone: The student.
-        teacher_format: What the teacher was trained with; None: nothing.
+        teacher_format: What the teacher was trained with; None: nothing. It is then asked as for a prompt; an
+            encoder-decoder reads the input alone.
 
     Raises:
-        ConfigError: A chat template is asked for, and the backbone has none, or one without a system message; or the
-            teacher's ends an answer with another token than the backbone's.
+        ConfigError: A chat template is asked for, and the backbone has none, or one without a system message before a
+            text; or its answers end with another token than the backbone's.
     """
-    ask: Literal["plain", "chat", "teacher"]
-    if config.ask != "auto":
-        ask = config.ask
-    elif config.subject == "document":
-        ask = "plain"
-    elif teacher_format is not None:
-        ask = "teacher"
-    elif config.subject == "prompt" and has_chat_template(backbone):
-        ask = "chat"
-    else:
-        ask = "plain"
+    ask = _ask(config, backbone, teacher_format)
+    if ask == "chat" and not has_chat_template(backbone):
+        raise ConfigError(f"{backbone.name!r} has no chat template.", hint="use --ask plain.")
     if ask == "teacher" and teacher_format is not None:
-        if end_ids(backbone, teacher_format):
-            raise ConfigError(
-                f"the teacher's chat template ends an answer with {teacher_format.end!r}, which is not the end token "
-                f"{backbone.end!r} of {backbone.name!r}, so that its answers would not end here.",
-                hint="choose --ask plain or chat.",
-            )
-        literal = literal_format(backbone, teacher_format)
-        wording = Wording(literal.prompt, literal.target, tuned=True)
+        wording = replace(_single_turn(backbone, teacher_format), tuned=True)
+    elif ask == "chat" and config.subject == "teacher":
+        wording = _single_turn(backbone, chat_format(backbone, MODEL_TEMPLATE))
     elif ask == "chat":
         wording = _chat_wording(backbone)
-    elif config.subject == "teacher":
-        wording = Wording(TextFormat().prompt, TextFormat().target)
+    elif backbone.kind != "decoder":
+        own = default_format(backbone)
+        wording = Wording(own.prompt, own.target)
     else:
-        wording = Wording(*_PLAIN[config.subject])
+        wording = Wording(*_PLAIN["document" if config.subject == "document" else "prompt"])
     if config.prompt_format:
         wording = replace(wording, prompt=config.prompt_format, bare="")
     wording = replace(wording, target=config.target_format or wording.target)
-    # What a prompt asks for may have lines; what a document is asked about, and a trained teacher, answers in one.
-    lines = config.subject == "prompt" and not wording.tuned and not wording.prompt.startswith("{source}")
+    # What an input asks for may have lines; what a document is asked about, and a trained teacher, answers in one.
+    lines = config.subject != "document" and not wording.tuned and not wording.prompt.startswith("{source}")
     return wording.of_lines() if lines else wording
+
+
+def _ask(
+    config: DistillConfig, backbone: Backbone, teacher_format: TextFormat | None
+) -> Literal["plain", "chat", "teacher"]:
+    """How questions are asked; the default depends on what is learned."""
+    if config.ask != "auto":
+        return config.ask
+    if config.subject == "document":
+        return "plain"
+    if teacher_format is not None:
+        return "teacher"
+    # No text stands before a teacher's question, so that any template will do whose answers end where they end here.
+    ends_here = config.subject == "prompt" or not end_ids(backbone)
+    return "chat" if has_chat_template(backbone) and ends_here else "plain"
+
+
+def _single_turn(backbone: Backbone, text_format: TextFormat) -> Wording:
+    """A text format's wording of a question that no text stands before.
+
+    Raises:
+        ConfigError: Its answers end with another token than the backbone's.
+    """
+    if end_ids(backbone, text_format):
+        raise ConfigError(
+            f"the chat template ends an answer with {text_format.end!r}, which is not the end token {backbone.end!r} "
+            f"of {backbone.name!r}, so that the teacher's answers would not end here.",
+            hint="choose --ask plain.",
+        )
+    literal = literal_format(backbone, text_format)
+    return Wording(literal.prompt, literal.target)
 
 
 def _chat_wording(backbone: Backbone) -> Wording:
     """The user's turn of the chat template, which follows a system message.
 
     Raises:
-        ConfigError: The backbone has no template, or one in which no system message stands apart.
+        ConfigError: In its template no system message stands apart.
     """
-    if not has_chat_template(backbone):
-        raise ConfigError(f"{backbone.name!r} has no chat template.", hint="use --ask plain.")
     system = _render(backbone, [("system", "S")], prompt=False)
     whole = _render(backbone, [("system", "S"), ("user", "{source}")], prompt=True)
     turn = whole.removeprefix(system)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.errors import BackboneError
+from prefixtune.explain.start import are_counts, is_beginning
 from prefixtune.explain.subject import Subject
 from prefixtune.explain.view import View
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.rotation import Rotation
+from prefixtune.training.starts.compaction import evenly_spaced
 
-__all__ = ["WORDS", "cosines", "nearest_view", "turned_back"]
+__all__ = ["WORDS", "cosines", "key_positions", "nearest_view", "turned_back"]
 
 
 WORDS = (
@@ -35,6 +38,8 @@ WORDS = (
 """Common words, for a corpus where no data is given."""
 _LONGEST, _TOP = 64, 3
 """Tokens of a text that is run at once, and the neighbours that are kept."""
+_MOST_TOKENS, _MOST_POSITIONS = 2**31, 2**20
+"""Of a text that a header names, and of what is kept of all of them."""
 Part = Literal["keys", "values"]
 
 
@@ -45,7 +50,9 @@ def nearest_view(subject: Subject) -> View:
     if len(texts) > 1:
         probes["text"] = _run(subject, texts[0][1])
     rotation = _rotation(subject)
-    probes = {name: turned_back(probe, rotation) for name, probe in probes.items()}
+    positions = {name: key_positions(probe) for name, probe in probes.items()}
+    probes = {name: turned_back(probe, rotation, positions[name]) for name, probe in probes.items()}
+    unknown = {name for name in probes if rotation is not None and positions[name] is None}
     found = {name: _Neighbours(probe.prefix_length) for name, probe in probes.items()}
     tokens = 0
     for index in subject.timed(range(len(texts))):
@@ -53,7 +60,7 @@ def nearest_view(subject: Subject) -> View:
         tokens += len(ids)
         for part, one in _cosines_by_probe(subject, probes, rotation, ids):
             for name, matrix in one.items():
-                if name != "text" or index:
+                if (name != "text" or index) and (part != "keys" or name not in unknown):
                     found[name].add(part, matrix, [(source, _context(subject, ids, at)) for at in range(len(ids))])
     numbers = {
         "corpus": corpus,
@@ -62,8 +69,23 @@ def nearest_view(subject: Subject) -> View:
         "mean_best": found["prefix"].means(),
         "controls": {name: each.means() for name, each in found.items() if name != "prefix"},
     }
-    note = "Keys also hold their position: a token's count as it stood in its text."
-    return View("nearest", numbers, (note,) if rotation is None else ())
+    return View("nearest", numbers, tuple(_notes(subject.prefix, rotation, positions["prefix"])))
+
+
+def _notes(prefix: Prefix, rotation: Rotation | None, positions: Sequence[int] | None) -> Iterator[str]:
+    """What a reader should know of the cosines of keys."""
+    if rotation is None:
+        yield "Keys also hold their position: a token's count as it stood in its text."
+    elif positions is None:
+        yield (
+            "Keys are left out: the start was compacted by 'match', in each head from other positions of its text, "
+            "which the file does not name."
+        )
+    elif not is_beginning(prefix.header.get("composition")) or _start_of(prefix).get("kind") == "prefix":
+        yield (
+            "Keys are compared as if each stood at its position in the prefix: the file does not say whether what it "
+            "was made of was compacted from a longer text."
+        )
 
 
 def _rotation(subject: Subject) -> Rotation | None:
@@ -77,11 +99,62 @@ def _rotation(subject: Subject) -> Rotation | None:
     return rotation if rotation.layers else None
 
 
-def turned_back(prefix: Prefix, rotation: Rotation | None) -> Prefix:
-    """A prefix whose keys are turned to what they were at position 0, each from its own position; None: unchanged."""
+def key_positions(prefix: Prefix) -> Sequence[int] | None:
+    """Where each key of a decoder's prefix stood in its start; None: the header does not tell.
+
+    A text of T tokens that was compacted to P positions ends where these end, so that its own position p stands at
+    p + P - T, which may be negative.
+    """
+    own = range(prefix.prefix_length)
+    start = _start_of(prefix)
+    blocks = _blocks(start)
+    if start.get("compaction") == "match" and any(tokens > length for tokens, length in blocks):
+        return None
+    # The header may say anything, so that little is computed.
+    count = sum(length for _, length in blocks)
+    if not (is_beginning(prefix.header.get("composition")) and len(own) <= count <= _MOST_POSITIONS):
+        return own
+    ends = itertools.accumulate(length for _, length in blocks)
+    positions = [
+        end - tokens + position
+        for end, (tokens, length) in zip(ends, blocks, strict=True)
+        for position in evenly_spaced(tokens, length).tolist()
+    ]
+    return positions[: len(own)]
+
+
+def _start_of(prefix: Prefix) -> Mapping[str, Any]:
+    return prefix.header.get("initialization") or {}
+
+
+def _blocks(start: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The tokens of each text that a prefix started from, and how many were kept; none: its positions are its own."""
+    tokens, lengths = start.get("tokens"), start.get("lengths")
+    if start.get("kind") == "text":
+        pair = [tokens, start.get("turned_back")]
+        if not are_counts(pair, most=_MOST_TOKENS):
+            return []
+        tokens, lengths = [pair[0]], [pair[0] - pair[1]]
+    elif start.get("kind") != "examples" or start.get("attention") != "own":
+        return []
+    if not (are_counts(tokens, most=_MOST_TOKENS) and are_counts(lengths, most=_MOST_TOKENS)):
+        return []
+    blocks = list(zip(tokens, lengths, strict=False))
+    return blocks if all(1 <= length <= count for count, length in blocks) else []
+
+
+def turned_back(prefix: Prefix, rotation: Rotation | None, positions: Sequence[int] | None = None) -> Prefix:
+    """A prefix whose keys are turned to what they were at position 0.
+
+    Args:
+        prefix: A prefix.
+        rotation: How its keys turn; None: it is returned unchanged.
+        positions: Where each key stands; None: each at its position in the prefix.
+    """
     if rotation is None:
         return prefix
-    moved = [rotation.turn(prefix[at : at + 1], -at).layers for at in range(prefix.prefix_length)]
+    stand = range(prefix.prefix_length) if positions is None else positions
+    moved = [rotation.turn(prefix[index : index + 1], -at).layers for index, at in enumerate(stand)]
     return Prefix(
         {
             site: tuple(
@@ -127,7 +200,7 @@ def _corpus(subject: Subject) -> tuple[list[tuple[str, list[int]]], str]:
         name, rows = "the data", [[*row.prompt, *_target(subject, row.targets[0])] for row in subject.tokenized]
     else:
         name, rows = "a list of common words", [backbone.encode(f" {WORDS}")]
-    started = (subject.prefix.header.get("initialization") or {}).get("text")
+    started = _start_of(subject.prefix).get("text")
     pieces = [("start", backbone.encode(started))] if isinstance(started, str) and started else []
     pieces += [(name, row[first : first + _LONGEST]) for row in rows for first in range(0, len(row), _LONGEST)]
     kept: list[tuple[str, list[int]]] = []

@@ -17,7 +17,7 @@ from prefixtune.training.starts.examples import from_examples
 from prefixtune.training.starts.source import stored_text
 from prefixtune.training.starts.words import from_words
 
-__all__ = ["find_start"]
+__all__ = ["are_counts", "find_start", "is_beginning"]
 
 
 def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()) -> tuple[Prefix | None, str]:
@@ -38,7 +38,7 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
     kind, text = stored["kind"], stored_text(stored)
     if prefix.header.get("method") == "prompt":
         return None, "a prompt at the input layer starts from embeddings, which are no keys and values."
-    if not _is_beginning(prefix.header.get("composition")):
+    if not is_beginning(prefix.header.get("composition")):
         return None, "the prefix was cut at its start or joined after training: its positions are not its start's."
     if kind == "words" and text is None and "text" in stored:
         return None, "training started from words of which the file holds the beginning only."
@@ -52,7 +52,7 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
     return None, f"training started from {kind!r}, whose keys and values the file does not hold."
 
 
-def _is_beginning(composition: object) -> bool:
+def is_beginning(composition: object) -> bool:
     """Whether a header says that the prefix is as it was trained, or the first positions of that."""
     if composition is None:
         return True
@@ -83,7 +83,7 @@ def _find_examples(
             out = held_out_rows(train, share, seed)
             train = [example for example, is_out in zip(train, out, strict=True) if not is_out]
     other = "training started from examples that are not those of --train (in number, order or length)."
-    if not _are_counts(indices, most=len(train) - 1) or len(indices) > prefix.prefix_length:
+    if not are_counts(indices, most=len(train) - 1) or len(indices) > prefix.prefix_length:
         return None, other
     chosen = [train[index] for index in indices]
     labels, text_format = labels_of(prefix), format_of(backbone, prefix)
@@ -95,7 +95,7 @@ def _find_examples(
         return None, other
     rows = [(*prompt, *target) for prompt, target in encode_pairs(backbone, text_format, chosen)]
     alone, lengths = stored.get("attention") == "own", stored.get("lengths")
-    if [len(row) for row in rows] != tokens or not _are_counts(lengths, most=max(map(len, rows))):
+    if [len(row) for row in rows] != tokens or not are_counts(lengths, most=max(map(len, rows))):
         return None, other
     if len(lengths) != len(rows) or any(not 1 <= kept <= len(row) for kept, row in zip(lengths, rows, strict=True)):
         return None, other
@@ -108,6 +108,6 @@ def _find_examples(
     return _like(prefix, Prefix(layers)), f"the training examples {', '.join(map(str, indices))}"
 
 
-def _are_counts(value: object, *, most: int) -> TypeGuard[list[int]]:
+def are_counts(value: object, *, most: int) -> TypeGuard[list[int]]:
     """Whether a header's value is a list of whole numbers from 0 to `most`."""
     return isinstance(value, list) and all(type(one) is int and 0 <= one <= most for one in value)

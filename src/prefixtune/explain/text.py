@@ -54,7 +54,7 @@ def _loss(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _nearest(found: Mapping[str, Any]) -> Iterator[str]:
     means = {"this prefix": found["mean_best"], **{name_of(k): v for k, v in found["controls"].items()}}
-    for part in ("keys", "values"):
+    for part in (part for part in ("keys", "values") if found["mean_best"][part] is not None):
         cosines = [f"{name} {fixed(each[part], 3)}" for name, each in means.items()]
         yield f"cosine of the nearest token by {part}: {'; '.join(cosines)}"
     first = [row["values"][0]["token"] for row in found["positions"][:12] if row["values"]]

@@ -305,16 +305,25 @@ def _read(path: Path, prefix: Prefix | None) -> list[dict[str, Any]]:
     path = path / _EVALUATION if path.is_dir() else path
     try:
         return [_check(_read_json(path), repr(str(path)))]
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} holds no scores: {error}.", hint=hint) from error
 
 
 def _read_json(path: Path) -> Any:
+    """A file's content.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is too long, too deep or no JSON.
+    """
     with open(path, encoding="utf-8") as handle:
         text = handle.read(_MOST_BYTES + 1)
     if len(text) > _MOST_BYTES:
         raise ValueError(f"it has more than {_MOST_BYTES:,} characters")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
 
 
 def _check(evaluation: Any, what: str) -> dict[str, Any]:
@@ -329,7 +338,7 @@ def _check(evaluation: Any, what: str) -> dict[str, Any]:
         facts = {name: evaluation[name] for name in _FACTS}
         facts["num_examples"] = int(facts["num_examples"])
         scores = {str(name): _check_score(score) for name, score in evaluation["scores"].items()}
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{what} holds no scores: {short_repr(str(error))}.",
             hint="give the folder that `prefixtune evaluate --output` wrote.",

@@ -41,7 +41,7 @@ def content_hash(prefix: Prefix) -> str:
 def lead_header(prefixes: Sequence[Prefix], lead: int) -> dict[str, Any]:
     """The header of a composed prefix, but for its parts: what the leading part says, or the next before it that does.
 
-    Text format and task go together, so that they come from one part.
+    Task, form and text format go together, so that they come from one part.
     """
     order = [prefixes[lead], *reversed(prefixes[:lead]), *prefixes[lead + 1 :]]
     header: dict[str, Any] = {}
@@ -52,7 +52,7 @@ def lead_header(prefixes: Sequence[Prefix], lead: int) -> dict[str, Any]:
     speaking = next(
         (prefix.header for prefix in order if prefix.header.get("text_format") is not None), order[0].header
     )
-    header |= {name: speaking[name] for name in ("task", "text_format") if speaking.get(name) is not None}
+    header |= {name: speaking[name] for name in ("task", "form", "text_format") if speaking.get(name) is not None}
     if "text_format" in header:
         header["text_format"] = _widen(header["text_format"], prefixes)
     if prefixes[lead].header.get("labels"):

@@ -142,16 +142,17 @@ def check_header(header: Mapping[str, Any], what: str) -> None:
     """
     for field, kind in HEADER_FIELDS.items():
         name, _, inner = field.partition(".")
-        value = header.get(name)
-        if inner:
-            # The object itself comes earlier in the list.
-            value = value.get(inner) if isinstance(value, Mapping) else None
+        # The object itself comes earlier in the list.
+        owner, key = (header.get(name, {}), inner) if inner else (header, name)
+        if key not in owner:
+            continue
+        value = owner[key]
         fits = isinstance(value, Mapping if kind is dict else (list, tuple) if kind is list else kind)
         if fits and kind is list:
-            fits = all(isinstance(item, str) for item in value or ())
-        if value is not None and not fits:
+            fits = all(isinstance(item, str) for item in value)
+        if not fits:
             raise CheckpointError(
-                f"the header of {what} has {field} {str(value)[:80]!r}, but it must be {_TYPE_NAMES[kind]}.",
+                f"the header of {what} has {field} {_shown(value)}, but it must be {_TYPE_NAMES[kind]}.",
                 hint="docs/format.md lists the fields; get the file again.",
             )
     labels = header.get("labels")
@@ -165,6 +166,10 @@ def check_header(header: Mapping[str, Any], what: str) -> None:
         read_text_format(header)
     except CheckpointError as error:
         raise CheckpointError(f"{what} cannot be used: {error.message}", hint=error.hint) from error
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else repr(str(value)[:80])
 
 
 def check_storable(header: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
 from prefixtune.explain.view import SHOWS, TITLES, View
-from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.starts.words import from_words
 
@@ -84,6 +85,34 @@ def test_rows_that_can_be_read_in_two_ways_are_read_as_asked(folder: Path, tmp_p
     assert "--form prompt or --form question" in " ".join(err.split())
     found = [json.loads(run(*words, "--form", form, "--json")[0]) for form in ("prompt", "question")]
     assert found[0]["views"]["loss"]["labels"] < found[1]["views"]["loss"]["labels"]
+
+
+def test_data_of_joined_prefixes_are_read_as_the_joined_one_reads_them(folder: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(folder / "model", device="cpu", dtype="float32")
+    style = tmp_path / "style.safetensors"
+    save_prefix(style, Prefix(from_words(backbone, "in style", 2).layers, make_header(backbone)))
+    both = f"{style}+{folder / 'a.safetensors'}"
+    words = ["--data", str(folder / "rows.jsonl"), "--rows", "2", "--views", "loss", "--json"]
+    found = [
+        json.loads(run("explain", prefix, *words, "--output", str(tmp_path / "page.html"), "--device", "cpu")[0])
+        for prefix in (both, str(folder / "a.safetensors"))
+    ]
+    assert found[0]["task"] == "records"
+    assert found[0]["prefix_length"] == {"decoder": 5}
+    assert found[0]["views"]["loss"]["labels"] == found[1]["views"]["loss"]["labels"]
+
+
+def test_prefixes_that_cannot_be_joined_are_refused_before_the_model_loads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixtune.backbone.load.load_backbone", lambda *_, **__: pytest.fail("it was loaded"))
+    long = tmp_path / "long.safetensors"
+    save_prefix(long, concatenate([read_artifact(folder / "a.safetensors")] * 60))
+    joined = "+".join([str(long)] * 3)
+    _, err = run("explain", joined, "--data", "lost.jsonl", "--output", str(tmp_path / "page.html"), code=2)
+    assert "lost.jsonl does not exist" in err
+    _, err = run("explain", joined, "--output", str(tmp_path / "page.html"), code=2)
+    assert err.startswith("error: joined, the prefixes take 540 positions, but the model has 512")
 
 
 def test_without_data_what_needs_it_is_left_out(folder: Path, tmp_path: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+import prefixtune.distillation.questioning as questioning
 import prefixtune.distillation.report as module
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.distillation.config import QuestionKind
 from prefixtune.distillation.documents import Question
-from prefixtune.distillation.questioning import answer_questions, hold_out
+from prefixtune.distillation.questioning import answer_questions, hold_out, make_questions
 from prefixtune.distillation.report import closing_tokens, encode_taught, read_test
 from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import Wording
@@ -71,12 +74,40 @@ def test_answers_of_several_lines_can_be_exact(backbone: Backbone, monkeypatch: 
 
 
 def test_of_several_answers_to_a_question_any_is_right(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        module, "answer_questions", lambda _, questions, *args, **options: [("Mira", True)] * len(questions)
-    )
-    test = [Question("Who?", "Mira"), Question("Who?", "Mira Stone"), Question("Where?", "Ashby")]
-    reading = read_test(Teacher(backbone, "t"), test, [], [None] * 3, [], WORDING, batch_size=2)
+    asked: list[str] = []
+    done: list[int] = []
+
+    def answer(_: Any, questions: list[str], *__: Any, on_batch: Any, **___: Any) -> list[tuple[str, bool]]:
+        asked.extend(questions)
+        on_batch(len(questions))
+        return [("Mira\nStone", True)] * len(questions)
+
+    monkeypatch.setattr(module, "answer_questions", answer)
+    test = [Question("Who?", one) for one in ("Nina", "Mira", "Mira\nMoon")] + [Question("Where?", "Ashby")]
+    reading = read_test(Teacher(backbone, "t"), test, [], [None] * 4, [], WORDING, batch_size=2, on_batch=done.append)
     assert reading.exact == 1
+    # Each is answered once.
+    assert sorted(asked) == ["Where?", "Who?"]
+    assert done == [1, 2]
+
+
+def make(kinds: tuple[QuestionKind, ...], count: int, backbone: Backbone) -> list[Question]:
+    chunks = ["The Owl goes to Ashby. The Fox goes to Dover."]
+    teacher = Teacher(backbone, "t")
+    return make_questions(teacher, chunks, [], count=count, kinds=kinds, seed=1, batch_size=2, on_batch=lambda _: None)
+
+
+def test_paraphrases_are_made_of_facts_in_whatever_order_they_are_named(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = itertools.count()
+    monkeypatch.setattr(questioning, "_ask", lambda _, prompts, *__: [f"Who is {next(numbers)}?" for _ in prompts])
+    one, other = make(("paraphrase", "fact"), 6, backbone), make(("fact", "paraphrase"), 6, backbone)
+    assert (
+        [question.kind for question in one]
+        == [question.kind for question in other]
+        == ["fact"] * 3 + ["paraphrase"] * 3
+    )
 
 
 def test_held_out_questions_share_no_sentence_and_no_name_with_the_others() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,8 @@ def test_questions_come_back_whatever_ends_a_line(tmp_path: Path) -> None:
         {"chunk": True},
         {"kind": []},
         {"held_out": "no"},
+        {"held_out": 2},
+        {"held_out": 1},
         {"ended": 1},
         {"more": 1},
     ],
@@ -69,25 +72,54 @@ def test_damaged_questions_are_named(tmp_path: Path, wrong: dict[str, Any]) -> N
         ("teacher", {"teacher": "other"}),
     ],
 )
-def test_another_source_is_refused_by_name(tmp_path: Path, name: str, changed: dict[str, Any]) -> None:
+def test_another_source_is_refused_by_name(
+    tmp_path: Path, backbone: Backbone, name: str, changed: dict[str, Any]
+) -> None:
     asked = (Question("Where?", "a"),)
     config = DistillConfig(document="doc.txt", questions="q.jsonl", teacher="one")
-    write_sources(config, job(tmp_path, questions=asked))
-    check_sources(config, job(tmp_path, questions=asked))
+    write_sources(config, job(tmp_path, questions=asked), backbone)
+    check_sources(config, job(tmp_path, questions=asked), backbone)
     other = config.replace(teacher=changed.pop("teacher")) if "teacher" in changed else config
     with pytest.raises(CheckpointError, match=f"begun with another {name}"):
-        check_sources(other, job(tmp_path, **{"questions": asked, **changed}))
+        check_sources(other, job(tmp_path, **{"questions": asked, **changed}), backbone)
 
 
-def test_a_teacher_with_other_weights_is_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["prefix.safetensors", "model.gguf"])
+def test_a_teacher_with_other_weights_is_another(tmp_path: Path, backbone: Backbone, name: str) -> None:
     teacher = tmp_path / "teacher"
     teacher.mkdir()
-    (teacher / "prefix.safetensors").write_bytes(b"one")
+    (teacher / name).write_bytes(b"one")
     config = DistillConfig(teacher=str(teacher), data="d.jsonl")
-    write_sources(config, job(tmp_path, ""))
-    (teacher / "prefix.safetensors").write_bytes(b"two")
+    write_sources(config, job(tmp_path, ""), backbone)
+    (teacher / name).write_bytes(b"two")
     with pytest.raises(CheckpointError, match="another teacher"):
-        check_sources(config, job(tmp_path, ""))
+        check_sources(config, job(tmp_path, ""), backbone)
+
+
+@pytest.mark.parametrize("teacher", ["", "prefix.safetensors", "adapter", "model"])
+def test_a_backbone_that_teaches_is_known_again(
+    tmp_path: Path, backbone: Backbone, tiny_backbone: Callable[..., Any], teacher: str
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    config = DistillConfig(prompt="p.txt", data="d.jsonl", teacher=str(tmp_path / teacher) if teacher else "")
+    write_sources(config, job(tmp_path), backbone)
+    other = tiny_backbone("llama", max_position_embeddings=512, seed=1)
+    if teacher == "model":
+        check_sources(config, job(tmp_path), other)
+    else:
+        with pytest.raises(CheckpointError, match="begun with another backbone"):
+            check_sources(config, job(tmp_path), other)
+    rounded = Backbone.from_model(copy.deepcopy(backbone.model).bfloat16(), backbone.tokenizer, backbone.name)
+    with pytest.raises(CheckpointError, match="begun with another dtype"):
+        check_sources(config, job(tmp_path), rounded)
+
+
+def test_given_answers_need_no_teacher(tmp_path: Path, tiny_backbone: Callable[..., Any]) -> None:
+    asked = (Question("Where?", "a"),)
+    config = DistillConfig(document="doc.txt", questions="q.jsonl")
+    write_sources(config, job(tmp_path, questions=asked), tiny_backbone("llama"))
+    check_sources(config, job(tmp_path, questions=asked), tiny_backbone("llama", seed=1))
 
 
 @pytest.mark.parametrize("content", ["[]", "no json", '{"training": "x"}', '{"training": NaN}', '{"training": -1}'])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,29 @@ def test_auto(backbone: Backbone) -> None:
     assert choose_wording(DistillConfig(prompt="p", data="d"), backbone, None).prompt == "Input: {source}\nOutput:"
 
 
+def test_a_teacher_without_a_format_of_its_own_is_asked_as_for_a_prompt(
+    backbone: Backbone, tiny_backbone: Callable[..., Any]
+) -> None:
+    teacher = DistillConfig(teacher="t", data="d")
+    turn = backbone.end.join(("{% for m in messages %}<{{ m.role }}>{{ m.content }}", "\n{% endfor %}<assistant>"))
+    # No text stands before the question: a template without a system message will do.
+    alone = turn.replace("{% for", "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{% for")
+    wording = choose_wording(teacher, with_template(backbone, alone), None)
+    assert (wording.prompt, wording.target) == (f"<user>{{source}}{backbone.end}\n<assistant>", "{target}")
+    assert not wording.tuned
+    plain = choose_wording(teacher, backbone, None)
+    assert (plain.prompt, plain.target, plain.stop) == ("Input: {source}\nOutput:", " {target}\n", ("\nInput:",))
+    reader = choose_wording(teacher, tiny_backbone("bart"), None)
+    assert (reader.prompt, reader.target) == ("{source}", "{target}")
+
+
+def test_a_chat_template_whose_answers_end_elsewhere_is_no_default_for_a_teacher(backbone: Backbone) -> None:
+    other = with_template(backbone, "{% for m in messages %}<{{ m.role }}>{{ m.content }}<pad>{% endfor %}")
+    assert choose_wording(DistillConfig(teacher="t", data="d"), other, None).prompt == "Input: {source}\nOutput:"
+    with pytest.raises(ConfigError, match="ends an answer with '<pad>'"):
+        choose_wording(DistillConfig(teacher="t", data="d", ask="chat"), other, None)
+
+
 def test_a_text_in_view_as_a_prefix_is_the_text_in_view(backbone: Backbone) -> None:
     wording = choose_wording(config(), backbone, None)
     prefix = in_view(backbone, wording, "The Owl goes to Ashby.")
@@ -101,6 +125,20 @@ def test_who_has_a_text_in_view_is_checked_before_anything_is_made(
     hybrid = Backbone.from_model(make_model("lfm2", tiny_tokenizer), tiny_tokenizer, "lfm2")
     with pytest.raises(ConfigError, match="does not read all of a text that is in view"):
         distill(backbone=hybrid, **options)
+    assert not Path(options["output"]).exists()
+
+
+def test_documents_that_cannot_train_together_are_refused_before_anything_is_made(
+    options: dict[str, Any], tiny_backbone: Callable[..., Any], tmp_path: Path
+) -> None:
+    alone = tiny_backbone("llama", max_position_embeddings=512)
+    alone = dataclasses.replace(alone, layout=dataclasses.replace(alone.layout, packable=False))
+    (tmp_path / "docs").mkdir()
+    for name in ("owl", "fox"):
+        (tmp_path / "docs" / f"{name}.txt").write_text("The Owl goes to Ashby from platform B.")
+    own = {**options, "document": str(tmp_path / "docs"), "questions": "self", "test": ""}
+    with pytest.raises(ConfigError, match=r"beside is 'self', but .* reads no packed rows"):
+        distill(backbone=alone, beside="self", **own)
     assert not Path(options["output"]).exists()
 
 

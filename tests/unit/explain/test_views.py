@@ -26,11 +26,19 @@ from prefixtune.explain.description import UNRELATED, description_view
 from prefixtune.explain.explain import explain
 from prefixtune.explain.likeness import cka, likeness_view, start_view, subspace_overlap
 from prefixtune.explain.losses import row_losses
-from prefixtune.explain.nearest import _Neighbours, cosines, nearest_view, turned_back
+from prefixtune.explain.nearest import _Neighbours, cosines, key_positions, nearest_view, turned_back
+from prefixtune.explain.page import compose
 from prefixtune.explain.subject import Limits
+from prefixtune.explain.text import lines
 from prefixtune.explain.view import SHOWS, TITLES
+from prefixtune.pages.page import to_html
+from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.compaction import evenly_spaced
+from prefixtune.training.starts.examples import from_examples
+from prefixtune.training.starts.text import from_text
 from prefixtune.training.starts.words import from_words
 
 Make = Callable[..., Any]
@@ -214,6 +222,82 @@ def test_keys_are_compared_as_at_one_position(tiny_backbone: Make) -> None:
     assert torch.allclose(same[:, :1], key[:, :1])
     assert torch.equal(value, text.layers["decoder"][0][1])
     assert turned_back(text, None) is text
+
+
+TEXT = "The Owl goes to Ashby at noon, and the Fox to Dover at nine."
+
+
+def from_start(backbone: Backbone, compaction: Any, length: int) -> Prefix:
+    """What training would start from the text with."""
+    config = TrainConfig(train="x", initialization="text", init_text=TEXT, prefix_length=length, compaction=compaction)
+    start = from_text(config, backbone, {"decoder": length})
+    assert start.prefix is not None
+    return Prefix(start.prefix.layers, {"initialization": start.description})
+
+
+def test_keys_of_a_text_that_was_compacted_are_compared_as_where_they_stand(make: Make, tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    prefix = from_start(backbone, "stride", 8)
+    whole = backbone.encode(TEXT)
+    tokens = [backbone.tokenizer.decode([whole[at]]) for at in evenly_spaced(len(whole), 8).tolist()]
+    for part in (prefix, cut(prefix, 5)):
+        view = nearest_view(make(backbone, prefix=part, header=part.header, examples=()))
+        best = [row["keys"][0] for row in view.numbers["positions"]]
+        assert [near["token"] for near in best] == tokens[: part.prefix_length]
+        assert [near["cosine"] for near in best] == pytest.approx([1.0] * part.prefix_length, abs=1e-3)
+        assert view.notes == ()
+
+
+def test_keys_of_examples_that_were_compacted_are_compared_as_where_they_stand(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    rows, lengths = [[7] * 6, [9] * 4, [11] * 5], [3, 4, 2]
+    start = from_examples(backbone, rows, alone=True, lengths=lengths)
+    described = {
+        "kind": "examples",
+        "tokens": [6, 4, 5],
+        "lengths": lengths,
+        "attention": "own",
+        "compaction": "stride",
+    }
+    positions = key_positions(Prefix(start.layers, {"initialization": described}))
+    assert positions == [-3, -1, 2, 3, 4, 5, 6, 4, 8]
+    # In the first layer, a token's key differs by its position alone.
+    back, _ = turned_back(start, backbone.rotation, positions).layers["decoder"][0]
+    for first, last in ((0, 3), (3, 7), (7, 9)):
+        assert torch.allclose(back[:, first:last], back[:, first : first + 1].expand(-1, last - first, -1), atol=1e-4)
+
+
+def test_keys_whose_positions_the_file_does_not_name_are_left_out(make: Make, tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    prefix = from_start(backbone, "match", 8)
+    view = nearest_view(make(backbone, prefix=prefix, header=prefix.header, examples=()))
+    assert [row["keys"] for row in view.numbers["positions"]] == [[]] * 8
+    assert all(row["values"] for row in view.numbers["positions"])
+    assert view.numbers["mean_best"]["keys"] is None
+    assert "Keys are left out" in view.notes[0]
+    assert not any("by keys" in line for line in lines(view))
+    assert "n/a" in to_html(compose([view], [], "x"))
+    joined = concatenate([prefix, prefix], backbone.rotation)
+    (note,) = nearest_view(make(backbone, prefix=joined, header=joined.header, examples=())).notes
+    assert "as if each stood at its position in the prefix" in note
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        {"kind": "text", "tokens": 10**30, "turned_back": 1, "compaction": "stride"},
+        {"kind": "text", "tokens": 8, "turned_back": 9, "compaction": "stride"},
+        {"kind": "text", "tokens": "8", "turned_back": [4], "compaction": ["match"]},
+        {"kind": "examples", "attention": "own", "tokens": [5], "lengths": [2**31 - 1], "compaction": "stride"},
+        {"kind": "examples", "attention": "own", "tokens": 4, "lengths": None, "compaction": "match"},
+        {"kind": "words"},
+    ],
+)
+def test_a_start_that_no_header_of_ours_describes_moves_no_key(
+    start: dict[str, Any], random_prefix: Make, tiny_backbone: Make
+) -> None:
+    made = random_prefix(tiny_backbone("llama"), 4, 1).detach()
+    assert key_positions(Prefix(made.layers, {"initialization": start})) == range(4)
 
 
 def test_without_data_the_corpus_is_a_list_of_words(make: Make) -> None:

@@ -18,6 +18,7 @@ from file_format import checksum_by_hand
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import BackboneError, CheckpointError, PrefixError
+from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.header import read_outline
 from prefixtune.prefix.prefix import Head, Prefix
@@ -140,7 +141,12 @@ def test_other_weights_are_refused_and_may_be_allowed(path: Path, prefix: Prefix
         shape, _, samples = backbone.fingerprint.partition(":")
         assert f"{shape[:8]}:{samples[:8]}" in error.value.message
     assert "allow_other_backbone" in error.value.hint
-    assert load_prefix(path, other, allow_other_backbone=True).equal(prefix)
+    allowed = load_prefix(path, other, allow_other_backbone=True)
+    assert allowed.equal(prefix)
+    # So it is where a prefix is used that was read before.
+    with pytest.raises(BackboneError, match="other weights"):
+        generate(other, ["abc"], load_prefix(path), max_new_tokens=2)
+    generate(other, ["abc"], allowed, max_new_tokens=2)
     assert load_prefix(path, llama).equal(prefix)
 
 

@@ -18,7 +18,8 @@ from prefixtune.errors import ConfigError
 from prefixtune.evaluation.metrics import Score
 from prefixtune.evaluation.records import Evaluation
 from prefixtune.prefix.artifact import read_artifact
-from prefixtune.prefix.card import make_card, read_evaluations
+from prefixtune.prefix.card import find_evaluations, make_card, read_evaluations
+from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.prefix import Prefix
 
 SCORES = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
@@ -138,6 +139,7 @@ def test_figures_may_be_texts(prefix: Prefix) -> None:
         {**EVALUATION, "scores": {"bleu": {"score": "high", "implementation": ""}}},
         {**EVALUATION, "scores": {"bleu": {"score": 1, "implementation": "", "interval": [1]}}},
         {**EVALUATION, "num_examples": None},
+        {**EVALUATION, "num_examples": float("inf")},
         3,
         "no/such/folder",
     ],
@@ -145,6 +147,17 @@ def test_figures_may_be_texts(prefix: Prefix) -> None:
 def test_what_holds_no_scores_is_refused(wrong: Any, prefix: Prefix) -> None:
     with pytest.raises(ConfigError, match="holds no scores"):
         read_evaluations(wrong, prefix)
+
+
+def test_of_the_evaluations_in_a_folder_damaged_ones_are_ignored(prefix: Prefix, tmp_path: Path) -> None:
+    own = {**EVALUATION, "prefix_hash": content_hash(prefix)}
+    texts = {"own": json.dumps(own), "deep": "[" * 100_000, "much": json.dumps({**own, "num_examples": float("inf")})}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluation.json").write_text(text)
+    assert [found["split"] for found in find_evaluations(tmp_path, prefix)] == ["test"]
+    with pytest.raises(ConfigError, match="holds no scores: it nests too deeply"):
+        read_evaluations(tmp_path / "deep")
 
 
 def test_a_folder_with_its_card(prefix: Prefix, tmp_path: Path) -> None:

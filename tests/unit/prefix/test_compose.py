@@ -56,10 +56,12 @@ def test_parts_stand_one_after_the_other_each_turned_on() -> None:
 
 
 def test_the_header_keeps_what_each_part_was() -> None:
-    manual = _prefix(3, 1, task="manual", training={"dev_loss": 1.5, "backbone_dtype": "bfloat16", "steps": 9})
-    style = _prefix(2, 2, task="style", text_format=FORMAT, license="mine")
+    manual = _prefix(
+        3, 1, task="manual", form="question", training={"dev_loss": 1.5, "backbone_dtype": "bfloat16", "steps": 9}
+    )
+    style = _prefix(2, 2, task="style", form="prompt", text_format=FORMAT, license="mine")
     joined = concatenate([manual, style], names=["manual.safetensors", "style.safetensors"])
-    assert joined.header["task"] == "style"
+    assert (joined.header["task"], joined.header["form"]) == ("style", "prompt")
     assert joined.header["text_format"] == FORMAT
     assert joined.header["backbone"] == manual.header["backbone"]
     assert Rotation.from_header(joined.header["rotation"]) == ROTATION

@@ -113,6 +113,8 @@ def _show(console: Console, result: DistillResult) -> None:
         asked = held_out["questions"] or held_out["teacher_answers"]
         print(f"{held_out['also_trained_on']} of {asked} held-out questions are also trained on, in the same words")
     print(f"teacher: {figures['teacher']}; labels: {figures['labels']} ({figures['questions']:,} questions)")
+    if figures["subject"] == "teacher":
+        print(f"asked as: {figures['prompt_format']!r}")
     for name, share in figures.get("recovered", {}).items():
         what = "KL from the teacher" if name == "kl" else f"loss between bare and {figures['subject']} in view"
         if name == "loss" and share > 1:

@@ -30,7 +30,9 @@ __all__ = ["explain"]
 class ExplainOptions(BackboneOptions, OutputOptions):
     """The options of `prefixtune explain`."""
 
-    prefix: str = positional(description="a file, the folder of its run, or hub:OWNER/NAME")
+    prefix: str = positional(
+        description="a file, the folder of its run, or hub:OWNER/NAME; several with a + between them are joined"
+    )
     data: str = Field(
         "",
         description="examples with targets, best not those of the training; without it, views that run the prefix on "
