@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,19 +169,22 @@ def claims_table(studies: Mapping[str, Study], outputs: Mapping[str, Kept | None
 def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Finding | None:
     """The prefix's score less the other's, over the samples of which all pairs are there; None: there is none.
 
+    Several seeds of a sample count once, by their mean; where there is one sample, each of its seeds counts.
+
     Args:
         claim: What is claimed.
         study: The study that asks it.
         kept: Its outputs.
     """
-    planned = repetitions(claim, study.cells)
+    planned = _by_sample(repetitions(claim, study.cells))
     points = {cell.point for cell in study.cells if re.fullmatch(claim.other, cell.point)}
-    by_sample: dict[str, list[Pair]] = {}
+    by_repetition: dict[str, list[Pair]] = {}
     for pair in study.comparisons.pairs:
         point, prefix = pair.run.rpartition("-subset")[0], pair.reference.rpartition("-subset")[0]
         if point in points and re.fullmatch(claim.prefix, prefix) and pair.part == claim.part:
-            by_sample.setdefault(_sample(pair.reference), []).append(pair)
-    whole = [pairs for sample in planned if len(pairs := by_sample.get(sample, [])) == len(points)]
+            by_repetition.setdefault(_sample(pair.reference), []).append(pair)
+    found = [[by_repetition.get(repetition, []) for repetition in own] for own in planned.values()]
+    whole = [[*itertools.chain(*own)] for own in found if all(len(pairs) == len(points) for pairs in own)]
     if not whole:
         return None
     # A study's difference is the other's score less the prefix's.
@@ -190,7 +194,7 @@ def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Findi
     interval = item_interval(numbers) if numbers else None
     sizes = [int(cell.factors.get("num_targets") or 0) for cell in _with_samples(claim, study.cells)]
     # Several seeds of one sample say nothing of other samples.
-    is_one_sample = len({sample.partition("-seed")[0] for sample in planned}) == 1
+    is_one_sample = len({repetition.partition("-seed")[0] for own in planned.values() for repetition in own}) == 1
     shared = 0.0 if is_one_sample else max((sample_overlap(size, study.train_targets) for size in sizes), default=0.0)
     return Finding(
         mean_difference(differences, shared),
@@ -204,6 +208,18 @@ def measure_claim(claim: Claim, study: Study, kept: Kept | None = None) -> Findi
 def repetitions(claim: Claim, cells: Sequence[Cell]) -> list[str]:
     """The samples and seeds of all runs that a claim is about."""
     return list(dict.fromkeys(_sample(cell.id) for cell in _with_samples(claim, cells)))
+
+
+def _by_sample(repetitions: Sequence[str]) -> dict[str, list[str]]:
+    """The repetitions of each sample; of a single one, each by itself.
+
+    >>> _by_sample(["0-seed0", "1-seed0", "0-seed1"]), _by_sample(["0-seed0", "0-seed1"])
+    ({'0': ['0-seed0', '0-seed1'], '1': ['1-seed0']}, {'0-seed0': ['0-seed0'], '0-seed1': ['0-seed1']})
+    """
+    samples: dict[str, list[str]] = {}
+    for repetition in repetitions:
+        samples.setdefault(repetition.partition("-seed")[0], []).append(repetition)
+    return samples if len(samples) > 1 else {repetition: [repetition] for repetition in repetitions}
 
 
 def _with_samples(claim: Claim, cells: Sequence[Cell]) -> list[Cell]:

@@ -149,7 +149,7 @@ def _number(value: float) -> float:
 
 
 def restore_outputs(path: Path, folder: Path, data: Path) -> str:
-    """Write the outputs of a study's runs into its folder, with the texts of its data set.
+    """Write those outputs of a study's runs into its folder that it lacks, with the texts of its data set.
 
     Args:
         path: The file.
@@ -162,6 +162,10 @@ def restore_outputs(path: Path, folder: Path, data: Path) -> str:
     kept = read_kept(path)
     if kept is None:
         return "no outputs are kept"
+    scored = [folder / "cells" / cell for cell in kept.outputs if (folder / "cells" / cell / EVALUATION_FILE).exists()]
+    missing = [cell for cell in scored if not (cell / OUTPUTS_FILE).exists()]
+    if not missing:
+        return ""
     values = json.loads((folder / "study.json").read_text(encoding="utf-8"))["config"]
     task, protocol = TASKS[values["task"]], kept.study["protocol"]
     if not task.parts:
@@ -172,7 +176,6 @@ def restore_outputs(path: Path, folder: Path, data: Path) -> str:
     examples: list[Example] = StudyData(StudyConfig(**known)).test
     if [item_key(references_of(example, protocol)) for example in examples] != kept.items:
         return f"{str(data)!r} has other test items"
-    for cell, outputs in kept.outputs.items():
-        if (folder / "cells" / cell / EVALUATION_FILE).exists():
-            write_outputs(folder / "cells" / cell, outputs, examples, protocol=protocol)
+    for cell in missing:
+        write_outputs(cell, kept.outputs[cell.name], examples, protocol=protocol)
     return ""

@@ -1,13 +1,16 @@
 """Keep the results of studies in docs/results/, and their tables in docs/RESULTS.md and docs/choosing.md.
 
-    python -m tools.results              # pack every study of runs/, and write the tables again
-    python -m tools.results --restore    # unpack into runs/ every study that is not there, to go on from it
+    python -m tools.results              # pack the studies of runs/ that the page names, and write the tables again
+    python -m tools.results --restore    # unpack into runs/ what is not there, to go on from it
 
 Each study has two files. NAME.json holds its JSON files by their paths, without outputs, weights, states and tries;
 `prefixtune report docs/results/NAME.json` shows it as it is. NAME.outputs.json.gz holds what its runs wrote (see
 `tools.outputs`), without sources and references, which belong to the data sets; where these are at hand (--data
-FOLDER, with e2e/, webnlg2017/, dart/ and scitldr/), `--restore` puts them together again. Runs that are done count as
-done after `--restore`.
+FOLDER, with e2e/, webnlg2017/, dart/ and scitldr/), `--restore` puts them together again, also into a study that is
+there without them. Runs that are done count as done after `--restore`.
+
+A kept study is not replaced by one with fewer runs that are done, unless `--force` is given. A study that the page does
+not name, such as one of your own, is left out. An error of one study lets the others go on; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -16,10 +19,14 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.report import read_results
 from prefixtune.report.files import Files
 from prefixtune.report.results import Study
@@ -51,10 +58,14 @@ _ALLOWED = re.compile("|".join(re.escape(pattern).replace(r"\*", "[A-Za-z0-9-]+"
 
 def pack(folder: Path, path: Path) -> None:
     """Write a study's folder as one file, a line for each of its files."""
-    names = [file.relative_to(folder).as_posix() for pattern in PATTERNS for file in sorted(folder.glob(pattern))]
-    contents = (portable(json.loads((folder / name).read_bytes())) for name in names)
-    lines = [f"{json.dumps(name)}: {_compact(content)}" for name, content in zip(names, contents, strict=True)]
+    lines = [f"{json.dumps(name)}: {_compact(portable(content))}" for name, content in _contents(folder).items()]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """The JSON files of a study by their paths in its folder."""
+    files = [file for pattern in PATTERNS for file in sorted(folder.glob(pattern))]
+    return {file.relative_to(folder).as_posix(): json.loads(file.read_bytes()) for file in files}
 
 
 def portable(value: Any) -> Any:
@@ -156,20 +167,75 @@ def _read(path: Path) -> Any:
 def main() -> None:
     """Pack and write the tables, or unpack."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--restore", action="store_true", help="unpack into runs/ every study that is not there")
+    parser.add_argument("--restore", action="store_true", help="unpack into runs/ what is not there")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets, for the outputs")
+    parser.add_argument("--force", action="store_true", help="also replace kept studies that have more finished runs")
     options = parser.parse_args()
     if options.restore:
-        for path in study_files():
-            restore(path, RUNS / study_name(path), options.data)
+        steps = [partial(restore, path, RUNS / study_name(path), options.data) for path in study_files()]
+    else:
+        folders = sorted(file.parent for file in [*RUNS.glob("*/study.json"), *RUNS.glob("*/*/study.json")])
+        steps = [partial(keep, folder, force=options.force) for folder in folders]
+    # All of them, whatever one says.
+    are_done = [_try(step) for step in steps]
+    if not options.restore:
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text(encoding="utf-8"), study_files()), encoding="utf-8")
+    if not all(are_done):
+        sys.exit(1)
+
+
+def _try(step: Callable[[], None]) -> bool:
+    """Take a step, and say on stderr why it failed, if it did."""
+    try:
+        step()
+    except (PrefixError, OSError, ValueError, KeyError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def keep(folder: Path, *, force: bool = False) -> None:
+    """Pack a study of runs/, if the page names it or it is kept already.
+
+    Args:
+        folder: Of the study.
+        force: Even if the kept one has more finished runs.
+
+    Raises:
+        ConfigError: It has.
+        DataError: A file of it is broken.
+        ValueError: Its outputs are too large, or are not those that were scored.
+    """
+    name = folder.relative_to(RUNS)
+    path = PACKED / name.with_suffix(".json")
+    if not path.exists() and name.as_posix() not in named_studies(PAGES[0].read_text(encoding="utf-8")):
+        print(f"{name.as_posix()}: left out, as {PAGES[0].name} has no mark <!-- {name.as_posix()} -->")
         return
-    for file in sorted([*RUNS.glob("*/study.json"), *RUNS.glob("*/*/study.json")]):
-        path = PACKED / file.parent.relative_to(RUNS).with_suffix(".json")
-        compare(file.parent)
-        pack(file.parent, path)
-        pack_outputs(file.parent, outputs_file(path))
-    for page in PAGES:
-        page.write_text(with_tables(page.read_text(encoding="utf-8"), study_files()), encoding="utf-8")
+    if path.exists() and not force:
+        before, now = _num_done(Files.open(path).packed or {}), _num_done(_contents(folder))
+        if now < before:
+            raise ConfigError(
+                f"{name.as_posix()}: {now} runs are done in {str(folder)!r}, but {before} in the kept {path.name}.",
+                hint="restore it first, or replace it with --force.",
+            )
+    compare(folder)
+    pack(folder, path)
+    pack_outputs(folder, outputs_file(path))
+
+
+def named_studies(page: str) -> set[str]:
+    r"""The studies at the marks of a page.
+
+    >>> sorted(named_studies("<!-- first/low-data -->\n<!-- end -->\n<!-- dart: differences -->\n<!-- end -->"))
+    ['dart', 'first/low-data']
+    """
+    return {found[1].partition(":")[0] for found in _MARK.finditer(page)}
+
+
+def _num_done(contents: Mapping[str, Any]) -> int:
+    """How many runs of a study are done, by its files."""
+    return sum(name.endswith("/cell.json") and value.get("status") == "done" for name, value in contents.items())
 
 
 def compare(folder: Path) -> None:
@@ -181,15 +247,23 @@ def compare(folder: Path) -> None:
 
 
 def restore(path: Path, folder: Path, data: Path) -> None:
-    """Unpack a study into a folder that is not there yet, with its outputs if the data are at hand."""
-    if folder.exists():
-        return
-    unpack(path, folder)
+    """Unpack a study into a folder, unless it is there, with its outputs where these are missing and the data at hand.
+
+    Raises:
+        DataError: The file, or the data, cannot be read.
+        ValueError: The file holds what `pack` does not write.
+    """
+    shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # As a whole or not at all.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".restore-") as temporary:
+            unpack(path, Path(temporary) / "study")
+            os.rename(Path(temporary) / "study", folder)
+        print(f"{shown}: restored")
     task = json.loads((folder / "study.json").read_text(encoding="utf-8"))["task"]
-    problem = restore_outputs(outputs_file(path), folder, data / FOLDERS.get(task, task))
-    print(f"{folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}: restored")
-    if problem:
-        print(f"  without outputs: {problem}")
+    if problem := restore_outputs(outputs_file(path), folder, data / FOLDERS.get(task, task)):
+        print(f"{shown}: without outputs: {problem}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ A message says what failed, the value got, what is allowed, and in `hint` the ne
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 __all__ = [
     "BackboneError",
@@ -30,10 +30,12 @@ __all__ = [
     "PrefixWarning",
     "RequestError",
     "TrainingError",
+    "causes",
     "check_all",
     "describe_value",
     "did_you_mean",
     "first_line",
+    "is_out_of_memory",
     "short_repr",
 ]
 
@@ -136,6 +138,28 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on; ten at most."""
+    seen = 0
+    while error is not None and seen < 10:
+        yield error
+        error, seen = error.__cause__ or error.__context__, seen + 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is lacking, of the processor or of the device; torch has no class of its own for the former.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    (True, True)
+    """
+    return any(
+        isinstance(one, MemoryError)
+        or type(one).__name__ == "OutOfMemoryError"
+        or (isinstance(one, RuntimeError) and "can't allocate memory" in str(one))
+        for one in causes(error)
+    )
 
 
 def check_all(checks: Iterable[Callable[[], object]]) -> None:

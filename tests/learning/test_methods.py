@@ -183,7 +183,7 @@ def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny
         ({"method": "full", "adapter_rank": 4}, "does not go with method 'full'"),
         ({"method": "lora", "quantize": "int8"}, "does not go with method 'lora'"),
         ({"method": "lora", "adapter": "folder"}, "adapter is 'folder', which does not go with method 'lora'"),
-        ({"method": "top", "method_size": -1}, "at least 0"),
+        ({"method": "top", "method_size": -1}, "between 0 and 65536"),
         ({"method": "full", "method_size": 7}, "method_size is 7, but method 'full' has no size"),
         ({"method_size": 7}, "method_size is 7, but method 'prefix' has no size"),
         ({"method": "full", "init_prefix": "p"}, "init_prefix is for a prefix, which method 'full' does not train"),

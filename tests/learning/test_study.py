@@ -218,7 +218,15 @@ def test_the_studys_own_file(whole: tuple[StudyConfig, Log]):
         "scored on a fixed random sample of 3 test sources",
         "trained on samples of 8 targets",
         "2 tries instead of 3",
+        stored["cut"][-1],
     ]
+    # An untrained model does not know when to stop.
+    unended = read(cell_folder(config, "zero-shot") / "cell.json")["figures"]["unended_outputs"]
+    assert unended > 0
+    assert stored["cut"][-1].startswith("outputs that did not end within the tokens they may have: prefix-n8-P3-task (")
+    assert f"zero-shot-all ({unended})" in stored["cut"][-1]
+    warning = next(event for event in whole[1].of("warning") if event["cell"].startswith("zero-shot"))
+    assert f"{unended} of 3 outputs did not end within 100 tokens" in warning["text"]
     assert stored["machine"]["cores"] >= 1
     assert stored["versions"]["torch"]
     assert len(stored["date"]) == 10
@@ -360,6 +368,22 @@ def test_the_users_own_columns(configure: Make, tmp_path: Path):
     assert {row["source"] for row in rows} < {"Aro is a", "Aro is b", "Bi is a", "Bi is b"}
     header = load_prefix(cell_folder(config, "prefix") / PREFIX_FILE).header
     assert header["text_format"]["source"] == "{name} is {food}"
+
+
+def test_outputs_of_own_records_may_be_as_long_as_their_targets(configure: Make, tmp_path: Path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"source": f"n : {name}", "target": f"{name} has a long answer. " * 9} for name in "abcd"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = dict.fromkeys(("train", "dev", "test"), str(data))
+    settings = {"max_steps": 1, "batch_size": 4}
+    values = {"task": "records", "sizes": (0,), "tries": 1, "train_settings": settings, "shots": 1, **paths}
+    config = configure(tmp_path / "study", methods=("prefix", "full", "few-shot", "zero-shot"), **values)
+    assert not run_study(config).failed
+    longest = load_prefix(cell_folder(config, "prefix") / PREFIX_FILE).header["text_format"]["longest_target"]
+    assert longest > 100
+    for method in config.methods:
+        decoding = read(cell_folder(config, method) / "evaluation.json")["settings"]["decoding"]
+        assert decoding["max_new_tokens"] == pytest.approx(longest, abs=2), method
 
 
 # --- stopping and going on -------------------------------------------------------------------------------------------
@@ -645,7 +669,9 @@ def test_any_error_of_a_run_is_reported_and_the_others_go_on(
     monkeypatch.setattr("prefixtune.studies.cell.train", too_large)
     outcome = run_study(config)
     assert [*outcome.failed] == [cell_folder(config, "full").name]
-    assert "OutOfMemoryError: Tried to allocate 2 GiB. The traceback is in error.txt." in [*outcome.failed.values()]
+    (error,) = outcome.failed.values()
+    assert error.startswith("OutOfMemoryError: Tried to allocate 2 GiB. Lower batch_size")
+    assert error.endswith("The traceback is in error.txt.")
     assert "in too_large" in (cell_folder(config, "full") / "error.txt").read_text()
     assert outcome.done == (cell_folder(config, "prefix").name,)
     monkeypatch.setattr("prefixtune.studies.cell.train", real)
@@ -810,6 +836,127 @@ def test_data_that_is_broken_or_too_small_is_reported_before_anything_is_trained
         run_study(config.replace(test=str(good), dev=""), on_event=log.events.append)
     assert log.events == []
     assert not config.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methods": ("top:9",)}, "top9-n8: method_size is 9, but '.*backbone' has 1 layers"),
+        ({"lengths": (3, 5000), "methods": ("prefix",)}, "prefix-n8-P5000-task: .*5,?000"),
+        (
+            {"starts": ("prompt",), "prompt_text": "ab", "lengths": (40,)},
+            "prefix-n8-P40-prompt: .* has .* tokens?, but",
+        ),
+        ({"settings": {"chat_template": "nowhere.jinja"}}, "chat_template is 'nowhere.jinja', which is no file"),
+        ({"settings": {"chat_template": "model"}}, "chat_template is 'model', but '.*backbone' has none"),
+        ({"settings": {"classifier": "head"}}, "classifier is 'head', but task 'toy' has no labels"),
+        ({"settings": {"beside": "self"}, "methods": ("prefix",)}, "beside is 'self'"),
+        ({"settings": {"beside": "nowhere"}, "methods": ("prefix",)}, "nowhere"),
+        ({"settings": {"shard": True}}, "shard splits a frozen backbone"),
+        ({"settings": {"sites": "encoder"}, "methods": ("prefix",)}, "has no site encoder"),
+    ],
+)
+def test_what_a_run_cannot_do_is_reported_before_anything_is_trained(
+    values: dict[str, Any], message: str, configure: Make, tmp_path: Path
+):
+    log = Log()
+    config = configure(tmp_path / "study", **{key: value for key, value in values.items() if key != "settings"})
+    config = config.replace(train_settings={**config.train_settings, **values.get("settings", {})})
+    with pytest.raises(ConfigError, match=message) as error:
+        run_study(config, on_event=log.events.append)
+    assert "In a study, " in error.value.hint
+    assert log.of("start") == []
+    assert not config.folder.exists()
+
+
+def test_a_backbone_of_several_that_cannot_do_a_run_is_named(
+    model: str, configure: Make, tmp_path: Path, tiny_models: Make, tiny_tokenizer: Any
+) -> None:
+    shallow = tmp_path / "two-layers"
+    tiny_models("llama", num_hidden_layers=2, max_position_embeddings=2048).save_pretrained(shallow)
+    tiny_tokenizer.save_pretrained(shallow)
+    config = configure(tmp_path / "study", name="scale", methods=("top:2",), backbones=(str(shallow), model))
+    with pytest.raises(ConfigError, match=r"backbone-top2-n8: method_size is 2, but '.*backbone' has 1 layers"):
+        run_study(config)
+
+
+def test_texts_alone_are_refused(configure: Make, tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "One text."}\n{"text": "Another one."}\n')
+    paths = dict.fromkeys(("train", "dev", "test"), str(data))
+    config = configure(tmp_path / "study", task="records", sizes=(0,), **paths)
+    with pytest.raises(DataError, match="texts alone") as error:
+        run_study(config)
+    assert "give source and target" in error.value.hint
+    assert not config.folder.exists()
+
+
+def test_a_run_that_never_was_done_may_be_corrected_or_left_out(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = configure(tmp_path / "study", tries=1), train
+
+    def too_large(given: Any, **options: Any) -> Any:
+        result = real(given, **options)
+        if given.method == "full" and given.batch_size > 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+        return result
+
+    monkeypatch.setattr("prefixtune.studies.cell.train", too_large)
+    assert [*run_study(config).failed] == [cell_folder(config, "full").name]
+    before = results(config.replace(methods=("prefix",)))
+    # Of what is done, nothing may change.
+    for settings in ({"batch_size": 2}, {"prefix": {"batch_size": 2}}):
+        with pytest.raises(ConfigError, match="began with other settings: train_settings was"):
+            run_study(config.replace(train_settings={**config.train_settings, **settings}))
+    smaller = config.replace(train_settings={**config.train_settings, "full": {"batch_size": 2}})
+    outcome = run_study(smaller)
+    assert (outcome.failed, outcome.left) == ({}, ())
+    assert results(smaller.replace(methods=("prefix",))) == before
+    assert read(config.folder / "study.json")["config"] == smaller.to_dict()
+    # From now on it counts.
+    with pytest.raises(ConfigError, match="began with other settings: train_settings was"):
+        run_study(config)
+
+
+def test_a_method_that_never_was_done_may_be_left_out(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = configure(tmp_path / "study", tries=1, lengths=(3, 4)), train
+
+    def fail(given: Any, **options: Any) -> Any:
+        result = real(given, **options)
+        if given.method == "full" or given.prefix_length == 4:
+            raise ConfigError("it cannot be done.")
+        return result
+
+    monkeypatch.setattr("prefixtune.studies.cell.train", fail)
+    assert len(run_study(config).failed) == 2
+    left = config.replace(methods=("prefix",), lengths=(3,))
+    outcome = run_study(left)
+    assert (len(outcome.done), outcome.failed, outcome.left) == (1, {}, ())
+    assert [path.name for path in (config.folder / "cells").iterdir() if path.is_dir()] == [*outcome.done]
+    assert [cell.id for cell in read_results(config.folder).cells] == [*outcome.done]
+    with pytest.raises(ConfigError, match="methods was"):
+        run_study(config.replace(methods=("zero-shot",)))
+
+
+def test_fewer_texts_at_once_help_a_run_that_has_too_little_memory_to_decode(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixtune.evaluation.evaluate import evaluate
+
+    def too_many(*given: Any, config: Any, **options: Any) -> Any:
+        outcome = evaluate(*given, config=config, **options)
+        if config.batch_size > 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+        return outcome
+
+    monkeypatch.setattr("prefixtune.studies.cell.evaluate", too_many)
+    config, log = configure(tmp_path / "study", methods=("prefix",)), Log()
+    assert "or decode_batch" in next(iter(run_study(config).failed.values()))
+    assert run_study(config.replace(decode_batch=2), on_event=log.events.append).done
+    assert log.of("step") == []
 
 
 def test_the_budget_leaves_what_it_has_no_time_for_and_says_so(configure: Make, tmp_path: Path):

@@ -25,7 +25,7 @@ from cyclopts.exceptions import ConsumeMultipleError, MissingArgumentError, Unkn
 
 from prefixtune import __version__
 from prefixtune.cli.options import CommandOptions
-from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean
+from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean, first_line, is_out_of_memory
 from prefixtune.utils.collector import seldom_collecting
 from prefixtune.utils.console import Console
 
@@ -75,6 +75,10 @@ COMMANDS = {
     },
 }
 """Group -> command -> one line of help."""
+_LESS_MEMORY = (
+    "lower what the command has of --batch-size, --max-length, --decode-batch and --max-new-tokens; train with "
+    "--gradient-checkpointing; or choose a smaller backbone."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,6 +136,11 @@ def _main(words: Sequence[str]) -> int:
         what = "write" if error.filename is None else f"read or write {str(error.filename)!r}"
         hint = "free some space." if error.errno == errno.ENOSPC else "check the path and its permissions."
         return _print_error(f"cannot {what}: {error.strerror}.", hint, PrefixError.__name__, 2, as_json)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory: {first_line(error).removesuffix('.')}."
+        return _print_error(message, _LESS_MEMORY, "OutOfMemoryError", 2, as_json)
 
 
 def run(words: Sequence[str]) -> int:

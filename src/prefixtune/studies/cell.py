@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.data import TASKS
-from prefixtune.errors import ConfigError, TrainingError
+from prefixtune.data import TASKS, Example
+from prefixtune.errors import ConfigError, PrefixError, TrainingError
 from prefixtune.evaluation.decode import DECODED_FILE
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.prompting import instruction_format
 from prefixtune.evaluation.records import write_evaluation
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat
-from prefixtune.studies.config import StudyConfig
+from prefixtune.prefix.text_format import TextFormat, read_text_format
+from prefixtune.studies.config import StudyConfig, planned_steps
 from prefixtune.studies.data import SharedBackbone, StudyData, count_targets
 from prefixtune.studies.grid import Cell, plan
 from prefixtune.studies.kinds import PREFIX_METHODS
@@ -48,17 +49,27 @@ from prefixtune.studies.records import (
 )
 from prefixtune.training.artifact import load_tuned
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import read_data
 from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.folder import CONFIG_FILE, PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
+from prefixtune.training.forms import settle_form
+from prefixtune.training.opening import check_run
 from prefixtune.training.train import TrainResult, train
 from prefixtune.utils.config import Layer
 from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import peak_memory_mib, reset_peak_memory
 
-__all__ = ["StudyInputs", "build_train_config", "remove_leftovers", "run_cell"]
+__all__ = ["StudyInputs", "build_train_config", "check_cell", "check_settings", "remove_leftovers", "run_cell"]
 
 
 _FIGURES_FILE = "figures.json"
+_STUDY_KEYS = {
+    "prefix_length": "lengths",
+    "initialization": "starts",
+    "init_text": "task_words, unrelated_words or prompt_text",
+    "method_size": "the number after the method",
+}
+"""What a study calls options of training that it sets itself."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,58 @@ class StudyInputs:
             return self
         self.backbone.choose(cell.backbone)
         return replace(self, config=self.config.replace(backbone=cell.backbone))
+
+
+def check_settings(inputs: StudyInputs, cell: Cell) -> None:
+    """Refuse what is wrong with a cell and can be seen without its backbone.
+
+    Raises:
+        ConfigError: Its settings are wrong.
+        DataError: There is too little data for it.
+    """
+    if not cell.trains:
+        if cell.base_method == "few-shot":
+            inputs.data.shots()
+        return
+    examples, dev_examples = inputs.data.for_cell(cell)
+    with _named(cell):
+        config = _settled(inputs.for_cell(cell).config, cell, examples)
+        read_data(config, examples, dev_examples, SINGLE_PROCESS, resume=True, loads_backbone=False)
+
+
+def check_cell(inputs: StudyInputs, cell: Cell) -> None:
+    """Refuse what a cell's backbone, which is loaded for that, cannot do.
+
+    Raises:
+        ConfigError: Its settings are wrong for this backbone.
+        DataError: A solved example cannot be shown.
+    """
+    inputs = inputs.for_cell(cell)
+    if not cell.trains:
+        _instruction(inputs, cell)
+        return
+    examples, _ = inputs.data.for_cell(cell)
+    with _named(cell):
+        check_run(_settled(inputs.config, cell, examples), inputs.backbone.get(), examples)
+
+
+def _settled(config: StudyConfig, cell: Cell, examples: Sequence[Example]) -> TrainConfig:
+    """The training configuration of a cell as its run will have it, at any learning rate."""
+    rate, folder = config.rates(cell.method)[0], cell_folder(config, cell)
+    return settle_form(build_train_config(config, cell, rate, folder, count_targets(examples)), examples)
+
+
+@contextlib.contextmanager
+def _named(cell: Cell) -> Iterator[None]:
+    """Say of which cell an error is, and what a study calls the options that it names."""
+    try:
+        yield
+    except PrefixError as error:
+        text = f"{error.message} {error.hint}".replace("-", "_")
+        names = [f"{option} is {key}" for option, key in _STUDY_KEYS.items() if option in text]
+        others = f"{'other ' * bool(names)}options of training are keys of [train_settings]"
+        hint = f"{error.hint} In a study, {', '.join([*names, others])}."
+        raise ConfigError(f"{cell.group}: {error.message}", hint=hint.strip()) from error
 
 
 def run_cell(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
@@ -238,11 +301,9 @@ def _storage_dtype(config: StudyConfig, cell: Cell) -> str:
 
 def shorten_config(values: Mapping[str, Any], steps: int, num_targets: int) -> dict[str, Any]:
     """The settings of a try: at most `steps`, warmed up over the same share of them, evaluated at the end."""
-    complete = TrainConfig().to_dict() | dict(values)
-    batch_size = complete["batch_size"] * complete["gradient_accumulation"]
-    all_steps = int(complete["max_steps"]) or math.ceil(complete["epochs"] * math.ceil(num_targets / batch_size))
+    all_steps = planned_steps(values, num_targets)
     steps = max(min(steps, all_steps), 1)
-    warmup = round(int(complete["warmup_steps"]) * steps / max(all_steps, 1))
+    warmup = round(int(values.get("warmup_steps", TrainConfig.default("warmup_steps"))) * steps / max(all_steps, 1))
     return {**values, "warmup_steps": warmup, "max_steps": steps, "eval_every": steps, "patience": 0}
 
 
@@ -332,6 +393,10 @@ def _score(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
     values = {**task.decoding, "batch_size": config.decode_batch}
     if config.num_beams:
         values["num_beams"] = config.num_beams
+    if config.task == "records":
+        stored = text_format if prefix is None else read_text_format(prefix.header)
+        longest = stored.longest_target if cell.trains and stored is not None else _longest_target(inputs, backbone)
+        values["max_new_tokens"] = max(values["max_new_tokens"], longest)
     decoding = GenerateConfig(**values)
     evaluation = evaluate(
         backbone,
@@ -342,8 +407,8 @@ def _score(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
         protocol=task.protocol,
         metrics=task.metrics,
         intervals=True,
-        # A run that was stopped elsewhere may have begun in another dtype.
-        resume_file=folder / f"{backbone.dtype_name}-{DECODED_FILE}",
+        # A run that was stopped may have begun in another dtype, or with more texts at once.
+        resume_file=folder / f"{backbone.dtype_name}-{config.decode_batch}-{DECODED_FILE}",
         on_batch=lambda count: inputs.on_event(make_event("decoded", cell=cell.id, count=count, total=len(examples))),
     )
     facts = {
@@ -363,16 +428,28 @@ def _score(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
         },
     }
     write_evaluation(folder, evaluation, examples, facts, protocol=task.protocol)
-    return {"evaluate_seconds": round(evaluation.seconds, 3)}
+    if evaluation.num_unended:
+        text = (
+            f"{cell.id}: {evaluation.num_unended} of {len(examples)} outputs did not end within "
+            f"{decoding.max_new_tokens} tokens, and are scored as they are"
+        )
+        inputs.on_event(make_event("warning", text=text, cell=cell.id))
+    return {"evaluate_seconds": round(evaluation.seconds, 3), "unended_outputs": evaluation.num_unended}
+
+
+def _longest_target(inputs: StudyInputs, backbone: Backbone) -> int:
+    """Tokens of the longest training target, for a method that has seen none; 0: the study reads no training data."""
+    if not any(cell.trains or cell.base_method == "few-shot" for cell in plan(inputs.config)):
+        return 0
+    targets = [target for example in inputs.data.train for target in example.targets]
+    return max(map(len, backbone.encode_targets(targets)))
 
 
 def _load_model(inputs: StudyInputs, cell: Cell) -> tuple[Backbone, Prefix | None, TextFormat | None]:
     """What is scored: the backbone, the prefix where there is one, and the text format where it is not the prefix's."""
     config, folder = inputs.config, cell_folder(inputs.config, cell)
     if not cell.trains:
-        shots = inputs.data.shots() if cell.base_method == "few-shot" else ()
-        backbone = inputs.backbone.get()
-        return backbone, None, instruction_format(backbone, config.task_words, shots)
+        return inputs.backbone.get(), None, _instruction(inputs, cell)
     if (folder / WEIGHTS_FILE).exists():
         backbone, text_format = load_tuned(
             folder / WEIGHTS_FILE, name_or_path=config.backbone, dtype=config.dtype, device=config.device
@@ -380,3 +457,9 @@ def _load_model(inputs: StudyInputs, cell: Cell) -> tuple[Backbone, Prefix | Non
         return backbone, None, text_format
     backbone = inputs.backbone.get()
     return backbone, load_prefix(folder / PREFIX_FILE, backbone), None
+
+
+def _instruction(inputs: StudyInputs, cell: Cell) -> TextFormat:
+    """What asks the bare model, with the solved examples of few-shot."""
+    shots = inputs.data.shots() if cell.base_method == "few-shot" else ()
+    return instruction_format(inputs.backbone.get(), inputs.config.task_words, shots)

@@ -49,13 +49,18 @@ def run_on_ray(
         command: How it was started, for the report.
 
     Raises:
-        ConfigError: Ray is missing, its cluster cannot be reached or is too small, or a worker was lost too often; what
-            is done is kept.
+        ConfigError: Ray is missing, its cluster cannot be reached or is too small, this machine has too few CPUs, or a
+            worker was lost too often; what is done is kept.
         PrefixError: What `run_study` raises.
         KeyboardInterrupt: Ctrl-C; everything done so far is kept.
     """
     if workers < 1:
         raise ConfigError(f"there are {workers} workers, but a study needs at least one.", hint="give a larger number.")
+    if address is None and workers > (available := os.cpu_count() or 1):
+        raise ConfigError(
+            f"there are {workers} workers, but this machine has {available} CPUs.",
+            hint=f"give at most {available}, or the address of a cluster.",
+        )
     # Usage statistics are only sent where the user has switched them on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with needs_extra("ray", "a study on a cluster"):
@@ -64,7 +69,7 @@ def run_on_ray(
     absolute = _with_absolute_paths(config)
     must_connect = not ray.is_initialized()
     if must_connect:
-        _connect(ray, address, workers)
+        _connect(ray, address)
     try:
         cpus, gpus = share_resources([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
         events = Queue(actor_options={"num_cpus": 0})
@@ -89,8 +94,8 @@ def _work(config: StudyConfig, index: int, events: Any, command: str, folder: st
     run_study(config, on_event=lambda event: events.put({**event, "worker": index}), command=command)
 
 
-def _connect(ray: Any, address: str | None, workers: int) -> None:
-    cpus = None if address else max(workers, os.cpu_count() or 1)
+def _connect(ray: Any, address: str | None) -> None:
+    cpus = None if address else os.cpu_count()
     try:
         host, colon, port = (address or "").rpartition(":")
         if colon and port.isdigit() and "://" not in host:

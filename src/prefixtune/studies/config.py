@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.studies.kinds import (
     METHODS,
     PREFIX_METHODS,
+    SIZED,
     STUDIES,
     UNTRAINED,
     Start,
@@ -24,11 +26,11 @@ from prefixtune.studies.kinds import (
     method_size,
 )
 from prefixtune.studies.variants import check_method, check_variants, grid_faults, variant_lengths, variant_settings
-from prefixtune.training.config import TrainConfig, default_learning_rate
+from prefixtune.training.config import DEFAULT_SIZES, TrainConfig, default_learning_rate
 from prefixtune.utils.config import CommaList, Config, DeviceName, DTypeName, Layer, option_group
 from prefixtune.utils.faults import show_value
 
-__all__ = ["StudyConfig", "backbone_name", "training_defaults"]
+__all__ = ["StudyConfig", "backbone_name", "planned_steps", "training_defaults"]
 
 
 _LISTS = ("methods", "sizes", "lengths", "starts")
@@ -42,6 +44,9 @@ _RESERVED_KEYS = (
     *_TRACKER_KEYS,
 )
 """Keys of `TrainConfig` that a study sets itself for every run, or cannot use, as all runs share one backbone."""
+
+MOST_RUNS = 100_000
+"""Most runs of a study."""
 
 _T = TypeVar("_T")
 
@@ -138,8 +143,10 @@ class StudyConfig(Config):
     )
     shots: _Count = _grid(3, description="solved examples that few-shot shows")
 
-    tries: _Count = _runs(
+    tries: int = _runs(
         3,
+        ge=1,
+        le=21,
         description="learning rates tried for each method, by factors of 3 around its default; the same number for all",
     )
     try_steps: _Limit = _runs(
@@ -211,9 +218,51 @@ class StudyConfig(Config):
             yield ("starts", "prompt_text", "variants"), "a start is 'prompt', but prompt_text is empty"
         if unknown := sorted(set(self.once) - set(self.methods)):
             yield ("once", "methods"), f"once has {unknown[0]!r}, which is not among methods"
+        yield from self._equal_runs()
+        if (count := self._num_runs()) > MOST_RUNS:
+            yield (
+                ("methods", "sizes", "lengths", "starts", "backbones", "subsets", "seeds", "repetitions", "variants"),
+                f"the study has {count:,} runs, but at most {MOST_RUNS:,} are allowed",
+            )
+
+    def _equal_runs(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Methods that are the same one, and runs of different ones that would have the same name."""
         names = [backbone_name(backbone) for backbone in self.backbones]
         if len(set(names)) < len(names):
             yield ("backbones",), f"backbones is {list(self.backbones)!r}, but two of them would be called the same"
+            return
+        sized: dict[tuple[str, str], str] = {}
+        for name in self.methods:
+            base = self.base_method(name)
+            if name in self.variants or base not in SIZED:
+                continue
+            size = self.settings_of(name).get("method_size") or DEFAULT_SIZES[base]
+            first = sized.setdefault((base, str(size)), name)
+            if first != name:
+                yield ("methods", "train_settings"), f"methods has {first!r} and {name!r}, which are the same"
+        runs: dict[str, tuple[str, str]] = {}
+        for backbone in names or [""]:
+            for method in self.methods:
+                first_run = runs.setdefault(f"{backbone}-{method.replace(':', '')}", (backbone, method))
+                if first_run != (backbone, method):
+                    yield (
+                        ("backbones", "methods", "variants"),
+                        f"{first_run[1]!r} on {first_run[0]!r} and {method!r} on {backbone!r} would be called the "
+                        "same; give a method another name as a variant",
+                    )
+
+    def _num_runs(self) -> int:
+        """How many runs the grid has, without a list of them; a training set that is used whole counts as samples."""
+        repeats = self.repetitions or self.subsets * self.seeds
+        count = 0
+        for name in self.methods:
+            if name in UNTRAINED:
+                count += 1
+                continue
+            starts = self.base_method(name) in PREFIX_METHODS
+            points = len(self.lengths_of(name)) * len(self.starts_of(name)) if starts else 1
+            count += points * len(self.sizes) * (1 if name in self.once else repeats)
+        return count * max(1, len(self.backbones))
 
     def _variant_faults(self) -> Iterator[str]:
         for name, values in self.variants.items():
@@ -338,7 +387,7 @@ class StudyConfig(Config):
         if key == "backbones":
             return bool(before[key]) and set(before[key]) <= set(self.backbones)
         if key in _REPEATS:
-            other = self._read(before)
+            other = self.read(before)
             return other is not None and set(other.repeats) <= set(self.repeats)
         if key == "once":
             return not set(self.once) & set(before["methods"]) - set(before[key])
@@ -359,23 +408,24 @@ class StudyConfig(Config):
 
     def _has_rates_of(self, before: Mapping[str, Any]) -> bool:
         """Whether every rate of an earlier study is tried, whether it is written down or comes from its tries."""
-        other = self._read(before)
+        other = self.read(before)
         return other is not None and all(
             set(other.rates(method)) <= set(self.rates(method)) for method in other._trained_methods
         )
 
     def _has_settings_of(self, before: Mapping[str, Any]) -> bool:
         """Whether every method of an earlier study trains as it did."""
-        other = self._read(before)
+        other = self.read(before)
         return other is not None and all(
             other._effective_settings(method) == self._effective_settings(method) for method in other._trained_methods
         )
 
-    def _read(self, before: Mapping[str, Any]) -> StudyConfig | None:
+    def read(self, before: Mapping[str, Any]) -> StudyConfig | None:
         """An earlier study of this name, from its values; None: they are none that a study can have."""
         # Steps are compared elsewhere; an older version allowed keys that are none of the sizes.
         keys = type(self).model_fields.keys() - {"steps_by_size"}
-        known = {key: value for key, value in before.items() if key in keys}
+        # A list of which nothing is done is empty.
+        known = {key: value for key, value in before.items() if key in keys and not (key in _LISTS and not value)}
         try:
             return StudyConfig(**{**known, "name": self.name})
         except ConfigError:
@@ -451,6 +501,17 @@ def backbone_name(backbone: str) -> str:
 
 def _smallest(sizes: Iterable[int]) -> int:
     return min((size for size in sizes if size), default=0)
+
+
+def planned_steps(values: Mapping[str, Any], num_targets: int) -> int:
+    """The optimizer steps of a run on so many targets, by the settings that it has beside training's defaults.
+
+    >>> planned_steps({"epochs": 3.0, "batch_size": 10}, 95), planned_steps({"max_steps": 40}, 95)
+    (30, 40)
+    """
+    complete = TrainConfig().to_dict() | dict(values)
+    batch_size = complete["batch_size"] * complete["gradient_accumulation"]
+    return int(complete["max_steps"]) or math.ceil(complete["epochs"] * math.ceil(num_targets / batch_size))
 
 
 def training_defaults() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import load_backbone
 from prefixtune.data import Example, read_task
+from prefixtune.data.windows import is_text
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.studies.config import StudyConfig
@@ -47,29 +48,28 @@ class SharedBackbone:
         dtype = choose_dtype(self._config.dtype, choose_device(self._config.device))
         return str(dtype).removeprefix("torch.")
 
-    def check_same(self, stored: Mapping[str, str]) -> dict[str, str]:
-        """Load every model of the study, and compare it with the one that the study began with.
+    def check_same(self, name: str, stored: Mapping[str, str]) -> str:
+        """Load a model of the study, and compare it with the one that the study began with.
 
         Args:
-            stored: Name of a model -> its fingerprint; of a study with one model the name is empty.
+            name: Its name; of a study with one model it is empty.
+            stored: Name of a model -> its fingerprint.
 
         Returns:
-            The fingerprints as they are now.
+            Its fingerprint as it is now.
 
         Raises:
             ConfigError: The weights are others.
         """
-        now: dict[str, str] = {}
-        for name in self._config.backbones or ("",):
-            if name:
-                self.choose(name)
-            now[name] = self.get().fingerprint
-            if name in stored and not fingerprints_match(stored[name], now[name]):
-                raise ConfigError(
-                    f"the study in {str(self._config.folder)!r} began with another model than {self._name!r} is now.",
-                    hint="put the first one back, or choose another output.",
-                )
-        return now
+        if name:
+            self.choose(name)
+        fingerprint = self.get().fingerprint
+        if name in stored and not fingerprints_match(stored[name], fingerprint):
+            raise ConfigError(
+                f"the study in {str(self._config.folder)!r} began with another model than {self._name!r} is now.",
+                hint="put the first one back, or choose another output.",
+            )
+        return fingerprint
 
     def choose(self, name: str) -> None:
         """Which one `get` returns from now on, where a study has several."""
@@ -127,6 +127,11 @@ class StudyData:
         examples = [e for e in read_task(self.config.task, path, split=split, **columns) if e.targets]
         if not examples:
             raise DataError(f"{path} has no example with a target.", hint="give data with references.")
+        if all(is_text(example) for example in examples):
+            raise DataError(
+                f"{path} holds texts alone, but a study compares outputs with references.",
+                hint="give source and target, in [train_settings].",
+            )
         return examples
 
     def for_cell(self, cell: Cell) -> tuple[list[Example], list[Example]]:

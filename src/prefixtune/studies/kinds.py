@@ -93,6 +93,8 @@ STUDIES: dict[StudyName, StudyKind] = {
             "dev_share": 0.3,
             "steps_by_size": {"50": 200, "100": 200, "200": 200, "500": 400},
             "patience": 5,
+            # So that patience can act within these steps.
+            "train_settings": {"eval_every": 20},
         },
     ),
     "unseen": StudyKind(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +22,17 @@ from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError, DataError, short_repr
 from prefixtune.evaluation.records import EVALUATION_FILE
 from prefixtune.studies.config import StudyConfig, training_defaults
-from prefixtune.studies.grid import Cell
+from prefixtune.studies.grid import Cell, plan
 from prefixtune.studies.reductions import describe_reductions
 from prefixtune.utils.files import write_text
+from prefixtune.utils.locks import file_lock
 from prefixtune.utils.machine import describe_machine, versions
 
 __all__ = ["CellStatus", "Event", "EventKind", "OnEvent", "Outcome", "Provenance", "RateChoice", "make_event"]
 
 
 STUDY_FILE, CELL_FILE, COMPARISONS_FILE, ERROR_FILE = "study.json", "cell.json", "comparisons.json", "error.txt"
-_MAY_CHANGE = ("output", "budget", "keep_weights", "device", "dtype", "data", "train", "dev", "test")
+_MAY_CHANGE = ("output", "budget", "keep_weights", "decode_batch", "device", "dtype", "data", "train", "dev", "test")
 """Of these, a dtype that `auto` chose is compared with what the runs were computed in."""
 _OLD_DEFAULTS = {"reparameterization": "residual"}
 """Of training, for a study whose file does not have them."""
@@ -39,7 +41,7 @@ _HINT = "delete it, and run the study again."
 CellStatus = Literal["done", "failed", "waiting"]
 """As in `cell.json`; a cell that a process works on is still waiting."""
 Event = dict[str, Any]
-EventKind = Literal["overlap", "cell", "try", "decoded"]
+EventKind = Literal["overlap", "warning", "cell", "try", "decoded"]
 """Of a study itself; those of training are added to them."""
 OnEvent = Callable[[Event], None]
 
@@ -246,6 +248,89 @@ def read_study(config: StudyConfig) -> dict[str, Any] | None:
     return read_json_file(path, "config") if path.exists() else None
 
 
+def begun_study(config: StudyConfig) -> dict[str, Any] | None:
+    """The contents of `study.json` with those settings alone that something depends on; None: nothing does.
+
+    So what stopped every run of a method, a length or a start can be corrected, or left out.
+    """
+    stored = read_study(config)
+    if stored is None:
+        return None
+    before = {**StudyConfig(name=config.name).to_dict(), **stored["config"]}
+    found = _begun_cells(config, before)
+    if found is None:
+        return stored
+    begun = found[1]
+    if not begun:
+        return None
+    methods, starts = {cell.method for cell in begun}, {cell.initialization for cell in begun}
+    has_few_shot, trained = "few-shot" in methods, [cell for cell in begun if cell.trains]
+    used: dict[str, set[Any]] = {
+        "methods": methods,
+        "once": methods,
+        "starts": starts,
+        "lengths": {cell.prefix_length for cell in begun},
+        # Few-shot shows examples of the smallest sample.
+        "sizes": {cell.num_targets for cell in trained} | ({found[0].smallest_size} if has_few_shot else set()),
+        "backbones": {cell.backbone for cell in begun},
+    }
+    part = before | {key: [value for value in before[key] if value in values] for key, values in used.items()}
+    variants = before["variants"]
+    part["variants"] = {name: values for name, values in variants.items() if name in methods}
+    rates = before["learning_rates"].items()
+    part["learning_rates"] = {name: own for name, own in rates if name in methods or name not in variants}
+    is_used = {
+        "shots": has_few_shot,
+        "sample": has_few_shot or bool(trained),
+        "task_words": "task" in starts or len(trained) < len(begun),
+        "unrelated_words": "unrelated" in starts,
+        "prompt_text": "prompt" in starts,
+        **dict.fromkeys(("try_steps", "dev_limit", "dev_share", "patience"), bool(trained)),
+    }
+    part |= {key: getattr(config, key) for key, used_by_some in is_used.items() if not used_by_some}
+    return {**stored, "config": part}
+
+
+def _begun_cells(config: StudyConfig, before: Mapping[str, Any]) -> tuple[StudyConfig, list[Cell]] | None:
+    """An earlier study in a study's folder, and its cells that have results; None: its settings cannot be read."""
+    earlier = config.read(before)
+    if earlier is None:
+        return None
+    earlier = earlier.replace(output=str(config.folder))
+    return earlier, [cell for cell in plan(earlier) if _has_results(earlier, cell)]
+
+
+def _has_results(config: StudyConfig, cell: Cell) -> bool:
+    """Whether something depends on a cell's settings: figures, its group's learning rate, or a process at work."""
+    path, lock = cell_folder(config, cell) / CELL_FILE, lock_path(config, cell)
+    if path.exists():
+        facts = read_json_file(path, "status", "figures")
+        if facts["status"] == "done" or facts["figures"]:
+            return True
+    if _tuning_path(config, cell.group).exists():
+        return True
+    if not lock.exists():
+        return False
+    with file_lock(lock) as is_free:
+        return not is_free
+
+
+def remove_outdated(config: StudyConfig) -> None:
+    """Remove what was begun with settings that a study no longer has, and left no results."""
+    stored = read_study(config)
+    if stored is None or not changed_settings(config, stored):
+        return
+    found = _begun_cells(config, {**StudyConfig(name=config.name).to_dict(), **stored["config"]})
+    if found is None:
+        return
+    earlier, begun = found
+    bound, planned = {(cell.method, cell.initialization) for cell in begun}, {cell.id for cell in plan(config)}
+    for cell in plan(earlier):
+        if cell not in begun and (cell.id not in planned or (cell.method, cell.initialization) not in bound):
+            for folder in (cell_folder(earlier, cell), *try_folders(earlier, cell)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def changed_settings(config: StudyConfig, stored: Mapping[str, Any]) -> list[str]:
     """The settings that differ from those in `study.json` by more than growth, in words."""
     defaults = stored.get("train_defaults", _OLD_DEFAULTS)
@@ -283,7 +368,8 @@ def check_same_study(config: StudyConfig, stored: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"the study in {str(config.folder)!r} began with other settings: {', '.join(changed)}.",
             hint="go on with the same settings or with more of them (methods, sizes, lengths, starts, subsets, "
-            "seeds, learning rates; with few-shot no smaller sizes), or choose another output.",
+            "seeds, learning rates; with few-shot no smaller sizes), or choose another output. Only settings of which "
+            "nothing is done yet may change.",
         )
 
 
@@ -322,16 +408,38 @@ def _dtypes(config: StudyConfig, cells: Sequence[Cell]) -> Counter[str]:
     return found
 
 
+def _unended(config: StudyConfig, cells: Sequence[Cell]) -> list[str]:
+    """The points of the grid with outputs that did not end, each with their number."""
+    counts: Counter[str] = Counter()
+    for cell in cells:
+        if cell_status(config, cell) == "done":
+            counts[cell.group] += read_figures(config, cell).get("unended_outputs", 0)
+    return [f"{name} ({count})" for name, count in counts.items() if count]
+
+
 def write_study(
-    config: StudyConfig, cells: Sequence[Cell], provenance: Provenance, *, is_over_budget: bool = False
+    config: StudyConfig,
+    cells: Sequence[Cell],
+    provenance: Provenance,
+    *,
+    is_over_budget: bool = False,
+    begins: bool = False,
 ) -> None:
-    """Write down how far the study has come, and make every cell known to reports."""
+    """Write down how far the study has come, and make every cell known to reports.
+
+    Args:
+        config: The study.
+        cells: Of it.
+        provenance: How this process runs it.
+        is_over_budget: Whether cells are left because the time was up.
+        begins: This process begins now, after `check_same_study`: settings may have been corrected.
+    """
     for cell in cells:
         if not (cell_folder(config, cell) / CELL_FILE).exists():
             write_cell(config, cell, "waiting", {})
     requeue(config, cells)
-    before = read_study(config) or {}
-    if before and changed_settings(config, before):
+    before = (begun_study(config) if begins else read_study(config)) or {}
+    if before and not begins and changed_settings(config, before):
         # Another process has made it larger since this one began.
         return
     task, kind, backbones = TASKS[config.task], config.kind, ", ".join(config.backbones) or config.backbone
@@ -340,6 +448,8 @@ def write_study(
     dtypes = _dtypes(config, cells)
     if len(dtypes) > 1:
         cut.append(f"computed in {' and '.join(f'{name} ({count} runs)' for name, count in dtypes.items())}")
+    if unended := _unended(config, cells):
+        cut.append(f"outputs that did not end within the tokens they may have: {', '.join(unended)}")
     # Where nothing is run, the study remains what another process made.
     origin = {"machine": describe_machine(), "versions": versions(), "command": provenance.command}
     if not provenance.dtype:

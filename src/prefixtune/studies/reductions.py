@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from prefixtune.data import TASKS
-from prefixtune.studies.config import StudyConfig
-from prefixtune.studies.kinds import base_method
+from prefixtune.studies.config import StudyConfig, planned_steps
+from prefixtune.studies.kinds import UNTRAINED, base_method
+from prefixtune.training.config import TrainConfig
 
-__all__ = ["describe_reductions"]
+__all__ = ["describe_reductions", "idle_patience"]
 
 
 def describe_reductions(
@@ -22,11 +23,33 @@ def describe_reductions(
         num_cells: All cells.
         is_over_budget: Whether they were not run because the time was up.
     """
-    reductions = [*_sizes(config), *_counts(config), *_values(config), *_steps(config)]
+    reductions = [*_sizes(config), *_counts(config), *_values(config), *_steps(config), *idle_patience(config)]
     if left:
         reason = f" within {config.budget:g} minutes" if is_over_budget else ""
         reductions.append(f"{len(left)} of {num_cells} runs are not done{reason}: {', '.join(left)}")
     return reductions
+
+
+def idle_patience(config: StudyConfig) -> list[str]:
+    """Where patience cannot stop a run, as that has too few evaluations, in words; each case once.
+
+    >>> idle_patience(StudyConfig(name="low-data", sizes=[50], patience=9))
+    ['patience 9 stops no run of 200 steps, which is evaluated every 20 steps']
+    """
+    cases: list[str] = []
+    for method in config.methods:
+        if method in UNTRAINED:
+            continue
+        settings = {"patience": config.patience, **config.settings_of(method)}
+        patience, every = settings["patience"], settings.get("eval_every", TrainConfig.default("eval_every"))
+        for size in config.sizes:
+            steps = config.steps_of(method, size)
+            planned = planned_steps({**settings, **({"max_steps": steps} if steps else {})}, size)
+            # Of a set that is used whole the epochs have as many steps as are not known here.
+            if patience and planned and not 0 < every * (patience + 1) < planned:
+                rhythm = f"every {every} steps" if every else "at its end alone"
+                cases.append(f"patience {patience} stops no run of {planned} steps, which is evaluated {rhythm}")
+    return list(dict.fromkeys(cases))
 
 
 def _sizes(config: StudyConfig) -> Iterator[str]:

@@ -7,7 +7,6 @@ tries as every other method gets. A cell belongs to the process that holds its l
 from __future__ import annotations
 
 import gc
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,9 @@ from dataclasses import dataclass, field, replace
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import check_loadable
-from prefixtune.errors import ConfigError, PrefixError, first_line
+from prefixtune.errors import ConfigError, PrefixError, first_line, is_out_of_memory
 from prefixtune.evaluation.overlap import find_overlap
-from prefixtune.studies.cell import StudyInputs, build_train_config, remove_leftovers, run_cell
+from prefixtune.studies.cell import StudyInputs, check_cell, check_settings, remove_leftovers, run_cell
 from prefixtune.studies.compare import write_comparisons
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.data import SharedBackbone, StudyData, count_targets
@@ -29,6 +28,7 @@ from prefixtune.studies.records import (
     OnEvent,
     Outcome,
     Provenance,
+    begun_study,
     cell_folder,
     cell_status,
     check_same_dtype,
@@ -38,13 +38,15 @@ from prefixtune.studies.records import (
     make_event,
     make_folders,
     read_outcome,
-    read_study,
+    remove_outdated,
     write_cell,
     write_study,
     written_at,
 )
+from prefixtune.studies.reductions import idle_patience
 from prefixtune.utils.files import write_text
 from prefixtune.utils.locks import file_lock
+from prefixtune.utils.machine import command_line
 from prefixtune.utils.writable import check_writable
 
 __all__ = ["outcome_of", "run_study"]
@@ -67,12 +69,14 @@ def run_study(
         config: The study.
         backbone: Already loaded, for the methods that leave it as it is; None: loaded when needed. Methods that change
             weights load their own. A study of several backbones loads them itself.
-        on_event: Called with every event: `overlap` (test or development sources are in the training set, too), `cell`
-            (begun, done, failed), `try`, `decoded`, and those of training with `cell` and `learning_rate` added.
+        on_event: Called with every event: `overlap` (test or development sources are in the training set, too),
+            `warning` (outputs that did not end, for example), `cell` (begun, done, failed), `try`, `decoded`, and those
+            of training with `cell` and `learning_rate` added.
         command: How it was started, for the report.
 
     Raises:
-        ConfigError: The folder holds another study; or a backbone is given to a study of several.
+        ConfigError: The folder holds another study; a run cannot be what its settings say; or a backbone is given to a
+            study of several.
         DataError: The data cannot be read, or is too small for the grid.
         KeyboardInterrupt: Ctrl-C; everything done so far is kept.
     """
@@ -80,12 +84,12 @@ def run_study(
         raise ConfigError("a loaded backbone was given, but the study has several.", hint="leave one of the two out.")
     inputs = StudyInputs(config, StudyData(config), SharedBackbone(config, backbone), on_event or (lambda event: None))
     cells, budget = plan(config), _Budget(config.budget)
-    provenance = _prepare(inputs, cells, command or " ".join(["prefixtune", *sys.argv[1:]]))
+    provenance = _prepare(inputs, cells, command or command_line())
 
     def save(*, is_over_budget: bool = False) -> None:
         write_study(config, cells, provenance, is_over_budget=is_over_budget)
 
-    save()
+    write_study(config, cells, provenance, begins=True)
     # Of processes that begin together, one may be the first to write down its dtype.
     check_same_dtype(config, cells, provenance.dtype)
     is_over_budget = False
@@ -120,7 +124,7 @@ def _prepare(inputs: StudyInputs, cells: Sequence[Cell], command: str) -> Proven
     """Check settings, data and folder before anything is trained, and make the folders."""
     config = inputs.config
     check_writable(config.folder / STUDY_FILE)
-    stored = read_study(config)
+    stored = begun_study(config)
     if stored is not None:
         check_same_study(config, stored)
     left = [cell for cell in cells if cell_status(config, cell) != "done"]
@@ -131,8 +135,11 @@ def _prepare(inputs: StudyInputs, cells: Sequence[Cell], command: str) -> Proven
         before = stored or {}
         provenance = _check_data(inputs, left, command, before.get("data_digests") or {})
         # Last, as it loads every model.
-        fingerprints = inputs.backbone.check_same(before.get("fingerprints") or {})
+        fingerprints = _check_models(inputs, left, before.get("fingerprints") or {})
         provenance = replace(provenance, dtype=inputs.backbone.dtype_name, fingerprints=fingerprints)
+        for text in idle_patience(config):
+            inputs.on_event(make_event("warning", text=text))
+    remove_outdated(config)
     make_folders(config)
     return provenance
 
@@ -144,14 +151,24 @@ def _check_cells(inputs: StudyInputs, left: Sequence[Cell]) -> None:
     if not inputs.backbone.is_preloaded or has_lora:
         for backbone in config.backbones or (config.backbone,):
             check_loadable(backbone, dtype=config.dtype, device=config.device, adapter_rank=int(has_lora))
-    for cell in left:
-        if cell.trains:
-            rate = config.rates(cell.method)[0]
-            build_train_config(config, cell, rate, cell_folder(config, cell), cell.num_targets)
-            if cell.is_first:
-                inputs.data.for_cell(cell)
-        elif cell.base_method == "few-shot":
-            inputs.data.shots()
+    for cell in _one_of_each_group(left):
+        check_settings(inputs, cell)
+
+
+def _check_models(inputs: StudyInputs, left: Sequence[Cell], stored: Mapping[str, str]) -> dict[str, str]:
+    """Load every model: it must be the one that the study began with, and can do what is left; its fingerprint."""
+    fingerprints: dict[str, str] = {}
+    for name in inputs.config.backbones or ("",):
+        fingerprints[name] = inputs.backbone.check_same(name, stored)
+        for cell in _one_of_each_group(left):
+            if name in ("", cell.backbone):
+                check_cell(inputs, cell)
+    return fingerprints
+
+
+def _one_of_each_group(cells: Sequence[Cell]) -> list[Cell]:
+    """The first of the repetitions of each point."""
+    return list({cell.group: cell for cell in reversed(cells)}.values())[::-1]
 
 
 def _check_data(
@@ -253,4 +270,7 @@ def _describe(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, PrefixError):
         return f"{error.message} {error.hint}".strip()
-    return f"{type(error).__name__}: {first_line(error)}. The traceback is in {ERROR_FILE}."
+    advice = ""
+    if is_out_of_memory(error):
+        advice = " Lower batch_size or max_length in a table [train_settings.METHOD], or decode_batch."
+    return f"{type(error).__name__}: {first_line(error).removesuffix('.')}.{advice} The traceback is in {ERROR_FILE}."

@@ -37,7 +37,7 @@ def check_method(method: str, variants: Mapping[str, Any] = {}) -> str:
     base, _, size = method.partition(":")
     if base not in METHODS:
         raise ValueError(f"is {method!r} ({did_you_mean(method, [*METHODS, *variants]).removesuffix('.')})")
-    if ":" in method and not (base in SIZED and size.isascii() and size.isdigit() and int(size)):
+    if ":" in method and not (base in SIZED and size.isascii() and size.isdigit() and len(size) < 10 and int(size)):
         raise ValueError(f"is {method!r}, but a size goes with top, adapter and lora, as in adapter:8")
     return method
 

@@ -19,22 +19,19 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.lora import add_adapter, has_adapter
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
+from prefixtune.training.config import DEFAULT_SIZES
 
 __all__ = [
-    "DEFAULT_SIZES",
     "Bottleneck",
     "Tuning",
     "freeze_tuned",
     "load_tuned_weights",
     "note_trained",
     "tune",
+    "tuned_layers",
     "tuned_weights",
     "was_trained",
 ]
-
-
-DEFAULT_SIZES = {"full": 0, "top": 2, "adapter": 64, "lora": 8}
-"""Method -> the default number of top layers, width of the bottleneck, or rank."""
 
 
 @dataclass(frozen=True)
@@ -118,37 +115,51 @@ def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:
         ConfigError: The model has fewer layers than are to be trained.
     """
     model, dtype = backbone.model, backbone.dtype
+    layers = tuned_layers(backbone, tuning)
     if tuning.method == "full":
         model.requires_grad_(True)
     elif tuning.method == "lora":
-        if has_adapter(model):
-            raise BackboneError(
-                f"{backbone.name!r} holds a LoRA adapter, whose place the new one would take.",
-                hint="train that one further with a prefix (train_adapter), or merge it into its base model first.",
-            )
         with quiet_transformers():
             add_adapter(model, tuning.size, seed=seed)
+    elif tuning.method == "top":
+        for layer in layers:
+            layer.requires_grad_(True)
     else:
-        layers = decoder_layers(backbone)
-        if tuning.method == "top":
-            if tuning.size > len(layers):
-                raise ConfigError(
-                    f"method_size is {tuning.size}, but {backbone.name!r} has {len(layers)} layers.",
-                    hint="train fewer of them, or use method = 'full'.",
-                )
-            for layer in layers[-tuning.size :]:
-                layer.requires_grad_(True)
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                for layer in layers:
-                    layer.bottleneck = Bottleneck(backbone.hidden_size, tuning.size).to(backbone.device)
-                    layer.register_forward_hook(_through_bottleneck)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for layer in layers:
+                layer.bottleneck = Bottleneck(backbone.hidden_size, tuning.size).to(backbone.device)
+                layer.register_forward_hook(_through_bottleneck)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.eval()
     return dataclasses.replace(backbone, compute_dtype=dtype)
+
+
+def tuned_layers(backbone: Backbone, tuning: Tuning) -> list[Any]:
+    """The layers that are trained, or that adapters are inserted in; empty: the method asks for none in particular.
+
+    Raises:
+        BackboneError: As `tune`.
+        ConfigError: As `tune`.
+    """
+    if tuning.method == "lora" and has_adapter(backbone.model):
+        raise BackboneError(
+            f"{backbone.name!r} holds a LoRA adapter, whose place the new one would take.",
+            hint="train that one further with a prefix (train_adapter), or merge it into its base model first.",
+        )
+    if tuning.method not in ("top", "adapter"):
+        return []
+    layers = decoder_layers(backbone)
+    if tuning.method == "adapter":
+        return layers
+    if tuning.size > len(layers):
+        raise ConfigError(
+            f"method_size is {tuning.size}, but {backbone.name!r} has {len(layers)} layers.",
+            hint="train fewer of them, or use method = 'full'.",
+        )
+    return layers[-tuning.size :]
 
 
 def _through_bottleneck(layer: Any, inputs: Any, output: Any) -> Any:

@@ -23,10 +23,12 @@ from prefixtune.training.starts.start import check_lengths
 from prefixtune.training.trackers.tracker import check_installed
 
 __all__ = [
+    "check_generates",
     "check_given",
     "check_gradient_checkpointing",
     "check_hidden_positions",
     "check_no_labels",
+    "check_prefix_method",
     "check_together",
     "early_checks",
     "no_head",
@@ -150,6 +152,33 @@ def check_no_labels(config: TrainConfig) -> None:
                 f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels: it generates.",
                 hint="use --task classification (task) for data with labels, or leave it out.",
             )
+
+
+def check_generates(config: TrainConfig, backbone: Backbone) -> None:
+    """Refuse to generate with a backbone that cannot.
+
+    Raises:
+        ConfigError: It is an encoder.
+    """
+    if backbone.kind == "encoder":
+        raise ConfigError(
+            f"{backbone.name!r} is an encoder, which reads text and writes none, but task {config.task!r} generates.",
+            hint="use --task classification or tagging, or choose a model that generates.",
+        )
+
+
+def check_prefix_method(config: TrainConfig, backbone: Backbone, *, has_head: bool = False) -> None:
+    """Refuse a prompt or an infix where there can only be a prefix.
+
+    Raises:
+        ConfigError: The backbone has an encoder or reads no packed rows, or there is a head.
+    """
+    if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or has_head):
+        raise ConfigError(
+            f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
+            f"{backbone.name!r} is of kind {backbone.kind!r}.",
+            hint="use method = 'prefix'.",
+        )
 
 
 def check_together(configs: Sequence[TrainConfig]) -> None:

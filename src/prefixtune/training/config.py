@@ -12,7 +12,7 @@ from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.config import CommaList, Config, DTypeName, option_group
 from prefixtune.utils.faults import show_value
 
-__all__ = ["ADAMW_PER_MUON", "MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
+__all__ = ["ADAMW_PER_MUON", "DEFAULT_SIZES", "MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
 
 
 FormName = Literal[
@@ -35,6 +35,12 @@ MOST_LENGTHS = 64
 
 ADAMW_PER_MUON = 5
 """How much larger the rate of AdamW is than that of Muon for the same numbers."""
+
+MOST_SIZE = 65_536
+"""Largest width of a bottleneck or an adapter, and largest rank of LoRA."""
+
+DEFAULT_SIZES = {"full": 0, "top": 2, "adapter": 64, "lora": 8}
+"""Method -> the default number of top layers, width of the bottleneck, or rank."""
 
 _PREFIX_METHODS = ("prefix", "prompt", "infix")
 _SIZED_METHODS = ("top", "adapter", "lora")
@@ -96,6 +102,7 @@ class TrainConfig(Config):
     method_size: int = _method(
         0,
         ge=0,
+        le=MOST_SIZE,
         description="top: layers (2); adapter: width of the bottleneck (64); lora: rank (8); 0: the number in brackets",
     )
 
@@ -180,7 +187,7 @@ class TrainConfig(Config):
     value_scale: float = _prefix(
         4.0, gt=0, description="scaled: how much larger a step of the values is than one of the keys"
     )
-    bottleneck_size: int = _prefix(512, ge=1, description="hidden width of the MLP")
+    bottleneck_size: int = _prefix(512, ge=1, le=MOST_SIZE, description="hidden width of the MLP")
     initialization: Literal["words", "text", "examples", "random", "prefix"] = _prefix(
         "words",
         description="start from the keys and values of: words, repeated or cut to P; a whole text; solved training "
@@ -257,7 +264,9 @@ class TrainConfig(Config):
         0.0, ge=0, description="decoupled weight decay: a step takes this share, times the rate"
     )
     warmup_steps: int = _training(20, ge=0, description="steps of linear warm-up; a linear decay to 0 follows")
-    epochs: float = _training(5.0, gt=0, description="passes over the training targets; max_steps overrides it")
+    epochs: float = _training(
+        5.0, gt=0, le=1_000_000, description="passes over the training targets; max_steps overrides it"
+    )
     max_steps: int = _training(0, ge=0, description="optimizer steps; 0: those of the epochs")
     batch_size: int = _training(16, ge=1, description="targets per forward pass")
     targets_per_source: int = _training(

@@ -45,7 +45,7 @@ from prefixtune.data.tokenized import (
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.chat import check_messages_can_be_written, check_system, choose_template
-from prefixtune.training.checks import check_no_labels, early_checks, no_solved_examples
+from prefixtune.training.checks import check_generates, check_no_labels, early_checks, no_solved_examples
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.folder import check_unused
@@ -361,11 +361,7 @@ def _choose_labels(
     kind = _task_kind(config)
     if kind != "generation":
         return choose_labels(kind, backbone, examples, dev_examples, by=config.classifier, words=config.words_by_label)
-    if backbone.kind == "encoder":
-        raise ConfigError(
-            f"{backbone.name!r} is an encoder, which reads text and writes none, but task {config.task!r} generates.",
-            hint="use --task classification or tagging, or choose a model that generates.",
-        )
+    check_generates(config, backbone)
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from prefixtune.errors import BackboneError
+from prefixtune.errors import BackboneError, ConfigError
 
 __all__ = ["SINGLE_PROCESS", "ProcessGroup", "init_distributed", "is_main_process", "is_sharded", "shard_model"]
 
@@ -89,9 +89,11 @@ def init_distributed(device: str) -> Iterator[ProcessGroup]:
 
     Args:
         device: That of the configuration: on a CUDA machine each process takes a device of its own, unless it is `cpu`.
+
+    Raises:
+        ConfigError: The environment names several processes, but not which one this is.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if not distributed.is_available() or (size == 1 and not distributed.is_initialized()):
+    if not distributed.is_available() or not (_names_several() or distributed.is_initialized()):
         yield SINGLE_PROCESS
         return
     own_device = ""
@@ -109,6 +111,26 @@ def init_distributed(device: str) -> Iterator[ProcessGroup]:
     finally:
         if initializes:
             distributed.destroy_process_group()
+
+
+def _names_several() -> bool:
+    """Whether the environment says that this process is one of several.
+
+    Raises:
+        ConfigError: It says so only in part.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    hint = "start it with torchrun or accelerate launch, or unset WORLD_SIZE."
+    if not (size.isascii() and size.isdigit() and len(size) < 10 and int(size)):
+        raise ConfigError(f"WORLD_SIZE is {size!r}, but must be a number of processes.", hint=hint)
+    if int(size) == 1 or distributed.is_initialized():
+        return int(size) > 1
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, for a training of several processes, but not set: {', '.join(missing)}.",
+            hint=hint,
+        )
+    return True
 
 
 def shard_model(model: Any) -> None:

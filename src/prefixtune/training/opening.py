@@ -15,19 +15,24 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.data import Example, ExampleLike
+from prefixtune.data.encoding import encode_examples
+from prefixtune.data.stored_examples import has_messages
 from prefixtune.errors import ConfigError
-from prefixtune.training.baselines import Tuning, note_trained, tune
+from prefixtune.prefix.geometry import Site
+from prefixtune.training.baselines import Tuning, note_trained, tune, tuned_layers
 from prefixtune.training.beside import SELF, Beside, load_others
 from prefixtune.training.checkpoint import Checkpoint, goes_on_differently, read_checkpoint
 from prefixtune.training.checks import (
+    check_generates,
     check_given,
     check_gradient_checkpointing,
     check_hidden_positions,
+    check_prefix_method,
     check_together,
     no_head,
 )
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, does_hold_out, is_large_file, read_data, tokenize
+from prefixtune.training.data import TrainData, does_hold_out, is_large_file, read_data, tokenize, training_format
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup, shard_model
 from prefixtune.training.folder import (
     EVENTS_FILE,
@@ -40,13 +45,13 @@ from prefixtune.training.folder import (
 from prefixtune.training.forms import check_form, describe_run_data, describe_windows, settle_form
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.runs import Run, agree_on_step, stop_requests
-from prefixtune.training.starts.build import build_encoder
+from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
 from prefixtune.training.trackers.tracking import last_logged, tracking
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
 
-__all__ = ["Inputs", "Teach", "open_run", "open_runs"]
+__all__ = ["Inputs", "Teach", "check_run", "open_run", "open_runs"]
 
 
 Teach = Callable[[TrainConfig, Backbone, TrainData], TrainData]
@@ -150,6 +155,33 @@ def open_run(
             teach=teach,
         )
         yield _open_log(loop, log, stack)
+
+
+def check_run(config: TrainConfig, backbone: Backbone, examples: Sequence[Example]) -> None:
+    """Refuse a run that generates and that a backbone cannot do, as far as this is seen at once.
+
+    What only all of the data's tokens show, or the examples that a prefix starts from, is refused when the run opens.
+
+    Args:
+        config: The run, whose form is settled.
+        backbone: As loaded, also for a method that trains weights.
+        examples: To train on, at least one.
+
+    Raises:
+        PrefixError: What opening the run would raise.
+    """
+    _check_backbone(config, backbone, together=False)
+    check_generates(config, backbone)
+    text_format = training_format(config, backbone, has_messages=has_messages(examples))
+    lengths: Mapping[Site, int] = {}
+    if config.trains_prefix:
+        check_prefix_method(config, backbone)
+        lengths = resolve_site_lengths(config, backbone)
+        _load_beside(config, backbone)
+    else:
+        tuned_layers(backbone, Tuning(config.method, config.method_size))
+    limits: dict[str, Any] = {"max_length": config.max_length, "on_too_long": config.on_too_long}
+    encode_examples(backbone, examples[:1], text_format, prefix_length=lengths.get("decoder", 0), **limits)
 
 
 def _prepare(

@@ -39,3 +39,14 @@ def test_characters_that_steer_a_terminal_are_not_shown(words: list[str], tmp_pa
     shown = command_line.run(*words)[0]
     assert "\x1b" not in shown
     assert "\u202e" not in shown
+    rows = [{"text": f"t{n}", "label": label, "\x1b[2J": 1} for n, label in enumerate(("good", "b\x1b[31mad"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shown = command_line.run(*words)[0]
+    assert "not used: \ufffd[2J" in shown
+    assert "b\ufffd[31mad 1" in shown
+    assert "\x1b" not in shown
+
+
+def test_one_step_is_an_epoch(words: list[str]) -> None:
+    assert "; 2 steps are an epoch" in command_line.run(*words)[0]
+    assert "; 1 step is an epoch" in command_line.run(*words, "--batch-size", "100")[0]

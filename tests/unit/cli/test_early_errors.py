@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import prefixtune.backbone.load
+import prefixtune.distillation.distill
 import prefixtune.studies.cell
 import prefixtune.studies.data
 import prefixtune.training.opening
 from prefixtune.cli.main import command_options, main
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Head, Prefix
 
 LLAMA = {
     "model_type": "llama",
@@ -27,11 +28,11 @@ LLAMA = {
 }
 
 
-def prefix_for(path: Path, layers: int = 3, **header: Any) -> str:
+def prefix_for(path: Path, layers: int = 3, head: Head | None = None, **header: Any) -> str:
     """A prefix file of a model with two KV heads of size 8."""
     pair = torch.zeros(2, 4, 8), torch.ones(2, 4, 8)
     facts = {"backbone": {"name": "model", "kind": "decoder", "fingerprint": "a:b"}, **header}
-    return str(save_prefix(path, Prefix({"decoder": (pair,) * layers}, facts)))
+    return str(save_prefix(path, Prefix({"decoder": (pair,) * layers}, facts, head)))
 
 
 @pytest.fixture
@@ -41,7 +42,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def loaded(*given: Any, **more: Any) -> Any:
         pytest.fail("the backbone was loaded")
 
-    for module in (prefixtune.backbone.load, prefixtune.training.opening, prefixtune.studies.data):
+    modules = (prefixtune.backbone.load, prefixtune.training.opening, prefixtune.studies.data)
+    for module in (*modules, prefixtune.distillation.distill):
         monkeypatch.setattr(module, "load_backbone", loaded)
     monkeypatch.setattr(prefixtune.studies.cell, "train", loaded)
     monkeypatch.chdir(tmp_path)
@@ -59,11 +61,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     prefix_for(tmp_path / "q.safetensors", backbone={"name": "other", "kind": "decoder"})
     prefix_for(tmp_path / "deep.safetensors", layers=4)
     prefix_for(tmp_path / "labels.safetensors", labels={"kind": "classification", "by": "words", "names": ["a", "b"]})
+    labels = {"kind": "classification", "by": "head", "names": ["a", "b"]}
+    prefix_for(tmp_path / "head.safetensors", labels=labels, head=Head(torch.ones(2, 32), torch.zeros(2)))
+    prefix_for(tmp_path / "adapted.safetensors", adapter="lora")
     return tmp_path
 
 
 TRAIN = "train --backbone model --train rows.jsonl --source name --target text --output run "
 LABELS = "train --backbone model --task classification --train rows.jsonl --source text --target label --output run "
+DISTILL = "distill --backbone model "
 STUDY = "study length --backbone model --task records --train rows.jsonl --dev rows.jsonl --test rows.jsonl "
 MISTAKES = [
     # Files.
@@ -124,7 +130,12 @@ MISTAKES = [
     ("compose p.safetensors nowhere.safetensors --output new.safetensors", "there is no file 'nowhere.safetensors'"),
     ("compose p.safetensors deep.safetensors --output new.safetensors", "4 layers"),
     ("cut nowhere.safetensors --length 1 --output new.safetensors", "there is no file 'nowhere.safetensors'"),
-    ("distill --backbone model --document nowhere.txt --questions rows.jsonl --output run", "nowhere.txt"),
+    (DISTILL + "--document nowhere.txt --questions rows.jsonl --output run", "nowhere.txt"),
+    (DISTILL + "--document nowhere.txt --questions rows.jsonl --output file", "cannot write"),
+    (DISTILL + "--document file --questions one.jsonl --output file/run", "cannot write 'file/run"),
+    (DISTILL + "--teacher head.safetensors --data rows.jsonl --source name --output run", "gives labels by a head"),
+    (DISTILL + "--teacher deep.safetensors --data rows.jsonl --source name --output run", "4 layers"),
+    (DISTILL + "--teacher adapted.safetensors --data rows.jsonl --source name --output run", "the adapter 'lora'"),
     ("explain nowhere.safetensors", "there is no file 'nowhere.safetensors'"),
     *(
         (

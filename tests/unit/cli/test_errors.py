@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from prefixtune.cli.main import main
+from prefixtune.errors import first_line
 
 
 def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +69,34 @@ def test_an_interruption_is_json_too(
     assert main(["inspect", str(tmp_path / "any.safetensors"), "--json"]) == 130
     message = json.loads(capsys.readouterr().err)
     assert message == {"error": "interrupted.", "hint": "the state is saved", "kind": "Interrupted", "exit_code": 130}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_too_little_memory_is_no_bug(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*given: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr("prefixtune.backbone.prefixes.load_prefix", too_large)
+    (tmp_path / "any.safetensors").touch()
+    words = ["inspect", str(tmp_path / "any.safetensors")]
+    assert main([*words, "--json"]) == 2
+    message = json.loads(capsys.readouterr().err)
+    assert (message["kind"], message["exit_code"]) == ("OutOfMemoryError", 2)
+    assert message["error"] == f"out of memory: {first_line(error).removesuffix('.')}."
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: ")
+    assert "hint: " in said
+    assert "--batch-size" in said
 
 
 def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path: Path) -> None:

@@ -208,6 +208,19 @@ def test_stdin_of_blank_lines_alone_is_refused(
     assert "stdin holds no text" in error(capsys)
 
 
+def test_stdin_has_an_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_loading: None
+) -> None:
+    monkeypatch.setattr("prefixtune.cli.commands.generate.MOST_LINES", 3)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\nd\n"))
+    message = error(capsys)
+    assert "stdin has more than 3 lines" in message
+    assert "use --data" in message
+    monkeypatch.setattr("prefixtune.data.streams.MAX_ROW_CHARS", 9)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n" + 10 * "b"))
+    assert "stdin, line 2 has more than 9 characters" in error(capsys)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

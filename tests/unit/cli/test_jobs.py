@@ -183,6 +183,23 @@ def test_create_uploads_and_asks(jobs: Jobs, server: FakeServer, rows: Path) -> 
     assert JOB["id"] in out
 
 
+def test_a_refused_job_need_not_upload_its_file_again(jobs: Jobs, server: FakeServer, rows: Path) -> None:
+    server.on("POST /fine_tuning/jobs", as_error(400, "the name 'cats' is taken."))
+    _, err = jobs("create", str(rows), "--name", "cats", code=2)
+    assert f"uploaded as {FILE['id']}" in err
+    assert "is taken" in err
+    jobs("create", FILE["id"], "--name", "cats", code=2)
+    assert len(server.sent("POST /files")) == 1
+
+
+def test_a_file_that_cannot_be_trained_on_makes_no_job(jobs: Jobs, server: FakeServer, rows: Path) -> None:
+    server.on("POST /files", as_json({**FILE, "status": "error", "status_details": "line 7 is\x1b[2J wrong."}))
+    _, err = jobs("create", str(rows), code=2)
+    assert "rows.jsonl cannot be trained on: line 7 is\ufffd[2J wrong." in " ".join(err.split())
+    assert f"jobs delete {FILE['id']}" in " ".join(err.split())
+    assert not server.sent("POST /fine_tuning/jobs")
+
+
 def test_a_document_and_its_questions(jobs: Jobs, server: FakeServer, rows: Path) -> None:
     jobs("create", str(rows), "--document", "--questions", "self", "--model", "tiny", "--validation", FILE["id"])
     assert b"\r\n\r\ndocument\r\n" in server.sent("POST /files")[0]
@@ -199,6 +216,8 @@ def test_a_document_and_its_questions(jobs: Jobs, server: FakeServer, rows: Path
         (["show"], "needs the id of a job"),
         (["list", "x"], "unexpected argument 'x'"),
         (["create", "{rows}", "--validation", "gone.jsonl"], "there is no file 'gone.jsonl'"),
+        (["create", "{rows}", "--validation", "self"], "there is no file 'self'"),
+        (["create", "self"], "there is no file 'self'"),
         (["create", "{rows}", "--option", "length"], "--option is 'length', but must be NAME=VALUE"),
         (["create", "{rows}", "--epochs", "two"], "--epochs is 'two', but must be a number or auto"),
         (

@@ -60,3 +60,21 @@ def test_the_version_is_looked_at_before_vllm_starts(
     assert says in " ".join(printed.split())
     assert ("not tested" in printed) == ("not tested" in says)
     assert started == ([] if code else [sys.executable])
+
+
+def test_a_python_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("prefixtune.cli.commands.serve_vllm._PROBE_SECONDS", 0.2)
+    files = ("--backbone", str(tmp_path), "--prefixes", str(tmp_path), "--train-workers", "0")
+    _, printed = run("serve", "--engine", "vllm", "--vllm-python", str(python), *files, code=2)
+    assert "has not answered within 0 seconds" in " ".join(printed.split())
+
+
+def test_the_training_server_has_the_cache_of_vllm(tmp_path: Path) -> None:
+    """Otherwise results of another size would be refused there."""
+    files = ("--backbone", str(tmp_path), "--prefixes", str(tmp_path))
+    printed, _ = run("serve", "--engine", "vllm", *files, "--cache-mib", "4096", "--show-command")
+    _, training = printed.splitlines()
+    assert "--cache-mib 4096" in training

@@ -78,7 +78,7 @@ def test_what_is_piped_in_is_utf_8_in_every_locale() -> None:
     process = start("generate", environment={"PYTHONIOENCODING": "latin-1"})
     process.stdin.buffer.write("caf\xe9\n".encode("latin-1"))  # type: ignore[union-attr]
     _, err = process.communicate()
-    assert "stdin is not UTF-8 text" in err
+    assert "stdin, line 1: byte 0xe9 is not UTF-8" in err
     assert process.returncode == 2
 
 

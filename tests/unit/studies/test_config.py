@@ -125,7 +125,7 @@ def test_all_wrong_values_are_reported():
         "'task'?)",
         "sizes[0] is -1, but must be at least 0",
         "lengths[0] is 0, but must be at least 1",
-        "tries is 0, but must be at least 1",
+        "tries is 0, but must be between 1 and 21",
         "try_steps is -1, but must be at least 0",
         "budget is nan, but must be a finite number at least 0",
         "dev_share is -0.5, but must be at least 0",
@@ -152,6 +152,47 @@ def test_lists_hold_something_and_nothing_twice(name: str):
     value = {"methods": "full", "starts": "task"}.get(name, 3)
     assert "must have at least one value" in refusal(**{name: [value, value]})
     assert "must have at least one value" in refusal(**{name: []})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tries": 3000}, "tries is 3000, but must be between 1 and 21"),
+        ({"repetitions": 100_000_000}, "the study has 600,000,002 runs, but at most 100,000 are allowed"),
+        ({"subsets": 10**9, "seeds": 10**9}, "runs, but at most 100,000 are allowed"),
+        ({"methods": ["adapter:9999999999999"]}, "a size goes with top, adapter and lora"),
+        ({"methods": ["adapter:999999"]}, "method_size is 999999, but must be between 0 and 65536"),
+        ({"train_settings": {"epochs": 1e308}}, "train_settings.epochs is 1e+308, but must be"),
+    ],
+)
+def test_a_grid_has_an_end(values: dict[str, Any], message: str):
+    assert message in refusal(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methods": ["adapter", "adapter:64"]}, "methods has 'adapter' and 'adapter:64', which are the same"),
+        ({"methods": ["lora:8", "lora:08"]}, "methods has 'lora:8' and 'lora:08', which are the same"),
+        (
+            {"methods": ["top", "top:1"], "train_settings": {"top": {"method_size": 1}}},
+            "methods has 'top' and 'top:1', which are the same",
+        ),
+        (
+            {
+                "name": "scale",
+                "backbones": ["gpt2", "gpt2-medium"],
+                "methods": ["full", "medium-full"],
+                "variants": {"medium-full": {"method": "full"}},
+            },
+            "'medium-full' on 'gpt2' and 'full' on 'gpt2-medium' would be called the same",
+        ),
+    ],
+)
+def test_no_two_runs_are_the_same(values: dict[str, Any], message: str):
+    assert message in refusal(**values)
+    other = {"methods": ["adapter", "adapter:64"], "train_settings": {"adapter": {"method_size": 8}}}
+    assert plan(StudyConfig(**other))
 
 
 def test_a_study_is_of_a_task_that_generates():

@@ -21,7 +21,7 @@ def cells(name: str, **values: object) -> list[Cell]:
 @pytest.mark.parametrize("name", STUDIES)
 def test_names_are_unique_and_good_for_any_file_system(name: str):
     planned = cells(
-        name, methods="prefix,adapter:8,adapter:64,adapter,lora:2,top:1,full,few-shot,zero-shot", sizes="0,7"
+        name, methods="prefix,adapter:8,adapter:32,adapter,lora:2,top:1,full,few-shot,zero-shot", sizes="0,7"
     )
     names = [cell.id for cell in planned]
     assert len({name.lower() for name in names}) == len(names)

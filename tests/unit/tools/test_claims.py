@@ -60,6 +60,30 @@ def test_several_sizes_count_by_their_mean_for_each_sample() -> None:
     assert (found.difference.mean, found.difference.standard_error, found.difference.count) == (3.0, 1.0, 2)
 
 
+def test_seeds_of_a_sample_count_once() -> None:
+    """As in the comparisons of the study itself."""
+    differences = {(0, 0): -1.0, (0, 1): -3.0, (1, 0): -6.0, (1, 1): -2.0}
+    names = {key: [f"{point}-subset{key[0]}-seed{key[1]}" for point in ("full-n50", PREFIX)] for key in differences}
+    pairs = [
+        Pair(run=names[key][0], reference=names[key][1], part="", difference=difference, p_value=0.1)
+        for key, difference in differences.items()
+    ]
+    cells = tuple(Cell(id=run) for run, _ in names.values())
+    made = Study(path=Path("study"), cells=cells, comparisons=Comparisons(pairs=tuple(pairs)))
+    found = measure_claim(LOW_DATA, made)
+    assert found is not None
+    # The means of the samples are 2 and 4.
+    assert (found.difference.mean, found.difference.standard_error, found.difference.count) == (3.0, 1.0, 2)
+    assert found.is_whole
+    found = measure_claim(LOW_DATA, made.model_copy(update={"comparisons": Comparisons(pairs=tuple(pairs[:3]))}))
+    assert found is not None
+    assert (found.difference.mean, found.difference.count, found.planned) == (2.0, 1, 2)
+    # Of a single sample, the seeds are all there is.
+    found = measure_claim(LOW_DATA, made.model_copy(update={"cells": cells[:2]}))
+    assert found is not None
+    assert (found.difference.mean, found.difference.count, found.planned) == (2.0, 2, 2)
+
+
 def test_only_samples_that_are_whole_count() -> None:
     whole = study({"full-n50": (-4.0, -2.0, -7.0), "full-n100": (0.0, -6.0)}, planned=5)
     found = measure_claim(LOW_DATA, whole)

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection
@@ -147,6 +148,98 @@ def test_a_study_that_is_run_in_part_is_shown_as_such_and_comes_back(
     assert page.read_text() == text
 
 
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for kept studies, beside runs/ with the study `methods`, which the page names, and `mine`."""
+    packed, page = tmp_path / "packed", tmp_path / "RESULTS.md"
+    packed.mkdir()
+    page.write_text("".join(f"<!-- {mark} -->\n\nold\n\n<!-- end -->\n" for mark in MARKS))
+    for name, value in {"RUNS": tmp_path / "runs", "PACKED": packed, "PAGES": (page,), "DATA": tmp_path}.items():
+        monkeypatch.setattr(results, name, value)
+    for name in ("methods", "mine"):
+        make_study(tmp_path / "runs" / name)
+    return packed
+
+
+def pack_or_restore(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of the command."""
+    monkeypatch.setattr(sys, "argv", ["results", *words])
+    try:
+        results.main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def test_studies_that_the_page_does_not_name_are_left_out(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack_or_restore(monkeypatch) == 0
+    assert {file.name for file in kept.iterdir()} == {"methods.json", "methods.outputs.json.gz"}
+    assert "mine: left out, as RESULTS.md has no mark <!-- mine -->" in capsys.readouterr().out
+
+
+def test_a_study_with_fewer_runs_replaces_none(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack_or_restore(monkeypatch) == 0
+    whole = (kept / "methods.json").read_bytes()
+    shutil.rmtree(results.RUNS / "methods")
+    make_study(results.RUNS / "methods", done=["full-n9-subset0-seed0"])
+    make_study(results.RUNS / "second")
+    results.PAGES[0].write_text(results.PAGES[0].read_text() + "<!-- second -->\n\nold\n\n<!-- end -->\n")
+    assert pack_or_restore(monkeypatch) == 1
+    assert "methods: 1 runs are done" in capsys.readouterr().err
+    assert (kept / "methods.json").read_bytes() == whole
+    assert (kept / "second.json").exists(), "the others go on"
+    assert pack_or_restore(monkeypatch, "--force") == 0
+    assert (kept / "methods.json").read_bytes() != whole
+
+
+def test_outputs_come_back_later_and_only_where_they_are_missing(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pack_or_restore(monkeypatch) == 0
+    files = sorted((results.RUNS / "methods").glob("cells/*/outputs.jsonl"))
+    missing = files[0].read_bytes()
+    files[0].unlink()
+    files[1].write_text("one's own")
+    assert pack_or_restore(monkeypatch, "--restore") == 0
+    assert (files[0].read_bytes(), files[1].read_text()) == (missing, "one's own")
+
+
+def test_a_restored_study_is_there_as_a_whole_or_not_at_all(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_study(results.RUNS / "second")
+    results.PAGES[0].write_text(results.PAGES[0].read_text() + "<!-- second -->\n\nold\n\n<!-- end -->\n")
+    assert pack_or_restore(monkeypatch) == 0
+    shutil.rmtree(results.RUNS)
+    unpack, written = results.unpack, results.write_text
+
+    def stop(path: Path, text: str) -> None:
+        if path.name == "evaluation.json":
+            raise KeyboardInterrupt
+        written(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_text", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack_or_restore(monkeypatch, "--restore")
+    assert [*results.RUNS.iterdir()] == []
+
+    def broken(path: Path, folder: Path) -> None:
+        if path.stem == "methods":
+            raise ValueError("it is broken")
+        unpack(path, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "unpack", broken)
+        assert pack_or_restore(monkeypatch, "--restore") == 1
+    assert "error: it is broken" in capsys.readouterr().err
+    assert [path.name for path in results.RUNS.iterdir()] == ["second"], "the others go on"
+    assert pack_or_restore(monkeypatch, "--restore") == 0
+    assert len(sorted(results.RUNS.glob("*/cells/*/outputs.jsonl"))) == 4
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, path = make_study(tmp_path / "study"), tmp_path / "study.outputs.json.gz"
     monkeypatch.setattr(outputs, "MAX_BYTES", 100)
@@ -158,9 +251,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_outputs_of_other_items_or_scores_are_refused(tmp_path: Path) -> None:
     config, path = make_study(tmp_path / "study"), tmp_path / "study.outputs.json.gz"
     outputs.pack_outputs(config.folder, path)
-    assert "has other test items" in outputs.restore_outputs(
-        path, make_study(tmp_path / "other", test_limit=4).folder, tmp_path
-    )
+    other = make_study(tmp_path / "other", test_limit=4).folder
+    assert outputs.restore_outputs(path, other, tmp_path) == "", "nothing is missing"
+    next(other.glob("cells/*/outputs.jsonl")).unlink()
+    assert "has other test items" in outputs.restore_outputs(path, other, tmp_path)
     file = next(config.folder.glob("cells/*/outputs.jsonl"))
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     file.write_text("".join(json.dumps({**row, "output": "x"}) + "\n" for row in rows), encoding="utf-8")
@@ -174,6 +268,7 @@ def test_a_set_that_is_missing_is_said(tmp_path: Path) -> None:
     outputs.pack_outputs(config.folder, path)
     file = config.folder / "study.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"task": "toy"', '"task": "e2e"'), encoding="utf-8")
+    next(config.folder.glob("cells/*/outputs.jsonl")).unlink()
     assert "does not exist" in outputs.restore_outputs(path, config.folder, tmp_path / "nowhere")
 
 

@@ -81,6 +81,8 @@ class EvaluateOptions(DecodingOptions, OutputOptions):
                 f"--shots {self.shots} shows the bare model examples of --train FILE: give --train, without --prefix "
                 "and --run",
             )
+        if self.train and not self.shots:
+            yield ("train", "shots"), "--train is for --shots N: give both, or leave it out"
         if self.instruction and trained:
             yield (
                 ("instruction",),

@@ -40,6 +40,8 @@ __all__ = ["generate", "unescape"]
 
 
 _ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.|$)", re.DOTALL)
+MOST_LINES = 1_000_000
+"""Most texts that are read from stdin."""
 _PLAIN = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
@@ -450,10 +452,21 @@ def unescape(text: str, number: int = 1) -> str:
 
 
 def _stdin_lines(console: Console) -> list[str]:
-    try:
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"stdin is not UTF-8 text: {error}.", hint="convert it to UTF-8.") from error
+    """The lines of stdin.
+
+    Raises:
+        ConfigError: There is no text, or there are too many lines.
+        DataError: A line is too long, or is no UTF-8 text.
+    """
+    from prefixtune.data.streams import MAX_FILE_BYTES, STDIN, text_lines, text_pieces
+
+    lines: list[str] = []
+    for line in text_lines(text_pieces(Path(STDIN), MAX_FILE_BYTES), "stdin", universal=True):
+        if len(lines) == MOST_LINES:
+            raise ConfigError(
+                f"stdin has more than {MOST_LINES:,} lines.", hint="use --data FILE, or give the lines in parts."
+            )
+        lines.append(line.rstrip("\r\n"))
     blank = [str(number) for number, line in enumerate(lines, start=1) if not line.strip()]
     if len(blank) == len(lines):
         raise ConfigError("stdin holds no text.", hint="give one source a line.")

@@ -19,7 +19,7 @@ from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.cli.training_client import FileView, JobView, TrainingClient
 from prefixtune.cli.training_display import Follower, facts_of, one_line, status_of, time_of
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console, safe_text
 from prefixtune.utils.home import expand_home
@@ -159,15 +159,30 @@ class _Command:
         return self._client.upload(expand_home(path), purpose)
 
     def _file_id(self, file: str, purpose: str) -> str:
-        """The id of a file that is there already, or of one that is uploaded now."""
-        return file if _is_id(file) else self._upload(file, purpose).id
+        """The id of a file that is there already, or of one that is uploaded now.
+
+        Raises:
+            RequestError: The server finds that it cannot be trained on.
+        """
+        if _is_id(file):
+            return file
+        uploaded = self._upload(file, purpose)
+        file_id = safe_text(uploaded.id)
+        if uploaded.status == "error":
+            raise RequestError(
+                f"{file} cannot be trained on: {one_line(uploaded.status_details or '')}",
+                hint=f"correct it; `{_command(self._options, 'delete', file_id)}` removes what was uploaded.",
+            )
+        # A job that is refused need not upload it again.
+        self._console.info(f"uploaded as {file_id}, which can be given instead of the file")
+        return file_id
 
     def _create(self) -> JobView:
         options = self._options
         extension, hyperparameters = _extension(options), _hyperparameters(options)
-        for file in (options.what, options.validation, options.questions):
+        for file in (options.what, options.validation, "" if options.questions == "self" else options.questions):
             # Before anything is uploaded.
-            if file not in ("", "self") and not _is_id(file) and not expand_home(file).is_file():
+            if file and not _is_id(file) and not expand_home(file).is_file():
                 raise ConfigError(f"there is no file {file[:200]!r}.", hint="check the path.")
         model = options.model or self._client.bare_model()
         request: dict[str, Any] = {"model": model}
@@ -313,7 +328,7 @@ def _hyperparameters(options: JobsOptions) -> dict[str, float | int]:
     return found
 
 
-def _command(options: JobsOptions, action: str, job_id: str) -> str:
-    """The words that do something with a job on the same server."""
+def _command(options: JobsOptions, action: str, what: str) -> str:
+    """The words that do something with a job or a file on the same server."""
     url = f" --url {shlex.quote(options.url)}" if options.url != JobsOptions.default("url") else ""
-    return f"prefixtune jobs {action} {shlex.quote(job_id)}{url}"
+    return f"prefixtune jobs {action} {shlex.quote(what)}{url}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -122,14 +123,22 @@ def length(options: LengthOptions) -> int:
             if not (Path(config.output) / "state.safetensors").exists():
                 raise KeyboardInterrupt("nothing was trained yet.") from None
             kept = str(stopped) or "stopped at once; the last save is kept"
-            raise KeyboardInterrupt(
-                f"{kept}; go on with `prefixtune length --resume --output {config.output}`."
-            ) from None
+            raise KeyboardInterrupt(f"{kept}; go on with `{_go_on(options)}`.") from None
     if options.as_json:
         _print_curve(result)
     else:
         _print_table(result, console)
     return 0
+
+
+def _go_on(options: LengthOptions) -> str:
+    """The command that goes on; the run's folder does not have the settings of the curve."""
+    words = ["prefixtune", "length", "--resume", "--output", options.output]
+    for name in ("lengths", "significance", "samples"):
+        value = getattr(options, name)
+        if value != options.default(name):
+            words += [options.flag(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
 
 
 class _Progress:

@@ -40,7 +40,7 @@ _USED_BY_VLLM = (
 _USED_BY_TRAINING = (
     *("backbone", "prefixes", "dtype", "device", "playground", "log_level", "deadline", "client_timeout"),
     *("data_folder", "train_workers", "train_threads", "train_nice", "train_idle_seconds", "max_file_mib"),
-    *("keep_jobs", "trackers"),
+    *("keep_jobs", "trackers", "cache_mib"),
 )
 """Settings that the training server beside vLLM gets as options."""
 
@@ -255,6 +255,8 @@ def _file_of(model: str, name: str) -> Path:
         raise OSError(str(error)) from error
 
 
+_PROBE_SECONDS = 300.0
+"""Longest time for vLLM's Python to import what it needs, as from a slow disk."""
 PLUGIN_PROBE = "import prefixtune.interop.vllm.middleware, prefixtune.interop.vllm.worker_cache"
 """Imports all that the plugin needs in vLLM's environment, but vLLM itself."""
 
@@ -263,7 +265,7 @@ def _check_vllm(python: str) -> str:
     """Refuse a Python that cannot start vLLM; returns vLLM's version, empty where it is unknown.
 
     Raises:
-        ConfigError: vLLM or the plugin is missing there, or vLLM is too old.
+        ConfigError: vLLM or the plugin is missing there, vLLM is too old, or its Python does not answer.
     """
     try:
         for module, install in (("vllm", "pip install vllm"), ("prefixtune.interop.vllm.worker_cache", _PLUGIN)):
@@ -278,8 +280,14 @@ def _check_vllm(python: str) -> str:
             raise ConfigError(f"the plugin does not load in {python!r}: {last}.", hint=_PLUGIN)
     except OSError as error:
         raise ConfigError(f"cannot run {python!r}: {error.strerror}.", hint="name vLLM's Python.") from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"{python!r} has not answered within {_PROBE_SECONDS:,.0f} seconds.",
+            hint=f"see how long {shlex.join([python, '-c', 'import vllm'])} takes.",
+        ) from error
     return version
 
 
 def _run(python: str, code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    options: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    return subprocess.run([python, "-c", code], check=False, timeout=_PROBE_SECONDS, **options)

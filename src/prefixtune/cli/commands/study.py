@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.kinds import StudyName
 from prefixtune.utils.console import Console
+from prefixtune.utils.machine import command_line
 
 if TYPE_CHECKING:
     from prefixtune.studies.grid import Cell
@@ -100,9 +100,12 @@ def _run_study(console: Console, options: StudyOptions, config: StudyConfig, num
                 return run_study(config, on_event=on_event)
             from prefixtune.studies.cluster import run_on_ray
 
-            command = " ".join(["prefixtune", *sys.argv[1:]])
             return run_on_ray(
-                config, options.ray or 1, address=options.ray_address or None, on_event=on_event, command=command
+                config,
+                options.ray or 1,
+                address=options.ray_address or None,
+                on_event=on_event,
+                command=command_line(),
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished runs are kept; go on with the same command.") from None
@@ -131,7 +134,7 @@ class _StudyProgress:
         if "worker" in event and kind in ("start", "step", "decoded"):
             # A bar of several runs at once would be meaningless.
             return
-        if kind == "overlap":
+        if kind in ("overlap", "warning"):
             self.console.warn(f"{event['text']}.")
         elif kind == "cell" and event["status"] == "begun":
             self._close()

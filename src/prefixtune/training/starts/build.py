@@ -23,7 +23,7 @@ from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder, fit
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.training.checks import no_start
+from prefixtune.training.checks import check_prefix_method, no_start
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.compaction import evenly_spaced
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
@@ -114,12 +114,7 @@ def build_encoder(
     """
     torch.manual_seed(config.seed)
     lengths = resolve_site_lengths(config, backbone, stored_start) if plan is None else plan.site_lengths
-    if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or head_labels):
-        raise ConfigError(
-            f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
-            f"{backbone.name!r} is of kind {backbone.kind!r}.",
-            hint="use method = 'prefix'.",
-        )
+    check_prefix_method(config, backbone, has_head=bool(head_labels))
     if config.method == "prompt":
         return _build_prompt(config, backbone, lengths["decoder"], stored_start)
     if plan is not None:
