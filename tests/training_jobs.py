@@ -32,6 +32,9 @@ def make_job(
     """A job with its folder, not queued yet; `config` adds to `CONFIG`, `dev` are rows to validate on."""
     config, dev = {**CONFIG, **fields.pop("config", {})}, fields.pop("dev", None)
     document = fields.pop("document", None)
+    if config.get("initialization") == "text":
+        # It starts from the document.
+        del config["init_text"]
     fields = {"kind": "document", **fields} if document else fields
     job = Job(
         id=new_job_id(),

@@ -369,7 +369,7 @@ class _Run:
         job, name = state.job, state.job.name
         if (job.id in self.cancelled) != (state.status == "cancelled"):
             yield f"{name}: cancelled {job.id in self.cancelled}, and {state.status}"
-        if state.status == "failed" and (state.error is None or state.error.code != "no_space"):
+        if state.status == "failed":
             yield f"{name} failed: {state.error}"
         events = self.http("GET", f"/v1/fine_tuning/jobs/{job.id}/events?limit=100")[1]["data"]
         told = sum(event["message"] == "The job has succeeded." for event in events)

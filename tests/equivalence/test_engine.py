@@ -16,6 +16,7 @@ from engine_runs import DECODERS_OF_THE_ZOO, alone, ids
 from patching import replace_everywhere
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.config import EngineConfig
@@ -24,14 +25,12 @@ from prefixtune.engine.kv_cache import lazy_zeros
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.generate import generate
 from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.detokenizer import Detokenizer
 from tools.models_sweep import make_tiny
-from zoo import make_model
 
 NEW = 10
 PLAIN = TextFormat()
@@ -643,7 +642,8 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         (lambda: Request((1, 10_000), sampling=few), "10000"),
         (lambda: Request((1, -1), sampling=few), "-1"),
         (lambda: Request((1,), sampling=SamplingParams(max_new_tokens=3, banned=(10_000,))), "10000"),
-        (lambda: Request((1,), n=3, sampling=few), "may"),
+        (lambda: Request((1,), n=3, sampling=few), "1 texts wait"),
+        (lambda: Request((1,), n=4, sampling=few), "n is 4, but at most 3"),
         (lambda: Request((1,), id=last.id, sampling=few), "running"),
         (lambda: Request(()), "no token"),
         (lambda: Request((1,), n=0), "n is 0"),
@@ -681,20 +681,39 @@ def test_a_run_that_is_refused_leaves_nothing_behind(llama: Backbone, requests: 
     assert ids(engine.run([good])[0][0]) == alone(llama, good)
 
 
-def test_a_rotation_that_depends_on_the_longest_text_bounds_all(
-    tiny_tokenizer: Any, random_ids: Any, random_prefix: Any
-):
-    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 40, **factors}
-    model = make_model("phi3", tiny_tokenizer, rope_parameters=rope, original_max_position_embeddings=40)
-    backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-longrope")
-    assert Engine(backbone).max_length == 40
-    # Where it is crossed, transformers computes the text anew without what the cache began with: the prefix.
-    ids, prefix = random_ids(30), random_prefix(backbone, 5, 3)
-    assert len(generate_ids(backbone, [ids], [prefix], config=GenerateConfig(max_new_tokens=5))[0]) == 5
-    with pytest.raises(RequestError, match=r"5 \(prefix\) \+ 30 \(text\) \+ 6 \(new\) positions.*has 40 with a prefix"):
-        generate_ids(backbone, [ids], [prefix], config=GenerateConfig(max_new_tokens=6))
-    assert len(generate_ids(backbone, [random_ids(50)], [None], config=GenerateConfig(max_new_tokens=6))[0]) == 6
+def test_a_run_is_refused_while_the_engine_has_other_requests(llama: Backbone, requests: Any):
+    first, second = requests(llama)[:2]
+    engine = Engine(llama)
+    engine.add(first)
+    with pytest.raises(RequestError, match="outputs would be lost"):
+        engine.run([second])
+    assert finish(engine)[-1].request_id == first.id
+    assert ids(engine.run([second])[0][0]) == alone(llama, second)
+
+
+def test_a_prefix_of_other_weights_is_refused(llama: Backbone, tiny_backbone: Any, random_prefix: Any):
+    other = tiny_backbone("llama", seed=1)
+    prefix = Prefix(random_prefix(other, 3).layers, make_header(other))
+    with pytest.raises(BackboneError, match="other weights"):
+        Engine(llama).add(Request((1,), prefix))
+    few = SamplingParams(max_new_tokens=3)
+    allowed = load_prefix(prefix, llama, allow_other_backbone=True)
+    assert Engine(llama).run([Request((1,), allowed, few)])
+    assert Engine(other).run([Request((1,), prefix, few)])
+    with pytest.raises(RequestError, match="must be a Prefix") as error:
+        Request((1,), "prefix.safetensors")  # type: ignore[arg-type]
+    assert "load_prefix" in error.value.hint
+
+
+def test_a_model_on_several_devices_is_refused(tiny_models: Any, tiny_tokenizer: Any):
+    backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "spread")
+    backbone.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": "cpu"}
+    with pytest.raises(BackboneError, match="'spread' is on 2 devices") as error:
+        Engine(backbone)
+    assert "`generate`" in error.value.hint
+    # Where the CPU keeps what does not fit, all runs on one.
+    backbone.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": "disk", "lm_head": "cpu"}
+    assert Engine(backbone).run([Request((1,), sampling=SamplingParams(max_new_tokens=2))])
 
 
 def test_a_model_that_runs_a_layer_several_times_is_refused(tiny_tokenizer: Any):

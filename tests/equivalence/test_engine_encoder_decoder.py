@@ -91,12 +91,15 @@ def test_the_bias_at_each_distance_is_the_models_own(made: Any):
             assert torch.equal(bias[:, min(distance, bias.shape[1] - 1)], own[0, :, 39, 39 - distance])
 
 
+@pytest.mark.parametrize("num_slots", [28, 2])
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_the_encoder_reads_a_request_of_many_texts_once(
-    name: str, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, num_slots: int, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
     backbone = made(name)
-    asked = requests(backbone, n=3, temperature=1.0, seed=5)
+    # With two slots, texts of a request get theirs one after the other, as the first one is short.
+    short = Request((5, 6), sampling=SamplingParams(max_new_tokens=2))
+    asked = [short, *requests(backbone, n=3, temperature=1.0, seed=5, min_new_tokens=NEW)]
     lonely = [[ids(output) for output in Engine(backbone).run([Request(**_fields(r))])[0]] for r in asked]
     read = []
     encode, encode_packed = run_encoder, run_encoder_packed
@@ -111,7 +114,7 @@ def test_the_encoder_reads_a_request_of_many_texts_once(
 
     replace_everywhere(monkeypatch, run_encoder, watch)
     replace_everywhere(monkeypatch, run_encoder_packed, watch_packed)
-    found = Engine(backbone, EngineConfig(num_slots=27)).run(asked)
+    found = Engine(backbone, EngineConfig(num_slots=num_slots)).run(asked)
     assert [[ids(output) for output in texts] for texts in found] == lonely
     assert sorted(read) == sorted(len(request.prompt) for request in asked)
 

@@ -33,6 +33,8 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "properties": {"s": {"type": "string", "maxLength": 5}}, "required": ["s"],
      "additionalProperties": False},
 ]  # fmt: skip
+# Objects that differ late: all of them must be followed at once.
+COMPLEX = [{"type": "object", "properties": {f"p{n}": {"type": "null"} for n in range(m, m + 190)}} for m in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +184,8 @@ def test_json_objects_and_completions(client: openai.OpenAI) -> None:
         ({"not": {}}, "not"),
         ({"type": "string", "description": "[" * 65}, "nested"),
         ({"type": "integer", "multipleOf": 1_234_567}, "multipleOf 1234567"),
+        ({"type": "string", "pattern": "^(a{1000}){1000}$"}, "too many expressions"),
+        ({"anyOf": COMPLEX}, "3835 items"),
     ],
 )
 def test_schemas_that_cannot_be_used(client: openai.OpenAI, backbone: Any, schema: Any, words: str) -> None:
@@ -208,9 +212,42 @@ def test_many_optional_properties_are_followed(backbone: Any) -> None:
     assert state.finished
 
 
+def test_large_schemas_can_be_used(backbone: Any) -> None:
+    names = [f"field_{number}" for number in range(1000)]
+    parts: list[dict[str, Any]] = [{"type": "string", "maxLength": 200 + n} for n in range(1000)]
+    dates = [{"type": "string", "format": ("date-time", "email", "uri", "uuid")[n % 4]} for n in range(200)]
+    for own in (parts, dates):
+        compile_json_schema(
+            backbone, {"properties": dict(zip(names, own, strict=False)), "required": names[: len(own)]}
+        )
+    compile_json_schema(backbone, {"enum": [f"{name}, {'x' * 20}" for name in names]})
+
+
+def test_a_text_that_becomes_too_complex_leaves_the_next_one_alone(backbone: Any) -> None:
+    grammar = compile_json_schema(backbone, {"type": "string", "pattern": "^(x|y(a{1000}){90})$"})
+
+    def write(text: str) -> bool:
+        state = grammar.start()
+        for token in backbone.encode(text):
+            state.accept(token)
+        while not state.finished:
+            state.accept(int(state.allowed(len(backbone.tokenizer)).int().argmax()))
+        return True
+
+    assert write('"x"')
+    with pytest.raises(RequestError, match=r"cannot go on by its JSON schema: .* too many expressions"):
+        write('"y')
+    assert write('"x"')
+
+
 def test_a_schema_that_becomes_too_complex_is_the_requests_fault(backbone: Any) -> None:
-    parts = [{"type": "object", "properties": {f"p{n}": {"type": "null"} for n in range(m, m + 190)}} for m in range(5)]
-    grammar = compile_json_schema(backbone, {"anyOf": parts})
+    schema = {
+        "type": "object",
+        "properties": {"p": {"anyOf": COMPLEX}},
+        "required": ["p"],
+        "additionalProperties": False,
+    }
+    grammar = compile_json_schema(backbone, schema)
     first, second = Engine(backbone).run([Request((5, 6), grammar=grammar), Request((5, 6))])
     assert (first[0].finish_reason, first[0].refused) == ("error", True)
     assert "cannot go on by its JSON schema: " in first[0].error

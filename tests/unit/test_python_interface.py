@@ -150,7 +150,7 @@ MESSAGES = {
     "Engine: a wrong option": ("ConfigError", "did you mean 'num_slots'?"),
     "Engine: a text as a number": ("ConfigError", "num_slots is '3'"),
     "Request: a text": ("RequestError", "backbone.encode"),
-    "Request: a number as prefix": ("ConfigError", "3 (of type int)"),
+    "Request: a number as prefix": ("RequestError", "3 (of type int)"),
     "Request: a number as sampling": ("RequestError", "SamplingParams or a dict"),
     "Sampling: a text as a number": ("RequestError", "max_new_tokens is '3'"),
     "TrainConfig: lr": ("ConfigError", "learning_rate"),

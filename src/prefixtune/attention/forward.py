@@ -31,6 +31,7 @@ from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.rotation import longrope_limit
 
 __all__ = [
     "forward_with_backend",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 overridden_positions: contextvars.ContextVar[Mapping[str, Tensor]] = contextvars.ContextVar("overridden_positions")
+long_texts: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("long_texts", default=None)
 
 
 def forward_with_prefixes(
@@ -108,7 +110,11 @@ def forward_with_prefixes(
         call |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
         if packing is not None:
             overrides = {"encoder": packing.positions("encoder")[0], "decoder": packing.positions("decoder")[0]}
-    with injecting_beside(layout, injection), _override_positions(model, layout, overrides):
+    with (
+        injecting_beside(layout, injection),
+        _override_positions(model, layout, overrides),
+        _turn_each_text(model, call.get("position_ids"), packing),
+    ):
         if source_rows is None:
             return model(input_ids=input_ids, attention_mask=mask, **call)
         encoder = model.get_encoder()
@@ -349,6 +355,40 @@ def _override_positions(model: Any, layout: Layout, positions: Mapping[str, Int[
         yield
     finally:
         overridden_positions.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _turn_each_text(model: Any, position_ids: Int[Tensor, "B T"] | None, packing: Packing | None) -> Iterator[None]:
+    """While the block runs, LongRoPE turns each text by its own length, not by that of the longest one in the call."""
+    limit = longrope_limit(model.config.get_text_config(decoder=True))
+    if limit is None or position_ids is None:
+        yield
+        return
+    texts = position_ids if packing is None else position_ids[0].split([g.stop - g.start for g in packing.groups])
+    is_long = torch.cat([(text >= limit).any().expand(len(text)) for text in texts]).view(position_ids.shape)
+    if bool(is_long.all()) or not bool(is_long.any()):
+        yield
+        return
+    token = long_texts.set(is_long)
+
+    def turn(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        current = long_texts.get()
+        if current is None:
+            return None
+        current = current.to(output[0].device)
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        call.arguments["position_ids"] = call.arguments["position_ids"].masked_fill(current, 0)
+        short = module.forward(*call.args, **call.kwargs)
+        return tuple(torch.where(current[..., None], *pair) for pair in zip(output, short, strict=True))
+
+    turns = [module for module in model.modules() if "longrope" in str(getattr(module, "rope_type", ""))]
+    handles = [module.register_forward_hook(turn, with_kwargs=True) for module in turns]
+    try:
+        yield
+    finally:
+        long_texts.reset(token)
         for handle in handles:
             handle.remove()
 

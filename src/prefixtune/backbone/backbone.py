@@ -25,7 +25,7 @@ from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.backbone.selfcheck import check_once
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.geometry import BackboneKind, Geometry, describe
-from prefixtune.prefix.rotation import Rotation
+from prefixtune.prefix.rotation import Rotation, longrope_limit
 from prefixtune.utils.files import atomic_files
 
 __all__ = ["Backbone"]
@@ -121,6 +121,20 @@ class Backbone:
         padding = getattr(table, "padding_idx", None)
         # RoBERTa counts its positions from the padding's id on.
         return min(known) - (0 if padding is None else int(padding) + 1)
+
+    @property
+    def longrope_limit(self) -> int | None:
+        """The model's original length, beyond which LongRoPE turns all keys otherwise; None: it has no LongRoPE."""
+        return longrope_limit(self.model.config.get_text_config(decoder=True))
+
+    def max_positions_with(self, prefix_length: int) -> int | None:
+        """How many positions a prefix and a text may have together; None: any number.
+
+        A prefix works up to the model's original length: its keys cannot be turned as LongRoPE turns those of a longer
+        text.
+        """
+        limits = [self.max_positions, self.longrope_limit if self.prefix_positions(prefix_length) else None]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def prefix_positions(self, prefix_length: int) -> int:
         """How many of the model's positions a prefix takes: P for a decoder-only model, none for the others."""

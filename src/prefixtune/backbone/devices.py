@@ -48,12 +48,20 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         return torch.device(next((name for name, is_available in available.items() if is_available), "cpu"))
+    hint = "use cpu, cuda, cuda:0, mps or auto."
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"unknown device {device!r}.", hint="use cpu, cuda, cuda:0, mps or auto.") from error
+        raise ConfigError(f"unknown device {device!r}.", hint=hint) from error
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device is {str(device)!r}, which is not supported.", hint=hint)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {str(device)!r}, but this machine has no CUDA.", hint="use --device cpu.")
+    if chosen.type == "cuda" and chosen.index and chosen.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {str(device)!r}, but this machine's last one is 'cuda:{torch.cuda.device_count() - 1}'.",
+            hint="use --device cuda for the first one.",
+        )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(
             f"device is {str(device)!r}, but this machine has no MPS (Apple's GPUs).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def as_prefix(prefix: PrefixLike | None, backbone: Backbone | None = None) -> Pr
     """The prefix that a caller means.
 
     Args:
-        prefix: A `Prefix` or None, returned as it is; or what `load_prefix` reads and checks against the backbone.
+        prefix: What `load_prefix` takes; or None.
         backbone: The model that it is used with.
 
     Raises:
@@ -52,9 +53,7 @@ def as_prefix(prefix: PrefixLike | None, backbone: Backbone | None = None) -> Pr
         ConfigError: It is something else.
         PrefixError: The hub cannot be reached.
     """
-    if prefix is None or isinstance(prefix, Prefix):
-        return prefix
-    return load_prefix(prefix, backbone)
+    return None if prefix is None else load_prefix(prefix, backbone)
 
 
 def load_prefix(
@@ -66,7 +65,8 @@ def load_prefix(
         path: The file; the folder of a run, which holds one; or `hub:OWNER/NAME`, a repository of the hub, which is
             downloaded. A `Prefix` is checked and returned.
         backbone: Also check that the prefix was trained for this model.
-        allow_other_backbone: Accept another fingerprint, when the shapes fit (a fine-tuned sister, say).
+        allow_other_backbone: Accept another fingerprint, when the shapes fit (a fine-tuned sister, say). The header of
+            the returned prefix then has none, so that it is accepted wherever it is used.
 
     Raises:
         CheckpointError: The file is missing, truncated, damaged, no prefix, of an unknown version, or holds NaN or
@@ -87,8 +87,9 @@ def load_prefix(
                 f"{backbone.head_size}.",
                 hint="load the backbone that its header names.",
             )
-        if not allow_other_backbone:
-            _check_fingerprint(prefix.header, backbone, name)
+        if allow_other_backbone:
+            return _for_any_weights(prefix)
+        _check_fingerprint(prefix.header, backbone, name)
     return prefix
 
 
@@ -129,6 +130,14 @@ def trained_adapter(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) 
             hint="use one at a time, or name the adapter: adapter= of load, or --adapter.",
         )
     return adapters.pop() if adapters else None
+
+
+def _for_any_weights(prefix: Prefix) -> Prefix:
+    """The same prefix, whose header does not say of which weights it is."""
+    if not backbone_origin(prefix.header).fingerprint:
+        return prefix
+    origin = {key: value for key, value in prefix.header["backbone"].items() if key != "fingerprint"}
+    return replace(prefix, header={**prefix.header, "backbone": origin})
 
 
 def _check_fingerprint(header: Mapping[str, Any], backbone: Backbone, name: str) -> None:

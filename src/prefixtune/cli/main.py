@@ -163,7 +163,7 @@ def run(words: Sequence[str]) -> int:
     return result
 
 
-_DATA_OPTIONS = ("--train", "--dev", "--data", "--references", "--test")
+_DATA_OPTIONS = ("--train", "--dev", "--data", "--references", "--test", "--hypotheses", "--against")
 _NEGATIVE = re.compile(r"-[0-9.][0-9.,e+-]*")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+from prefixtune.attention.injection import interrupt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import Source, as_conversation, encode_chat, encode_conversation, only_text
 from prefixtune.data.chat_examples import Turns, check_plain, encode_conversations
@@ -29,6 +31,10 @@ __all__ = [
     "encode_prompts",
     "format_of",
 ]
+
+_PART = 256
+"""Texts that are tokenized between two calls of `interrupt`."""
+_T = TypeVar("_T")
 
 
 def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:
@@ -181,10 +187,10 @@ def encode_examples(
         return encode_conversations(backbone, examples, text_format, limit, on_too_long, turns=turns, first=first)
     for number, example in enumerate(examples, start=first):
         check_plain(example, number)
-    prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
-    target_ids = iter(
-        backbone.encode_targets([text_format.format_target(t) for example in examples for t in example.targets])
-    )
+        _check_characters(example, number)
+    prompts = _in_parts(partial(encode_prompts, backbone, text_format), [example.source for example in examples])
+    targets_of_all = [text_format.format_target(target) for example in examples for target in example.targets]
+    target_ids = iter(_in_parts(backbone.encode_targets, targets_of_all))
     before, after = template_lengths(backbone, text_format)
     separate = backbone.kind == "encoder-decoder"
     tokenized: list[TokenizedExample] = []
@@ -218,3 +224,29 @@ def encode_examples(
         origins.append(number - first)
     dataset = TokenizedDataset.from_prompts(tokenized, whole)
     return dataset if len(origins) == len(examples) else replace(dataset, origins=tuple(origins))
+
+
+def _check_characters(example: Example, number: int) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        DataError: The source or a target holds half a surrogate pair.
+    """
+    for text in (example.source, *example.targets):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"example {number} holds half a surrogate pair at position {error.start} of a text, which is no "
+                "character.",
+                hint="write UTF-8 text.",
+            ) from None
+
+
+def _in_parts(encode: Callable[[Sequence[str]], list[_T]], texts: Sequence[str]) -> list[_T]:
+    """What a function makes of texts, some at a time: other work has its turns between."""
+    found: list[_T] = []
+    for first in range(0, len(texts), _PART):
+        interrupt()
+        found += encode(texts[first : first + _PART])
+    return found

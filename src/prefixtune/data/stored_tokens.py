@@ -7,12 +7,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 
 from prefixtune import __version__
+from prefixtune.attention.injection import interrupt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.cache import ColumnWriter, stored
 from prefixtune.data.examples import Example
@@ -25,6 +26,8 @@ _VERSION = 2
 """Of how examples become tokens: to be raised when that changes within a version of the package."""
 _PART = 2048
 """Examples that are tokenized at a time."""
+_WAIT_SECONDS = 0.05
+"""Between two calls of `interrupt` while a part is waited for."""
 _ORIGINS = "origins"
 _FACTS = tuple(field.name for field in dataclasses.fields(TokenizedDataset) if field.name not in ("examples", _ORIGINS))
 """Figures of a data set: sums over its parts, but for the longest prompt."""
@@ -88,14 +91,25 @@ def _encoded(examples: Sequence[Example], encode: Encode) -> Iterator[tuple[int,
     """The tokens of each part, and its number of examples; a part is tokenized while the one before it is written."""
     stream, first = iter(examples), 1
     waiting: tuple[int, Future[TokenizedDataset]] | None = None
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         while part := list(itertools.islice(stream, _PART)):
             before, waiting = waiting, (len(part), pool.submit(encode, part, first))
             first += len(part)
             if before is not None:
-                yield before[0], before[1].result()
+                yield before[0], _result(before[1])
         if waiting is not None:
-            yield waiting[0], waiting[1].result()
+            yield waiting[0], _result(waiting[1])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[TokenizedDataset]) -> TokenizedDataset:
+    """The tokens of a part; meanwhile, this thread does what `interrupt` asks for, which the other one cannot."""
+    while not future.done():
+        interrupt()
+        wait([future], _WAIT_SECONDS)
+    return future.result()
 
 
 def tokenizer_key(backbone: Backbone) -> str | None:

@@ -24,7 +24,7 @@ def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> i
     Raises:
         DataError: The prefix leaves no room.
     """
-    allowed = backbone.max_positions
+    allowed = backbone.max_positions_with(prefix_length)
     if allowed is None:
         return max_length or 1 << 30
     taken = backbone.prefix_positions(prefix_length)
@@ -90,7 +90,7 @@ def truncate_prompt(
         RequestError: It is longer than the training allowed and may not be truncated, or nothing of its source would be
             left.
     """
-    whole = backbone.max_positions if positions is None else positions
+    whole = backbone.max_positions_with(prefix_length) if positions is None else positions
     return fit_ids(
         text_format,
         prompt,

@@ -16,7 +16,7 @@ class EngineConfig(Config):
         ConfigError: An unknown option, or a value out of range; all faults at once.
     """
 
-    num_slots: int = _engine(32, ge=1, description="texts that run at once")
+    num_slots: int = _engine(32, ge=1, le=65_536, description="texts that run at once")
     max_length: int = _engine(
         0,
         ge=0,

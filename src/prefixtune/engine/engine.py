@@ -31,6 +31,7 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.backbone.prepack import prepack
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.model_runner import ModelRunner
@@ -47,8 +48,6 @@ from prefixtune.engine.sampler import NOT_FINITE, prompt_logprobs, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import RunningSequence, TokenSequence
 from prefixtune.errors import BackboneError, PrefixError, RequestError, describe_value
-from prefixtune.prefix.prefix import check_fits
-from prefixtune.prefix.rotation import longrope_limit
 from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["Engine"]
@@ -80,8 +79,8 @@ class Engine:
         batch_size: Sequences of which the last step computed something.
 
     Raises:
-        BackboneError: The model generates no text, or cannot compute several texts in one row.
-        ConfigError: A wrong option, or something that is no backbone.
+        BackboneError: The model generates no text, cannot compute several texts in one row, or is on several devices.
+        ConfigError: A wrong option, something that is no backbone, or more slots than memory has room for.
     """
 
     def __init__(
@@ -93,7 +92,8 @@ class Engine:
         if self.config.prepack:
             backbone = prepack(backbone)
         self.backbone = backbone
-        limits = (self.config.max_length, backbone.max_positions, _rotary_limit(backbone))
+        # Beyond a LongRoPE limit a text would turn the keys of all others in its row.
+        limits = (self.config.max_length, backbone.max_positions, backbone.longrope_limit)
         self.max_length = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
         self.runner = ModelRunner(
             backbone, self.config.num_slots, self.max_length, self.config.native_attention, self.config.cuda_graphs
@@ -115,21 +115,29 @@ class Engine:
         Raises:
             EngineFull: Too many texts wait.
             ContextLengthError: It needs more positions than a slot has.
-            RequestError: It has tokens that the model does not have, its prefix is an infix, or its id is in use.
-            BackboneError: Its prefix does not fit the backbone.
+            RequestError: It has tokens that the model does not have or more texts than may wait, its prefix is an
+                infix, or its id is in use.
+            BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
         """
         self._check(request)
+        with self._lock:
+            self._check_queue(request)
         sequences = [self._sequence(request, index) for index in range(request.n)]
         with self._lock:
-            if request.id in self._sequences:
-                raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
-            waiting, limit = self.scheduler.num_waiting, self.config.max_waiting
-            if waiting + request.n > limit:
-                raise EngineFull(
-                    f"{waiting} texts wait for a slot already; at most {limit} may wait.", hint="try again later."
-                )
+            # Another thread may have been faster.
+            self._check_queue(request)
             self._sequences[request.id] = sequences
             self.scheduler.add(sequences)
+
+    def _check_queue(self, request: Request) -> None:
+        """Refuse a request whose id is in use, or for which the queue has no room; the lock is held."""
+        if request.id in self._sequences:
+            raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
+        waiting, limit = self.scheduler.num_waiting, self.config.max_waiting
+        if waiting + request.n > limit:
+            raise EngineFull(
+                f"{waiting:,} texts wait for a slot already; at most {limit:,} may wait.", hint="try again later."
+            )
 
     def _check(self, request: Request) -> None:
         """Refuse what the engine cannot run; in a step, it could fail other requests."""
@@ -138,8 +146,13 @@ class Engine:
                 f"the request is {describe_value(request)}, not a Request.",
                 hint="write Request(tuple(engine.backbone.encode(text)), prefix).",
             )
+        if request.n > self.config.max_waiting:
+            raise RequestError(
+                f"n is {request.n:,}, but at most {self.config.max_waiting:,} texts may wait for a slot.",
+                hint="lower n, or raise max_waiting.",
+            )
         if request.prefix is not None:
-            check_fits(request.prefix, self.backbone.geometry, self.backbone.name)
+            load_prefix(request.prefix, self.backbone)
             if request.prefix.placement != "front":
                 raise RequestError(
                     f"the prefix's placement is {request.prefix.placement!r}, but the engine serves 'front' only.",
@@ -194,6 +207,8 @@ class Engine:
         else:
             needed = f"{prefix_length} (prefix) + {prompt_tokens} (text) + {new_tokens} (new) positions"
             limit = f"the limit is {self.max_length}"
+        if self.max_length == self.backbone.longrope_limit:
+            limit += " (the model's original length, before LongRoPE)"
         raise ContextLengthError(
             f"the request needs {needed}, but {limit}.", hint="shorten the text or lower max_new_tokens."
         )
@@ -232,14 +247,20 @@ class Engine:
             return tuple(s.snapshot() for s in sorted(self.scheduler.running, key=lambda s: s.slot))
 
     def run(self, requests: Sequence[Request]) -> list[list[SequenceOutput]]:
-        """Run requests to their end.
+        """Run requests to their end, in an engine that has no others.
 
         Returns:
             For each request, one `SequenceOutput` per sequence with all its tokens and text.
 
         Raises:
+            RequestError: The engine has other requests.
             PrefixError: As `add`; then none of them is run.
         """
+        if self.busy:
+            raise RequestError(
+                "the engine has other requests, whose outputs would be lost.",
+                hint="call `step` until it is not busy, or `add` these requests as well.",
+            )
         added: list[str] = []
         try:
             for request in requests:
@@ -257,6 +278,10 @@ class Engine:
                 outputs.setdefault((output.request_id, output.index), []).append(output)
         return [[join_outputs(outputs[request.id, index]) for index in range(request.n)] for request in requests]
 
+    def free(self) -> None:
+        """Give the memory of the slots back; the engine computes nothing afterwards."""
+        del self.runner
+
     # --- a step -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -270,6 +295,8 @@ class Engine:
         with self._lock:
             admitted = self.scheduler.admit()
         self._try_each(admitted, self.runner.load_prefix, outputs)
+        # Before the encoder reads a source again, for a sequence that got its slot after others of its request.
+        self._share_prompts()
         with self._lock:
             to_encode = self.scheduler.sequences_to_encode()
         self._encode(to_encode, outputs)
@@ -462,11 +489,10 @@ def _check_generates(backbone: Backbone) -> None:
             f"{backbone.name!r} runs a layer several times in one pass, for which a slot has no room.",
             hint="use `generate`, which batches whole requests.",
         )
-
-
-def _rotary_limit(backbone: Backbone) -> int:
-    """Up to which length a text's rotary embedding does not depend on the other texts in the row; 0: at any.
-
-    LongRoPE rotates all positions of a call differently as soon as one of them is beyond the model's original limit.
-    """
-    return longrope_limit(backbone.model.config.get_text_config(decoder=True)) or 0
+    # Parts that are kept on the CPU or the disk run on the GPU, too.
+    devices = set(getattr(backbone.model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise BackboneError(
+            f"{backbone.name!r} is on {len(devices)} devices, but the slots are on one.",
+            hint="use `generate`, or load the model on one device.",
+        )

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.engine.shared_prefix import SharedPrefixes
-from prefixtune.errors import RequestError
+from prefixtune.errors import ConfigError, RequestError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
@@ -49,6 +49,9 @@ class KVCache:
         keys: Per layer, (slots, H, capacity, Dk).
         values: Per layer, (slots, H, capacity, Dv).
         prefixes: Those that are read where they are.
+
+    Raises:
+        ConfigError: Memory has no room for so many slots.
     """
 
     def __init__(
@@ -66,7 +69,13 @@ class KVCache:
         self.capacity = 0
         self.keys: list[Float[Tensor, "S H C Dk"]] = []
         self.values: list[Float[Tensor, "S H C Dv"]] = []
-        self.reserve(1)
+        try:
+            self.reserve(1)
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            size = min(max_length, INITIAL_CAPACITY) * self.bytes_per_position
+            raise ConfigError(
+                f"there is no room for the {size / 2**30:,.1f} GiB of {num_slots:,} slots.", hint="lower num_slots."
+            ) from error
 
     def reserve(self, length: int) -> None:
         """Let every slot have at least `length` positions; their content stays.

@@ -10,7 +10,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from prefixtune.backbone.prefixes import as_prefix
 from prefixtune.errors import PrefixError, RequestError, describe_value
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.config import SamplingConfig
@@ -83,7 +82,7 @@ class Request:
 
     Attributes:
         prompt: Token ids to continue (encoder-decoder: for the encoder to read).
-        prefix: In front of the prompt: a `Prefix`, or a path, which is read; None: the bare model.
+        prefix: In front of the prompt; None: the bare model.
         sampling: How tokens are sampled: a `SamplingParams`, or a dict of its fields.
         n: How many texts; each is sampled from its own seed.
         tenant: Who sends it; tenants share the slots fairly.
@@ -93,7 +92,8 @@ class Request:
         id: Its id; generated if none is given.
 
     Raises:
-        RequestError: The prompt is empty or holds no token ids, n is below 1, or `sampling` is something else.
+        RequestError: The prompt is empty or holds no token ids, n is below 1, or `prefix` or `sampling` is something
+            else.
     """
 
     prompt: tuple[int, ...]
@@ -114,7 +114,11 @@ class Request:
                 f"the prompt is {describe_value(self.prompt)}, but must be a list of token ids.",
                 hint="encode a text with the backbone: `backbone.encode(text)`.",
             ) from None
-        object.__setattr__(self, "prefix", as_prefix(self.prefix))
+        if self.prefix is not None and not isinstance(self.prefix, Prefix):
+            raise RequestError(
+                f"the prefix is {describe_value(self.prefix)}, but must be a Prefix.",
+                hint="write load_prefix(path, engine.backbone), which checks that it was trained for this model.",
+            )
         if isinstance(self.sampling, Mapping):
             object.__setattr__(self, "sampling", SamplingParams(**self.sampling))
         if not isinstance(self.sampling, SamplingParams):

@@ -226,9 +226,12 @@ class EngineWorker:
                 outputs = self.engine.step()
             except BaseException as error:
                 _log.exception("the engine failed; it is restarted.")
-                self._restart(error)
+                failure = type(error).__name__
+            else:
+                self._record_step(outputs)
                 continue
-            self._record_step(outputs)
+            # After the handler: the error holds what the step computed with.
+            self._restart(failure)
         self._outputs.put(None)
 
     def _do_call(self) -> None:
@@ -296,9 +299,9 @@ class EngineWorker:
                 del self._submissions[output.request_id]
         self._outputs.put((submission, output))
 
-    def _restart(self, error: BaseException) -> None:
+    def _restart(self, failure: str) -> None:
         """End all requests and create a new engine."""
-        message = f"the engine failed and was restarted ({type(error).__name__}): send the request again."
+        message = f"the engine failed and was restarted ({failure}): send the request again."
         with self._changed:
             self._restarting = True
             self._restarts += 1
@@ -306,6 +309,8 @@ class EngineWorker:
                 for index in sorted(submission.unfinished):
                     self._enqueue(SequenceOutput(request_id, index, (), "", "error", message, engine_crashed=True))
             self._changed.notify_all()
+        # There may be no room for the slots of both.
+        self.engine.free()
         pause = 0.05
         while not self._closing:
             try:
@@ -334,4 +339,6 @@ class EngineWorker:
                 submission.callback_failed = True
                 with self._changed:
                     self._failed_callbacks += 1
-                self.cancel(output.request_id)
+                    # If it has ended, its id may be another's.
+                    if self._submissions.get(output.request_id) is submission:
+                        self.cancel(output.request_id)

@@ -138,7 +138,8 @@ def generate_ids(
     check_supported(backbone, config, assistant)
     own_ends = [tuple(own) for own in ends] or [()] * len(prompts)
     texts = {n: Text(*fields) for n, fields in enumerate(zip(prompts, prefixes, limits, own_ends, strict=True))}
-    order = sorted(texts, key=lambda n: (_shared(texts[n]), len(texts[n].prompt)))
+    shared = {n: _shared(backbone, n, text) for n, text in texts.items()}
+    order = sorted(texts, key=lambda n: (shared[n], len(texts[n].prompt)))
     results: dict[int, list[int]] = {}
     may_be_compiled = may_pack and suits_engine(config, prefixes, assistant)
     # The engine draws otherwise than transformers, and a seed is to give the same texts each time.
@@ -156,7 +157,7 @@ def generate_ids(
                 order, may_be_compiled = [n for n in order if n not in results], False
                 continue
             batch_size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
-            rows = [n for n in order[:batch_size] if _shared(texts[n]) == _shared(texts[order[0]])]
+            rows = [n for n in order[:batch_size] if shared[n] == shared[order[0]]]
             outputs = _run_batch(backbone, [texts[n] for n in rows], config, assistant, streamer)
             results |= dict(zip(rows, outputs, strict=True))
             order = order[len(rows) :]
@@ -165,10 +166,13 @@ def generate_ids(
     return [results[n] for n in texts]
 
 
-def _shared(text: Text) -> tuple[bool, int, Sequence[int]]:
+def _shared(backbone: Backbone, number: int, text: Text) -> tuple[bool, int, Sequence[int], int]:
     """What all texts of a batch of transformers have alike; in order, the longest outputs come first."""
     infix = text.prefix is not None and text.prefix.placement == "infix"
-    return infix, -text.new_tokens, text.ends
+    # One that may become longer than the model's original length is alone: it would turn the keys of the others.
+    limit = backbone.longrope_limit
+    is_alone = limit is not None and len(text.prompt) + text.new_tokens > limit
+    return infix, -text.new_tokens, text.ends, number if is_alone else -1
 
 
 def _run_batch(
@@ -193,12 +197,13 @@ def _run_batch(
 def _per_text(
     prefix: PrefixLike | Sequence[PrefixLike | None] | None, count: int, backbone: Backbone
 ) -> list[Prefix | None]:
-    """One prefix per text; each file is read once."""
+    """One prefix per text; each is read and checked once."""
     if isinstance(prefix, str) or not isinstance(prefix, Sequence):
         return [as_prefix(prefix, backbone)] * count
     if len(prefix) != count:
         raise RequestError(
             f"{len(prefix)} prefixes for {count} texts.", hint="give one for all, or one (or None) per text."
         )
-    loaded = {str(path): as_prefix(path, backbone) for path in prefix if isinstance(path, str | os.PathLike)}
-    return [loaded[str(item)] if isinstance(item, str | os.PathLike) else as_prefix(item, backbone) for item in prefix]
+    keys = [str(item) if isinstance(item, str | os.PathLike) else id(item) for item in prefix]
+    loaded = {key: as_prefix(item, backbone) for key, item in dict(zip(keys, prefix, strict=True)).items()}
+    return [loaded[key] for key in keys]

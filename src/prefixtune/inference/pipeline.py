@@ -210,10 +210,12 @@ def _generate(
     repeats = max(config.num_beams or 1, config.num_return_sequences or 1)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     prompts = [ids[real.bool()].tolist() for ids, real in zip(input_ids, mask, strict=True)]
-    if config.max_new_tokens and backbone.max_positions is not None:
+    length = 0 if prefix is None else prefix.length()
+    limit = backbone.max_positions_with(length)
+    if config.max_new_tokens and limit is not None:
         # No more than fit; the prompts do, or were refused.
-        taken = backbone.prefix_positions(0 if prefix is None else prefix.length()) + max(map(len, prompts))
-        config.max_new_tokens = max(1, min(config.max_new_tokens, backbone.max_positions - taken))
+        taken = backbone.prefix_positions(length) + max(map(len, prompts))
+        config.max_new_tokens = max(1, min(config.max_new_tokens, limit - taken))
     arguments = {"input_ids": input_ids, "attention_mask": mask}
     context = put_prefixes(arguments, backbone, [prefix] * len(prompts), GenerateConfig(num_beams=repeats))
     start = arguments["input_ids"].shape[1]

@@ -12,7 +12,6 @@ from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.prefix.rotation import longrope_limit
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
 __all__ = ["Prompts", "check_positions", "check_requests", "prepare_prompts", "truncate_prompts"]
@@ -118,6 +117,7 @@ def truncate_prompts(
             prompt,
             prefix_length=_length(prefix),
             new_tokens=most,
+            positions=backbone.max_positions_with(_length(prefix)),
             name=f"text {number}",
             source=sources[number - 1] if sources else "",
         )
@@ -170,10 +170,7 @@ def check_positions(
     Raises:
         RequestError: There is such a prompt.
     """
-    whole = backbone.max_positions
     separate = backbone.kind == "encoder-decoder"
-    # Beyond it all keys are turned differently, those of a prefix too, so that transformers forgets the cache it is in.
-    turned = longrope_limit(backbone.model.config.get_text_config(decoder=True))
     for number, (prompt, prefix, new) in enumerate(zip(prompts, prefixes, new_tokens, strict=True), start=1):
         if not prompt:
             raise RequestError(
@@ -181,13 +178,14 @@ def check_positions(
             )
         prefix_positions = backbone.prefix_positions(_length(prefix))
         needed = max(len(prompt), new + 1) if separate else prefix_positions + len(prompt) + new
-        limit = min(whole or turned, turned) if turned and prefix_positions else whole
+        limit = backbone.max_positions_with(_length(prefix))
         if limit is not None and needed > limit:
+            of_what = " on either side" if separate else "" if limit == backbone.max_positions else " with a prefix"
             parts = [] if separate else [f"{prefix_positions} (prefix)"]
             parts += [f"{len(prompt)} (text)", *([f"{new} (new)"] if new else [])]
             raise RequestError(
                 f"text {number} needs {(' and ' if separate else ' + ').join(parts)} positions, but {backbone.name!r} "
-                f"has {limit}{' on either side' if separate else ' with a prefix' if limit != whole else ''}.",
+                f"has {limit}{of_what}.",
                 hint=hint,
             )
 
@@ -196,7 +194,7 @@ def _max_new_tokens(
     backbone: Backbone, text_format: TextFormat, prompt: Sequence[int], prefix: Prefix | None, config: GenerateConfig
 ) -> int:
     """Most tokens to generate: no more than fit after a prompt that training did not truncate."""
-    limit = backbone.max_positions
+    limit = backbone.max_positions_with(_length(prefix))
     if backbone.kind != "decoder" or limit is None or len(prompt) > text_format.longest_prompt:
         return config.max_new_tokens
     left = limit - backbone.prefix_positions(_length(prefix)) - len(prompt)

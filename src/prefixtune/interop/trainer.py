@@ -190,7 +190,8 @@ class PrefixModel(nn.Module):
             return method(backbone, input_ids, attention_mask, prefixes=prefix, **decoder)
 
     def _check_positions(self, *rows: Tensor | None) -> None:
-        limit, prefix_positions = self.backbone.max_positions, self.backbone.prefix_positions(self.prefix_length)
+        limit = self.backbone.max_positions_with(self.prefix_length)
+        prefix_positions = self.backbone.prefix_positions(self.prefix_length)
         longest = max(ids.shape[1] for ids in rows if ids is not None)
         if limit is not None and longest + prefix_positions > limit:
             raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from prefixtune.jobs.attempts import SUSPICIOUS_ATTEMPTS, forget_attempts, num_attempts
 from prefixtune.jobs.checkpoints import CheckpointKeeper
 from prefixtune.jobs.events import JobEvents, Progress
+from prefixtune.jobs.failures import is_temporary
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import Job, JobResult
 from prefixtune.training.folder import Event
@@ -31,6 +33,7 @@ _PROGRESS_SECONDS = 0.5
 _SMOOTHING = 0.2
 """Weight of the last step in the seconds that computing a step takes."""
 _LOCK = ".lock"
+_log = logging.getLogger("prefixtune.jobs")
 
 
 @dataclass(eq=False)
@@ -111,6 +114,8 @@ class ActiveJob:
         self._got_further = False
         self.trained_at, self.publish_at = math.inf, 0.0
         self._checkpoints = CheckpointKeeper(self.job, folder.run)
+        # What could not be written the last time.
+        self._failing: set[str] = set()
 
     @property
     def step(self) -> int:
@@ -128,13 +133,33 @@ class ActiveJob:
         return self._got_further
 
     def record(self, event: Event) -> None:
-        """Keep an event of the run, and tell the owner.
+        """Keep an event of the run, and tell the owner as far as that can be written.
 
         Raises:
-            PrefixError: Something cannot be written.
+            PrefixError: The run's log cannot be written.
         """
-        self._checkpoints.record(self.run.loop, event)
+        with self._going_on("checkpoint"):
+            self._checkpoints.record(self.run.loop, event)
         self.run.record(event)
+        with self._going_on("events"):
+            self._tell(event)
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Train on where something cannot be written now; said once, until it can be written again."""
+        try:
+            yield
+        except Exception as error:
+            if not is_temporary(error):
+                raise
+            if what not in self._failing:
+                fields = {"job": self.job.id, "what": what, "reason": str(error)}
+                _log.warning("not_written", extra={"fields": fields})
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
+
+    def _tell(self, event: Event) -> None:
         kind = event["event"]
         if kind == "start":
             self.events.add("Training has started.", key="started")
@@ -206,14 +231,15 @@ class ActiveJob:
     def save_if_due(self) -> None:
         """Save the state after the first step, and from time to time: a kill loses no more than that.
 
-        Called after each step of the group, when its evaluations are over.
-
-        Raises:
-            PrefixError: It cannot be written.
+        Called after each step of the group, when its evaluations are over. A state that cannot be written is tried
+        again later.
         """
         pause = max(_SAVE_SECONDS, _SAVE_SHARE * self._save_seconds)
-        if not self._got_further or time.monotonic() - self._saved >= pause:
-            self.save()
+        is_first = not self._got_further and "state" not in self._failing
+        if is_first or time.monotonic() - self._saved >= pause:
+            with self._going_on("state"):
+                self.save()
+            self._saved = time.monotonic()
         self._other_seconds += time.monotonic() - self._stepped
 
     def save(self) -> None:
@@ -246,8 +272,8 @@ class ActiveJob:
 
     def close_run(self) -> None:
         """All steps are taken: close the run's log and trackers; the folder is still held."""
-        self._closing.close()
         self.trained_at = time.monotonic()
+        self._closing.close()
 
     def release(self) -> None:
         """Close the run, and let others have the folder."""

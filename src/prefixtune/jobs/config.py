@@ -89,5 +89,5 @@ class WorkerConfig(Config):
         0, description="how far this process steps back where the processor is busy"
     )
     log_level: Literal["debug", "info", "warning", "error"] = _machine(
-        "info", description="lowest level of the lines on stdout: JSON, or plain on a terminal"
+        "info", description="lowest level of the lines on stdout, which are JSON"
     )

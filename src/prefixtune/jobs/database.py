@@ -1,5 +1,7 @@
-"""Which database a data folder belongs to: with another one, the folders of its jobs would look as if nobody had queued
-them, and be removed.
+"""A data folder and a database belong together.
+
+With another database, the folders of its jobs would look as if nobody had queued them, and be removed. With another
+folder, as where a disk is not mounted, the files of all queued jobs would be missing, and the jobs would fail.
 """
 
 from __future__ import annotations
@@ -10,12 +12,17 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.jobs.folder import DataFolder
+from prefixtune.utils.files import flush_to_disk
 
-__all__ = ["check_database", "claim_folder"]
+if TYPE_CHECKING:
+    from prefixtune.jobs.queue import JobQueue
+
+__all__ = ["check_database", "claim_database", "claim_folder"]
 
 
 _LONGEST = 200
@@ -30,18 +37,10 @@ def check_database(data: DataFolder, url: str) -> None:
         url: Of the database.
 
     Raises:
-        ConfigError: It belongs to another one.
+        ConfigError: It belongs to another one, or cannot be read.
     """
-    try:
-        with open(data.database_marker, encoding="utf-8", errors="replace") as file:
-            known = file.read(_LONGEST).strip()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConfigError(
-            f"{str(data.database_marker)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
-        ) from error
-    if known != _digest(data, url):
+    known = _read(data.database_marker)
+    if known and known != _digest(data, url):
         raise ConfigError(
             f"the jobs of the data folder {str(data.root)!r} are queued in another database.",
             hint="give the --database-url that it was used with, or another --data-folder; if only the database's "
@@ -57,23 +56,73 @@ def claim_folder(data: DataFolder, url: str) -> None:
         url: Of the database.
 
     Raises:
-        ConfigError: It belongs to another one.
+        ConfigError: It belongs to another one, or cannot be read.
         PrefixError: It cannot be written.
     """
-    marker = data.database_marker
-    if not marker.exists():
-        temporary = marker.with_name(f".{marker.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            temporary.write_text(f"{_digest(data, url)}\n", encoding="utf-8")
-            _name_once(temporary, marker)
-        except OSError as error:
-            raise PrefixError(
-                f"the data folder {str(data.root)!r} cannot be written: {error.strerror or error}.",
-                hint="check its permissions.",
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+    _make_once(data, data.database_marker, _digest(data, url))
     check_database(data, url)
+
+
+def claim_database(data: DataFolder, queue: JobQueue) -> None:
+    """See that the jobs of a database belong to a data folder; those of a new database belong to it from now on.
+
+    Args:
+        data: The folder, which is there.
+        queue: The jobs of the database.
+
+    Raises:
+        ConfigError: They belong to another one, or this one cannot be read.
+        PrefixError: The folder cannot be written.
+        QueueUnavailableError: The database cannot be reached.
+    """
+    _make_once(data, data.id_file, secrets.token_hex(16))
+    own = _read(data.id_file)
+    if queue.claim(own) != own:
+        raise ConfigError(
+            f"the jobs of this database belong to another data folder than {str(data.root)!r}.",
+            hint="name their folder by --data-folder, and check that its disk is mounted; for other jobs, name another "
+            "database by --database-url.",
+        )
+
+
+def _read(path: Path) -> str:
+    """A short file's text; empty: there is no such file.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(_LONGEST).strip()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ConfigError(
+            f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
+        ) from error
+
+
+def _make_once(data: DataFolder, path: Path, text: str) -> None:
+    """Make a short file in the data folder, if it is not there.
+
+    Raises:
+        PrefixError: The folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        if path.exists():
+            return
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+        flush_to_disk(temporary)
+        _name_once(temporary, path)
+    except OSError as error:
+        raise PrefixError(
+            f"the data folder {str(data.root)!r} cannot be written: {error.strerror or error}.",
+            hint="check its permissions.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _name_once(temporary: Path, path: Path) -> None:

@@ -23,7 +23,7 @@ from prefixtune.utils.locks import acquire_lock
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["ClaimLostError", "Executor", "JobFailedError"]
+__all__ = ["ClaimLostError", "Executor", "JobFailedError", "JobPausedError"]
 
 
 _POLLING_SECONDS = 0.5
@@ -41,6 +41,10 @@ class JobFailedError(Exception):
     def __init__(self, error: JobError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+class JobPausedError(Exception):
+    """A job cannot go on now, by no fault of its own: it is to be paused, so that what it has trained is kept."""
 
 
 class ClaimLostError(Exception):

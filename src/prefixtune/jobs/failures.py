@@ -1,17 +1,25 @@
-"""Why a job failed, as its owner may read it: one code and one sentence, without any path of the machine."""
+"""Why a job failed or was paused, as its owner may read it: without any path of the machine."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, DataError, PrefixError, TrainingError
+from prefixtune.errors import (
+    BackboneError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PrefixError,
+    TrainingError,
+    causes,
+    is_out_of_memory,
+)
 from prefixtune.jobs.executor import JobFailedError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import JobError
 from prefixtune.prefix.folder import FolderBusyError
 
-__all__ = ["describe_failure", "is_foreseen", "is_temporary"]
+__all__ = ["describe_failure", "describe_obstacle", "is_foreseen", "is_temporary"]
 
 
 _CODES: tuple[tuple[type[PrefixError], str, str | None], ...] = (
@@ -26,23 +34,32 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def is_foreseen(error: BaseException) -> bool:
     """Whether the message says all; of another error the worker's log needs the traceback."""
-    return isinstance(error, PrefixError | JobFailedError) or _is_out_of_memory(error) or _is_out_of_space(error)
+    return isinstance(error, PrefixError | JobFailedError) or is_out_of_memory(error) or _is_out_of_space(error)
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Whether a file could not be written, or a folder not be used, for a reason that may pass; a full disk is told."""
-    if isinstance(error, JobFailedError) or _is_out_of_space(error):
+    """Whether a file could not be written, or a folder not be used, for a reason that may pass, such as a full disk."""
+    if isinstance(error, JobFailedError | DataError | ConfigError | BackboneError):
         return False
-    return any(isinstance(one, FolderBusyError | OSError) for one in _causes(error))
+    return any(isinstance(one, FolderBusyError | OSError) for one in causes(error))
+
+
+def describe_obstacle(error: BaseException) -> str:
+    """Why the service has paused a job, as a part of a sentence."""
+    if isinstance(error, JobFailedError):
+        return error.error.message.removesuffix(".")
+    if _is_out_of_space(error):
+        return "the disk of the training service is full"
+    if is_temporary(error):
+        return "a file or folder of the training service cannot be used now"
+    return "the new model could not be stored, for a reason that the service's log has"
 
 
 def describe_failure(error: BaseException, folder: JobFolder) -> JobError:
     """What a job's owner is told of the error that ended it."""
     if isinstance(error, JobFailedError):
         return error.error
-    if _is_out_of_space(error):
-        return JobError(code="no_space", message="the disk of the training service is full; try again later.")
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         message = "a training step needs more memory than there is; choose a smaller batch_size or shorter examples."
         return JobError(code="out_of_memory", message=message, param="hyperparameters.batch_size")
     if isinstance(error, TrainingError):
@@ -69,21 +86,4 @@ def _without_paths(message: str, folder: JobFolder) -> str:
 
 
 def _is_out_of_space(error: BaseException) -> bool:
-    return any(isinstance(one, OSError) and one.errno in _NO_SPACE for one in _causes(error))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is lacking, of the processor or of the device; torch has no class of its own for the former."""
-    return any(
-        isinstance(one, MemoryError)
-        or type(one).__name__ == "OutOfMemoryError"
-        or (isinstance(one, RuntimeError) and "can't allocate memory" in str(one))
-        for one in _causes(error)
-    )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen = 0
-    while error is not None and seen < 10:
-        yield error
-        error, seen = error.__cause__ or error.__context__, seen + 1
+    return any(isinstance(one, OSError) and one.errno in _NO_SPACE for one in causes(error))

@@ -1,6 +1,6 @@
 """Check an uploaded file as training would read it: of rows while it comes in, and where it is large, in a process.
 
-Reading rows is Python's work: in a thread of the server it would slow down all texts that are generated, and what a few
+Reading is Python's work: in a thread of the server it would slow down all texts that are generated, and what a few
 kilobytes unpack to may need more memory than there is.
 """
 
@@ -76,7 +76,7 @@ class FileCheck:
         is_document = _format(self._ending) not in FORMATS
         # A small file that is packed may be large.
         is_plain = self._ending in (".jsonl", ".json", ".csv", ".tsv")
-        if self._process is None and (is_document or (size <= INLINE_BYTES and is_plain)):
+        if self._process is None and size <= INLINE_BYTES and (is_document or is_plain):
             with open(self._path, "rb") as file:
                 return _check(file.read, self._path, self._filename, self._ending)
         if self._process is None:

@@ -5,6 +5,7 @@
     workers/NAME.lock          held by a worker as long as it lives
     jobs.sqlite                the queue, where no other database is named
     database.sha256            of which database knows these jobs
+    folder.id                  made with the folder; the database knows whose jobs it has
     audit.jsonl                a line for each change that somebody made; full ones are audit.jsonl.1 to .4
 
 Several machines that serve and train share this folder and the folder of prefixes.
@@ -65,6 +66,11 @@ class DataFolder:
     def database_marker(self) -> Path:
         """Says which database knows the jobs of this folder."""
         return self.root / "database.sha256"
+
+    @property
+    def id_file(self) -> Path:
+        """Holds this folder's id, by which a database knows it."""
+        return self.root / "folder.id"
 
     @property
     def audit_log(self) -> Path:

@@ -141,6 +141,8 @@ def _check(path: Path, name: str, validator: PrefixValidator) -> None:
 def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
     """Give files their names, in this order, the result's last; a checkpoint whose name another file has is left out.
 
+    A checkpoint of the same owner's that stayed without its result is replaced.
+
     Raises:
         JobFailedError: Another file has the result's name.
         OSError: One cannot be moved; those that were are removed again.
@@ -148,8 +150,9 @@ def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
     _check_free(job.name, job, prefixes)
     try:
         for name in names:
-            if _is_free(path_of(prefixes, name), job):
-                os.replace(path_of(made, name), path_of(prefixes, name))
+            path = path_of(prefixes, name)
+            if _is_free(path, job) or _is_left_over(path, job):
+                os.replace(path_of(made, name), path)
     except OSError:
         with contextlib.suppress(PrefixError):
             _remove_published(job, prefixes)
@@ -168,12 +171,18 @@ def _check_free(name: str, job: Job, prefixes: Path) -> None:
         JobFailedError: One has.
     """
     if not _is_free(path_of(prefixes, name), job):
-        message = f"another model is served as {name!r} now; start the training again under another name."
+        message = f"another model is served as {name!r} now."
         raise JobFailedError(JobError(code="name_taken", message=message))
 
 
 def _is_free(path: Path, job: Job) -> bool:
     return signature_of(path) is None or published_by(path) == job.id
+
+
+def _is_left_over(path: Path, job: Job) -> bool:
+    """Whether a file beside the job's own name, which is free, is a checkpoint of an earlier job of its owner."""
+    origin = _origin(path)
+    return origin is not None and origin.owner == job.owner and origin.step is not None
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -222,11 +231,14 @@ def _of(kind: str, events: Iterable[Event]) -> list[Event]:
 
 def published_by(path: Path) -> str | None:
     """The id of the job whose result, or checkpoint, a file is; None: no job's, or it cannot be read."""
-    try:
-        origin = job_origin(read_outline(path).header)
-    except (OSError, CheckpointError):
-        return None
+    origin = _origin(path)
     return None if origin is None else origin.id
+
+
+def _origin(path: Path) -> JobOrigin | None:
+    with contextlib.suppress(OSError, CheckpointError):
+        return job_origin(read_outline(path).header)
+    return None
 
 
 def unpublish(job: Job, prefixes: Path) -> list[str]:

@@ -17,13 +17,14 @@ from prefixtune.jobs.job import UNFINISHED, Job, JobError, JobResult, JobState, 
 
 if TYPE_CHECKING:
     from dbos import DBOSClient, WorkflowStatus
-    from sqlalchemy import Select, Table
+    from sqlalchemy import ColumnElement, Select, Table
 
 __all__ = [
     "APPLICATION",
     "PROTOCOL",
     "WORKFLOW",
     "JobQueue",
+    "OutcomeUnknownError",
     "QueueUnavailableError",
     "Standing",
     "UnfinishedJob",
@@ -50,12 +51,18 @@ _WORKFLOW_STATES: dict[JobStatus, list[str]] = {
     status: [name for name, meaning in _STATES.items() if meaning == status] for status in set(_STATES.values())
 } | {"paused": ["CANCELLED"]}
 _PAUSED = "paused"
+_FOLDER = "data-folder"
+"""Id of the one workflow that is no job: nobody runs it, and it holds the id of the data folder."""
 _PAGE = 100
 """Jobs that are read at once."""
 
 
 class QueueUnavailableError(PrefixError):
     """The database cannot be reached, or is locked; trying again later may help."""
+
+
+class OutcomeUnknownError(QueueUnavailableError):
+    """The database went away during a change, which may have been made: it is not to be tried again unseen."""
 
 
 class Standing(NamedTuple):
@@ -131,6 +138,18 @@ class JobQueue:
         """Close the connections."""
         self._client.destroy()
 
+    def claim(self, folder_id: str) -> str:
+        """Let the jobs of a new database belong to a data folder; returns the id of the folder that they belong to."""
+        # Of several at once, the first one wins: the others change nothing.
+        _reach(
+            lambda: self._client.enqueue(
+                {"workflow_name": _FOLDER, "queue_name": _FOLDER, "workflow_id": _FOLDER}, folder_id
+            )
+        )
+        (found,) = _reach(lambda: self._client.list_workflows(workflow_ids=[_FOLDER]))
+        assert found.input is not None
+        return str(found.input["args"][0])
+
     # --- asking -------------------------------------------------------------------------------------------------------
 
     def add(self, job: Job) -> None:
@@ -138,6 +157,7 @@ class JobQueue:
 
         Raises:
             RequestError: An unfinished job has its name.
+            OutcomeUnknownError: The database went away meanwhile.
         """
         from dbos import error as dbos_error
 
@@ -159,7 +179,7 @@ class JobQueue:
             )
 
         try:
-            _reach(enqueue)
+            _change(enqueue)
         except dbos_error.DBOSQueueDeduplicatedError as error:
             raise _name_taken(job.name) from error
 
@@ -196,7 +216,12 @@ class JobQueue:
         return self._move(job_id, ("paused",), "ENQUEUED")
 
     def _move(self, job_id: str, before: Sequence[JobStatus], status: str, *, paused: bool = False) -> JobState:
-        """Change a job's status if it stands at one of `before`, in one statement: of two at once, one wins."""
+        """Change a job's status if it stands at one of `before`, in one statement: of two at once, one wins.
+
+        Raises:
+            RequestError: There is no such job, or another one has its name.
+            OutcomeUnknownError: The database went away meanwhile.
+        """
         import sqlalchemy as sa
         from sqlalchemy.exc import IntegrityError
 
@@ -214,11 +239,10 @@ class JobQueue:
         else:
             place = {"queue_name": None, "deduplication_id": None, "completed_at": now}
         names = sorted({name for some in before if some != _PAUSED for name in _WORKFLOW_STATES[some]})
-        is_paused = sa.and_(table.c.status == "CANCELLED", table.c.attributes[_PAUSED].as_boolean())
         move = (
             sa.update(table)
             .where(table.c.workflow_uuid == job_id, table.c.name == WORKFLOW)
-            .where(sa.or_(table.c.status.in_(names), *([is_paused] if _PAUSED in before else [])))
+            .where(sa.or_(table.c.status.in_(names), *([self._is_paused] if _PAUSED in before else [])))
             .values(
                 status=status,
                 attributes={"name": state.job.name, _PAUSED: paused},
@@ -231,15 +255,15 @@ class JobQueue:
             )
         )
 
-        def execute() -> None:
+        def execute() -> JobState:
             try:
                 with self._client._sys_db.engine.begin() as connection:
                     connection.execute(move)
             except IntegrityError as error:
                 raise _name_taken(state.job.name) from error
+            return self.get(job_id)
 
-        _reach(execute)
-        return self.get(job_id)
+        return _change(execute)
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -260,8 +284,12 @@ class JobQueue:
 
     def unfinished(self) -> list[UnfinishedJob]:
         """All jobs that have not ended; those that wait are in the order of their turns."""
-        statuses = sorted({name for status in UNFINISHED for name in _WORKFLOW_STATES[status]})
-        found = self._all(status=statuses, load_input=False, load_output=False)[::-1]
+        import sqlalchemy as sa
+
+        active = [*_WORKFLOW_STATES["queued"], *_WORKFLOW_STATES["running"]]
+        # Not those that are cancelled for good, of which there may be many.
+        where = sa.or_(self._table.c.status.in_(active), self._is_paused)
+        found = self._all(where=where, load_input=False, load_output=False)[::-1]
         found.sort(key=lambda job: (job.priority or 0, job.created_at or 0))
         jobs = []
         for job in found:
@@ -306,7 +334,9 @@ class JobQueue:
     def _all(self, **query: Any) -> list[WorkflowStatus]:
         return list(self._iterate(**query))
 
-    def _iterate(self, user: str | None = None, **query: Any) -> Iterator[WorkflowStatus]:
+    def _iterate(
+        self, user: str | None = None, where: ColumnElement[bool] | None = None, **query: Any
+    ) -> Iterator[WorkflowStatus]:
         """Workflows by pages, the newest first; those that are added or change meanwhile hide and double no other."""
         import sqlalchemy as sa
 
@@ -323,6 +353,8 @@ class JobQueue:
         )
         if user is not None:
             keys = keys.where(table.c.authenticated_user == user)
+        if where is not None:
+            keys = keys.where(where)
         if "status" in query:
             keys = keys.where(table.c.status.in_(query["status"]))
         page = self._read(keys)
@@ -334,6 +366,12 @@ class JobQueue:
             # An offset would move with what others add and delete.
             last = sa.tuple_(sa.literal(page[-1][1], sa.BigInteger), sa.literal(page[-1][2], tie.type))
             page = self._read(keys.where(sa.tuple_(table.c.created_at, tie) < last))
+
+    @property
+    def _is_paused(self) -> ColumnElement[bool]:
+        import sqlalchemy as sa
+
+        return sa.and_(self._table.c.status == "CANCELLED", self._table.c.attributes[_PAUSED].as_boolean())
 
     @property
     def _table(self) -> Table:
@@ -367,6 +405,18 @@ def _reach(action: Callable[[], _T]) -> _T:
         raise QueueUnavailableError(
             f"the database of jobs cannot be reached ({reason}).", hint="try again later."
         ) from error
+
+
+def _change(action: Callable[[], _T]) -> _T:
+    """As `_reach`, for a change.
+
+    Raises:
+        OutcomeUnknownError: The database is away or locked: the change may have been made.
+    """
+    try:
+        return _reach(action)
+    except QueueUnavailableError as error:
+        raise OutcomeUnknownError(error.message, hint="see whether the change was made.") from error
 
 
 def _name_taken(name: str) -> RequestError:

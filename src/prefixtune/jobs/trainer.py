@@ -20,8 +20,8 @@ from prefixtune.errors import PrefixError
 from prefixtune.jobs.active import ActiveJob, Claim, hold_folder
 from prefixtune.jobs.attempts import SUSPICIOUS_ATTEMPTS, count_attempt, forget_attempts, num_attempts
 from prefixtune.jobs.events import JobEvents
-from prefixtune.jobs.executor import ClaimLostError, JobFailedError
-from prefixtune.jobs.failures import describe_failure, is_foreseen, is_temporary
+from prefixtune.jobs.executor import ClaimLostError, JobFailedError, JobPausedError
+from prefixtune.jobs.failures import describe_failure, describe_obstacle, is_foreseen, is_temporary
 from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import ENDED, Job, JobError, JobResult, JobStatus
 from prefixtune.jobs.opening import open_job
@@ -96,6 +96,7 @@ class Trainer:
 
         Raises:
             JobFailedError: It failed.
+            JobPausedError: It cannot go on now; what it has trained is kept.
             ClaimLostError: It was stopped, or another claim has it: nobody asks for this one's result.
         """
         claim = Claim(job, token)
@@ -155,7 +156,7 @@ class Trainer:
                 self._waiting.append(self._submitted.get_nowait())
 
     def _open_waiting(self, stop: threading.Event) -> None:
-        """Open the runs of jobs that wait, as many as there is room for."""
+        """Open the run of a job that waits, if there is room for it."""
         if not self._waiting or time.monotonic() < self._next_try:
             return
         backbone, group = self._loaded()
@@ -176,6 +177,10 @@ class Trainer:
             elif not self._open(claim, backbone, group, stop):
                 self._next_try = time.monotonic() + _RETRY_SECONDS
                 continue
+            else:
+                self._waiting.remove(claim)
+                # The others have a step before the next one is opened.
+                return
             self._waiting.remove(claim)
 
     def _may_join(self, claim: Claim) -> bool:
@@ -218,6 +223,9 @@ class Trainer:
         with contextlib.ExitStack() as holding:
             try:
                 if not folder.root.is_dir():
+                    if not self._data.jobs.is_dir():
+                        # The whole data folder is away, such as a disk that is not mounted now.
+                        return False
                     raise JobFailedError(JobError(code="files_gone", message="the files of this job are gone."))
                 if not holding.enter_context(hold_folder(folder)):
                     return False
@@ -231,7 +239,7 @@ class Trainer:
                 forget_attempts(folder)
                 return False
             except Exception as error:
-                self._end_failed(job, [claim], folder, events, error)
+                self._give_up([claim], folder, events, error, pause=is_temporary(error))
                 return True
         self._active[run] = active
         group.add(run)
@@ -287,8 +295,7 @@ class Trainer:
         try:
             active.close_run()
         except Exception as error:
-            self._fail(active, error)
-            return
+            _log.warning("close_failed", extra={"fields": {"job": active.job.id}}, exc_info=error)
         self._trained.append(active)
         self._ask_now = True
 
@@ -377,15 +384,16 @@ class Trainer:
                 continue
             try:
                 result = self._publish(job, active.folder.run, backbone)
-                active.events.add(f"The new model is served as {job.name!r}.", key="published")
-                active.events.add("The job has succeeded.", key="succeeded")
             except Exception as error:
                 if is_temporary(error) and time.monotonic() < active.trained_at + _PUBLISH_SECONDS:
                     self._postpone(active, error)
                 else:
+                    # What is trained is kept, whatever is wrong: once that is mended, the job is resumed.
                     self._trained.remove(active)
-                    self._fail(active, error)
+                    self._fail(active, error, pause=True)
                 continue
+            self._tell(active, f"The new model is served as {job.name!r}.", key="published")
+            self._tell(active, "The job has succeeded.", key="succeeded")
             self._trained.remove(active)
             self._published[job.id] = time.monotonic(), job
             _close(active)
@@ -399,23 +407,33 @@ class Trainer:
         self._tell(active, "The new model cannot be stored now, which is tried again.", key="postponed")
         _log.warning("publish_postponed", extra={"fields": {"job": active.job.id, "reason": str(error)}})
 
-    def _fail(self, active: ActiveJob, error: Exception) -> None:
+    def _fail(self, active: ActiveJob, error: Exception, *, pause: bool = False) -> None:
+        """An open job has an error; what the disk refuses pauses it, and so does `pause`."""
         _close(active)
-        self._end_failed(active.job, active.claims, active.folder, active.events, error)
+        self._give_up(active.claims, active.folder, active.events, error, pause=pause or is_temporary(error))
 
-    def _end_failed(
-        self, job: Job, claims: list[Claim], folder: JobFolder, events: JobEvents, error: Exception
+    def _give_up(
+        self, claims: list[Claim], folder: JobFolder, events: JobEvents, error: Exception, *, pause: bool
     ) -> None:
-        """A job ends by an error of its own; its state is kept."""
-        told = describe_failure(error, folder)
-        with contextlib.suppress(PrefixError):
-            events.add(f"The job has failed: {told.message}", level="error", key="failed")
+        """Let a job fail, or have it paused: it is resumed from its last state, as one that has failed never is."""
+        fields, foreseen = {"job": claims[0].job.id, "reason": str(error)}, is_foreseen(error)
+        end: JobFailedError | JobPausedError
+        if pause:
+            event, end, level = "job_paused", JobPausedError(), logging.WARNING
+            message = f"The job is paused: {describe_obstacle(error)}. Resume it when that has changed."
+            with contextlib.suppress(OSError):
+                forget_attempts(folder)
+            with contextlib.suppress(PrefixError):
+                events.add(message, level="warn")
+        else:
+            event, end = "job_failed", JobFailedError(describe_failure(error, folder))
+            fields["code"] = end.error.code
+            level = logging.WARNING if foreseen else logging.ERROR
+            with contextlib.suppress(PrefixError):
+                events.add(f"The job has failed: {end.error.message}", level="error", key="failed")
         for claim in claims:
-            claim.future.set_exception(JobFailedError(told))
-        fields = {"job": job.id, "code": told.code, "reason": str(error)}
-        foreseen = is_foreseen(error)
-        level = logging.WARNING if foreseen else logging.ERROR
-        _log.log(level, "job_failed", extra={"fields": fields}, exc_info=None if foreseen else error)
+            claim.future.set_exception(end)
+        _log.log(level, event, extra={"fields": fields}, exc_info=None if foreseen else error)
 
 
 def _close(active: ActiveJob) -> None:

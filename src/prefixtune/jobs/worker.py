@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import PrefixError
+from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs.config import WorkerConfig
-from prefixtune.jobs.database import claim_folder
-from prefixtune.jobs.executor import Executor
+from prefixtune.jobs.database import claim_database, claim_folder
+from prefixtune.jobs.executor import ClaimLostError, Executor, JobPausedError
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.jobs.inputs import remove_job_folder
-from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
+from prefixtune.jobs.job import Job, JobResult
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, Standing, migrate
 from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.prefix.folder import Signature
 
@@ -56,7 +57,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         stop: Ends the work; states are saved before.
 
     Raises:
-        ConfigError: The data folder belongs to another database.
+        ConfigError: The data folder belongs to another database, or the database to another data folder.
         PrefixError: The backbone cannot be loaded, the data folder cannot be written, or the database cannot be
             reached at the start.
     """
@@ -73,6 +74,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         if jobs is None:
             return
         stack.callback(jobs.close)
+        claim_database(data, jobs)
         _work(config, data, url, jobs, stop, stack)
 
 
@@ -105,7 +107,7 @@ def _work(
         # Where the backbone turns out to train one job at a time, the other claimed ones wait here: rows that cannot be
         # packed are only known once it is loaded, which is when the first job comes.
         capacity=config.capacity,
-        run=trainer.submit,
+        run=lambda job, token: _pausing(trainer.submit, jobs, job, token),
         name=config.name,
     )
     executor.start()
@@ -126,6 +128,24 @@ def _work(
     threading.Thread(target=_run_chores, args=(chores, ended), name="prefixtune-chores", daemon=True).start()
     trainer.work(stop, config.idle_seconds)
     _log_event("worker_stopping", worker_name=executor.name)
+
+
+def _pausing(run: Callable[[Job, str], JobResult], jobs: JobQueue, job: Job, token: str) -> JobResult:
+    """Run a job; where it cannot go on now, pause it as its owner would.
+
+    Raises:
+        JobFailedError: It failed.
+        ClaimLostError: It was stopped.
+    """
+    try:
+        return run(job, token)
+    except JobPausedError:
+        while True:
+            with contextlib.suppress(QueueUnavailableError, RequestError):
+                if jobs.standings([job.id]).get(job.id) == Standing("running", token):
+                    jobs.pause(job.id)
+                raise ClaimLostError from None
+            time.sleep(_RETRY_SECONDS)
 
 
 def _lower_priority(config: WorkerConfig) -> None:

@@ -45,8 +45,15 @@ _MAX_DIVISOR, _DECIMALS = 10_000, 9
 """A grammar has a state for every remainder of a division: 10,000 take 20 ms, a million 13 s and gigabytes."""
 _WHITE_SPACE = r"[ \n\t]{0,16}"
 """Between the parts of a JSON text. Without a limit, a small model may never end it."""
-# So limited, a usual schema takes some ms and a large one up to 0.5 s; a step of a text's grammar, rarely above 10 ms.
-_LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 25_000, "max_grammar_size": 100_000, "verbose_errors": False}
+# So limited, a usual schema takes some ms, and a large one up to 0.2 s and 12 MB; a step of a text's grammar, rarely
+# above 10 ms.
+_LIMITS = {
+    "initial_lexer_fuel": 100_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 25_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
 
 
 def import_llguidance() -> Any:
@@ -74,14 +81,15 @@ class GrammarState:
     Args:
         matcher: llguidance's, at the beginning; this object's alone from now on.
         num_tokens: Of the grammar's vocabulary.
+        on_error: Called when the text cannot go on.
 
     Attributes:
         finished: The text is complete, and nothing may follow.
     """
 
-    def __init__(self, matcher: Any, num_tokens: int) -> None:
+    def __init__(self, matcher: Any, num_tokens: int, on_error: Callable[[], None]) -> None:
         self.finished = False
-        self._matcher, self._num_tokens = matcher, num_tokens
+        self._matcher, self._num_tokens, self._on_error = matcher, num_tokens, on_error
         self._mask: Future[Any] = _mask_threads().submit(self._compute)
 
     def accept(self, token: int) -> None:
@@ -113,9 +121,16 @@ class GrammarState:
         # A model may have more scores than its tokenizer has tokens, or fewer.
         return torch.nn.functional.pad(mask[:vocab_size], (0, max(0, vocab_size - len(mask))))
 
+    @property
+    def fault(self) -> str:
+        """Why the text cannot go on, once it is refused."""
+        reason = _reason(self._matcher)
+        return "nothing fits it" if reason == "NoExtensionBias" else reason
+
     def _error(self) -> RequestError:
+        self._on_error()
         return RequestError(
-            f"the text cannot go on by its JSON schema: {_reason(self._matcher)}.",
+            f"the text cannot go on by its JSON schema: {self.fault}.",
             hint="use a simpler schema.",
         )
 
@@ -131,21 +146,47 @@ class GrammarState:
 class Grammar:
     """A JSON schema for one backbone's tokens.
 
+    What its texts find out about it is kept for all of them, up to a limit. The text that reaches the limit fails, and
+    with it those that run beside it; the next one begins anew.
+
     Args:
-        matcher: llguidance's, at the beginning.
+        make: Makes llguidance's matcher, at the beginning.
         num_tokens: Of the vocabulary.
     """
 
-    def __init__(self, matcher: Any, num_tokens: int) -> None:
-        self._matcher, self._num_tokens = matcher, num_tokens
+    def __init__(self, make: Callable[[], Any], num_tokens: int) -> None:
+        self._make, self._num_tokens = make, num_tokens
+        self._renew()
+
+    def _renew(self) -> None:
+        self._matcher, self._failed = self._make(), False
+
+    def _note_failure(self) -> None:
+        self._failed = True
 
     def start(self) -> GrammarState:
         """The state of a new text."""
-        return GrammarState(self._matcher.deep_copy(), self._num_tokens)
+        if self._failed:
+            self._renew()
+        return GrammarState(self._matcher.deep_copy(), self._num_tokens, self._note_failure)
+
+    def fault(self) -> str:
+        """Why no text can follow it, found by beginning one; empty: texts can."""
+        if self._matcher.is_error():
+            return _reason(self._matcher)
+        state = self.start()
+        try:
+            # What was too much for the first token shows at the second.
+            state.accept(int(state.allowed(self._num_tokens).int().argmax()))
+            if not state.finished:
+                state.allowed(self._num_tokens)
+        except RequestError:
+            return state.fault
+        return ""
 
 
 def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> Grammar:
-    """A JSON schema as a grammar; takes some ms, and up to 0.5 s for the largest ones, without Python's lock.
+    """A JSON schema as a grammar; takes some ms, and up to 0.2 s for the largest ones, without Python's lock.
 
     Args:
         backbone: Whose tokens are used.
@@ -159,24 +200,15 @@ def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> 
     library = import_llguidance()
     text = check_json_schema(schema)
     tokenizer = _tokenizer(backbone)
-    grammar = library.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE})
-    matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**_LIMITS))
-    reason = _reason(matcher) if matcher.is_error() else ""
-    if not reason and not _fits_anything(Grammar(matcher, tokenizer.vocab_size), tokenizer.vocab_size):
-        reason = "nothing fits it"
-    if reason:
+    parsed = library.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE})
+    limits = library.LLParserLimits(**_LIMITS)
+    grammar = Grammar(lambda: library.LLMatcher(tokenizer, parsed, log_level=0, limits=limits), tokenizer.vocab_size)
+    if fault := grammar.fault():
         raise RequestError(
-            f"the JSON schema cannot be used: {reason}.",
+            f"the JSON schema cannot be used: {fault}.",
             hint='leave that out of the schema, or use {"type": "object"}.',
         )
-    return Grammar(matcher, tokenizer.vocab_size)
-
-
-def _fits_anything(grammar: Grammar, vocab_size: int) -> bool:
-    try:
-        return bool(grammar.start().allowed(vocab_size).any())
-    except RequestError:
-        return False
+    return grammar
 
 
 def check_json_schema(schema: str | Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training_worker import STOP_SECONDS, TrainingWorker, start_worker
 from prefixtune.utils.console import Console
+from prefixtune.utils.writable import writable_folder
 
 if TYPE_CHECKING:
     from prefixtune.server.state import ServerState
@@ -71,6 +72,12 @@ def run(config: ServeConfig, console: Console) -> int:
     if config.takes_jobs:
         data = DataFolder(Path(config.data_folder).absolute())
         check_database(data, config.database_url or data.database_url)
+        try:
+            with writable_folder(data.root, data.root):
+                pass
+        except PrefixError as error:
+            # Texts are generated all the same.
+            console.warn(f"requests to train will be refused: {error.message}")
     max_connections, open_files = fit_open_files(config.max_connections)
     if max_connections < config.max_connections:
         console.warn(
@@ -107,23 +114,20 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState
 
+    engine_config = EngineConfig(
+        num_slots=config.num_slots,
+        max_length=config.max_length,
+        prefill_tokens=config.prefill_tokens,
+        cuda_graphs=config.cuda_graphs,
+        # More than `Admission` ever admits: with their fair shares, a thousand tenants may hold
+        # 1 + 1/2 + ... + 1/1000 = 7.5 times the queue.
+        max_waiting=8 * (config.num_slots + config.max_queue),
+    )
     console.info(f"loading {config.backbone} ...")
     backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
     console.info(f"{backbone!r}")
     # Callers see this name: it must not be a path.
-    backbone = replace(backbone, name=config.model_id)
-    engine = Engine(
-        backbone,
-        EngineConfig(
-            num_slots=config.num_slots,
-            max_length=config.max_length,
-            prefill_tokens=config.prefill_tokens,
-            cuda_graphs=config.cuda_graphs,
-            # More than `Admission` ever admits: with their fair shares, a thousand tenants may hold
-            # 1 + 1/2 + ... + 1/1000 = 7.5 times the queue.
-            max_waiting=8 * (config.num_slots + config.max_queue),
-        ),
-    )
+    engine = Engine(replace(backbone, name=config.model_id), engine_config)
     console.info(
         f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, would take "
         f"{engine.max_cache_bytes / 2**30:.1f} GiB of memory besides the model"
@@ -157,7 +161,7 @@ def _load_without_engine(config: ServeConfig, console: Console) -> ServerState:
 
     console.info(f"loading the tokenizer of {config.backbone} ...")
     backbone = replace(load_tokenizer(config.backbone), name=config.model_id)
-    store = PrefixStore(config.prefixes, backbone)
+    store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
     state = ServerState(config, backbone, store, None)
     if state.training is not None:

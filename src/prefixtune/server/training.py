@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.database import claim_folder
-from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
+from prefixtune.jobs.checkpoints import remove_checkpoints
+from prefixtune.jobs.database import claim_database, claim_folder
+from prefixtune.jobs.folder import DataFolder, is_job_id
+from prefixtune.jobs.queue import JobQueue, OutcomeUnknownError, QueueUnavailableError, migrate
+from prefixtune.prefix.header import JobOrigin
 from prefixtune.server.auth import Caller
 from prefixtune.server.limits import SharedCapacity
 from prefixtune.server.logs import log
@@ -129,7 +131,8 @@ class Training:
             tenant: Who asks; one that asks for much, or for what takes long, does not delay the others.
 
         Raises:
-            ApiError: The database is away or locked, or too many requests of the tenant wait for it.
+            ApiError: The database is away or locked, the data folder cannot be used, or too many requests of the tenant
+                wait.
         """
         if self._waiting[tenant] >= _MOST_WAITING:
             raise unavailable("too many requests wait for the database of jobs.", "busy", retry_after=2)
@@ -140,10 +143,13 @@ class Training:
             async with asyncio.timeout(_SECONDS):
                 return await asyncio.shield(future)
         except TimeoutError:
-            raise _queue_unavailable("does not answer") from None
+            raise _outcome_unknown("does not answer") from None
         except QueueUnavailableError as error:
             log("queue_unavailable", level=logging.WARNING, reason=error.message)
-            raise _queue_unavailable("cannot be reached now") from None
+            if isinstance(error, OutcomeUnknownError):
+                raise _outcome_unknown("went away meanwhile") from None
+            message = "the database of jobs cannot be reached now; try again later."
+            raise unavailable(message, "queue_unavailable", retry_after=5) from None
 
     def _note_done(self, tenant: str, future: asyncio.Future[Any]) -> None:
         self._waiting[tenant] -= 1
@@ -158,15 +164,31 @@ class Training:
 
         Raises:
             QueueUnavailableError: The database cannot be reached.
-            PrefixError: The data folder cannot be made, or belongs to another database.
+            ApiError: The data folder cannot be used, or it and the database do not belong together.
         """
         with self._opening:
             if self._queue is None:
-                self._make_folder()
-                claim_folder(self.folder, self.database_url)
-                migrate(self.database_url)
-                self._queue = JobQueue(self.database_url)
+                try:
+                    self._queue = self._connect()
+                except QueueUnavailableError:
+                    raise
+                except (PrefixError, OSError) as error:
+                    log("training_unavailable", level=logging.ERROR, reason=str(error))
+                    message = "the data folder cannot be used; the server's log has the reason."
+                    raise unavailable(message, "training_unavailable") from None
             return self._queue
+
+    def _connect(self) -> JobQueue:
+        # What is uploaded is nobody else's business.
+        self.folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        claim_folder(self.folder, self.database_url)
+        migrate(self.database_url)
+        with contextlib.ExitStack() as stack:
+            queue = JobQueue(self.database_url)
+            stack.callback(queue.close)
+            claim_database(self.folder, queue)
+            stack.pop_all()
+        return queue
 
     @contextlib.contextmanager
     def adding(self, owner: str) -> Iterator[None]:
@@ -188,6 +210,15 @@ class Training:
                 )
             yield
 
+    async def remove_checkpoints(self, origin: JobOrigin | None) -> None:
+        """Remove a job's own copies of its checkpoints, once its result is gone.
+
+        Args:
+            origin: Of the prefix that is gone, whatever it was.
+        """
+        if origin is not None and origin.step is None and is_job_id(origin.id):
+            await asyncio.to_thread(remove_checkpoints, self.folder.job(origin.id))
+
     def has_jobs(self) -> bool:
         """Whether jobs of this server's backbone wait or run; blocks.
 
@@ -195,17 +226,11 @@ class Training:
 
         Raises:
             QueueUnavailableError: The database cannot be reached.
+            ApiError: The data folder cannot be used.
         """
         if not self.config.database_url and not self.folder.has_database:
             return False
         return self._open_queue().has_work(self.backbone)
-
-    def _make_folder(self) -> None:
-        try:
-            # What is uploaded is nobody else's business.
-            self.folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise PrefixError("the data folder cannot be made.", hint="see the server's log.") from error
 
     async def audit(self, caller: Caller, action: str, **fields: Any) -> None:
         """As `write_audit`, in a thread."""
@@ -247,5 +272,7 @@ def _bounded(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else str(value)[:_LONGEST_FIELD]
 
 
-def _queue_unavailable(why: str) -> ApiError:
-    return unavailable(f"the database of jobs {why}; try again later.", "queue_unavailable", retry_after=5)
+def _outcome_unknown(why: str) -> ApiError:
+    """Clients that try again by themselves would create a second job."""
+    message = f"the database of jobs {why}; a change may have been made all the same: look before you try again."
+    return unavailable(message, "queue_unavailable")

@@ -210,10 +210,11 @@ def check_beside(
     """
     beside = sum(sorted((lengths.get("decoder", 0) for lengths in others), reverse=True)[: config.beside_most])
     text = longest_text(examples)
-    total, allowed = own.get("decoder", 0) + beside + text, backbone.max_positions
+    length = own.get("decoder", 0)
+    total, allowed = length + beside + text, backbone.max_positions_with(length)
     if backbone.kind == "decoder" and allowed is not None and total > allowed:
         raise ConfigError(
-            f"a prefix of {own.get('decoder', 0)} positions, up to {beside} of those beside it and a text of {text} "
+            f"a prefix of {length} positions, up to {beside} of those beside it and a text of {text} "
             f"take {total:,} positions, but {backbone.name!r} has {allowed:,}.",
             hint="lower beside_most or max_length, or choose shorter prefixes.",
         )

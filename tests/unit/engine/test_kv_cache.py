@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixtune.engine.attention import CALL_OVERHEAD, shared_length
+from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.kv_cache import KVCache
-from prefixtune.errors import RequestError
+from prefixtune.errors import ConfigError, RequestError
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
 
@@ -71,6 +72,15 @@ def test_slots_grow_to_the_longest_text_and_no_further():
     assert cache.capacity == 300
     with pytest.raises(RequestError, match="301 positions"):
         cache.reserve(301)
+
+
+def test_more_slots_than_memory_has_room_for():
+    shapes = (LayerShape(4, 64, 64),)
+    with pytest.raises(ConfigError, match=r"no room for the 488,281,250\.0 GiB of 1,000,000,000,000 slots") as error:
+        KVCache(shapes, 10**12, 256, torch.float32, torch.device("cpu"))
+    assert error.value.hint == "lower num_slots."
+    with pytest.raises(ConfigError, match="num_slots"):
+        EngineConfig(num_slots=65_537)
 
 
 def test_a_long_text_takes_memory_for_itself_alone():

@@ -168,6 +168,22 @@ def test_a_callback_that_raises_gets_no_more_outputs_and_harms_no_other(worker: 
     assert worker.healthy
 
 
+def test_a_callback_that_raises_late_leaves_another_request_of_its_id_alone(worker: EngineWorker):
+    ended, go, second = threading.Event(), threading.Event(), Ear()
+
+    def late(output: SequenceOutput) -> None:
+        if output.finish_reason is not None:
+            ended.set()
+            assert go.wait(PATIENCE)
+            raise RuntimeError("the caller is broken")
+
+    worker.submit(Request((1,), sampling=SHORT, id="same"), late)
+    assert ended.wait(PATIENCE)
+    worker.submit(Request((2,), sampling=LONG, id="same"), second)
+    go.set()
+    assert second.reason == "length"
+
+
 def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
     let_go = threading.Event()
     slow = Ear()
@@ -299,6 +315,28 @@ def test_an_engine_that_cannot_be_made_anew_at_once_is_tried_again(llama: Any, m
         again = Ear()
         worker.submit(Request((1,), sampling=SHORT), again)
         assert again.reason == "length"
+
+
+def test_the_slots_of_a_failed_engine_are_gone_before_there_are_new_ones(llama: Any, monkeypatch: pytest.MonkeyPatch):
+    with EngineWorker(Engine(llama)) as worker:
+        cache = weakref.ref(worker.engine.runner.kv_cache)
+        left = []
+
+        def make(*args: Any) -> Engine:
+            left.append(cache())
+            return Engine(*args)
+
+        def fail(*_: Any) -> Any:
+            slots = worker.engine.runner.kv_cache.keys
+            raise MemoryError(len(slots))
+
+        monkeypatch.setattr(worker_module, "Engine", make)
+        worker.engine.step = fail  # type: ignore[method-assign]
+        ear = Ear()
+        worker.submit(Request((1,), sampling=LONG), ear)
+        assert ear.reason == "error"
+        wait_until(lambda: worker.healthy)
+        assert left == [None]
 
 
 def test_a_worker_can_be_closed_while_its_engine_is_broken(llama: Any, monkeypatch: pytest.MonkeyPatch):

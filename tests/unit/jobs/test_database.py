@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.jobs.database import check_database, claim_folder
+from prefixtune.jobs.database import check_database, claim_database, claim_folder
 from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.queue import JobQueue, migrate
 
 POSTGRES = "postgresql://me:secret@DB/jobs"
 
@@ -56,3 +58,27 @@ def test_a_folder_with_its_own_database_may_move(data: DataFolder, tmp_path: Pat
 def test_a_folder_that_cannot_be_written_is_said(data: DataFolder) -> None:
     with pytest.raises(PrefixError, match="cannot be written"):
         claim_folder(DataFolder(data.root / "missing"), POSTGRES)
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[JobQueue]:
+    url = f"sqlite:///{tmp_path / 'shared.sqlite'}"
+    migrate(url)
+    made = JobQueue(url)
+    yield made
+    made.close()
+
+
+def test_a_folder_that_is_not_that_of_the_jobs_is_refused(data: DataFolder, queue: JobQueue, tmp_path: Path) -> None:
+    claim_database(data, queue)
+    # As where the disk with the data folder is not mounted, or on a machine with a folder of its own.
+    other = DataFolder(tmp_path / "other")
+    other.root.mkdir()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="belong to another data folder") as caught:
+            claim_database(other, queue)
+        assert "mounted" in caught.value.hint
+    # Wherever the folder lies, it is the same one; and its id is no job.
+    claim_database(DataFolder(Path(shutil.move(data.root, tmp_path / "moved"))), queue)
+    assert [*queue.iterate()] == []
+    assert queue.unfinished() == []

@@ -144,6 +144,19 @@ def test_a_large_file_is_checked_in_a_process_while_it_comes_in(
     assert (facts.rows, facts.targets) == (2000, 2000)
 
 
+def test_a_large_document_is_read_in_a_process(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To count its words holds up all threads of this one."""
+
+    def here(*_: Any) -> None:
+        raise AssertionError("it is read in this process")
+
+    monkeypatch.setattr(file_check, "document_facts", here)
+    facts = put(b"two words\n" * 30_000, "a.txt", "document").facts
+    assert facts is not None
+    assert facts.summary == "a.txt: a document of 60,000 words"
+    assert put(b"... --- ..." * 30_000, "a.txt", "document").status_details.startswith("a.txt holds no words.")
+
+
 def test_what_a_process_cannot_read_in_time_or_memory_is_an_error(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
     monkeypatch.setattr(file_check, "_SECONDS", 0.0)

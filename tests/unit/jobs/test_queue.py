@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,24 @@ def test_a_job_is_found_as_it_was_added(queue: JobQueue) -> None:
     # The same job again is no second one.
     queue.add(made)
     assert len([*queue.iterate()]) == 1
+
+
+def test_cancelled_jobs_are_not_read_to_find_those_that_wait(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(5):
+        queue.cancel(added(queue))
+    paused = added(queue, "paused")
+    queue.pause(paused)
+    waits = added(queue, "waits")
+    asked: list[str] = []
+    own = JobQueue._list
+
+    def note(queue: JobQueue, **query: Any) -> Any:
+        asked.extend(query["workflow_ids"])
+        return own(queue, **query)
+
+    monkeypatch.setattr(JobQueue, "_list", note)
+    assert {(one.id, one.status) for one in queue.unfinished()} == {(waits, "queued"), (paused, "paused")}
+    assert sorted(asked) == sorted([waits, paused])
 
 
 def test_two_unfinished_jobs_cannot_have_one_name(queue: JobQueue) -> None:

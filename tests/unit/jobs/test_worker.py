@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,11 @@ from child_process import kill, start_child
 from prefixtune.errors import ConfigError
 from prefixtune.jobs import worker
 from prefixtune.jobs.config import WorkerConfig
-from prefixtune.jobs.database import claim_folder
+from prefixtune.jobs.database import claim_database, claim_folder
 from prefixtune.jobs.events import JobEvents
+from prefixtune.jobs.executor import ClaimLostError, JobPausedError
 from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, Standing, migrate
 from prefixtune.jobs.worker import run_worker, sweep
 from training_jobs import make_job, wait_until
 
@@ -93,6 +95,50 @@ def test_a_worker_of_another_database_leaves_the_data_folder_alone(tmp_path: Pat
             WorkerConfig(data_folder=str(data.root), database_url=url, backbone=str(tmp_path)), threading.Event()
         )
     assert not (tmp_path / "other.sqlite").exists()
+
+
+def test_a_worker_with_another_data_folder_leaves_the_jobs_of_a_database_alone(
+    tmp_path: Path, data: DataFolder, queue: JobQueue
+) -> None:
+    claim_database(data, queue)
+    job = make_job(data)
+    queue.add(job)
+    (tmp_path / "config.json").write_text("{}")
+    config = WorkerConfig(data_folder=str(tmp_path / "empty"), database_url=data.database_url, backbone=str(tmp_path))
+    with pytest.raises(ConfigError, match="another data folder"):
+        run_worker(config, threading.Event())
+    assert queue.get(job.id).status == "queued"
+
+
+@pytest.mark.parametrize("standing", ["running", "cancelled", "another claim"])
+def test_a_job_that_cannot_go_on_is_paused_once_the_database_answers(
+    data: DataFolder, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, standing: str
+) -> None:
+    monkeypatch.setattr(worker, "_RETRY_SECONDS", 0.01)
+    job = make_job(data)
+    queue.add(job)
+    if standing == "cancelled":
+        queue.cancel(job.id)
+    answers: list[Any] = [
+        QueueUnavailableError("the database is away."),
+        {job.id: Standing("running", "token")} if standing == "running" else {job.id: Standing("running", "other")},
+    ]
+
+    def ask(self: JobQueue, job_ids: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def run(job: Any, token: str) -> Any:
+        raise JobPausedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JobQueue, "standings", ask)
+        with pytest.raises(ClaimLostError):
+            worker._pausing(run, queue, job, "token")
+    expected = {"running": "paused", "cancelled": "cancelled", "another claim": "queued"}
+    assert queue.get(job.id).status == expected[standing]
 
 
 def test_a_chore_that_fails_is_tried_again_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -107,7 +107,7 @@ def test_files_whose_labels_do_not_fit_are_not_served(
     if width:
         labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
     head = Head(torch.zeros(3, size), torch.zeros(3))
-    header = {**make_header(backbone, task="x"), "labels": labels}
+    header = make_header(backbone, task="x") | ({} if labels is None else {"labels": labels})
     save_prefix(state.store.folder / "odd.safetensors", Prefix(prefix.layers, header, head))
     state.store.reload()
     assert "odd" in state.store.refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from asgi_client import send
 from openai_client import ask
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.executor import Executor, JobFailedError
@@ -180,6 +183,29 @@ def test_a_job_from_its_creation_to_its_result(
     assert messages == ["done", "step 1"]
     assert data[1] == {"step": 1, "train_loss": 2.0}
     assert ask(app, lambda client: client.fine_tuning.jobs.checkpoints.list(job.id)).data == []
+
+
+def test_checkpoints_are_listed_as_far_as_they_are_served(
+    make_server: Callable[..., Any], tmp_path: Path, backbone: Any, random_prefix: Callable[..., Any]
+) -> None:
+    app, state = make_server()
+    job = create(app, upload(state), own={"name": "cats"})
+    copies = state.training.folder.job(job.id).run / "checkpoints"
+    for step in (2, 4):
+        header = {**make_header(backbone), "job": {"id": job.id, "owner": "local", "step": step}}
+        save_prefix(copies / f"step-{step}.safetensors", Prefix(random_prefix(backbone, 4, step).layers, header))
+
+    def listed() -> list[str]:
+        found = ask(app, lambda client: client.fine_tuning.jobs.checkpoints.list(job.id))
+        return [one.fine_tuned_model_checkpoint for one in found.data]
+
+    assert listed() == ["cats.step-4", "cats.step-2"]
+    # Another model has the name of the other one.
+    shutil.copyfile(copies / "step-2.safetensors", tmp_path / "prefixes" / "cats.step-2.safetensors")
+    shutil.copyfile(tmp_path / "prefixes" / "a.safetensors", tmp_path / "prefixes" / "cats.step-4.safetensors")
+    with worker(state, lambda job: JobResult(name=job.name, trained_tokens=1, steps=4)):
+        wait_for(app, job.id, "succeeded")
+    assert listed() == ["cats.step-2"]
 
 
 def test_a_job_that_fails_says_why(make_server: Callable[..., Any]) -> None:
@@ -657,6 +683,91 @@ def test_a_database_that_is_away_comes_back(make_server: Callable[..., Any], mon
         error = refusal(app, file)
         assert (error.status_code, error.code, error.response.headers["retry-after"]) == (503, "queue_unavailable", "5")
     assert create(app, file).status == "queued"
+
+
+@pytest.mark.parametrize("action", ["create", "cancel", "pause", "resume"])
+def test_what_was_done_is_answered_though_the_database_goes_away(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    app, state = make_server()
+    file = upload(state)
+    job = None if action == "create" else create(app, file)
+    if action == "resume":
+        ask(app, partial(act, job.id, "pause"))
+
+    def away(*_: Any) -> None:
+        raise QueueUnavailableError("the database of jobs cannot be reached (OperationalError).")
+
+    with monkeypatch.context() as patched:
+        # The last of all questions: who waits before it.
+        patched.setattr("prefixtune.server.api.fine_tuning._positions", away)
+        made = create(app, file) if action == "create" else ask(app, partial(act, job.id, action))
+    assert made.status == {"cancel": "cancelled", "pause": "paused"}.get(action, "queued")
+    assert len(left(state)[0]) == 1
+
+
+def test_a_change_that_may_have_been_made_is_not_tried_again_by_clients(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    file = upload(state)
+    job = create(app, file)
+    error = OperationalError("COMMIT", None, Exception("the connection is lost"))
+    get = JobQueue.get
+    looks: list[str] = []
+
+    def get_once(queue: JobQueue, job_id: str) -> Any:
+        looks.append(job_id)
+        if len(looks) > 2:
+            raise error
+        return get(queue, job_id)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JobQueue, "get", get_once)
+        response = asyncio.run(send(app, "POST", f"/v1/fine_tuning/jobs/{job.id}/cancel"))
+    assert (response.status, response.code) == (503, "queue_unavailable")
+    assert (response.headers["x-should-retry"], response.headers.get("retry-after")) == ("false", None)
+    assert "may have been made" in response.json["error"]["message"]
+    assert ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id)).status == "cancelled"
+
+    # Nor is one that takes too long, and goes on meanwhile.
+    release = threading.Event()
+    add = JobQueue.add
+
+    def add_slowly(queue: JobQueue, job: Job) -> None:
+        release.wait(20)
+        add(queue, job)
+
+    monkeypatch.setattr(JobQueue, "add", add_slowly)
+    monkeypatch.setattr(training, "_SECONDS", 0.5)
+    slow = refusal(app, file)
+    assert (slow.status_code, slow.response.headers["x-should-retry"]) == (503, "false")
+    release.set()
+
+
+@pytest.mark.parametrize("problem", ["a file", "another folder"])
+def test_a_data_folder_that_cannot_be_used_is_said_without_its_path(
+    make_server: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, problem: str
+) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.sqlite'}"
+    if problem == "a file":
+        (tmp_path / "data").write_text("no folder")
+    else:
+        first, its_state = make_server(database_url=url)
+        create(first, upload(its_state))
+        (tmp_path / "data").rename(tmp_path / "mounted elsewhere")
+    app, _ = make_server(database_url=url)
+    response = asyncio.run(send(app, "GET", "/v1/fine_tuning/jobs"))
+    assert (response.status, response.code) == (503, "training_unavailable")
+    assert response.headers["x-should-retry"] == "false"
+    assert str(tmp_path) not in response.body.decode()
+    logged = [record for record in caplog.records if record.message == "training_unavailable"]
+    assert str(tmp_path / "data") in logged[0].fields["reason"]
+    if problem == "another folder":
+        # The jobs of the database are as they were.
+        (tmp_path / "data").rename(tmp_path / "empty")
+        (tmp_path / "mounted elsewhere").rename(tmp_path / "data")
+        assert len(left(make_server(database_url=url)[1])[1]) == 1
 
 
 def test_a_database_that_is_locked_stops_no_other_request(make_server: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.jobs.database import claim_folder
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.server.settings import ServeConfig
@@ -45,3 +45,25 @@ def test_a_data_folder_of_another_database_is_refused_before_the_model_is_loaded
     config = ServeConfig(prefixes=str(tmp_path), data_folder=str(tmp_path), backbone="/no/model")
     with pytest.raises(ConfigError, match="another database"):
         run(config, Console(quiet=True))
+
+
+def test_too_many_slots_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    from prefixtune.server.launch import run
+
+    config = ServeConfig(prefixes=str(tmp_path), num_slots=10**9, backbone="/no/model")
+    with pytest.raises(ConfigError, match="num_slots"):
+        run(config, Console(quiet=True))
+
+
+def test_a_data_folder_that_cannot_be_written_is_said_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prefixtune.server.launch import run
+
+    # Such as a disk that is not mounted.
+    (tmp_path / "data").symlink_to(tmp_path / "missing" / "data")
+    config = ServeConfig(prefixes=str(tmp_path), data_folder=str(tmp_path / "data"), backbone="/no/model")
+    # Texts are generated all the same: the model is loaded.
+    with pytest.raises(PrefixError, match="/no/model"):
+        run(config, Console())
+    assert "requests to train will be refused: cannot write" in capsys.readouterr().err

@@ -120,3 +120,43 @@ def test_among_many_names_no_similar_one_is_looked_for(
     monkeypatch.setattr(state.store, "names", None)
     assert message("/v1/models/aa") == "there is no model 'aa'."
     assert message("/admin/prefixes/aa") == "there is no prefix 'aa'."
+
+
+@pytest.mark.parametrize(("method", "path"), [("DELETE", "/v1/models/a"), ("GET", "/v1/models/a/file")])
+def test_to_delete_and_to_download_count_as_requests(make_server: Callable[..., Any], method: str, path: str) -> None:
+    rules = KeyConfig(hash=hash_key("pt-ann"), requests_per_minute=1)
+    app, _ = make_server(keys={"ann": rules})
+    statuses = [asyncio.run(send(app, method, path, headers=bearer("ann"))).status for _ in range(2)]
+    assert statuses == [403, 429]
+
+
+def test_deletions_of_one_key_do_not_delay_texts_of_another(
+    make_server: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they read more of the folder than the file of the name."""
+    app, state = make_server(keys={name: KeyConfig(hash=hash_key(f"pt-{name}")) for name in ("ann", "bob")})
+    go_on, refresh = threading.Event(), state.store.refresh
+    looked: list[str] = []
+
+    def slowly(name: str) -> None:
+        assert go_on.wait(60)
+        refresh(name)
+
+    async def all_at_once() -> tuple[int, set[int]]:
+        await send(app, "POST", "/v1/completions", completion(model="a"), headers=bearer("bob"))
+        monkeypatch.setattr(state.store, "refresh", slowly)
+        monkeypatch.setattr(state.store, "_refresh", looked.append)
+        # More than there are threads of any kind.
+        deleting = [
+            asyncio.ensure_future(send(app, "DELETE", "/v1/models/a", headers=bearer("ann"))) for _ in range(100)
+        ]
+        await asyncio.sleep(0.2)
+        text = await asyncio.wait_for(
+            send(app, "POST", "/v1/completions", completion(model="a"), headers=bearer("bob")), 30
+        )
+        assert not any(one.done() for one in deleting)
+        go_on.set()
+        return text.status, {(await one).status for one in deleting}
+
+    assert asyncio.run(all_at_once()) == (200, {403})
+    assert looked == ["a"] * 100

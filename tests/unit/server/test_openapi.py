@@ -166,3 +166,16 @@ def test_it_contains_nothing_secret() -> None:
     )
     for secret in ("acme", "boss", "sha256", "/srv", "tiny", "10.1.2.3"):
         assert secret not in openapi_json
+
+
+def test_endpoints_with_a_limit_say_so() -> None:
+    paths = document()["paths"]
+    for path, method in (
+        ("/v1/models/{name}", "get"),
+        ("/v1/models/{name}", "delete"),
+        ("/v1/models/{name}/file", "get"),
+        ("/v1/tasks/{name}", "get"),
+        ("/v1/files", "get"),
+        ("/v1/files/{file_id}", "delete"),
+    ):
+        assert "429" in paths[path][method]["responses"], (method, path)

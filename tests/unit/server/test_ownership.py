@@ -215,6 +215,33 @@ def test_the_jobs_own_copies_of_its_checkpoints_go_with_its_result(
     assert [path.name for path in folder.run.iterdir()] == ["events.jsonl"]
 
 
+@pytest.mark.parametrize("method", ["DELETE", "PUT"])
+def test_an_admin_takes_a_results_checkpoints_with_it(
+    make_server: Callable[..., Any], publish: Any, tmp_path: Path, method: str
+) -> None:
+    app, state = make_server(keys=KEYS)
+    job_id = f"ftjob-{'1' * 24}"
+    gone = [publish(f"hers.step-{step}", step=step, job_id=job_id) for step in (2, 4)]
+    path, other = publish("hers", job_id=job_id), publish("hers.step-6", owner="bob", step=6)
+    state.store.reload()
+    copies = state.training.folder.job(job_id).run / "checkpoints"
+    copies.mkdir(parents=True)
+
+    def change(content: bytes | None) -> int:
+        return asyncio.run(send(app, method, "/admin/prefixes/hers", content, headers=bearer("boss"))).status
+
+    if method == "PUT":
+        # The same result again, as from a backup, keeps them.
+        assert change(path.read_bytes()) == 200
+        assert all(one.exists() for one in gone)
+        assert copies.exists()
+    content = (tmp_path / "prefixes" / "a.safetensors").read_bytes() if method == "PUT" else None
+    assert change(content) == (200 if method == "PUT" else 204)
+    assert not any(one.exists() for one in gone)
+    assert other.exists()
+    assert not copies.exists()
+
+
 def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., Any], tmp_path: Path) -> None:
     app, _ = make_server(keys={**KEYS, "root": KeyConfig(hash=hash_key("pt-root"), admin=True)})
     for key, name in (("bob", "a"), ("bob", "tiny"), ("root", "tiny")):
@@ -325,7 +352,7 @@ def test_a_new_result_is_there_for_admins_and_for_its_deletion(
     # Its checkpoints go with it, as its file says whose they are.
     removed = list[str]()
     monkeypatch.setattr(
-        "prefixtune.server.api.models.remove_checkpoints", lambda folder: removed.append(folder.root.name)
+        "prefixtune.server.training.remove_checkpoints", lambda folder: removed.append(folder.root.name)
     )
     job_id = f"ftjob-{'a' * 24}"
     publish("five", job_id=job_id)

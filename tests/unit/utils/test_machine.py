@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from prefixtune import __version__
-from prefixtune.utils.machine import describe_machine, peak_memory_mib, reset_peak_memory, versions
+from prefixtune.utils.machine import command_line, describe_machine, peak_memory_mib, reset_peak_memory, versions
 
 MIB = 2**20
 
@@ -25,6 +26,11 @@ def test_the_machine_is_described_in_plain_json():
     assert 1 <= facts["cores"] <= (os.cpu_count() or 1)
     assert platform.system() in str(facts["system"])
     assert float(facts["memory_gib"]) > 0.5
+
+
+def test_a_command_is_as_a_shell_takes_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/prefixtune", "study", "--task-words", "Say it:", "--data", "e2e/"])
+    assert command_line() == "prefixtune study --task-words 'Say it:' --data e2e/"
 
 
 def test_versions_are_those_in_use():

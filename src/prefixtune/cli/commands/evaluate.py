@@ -157,7 +157,7 @@ def _read_examples(
     Raises:
         ConfigError: An option is for texts that are generated, but the data is texts alone.
     """
-    from prefixtune.data import read_task, resolve_task
+    from prefixtune.data import TASKS, read_task, resolve_task
     from prefixtune.data.forms import describe_data
     from prefixtune.evaluation.evaluate import check_examples
 
@@ -173,7 +173,7 @@ def _read_examples(
         console.info(describe_data(form, examples, options.data, first_row))
         if form.name == "text":
             _check_text_options(options)
-    check_examples(examples)
+    check_examples(examples, TASKS[name].protocol)
     return name, columns, examples
 
 

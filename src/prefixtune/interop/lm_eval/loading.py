@@ -58,8 +58,8 @@ def load_fitting_backbone(
     dtype: str,
     device: str,
     allow_other_backbone: bool,
-) -> Backbone:
-    """The backbone, with which the prefixes were checked.
+) -> tuple[Backbone, list[Prefix]]:
+    """The backbone, and the prefixes as they were checked with it.
 
     Args:
         given: The model; None: the one that the prefixes name. One that is named is loaded with their LoRA adapter.
@@ -85,9 +85,8 @@ def load_fitting_backbone(
             hint="lm-eval's tasks need a model that writes.",
         )
     for prefix in prefixes:
-        load_prefix(prefix, backbone, allow_other_backbone=allow_other_backbone)
         check_writes(prefix)
-    return backbone
+    return backbone, [load_prefix(one, backbone, allow_other_backbone=allow_other_backbone) for one in prefixes]
 
 
 def check_writes(prefix: Prefix) -> None:

@@ -92,16 +92,20 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                 hint="raw is what lm-eval's other models read.",
             )
         self.batch_size = check_batch_size(batch_size, max_batch_size)
-        self.prefix, self.task_prefixes, files = load_prefixes(prefix, task_prefixes or {})
-        known = list({id(one): one for one in (self.prefix, *self.task_prefixes.values())}.values())
-        self.backbone = load_fitting_backbone(
+        general, by_task, files = load_prefixes(prefix, task_prefixes or {})
+        given = {id(one): one for one in (general, *by_task.values()) if one is not None}
+        self.backbone, checked = load_fitting_backbone(
             backbone,
-            [one for one in known if one is not None],
-            [files.get(id(one), one) for one in known if one is not None],
+            list(given.values()),
+            [files.get(key, one) for key, one in given.items()],
             dtype=dtype,
             device=device,
             allow_other_backbone=allow_other_backbone,
         )
+        fitting = dict(zip(given, checked, strict=True))
+        self.prefix = fitting.get(id(general))
+        self.task_prefixes = {task: fitting.get(id(one)) for task, one in by_task.items()}
+        known = list({id(one): one for one in (self.prefix, *self.task_prefixes.values())}.values())
         self.prompt_format = prompt_format
         self.tokenizer = self.backbone.tokenizer
         self.backend = "causal" if self.backbone.kind == "decoder" else "seq2seq"
@@ -462,5 +466,6 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
 
     def _room(self, prefix: Prefix | None) -> int:
         """Positions for text behind a prefix."""
-        taken = 0 if prefix is None else self.backbone.prefix_positions(prefix.length())
-        return self.max_length - taken
+        length = 0 if prefix is None else prefix.length()
+        limit = self.backbone.max_positions_with(length)
+        return min(self.max_length, limit or self.max_length) - self.backbone.prefix_positions(length)

@@ -44,7 +44,7 @@ async def list_prefixes(context: AdminContext) -> Response:
     Needs a key with the right 'admin'.
     """
     store = context.state.store
-    await context.state.catalog.look_for_new()
+    await context.state.catalog.look_for_new(context.tenant)
     return json_response({"prefixes": store.names(), "refused": store.refused, "cache": vars(store.stats)})
 
 
@@ -60,12 +60,15 @@ async def inspect_prefix(context: AdminContext) -> Response:
 
 @router.delete(_PATH, status_code=204, responses=errors(400, 404, 503, 507), openapi_extra=NAME)
 async def delete_prefix(context: AdminContext) -> Response:
-    """Delete a prefix.
+    """Delete a prefix; the result of a job together with its checkpoints.
 
     Needs a key with the right 'admin'.
     """
     await _check_known(context)
-    await _run_in_thread(context, context.state.store.delete, context.name)
+    origin = context.state.store.origin(context.name)
+    await _run_in_thread(context, context.state.catalog.remove, context.name)
+    if context.state.training is not None:
+        await context.state.training.remove_checkpoints(origin)
     log("audit", action="prefix.delete", key=context.caller.name, model=context.name)
     return Response(status_code=204)
 
@@ -94,7 +97,7 @@ async def upload_prefix(context: AdminContext) -> Response:
     state, name, config = context.state, context.name, context.state.config
     if name == config.model_id:
         raise bad_request(f"{name!r} is the bare backbone's name.", "name", hint="choose another one.")
-    replaced = name in state.store
+    replaced, origin = name in state.store, state.store.origin(name)
     limit, seconds, chunk_seconds = config.max_upload_mib * 2**20, config.deadline, config.client_timeout
     try:
         with work_folder(state.store.folder, _UPLOAD_FOLDER) as folder:
@@ -103,10 +106,12 @@ async def upload_prefix(context: AdminContext) -> Response:
                 size = await receive_body(
                     context.request, file.write, limit=limit, seconds=seconds, chunk_seconds=chunk_seconds
                 )
-            await _run_in_thread(context, state.store.put, name, folder / "received")
+            await _run_in_thread(context, state.catalog.put, name, folder / "received")
     except OSError as error:
         context.log_fields["storage_error"] = str(error)
         raise storage_error(error, "the prefix", "the folder of prefixes") from None
+    if state.training is not None and origin != state.store.origin(name):
+        await state.training.remove_checkpoints(origin)
     context.log_fields |= {"prefix": name, "bytes": size}
     log("audit", action="prefix.upload", key=context.caller.name, model=name, bytes=size, replaced=replaced)
     return json_response({"name": name, "bytes": size, "replaced": replaced}, 200 if replaced else 201)
@@ -129,7 +134,7 @@ async def _run_in_thread(context: RequestContext, action: Callable[..., Any], *a
 
 async def _check_known(context: RequestContext) -> None:
     store = context.state.store
-    await context.state.catalog.look(context.name)
+    await context.state.catalog.look(context.name, context.tenant)
     if context.name not in store and context.name not in store.refused:
         raise not_found("prefix", context.name, store.names() if store.has_few else None)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["file_object", "file_or_404", "find_file", "router"]
 
 
-router = api_router(401, 403, 404, 500, 503)
+router = api_router(401, 403, 404, 429, 500, 503)
 _PATH = "/v1/files/{file_id}"
 _FIELDS = ("purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]")
 _MOST_LISTED = 10_000
@@ -51,7 +51,7 @@ _CONTENT: dict[int | str, Any] = {
 T = TypeVar("T")
 
 
-@router.post("/v1/files", response_model=File, responses=errors(400, 408, 413, 415, 429, 507), openapi_extra=FORM_BODY)
+@router.post("/v1/files", response_model=File, responses=errors(400, 408, 413, 415, 507), openapi_extra=FORM_BODY)
 async def upload_file(context: TrainingContext) -> Response:
     """Upload a file to train on.
 

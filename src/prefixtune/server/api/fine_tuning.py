@@ -6,6 +6,7 @@ Each key sees its own jobs; an admin key, and everybody where there are no keys,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
@@ -14,12 +15,13 @@ from typing import Any, Literal
 from fastapi import Response
 
 from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.checkpoints import checkpoints
+from prefixtune.jobs.checkpoints import Checkpoint, checkpoints
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.folder import is_job_id
-from prefixtune.jobs.job import ENDED, JobState
-from prefixtune.jobs.publish import unpublish
-from prefixtune.jobs.queue import JobQueue
+from prefixtune.jobs.job import ENDED, Job, JobState
+from prefixtune.jobs.publish import published_by, unpublish
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
+from prefixtune.prefix.folder import path_of
 from prefixtune.server.api.body import read_json
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext
 from prefixtune.server.api.job_creation import create_job
@@ -67,9 +69,9 @@ async def create_fine_tuning_job(context: TrainingContext) -> Response:
     With a header `Idempotency-Key`, a request that is sent again gets the same job.
     """
     body = await read_json(context, lambda value: parse(FineTuningRequest, value, context.state.limits))
-    state = await create_job(context, body)
-    context.log_fields |= {"job": state.job.id, "model": state.job.model}
-    return await _respond(context, state)
+    job = await create_job(context, body, partial(_view, context))
+    context.log_fields |= {"job": job["id"], "model": job["model"]}
+    return json_response(job)
 
 
 @router.get(
@@ -104,32 +106,36 @@ async def list_fine_tuning_jobs(context: TrainingContext) -> Response:
 @router.get(_JOB, response_model=FineTuningJob, openapi_extra={"parameters": [_ID]})
 async def show_fine_tuning_job(context: TrainingContext) -> Response:
     """A job as it stands."""
-    return await _respond(context, await _find(context))
+    return json_response(
+        await context.training.ask(lambda queue: _view(context, queue, _get(context, queue)), context.tenant)
+    )
 
 
 @router.post(f"{_JOB}/cancel", response_model=FineTuningJob, responses=errors(400), openapi_extra={"parameters": [_ID]})
 async def cancel_fine_tuning_job(context: TrainingContext) -> Response:
     """Stop a job for good."""
-    state = await _change(context, "cancel", ("queued", "running", "paused"), JobQueue.cancel)
+    job, view = await _change(context, "cancel", ("queued", "running", "paused"), JobQueue.cancel)
     try:
         # A worker may have published it in the same moment.
-        await asyncio.to_thread(unpublish, state.job, context.training.prefixes)
+        await asyncio.to_thread(unpublish, job, context.training.prefixes)
     except PrefixError as error:
         # Workers remove it later.
-        log("unpublish_failed", job=state.job.id, reason=error.message)
-    return await _respond(context, state)
+        log("unpublish_failed", job=job.id, reason=error.message)
+    return json_response(view)
 
 
 @router.post(f"{_JOB}/pause", response_model=FineTuningJob, responses=errors(400), openapi_extra={"parameters": [_ID]})
 async def pause_fine_tuning_job(context: TrainingContext) -> Response:
     """Stop a job so that it can be resumed."""
-    return await _respond(context, await _change(context, "pause", ("queued", "running"), JobQueue.pause))
+    _, view = await _change(context, "pause", ("queued", "running"), JobQueue.pause)
+    return json_response(view)
 
 
 @router.post(f"{_JOB}/resume", response_model=FineTuningJob, responses=errors(400), openapi_extra={"parameters": [_ID]})
 async def resume_fine_tuning_job(context: TrainingContext) -> Response:
     """Queue a paused job again."""
-    return await _respond(context, await _change(context, "resume", ("paused",), JobQueue.resume))
+    _, view = await _change(context, "resume", ("paused",), JobQueue.resume)
+    return json_response(view)
 
 
 @router.get(
@@ -164,11 +170,14 @@ async def list_fine_tuning_events(context: TrainingContext) -> Response:
     openapi_extra={"parameters": [_ID, *PAGE]},
 )
 async def list_fine_tuning_checkpoints(context: TrainingContext) -> Response:
-    """The prefixes of a job's last evaluations, the newest first; they are served once the job has succeeded."""
+    """The prefixes of a job's last evaluations, the newest first; they are served once the job has succeeded.
+
+    Those that are not served any more are left out then.
+    """
     page = read_page(context.request, default=10)
-    job = (await _find(context)).job
-    found = await asyncio.to_thread(checkpoints, job, context.training.folder.job(job.id).run)
-    return json_response(page_of([checkpoint_view(job, one) for one in reversed(found)], page))
+    state = await _find(context)
+    found = await asyncio.to_thread(_checkpoints, context, state)
+    return json_response(page_of([checkpoint_view(state.job, one) for one in reversed(found)], page))
 
 
 # --- one job ----------------------------------------------------------------------------------------------------------
@@ -198,15 +207,18 @@ async def _find(context: RequestContext) -> JobState:
 
 async def _change(
     context: RequestContext, action: Action, allowed: Sequence[str], change: Callable[[JobQueue, str], JobState]
-) -> JobState:
+) -> tuple[Job, dict[str, Any]]:
     """Cancel, pause or resume the job in the path, and write it down.
+
+    Returns:
+        The job, and how it stands then, as clients read it.
 
     Raises:
         ApiError: There is no such job, it does not stand at one of `allowed`, or its name is taken.
     """
     training, expected = context.training, {"cancel": "cancelled", "pause": "paused"}.get(action)
 
-    def work(queue: JobQueue) -> JobState:
+    def work(queue: JobQueue) -> tuple[Job, dict[str, Any]]:
         before = _get(context, queue)
         if before.status not in allowed:
             raise _wrong_state(action, before, allowed)
@@ -222,9 +234,18 @@ async def _change(
         training.write_audit(context.caller, f"job.{action}", job=after.job.id, owner=after.job.owner)
         if action == "resume":
             training.wake()
-        return after
+        return after.job, _view(context, queue, after)
 
     return await training.ask(work, context.tenant)
+
+
+def _checkpoints(context: RequestContext, state: JobState) -> list[Checkpoint]:
+    """A job's checkpoints; once it has succeeded, those whose names are still served as its own."""
+    job, training = state.job, context.training
+    found = checkpoints(job, training.folder.job(job.id).run)
+    if state.status != "succeeded":
+        return found
+    return [one for one in found if published_by(path_of(training.prefixes, one.name)) == job.id]
 
 
 def _wrong_state(action: Action, state: JobState, allowed: Sequence[str]) -> ApiError:
@@ -238,14 +259,12 @@ def _wrong_state(action: Action, state: JobState, allowed: Sequence[str]) -> Api
 _PARTICIPLE = {"cancel": "cancelled", "pause": "paused", "resume": "resumed"}
 
 
-async def _respond(context: RequestContext, state: JobState) -> Response:
-    """A job as clients read it."""
-    folder = context.training.folder
-
-    def view(queue: JobQueue) -> dict[str, Any]:
-        return job_view(state, folder, _positions(queue, [state]))
-
-    return json_response(await context.training.ask(view, context.tenant))
+def _view(context: RequestContext, queue: JobQueue, state: JobState) -> dict[str, Any]:
+    """A job as clients read it; without its position if the database has just gone away."""
+    positions: dict[str, int] = {}
+    with contextlib.suppress(QueueUnavailableError):
+        positions = _positions(queue, [state])
+    return job_view(state, context.training.folder, positions)
 
 
 def _positions(queue: JobQueue, states: Sequence[JobState]) -> dict[str, int]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,10 +45,20 @@ class _Inputs:
     start: Path | None = None
 
 
-async def create_job(context: RequestContext, body: FineTuningRequest) -> JobState:
+async def create_job(
+    context: RequestContext, body: FineTuningRequest, view: Callable[[JobQueue, JobState], dict[str, Any]]
+) -> dict[str, Any]:
     """Create the job that a request asks for.
 
     A request with the header `Idempotency-Key` of an earlier one gets the job of that one.
+
+    Args:
+        context: Of the request.
+        body: It.
+        view: A job as clients read it. Once the job is there, this must not fail: they would create it again.
+
+    Returns:
+        The view of the job.
 
     Raises:
         ApiError: Something is wrong with the request, it asks for too much, or the database is away.
@@ -57,24 +67,29 @@ async def create_job(context: RequestContext, body: FineTuningRequest) -> JobSta
     if len(key) > _MAX_KEY_LENGTH:
         raise bad_request(f"the header Idempotency-Key has more than {_MAX_KEY_LENGTH} characters.")
     job_id = _job_id(context.caller.name, key) if key else new_job_id()
-    if key and (earlier := await training.ask(lambda queue: _find(queue, job_id), context.tenant)) is not None:
-        return _same(earlier, body)
+
+    def find(queue: JobQueue) -> dict[str, Any] | None:
+        earlier = _find(queue, job_id)
+        return None if earlier is None else view(queue, _same(earlier, body))
+
+    if key and (found := await training.ask(find, context.tenant)) is not None:
+        return found
     _check_trackers(context, body)
     start_lengths = await _start_lengths(context, body.model)
     inputs = await asyncio.to_thread(_find_inputs, context, body, has_start=start_lengths is not None)
     job = _make(context, body, inputs, start_lengths, job_id)
 
-    def add(queue: JobQueue) -> JobState:
+    def add(queue: JobQueue) -> dict[str, Any]:
         with training.adding(job.owner):
-            if key and (earlier := _find(queue, job_id)) is not None:
-                return _same(earlier, body)
+            if key and (found := find(queue)) is not None:
+                return found
             _check_room(context, queue, job)
             _add(context, queue, job, inputs)
         # Here, as nobody may wait for the response any more.
         training.wake()
         context.state.metrics.jobs_created.inc()
         training.write_audit(context.caller, "job.create", job=job.id, name=job.name, file=job.training_file)
-        return queue.get(job.id)
+        return view(queue, JobState(job, "queued"))
 
     return await training.ask(add, context.tenant)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Any
 
@@ -10,8 +9,6 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.checkpoints import remove_checkpoints
-from prefixtune.jobs.folder import is_job_id
 from prefixtune.prefix.folder import FolderBusyError
 from prefixtune.server.api.endpoint import KeyContext
 from prefixtune.server.api.openapi import NAME, api_router, errors
@@ -22,7 +19,7 @@ from prefixtune.server.responses import ApiError, forbidden, json_response, not_
 __all__ = ["router"]
 
 
-router = api_router(401, 403, 500)
+router = api_router(401, 403, 429, 500)
 _FILE: dict[int | str, Any] = {
     200: {"content": {"application/octet-stream": {"schema": {}}}, "description": "The safetensors file."}
 }
@@ -31,7 +28,7 @@ _FILE: dict[int | str, Any] = {
 @router.get("/v1/models", response_model=Models)
 async def list_models(context: KeyContext) -> Response:
     """The models that the key may use."""
-    await context.state.catalog.look_for_new()
+    await context.state.catalog.look_for_new(context.tenant)
     describe = partial(context.state.catalog.describe_all, context.caller)
     models = await context.state.response_threads.run(context.tenant, describe)
     return json_response({"object": "list", "data": models})
@@ -50,13 +47,15 @@ async def download_model(context: KeyContext) -> Response:
     An admin key gets the file of any prefix.
     """
     name, catalog = context.name, context.state.catalog
+    context.count()
     if not context.caller.rules.admin:
         await catalog.check_access((name,), context.caller)
         if not catalog.access.owns(name, context.caller):
             raise forbidden(f"the file of {name[:128]!r} is for the owner of its training job only.", "not_the_owner")
-    await catalog.look(name)
+    await catalog.look(name, context.tenant)
     try:
-        file, header = await asyncio.to_thread(context.state.store.open_file, name)
+        opening = partial(context.state.store.open_file, name)
+        file, header = await context.state.response_threads.run(context.tenant, opening)
     except RequestError:
         raise not_found("model", name) from None
     except PrefixError:
@@ -89,10 +88,11 @@ async def delete_model(context: KeyContext) -> Response:
     An admin key deletes any prefix. Requests that have it go on.
     """
     state, name = context.state, context.name
-    await state.catalog.look(name)
+    context.count()
+    await state.catalog.look(name, context.tenant)
     origin = state.store.origin(name)
     try:
-        names = await state.catalog.delete(name, context.caller)
+        names = await state.catalog.delete(name, context.caller, context.tenant)
     except FolderBusyError as error:
         raise unavailable(f"{error.message} Try again later.", "busy", retry_after=5) from None
     except PrefixError as error:
@@ -100,7 +100,6 @@ async def delete_model(context: KeyContext) -> Response:
         raise ApiError(507, "the folder of prefixes cannot be changed.", code="storage_failed") from None
     context.log_fields["prefix"] = name
     if state.training is not None:
-        if origin is not None and origin.step is None and is_job_id(origin.id):
-            await asyncio.to_thread(remove_checkpoints, state.training.folder.job(origin.id))
+        await state.training.remove_checkpoints(origin)
         await state.training.audit(context.caller, "model.delete", model=name, files=len(names))
     return json_response({"id": name, "object": "model", "deleted": True})

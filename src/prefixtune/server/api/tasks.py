@@ -34,7 +34,7 @@ __all__ = ["router"]
 
 
 _PATH = "/v1/tasks/{name:path}"
-router = api_router(401, 403, 404, 500, 503)
+router = api_router(401, 403, 404, 429, 500, 503)
 
 
 @router.get(_PATH, name="show_task", response_model=Task, responses=errors(400), openapi_extra=NAME)
@@ -53,7 +53,7 @@ async def describe_task(context: KeyContext) -> Response:
 @router.post(
     _PATH,
     name="do_task",
-    responses=whole_or_stream(TaskOutput, TaskOutputChunk, TaskOutput) | errors(400, 408, 413, 415, 429, 504),
+    responses=whole_or_stream(TaskOutput, TaskOutputChunk, TaskOutput) | errors(400, 408, 413, 415, 504),
     openapi_extra={**NAME, **json_body(TaskRequest, source="a source", max_tokens=50)},
 )
 async def create_task_output(context: GenerationContext) -> Response:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
@@ -97,10 +97,13 @@ class Catalog:
         self.joiner = PrefixJoiner(store, backbone, max_length)
         self.access = ModelAccess(store, backbone_id, is_open=is_open)
         self._threads = FairThreads(_THREADS, "prefixtune-prefixes")
+        # Of its own: a prefix in memory waits for nothing that is read or deleted.
+        self._quick_threads = FairThreads(_THREADS, "prefixtune-loaded")
 
     def close(self) -> None:
         """Load no more; what is being loaded goes on."""
         self._threads.close()
+        self._quick_threads.close()
 
     def names(self, caller: Caller) -> list[str]:
         """The models that a caller may use, the bare backbone first; checkpoints of jobs are left out."""
@@ -152,17 +155,17 @@ class Catalog:
         names = [model] if model == self.backbone_id else model.split(SEPARATOR)
         return all(self.access.is_known(name) and self.access.may_use(name, caller) for name in names)
 
-    async def look(self, name: str) -> None:
+    async def look(self, name: str, tenant: str) -> None:
         """Look for an unknown name in the folder, where a job may just have put it."""
         if self.finds_new and not self.access.is_known(name):
-            await asyncio.to_thread(self.store.look, name)
+            await self._threads.run(tenant, partial(self.store.look, name))
 
-    async def look_for_new(self) -> None:
+    async def look_for_new(self, tenant: str) -> None:
         """Look for all files that a job may just have put into the folder."""
         if self.finds_new:
             # What is known is answered, whatever the folder is like.
             with contextlib.suppress(PrefixError):
-                await asyncio.to_thread(self.store.look_for_new)
+                await self._threads.run(tenant, self.store.look_for_new)
 
     async def check_access(self, names: Sequence[str], caller: Caller) -> None:
         """Refuse names of which the caller may not use one, whether there is such a model or not.
@@ -177,7 +180,7 @@ class Catalog:
             ApiError: 403 or 404.
         """
         for name in names:
-            await self.look(name)
+            await self.look(name, caller.name)
         for name in names:
             if not (caller.may_use(name) or self.access.owns(name, caller)):
                 raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
@@ -209,11 +212,11 @@ class Catalog:
         await self.check_access(names, caller)
         if names == (self.backbone_id,):
             return ServedModel(self.backbone_id)
-        loaded = await asyncio.to_thread(self._find_loaded, names, caller)
+        tenant = caller.name if tenant is None else tenant
+        loaded = await self._quick_threads.run(tenant, partial(self._find_loaded, names, caller))
         if loaded is not None:
             return loaded
         param = "model" if prefixes is None else "prefixes"
-        tenant = caller.name if tenant is None else tenant
         return await self._threads.run(tenant, partial(self._load, names, caller, param))
 
     def _find_loaded(self, names: tuple[str, ...], caller: Caller) -> ServedModel | None:
@@ -352,12 +355,13 @@ class Catalog:
             "max_model_len": max(0, self.max_length - prefix_length) if takes_room else self.max_length,
         }
 
-    async def delete(self, model: str, caller: Caller) -> tuple[str, ...]:
+    async def delete(self, model: str, caller: Caller, tenant: str) -> tuple[str, ...]:
         """Remove what a job made, a result together with its checkpoints; admins remove any prefix.
 
         Args:
             model: Its name.
             caller: Its owner, or an admin.
+            tenant: Whose turn it is.
 
         Returns:
             The names that are gone.
@@ -371,18 +375,44 @@ class Catalog:
         await self.check_access((model,), caller)
         if model == self.backbone_id:
             raise forbidden(f"{model[:128]!r} is the bare backbone, which is not deleted.", "model_not_deletable")
-        return await asyncio.to_thread(self._delete, model, caller)
+        return await self._threads.run(tenant, partial(self._delete, model, caller))
 
     def _delete(self, name: str, caller: Caller) -> tuple[str, ...]:
-        self.store.reload()
+        self.store.refresh(name)
         if not (caller.rules.admin or self.access.owns(name, caller)):
             raise forbidden(f"{name[:128]!r} was made by no job of this key.", "not_the_owner")
-        names = (*self._checkpoints(name), name)
         # The name itself comes last: if something fails, it can be deleted again.
-        for one in names:
+        return self._remove([*self._checkpoints(name), name])
+
+    def remove(self, name: str) -> tuple[str, ...]:
+        """Remove a prefix, whoever made it, a result together with its checkpoints; blocks.
+
+        Returns:
+            The names that are gone.
+
+        Raises:
+            PrefixError: A file cannot be removed.
+        """
+        self.store.refresh(name)
+        return self._remove([*self._checkpoints(name), name])
+
+    def put(self, name: str, source: Path) -> None:
+        """As the store's `put`; the checkpoints of a result that another prefix replaces are removed. Blocks.
+
+        Raises:
+            PrefixError: As the store's `put`, or a checkpoint cannot be removed.
+        """
+        origin, checkpoints = self.store.origin(name), self._checkpoints(name)
+        self.store.put(name, source)
+        if self.store.origin(name) != origin:
+            self._remove(checkpoints)
+
+    def _remove(self, names: Sequence[str]) -> tuple[str, ...]:
+        for name in names:
+            # Somebody else may have deleted it.
             with contextlib.suppress(RequestError):
-                self.store.delete(one)
-        return names
+                self.store.delete(name)
+        return tuple(names)
 
     def _checkpoints(self, name: str) -> list[str]:
         """The checkpoints of the job that made a result; empty for any other prefix."""

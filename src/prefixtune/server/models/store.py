@@ -215,6 +215,20 @@ class PrefixStore:
         for name in sorted(names):
             self.look(name)
 
+    def refresh(self, name: str) -> None:
+        """Look again at the file of a name and at those of its checkpoints, not at all others; waits for the disk.
+
+        Raises:
+            PrefixError: The folder itself cannot be read.
+        """
+        names = self._names_in_folder()
+        with self._lock:
+            names |= self._known.keys() | self._refused.keys()
+        with self._file_lock:
+            for one in sorted(names):
+                if one == name or one.startswith(f"{name}.step-"):
+                    self._refresh(one)
+
     def _names_in_folder(self) -> set[str]:
         try:
             return set(list_names(self.folder))

@@ -1,0 +1,107 @@
+"""LongRoPE: a text beyond the model's original length changes no other text that is computed with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.data.batching import pack, pad
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
+from prefixtune.errors import RequestError
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
+from zoo import make_model
+
+LIMIT = 40
+
+
+@pytest.fixture(scope="module")
+def phi3(tiny_tokenizer: Any) -> Backbone:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": LIMIT, **factors}
+    model = make_model("phi3", tiny_tokenizer, rope_parameters=rope, original_max_position_embeddings=LIMIT)
+    return Backbone.from_model(model, tiny_tokenizer, "tiny-longrope")
+
+
+@pytest.fixture
+def prefix(phi3: Backbone, random_prefix: Callable[..., Prefix]) -> Prefix:
+    return random_prefix(phi3, 5, 3).detach()
+
+
+def test_generated_texts(phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]]) -> None:
+    config = GenerateConfig(max_new_tokens=8, min_new_tokens=8)
+    # The second one becomes too long on the way.
+    prompts = [random_ids(count, seed=count) for count in (20, 36, 12, 60, 50)]
+    prefixes = [prefix, None, None, None, None]
+    alone = [generate_ids(phi3, [ids], [one], config=config)[0] for ids, one in zip(prompts, prefixes, strict=True)]
+    assert generate_ids(phi3, prompts, prefixes, config=config) == alone
+
+
+@pytest.mark.parametrize("collate", [pack, lambda examples: pad(examples, pad_id=0)], ids=["packed", "padded"])
+def test_losses(
+    collate: Callable[..., Any], phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]], assert_same: Any
+) -> None:
+    examples = [
+        TokenizedExample(tuple(random_ids(count, seed=count)), (tuple(random_ids(4, seed=count + 100)),) * 2)
+        for count in (20, 60, 3, 36)
+    ]
+    for front in (prefix, None):
+        alone = [batch_loss(phi3, front, collate([example])) for example in examples]
+        assert_same(batch_loss(phi3, front, collate(examples)), torch.cat(alone))
+
+
+def test_gradients(phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]], assert_same: Any) -> None:
+    examples = [TokenizedExample(tuple(random_ids(count, seed=count)), ((1, 2),)) for count in (20, 60)]
+
+    def gradients(*rows: TokenizedExample) -> torch.Tensor:
+        leaf = prefix.layers["decoder"][0][0].clone().requires_grad_()
+        layers = ((leaf, prefix.layers["decoder"][0][1]), *prefix.layers["decoder"][1:])
+        batch_loss(phi3, Prefix({"decoder": layers}), pack(rows)).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert_same(gradients(*examples), sum(gradients(example) for example in examples))
+
+
+def test_likelihoods(phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]]) -> None:
+    asked = [
+        Continuation(tuple(random_ids(count, seed=count)), (5, 6, 7), front)
+        for count in (20, 60, 30)
+        for front in (prefix, None)
+    ]
+    together = score_continuations(phi3, asked, batch_size=8)
+    for one, (total, is_greedy) in zip(asked, together, strict=True):
+        ((expected, expected_greedy),) = score_continuations(phi3, [one], batch_size=1)
+        assert (total, is_greedy) == (pytest.approx(expected, abs=1e-4), expected_greedy)
+
+
+def test_a_prefix_is_for_the_original_length(
+    phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]]
+) -> None:
+    ids = random_ids(30)
+    assert len(generate_ids(phi3, [ids], [prefix], config=GenerateConfig(max_new_tokens=5))[0]) == 5
+    with pytest.raises(RequestError, match=r"5 \(prefix\) \+ 30 \(text\) \+ 6 \(new\) positions.*has 40 with a prefix"):
+        generate_ids(phi3, [ids], [prefix], config=GenerateConfig(max_new_tokens=6))
+    # A long source is cut to it.
+    form = TextFormat(max_length=100, on_too_long="cut")
+    with pytest.warns(UserWarning, match="1 of 1 sources were truncated"):
+        generate(phi3, ["x" * 60], prefix, text_format=form, max_new_tokens=5)
+
+
+def test_the_engine_is_for_the_original_length(phi3: Backbone, random_ids: Callable[..., list[int]]) -> None:
+    engine = Engine(phi3)
+    assert engine.max_length == LIMIT
+    with pytest.raises(ContextLengthError, match=r"the limit is 40 \(the model's original length, before LongRoPE\)"):
+        engine.add(Request(tuple(random_ids(40)), sampling=SamplingParams(max_new_tokens=2)))
+    with pytest.raises(ContextLengthError, match=r"the limit is 20\."):
+        Engine(phi3, max_length=20).add(Request(tuple(random_ids(40)), sampling=SamplingParams(max_new_tokens=2)))
