@@ -59,10 +59,11 @@ encoder (cross). Rows that are padded instead of packed, and prefixes that are a
 read from the cache, cost time and change no number. A type says how a model attends, not how well it learns. Examine a
 model of your own with `prefixtune doctor your/model`, which uses its real weights.
 
-LongRoPE (Phi-3, Phi-3.5 and Phi-4-mini with 128k) turns all keys of a text otherwise as soon as the text is longer than the
-model's original length, 4,096 positions. A prefix is used with texts up to that length, its own positions included, and
-this is also the limit of the engine and of `prefixtune serve`, with and without a prefix. The bare model takes longer
-texts in `generate`, `classify`, `evaluate` and `lm-eval`; they change no other text in their batch.
+LongRoPE (Phi-3, Phi-3.5 and Phi-4-mini with 128k) turns all keys of a text otherwise as soon as the text is longer
+than the model's original length, 4,096 positions. A prefix is used with texts up to that length, its own positions
+included, and this is also the limit of the engine and of `prefixtune serve`, with and without a prefix. The bare
+model takes longer texts in `generate`, `classify`, `evaluate` and `lm-eval`; they change no other text in their
+batch.
 
 The types that work are listed in the code, for the version of transformers named below. A model of any other type, or
 with another version, gets a quick self-check when it is first loaded: cached decoding with a prefix is compared
