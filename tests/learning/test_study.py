@@ -919,6 +919,48 @@ def test_a_run_that_never_was_done_may_be_corrected_or_left_out(
         run_study(config)
 
 
+def test_what_was_stopped_is_kept_where_another_method_is_corrected(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = configure(tmp_path / "study", methods=("full", "prefix"), tries=3), train
+    log, done = Log(), []
+
+    def too_large(given: Any, **options: Any) -> Any:
+        if given.method == "full" and given.batch_size > 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+        return real(given, **options)
+
+    def kill(event: Event) -> None:
+        if event["event"] == "try" and event["cell"].startswith("prefix"):
+            done.append(event["learning_rate"])
+            if len(done) == 2:
+                raise Killed
+
+    monkeypatch.setattr("prefixtune.studies.cell.train", too_large)
+    with pytest.raises(Killed):
+        run_study(config, on_event=kill)
+    # A method with tries is begun: it is neither changed nor left out.
+    for other in (
+        config.replace(methods=("full",)),
+        config.replace(train_settings={**config.train_settings, "prefix": {"batch_size": 2}}),
+        config.replace(steps_by_size={str(config.sizes[0]): 9}),
+    ):
+        with pytest.raises(ConfigError, match="began with other settings"):
+            run_study(other)
+    smaller = config.replace(train_settings={**config.train_settings, "full": {"batch_size": 2}})
+    outcome = run_study(smaller, on_event=log.events.append)
+    assert (outcome.failed, outcome.left) == ({}, ())
+    begun = {event["learning_rate"] for event in log.of("start") if event["cell"].startswith("prefix")}
+    assert begun.isdisjoint(done)
+
+
+def test_a_folder_with_a_study_of_another_name_is_refused(configure: Make, tmp_path: Path) -> None:
+    config = configure(tmp_path / "study", name="scale", methods=("zero-shot",))
+    assert len(run_study(config).done) == 1
+    with pytest.raises(ConfigError, match="name was 'scale', is 'methods'"):
+        run_study(config.replace(name="methods"))
+
+
 def test_a_method_that_never_was_done_may_be_left_out(
     configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

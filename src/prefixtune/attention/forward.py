@@ -373,10 +373,12 @@ def _turn_each_text(model: Any, position_ids: Int[Tensor, "B T"] | None, packing
         return
     token = long_texts.set(is_long)
 
-    def turn(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def turn(module: nn.Module, args: Any, *rest: Any) -> Any:
         current = long_texts.get()
-        if current is None:
+        # While torch registers or removes a hook, another thread's call meets it without keyword arguments.
+        if current is None or len(rest) != 2:
             return None
+        kwargs, output = rest
         current = current.to(output[0].device)
         call = inspect.signature(module.forward).bind(*args, **kwargs)
         call.arguments["position_ids"] = call.arguments["position_ids"].masked_fill(current, 0)

@@ -66,7 +66,7 @@ def load_prefix(
             downloaded. A `Prefix` is checked and returned.
         backbone: Also check that the prefix was trained for this model.
         allow_other_backbone: Accept another fingerprint, when the shapes fit (a fine-tuned sister, say). The header of
-            the returned prefix then has none, so that it is accepted wherever it is used.
+            what is returned then has none, so that it is accepted wherever it is used.
 
     Raises:
         CheckpointError: The file is missing, truncated, damaged, no prefix, of an unknown version, or holds NaN or
@@ -87,9 +87,10 @@ def load_prefix(
                 f"{backbone.head_size}.",
                 hint="load the backbone that its header names.",
             )
-        if allow_other_backbone:
+        if not allow_other_backbone:
+            _check_fingerprint(prefix.header, backbone, name)
+        elif not _is_trained_for(prefix.header, backbone):
             return _for_any_weights(prefix)
-        _check_fingerprint(prefix.header, backbone, name)
     return prefix
 
 
@@ -134,15 +135,19 @@ def trained_adapter(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) 
 
 def _for_any_weights(prefix: Prefix) -> Prefix:
     """The same prefix, whose header does not say of which weights it is."""
-    if not backbone_origin(prefix.header).fingerprint:
-        return prefix
     origin = {key: value for key, value in prefix.header["backbone"].items() if key != "fingerprint"}
     return replace(prefix, header={**prefix.header, "backbone": origin})
 
 
+def _is_trained_for(header: Mapping[str, Any], backbone: Backbone) -> bool:
+    """Whether a header names a backbone's weights, or none."""
+    fingerprint = backbone_origin(header).fingerprint
+    return not fingerprint or fingerprints_match(fingerprint, backbone.fingerprint)
+
+
 def _check_fingerprint(header: Mapping[str, Any], backbone: Backbone, name: str) -> None:
-    origin = backbone_origin(header)
-    if origin.fingerprint and not fingerprints_match(origin.fingerprint, backbone.fingerprint):
+    if not _is_trained_for(header, backbone):
+        origin = backbone_origin(header)
         raise BackboneError(
             f"{name} was trained for {origin.name!r} with other weights than {backbone.name!r} "
             f"(fingerprint {_short(origin.fingerprint)} against {_short(backbone.fingerprint)}).",

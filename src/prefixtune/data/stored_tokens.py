@@ -7,13 +7,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from prefixtune import __version__
-from prefixtune.attention.injection import interrupt
+from prefixtune.attention.injection import interruption
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.cache import ColumnWriter, stored
 from prefixtune.data.examples import Example
@@ -22,12 +22,10 @@ from prefixtune.data.tokenized import DTYPES, Columns, TokenizedDataset, TokenTa
 
 __all__ = ["encode_stored", "tokenizer_key"]
 
-_VERSION = 2
+_VERSION = 3
 """Of how examples become tokens: to be raised when that changes within a version of the package."""
 _PART = 2048
 """Examples that are tokenized at a time."""
-_WAIT_SECONDS = 0.05
-"""Between two calls of `interrupt` while a part is waited for."""
 _ORIGINS = "origins"
 _FACTS = tuple(field.name for field in dataclasses.fields(TokenizedDataset) if field.name not in ("examples", _ORIGINS))
 """Figures of a data set: sums over its parts, but for the longest prompt."""
@@ -88,8 +86,16 @@ def _write(
 
 
 def _encoded(examples: Sequence[Example], encode: Encode) -> Iterator[tuple[int, TokenizedDataset]]:
-    """The tokens of each part, and its number of examples; a part is tokenized while the one before it is written."""
+    """The tokens of each part, and its number of examples; a part is tokenized while the one before it is written.
+
+    Where this thread may be interrupted, it tokenizes them itself: what it then does may need the same tokenizer.
+    """
     stream, first = iter(examples), 1
+    if interruption.get() is not None:
+        while part := list(itertools.islice(stream, _PART)):
+            yield len(part), encode(part, first)
+            first += len(part)
+        return
     waiting: tuple[int, Future[TokenizedDataset]] | None = None
     pool = ThreadPoolExecutor(1)
     try:
@@ -97,19 +103,11 @@ def _encoded(examples: Sequence[Example], encode: Encode) -> Iterator[tuple[int,
             before, waiting = waiting, (len(part), pool.submit(encode, part, first))
             first += len(part)
             if before is not None:
-                yield before[0], _result(before[1])
+                yield before[0], before[1].result()
         if waiting is not None:
-            yield waiting[0], _result(waiting[1])
+            yield waiting[0], waiting[1].result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _result(future: Future[TokenizedDataset]) -> TokenizedDataset:
-    """The tokens of a part; meanwhile, this thread does what `interrupt` asks for, which the other one cannot."""
-    while not future.done():
-        interrupt()
-        wait([future], _WAIT_SECONDS)
-    return future.result()
 
 
 def tokenizer_key(backbone: Backbone) -> str | None:
@@ -128,6 +126,6 @@ def tokenizer_key(backbone: Backbone) -> str | None:
         "kind": backbone.kind,
         "end": backbone.end,
         "separator": backbone.separator,
-        "positions": backbone.max_positions,
+        "positions": [backbone.max_positions, backbone.longrope_limit],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

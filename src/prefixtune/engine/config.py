@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from prefixtune.utils.config import Config, option_group
 
-__all__ = ["EngineConfig"]
+__all__ = ["MAX_SLOTS", "EngineConfig"]
 
+MAX_SLOTS = 65_536
+"""Texts that run at once at most."""
 _engine = option_group("engine")
 
 
@@ -16,7 +18,7 @@ class EngineConfig(Config):
         ConfigError: An unknown option, or a value out of range; all faults at once.
     """
 
-    num_slots: int = _engine(32, ge=1, le=65_536, description="texts that run at once")
+    num_slots: int = _engine(32, ge=1, le=MAX_SLOTS, description="texts that run at once")
     max_length: int = _engine(
         0,
         ge=0,

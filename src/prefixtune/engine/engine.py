@@ -295,8 +295,9 @@ class Engine:
         with self._lock:
             admitted = self.scheduler.admit()
         self._try_each(admitted, self.runner.load_prefix, outputs)
-        # Before the encoder reads a source again, for a sequence that got its slot after others of its request.
-        self._share_prompts()
+        if self._has_encoder:
+            # Before it reads a source again, for a sequence that got its slot after others of its request.
+            self._share_prompts()
         with self._lock:
             to_encode = self.scheduler.sequences_to_encode()
         self._encode(to_encode, outputs)
@@ -490,7 +491,8 @@ def _check_generates(backbone: Backbone) -> None:
             hint="use `generate`, which batches whole requests.",
         )
     # Parts that are kept on the CPU or the disk run on the GPU, too.
-    devices = set(getattr(backbone.model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+    parts = set(getattr(backbone.model, "hf_device_map", {}).values()) - {"cpu", "disk"}
+    devices = {torch.device(part) for part in parts}
     if len(devices) > 1:
         raise BackboneError(
             f"{backbone.name!r} is on {len(devices)} devices, but the slots are on one.",

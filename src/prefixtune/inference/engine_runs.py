@@ -189,9 +189,11 @@ def run_in_engine(
     Raises:
         RequestError: A text failed whose beginning the streamer has.
     """
+    from prefixtune.engine.config import MAX_SLOTS
     from prefixtune.engine.engine import Engine
 
-    engine = Engine(backbone, num_slots=min(config.batch_size, len(texts)), max_waiting=_WAITING, prepack=False)
+    num_slots = min(config.batch_size, len(texts), MAX_SLOTS)
+    engine = Engine(backbone, num_slots=num_slots, max_waiting=_WAITING, prepack=False)
     requests = _requests(engine, texts, config)
     running: dict[str, tuple[int, list[int]]] = {}
     more = True

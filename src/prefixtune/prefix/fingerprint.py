@@ -6,6 +6,7 @@ A fingerprint is `HASH:SAMPLES`: a hash of facts about the model, and 256 of its
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -45,6 +46,7 @@ def sample_weights(sizes: Sequence[tuple[str, int]], take: Callable[[str, int], 
     return base64.b64encode(samples.numpy().astype("<i2").tobytes()).decode()
 
 
+@functools.lru_cache(maxsize=1024)
 def fingerprints_match(one: str, other: str) -> bool:
     """Whether two fingerprints are of the same model: same shape, and weights equal up to rounding.
 

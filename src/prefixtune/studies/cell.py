@@ -143,9 +143,8 @@ def _named(cell: Cell) -> Iterator[None]:
     except PrefixError as error:
         text = f"{error.message} {error.hint}".replace("-", "_")
         names = [f"{option} is {key}" for option, key in _STUDY_KEYS.items() if option in text]
-        others = f"{'other ' * bool(names)}options of training are keys of [train_settings]"
-        hint = f"{error.hint} In a study, {', '.join([*names, others])}."
-        raise ConfigError(f"{cell.group}: {error.message}", hint=hint.strip()) from error
+        in_study = f" In a study without variants, {', '.join(names)}." if names else ""
+        raise ConfigError(f"{cell.group}: {error.message}", hint=f"{error.hint}{in_study}".strip()) from error
 
 
 def run_cell(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def run_on_ray(
     """
     if workers < 1:
         raise ConfigError(f"there are {workers} workers, but a study needs at least one.", hint="give a larger number.")
-    if address is None and workers > (available := os.cpu_count() or 1):
+    known = sys.modules.get("ray")
+    is_connected = known is not None and known.is_initialized()
+    if not is_connected and address is None and workers > (available := os.cpu_count() or 1):
         raise ConfigError(
             f"there are {workers} workers, but this machine has {available} CPUs.",
             hint=f"give at most {available}, or the address of a cluster.",

@@ -251,11 +251,11 @@ def read_study(config: StudyConfig) -> dict[str, Any] | None:
 def begun_study(config: StudyConfig) -> dict[str, Any] | None:
     """The contents of `study.json` with those settings alone that something depends on; None: nothing does.
 
-    So what stopped every run of a method, a length or a start can be corrected, or left out.
+    So what let every run of a method, a length or a start fail can be corrected, or left out.
     """
     stored = read_study(config)
-    if stored is None:
-        return None
+    if stored is None or stored["config"].get("name", config.name) != config.name:
+        return stored
     before = {**StudyConfig(name=config.name).to_dict(), **stored["config"]}
     found = _begun_cells(config, before)
     if found is None:
@@ -292,22 +292,23 @@ def begun_study(config: StudyConfig) -> dict[str, Any] | None:
 
 
 def _begun_cells(config: StudyConfig, before: Mapping[str, Any]) -> tuple[StudyConfig, list[Cell]] | None:
-    """An earlier study in a study's folder, and its cells that have results; None: its settings cannot be read."""
+    """An earlier study in a study's folder, and its cells that have begun; None: its settings cannot be read."""
     earlier = config.read(before)
     if earlier is None:
         return None
     earlier = earlier.replace(output=str(config.folder))
-    return earlier, [cell for cell in plan(earlier) if _has_results(earlier, cell)]
+    return earlier, [cell for cell in plan(earlier) if _has_begun(earlier, cell)]
 
 
-def _has_results(config: StudyConfig, cell: Cell) -> bool:
-    """Whether something depends on a cell's settings: figures, its group's learning rate, or a process at work."""
-    path, lock = cell_folder(config, cell) / CELL_FILE, lock_path(config, cell)
-    if path.exists():
-        facts = read_json_file(path, "status", "figures")
-        if facts["status"] == "done" or facts["figures"]:
-            return True
-    if _tuning_path(config, cell.group).exists():
+def _has_begun(config: StudyConfig, cell: Cell) -> bool:
+    """Whether something depends on a cell's settings: work that did not fail, a learning rate, a process at work."""
+    folder, lock = cell_folder(config, cell), lock_path(config, cell)
+    path = folder / CELL_FILE
+    facts = read_json_file(path, "status", "figures") if path.exists() else {"status": "waiting", "figures": {}}
+    if facts["figures"] or _tuning_path(config, cell.group).exists():
+        return True
+    was_stopped = try_folders(config, cell) or any(file != path for file in folder.glob("*"))
+    if facts["status"] != "failed" and was_stopped:
         return True
     if not lock.exists():
         return False
@@ -316,7 +317,7 @@ def _has_results(config: StudyConfig, cell: Cell) -> bool:
 
 
 def remove_outdated(config: StudyConfig) -> None:
-    """Remove what was begun with settings that a study no longer has, and left no results."""
+    """Remove what failed cells have left behind, where a study's settings were corrected: they begin again."""
     stored = read_study(config)
     if stored is None or not changed_settings(config, stored):
         return
@@ -324,11 +325,12 @@ def remove_outdated(config: StudyConfig) -> None:
     if found is None:
         return
     earlier, begun = found
-    bound, planned = {(cell.method, cell.initialization) for cell in begun}, {cell.id for cell in plan(config)}
+    kept = set(begun)
     for cell in plan(earlier):
-        if cell not in begun and (cell.id not in planned or (cell.method, cell.initialization) not in bound):
-            for folder in (cell_folder(earlier, cell), *try_folders(earlier, cell)):
-                shutil.rmtree(folder, ignore_errors=True)
+        if cell not in kept:
+            with file_lock(lock_path(earlier, cell)) as is_free:
+                for folder in (cell_folder(earlier, cell), *try_folders(earlier, cell)) if is_free else ():
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def changed_settings(config: StudyConfig, stored: Mapping[str, Any]) -> list[str]:
@@ -398,14 +400,19 @@ def check_same_dtype(config: StudyConfig, cells: Sequence[Cell], dtype: str) -> 
 
 def _dtypes(config: StudyConfig, cells: Sequence[Cell]) -> Counter[str]:
     """In which dtype how many of the runs that are done were computed."""
-    found: Counter[str] = Counter()
-    for cell in cells:
-        path = cell_folder(config, cell) / EVALUATION_FILE
-        if path.exists() and cell_status(config, cell) == "done":
-            settings = read_json_file(path).get("settings") or {}
-            found[str(settings.get("dtype", ""))] += 1
-    del found[""]
-    return found
+    return Counter(str(settings["dtype"]) for settings in _scored_with(config, cells) if settings.get("dtype"))
+
+
+def _limits(config: StudyConfig, cells: Sequence[Cell]) -> Counter[str]:
+    """With how many tokens at most how many of the runs that are done wrote their outputs."""
+    decodings = [settings.get("decoding") or {} for settings in _scored_with(config, cells)]
+    return Counter(str(own["max_new_tokens"]) for own in decodings if "max_new_tokens" in own)
+
+
+def _scored_with(config: StudyConfig, cells: Sequence[Cell]) -> list[Mapping[str, Any]]:
+    """The settings of the evaluations of all runs that are done."""
+    done = [cell_folder(config, cell) / EVALUATION_FILE for cell in cells if cell_status(config, cell) == "done"]
+    return [read_json_file(path).get("settings") or {} for path in done if path.exists()]
 
 
 def _unended(config: StudyConfig, cells: Sequence[Cell]) -> list[str]:
@@ -445,9 +452,12 @@ def write_study(
     task, kind, backbones = TASKS[config.task], config.kind, ", ".join(config.backbones) or config.backbone
     left = [cell.id for cell in cells if cell_status(config, cell) == "waiting"]
     cut = describe_reductions(config, left, len(cells), is_over_budget=is_over_budget)
-    dtypes = _dtypes(config, cells)
-    if len(dtypes) > 1:
-        cut.append(f"computed in {' and '.join(f'{name} ({count} runs)' for name, count in dtypes.items())}")
+    for what, counts in (
+        ("computed in", _dtypes(config, cells)),
+        ("most tokens of an output:", _limits(config, cells)),
+    ):
+        if len(counts) > 1:
+            cut.append(f"{what} {' and '.join(f'{name} ({count} runs)' for name, count in counts.items())}")
     if unended := _unended(config, cells):
         cut.append(f"outputs that did not end within the tokens they may have: {', '.join(unended)}")
     # Where nothing is run, the study remains what another process made.

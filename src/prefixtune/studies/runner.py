@@ -53,6 +53,8 @@ __all__ = ["outcome_of", "run_study"]
 
 
 _POLL_SECONDS = 2.0
+_LOCK = ".study.lock"
+"""Held while a process begins a study, or goes on with it."""
 """How long to wait for other processes before looking again."""
 
 
@@ -89,7 +91,10 @@ def run_study(
     def save(*, is_over_budget: bool = False) -> None:
         write_study(config, cells, provenance, is_over_budget=is_over_budget)
 
-    write_study(config, cells, provenance, begins=True)
+    # Of processes that begin together with other settings, one is the first.
+    with file_lock(config.folder / _LOCK, timeout=60):
+        _check_settings_again(config)
+        write_study(config, cells, provenance, begins=True)
     # Of processes that begin together, one may be the first to write down its dtype.
     check_same_dtype(config, cells, provenance.dtype)
     is_over_budget = False
@@ -139,9 +144,16 @@ def _prepare(inputs: StudyInputs, cells: Sequence[Cell], command: str) -> Proven
         provenance = replace(provenance, dtype=inputs.backbone.dtype_name, fingerprints=fingerprints)
         for text in idle_patience(config):
             inputs.on_event(make_event("warning", text=text))
-    remove_outdated(config)
     make_folders(config)
     return provenance
+
+
+def _check_settings_again(config: StudyConfig) -> None:
+    """The folder's study is still the same one; what failed with settings that were corrected is removed."""
+    stored = begun_study(config)
+    if stored is not None:
+        check_same_study(config, stored)
+    remove_outdated(config)
 
 
 def _check_cells(inputs: StudyInputs, left: Sequence[Cell]) -> None:
