@@ -145,7 +145,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     seen = 0
     while error is not None and seen < 10:
         yield error
-        error, seen = error.__cause__ or error.__context__, seen + 1
+        error, seen = error.__cause__ or (None if error.__suppress_context__ else error.__context__), seen + 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from prefixtune.jobs.attempts import SUSPICIOUS_ATTEMPTS, forget_attempts, num_attempts
 from prefixtune.jobs.checkpoints import CheckpointKeeper
@@ -16,7 +16,8 @@ from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.failures import is_temporary
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import Job, JobResult
-from prefixtune.training.folder import Event
+from prefixtune.jobs.run_log import RunLog
+from prefixtune.training.folder import EVENTS_FILE, Event
 from prefixtune.training.runs import Run
 from prefixtune.utils.locks import acquire_lock
 
@@ -36,7 +37,7 @@ _LOCK = ".lock"
 _log = logging.getLogger("prefixtune.jobs")
 
 
-@dataclass(eq=False)
+@dataclasses.dataclass(eq=False)
 class Claim:
     """A claim of a job, which waits for the job's end.
 
@@ -49,8 +50,8 @@ class Claim:
 
     job: Job
     token: str
-    future: Future[JobResult] = field(default_factory=Future)
-    submitted: float = field(default_factory=time.monotonic)
+    future: Future[JobResult] = dataclasses.field(default_factory=Future)
+    submitted: float = dataclasses.field(default_factory=time.monotonic)
 
 
 @contextlib.contextmanager
@@ -82,6 +83,7 @@ class ActiveJob:
 
     Attributes:
         claims: All who wait for it.
+        run: As it was given, but a full disk ends nothing that it logs.
         is_suspicious: Workers have ended while they trained it.
         trained_at: When it took its last step, by `time.monotonic()`.
         publish_at: Not published before then.
@@ -98,7 +100,8 @@ class ActiveJob:
         holding: contextlib.ExitStack,
     ) -> None:
         self.job, self.claims = claim.job, [claim]
-        self.folder, self.run, self.events = folder, run, events
+        self.folder, self.events = folder, events
+        self.run, self._log = dataclasses.replace(run, log=self._write_line), RunLog(folder.run / EVENTS_FILE)
         self._closing, self._holding = closing, holding
         self.is_suspicious = num_attempts(folder) > SUSPICIOUS_ATTEMPTS
         self._trained_tokens = sum(event["target_tokens"] for event in run.events if event["event"] == "step")
@@ -133,16 +136,16 @@ class ActiveJob:
         return self._got_further
 
     def record(self, event: Event) -> None:
-        """Keep an event of the run, and tell the owner as far as that can be written.
-
-        Raises:
-            PrefixError: The run's log cannot be written.
-        """
+        """Keep an event of the run, and tell the owner, as far as that can be written; the log's lines come later."""
         with self._going_on("checkpoint"):
             self._checkpoints.record(self.run.loop, event)
         self.run.record(event)
         with self._going_on("events"):
             self._tell(event)
+
+    def _write_line(self, line: str) -> None:
+        with self._going_on("log"):
+            self._log.append(line)
 
     @contextlib.contextmanager
     def _going_on(self, what: str) -> Iterator[None]:
@@ -150,7 +153,7 @@ class ActiveJob:
         try:
             yield
         except Exception as error:
-            if not is_temporary(error):
+            if not is_temporary(error, self.folder):
                 raise
             if what not in self._failing:
                 fields = {"job": self.job.id, "what": what, "reason": str(error)}
@@ -243,15 +246,24 @@ class ActiveJob:
         self._other_seconds += time.monotonic() - self._stepped
 
     def save(self) -> None:
-        """Save the state.
+        """Save the state, which is never ahead of the run's log.
 
         Raises:
-            PrefixError: It cannot be written.
+            PrefixError: One of them cannot be written.
         """
         started = time.monotonic()
+        self.write_log()
         self.run.loop.save()
         self._save_seconds = time.monotonic() - started
         self._note_saved()
+
+    def write_log(self) -> None:
+        """Write those lines of the run's log that could not be written before.
+
+        Raises:
+            PrefixError: They cannot be written now either.
+        """
+        self._log.flush()
 
     def _note_saved(self) -> None:
         self._saved = time.monotonic()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.utils.files import flush_to_disk
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def claim_folder(data: DataFolder, url: str) -> None:
 
 
 def claim_database(data: DataFolder, queue: JobQueue) -> None:
-    """See that the jobs of a database belong to a data folder; those of a new database belong to it from now on.
+    """See that the jobs of a database belong to a data folder; if they belong to none, they do from now on.
+
+    A folder without jobs is not that of a database which has some: its disk may not be mounted.
 
     Args:
         data: The folder, which is there.
@@ -75,14 +77,25 @@ def claim_database(data: DataFolder, queue: JobQueue) -> None:
         PrefixError: The folder cannot be written.
         QueueUnavailableError: The database cannot be reached.
     """
-    _make_once(data, data.id_file, secrets.token_hex(16))
-    own = _read(data.id_file)
-    if queue.claim(own) != own:
+    known = queue.folder()
+    if not known and (_has_jobs(data) or not queue.has_jobs()):
+        _make_once(data, data.id_file, secrets.token_hex(16))
+        known = queue.claim(_read(data.id_file))
+    if not known or known != _read(data.id_file):
+        restored = (
+            f"if this is their folder (restored from a backup, say), write {known} into {data.id_file.name} there"
+        )
         raise ConfigError(
             f"the jobs of this database belong to another data folder than {str(data.root)!r}.",
             hint="name their folder by --data-folder, and check that its disk is mounted; for other jobs, name another "
-            "database by --database-url.",
+            f"database by --database-url{f'; {restored}' if known else ''}.",
         )
+
+
+def _has_jobs(data: DataFolder) -> bool:
+    with contextlib.suppress(FileNotFoundError), os.scandir(data.jobs) as entries:
+        return any(is_job_id(entry.name) for entry in entries)
+    return False
 
 
 def _read(path: Path) -> str:

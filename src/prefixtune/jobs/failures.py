@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 from prefixtune.errors import (
     BackboneError,
@@ -19,7 +20,7 @@ from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import JobError
 from prefixtune.prefix.folder import FolderBusyError
 
-__all__ = ["describe_failure", "describe_obstacle", "is_foreseen", "is_temporary"]
+__all__ = ["describe_failure", "describe_obstacle", "is_foreseen", "is_temporary", "may_be_mended"]
 
 
 _CODES: tuple[tuple[type[PrefixError], str, str | None], ...] = (
@@ -30,6 +31,9 @@ _CODES: tuple[tuple[type[PrefixError], str, str | None], ...] = (
 )
 _LONGEST = 1000
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What does not pass by itself, in a folder that is there."""
+_MENDABLE = ("name_taken", "prefix_too_large")
 
 
 def is_foreseen(error: BaseException) -> bool:
@@ -37,11 +41,32 @@ def is_foreseen(error: BaseException) -> bool:
     return isinstance(error, PrefixError | JobFailedError) or is_out_of_memory(error) or _is_out_of_space(error)
 
 
-def is_temporary(error: BaseException) -> bool:
-    """Whether a file could not be written, or a folder not be used, for a reason that may pass, such as a full disk."""
+def is_temporary(error: BaseException, folder: JobFolder) -> bool:
+    """Whether a file could not be written, or a folder not be used, for a reason that may pass, such as a full disk.
+
+    A file of the job that is gone is gone for good, unless all jobs are, as where a disk is not mounted now.
+    """
     if isinstance(error, JobFailedError | DataError | ConfigError | BackboneError):
         return False
-    return any(isinstance(one, FolderBusyError | OSError) for one in causes(error))
+    return any(not _is_gone(one, folder) for one in _refusals(error))
+
+
+def _refusals(error: BaseException) -> list[BaseException]:
+    """What the disk, or others who change a folder, refused."""
+    return [one for one in causes(error) if isinstance(one, FolderBusyError | OSError)]
+
+
+def _is_gone(error: BaseException, folder: JobFolder) -> bool:
+    if not isinstance(error, _GONE) or not folder.root.parent.is_dir():
+        return False
+    return not isinstance(error.filename, str) or Path(error.filename).is_relative_to(folder.root)
+
+
+def may_be_mended(error: BaseException) -> bool:
+    """Whether a result that cannot be published is to be kept: its name or size is in the way, or a mistake of ours."""
+    if isinstance(error, JobFailedError):
+        return error.error.code in _MENDABLE
+    return not isinstance(error, PrefixError)
 
 
 def describe_obstacle(error: BaseException) -> str:
@@ -50,7 +75,7 @@ def describe_obstacle(error: BaseException) -> str:
         return error.error.message.removesuffix(".")
     if _is_out_of_space(error):
         return "the disk of the training service is full"
-    if is_temporary(error):
+    if _refusals(error):
         return "a file or folder of the training service cannot be used now"
     return "the new model could not be stored, for a reason that the service's log has"
 

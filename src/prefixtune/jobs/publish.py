@@ -17,7 +17,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
-from prefixtune.errors import CheckpointError, PrefixError
+from prefixtune.errors import CheckpointError, PrefixError, causes
 from prefixtune.jobs.checkpoints import checkpoints
 from prefixtune.jobs.executor import JobFailedError
 from prefixtune.jobs.files import FileStore, result_file_id
@@ -111,12 +111,16 @@ def _result(job: Job, run: Path) -> Prefix:
     """The run's best prefix, with the job in its header.
 
     Raises:
-        JobFailedError: It cannot be read.
+        CheckpointError: The disk does not let it be read.
+        JobFailedError: It is broken.
     """
+    path = run / PREFIX_FILE
     try:
-        prefix = read_artifact(run / PREFIX_FILE)
+        prefix = read_artifact(path)
     except CheckpointError as error:
-        raise _unusable(error, run / PREFIX_FILE) from error
+        if _is_unread(error):
+            raise
+        raise _unusable(error, path) from error
     header = {**prefix.header, "job": JobOrigin(job.id, job.owner).to_header()}
     initialization = header.get("initialization")
     if isinstance(initialization, Mapping) and initialization.get("kind") == "prefix":
@@ -129,13 +133,19 @@ def _check(path: Path, name: str, validator: PrefixValidator) -> None:
     """Check a file as an upload is checked.
 
     Raises:
+        CheckpointError: The disk does not let it be read.
         JobFailedError: It cannot be served.
     """
+    num_bytes = 0
     try:
+        num_bytes = read_outline(path).num_elements * validator.backbone.dtype.itemsize
         validator.read_header(path)
         validator.load(path, name)
     except CheckpointError as error:
-        raise _unusable(error, path) from error
+        if _is_unread(error):
+            raise
+        code = "prefix_too_large" if num_bytes > validator.max_bytes else "invalid_prefix"
+        raise _unusable(error, path, code) from error
 
 
 def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
@@ -159,9 +169,13 @@ def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
         raise
 
 
-def _unusable(error: CheckpointError, path: Path) -> JobFailedError:
+def _is_unread(error: CheckpointError) -> bool:
+    return any(isinstance(one, OSError) for one in causes(error))
+
+
+def _unusable(error: CheckpointError, path: Path, code: str = "invalid_prefix") -> JobFailedError:
     reason = error.message.replace(str(path), path.name)
-    return JobFailedError(JobError(code="invalid_prefix", message=f"the trained prefix cannot be served: {reason}"))
+    return JobFailedError(JobError(code=code, message=f"the trained prefix cannot be served: {reason}"))
 
 
 def _check_free(name: str, job: Job, prefixes: Path) -> None:

@@ -51,8 +51,8 @@ _WORKFLOW_STATES: dict[JobStatus, list[str]] = {
     status: [name for name, meaning in _STATES.items() if meaning == status] for status in set(_STATES.values())
 } | {"paused": ["CANCELLED"]}
 _PAUSED = "paused"
-_FOLDER = "data-folder"
-"""Id of the one workflow that is no job: nobody runs it, and it holds the id of the data folder."""
+_FOLDER = f"{APPLICATION}-data-folder"
+"""Name and id of the one workflow that is no job: nobody runs it, and it holds the id of the data folder."""
 _PAGE = 100
 """Jobs that are read at once."""
 
@@ -146,9 +146,16 @@ class JobQueue:
                 {"workflow_name": _FOLDER, "queue_name": _FOLDER, "workflow_id": _FOLDER}, folder_id
             )
         )
-        (found,) = _reach(lambda: self._client.list_workflows(workflow_ids=[_FOLDER]))
-        assert found.input is not None
-        return str(found.input["args"][0])
+        return self.folder()
+
+    def folder(self) -> str:
+        """The id of the data folder that the jobs belong to; empty: to none yet."""
+        found = _reach(lambda: self._client.list_workflows(workflow_ids=[_FOLDER], name=_FOLDER))
+        return str(found[0].input["args"][0]) if found and found[0].input is not None else ""
+
+    def has_jobs(self) -> bool:
+        """Whether there is any job, of whatever backbone, also one that has ended."""
+        return next(self._iterate(load_input=False, load_output=False), None) is not None
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -392,13 +399,20 @@ def _reach(action: Callable[[], _T]) -> _T:
     """Do something with the database; what its library raises when it is away becomes one error.
 
     Raises:
+        PrefixError: Another program has a workflow of the same id there.
         QueueUnavailableError: The database is away or locked.
     """
+    from dbos import error as dbos_error
     from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
     from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
     try:
         return action()
+    except dbos_error.DBOSConflictingWorkflowError as error:
+        raise PrefixError(
+            f"the database has a workflow {error.workflow_id!r} of another program.",
+            hint="name another database by --database-url.",
+        ) from error
     except (OperationalError, InterfaceError, PoolTimeoutError, DBAPIError) as error:
         # The library's message may hold the database's address and its password.
         reason = type(getattr(error, "orig", None) or error).__name__

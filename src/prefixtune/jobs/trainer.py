@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from prefixtune.attention.injection import interrupting
@@ -21,7 +22,7 @@ from prefixtune.jobs.active import ActiveJob, Claim, hold_folder
 from prefixtune.jobs.attempts import SUSPICIOUS_ATTEMPTS, count_attempt, forget_attempts, num_attempts
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.executor import ClaimLostError, JobFailedError, JobPausedError
-from prefixtune.jobs.failures import describe_failure, describe_obstacle, is_foreseen, is_temporary
+from prefixtune.jobs.failures import describe_failure, describe_obstacle, is_foreseen, is_temporary, may_be_mended
 from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import ENDED, Job, JobError, JobResult, JobStatus
 from prefixtune.jobs.opening import open_job
@@ -86,6 +87,10 @@ class Trainer:
         self._seen = StatusReport()
         self._ask_now = False
         self._next_try = 0.0
+        self._is_away = False
+        # Why jobs were paused or failed, where their owners could not be told yet.
+        self._untold: dict[str, Callable[[], None]] = {}
+        self._tell_at = 0.0
 
     def submit(self, job: Job, token: str) -> JobResult:
         """Train a job to its end; blocks, and may be called in any thread.
@@ -137,6 +142,7 @@ class Trainer:
         """Do what is to be done, and one step; returns whether there was one."""
         self._take_submitted()
         self._apply_statuses()
+        self._tell_untold()
         self._open_waiting(stop)
         self._publish_trained()
         has_step = bool(self._active)
@@ -222,10 +228,9 @@ class Trainer:
 
         with contextlib.ExitStack() as holding:
             try:
+                if self._note_away():
+                    return False
                 if not folder.root.is_dir():
-                    if not self._data.jobs.is_dir():
-                        # The whole data folder is away, such as a disk that is not mounted now.
-                        return False
                     raise JobFailedError(JobError(code="files_gone", message="the files of this job are gone."))
                 if not holding.enter_context(hold_folder(folder)):
                     return False
@@ -239,12 +244,22 @@ class Trainer:
                 forget_attempts(folder)
                 return False
             except Exception as error:
-                self._give_up([claim], folder, events, error, pause=is_temporary(error))
+                self._give_up([claim], folder, events, error, pause=is_temporary(error, folder))
                 return True
+        run = active.run
+        self._untold.pop(job.id, None)
         self._active[run] = active
         group.add(run)
         _log.info("job_opened", extra={"fields": {"job": job.id, "step": active.step, "steps": active.total_steps}})
         return True
+
+    def _note_away(self) -> bool:
+        """Whether the whole data folder is away, such as a disk that is not mounted now; said once."""
+        is_away = not self._data.jobs.is_dir()
+        if is_away and not self._is_away:
+            _log.warning("data_folder_away", extra={"fields": {"folder": str(self._data.root)}})
+        self._is_away = is_away
+        return is_away
 
     @contextlib.contextmanager
     def _training_others(self, claim: Claim, turns: Turns) -> Iterator[None]:
@@ -377,20 +392,24 @@ class Trainer:
         """Publish what is trained and, by an answer that came later, still wanted."""
         report = self._seen
         backbone = self._backbone
+        if self._trained and self._note_away():
+            return
         for active in list(self._trained):
             job = active.job
             is_wanted = report.status(job.id) == "running" and report.asked >= active.trained_at
             if backbone is None or not is_wanted or time.monotonic() < active.publish_at:
                 continue
             try:
+                active.write_log()
                 result = self._publish(job, active.folder.run, backbone)
             except Exception as error:
-                if is_temporary(error) and time.monotonic() < active.trained_at + _PUBLISH_SECONDS:
+                is_late = time.monotonic() >= active.trained_at + _PUBLISH_SECONDS
+                if is_temporary(error, active.folder) and not is_late:
                     self._postpone(active, error)
                 else:
-                    # What is trained is kept, whatever is wrong: once that is mended, the job is resumed.
+                    # What is trained is kept, unless it is broken: once what is wrong is mended, the job is resumed.
                     self._trained.remove(active)
-                    self._fail(active, error, pause=True)
+                    self._fail(active, error, pause=may_be_mended(error))
                 continue
             self._tell(active, f"The new model is served as {job.name!r}.", key="published")
             self._tell(active, "The job has succeeded.", key="succeeded")
@@ -401,6 +420,15 @@ class Trainer:
                 claim.future.set_result(result)
             _log.info("job_succeeded", extra={"fields": {"job": job.id, "model": job.name, "steps": result.steps}})
 
+    def _tell_untold(self) -> None:
+        """Tell owners what could not be written before; not of jobs whose folders are gone by now."""
+        if not self._untold or time.monotonic() < self._tell_at:
+            return
+        self._tell_at = time.monotonic() + _RETRY_SECONDS
+        for job_id, tell in list(self._untold.items()):
+            if not self._data.job(job_id).root.is_dir() or _told(tell):
+                del self._untold[job_id]
+
     def _postpone(self, active: ActiveJob, error: Exception) -> None:
         """Publish a result later: what is trained is not to be lost."""
         active.publish_at = time.monotonic() + _PUBLISH_PAUSE
@@ -410,7 +438,8 @@ class Trainer:
     def _fail(self, active: ActiveJob, error: Exception, *, pause: bool = False) -> None:
         """An open job has an error; what the disk refuses pauses it, and so does `pause`."""
         _close(active)
-        self._give_up(active.claims, active.folder, active.events, error, pause=pause or is_temporary(error))
+        pause = pause or is_temporary(error, active.folder)
+        self._give_up(active.claims, active.folder, active.events, error, pause=pause)
 
     def _give_up(
         self, claims: list[Claim], folder: JobFolder, events: JobEvents, error: Exception, *, pause: bool
@@ -423,17 +452,26 @@ class Trainer:
             message = f"The job is paused: {describe_obstacle(error)}. Resume it when that has changed."
             with contextlib.suppress(OSError):
                 forget_attempts(folder)
-            with contextlib.suppress(PrefixError):
-                events.add(message, level="warn")
+            tell = partial(events.add, message, level="warn")
         else:
             event, end = "job_failed", JobFailedError(describe_failure(error, folder))
             fields["code"] = end.error.code
             level = logging.WARNING if foreseen else logging.ERROR
-            with contextlib.suppress(PrefixError):
-                events.add(f"The job has failed: {end.error.message}", level="error", key="failed")
+            tell = partial(events.add, f"The job has failed: {end.error.message}", level="error", key="failed")
+        if folder.root.is_dir() and not _told(tell):
+            self._untold[claims[0].job.id] = tell
         for claim in claims:
             claim.future.set_exception(end)
         _log.log(level, event, extra={"fields": fields}, exc_info=None if foreseen else error)
+
+
+def _told(tell: Callable[[], None]) -> bool:
+    """Whether an owner could be told."""
+    try:
+        tell()
+    except PrefixError:
+        return False
+    return True
 
 
 def _close(active: ActiveJob) -> None:

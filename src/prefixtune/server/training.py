@@ -121,7 +121,7 @@ class Training:
         """Do something short with files, in a thread."""
         return await self._file_threads.run(tenant, work)
 
-    async def ask(self, work: Callable[[JobQueue], T], tenant: str = "") -> T:
+    async def ask(self, work: Callable[[JobQueue], T], tenant: str = "", *, changes: bool = False) -> T:
         """Do something with the queue, in a thread.
 
         What was begun is done, even if the client disconnects or the time is over.
@@ -129,6 +129,8 @@ class Training:
         Args:
             work: Called with the queue.
             tenant: Who asks; one that asks for much, or for what takes long, does not delay the others.
+            changes: Whether doing it twice is not the same as doing it once: where it may have been done, clients are
+                told not to try again by themselves.
 
         Raises:
             ApiError: The database is away or locked, the data folder cannot be used, or too many requests of the tenant
@@ -143,13 +145,14 @@ class Training:
             async with asyncio.timeout(_SECONDS):
                 return await asyncio.shield(future)
         except TimeoutError:
-            raise _outcome_unknown("does not answer") from None
+            if changes:
+                raise _outcome_unknown("does not answer") from None
+            raise _away("does not answer") from None
         except QueueUnavailableError as error:
             log("queue_unavailable", level=logging.WARNING, reason=error.message)
-            if isinstance(error, OutcomeUnknownError):
+            if changes and isinstance(error, OutcomeUnknownError):
                 raise _outcome_unknown("went away meanwhile") from None
-            message = "the database of jobs cannot be reached now; try again later."
-            raise unavailable(message, "queue_unavailable", retry_after=5) from None
+            raise _away("cannot be reached") from None
 
     def _note_done(self, tenant: str, future: asyncio.Future[Any]) -> None:
         self._waiting[tenant] -= 1
@@ -270,6 +273,10 @@ def _nobody_waits() -> None:
 
 def _bounded(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else str(value)[:_LONGEST_FIELD]
+
+
+def _away(why: str) -> ApiError:
+    return unavailable(f"the database of jobs {why} now; try again later.", "queue_unavailable", retry_after=5)
 
 
 def _outcome_unknown(why: str) -> ApiError:

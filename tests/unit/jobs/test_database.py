@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.jobs import queue as queue_module
 from prefixtune.jobs.database import check_database, claim_database, claim_folder
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.queue import JobQueue, migrate
+from training_jobs import make_job
 
 POSTGRES = "postgresql://me:secret@DB/jobs"
 
@@ -82,3 +84,32 @@ def test_a_folder_that_is_not_that_of_the_jobs_is_refused(data: DataFolder, queu
     claim_database(DataFolder(Path(shutil.move(data.root, tmp_path / "moved"))), queue)
     assert [*queue.iterate()] == []
     assert queue.unfinished() == []
+    # A folder that was restored without its id gets it.
+    assert queue.folder() in caught.value.hint
+    other.id_file.write_text(queue.folder())
+    claim_database(other, queue)
+
+
+def test_a_folder_without_jobs_is_not_that_of_a_database_with_some(
+    data: DataFolder, queue: JobQueue, tmp_path: Path
+) -> None:
+    queue.add(make_job(data))
+    empty = DataFolder(tmp_path / "empty")
+    empty.root.mkdir()
+    with pytest.raises(ConfigError, match="belong to another data folder"):
+        claim_database(empty, queue)
+    # Whoever comes next is not refused, and nothing is left under a disk that is not mounted.
+    assert (list(empty.root.iterdir()), queue.folder()) == ([], "")
+    claim_database(data, queue)
+    assert queue.folder() == data.id_file.read_text().strip()
+
+
+def test_a_database_of_another_program_is_named(
+    data: DataFolder, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_database(data, queue)
+    taken = {"workflow_name": "other", "queue_name": "other", "workflow_id": queue_module._FOLDER}
+    queue._client.delete_workflow(queue_module._FOLDER)
+    queue._client.enqueue(taken, "text")  # type: ignore[arg-type]
+    with pytest.raises(PrefixError, match="of another program"):
+        claim_database(data, queue)

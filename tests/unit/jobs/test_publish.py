@@ -14,13 +14,13 @@ import pytest
 
 import prefixtune as pt
 from prefixtune.backbone.validation import PrefixValidator
-from prefixtune.errors import PrefixError, RequestError
+from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.jobs import publish as publishing
 from prefixtune.jobs.checkpoints import CheckpointKeeper, checkpoints
 from prefixtune.jobs.executor import JobFailedError
 from prefixtune.jobs.failures import is_temporary
 from prefixtune.jobs.files import FileStore
-from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import Job
 from prefixtune.jobs.names import check_result_name
 from prefixtune.jobs.publish import publish, published_by, tidy, unpublish
@@ -143,11 +143,24 @@ def test_what_cannot_be_served_is_not_published(
     assert not prefixes.exists() or names(prefixes) == []
 
 
+def test_a_result_that_cannot_be_read_now_is_not_broken(
+    run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise CheckpointError("it cannot be read.") from OSError(errno.EIO, "a bad block")
+
+    monkeypatch.setattr(publishing, "read_artifact", fail)
+    with pytest.raises(CheckpointError) as failed:
+        publish(JOB, run, backbone, prefixes, files)
+    assert is_temporary(failed.value, JobFolder(run.parent))
+
+
 def test_a_prefix_that_is_too_large_is_not_published(
     run: Path, backbone: Any, prefixes: Path, files: FileStore
 ) -> None:
-    with pytest.raises(JobFailedError, match="bytes"):
+    with pytest.raises(JobFailedError, match="bytes") as failed:
         publish(JOB, run, backbone, prefixes, files, max_bytes=100)
+    assert failed.value.error.code == "prefix_too_large"
     assert names(prefixes) == []
 
 
@@ -195,7 +208,7 @@ def test_a_folder_that_others_change_for_long_is_left_alone(
     monkeypatch.setattr(publishing, "_LOCK_SECONDS", 0.1)
     with change_folder(prefixes, 0.0), pytest.raises(FolderBusyError) as busy:
         publish(JOB, run, backbone, prefixes, files)
-    assert is_temporary(busy.value)
+    assert is_temporary(busy.value, JobFolder(run.parent))
     assert names(prefixes) == []
     publish(JOB, run, backbone, prefixes, files)
     assert names(prefixes) == ALL
@@ -217,7 +230,7 @@ def test_files_appear_together_the_result_last(
         patched.setattr(os, "replace", fail)
         with pytest.raises(PrefixError, match="a bad block") as failed:
             publish(JOB, run, backbone, prefixes, files)
-    assert is_temporary(failed.value)
+    assert is_temporary(failed.value, JobFolder(run.parent))
     assert moved == ["support.step-6.safetensors", "support.step-8.safetensors", "support.step-10.safetensors", ALL[0]]
     assert names(prefixes) == []
 

@@ -18,7 +18,7 @@ from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import encoding, stored_tokens
 from prefixtune.errors import PrefixError
-from prefixtune.jobs import active, checkpoints, statuses, trainer
+from prefixtune.jobs import active, checkpoints, events, run_log, statuses, trainer
 from prefixtune.jobs import turns as turns_module
 from prefixtune.jobs.active import hold_folder
 from prefixtune.jobs.attempts import MAX_ATTEMPTS, SUSPICIOUS_ATTEMPTS, count_attempt, num_attempts
@@ -33,7 +33,7 @@ from prefixtune.jobs.trainer import Trainer
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import FolderBusyError
 from prefixtune.training import group as group_module
-from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, read_events
+from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, STATE_FILE, read_events
 from prefixtune.training.loop import TrainLoop, forward_backward
 from prefixtune.training.runs import Run
 from small_document import DOCUMENT
@@ -628,7 +628,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     monkeypatch.setattr(active, "_SAVE_SECONDS", 0.0)
     monkeypatch.setattr(active, "_SAVE_SHARE", 0)
     with monkeypatch.context() as patched:
-        patched.setattr(active.ActiveJob, "save", full)
+        patched.setattr(run_log, "open", full, raising=False)
         patched.setattr(JobEvents, "add", full)
         patched.setattr(JobEvents, "write_progress", full)
         patched.setattr(checkpoints, "save_prefix", full)
@@ -636,9 +636,13 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
         wait_until(lambda: any(one.step > 20 for one in service.trainer._active.values()))
     assert future.result(60).steps == 200
     assert prefix_of(data, job) == prefix_of(data, whole)
+    # The log has all events, in their order: the same as that of the other job.
+    logs = [read_events(data.job(one.id).run / EVENTS_FILE) for one in (whole, job)]
+    kinds = [[(event["event"], event.get("step")) for event in one if event["event"] != "save"] for one in logs]
+    assert kinds[0] == kinds[1]
     # Not at each step.
     failing = [record.fields["what"] for record in caplog.records if record.message == "not_written"]
-    assert set(failing) == {"checkpoint", "events", "state"}
+    assert set(failing) == {"checkpoint", "events", "log", "state"}
     assert len(failing) < 10
 
 
@@ -667,6 +671,29 @@ def test_a_job_whose_run_cannot_be_written_is_paused_and_goes_on_later(
     assert "full" in told or number == errno.EIO
     assert service.submit(job).result(60).steps == 60
     assert prefix_of(data, job) == prefix_of(data, whole)
+
+
+def test_the_reason_of_a_pause_is_told_once_it_can_be_written(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, job = serve(), make_job(data)
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "record", full)
+        patched.setattr(events, "append_line", full)
+        assert is_paused(service.submit(job))
+        assert messages(data, job) == []
+    wait_until(lambda: messages(data, job))
+    assert messages(data, job)[-1].startswith("The job is paused: ")
+
+
+def test_a_broken_result_fails(serve: Callable[..., Service], data: DataFolder) -> None:
+    service, job = serve(), make_job(data)
+
+    def fail(job: Job) -> None:
+        raise JobFailedError(JobError(code="invalid_prefix", message="the trained prefix cannot be served."))
+
+    service.on_publish = fail
+    assert failure(service.submit(job)).code == "invalid_prefix"
 
 
 NAME_TAKEN = JobFailedError(JobError(code="name_taken", message="another model is served as 'answers' now."))
@@ -752,12 +779,19 @@ def test_a_job_whose_files_are_gone(serve: Callable[..., Service], data: DataFol
     assert not data.job(job.id).root.exists()
 
 
-def test_jobs_wait_for_a_data_folder_that_is_away(serve: Callable[..., Service], data: DataFolder) -> None:
+def test_jobs_wait_for_a_data_folder_that_is_away(
+    serve: Callable[..., Service],
+    data: DataFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     job = make_job(data)
     data.root.rename(data.root.with_name("elsewhere"))
+    monkeypatch.setattr(trainer, "_RETRY_SECONDS", 0.05)
     future = serve().submit(job)
-    time.sleep(0.2)
+    time.sleep(0.4)
     assert not future.done()
+    assert [record.message for record in caplog.records].count("data_folder_away") == 1
     data.root.with_name("elsewhere").rename(data.root)
     assert future.result(60).steps == 6
 

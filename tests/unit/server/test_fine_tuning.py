@@ -742,6 +742,28 @@ def test_a_change_that_may_have_been_made_is_not_tried_again_by_clients(
     monkeypatch.setattr(training, "_SECONDS", 0.5)
     slow = refusal(app, file)
     assert (slow.status_code, slow.response.headers["x-should-retry"]) == (503, "false")
+    # With a key, it may be sent again.
+    again = refusal(app, file, extra_headers={"Idempotency-Key": "one"})
+    assert (again.status_code, again.response.headers["retry-after"]) == (503, "5")
+    release.set()
+
+
+def test_a_look_that_takes_too_long_is_tried_again_by_clients(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    job, release, get = create(app, upload(state)), threading.Event(), JobQueue.get
+
+    def get_slowly(queue: JobQueue, job_id: str) -> Any:
+        release.wait(20)
+        return get(queue, job_id)
+
+    monkeypatch.setattr(JobQueue, "get", get_slowly)
+    monkeypatch.setattr(training, "_SECONDS", 0.2)
+    for path in ("", "/events", "/checkpoints"):
+        response = asyncio.run(send(app, "GET", f"/v1/fine_tuning/jobs/{job.id}{path}"))
+        assert (response.status, response.code, response.headers["retry-after"]) == (503, "queue_unavailable", "5")
+        assert "may have been made" not in response.json["error"]["message"]
     release.set()
 
 

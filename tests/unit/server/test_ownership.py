@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 from collections.abc import Callable, Coroutine
@@ -15,12 +16,14 @@ import pytest
 import openai_client
 from asgi_client import bearer, completion, send
 from prefixtune.backbone.prefixes import make_header
+from prefixtune.errors import PrefixError
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.folder import change_folder
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.auth import hash_key
 from prefixtune.server.launch import watch_folder
 from prefixtune.server.settings import KeyConfig
+from prefixtune.server.threads import FairThreads
 
 KEYS = {
     # Patterns that allow no result, which its owner may use all the same.
@@ -240,6 +243,60 @@ def test_an_admin_takes_a_results_checkpoints_with_it(
     assert not any(one.exists() for one in gone)
     assert other.exists()
     assert not copies.exists()
+
+
+def test_an_upload_succeeds_though_a_checkpoint_stays_which_the_next_one_removes(
+    make_server: Callable[..., Any],
+    publish: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app, state = make_server(keys=KEYS)
+    # Another replica has just published them: nobody has looked yet.
+    publish("hers")
+    left = publish("hers.step-2", step=2)
+    body = (tmp_path / "prefixes" / "a.safetensors").read_bytes()
+
+    def upload() -> int:
+        return asyncio.run(send(app, "PUT", "/admin/prefixes/hers", body, headers=bearer("boss"))).status
+
+    def fail(self: Any, name: str) -> None:
+        raise PrefixError(f"cannot remove {name!r}.") from OSError(errno.EIO, "a bad block")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(state.store), "delete", fail)
+        assert upload() == 200
+    assert left.exists()
+    assert [record.message for record in caplog.records].count("checkpoint_not_removed") == 1
+    assert upload() == 200
+    assert not left.exists()
+
+
+def test_without_keys_each_address_has_its_own_turn(
+    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    turns: list[tuple[str, str]] = []
+    run = FairThreads.run
+
+    async def note(threads: FairThreads, tenant: str, work: Callable[[], Any]) -> Any:
+        pools = ("_threads", "_quick_threads", "_deleting_threads")
+        turns.extend((pool, tenant) for pool in pools if getattr(state.catalog, pool) is threads)
+        return await run(threads, tenant, work)
+
+    monkeypatch.setattr(FairThreads, "run", note)
+    for address in ("10.0.0.1", "10.0.0.2"):
+        publish("hers")
+        del turns[:]
+        for method, path in (("GET", "hers"), ("GET", "hers/file"), ("DELETE", "hers")):
+            sent = asyncio.run(send(app, method, f"/v1/models/{path}", client=address))
+            assert sent.status == 200
+        assert (
+            asyncio.run(send(app, "POST", "/v1/completions", completion(model="missing"), client=address)).status == 404
+        )
+        assert {tenant for _, tenant in turns} == {address}
+        assert [pool for pool, _ in turns if pool != "_threads"] == ["_deleting_threads"]
 
 
 def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., Any], tmp_path: Path) -> None:

@@ -97,7 +97,6 @@ async def upload_prefix(context: AdminContext) -> Response:
     state, name, config = context.state, context.name, context.state.config
     if name == config.model_id:
         raise bad_request(f"{name!r} is the bare backbone's name.", "name", hint="choose another one.")
-    replaced, origin = name in state.store, state.store.origin(name)
     limit, seconds, chunk_seconds = config.max_upload_mib * 2**20, config.deadline, config.client_timeout
     try:
         with work_folder(state.store.folder, _UPLOAD_FOLDER) as folder:
@@ -106,7 +105,7 @@ async def upload_prefix(context: AdminContext) -> Response:
                 size = await receive_body(
                     context.request, file.write, limit=limit, seconds=seconds, chunk_seconds=chunk_seconds
                 )
-            await _run_in_thread(context, state.catalog.put, name, folder / "received")
+            replaced, origin = await _run_in_thread(context, state.catalog.put, name, folder / "received")
     except OSError as error:
         context.log_fields["storage_error"] = str(error)
         raise storage_error(error, "the prefix", "the folder of prefixes") from None

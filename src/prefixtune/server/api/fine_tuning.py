@@ -236,7 +236,7 @@ async def _change(
             training.wake()
         return after.job, _view(context, queue, after)
 
-    return await training.ask(work, context.tenant)
+    return await training.ask(work, context.tenant, changes=True)
 
 
 def _checkpoints(context: RequestContext, state: JobState) -> list[Checkpoint]:

@@ -91,7 +91,8 @@ async def create_job(
         training.write_audit(context.caller, "job.create", job=job.id, name=job.name, file=job.training_file)
         return view(queue, JobState(job, "queued"))
 
-    return await training.ask(add, context.tenant)
+    # With a key, a request that is sent again gets the same job.
+    return await training.ask(add, context.tenant, changes=not key)
 
 
 def _job_id(owner: str, key: str) -> str:
@@ -166,7 +167,7 @@ async def _start_lengths(context: RequestContext, model: str) -> dict[str, int] 
     if len(names) > 1:
         message = f"'model' is {model[:128]!r}, which names {len(names)} prefixes, but training goes on from one."
         raise bad_request(message, "model", hint="name one of them.")
-    await catalog.check_access(names, context.caller)
+    await catalog.check_access(names, context.caller, context.tenant)
     header = catalog.header(model)
     _check_start(context, model, header)
     lengths = header.get("prefix_length")

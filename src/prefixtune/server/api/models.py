@@ -49,7 +49,7 @@ async def download_model(context: KeyContext) -> Response:
     name, catalog = context.name, context.state.catalog
     context.count()
     if not context.caller.rules.admin:
-        await catalog.check_access((name,), context.caller)
+        await catalog.check_access((name,), context.caller, context.tenant)
         if not catalog.access.owns(name, context.caller):
             raise forbidden(f"the file of {name[:128]!r} is for the owner of its training job only.", "not_the_owner")
     await catalog.look(name, context.tenant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +14,11 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS
 from prefixtune.data.encoding import default_format
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
-from prefixtune.prefix.header import job_origin
+from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.server.auth import Caller
+from prefixtune.server.logs import log
 from prefixtune.server.models.access import ModelAccess
 from prefixtune.server.models.joined import SEPARATOR, JoinsInUseError, PrefixJoiner
 from prefixtune.server.models.store import PrefixStore
@@ -99,11 +101,13 @@ class Catalog:
         self._threads = FairThreads(_THREADS, "prefixtune-prefixes")
         # Of its own: a prefix in memory waits for nothing that is read or deleted.
         self._quick_threads = FairThreads(_THREADS, "prefixtune-loaded")
+        # Also of its own: a deletion may wait for others who change the folder.
+        self._deleting_threads = FairThreads(_THREADS, "prefixtune-deleting")
 
     def close(self) -> None:
         """Load no more; what is being loaded goes on."""
-        self._threads.close()
-        self._quick_threads.close()
+        for threads in (self._threads, self._quick_threads, self._deleting_threads):
+            threads.close()
 
     def names(self, caller: Caller) -> list[str]:
         """The models that a caller may use, the bare backbone first; checkpoints of jobs are left out."""
@@ -167,7 +171,7 @@ class Catalog:
             with contextlib.suppress(PrefixError):
                 await self._threads.run(tenant, self.store.look_for_new)
 
-    async def check_access(self, names: Sequence[str], caller: Caller) -> None:
+    async def check_access(self, names: Sequence[str], caller: Caller, tenant: str) -> None:
         """Refuse names of which the caller may not use one, whether there is such a model or not.
 
         What a job made for somebody else is answered like a name that there is not.
@@ -175,12 +179,13 @@ class Catalog:
         Args:
             names: As `parts` returns them.
             caller: Whose key the request has.
+            tenant: Whose turn it is.
 
         Raises:
             ApiError: 403 or 404.
         """
         for name in names:
-            await self.look(name, caller.name)
+            await self.look(name, tenant)
         for name in names:
             if not (caller.may_use(name) or self.access.owns(name, caller)):
                 raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
@@ -208,11 +213,10 @@ class Catalog:
         Raises:
             ApiError: The caller may not use it, there is none, its file is broken, or prefixes cannot be joined.
         """
-        names = self.parts(model, prefixes)
-        await self.check_access(names, caller)
+        names, tenant = self.parts(model, prefixes), caller.name if tenant is None else tenant
+        await self.check_access(names, caller, tenant)
         if names == (self.backbone_id,):
             return ServedModel(self.backbone_id)
-        tenant = caller.name if tenant is None else tenant
         loaded = await self._quick_threads.run(tenant, partial(self._find_loaded, names, caller))
         if loaded is not None:
             return loaded
@@ -274,7 +278,7 @@ class Catalog:
         names = self.parts(model)
         if len(names) > 1:
             return (await self.load(model, caller, tenant=tenant)).header
-        await self.check_access(names, caller)
+        await self.check_access(names, caller, caller.name if tenant is None else tenant)
         header = self.header(model)
         if model != self.backbone_id:
             self._check_header(model, header, caller)
@@ -308,7 +312,7 @@ class Catalog:
         """
         names = self.parts(model)
         if len(names) == 1:
-            await self.check_access(names, caller)
+            await self.check_access(names, caller, caller.name if tenant is None else tenant)
             return self.describe(model, caller)
         joined = await self.load(model, caller, tenant=tenant)
         prefix, task = joined.prefix, joined.header.get("task")
@@ -372,10 +376,10 @@ class Catalog:
         """
         if model != self.backbone_id and SEPARATOR in model:
             raise self._unknown(model, caller)
-        await self.check_access((model,), caller)
+        await self.check_access((model,), caller, tenant)
         if model == self.backbone_id:
             raise forbidden(f"{model[:128]!r} is the bare backbone, which is not deleted.", "model_not_deletable")
-        return await self._threads.run(tenant, partial(self._delete, model, caller))
+        return await self._deleting_threads.run(tenant, partial(self._delete, model, caller))
 
     def _delete(self, name: str, caller: Caller) -> tuple[str, ...]:
         self.store.refresh(name)
@@ -396,16 +400,28 @@ class Catalog:
         self.store.refresh(name)
         return self._remove([*self._checkpoints(name), name])
 
-    def put(self, name: str, source: Path) -> None:
-        """As the store's `put`; the checkpoints of a result that another prefix replaces are removed. Blocks.
+    def put(self, name: str, source: Path) -> tuple[bool, JobOrigin | None]:
+        """As the store's `put`; the checkpoints of a result that is replaced are removed. Blocks.
+
+        Returns:
+            Whether there was a file of this name, and the job that had made it.
 
         Raises:
-            PrefixError: As the store's `put`, or a checkpoint cannot be removed.
+            PrefixError: As the store's `put`, or the folder cannot be read; nothing was changed.
         """
-        origin, checkpoints = self.store.origin(name), self._checkpoints(name)
+        self.store.refresh(name)
+        replaced, origin = name in self.store or name in self.store.refused, self.store.origin(name)
         self.store.put(name, source)
-        if self.store.origin(name) != origin:
-            self._remove(checkpoints)
+        now = self.store.origin(name)
+        for other, left in self._beside(name).items():
+            # Without a result before, they are what an earlier change has left.
+            if left.id != (now and now.id) and (origin is None or left.id == origin.id):
+                try:
+                    self._remove([other])
+                except PrefixError as error:
+                    # The prefix itself is there.
+                    log("checkpoint_not_removed", level=logging.ERROR, model=other, reason=error.message)
+        return replaced, origin
 
     def _remove(self, names: Sequence[str]) -> tuple[str, ...]:
         for name in names:
@@ -419,10 +435,13 @@ class Catalog:
         result = self.store.origin(name)
         if result is None or result.step is not None:
             return []
+        return [other for other, origin in self._beside(name).items() if origin.id == result.id]
+
+    def _beside(self, name: str) -> dict[str, JobOrigin]:
+        """The checkpoints that are called after a name, each with its job."""
         known = (*self.store.names(), *self.store.refused)
-        beside = [other for other in known if other.startswith(f"{name}.step-")]
-        origins = {other: self.store.origin(other) for other in beside}
-        return [other for other, origin in origins.items() if origin is not None and origin.id == result.id]
+        origins = {other: self.store.origin(other) for other in known if other.startswith(f"{name}.step-")}
+        return {other: origin for other, origin in origins.items() if origin is not None and origin.step is not None}
 
     def describe_task(self, name: str, header: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a prefix's task, for a page that shows a form.
