@@ -77,8 +77,10 @@ def import_connector(patch: pytest.MonkeyPatch, base: type = ConnectorBase, vers
 
 
 def save(backbone: Any, prefix: Prefix, path: Path, **header: Any) -> None:
-    """Store a prefix with the header of a backbone, and some fields of its own."""
-    save_prefix(path, Prefix(prefix.layers, {**make_header(backbone, task="e2e"), **header}, prefix.head))
+    """Store a prefix with the header of a backbone, and some fields of its own; None: without the field."""
+    fields = {**make_header(backbone, task="e2e"), **header}
+    kept = {name: value for name, value in fields.items() if value is not None}
+    save_prefix(path, Prefix(prefix.layers, kept, prefix.head))
 
 
 class FakeVLLM:

@@ -43,7 +43,7 @@ def test_the_readme_names_every_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     listed = re.search(r"Extras: (.*?); everything else", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert listed is not None
-    assert set(re.findall(r"`([\w-]+)`", listed[1])) == set(extras) - {"all"}
+    assert set(re.findall(r"`([\w-]+)`", listed[1])) == set(extras)
 
 
 def test_a_citation_is_of_this_version() -> None:
