@@ -143,7 +143,7 @@ def _named(cell: Cell) -> Iterator[None]:
     except PrefixError as error:
         text = f"{error.message} {error.hint}".replace("-", "_")
         names = [f"{option} is {key}" for option, key in _STUDY_KEYS.items() if option in text]
-        in_study = f" In a study without variants, {', '.join(names)}." if names else ""
+        in_study = f" In a study, {', '.join(names)}, but for a variant's own keys." if names else ""
         raise ConfigError(f"{cell.group}: {error.message}", hint=f"{error.hint}{in_study}".strip()) from error
 
 
