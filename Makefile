@@ -195,7 +195,7 @@ STUDIES := methods low-data low-data-rate low-data-steps unseen $(E2E_STUDIES) l
 STUDY := $(BIN)/prefixtune study
 .PHONY: $(addprefix study-,$(STUDIES))
 
-studies: study-data $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 16 hours on two cores with AVX-512's bfloat16, and 9 for all of E2E at the end; goes on where it was)
+studies: study-data $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 16 hours on two cores with AVX-512's bfloat16, and 2 for all of E2E at the end; goes on where it was)
 	@$(MAKE) --no-print-directory --keep-going --jobs=1 $(addprefix study-,$(STUDIES)); failed=$$?; \
 		$(MAKE) --no-print-directory study-pages && exit $$failed
 
