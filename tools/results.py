@@ -49,7 +49,7 @@ FOLDERS = {"webnlg": "webnlg2017"}
 """Folders of data sets that are not called as their tasks."""
 _MARK = re.compile(r"<!-- ([^\n]+) -->\n.*?<!-- end -->", re.DOTALL)
 _NOTHING = "Not run yet."
-_PATH = re.compile(r"(?<![^\s'\"=])/[^\s'\",]+")
+_PATH = re.compile(r"(?<![^\s'\"=,])/[^\s'\",]+")
 _ALLOWED = re.compile("|".join(re.escape(pattern).replace(r"\*", "[A-Za-z0-9-]+") for pattern in PATTERNS))
 
 
@@ -71,11 +71,11 @@ def _contents(folder: Path) -> dict[str, Any]:
 def portable(value: Any) -> Any:
     """The same JSON with paths from the repository's folder, or by their names alone, also as words of a command.
 
-    >>> portable({"data": "/elsewhere/e2e", "command": "study --data /elsewhere/e2e"})
-    {'data': 'e2e', 'command': 'study --data e2e'}
+    >>> portable({"data": "/elsewhere/e2e", "command": "study --backbones a,/elsewhere/b", "seen": {"/elsewhere/b": 1}})
+    {'data': 'e2e', 'command': 'study --backbones a,b', 'seen': {'b': 1}}
     """
     if isinstance(value, dict):
-        return {key: portable(each) for key, each in value.items()}
+        return {portable(key): portable(each) for key, each in value.items()}
     if isinstance(value, list):
         return [portable(each) for each in value]
     return _PATH.sub(_from_here, value) if isinstance(value, str) else value

@@ -89,8 +89,8 @@ class Trainer:
         self._next_try = 0.0
         self._is_away = False
         # Why jobs were paused or failed, where their owners could not be told yet.
-        self._untold: dict[str, Callable[[], None]] = {}
-        self._tell_at = 0.0
+        self._missing_events: dict[str, Callable[[], None]] = {}
+        self._write_at = 0.0
 
     def submit(self, job: Job, token: str) -> JobResult:
         """Train a job to its end; blocks, and may be called in any thread.
@@ -142,7 +142,7 @@ class Trainer:
         """Do what is to be done, and one step; returns whether there was one."""
         self._take_submitted()
         self._apply_statuses()
-        self._tell_untold()
+        self._write_missing_events()
         self._open_waiting(stop)
         self._publish_trained()
         has_step = bool(self._active)
@@ -247,7 +247,7 @@ class Trainer:
                 self._give_up([claim], folder, events, error, pause=is_temporary(error, folder))
                 return True
         run = active.run
-        self._untold.pop(job.id, None)
+        self._missing_events.pop(job.id, None)
         self._active[run] = active
         group.add(run)
         _log.info("job_opened", extra={"fields": {"job": job.id, "step": active.step, "steps": active.total_steps}})
@@ -420,14 +420,14 @@ class Trainer:
                 claim.future.set_result(result)
             _log.info("job_succeeded", extra={"fields": {"job": job.id, "model": job.name, "steps": result.steps}})
 
-    def _tell_untold(self) -> None:
+    def _write_missing_events(self) -> None:
         """Tell owners what could not be written before; not of jobs whose folders are gone by now."""
-        if not self._untold or time.monotonic() < self._tell_at:
+        if not self._missing_events or time.monotonic() < self._write_at:
             return
-        self._tell_at = time.monotonic() + _RETRY_SECONDS
-        for job_id, tell in list(self._untold.items()):
-            if not self._data.job(job_id).root.is_dir() or _told(tell):
-                del self._untold[job_id]
+        self._write_at = time.monotonic() + _RETRY_SECONDS
+        for job_id, tell in list(self._missing_events.items()):
+            if not self._data.job(job_id).root.is_dir() or _was_written(tell):
+                del self._missing_events[job_id]
 
     def _postpone(self, active: ActiveJob, error: Exception) -> None:
         """Publish a result later: what is trained is not to be lost."""
@@ -458,14 +458,14 @@ class Trainer:
             fields["code"] = end.error.code
             level = logging.WARNING if foreseen else logging.ERROR
             tell = partial(events.add, f"The job has failed: {end.error.message}", level="error", key="failed")
-        if folder.root.is_dir() and not _told(tell):
-            self._untold[claims[0].job.id] = tell
+        if folder.root.is_dir() and not _was_written(tell):
+            self._missing_events[claims[0].job.id] = tell
         for claim in claims:
             claim.future.set_exception(end)
         _log.log(level, event, extra={"fields": fields}, exc_info=None if foreseen else error)
 
 
-def _told(tell: Callable[[], None]) -> bool:
+def _was_written(tell: Callable[[], None]) -> bool:
     """Whether an owner could be told."""
     try:
         tell()

@@ -53,9 +53,9 @@ __all__ = ["outcome_of", "run_study"]
 
 
 _POLL_SECONDS = 2.0
+"""How long to wait for other processes before looking again."""
 _LOCK = ".study.lock"
 """Held while a process begins a study, or goes on with it."""
-"""How long to wait for other processes before looking again."""
 
 
 def run_study(
