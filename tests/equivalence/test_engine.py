@@ -712,7 +712,8 @@ def test_a_model_on_several_devices_is_refused(tiny_models: Any, tiny_tokenizer:
         Engine(backbone)
     assert "`generate`" in error.value.hint
     # Where the CPU keeps what does not fit, all runs on one.
-    backbone.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": "disk", "lm_head": "cpu"}
+    backbone.model.hf_device_map = {"model.embed_tokens": 0, "model.norm": "cuda:0", "model.layers": "disk"}
+    backbone.model.hf_device_map["lm_head"] = torch.device("cpu")
     assert Engine(backbone).run([Request((1,), sampling=SamplingParams(max_new_tokens=2))])
 
 

@@ -490,9 +490,9 @@ def _check_generates(backbone: Backbone) -> None:
             f"{backbone.name!r} runs a layer several times in one pass, for which a slot has no room.",
             hint="use `generate`, which batches whole requests.",
         )
-    # Parts that are kept on the CPU or the disk run on the GPU, too.
-    parts = set(getattr(backbone.model, "hf_device_map", {}).values()) - {"cpu", "disk"}
-    devices = {torch.device(part) for part in parts}
+    # A GPU is named by its number or its device; what the CPU or the disk keeps runs on the GPU, too.
+    parts = getattr(backbone.model, "hf_device_map", {}).values()
+    devices = {str(part).rpartition(":")[2] for part in parts} - {"cpu", "disk"}
     if len(devices) > 1:
         raise BackboneError(
             f"{backbone.name!r} is on {len(devices)} devices, but the slots are on one.",

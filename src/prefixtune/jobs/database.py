@@ -78,9 +78,13 @@ def claim_database(data: DataFolder, queue: JobQueue) -> None:
         QueueUnavailableError: The database cannot be reached.
     """
     known = queue.folder()
-    if not known and (_has_jobs(data) or not queue.has_jobs()):
-        _make_once(data, data.id_file, secrets.token_hex(16))
-        known = queue.claim(_read(data.id_file))
+    if not known:
+        if _has_jobs(data) or not queue.has_jobs():
+            _make_once(data, data.id_file, secrets.token_hex(16))
+            known = queue.claim(_read(data.id_file))
+        else:
+            # Those jobs may be of another server, which has claimed the database meanwhile.
+            known = queue.folder()
     if not known or known != _read(data.id_file):
         restored = (
             f"if this is their folder (restored from a backup, say), write {known} into {data.id_file.name} there"

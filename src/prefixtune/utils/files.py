@@ -11,6 +11,7 @@ import errno
 import glob
 import itertools
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -243,11 +244,13 @@ def flush_to_disk(*paths: Path) -> None:
 
 def _usual_mode(folder: Path) -> int:
     """The permissions of a new file; libraries may make theirs readable by the owner only."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    return mode
+    # Of its own name: others may work in the folder, too.
+    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        probe.touch()
+        return probe.stat().st_mode
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -104,6 +104,25 @@ def test_a_folder_without_jobs_is_not_that_of_a_database_with_some(
     assert queue.folder() == data.id_file.read_text().strip()
 
 
+def test_a_database_that_another_server_claims_at_the_same_time_is_used(
+    data: DataFolder, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_jobs = JobQueue.has_jobs
+
+    def look(asked: JobQueue) -> bool:
+        # Between the first look of this server and its second, another one has claimed the database and added a job.
+        monkeypatch.undo()
+        other = JobQueue(f"sqlite:///{tmp_path / 'shared.sqlite'}")
+        claim_database(data, other)
+        other.add(make_job(data))
+        other.close()
+        return has_jobs(asked)
+
+    monkeypatch.setattr(JobQueue, "has_jobs", look)
+    claim_database(data, queue)
+    assert queue.folder() == data.id_file.read_text().strip()
+
+
 def test_a_database_of_another_program_is_named(
     data: DataFolder, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from prefixtune.utils.files import (
     append_line,
     atomic_files,
     atomic_path,
+    flush_to_disk,
     line_writer,
     remove_abandoned,
     work_folder,
@@ -84,6 +86,23 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
         thread.join()
     assert faults == []
     assert names(tmp_path) == ["a"]
+
+
+def test_many_flush_their_files_in_one_folder(tmp_path: Path) -> None:
+    """As servers do that share a data folder; each file gets the permissions of any new one, and no other is left."""
+    (tmp_path / "usual").touch()
+
+    def flush(name: str) -> None:
+        for number in range(50):
+            path = tmp_path / f"{name}{number}"
+            path.touch(mode=0o600)
+            flush_to_disk(path)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(flush, "abcdefgh"))
+    made = list(tmp_path.iterdir())
+    assert len(made) == 1 + 8 * 50
+    assert {path.stat().st_mode for path in made} == {(tmp_path / "usual").stat().st_mode}
 
 
 def test_a_temporary_file_does_not_depend_on_the_process(tmp_path: Path) -> None:
