@@ -12,7 +12,7 @@ import numpy as np
 
 from tools.outputs import Kept
 
-__all__ = ["Array", "item_interval", "kept_pairs", "scores_of_sums"]
+__all__ = ["Array", "bleu_parts", "item_interval", "kept_pairs", "scores_of_sums"]
 
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -34,12 +34,22 @@ def scores_of_sums(sums: Array) -> Array:
         return np.asarray(sums[:, 0] / sums[:, 1])
     if sums.shape[1] != _COUNTS:
         raise ValueError(f"an item has {sums.shape[1]} numbers, but BLEU has {_COUNTS} and a mean has 2")
+    brevity, precision = bleu_parts(sums)
+    return 100 * brevity * precision
+
+
+def bleu_parts(sums: Array) -> tuple[Array, Array]:
+    """The brevity penalty of BLEU, and the geometric mean of its four precisions; BLEU is their product, times 100.
+
+    Args:
+        sums: Of the items' numbers for BLEU, (sets, 10).
+    """
     words, closest, right, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
     missing = right == 0
     # As sacrebleu does (exp): the first order without a match counts as half a match, the next as a quarter.
     precisions = np.where(missing, 0.5 ** np.cumsum(missing, axis=1), right) / np.maximum(total, 1)
     brevity = np.minimum(1.0, np.exp(1 - closest / np.maximum(words, 1)))
-    return np.asarray(np.where(missing.all(axis=1), 0.0, 100 * brevity * np.exp(np.log(precisions).mean(axis=1))))
+    return brevity, np.where(missing.all(axis=1), 0.0, np.exp(np.log(precisions).mean(axis=1)))
 
 
 def item_interval(

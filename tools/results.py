@@ -38,7 +38,7 @@ from tools.claims import RULE, claims_table
 from tools.nested_length import NESTED, nested_table
 from tools.outputs import pack_outputs, read_kept, restore_outputs
 from tools.pages import DOCS, ROOT
-from tools.study_tables import costs_table, differences_table, scores_table, table, toys_table
+from tools.study_tables import costs_table, differences_table, metrics_table, scores_table, table, toys_table
 
 PACKED, RUNS = DOCS / "results", ROOT / "runs"
 PAGES = (DOCS / "RESULTS.md", DOCS / "choosing.md")
@@ -134,7 +134,8 @@ def read_studies(files: Sequence[Path]) -> dict[str, Study]:
 
 
 def with_tables(page: str, files: Sequence[Path]) -> str:
-    """The page with the tables of the kept studies at their marks: `<!-- NAME -->`, `<!-- NAME: differences -->`.
+    """The page with the tables of the kept studies at their marks: `<!-- NAME -->`, `<!-- NAME: differences -->` and
+    `<!-- NAME: metrics -->`.
 
     `<!-- claims -->` is for the claims, `<!-- toys -->` for the toy tasks, `<!-- costs -->` for the cost of a step;
     those of docs/choosing.md are in `tools.choosing`. A mark of which nothing is kept says so.
@@ -143,9 +144,9 @@ def with_tables(page: str, files: Sequence[Path]) -> str:
     outputs = {study_name(path): read_kept(outputs_file(path)) for path in files}
     tables: dict[str, str] = {}
     for name, study in studies.items():
-        kept = outputs[name]
-        tables[name] = scores_table(study, None if kept is None else kept.outputs)
-        tables[f"{name}: differences"] = differences_table(study)
+        tables[name] = scores_table(study, outputs[name])
+        tables[f"{name}: differences"] = differences_table(study, outputs[name])
+        tables[f"{name}: metrics"] = metrics_table(study)
     head = ["claim about the prefix", "the paper's figure", "ours", "over test items", "p, corrected", "verdict", "why"]
     toys = [study for study in studies.values() if study.task.startswith("toy_")]
     tables["claims"] = f"{RULE}\n\n{table(head, claims_table(studies, outputs))}"

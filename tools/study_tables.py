@@ -6,27 +6,35 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from prefixtune.pages.format import metric_name
-from prefixtune.report.results import Cell, Evaluation, Score, Study
-from prefixtune.report.sections.points import varying_factors
-from prefixtune.studies.kinds import UNTRAINED
+import numpy as np
 
-__all__ = ["costs_table", "differences_table", "progress", "scores_table", "table", "toys_table"]
+from prefixtune.evaluation.metrics import mean_difference
+from prefixtune.pages.format import metric_name
+from prefixtune.report.results import Cell, Difference, Evaluation, Score, Study
+from prefixtune.report.sections.points import varying_factors
+from prefixtune.studies.compare import sample_overlap
+from prefixtune.studies.kinds import UNTRAINED
+from tools.items import bleu_parts
+from tools.outputs import Kept
+
+__all__ = ["costs_table", "differences_table", "metrics_table", "progress", "scores_table", "table", "toys_table"]
 
 
 _NUMBERS = ("num_targets", "prefix_length")
 """Factors that are numbers; all others are words."""
 
 
-def scores_table(study: Study, outputs: Mapping[str, Sequence[str]] | None = None) -> str:
+def scores_table(study: Study, kept: Kept | None = None) -> str:
     """A study's scores, one row for each point that has a run: what varied, runs, the rate among those tried, scores,
-    the words of a text, losses, and how many numbers are trained and stored. A figure that not all of these runs have
-    says how many do.
+    the words of a text, BLEU's brevity penalty and precision, losses, and how many numbers are trained and stored. A
+    figure that not all of these runs have says how many do.
 
     Args:
         study: The study.
-        outputs: Id of a run -> its texts, which scores by n-grams punish for being short; None: they are not kept.
+        kept: What its runs wrote, which scores by n-grams punish for being short; None: it is not kept.
     """
+    outputs = {} if kept is None else kept.outputs
+    factors_of_bleu = _bleu_factors(kept)
     points, factors = _done_points(study), varying_factors(study)
     planned = _planned(study)
     # A run may lack one: METEOR needs Java, in a given time.
@@ -34,6 +42,7 @@ def scores_table(study: Study, outputs: Mapping[str, Sequence[str]] | None = Non
     groups = sorted({name for runs in points.values() for name in _group_scores(runs[0][1])})
     head = [*factors, "runs", "learning rate (tried)", *(name.upper() for name in metrics)]
     head += [f"BLEU, {name}" for name in groups] + ["words"] * bool(outputs)
+    head += ["brevity", "precision"] * bool(factors_of_bleu)
     head += ["development loss", "trained", "stored", "bytes"]
     rows = []
     for point, runs in sorted(points.items(), key=lambda item: _order(item[1][0][0], study.factors, factors)):
@@ -45,6 +54,11 @@ def scores_table(study: Study, outputs: Mapping[str, Sequence[str]] | None = Non
         row += [_score([scores.get(name) for scores in in_groups]) for name in groups]
         if outputs:
             row.append(_words([outputs[cell.id] for cell, _ in runs if cell.id in outputs]))
+        if factors_of_bleu:
+            both = [factors_of_bleu[cell.id] for cell, _ in runs if cell.id in factors_of_bleu]
+            row += [
+                f"{mean(values):.{digits}f}" for values, digits in zip(zip(*both, strict=True), (3, 1), strict=True)
+            ]
         losses = [cell.figures["dev_loss"] for cell, _ in runs if "dev_loss" in cell.figures]
         row.append(f"{mean(losses):.3f}{_fewer(len(losses), len(runs))}" if losses else "")
         for kind in ("trained_parameters", "stored_parameters", "file_bytes"):
@@ -66,17 +80,26 @@ def progress(study: Study) -> str:
     return text + (f" Failed: {', '.join(failed)}." if failed else "")
 
 
-def differences_table(study: Study) -> str:
-    """How far a study's points are from their counterparts, one row for each."""
+def differences_table(study: Study, kept: Kept | None = None) -> str:
+    """How far a study's points are from their counterparts in score, precision and development loss, a row for each.
+
+    Args:
+        study: The study.
+        kept: What its runs wrote; None: it is not kept.
+    """
     if not study.differences:
         return "None yet."
-    decimals, counts = _decimals(study), _planned(study)
+    decimals, counts, precisions = _decimals(study), _planned(study), _precisions(kept)
+    losses = {cell.id: cell.figures["dev_loss"] for cell in study.cells if "dev_loss" in cell.figures}
     # One run that is not trained has a difference from every run of its counterpart.
     planned = {
         p.point: counts.get(p.reference if p.point.startswith(UNTRAINED) else p.point, 0) for p in study.differences
     }
-    head = [f"{metric_name(study.metric)} of", "less that of", "test items", "each run (p)", "mean ± standard error"]
+    has_parts = any(point.part for point in study.differences)
     is_corrected = any(point.corrected_p_value is not None for point in study.differences)
+    head = [f"{metric_name(study.metric)} of", "less that of", *["test items"] * has_parts, "each run (p)"]
+    head += ["mean ± standard error", *["95 % interval", "p", "p, corrected"] * is_corrected]
+    head += ["precision (95 % interval)"] * bool(precisions) + ["development loss (95 % interval)"] * bool(losses)
     rows = []
     for point in study.differences:
         runs = [
@@ -87,13 +110,77 @@ def differences_table(study: Study) -> str:
             runs.append(f"{_count(len(runs), planned[point.point])} runs")
         error = point.standard_error
         spread = f"{point.mean:+.{decimals}f} ± {error:.{decimals}f}" if error is not None else ""
-        row = [point.point, point.reference, point.part or "all", "; ".join(runs), spread]
+        row = [point.point, point.reference, *[point.part or "all"] * has_parts, "; ".join(runs), spread]
         if is_corrected:
             ends, p_values = point.interval, (point.p_value, point.corrected_p_value)
             row.append("" if ends is None else f"{ends[0]:+.{decimals}f} to {ends[1]:+.{decimals}f}")
             row += ["" if p_value is None else f"{p_value:.3f}" for p_value in p_values]
+        if precisions:
+            row.append("" if point.part else _mean_difference(study, point, precisions, 1))
+        if losses:
+            row.append("" if point.part else _mean_difference(study, point, losses, 3))
         rows.append(row)
-    return table([*head, "95 % interval", "p", "p, corrected"] if is_corrected else head, rows)
+    return table(head, rows)
+
+
+def metrics_table(study: Study) -> str:
+    """How far a study's trained points are from their counterparts by each metric, where there are several samples."""
+    scores: dict[str, dict[str, float]] = {}
+    for runs in _done_points(study).values():
+        for cell, evaluation in runs:
+            for name, score in evaluation.scores.items():
+                if score.score is not None:
+                    scores.setdefault(name, {})[cell.id] = score.score
+    rows = []
+    for point in study.differences:
+        if not point.part and point.interval is not None and not point.point.startswith(UNTRAINED):
+            digits = {name: 1 if max(values.values()) > 10 else 3 for name, values in scores.items()}
+            found = [_mean_difference(study, point, values, digits[name]) for name, values in scores.items()]
+            rows.append([point.point, point.reference, *found])
+    return table(["score of", "less that of", *(metric_name(name) for name in scores)], rows)
+
+
+def _mean_difference(study: Study, point: Difference, values: Mapping[str, float], digits: int) -> str:
+    """A figure of a point's runs less that of their counterparts: the mean, and its 95 % interval over samples.
+
+    Args:
+        study: Where the runs are.
+        point: The point and its counterpart.
+        values: The figure by a run's id; runs without one are left out.
+        digits: Of the texts.
+    """
+    by_sample: dict[str, list[float]] = {}
+    for pair in study.comparisons.pairs:
+        run, _, repetition = pair.run.rpartition("-subset")
+        reference, _, of_reference = pair.reference.rpartition("-subset")
+        is_asked = (run, reference, pair.part) == (point.point, point.reference, "")
+        if is_asked and pair.run in values and pair.reference in values:
+            # One run that is not trained stands against every run of its counterpart.
+            sample = (of_reference if run.startswith(UNTRAINED) else repetition).partition("-seed")[0]
+            by_sample.setdefault(sample, []).append(values[pair.run] - values[pair.reference])
+    if not by_sample:
+        return ""
+    sizes = [int(cell.factors.get("num_targets") or 0) for cell in study.cells if cell.point == point.reference]
+    found = mean_difference(
+        [mean(differences) for differences in by_sample.values()], sample_overlap(max(sizes), study.train_targets)
+    )
+    ends = "" if found.interval is None else " ({:+.{d}f} to {:+.{d}f})".format(*found.interval, d=digits)
+    return f"{found.mean:+.{digits}f}{ends}"
+
+
+def _bleu_factors(kept: Kept | None) -> dict[str, tuple[float, float]]:
+    """The brevity penalty of each run and the precision, in percent; empty if the metric is another one."""
+    if kept is None or kept.study["metric"] != "bleu":
+        return {}
+    found = {
+        run: bleu_parts(np.sum(np.array(rows, dtype=float), axis=0, keepdims=True))
+        for run, rows in kept.statistics.items()
+    }
+    return {run: (float(brevity[0]), 100 * float(precision[0])) for run, (brevity, precision) in found.items()}
+
+
+def _precisions(kept: Kept | None) -> dict[str, float]:
+    return {run: precision for run, (_, precision) in _bleu_factors(kept).items()}
 
 
 def toys_table(studies: Sequence[Study]) -> str:
