@@ -20,9 +20,9 @@ from prefixtune.data import Example, read_task
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation.metrics import compare, compute
 from prefixtune.report import read_results
-from prefixtune.studies import StudyConfig, plan, run_study
+from prefixtune.studies import StudyConfig, plan, run_study, runner
 from prefixtune.studies.cell import shorten_config
-from prefixtune.studies.records import check_same_dtype
+from prefixtune.studies.records import Provenance, check_same_dtype, write_study
 from prefixtune.studies.reductions import describe_reductions
 from prefixtune.training.artifact import load_tuned, load_weights
 from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
@@ -953,6 +953,49 @@ def test_what_was_stopped_is_kept_where_another_method_is_corrected(
     assert (outcome.failed, outcome.left) == ({}, ())
     begun = {event["learning_rate"] for event in log.of("start") if event["cell"].startswith("prefix")}
     assert begun.isdisjoint(done)
+
+
+def test_a_process_does_not_go_on_with_settings_that_another_one_has_corrected(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = configure(tmp_path / "study", methods=("full", "prefix"), tries=1), train
+    smaller = config.replace(train_settings={**config.train_settings, "full": {"batch_size": 2}})
+    given_to_full = []
+
+    def too_large(given: Any, **options: Any) -> Any:
+        if given.method == "full":
+            given_to_full.append(given.batch_size)
+            if given.batch_size > 2:
+                raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+        return real(given, **options)
+
+    def correct(event: Event) -> None:
+        # While this process goes on with the prefix, another one begins with settings that suit full fine-tuning.
+        if event["event"] == "cell" and event["status"] == "begun" and event["cell"].startswith("prefix"):
+            runner._check_settings_again(smaller)
+            write_study(smaller, plan(smaller), Provenance("other"), begins=True)
+
+    monkeypatch.setattr("prefixtune.studies.cell.train", too_large)
+    with pytest.raises(ConfigError, match=r"has been corrected since this process began: train_settings was") as error:
+        run_study(config, on_event=correct)
+    assert "start it again" in error.value.hint
+    assert given_to_full == [4]
+    outcome = run_study(smaller)
+    assert (outcome.failed, outcome.left) == ({}, ())
+    assert given_to_full == [4, 2]
+
+
+def test_a_process_goes_on_where_another_one_has_made_the_study_larger(configure: Make, tmp_path: Path) -> None:
+    config = configure(tmp_path / "study", tries=1)
+    larger = config.replace(methods=(*config.methods, "top:1"))
+
+    def grow(event: Event) -> None:
+        if event["event"] == "cell" and event["status"] == "begun" and event["cell"].startswith("prefix"):
+            runner._check_settings_again(larger)
+            write_study(larger, plan(larger), Provenance("other"), begins=True)
+
+    assert len(run_study(config, on_event=grow).done) == 2
+    assert read(config.folder / "study.json")["config"]["methods"] == [*larger.methods]
 
 
 def test_a_folder_with_a_study_of_another_name_is_refused(configure: Make, tmp_path: Path) -> None:

@@ -375,6 +375,24 @@ def check_same_study(config: StudyConfig, stored: Mapping[str, Any]) -> None:
         )
 
 
+def check_not_corrected(config: StudyConfig) -> None:
+    """Refuse to go on where another process has corrected the study's settings since this one began.
+
+    Raises:
+        ConfigError: It has. A study that another process has only made larger is the same one.
+    """
+    stored = read_study(config)
+    newer = None if stored is None else config.read(stored["config"])
+    if newer is None:
+        return
+    changed = changed_settings(newer, {"config": config.to_dict(), "train_defaults": training_defaults()})
+    if changed:
+        raise ConfigError(
+            f"the study in {str(config.folder)!r} has been corrected since this process began: {', '.join(changed)}.",
+            hint="start it again with the new settings.",
+        )
+
+
 def check_same_dtype(config: StudyConfig, cells: Sequence[Cell], dtype: str) -> None:
     """Refuse to mix, on another machine, what `auto` chose on two of them; a dtype that is named is meant.
 

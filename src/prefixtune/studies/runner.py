@@ -31,6 +31,7 @@ from prefixtune.studies.records import (
     begun_study,
     cell_folder,
     cell_status,
+    check_not_corrected,
     check_same_dtype,
     check_same_study,
     chosen_rate,
@@ -55,7 +56,7 @@ __all__ = ["outcome_of", "run_study"]
 _POLL_SECONDS = 2.0
 """How long to wait for other processes before looking again."""
 _LOCK = ".study.lock"
-"""Held while a process begins a study, or goes on with it."""
+"""Held while a process begins a study or goes on with it, and while one that goes on looks at its settings again."""
 
 
 def run_study(
@@ -238,6 +239,9 @@ def _run_cells(inputs: StudyInputs, cells: Sequence[Cell], budget: _Budget, save
                 if not is_left(cell):
                     # Another process has done it in the meantime, or failed.
                     continue
+                with file_lock(config.folder / _LOCK, timeout=60):
+                    # Another process that begins sees this cell's lock from now on, and leaves its settings.
+                    check_not_corrected(config)
                 failed_before.pop(cell.id, None)
                 _attempt(inputs, cells, cell)
                 save()

@@ -14,6 +14,10 @@ from prefixtune.errors import PrefixError
 __all__ = ["check_no_device", "check_writable", "reporting_write_errors", "writable_folder"]
 
 
+_ATTEMPTS = 3
+"""How often a folder is made that another process takes away again."""
+
+
 def check_writable(path: Path) -> None:
     """Check, before long work, that a file can be written; leaves nothing behind.
 
@@ -55,10 +59,7 @@ def writable_folder(folder: Path, wanted: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                # A full disk shows in the first byte.
-                file.write(b"0")
+            _try_to_write(folder)
         except OSError as error:
             reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
             raise PrefixError(f"cannot write {str(wanted)!r}: {reason}.", hint="choose another place.") from error
@@ -67,6 +68,25 @@ def writable_folder(folder: Path, wanted: Path) -> Iterator[None]:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _try_to_write(folder: Path) -> None:
+    """Make a folder and write a byte to it.
+
+    Raises:
+        OSError: The system refuses.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                # A full disk shows in the first byte.
+                file.write(b"0")
+            return
+        except (FileExistsError, FileNotFoundError):
+            # Another process that tried the same folder has just removed it again.
+            if os.path.isfile(folder) or attempt == _ATTEMPTS - 1:
+                raise
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +38,26 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     check_writable(tmp_path / "old" / "deep" / "a")
     assert names(tmp_path / "old") == []
+
+
+def test_a_new_folder_that_another_process_takes_away_again_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has made the folder, too, and has only looked whether it can be written."""
+    real, times = tempfile.TemporaryFile, [1]
+
+    def take_away(dir: Path) -> Any:
+        if times:
+            times.pop()
+            dir.rmdir()
+        return real(dir=dir)
+
+    monkeypatch.setattr("prefixtune.utils.writable.tempfile.TemporaryFile", take_away)
+    with writable_folder(tmp_path / "new", tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    times += [1] * 9
+    with pytest.raises(PrefixError, match=r"cannot write .*new/a': No such file or directory"):
+        check_writable(tmp_path / "new" / "a")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")

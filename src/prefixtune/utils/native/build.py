@@ -258,6 +258,11 @@ def _run(command: Sequence[str], work: Path) -> str:
 
 def _remove_old(folder: Path, stem: str) -> None:
     """Keep the newest files only; one that a process has loaded stays loaded."""
-    files = sorted(folder.glob(f"{stem}-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in files[_KEPT:]:
-        path.unlink(missing_ok=True)
+    times: dict[Path, float] = {}
+    for path in folder.glob(f"{stem}-*.so"):
+        # Another process may remove the same ones.
+        with contextlib.suppress(OSError):
+            times[path] = path.stat().st_mtime
+    for path in sorted(times, key=lambda path: times[path], reverse=True)[_KEPT:]:
+        with contextlib.suppress(OSError):
+            path.unlink()
