@@ -24,7 +24,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.encoder import REPARAMETERIZATIONS
-from prefixtune.prefix.prefix import flatten
+from prefixtune.prefix.prefix import Prefix, flatten
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.build import build_encoder
@@ -523,9 +523,30 @@ def test_a_run_may_start_from_another_prefix(
     for kind in ("none", "residual"):
         encoder, found = build_encoder(config.replace(reparameterization=kind), backbone)
         assert encoder.bake().equal(start)
-        assert found.description == {"kind": "prefix", "file": "start.safetensors", "hash": content_hash(start)}
+        about = {"kind": "prefix", "file": "start.safetensors", "hash": content_hash(start), "lengths": {"decoder": 4}}
+        assert found.description == about
     with pytest.raises(ConfigError, match="has length 4, but prefix_length is 3"):
         build_encoder(config.replace(prefix_length=3), backbone)
+
+
+def test_a_run_from_another_prefix_has_its_length(
+    tiny_backbone: Any, random_prefix: Any, tmp_path: Path, config_for: Callable[..., TrainConfig]
+):
+    backbone = tiny_backbone("t5")
+    layers = random_prefix(backbone, 4).detach().layers
+    lengths = {"encoder": 4, "decoder": 2, "cross": 3}
+    start = Prefix(
+        {site: tuple((k[:, : lengths[site]], v[:, : lengths[site]]) for k, v in layers[site]) for site in layers}
+    )
+    path = save_prefix(tmp_path / "start.safetensors", start)
+    config = config_for(initialization="prefix", init_prefix=str(path), prefix_length=0, reparameterization="none")
+    encoder, _ = build_encoder(config, backbone)
+    assert encoder.bake().equal(start)
+    # Named sites without a length of their own have that of the prefix, too.
+    encoder, _ = build_encoder(config.replace(sites="encoder,decoder=2,cross"), backbone)
+    assert encoder.bake().equal(start)
+    with pytest.raises(ConfigError, match=r"encoder=4,decoder=2,cross=3, but sites is .*cross=1"):
+        build_encoder(config.replace(sites="encoder,decoder,cross=1"), backbone)
 
 
 def test_the_header_describes_the_training(backbone: Any, config_for: Callable[..., TrainConfig]):

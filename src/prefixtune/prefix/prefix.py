@@ -128,6 +128,11 @@ class Prefix:
         return int(self.layers[site][0][0].shape[1]) if site in self.layers else 0
 
     @property
+    def lengths(self) -> dict[Site, int]:
+        """P at each of its sites."""
+        return {site: self.length(site) for site in self.layers}
+
+    @property
     def geometry(self) -> dict[Site, tuple[LayerShape, ...]]:
         """The layers' shapes, without the length."""
         return {

@@ -19,7 +19,7 @@ from prefixtune.training.chat import read_template
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup, is_sharded
 from prefixtune.training.starts.source import check_init_text
-from prefixtune.training.starts.start import check_lengths
+from prefixtune.training.starts.start import check_lengths, lengths_from
 from prefixtune.training.trackers.tracker import check_installed
 
 __all__ = [
@@ -78,7 +78,7 @@ def _check_start(config: TrainConfig, loads_backbone: bool) -> None:
         raise no_start()
     prefix = load_prefix(config.init_prefix)
     # Without sites, the run trains all of the backbone's, and the prefix may lack one of them.
-    check_lengths(prefix, config.site_lengths or dict.fromkeys(prefix.sites, config.prefix_length))
+    check_lengths(prefix, lengths_from(config, prefix.lengths))
     if loads_backbone:
         check_size(prefix, config.backbone)
 

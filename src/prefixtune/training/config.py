@@ -172,7 +172,10 @@ class TrainConfig(Config):
     )
 
     prefix_length: int = _prefix(
-        10, ge=0, description="P, the number of virtual tokens; 0: as long as the text or the examples to start from"
+        10,
+        ge=0,
+        description="P, the number of virtual tokens; 0: as long as the text, the examples or the prefix to start from "
+        "(the default for examples and a prefix)",
     )
     sites: str = _prefix(
         "",
@@ -308,7 +311,7 @@ class TrainConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _imply(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """A prefix or a number of examples implies a start from it, and a start from examples a length of its own."""
+        """A prefix or a number of examples implies a start from it, and such a start has a length of its own."""
         implied: dict[str, Any] = {}
         if values.get("init_prefix"):
             implied["initialization"] = "prefix"
@@ -318,6 +321,8 @@ class TrainConfig(Config):
             implied["prefix_length"] = 0
             if "prefix_length" not in values and "=" not in str(values.get("sites", "")):
                 implied["init_examples"] = _INIT_EXAMPLES
+        elif values.get("init_prefix") and values.get("initialization", "prefix") == "prefix":
+            implied["prefix_length"] = 0
         return {**implied, **values}
 
     @field_validator("sites")
@@ -381,7 +386,7 @@ class TrainConfig(Config):
                 ("patience", "eval_every"),
                 f"patience is {self.patience} evaluations, but eval_every is 0: there is one, at the end",
             )
-        if self.prefix_length == 0 and self.initialization not in ("text", "examples"):
+        if self.prefix_length == 0 and self.initialization not in ("text", "examples", "prefix"):
             names = "prefix_length", "initialization"
             start = f"initialization {self.initialization!r}"
             yield names, f"prefix_length is 0, but must be at least 1: {start} has no length of its own"

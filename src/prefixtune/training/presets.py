@@ -90,6 +90,10 @@ def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> di
         # Words have another length than examples, which set their own.
         for name in ("initialization", "init_text", "prefix_length"):
             left.pop(name, None)
+    if given.get("initialization") == "prefix":
+        # So has a prefix.
+        for name in ("init_text", "prefix_length"):
+            left.pop(name, None)
     has_room = not any(_is_zero(given.get(name)) for name in ("prefix_length", "init_examples"))
     if not has_room or given.get("example_attention") == "all":
         left.pop("compact_examples", None)

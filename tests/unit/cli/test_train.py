@@ -44,6 +44,7 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(
         ("--example-attention all", {"compact_examples": "", "init_examples": 2}),
         ("--initialization examples", {"compact_examples": "stride", "init_examples": 2, "prefix_length": 64}),
         ("--init-prefix p.safetensors", {"initialization": "prefix", "init_examples": 0, "compact_examples": ""}),
+        ("--init-prefix p.safetensors", {"prefix_length": 0, "patience": 2}),
     ],
 )
 def test_a_preset_gives_way_to_what_the_user_gives(
@@ -53,13 +54,15 @@ def test_a_preset_gives_way_to_what_the_user_gives(
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_examples_set_the_length_that_a_preset_gives_for_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_or_a_prefix_set_the_length_that_a_preset_gives_for_words(capsys: pytest.CaptureFixture[str]) -> None:
     config = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--limit", "100", "--examples", "4")
     assert (config.initialization, config.init_examples, config.prefix_length) == ("examples", 4, 0)
     assert config.reparameterization == "mlp"
     options = ("--preset", "paper-low-data", "--limit", "100", "--init-prefix", "p.safetensors")
     config = printed(capsys, "--task", "e2e", *options)
-    assert (config.initialization, config.prefix_length) == ("prefix", preset("paper-low-data", "e2e")["prefix_length"])
+    assert (config.initialization, config.prefix_length) == ("prefix", 0)
+    config = printed(capsys, "--task", "e2e", *options, "--prefix-length", "6")
+    assert (config.initialization, config.prefix_length) == ("prefix", 6)
 
 
 def test_the_presets_for_few_targets_need_their_number() -> None:

@@ -107,6 +107,7 @@ def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
     [
         ({"system": "Be short."}, [pt.Example("Where?", ("Near.",))], "no chat template that could write it"),
         ({"initialization": "examples"}, [{"text": "the pub is near"}], "are no solved examples"),
+        ({"init_prefix": "FILE", "sites": "decoder,cross"}, [{"prompt": "a", "completion": "b"}], "decoder=3, but"),
         ({"init_prefix": "FILE", "prefix_length": 4}, [{"prompt": "a", "completion": "b"}], "length 3, but .* is 4"),
         (
             {"init_prefix": "FILE", "sites": "cross=3"},

@@ -66,7 +66,8 @@ def test_what_cannot_be_split_among_processes(values: dict[str, Any]):
 
 def test_a_prefix_to_start_from_is_started_from():
     config = TrainConfig(init_prefix="p.safetensors")
-    assert config.initialization == "prefix"
+    assert (config.initialization, config.prefix_length) == ("prefix", 0)
+    assert TrainConfig(init_prefix="p.safetensors", prefix_length=5).prefix_length == 5
     assert TrainConfig(**tomllib.loads(config.to_toml())) == config
     for other in ("words", "random", "examples"):
         with pytest.raises(ConfigError, match=f"init_prefix is 'p.safetensors', but initialization is '{other}'"):

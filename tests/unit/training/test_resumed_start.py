@@ -30,6 +30,7 @@ def stop(event: Any) -> None:
         {"initialization": "text", "prefix_length": 0, "method": "prompt", "compaction": "cut"},
         {"initialization": "words", "prefix_length": 4, "reparameterization": "residual"},
         {"initialization": "prefix", "prefix_length": 2},
+        {"initialization": "prefix", "prefix_length": 0},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

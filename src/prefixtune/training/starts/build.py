@@ -28,7 +28,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.compaction import evenly_spaced
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
 from prefixtune.training.starts.source import read_init_text
-from prefixtune.training.starts.start import Start, by_site, check_lengths
+from prefixtune.training.starts.start import Start, by_site, check_lengths, lengths_from
 from prefixtune.training.starts.text import from_text, text_ids
 from prefixtune.training.starts.words import check_words_fit, from_words, word_ids
 
@@ -65,6 +65,8 @@ def resolve_site_lengths(
         stored_start: How the run that is resumed describes its start; None: it begins.
 
     Raises:
+        BackboneError: The prefix to start from, whose length the run has, does not fit the backbone.
+        CheckpointError: It cannot be read.
         ConfigError: The backbone has no such site, the text to start from has no token, or the model reads fewer words
             than the prefix has positions.
         DataError: The text to start from cannot be read, or is shorter than P.
@@ -74,6 +76,9 @@ def resolve_site_lengths(
         stored = (stored_start or {}).get("tokens")
         tokens = stored if isinstance(stored, int) and stored > 0 else len(text_ids(config, backbone))
         lengths = {site: length or tokens for site, length in lengths.items()}
+    if config.initialization == "prefix" and not all(lengths.values()):
+        known = (stored_start or {}).get("lengths") or load_prefix(config.init_prefix, backbone).lengths
+        lengths = lengths_from(config, {site: known[site] for site in backbone.geometry if site in known})
     missing = [site for site in lengths if site not in backbone.geometry]
     if missing:
         notes = "".join(f" ({note})" for note in backbone.layout.notes)
@@ -165,7 +170,7 @@ def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int])
     if kind == "prefix":
         given = load_prefix(config.init_prefix, backbone)
         description = {"kind": kind, "file": Path(config.init_prefix).name, "hash": content_hash(given)}
-        return Start(from_prefix(backbone, given, lengths), description)
+        return Start(from_prefix(backbone, given, lengths), {**description, "lengths": given.lengths})
     return Start(None, {"kind": kind})
 
 

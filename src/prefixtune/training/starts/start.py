@@ -10,8 +10,9 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
 
-__all__ = ["Start", "by_site", "check_lengths"]
+__all__ = ["Start", "by_site", "check_lengths", "lengths_from"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ def by_site(backbone: Backbone, prefix_length: int | Mapping[Site, int]) -> dict
     return dict(prefix_length)
 
 
+def lengths_from(config: TrainConfig, actual: Mapping[Site, int]) -> dict[Site, int]:
+    """P of each site of a run that starts from a prefix: what the run gives it, or else that of the prefix.
+
+    Args:
+        config: The run.
+        actual: P of each site of the prefix.
+    """
+    wanted = config.site_lengths or dict.fromkeys(actual, config.prefix_length)
+    return {site: length or actual.get(site, 0) for site, length in wanted.items()}
+
+
 def check_lengths(prefix: Prefix, wanted: Mapping[Site, int]) -> None:
     """Refuse a start with other positions than the run trains.
 
@@ -47,7 +59,7 @@ def check_lengths(prefix: Prefix, wanted: Mapping[Site, int]) -> None:
     Raises:
         ConfigError: Its sites or lengths are others.
     """
-    actual = {site: prefix.length(site) for site in prefix.sites}
+    actual = prefix.lengths
     if actual != wanted:
         by_name = len(actual.keys() | wanted.keys()) > 1
         has, runs = _spell(actual, by_name), _spell(wanted, by_name)
