@@ -985,6 +985,14 @@ def test_a_process_does_not_go_on_with_settings_that_another_one_has_corrected(
     assert given_to_full == [4, 2]
 
 
+def test_a_finished_study_keeps_what_its_runs_were_made_with(configure: Make, tmp_path: Path) -> None:
+    config = configure(tmp_path / "study", methods=("prefix",), tries=1)
+    run_study(config)
+    before = (config.folder / "study.json").read_bytes()
+    assert run_study(config.replace(dtype="auto", decode_batch=7)).left == ()
+    assert (config.folder / "study.json").read_bytes() == before
+
+
 def test_a_process_goes_on_where_another_one_has_made_the_study_larger(configure: Make, tmp_path: Path) -> None:
     config = configure(tmp_path / "study", tries=1)
     larger = config.replace(methods=(*config.methods, "top:1"))

@@ -478,10 +478,12 @@ def write_study(
             cut.append(f"{what} {' and '.join(f'{name} ({count} runs)' for name, count in counts.items())}")
     if unended := _unended(config, cells):
         cut.append(f"outputs that did not end within the tokens they may have: {', '.join(unended)}")
-    # Where nothing is run, the study remains what another process made.
+    # Where nothing is run, the study remains what another process made, from its files and in its dtype.
     origin = {"machine": describe_machine(), "versions": versions(), "command": provenance.command}
+    settings = config.to_dict()
     if not provenance.dtype:
         origin |= {key: before[key] for key in origin if key in before}
+        settings |= {key: value for key, value in before.get("config", {}).items() if key in _MAY_CHANGE}
     facts = {
         "kind": "study",
         "name": config.name,
@@ -503,7 +505,7 @@ def write_study(
         "data_digests": {**before.get("data_digests", {}), **provenance.data_digests},
         "dtype": before.get("dtype") or provenance.dtype,
         "fingerprints": {**provenance.fingerprints, **before.get("fingerprints", {})},
-        "config": config.to_dict(),
+        "config": settings,
         "train_defaults": training_defaults(),
     }
     write_text(config.folder / STUDY_FILE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
