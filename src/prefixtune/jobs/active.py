@@ -288,6 +288,8 @@ class ActiveJob:
         self._closing.close()
 
     def release(self) -> None:
-        """Close the run, and let others have the folder."""
-        self._closing.close()
-        self._holding.close()
+        """Close the run, and let others have the folder, whatever closing the run raises."""
+        try:
+            self._closing.close()
+        finally:
+            self._holding.close()

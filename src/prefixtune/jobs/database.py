@@ -7,6 +7,7 @@ folder, as where a disk is not mounted, the files of all queued jobs would be mi
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.utils.files import flush_to_disk
+from prefixtune.utils.locks import file_lock
 
 if TYPE_CHECKING:
     from prefixtune.jobs.queue import JobQueue
@@ -26,6 +28,8 @@ __all__ = ["check_database", "claim_database", "claim_folder"]
 
 
 _LONGEST = 200
+_LOCK_SECONDS = 5.0
+"""Nobody takes long to rename a file."""
 _SQLITE = "sqlite:///"
 
 
@@ -143,15 +147,23 @@ def _make_once(data: DataFolder, path: Path, text: str) -> None:
 
 
 def _name_once(temporary: Path, path: Path) -> None:
-    """Give a file its name unless another has it: the first of several processes wins."""
-    with contextlib.suppress(FileExistsError):
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:
-            # A file system without links.
-            os.replace(temporary, path)
+    """Give a file its name unless another has it: the first of several processes wins.
+
+    Raises:
+        OSError: It cannot be renamed.
+        PrefixError: The lock belongs to another user.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        # A file system without links: there, a file that is renamed replaces another.
+        with file_lock(path.with_name(f".{path.name}.lock"), _LOCK_SECONDS) as held:
+            if not held:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY)) from None
+            if not path.exists():
+                os.replace(temporary, path)
 
 
 def _digest(data: DataFolder, url: str) -> str:

@@ -91,6 +91,9 @@ class Executor:
         self._queue_name = queue_name(backbone)
         self._lock: BaseFileLock | None = None
         self._takeover = threading.Lock()
+        # Jobs with the tokens of their claims: those that have begun here, and those that had not at the last look.
+        self._begun: set[tuple[str, str]] = set()
+        self._not_begun: set[tuple[str, str]] = set()
 
     def start(self) -> None:
         """Hold this worker's lock, and claim jobs from now on."""
@@ -115,8 +118,10 @@ class Executor:
         @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
         def train(stored: dict[str, Any]) -> dict[str, Any]:
             job = Job.model_validate(stored)
+            token = current_owner_xid(job.id) or ""
+            self._begun.add((job.id, token))
             try:
-                return self._run(job, current_owner_xid(job.id) or "").model_dump(mode="json")
+                return self._run(job, token).model_dump(mode="json")
             except ClaimLostError:
                 raise _ThreadEnd from None
             except JobFailedError as failed:
@@ -160,6 +165,20 @@ class Executor:
                         DBOS._recover_pending_workflows([worker])
                         dead.append(worker)
         return dead
+
+    def give_back_lost(self, queue: JobQueue) -> list[str]:
+        """Queue jobs again that this worker has claimed without knowing it; returns their ids.
+
+        Such as those whose claim was committed while the connection broke. A job begins a moment after its claim, so
+        that only those are meant which had not begun at the last call either. One that begins later still is left: its
+        claim's token holds no more.
+        """
+        with self._takeover:
+            not_begun = queue.claims(self.name) - self._begun
+            lost, self._not_begun = sorted(not_begun & self._not_begun), not_begun
+            for job_id, token in lost:
+                queue.give_back(job_id, token)
+        return [job_id for job_id, _ in lost]
 
     def stop(self) -> None:
         """Claim no more jobs, and let the lock go: others then take over what this worker has not ended."""

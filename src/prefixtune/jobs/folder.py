@@ -123,7 +123,10 @@ class JobFolder:
 
     @property
     def inputs(self) -> Path:
-        """Links to the uploaded files: they stay until the job has ended, even if their owner deletes them."""
+        """Links to the uploaded files, and a copy of the prefix to go on from.
+
+        They stay until the job has ended, even if their owner deletes the files.
+        """
         return self.root / "inputs"
 
     @property

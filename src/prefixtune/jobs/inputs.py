@@ -1,5 +1,7 @@
 """A job's own links to the files that it reads: they stay when their owner deletes the uploads.
 
+An upload never changes. The prefix that training goes on from may be overwritten in its place, and so it is copied.
+
 In `inputs/` a file's name says what it is for, and its ending how it is read:
 
     train.jsonl  dev.csv         examples to train on, and to choose the best prefix by
@@ -51,7 +53,7 @@ def make_job_folder(
     Args:
         data: Where.
         job_id: Whose.
-        inputs: Name -> the file, which never changes, and the ending of its name, as in `.jsonl`.
+        inputs: Name -> the file, and the ending of its name, as in `.jsonl`.
         check: Called with the complete folder before anybody sees it; what it raises leaves nothing behind.
 
     Raises:
@@ -69,7 +71,8 @@ def make_job_folder(
                 new = JobFolder(made / "job")
                 new.inputs.mkdir(parents=True)
                 for name, (source, ending) in inputs.items():
-                    _link(source, new.inputs / f"{name}{ending}")
+                    put = _copy if name == "start" else _link
+                    put(source, new.inputs / f"{name}{ending}")
                 fsync(new.inputs)
                 if check is not None:
                     check(new)
@@ -110,5 +113,9 @@ def _link(source: Path, path: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:
-        shutil.copyfile(source, path)
-        fsync(path)
+        _copy(source, path)
+
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)
+    fsync(path)

@@ -17,7 +17,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
-from prefixtune.errors import CheckpointError, PrefixError, causes
+from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.jobs.checkpoints import checkpoints
 from prefixtune.jobs.executor import JobFailedError
 from prefixtune.jobs.files import FileStore, result_file_id
@@ -35,6 +35,7 @@ from prefixtune.prefix.folder import (
 )
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.tensor_file import is_unread
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
 from prefixtune.utils.files import flush_to_disk, fsync, work_folder
 from prefixtune.utils.writable import reporting_write_errors
@@ -118,7 +119,7 @@ def _result(job: Job, run: Path) -> Prefix:
     try:
         prefix = read_artifact(path)
     except CheckpointError as error:
-        if _is_unread(error):
+        if is_unread(error):
             raise
         raise _unusable(error, path) from error
     header = {**prefix.header, "job": JobOrigin(job.id, job.owner).to_header()}
@@ -142,7 +143,7 @@ def _check(path: Path, name: str, validator: PrefixValidator) -> None:
         validator.read_header(path)
         validator.load(path, name)
     except CheckpointError as error:
-        if _is_unread(error):
+        if is_unread(error):
             raise
         code = "prefix_too_large" if num_bytes > validator.max_bytes else "invalid_prefix"
         raise _unusable(error, path, code) from error
@@ -167,10 +168,6 @@ def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
         with contextlib.suppress(PrefixError):
             _remove_published(job, prefixes)
         raise
-
-
-def _is_unread(error: CheckpointError) -> bool:
-    return any(isinstance(one, OSError) for one in causes(error))
 
 
 def _unusable(error: CheckpointError, path: Path, code: str = "invalid_prefix") -> JobFailedError:

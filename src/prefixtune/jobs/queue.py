@@ -208,9 +208,15 @@ class JobQueue:
         """Cancel a job for good, wherever it stands; one that has ended stays as it is. Returns how it stands then."""
         return self._move(job_id, UNFINISHED, "CANCELLED")
 
-    def pause(self, job_id: str) -> JobState:
-        """Stop a job that waits or runs so that it can be resumed; returns how it stands then."""
-        return self._move(job_id, ("queued", "running"), "CANCELLED", paused=True)
+    def pause(self, job_id: str, token: str | None = None) -> JobState:
+        """Stop a job that waits or runs so that it can be resumed; returns how it stands then.
+
+        Args:
+            job_id: Which one.
+            token: Only if this claim trains it; None: whoever does.
+        """
+        before: tuple[JobStatus, ...] = ("queued", "running") if token is None else ("running",)
+        return self._move(job_id, before, "CANCELLED", paused=True, token=token)
 
     def resume(self, job_id: str) -> JobState:
         """Queue a paused job again, in the turn of one that is new; any other one stays as it is.
@@ -222,8 +228,25 @@ class JobQueue:
         """
         return self._move(job_id, ("paused",), "ENQUEUED")
 
-    def _move(self, job_id: str, before: Sequence[JobStatus], status: str, *, paused: bool = False) -> JobState:
+    def give_back(self, job_id: str, token: str) -> JobState:
+        """Queue a job again that a claim holds; one that runs by another claim, or by none, stays as it is.
+
+        Returns how it stands then.
+        """
+        return self._move(job_id, ("running",), "ENQUEUED", token=token)
+
+    def _move(
+        self,
+        job_id: str,
+        before: Sequence[JobStatus],
+        status: str,
+        *,
+        paused: bool = False,
+        token: str | None = None,
+    ) -> JobState:
         """Change a job's status if it stands at one of `before`, in one statement: of two at once, one wins.
+
+        With a token, only if its claim is the last one.
 
         Raises:
             RequestError: There is no such job, or another one has its name.
@@ -250,6 +273,7 @@ class JobQueue:
             sa.update(table)
             .where(table.c.workflow_uuid == job_id, table.c.name == WORKFLOW)
             .where(sa.or_(table.c.status.in_(names), *([self._is_paused] if _PAUSED in before else [])))
+            .where(sa.true() if token is None else sa.func.coalesce(table.c.owner_xid, "") == token)
             .values(
                 status=status,
                 attributes={"name": state.job.name, _PAUSED: paused},
@@ -333,6 +357,18 @@ class JobQueue:
         """The names of workers that have claimed unfinished jobs; some may be dead."""
         running = self._all(status=["PENDING"], load_input=False, load_output=False)
         return sorted({workflow.executor_id for workflow in running if workflow.executor_id})
+
+    def claims(self, worker: str) -> set[tuple[str, str]]:
+        """The jobs that run as a worker's, each with the token of its claim."""
+        import sqlalchemy as sa
+
+        table = self._table
+        query = sa.select(table.c.workflow_uuid, table.c.owner_xid).where(
+            table.c.name == WORKFLOW,
+            table.c.status.in_(_WORKFLOW_STATES["running"]),
+            table.c.executor_id == worker,
+        )
+        return {(job_id, token or "") for job_id, token in self._read(query)}
 
     def delete(self, job_id: str) -> None:
         """Forget a job that has ended."""

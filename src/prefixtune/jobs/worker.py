@@ -25,7 +25,7 @@ from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.jobs.inputs import remove_job_folder
 from prefixtune.jobs.job import Job, JobResult
-from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, Standing, migrate
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.prefix.folder import Signature
 
@@ -141,9 +141,10 @@ def _pausing(run: Callable[[Job, str], JobResult], jobs: JobQueue, job: Job, tok
         return run(job, token)
     except JobPausedError:
         while True:
-            with contextlib.suppress(QueueUnavailableError, RequestError):
-                if jobs.standings([job.id]).get(job.id) == Standing("running", token):
-                    jobs.pause(job.id)
+            with contextlib.suppress(QueueUnavailableError):
+                # A job that was deleted needs no pause.
+                with contextlib.suppress(RequestError):
+                    jobs.pause(job.id, token)
                 raise ClaimLostError from None
             time.sleep(_RETRY_SECONDS)
 
@@ -241,6 +242,8 @@ def _run_chores(chores: list[tuple[float, Callable[[], object]]], ended: threadi
 def _take_over(executor: Executor, jobs: JobQueue) -> None:
     for worker in executor.take_over(jobs):
         _log_event("worker_taken_over", worker_name=worker)
+    for job_id in executor.give_back_lost(jobs):
+        _log_event("claim_given_back", logging.WARNING, job=job_id)
 
 
 def _tidy(tidy: Callable[[], list[str]]) -> None:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from prefixtune.errors import CheckpointError, PrefixWarning
+from prefixtune.errors import CheckpointError, PrefixError, PrefixWarning, causes
 from prefixtune.prefix.header import check_version, dump_header, parse_header
 
-__all__ = ["hash_tensors", "metadata_with_checksum", "read_file", "read_verified", "save_file"]
+__all__ = ["hash_tensors", "is_unread", "metadata_with_checksum", "read_file", "read_verified", "save_file"]
 
 
 _CHECKSUM_KEY = "prefixtune_checksum"
@@ -29,7 +29,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata.
 
     Raises:
-        CheckpointError: It is missing, may not be read, or is truncated.
+        CheckpointError: It is missing or truncated, or may not or cannot be read now; see `is_unread`.
     """
     path = Path(path)
     try:
@@ -45,10 +45,27 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{str(path)!r} is not a complete safetensors file: {error}.", hint="it may be truncated; get it again."
         ) from error
+    except OSError as error:
+        raise _unread(path, error) from error
+    except RuntimeError as error:
+        # So says torch where the system opens no more files, or maps none into memory.
+        if not str(error).startswith("unable to "):
+            raise
+        refusal = OSError(str(error).rpartition(": ")[2])
+        raise _unread(path, refusal) from refusal
+
+
+def _unread(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="try again.")
+
+
+def is_unread(error: PrefixError) -> bool:
+    """Whether the system refused to read a file, which may pass, rather than that the file is broken."""
+    return any(isinstance(one, OSError) for one in causes(error))
 
 
 def read_verified(path: str | Path, key: str, otherwise: str, hint: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

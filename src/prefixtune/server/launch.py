@@ -295,17 +295,20 @@ class GracefulServer(uvicorn.Server):
 
     async def _stop(self) -> None:
         state = self.state
-        log("draining", requests=state.open_requests.count, texts=state.admission.texts)
-        if self.training_worker is not None:
-            self.training_worker.begin_stop()
-        if not await state.drain(state.config.drain_seconds):
-            log(
-                "gave_up",
-                level=logging.WARNING,
-                requests=state.open_requests.count,
-                texts=state.admission.texts,
-            )
-            await asyncio.to_thread(state.close)
-            # The responses of the cancelled requests are still sent.
-            await state.drain(_FLUSH_SECONDS)
-        self.should_exit = True
+        try:
+            log("draining", requests=state.open_requests.count, texts=state.admission.texts)
+            if self.training_worker is not None:
+                self.training_worker.begin_stop()
+            if not await state.drain(state.config.drain_seconds):
+                log(
+                    "gave_up",
+                    level=logging.WARNING,
+                    requests=state.open_requests.count,
+                    texts=state.admission.texts,
+                )
+                await asyncio.to_thread(state.close)
+                # The responses of the cancelled requests are still sent.
+                await state.drain(_FLUSH_SECONDS)
+        finally:
+            # Whatever has failed: a server that drains takes no more requests.
+            self.should_exit = True

@@ -7,8 +7,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.server.settings import ServeConfig
+from prefixtune.utils.locks import file_lock
 
 __all__ = ["bind"]
 
@@ -20,13 +21,16 @@ def bind(config: ServeConfig) -> Iterator[socket.socket]:
     Raises:
         ConfigError: The address cannot be used.
     """
-    path = Path(config.socket_file) if config.socket_file else None
-    with _bind_address(config) if path is None else _bind_file(path) as listener:
+    if not config.socket_file:
+        with _bind_address(config) as listener:
+            yield listener
+        return
+    path = Path(config.socket_file)
+    with _only_server(path), _bind_file(path) as listener:
         try:
             yield listener
         finally:
-            if path is not None:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _bind_address(config: ServeConfig) -> socket.socket:
@@ -45,11 +49,36 @@ def _bind_address(config: ServeConfig) -> socket.socket:
     return listener
 
 
+@contextlib.contextmanager
+def _only_server(path: Path) -> Iterator[None]:
+    """Keep other servers from a socket's file while the block runs: also before this one listens, and while it ends.
+
+    Raises:
+        ConfigError: Another server has the file, or its folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_listen(path, error) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            # In a folder that may not be written, everybody gets the lock, and nobody can bind the socket.
+            is_held = stack.enter_context(file_lock(Path(f"{path}.lock")))
+        except PrefixError as error:
+            raise ConfigError(error.message, hint=error.hint) from error
+        if not is_held:
+            raise ConfigError(
+                f"cannot listen on the socket {str(path)!r}: it is in use by another server, which may be starting or "
+                "ending.",
+                hint="wait until that one has ended, or choose another file in --host.",
+            )
+        yield
+
+
 def _bind_file(path: Path) -> socket.socket:
     """A Unix socket that only this user can open."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.is_socket() and not _is_listened_to(path):
             # Of a server that was killed.
             path.unlink()
@@ -58,11 +87,15 @@ def _bind_file(path: Path) -> socket.socket:
         path.chmod(0o600)
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"cannot listen on the socket {str(path)!r}: {error.strerror or error}.",
-            hint="choose another file in --host; a path has at most 107 characters.",
-        ) from error
+        raise _cannot_listen(path, error) from error
     return listener
+
+
+def _cannot_listen(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot listen on the socket {str(path)!r}: {error.strerror or error}.",
+        hint="choose another file in --host; a path has at most 107 characters.",
+    )
 
 
 def _is_listened_to(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prefixtune.server.responses import unavailable
+from prefixtune.server.logs import log
+from prefixtune.server.responses import ApiError, unavailable
 
 __all__ = ["FairThreads"]
 
@@ -19,10 +21,11 @@ __all__ = ["FairThreads"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Work:
     run: Callable[[], Any]
     future: Future[Any]
+    is_refused: bool = False
 
 
 class FairThreads:
@@ -34,8 +37,8 @@ class FairThreads:
     """
 
     def __init__(self, count: int, name: str) -> None:
-        self._most = count // 2
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._most, self._count, self._name = count // 2, count, name
+        self._threads = self._make_pool()
         self._free = count
         self._lock = threading.Lock()
         # The tenant who waits longest for a turn comes first.
@@ -43,15 +46,18 @@ class FairThreads:
         self._running: Counter[str] = Counter()
         self._is_closed = False
 
+    def _make_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._count, thread_name_prefix=self._name)
+
     def submit(self, tenant: str, work: Callable[[], T]) -> Future[T]:
         """Do something in a thread, when it is the tenant's turn; until then, it may be cancelled.
 
-        The future has an `ApiError` where the threads are closed before that.
+        The future has an `ApiError` where the threads are closed before that, or the system starts none.
         """
         future: Future[T] = Future()
         with self._lock:
             if self._is_closed:
-                _refuse(future)
+                _refuse(future, _closed())
                 return future
             self._waiting.setdefault(tenant, deque()).append(_Work(work, future))
             self._start()
@@ -78,7 +84,7 @@ class FairThreads:
             waiting, self._waiting = self._waiting, OrderedDict()
         for queue in waiting.values():
             for work in queue:
-                _refuse(work.future)
+                _refuse(work.future, _closed())
         self._threads.shutdown(wait=False)
 
     def _start(self) -> None:
@@ -90,27 +96,51 @@ class FairThreads:
                 self._waiting[tenant] = queue
             self._free -= 1
             self._running[tenant] += 1
-            self._threads.submit(self._do, tenant, work)
+            try:
+                self._threads.submit(self._do, tenant, work)
+            except RuntimeError as error:
+                self._note_end(tenant)
+                self._give_up(work, error)
+
+    def _give_up(self, work: _Work, error: RuntimeError) -> None:
+        """Refuse some work for which the system starts no thread; the lock is held."""
+        log("no_thread", level=logging.WARNING, threads=self._name, reason=str(error))
+        work.is_refused = True
+        _refuse(work.future, unavailable("the server can start no thread now; try again later.", "busy", retry_after=5))
+        # The pool has queued the work all the same: it would count a thread more than it has from now on.
+        self._threads.shutdown(wait=False)
+        self._threads = self._make_pool()
+
+    def _note_end(self, tenant: str) -> None:
+        """Count a thread as free again; the lock is held."""
+        self._free += 1
+        self._running[tenant] -= 1
+        if not self._running[tenant]:
+            del self._running[tenant]
 
     def _next(self) -> str | None:
         return next((tenant for tenant in self._waiting if self._running[tenant] < self._most), None)
 
     def _do(self, tenant: str, work: _Work) -> None:
+        with self._lock:
+            if work.is_refused:
+                return
         if work.future.set_running_or_notify_cancel():
             try:
                 work.future.set_result(work.run())
             except BaseException as error:
                 work.future.set_exception(error)
         with self._lock:
-            self._free += 1
-            self._running[tenant] -= 1
-            if not self._running[tenant]:
-                del self._running[tenant]
+            self._note_end(tenant)
             if not self._is_closed:
                 self._start()
 
 
-def _refuse(future: Future[Any]) -> None:
-    """Let who waits for some work answer that the server stops."""
+def _closed() -> ApiError:
+    return unavailable("the server is shutting down.", "draining", retry_after=5)
+
+
+def _refuse(future: Future[Any], error: ApiError) -> None:
+    """Let who waits for some work answer with an error."""
     if future.set_running_or_notify_cancel():
-        future.set_exception(unavailable("the server is shutting down.", "draining", retry_after=5))
+        future.set_exception(error)

@@ -138,8 +138,9 @@ class Training:
         """
         if self._waiting[tenant] >= _MOST_WAITING:
             raise unavailable("too many requests wait for the database of jobs.", "busy", retry_after=2)
-        self._waiting[tenant] += 1
         future = asyncio.wrap_future(self._threads.submit(tenant, lambda: work(self._open_queue())))
+        # Counted once it is certain that it ends.
+        self._waiting[tenant] += 1
         future.add_done_callback(partial(self._note_done, tenant))
         try:
             async with asyncio.timeout(_SECONDS):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefixtune.errors import first_line
 from prefixtune.jobs.config import WORKER_ENVIRONMENT
 from prefixtune.server.logs import log
 from prefixtune.server.settings import ServeConfig
@@ -137,41 +138,56 @@ class TrainingWorker:
                 self._stopping.wait(looks.next())
                 continue
             looks, is_known = RestartPauses(), True
-            if wanted:
-                # Afterwards its job may still be there, or another one that was queued while it ended.
-                self._stopping.wait(self._run())
-            else:
+            if not wanted:
                 self._wake.wait(_LOOK_SECONDS)
+                continue
+            try:
+                pause = self._run()
+            except Exception as error:
+                # As where the system starts no process or thread now. Without this thread, no worker would be started.
+                reason = getattr(error, "strerror", None) or first_line(error)
+                pause = self._report_death(-1, reason, 0.0)
+            # Afterwards its job may still be there, or another one that was queued while it ended.
+            self._stopping.wait(pause)
 
     def _run(self) -> float:
-        """Run a worker to its end; returns the seconds to wait before the next one."""
+        """Run a worker to its end; returns the seconds to wait before the next one.
+
+        Raises:
+            OSError: The system does not start its process.
+            RuntimeError: Nor the thread that reads its output.
+        """
         began, lines = time.monotonic(), deque[str](maxlen=_MAX_LINES)
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **self._environment},
+            # Ctrl-C in a terminal reaches the server alone, and the worker by it.
+            start_new_session=True,
+        )
+        reader = threading.Thread(target=_read_output, args=(process, lines), daemon=True)
         try:
-            process = self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment},
-                # Ctrl-C in a terminal reaches the server alone, and the worker by it.
-                start_new_session=True,
-            )
-        except OSError as error:
-            return self._report_death(-1, error.strerror or str(error), 0.0)
-        log("worker_started", worker=process.pid)
-        with process:
-            reader = threading.Thread(target=_read_output, args=(process, lines), daemon=True)
             reader.start()
-            while process.poll() is None and not self._stopping.is_set():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_POLL_SECONDS)
-            # By a signal, a worker that got the same one with its whole group would take it for the second.
-            assert process.stdin is not None
-            process.stdin.close()
-            code = process.wait()
-            # What the worker itself started may hold its output open.
-            reader.join(1.0)
+        except RuntimeError:
+            # It would wait for somebody to read what it says.
+            with process:
+                process.kill()
+            raise
+        self._process = process
+        log("worker_started", worker=process.pid)
+        while process.poll() is None and not self._stopping.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+        # By a signal, a worker that got the same one with its whole group would take it for the second.
+        assert process.stdin is not None
+        process.stdin.close()
+        code = process.wait()
         self._process = None
+        # What the worker itself started may hold its output open: then the thread is left, and closes it later. Closing
+        # it here would wait for that thread.
+        reader.join(1.0)
         if code == 0 or self._stopping.is_set():
             log("worker_ended", worker=process.pid, code=code)
             self._restarts, self._reported = RestartPauses(), ""
@@ -188,9 +204,9 @@ class TrainingWorker:
 
 
 def _read_output(process: subprocess.Popen[bytes], lines: deque[str]) -> None:
-    """Log a worker's JSON lines as the server's own, and keep its last other lines."""
+    """Log a worker's JSON lines as the server's own, and keep its last other lines; closes its output at its end."""
     assert process.stdout is not None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError), process.stdout:
         # The rest of a longer line counts as the next one.
         while raw := process.stdout.readline(2**16):
             text = raw.decode("utf-8", "replace").strip()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.jobs import database
 from prefixtune.jobs import queue as queue_module
 from prefixtune.jobs.database import check_database, claim_database, claim_folder
 from prefixtune.jobs.folder import DataFolder
@@ -60,6 +66,29 @@ def test_a_folder_with_its_own_database_may_move(data: DataFolder, tmp_path: Pat
 def test_a_folder_that_cannot_be_written_is_said(data: DataFolder) -> None:
     with pytest.raises(PrefixError, match="cannot be written"):
         claim_folder(DataFolder(data.root / "missing"), POSTGRES)
+
+
+def test_without_hard_links_the_first_one_names_a_file(data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, count, replaced = list("abcdefgh"), threading.Barrier(8), list[str]()
+    replace = os.replace
+
+    def refuse(*_: object) -> None:
+        # All of them have seen that there is no such file.
+        count.wait(20)
+        raise OSError(errno.EPERM, "no links")
+
+    def replace_slowly(source: Path, target: Path) -> None:
+        time.sleep(0.05)
+        replaced.append(source.read_text().strip())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "replace", replace_slowly)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: database._make_once(data, data.id_file, text), texts))
+    assert len(replaced) == 1
+    assert data.id_file.read_text() == f"{replaced[0]}\n"
+    assert [path.name for path in data.root.iterdir()] == [data.id_file.name]
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from prefixtune.errors import PrefixError
+from prefixtune.jobs import inputs
 from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.inputs import find_input, make_job_folder, remove_job_folder
+from prefixtune.jobs.inputs import find_input, has_inputs, make_job_folder, remove_job_folder
 from prefixtune.jobs.job import new_job_id
 
 
@@ -47,12 +48,41 @@ def test_the_file_behind_a_symbolic_link_is_kept(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("row")
     (tmp_path / "link").symlink_to("data")
     data, job_id = DataFolder(tmp_path / "root"), new_job_id()
-    make_job_folder(data, job_id, {"start": (tmp_path / "link", ".safetensors")})
+    make_job_folder(
+        data, job_id, {"train": (tmp_path / "link", ".jsonl"), "start": (tmp_path / "link", ".safetensors")}
+    )
     (tmp_path / "link").unlink()
-    path = find_input(data.job(job_id), "start")
+    path, copy = find_input(data.job(job_id), "train"), find_input(data.job(job_id), "start")
     assert path is not None
+    assert copy is not None
     assert not path.is_symlink()
     assert path.samefile(tmp_path / "data")
+    assert not copy.is_symlink()
+    assert copy.read_text() == "row"
+
+
+def test_the_prefix_to_go_on_from_stays_when_its_file_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(inputs, "fsync", lambda path: flushed.append(path.name))
+    served, rows = tmp_path / "served.safetensors", tmp_path / "rows"
+    served.write_text("old")
+    rows.write_text("row")
+    data, job_id = DataFolder(tmp_path / "root"), new_job_id()
+    files: dict[inputs.InputName, tuple[Path, str]] = {"start": (served, ".safetensors"), "train": (rows, ".jsonl")}
+    make_job_folder(data, job_id, files)
+    folder = data.job(job_id)
+    assert has_inputs(folder, files)
+    # As `cp new served.safetensors` does.
+    served.write_text("new")
+    start, train = find_input(folder, "start"), find_input(folder, "train")
+    assert start is not None
+    assert start.read_text() == "old"
+    assert "start.safetensors" in flushed
+    # An upload never changes, and takes no room twice.
+    assert train is not None
+    assert train.samefile(rows)
 
 
 def test_nothing_is_left_of_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_a_client_holds_the_tables_of_workflows(client: DBOSClient) -> None:
         assert connection.execute(database.tables.workflow_status.select()).all() == []
     assert set(database.tables.workflow_status.c.keys()) >= {
         *("workflow_uuid", "name", "status", "queue_name", "completed_at", "attributes", "owner_xid"),
-        *("deduplication_id", "started_at_epoch_ms", "recovery_attempts", "updated_at"),
+        *("deduplication_id", "started_at_epoch_ms", "recovery_attempts", "updated_at", "executor_id"),
     }
 
 

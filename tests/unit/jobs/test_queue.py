@@ -16,6 +16,7 @@ from prefixtune.jobs.executor import Executor
 from prefixtune.jobs.job import Job, JobResult, new_job_id
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.utils.locks import acquire_lock
+from training_jobs import wait_until
 
 
 @pytest.fixture
@@ -77,6 +78,32 @@ def test_two_unfinished_jobs_cannot_have_one_name(queue: JobQueue) -> None:
         added(queue, owner="bob")
     queue.cancel(first)
     added(queue, owner="bob")
+
+
+def claim(queue: JobQueue, job_id: str, token: str, **values: Any) -> None:
+    """Leave a job as a worker's claim does."""
+    change = queue._table.update().where(queue._table.c.workflow_uuid == job_id)
+    with queue._client._sys_db.engine.begin() as connection:
+        connection.execute(change.values(**{"status": "PENDING", "owner_xid": token, "executor_id": "one", **values}))
+
+
+def test_a_claim_pauses_and_gives_back_its_own_job_only(queue: JobQueue) -> None:
+    made = added(queue)
+    for act in (queue.pause, queue.give_back):
+        # Nobody has claimed it.
+        assert act(made, "first").status == "queued"
+        claim(queue, made, "second")
+        assert queue.claims("one") == {(made, "second")}
+        assert queue.claims("two") == set()
+        assert act(made, "first").status == "running"
+        assert queue.standings([made])[made] == ("running", "second")
+        expected = "paused" if act == queue.pause else "queued"
+        assert act(made, "second").status == expected
+        assert queue.standings([made])[made] == (expected, "")
+        assert queue.claims("one") == set()
+        queue.resume(made)
+    with pytest.raises(RequestError, match="'one'"):
+        added(queue, owner="bob")
 
 
 def test_a_paused_job_is_resumed_and_keeps_its_name(queue: JobQueue) -> None:
@@ -168,6 +195,37 @@ def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue) -> None:
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(change, range(6)))
         assert queue.get(made).status == "cancelled"
+
+
+def test_a_worker_gives_back_what_it_has_claimed_without_knowing_it(queue: JobQueue, url: str, tmp_path: Path) -> None:
+    begun, release = list[str](), threading.Event()
+
+    def run(job: Job, token: str) -> JobResult:
+        begun.append(job.name)
+        release.wait(60)
+        return JobResult(name=job.name, trained_tokens=5, steps=2)
+
+    executor = Executor(url, tmp_path / "workers", backbone="", capacity=1, run=run)
+    executor.start()
+    try:
+        own = added(queue, "own")
+        wait_until(lambda: begun == ["own"])
+        # It takes no more now, and knows nothing of a claim that was committed while the connection broke.
+        lost = added(queue, "lost")
+        claim(queue, lost, "token", executor_id=executor.name)
+        assert executor.give_back_lost(queue) == []
+        # It may begin yet.
+        assert queue.standings([lost])[lost] == ("running", "token")
+        assert executor.give_back_lost(queue) == [lost]
+        assert queue.standings([lost])[lost] == ("queued", "")
+        assert executor.give_back_lost(queue) == []
+        assert queue.get(own).status == "running"
+        release.set()
+        wait_until(lambda: [queue.get(one).status for one in (own, lost)] == ["succeeded"] * 2)
+        assert begun == ["own", "lost"]
+    finally:
+        release.set()
+        executor.stop()
 
 
 def test_a_worker_takes_over_what_a_dead_one_left(queue: JobQueue, url: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from prefixtune.jobs.database import claim_database, claim_folder
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.executor import ClaimLostError, JobPausedError
 from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, Standing, migrate
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.jobs.worker import run_worker, sweep
 from training_jobs import make_job, wait_until
 
@@ -110,36 +110,52 @@ def test_a_worker_with_another_data_folder_leaves_the_jobs_of_a_database_alone(
     assert queue.get(job.id).status == "queued"
 
 
-@pytest.mark.parametrize("standing", ["running", "cancelled", "another claim"])
+@pytest.mark.parametrize("becomes", ["running", "cancelled", "another claim's", "deleted"])
 def test_a_job_that_cannot_go_on_is_paused_once_the_database_answers(
-    data: DataFolder, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, standing: str
+    data: DataFolder, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, becomes: str
 ) -> None:
     monkeypatch.setattr(worker, "_RETRY_SECONDS", 0.01)
     job = make_job(data)
     queue.add(job)
-    if standing == "cancelled":
-        queue.cancel(job.id)
-    answers: list[Any] = [
-        QueueUnavailableError("the database is away."),
-        # A job that is cancelled may be so right after this answer.
-        {job.id: Standing("running", "other" if standing == "another claim" else "token")},
-    ]
+    row = queue._table.update().where(queue._table.c.workflow_uuid == job.id)
 
-    def ask(self: JobQueue, job_ids: Any) -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    def change(**values: Any) -> None:
+        with queue._client._sys_db.engine.begin() as connection:
+            connection.execute(row.values(**values))
+
+    change(status="PENDING", owner_xid="token")
+    looks: list[str] = []
+    get = JobQueue.get
+
+    def look(self: JobQueue, job_id: str) -> Any:
+        looks.append(job_id)
+        if len(looks) == 1:
+            raise QueueUnavailableError("the database is away.")
+        state = get(self, job_id)
+        if len(looks) == 2:
+            # Right after this look at the job, and before it is paused.
+            if becomes == "cancelled":
+                change(status="CANCELLED", owner_xid=None)
+            elif becomes == "another claim's":
+                change(owner_xid="other")
+            elif becomes == "deleted":
+                queue.delete(job_id)
+        return state
 
     def run(job: Any, token: str) -> Any:
         raise JobPausedError
 
     with monkeypatch.context() as patched:
-        patched.setattr(JobQueue, "standings", ask)
+        patched.setattr(JobQueue, "get", look)
         with pytest.raises(ClaimLostError):
             worker._pausing(run, queue, job, "token")
-    expected = {"running": "paused", "cancelled": "cancelled", "another claim": "queued"}
-    assert queue.get(job.id).status == expected[standing]
+    expected = {
+        "running": ("paused", ""),
+        "cancelled": ("cancelled", ""),
+        "another claim's": ("running", "other"),
+        "deleted": None,
+    }
+    assert queue.standings([job.id]).get(job.id) == expected[becomes]
 
 
 def test_a_chore_that_fails_is_tried_again_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

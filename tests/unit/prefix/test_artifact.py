@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.header import read_outline
 from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.tensor_file import is_unread
 from prefixtune.training.checkpoint import load_state, save_state
 
 
@@ -165,6 +168,35 @@ def test_a_truncated_file_is_refused(share: float, path: Path):
     with pytest.raises(CheckpointError, match="not a complete safetensors file") as error:
         load_prefix(path)
     assert "truncated" in error.value.hint
+
+
+@pytest.mark.parametrize("num_free", [0, 1])
+def test_a_file_is_not_broken_where_no_more_can_be_opened(num_free: int, path: Path):
+    resource = pytest.importorskip("resource", reason="only POSIX limits open files")
+    # It is read twice at once: by safetensors, and by torch.
+    load_prefix(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.open(path, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 10, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(path, os.O_RDONLY))
+        for _ in range(num_free):
+            os.close(held.pop())
+        with pytest.raises(CheckpointError) as error:
+            load_prefix(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)
+    assert "cannot be read: Too many open files" in error.value.message
+    assert is_unread(error.value)
+    load_prefix(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError) as error:
+        load_prefix(path)
+    assert not is_unread(error.value)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -385,6 +385,29 @@ def test_training_goes_on_from_a_prefix(make_server: Callable[..., Any]) -> None
     assert refusal(app, upload(state), model="a+b").param == "model"
 
 
+def test_a_prefix_that_is_overwritten_in_its_place_is_not_the_job_s(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    path, other = state.store.folder / "a.safetensors", state.store.folder / "b.safetensors"
+    before = path.read_bytes()
+    job = create(app, upload(state), model="a")
+    path.write_bytes(other.read_bytes())
+    start = find_input(state.training.folder.job(job.id), "start")
+    assert start is not None
+    assert start.read_bytes() == before
+
+    def copy_of_both(source: Path, target: Path) -> None:
+        # Somebody writes another prefix there meanwhile, as `cp` does.
+        target.write_bytes(before[:-8] + other.read_bytes()[-8:])
+
+    jobs = left(state)
+    monkeypatch.setattr(shutil, "copyfile", copy_of_both)
+    refused = refusal(app, upload(state), model="a", own={"name": "next"})
+    assert (refused.status_code, refused.code) == (503, "model_not_served")
+    assert left(state) == jobs
+
+
 def test_only_who_may_have_a_prefix_goes_on_from_it(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,31 @@ def test_the_first_signal_drains_and_the_second_ends_the_process(make_server: Ca
     assert asyncio.run(signals()) == [(True, False, False), (True, True, True)]
 
 
+def test_an_error_while_it_stops_ends_the_server_all_the_same(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixtune.server.launch import GracefulServer
+
+    _, state = make_server()
+    server = GracefulServer(state, 10)
+
+    async def fail(seconds: float) -> bool:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(state, "drain", fail)
+
+    async def stop() -> None:
+        server.loop = asyncio.get_running_loop()
+        server.handle_exit(signal.SIGTERM, None)
+        await asyncio.sleep(0.01)
+        assert server.stopping is not None
+        await server.stopping
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(stop())
+    assert (server.should_exit, server.force_exit) == (True, False)
+
+
 def test_a_data_folder_of_another_database_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     from prefixtune.server.launch import run
 

@@ -160,3 +160,18 @@ def test_deletions_of_one_key_do_not_delay_texts_of_another(
 
     assert asyncio.run(all_at_once()) == (200, {403})
     assert looked == ["a"] * 100
+
+
+def test_a_file_that_cannot_be_read_now_is_asked_for_again(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, _ = make_server()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixtune.prefix.tensor_file.open", fail, raising=False)
+        refused = asyncio.run(send(app, "POST", "/v1/completions", completion(model="a")))
+    assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "busy", "5")
+    assert asyncio.run(send(app, "POST", "/v1/completions", completion(model="a"))).status == 200

@@ -168,6 +168,27 @@ def test_a_disk_that_fails_for_a_moment_refuses_nothing(
     store.get("p")
 
 
+def test_a_copy_that_cannot_be_read_now_refuses_nothing(
+    tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch
+):
+    source = save("p")
+    store = PrefixStore(tmp_path, llama)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        # Where a whole file is read; its copy has been made.
+        patch.setattr("prefixtune.prefix.tensor_file.open", fail, raising=False)
+        for use in (lambda: store.get("p"), lambda: store.put("q", source)):
+            with pytest.raises(PrefixError, match=r"cannot read .* now") as error:
+                use()
+            assert not isinstance(error.value, CheckpointError)
+            assert str(tmp_path) not in str(error.value)
+    assert store.refused == {}
+    store.get("p")
+
+
 def test_put_adds_and_replaces_a_file(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
     store = PrefixStore(tmp_path / "store", llama)
     source = save("upload", 1)

@@ -19,6 +19,7 @@ from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.tensor_file import is_unread
 
 __all__ = ["KeyValues", "WorkerCache"]
 
@@ -57,7 +58,7 @@ class WorkerCache:
         """The keys and values of a prefix, or of several, one after the other.
 
         Raises:
-            CheckpointError: A file has been replaced, or cannot be used; the message says why.
+            CheckpointError: A file has been replaced, or cannot be used, or not be read now; the message says which.
             OSError: A file cannot be read.
         """
         entry = self._loaded.get(reference)
@@ -86,6 +87,9 @@ class WorkerCache:
                 )
                 return self._convert(prefixes[0] if len(prefixes) == 1 else join_prefixes(prefixes, names))
             except PrefixError as error:
+                if is_unread(error):
+                    # It may pass, so it is not remembered.
+                    raise CheckpointError(f"{reference.name!r} cannot be read now.", hint="try again.") from error
                 # The next request does not read it again.
                 message = error.message
                 for part, copy in zip(reference.parts, copies, strict=True):

@@ -21,8 +21,8 @@ from prefixtune.jobs.job import Job, JobState, new_job_id
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
 from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
+from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import path_of
-from prefixtune.prefix.header import read_outline
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, forbidden, storage_error, unavailable
@@ -323,18 +323,18 @@ def _make_folder(context: RequestContext, job: Job, links: Mapping[InputName, tu
     """
     data = context.training.folder
     try:
-        make_job_folder(data, job.id, links, check=partial(_check_linked, context, job))
+        make_job_folder(data, job.id, links, check=partial(_check_copy, context, job))
     except FileExistsError:
         folder = data.job(job.id)
-        _check_linked(context, job, folder)
+        _check_copy(context, job, folder)
         if not has_inputs(folder, links):
             raise _reused_key() from None
         # New again for those who remove folders without a job.
         os.utime(folder.root)
 
 
-def _check_linked(context: RequestContext, job: Job, folder: JobFolder) -> None:
-    """Look at the prefix that the folder has, which may have replaced the one whose header was known.
+def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
+    """Read the folder's prefix, which may be of another file than the header that was known, or of two.
 
     Raises:
         ApiError: The caller may not have it, or it is broken.
@@ -343,14 +343,15 @@ def _check_linked(context: RequestContext, job: Job, folder: JobFolder) -> None:
     if start is None:
         return
     try:
-        header = read_outline(start).header
+        # All of it: its checksum shows whether somebody wrote to the file while it was copied.
+        header = read_artifact(start).header
     except CheckpointError:
         raise unavailable(f"the file of {job.model!r} is not served.", "model_not_served") from None
     _check_start(context, job.model, header)
 
 
 def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tuple[Path, str]]:
-    """What the job's folder links to.
+    """What the job's folder links to, or has a copy of.
 
     Raises:
         UnknownFileError: A file was deleted meanwhile.

@@ -481,5 +481,7 @@ class Catalog:
 def _not_served(error: PrefixError, name: str) -> ApiError:
     if isinstance(error, RequestError):
         return not_found("model", name)
+    if not isinstance(error, CheckpointError):
+        return unavailable(f"the file of {name!r} cannot be read now; try again later.", "busy", retry_after=5)
     # The reason is for admins only: it may name paths and models of whoever made the file.
     return unavailable(f"the file of {name!r} is not served; /admin/prefixes says why.", "model_not_served")

@@ -32,6 +32,7 @@ from prefixtune.prefix.folder import (
 )
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.tensor_file import is_unread
 from prefixtune.server.models.cache import CacheStats, PrefixCache
 from prefixtune.utils.files import atomic_path
 
@@ -305,6 +306,9 @@ class PrefixStore:
         try:
             return self._validator.load_copy(self._path(name), name)
         except CheckpointError as error:
+            if is_unread(error):
+                # It may pass, so the file is not refused.
+                raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from error
             raise CheckpointError(self._without_paths(error.message), hint=error.hint) from error
 
     # --- changing the folder ------------------------------------------------------------------------------------------
@@ -332,6 +336,8 @@ class PrefixStore:
             except OSError as error:
                 raise PrefixError(f"cannot read the file for {name!r}: {error.strerror}.", hint="try again.") from error
             except CheckpointError as error:
+                if is_unread(error):
+                    raise PrefixError(f"cannot read the file for {name!r} now.", hint="try again.") from error
                 reason = self._without_paths(error.message.replace(str(source), name))
                 raise CheckpointError(f"the file for {name!r} is not accepted: {reason}", hint=error.hint) from error
             except FolderBusyError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,3 +94,15 @@ def test_a_broken_file_is_read_once(folder: PrefixFolder, monkeypatch: pytest.Mo
         cache.get(reference)
     assert second.value.message == first.value.message
     assert "the file of 'pubs'" in second.value.message
+
+
+def test_a_copy_that_cannot_be_read_now_is_read_again(folder: PrefixFolder, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    cache, reference = make_cache(folder), reference_of(folder, "pubs")
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixtune.prefix.tensor_file.open", fail, raising=False)
+        with pytest.raises(CheckpointError, match="'pubs' cannot be read now"):
+            cache.get(reference)
+    assert len(cache.get(reference)) == len(folder.geometry["decoder"])
