@@ -37,6 +37,7 @@ async def send(
     disconnected: asyncio.Event | None = None,
     before_reading: Callable[[], Awaitable[None]] | None = None,
     client: str = "127.0.0.1",
+    into: Response | None = None,
 ) -> Response:
     """Send a request.
 
@@ -49,8 +50,9 @@ async def send(
         disconnected: Set when the client disconnects.
         before_reading: What the client does before it reads a piece of the response.
         client: Its address.
+        into: What the response is collected in, as it arrives; None: a new one.
     """
-    response, sent, disconnected = Response(), False, disconnected or asyncio.Event()
+    response, sent, disconnected = into or Response(), False, disconnected or asyncio.Event()
     headers = {"host": "127.0.0.1:8000", "content-type": "application/json", **(headers or {})}
     scope = {
         "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",

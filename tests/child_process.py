@@ -1,10 +1,12 @@
-"""A process that holds a file or a lock of this project until it is killed."""
+"""A process that holds a file or a lock of this project until it is killed, and whether a process runs."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+
+import psutil
 
 _IMPORTS = """
 import sys, time
@@ -31,3 +33,11 @@ def start_child(code: str, *arguments: object) -> subprocess.Popen[str]:
 def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; one that has ended, and that nobody has waited for, does not run."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -33,7 +33,7 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
 
-def make_model(folder: Path, *, template: bool = True) -> Path:
+def make_model(folder: Path, *, template: bool = True, positions: int = POSITIONS) -> Path:
     """A tiny LLaMA that never generates its end token, stored as a user would store one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,7 +48,7 @@ def make_model(folder: Path, *, template: bool = True) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
@@ -164,7 +164,7 @@ class LiveServer(HttpClient):
         for reader in self._readers:
             reader.start()
 
-    def wait(self, seconds: float = 60) -> LiveServer:
+    def wait(self, seconds: float = 180) -> LiveServer:
         """Wait until it serves."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:

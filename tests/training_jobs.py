@@ -73,13 +73,13 @@ def start_worker(
     return subprocess.Popen(command, env=environment, text=True, **settings)
 
 
-def wait_for(queue: JobQueue, job: Job, *statuses: JobStatus, seconds: float = 60.0) -> JobState:
+def wait_for(queue: JobQueue, job: Job, *statuses: JobStatus, seconds: float = 180.0) -> JobState:
     """How a job stands once it stands at one of these."""
     wait_until(lambda: queue.get(job.id).status in statuses, seconds)
     return queue.get(job.id)
 
 
-def wait_until(is_so: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_until(is_so: Callable[[], object], seconds: float = 180.0) -> None:
     """Wait until a function returns something true."""
     deadline = time.monotonic() + seconds
     while not is_so():

@@ -312,16 +312,17 @@ def test_help_of_every_command_is_quick_and_loads_nothing_large() -> None:
 
 
 def test_a_kill_before_the_first_save_can_be_resumed(folder: Path, train_flags: Callable[..., list[str]]) -> None:
-    output = folder / "early"
-    process = start(*train_flags(output, "--max-steps", "30", "--save-every", "1000"))
+    output, settings = folder / "early", ("--max-steps", "300", "--save-every", "1000")
+    process = start(*train_flags(output, *settings))
     log = output / "events.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and not (log.exists() and '"event": "step"' in log.read_text()):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert 0 < log.read_text().count('"event": "step"') < 300
     run("train", "--resume", "--output", str(output))
-    run(*train_flags(folder / "early-whole", "--max-steps", "30", "--save-every", "1000"))
+    run(*train_flags(folder / "early-whole", *settings))
     assert losses(output) == losses(folder / "early-whole")
 
 

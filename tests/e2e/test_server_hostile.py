@@ -20,7 +20,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.server.auth import hash_key
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
-HEADER_SECONDS, CLIENT_SECONDS, KEEP_ALIVE, DEADLINE = 1.0, 1.5, 3.0, 4.0
+HEADER_SECONDS, CLIENT_SECONDS, KEEP_ALIVE, DEADLINE = 1.0, 4.0, 3.0, 4.0
 CONNECTIONS, PER_ADDRESS = 60, 40
 HEAD = b"Host: x\r\nAuthorization: Bearer pt-me\r\nContent-Type: application/json\r\n"
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"

@@ -16,6 +16,8 @@ from prefixtune.server.auth import hash_key
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": ""}
+LONG = 4000
+"""Tokens of a text that is still written when the page looks."""
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +30,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("page")
-    backbone = load_backbone(make_model(folder / MODEL), dtype="float32", device="cpu")
+    backbone = load_backbone(make_model(folder / MODEL, positions=4096), dtype="float32", device="cpu")
     prefixes = folder / "prefixes"
     prefixes.mkdir()
     for seed, (name, task) in enumerate((("pubs", "e2e"), ("other-pubs", "e2e"), ("facts", "webnlg"), ("bare", ""))):
         header: dict[str, Any] = {"task": task, "text_format": FORMAT} if task else {}
         make_prefix(backbone, prefixes / f"{name}.safetensors", seed, **header)
     keys = f'[keys.me]\nhash = "{hash_key("pt-me")}"\n[keys.few]\nhash = "{hash_key("pt-few")}"\nprefixes = ["pubs"]\n'
-    (folder / "serve.toml").write_text(keys)
+    (folder / "serve.toml").write_text(f"max_tokens = {LONG}\n{keys}")
     server = LiveServer(folder / MODEL, prefixes, "--config", str(folder / "serve.toml"))
     yield server.wait()
     server.stop()
@@ -124,9 +126,8 @@ def test_outputs_are_side_by_side_and_the_servers(page: Browser, server: LiveSer
 def test_the_batch_is_seen_while_it_runs_and_can_be_stopped(page: Browser, server: LiveServer) -> None:
     choose(page, "pubs", "facts")
     use_mode(page, "prompt", "#inputs textarea")
-    page.value(
-        "document.querySelector('#inputs textarea').value = 'x'; document.getElementById('max_tokens').value = '480'"
-    )
+    page.value("document.querySelector('#inputs textarea').value = 'x'")
+    page.value(f"document.getElementById('max_tokens').value = '{LONG}'")
     page.value("document.getElementById('run').click()")
     page.until("document.querySelectorAll('#slots .busy').length === 2")
     assert page.value("document.getElementById('legend').textContent").count("×") == 2

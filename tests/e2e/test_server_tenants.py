@@ -39,7 +39,7 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tenants")
-    make_model(folder / MODEL, template=False)
+    make_model(folder / MODEL, template=False, positions=2048)
     tables = "".join(f'[keys.{name}]\nhash = "{hash_key(KEYS[name])}"\n{RULES[name]}\n' for name in NAMES)
     # Without jobs, the folder is looked at when an admin says so.
     limits = "train_workers = 0\nmax_upload_mib = 1\nnum_slots = 8\nmax_queue = 8\nmax_texts = 16\n"
@@ -129,7 +129,7 @@ def test_requests_a_minute_and_at_once(server: LiveServer) -> None:
     assert complete(server, KEYS["alice"])[0] == 200
 
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS["busy"], max_retries=0) as client:
-        stream = client.completions.create(model=MODEL, prompt="a", max_tokens=400, temperature=0, stream=True)
+        stream = client.completions.create(model=MODEL, prompt="a", max_tokens=1000, temperature=0, stream=True)
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model=MODEL, prompt="a", max_tokens=1)
@@ -142,7 +142,8 @@ def test_a_full_queue_says_when_to_come_back(server: LiveServer) -> None:
     full, key = threading.Event(), KEYS["alice"]
 
     def fill() -> int:
-        return complete(server, key, max_tokens=300, n=16)[0]
+        # So long that the second half waits until all of this is done.
+        return complete(server, key, max_tokens=1000, n=16)[0]
 
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(fill)

@@ -76,8 +76,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """It, once both servers answer."""
     served = Served(tmp_path_factory.mktemp("served"))
     try:
-        served.until(lambda: served.answers("/v1/models"), 60)
-        served.until(lambda: served.answers("/train"), 60)
+        served.until(lambda: served.answers("/v1/models"), 180)
+        served.until(lambda: served.answers("/train"), 180)
         socket_file = served.socket_file()
         yield served
     finally:
@@ -117,7 +117,7 @@ def test_a_job_is_trained_and_its_result_is_a_model_of_vllms_at_once(served: Ser
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
         extra_body={"prefixtune": {"name": "trains", "prefix_length": 3}},
     )
-    served.until(lambda: client.fine_tuning.jobs.retrieve(job.id).status not in ("queued", "running"), 90)
+    served.until(lambda: client.fine_tuning.jobs.retrieve(job.id).status not in ("queued", "running"), 180)
     done = client.fine_tuning.jobs.retrieve(job.id)
     assert (done.status, done.fine_tuned_model) == ("succeeded", "trains"), served.log.read_text()
     assert "trains" in [model.id for model in client.models.list()]
@@ -137,6 +137,6 @@ def test_a_training_server_that_is_killed_is_started_again(served: Served):
     served.until(lambda: served.get("/train")[0] == 503, 5)
     assert served.get("/v1/files", key=KEY)[1]["error"]["type"] == "server_error"
     assert served.get("/v1/models", key=KEY)[0] == 200
-    served.until(lambda: served.answers("/train"), 60)
+    served.until(lambda: served.answers("/train"), 180)
     assert served.training_server().pid != killed.pid
     assert isinstance(list(served.client.files.list()), list)

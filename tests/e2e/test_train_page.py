@@ -18,10 +18,13 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 ATTACK = "<img src=x onerror='window.attacked = true'>"
 CHATS = [
     [{"role": "user", "content": f"train {number} {ATTACK}"}, {"role": "assistant", "content": f"at {number} o'clock"}]
-    for number in range(12)
+    for number in range(240)
 ]
-ROWS = "".join(json.dumps({"messages": messages}) + "\n" for messages in CHATS)
-SECONDS = 40
+ALL_ROWS = [json.dumps({"messages": messages}) + "\n" for messages in CHATS]
+ROWS = "".join(ALL_ROWS[:12])
+LASTING_ROWS = "".join(ALL_ROWS)
+"""So many that none is held out, by which training might end early, and that 1,000 epochs, the most there are, last."""
+SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("train")
-    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n' for name in ("me", "other", "acme"))
+    rules = "max_steps = 100_000\n"
+    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n{rules}' for name in ("me", "other", "acme"))
     keys += 'prefixes = ["acme-*"]\n'
     (folder / "serve.toml").write_text(keys)
     (folder / "prefixes").mkdir()
@@ -198,7 +202,8 @@ def test_a_result_is_tried_downloaded_and_deleted(page: Browser, server: LiveSer
 
 
 def test_a_job_is_paused_resumed_and_cancelled(page: Browser) -> None:
-    start(page, "long", epochs="1000")
+    give(page, "lasting.jsonl", LASTING_ROWS)
+    begin(page, "long", epochs="1000")
     says(page, "bar-text", "Step")
     click(page, "actions", "Pause")
     says(page, "job-said", "Paused")
@@ -305,7 +310,9 @@ def test_another_tab_asks_about_a_document(page: Browser, server: LiveServer) ->
     asked = "[...document.querySelectorAll('#pairs .asked')].map((one) => one.textContent)"
     give(page, "tower.txt", "The tower was built in 1887. It is 300 metres high. " * 9)
     page.value("document.querySelector('[name=questions][value=file]').click()")
-    give(page, "questions.csv", "question,answer\nHow high is it?,300 metres\n", "questions-file")
+    # So many that the job still trains when it is cancelled.
+    questions = "".join(f"How high is part {number}?,{number} metres\n" for number in range(100))
+    give(page, "questions.csv", f"question,answer\n{questions}", "questions-file")
     says(page, "questions-said", "questions.csv")
     begin(page, "tower", epochs="1000")
     page.until("document.querySelectorAll('#pairs dd:not(.wait)').length === 3", SECONDS)
@@ -372,7 +379,7 @@ def test_colors_are_legible(browser: Browser, server: LiveServer, scheme: str) -
 
 
 def test_the_keyboard_is_enough(page: Browser) -> None:
-    give(page, "chats.jsonl", ROWS)
+    give(page, "lasting.jsonl", LASTING_ROWS)
     page.until("!document.getElementById('start').disabled", SECONDS)
     page.value("document.body.focus(); document.getElementById('key').focus()")
     reached = []

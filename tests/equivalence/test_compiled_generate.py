@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.native.norm import norm_kernel
+from prefixtune.backbone.native.panels import panel_kernel
 from prefixtune.backbone.twin import make_twin
 from prefixtune.data.encoding import default_format
 from prefixtune.data.examples import Example
 from prefixtune.engine.model_runner import ModelRunner
+from prefixtune.engine.native import load_kernel
+from prefixtune.engine.native.decoder import decoder_kernel
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.inference import engine_runs
 from prefixtune.inference.config import GenerateConfig
@@ -31,7 +36,11 @@ CONFIG = GenerateConfig(max_new_tokens=NEW, min_new_tokens=NEW, batch_size=3)
 
 @pytest.fixture(scope="module")
 def is_compiled() -> bool:
-    """Whether this machine gains by panels, and compiles."""
+    """Whether this machine gains by panels, and compiles; nothing of it comes in the middle of a test."""
+    others: list[Future[Any]] = [decoder_kernel(), norm_kernel()]
+    panel_kernel(300.0)
+    load_kernel(300.0)
+    wait(others, 300.0)
     return engine_runs._is_compiled(patient=True)
 
 

@@ -12,6 +12,7 @@ import torch
 from engine_runs import ids
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.native.norm import norm_kernel
 from prefixtune.backbone.native.panels import panel_kernel
 from prefixtune.backbone.prepack import prepack
 from prefixtune.engine.attention import SlotAttention
@@ -38,16 +39,18 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def attention() -> AttentionKernel:
-    kernel = load_kernel(120.0)
-    if kernel is None or panel_kernel() is None:
+    kernel = load_kernel(300.0)
+    if kernel is None or panel_kernel(300.0) is None:
         pytest.skip("this machine gains nothing by panels, or compiles nothing")
     return kernel
 
 
 @pytest.fixture(scope="module")
 def kernel(attention: AttentionKernel) -> DecoderKernel:
-    kernel = decoder_kernel().result(120.0)
+    kernel = decoder_kernel().result(300.0)
     assert kernel is not None
+    # A step is compared with the modules, whose norms must be compiled ones, too.
+    assert norm_kernel().result(300.0) is not None
     return kernel
 
 

@@ -32,7 +32,7 @@ FUSED = ["llama", "qwen3", "mistral", "gemma2", "qwen2", "t5_gated"]
 
 @pytest.fixture(scope="module")
 def kernels() -> tuple[NormKernel, GateKernel, RotationKernel]:
-    norm, gate, rotation = (start().result(120) for start in (norm_kernel, gate_kernel, rotation_kernel))
+    norm, gate, rotation = (start().result(300) for start in (norm_kernel, gate_kernel, rotation_kernel))
     if norm is None or gate is None or rotation is None:
         pytest.skip("there is no C++ compiler here")
     return norm, gate, rotation

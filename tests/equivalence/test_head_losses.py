@@ -42,7 +42,7 @@ def test_losses_are_those_of_the_logits(dtype: torch.dtype, rows: int, vocabular
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_compiled_losses_are_torchs(dtype: torch.dtype, threads: int) -> None:
-    kernel = loss_kernel().result(120)
+    kernel = loss_kernel().result(300)
     if kernel is None:
         pytest.skip("there is no C++ compiler here")
     draw = torch.Generator().manual_seed(0)

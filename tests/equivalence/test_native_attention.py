@@ -31,7 +31,7 @@ KINDS = ("plain", "window", "softcap", "sinks", "bias", "all")
 
 @pytest.fixture(scope="module")
 def kernel() -> AttentionKernel:
-    kernel = load_kernel(120.0)
+    kernel = load_kernel(300.0)
     if kernel is None:
         pytest.skip("this machine compiles no attention")
     return kernel

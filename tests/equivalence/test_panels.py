@@ -19,7 +19,7 @@ from prefixtune.engine.request import Request, SamplingParams
 
 @pytest.fixture(scope="module")
 def kernel() -> PanelKernel:
-    kernel = panel_kernel()
+    kernel = panel_kernel(300.0)
     if kernel is None:
         pytest.skip("this machine gains nothing by panels, or compiles nothing")
     return kernel

@@ -15,7 +15,7 @@ from prefixtune.backbone.prepack import with_row_products
 
 @pytest.fixture(scope="module")
 def kernel() -> NormKernel:
-    made = norm_kernel().result(120)
+    made = norm_kernel().result(300)
     if made is None:
         pytest.skip("there is no C++ compiler here")
     return made

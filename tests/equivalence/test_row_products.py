@@ -25,7 +25,7 @@ SOURCE = Path(linear.__file__).with_name("linear.cpp")
 
 @pytest.fixture(scope="module")
 def kernel() -> RowKernel:
-    made = row_kernel().result(120)
+    made = row_kernel().result(300)
     if made is None:
         pytest.skip("there is no C++ compiler here")
     return made

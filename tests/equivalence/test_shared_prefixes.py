@@ -15,6 +15,7 @@ import torch
 from engine_runs import alone, ids
 from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.native.norm import norm_kernel
 from prefixtune.backbone.native.panels import panel_kernel
 from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.config import EngineConfig
@@ -39,7 +40,7 @@ SLOTS = 32
 
 @pytest.fixture(scope="module")
 def kernel() -> AttentionKernel:
-    kernel = load_kernel(120.0)
+    kernel = load_kernel(300.0)
     if kernel is None:
         pytest.skip("this machine compiles no attention")
     return kernel
@@ -249,7 +250,7 @@ def test_without_compiled_code_a_shared_prefix_is_read_as_well(
 def test_a_step_by_one_call_reads_shared_prefixes(
     kernel: AttentionKernel, tiny_tokenizer: Any, random_ids: Any, random_prefix: Any
 ):
-    if panel_kernel() is None or decoder_kernel().result(120.0) is None:
+    if panel_kernel(300.0) is None or decoder_kernel().result(300.0) is None or norm_kernel().result(300.0) is None:
         pytest.skip("this machine compiles no step")
     backbone = Backbone.from_model(make_model("llama", tiny_tokenizer).to(torch.bfloat16), tiny_tokenizer, "tiny")
     requests = asked(backbone, random_ids, random_prefix, min_new_tokens=10)

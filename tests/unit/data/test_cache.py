@@ -162,7 +162,8 @@ def test_another_builder_that_stands_still_is_not_waited_for(monkeypatch: pytest
 
 def test_another_builder_that_goes_on_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "_LOOK", 0.1)
-    monkeypatch.setattr(cache, "_PATIENCE", 0.4)
+    # Less than all of it takes, and more than a slow disk takes to flush it.
+    monkeypatch.setattr(cache, "_PATIENCE", 1.2)
     monkeypatch.setattr(cache, "_BLOCK", 16)
     key = content_key(x=1)
     started = threading.Event()
@@ -177,12 +178,12 @@ def test_another_builder_that_goes_on_is_waited_for(monkeypatch: pytest.MonkeyPa
             writer.append("none", np.empty(0, np.int32))
             return {"size": self.size}
 
-    first, second = Slow(10), Builder(10)
+    first, second = Slow(20), Builder(20)
     thread = threading.Thread(target=lambda: stored(key, first))
     thread.start()
     started.wait()
     with pytest.warns(PrefixWarning, match="another process prepares the same data"):
-        check(stored(key, second), 10)
+        check(stored(key, second), 20)
     thread.join()
     assert (first.times, second.times) == (1, 0)
 

@@ -115,8 +115,8 @@ def test_owners_take_turns(queue: JobQueue, worker: Worker, add: Callable[..., J
     others = [add("ann"), add("ann"), add("bob"), add("bob"), add("eve")]
     order = []
     for _ in others:
-        worker.end(next(job for job in (first, *others) if job.id == worker.started[-1]))
         count = len(worker.started)
+        worker.end(next(job for job in (first, *others) if job.id == worker.started[-1]))
         wait_until(functools.partial(has_started_more, worker, count))
         order.append(next(job.owner for job in others if job.id == worker.started[-1]))
     # Ann's second job comes after the first ones of those who came later.

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,11 @@ class Service:
         threading.Thread(target=wait, daemon=True).start()
         return future
 
+    def announce(self, job: Job, status: JobStatus) -> None:
+        """Say where a job stands; called by the trainer's thread, it is known before the next step."""
+        self.says[job.id] = status
+        wait_until(lambda: self._watch.latest.status(job.id) == status, 20)
+
     def step(self, job: Job) -> int:
         progress = JobEvents(self.data.job(job.id)).progress()
         return (progress or Progress(step=0, total_steps=0)).step
@@ -134,6 +140,25 @@ def serve(data: DataFolder, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> I
     yield start
     for service in services:
         service.end()
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job, int, Callable[[], object]], None]:
+    """A function: what the trainer's thread does once a job has taken so many steps, before it takes another one."""
+    own = active.ActiveJob.record
+    planned: dict[str, tuple[int, Callable[[], object]]] = {}
+
+    def record(self: Any, event: Any) -> None:
+        own(self, event)
+        if event["event"] == "step" and self.job.id in planned and event["step"] == planned[self.job.id][0]:
+            planned.pop(self.job.id)[1]()
+
+    monkeypatch.setattr(active.ActiveJob, "record", record)
+
+    def plan(job: Job, step: int, act: Callable[[], object]) -> None:
+        planned[job.id] = step, act
+
+    return plan
 
 
 def messages(data: DataFolder, job: Job) -> list[str]:
@@ -381,16 +406,25 @@ def test_more_jobs_than_there_is_room_for_wait(serve: Callable[..., Service], da
 
 
 def test_jobs_of_a_model_whose_rows_cannot_be_packed_train_one_by_one(
-    serve: Callable[..., Service], data: DataFolder, tiny_backbone: Callable[..., Any]
+    serve: Callable[..., Service], data: DataFolder, tiny_backbone: Callable[..., Any], at_step: Callable[..., None]
 ) -> None:
     service = serve(backbone=tiny_backbone("m2m_100"))
     first, second = (make_job(data, name, config={"max_steps": 40}) for name in ("first", "second"))
+    seen: list[tuple[Job, Job, int]] = []
+
+    def pause_the_first_to_run(running: Job, waits: Job) -> None:
+        if not seen:
+            seen.append((running, waits, service.step(waits)))
+            service.announce(running, "paused")
+
+    for jobs in ((first, second), (second, first)):
+        at_step(jobs[0], 3, partial(pause_the_first_to_run, *jobs))
     futures = {job.id: service.submit(job) for job in (first, second)}
-    wait_until(lambda: service.step(first) + service.step(second) > 2)
-    running, waits = (first, second) if service.step(first) else (second, first)
-    assert service.step(waits) == 0
-    service.says[running.id] = "paused"
+    wait_until(lambda: seen)
+    running, waits, steps_of_other = seen[0]
+    assert steps_of_other == 0
     assert is_lost(futures[running.id])
+    assert service.step(running) == 3
     assert futures[waits.id].result(60).steps == 40
     service.says[running.id] = "running"
     assert service.submit(running).result(60).steps == 40
@@ -419,26 +453,25 @@ def test_a_trainer_without_jobs_ends_after_a_while(data: DataFolder, backbone: A
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_paused_job_goes_on_as_if_it_had_not_been(serve: Callable[..., Service], data: DataFolder) -> None:
+def test_a_paused_job_goes_on_as_if_it_had_not_been(
+    serve: Callable[..., Service], data: DataFolder, at_step: Callable[..., None]
+) -> None:
     service = serve()
     config = {"max_steps": 60}
     whole = make_job(data, "whole", config=config)
     service.submit(whole).result(60)
 
     job = make_job(data, "paused", config=config)
-    future = service.submit(job)
-    wait_until(lambda: service.step(job) > 2)
-    service.says[job.id] = "paused"
-    assert is_lost(future)
+    at_step(job, 3, lambda: service.announce(job, "paused"))
+    assert is_lost(service.submit(job))
     assert service.published == ["whole"]
-    reached = service.step(job)
-    assert 2 < reached < 60
+    assert service.step(job) == 3
 
     service.says[job.id] = "running"
     assert service.submit(job).result(60).steps == 60
     assert prefix_of(data, job) == prefix_of(data, whole)
     told = messages(data, job)
-    assert f"Training is paused at step {reached}/60." in told
+    assert "Training is paused at step 3/60." in told
     assert sum(text.startswith("Step ") for text in told) == 60
 
 
@@ -495,16 +528,20 @@ def test_a_job_that_is_paused_and_resumed_unseen_is_the_last_claims(
     assert is_lost(claims[-1])
 
 
-def test_a_worker_that_ends_leaves_jobs_to_the_next_one(serve: Callable[..., Service], data: DataFolder) -> None:
+def test_a_worker_that_ends_leaves_jobs_to_the_next_one(
+    serve: Callable[..., Service], data: DataFolder, at_step: Callable[..., None]
+) -> None:
     config = {"max_steps": 60}
     whole = make_job(data, "whole", config=config)
     job = make_job(data, "left", config=config)
     first = serve()
     first.submit(whole).result(60)
+    at_step(job, 3, first.stop.set)
     future = first.submit(job)
-    wait_until(lambda: first.step(job) > 2)
+    assert first.stop.wait(60)
     first.end()
     assert not future.done()
+    assert first.step(job) == 3
 
     serve().submit(job).result(60)
     assert prefix_of(data, job) == prefix_of(data, whole)
@@ -621,8 +658,15 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     data: DataFolder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    at_step: Callable[..., None],
 ) -> None:
     service, config = serve(), {"max_steps": 200, "eval_every": 10}
+    reached, has_room = threading.Event(), threading.Event()
+
+    def wait_for_room() -> None:
+        reached.set()
+        assert has_room.wait(20)
+
     whole, job = (make_job(data, name, dev=ROWS[:2], config=config) for name in ("whole", "job"))
     service.submit(whole).result(60)
     monkeypatch.setattr(active, "_SAVE_SECONDS", 0.0)
@@ -632,8 +676,10 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
         patched.setattr(JobEvents, "add", full)
         patched.setattr(JobEvents, "write_progress", full)
         patched.setattr(checkpoints, "save_prefix", full)
+        at_step(job, 21, wait_for_room)
         future = service.submit(job)
-        wait_until(lambda: any(one.step > 20 for one in service.trainer._active.values()))
+        assert reached.wait(60)
+    has_room.set()
     assert future.result(60).steps == 200
     assert prefix_of(data, job) == prefix_of(data, whole)
     # The log has all events, in their order: the same as that of the other job.

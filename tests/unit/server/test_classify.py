@@ -154,7 +154,7 @@ def test_texts_are_generated_meanwhile(server: Any) -> None:
         return call(noted)
 
     state.engine.step, state.worker.call = stepped, called
-    text = {"model": "a", "prompt": "hi", "max_tokens": 200, "temperature": 0}
+    text = {"model": "a", "prompt": "hi", "max_tokens": 480, "temperature": 0}
 
     async def both() -> list[Any]:
         writing = asyncio.ensure_future(send(app, "POST", "/v1/completions", text))
@@ -239,9 +239,9 @@ def test_one_with_many_texts_delays_another_by_one_batch(server: Any) -> None:
         modest = asyncio.ensure_future(
             send(app, "POST", "/classify", {"model": "head", "input": "x"}, client="127.0.0.3")
         )
-        while state.admission.texts < 6 * 20 + 1:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(20):
+            while state.admission.texts < 6 * 20 + 1 or "127.0.0.3" not in state.classify_lock._waiting:
+                await asyncio.sleep(0.01)
         release.set()
         response, batches = await modest, len(done)
         await asyncio.gather(*greedy)

@@ -211,12 +211,12 @@ def test_unknown_token_ids_are_refused(make_server: Callable[..., Any]) -> None:
 def test_all_texts_of_a_request_share_its_deadline(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app, state = make_server(deadline=1.0)
+    app, state = make_server(deadline=3.0)
     encode = type(state.backbone).encode_sources
     deadlines: list[float] = []
 
     def slowly(*arguments: Any) -> Any:
-        time.sleep(0.25)
+        time.sleep(0.5)
         return encode(*arguments)
 
     def submit(request: Any, on_output: Any, deadline: float) -> None:
@@ -229,7 +229,7 @@ def test_all_texts_of_a_request_share_its_deadline(
     assert few.status == 200
     # The engine gets what tokenizing left of the time.
     assert len(deadlines) == 2
-    assert all(seconds <= 0.5 for seconds in deadlines)
+    assert all(seconds <= 2.0 for seconds in deadlines)
     many = asyncio.run(send(app, "POST", "/v1/completions", completion(model="tiny", prompt=["x"] * 8)))
     assert (many.status, many.code) == (504, "deadline_exceeded")
     assert len(deadlines) == 2

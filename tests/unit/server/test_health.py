@@ -154,23 +154,25 @@ def test_after_any_error_watching_goes_on_with_pauses_and_health_reports_it(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     app, state = make_server(reload_seconds=0.01)
-    reload, times = state.store.reload, list[float]()
+    reload, times, asked = state.store.reload, list[float](), threading.Event()
 
     def failing() -> None:
         times.append(time.monotonic())
         if len(times) <= 4:
             raise error
+        # The folder is well again only once its error has been asked for.
+        assert asked.wait(20)
         reload()
 
     monkeypatch.setattr(state.store, "reload", failing)
 
     async def watch() -> list[Any]:
         watching, reports = asyncio.ensure_future(watch_folder(state)), []
-        async with asyncio.timeout(10):
-            while len(times) < 4:
+        async with asyncio.timeout(20):
+            while len(times) < 5:
                 await asyncio.sleep(0.001)
-            await asyncio.sleep(0.02)
             reports.append([(await send(app, "GET", path)) for path in ("/healthz", "/readyz")])
+            asked.set()
             while len(times) < 7:
                 await asyncio.sleep(0.001)
             reports.append([(await send(app, "GET", path)) for path in ("/healthz", "/readyz")])

@@ -118,7 +118,9 @@ def test_long_texts_of_one_caller_do_not_delay_another(
         waiting = asyncio.ensure_future(
             send(app, "POST", "/v1/completions", completion(prompt="light"), headers=bearer("light"))
         )
-        await asyncio.sleep(1)
+        async with asyncio.timeout(20):
+            while "light" not in state.tokenizer_lock._waiting:
+                await asyncio.sleep(0.001)
         both_wait.set()
         light = await waiting
         before = tokenized.count("heavy")

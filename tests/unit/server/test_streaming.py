@@ -11,6 +11,8 @@ import pytest
 from asgi_client import Response, completion, send, texts_when_done
 from prefixtune.engine.request import SequenceOutput
 
+WAITING = b": waiting\n\n"
+
 
 def test_a_client_that_disconnected_before_the_first_byte_holds_nothing(make_server: Callable[..., Any]) -> None:
     app, state = make_server()
@@ -46,10 +48,11 @@ def test_a_silent_stream_sends_keep_alive_comments(
     monkeypatch.setattr(state.worker, "submit", lambda request, on_output, deadline: later.append((request, on_output)))
 
     async def wait() -> Response:
-        running = asyncio.ensure_future(send(app, "POST", "/v1/chat/completions", body))
-        while not later:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
+        response = Response()
+        running = asyncio.ensure_future(send(app, "POST", "/v1/chat/completions", body, into=response))
+        async with asyncio.timeout(10):
+            while response.body.count(WAITING) < 2:
+                await asyncio.sleep(0.01)
         request, tell = later[0]
         tell(SequenceOutput(request.id, 0, (), "done", "stop"))
         return await running
@@ -62,5 +65,5 @@ def test_a_silent_stream_sends_keep_alive_comments(
         response = asyncio.run(wait())
     finally:
         state.backbone.tokenizer.chat_template = None
-    assert response.body.count(b": waiting\n\n") >= 2
+    assert response.body.count(WAITING) >= 2
     assert response.body.endswith(b"data: [DONE]\n\n")

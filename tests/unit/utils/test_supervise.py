@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from child_process import is_running
 from prefixtune.utils.supervise import RestartPauses
 
 # Notes its process id, then waits; SIGTERM ends it with 7.
@@ -52,13 +53,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture

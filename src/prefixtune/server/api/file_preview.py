@@ -76,7 +76,8 @@ async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str
     positions = float(measures.positions.get("mean", 0) * (config.max_steps or 0))
     threads = training_threads(context.state.config)
     seconds = await asyncio.to_thread(training_seconds, backbone, positions, threads) if positions else None
-    estimate = None if seconds is None else {"seconds": round(seconds, 3), "steps": config.max_steps}
+    # Of a tiny model it may be less than a thousandth, and is not nothing.
+    estimate = None if seconds is None else {"seconds": float(f"{seconds:.3g}"), "steps": config.max_steps}
     return {**body, **_measured(measures, len(measured)), "estimate": estimate}
 
 
