@@ -382,9 +382,10 @@ def check_not_corrected(config: StudyConfig) -> None:
         ConfigError: It has. A study that another process has only made larger is the same one.
     """
     stored = read_study(config)
-    newer = None if stored is None else config.read(stored["config"])
-    if newer is None:
+    if stored is None:
         return
+    values = {key: value for key, value in stored["config"].items() if key in StudyConfig.model_fields}
+    newer = StudyConfig(**{**values, "name": config.name})
     changed = changed_settings(newer, {"config": config.to_dict(), "train_defaults": training_defaults()})
     if changed:
         raise ConfigError(
