@@ -547,6 +547,13 @@ def test_a_run_from_another_prefix_has_its_length(
     assert encoder.bake().equal(start)
     with pytest.raises(ConfigError, match=r"encoder=4,decoder=2,cross=3, but sites is .*cross=1"):
         build_encoder(config.replace(sites="encoder,decoder,cross=1"), backbone)
+    # Without sites a run trains all of the backbone's, as ever.
+    save_prefix(path, Prefix({"decoder": start.layers["decoder"]}))
+    with pytest.raises(ConfigError, match="decoder=2, but sites is encoder=0,decoder=2,cross=0") as error:
+        build_encoder(config, backbone)
+    assert "set sites to decoder=2" in error.value.hint
+    encoder, _ = build_encoder(config.replace(sites="decoder"), backbone)
+    assert encoder.bake().sites == ("decoder",)
 
 
 def test_the_header_describes_the_training(backbone: Any, config_for: Callable[..., TrainConfig]):

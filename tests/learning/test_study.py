@@ -10,6 +10,8 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +22,14 @@ from prefixtune.data import Example, read_task
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation.metrics import compare, compute
 from prefixtune.report import read_results
-from prefixtune.studies import StudyConfig, plan, run_study, runner
+from prefixtune.studies import StudyConfig, plan, records, run_study, runner
 from prefixtune.studies.cell import shorten_config
-from prefixtune.studies.records import Provenance, check_same_dtype, write_study
+from prefixtune.studies.records import Provenance, check_same_dtype, read_figures, write_study
 from prefixtune.studies.reductions import describe_reductions
 from prefixtune.training.artifact import load_tuned, load_weights
 from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 from prefixtune.training.train import train
+from prefixtune.utils.locks import file_lock
 
 Make = Callable[..., Any]
 Event = dict[str, Any]
@@ -983,6 +986,55 @@ def test_a_process_does_not_go_on_with_settings_that_another_one_has_corrected(
     outcome = run_study(smaller)
     assert (outcome.failed, outcome.left) == ({}, ())
     assert given_to_full == [4, 2]
+
+
+def test_what_another_process_leaves_out_is_not_run(configure: Make, tmp_path: Path) -> None:
+    config = configure(tmp_path / "study", tries=1)
+    fewer = config.replace(methods=("prefix",))
+
+    def leave_out(event: Event) -> None:
+        if event["event"] == "cell" and event["status"] == "begun":
+            runner._check_settings_again(fewer)
+            write_study(fewer, plan(fewer), Provenance("other"), begins=True)
+
+    with pytest.raises(ConfigError, match="has been corrected since this process began: methods was"):
+        run_study(config, on_event=leave_out)
+    assert read(config.folder / "study.json")["config"]["methods"] == ["prefix"]
+    assert [path.name for path in (config.folder / "cells").iterdir()] == [cell.id for cell in plan(fewer)]
+    assert len(run_study(fewer).done) == 1
+
+
+def test_a_correction_while_another_process_saves_stands(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(tmp_path / "study", tries=1)
+    smaller = config.replace(train_settings={**config.train_settings, "full": {"batch_size": 2}})
+    real, others = records.describe_reductions, list[Thread]()
+
+    def begin() -> None:
+        with file_lock(config.folder / runner._LOCK, timeout=20):
+            runner._check_settings_again(smaller)
+            write_study(smaller, plan(smaller), Provenance("other"), begins=True)
+
+    def describe(given: StudyConfig, *arguments: Any, **options: Any) -> Any:
+        # The first save after a run: what the file said has been read, and is about to be written.
+        if given is config and read_figures(config, plan(config)[0]) and not others:
+            others.append(Thread(target=begin))
+            others[0].start()
+            others[0].join(1.0)
+        return real(given, *arguments, **options)
+
+    def wait() -> None:
+        for other in others:
+            other.join(20)
+
+    monkeypatch.setattr(records, "describe_reductions", describe)
+    # What follows a save.
+    monkeypatch.setattr(runner, "gc", SimpleNamespace(collect=wait))
+    with pytest.raises(ConfigError, match="has been corrected since this process began: train_settings was"):
+        run_study(config)
+    assert len(others) == 1
+    assert read(config.folder / "study.json")["config"] == smaller.to_dict()
 
 
 def test_a_finished_study_keeps_what_its_runs_were_made_with(configure: Make, tmp_path: Path) -> None:

@@ -384,14 +384,24 @@ def check_not_corrected(config: StudyConfig) -> None:
     stored = read_study(config)
     if stored is None:
         return
-    values = {key: value for key, value in stored["config"].items() if key in StudyConfig.model_fields}
-    newer = StudyConfig(**{**values, "name": config.name})
-    changed = changed_settings(newer, {"config": config.to_dict(), "train_defaults": training_defaults()})
+    changed = _settings_changed_since(config, stored)
     if changed:
         raise ConfigError(
             f"the study in {str(config.folder)!r} has been corrected since this process began: {', '.join(changed)}.",
             hint="start it again with the new settings.",
         )
+
+
+def _settings_changed_since(config: StudyConfig, stored: Mapping[str, Any]) -> list[str]:
+    """The settings that another process has changed by more than growth since this one began, in words."""
+    values = {key: value for key, value in stored["config"].items() if key in StudyConfig.model_fields}
+    newer = StudyConfig(**{**values, "name": config.name})
+    return changed_settings(newer, {"config": config.to_dict(), "train_defaults": training_defaults()})
+
+
+def _is_current(config: StudyConfig, stored: Mapping[str, Any]) -> bool:
+    """Whether the stored settings are those of this process, neither more nor fewer."""
+    return not changed_settings(config, stored) and not _settings_changed_since(config, stored)
 
 
 def check_same_dtype(config: StudyConfig, cells: Sequence[Cell], dtype: str) -> None:
@@ -460,14 +470,14 @@ def write_study(
         is_over_budget: Whether cells are left because the time was up.
         begins: This process begins now, after `check_same_study`: settings may have been corrected.
     """
+    if not begins and (stored := read_study(config)) is not None and not _is_current(config, stored):
+        # Another process has made it larger since this one began, or corrected it.
+        return
     for cell in cells:
         if not (cell_folder(config, cell) / CELL_FILE).exists():
             write_cell(config, cell, "waiting", {})
     requeue(config, cells)
     before = (begun_study(config) if begins else read_study(config)) or {}
-    if before and not begins and changed_settings(config, before):
-        # Another process has made it larger since this one began.
-        return
     task, kind, backbones = TASKS[config.task], config.kind, ", ".join(config.backbones) or config.backbone
     left = [cell.id for cell in cells if cell_status(config, cell) == "waiting"]
     cut = describe_reductions(config, left, len(cells), is_over_budget=is_over_budget)

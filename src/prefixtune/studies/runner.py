@@ -56,7 +56,7 @@ __all__ = ["outcome_of", "run_study"]
 _POLL_SECONDS = 2.0
 """How long to wait for other processes before looking again."""
 _LOCK = ".study.lock"
-"""Held while a process begins a study or goes on with it, and while one that goes on looks at its settings again."""
+"""Held while a process begins a study or goes on with it, and while it reads or writes the settings afterwards."""
 
 
 def run_study(
@@ -90,7 +90,9 @@ def run_study(
     provenance = _prepare(inputs, cells, command or command_line())
 
     def save(*, is_over_budget: bool = False) -> None:
-        write_study(config, cells, provenance, is_over_budget=is_over_budget)
+        # A process that begins meanwhile would not see what is written here, nor this one what that one writes.
+        with file_lock(config.folder / _LOCK, timeout=60):
+            write_study(config, cells, provenance, is_over_budget=is_over_budget)
 
     # Of processes that begin together with other settings, one is the first.
     with file_lock(config.folder / _LOCK, timeout=60):

@@ -247,7 +247,10 @@ def _check_same_config(config: TrainConfig, stored: Mapping[str, Any], step: int
     changed = [
         f"{name} was {stored.get(name)!r}, is {value!r}"
         for name, value in config.to_dict().items()
-        if stored.get(name) != value and name not in _MAY_CHANGE
+        if stored.get(name) != value
+        and name not in _MAY_CHANGE
+        # A run from a prefix has that prefix's length, which older versions wanted to be given.
+        and not (name == "prefix_length" and not value and config.initialization == "prefix")
     ]
     if changed:
         raise ConfigError(

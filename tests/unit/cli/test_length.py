@@ -92,9 +92,10 @@ def test_the_usual_length_is_64() -> None:
     assert 'output = "runs/length"\n' in out
 
 
-def test_examples_to_start_from_have_their_own_length() -> None:
-    out, _ = run("length", "--train", "a", "--dev", "b", "--init-examples", "4", "--print-config")
-    assert "prefix_length = 0\n" in out
+def test_examples_or_a_prefix_to_start_from_have_their_own_length() -> None:
+    for start in (("--init-examples", "4"), ("--init-prefix", "p.safetensors"), ("--initialization", "examples")):
+        out, _ = run("length", "--train", "a", "--dev", "b", *start, "--print-config")
+        assert "prefix_length = 0\n" in out
     out, _ = run(
         "length", "--train", "a", "--dev", "b", "--init-examples", "4", "--prefix-length", "9", "--print-config"
     )

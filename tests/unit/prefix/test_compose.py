@@ -304,6 +304,8 @@ def test_a_difference_needs_the_start_that_both_had() -> None:
     began = {"kind": "prefix", "file": "s.safetensors", "hash": content_hash(start)}
     a, b = (_prefix(3, seed, initialization=began) for seed in (1, 2))
     difference(a, b, start)
+    # Newer files say how long the start was, too.
+    difference(a, _prefix(3, 2, initialization={**began, "lengths": {"decoder": 3}}), start)
     with pytest.raises(ConfigError, match="the start is not what the first prefix and the second started from"):
         difference(a, b, _prefix(3, 6))
     with pytest.raises(ConfigError, match="had different starts"):

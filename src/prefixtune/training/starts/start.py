@@ -49,17 +49,16 @@ def lengths_from(config: TrainConfig, actual: Mapping[Site, int]) -> dict[Site, 
     return {site: length or actual.get(site, 0) for site, length in wanted.items()}
 
 
-def check_lengths(prefix: Prefix, wanted: Mapping[Site, int]) -> None:
+def check_lengths(actual: Mapping[Site, int], wanted: Mapping[Site, int]) -> None:
     """Refuse a start with other positions than the run trains.
 
     Args:
-        prefix: To start from.
+        actual: P of each site of the prefix to start from.
         wanted: The run's prefix length at each site.
 
     Raises:
         ConfigError: Its sites or lengths are others.
     """
-    actual = prefix.lengths
     if actual != wanted:
         by_name = len(actual.keys() | wanted.keys()) > 1
         has, runs = _spell(actual, by_name), _spell(wanted, by_name)
