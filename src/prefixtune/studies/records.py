@@ -395,7 +395,8 @@ def check_not_corrected(config: StudyConfig) -> None:
 def _settings_changed_since(config: StudyConfig, stored: Mapping[str, Any]) -> list[str]:
     """The settings that another process has changed by more than growth since this one began, in words."""
     values = {key: value for key, value in stored["config"].items() if key in StudyConfig.model_fields}
-    newer = StudyConfig(**{**values, "name": config.name})
+    values = _with_settings({**values, "name": config.name}, stored.get("train_defaults", _OLD_DEFAULTS))
+    newer = StudyConfig(**values)
     return changed_settings(newer, {"config": config.to_dict(), "train_defaults": training_defaults()})
 
 
