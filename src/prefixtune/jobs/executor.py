@@ -174,7 +174,11 @@ class Executor:
         claim's token holds no more.
         """
         with self._takeover:
-            not_begun = queue.claims(self.name) - self._begun
+            known = set(self._begun)
+            claims = queue.claims(self.name)
+            # A claim that had begun before this look and is not in it has ended. Its token never comes back.
+            self._begun -= known - claims
+            not_begun = claims - self._begun
             lost, self._not_begun = sorted(not_begun & self._not_begun), not_begun
             for job_id, token in lost:
                 queue.give_back(job_id, token)

@@ -6,7 +6,7 @@ In `inputs/` a file's name says what it is for, and its ending how it is read:
 
     train.jsonl  dev.csv         examples to train on, and to choose the best prefix by
     document.md  questions.tsv   a document, and questions about it
-    start.safetensors            the prefix that training goes on from
+    start.NAME.safetensors       the prefix NAME, which training goes on from
 """
 
 from __future__ import annotations
@@ -89,12 +89,16 @@ def make_job_folder(
 def has_inputs(folder: JobFolder, inputs: Mapping[InputName, tuple[Path, str]]) -> bool:
     """Whether a job's folder has exactly these inputs, as `make_job_folder` makes them.
 
+    Of the prefix to go on from only that it is there: its file may have been overwritten since it was copied.
+
     Raises:
         OSError: A file is gone.
     """
-    wanted = {f"{name}{ending}": source for name, (source, ending) in inputs.items()}
+    wanted = {f"{name}{ending}": None if name == "start" else source for name, (source, ending) in inputs.items()}
     there = {path.name: path for path in folder.inputs.iterdir()}
-    return wanted.keys() == there.keys() and all(_is_same(path, wanted[name]) for name, path in there.items())
+    return wanted.keys() == there.keys() and all(
+        source is None or _is_same(there[name], source) for name, source in wanted.items()
+    )
 
 
 def _is_same(path: Path, other: Path) -> bool:

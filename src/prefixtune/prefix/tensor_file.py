@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import itertools
 import json
+import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +21,24 @@ from torch import Tensor
 from prefixtune.errors import CheckpointError, PrefixError, PrefixWarning, causes
 from prefixtune.prefix.header import check_version, dump_header, parse_header
 
-__all__ = ["hash_tensors", "is_unread", "metadata_with_checksum", "read_file", "read_verified", "save_file"]
+__all__ = [
+    "TornFileError",
+    "hash_tensors",
+    "is_unread",
+    "metadata_with_checksum",
+    "read_file",
+    "read_verified",
+    "save_file",
+]
 
 
 _CHECKSUM_KEY = "prefixtune_checksum"
 """The checksum's key in the file's metadata, next to the header that it covers."""
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+class TornFileError(CheckpointError):
+    """A file is truncated, or its checksum does not match: it is damaged, or somebody wrote to it meanwhile."""
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -39,14 +55,12 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with open(path, "rb"):
             pass
     except OSError as error:
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
-        ) from error
+        raise _unread(path, error, "try again." if error.errno in _SHORTAGES else "check its permissions.") from error
     try:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(
+        raise TornFileError(
             f"{str(path)!r} is not a complete safetensors file: {error}.", hint="it may be truncated; get it again."
         ) from error
     except OSError as error:
@@ -55,12 +69,24 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         # So says torch where the system opens no more files, or maps none into memory.
         if not str(error).startswith("unable to "):
             raise
-        refusal = OSError(str(error).rpartition(": ")[2])
+        refusal = _refusal(str(error))
         raise _unread(path, refusal) from refusal
 
 
-def _unread(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="try again.")
+def _refusal(message: str) -> OSError:
+    """What the system refused, by torch's message, which ends with the error's number, as in `... memory (12)`.
+
+    >>> _refusal("unable to mmap 8 bytes from file </a>: Cannot allocate memory (12)").errno
+    12
+    """
+    if number := re.search(r"\((\d+)\)$", message.partition("\n")[0]):
+        code = int(number[1])
+        return OSError(code, os.strerror(code))
+    return OSError(message.rpartition(": ")[2])
+
+
+def _unread(path: Path, error: OSError, hint: str = "try again.") -> CheckpointError:
+    return CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.", hint=hint)
 
 
 def is_unread(error: PrefixError) -> bool:
@@ -88,7 +114,7 @@ def read_verified(path: str | Path, key: str, otherwise: str, hint: str) -> tupl
     if checksum is None and header["format_version"] == 1:
         _warn_unverified(Path(path).name)
     elif checksum != _checksum(tensors, metadata[key]):
-        raise CheckpointError(
+        raise TornFileError(
             f"{str(path)!r} is damaged: its checksum is not the one it was stored with.",
             hint="get the file again.",
         )

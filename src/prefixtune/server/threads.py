@@ -21,11 +21,10 @@ __all__ = ["FairThreads"]
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Work:
     run: Callable[[], Any]
     future: Future[Any]
-    is_refused: bool = False
 
 
 class FairThreads:
@@ -38,7 +37,9 @@ class FairThreads:
 
     def __init__(self, count: int, name: str) -> None:
         self._most, self._count, self._name = count // 2, count, name
-        self._threads = self._make_pool()
+        self._pool = self._make_pool()
+        self._is_off = False
+        """Whether the pool has queued work without a thread, and counts one more than it has from then on."""
         self._free = count
         self._lock = threading.Lock()
         # The tenant who waits longest for a turn comes first.
@@ -52,7 +53,8 @@ class FairThreads:
     def submit(self, tenant: str, work: Callable[[], T]) -> Future[T]:
         """Do something in a thread, when it is the tenant's turn; until then, it may be cancelled.
 
-        The future has an `ApiError` where the threads are closed before that, or the system starts none.
+        The future has an `ApiError` where the threads are closed before that, or there is none and the system starts
+        none.
         """
         future: Future[T] = Future()
         with self._lock:
@@ -85,11 +87,12 @@ class FairThreads:
         for queue in waiting.values():
             for work in queue:
                 _refuse(work.future, _closed())
-        self._threads.shutdown(wait=False)
+        self._pool.shutdown(wait=False)
 
     def _start(self) -> None:
         """Start what may run now; the lock is held."""
         while self._free and (tenant := self._next()) is not None:
+            self._renew()
             queue = self._waiting.pop(tenant)
             work = queue.popleft()
             if queue:
@@ -97,19 +100,26 @@ class FairThreads:
             self._free -= 1
             self._running[tenant] += 1
             try:
-                self._threads.submit(self._do, tenant, work)
+                self._pool.submit(self._do, tenant, work)
             except RuntimeError as error:
-                self._note_end(tenant)
-                self._give_up(work, error)
+                if str(error).startswith("cannot schedule"):
+                    # Python ends.
+                    self._note_end(tenant)
+                    _refuse(work.future, _closed())
+                    continue
+                log("no_thread", level=logging.WARNING, threads=self._name, reason=str(error))
+                # The pool has queued the work all the same, and a thread that it has will do it.
+                self._is_off = True
+                if not self._pool._threads:
+                    self._note_end(tenant)
+                    message = "the server can start no thread now; try again later."
+                    _refuse(work.future, unavailable(message, "busy", retry_after=5))
 
-    def _give_up(self, work: _Work, error: RuntimeError) -> None:
-        """Refuse some work for which the system starts no thread; the lock is held."""
-        log("no_thread", level=logging.WARNING, threads=self._name, reason=str(error))
-        work.is_refused = True
-        _refuse(work.future, unavailable("the server can start no thread now; try again later.", "busy", retry_after=5))
-        # The pool has queued the work all the same: it would count a thread more than it has from now on.
-        self._threads.shutdown(wait=False)
-        self._threads = self._make_pool()
+    def _renew(self) -> None:
+        """Replace a pool that miscounts its threads once nothing runs in it; the lock is held."""
+        if self._is_off and self._free == self._count:
+            self._pool.shutdown(wait=False)
+            self._pool, self._is_off = self._make_pool(), False
 
     def _note_end(self, tenant: str) -> None:
         """Count a thread as free again; the lock is held."""
@@ -122,9 +132,6 @@ class FairThreads:
         return next((tenant for tenant in self._waiting if self._running[tenant] < self._most), None)
 
     def _do(self, tenant: str, work: _Work) -> None:
-        with self._lock:
-            if work.is_refused:
-                return
         if work.future.set_running_or_notify_cancel():
             try:
                 work.future.set_result(work.run())

@@ -2,7 +2,8 @@
 
     python -m prefixtune.utils.supervise SOCKET BESIDE ... -- PROGRAM ...
 
-SOCKET is the file that the one beside listens on; at the end it is removed, and so is its folder if that is empty.
+SOCKET is the file that the one beside listens on; at the end it and its lock are removed, and so is their folder if
+that is empty.
 Signals are passed on to the program, and its exit code becomes that of this process. Neither outlives this process,
 however it ends. Imports nothing of the project, as it stays in memory as long as the program does.
 """
@@ -97,8 +98,8 @@ def supervise(program: Sequence[str], beside: Sequence[str], socket: str) -> int
 
 
 def _remove_with_folder(path: str) -> None:
-    """Remove a file, and its folder if nothing else is in it."""
-    for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
+    """Remove a socket's file and its lock (see `server.listener`), and their folder if nothing else is in it."""
+    for remove, what in ((os.unlink, path), (os.unlink, f"{path}.lock"), (os.rmdir, os.path.dirname(path))):
         with contextlib.suppress(OSError):
             remove(what)
 

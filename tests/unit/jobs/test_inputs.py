@@ -83,6 +83,11 @@ def test_the_prefix_to_go_on_from_stays_when_its_file_is_overwritten(
     # An upload never changes, and takes no room twice.
     assert train is not None
     assert train.samefile(rows)
+    # So the folder is still the one of the same request.
+    assert has_inputs(folder, files)
+    (tmp_path / "more").write_text("rows")
+    assert not has_inputs(folder, {**files, "train": (tmp_path / "more", ".jsonl")})
+    assert not has_inputs(folder, {"train": (rows, ".jsonl")})
 
 
 def test_nothing_is_left_of_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

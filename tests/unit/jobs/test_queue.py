@@ -223,9 +223,31 @@ def test_a_worker_gives_back_what_it_has_claimed_without_knowing_it(queue: JobQu
         release.set()
         wait_until(lambda: [queue.get(one).status for one in (own, lost)] == ["succeeded"] * 2)
         assert begun == ["own", "lost"]
+        # Claims that have ended are not remembered.
+        assert {job_id for job_id, _ in executor._begun} == {own, lost}
+        assert executor.give_back_lost(queue) == []
+        assert executor._begun == set()
     finally:
         release.set()
         executor.stop()
+
+
+def test_a_claim_that_begins_during_the_look_is_remembered(
+    queue: JobQueue, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = Executor(url, tmp_path / "workers", backbone="", capacity=1, run=lambda job, token: JobResult(name=""))
+    executor._begun.update({("old", "1"), ("runs", "2")})
+    claims = {("runs", "2"), ("begins", "3"), ("waits", "4")}
+
+    def look(worker: str) -> set[tuple[str, str]]:
+        # A thread begins one of them, and one that was claimed after the query.
+        executor._begun.update({("begins", "3"), ("later", "5")})
+        return set(claims)
+
+    monkeypatch.setattr(queue, "claims", look)
+    assert executor.give_back_lost(queue) == []
+    assert executor._begun == {("runs", "2"), ("begins", "3"), ("later", "5")}
+    assert executor._not_begun == {("waits", "4")}
 
 
 def test_a_worker_takes_over_what_a_dead_one_left(queue: JobQueue, url: str, tmp_path: Path) -> None:

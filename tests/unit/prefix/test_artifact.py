@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 from file_format import checksum_by_hand
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.validation import PrefixValidator
-from prefixtune.errors import BackboneError, CheckpointError, PrefixError
+from prefixtune.errors import BackboneError, CheckpointError, PrefixError, causes
 from prefixtune.inference.generate import generate
+from prefixtune.prefix import tensor_file
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.header import read_outline
 from prefixtune.prefix.prefix import Head, Prefix
@@ -192,11 +194,51 @@ def test_a_file_is_not_broken_where_no_more_can_be_opened(num_free: int, path: P
             os.close(descriptor)
     assert "cannot be read: Too many open files" in error.value.message
     assert is_unread(error.value)
+    assert error.value.hint == "try again."
+    assert [one.errno for one in causes(error.value) if isinstance(one, OSError)] == [errno.EMFILE]
     load_prefix(path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError) as error:
         load_prefix(path)
     assert not is_unread(error.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "reason"),
+    [
+        ("unable to mmap 80 bytes from file </a (1)/b>: Cannot allocate memory (12)", errno.ENOMEM, "Cannot allocate"),
+        (
+            "unable to open file </a: b>: Too many open files (24)\nException raised from x (y:1)",
+            errno.EMFILE,
+            "Too many",
+        ),
+        ("unable to read </a>: Nobody knows", None, "Nobody knows"),
+    ],
+)
+def test_what_torch_says_of_the_system_has_its_number(
+    said: str, code: int | None, reason: str, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(tensor_file, "safe_open", fail)
+    with pytest.raises(CheckpointError, match=f"cannot be read: {reason}") as error:
+        load_prefix(path)
+    assert [one.errno for one in causes(error.value) if isinstance(one, OSError)] == [code]
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [(errno.EMFILE, "try again."), (errno.ENOMEM, "try again."), (errno.EACCES, "check its permissions.")],
+)
+def test_the_hint_for_a_file_that_cannot_be_opened(code: int, hint: str, path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tensor_file, "open", fail, raising=False)
+    with pytest.raises(CheckpointError, match=os.strerror(code)) as error:
+        load_prefix(path)
+    assert error.value.hint == hint
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

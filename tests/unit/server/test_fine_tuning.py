@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 from asgi_client import send
 from openai_client import ask
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.errors import ConfigError
+from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.executor import Executor, JobFailedError
 from prefixtune.jobs.inputs import find_input
@@ -386,7 +386,7 @@ def test_training_goes_on_from_a_prefix(make_server: Callable[..., Any]) -> None
 
 
 def test_a_prefix_that_is_overwritten_in_its_place_is_not_the_job_s(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     app, state = make_server()
     path, other = state.store.folder / "a.safetensors", state.store.folder / "b.safetensors"
@@ -397,15 +397,43 @@ def test_a_prefix_that_is_overwritten_in_its_place_is_not_the_job_s(
     assert start is not None
     assert start.read_bytes() == before
 
-    def copy_of_both(source: Path, target: Path) -> None:
-        # Somebody writes another prefix there meanwhile, as `cp` does.
-        target.write_bytes(before[:-8] + other.read_bytes()[-8:])
-
+    save_prefix(tmp_path / "shorter.safetensors", read_artifact(other)[:2])
     jobs = left(state)
-    monkeypatch.setattr(shutil, "copyfile", copy_of_both)
-    refused = refusal(app, upload(state), model="a", own={"name": "next"})
-    assert (refused.status_code, refused.code) == (503, "model_not_served")
-    assert left(state) == jobs
+    # Somebody writes another prefix there meanwhile, as `cp` does: the next copy may be of one.
+    for copied in (
+        before[:-8] + other.read_bytes()[-8:],
+        before[:-8],
+        b"",
+        (tmp_path / "shorter.safetensors").read_bytes(),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "copyfile", lambda _, target, copied=copied: target.write_bytes(copied))
+            refused = refusal(app, upload(state), model="a", own={"name": "next"})
+        assert (refused.status_code, refused.code, refused.response.headers["retry-after"]) == (503, "busy", "5")
+        assert left(state) == jobs
+
+
+@pytest.mark.parametrize(
+    ("broken", "code"),
+    [
+        (lambda: OSError(24, "Too many open files"), "busy"),
+        (lambda: CheckpointError("it holds NaN."), "model_not_served"),
+    ],
+)
+def test_a_copy_that_cannot_be_read_now_is_asked_for_again(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, broken: Callable[[], Exception], code: str
+) -> None:
+    app, state = make_server()
+
+    def fail(path: Path) -> None:
+        raise CheckpointError(f"{path} cannot be read.") from broken()
+
+    monkeypatch.setattr(job_creation, "read_artifact", fail)
+    refused = refusal(app, upload(state), model="a")
+    assert (refused.status_code, refused.code) == (503, code)
+    assert ("retry-after" in refused.response.headers) == (code == "busy")
+    assert str(state.training.folder.root) not in refused.message
+    assert left(state) == ([], [])
 
 
 def test_only_who_may_have_a_prefix_goes_on_from_it(
@@ -483,6 +511,31 @@ def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
     assert create(app, file, extra_headers=header).id == job_id
     assert (folder.root / "mark").exists()
     assert find_input(folder, "train") is not None
+
+
+def test_the_same_request_gets_its_folder_though_the_prefix_to_go_on_from_was_overwritten(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    file, header = upload(state), {"Idempotency-Key": "once"}
+
+    def away(*_: Any) -> None:
+        raise QueueUnavailableError("the database of jobs cannot be reached.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixtune.jobs.queue.JobQueue.add", away)
+        assert refusal(app, file, model="a", extra_headers=header).status_code == 503
+    (job_id,), _ = left(state)
+    path = state.store.folder / "a.safetensors"
+    before = path.read_bytes()
+    prefix = read_artifact(path).detach()
+    save_prefix(path, Prefix(prefix.layers, {**prefix.header, "description": "another"}))
+    other = refusal(app, file, model="b", extra_headers=header)
+    assert (other.status_code, other.code) == (400, "idempotency_key_reused")
+    assert create(app, file, model="a", extra_headers=header).id == job_id
+    start = find_input(state.training.folder.job(job_id), "start")
+    assert start is not None
+    assert start.read_bytes() == before
 
 
 def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callable[..., Any]) -> None:

@@ -189,6 +189,31 @@ def test_a_copy_that_cannot_be_read_now_refuses_nothing(
     store.get("p")
 
 
+@pytest.mark.parametrize("where", ["prefixtune.prefix.tensor_file.open", "shutil.copyfile"])
+def test_why_a_file_cannot_be_read_now_is_logged_once_until_it_is(
+    where: str, tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    save("p")
+    store = PrefixStore(tmp_path, llama)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(24, "Too many open files", str(tmp_path))
+
+    for expected in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, fail, raising=False)
+            for _ in range(3):
+                with pytest.raises(PrefixError, match="cannot read"):
+                    store.get("p")
+        lines = [record for record in caplog.records if record.message == "prefix_unread"]
+        assert [record.levelname for record in lines] == ["WARNING"] * expected
+        assert [record.__dict__["fields"] for record in lines] == [
+            {"prefix": "p", "reason": "Too many open files"}
+        ] * expected
+        store.get("p")
+        store.cache.drop("p")
+
+
 def test_put_adds_and_replaces_a_file(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
     store = PrefixStore(tmp_path / "store", llama)
     source = save("upload", 1)

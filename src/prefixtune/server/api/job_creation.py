@@ -23,6 +23,7 @@ from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
 from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import path_of
+from prefixtune.prefix.tensor_file import TornFileError, is_unread
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, forbidden, storage_error, unavailable
@@ -337,7 +338,7 @@ def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
     """Read the folder's prefix, which may be of another file than the header that was known, or of two.
 
     Raises:
-        ApiError: The caller may not have it, or it is broken.
+        ApiError: The caller may not have it, it is broken, or it cannot be read now or was replaced.
     """
     start = find_input(folder, "start")
     if start is None:
@@ -345,9 +346,21 @@ def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
     try:
         # All of it: its checksum shows whether somebody wrote to the file while it was copied.
         header = read_artifact(start).header
-    except CheckpointError:
+    except CheckpointError as error:
+        context.log_fields["storage_error"] = error.message
+        if is_unread(error) or isinstance(error, TornFileError):
+            raise _busy_start(job) from None
         raise unavailable(f"the file of {job.model!r} is not served.", "model_not_served") from None
     _check_start(context, job.model, header)
+    asked = dict(site.split("=") for site in str(job.config["sites"]).split(","))
+    if asked != {site: str(length) for site, length in header["prefix_length"].items()}:
+        # Of another length than the file that the job was made for: training would fail.
+        raise _busy_start(job)
+
+
+def _busy_start(job: Job) -> ApiError:
+    message = f"the file of {job.model!r} cannot be read now, or is being replaced; try again later."
+    return unavailable(message, "busy", retry_after=5)
 
 
 def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tuple[Path, str]]:
@@ -365,4 +378,5 @@ def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tup
     stored = {file.id: file for file in inputs.files.values()}
     found = {name: stored[file_id] for name, file_id in ids.items() if file_id}
     links = {name: (training.files.path(file.owner, file.id), file.ending) for name, file in found.items()}
-    return links | ({"start": (inputs.start, inputs.start.suffix)} if inputs.start is not None else {})
+    # With its name: a later request with the same key may ask for another one.
+    return links | ({"start": (inputs.start, f".{inputs.start.name}")} if inputs.start is not None else {})

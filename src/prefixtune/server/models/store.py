@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
-from prefixtune.errors import CheckpointError, PrefixError, RequestError, did_you_mean
+from prefixtune.errors import CheckpointError, PrefixError, RequestError, causes, did_you_mean
 from prefixtune.prefix.folder import (
     FolderBusyError,
     Signature,
@@ -33,6 +33,7 @@ from prefixtune.prefix.folder import (
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import is_unread
+from prefixtune.server.logs import log
 from prefixtune.server.models.cache import CacheStats, PrefixCache
 from prefixtune.utils.files import atomic_path
 
@@ -107,6 +108,8 @@ class PrefixStore:
         self._lock = threading.Lock()
         # One thread at a time reads or writes files.
         self._file_lock = threading.Lock()
+        # Names whose files could not be read at the last try; changed under `_file_lock`.
+        self._unread: set[str] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -266,6 +269,10 @@ class PrefixStore:
             except CheckpointError as error:
                 self._refuse(name, known.signature, error.message)
                 raise
+            except PrefixError as error:
+                self._note_unread(name, error)
+                raise
+            self._unread.discard(name)
             self.cache.put(name, known.signature, prefix)
             return prefix
 
@@ -310,6 +317,13 @@ class PrefixStore:
                 # It may pass, so the file is not refused.
                 raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from error
             raise CheckpointError(self._without_paths(error.message), hint=error.hint) from error
+
+    def _note_unread(self, name: str, error: PrefixError) -> None:
+        """Log why a file cannot be read now, as clients are not told; once until it is read again."""
+        if name not in self._unread:
+            self._unread.add(name)
+            refused = (one.strerror or type(one).__name__ for one in causes(error) if isinstance(one, OSError))
+            log("prefix_unread", level=logging.WARNING, prefix=name, reason=next(refused, "unknown"))
 
     # --- changing the folder ------------------------------------------------------------------------------------------
 
@@ -422,6 +436,7 @@ class PrefixStore:
         """Drop all that is known of a name; the lock is held."""
         self._known.pop(name, None)
         self._refused.pop(name, None)
+        self._unread.discard(name)
         self.cache.drop(name)
 
     def _lookup(self, name: str) -> _Known:
