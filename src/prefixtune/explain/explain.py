@@ -111,6 +111,6 @@ def summarize(prefix: Prefix, backbone: Backbone, views: Sequence[View]) -> dict
     return {
         "backbone": backbone.name,
         "task": prefix.header.get("task"),
-        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+        "prefix_length": prefix.lengths,
         "views": {view.name: view.to_dict() for view in views},
     }

@@ -30,12 +30,7 @@ def start_view(subject: Subject) -> View:
     if subject.start is None:
         return View("start", left_out=subject.start_note)
     numbers: dict[str, Any] = {"start": subject.start_note, **_distances(subject.prefix, subject.start)}
-    same_lengths = {
-        name: other
-        for name, other in subject.controls.items()
-        if {site: other.length(site) for site in other.sites}
-        == {site: subject.prefix.length(site) for site in subject.prefix.sites}
-    }
+    same_lengths = {name: other for name, other in subject.controls.items() if other.lengths == subject.prefix.lengths}
     numbers["controls"] = {
         name: {key: _distances(other, subject.start)[key] for key in ("keys", "values")}
         for name, other in same_lengths.items()

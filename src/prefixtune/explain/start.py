@@ -43,7 +43,7 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
     if kind == "words" and text is None and "text" in stored:
         return None, "training started from words of which the file holds the beginning only."
     if kind == "words" and text is not None:
-        lengths = {site: prefix.length(site) for site in prefix.sites}
+        lengths = prefix.lengths
         return _like(prefix, from_words(backbone, text, lengths)), f"the words {text!r}"
     if kind == "examples":
         return _find_examples(backbone, prefix, stored, train)

@@ -74,7 +74,7 @@ def describe_tensors(prefix: Prefix) -> dict[str, Any]:
         kind = "infix"
     return {
         "sites": list(prefix.sites),
-        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+        "prefix_length": prefix.lengths,
         "positions": {site: _POSITIONS[kind if shifts and site == "decoder" else "encoder"] for site in prefix.sites},
         "geometry": {
             site: {

@@ -236,7 +236,7 @@ def _blend(
     prefixes: Sequence[Prefix], weights: Sequence[float], names: Sequence[str], mode: str, *, alone: bool = False
 ) -> Prefix:
     """The weighted sum of prefixes, in float32, and its header; `alone`: what it says is the first's alone."""
-    lengths = [{site: prefix.length(site) for site in prefix.sites} for prefix in prefixes]
+    lengths = [prefix.lengths for prefix in prefixes]
     for name, other in zip(names, lengths, strict=True):
         if other != lengths[0]:
             raise ConfigError(

@@ -179,7 +179,7 @@ def _entry(prefix: Prefix, name: str) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": name[:_LONGEST],
         "hash": content_hash(prefix),
-        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+        "prefix_length": prefix.lengths,
     }
     entry |= {key: str(header[key])[:_LONGEST] for key in _KEPT if header.get(key)}
     training = header.get("training")

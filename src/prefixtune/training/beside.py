@@ -160,7 +160,7 @@ class Beside:
             digest.update(b"|")
         return cls(
             [lambda prefix=prefix: prefix for prefix in prefixes],  # type: ignore[misc]
-            [{site: prefix.length(site) for site in prefix.sites} for prefix in prefixes],
+            [prefix.lengths for prefix in prefixes],
             rotation,
             digest.hexdigest(),
         )

@@ -218,7 +218,7 @@ class TrainLoop:
         self.most_positions = MOST_POSITIONS
         self.beside: Beside | None = None
         start = self.bake()
-        self.site_lengths = {} if start is None else {site: start.length(site) for site in start.sites}
+        self.site_lengths = {} if start is None else start.lengths
         check_storable({**self._header(), **({} if start is None else describe_tensors(start))})
 
     def _planned_steps(self, max_steps: int, epochs: float) -> int:

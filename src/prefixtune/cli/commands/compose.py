@@ -108,7 +108,7 @@ def compose(options: ComposeOptions) -> int:
     notes = _notes(prefixes[: len(options.files)], options.files, rotation)
     parts = composed.header["composition"]["parts"]
     if options.as_json:
-        lengths = {site: composed.length(site) for site in composed.sites}
+        lengths = composed.lengths
         print_json(
             {"output": options.output, "mode": options.mode, "prefix_length": lengths, "file_bytes": size}
             | {"parts": parts, "notes": notes}
@@ -141,7 +141,7 @@ def _common_start(console: Console, options: ComposeOptions, prefixes: list[Pref
             hint="name it: --start FILE.",
         )
     backbone = load_backbone_of(console, prefixes, options.files, options.backbone)
-    lengths = {site: prefixes[0].length(site) for site in prefixes[0].sites}
+    lengths = prefixes[0].lengths
     words = from_words(backbone, text, lengths)
     return Prefix(words.layers, {"backbone": prefixes[0].header.get("backbone")})
 

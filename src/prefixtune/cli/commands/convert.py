@@ -122,7 +122,7 @@ def _describe(prefix: Prefix) -> dict[str, Any]:
 
     return {
         "backbone": backbone_origin(prefix.header).name or None,
-        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+        "prefix_length": prefix.lengths,
         "parameters": prefix.num_parameters,
     }
 

@@ -66,7 +66,7 @@ def cut(options: CutOptions) -> int:
     exact = rotation is None or rotation.is_exact
     size = save_composed(Path(options.output), shorter)
     if options.as_json:
-        lengths = {site: shorter.length(site) for site in shorter.sites}
+        lengths = shorter.lengths
         print_json(
             {"output": options.output, "from": options.cut_from, "prefix_length": lengths, "exact": exact}
             | {"file_bytes": size}

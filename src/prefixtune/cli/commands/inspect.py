@@ -53,7 +53,7 @@ def inspect(options: InspectOptions) -> int:
         "file_bytes": path.stat().st_size,
         "tensor_bytes": prefix.num_bytes,
         "parameters": prefix.num_parameters,
-        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+        "prefix_length": prefix.lengths,
     }
     if options.as_json:
         print_json({"file": str(path), **sizes, "header": prefix.header, "layers": norms})
@@ -163,7 +163,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         tensors, header = load_weights(path)
         return header, {"parameters": sum(tensor.numel() for tensor in tensors.values()), "prefix_length": {}}
     prefix = load_prefix(path)
-    lengths = {site: prefix.length(site) for site in prefix.sites}
+    lengths = prefix.lengths
     return prefix.header, {"parameters": prefix.num_parameters, "prefix_length": lengths}
 
 

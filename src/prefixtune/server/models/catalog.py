@@ -321,7 +321,7 @@ class Catalog:
             "kind": "joined",
             "description": f"{len(joined.parts)} prefixes, joined in this order",
             "task": task if isinstance(task, str) else None,
-            "prefix_length": {site: prefix.length(site) for site in prefix.sites} if prefix else {},
+            "prefix_length": prefix.lengths if prefix else {},
         }
 
     def describe(self, name: str, caller: Caller) -> dict[str, Any]:
