@@ -38,8 +38,8 @@ class FairThreads:
     def __init__(self, count: int, name: str) -> None:
         self._most, self._count, self._name = count // 2, count, name
         self._pool = self._make_pool()
+        # Whether the pool has queued work without a thread, and counts one more than it has from then on.
         self._is_off = False
-        """Whether the pool has queued work without a thread, and counts one more than it has from then on."""
         self._free = count
         self._lock = threading.Lock()
         # The tenant who waits longest for a turn comes first.

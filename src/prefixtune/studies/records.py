@@ -471,14 +471,14 @@ def write_study(
         is_over_budget: Whether cells are left because the time was up.
         begins: This process begins now, after `check_same_study`: settings may have been corrected.
     """
-    if not begins and (stored := read_study(config)) is not None and not _is_current(config, stored):
+    before = (begun_study(config) if begins else read_study(config)) or {}
+    if before and not begins and not _is_current(config, before):
         # Another process has made it larger since this one began, or corrected it.
         return
     for cell in cells:
         if not (cell_folder(config, cell) / CELL_FILE).exists():
             write_cell(config, cell, "waiting", {})
     requeue(config, cells)
-    before = (begun_study(config) if begins else read_study(config)) or {}
     task, kind, backbones = TASKS[config.task], config.kind, ", ".join(config.backbones) or config.backbone
     left = [cell.id for cell in cells if cell_status(config, cell) == "waiting"]
     cut = describe_reductions(config, left, len(cells), is_over_budget=is_over_budget)

@@ -78,7 +78,8 @@ def _check_start(config: TrainConfig, loads_backbone: bool) -> None:
         raise no_start()
     prefix = load_prefix(config.init_prefix)
     # Without sites, the run trains all of the backbone's, and the prefix may lack one of them.
-    check_lengths(prefix.lengths, lengths_from(config, prefix.lengths))
+    wanted = config.site_lengths or dict.fromkeys(prefix.sites, config.prefix_length)
+    check_lengths(prefix.lengths, lengths_from(wanted, prefix.lengths))
     if loads_backbone:
         check_size(prefix, config.backbone)
 

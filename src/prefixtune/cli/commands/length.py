@@ -58,8 +58,11 @@ class LengthOptions(ConfigOptions, OutputOptions, TrainConfig):
             file = list(super().layers(given))
         values = {**(file[0].values if file else {}), **given}
         # Examples and a prefix have a length of their own.
-        starts = values.get("init_examples", "0") not in ("0", 0) or bool(values.get("init_prefix"))
-        starts = starts or values.get("initialization") in ("examples", "prefix")
+        starts = (
+            values.get("init_examples", "0") not in ("0", 0)
+            or values.get("initialization") == "examples"
+            or values.get("init_prefix")
+        )
         usual = Layer({name: value for name, value in USUAL.items() if not (starts and name == "prefix_length")})
         if "preset" not in given:
             return [usual, *file]

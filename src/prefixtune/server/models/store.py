@@ -108,7 +108,7 @@ class PrefixStore:
         self._lock = threading.Lock()
         # One thread at a time reads or writes files.
         self._file_lock = threading.Lock()
-        # Names whose files could not be read at the last try; changed under `_file_lock`.
+        # Names whose files could not be read at the last try.
         self._unread: set[str] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.compaction import evenly_spaced
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
 from prefixtune.training.starts.source import read_init_text
-from prefixtune.training.starts.start import Start, by_site, check_lengths
+from prefixtune.training.starts.start import Start, by_site, check_lengths, lengths_from
 from prefixtune.training.starts.text import from_text, text_ids
 from prefixtune.training.starts.words import check_words_fit, from_words, word_ids
 
@@ -78,7 +78,7 @@ def resolve_site_lengths(
         lengths = {site: length or tokens for site, length in lengths.items()}
     if config.initialization == "prefix" and not all(lengths.values()):
         known = (stored_start or {}).get("lengths") or load_prefix(config.init_prefix, backbone).lengths
-        lengths = {site: length or known.get(site, 0) for site, length in lengths.items()}
+        lengths = lengths_from(lengths, known)
         check_lengths(known, lengths)
     missing = [site for site in lengths if site not in backbone.geometry]
     if missing:

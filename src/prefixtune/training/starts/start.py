@@ -10,7 +10,6 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.config import TrainConfig
 
 __all__ = ["Start", "by_site", "check_lengths", "lengths_from"]
 
@@ -38,14 +37,13 @@ def by_site(backbone: Backbone, prefix_length: int | Mapping[Site, int]) -> dict
     return dict(prefix_length)
 
 
-def lengths_from(config: TrainConfig, actual: Mapping[Site, int]) -> dict[Site, int]:
+def lengths_from(wanted: Mapping[Site, int], actual: Mapping[Site, int]) -> dict[Site, int]:
     """P of each site of a run that starts from a prefix: what the run gives it, or else that of the prefix.
 
     Args:
-        config: The run.
+        wanted: What the run gives each site; 0: nothing.
         actual: P of each site of the prefix.
     """
-    wanted = config.site_lengths or dict.fromkeys(actual, config.prefix_length)
     return {site: length or actual.get(site, 0) for site, length in wanted.items()}
 
 
