@@ -67,14 +67,14 @@ def step(data: DataFolder, job: Job) -> int:
     return (progress or Progress(step=0, total_steps=0)).step
 
 
-def told_steps(data: DataFolder, job: Job) -> list[int]:
+def logged_steps(data: DataFolder, job: Job) -> list[int]:
     """The steps that the job's owner was told of: each as soon as it is taken, where progress is told now and then."""
     events = JobEvents(data.job(job.id)).read().events
     return [event.data["step"] for event in events if "train_loss" in event.data]
 
 
 def wait_for_step(data: DataFolder, job: Job, reached: int) -> None:
-    wait_until(lambda: max(told_steps(data, job), default=0) >= reached)
+    wait_until(lambda: max(logged_steps(data, job), default=0) >= reached)
 
 
 def is_free(data: DataFolder, job: Job) -> bool:
@@ -108,7 +108,7 @@ def test_a_job_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
     assert state.result is not None
     assert state.result.steps == KILLED_STEPS
     assert result(tmp_path, "killed") == result(tmp_path, "whole")
-    assert sorted(told_steps(data, job)) == list(range(1, KILLED_STEPS + 1))
+    assert sorted(logged_steps(data, job)) == list(range(1, KILLED_STEPS + 1))
 
 
 def test_two_workers_and_one_job(

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -491,17 +491,28 @@ def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..
     assert len(audit) == 2
 
 
-def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, state = make_server()
-    file, header = upload(state), {"Idempotency-Key": "once"}
+@pytest.fixture
+def database_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """A function: while its block runs, no job can be queued."""
 
     def away(*_: Any) -> None:
         raise QueueUnavailableError("the database of jobs cannot be reached.")
 
-    with monkeypatch.context() as patched:
-        patched.setattr("prefixtune.jobs.queue.JobQueue.add", away)
+    @contextmanager
+    def block() -> Iterator[None]:
+        with monkeypatch.context() as patched:
+            patched.setattr("prefixtune.jobs.queue.JobQueue.add", away)
+            yield
+
+    return block
+
+
+def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
+    make_server: Callable[..., Any], database_away: Callable[[], AbstractContextManager[None]]
+) -> None:
+    app, state = make_server()
+    file, header = upload(state), {"Idempotency-Key": "once"}
+    with database_away():
         assert refusal(app, file, extra_headers=header).status_code == 503
     (job_id,), _ = left(state)
     folder = state.training.folder.job(job_id)
@@ -514,16 +525,11 @@ def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
 
 
 def test_the_same_request_gets_its_folder_though_the_prefix_to_go_on_from_was_overwritten(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_server: Callable[..., Any], database_away: Callable[[], AbstractContextManager[None]]
 ) -> None:
     app, state = make_server()
     file, header = upload(state), {"Idempotency-Key": "once"}
-
-    def away(*_: Any) -> None:
-        raise QueueUnavailableError("the database of jobs cannot be reached.")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("prefixtune.jobs.queue.JobQueue.add", away)
+    with database_away():
         assert refusal(app, file, model="a", extra_headers=header).status_code == 503
     (job_id,), _ = left(state)
     path = state.store.folder / "a.safetensors"

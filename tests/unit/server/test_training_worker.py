@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,14 @@ from prefixtune.server.training import Training
 from prefixtune.server.training_worker import TrainingWorker, start_worker
 from prefixtune.utils.supervise import RestartPauses
 
+# Ends, while what it has started holds its output.
+LEAVING = """
+import os, subprocess, sys
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(os.environ["STARTS"], "a").write(f"{left.pid}\\n")
+print("said", flush=True)
+sys.exit(3)
+"""
 # A worker that notes its start, and lives as long as its parent.
 LIVING = """
 import os, sys
@@ -94,6 +103,40 @@ def test_a_worker_is_started_when_a_job_waits_and_stops_with_the_server(supervis
     worker.stop(10.0)
     assert not exists(pid)
     assert supervised.events() == ["worker_started", "worker_ended"]
+
+
+def test_a_worker_whose_child_holds_its_output_is_started_again(supervised: Supervised) -> None:
+    worker = supervised.start(LEAVING, lambda: True)
+    until(lambda: len(supervised.pids()) >= 2, 30)
+    died = supervised.of("worker_died")[0]
+    assert (died["code"], died["reason"]) == (3, "said")
+    began = time.monotonic()
+    worker.stop(10.0)
+    assert time.monotonic() - began < 10.0
+    assert not supervised.of("worker_killed")
+    for pid in supervised.pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_thread_that_does_not_start_ends_no_supervision(
+    supervised: Supervised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failed = threading.Thread.start, list[str]()
+
+    def fail_once(thread: threading.Thread) -> None:
+        if "_read_output" in thread.name and not failed:
+            failed.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    worker = supervised.start(LIVING, lambda: True)
+    until(lambda: supervised.of("worker_started"), 30)
+    assert failed
+    assert [died["reason"] for died in supervised.of("worker_died")] == ["can't start new thread"]
+    until(supervised.pids, 30)
+    worker.stop(10.0)
+    assert len(supervised.of("worker_ended")) == 1
 
 
 def test_jobs_that_wait_at_the_start_are_found(supervised: Supervised) -> None:
