@@ -397,9 +397,9 @@ def test_the_keyboard_is_enough(page: Browser) -> None:
     page.press("Enter", 13)
     says(page, "job-title", "by-keyboard")
     # The new job has the focus, and is named by its title.
-    assert page.value("document.activeElement.id") == "job"
+    page.until("document.activeElement.id === 'job'")
     click(page, "actions", "Cancel")
-    assert page.value("document.activeElement.id") == "sure-no"
+    page.until("document.activeElement.id === 'sure-no'")
     click(page, "sure-yes")
     says(page, "job-said", "Cancelled.")
 
