@@ -136,7 +136,11 @@ const jobs = (() => {
     if (state.id !== id) state.status = "";
     state.id = id;
     history.replaceState(null, "", `#${id}`);
-    if (focus) at("job").focus({ preventScroll: false });
+    if (focus) {
+      // Of the first job it is still hidden, and would not get the focus.
+      at("job").hidden = false;
+      at("job").focus({ preventScroll: false });
+    }
   }
 
   // --- one job ---
