@@ -165,7 +165,9 @@ def test_a_prefix_and_an_adapter_train_together(
     num_adapter = sum(p.numel() for p in backbone.adapter_parameters.values())
     assert result.num_trained > num_adapter > 0
     assert f"{num_adapter:,} of them in the backbone's adapter" in capsys.readouterr().err
-    again = load_backbone(folder, device="cpu", adapter=tmp_path / "run" / "adapter")
+    stored = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert stored == [result.prefix.header["adapter"]]
+    again = load_backbone(folder, device="cpu", adapter=tmp_path / "run" / stored[0])
     loaded = pt.load_prefix(result.path, again)
     with torch.no_grad():
         one = again.forward(IDS, prefixes=loaded).logits

@@ -145,12 +145,6 @@ def load_backbone(
         raise ConfigError(
             f"quantize = {quantize!r} cannot be combined with device_map or an adapter.", hint="leave one of them out."
         )
-    if adapter is not None and adapter_rank:
-        raise ConfigError(
-            f"adapter = {str(adapter)!r} and adapter_rank = {adapter_rank}, but a backbone has one adapter, a stored "
-            "or a new one.",
-            hint="leave adapter_rank out; train_adapter trains the stored adapter further.",
-        )
     model, tokenizer, unused = read_checkpoint(name, source, options, target_dtype, spread)
     model = model if spread else model.to(target_device)
     peft_model = None
@@ -232,6 +226,12 @@ def _resolve(
                 hint="merge one of them into its base model first.",
             )
         base, adapter = base_model_name(Path(name)), name
+    if adapter is not None and adapter_rank:
+        raise ConfigError(
+            f"adapter = {str(adapter)!r} and adapter_rank = {adapter_rank}, but a backbone has one adapter, a stored "
+            "or a new one.",
+            hint="leave adapter_rank out; train_adapter trains the stored adapter further.",
+        )
     if adapter is not None:
         if Path(adapter).is_dir():
             adapter_config(adapter)
