@@ -56,6 +56,18 @@ def test_a_memory_comes_near_the_model_that_sees_the_document(backbone: Backbone
     assert result.report["recovered"]["kl"] > 0.9
 
 
+def test_a_memory_that_starts_from_a_prefix_is_as_long(
+    backbone: Backbone, options: dict[str, Any], tmp_path: Path
+) -> None:
+    (first,) = quiet(backbone, **options)
+    again = {name: value for name, value in options.items() if name not in ("prefix_length", "initialization")}
+    again |= {"init_prefix": str(first.path), "output": str(tmp_path / "again"), "max_steps": 1}
+    (second,) = quiet(backbone, **again)
+    assert second.prefix.lengths == first.prefix.lengths == {"decoder": options["prefix_length"]}
+    with pytest.raises(ConfigError, match="prefix to start from has length"):
+        quiet(backbone, **{**again, "output": str(tmp_path / "other"), "prefix_length": options["prefix_length"] + 1})
+
+
 def test_the_header_asks_as_the_training_did(backbone: Backbone, options: dict[str, Any]) -> None:
     (result,) = quiet(backbone, **options)
     text_format = read_text_format(result.prefix.header)

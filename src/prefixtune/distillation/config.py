@@ -78,7 +78,12 @@ class DistillConfig(TrainConfig):
     )
     answer_length: int = _teaching(64, ge=1, le=4096, description="most tokens of an answer that the teacher writes")
 
-    prefix_length: int = _prefix(64, ge=1, description="P, the number of positions of the memory")
+    prefix_length: int = _prefix(
+        64,
+        ge=0,
+        description="P, the number of positions of the memory; 0: as long as the prefix to start from (the default for "
+        "one)",
+    )
     initialization: Literal["words", "text", "random", "prefix"] = _prefix(
         "text",
         description="start from: text: the document's or the prompt's own keys and values, brought to P positions; "
@@ -96,8 +101,9 @@ class DistillConfig(TrainConfig):
     @model_validator(mode="before")
     @classmethod
     def _imply(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """A prefix implies a start from it."""
-        return {"initialization": "prefix", **values} if values.get("init_prefix") else values
+        """A prefix implies a start from it, and has a length of its own."""
+        starts = values.get("init_prefix") and values.get("initialization", "prefix") == "prefix"
+        return {"initialization": "prefix", "prefix_length": 0, **values} if starts else values
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: what has to be learned, and what goes with it."""
@@ -124,6 +130,9 @@ class DistillConfig(TrainConfig):
             yield ("data", "prompt", "teacher"), "data is empty, but a prompt or a teacher needs inputs to answer"
         if self.document and self.test == SELF:
             yield ("test",), "test is 'self', but held-out questions are read from a file: only questions are made"
+        if self.prefix_length == 0 and self.initialization == "text":
+            message = "prefix_length is 0, but must be at least 1: a memory is to be shorter than its text"
+            yield ("prefix_length", "initialization"), message
         if not self.kinds:
             yield ("kinds",), "kinds names no kind of question"
         elif "paraphrase" in self.kinds and "fact" not in self.kinds:

@@ -12,6 +12,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, check_output, read_jobs
 from prefixtune.distillation.lesson import Lesson
@@ -28,6 +29,7 @@ from prefixtune.training.data import TrainData
 from prefixtune.training.distributed import is_main_process
 from prefixtune.training.folder import STATE_FILE, Event
 from prefixtune.training.progress import show_training
+from prefixtune.training.starts.start import lengths_from
 from prefixtune.training.train import TrainResult, train, train_together
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import write_text
@@ -113,6 +115,7 @@ def distill(
         stored_distillation(config.output)
     console = Console(quiet=not progress)
     jobs = read_jobs(config, resume=resume, loads_backbone=backbone is None)
+    config = _with_lengths(config)
     student = _load(config, console) if backbone is None else as_backbone(backbone)
     check_student(config, student, jobs)
     teachers = Teachers(config, student, console)
@@ -138,6 +141,16 @@ def distill(
         # A later `resume` without options goes on as this one did.
         write_text(root / CONFIG_FILE, config.to_toml())
     return finished
+
+
+def _with_lengths(config: DistillConfig) -> DistillConfig:
+    """The configuration with the lengths of the prefix to start from, where it gives none."""
+    if config.initialization != "prefix" or config.prefix_length:
+        return config
+    actual = load_prefix(config.init_prefix).lengths
+    lengths = lengths_from(config.site_lengths or dict.fromkeys(actual, 0), actual)
+    sites = ",".join(f"{site}={length}" for site, length in lengths.items())
+    return config.replace(prefix_length=max(lengths.values()), sites=sites)
 
 
 def _make_plans(

@@ -79,4 +79,8 @@ def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt: dict[
         DistillConfig(data="inputs.jsonl", **of_prompt, initialization="examples")
     assert "initialization is 'examples'" in caught.value.message
     assert "prefix_length" not in caught.value.message
-    assert DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p").initialization == "prefix"
+    started = DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p")
+    assert (started.initialization, started.prefix_length) == ("prefix", 0)
+    assert DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p", prefix_length=5).prefix_length == 5
+    with pytest.raises(ConfigError, match="a memory is to be shorter than its text"):
+        DistillConfig(data="inputs.jsonl", **of_prompt, prefix_length=0)

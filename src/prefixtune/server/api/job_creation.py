@@ -348,19 +348,21 @@ def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
         header = read_artifact(start).header
     except CheckpointError as error:
         context.log_fields["storage_error"] = error.message
-        if is_unread(error) or isinstance(error, TornFileError):
-            raise _busy_start(job) from None
+        if is_unread(error):
+            raise _busy_start(job, "cannot be read now") from None
+        if isinstance(error, TornFileError):
+            # Copied while somebody wrote to it, or damaged: a later request finds out.
+            raise _busy_start(job, "is being replaced, or is damaged and has to be stored again") from None
         raise unavailable(f"the file of {job.model!r} is not served.", "model_not_served") from None
     _check_start(context, job.model, header)
     asked = dict(site.split("=") for site in str(job.config["sites"]).split(","))
     if asked != {site: str(length) for site, length in header["prefix_length"].items()}:
         # Of another length than the file that the job was made for: training would fail.
-        raise _busy_start(job)
+        raise _busy_start(job, "is being replaced")
 
 
-def _busy_start(job: Job) -> ApiError:
-    message = f"the file of {job.model!r} cannot be read now, or is being replaced; try again later."
-    return unavailable(message, "busy", retry_after=5)
+def _busy_start(job: Job, reason: str) -> ApiError:
+    return unavailable(f"the file of {job.model!r} {reason}; try again later.", "busy", retry_after=5)
 
 
 def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tuple[Path, str]]:
