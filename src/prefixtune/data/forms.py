@@ -190,12 +190,14 @@ def _unknown_form(row: Mapping[str, Any], location: str) -> DataError:
     for columns, hint in _REFUSED.items():
         if all(column in row for column in columns):
             return DataError(message, hint=hint)
+    named = "name the columns, as in --source '{name} is {food}' --target text."
     names = {name for one in FORMS.values() for group in one.columns for name in group}
     for column in list(map(str, row))[:_MAX_SHOWN]:
         guess = did_you_mean(column.lower(), names)
         if guess.startswith("did you mean") and column not in names:
-            return DataError(message, hint=f"{guess.removesuffix('?')} by the column {column[:40]!r}? Rename it.")
-    return DataError(message, hint="name the columns, as in --source '{name} is {food}' --target text.")
+            meant = f"{guess.removesuffix('?')} by the column {column[:40]!r}? Rename it, or"
+            return DataError(message, hint=f"{meant} {named}")
+    return DataError(message, hint=named)
 
 
 def _listed(row: Mapping[str, Any]) -> str:

@@ -92,7 +92,7 @@ class DistillConfig(TrainConfig):
     beside: str = _prefix(
         "",
         description="to be joined later: other prefixes stand beside this one at random while it trains: a file, a "
-        "folder of files or runs, or self (the other documents of the folder)",
+        "folder of files or runs, hub:OWNER/NAME, or self (the other documents of the folder)",
     )
     max_steps: int = _training(150, ge=0, description="optimizer steps; 0: those of the epochs")
     output: str = _output("runs/memory", description="folder of the run; of several documents: one folder in it each")

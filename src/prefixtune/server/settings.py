@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from prefixtune.engine.config import MAX_SLOTS
 from prefixtune.jobs.config import (
     DATA_FOLDER,
     DATA_FOLDER_HELP,
@@ -108,7 +109,7 @@ class ServeConfig(Config):
     reload_seconds: float = _model(
         0.0,
         ge=0,
-        description="seconds between looks for new and replaced files; 0: on POST /admin/reload and, where jobs are "
+        description="seconds between checks for new and replaced files; 0: on POST /admin/reload and, where jobs are "
         "trained, when a file comes or goes",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
@@ -153,7 +154,7 @@ class ServeConfig(Config):
         True, description="serve pages: to try things on, at /; to train, at /train; this interface, at /docs"
     )
 
-    num_slots: _Size = _engine(32, description="texts that are generated at once")
+    num_slots: int = _engine(32, ge=1, le=MAX_SLOTS, description="texts that are generated at once")
     max_length: _Number = _engine(
         0, description="most positions of a text, prefix included; 0: as many as the backbone has"
     )

@@ -243,7 +243,7 @@ class TrainConfig(Config):
     beside: str = _prefix(
         "",
         description="to be joined later: other prefixes stand beside this one at random while it trains: a file, a "
-        "folder of files or runs, or self (the runs of --together)",
+        "folder of files or runs, hub:OWNER/NAME, or self (the runs of --together)",
     )
     beside_rate: float = _prefix(0.5, gt=0, le=1, description="share of the steps in which others stand beside")
     beside_most: int = _prefix(3, ge=1, le=100, description="most others that stand beside in a step")

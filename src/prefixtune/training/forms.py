@@ -75,7 +75,8 @@ def check_texts_alone(config: TrainConfig) -> None:
     if config.form == "text" and config.trains_prefix and config.initialization == "examples":
         raise ConfigError(
             "initialization is 'examples', but texts alone are no solved examples.",
-            hint="start from words, or from a text: --initialization text --init-text @FILE.",
+            hint="start from words (without --preset quick, which starts from examples), or from a text: "
+            "--initialization text --init-text @FILE.",
         )
 
 

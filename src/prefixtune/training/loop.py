@@ -284,6 +284,7 @@ class TrainLoop:
         return {
             "event": "start",
             "total_steps": self.state.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
             "num_sources": self.data.train.num_sources,
             "num_targets": self.data.train.num_targets,
             "num_cut": self.data.train.num_truncated,

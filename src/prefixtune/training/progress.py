@@ -62,8 +62,11 @@ def _describe(event: Event) -> str:
         if unpacked := event.get("num_unpacked"):
             cut += f", the turns of {unpacked:,} conversations computed separately"
         adapter = f", {event['num_adapter']:,} of them in the backbone's adapter" if event.get("num_adapter") else ""
+        total, epoch = event["total_steps"], event["steps_per_epoch"]
+        share = f", of which {total:,} steps read {total / epoch:.0%}" if total < epoch else ""
+        targets = f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{share}{cut}"
         return (
-            f"{_describe_prefix(event)}{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
+            f"{_describe_prefix(event)}{targets}; "
             f"{event['num_trained']:,} parameters train{adapter}, {event['num_stored']:,} are stored; "
             f"{event['dtype']} on {event['device']}{_describe_patience(event)}"
         )
