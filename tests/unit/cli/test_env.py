@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +42,31 @@ def test_it_names_versions_devices_and_folders(monkeypatch: pytest.MonkeyPatch) 
     text, _ = run("env")
     assert "  cache: /somewhere\n" in text
     assert f"  prefixtune: {prefixtune.__version__}\n" in text
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_of_a_checkout_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "src" / "prefixtune" / "__init__.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(prefixtune, "__file__", str(file))
+    assert "commit" not in facts()["versions"]
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    git("tag", "v1")
+    commit = git("rev-parse", "HEAD")
+    assert facts()["versions"]["commit"] == commit
+    file.write_text("changed")
+    assert facts()["versions"]["commit"] == f"{commit}+"
 
 
 def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

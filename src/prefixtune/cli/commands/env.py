@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
+import prefixtune
 from prefixtune import __version__
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import CommandOptions, command, json_option
@@ -49,7 +51,12 @@ def env(options: EnvOptions) -> int:
     It holds no key and no token.
     """
     facts: dict[str, Any] = {
-        "versions": {"prefixtune": __version__, "python": platform.python_version(), **_versions(_CORE)},
+        "versions": {
+            "prefixtune": __version__,
+            **_known(_commit),
+            "python": platform.python_version(),
+            **_versions(_CORE),
+        },
         "extras": {extra: _versions(names) for extra, names in _extras().items()},
         "machine": {"platform": platform.platform(), **_known(describe_machine)},
         "torch": _known(_torch),
@@ -72,6 +79,16 @@ def _known(read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         return dict(read())
     except Exception as error:
         return {"unknown": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _commit() -> dict[str, str]:
+    """The commit of a checkout, with `+` where files were changed since; empty: the package is not in one."""
+    root = Path(prefixtune.__file__).resolve().parents[2]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return {}
+    arguments = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=10, check=False)
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str]:
