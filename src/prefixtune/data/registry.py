@@ -83,6 +83,15 @@ class Task:
     iterate: Callable[[Path, str | None, str | None], Iterator[Example]] | None = None
     merges: bool = False
 
+    @property
+    def targets_hint(self) -> str:
+        """What to do about data without targets."""
+        if self.takes_columns:
+            return "name the target column (--target), or a file with references."
+        names = [name for name in self.release.get("test", ()) if "*" not in name]
+        example = f", such as {names[0]}" if names else ""
+        return f"name the file with references{example}."
+
 
 def read_task(
     task: str,
@@ -291,7 +300,8 @@ def _read_records(path: Path, source: str | None, target: str | None) -> list[Ex
     if source is None:
         raise ConfigError(
             f"target is {target!r}, but there is no source.",
-            hint="give source, a column's name or text with {column} in it; or neither, and the form is recognized.",
+            hint="give source too, a column's name or text with {column} in it; or leave target out, and the form is "
+            "recognized.",
         )
     return read_records(path, source, target)
 

@@ -24,6 +24,8 @@ from prefixtune.utils.writable import check_writable
 __all__ = ["DECODED_FILE", "Decoded", "decode", "read_decoded"]
 
 DECODED_FILE = "decoded.jsonl"
+_OF_SAMPLING_ONLY = ("batch_size", "cache", "compile", "seed")
+"""Settings that outputs depend on only if they are sampled."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,13 @@ def _digest(
     text_format: TextFormat | None,
     config: GenerateConfig,
 ) -> str:
-    """Identifies what the outputs depend on: model, prefix, texts and settings."""
+    """Identifies what the outputs depend on: model, prefix, texts and settings.
+
+    How many texts run at once, and how, changes no output that is not sampled; so an evaluation that ran out of memory
+    goes on with smaller batches.
+    """
+    if config.temperature == 0:
+        config = config.replace(**{name: config.default(name) for name in _OF_SAMPLING_ONLY})
     facts = {
         **model_facts(backbone),
         "format": None if text_format is None else text_format.to_dict(),

@@ -142,12 +142,17 @@ def evaluate(
     return dataclasses.replace(outcome, num_truncated=len(truncated))
 
 
-def check_examples(examples: Sequence[Example], protocol: str = "plain") -> None:
+def check_examples(
+    examples: Sequence[Example],
+    protocol: str = "plain",
+    hint: str = "name the target column, or a file with references.",
+) -> None:
     """Refuse examples that cannot be scored, before any decoding.
 
     Args:
         examples: To evaluate on.
         protocol: As in `evaluate`.
+        hint: What to do about an example without a target.
 
     Raises:
         DataError: There is no example, or one has no target, or under this protocol no reference.
@@ -156,9 +161,7 @@ def check_examples(examples: Sequence[Example], protocol: str = "plain") -> None
         raise DataError("there is no example to evaluate on.", hint="check the file.")
     for number, example in enumerate(examples, start=1):
         if not any(target.strip() for target in example.targets):
-            raise DataError(
-                f"example {number} ({example.source[:60]!r}) has no target.", hint="name the target column."
-            )
+            raise DataError(f"example {number} ({example.source[:60]!r}) has no target.", hint=hint)
         if not any(text.strip() for text in references_of(example, protocol)):
             raise DataError(
                 f"the references of example {number} ({example.source[:60]!r}) by the protocol {protocol!r} are blank "

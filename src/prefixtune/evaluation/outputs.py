@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from prefixtune.data.examples import Example
 from prefixtune.data.files import check_file
 from prefixtune.data.parsing import LocatedRow, json_lines
-from prefixtune.data.streams import MAX_FILE_BYTES, empty_file, text_pieces
+from prefixtune.data.streams import MAX_FILE_BYTES, empty_file, shown, text_pieces
 from prefixtune.errors import DataError, short_repr
 
-__all__ = ["Output", "check_sources", "read_outputs"]
+__all__ = ["Output", "check_sources", "check_texts", "read_outputs"]
 
 
 class Output(NamedTuple):
@@ -22,7 +22,7 @@ class Output(NamedTuple):
     Attributes:
         text: What the system wrote.
         source: That of its example, where the row names it.
-        location: Of its row, for messages.
+        location: Of its row, for messages; empty: it is a line of text.
     """
 
     text: str
@@ -44,7 +44,7 @@ def read_outputs(path: Path) -> list[Output]:
     if not text:
         raise empty_file(path, "one output")
     name = path.name.lower().removesuffix(".gz")
-    if name.endswith(".jsonl") or _has_output(text.lstrip().partition("\n")[0]):
+    if name.endswith(".jsonl") or "output" in (_as_object(text.lstrip().partition("\n")[0]) or {}):
         return [_as_output(row) for row in _in_order(list(json_lines([text], path)))]
     if name.endswith(".json"):
         raise DataError(
@@ -53,6 +53,20 @@ def read_outputs(path: Path) -> list[Output]:
         )
     # Only "\n" ends a line; the one after the last line adds no empty output.
     return [Output(line.removesuffix("\r")) for line in text.removesuffix("\n").split("\n")]
+
+
+def check_texts(path: Path, outputs: Sequence[Output], examples: Sequence[Example]) -> None:
+    """Refuse lines of text that are JSON objects, if no target is one: rows of a file without the key `output`.
+
+    Raises:
+        DataError: They are.
+    """
+    lines = [(number, output.text) for number, output in enumerate(outputs, start=1) if output.text.strip()]
+    if not lines or outputs[0].location or any(_as_object(line) is None for _, line in lines):
+        return
+    if all(_as_object(target) is None for example in examples for target in example.targets):
+        number, line = lines[0]
+        _as_output((f"{shown(path)}, line {number}", _as_object(line) or {}))
 
 
 def check_sources(outputs: Sequence[Output], examples: Sequence[Example]) -> None:
@@ -70,12 +84,15 @@ def check_sources(outputs: Sequence[Output], examples: Sequence[Example]) -> Non
             )
 
 
-def _has_output(line: str) -> bool:
+def _as_object(line: str) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None: it holds none."""
+    if not line.lstrip().startswith("{"):
+        return None
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and "output" in value
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _in_order(rows: list[LocatedRow]) -> list[LocatedRow]:

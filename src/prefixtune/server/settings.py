@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from prefixtune.engine.config import MAX_SLOTS
 from prefixtune.jobs.config import (
     DATA_FOLDER,
     DATA_FOLDER_HELP,
@@ -154,7 +153,8 @@ class ServeConfig(Config):
         True, description="serve pages: to try things on, at /; to train, at /train; this interface, at /docs"
     )
 
-    num_slots: int = _engine(32, ge=1, le=MAX_SLOTS, description="texts that are generated at once")
+    # The engine's own limit, whose module would load torch.
+    num_slots: int = _engine(32, ge=1, le=65_536, description="texts that are generated at once")
     max_length: _Number = _engine(
         0, description="most positions of a text, prefix included; 0: as many as the backbone has"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from command_line import call
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.evaluation.metrics import METRICS, Unavailable
 
 ITEMS = [
     {"mr": "name[Aromi]", "references": ["Aromi is a pub.", "There is a pub called Aromi."]},
@@ -126,6 +128,19 @@ def test_json_lines_on_standard_input(
     assert run_json(capsys, *options, "--hypotheses=-") == wanted
 
 
+@pytest.mark.parametrize("key", ["prediction", "source"])
+def test_rows_without_outputs_are_refused_whatever_the_file_is_called(
+    references: str, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+):
+    rows = as_lines([{key: text} for text in OUTPUTS])
+    options = ("--task", "e2e", "--references", references, "--metrics", "bleu", "--hypotheses")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
+    for name in (write(tmp_path / "out.txt", rows), write(tmp_path / "out.jsonl", rows), "-"):
+        with pytest.raises(DataError, match=r"(out\.\w+|stdin), line 1: 'output' is None") as caught:
+            run(*options, name)
+        assert '{"output": "..."}' in caught.value.hint
+
+
 def test_texts_that_are_json_are_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     answers = ['{"food": "pizza"}', '{"food": "soup"}']
     rows = [{"prompt": name, "completion": answer} for name, answer in zip(("a", "b"), answers, strict=True)]
@@ -177,6 +192,64 @@ def test_intervals_and_a_second_system(
     shown = capsys.readouterr().out
     assert "approximate randomization" in shown
     assert " to " in shown
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_metric_that_one_system_lacks_is_left_out_of_both(
+    references: str, hypotheses: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fails: int
+):
+    calls = iter(range(2))
+
+    def measure(texts: Any) -> Any:
+        if next(calls) == fails:
+            raise Unavailable("java stopped", "try again")
+        return METRICS["ter"].measure(texts)
+
+    monkeypatch.setitem(METRICS, "chrf", dataclasses.replace(METRICS["chrf"], measure=measure))
+    options = ("--task", "e2e", "--protocol", "plain", "--references", references, "--samples", "20")
+    result = run_json(capsys, *options, "--hypotheses", hypotheses, "--against", hypotheses)
+    assert result["left_out"] == {"chrf": "java stopped; try again"}
+    for part in (result["scores"], result["against"]["scores"], result["against"]["comparison"]):
+        assert list(part) == ["bleu", "ter"]
+
+
+def test_the_first_examples_alone_are_scored(
+    references: str, hypotheses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ("--task", "e2e", "--references", references, "--metrics", "ter", "--hypotheses")
+    first = write(tmp_path / "first.txt", "".join(f"{line}\n" for line in OUTPUTS[:2]))
+    with pytest.raises(DataError, match=r"has 2 outputs, but .* has 3 examples") as caught:
+        run(*options, first)
+    assert "--limit 2" in caught.value.hint
+    found = run_json(capsys, *options, first, "--limit", "2")
+    assert found["num_examples"] == 2
+    assert found == run_json(capsys, *options, hypotheses, "--limit", "2"), "outputs may also be of all examples"
+    assert found["scores"]["ter"] != run_json(capsys, *options, hypotheses, "--limit", "0")["scores"]["ter"]
+    with pytest.raises(DataError, match="has 2 outputs"):
+        run(*options, first, "--limit", "1")
+
+
+def test_standard_input_is_one_file(references: str, hypotheses: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in OUTPUTS)))
+    options = ("--task", "e2e", "--metrics", "bleu", "--hypotheses", "-")
+    for more, says in (
+        (("--references", references, "--against", "-"), "--hypotheses and --against cannot all be -"),
+        (("--references", "-"), "--hypotheses and --references cannot all be -"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            run(*options, *more)
+
+
+def test_standard_input_is_called_so(
+    references: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    options = ("--task", "e2e", "--references", references, "--metrics", "bleu", "--hypotheses=-")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in OUTPUTS)))
+    assert run(*options) == 0
+    assert "3 outputs of stdin" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
+    with pytest.raises(DataError, match="stdin has 1 outputs"):
+        run(*options)
 
 
 def test_groups_are_scored_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -242,8 +315,18 @@ def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert list(run_json(capsys, *options, "--metrics", "accuracy")["scores"]) == ["accuracy"]
     with pytest.raises(ConfigError, match="no metric 'bleu' for this task"):
         run(*options, "--metrics", "bleu")
-    with pytest.raises(ConfigError, match="--intervals is for texts"):
-        run(*options, "--intervals")
+    for more in (
+        ("--intervals",),
+        ("--against", hypotheses),
+        ("--protocol", "e2e"),
+        ("--samples", "50"),
+        ("--seed", "1"),
+        ("--weights", "bertscore=m"),
+    ):
+        with pytest.raises(ConfigError, match=f"{more[0]} is for texts, but the task 'classification'"):
+            run(*options, *more)
+    with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist\..* --intervals, --samples are for texts"):
+        run(*options, "--intervals", "--samples", "50", "--hypotheses", str(tmp_path / "nowhere.txt"))
 
     rows = [{"tokens": ["to", "Rome", "now"], "tags": ["O", "B-PLACE", "O"]}]
     tags = write(tmp_path / "tags.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -86,8 +86,28 @@ def test_json_lines_and_gzip_give_the_same(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "id,meaning_representation,human_reference\n1,name[B],One.\n2,name[B],Two.\n"),
+        (
+            "a.jsonl",
+            '{"meaning_representation": "name[B]", "human_reference": "One."}\n'
+            '{"gem_id": "2", "meaning_representation": "name[B]", "target": "Two.", "references": []}\n',
+        ),
+        ("b.jsonl", '{"meaning_representation": "name[B]", "target": "One.", "references": ["One.", "Two."]}\n'),
+    ],
+)
+def test_files_may_have_the_columns_of_the_hubs_sets(tmp_path: Path, name: str, text: str):
+    (example,) = read_e2e(write(tmp_path / name, text))
+    assert (example.source, example.targets, example.fields) == ("name : B", ("One.", "Two."), {"mr": "name[B]"})
+    bare = write(tmp_path / "bare.csv", "meaning_representation\nname[B]\n")
+    assert read_e2e(bare)[0].targets == ()
+
+
+@pytest.mark.parametrize(
     ("name", "text", "says"),
     [
+        ("a.csv", "meaning_representation,human\nname[B],x\n", "line 2: no column 'ref'"),
         ("a.csv", "mr,ref\nname[B],x\nBlue Spice,y\n", "line 3: meaning representation 'Blue Spice'"),
         ("a.csv", 'mr,ref\nname[B],"two\nlines"\nBlue,y\n', "line 4: meaning"),
         ("a.csv", "mr,reff\nname[B],x\n", "line 2: no column 'ref'.*'mr' alone.*did you mean 'reff'"),

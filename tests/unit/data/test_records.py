@@ -124,7 +124,8 @@ def test_a_list_is_no_part_of_a_template(tmp_path: Path):
 
 def test_a_target_alone_is_refused_and_nothing_at_all_is_recognized(tmp_path: Path):
     path = write(tmp_path / "a.csv", "q,a\nx,y\n")
-    with pytest.raises(ConfigError, match="target is 'a', but there is no source"):
+    with pytest.raises(ConfigError, match="target is 'a', but there is no source") as caught:
         read_task("records", path, target="a")
+    assert "leave target out" in caught.value.hint
     with pytest.raises(DataError, match=r"a\.csv, line 2 has the columns q, a; forms that are recognized: messages;"):
         read_task("records", path)

@@ -136,6 +136,23 @@ def test_texts_in_several_languages_are_refused(tmp_path: Path):
         assert read_webnlg(same)[0].targets == ("One.", "Два.")
 
 
+def test_texts_of_the_hubs_sets_in_several_languages_are_refused(tmp_path: Path):
+    def row(*languages: str) -> dict[str, Any]:
+        count = len(languages)
+        lex = {"comment": ["good"] * count, "text": ["A text."] * count, "lang": list(languages)}
+        return {"modified_triple_sets": {"mtriple_set": [[" | ".join(LEADER)]]}, "lex": lex}
+
+    path = tmp_path / "a.jsonl"
+    for rows, line in (([row("en", "ru")], 1), ([row("en"), row("", "ru")], 2)):
+        write(path, "\n".join(map(json.dumps, rows)))
+        with pytest.raises(DataError, match=f"line {line}: this text has the language 'ru', but .* 'en'") as caught:
+            read_webnlg(path)
+        assert "whose 'lang' is 'ru'" in caught.value.hint
+    items = [{"comment": "good", "text": "A text.", "lang": name} for name in ("ru", "ru")]
+    write(path, json.dumps({**row("ru"), "lex": items}))
+    assert read_webnlg(path)[0].targets == ("A text.", "A text.")
+
+
 GOOD = entry([LEADER], [("good", "x")])
 
 

@@ -358,6 +358,20 @@ def test_outputs_of_another_evaluation_are_refused(
     assert kept.read_bytes() == before
 
 
+def test_a_greedy_evaluation_continues_with_other_batches(model: Any, fake_outputs: Make, tmp_path: Path):
+    requests = fake_outputs()
+    greedy, sampled = tmp_path / "greedy.jsonl", tmp_path / "sampled.jsonl"
+    whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=greedy)
+    evaluate(model, EXAMPLES[:2], config=SAMPLED, resume_file=sampled)
+    requests.clear()
+    for changes in ({"batch_size": 1}, {"seed": 5}, {"cache": "static", "compile": True}):
+        again = evaluate(model, EXAMPLES, config=CONFIG.replace(**changes), resume_file=greedy)
+        assert again.outputs == whole.outputs
+        with pytest.raises(ConfigError, match="outputs of another evaluation"):
+            evaluate(model, EXAMPLES[:2], config=SAMPLED.replace(**changes), resume_file=sampled)
+    assert requests == []
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [

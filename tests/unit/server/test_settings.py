@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.engine.config import MAX_SLOTS, EngineConfig
 from prefixtune.errors import ConfigError
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig, ServeConfig
@@ -70,6 +71,13 @@ def test_without_a_key_only_loopback(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
 def test_loopback_needs_no_key(host: str) -> None:
     assert ServeConfig(host=host).is_loopback
+
+
+def test_slots_have_the_engines_limit() -> None:
+    assert ServeConfig(num_slots=MAX_SLOTS).num_slots == EngineConfig(num_slots=MAX_SLOTS).num_slots
+    for config in (ServeConfig, EngineConfig):
+        with pytest.raises(ConfigError, match="num_slots"):
+            config(num_slots=MAX_SLOTS + 1)
 
 
 def test_keys_come_from_tables(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from prefixtune.utils.console import Console
 if TYPE_CHECKING:
     from prefixtune.data import Example, Task
     from prefixtune.data.labels import Labels
+    from prefixtune.evaluation.metrics import Score
     from prefixtune.evaluation.records import Evaluation
     from prefixtune.inference.config import GenerateConfig
 
@@ -173,7 +174,7 @@ def _read_examples(
         console.info(describe_data(form, examples, options.data, first_row))
         if form.name == "text":
             _check_text_options(options)
-    check_examples(examples, TASKS[name].protocol)
+    check_examples(examples, TASKS[name].protocol, TASKS[name].targets_hint)
     return name, columns, examples
 
 
@@ -219,13 +220,14 @@ def _check_outputs(options: EvaluateOptions) -> None:
 def _columns(options: EvaluateOptions, task: str, artifact: Artifact) -> tuple[str | None, str | None]:
     """--source and --target, or those of the training for tasks with columns.
 
-    References are made in the same way as the training made its targets.
+    References are made in the same way as the training made its targets, unless --form says what the columns are.
     """
     from prefixtune.data import TASKS
     from prefixtune.prefix.text_format import read_text_format
 
     trained = read_text_format(artifact.header)
-    if trained is None or task not in TASKS or not TASKS[task].takes_columns or _is_conll(options.data):
+    has_columns = task in TASKS and TASKS[task].takes_columns and not _is_conll(options.data)
+    if trained is None or not has_columns or options.form:
         return options.source, options.target
     return options.source or trained.source or None, options.target or trained.target_template or None
 
@@ -420,17 +422,22 @@ def _print_scores(console: Console, outcome: Evaluation, count: int, data: str) 
     rows = []
     for name, score in outcome.scores.items():
         interval = "" if score.interval is None else f" [{score.interval[0]:.4g}, {score.interval[1]:.4g}]"
-        rows.append([name, f"{score.score:.{2 if abs(score.score) >= 10 else 4}f}{interval}", score.implementation])
+        rows.append([name, f"{_format_score(score)}{interval}", score.implementation])
     console.table(f"{count} examples of {data}", ["metric", "score", "implementation"], rows, result=True)
     for grouping, groups in outcome.groups.items():
         lines = [
-            [group, str(scores.num_examples), *(f"{score.score:.2f}" for score in scores.scores.values())]
+            [group, str(scores.num_examples), *map(_format_score, scores.scores.values())]
             for group, scores in groups.items()
         ]
         names = list(next(iter(groups.values())).scores)
         console.table(f"by {grouping}", ["", "examples", *names], lines, result=True)
     for name, reason in outcome.left_out.items():
         console.info(f"{name} was left out: {reason}")
+
+
+def _format_score(score: Score) -> str:
+    """A score with two digits after the point on a scale of 100, otherwise four."""
+    return f"{score.score:.{2 if abs(score.score) >= 10 else 4}f}"
 
 
 def _is_conll(path: str) -> bool:

@@ -192,7 +192,7 @@ def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequenc
         raise ConfigError(f"there is no task {name!r}.", hint=did_you_mean(name, TASKS))
     columns: dict[str, Any] = {"source": options.source, "target": options.target, "form": options.form}
     trained = read_text_format(header)
-    if trained is not None and TASKS[name].takes_columns:
+    if trained is not None and TASKS[name].takes_columns and not options.form:
         columns |= {
             "source": options.source or trained.source or None,
             "target": options.target or trained.target_template or None,

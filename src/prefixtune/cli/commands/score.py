@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +55,7 @@ class ScoreOptions(CommandOptions):
         json_schema_extra={"metavar": "METRIC=MODEL"},
     )
     split: Literal["", "train", "dev", "test"] = Field("", description="which part, if the references are a folder")
+    limit: int = Field(0, ge=0, description="only the first N examples, as `evaluate --limit`; 0: all")
     source: str | None = Field(None, description="records, classification, tagging: column or template")
     target: str | None = Field(None, description="the same, for the references")
     form: Literal["", FormName] = form_option()
@@ -83,6 +84,15 @@ class ScoreOptions(CommandOptions):
                 raise ValueError(f"has the metric {metric!r} ({did_you_mean(metric, METRICS).removesuffix('.')})")
         return texts
 
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Standard input is one file."""
+        from prefixtune.data.streams import is_stdin
+
+        names = tuple(name for name in ("hypotheses", "against", "references") if is_stdin(getattr(self, name) or ""))
+        if len(names) > 1:
+            listed = " and ".join(self.flag(name) for name in names)
+            yield names, f"{listed} cannot all be - (standard input), which is one file: name the others"
+
 
 @command
 def score(options: ScoreOptions) -> int:
@@ -99,6 +109,7 @@ def score(options: ScoreOptions) -> int:
     examples, outputs = _read_files(options)
     names = [name for name in (options.hypotheses, options.against) if name is not None]
     systems = [_outputs_of_examples(console, options, name, outputs[name], examples) for name in names]
+    examples = examples[: options.limit or None]
     kind = TASKS[options.task].kind
     if kind == "generation":
         result = _score_texts(options, examples, systems)
@@ -134,12 +145,14 @@ def _resolve_task(options: ScoreOptions) -> ScoreOptions:
 
 
 def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[Output]]]:
-    """The examples, each with a reference, and file -> its outputs.
+    """All examples, and file -> its outputs; each example to be scored has a reference.
 
     Raises:
-        PrefixError: A file cannot be read, a metric is unknown, or an example has no reference.
+        PrefixError: A file cannot be read, a metric is unknown, an option is for texts only, or an example has no
+            reference.
     """
     from prefixtune.data import TASKS, read_task
+    from prefixtune.data.streams import shown
     from prefixtune.evaluation.metrics import METRICS
     from prefixtune.evaluation.outputs import read_outputs
 
@@ -158,49 +171,72 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[Ou
 
     names = [name for name in (options.hypotheses, options.against) if name is not None]
     # An unknown task is named when its files are read.
-    metrics = _LABEL_METRICS.get(TASKS[options.task].kind, METRICS) if options.task in TASKS else ()
+    kind = TASKS[options.task].kind if options.task in TASKS else ""
+    metrics = _LABEL_METRICS.get(kind, METRICS) if kind else ()
     check_all(
         [
             lambda: examples.extend(read_task(options.task, options.references, **columns)),
             *(partial(read_system, name) for name in names),
             *([partial(check_metrics, options.metrics, metrics)] if metrics else []),
+            *([partial(_check_label_options, options, kind)] if kind in _LABEL_METRICS else []),
         ]
     )
-    for number, example in enumerate(examples, start=1):
+    for number, example in enumerate(examples[: options.limit or None], start=1):
         if not example.targets:
             raise DataError(
-                f"example {number} of {options.references} ({example.source[:60]!r}) has no reference.",
-                hint="name a file with references, or the column with --target.",
+                f"example {number} of {shown(options.references)} ({example.source[:60]!r}) has no reference.",
+                hint=TASKS[options.task].targets_hint,
             )
     return examples, outputs
+
+
+def _check_label_options(options: ScoreOptions, kind: str) -> None:
+    """Refuse what labels and tags have no use for.
+
+    Raises:
+        ConfigError: Such an option is given.
+    """
+    names = ("against", "intervals", "protocol", "samples", "seed", "weights")
+    given = [options.flag(name) for name in names if getattr(options, name) != options.default(name)]
+    if given:
+        verb, them = ("is", "it") if len(given) == 1 else ("are", "them")
+        raise ConfigError(
+            f"{', '.join(given)} {verb} for texts, but the task {options.task!r} is {kind}.", hint=f"leave {them} out."
+        )
 
 
 def _outputs_of_examples(
     console: Console, options: ScoreOptions, name: str, outputs: list[Output], examples: Sequence[Example]
 ) -> list[str]:
-    """The outputs of a file, one for each example.
+    """The outputs of a file, one for each example, or for the first ones of --limit.
 
     Raises:
-        DataError: Their number is neither that of the examples nor that of all entries of the references; or one names
-            the source of another example.
+        DataError: Their number is neither that of the examples nor that of all entries of the references; they are rows
+            without outputs; or one names the source of another example.
     """
     from prefixtune.data import read_all_entries
-    from prefixtune.evaluation.outputs import check_sources
+    from prefixtune.data.streams import shown
+    from prefixtune.evaluation.outputs import check_sources, check_texts
 
-    if len(outputs) != len(examples):
+    check_texts(Path(name), outputs, examples)
+    chosen = examples[: options.limit or None]
+    if len(outputs) not in (len(chosen), len(examples)):
         # Perhaps for all entries, including those without a reference.
         entries = read_all_entries(options.task, options.references, split=options.split or None)
         if len(outputs) != len(entries):
             raise _wrong_count(options, name, len(outputs), len(examples), len(entries))
         reason = f"{len(entries) - len(examples)} of {len(entries):,} entries have no text to compare with"
-        console.info(f"{name}: {reason}; the outputs for them are left out")
+        console.info(f"{shown(name)}: {reason}; the outputs for them are left out")
         outputs = [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]
-    check_sources(outputs, examples)
+    outputs = outputs[: len(chosen)]
+    check_sources(outputs, chosen)
     return [output.text for output in outputs]
 
 
 def _wrong_count(options: ScoreOptions, name: str, num_outputs: int, num_examples: int, num_entries: int) -> DataError:
     """The error of outputs whose number is not that of the examples."""
+    from prefixtune.data.streams import shown
+
     hint = "write one output a line, in the order of the examples; an empty output is an empty line."
     more = ""
     if num_entries > num_examples:
@@ -208,9 +244,11 @@ def _wrong_count(options: ScoreOptions, name: str, num_outputs: int, num_example
     elif (num_rows := _num_merged_rows(options)) > num_examples:
         more = f" ({num_rows:,} rows, {num_examples:,} distinct sources)"
         hint = "write one output for each distinct source, in the order of their first rows."
+    if num_outputs < num_examples:
+        hint += f" If they are of the first {num_outputs:,} examples: --limit {num_outputs}."
     return DataError(
-        f"{name} has {num_outputs:,} outputs, but {options.references} has {num_examples:,} examples{more}; "
-        "the counts must agree.",
+        f"{shown(name)} has {num_outputs:,} outputs, but {shown(options.references)} has {num_examples:,} "
+        f"examples{more}; the counts must agree.",
         hint=hint,
     )
 
@@ -283,7 +321,7 @@ def _measure(
     systems: Sequence[Sequence[str]],
     left_out: dict[str, str],
 ) -> tuple[str, list[dict[str, Measurement]]]:
-    """The protocol, and the metrics of every system; default metrics that cannot be computed go to `left_out`.
+    """The protocol, and the metrics of every system, the same of each; the other default metrics go to `left_out`.
 
     Raises:
         ConfigError: A name is unknown, or no metric can be computed here.
@@ -308,6 +346,8 @@ def _measure(
         )
         for outputs in systems
     ]
+    # What cannot be computed of one system cannot be compared.
+    measured = [{name: one[name] for name in one if all(name in other for other in measured)} for one in measured]
     if not measured[0]:
         reason, _, remedy = next(iter(left_out.values())).partition("; ")
         raise ConfigError(f"no metric can be computed here: {reason}.", hint=f"{remedy}.")
@@ -327,13 +367,10 @@ def _score_labels(
     """Accuracy and F1 of lines of labels, or of tags separated by spaces.
 
     Raises:
-        PrefixError: An option is for texts only, or the outputs do not fit the examples.
+        DataError: The outputs do not fit the examples.
     """
     from prefixtune.evaluation.metrics import accuracy, macro_f1, span_f1
 
-    for option, value in (("--against", options.against), ("--intervals", options.intervals)):
-        if value:
-            raise ConfigError(f"{option} is for texts, but the task {options.task!r} is {kind}.", hint="leave it out.")
     names = options.metrics or _LABEL_METRICS[kind]
     predicted = [output.strip() for output in outputs]
     expected = [example.targets[0] for example in examples]
@@ -354,9 +391,11 @@ def _score_labels(
 
 def _show(console: Console, result: Mapping[str, Any], options: ScoreOptions) -> None:
     """Print tables of the scores, of the groups and of the comparison."""
+    from prefixtune.data.streams import shown
+
     scores = result["scores"]
     rows = [[name, _format_score(score), score["implementation"]] for name, score in scores.items()]
-    title = f"{result['num_examples']:,} outputs of {options.hypotheses}"
+    title = f"{result['num_examples']:,} outputs of {shown(options.hypotheses)}"
     console.table(title, ["metric", "score", "implementation"], rows, result=True)
     for grouping, groups in result.get("groups", {}).items():
         rows = [
@@ -379,7 +418,7 @@ def _show(console: Console, result: Mapping[str, Any], options: ScoreOptions) ->
             for name, comparison in other["comparison"].items()
         ]
         console.table(
-            f"against {options.against}: {method}, {options.samples} samples",
+            f"against {shown(options.against or '')}: {method}, {options.samples} samples",
             ["metric", "first", "second", "difference", "p"],
             rows,
             result=True,

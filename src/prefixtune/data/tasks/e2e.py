@@ -1,9 +1,9 @@
 """E2E NLG (Novikova et al. 2017): restaurant descriptions from attribute-value pairs.
 
 Reads the original release's CSV (columns `mr`, `ref`; only `mr` in the test set without references), JSON lines
-`{"mr": ..., "references": [...]}`, and the hub's sets (`meaning_representation` with `human_reference`, or with
-`target` and `references`). Equal meaning representations become one example, in order of first appearance, with their
-references in order (repeated ones are kept).
+`{"mr": ..., "references": [...]}`, and the hub's sets, also exported to such files (`meaning_representation` with
+`human_reference`, or with `target` and `references`). Equal meaning representations become one example, in order of
+first appearance, with their references in order (repeated ones are kept).
 
 References keep their words and case; only outer white space is removed, and an inner line break becomes one space,
 because generation for this task bans line breaks. In the data that the authors of prefix-tuning released, texts are
@@ -91,7 +91,7 @@ def read_e2e(path: Path) -> list[Example]:
     """Read an E2E file (`.csv` or `.jsonl`, each also `.gz`), or a set of the `datasets` library.
 
     Args:
-        path: The file. Column names may be in either case; other columns are ignored.
+        path: The file. Column names may be in either case, or those of the hub's sets; other columns are ignored.
 
     Returns:
         One example for each distinct meaning representation; `fields` is `{"mr": the original text}`, and the group
@@ -102,8 +102,7 @@ def read_e2e(path: Path) -> list[Example]:
     """
     path = Path(path)
     records, form = read_file(path, E2E_FORMATS), task_format(path, E2E_FORMATS, ".csv")
-    if not form:
-        records = [_from_hub(record) for record in records]
+    records = [_from_hub(record, form) for record in records]
     wanted = "ref" if form == ".csv" else "references"
     sources: dict[str, str] = {}
     targets: dict[str, list[str]] = {}
@@ -121,17 +120,22 @@ def read_e2e(path: Path) -> list[Example]:
     ]
 
 
-def _from_hub(record: Record) -> Record:
-    """A record with the column names of the JSON lines instead of those of the hub's sets."""
-    values = record.values
-    renamed = {}
-    if "mr" in values or "meaning_representation" in values:
-        renamed["mr"] = values.get("mr", values.get("meaning_representation"))
+def _from_hub(record: Record, form: str) -> Record:
+    """A record with the column names of this module's files instead of those of the hub's sets."""
+    values = dict(record.values)
+    for name, own in (("meaning_representation", "mr"), ("human_reference", "ref")):
+        if name in values and own not in values:
+            values[own] = values.pop(name)
+    if form == ".csv":
+        return Record(record.location, values)
     # GEM's training rows have an empty list of references and one target.
-    singles = [values[name] for name in ("ref", "human_reference", "target") if name in values]
-    if references := values.get("references") or singles[:1]:
-        renamed["references"] = references
-    return Record(record.location, renamed or values)
+    single = next((name for name in ("ref", "target") if name in values), None)
+    if single is not None and not values.get("references"):
+        values["references"] = [values.pop(single)]
+    if not form:
+        # A set has columns of its own, such as ids, also where it has no references.
+        values = {name: values[name] for name in ("mr", "references") if values.get(name) not in (None, [])} or values
+    return Record(record.location, values)
 
 
 def _read_row(record: Record, wanted: str) -> tuple[str, list[str]]:

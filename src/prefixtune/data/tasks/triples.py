@@ -20,7 +20,15 @@ from prefixtune.data.files import Record, join_lines, one_line
 from prefixtune.data.streams import read_text, shown
 from prefixtune.errors import DataError, short_repr
 
-__all__ = ["Triple", "check_triples", "commented_texts", "read_benchmark", "references_of", "split_triple"]
+__all__ = [
+    "Language",
+    "Triple",
+    "check_triples",
+    "commented_texts",
+    "read_benchmark",
+    "references_of",
+    "split_triple",
+]
 
 
 Triple = tuple[str, str, str]
@@ -124,6 +132,31 @@ def commented_texts(value: Any, column: str, comment: str, location: str) -> lis
     return [(item[comment], join_lines(item["text"])) for item in items]
 
 
+@dataclass
+class Language:
+    """The language of the texts so far; empty: none was named."""
+
+    name: str = ""
+
+    def check(self, name: str, location: str, mark: str) -> None:
+        """Refuse a text in another language than those before it: as a reference it would be no other wording.
+
+        Args:
+            name: The language of the text; empty: unknown.
+            location: The location of the text, for messages.
+            mark: How the file marks texts of this language.
+
+        Raises:
+            DataError: It is another one.
+        """
+        if self.name and name not in ("", self.name):
+            raise DataError(
+                f"{location}: this text has the language {name!r}, but those before it {self.name!r}.",
+                hint=f"keep the texts of one language, as by removing every {mark}.",
+            )
+        self.name = self.name or name
+
+
 def read_benchmark(path: Path) -> list[Record]:
     """The entries of an XML file, in order.
 
@@ -164,7 +197,7 @@ class _Benchmark:
     records: list[Record] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
     comment: str = ""
-    language: str = ""
+    language: Language = field(default_factory=Language)
     pieces: list[str] = field(default_factory=list)
 
     def start(self, line: int, name: str, attributes: dict[str, str]) -> None:
@@ -184,16 +217,8 @@ class _Benchmark:
                 raise DataError(f"{location}: <{name}> is outside an <entry>.", hint="check the file.")
             self.comment, self.pieces = attributes.get("comment", ""), []
             if name == "lex":
-                self._check_language(attributes.get("lang", ""), location)
-
-    def _check_language(self, language: str, location: str) -> None:
-        """Refuse a text in another language than those before it: as a reference it would be no other wording."""
-        if self.language and language not in ("", self.language):
-            raise DataError(
-                f"{location}: this text has the language {language!r}, but those before it {self.language!r}.",
-                hint=f'keep the texts of one language, as by removing every <lex lang="{language}">.',
-            )
-        self.language = self.language or language
+                language = attributes.get("lang", "")
+                self.language.check(language, location, f'<lex lang="{language}">')
 
     def text(self, text: str) -> None:
         """Characters within an element."""

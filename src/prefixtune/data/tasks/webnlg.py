@@ -20,6 +20,7 @@ from prefixtune.data.hub import is_dataset
 from prefixtune.data.streams import shown
 from prefixtune.data.tasks.formats import task_format
 from prefixtune.data.tasks.triples import (
+    Language,
     Triple,
     check_triples,
     commented_texts,
@@ -77,7 +78,8 @@ def webnlg_entries(path: Path) -> list[Example | None]:
     elif task_format(path, WEBNLG_FORMATS, ".xml") == ".xml":
         records = _from_xml(path)
     else:
-        records = [_from_hub(record) for record in read_file(path, WEBNLG_FORMATS)]
+        language = Language()
+        records = [_from_hub(record, language) for record in read_file(path, WEBNLG_FORMATS)]
     categories = {category for record in records if isinstance(category := record.values.get("category"), str)}
     by_category = categories <= {*SEEN_CATEGORIES, *UNSEEN_CATEGORIES} and not categories <= {*SEEN_CATEGORIES}
     examples = [(_example(record, by_category), "references" in record.values) for record in records]
@@ -146,13 +148,19 @@ def _with_texts(record: Record, texts: Iterable[tuple[str, str]]) -> Record:
     )
 
 
-def _from_hub(record: Record) -> Record:
-    """A record with the column names of the JSON lines instead of those of the hub's sets."""
+def _from_hub(record: Record, language: Language) -> Record:
+    """A record with the column names of the JSON lines instead of those of the hub's sets.
+
+    Raises:
+        DataError: It has another shape, or a text in another language than those before it.
+    """
     values = record.values
     if "modified_triple_sets" in values and "lex" in values:
         rest = {name: value for name, value in values.items() if name not in ("modified_triple_sets", "lex")}
         triples = _split(_first_set(values["modified_triple_sets"]), "modified_triple_sets", record.location)
         texts = commented_texts(values["lex"], "lex", "comment", record.location)
+        for name in _languages(values["lex"]):
+            language.check(name, record.location, f"text of 'lex' whose 'lang' is {name!r}")
         return _with_texts(Record(record.location, {**rest, "triples": triples}), texts)
     if "input" in values and "triples" not in values:
         # GEM's training rows have an empty list of references and one target.
@@ -161,6 +169,12 @@ def _from_hub(record: Record) -> Record:
             renamed["references"] = values.get("references") or [values["target"]]
         return Record(record.location, renamed)
     return record
+
+
+def _languages(lex: Any) -> list[str]:
+    """The languages that a record names of its texts."""
+    names = lex.get("lang") if isinstance(lex, dict) else [item.get("lang") for item in lex]
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _first_set(sets: Any) -> Any:

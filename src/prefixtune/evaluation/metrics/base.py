@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -110,9 +110,9 @@ def check_references(hypotheses: Sequence[str], references: Sequence[Sequence[st
     """The references without blank ones, after checking that everything can be scored.
 
     Raises:
-        ValueError: The counts differ, there is no item, or an item has no reference.
+        ValueError: They are no texts, the counts differ, there is no item, or an item has no reference.
     """
-    if isinstance(hypotheses, str) or isinstance(references, str) or any(isinstance(item, str) for item in references):
+    if not (_are_texts(hypotheses) and _is_list(references) and all(map(_are_texts, references))):
         raise ValueError("hypotheses must be a list of strings, and references a list of lists of strings")
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses but references for {len(references)} items; counts must agree")
@@ -123,6 +123,14 @@ def check_references(hypotheses: Sequence[str], references: Sequence[Sequence[st
         if not item:
             raise ValueError(f"item {index} (from 0) has no reference; at least one text is needed")
     return kept
+
+
+def _are_texts(value: object) -> bool:
+    return _is_list(value) and all(isinstance(text, str) for text in value)
+
+
+def _is_list(value: object) -> TypeGuard[Collection[object]]:
+    return isinstance(value, Collection) and not isinstance(value, str)
 
 
 def check_counts(predictions: Collection[object], references: Collection[object], what: str) -> None:

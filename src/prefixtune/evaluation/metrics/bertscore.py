@@ -7,7 +7,9 @@ implementation names it.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def bertscore(texts: Texts) -> ItemStatistics:
     An empty output scores 0; the package never gets one, because it fails on it.
 
     Raises:
-        Unavailable: The package is missing or broken, or no model is named, or it cannot be loaded.
+        Unavailable: The package is missing or broken, or no model is named, or it cannot be loaded or used.
     """
     version = package_version("bert-score", "bertscore", extra="bertscore")
     if "bertscore" not in texts.weights:
@@ -58,16 +60,25 @@ def bertscore(texts: Texts) -> ItemStatistics:
 
 
 def _score(package: Any, model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> list[float]:
-    """F1 of each pair of an output and a reference."""
+    """F1 of each pair of an output and a reference.
+
+    Raises:
+        Unavailable: The model is of a kind that cannot be used.
+    """
     if not pairs:
         return []
     outputs, references = (list(side) for side in zip(*pairs, strict=True))
     # Without idf weights all tokens count the same, except for those at the start and the end.
     weights: defaultdict[int, float] = defaultdict(lambda: 1.0)
     weights.update({tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0})
-    scores = package.bert_cos_score_idf(
-        model, references, outputs, tokenizer, weights, device=model.device, batch_size=_BATCH
-    )
+    try:
+        scores = package.bert_cos_score_idf(
+            model, references, outputs, tokenizer, weights, device=model.device, batch_size=_BATCH
+        )
+    except Exception as error:
+        raise Unavailable(
+            f"the model of bertscore cannot be used ({_first_line(error)})", f"name another one: {_EXAMPLE}"
+        ) from error
     return [float(one) for one in scores[:, 2]]
 
 
@@ -75,44 +86,100 @@ def _load(name: str, known_layers: dict[str, int]) -> tuple[Any, Any, int, int]:
     """The model up to the layer that is compared, its tokenizer, the layer, and how many layers there are.
 
     Raises:
-        Unavailable: They cannot be loaded.
+        Unavailable: They cannot be loaded, or the tokenizer does not fit.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    # What broken files raise is of many classes, such as safetensors' own and a plain Exception of tokenizers.
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        depth = config.num_hidden_layers
-        by_name = {known.rpartition("/")[2]: layer for known, layer in known_layers.items()}
-        layer = min(by_name.get(Path(name).name, _LAYERS.get(depth, depth)), depth)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if getattr(tokenizer, "add_prefix_space", None) is False:
-            # As the authors do for RoBERTa: the first word of a text is the same token as within the text. The package
-            # leaves that to a keyword of `encode`, which newer versions of transformers ignore.
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, add_prefix_space=True)
-        model, report = AutoModel.from_pretrained(
-            name,
-            num_hidden_layers=layer,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            depth = config.num_hidden_layers
+            by_name = {known.rpartition("/")[2]: layer for known, layer in known_layers.items()}
+            layer = min(by_name.get(Path(name).name, _LAYERS.get(depth, depth)), depth)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            if getattr(tokenizer, "add_prefix_space", None) is False:
+                # As the authors do for RoBERTa: the first word of a text is the same token as within the text. The
+                # package leaves that to a keyword of `encode`, which newer versions of transformers ignore.
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, add_prefix_space=True)
+            model, report = AutoModel.from_pretrained(
+                name,
+                num_hidden_layers=layer,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
         # transformers makes up weights that are missing; those of the pooler are not used.
         missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
         if missing:
             raise ValueError(f"it lacks {missing[0]}")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        model = model.get_encoder() if config.is_encoder_decoder else model
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    except Exception as error:
         raise Unavailable(
-            f"the model of bertscore cannot be loaded from {name!r} ({lines[0].removesuffix('.')})",
-            "name the folder of a transformers model with safetensors, or a model of the Hugging Face Hub",
+            f"the model of bertscore cannot be loaded from {name!r} ({_first_line(error)})",
+            "name the folder of a transformers model with safetensors and its tokenizer, or a model of the Hugging "
+            "Face Hub",
         ) from error
-    model = model.get_encoder() if config.is_encoder_decoder else model
+    _check_tokenizer(name, tokenizer, getattr(config, "vocab_size", None))
     positions = max(getattr(config, "max_position_embeddings", 0), 0) or _MAX_TOKENS + 2
     if tokenizer.model_max_length > positions:
         tokenizer.model_max_length = positions - 2  # RoBERTa counts positions from two
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, layer, depth
+    return model, tokenizer, layer, depth
+
+
+def _check_tokenizer(name: str, tokenizer: Any, num_rows: int | None) -> None:
+    """Refuse a tokenizer that is not the model's, or cannot make batches.
+
+    Args:
+        name: The model's.
+        tokenizer: As it was loaded.
+        num_rows: The tokens that the model has vectors for; None: unknown.
+
+    Raises:
+        Unavailable: It has no words, no token for padding, or tokens that the model does not know.
+    """
+    # Without its files, transformers makes a tokenizer of special tokens, and of the mark of a word's beginning.
+    if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) <= {"\u2581"}:
+        raise Unavailable(
+            f"the model of bertscore in {name!r} has no tokenizer: its vocabulary is empty",
+            "copy the tokenizer's files into the model's folder (tokenizer.save_pretrained writes them)",
+        )
+    if num_rows is not None and len(tokenizer) > num_rows:
+        raise Unavailable(
+            f"the tokenizer of bertscore's model {name!r} has {len(tokenizer):,} tokens, but the model knows "
+            f"{num_rows:,}",
+            "copy the model's own tokenizer into its folder",
+        )
+    if tokenizer.pad_token_id is None:
+        raise Unavailable(
+            f"the tokenizer of bertscore's model {name!r} has no token for padding",
+            f"name a model whose tokenizer has one: {_EXAMPLE}",
+        )
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """While the block runs, no progress bars and no reports of transformers reach the terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in one line without a full stop; its class, if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].removesuffix(".")
 
 
 def _import_package() -> Any:

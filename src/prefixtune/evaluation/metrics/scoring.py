@@ -19,7 +19,7 @@ def measure(
     references: Sequence[Sequence[str]],
     *,
     protocol: str = "plain",
-    metrics: Iterable[str] | None = None,
+    metrics: str | Iterable[str] | None = None,
     weights: Mapping[str, str] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Measurement]:
@@ -29,18 +29,21 @@ def measure(
         hypotheses: One text per item; an empty one is allowed.
         references: The references of each item, at least one that is not blank; blank ones are ignored.
         protocol: A name of `PROTOCOLS`: how the texts are prepared.
-        metrics: Names of `METRICS`; None: the protocol's own.
+        metrics: A name of `METRICS`, or several; None: the protocol's own.
         weights: For `bertscore`, the folder or the hub's name of its model.
         left_out: If given, a metric that cannot be computed on this machine or of these references is left out, and
             this dict gets the reason; otherwise that is an error.
 
     Raises:
-        ValueError: The counts differ, there is no item, an item has no reference, or a name is unknown.
+        ValueError: Texts are no strings, the counts differ, there is no item, an item has no reference, or a name is
+            unknown.
         Unavailable: (a ValueError) Something that a metric needs is missing on this machine, or it cannot read the
             references.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(_unknown("protocol", protocol, PROTOCOLS))
+    if isinstance(metrics, str):
+        metrics = (metrics,)
     names = list(dict.fromkeys(PROTOCOLS[protocol].metrics if metrics is None else metrics))
     for name in names:
         if name not in METRICS:
@@ -65,7 +68,7 @@ def compute(
     references: Sequence[Sequence[str]],
     *,
     protocol: str = "plain",
-    metrics: Iterable[str] | None = None,
+    metrics: str | Iterable[str] | None = None,
     weights: Mapping[str, str] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Score]:
@@ -99,6 +102,7 @@ def interval(
     metric: str,
     protocol: str = "plain",
     *,
+    weights: Mapping[str, str] | None = None,
     samples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -110,6 +114,7 @@ def interval(
         references: Likewise.
         metric: A name of `METRICS`.
         protocol: A name of `PROTOCOLS`.
+        weights: As in `measure`.
         samples: How many sets of items are drawn.
         level: Share of their scores within the interval.
         seed: Seed of the draws.
@@ -117,7 +122,7 @@ def interval(
     Raises:
         ValueError: As `measure`, or `samples` or `level` is out of range.
     """
-    measured = measure(hypotheses, references, protocol=protocol, metrics=[metric])[metric]
+    measured = measure(hypotheses, references, protocol=protocol, metrics=[metric], weights=weights)[metric]
     return bootstrap(measured, samples=samples, level=level, seed=seed)
 
 
@@ -128,6 +133,7 @@ def compare(
     metric: str,
     protocol: str = "plain",
     *,
+    weights: Mapping[str, str] | None = None,
     samples: int = 1000,
     seed: int = 0,
 ) -> Comparison:
@@ -142,13 +148,17 @@ def compare(
         references: As in `measure`.
         metric: A name of `METRICS`.
         protocol: A name of `PROTOCOLS`.
+        weights: As in `measure`.
         samples: How many random exchanges.
         seed: Seed of the exchanges.
 
     Raises:
         ValueError: As `measure`, or `samples` is out of range.
     """
-    one, other = (measure(texts, references, protocol=protocol, metrics=[metric])[metric] for texts in (first, second))
+    one, other = (
+        measure(texts, references, protocol=protocol, metrics=[metric], weights=weights)[metric]
+        for texts in (first, second)
+    )
     return randomize(one, other, samples=samples, seed=seed)
 
 

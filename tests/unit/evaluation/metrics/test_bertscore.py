@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
+    GPT2Config,
+    GPT2Model,
+    GPT2Tokenizer,
     PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaModel,
     RobertaTokenizer,
 )
 
-from prefixtune.evaluation.metrics import Unavailable, compute, measure
+from prefixtune.evaluation.metrics import Unavailable, compare, compute, interval, measure
 
 TEXTS = ["the cat sat on the mat", "a dog ran home", "mat", "the dog sat on the cat and ran home to the mat at five"]
 OUTPUTS = ["the cat sat", "a dog ran home", "cat", "a mat", "the dog and the cat sat at home on the mat " * 8]
@@ -163,3 +167,64 @@ def test_a_package_that_cannot_be_imported_is_reported(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "bert_score", None)
     with pytest.raises(Unavailable, match="bert-score is installed but cannot be imported here"):
         compute(["a"], [["a"]], metrics=["bertscore"], weights={"bertscore": "anywhere"})
+
+
+@pytest.mark.parametrize("make", [write_roberta, write_bert])
+def test_a_model_without_its_own_tokenizer_is_refused(make: Callable[[Path], PreTrainedTokenizerBase], tmp_path: Path):
+    tokenizer = make(tmp_path)
+    tokenizer.add_tokens([f"word{number}" for number in range(400)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(Unavailable, match=r"has \d+ tokens, but the model knows \d+; copy the model's own tokenizer"):
+        score(tmp_path, ["the cat"], [["the mat"]])
+    for file in tmp_path.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    with pytest.raises(Unavailable, match="has no tokenizer: its vocabulary is empty; copy the tokenizer's files"):
+        score(tmp_path, ["the cat"], [["the mat"]])
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path: Path):
+    pieces = ByteLevelBPETokenizer()
+    pieces.train_from_iterator(TEXTS * 5, vocab_size=300, special_tokens=["<|endoftext|>"])
+    pieces.save_model(str(tmp_path))
+    GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
+    GPT2Model(GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=40)).save_pretrained(tmp_path)
+    with pytest.raises(Unavailable, match="has no token for padding; name a model whose tokenizer has one"):
+        score(tmp_path, ["the cat"], [["the mat"]])
+
+
+def test_a_broken_model_is_reported(model: tuple[Path, PreTrainedTokenizerBase]):
+    folder, _ = model
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    whole = config.read_text()
+    config.write_text(whole.replace('"intermediate_size": 24', '"intermediate_size": 25'))
+    with pytest.raises(Unavailable, match="cannot be loaded from"):
+        score(folder, ["the cat"], [["the mat"]])
+    config.write_text(whole)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Unavailable, match="cannot be loaded from"):
+        score(folder, ["the cat"], [["the mat"]])
+
+
+def test_a_model_that_cannot_be_used_is_reported(
+    model: tuple[Path, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+):
+    def fails(*_: Any, **__: Any) -> Any:
+        raise TypeError("it needs pictures.\nMore.")
+
+    monkeypatch.setattr("bert_score.utils.bert_cos_score_idf", fails)
+    with pytest.raises(Unavailable, match=r"cannot be used \(it needs pictures\); name another one"):
+        score(model[0], ["the cat"], [["the mat"]])
+
+
+def test_loading_shows_nothing(model: tuple[Path, PreTrainedTokenizerBase], capfd: pytest.CaptureFixture[str]):
+    score(model[0], ["the cat"], [["the mat"]])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_intervals_and_comparisons_take_a_model(model: tuple[Path, PreTrainedTokenizerBase]):
+    weights = {"bertscore": str(model[0])}
+    outputs, references = ["the cat", "a dog"], [["the mat"], ["a dog"]]
+    low, high = interval(outputs, references, "bertscore", weights=weights, samples=20)
+    assert low <= high == pytest.approx(1)
+    assert compare(outputs, outputs, references, "bertscore", weights=weights, samples=20).p_value == 1

@@ -69,11 +69,19 @@ def test_an_empty_hypothesis_scores_nothing():
         (["a"], [[" "]], "item 0 .* has no reference"),
         (["a"], ["a"], "list of lists"),
         ("a", [["a"]], "list of strings"),
+        ([None], [["a"]], "list of strings"),
+        (["a"], [[None]], "list of lists"),
+        (["a"], [None], "list of lists"),
     ],
 )
 def test_misuse_is_reported(hypotheses: Any, references: Any, says: str):
     with pytest.raises(ValueError, match=says):
         bleu(hypotheses, references)
+
+
+def test_one_metric_may_be_named_alone():
+    scores = compute(["a b c d"], [["a b c d"]], metrics="bleu")
+    assert scores == compute(["a b c d"], [["a b c d"]], metrics=["bleu"])
 
 
 def test_importing_loads_no_scorer():
