@@ -47,7 +47,7 @@ from prefixtune.engine.request import (
 from prefixtune.engine.sampler import NOT_FINITE, prompt_logprobs, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import RunningSequence, TokenSequence
-from prefixtune.errors import BackboneError, PrefixError, RequestError, describe_value
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, describe_value
 from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["Engine"]
@@ -76,11 +76,13 @@ class Engine:
     Attributes:
         backbone: The model that runs: the given one, or a prepacked one made from it.
         max_length: Most positions of a text (see `EngineConfig`).
+        vocab_size: Tokens that the model can read.
         batch_size: Sequences of which the last step computed something.
 
     Raises:
         BackboneError: The model generates no text, cannot compute several texts in one row, or is on several devices.
-        ConfigError: A wrong option, something that is no backbone, or more slots than memory has room for.
+        ConfigError: A wrong option, something that is no backbone, or more slots than memory has room for or than
+            tokens of a row go to one expert.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Engine:
         self.config = EngineConfig.from_arguments(config, options)
         backbone = as_backbone(backbone)
         _check_generates(backbone)
+        _check_experts(backbone, self.config.num_slots)
         if self.config.prepack:
             backbone = prepack(backbone)
         self.backbone = backbone
@@ -99,8 +102,8 @@ class Engine:
             backbone, self.config.num_slots, self.max_length, self.config.native_attention, self.config.cuda_graphs
         )
         self._has_encoder = backbone.kind == "encoder-decoder"
-        self._vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
-        max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self._vocab_size))
+        self.vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
+        max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self.vocab_size))
         self.scheduler = Scheduler(self.config.num_slots, self.config.prefill_tokens, max_prompt_logits)
         self.batch_size = 0
         self._sequences: dict[str, list[TokenSequence]] = {}
@@ -165,10 +168,10 @@ class Engine:
             )
         self.check_length(len(request.prompt), request.prefix_length, request.sampling.max_new_tokens)
         tokens = (*request.prompt, *request.sampling.banned, *request.sampling.logit_bias)
-        unknown = [token for token in tokens if not 0 <= token < self._vocab_size]
+        unknown = [token for token in tokens if not 0 <= token < self.vocab_size]
         if unknown:
             raise RequestError(
-                f"there is no token {unknown[0]}: the model has {self._vocab_size:,}.",
+                f"there is no token {unknown[0]}: the model has {self.vocab_size:,}.",
                 hint="encode the text with the backbone's own tokenizer.",
             )
 
@@ -187,8 +190,9 @@ class Engine:
 
     def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
         """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
+        # An encoder-decoder's start token takes the position that the last token does not.
         if self._has_encoder:
-            return self.max_length - 1 if prompt_tokens <= self.max_length else 0
+            return self.max_length if prompt_tokens <= self.max_length else 0
         # The last token takes no position.
         return self.max_length - prefix_length - prompt_tokens + 1
 
@@ -340,7 +344,7 @@ class Engine:
     ) -> tuple[list[ScheduledSequence], Float[Tensor, "W V"]]:
         """The step's logits, as `ModelRunner.forward` gives them, and of which sequences; one that fails ends alone."""
         if not decodes and not prefills:
-            return [], torch.empty(0, self._vocab_size)
+            return [], torch.empty(0, self.vocab_size)
         try:
             return [*decodes, *prefills], self.runner.forward(decodes, prefills)
         except Exception:
@@ -357,7 +361,7 @@ class Engine:
             in_prompts.append(logits[count : count + work.num_prompt_logits])
 
         computed = self._try_each([*decodes, *prefills], compute, outputs)
-        return computed, torch.cat([*after_last, *in_prompts]) if computed else torch.empty(0, self._vocab_size)
+        return computed, torch.cat([*after_last, *in_prompts]) if computed else torch.empty(0, self.vocab_size)
 
     def _share_prompts(self) -> None:
         """Let sequences have what was computed of their prompt for another one of their request."""
@@ -471,6 +475,20 @@ def _add_prompt_logprobs(logits: Float[Tensor, "R V"], scheduled: Sequence[Sched
                 broken.append(sequence)
             row += count
     return broken
+
+
+def _check_experts(backbone: Backbone, num_slots: int) -> None:
+    """Refuse more texts at once than tokens of a row go to one expert: a step computes a token of each in one row."""
+    if not backbone.counts_by_row:
+        return
+    capacities = [getattr(module, "expert_capacity", None) for module in backbone.model.modules()]
+    most = min((capacity for capacity in capacities if isinstance(capacity, int)), default=num_slots)
+    if num_slots > most:
+        raise ConfigError(
+            f"num_slots is {num_slots}, but the experts of {backbone.name!r} take {most} tokens of a row (its "
+            "expert_capacity), so that more texts would change one another.",
+            hint=f"set num_slots to {most} or less.",
+        )
 
 
 def _check_generates(backbone: Backbone) -> None:

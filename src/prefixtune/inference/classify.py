@@ -7,7 +7,8 @@ encoder needs a head, because it generates no words; tagging always needs one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -31,13 +32,22 @@ from prefixtune.data.encoding import (
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, encode_labelled_prompt, labels_of
 from prefixtune.data.truncation import report_truncated
-from prefixtune.errors import ConfigError, RequestError, describe_value
+from prefixtune.errors import ConfigError, RequestError, describe_value, short_repr
 from prefixtune.inference.config import ClassifyConfig
+from prefixtune.inference.decoding import check_finite
 from prefixtune.inference.prompts import check_positions, truncate_prompts
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["EncodedTexts", "Prediction", "classify", "encode_to_classify", "encode_to_tag", "tag"]
+__all__ = [
+    "EncodedTexts",
+    "Prediction",
+    "classify",
+    "encode_to_classify",
+    "encode_to_tag",
+    "first_duplicate",
+    "tag",
+]
 
 
 T = TypeVar("T")
@@ -78,7 +88,7 @@ def classify(
         texts: Sources, as in training.
         prefix: Trained for classification: a `Prefix`, a path, or a repository of the hub; None: the bare model, by the
             labels' own words.
-        labels: For the bare model: the labels to choose from.
+        labels: For the bare model: the labels to choose from, each once.
         text_format: The text around a source; None: what the prefix was trained with.
         config: How to batch and truncate: a `ClassifyConfig` (or `GenerateConfig`), or a dict of its fields.
         on_batch: Called after each batch with the number of texts that are done.
@@ -90,6 +100,7 @@ def classify(
         ConfigError: The prefix is for something else, there are no labels, or an option is wrong.
         RequestError: A text does not fit the backbone's positions.
         BackboneError: The prefix does not fit the backbone.
+        PrefixError: The scores are not finite.
     """
     config = ClassifyConfig.from_arguments(config, options)
     check_texts(texts)
@@ -167,7 +178,12 @@ class EncodedTexts:
         return list(scores.split([len(at) for at in positions]))
 
     def predictions(self, scores: Float[Tensor, "at labels"]) -> list[Prediction]:
-        """What the scores of all labels say of one text."""
+        """What the scores of all labels say of one text.
+
+        Raises:
+            PrefixError: They are not finite.
+        """
+        check_finite(scores)
         return [_predict(row, self.labels.names) for row in scores.float().softmax(-1).tolist()]
 
 
@@ -299,13 +315,24 @@ def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] 
     if stored is not None and stored.kind == kind and requested is None:
         return stored
     if prefix is None and requested:
-        names = tuple(dict.fromkeys(requested))
+        names = tuple(requested)
+        if (label := first_duplicate(names)) is not None:
+            raise ConfigError(f"labels has {short_repr(label)} more than once.", hint="give every label once.")
         return Labels(kind, "words", names, names)
     what = "the bare model" if prefix is None else f"a prefix for {stored.kind if stored else 'generation'}"
     raise ConfigError(
         f"{what} cannot be used for {kind}{' with given labels' if requested else ''}.",
         hint=f"give a prefix that was trained for {kind}, or for the bare model a list of labels.",
     )
+
+
+def first_duplicate(labels: Iterable[str]) -> str | None:
+    """The first label that is there more than once; None: all differ.
+
+    >>> first_duplicate(["yes", "no", "yes"])
+    'yes'
+    """
+    return next((label for label, count in Counter(labels).items() if count > 1), None)
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

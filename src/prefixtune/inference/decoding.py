@@ -17,7 +17,7 @@ from prefixtune.attention.cache import cache_argument, growing_cache, prefilled_
 from prefixtune.attention.injection import Injection, batch_prefixes, injecting
 from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import ConfigError, first_line
+from prefixtune.errors import ConfigError, PrefixError, first_line
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generation_config import to_generation_config
 from prefixtune.prefix.prefix import Prefix
@@ -25,7 +25,7 @@ from prefixtune.sampling.detokenizer import StopStringCriterion, ids_until_stop
 from prefixtune.sampling.grammar import compile_json_schema, constrain
 from prefixtune.sampling.penalties import penalize, penalizes
 
-__all__ = ["generate_batch", "penalty_processor", "put_prefixes", "seeded"]
+__all__ = ["check_finite", "generate_batch", "penalty_processor", "put_prefixes", "refuse_not_finite", "seeded"]
 
 
 @torch.inference_mode()
@@ -199,22 +199,43 @@ def _add_rules(
     config: GenerateConfig,
     start: int,
 ) -> None:
-    """Stop strings and penalties of each row's own text: without padding, prefix slots and other rows."""
+    """Stop strings and penalties of each row's own text, without padding, prefix slots and other rows; and a check."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     if config.stop:
         arguments["stopping_criteria"] = StoppingCriteriaList(
             [StopStringCriterion(backbone.decode, config.stop, start)]
         )
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([refuse_not_finite])
     if penalizes(config):
         processors.append(penalty_processor(backbone, prompts, config, start))
     if config.response_schema:
         begin = start if backbone.forced_bos_id is None else start + 1
         grammar = compile_json_schema(backbone, config.response_schema)
         processors.append(constrain(grammar, begin, backbone.eos_id, backbone.pad_id))
-    if processors:
-        arguments["logits_processor"] = processors
+    arguments["logits_processor"] = processors
+
+
+def refuse_not_finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor of transformers that changes nothing; the first one, as others set scores to -inf.
+
+    Raises:
+        PrefixError: A row has no highest score.
+    """
+    check_finite(scores)
+    return scores
+
+
+def check_finite(scores: torch.Tensor) -> None:
+    """Refuse rows of scores in which none is the highest: one is NaN or inf, or all are -inf.
+
+    Raises:
+        PrefixError: There is one.
+    """
+    if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
+        from prefixtune.engine.sampler import NOT_FINITE
+
+        raise PrefixError(NOT_FINITE, hint="use another prefix, or load the model in bfloat16 or float32.")
 
 
 def penalty_processor(
@@ -248,7 +269,10 @@ def penalty_processor(
 
 @contextlib.contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Sample from `seed`, then restore torch's random state; None: leave it alone."""
+    """Sample from `seed`, then restore torch's random state; None: leave it alone.
+
+    The state is the process's: what other threads sample meanwhile, transformers' loop does not sample.
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

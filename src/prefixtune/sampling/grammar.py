@@ -362,7 +362,10 @@ def _tokenizer(backbone: Backbone) -> Any:
 
 
 def _reason(matcher: Any) -> str:
-    return str(matcher.get_error()).strip().splitlines()[0].rstrip(".")[:300]
+    """What is wrong, in one line; of a regular expression, the reason comes last, below a drawing of the place."""
+    lines = str(matcher.get_error()).strip().splitlines()
+    reason = f"{lines[0]} {lines[-1].removeprefix('error: ')}" if lines[0].endswith(":") else lines[0]
+    return reason.rstrip(".")[:300]
 
 
 def constrain(

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Match
 
 from prefixtune import __version__
 from prefixtune.errors import PrefixError
@@ -28,7 +28,7 @@ from prefixtune.server.api import (
 from prefixtune.server.api.endpoint import respond_to_error
 from prefixtune.server.api.refused import refused_endpoint
 from prefixtune.server.limits import QueueFull, RateLimited
-from prefixtune.server.middleware import Middleware
+from prefixtune.server.middleware import Middleware, UnexpectedErrors
 from prefixtune.server.responses import ApiError, json_text
 from prefixtune.server.state import ServerState
 
@@ -87,6 +87,8 @@ def make_app(state: ServerState) -> FastAPI:
     app.state.server = state
     app.state.document = json_text(openapi.openapi_document(app, config, state.limits)).encode()
     origins = config.cors_origins
+    # The first one is the innermost: pages of other origins may read its responses, too.
+    app.add_middleware(UnexpectedErrors)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -114,10 +116,27 @@ async def _respond_to_unknown(request: Request, error: Any) -> Response:
         if why := refused_endpoint(request.url.path):
             request.scope["log_fields"]["refused"] = "unsupported_endpoint"
             return ApiError(404, why, code="unsupported_endpoint").response()
-        return ApiError(404, "there is nothing at this path.", code="unknown_path").response()
+        return ApiError(404, _explain_unknown(request), code="unknown_path").response()
     path = request.scope["route"].path_format
     routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.path_format == path]
     methods = {method for route in routes for method in route.methods or ()}
     allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     message = f"{path} allows {allowed}."
     return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed}).response()
+
+
+def _explain_unknown(request: Request) -> str:
+    """Why there is nothing at a path, and the way out: usual mistakes are a slash at its end, and no or two /v1."""
+    path = request.url.path
+    bare = path.rstrip("/")
+    for meant in (path, bare, bare.removeprefix("/v1"), f"/v1{bare}"):
+        scope = {**request.scope, "path": meant}
+        route = next((route for route in ROUTES if route.matches(scope)[0] is not Match.NONE), None)
+        if route is None:
+            continue
+        if route not in request.app.routes:
+            return "this server has no engine (engine = 'none'): it only trains."
+        is_base = meant != bare and meant.startswith("/v1/")
+        hint = " Set the client's base URL to this server's address and /v1." if is_base else ""
+        return f"there is nothing at this path; did you mean {meant}?{hint}"
+    return "there is nothing at this path; /openapi.json lists what there is."

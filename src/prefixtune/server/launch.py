@@ -27,6 +27,7 @@ from prefixtune.server.listener import bind
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training_worker import STOP_SECONDS, TrainingWorker, start_worker
+from prefixtune.utils.collector import keeping_objects
 from prefixtune.utils.console import Console
 from prefixtune.utils.writable import writable_folder
 
@@ -91,7 +92,8 @@ def run(config: ServeConfig, console: Console) -> int:
         training_worker = start_worker(config, state.training)
         server = GracefulServer(state, max_connections, training_worker)
         try:
-            server.run(sockets=[listener])
+            with keeping_objects():
+                server.run(sockets=[listener])
         finally:
             if training_worker is not None:
                 training_worker.stop(0.0 if server.force_exit else STOP_SECONDS)

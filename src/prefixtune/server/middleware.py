@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, security headers, the log line, metrics, and unexpected errors."""
+"""The outer layers of every request: its id, security headers, the log line, metrics, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefixtune.server.logs import log
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.responses import ApiError
 
-__all__ = ["Middleware"]
+__all__ = ["Middleware", "UnexpectedErrors"]
 
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
@@ -81,12 +81,7 @@ class Middleware:
         except ClientDisconnect:
             status = _CLIENT_CLOSED_REQUEST
         except Exception as unexpected:
-            error = unexpected
-            if not status:
-                message = f"an internal error; the log has more on request {request_id}."
-                response = ApiError(500, message, code="internal_error").response()
-                await response(scope, receive, send_with_headers)
-            status = 500
+            error, status = unexpected, 500
         route = app_scope["route"].path_format if "route" in app_scope else "unknown"
         self._record(scope, route, status or _CLIENT_CLOSED_REQUEST, time.monotonic() - started, log_fields, error)
 
@@ -106,3 +101,33 @@ class Middleware:
             level = logging.DEBUG
         line = {"method": scope["method"], "path": scope["path"][:200], "status": status, "seconds": round(seconds, 4)}
         log("request", level=level, error=error, **line, **log_fields)
+
+
+class UnexpectedErrors:
+    """An ASGI middleware that answers an unexpected error with 500, and raises it again for the log.
+
+    Args:
+        app: The application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            if scope["type"] == "http" and not has_begun:
+                message = f"an internal error; the log has more on request {scope['log_fields']['id']}."
+                await ApiError(500, message, code="internal_error").response()(scope, receive, send)
+            raise

@@ -24,6 +24,8 @@ __all__ = ["ServerState"]
 
 _RESPONSE_THREADS = 4
 """Large responses that are written at once, of which one tenant has half."""
+_PARSE_THREADS = 2
+"""Large bodies that are parsed at once; more of them would only take Python's lock from the event loop."""
 
 
 class ServerState:
@@ -47,6 +49,7 @@ class ServerState:
         tokenizer_thread: Where texts are tokenized, one at a time.
         tokenizer_lock: Whose turn it is there.
         classify_lock: Whose texts the engine's thread classifies next.
+        parse_threads: Where large bodies are parsed.
         response_threads: Where large responses are written.
         draining: Whether the server is shutting down.
         closed: Whether it has stopped: nothing is computed any more.
@@ -91,6 +94,7 @@ class ServerState:
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
         self.tokenizer_lock = FairLock()
         self.classify_lock = FairLock()
+        self.parse_threads = FairThreads(_PARSE_THREADS, "prefixtune-bodies")
         self.response_threads = FairThreads(_RESPONSE_THREADS, "prefixtune-responses")
 
     @property
@@ -121,6 +125,7 @@ class ServerState:
             self._worker.close()
         self.catalog.close()
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        self.parse_threads.close()
         self.response_threads.close()
         if self.training is not None:
             self.training.close()

@@ -6,7 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-__all__ = ["not_collecting", "seldom_collecting"]
+__all__ = ["keeping_objects", "not_collecting", "seldom_collecting"]
 
 
 _THRESHOLD = 10_000
@@ -39,3 +39,18 @@ def not_collecting() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def keeping_objects() -> Iterator[None]:
+    """While the block runs, never look at the objects that are there when it begins.
+
+    For a program that has loaded all that it needs: else each full collection looks at a million objects of torch and
+    transformers, and stops all threads for half a second.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

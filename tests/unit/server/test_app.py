@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from asgi_client import bearer, send
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
@@ -61,3 +63,19 @@ def test_the_openapi_document_has_every_route_and_no_other(make_server: Callable
             weak = asyncio.run(send(app, method.upper(), path.replace("{name}", "a"), headers=bearer("me")))
             if "right" in operation.get("description", ""):
                 assert weak.code in ("admin_key_needed", "metrics_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/chat/completions", "did you mean /v1/chat/completions? Set the client's base URL to"),
+        ("/v1/v1/completions", "did you mean /v1/completions? Set the client's base URL to"),
+        ("/v1/completions/", "did you mean /v1/completions?"),
+        ("/v1/classify", "did you mean /classify?"),
+        ("/v2/completions", "/openapi.json lists what there is."),
+    ],
+)
+def test_a_wrong_address_gets_the_right_one(make_server: Callable[..., Any], path: str, words: str) -> None:
+    response = asyncio.run(send(make_server()[0], "POST", path, {}))
+    assert (response.status, response.code) == (404, "unknown_path")
+    assert words in response.json["error"]["message"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefixtune.attention.layout import Layout
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
+from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 
 WORDS = ["<unk>", "</s>", "▁Hello", "▁world", "world", "!", "▁", "a", "▁a"]
@@ -55,3 +57,56 @@ def test_a_text_begins_without_it(sentencepiece: Any) -> None:
     (first,), (second,) = (choices.pieces(0, output(word), word) for word in ("▁Hello", "▁world"))
     assert (first["logprobs"]["tokens"], second["logprobs"]["tokens"]) == (["Hello"], [" world"])
     assert (first["logprobs"]["text_offset"], second["logprobs"]["text_offset"]) == ([0], [5])
+
+
+@pytest.fixture
+def bytewise() -> Backbone:
+    """A backbone whose every token is a byte, or a special one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return Backbone(None, fast, "bytes", Layout({}, {}, "decoder"), "")
+
+
+def generated(backbone: Backbone, text: str, prompt: str = "") -> SequenceOutput:
+    """Of a text, in which special tokens may be by name, and of a prompt."""
+    tokens, read = (tuple(Token(id, -1.0) for id in backbone.encode(words)) for words in (text, prompt))
+    return SequenceOutput("r", 0, tokens, backbone.decode(backbone.encode(text)), "stop", prompt_tokens=read)
+
+
+def test_offsets_count_characters_and_no_special_tokens(bytewise: Backbone) -> None:
+    output = generated(bytewise, "é</s>中 ok<s>")
+    logprobs = CompletionChoices(bytewise).whole(0, output, output.text)["logprobs"]
+    assert "".join(logprobs["tokens"][-4:]) == " ok<s>"
+    assert logprobs["text_offset"] == [0, 0, 1, 1, 1, 1, 2, 3, 4, 5]
+    choices = CompletionChoices(bytewise)
+    parts = [replace(output, tokens=(one,), text="", finish_reason=None) for one in output.tokens]
+    streamed = [choices.pieces(0, part, "é中 ok")[0]["logprobs"]["text_offset"] for part in parts]
+    assert [offset for (offset,) in streamed] == logprobs["text_offset"]
+
+
+def test_offsets_of_an_echoed_prompt(bytewise: Backbone) -> None:
+    output = generated(bytewise, "é", prompt="<s>aé")
+    for prompt, offsets in (("aé", [0, 0, 1, 1, 2, 2]), ("<s>aé", [0, 3, 4, 4, 5, 5])):
+        choice = CompletionChoices(bytewise, prompts=[prompt]).whole(0, output, "é")
+        assert choice["logprobs"]["text_offset"] == offsets
+
+
+def test_no_offset_is_past_the_text(bytewise: Backbone) -> None:
+    """The tokens of a stop string are behind it."""
+    choice = CompletionChoices(bytewise).whole(0, generated(bytewise, "ab END"), "ab")
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 2, 2, 2]
+
+
+def test_offsets_within_a_target_that_follows_a_special_token(bytewise: Backbone) -> None:
+    output = generated(bytewise, "<s> → é!")
+    logprobs = CompletionChoices(bytewise, TextFormat(target="→ {target}")).whole(0, output, "é!")["logprobs"]
+    assert logprobs["text_offset"] == [0, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_part_of_a_character_has_its_bytes(bytewise: Backbone) -> None:
+    content = ChatChoices(bytewise).whole(0, generated(bytewise, " é😀"), "")["logprobs"]["content"]
+    assert [token["token"] for token in content] == [" ", *["\ufffd"] * 6]
+    assert b"".join(bytes(token["bytes"]) for token in content).decode() == " é😀"

@@ -120,6 +120,7 @@ def test_files_whose_labels_do_not_fit_are_not_served(
         ({"model": "a", "input": "x"}, "model", "generates texts"),
         ({"model": "tiny", "input": "x"}, "labels", "bare backbone"),
         ({"model": "head", "input": "x", "labels": ["a", "b"]}, "labels", "labels of its own"),
+        ({"model": "tiny", "input": "x", "labels": ["yes", "no", "yes"]}, "labels", "'yes' more than once"),
         ({"model": "head", "input": [["x"]]}, "input", "whole texts"),
         ({"model": "head", "input": []}, "input", "none of them empty"),
         ({"model": "head", "input": [1]}, "input", "a list of texts"),

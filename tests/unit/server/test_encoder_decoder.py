@@ -70,6 +70,10 @@ def test_an_encoder_decoder_is_served(
         chat = {"model": "all", "messages": [{"role": "user", "content": "hello"}]}
         refused = asyncio.run(send(app, "POST", "/v1/chat/completions", chat))
         assert (refused.status, refused.code) == (400, "no_chat_template")
+        echo = {"model": "tiny", "prompt": SOURCE, "echo": True, "logprobs": 0}
+        refused = asyncio.run(send(app, "POST", "/v1/completions", echo))
+        assert (refused.status, refused.json["error"]["param"]) == (400, "echo")
+        assert "Leave out echo or logprobs." in refused.json["error"]["message"]
         long = {"model": "all", "prompt": "word " * 3000, "max_tokens": 5} if family == "bart" else None
         if long:
             refused = asyncio.run(send(app, "POST", "/v1/completions", long))

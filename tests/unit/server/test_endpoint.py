@@ -15,9 +15,11 @@ from prefixtune.server.settings import KeyConfig
 
 def test_without_keys_only_local_host_names_are_answered(make_server: Callable[..., Any]) -> None:
     app, _ = make_server()
-    for host in ("localhost", "localhost:8000", "127.0.0.1", "127.0.0.1:80", "[::1]:8000", "LOCALHOST:1"):
+    names = ("localhost", "localhost:8000", "127.0.0.1", "127.0.0.1:80", "[::1]:8000", "LOCALHOST:1")
+    for host in (*names, "127.0.0.2:80", "[0:0:0:0:0:0:0:1]"):
         assert asyncio.run(send(app, "GET", "/v1/models", headers={"host": host})).status == 200
-    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:80", ""):
+    names = ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:80")
+    for host in (*names, "10.0.0.1", "[::2]", ""):
         assert asyncio.run(send(app, "GET", "/v1/models", headers={"host": host})).code == "host_not_allowed"
 
 

@@ -203,9 +203,14 @@ def test_lengths_fit_the_positions(make_server: Callable[..., Any]) -> None:
 
 def test_unknown_token_ids_are_refused(make_server: Callable[..., Any]) -> None:
     app, _ = make_server()
-    for prompt in ([10**9], [-1], [[5], [10**30]]):
-        response = asyncio.run(send(app, "POST", "/v1/completions", completion(prompt=prompt)))
-        assert (response.status, response.json["error"]["type"]) == (400, "invalid_request_error")
+    for param, value in (
+        *(("prompt", prompt) for prompt in ([10**9], [-1], [[5], [10**30]])),
+        ("logit_bias", {"5": 1, "100000": 1}),
+    ):
+        response = asyncio.run(send(app, "POST", "/v1/completions", completion(**{param: value})))
+        error = response.json["error"]
+        assert (response.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+        assert error["message"].endswith("Use the ids of the backbone's own tokenizer.")
 
 
 def test_all_texts_of_a_request_share_its_deadline(

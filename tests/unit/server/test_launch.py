@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -73,11 +74,8 @@ def test_a_data_folder_of_another_database_is_refused_before_the_model_is_loaded
 
 
 def test_too_many_slots_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
-    from prefixtune.server.launch import run
-
-    config = ServeConfig(prefixes=str(tmp_path), num_slots=10**9, backbone="/no/model")
     with pytest.raises(ConfigError, match="num_slots"):
-        run(config, Console(quiet=True))
+        ServeConfig(prefixes=str(tmp_path), num_slots=10**9, backbone="/no/model")
 
 
 def test_a_data_folder_that_cannot_be_written_is_said_at_the_start(
@@ -92,3 +90,17 @@ def test_a_data_folder_that_cannot_be_written_is_said_at_the_start(
     with pytest.raises(PrefixError, match="/no/model"):
         run(config, Console())
     assert "requests to train will be refused: cannot write" in capsys.readouterr().err
+
+
+def test_the_collector_does_not_look_at_what_a_server_has_loaded(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixtune.server import launch
+
+    _, state = make_server(port=0, train_workers=0)
+    kept: list[int] = []
+    monkeypatch.setattr(launch, "_load", lambda *_: state)
+    monkeypatch.setattr(launch, "configure_logging", lambda _: None)
+    monkeypatch.setattr(launch.GracefulServer, "run", lambda *_, **__: kept.append(gc.get_freeze_count()))
+    assert launch.run(state.config, Console(quiet=True)) == 0
+    assert kept[0] > 0

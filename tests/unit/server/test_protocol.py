@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest
+from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest, parse_chat
 from prefixtune.server.api.protocol import parse
 from prefixtune.server.api.task_protocol import parse_task
 from prefixtune.server.limits import Limits
@@ -198,12 +198,13 @@ USER_PART = {"type": "text", "text": "a"}
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"messages": [{}] * ITEMS}, "messages[0].role"),
-        ({"messages": [0] * ITEMS}, "messages[0]"),
-        ({"messages": USER * 250 + [0] * ITEMS}, "messages[250]"),
+        ({"messages": USER * ITEMS}, "messages"),
+        ({"messages": [{}] * 2048}, "messages[0].role"),
+        ({"messages": [0] * 2048}, "messages[0]"),
+        ({"messages": USER * 250 + [0] * 1798}, "messages[250]"),
         ({"messages": [{"role": "user", "content": [{}] * ITEMS}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [USER_PART, *[0] * ITEMS]}]}, "messages[0].content[1]"),
-        ({"messages": [{"role": "user", "content": [0] * 10}] * (ITEMS // 10)}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [0] * 50}] * 2000}, "messages[0].content[0]"),
         ({"prompt": [[]] * ITEMS}, "prompt"),
         ({"prompt": [0.5] * ITEMS}, "prompt"),
         ({"prompt": ["a", *[0] * ITEMS]}, "prompt"),
@@ -274,6 +275,15 @@ def test_messages() -> None:
     assert chat(logprobs=False).sampling(LIMITS).logprobs is None
 
 
+def test_a_chat_has_a_limited_number_of_messages_which_are_not_kept() -> None:
+    body = {"model": "m", "messages": USER * 2048}
+    request, conversation = parse_chat(body, LIMITS)
+    assert (request.messages, conversation) == ([], USER * 2048)
+    error = refused(chat, messages=USER * 2049)
+    assert error.param == "messages"
+    assert "must be a list of at least one message and at most 2,048" in error.message
+
+
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
@@ -296,6 +306,9 @@ def test_the_older_name_of_the_length_is_checked_as_well() -> None:
     assert chat(max_tokens=5, max_completion_tokens=9).sampling(LIMITS).max_new_tokens == 9
     assert refused(chat, max_tokens="x", max_completion_tokens=9).param == "max_tokens"
     assert refused(chat, max_completion_tokens=101).param == "max_completion_tokens"
+    error = refused(chat, max_tokens=5, max_completion_tokens=2, min_tokens=3)
+    assert error.message.endswith("more than max_completion_tokens (2).")
+    assert "more than max_tokens (2)" in refused(chat, max_tokens=2, min_tokens=3).message
 
 
 def test_top_logprobs_need_logprobs() -> None:

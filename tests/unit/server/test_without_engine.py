@@ -74,11 +74,18 @@ def test_a_model_without_a_limit_of_its_own_is_trained(state: ServerState, monke
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/status"), ("GET", "/")],
+    ("method", "path", "words"),
+    [
+        ("POST", "/v1/completions", "has no engine"),
+        ("POST", "/chat/completions/", "has no engine"),
+        ("GET", "/v1/status", "has no engine"),
+        ("GET", "/", "nothing at this path"),
+    ],
 )
-def test_nothing_needs_an_engine(state: ServerState, method: str, path: str):
-    assert asyncio.run(send(make_app(state), method, path, {})).status == 404
+def test_nothing_needs_an_engine(state: ServerState, method: str, path: str, words: str):
+    response = asyncio.run(send(make_app(state), method, path, {}))
+    assert response.status == 404
+    assert words in response.json["error"]["message"]
 
 
 def test_without_training_there_is_nothing_to_do():

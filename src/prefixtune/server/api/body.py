@@ -12,16 +12,18 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.api.generation import deadline_exceeded
+from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.limits import QueueFull
 from prefixtune.server.responses import ApiError, bad_request
 
-__all__ = ["parse_json", "read_json", "receive_body"]
+__all__ = ["parse_in_turn", "parse_json", "read_json", "receive_body"]
 
 
 _SMALL_BODY = 16 * 1024
 """Bytes of a body that is parsed in the event loop; a larger one in a thread, so that no other stream waits for it."""
-_MAX_DEPTH = 32
-"""Lists and objects within each other; a chat's parts need six."""
+_MAX_DEPTH = 72
+"""Lists and objects within each other: a JSON schema may have 64, and is within three more."""
 
 T = TypeVar("T")
 
@@ -34,13 +36,15 @@ async def read_json(context: RequestContext, parse: Callable[[dict[str, Any]], T
         parse: Makes a request of the object.
 
     Raises:
-        ApiError: It is no JSON, too large, too slow, or no valid request.
+        ApiError: It is no JSON, too large, too slow, or no valid request; or the request's time is over.
         QueueFull: The bodies of other requests take all the memory for bodies.
         ClientDisconnect: The client disconnected.
     """
     config, pending = context.state.config, context.state.pending_bytes
     limit = 1024 * config.max_body_kib
-    length = context.request.headers.get("content-length", "")
+    headers = context.request.headers
+    # Beside a body in chunks, a length says nothing.
+    length = "" if "transfer-encoding" in headers else headers.get("content-length", "")
     # Counted before it is read; without a length, as the largest that is allowed.
     size = min(int(length), limit) if length.isascii() and length.isdigit() else limit
     if not pending.has_room(size, context.tenant):
@@ -56,7 +60,22 @@ async def read_json(context: RequestContext, parse: Callable[[dict[str, Any]], T
     def work() -> T:
         return parse(parse_json(body))
 
-    return work() if len(body) <= _SMALL_BODY else await asyncio.to_thread(work)
+    return work() if len(body) <= _SMALL_BODY else await parse_in_turn(context, work)
+
+
+async def parse_in_turn(context: RequestContext, work: Callable[[], T]) -> T:
+    """Parse a large body in a thread, when it is the caller's turn.
+
+    Raises:
+        ApiError: The request's time is over, or the server has stopped.
+        ClientDisconnect: The client disconnected.
+    """
+    parsing = context.state.parse_threads.run(context.tenant, work)
+    try:
+        async with asyncio.timeout(context.remaining):
+            return await run_until_disconnect(context.request.receive, parsing)
+    except TimeoutError:
+        raise deadline_exceeded(context) from None
 
 
 def _check_content_type(request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ __all__ = ["ChatChoices", "CompletionChoices"]
 
 _MIN_LOGPROB = -9999.0
 """The logarithm of zero: JSON has no infinity."""
+_MOST_PENDING = 16
+"""Tokens that end within a character, one after the other; a character has four bytes at most."""
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+"""A byte, as tokenizers such as LLaMA's write it."""
 
 
 class CompletionChoices:
@@ -39,7 +44,10 @@ class CompletionChoices:
         self.backbone, self.decode = backbone, token_decoder(backbone)
         self.text_format, self.prompts, self.n = text_format, prompts, n
         self.begun: set[int] = set()
+        self.decode_after = _decoder_after_text(backbone, lambda ids: backbone.decode(list(ids)))
+        self.pieces_of: dict[int, TextPieces] = {}
         self.text_ends: dict[int, int] = {}
+        self.target_ends: dict[int, int] = {}
         self.target_offsets: dict[int, TargetOffsets] = {}
 
     def whole(self, index: int, output: SequenceOutput, target: str) -> dict[str, Any]:
@@ -66,35 +74,56 @@ class CompletionChoices:
     def _target_logprobs(self, index: int, target: str, output: SequenceOutput, *, last: bool) -> dict[str, Any] | None:
         """Logprobs whose offsets count within the target."""
         logprobs = self._logprobs(index, output)
-        if self.text_format is None:
-            return logprobs
-        offsets = self.target_offsets.setdefault(index, TargetOffsets(self.text_format))
-        return offsets.add(target, logprobs, last=last)
+        if self.text_format is not None:
+            offsets = self.target_offsets.setdefault(index, TargetOffsets(self.text_format))
+            logprobs = offsets.add(target, logprobs, last=last)
+        self.target_ends[index] = self.target_ends.get(index, len(self._prompt(index))) + len(target)
+        if logprobs is None:
+            return None
+        # Of what the tokens add to the text, no more is needed than the offsets.
+        logprobs["tokens"] = logprobs.pop("names")
+        if last:
+            # Tokens of a stop string are behind the text.
+            logprobs["text_offset"] = [min(offset, self.target_ends[index]) for offset in logprobs["text_offset"]]
+        return logprobs
 
     def _prompt(self, index: int) -> str:
         """What a text begins with."""
         return "" if self.prompts is None else self.prompts[index // self.n]
 
-    def _logprobs(self, index: int, output: SequenceOutput) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, output: SequenceOutput) -> dict[str, list[Any]] | None:
+        """The names of tokens, what they add to the text (as `tokens`), their logprobs, and where they begin."""
         tokens = [*output.prompt_tokens, *output.tokens]
         if not output.prompt_tokens and not any(token.logprob is not None for token in tokens):
             return None
-        texts = [self.decode(token.id) for token in tokens]
-        if output.prompt_tokens or (self.backbone.kind != "decoder" and index not in self.text_ends):
-            texts[0] = _decode(self.backbone, [tokens[0].id])
-        offsets, end = [], self.text_ends.get(index, 0)
-        num_prompt, prompt_length = len(output.prompt_tokens), len(self._prompt(index))
-        for number, text in enumerate(texts):
-            # A prompt may be shorter than its tokens: by special ones, and by those with part of a character.
-            if number == num_prompt and num_prompt:
-                end = prompt_length
-            offsets.append(min(end, prompt_length) if number < num_prompt else end)
-            end += len(text)
-        self.text_ends[index] = end if output.tokens else prompt_length
+        names = [self.decode(token.id) for token in tokens]
+        follows_text = self.backbone.kind == "decoder"
+        if output.prompt_tokens or not (follows_text or index in self.text_ends):
+            names[0] = _decode(self.backbone, [tokens[0].id])
+        prompt, end = self._prompt(index), self.text_ends.get(index, 0)
+        pieces: list[str] = []
+        offsets: list[int] = []
+        in_prompt = TextPieces(self.backbone, self.decode_after, follows_text=False)
+        for token, name in zip(output.prompt_tokens, names, strict=False):
+            offsets.append(min(end, len(prompt)))
+            piece = in_prompt.add(token.id)
+            # A prompt that was decoded has its special tokens, by name.
+            pieces.append(name if prompt.startswith(name, end) else piece)
+            end += len(pieces[-1])
+        if output.prompt_tokens:
+            end = len(prompt)
+        if index not in self.pieces_of:
+            self.pieces_of[index] = TextPieces(self.backbone, self.decode_after, follows_text=follows_text)
+        for token in output.tokens:
+            offsets.append(end)
+            pieces.append(self.pieces_of[index].add(token.id))
+            end += len(pieces[-1])
+        self.text_ends[index] = end
         return {
-            "tokens": texts,
+            "names": names,
+            "tokens": pieces,
             "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
-            "top_logprobs": [self._top_logprobs(token, text) for token, text in zip(tokens, texts, strict=True)],
+            "top_logprobs": [self._top_logprobs(token, name) for token, name in zip(tokens, names, strict=True)],
             "text_offset": offsets,
         }
 
@@ -110,6 +139,37 @@ class CompletionChoices:
         return by_text
 
 
+class TextPieces:
+    """What each token of one text adds to it: nothing if it is a special one, or ends within a character.
+
+    Args:
+        backbone: Whose tokens they are.
+        decode_after: Their text after another one.
+        follows_text: Whether the text follows another one.
+    """
+
+    def __init__(
+        self, backbone: Backbone, decode_after: Callable[[tuple[int, ...]], str], *, follows_text: bool
+    ) -> None:
+        self._backbone, self._decode_after, self._follows_text = backbone, decode_after, follows_text
+        # The last tokens, as long as they end within a character, and how much of their text was returned.
+        self._pending: tuple[int, ...] = ()
+        self._num_returned = 0
+
+    def add(self, token_id: int) -> str:
+        """The new part of the text."""
+        self._pending = (*self._pending, token_id)
+        text = self._decode_after(self._pending) if self._follows_text else self._backbone.decode(list(self._pending))
+        # Of bytes that are no character, not all are decoded again and again.
+        complete = text.rstrip("\ufffd") if len(self._pending) < _MOST_PENDING else text
+        piece = complete[self._num_returned :]
+        self._num_returned = len(complete)
+        if complete == text:
+            self._pending, self._num_returned = (), 0
+            self._follows_text = self._follows_text or bool(text)
+        return piece
+
+
 class ChatChoices:
     """The choices of `chat.completion`.
 
@@ -120,7 +180,7 @@ class ChatChoices:
     id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, backbone: Backbone) -> None:
-        self.decode = token_decoder(backbone)
+        self.backbone, self.decode = backbone, token_decoder(backbone)
 
     def whole(self, index: int, output: SequenceOutput, target: str) -> dict[str, Any]:
         """The choice of a whole message."""
@@ -161,28 +221,50 @@ class ChatChoices:
 
     def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         text = self.decode(token_id)
-        # Part of a character has no text of its own, and its bytes are unknown.
-        data = None if "\ufffd" in text else list(text.encode())
+        data = _bytes_of_part(self.backbone, token_id) if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": data}
 
 
 def token_decoder(backbone: Backbone) -> Callable[[int], str]:
-    """A function: token id -> its text within a text, special tokens by name.
+    """A function: token id -> its text within a text, special tokens by name."""
+    decode = _decoder_after_text(backbone, functools.partial(_decode, backbone))
+    return lambda token_id: decode((token_id,))
 
-    Some tokenizers leave out the white space that a text begins with, so a token is decoded after another one. Its text
-    is cached, as the same tokens come again and again.
+
+def _decoder_after_text(backbone: Backbone, decode: Callable[[Sequence[int]], str]) -> Callable[[tuple[int, ...]], str]:
+    """A function: token ids -> their text within a text.
+
+    Some tokenizers leave out the white space that a text begins with, so tokens are decoded after another one. Their
+    text is cached, as the same tokens come again and again.
     """
     if "before_token" not in backbone.tokenizer_cache:
         backbone.tokenizer_cache["before_token"] = backbone.encode("a")
     before: list[int] = backbone.tokenizer_cache["before_token"]
-    beginning = _decode(backbone, before)
+    beginning = decode(before)
 
     @functools.lru_cache(maxsize=10_000)
-    def decode(token_id: int) -> str:
-        text = _decode(backbone, [*before, token_id])
-        return text[len(beginning) :] if text.startswith(beginning) else _decode(backbone, [token_id])
+    def decode_after(ids: tuple[int, ...]) -> str:
+        text = decode([*before, *ids])
+        return text[len(beginning) :] if text.startswith(beginning) else decode(list(ids))
 
-    return decode
+    return decode_after
+
+
+def _bytes_of_part(backbone: Backbone, token_id: int) -> list[int] | None:
+    """The bytes of a token that is part of a character; None: the tokenizer does not work on bytes."""
+    written = str(backbone.tokenizer.convert_ids_to_tokens(token_id))
+    if byte := _BYTE_TOKEN.fullmatch(written):
+        return [int(byte[1], 16)]
+    byte_of = _byte_of_character()
+    return [byte_of[character] for character in written] if byte_of.keys() >= set(written) else None
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """The characters that tokenizers such as GPT-2's write bytes as."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _decode(backbone: Backbone, ids: Sequence[int]) -> str:

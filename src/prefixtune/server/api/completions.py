@@ -24,7 +24,7 @@ from prefixtune.server.api.body import read_json
 from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext
 from prefixtune.server.api.generation import Generation, collect_outputs, start_generation, stream_outputs
-from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest
+from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest, parse_chat
 from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
 from prefixtune.server.api.prompting import (
     chat_source,
@@ -92,18 +92,18 @@ async def create_completion(context: GenerationContext) -> Response:
 async def create_chat_completion(context: GenerationContext) -> Response:
     """Answer a chat, in the prefix's text format or the backbone's chat template."""
     state = context.state
-    request = await read_json(context, partial(parse, ChatRequest, limits=state.limits))
+    request, conversation = await read_json(context, partial(parse_chat, limits=state.limits))
     context.prepare(request.n)
     model = await state.catalog.load(request.model, context.caller, request.prefixes, tenant=context.tenant)
     if state.config.log_prompts:
-        context.log_fields["messages"] = request.conversation
+        context.log_fields["messages"] = conversation
     text_format = state.catalog.trained_format(model.header)
     choices = ChatChoices(state.backbone)
     if text_format is not None:
-        source = chat_source(context, request, text_format)
+        source = chat_source(context, conversation, text_format)
         generation = await start_targets(context, request, model, text_format, [source], request.n)
         return await _respond(context, request, generation, choices, text_format)
-    prompt, ends = await encode_chat(context, request.conversation)
+    prompt, ends = await encode_chat(context, conversation)
     return await _respond(context, request, await _continue(context, request, model, [prompt], ends), choices)
 
 

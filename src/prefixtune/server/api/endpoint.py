@@ -7,6 +7,7 @@ disconnected before the first byte.
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
@@ -38,7 +39,6 @@ __all__ = [
 Right = Literal["key", "admin", "metrics", "train"]
 """What an endpoint needs: any key, or a key with this right."""
 
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _PROXY_HEADERS = ("x-forwarded-for", "x-forwarded-host", "x-real-ip", "forwarded", "via")
 """Headers that show that a proxy passed the request on."""
 # For the document; the key is found by `Keyring`.
@@ -216,5 +216,17 @@ def _refusal(error: Exception, metrics: Metrics) -> ApiError:
 
 
 def _is_local(host: str) -> bool:
-    name, _, port = host.rpartition(":")
-    return host.lower() in _LOCAL_NAMES or (port.isdigit() and name.lower() in _LOCAL_NAMES)
+    """Whether a `Host` is `localhost` or a loopback address; an address cannot be made to point elsewhere.
+
+    >>> _is_local("127.0.0.2:8000"), _is_local("[::1]"), _is_local("127.0.0.1.evil.example")
+    (True, True, False)
+    """
+    name, colon, port = host.rpartition(":")
+    if not (colon and port.isdigit()):
+        name = host
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from prefixtune.data.chat import special_stops
 from prefixtune.data.labels import labels_of
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import (
     ContextLengthError,
     EngineFull,
@@ -186,13 +188,15 @@ def start_generation(
         grammar: What the texts must follow.
 
     Raises:
-        ApiError: A prompt is too long, or the engine takes no request now.
+        ApiError: A prompt is too long, something is asked for that the model does not have, or the engine takes no
+            request now.
         QueueFull: There is no room.
     """
     state = context.state
     if labels_of(model.prefix) is not None:
         message = f"the prefix {model.name!r} gives labels and writes no text."
         raise bad_request(message, "model", "not_a_generator", hint="use /classify.")
+    _check_supported(state.engine, prompts, sampling)
     context.log_fields |= {"model": model.name, "prompt_tokens": sum(map(len, prompts))}
     if special := special_stops(state.backbone, sampling.stop):
         sampling = sampling.replace(end_ids=(*sampling.end_ids, *special))
@@ -234,6 +238,18 @@ def start_generation(
     for prompt in prompts:
         state.metrics.prompt(model.names, len(prompt))
     return generation
+
+
+def _check_supported(engine: Engine, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams) -> None:
+    """Refuse tokens that the model does not have, and log-probabilities of a prompt that an encoder reads."""
+    for param, tokens in (("prompt", itertools.chain(*prompts)), ("logit_bias", iter(sampling.logit_bias))):
+        for token in tokens:
+            if not 0 <= token < engine.vocab_size:
+                message = f"there is no token {token}: the model has {engine.vocab_size:,}."
+                raise bad_request(message, param, hint="use the ids of the backbone's own tokenizer.")
+    if sampling.prompt_logprobs is not None and engine.backbone.kind == "encoder-decoder":
+        message = "the model's encoder reads the prompt, whose tokens then have no log-probabilities."
+        raise bad_request(message, "echo", hint="leave out echo or logprobs.")
 
 
 def _check_logprobs(requests: Sequence[Request]) -> None:

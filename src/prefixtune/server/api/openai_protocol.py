@@ -6,7 +6,7 @@ are refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -32,11 +32,12 @@ from prefixtune.server.api.protocol import (
     TokenNumber,
     allow_null,
     ignored,
+    parse,
 )
 from prefixtune.server.api.validation import Check, Fault, in_slices
 from prefixtune.server.limits import Limits
 
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "OpenAIRequest"]
+__all__ = ["ChatRequest", "CompletionRequest", "Message", "OpenAIRequest", "parse_chat"]
 
 
 _NO_TOOLS = "no function is called; ask for its arguments with response_format and a JSON schema"
@@ -312,15 +313,25 @@ class Message(BaseModel):
         return "".join(part.text for part in self.content)
 
 
+_MAX_MESSAGES = 2048
+_MESSAGES = Check(f"a list of at least one message and at most {_MAX_MESSAGES:,}", deep=True)
+
+
+def _few(messages: Any) -> Any:
+    """Refuse very many messages before any is checked."""
+    if isinstance(messages, list) and len(messages) > _MAX_MESSAGES:
+        raise _MESSAGES.error()
+    return messages
+
+
 class ChatRequest(OpenAIRequest):
     """A body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], WrapValidator(in_slices), Check("a list of at least one message", deep=True)] = (
-        Field(
-            min_length=1,
-            description="With a prefix, the last one must be the user's; it is the source, or all are read by a prefix "
-            "that was trained with a chat template.",
-        )
+    messages: Annotated[list[Message], WrapValidator(in_slices), BeforeValidator(_few), _MESSAGES] = Field(
+        min_length=1,
+        max_length=_MAX_MESSAGES,
+        description="With a prefix, the last one must be the user's; it is the source, or all are read by a prefix "
+        "that was trained with a chat template.",
     )
     max_completion_tokens: Integer | None = Field(
         None, ge=1, description="The newer name of max_tokens; used if both are present."
@@ -332,6 +343,11 @@ class ChatRequest(OpenAIRequest):
     def length(self) -> int | None:
         """Most new tokens, if the body says so."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def length_field(self) -> str:
+        """The field that says so."""
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -348,3 +364,15 @@ class ChatRequest(OpenAIRequest):
         yield from super()._conflicts(limits)
         if self.top_logprobs is not None and not self.logprobs:
             yield Fault("top_logprobs needs logprobs to be true.", "top_logprobs")
+
+
+def parse_chat(body: Mapping[str, Any], limits: Limits) -> tuple[ChatRequest, list[dict[str, str]]]:
+    """A body of `/v1/chat/completions`, and its conversation.
+
+    The request has no messages any more: it may wait, and they take forty times the memory of their text.
+
+    Raises:
+        ApiError: As `parse`.
+    """
+    request = parse(ChatRequest, body, limits)
+    return request.model_copy(update={"messages": []}), request.conversation

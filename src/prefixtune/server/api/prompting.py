@@ -21,7 +21,6 @@ from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.grammar import Grammar, compile_json_schema
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.generation import Generation, deadline_exceeded, start_generation
-from prefixtune.server.api.openai_protocol import ChatRequest
 from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.models.catalog import ServedModel
@@ -154,21 +153,20 @@ async def _encode_source(
     return tuple(ids)
 
 
-def chat_source(context: RequestContext, request: ChatRequest, text_format: TextFormat) -> Source:
+def chat_source(context: RequestContext, messages: list[dict[str, str]], text_format: TextFormat) -> Source:
     """The source of a chat with a prefix: with a chat template all messages, else the last one; which is the user's.
 
     Raises:
         ApiError: It is not the user's; or there are earlier messages that the prefix cannot read, and the server does
             not drop them.
     """
-    messages = request.messages
     last, num_earlier = messages[-1], len(messages) - 1
-    if last.role != "user":
-        raise bad_request(f"the last message has the role {last.role!r}, but must be the user's.", "messages")
-    if not last.text.strip():
+    if last["role"] != "user":
+        raise bad_request(f"the last message has the role {last['role']!r}, but must be the user's.", "messages")
+    if not last["content"].strip():
         raise bad_request("the last message is empty; some text is needed.", "messages")
     if text_format.is_chat:
-        return request.conversation
+        return messages
     if num_earlier and context.state.config.earlier_messages == "refuse":
         raise bad_request(
             f"this prefix reads one text, but the chat has {len(messages)} messages.",
@@ -179,7 +177,7 @@ def chat_source(context: RequestContext, request: ChatRequest, text_format: Text
     if num_earlier:
         context.log_fields["dropped_messages"] = num_earlier
         context.headers[_DROPPED_HEADER] = str(num_earlier)
-    return last.text
+    return last["content"]
 
 
 async def start_targets(

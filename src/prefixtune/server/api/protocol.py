@@ -141,6 +141,11 @@ class GenerationRequest(Body):
         return self.max_tokens
 
     @property
+    def length_field(self) -> str:
+        """The field that says so."""
+        return "max_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens to return; None: no logprobs at all."""
         return None
@@ -181,7 +186,7 @@ class GenerationRequest(Body):
 
     def _conflicts(self, limits: Limits) -> Iterator[Fault]:
         if self.length is not None and self.min_tokens > self.length:
-            message = f"min_tokens is {self.min_tokens}, which is more than max_tokens ({self.length})."
+            message = f"min_tokens is {self.min_tokens}, which is more than {self.length_field} ({self.length})."
             yield Fault(message, "min_tokens")
 
 

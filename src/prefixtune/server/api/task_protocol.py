@@ -10,6 +10,8 @@ from pydantic import (
     Field,
 )
 
+from prefixtune.errors import short_repr
+from prefixtune.inference.classify import first_duplicate
 from prefixtune.server.api.protocol import (
     Body,
     GenerationRequest,
@@ -74,7 +76,7 @@ class ClassifyRequest(Body):
             Check("a list of 2 to 1000 labels"),
         ]
         | None
-    ) = Field(None, description="With the bare backbone: the labels to choose from, by their own words.")
+    ) = Field(None, description="With the bare backbone: the labels to choose from, each once, by their own words.")
     user: Any = ignored()
     priority: Any = ignored()
 
@@ -86,6 +88,8 @@ class ClassifyRequest(Body):
     def _conflicts(self, limits: Limits) -> Iterator[Fault]:
         if len(self.texts) > limits.max_texts:
             yield Fault(f"'input' has {len(self.texts)} texts; at most {limits.max_texts} are allowed.", "input")
+        if label := first_duplicate(self.labels or ()):
+            yield Fault(f"'labels' has {short_repr(label)} more than once; give every label once.", "labels")
 
 
 def parse_task(body: Mapping[str, Any], limits: Limits, columns: Sequence[str]) -> TaskRequest:

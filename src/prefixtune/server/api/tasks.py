@@ -6,7 +6,6 @@ task's, but greedy where the task's own is a beam search.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -18,7 +17,7 @@ from fastapi import Response
 from prefixtune.engine.request import SequenceOutput, join_outputs
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.server.api.body import read_json
+from prefixtune.server.api.body import parse_in_turn, read_json
 from prefixtune.server.api.endpoint import GenerationContext, KeyContext, RequestContext
 from prefixtune.server.api.generation import Generation, collect_outputs, stream_outputs
 from prefixtune.server.api.openapi import NAME, api_router, errors, json_body, whole_or_stream
@@ -69,7 +68,7 @@ async def create_task_output(context: GenerationContext) -> Response:
     schema = task_schema_of(model.header)
     parse = partial(parse_task, body, state.limits, schema.columns if schema else ())
     # A body with a great many fields must not block streams.
-    request = parse() if len(body) < 100 else await asyncio.to_thread(parse)
+    request = parse() if len(body) < 100 else await parse_in_turn(context, parse)
     source = await _source(context, request, schema)
     text_format = state.catalog.text_format(model.header)
     generation = await start_targets(context, request, model, text_format, [source])
