@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,8 @@ def test_seeds(backbone: Backbone, asked: Any, runs: list[int]):
     first = sample(3)
     assert torch.equal(torch.get_rng_state(), state), "torch's own random state is as it was"
     assert sample(3) == first != sample(4)
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(sample, [3, 4, 3, 3])) == [first, sample(4), first, first]
     assert len(set(map(tuple, first))) == 3, "each text draws its own"
     torch.manual_seed(5)
     free = sample(None)

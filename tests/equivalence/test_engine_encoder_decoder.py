@@ -22,7 +22,7 @@ from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams
-from prefixtune.errors import BackboneError, RequestError
+from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.prefix.prefix import Prefix
 from zoo import make_model
 
@@ -292,11 +292,12 @@ def test_too_long_a_source_or_text_is_refused(made: Any, random_ids: Any, random
     with pytest.raises(RequestError, match=rf"{limit + 1} \(text\) and 5 \(new\).*the limit is {limit} on either side"):
         engine.add(Request(tuple(random_ids(limit + 1)), None, SamplingParams(max_new_tokens=5)))
     with pytest.raises(RequestError, match="on either side"):
-        engine.add(Request((1,), None, SamplingParams(max_new_tokens=limit)))
+        engine.add(Request((1,), None, SamplingParams(max_new_tokens=limit + 1)))
     # A prefix takes none of the positions.
     prefix = random_prefix(backbone, {"encoder": 4, "decoder": 9, "cross": 5}).detach()
-    request = Request(tuple(random_ids(limit)), prefix, SamplingParams(max_new_tokens=limit - 1))
-    assert ids(engine.run([request])[0][0]) == alone(backbone, request)
+    request = Request(tuple(random_ids(limit)), prefix, SamplingParams(max_new_tokens=limit, min_new_tokens=limit))
+    found = ids(engine.run([request])[0][0])
+    assert (len(found), found) == (limit, alone(backbone, request, min_new_tokens=limit))
 
 
 def test_a_source_that_cannot_be_read_fails_alone(made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch):
@@ -371,6 +372,10 @@ def test_texts_do_not_compete_for_experts(tiny_tokenizer: Any, random_ids: Any) 
     model = make_model("switch_transformers", tiny_tokenizer, expert_capacity=12, num_experts=2)
     backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-switch")
     asked = [Request(tuple(random_ids(10, seed)), None, SamplingParams(max_new_tokens=NEW)) for seed in range(12)]
-    assert [ids(output) for (output,) in Engine(backbone).run(asked)] == [alone(backbone, one) for one in asked]
+    with pytest.raises(ConfigError, match="num_slots is 13, but the experts of 'tiny-switch' take 12 tokens") as error:
+        Engine(backbone, num_slots=13)
+    assert "set num_slots to 12" in error.value.hint
+    found = Engine(backbone, num_slots=12).run(asked)
+    assert [ids(output) for (output,) in found] == [alone(backbone, one) for one in asked]
     batch = collate(backbone, [TokenizedExample(request.prompt, ((3, 4),)) for request in asked])
     assert (batch.packing, len(batch.input_ids)) == (None, len(asked))

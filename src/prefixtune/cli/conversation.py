@@ -98,13 +98,15 @@ class Conversation:
 
     def _stream(self, text: str, on_cut: Callable[[Sequence[int]], None] | None) -> Generator[str, None, None]:
         from prefixtune.data.chat import encode_chat, end_ids, special_stops
+        from prefixtune.inference.prompts import fit_new_tokens
         from prefixtune.inference.streaming import stream, stream_ids
 
         prefix = self.prefixes.get(self.name)
-        config = self.decoding(prefix)
+        conversation = [*self._answered, {"role": "user", "content": text}]
+        source = text if self.reads_one_message else conversation
+        config = fit_new_tokens(self.backbone, source, prefix, self.decoding(prefix), None)
         if self.reads_one_message:
             return stream(self.backbone, text, prefix, config=config, on_cut=on_cut)
-        conversation = [*self._answered, {"role": "user", "content": text}]
         if self._stored_format is not None:
             return stream(self.backbone, conversation, prefix, config=config, on_cut=on_cut)
         ids = encode_chat(self.backbone, conversation)

@@ -11,6 +11,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_pairs, format_of
 from prefixtune.data.examples import Example
 from prefixtune.data.labels import check_known, labels_of, with_label_words
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.data import held_out_rows
 from prefixtune.training.starts.examples import from_examples
@@ -18,6 +19,9 @@ from prefixtune.training.starts.source import stored_text
 from prefixtune.training.starts.words import from_words
 
 __all__ = ["are_counts", "find_start", "is_beginning"]
+
+_MOST_WORDS = 2**13
+"""Longest prefix whose start is computed whole to take its beginning: a header may name any length."""
 
 
 def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()) -> tuple[Prefix | None, str]:
@@ -43,8 +47,12 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
     if kind == "words" and text is None and "text" in stored:
         return None, "training started from words of which the file holds the beginning only."
     if kind == "words" and text is not None:
-        lengths = prefix.lengths
-        return _like(prefix, from_words(backbone, text, lengths)), f"the words {text!r}"
+        # What a decoder-only model computes for the first words does not depend on those behind them.
+        lengths = prefix.lengths if backbone.kind == "decoder" else _trained_lengths(prefix)
+        start = None if lengths is None else from_words(backbone, text, lengths)[: prefix.prefix_length]
+        if start is None or start.lengths != prefix.lengths:
+            return None, "the prefix was cut after training, and the file does not say from which length."
+        return _like(prefix, start), f"the words {text!r}"
     if kind == "examples":
         return _find_examples(backbone, prefix, stored, train)
     if kind == "random":
@@ -60,6 +68,18 @@ def is_beginning(composition: object) -> bool:
         return False
     parts = composition.get("parts")
     return isinstance(parts, list) and not any(isinstance(part, Mapping) and "composition" in part for part in parts)
+
+
+def _trained_lengths(prefix: Prefix) -> dict[Site, int] | None:
+    """P of each site as it was trained, of a prefix that may have been cut at its end; None: it is not known."""
+    composition = prefix.header.get("composition")
+    if composition is None:
+        return prefix.lengths
+    part = next(iter(composition["parts"]), None)
+    stored = part.get("prefix_length") if isinstance(part, Mapping) else None
+    found = {site: stored.get(site) if isinstance(stored, Mapping) else None for site in prefix.sites}
+    lengths = {site: length for site, length in found.items() if type(length) is int and 0 < length <= _MOST_WORDS}
+    return lengths if len(lengths) == len(found) else None
 
 
 def _like(prefix: Prefix, start: Prefix) -> Prefix:

@@ -242,6 +242,8 @@ def _requests(engine: Engine, texts: Mapping[int, Text], config: GenerateConfig)
     shared = {name: getattr(config, name) for name in SamplingConfig.model_fields if name != "seed"}
     shared["banned"] = newline_tokens(engine.backbone) if config.ban_newlines else ()
     grammar = compile_json_schema(engine.backbone, config.response_schema) if config.response_schema else None
+    # Of torch's own random state only where no seed is given: other threads draw from it, too.
+    draws = None if config.seed is None else torch.Generator().manual_seed(config.seed)
     known: dict[tuple[int, tuple[int, ...]], SamplingParams] = {}
     for number, text in texts.items():
         limit, prefix = text.new_tokens, text.prefix
@@ -252,6 +254,5 @@ def _requests(engine: Engine, texts: Mapping[int, Text], config: GenerateConfig)
             own = {"max_new_tokens": limit, "min_new_tokens": min(config.min_new_tokens, limit), "end_ids": text.ends}
             sampling = known[limit, text.ends] = SamplingParams(**{**shared, **own})
         if config.temperature > 0:
-            # A seed of its own, which torch's random state gives.
-            sampling = sampling.replace(seed=int(torch.randint(2**62, ())))
+            sampling = sampling.replace(seed=int(torch.randint(2**62, (), generator=draws)))
         yield number, Request(tuple(text.prompt), prefix, sampling, grammar=grammar)

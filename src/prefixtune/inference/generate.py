@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -71,6 +72,7 @@ def generate(
         BackboneError: A prefix does not fit the backbone.
         CheckpointError: A prefix cannot be read.
         ConfigError: A wrong option, or an argument of a wrong type.
+        PrefixError: The model's logits are not finite.
     """
     config = GenerateConfig.from_arguments(config, options)
     check_texts(texts)
@@ -144,7 +146,8 @@ def generate_ids(
     may_be_compiled = may_pack and suits_engine(config, prefixes, assistant)
     # The engine draws otherwise than transformers, and a seed is to give the same texts each time.
     patient = config.temperature > 0 and config.seed is not None
-    with seeded(config.seed, backbone.device):
+    with contextlib.ExitStack() as stack:
+        is_seeded = False
         while order:
             left = sum(texts[n].new_tokens for n in order)
             packed = packed_backbone(backbone, left, patient=patient) if may_be_compiled else None
@@ -158,6 +161,10 @@ def generate_ids(
                 continue
             batch_size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
             rows = [n for n in order[:batch_size] if shared[n] == shared[order[0]]]
+            if not is_seeded:
+                # The engine has seeds of its own.
+                stack.enter_context(seeded(config.seed, backbone.device))
+                is_seeded = True
             outputs = _run_batch(backbone, [texts[n] for n in rows], config, assistant, streamer)
             results |= dict(zip(rows, outputs, strict=True))
             order = order[len(rows) :]

@@ -90,6 +90,14 @@ def check_supported(backbone: Backbone, config: GenerateConfig, assistant: Backb
             f"a static cache has {static_layers} layers here, but the decoder of {backbone.name!r} has {layers}.",
             hint="use the dynamic cache.",
         )
+    # They take the mask's last columns for their tokens'; in a static cache these are slots without a token.
+    masks_padding = any(not getattr(one, "router_ignore_padding_tokens", True) for one in backbone.model.modules())
+    if config.cache == "static" and masks_padding:
+        raise ConfigError(
+            f"the experts of {backbone.name!r} read the mask as if it ended with the text, which is wrong with a "
+            "static cache.",
+            hint="use the dynamic cache.",
+        )
     hybrid = backbone.kind == "decoder" and not backbone.layout.packable
     if hybrid and (config.cache == "static" or config.prompt_lookup or assistant is not None):
         raise ConfigError(

@@ -16,12 +16,12 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.prefixes import PrefixLike, load_prefix, named_backbone, trained_adapter
 from prefixtune.data.chat import has_chat_template
-from prefixtune.data.encoding import check_texts
-from prefixtune.errors import RequestError, describe_value
+from prefixtune.data.encoding import as_text_format, check_texts
+from prefixtune.errors import PrefixWarning, RequestError, describe_value
 from prefixtune.inference.classify import Prediction, classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
-from prefixtune.inference.prompts import prepare_prompts
+from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.hub import prefix_file
@@ -38,6 +38,8 @@ Messages = Sequence[Mapping[str, str]]
 
 _ANSWER_TOKENS = 512
 """Most tokens of an answer in a chat, unless the caller says otherwise."""
+_OF_THE_CALL = ("assistant", "config", "on_batch", "on_cut", "on_unended", "progress", "text_format")
+"""Options of `generate` and `stream` that are no fields of `GenerateConfig`."""
 
 
 def load(
@@ -132,7 +134,7 @@ class Model:
 
         Args:
             messages: With `role` and `content`; a text is a user's message.
-            **options: As for `generate`; `max_new_tokens` is 512 here.
+            **options: As for `generate`; `max_new_tokens` is 512 here, or as many as fit.
 
         Raises:
             RequestError: It does not fit, or the model has no chat template.
@@ -221,6 +223,7 @@ class Model:
             if len(messages) > 1:
                 warnings.warn(
                     "the prefix was trained on single texts: it reads the last message only, not those before it",
+                    PrefixWarning,
                     stacklevel=3,
                 )
             return messages[-1]["content"]
@@ -230,18 +233,26 @@ class Model:
         """The options of an answer, which has as many tokens as fit where the caller names no number."""
         if options.get("config") is not None or "max_new_tokens" in options:
             return dict(options)
-        most, limit = _ANSWER_TOKENS, self.backbone.max_positions
-        if self.backbone.kind == "decoder" and limit is not None:
-            config, taken = GenerateConfig(max_new_tokens=1), 0 if self.prefix is None else self.prefix.length()
-            prompts = prepare_prompts(self.backbone, [source], [self.prefix], config, on_cut=lambda _: None)
-            left = limit - self.backbone.prefix_positions(taken) - len(prompts.ids[0])
-            most = max(1, min(most, left))
-        return {"max_new_tokens": most, **options}
+        fields = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
+        config = GenerateConfig.from_arguments(None, {"max_new_tokens": _ANSWER_TOKENS, **fields})
+        text_format = as_text_format(options.get("text_format"))
+        fitting = fit_new_tokens(self.backbone, source, self.prefix, config, text_format)
+        return {**options, **{name: getattr(fitting, name) for name in ("max_new_tokens", "min_new_tokens")}}
 
-    def _prompt(self, text: str | Messages, new_tokens: int) -> tuple[list[int], tuple[int, ...]]:
-        """The token ids of a text or a conversation, cut as in training, and those that end an answer."""
+    def _prompt(
+        self, text: str | Messages, new_tokens: int, *, at_most: bool = False
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """The token ids of a text or a conversation, cut as in training, and those that end an answer.
+
+        Args:
+            text: Or messages.
+            new_tokens: How many are to follow.
+            at_most: Fewer may follow where so many do not fit.
+        """
         source = text if isinstance(text, str) else self._source(text)
         config = GenerateConfig(max_new_tokens=new_tokens)
+        if at_most:
+            config = fit_new_tokens(self.backbone, source, self.prefix, config, None)
         prompts = prepare_prompts(self.backbone, [source], [self.prefix], config)
         return list(prompts.ids[0]), prompts.ends[0]
 

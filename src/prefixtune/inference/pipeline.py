@@ -10,7 +10,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from prefixtune.data.labels import labels_of
 from prefixtune.errors import ConfigError, RequestError, did_you_mean
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.decoding import penalty_processor, put_prefixes
+from prefixtune.inference.decoding import penalty_processor, put_prefixes, refuse_not_finite
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
 
@@ -49,8 +49,11 @@ _REFUSED = (
 """Options of transformers' `generate` that would take the prefix's place."""
 
 
-Encode = Callable[[Any, int], tuple[list[int], tuple[int, ...]]]
-"""A text or messages, and how many tokens are to follow -> token ids as in `generate`, and those that end an answer."""
+class Encode(Protocol):
+    """Makes token ids of a text or messages, as `generate` does; and those that end an answer."""
+
+    def __call__(self, text: Any, new_tokens: int, *, at_most: bool) -> tuple[list[int], tuple[int, ...]]:
+        """For so many tokens to follow, or at most so many."""
 
 
 def make_pipeline(
@@ -104,8 +107,10 @@ class PrefixTextGeneration(TextGenerationPipeline):  # type: ignore[misc]
         # What the pipeline was made with does not come here.
         given = {**getattr(self, "_generate_kwargs", {}), **settings}
         limits = [given.get("max_new_tokens"), getattr(given.get("generation_config"), "max_new_tokens", None)]
-        new_tokens = next((limit for limit in limits if limit), 1)
-        ids, ends = self.encode(getattr(prompt_text, "messages", prompt_text), new_tokens)
+        defaults = [self.model.generation_config.max_new_tokens, self._default_generation_config.max_new_tokens]
+        new_tokens = next((limit for limit in (*limits, *defaults) if limit), 1)
+        source = getattr(prompt_text, "messages", prompt_text)
+        ids, ends = self.encode(source, new_tokens, at_most=not any(limits))
         rows = torch.tensor([ids])
         mask = torch.ones_like(rows)
         return {"input_ids": rows, "attention_mask": mask, "prompt_text": prompt_text, "ends": ends}
@@ -200,6 +205,7 @@ def _generate(
     Raises:
         ConfigError: An option cannot be used with a prefix.
         RequestError: The text is empty.
+        PrefixError: The model's logits are not finite.
     """
     if input_ids is None:
         raise RequestError("the text has no token.", hint="write some text.")
@@ -212,10 +218,13 @@ def _generate(
     prompts = [ids[real.bool()].tolist() for ids, real in zip(input_ids, mask, strict=True)]
     length = 0 if prefix is None else prefix.length()
     limit = backbone.max_positions_with(length)
-    if config.max_new_tokens and limit is not None:
+    if limit is not None:
         # No more than fit; the prompts do, or were refused.
-        taken = backbone.prefix_positions(length) + max(map(len, prompts))
-        config.max_new_tokens = max(1, min(config.max_new_tokens, limit - taken))
+        room = limit - backbone.prefix_positions(length)
+        if config.max_new_tokens:
+            config.max_new_tokens = max(1, min(config.max_new_tokens, room - max(map(len, prompts))))
+        if config.max_length:
+            config.max_length = min(config.max_length, room)
     arguments = {"input_ids": input_ids, "attention_mask": mask}
     context = put_prefixes(arguments, backbone, [prefix] * len(prompts), GenerateConfig(num_beams=repeats))
     start = arguments["input_ids"].shape[1]
@@ -224,7 +233,7 @@ def _generate(
         # A set total length counts what is in the ids.
         if getattr(config, name, None):
             setattr(config, name, getattr(config, name) + width)
-    processors = list(logits_processor or ())
+    processors = [refuse_not_finite, *(logits_processor or ())]
     if config.repetition_penalty and config.repetition_penalty != 1:
         penalties = GenerateConfig(num_beams=repeats, repetition_penalty=config.repetition_penalty)
         processors.append(penalty_processor(backbone, prompts, penalties, start))
@@ -256,6 +265,8 @@ def _merge(backbone: Backbone, given: Any, options: dict[str, Any]) -> Any:
             raise ConfigError(
                 f"{name} cannot be used in a pipeline with a prefix.", hint="leave it out, or use model.generate."
             )
+    if config.use_cache is False:
+        raise ConfigError("a pipeline with a prefix needs the cache, but use_cache is False.", hint="set it to True.")
     config.pad_token_id = backbone.pad_id if config.pad_token_id is None else config.pad_token_id
     return config
 

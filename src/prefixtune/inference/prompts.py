@@ -14,7 +14,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
-__all__ = ["Prompts", "check_positions", "check_requests", "prepare_prompts", "truncate_prompts"]
+__all__ = ["Prompts", "check_positions", "check_requests", "fit_new_tokens", "prepare_prompts", "truncate_prompts"]
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,7 @@ def prepare_prompts(
         BackboneError: A prefix does not fit the backbone.
         CheckpointError: A prefix's header has an invalid text format.
     """
-    format_by_prefix = {id(prefix): _format_of(backbone, prefix, text_format) for prefix in prefixes}
-    formats = [
-        format_by_prefix[id(prefix)]
-        if isinstance(text, str) or text_format is not None or _has_format(prefix)
-        else _conversation_format(backbone, format_by_prefix[id(prefix)])
-        for text, prefix in zip(texts, prefixes, strict=True)
-    ]
-    formats = [form.with_lengths(config.max_total_length, config.on_too_long) for form in formats]
+    formats = _formats(backbone, texts, prefixes, config, text_format)
     whole = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
     new_tokens = [
         _max_new_tokens(backbone, form, prompt, prefix, config)
@@ -77,6 +70,53 @@ def prepare_prompts(
     special = special_stops(backbone, config.stop)
     ends = tuple((*end_ids(backbone, form), *special) for form in formats)
     return Prompts(tuple(ids), tuple(formats), tuple(new_tokens), ends)
+
+
+def fit_new_tokens(
+    backbone: Backbone, source: Source, prefix: Prefix | None, config: GenerateConfig, text_format: TextFormat | None
+) -> GenerateConfig:
+    """The configuration with no more new tokens than fit: for an answer whose length nobody chose.
+
+    A source that may be cut leaves the answer up to half of the positions.
+
+    Args:
+        backbone: The frozen model.
+        source: As in training; or a conversation.
+        prefix: In front of it.
+        config: With the most tokens that are wanted.
+        text_format: As in `prepare_prompts`.
+
+    Raises:
+        PrefixError: As `prepare_prompts`, but nothing is too long.
+    """
+    room = _room(backbone, 0, prefix)
+    if room is None:
+        return config
+    if backbone.kind == "decoder":
+        (form,) = _formats(backbone, [source], [prefix], config, text_format)
+        (prompt,) = encode_prompts(backbone, form, [source])
+        least = room // 2 if form.on_too_long == "cut" else 1
+        room = max(least, room - len(prompt))
+    most = max(1, min(config.max_new_tokens, room))
+    return config.replace(max_new_tokens=most, min_new_tokens=min(config.min_new_tokens, most))
+
+
+def _formats(
+    backbone: Backbone,
+    texts: Sequence[Source],
+    prefixes: Sequence[Prefix | None],
+    config: GenerateConfig,
+    text_format: TextFormat | None,
+) -> list[TextFormat]:
+    """The text format of each text, with the configuration's treatment of long ones."""
+    format_by_prefix = {id(prefix): _format_of(backbone, prefix, text_format) for prefix in prefixes}
+    formats = [
+        format_by_prefix[id(prefix)]
+        if isinstance(text, str) or text_format is not None or _has_format(prefix)
+        else _conversation_format(backbone, format_by_prefix[id(prefix)])
+        for text, prefix in zip(texts, prefixes, strict=True)
+    ]
+    return [form.with_lengths(config.max_total_length, config.on_too_long) for form in formats]
 
 
 def _format_of(backbone: Backbone, prefix: Prefix | None, text_format: TextFormat | None) -> TextFormat:
@@ -177,7 +217,8 @@ def check_positions(
                 f"text {number} has no token.", hint="write some text, or use a prompt format with a separator."
             )
         prefix_positions = backbone.prefix_positions(_length(prefix))
-        needed = max(len(prompt), new + 1) if separate else prefix_positions + len(prompt) + new
+        # An encoder-decoder's start token takes the position that the last token does not.
+        needed = max(len(prompt), new) if separate else prefix_positions + len(prompt) + new
         limit = backbone.max_positions_with(_length(prefix))
         if limit is not None and needed > limit:
             of_what = " on either side" if separate else "" if limit == backbone.max_positions else " with a prefix"
@@ -194,11 +235,18 @@ def _max_new_tokens(
     backbone: Backbone, text_format: TextFormat, prompt: Sequence[int], prefix: Prefix | None, config: GenerateConfig
 ) -> int:
     """Most tokens to generate: no more than fit after a prompt that training did not truncate."""
-    limit = backbone.max_positions_with(_length(prefix))
-    if backbone.kind != "decoder" or limit is None or len(prompt) > text_format.longest_prompt:
+    room = _room(backbone, len(prompt), prefix)
+    if room is None or len(prompt) > text_format.longest_prompt:
         return config.max_new_tokens
-    left = limit - backbone.prefix_positions(_length(prefix)) - len(prompt)
-    return min(left, config.max_new_tokens) if left > 0 else config.max_new_tokens
+    return min(room, config.max_new_tokens) if room > 0 else config.max_new_tokens
+
+
+def _room(backbone: Backbone, prompt_tokens: int, prefix: Prefix | None) -> int | None:
+    """Most tokens that fit behind a prompt; None: any number."""
+    limit = backbone.max_positions_with(_length(prefix))
+    if limit is None or backbone.kind == "encoder-decoder":
+        return limit
+    return limit - backbone.prefix_positions(_length(prefix)) - prompt_tokens
 
 
 def _length(prefix: Prefix | None) -> int:

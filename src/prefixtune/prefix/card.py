@@ -57,8 +57,14 @@ def make_card(prefix: Prefix, repo_id: str, evaluations: Sequence[Mapping[str, A
         prefix: With its header.
         repo_id: `OWNER/NAME`, for the examples; a folder's name, if it is on this machine.
         evaluations: As `read_evaluations` returns them; none: it was not evaluated.
+
+    Raises:
+        ConfigError: The repository is no text.
     """
     from huggingface_hub import ModelCardData
+
+    if not isinstance(repo_id, str):
+        raise ConfigError(f"the repository is {describe_value(repo_id)}, not a text.", hint="write OWNER/NAME.")
 
     header = prefix.header
     task = str(header.get("task", ""))
@@ -86,16 +92,29 @@ def _pipeline_tag(prefix: Prefix) -> str:
     return _PIPELINE_TAGS.get(kind, "text-generation")
 
 
-def check_complete(prefix: Prefix) -> None:
-    """Refuse to publish a prefix that is of no use by itself.
+def check_complete(prefix: Prefix, folder: Path | None = None) -> None:
+    """Refuse to publish, or to store elsewhere, a prefix that is of no use by itself.
+
+    Args:
+        prefix: With its header.
+        folder: Where it is to be stored; None: in a repository.
 
     Raises:
-        ConfigError: It was trained with a LoRA adapter, which is in a folder of its own.
+        ConfigError: It was trained with a LoRA adapter, which would not be found from there.
     """
-    if prefix.header.get("adapter"):
+    adapter = str(prefix.header.get("adapter") or "")
+    if not adapter:
+        return
+    if folder is None:
         raise ConfigError(
             "the prefix was trained together with a LoRA adapter, and a repository would hold the prefix alone.",
             hint="upload the run's folder with `hf upload`.",
+        )
+    if not os.path.isdir(folder / adapter) and not os.path.isdir(adapter):
+        raise ConfigError(
+            f"the prefix was trained together with the LoRA adapter {short_repr(adapter)}, which is not in "
+            f"{str(folder)!r}.",
+            hint="store it in the run's folder, next to the adapter; or copy the adapter there first.",
         )
 
 

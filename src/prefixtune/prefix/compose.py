@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value
 from prefixtune.prefix.composition import check_count, content_hash, describe_parts, lead_header
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import SITES, Site, describe
@@ -156,6 +157,7 @@ def interpolate(prefixes: Sequence[Prefix], weights: Sequence[float], *, names: 
     """
     names = check_joinable(prefixes, names)
     _check_labels(prefixes)
+    weights = _as_numbers(weights)
     if len(weights) != len(prefixes):
         raise ConfigError(f"{len(weights)} weights for {len(prefixes)} prefixes.", hint="give one for each.")
     if not all(map(math.isfinite, weights)) or not abs(sum(weights) - 1) <= 1e-6:
@@ -182,6 +184,7 @@ def difference(
         BackboneError: They are of different backbones.
         ConfigError: Their lengths differ, or a header says that it had another start.
     """
+    (weight,) = _as_numbers([weight])
     if not math.isfinite(weight):
         raise ConfigError(f"the weight is {weight:g}, but must be a number.", hint="leave it out: it is 1 then.")
     names = check_joinable([minuend, subtrahend, start], names or ("the first prefix", "the second", "the start"))
@@ -226,6 +229,19 @@ def check_start(prefixes: Sequence[Prefix], start: Prefix | None, names: Sequenc
             f"{names[2]} is not what {names[0]} and {names[1]} started from: its content has another hash.",
             hint=f"they started from {described[0].get('file') or described[1].get('file') or 'another file'!r}.",
         )
+
+
+def _as_numbers(weights: object) -> list[float]:
+    """Weights as floats.
+
+    Raises:
+        ConfigError: They are something else.
+    """
+    numbers: list[Any] = list(weights) if isinstance(weights, Iterable) else [weights]
+    for number in numbers:
+        if not isinstance(number, Real):
+            raise ConfigError(f"a weight is {describe_value(number)}, but must be a number.", hint="write 0.5.")
+    return [float(number) for number in numbers]
 
 
 def _spell(description: Mapping[str, Any]) -> str:
@@ -310,8 +326,13 @@ def cut(
 
     Raises:
         CheckpointError: The rotation in the header cannot be used.
-        ConfigError: Nothing would be cut, or left; or no rotation is known.
+        ConfigError: Nothing would be cut, or left; no rotation is known; or an argument is of a wrong type.
     """
+    _check_prefixes([prefix])
+    if not isinstance(length, int):
+        raise ConfigError(f"length is {describe_value(length)}, but must be a whole number.", hint="write length=5.")
+    if end not in ("start", "end"):
+        raise ConfigError(f"end is {end!r}, but must be 'start' or 'end'.", hint="'end' keeps the first positions.")
     if not 1 <= length < prefix.prefix_length:
         raise ConfigError(
             f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length}.",
@@ -396,12 +417,17 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
 
     Raises:
         BackboneError: Their shapes or their backbones' fingerprints differ.
-        ConfigError: There is none, one has a LoRA adapter of its own, or one is an infix and another is not.
+        ConfigError: There is none, one is no prefix, has a LoRA adapter of its own, or is an infix while another is
+            not; or the names are too few or too many.
     """
-    if not prefixes:
-        raise ConfigError("there is no prefix to compose.", hint="give at least one.")
+    _check_prefixes(prefixes)
+    if len(names) not in (0, len(prefixes)):
+        raise ConfigError(f"{len(names)} names for {len(prefixes)} prefixes.", hint="give one for each, or none.")
     names = _named(prefixes, names)
     first = prefixes[0]
+    # By site, the first part that has it; and the first one that says of which weights it is.
+    by_site: dict[Site, tuple[str, Prefix]] = {}
+    known: tuple[str, Prefix] | None = None
     for name, prefix in zip(names, prefixes, strict=True):
         if prefix.header.get("adapter"):
             raise ConfigError(
@@ -413,21 +439,40 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
                 f"{names[0]} is placed {first.placement!r}, but {name} {prefix.placement!r}.",
                 hint="compose prefixes of one placement.",
             )
-        shared = set(prefix.sites) & set(first.sites)
-        mine, theirs = first.geometry, prefix.geometry
-        if not shared or any(mine[site] != theirs[site] for site in shared):
-            raise BackboneError(
-                f"{names[0]} has {describe(mine)}, but {name} {describe(theirs)}.",
-                hint="compose prefixes of one backbone; `prefixtune inspect FILE` names it.",
-            )
-        _check_same_backbone(first.header, prefix.header, names[0], name)
+        for site, shapes in prefix.geometry.items():
+            other_name, other = by_site.setdefault(site, (name, prefix))
+            if other.geometry[site] != shapes:
+                raise BackboneError(
+                    f"{other_name} has {describe(other.geometry)}, but {name} {describe(prefix.geometry)}.",
+                    hint="compose prefixes of one backbone; `prefixtune inspect FILE` names it.",
+                )
+        if backbone_origin(prefix.header).fingerprint:
+            known = known or (name, prefix)
+            _check_same_backbone(known[1].header, prefix.header, known[0], name)
     return names
+
+
+def _check_prefixes(prefixes: object) -> None:
+    """Refuse arguments that are no prefixes.
+
+    Raises:
+        ConfigError: There is none, or one is something else.
+    """
+    if not isinstance(prefixes, Sequence) or isinstance(prefixes, str):
+        raise ConfigError(f"prefixes is {describe_value(prefixes)}, but must be a list.", hint="write [one, other].")
+    if not prefixes:
+        raise ConfigError("there is no prefix to compose.", hint="give at least one.")
+    for prefix in prefixes:
+        if not isinstance(prefix, Prefix):
+            raise ConfigError(
+                f"a prefix is {describe_value(prefix)}, but must be a Prefix.",
+                hint="Prefix.from_pretrained(path) reads one from a file.",
+            )
 
 
 def _check_same_backbone(one: Mapping[str, Any], other: Mapping[str, Any], name: str, other_name: str) -> None:
     first, second = backbone_origin(one), backbone_origin(other)
-    prints = first.fingerprint, second.fingerprint
-    if all(prints) and not fingerprints_match(*prints):
+    if not fingerprints_match(first.fingerprint, second.fingerprint):
         raise BackboneError(
             f"{name} was trained for {first.name!r} and {other_name} for {second.name!r}, whose weights differ.",
             hint="compose prefixes of one backbone, with the same weights; `prefixtune inspect FILE` names it.",

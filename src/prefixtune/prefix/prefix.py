@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.errors import BackboneError, ConfigError, describe_value
+from prefixtune.errors import BackboneError, ConfigError, describe_value, short_repr
 from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, Placement, Site, describe
 
 __all__ = ["Head", "KeyValue", "Prefix", "check_fits", "flatten", "unflatten"]
@@ -54,6 +54,14 @@ class Head:
     def detach(self) -> Head:
         """A copy that no longer belongs to any computation graph."""
         return Head(self.weight.detach().clone(), self.bias.detach().clone())
+
+
+def _is_forward_slice(value: object) -> bool:
+    """Whether it is a slice by whole numbers that does not go backwards."""
+    if not isinstance(value, slice):
+        return False
+    bounds = [bound for bound in (value.start, value.stop, value.step) if bound is not None]
+    return all(hasattr(bound, "__index__") for bound in bounds) and (value.step is None or value.step > 0)
 
 
 def _is_pair(value: object) -> bool:
@@ -225,11 +233,12 @@ class Prefix:
         """Some of its positions: `prefix[:5]` is the first five virtual tokens, at every site and layer.
 
         Raises:
-            ConfigError: Nothing is left, or the index is not a slice.
+            ConfigError: Nothing is left, or the index is no slice of whole numbers that goes on.
         """
-        if not isinstance(positions, slice):
+        if not _is_forward_slice(positions):
             raise ConfigError(
-                f"a prefix is sliced by positions, but got {positions!r}.", hint="write prefix[2:3] for one position."
+                f"a prefix is sliced by positions, in order, but got {short_repr(positions)}.",
+                hint="write prefix[2:3] for one position.",
             )
         sliced = Prefix(
             {
@@ -295,15 +304,16 @@ class Prefix:
 
         Raises:
             CheckpointError: The prefix holds NaN or infinity.
-            ConfigError: The evaluation holds no scores.
+            ConfigError: The evaluation holds no scores, or the prefix needs a LoRA adapter, which is not in the folder.
             PrefixError: A file cannot be written.
         """
         from prefixtune.prefix.artifact import save_prefix
-        from prefixtune.prefix.card import CARD, make_card, read_evaluations
+        from prefixtune.prefix.card import CARD, check_complete, make_card, read_evaluations
         from prefixtune.prefix.hub import FILE
         from prefixtune.utils.files import write_text
 
         folder = Path(save_directory)
+        check_complete(self, folder)
         card = make_card(self, folder.resolve().name, read_evaluations(evaluation, self))
         path = save_prefix(folder / FILE, self, dtype=self.dtype)
         if not (folder / CARD).exists():

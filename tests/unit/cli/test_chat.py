@@ -171,6 +171,16 @@ def test_mistakes_keep_the_conversation(model: Path, prefixes: dict[str, Path], 
     assert rows[-1]["output"] == answer_to("a")
 
 
+def test_an_answer_gets_the_room_that_is_left(model: Path, answer_to: Callable[..., str], backbone: Any) -> None:
+    long = "x" * (backbone.max_positions - 60)
+    rows = []
+    for count in ("6", "500"):
+        out, _ = run("chat", "--backbone", str(model), *SHORT[2:], "--json", "--max-new-tokens", count, stdin=long)
+        rows.append(json.loads(out))
+    assert "error" not in rows[1]
+    assert rows[1]["output"].startswith(rows[0]["output"])
+
+
 def test_messages_are_saved(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "new" / "chat.jsonl"
     (row, wrong), _ = chat("--backbone", model, lines=f"Grüße\n/save {file}\n/save {tmp_path}\n")

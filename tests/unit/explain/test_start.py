@@ -15,6 +15,7 @@ from prefixtune.explain.start import find_start
 from prefixtune.prefix.compose import cut
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.starts.source import stored_text
+from prefixtune.training.starts.words import from_words
 
 EXAMPLES = [
     pt.Example(f"n : {letter * count}", (f"{letter} it is.",)) for count, letter in enumerate("abcdef", start=1)
@@ -116,6 +117,26 @@ def test_a_prefix_that_was_cut_has_its_start_only_where_its_first_positions_stay
     last = cut(prefix, 3, backbone.rotation, end="start")
     assert "cut at its start" in find_start(backbone, last)[1]
     assert "cut at its start" in find_start(backbone, cut(last, 2))[1]
+
+
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_the_start_of_a_cut_prefix_was_computed_for_all_its_words(
+    family: str, tiny_backbone: Callable[..., Any], assert_same: Callable[..., None]
+) -> None:
+    backbone = tiny_backbone(family)
+    facts = {"initialization": {"kind": "words", "text": "some words"}}
+    whole = Prefix(from_words(backbone, "some words", 6).layers, facts)
+    first = cut(whole, 3)
+    start, _ = find_start(backbone, first)
+    assert start is not None
+    assert_same(start.tensors(), first.tensors())
+    for length in ("6", 2, 10**9, None):
+        parts = [{"prefix_length": dict.fromkeys(first.sites, length)}]
+        wrong = Prefix(first.layers, {**facts, "composition": {"mode": "cut", "at": "end", "parts": parts}})
+        assert find_start(backbone, wrong) == (
+            None,
+            "the prefix was cut after training, and the file does not say from which length.",
+        )
 
 
 @pytest.mark.parametrize(

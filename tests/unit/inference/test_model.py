@@ -15,7 +15,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header, named_backbone
 from prefixtune.data.chat import chat_format, encode_chat, encode_conversation
 from prefixtune.data.examples import Message
-from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.classify import classify
 from prefixtune.inference.generate import generate, generate_ids, read_output
 from prefixtune.inference.model import Model, load
@@ -104,6 +104,71 @@ def test_an_answer_has_as_many_tokens_as_fit(backbone: Backbone) -> None:
         model.chat(long, max_new_tokens=60)
 
 
+def test_room_for_an_answer_is_counted_as_the_caller_decodes(
+    backbone: Backbone, make_prefix: Callable[..., Prefix]
+) -> None:
+    most = backbone.max_positions
+    assert most is not None
+    long = [{"role": "user", "content": "x" * (2 * most)}]
+    model, seen = load(backbone), []
+    options = {"on_too_long": "cut", "on_cut": seen.extend}
+    expected = model.chat(long, max_new_tokens=most // 2, **options)
+    assert model.chat(long, **options) == expected
+    assert "".join(model.stream(long, **options)).strip() == expected
+    assert seen == [0] * 3
+    with pytest.raises(RequestError, match="max_length 30 allows"):
+        model.chat(long, max_total_length=30)
+    # A prefix says so; and one that says nothing of its longest prompt leaves more than one token.
+    form = TextFormat("Q: {source} ", "{target}", on_too_long="cut")
+    model = load(backbone, make_prefix(text_format=form.to_dict()))
+    with pytest.warns(UserWarning, match="truncated"):
+        answer = model.chat(long, min_new_tokens=40)
+    assert len(backbone.encode(answer)) >= 40 - 2
+    # The text around is the caller's, too.
+    short, around = long[0]["content"][: most - 30], TextFormat("x" * 20 + "{source}", "{target}")
+    room = most - 3 - 20 - len(short)
+    model = load(backbone, make_prefix(text_format=TextFormat("{source}", "{target}").to_dict()))
+    assert model.chat(short, text_format=around) == model.chat(short, text_format=around, max_new_tokens=room)
+
+
+@pytest.mark.parametrize("family", ["bart", "marian"])
+def test_an_encoder_decoder_answers_with_as_many_tokens_as_it_has_positions(
+    family: str, tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]
+) -> None:
+    backbone = tiny_backbone(family)
+    most = backbone.max_positions
+    form = TextFormat("{source}", "{target}", longest_prompt=20)
+    prefix = Prefix(random_prefix(backbone, 3).detach().layers, make_header(backbone, text_format=form.to_dict()))
+    model = load(backbone, prefix)
+    full = model.generate("hello", max_new_tokens=most, min_new_tokens=most)
+    assert model.chat("hello", min_new_tokens=most) == full
+    assert "".join(model.stream([{"role": "user", "content": "hello"}], min_new_tokens=most)).strip() == full
+    assert model.generate("hello", max_new_tokens=512, min_new_tokens=most) == full
+    with pytest.raises(RequestError, match=f"{most + 1} \\(new\\) positions"):
+        generate(backbone, ["hello"], max_new_tokens=most + 1)
+
+
+def test_logits_that_are_not_finite_are_said_to_be(
+    tiny_models: Callable[..., Any], tiny_tokenizer: Any, random_prefix: Callable[..., Any]
+) -> None:
+    backbone = Backbone.from_model(tiny_models("llama").to(torch.float16), tiny_tokenizer, "tiny-float16")
+    prefix = random_prefix(backbone, 3).detach()
+    prefix.layers["decoder"][1][1][0, 0, 0] = 1e5
+    labels = {"kind": "classification", "by": "words", "names": ["yes", "no"], "words": ["yes", "no"]}
+    labelled = Prefix(prefix.layers, make_header(backbone, labels=labels))
+    model = load(backbone, prefix)
+    for call in (
+        lambda: model.generate("hello", **FEW),
+        lambda: model.generate("hello", num_beams=2, **FEW),
+        lambda: model.generate("hello", temperature=1.0, min_new_tokens=2, **FEW),
+        lambda: list(model.stream("hello", **FEW)),
+        lambda: load(backbone, labelled).classify("hello"),
+    ):
+        with pytest.raises(PrefixError, match="logits are not finite") as error:
+            call()
+        assert error.value.hint
+
+
 def test_a_prefix_with_a_head_writes_no_text(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
     head = Head(torch.zeros(2, backbone.head_size), torch.zeros(2))
     model = load(backbone, Prefix(make_prefix().layers, head=head))
@@ -150,7 +215,12 @@ def test_labels(backbone: Backbone) -> None:
     model = load(backbone)
     expected = classify(backbone, TEXTS, labels=["yes", "no"])
     assert model.classify(TEXTS, labels=["yes", "no"]) == expected
-    assert model.classify(TEXTS[1], labels=["yes", "no"]) == expected[1]
+    alone = model.classify(TEXTS[1], labels=["yes", "no"])
+    assert alone.label == expected[1].label
+    assert alone.probabilities == pytest.approx(expected[1].probabilities)
+    # The probabilities would be fewer than the labels.
+    with pytest.raises(ConfigError, match="yes' more than once"):
+        classify(backbone, TEXTS, labels=["yes", "no", "yes"])
 
 
 def test_a_list_is_joined(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:

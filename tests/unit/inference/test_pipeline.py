@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, Pipeline, TextIteratorStreamer
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.errors import ConfigError, PrefixError, RequestError
 from prefixtune.inference.classify import classify
 from prefixtune.inference.generate import generate
 from prefixtune.inference.model import Model
@@ -84,6 +85,44 @@ def test_options_of_transformers(backbone: Backbone, make_model: Callable[..., M
     assert len(ids["generated_token_ids"]) <= prompt + 6, "the prefix takes no place among the ids"
     total = pipe("some text", max_length=prompt + 2, max_new_tokens=None)[0]["generated_text"].strip()
     assert total == model.generate("some text", max_new_tokens=2)
+
+
+def test_lengths_are_bounded_by_the_positions(
+    tiny_backbone: Callable[..., Any], make_model: Callable[..., Model]
+) -> None:
+    backbone = tiny_backbone("gpt2")
+    model, most = make_model(backbone, 3), backbone.max_positions
+    pipe = model.pipeline(do_sample=False, return_full_text=None, return_tensors=True)
+    with pytest.warns(UserWarning, match="Unfeasible length"):
+        (ids,) = pipe("some text", max_length=400, max_new_tokens=None, min_new_tokens=390)
+    assert len(ids["generated_token_ids"]) == most - 3
+    # The pipeline's own 256 tokens are fewer here, where a source is cut as well.
+    cuts = make_model(backbone, 3, text_format={**FORM, "on_too_long": "cut"})
+    pipe = cuts.pipeline(do_sample=False, return_full_text=None, return_tensors=True)
+    for text in ("w" * 20, "w" * 300):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (ids,) = pipe(text, min_new_tokens=70)
+            prompt = cuts._prompt(text, 256, at_most=True)[0]
+        assert len(ids["generated_token_ids"]) - len(prompt) >= 70
+    with pytest.raises(RequestError, match="positions"):
+        model.pipeline()("w" * 20, max_new_tokens=256)
+
+
+def test_without_a_cache_the_prefix_would_be_read_as_text(backbone: Backbone, make_model: Callable[..., Model]) -> None:
+    model = make_model(backbone)
+    for options in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
+        with pytest.raises(ConfigError, match="use_cache is False"):
+            model.pipeline(**GREEDY)("some text", **options)
+    assert written(model.pipeline(**GREEDY), TEXTS[:1], use_cache=True) == model.generate(TEXTS[:1], max_new_tokens=6)
+
+
+def test_logits_that_are_not_finite_are_said_to_be(backbone: Backbone, make_model: Callable[..., Model]) -> None:
+    model = make_model(backbone)
+    model.prefix.layers["decoder"][0][1][:] = torch.inf
+    for options in ({}, {"do_sample": True}, {"num_beams": 2}):
+        with pytest.raises(PrefixError, match="logits are not finite"):
+            model.pipeline(**GREEDY)("some text", **options)
 
 
 def test_a_streamer_does_not_see_the_prefix(backbone: Backbone, make_model: Callable[..., Model]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from file_format import checksum_by_hand
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.validation import PrefixValidator
-from prefixtune.errors import BackboneError, CheckpointError, PrefixError, causes
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError, causes
 from prefixtune.inference.generate import generate
 from prefixtune.prefix import tensor_file
 from prefixtune.prefix.artifact import save_prefix
@@ -358,3 +358,21 @@ def test_a_failed_write_leaves_the_old_file(path: Path, prefix: Prefix, monkeypa
         save_prefix(path, prefix[:2])
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_a_dtype_that_could_not_be_read_again_is_refused(dtype: torch.dtype, path: Path, prefix: Prefix) -> None:
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=f"dtype is {dtype}, which no prefix is stored in"):
+        save_prefix(path, prefix, dtype=dtype)
+    assert path.read_bytes() == before
+    assert load_prefix(save_prefix(path, prefix, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_numbers_that_are_too_large_for_the_dtype_are_refused(path: Path, prefix: Prefix) -> None:
+    (key, value), *others = prefix.layers["decoder"]
+    large = Prefix({"decoder": ((key + 1e5, value), *others)}, prefix.header)
+    with pytest.raises(CheckpointError, match=r"too large for torch\.float16") as caught:
+        save_prefix(path, large, dtype="float16")
+    assert caught.value.hint == "store it as bfloat16 or float32."
+    save_prefix(path, large, dtype="bfloat16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -157,9 +158,48 @@ def test_what_cannot_be_joined_is_refused_by_name() -> None:
         concatenate([concatenate([_prefix(1)] * 30)] * 2 + [_prefix(1)] * 5, Rotation("none"))
     with pytest.raises(ConfigError, match="no prefix"):
         concatenate([])
+    with pytest.raises(BackboneError, match=r"prefix 2 was trained for 'tiny' and prefix 3 for 'large'"):
+        concatenate([_prefix(3, backbone=None), _prefix(3), _prefix(3, backbone=other)])
     narrow = Prefix({"decoder": ((torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)),) * 2})
     with pytest.raises(BackboneError, match=r"2 KV heads x 4, but prefix 2 .* x 3"):
         concatenate([_prefix(3), narrow])
+
+
+def _at(**layers: int) -> Prefix:
+    """A prefix of two positions without a header: site -> its layers."""
+    pair = (torch.ones(2, 2, 4), torch.ones(2, 2, 4))
+    return Prefix({site: (pair,) * count for site, count in layers.items()})
+
+
+def test_every_site_has_one_shape_in_all_parts_that_have_it() -> None:
+    joined = concatenate([_at(encoder=2), _at(cross=3), _at(encoder=2, cross=3)])
+    assert joined.lengths == {"encoder": 4, "cross": 4}
+    with pytest.raises(BackboneError, match=r"prefix 2 has .*, but prefix 3 "):
+        concatenate([_at(decoder=2), _at(decoder=2, encoder=2), _at(decoder=2, encoder=3)])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: concatenate(["a.safetensors", "b.safetensors"]), "a prefix is of type str, 'a.safetensors'"),
+        (lambda p: concatenate(p), "prefixes is of type Prefix"),
+        (lambda p: average([p, None]), "a prefix is None"),
+        (lambda p: concatenate([p, p], names=["one"]), "1 names for 2 prefixes"),
+        (lambda p: interpolate([p, p], ["a", 1]), "a weight is of type str, 'a'"),
+        (lambda p: interpolate([p, p], None), "a weight is None"),
+        (lambda p: difference(p, p, p, "x"), "a weight is of type str, 'x'"),
+        (lambda p: cut("p.safetensors", 2), "a prefix is of type str"),
+        (lambda p: cut(p, "2"), "length is of type str, '2'"),
+        (lambda p: cut(p, 2.0), r"length is 2\.0 \(of type float\)"),
+        (lambda p: cut(p, 2, ROTATION, end="middle"), "end is 'middle'"),
+        (lambda p: p[::-1], r"sliced by positions, in order, but got slice\(None, None, -1\)"),
+        (lambda p: p["a":], "sliced by positions"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(call: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        call(_prefix(5))
+    assert error.value.hint
 
 
 def _turning(frequency: float, second: int = 2, layers: int = 2, most: int = 40) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data import Example
 from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.labels import Labels, encode_labelled
-from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
+from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixWarning, RequestError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.inference.classify import classify
@@ -195,7 +195,7 @@ def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
     assert [len(ids) for ids in prompts.ids] == [13, 23, 33, 29]
     assert {ids[-1] for ids in prompts.ids} == {llama.tokenizer.bos_token_id}
     assert reported == [[3]]
-    with pytest.warns(UserWarning, match="1 of 4 sources were truncated"):
+    with pytest.warns(PrefixWarning, match="1 of 4 sources were truncated"):
         outputs = generate(llama, sources, prefix, max_new_tokens=5)
     pieces: list[Any] = []
     assert "".join(stream(llama, sources[3], prefix, max_new_tokens=5, on_cut=pieces.append)) == outputs[3]

@@ -180,7 +180,7 @@ def _rows_to_read(backbone: Backbone, ids: Sequence[int]) -> list[list[int]]:
     Raises:
         ConfigError: The model leaves no room behind the text.
     """
-    limit = backbone.max_positions
+    limit = backbone.max_positions_with(len(ids))
     room = _ROW if limit is None else min(_ROW, limit - backbone.prefix_positions(len(ids)))
     if room < min(_FEWEST, len(ids)):
         raise ConfigError(

@@ -60,9 +60,11 @@ def check_lengths(actual: Mapping[Site, int], wanted: Mapping[Site, int]) -> Non
     if actual != wanted:
         by_name = len(actual.keys() | wanted.keys()) > 1
         has, runs = _spell(actual, by_name), _spell(wanted, by_name)
+        is_longer = max(actual.values(), default=0) > max(wanted.values(), default=0)
+        cut = ", or cut the prefix: `prefixtune cut FILE --length P`" if is_longer else ""
         raise ConfigError(
             f"the prefix to start from has length {has}, but {'sites' if by_name else 'prefix_length'} is {runs}.",
-            hint=f"set {'sites' if by_name else 'prefix_length'} to {has}, or slice the prefix.",
+            hint=f"set {'sites' if by_name else 'prefix_length'} to {has}{cut}.",
         )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import ConfigError
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
@@ -49,7 +49,8 @@ def from_text(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, in
         lengths: P by site, each at most the text's length T.
 
     Raises:
-        ConfigError: The text has no token, or more tokens than the model has positions.
+        ConfigError: The text has no token, or more tokens than the model has positions; or its keys turn with the
+            position, but cannot be turned back.
         DataError: Its file cannot be read; or it has fewer tokens than P.
     """
     ids = text_ids(config, backbone)
@@ -57,6 +58,8 @@ def from_text(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, in
     longest = max(lengths.values())
     if len(ids) > longest and config.compaction == "cut":
         return Start(take(_compute(backbone, ids[:longest]), _first(lengths)), {**description, "compaction": "cut"})
+    if len(ids) > longest:
+        _check_turns(config, backbone)
     whole = _compute(backbone, ids)
     if all(length == len(ids) for length in lengths.values()):
         return Start(Prefix({site: whole.layers[site] for site in lengths}), description)
@@ -76,15 +79,31 @@ def _first(lengths: Mapping[Site, int]) -> dict[Site, torch.Tensor]:
     return {site: torch.arange(length) for site, length in lengths.items()}
 
 
+def _check_turns(config: TrainConfig, backbone: Backbone) -> None:
+    """Refuse to compact where keys would have to be turned back, but cannot be.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    try:
+        _ = backbone.rotation
+    except BackboneError as error:
+        raise ConfigError(
+            f"compaction {config.compaction!r} cannot turn the kept keys back: {error.message}",
+            hint="give --compaction cut, which reads the text's first P tokens alone.",
+        ) from error
+
+
 def _compute(backbone: Backbone, ids: list[int]) -> Prefix:
     """The keys and values of a text.
 
     Raises:
         ConfigError: It has more tokens than the model has positions.
     """
-    if backbone.max_positions is not None and len(ids) > backbone.max_positions:
+    limit = backbone.max_positions_with(len(ids))
+    if limit is not None and len(ids) > limit:
         raise ConfigError(
-            f"init_text has {len(ids):,} tokens, but {backbone.name!r} reads at most {backbone.max_positions:,}.",
+            f"init_text has {len(ids):,} tokens, but {backbone.name!r} reads at most {limit:,}.",
             hint="shorten it, or give --compaction cut, which reads its first P tokens alone.",
         )
     return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids], device=backbone.device))

@@ -84,6 +84,29 @@ def test_a_text_longer_than_the_model_is_refused_but_can_be_cut(tiny_backbone: C
     assert "--compaction stride" in error.value.hint
 
 
+@pytest.mark.parametrize("how", ["stride", "match"])
+def test_keys_that_turn_with_the_texts_length_are_not_compacted(how: str, tiny_backbone: Callable[..., Any]):
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    backbone = tiny_backbone("llama", rope_parameters=rope)
+    with pytest.raises(ConfigError, match=f"compaction '{how}' cannot turn the kept keys back.*'dynamic'") as error:
+        build_encoder(config(length=5, compaction=how), backbone)
+    assert "--compaction cut" in error.value.hint
+    assert build_encoder(config(length=5, compaction="cut"), backbone)[0].bake().prefix_length == 5
+    # Nothing is compacted.
+    assert build_encoder(config(compaction=how), backbone)[0].bake().prefix_length == len(TEXT)
+    # Positions that are added to the input do not turn.
+    assert build_encoder(config(length=5, compaction=how), tiny_backbone("gpt2"))[0].bake().prefix_length == 5
+
+
+def test_a_text_beyond_the_original_length_of_longrope_is_refused(tiny_backbone: Callable[..., Any]):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 20, **factors}
+    backbone = tiny_backbone("llama", rope_parameters=rope)
+    with pytest.raises(ConfigError, match="reads at most 20"):
+        build_encoder(config(), backbone)
+    assert build_encoder(config(TEXT[:20]), backbone)[0].bake().prefix_length == 20
+
+
 def test_a_site_without_a_length_of_its_own_is_as_long_as_the_text(tiny_backbone: Callable[..., Any]):
     lengths = resolve_site_lengths(config(sites="encoder, cross=5"), tiny_backbone("bart"))
     assert lengths == {"encoder": len(TEXT), "cross": 5}

@@ -69,6 +69,9 @@ def test_another_prefix_is_checked(tiny_backbone: Any, random_prefix: Any):
     assert start.equal(other.to(torch.float32))
     with pytest.raises(ConfigError, match="has length 4, but prefix_length is 6") as error:
         from_prefix(backbone, other, 6)
-    assert "set prefix_length to 4" in error.value.hint
+    assert error.value.hint == "set prefix_length to 4."
+    with pytest.raises(ConfigError, match="has length 4, but prefix_length is 3") as error:
+        from_prefix(backbone, other, 3)
+    assert error.value.hint == "set prefix_length to 4, or cut the prefix: `prefixtune cut FILE --length P`."
     with pytest.raises(BackboneError, match=r"2 KV heads x 8.*2 KV heads x 16"):
         from_prefix(tiny_backbone("qwen3"), other, 4)
