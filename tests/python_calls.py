@@ -26,7 +26,9 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.inference.classify import classify, tag
 from prefixtune.inference.streaming import stream
+from prefixtune.interop.trainer import PrefixModel
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.train import train_together
 from zoo import make_model, make_tokenizer
 
 TEXTS = ["some text", "more"]
@@ -122,12 +124,22 @@ def main(folder: Path) -> dict[str, Any]:
     calls("train: a dict", lambda: trained("", given, examples=dicts))
     config = pt.TrainConfig(**{**given, "output": str(folder / "config")})
     calls("train: a config", lambda: trained("", config, examples=dicts))
+    given = {**settings, "output": folder / "paths", "backbone": folder / "model"}
+    calls("train: paths", lambda: trained("", given, examples=dicts))
     calls("train: a name", lambda: trained("name", backbone=folder / "model", examples=dicts))
     records = [{"name": text, "text": ["a", "b"]} for text in TEXTS]
     columns = {"source": "name", "target": "text"}
     calls("train: records", lambda: trained("records", backbone=backbone, examples=records, **columns))
     calls("train: silent", lambda: trained("silent", backbone=backbone, examples=examples, progress=False))
     calls("train: go on", lambda: pt.train(resume=True, output=str(folder / "name"), examples=dicts, max_steps=3).steps)
+    calls("train: go on, by Path", lambda: pt.train(resume=True, output=folder / "name", examples=dicts).steps)
+    calls("train: no dev examples", lambda: trained("no", backbone=backbone, examples=dicts, dev_examples=[]))
+    together = {**settings, "output": folder / "together", "task": "toy"}
+    calls("train_together", lambda: train_together([together], backbone=backbone, examples=[examples])[0].steps)
+    calls("PrefixModel: a pair", lambda: PrefixModel((model, tokenizer), prefix_length=2).settings.prefix_length)
+    calls("PrefixModel: a name", lambda: PrefixModel(folder / "model", {"prefix_length": 2}).settings.prefix_length)
+    calls("PrefixModel: a mistyped option", lambda: PrefixModel(backbone, prefix_lenth=2).settings.prefix_length)
+    calls("push_to_hub: no name", lambda: prefix.push_to_hub(None))
     calls("train: again", lambda: trained("train", backbone=backbone, examples=examples))
     calls("train: a model", lambda: trained("no", backbone=model, examples=examples))
     calls("train: a number as config", lambda: trained("no", 3))

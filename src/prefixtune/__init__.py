@@ -13,8 +13,10 @@ __all__ = [
     "EngineConfig",
     "Example",
     "GenerateConfig",
+    "Model",
     "Prefix",
     "PrefixError",
+    "PrefixWarning",
     "ServeConfig",
     "StudyConfig",
     "TrainConfig",
@@ -36,8 +38,10 @@ _HOMES = {
     "EngineConfig": "engine",
     "Example": "data",
     "GenerateConfig": "inference.config",
+    "Model": "inference.model",
     "Prefix": "prefix.prefix",
     "PrefixError": "errors",
+    "PrefixWarning": "errors",
     "ServeConfig": "server.settings",
     "StudyConfig": "studies.config",
     "TrainConfig": "training.config",
@@ -55,11 +59,11 @@ if TYPE_CHECKING:
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.data import Example
     from prefixtune.engine import Engine, EngineConfig
-    from prefixtune.errors import PrefixError
+    from prefixtune.errors import PrefixError, PrefixWarning
     from prefixtune.evaluation.evaluate import evaluate
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.inference.generate import generate
-    from prefixtune.inference.model import load
+    from prefixtune.inference.model import Model, load
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.server.settings import ServeConfig

@@ -14,7 +14,8 @@ import prefixtune as pt
 
 FUNCTIONS = ("evaluate", "generate", "load", "load_backbone", "load_prefix", "save_prefix", "train")
 CONFIGURATIONS = ("EngineConfig", "GenerateConfig", "ServeConfig", "StudyConfig", "TrainConfig")
-CLASSES = ("Engine", "Example", "Prefix", "PrefixError")
+CLASSES = ("Engine", "Example", "Model", "Prefix", "PrefixError")
+OTHERS = ("PrefixWarning", "__version__")
 
 
 def section(name: str, title: str) -> str:
@@ -24,7 +25,7 @@ def section(name: str, title: str) -> str:
 
 
 def test_the_names_are_these_and_no_others() -> None:
-    assert sorted(pt.__all__) == sorted([*FUNCTIONS, *CONFIGURATIONS, *CLASSES, "__version__"])
+    assert sorted(pt.__all__) == sorted([*FUNCTIONS, *CONFIGURATIONS, *CLASSES, *OTHERS])
     assert sorted(dir(pt)) == sorted(pt.__all__)
     assert all(getattr(pt, name).__name__ == name for name in pt.__all__ if name != "__version__")
 

@@ -57,8 +57,20 @@ def test_prefixes_of_several_kinds_and_none(calls: dict[str, Any]) -> None:
     assert calls["engine"]["value"] == 2
 
 
-TRAININGS = ("train: dicts", "train: a dict", "train: a config", "train: a name", "train: records", "train: silent")
+TRAININGS = (
+    "train: paths",
+    "train: dicts",
+    "train: a dict",
+    "train: a config",
+    "train: a name",
+    "train: records",
+    "train: silent",
+)
 """Runs that are the same, asked for in other ways."""
+
+
+OBJECTS = ("train_together", "PrefixModel: a pair", "PrefixModel: a name")
+"""Other functions, each with a 2 in what it gives."""
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -77,11 +89,19 @@ def test_training_shows_its_progress_unless_it_is_switched_off(calls: dict[str, 
 
 
 def test_a_run_goes_on_with_its_own_configuration(calls: dict[str, Any]) -> None:
-    assert calls["train: go on"] == {"value": 3}
+    assert calls["train: go on"] == calls["train: go on, by Path"] == {"value": 3}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_other_functions_take_what_users_have(calls: dict[str, Any], name: str) -> None:
+    assert calls[name] == {"value": 2}
 
 
 MESSAGES = {
     "train: again": ("ConfigError", "already holds a run"),
+    "train: no dev examples": ("DataError", "the development data has no example"),
+    "PrefixModel: a mistyped option": ("ConfigError", "did you mean 'prefix_length'?"),
+    "push_to_hub: no name": ("ConfigError", "None"),
     "train: a model": ("ConfigError", "(model, tokenizer)"),
     "train: a number as config": ("ConfigError", "TrainConfig, or a dict"),
     "train: a number as examples": ("DataError", "3 (of type int)"),
@@ -175,5 +195,6 @@ def test_what_is_wrong_gets_one_line(calls: dict[str, Any], name: str) -> None:
 def test_every_call_is_checked(calls: dict[str, Any]) -> None:
     shown = {"generate", "bare", "stream", "load_prefix", "load_backbone", "classify", "engine"}
     shown |= {"several prefixes", "several prefixes, ready-made"}
-    shown |= {"Example: one target", "a text format", "a text format as a dict", "train", "train: go on", *TRAININGS}
+    shown |= {"Example: one target", "a text format", "a text format as a dict", "train", *TRAININGS, *OBJECTS}
+    shown |= {"train: go on", "train: go on, by Path"}
     assert calls.keys() == shown | set(ALIKE) | MESSAGES.keys()

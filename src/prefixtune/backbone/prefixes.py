@@ -11,7 +11,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone
-from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.errors import BackboneError, ConfigError, short_repr
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.header import backbone_origin
@@ -118,19 +118,26 @@ def trained_adapter(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) 
         prefixes: As many.
 
     Raises:
-        ConfigError: They were trained with different ones.
+        ConfigError: They were trained with different ones, or with one that is not there.
     """
     adapters: set[str | None] = set()
     for file, prefix in zip(files, prefixes, strict=True):
-        name = prefix.header.get("adapter")
-        beside = None if isinstance(file, Prefix) or not name else file.parent / str(name)
-        adapters.add(None if not name else str(beside) if beside is not None and beside.is_dir() else str(name))
+        name = str(prefix.header.get("adapter") or "")
+        beside = "" if isinstance(file, Prefix) or not name else os.path.join(file.parent, name)
+        adapters.add(beside if os.path.isdir(beside) else name or None)
     if len(adapters) > 1:
         raise ConfigError(
             f"the prefixes were trained with different adapters: {', '.join(sorted(map(str, adapters)))}.",
             hint="use one at a time, or name the adapter: adapter= of load, or --adapter.",
         )
-    return adapters.pop() if adapters else None
+    adapter = adapters.pop() if adapters else None
+    if adapter is not None and not os.path.isdir(adapter):
+        raise ConfigError(
+            f"the prefix was trained together with the adapter {short_repr(adapter)}, and there is no such folder.",
+            hint="give the run's folder or file as the prefix; or name the adapter: adapter=RUN/adapter-N of load, or "
+            "--adapter.",
+        )
+    return adapter
 
 
 def _for_any_weights(prefix: Prefix) -> Prefix:

@@ -77,6 +77,8 @@ def split_joined(text: str) -> list[str]:
     Raises:
         ConfigError: A name is empty, or there are too many.
     """
+    if not text:
+        raise ConfigError("the name of a prefix is empty.", hint="name a file or a folder, or leave --prefix out.")
     if "+" not in text:
         return [text]
     from prefixtune.prefix.composition import MAX_PARTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from prefixtune.errors import DataError, describe_value, did_you_mean
 
@@ -119,6 +119,17 @@ class Example:
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
     groups: Mapping[str, str] = field(default_factory=dict, compare=False)
     messages: tuple[Message, ...] = ()
+
+    if TYPE_CHECKING:  # What `__post_init__` takes is more than what it stores.
+
+        def __init__(
+            self,
+            source: str,
+            targets: str | Sequence[str] = (),
+            fields: Mapping[str, Any] = ...,
+            groups: Mapping[str, str] = ...,
+            messages: Sequence[Message | tuple[str, str] | Mapping[str, str]] = (),
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str):

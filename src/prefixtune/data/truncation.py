@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import Source, lengths_around
-from prefixtune.errors import DataError
+from prefixtune.errors import DataError, PrefixWarning
 from prefixtune.prefix.text_format import TextFormat, fit_ids
 
 __all__ = ["position_limit", "report_truncated", "template_lengths", "truncate_prompt"]
@@ -113,5 +113,7 @@ def report_truncated(
     elif indices:
         # The warning names the line that called `generate` or `classify`.
         warnings.warn(
-            f"{len(indices)} of {len(whole)} sources were truncated to fit (on_too_long is 'cut').", stacklevel=4
+            f"{len(indices)} of {len(whole)} sources were truncated to fit (on_too_long is 'cut').",
+            PrefixWarning,
+            stacklevel=4,
         )

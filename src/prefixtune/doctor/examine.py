@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.doctor.attention_checks import (
     check_causality,
     check_checkpointing,
@@ -80,7 +81,7 @@ class Check:
 
 
 def examine(
-    backbone: Backbone,
+    backbone: BackboneLike,
     *,
     prefix_length: int = 5,
     seed: int = 0,
@@ -92,7 +93,7 @@ def examine(
     check is reported, as failed. The random states and the backbone are left unchanged.
 
     Args:
-        backbone: Any backbone, of any kind and in any dtype.
+        backbone: Any backbone, of any kind and in any dtype; or what `load_backbone` takes.
         prefix_length: P, of the shorter of the two random prefixes.
         seed: For prefixes and texts.
         on_check: Called with every check as soon as it is done.
@@ -102,7 +103,9 @@ def examine(
 
     Raises:
         ConfigError: The prefix length is below 1 or leaves no room for text.
+        PrefixError: As `load_backbone`.
     """
+    backbone = as_backbone(backbone)
     _check_prefix_length(backbone, prefix_length)
     checks: list[Check] = []
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from prefixtune import __version__
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.loss import token_losses
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError, DataError
@@ -50,11 +51,14 @@ class PrefixModel(nn.Module):
     """A frozen model with a trainable prefix in front, as transformers' trainers take a model.
 
     Args:
-        backbone: Decoder-only or encoder-decoder; frozen.
+        backbone: Decoder-only or encoder-decoder; frozen. A `Backbone`, a name or path, or transformers' (model,
+            tokenizer).
         config: How the prefix starts and what is trained: `prefix_length`, `sites`, `reparameterization`,
             `bottleneck_size`, `initialization` and its options, `prompt_format`, `target_format`, `max_length`,
             `on_too_long`, `seed`; `task`, `source` and `license` go into the artifact. The trainer sets everything
             else. What only `train` does is refused, and so are options of loading that the backbone does not follow.
+            A `TrainConfig`, or a dict of its fields.
+        **options: Fields of `TrainConfig`, in place of `config`.
 
     Raises:
         ConfigError: The method is not a prefix, the backbone is an encoder or trains weights of its own, or the
@@ -65,9 +69,11 @@ class PrefixModel(nn.Module):
     """Has `Trainer` pass the number of labels in an optimizer step."""
     _keys_to_ignore_on_save: None = None
 
-    def __init__(self, backbone: Backbone, config: TrainConfig | None = None) -> None:
+    def __init__(
+        self, backbone: BackboneLike, config: TrainConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
         super().__init__()
-        config = config or TrainConfig()
+        config, backbone = TrainConfig.from_arguments(config, options), as_backbone(backbone)
         if config.method != "prefix":
             raise ConfigError(f"method is {config.method!r}, but only a prefix is trained here.", hint="use `train`.")
         if backbone.kind == "encoder":

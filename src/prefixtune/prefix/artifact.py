@@ -139,7 +139,8 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
         dtype: Of keys and values: float32, or bfloat16 for half the size; or its name. A head keeps its own.
 
     Raises:
-        CheckpointError: The prefix holds NaN or infinity, or the path has another ending.
+        CheckpointError: The prefix holds NaN, infinity or numbers too large for the dtype, or the path has another
+            ending.
         ConfigError: An argument is something else.
         PrefixError: The file cannot be written.
     """
@@ -152,6 +153,8 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}.", hint=did_you_mean(str(dtype), DTYPES))
         dtype = DTYPES[dtype]
+    if dtype not in _READ:
+        raise ConfigError(f"dtype is {dtype}, which no prefix is stored in.", hint=f"use {', '.join(DTYPES)}.")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(
@@ -159,6 +162,11 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
         )
     stored = prefix.detach().to(dtype, "cpu")
     if not stored.is_finite():
+        if prefix.is_finite():
+            raise CheckpointError(
+                f"the prefix for {str(path)!r} holds numbers that are too large for {dtype}.",
+                hint="store it as bfloat16 or float32.",
+            )
         raise CheckpointError(f"the prefix for {str(path)!r} holds NaN or infinity.", hint="train it again.")
     header = {**prefix.header, **describe_tensors(stored)}
     check_header(header, f"the prefix for {str(path)!r}")

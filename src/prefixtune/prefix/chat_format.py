@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefixtune.errors import RequestError
+from prefixtune.errors import PrefixWarning, RequestError
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
 __all__ = ["render_chat", "split_at_last_message", "template_hash"]
@@ -77,6 +77,7 @@ def _render_own(tokenizer: Any, text_format: TextFormat, messages: list[dict[str
         warnings.warn(
             "the model's chat template is not the one that the prefix was trained with: its answers may be worse. Use "
             "the tokenizer of the training.",
+            PrefixWarning,
             stacklevel=2,
         )
     try:

@@ -101,7 +101,7 @@ def check_repository(repo_id: str) -> None:
     Raises:
         ConfigError: It is none.
     """
-    if not is_repository(repo_id):
+    if not isinstance(repo_id, str) or not is_repository(repo_id):
         raise ConfigError(f"{repo_id!r} is not the name of a repository.", hint="write OWNER/NAME.")
 
 
@@ -218,6 +218,8 @@ def prefix_file(path: str | os.PathLike[str]) -> Path:
             f"the prefix is {describe_value(path)}{inner}, but must be a path, hub:OWNER/NAME or a Prefix.",
             hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
         )
+    if not os.fspath(path):
+        raise ConfigError("the prefix is '', which names no file.", hint="write . for the current folder.")
     repository = repository_of(path)
     if repository is not None:
         return download(repository)

@@ -66,11 +66,16 @@ def _read_run(files: Files) -> Run | None:
     if not (has_events or has_scores):
         return None
     lines = files.json_lines("events.jsonl", may_be_cut=True) if has_events else ()
+    events = tuple(_parse(Event, line, where).model_dump(exclude_unset=True) for where, line in lines)
+    # The log names the backbone that was used; one given as an object may be another than the configuration's.
+    used = next((event.get("backbone") for event in events if event.get("event") == "start"), None)
+    if config and isinstance(used, str):
+        config = {**config, "backbone": used}
     trained = [name for name in ("prefix.safetensors", "weights.safetensors") if has_events and files.has(name)]
     return Run(
         path=files.path,
         config=config,
-        events=tuple(_parse(Event, line, where).model_dump(exclude_unset=True) for where, line in lines),
+        events=events,
         evaluation=_read_evaluation(files) if has_scores else None,
         file_bytes=(files.path / trained[0]).stat().st_size if trained else None,
     )

@@ -283,21 +283,23 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
     """
     folder, facts = checkpoint.folder, checkpoint.facts
     if not fingerprints_match(facts["fingerprint"], backbone.fingerprint):
-        hint = "load that one."
+        stored = facts["config"]["backbone"]
+        other = f"{stored!r}, not {backbone.name!r}" if stored != backbone.name else f"{stored!r} with other weights"
+        hint = "load that one, and give it with --backbone (backbone=...)."
         if facts["config"].get("adapter_rank") and facts["config"].get("seed"):
             hint += (
                 " A new adapter now begins by the run's seed, not by 0: a run that an earlier version began with one "
                 "cannot go on; start again in another --output."
             )
-        raise ConfigError(f"the run in {folder!r} was started on another backbone.", hint=hint)
+        raise ConfigError(f"the run in {folder!r} was started on another backbone: {other}.", hint=hint)
     dtype = backbone.dtype_name
     if facts["dtype"] != dtype:
         raise ConfigError(
             f"the run in {folder!r} was started in {facts['dtype']}, but the backbone is in {dtype}.",
             hint=f"resume with --dtype {facts['dtype']}.",
         )
-    stored, now = (digest.partition("+") for digest in (facts["data"], data_digest))
-    if stored[0] == now[0] and stored[2] != now[2]:
+    before, now = (digest.partition("+") for digest in (facts["data"], data_digest))
+    if before[0] == now[0] and before[2] != now[2]:
         raise ConfigError(
             f"the run in {folder!r} was started with other prefixes beside it.",
             hint="give the same runs in the same order, or the same files in the folder of --beside, or start again in "

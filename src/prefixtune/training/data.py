@@ -159,7 +159,7 @@ def is_large_file(path: str) -> bool:
 
 
 def does_hold_out(config: TrainConfig, dev_examples: Sequence[ExampleLike] | None) -> bool:
-    """Whether a share of the training sources becomes the development examples; not where these are given as none."""
+    """Whether a share of the training sources becomes the development examples; not where there are some."""
     return bool(config.hold_out) and not config.dev and dev_examples is None
 
 
@@ -210,12 +210,9 @@ def _training_examples(config: TrainConfig, examples: Sequence[ExampleLike] | No
 
 
 def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> Sequence[Example]:
-    dev: Sequence[Example]
     if examples is not None:
-        dev = _convert(config, examples, "development example")
-    else:
-        dev = _read(config, config.dev, "dev") if config.dev else []
-    return _with_targets(dev, "development") if dev else []
+        return _with_targets(_convert(config, examples, "development example"), "development")
+    return _with_targets(_read(config, config.dev, "dev"), "development") if config.dev else []
 
 
 def _read(config: TrainConfig, path: str, split: str) -> Sequence[Example]:

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
@@ -47,6 +47,7 @@ from prefixtune.training.loop import TrainLoop
 from prefixtune.training.runs import Run, agree_on_step, stop_requests
 from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
 from prefixtune.training.trackers.tracking import last_logged, tracking
+from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
@@ -211,6 +212,8 @@ def _prepare(
         configs, inputs, checkpoints, processes, console, loads_backbone=backbone is None, together=together
     )
     loaded = _open_backbone(configs, backbone, processes, console, together=together)
+    if backbone is not None:
+        configs = [_with_backbone(config, loaded) for config in configs]
     others = [_load_beside(config, loaded) for config in configs]
     for config in configs:
         if config.initialization == "examples" and config.trains_prefix and not resume:
@@ -291,6 +294,12 @@ def _open_backbone(
             check_given(config, backbone)
         _check_backbone(config, backbone, together=together)
     return backbone
+
+
+def _with_backbone(config: TrainConfig, backbone: Backbone) -> TrainConfig:
+    """The configuration of a run on a backbone that was given, which its folder then names."""
+    known = backbone.dtype_name in get_args(DTypeName)
+    return config.replace(backbone=backbone.name, dtype=backbone.dtype_name if known else config.dtype)
 
 
 def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:

@@ -104,7 +104,7 @@ def train(
 
 
 def train_together(
-    configs: Sequence[TrainConfig],
+    configs: Sequence[TrainConfig | Mapping[str, Any]],
     *,
     backbone: Backbone | None = None,
     examples: Sequence[Sequence[Example] | None] | None = None,
@@ -121,7 +121,7 @@ def train_together(
     the others go on; but those that a broken prefix stands beside (`beside` = "self") can break with it.
 
     Args:
-        configs: The runs. They share the backbone and its dtype.
+        configs: The runs: `TrainConfig`s, or dicts of its fields. They share the backbone and its dtype.
         backbone: Already loaded; None: the one that they all name is loaded.
         examples: Per run, already read; None: its `train` is read.
         dev_examples: Per run, already read; None: its `dev` is read, if it is set.
@@ -136,13 +136,14 @@ def train_together(
         TrainingError: A loss was not finite; the other runs are complete.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the states are saved.
     """
-    check_together(configs)
-    none = [None] * len(configs)
+    planned = [TrainConfig.from_arguments(config, {}) for config in configs]
+    check_together(planned)
+    none = [None] * len(planned)
     inputs = list(zip(examples or none, dev_examples or none, strict=True))
     with contextlib.ExitStack() as stack:
-        processes = stack.enter_context(init_distributed(configs[0].device)) if processes is None else processes
+        processes = stack.enter_context(init_distributed(planned[0].device)) if processes is None else processes
         opened = open_runs(
-            configs, backbone, inputs, processes, Console(quiet=True), resume=resume, together=True, teach=teach
+            planned, backbone, inputs, processes, Console(quiet=True), resume=resume, together=True, teach=teach
         )
         runs, stop = stack.enter_context(opened)
         group = RunGroup(runs[0].loop.backbone)

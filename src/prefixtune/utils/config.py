@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic.fields import FieldInfo
@@ -30,6 +32,7 @@ from pydantic_core import CoreSchema, ErrorDetails
 from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean
 from prefixtune.utils.config_files import read_config_file
 from prefixtune.utils.faults import MAX_FAULTS, cut, describe_fault, describe_unknown, join_faults, show_value, table_at
+from prefixtune.utils.home import expand_home
 
 __all__ = [
     "CommaList",
@@ -46,6 +49,9 @@ __all__ = [
 
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 """Whole numbers are TOML's: of 64 bits, with a sign."""
+
+_WRITTEN = ("data_folder", "figures", "output", "outputs")
+"""Fields that name what is written: one with `~` in front would be made, and not be missing as an input is."""
 
 _T = TypeVar("_T")
 _ConfigT = TypeVar("_ConfigT", bound="Config")
@@ -336,6 +342,16 @@ class Config(Table):
         Each value is already known to be valid alone.
         """
         yield from ()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """A path is text; of one to write to, `~` is the home folder, also in `--output=~/x`, where shells leave it."""
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if info.field_name in _WRITTEN and isinstance(value, str) and value.startswith("~"):
+            return str(expand_home(value))
+        return value
 
     @field_validator("*")
     @classmethod

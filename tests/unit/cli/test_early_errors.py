@@ -112,6 +112,7 @@ MISTAKES = [
     # generate
     ("generate --prefix nowhere.safetensors x", "there is no file 'nowhere.safetensors'"),
     ("generate --prefix rows.jsonl x", "rows.jsonl"),
+    ("generate --prefix= x", "the name of a prefix is empty"),
     ("generate --prefix p.safetensors --prefix q.safetensors x y", "different backbones"),
     ("generate --prefix p.safetensors --prefix p.safetensors x", "2 prefixes for 1 texts"),
     ("generate --prefix deep.safetensors x", "4 layers"),
@@ -332,3 +333,25 @@ def test_train_says_that_it_loads_when_it_does(
         captured = capsys.readouterr().err
         assert captured.count("loading model ...") == shown
         assert "about to load" in captured
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["inspect", ""], ["PATH is empty"]),
+        (
+            ["compose", "p.safetensors", "nowhere.safetensors", "--output", "file/x.safetensors"],
+            ["there is no file 'nowhere.safetensors'", "cannot write 'file/x.safetensors'"],
+        ),
+        (
+            ["jobs", "create", "nowhere.jsonl", "--url", "foo", "--option", "b", "--epochs", "many", "--option", "c"],
+            ["no file 'nowhere.jsonl'", "'foo'", "--option is 'b'", "--option is 'c'", "--epochs is 'many'"],
+        ),
+    ],
+)
+def test_mistakes_are_reported_together(
+    words: list[str], messages: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert [message for message in messages if message not in err] == []

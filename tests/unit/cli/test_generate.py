@@ -199,6 +199,8 @@ def test_blank_lines_have_empty_results_and_a_note(
     assert [row["text"] for row in rows] == ["one", "", "two", "  "]
     assert "blank" in rows[1]["note"]
     assert "note" not in rows[0]
+    assert {row.keys() - {"note"} == rows[0].keys() for row in rows} == {True}
+    assert {row["prefix"] for row in rows} == {prefixes[1]}
 
 
 def test_stdin_of_blank_lines_alone_is_refused(
@@ -463,3 +465,16 @@ def test_rows_that_can_be_read_in_two_ways_are_read_as_asked(
     for form, text in (("prompt", "ab"), ("question", "de")):
         assert main([*words, "--form", form]) == 0
         assert text in capsys.readouterr().out.partition('"output"')[0]
+
+
+def test_an_output_does_not_steer_a_terminal(
+    prefixes: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixtune.inference.generate.generate", lambda *_, **__: ["a\x1b[2Jb"])
+    monkeypatch.setattr("prefixtune.inference.streaming.stream", lambda *_, **__: iter(["a\x1b", "[2Jb"]))
+    words = ["generate", "--prefix", prefixes[1], "one", *SHORT[:-1], "--quiet"]
+    assert [main(words), main([*words, "--stream"])] == [0, 0]
+    assert capsys.readouterr().out == "a\x1b[2Jb\n" * 2
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert [main(words), main([*words, "--stream"])] == [0, 0]
+    assert capsys.readouterr().out == "a\ufffd[2Jb\n" * 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
+from prefixtune.cli.commands.demo import DemoOptions, demo_config
 from prefixtune.cli.main import main
 from prefixtune.utils.locks import claim_folder
 
@@ -24,21 +25,41 @@ def test_a_running_demo_keeps_its_files(
 ) -> None:
     folder = tmp_path / "demo"
     folder.mkdir()
-    (folder / "config.toml").write_text('task = "toy"\n')
+    (folder / "config.toml").write_text(demo_config(DemoOptions()).to_toml())
     (folder / "state.safetensors").write_bytes(b"of the one that runs")
     with claim_folder(folder):
         assert main(["demo", "--output", str(folder), "--quiet"]) == 2
     assert "is in use by" in " ".join(capsys.readouterr().err.split())
     assert (folder / "state.safetensors").read_bytes() == b"of the one that runs"
-    # No demo runs there any more: the files are removed, and the folder is free for the training.
+    # No demo runs there any more; but its files stay until the backbone is there.
 
     def stopped(*_: Any, **__: Any) -> Any:
         raise Stopped
 
-    monkeypatch.setattr("prefixtune.backbone.packaged.prepare", stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr("prefixtune.backbone.packaged.prepare", stopped)
+        with pytest.raises(Stopped):
+            main(["demo", "--output", str(folder), "--quiet"])
+    assert (folder / "state.safetensors").read_bytes() == b"of the one that runs"
+    # The training finds the folder free.
+    for name in ("backbone.packaged.prepare", "backbone.load.load_backbone", "evaluation.evaluate.evaluate"):
+        monkeypatch.setattr(f"prefixtune.{name}", lambda *_, **__: None)
+    monkeypatch.setattr("prefixtune.cli.commands.demo.run_training", stopped)
     with pytest.raises(Stopped):
         main(["demo", "--output", str(folder), "--quiet"])
     assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize("config", [None, b'task = "toy"\n', b"\xff\xfe", b'init_text = "Announce the night train:"'])
+def test_a_run_that_no_demo_made_is_kept(
+    config: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prefix.safetensors").write_bytes(b"precious")
+    if config is not None:
+        (tmp_path / "config.toml").write_bytes(config)
+    assert main(["demo", "--output", str(tmp_path), "--quiet"]) == 2
+    assert "holds other files than those of a demo" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "prefix.safetensors").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,19 @@ def test_notes_that_somebody_wrote_are_not_replaced(tmp_path: Path) -> None:
         run(run_folder, "--output", page)
 
 
+def test_a_page_that_somebody_wrote_is_not_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_folder, page = evaluation(tmp_path / "run"), tmp_path / "report.html"
+    page.write_text("<p>Mine.</p>")
+    with pytest.raises(ConfigError, match=r"report\.html' exists and is not known as a report"):
+        run(run_folder)
+    assert page.read_text() == "<p>Mine.</p>"
+    page.unlink()
+    run(run_folder, "--title", "First")
+    run(run_folder, "--title", "Second")
+    assert "<h1>Second</h1>" in page.read_text(encoding="utf-8")
+
+
 def test_a_broken_folder_leaves_the_old_report(tmp_path: Path) -> None:
     page = tmp_path / "out.html"
     page.write_text("old")

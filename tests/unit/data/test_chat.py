@@ -13,7 +13,7 @@ from prefixtune.data.chat import chat_format, encode_chat, end_ids, literal_form
 from prefixtune.data.encoding import encode_examples, encode_pairs, encode_prompts
 from prefixtune.data.examples import Example, Message, chat_example
 from prefixtune.data.truncation import truncate_prompt
-from prefixtune.errors import DataError, RequestError
+from prefixtune.errors import DataError, PrefixWarning, RequestError
 from prefixtune.prefix.text_format import TextFormat
 
 TEMPLATE = (
@@ -156,7 +156,7 @@ def test_a_format_for_programs_without_templates(llama: Any) -> None:
 def test_a_changed_template_is_noticed(default_backbone: Any) -> None:
     form = chat_format(default_backbone, "model")
     assert encode_prompts(default_backbone, form, ["Hi"])
-    with pytest.warns(UserWarning, match="is not the one that the prefix was trained with"):
+    with pytest.warns(PrefixWarning, match="is not the one that the prefix was trained with"):
         encode_prompts(default_backbone, replace(form, template_hash="0" * 16), ["Hi"])
 
 

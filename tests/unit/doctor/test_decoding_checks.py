@@ -54,7 +54,7 @@ def test_a_first_token_that_is_forced(token: int, tiny_models: Make, tiny_tokeni
 def test_a_window_in_some_layers_only(tiny_backbone: Make) -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     backbone = tiny_backbone("qwen3", use_sliding_window=True, sliding_window=4, layer_types=kinds)
-    checks = {c.name: c for c in examine(backbone)}
+    checks = {c.name: c for c in examine((backbone.model, backbone.tokenizer))}
     assert all(c.passed for c in checks.values())
     assert "window 4: 21 of 21 slots" in checks[WINDOW].detail
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.backbone.prefixes import load_prefix, make_header, trained_adapter
 from prefixtune.cli.main import main
+from prefixtune.errors import ConfigError
 from prefixtune.interop.peft import export_peft, import_peft
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix, flatten
@@ -163,3 +164,27 @@ def test_mistakes_end_with_2(
     torch.save({}, tmp_path / "pickle.bin")
     refused("a pickle", tmp_path / "pickle.bin", out, "--to", "prefixtune")
     assert not out.exists()
+
+
+def test_a_prefix_is_not_stored_away_from_its_adapter(
+    prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "adapter-2").mkdir(parents=True)
+    adapted = Prefix(prefix.layers, {**prefix.header, "adapter": "adapter-2"})
+    path, new = save_prefix(tmp_path / "run" / "prefix.safetensors", adapted), tmp_path / "new"
+    assert main(["convert", str(path), str(new / "p.safetensors"), "--to", "prefixtune"]) == 2
+    assert "the LoRA adapter 'adapter-2', which is not in" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match="the LoRA adapter 'adapter-2', which is not in"):
+        adapted.save_pretrained(new)
+    assert not new.exists()
+    convert(capsys, path, tmp_path / "run" / "p.safetensors", "--to", "prefixtune")
+    assert adapted.save_pretrained(tmp_path / "run") == path
+
+
+def test_an_adapter_that_is_not_there_is_asked_for(prefix: Prefix, tmp_path: Path) -> None:
+    adapted = Prefix(prefix.layers, {**prefix.header, "adapter": "adapter-2"})
+    with pytest.raises(ConfigError, match="'adapter-2', and there is no such folder") as caught:
+        trained_adapter([adapted], [adapted])
+    assert "adapter=RUN/adapter-N" in caught.value.hint
+    (tmp_path / "adapter-2").mkdir()
+    assert trained_adapter([tmp_path / "prefix.safetensors"], [adapted]) == str(tmp_path / "adapter-2")

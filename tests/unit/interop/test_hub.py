@@ -333,6 +333,11 @@ def test_errors_are_reported_and_change_nothing(fake_hub: Hub, artifact: Path, t
         hub.pull("me/empty", tmp_path / "x.bin")
     with pytest.raises(ConfigError, match="OWNER/NAME"):
         hub.push(artifact, "me//pubs")
+    with pytest.raises(ConfigError, match="None is not the name of a repository"):
+        hub.push(artifact, None)  # type: ignore[arg-type]
+    for read in (load_prefix, Prefix.from_pretrained):
+        with pytest.raises(ConfigError, match="the prefix is '', which names no file"):
+            read("")
     assert main(["push", str(artifact), "badname", "--card"]) == 2
     assert main(["push", str(artifact), "me/pubs", "--card", "--json"]) == 2
     prefix = load_prefix(artifact)

@@ -716,3 +716,13 @@ def test_a_study_of_which_nothing_is_done_still_renders(tmp_path: Path) -> None:
     page, text = pages(tmp_path)
     assert "0 of 1 cells are done, 1 wait" in html.unescape(page)
     assert "| prefix | 0 of 1 |" in text
+
+
+def test_the_backbone_is_the_one_that_the_log_names(tmp_path: Path) -> None:
+    folder = training(tmp_path)
+    log = folder / "events.jsonl"
+    log.write_text(log.read_text().replace('"event": "start"', '"event": "start", "backbone": "my-model"', 1))
+    run = read_results(folder)
+    assert isinstance(run, results.Run)
+    assert run.config["backbone"] == "my-model"
+    assert "smollm2-135m" not in pages(folder)[1]

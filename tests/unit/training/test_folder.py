@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from prefixtune.cli.main import main
-from prefixtune.errors import CheckpointError, PrefixError
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.utils.locks import claim_folder
 
 
@@ -119,3 +120,17 @@ with claim_folder(Path(sys.argv[1])):
         other.communicate()
     assert train().steps == 3
     assert not list(folder.glob(".*"))
+
+
+def test_a_run_names_the_backbone_that_it_was_given(
+    train: Callable[..., Any], train_until: Callable[..., None], backbone: Any, tiny_backbone: Any, tmp_path: Path
+) -> None:
+    train_until(2)
+    stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert (stored["backbone"], stored["dtype"]) == ("tiny-llama", "float32")
+    with pytest.raises(ConfigError, match="on another backbone: 'tiny-llama', not 'tiny-gpt2'") as caught:
+        train(resume=True, backbone=tiny_backbone("gpt2"))
+    assert "backbone=..." in caught.value.hint
+    with pytest.raises(ConfigError, match="on another backbone: 'tiny-llama' with other weights"):
+        train(resume=True, backbone=tiny_backbone("llama", seed=1))
+    assert train(resume=True).steps == 3

@@ -310,3 +310,17 @@ def test_a_copy_knows_which_values_were_given_and_another_error_may_be_raised() 
     with pytest.raises(DataError, match="servings is 0"):
         Plate(servings=0)
     assert "Attributes:" in (Plate.__doc__ or "")
+
+
+def test_paths_are_texts_and_a_path_to_write_to_may_begin_with_the_home() -> None:
+    class Written(Config):
+        data: str = Field("", description="read")
+        output: str = Field("out", description="written")
+        count: int = Field(1, description="no path")
+
+    written = Written(data=Path("a/b"), output=Path("~/c"))
+    assert (written.data, written.output) == ("a/b", str(Path.home() / "c"))
+    assert Written.from_layers(Layer({"output": "~/c"}, text=True)).output == str(Path.home() / "c")
+    assert Written(data="~/a").data == "~/a"
+    with pytest.raises(ConfigError, match="count is 'a'"):
+        Written(count=Path("a"))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.cli.main import main
+from prefixtune.errors import ConfigError
 from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.home import expand_home
 
@@ -27,3 +29,19 @@ def test_the_cache_may_be_below_any_home(variable: str, below: str, monkeypatch:
     assert cache_folder() == Path.home() / "caches" / below
     monkeypatch.setenv(variable, NO_USER)
     assert cache_folder() == Path(NO_USER) / below
+
+
+def test_without_a_home_the_cache_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PREFIXTUNE_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(ConfigError, match="no home folder") as caught:
+        cache_folder()
+    assert "PREFIXTUNE_HOME" in caught.value.hint
+    assert main(["--install-completion", "--shell", "bash"]) == 2
+    assert "no home folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The commands, one module each: `register` adds the options, `run` calls the library and shows the outcome.
+"""The commands, one module each: options, and a function by their name that calls the library and shows the outcome.
 
 Nothing heavy is imported before a command runs.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field
 from prefixtune.cli.common import print_json
 from prefixtune.cli.composing import find_rotation, load_backbone_of, part_rows, read_prefixes, save_composed
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, check_all
 from prefixtune.utils.config import CommaList, TextList
 from prefixtune.utils.console import Console
 
@@ -88,8 +89,8 @@ def compose(options: ComposeOptions) -> int:
 
     console = Console(quiet=options.quiet)
     given = [*options.files, *([options.start] if options.start else [])]
-    prefixes = read_prefixes(given)
-    check_writable(Path(options.output))
+    prefixes: list[Prefix] = []
+    check_all([lambda: prefixes.extend(read_prefixes(given)), partial(check_writable, Path(options.output))])
     check_joinable(prefixes, given)
     rotation = None
     if options.mode == "concatenate":

@@ -70,6 +70,7 @@ def convert(options: ConvertOptions) -> int:
     from prefixtune.backbone.load import check_size
     from prefixtune.interop.peft import check_adapter_folder, export_peft
     from prefixtune.prefix.artifact import save_prefix
+    from prefixtune.prefix.card import check_complete
     from prefixtune.utils.writable import check_writable
 
     path, output = _find(options.input), Path(options.output)
@@ -84,6 +85,8 @@ def convert(options: ConvertOptions) -> int:
         prefix = _read(path, format_name, None)
         if options.backbone is not None:
             check_size(prefix, options.backbone)
+        if options.to == "prefixtune":
+            check_complete(prefix, output.parent)
     if options.to == "peft":
         check_adapter_folder(output)
     check_writable(output if options.to == "prefixtune" else output / "adapter_config.json")

@@ -53,11 +53,13 @@ def cut(options: CutOptions) -> int:
     For example:
         prefixtune cut runs/e2e --length 5 --output short.safetensors
     """
+    from prefixtune.prefix.card import check_complete
     from prefixtune.prefix.compose import cut as cut_prefix
     from prefixtune.utils.writable import check_writable
 
     console = Console(quiet=options.quiet)
     (prefix,) = read_prefixes([options.file])
+    check_complete(prefix, Path(options.output).parent)
     check_writable(Path(options.output))
     rotation = None
     if options.cut_from == "start" and options.length < prefix.prefix_length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["demo", "demo_config"]
 
 
+_INIT_TEXT = "Announce the night train:"
+
+
 class DemoOptions(OutputOptions):
     """The options of `prefixtune demo`."""
 
@@ -44,7 +48,7 @@ def demo_config(options: DemoOptions) -> TrainConfig:
         batch_size=8,
         warmup_steps=10,
         eval_every=0,
-        init_text="Announce the night train:",
+        init_text=_INIT_TEXT,
     )
 
 
@@ -59,15 +63,20 @@ def demo(options: DemoOptions) -> int:
     from prefixtune.data.toy.table_to_text import make_toy
     from prefixtune.report import loss_plot
     from prefixtune.utils.files import write_text
+    from prefixtune.utils.locks import claim_folder
 
     console = Console(quiet=options.quiet)
     folder = Path(options.output)
-    _remove_earlier_files(folder)
+    # Refused before anything is loaded, and removed only when it is about to be replaced.
+    _earlier_files(folder)
+    with claim_folder(folder):
+        pass
     prepare_backbone(DEFAULT_BACKBONE, report=console.info)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
     examples, held_out = make_toy()
     before = _evaluate(console, "held-out tables, before", backbone, held_out, None)
+    _remove_earlier_files(folder)
     result = run_training(console, demo_config(options), backbone=backbone, examples=examples)
     after = _evaluate(console, "held-out tables, after", backbone, held_out, result.prefix)
     loss_plot(result.events, folder / "loss.png", "night-train notices")
@@ -108,10 +117,18 @@ def _earlier_files(folder: Path) -> list[Path]:
     # Files left by a killed demo are hidden.
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     visible = {name for name in names if not name.startswith(".")}
-    config = folder / "config.toml"
-    if visible - known or (config.exists() and 'task = "toy"' not in config.read_text(encoding="utf-8")):
+    if visible - known or (visible and not _is_of_demo(folder / "config.toml")):
         raise ConfigError(f"{str(folder)!r} holds other files than those of a demo.", hint="choose another --output.")
     return [folder / name for name in sorted(visible)]
+
+
+def _is_of_demo(config: Path) -> bool:
+    """Whether it is the configuration of a demo's run, which is the first file that a demo writes."""
+    try:
+        values = tomllib.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return (values.get("task"), values.get("init_text")) == ("toy", _INIT_TEXT)
 
 
 def _evaluate(

@@ -25,7 +25,7 @@ from prefixtune.cli.loading import (
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError, DataError, PrefixError, RequestError, check_all
 from prefixtune.utils.config import TextList
-from prefixtune.utils.console import Console
+from prefixtune.utils.console import Console, safe_text
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
@@ -144,9 +144,7 @@ def generate(options: GenerateOptions) -> int:
         return _stream(console, backbone, texts[0], prefixes, text_format, config)
     else:
         rows = _generate(console, backbone, texts, prefixes, text_format, config)
-    for index, row in enumerate(rows):
-        row["prefix"] = None if not names else names[0] if len(names) == 1 else names[index]
-    _print_rows(options, lines, dict(zip(kept, rows, strict=True)))
+    _print_rows(options, lines, dict(zip(kept, rows, strict=True)), list(options.prefix) if several else names)
     return 0
 
 
@@ -287,7 +285,7 @@ def _stream(
     cut: set[int] = set()
     prefix = prefixes[0] if prefixes else None
     for piece in stream(backbone, text, prefix, text_format=text_format, config=config, on_cut=cut.update):
-        print(piece, end="", flush=True)
+        print(_for_stdout(piece), end="", flush=True)
     print()
     _report_cut(console, cut, 1)
     return 0
@@ -324,15 +322,31 @@ def _generate(
     ]
 
 
-def _print_rows(options: GenerateOptions, lines: Sequence[Source], rows: Mapping[int, Mapping[str, Any]]) -> None:
-    """Print one result per line of input, in order; `rows` has the index of the line -> the result."""
+def _print_rows(
+    options: GenerateOptions, lines: Sequence[Source], rows: Mapping[int, Mapping[str, Any]], names: Sequence[str]
+) -> None:
+    """Print one result per line of input, in order.
+
+    Args:
+        options: Whether as JSON.
+        lines: The input.
+        rows: Index of a line -> its result; a blank line has none.
+        names: Of the prefixes: none, one for all lines, or one for each.
+    """
+    facts = next(iter(rows.values()), {})
+    blank = {name: value for name, value in (("cut", False), ("ended", True)) if name in facts}
     for index, line in enumerate(lines):
-        row = rows.get(index, {"text": line, "output": "", "note": "the line is blank"})
+        row = rows.get(index, {"text": line, "output": "", **blank, "note": "the line is blank"})
         if options.as_json:
-            print_json(row)
+            print_json({**row, "prefix": None if not names else names[0] if len(names) == 1 else names[index]})
         else:
             # Every result is one line.
-            print(str(row["output"]).replace("\n", "\\n").replace("\r", "\\r"))
+            print(_for_stdout(str(row["output"]).replace("\n", "\\n").replace("\r", "\\r")))
+
+
+def _for_stdout(text: str) -> str:
+    """A model's text, without what would steer a terminal that shows it."""
+    return safe_text(text) if sys.stdout.isatty() else text
 
 
 def _label(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefixtune.cli.common import print_json
+from prefixtune.cli.common import PathText, print_json
 from prefixtune.cli.composing import part_rows
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import CheckpointError, PrefixError
@@ -20,7 +20,7 @@ __all__ = ["inspect"]
 class InspectOptions(OutputOptions):
     """The options of `prefixtune inspect`."""
 
-    path: str = positional(
+    path: PathText = positional(
         description="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
         "method, are listed, broken ones with the reason (exit code 1)"
     )

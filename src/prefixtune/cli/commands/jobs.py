@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.cli.training_client import FileView, JobView, TrainingClient
 from prefixtune.cli.training_display import Follower, facts_of, one_line, status_of, time_of
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.errors import ConfigError, RequestError, check_all
 from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console, safe_text
 from prefixtune.utils.home import expand_home
@@ -92,6 +93,8 @@ def jobs(options: JobsOptions) -> int:
         raise ConfigError(
             f"unexpected argument {options.what!r}.", hint=f"`prefixtune jobs show {shlex.quote(options.what)}`?"
         )
+    if options.action == "create":
+        _check_create(options)
     console = Console(quiet=options.quiet)
     api = ApiClient(
         options.url,
@@ -180,10 +183,6 @@ class _Command:
     def _create(self) -> JobView:
         options = self._options
         extension, hyperparameters = _extension(options), _hyperparameters(options)
-        for file in (options.what, options.validation, "" if options.questions == "self" else options.questions):
-            # Before anything is uploaded.
-            if file and not _is_id(file) and not expand_home(file).is_file():
-                raise ConfigError(f"there is no file {file[:200]!r}.", hint="check the path.")
         model = options.model or self._client.bare_model()
         request: dict[str, Any] = {"model": model}
         request["training_file"] = self._file_id(options.what, "document" if options.document else "fine-tune")
@@ -286,10 +285,33 @@ def _is_id(file: str) -> bool:
     return _FILE_ID.fullmatch(file) is not None and not Path(file).exists()
 
 
+def _check_create(options: JobsOptions) -> None:
+    """Refuse a job, before the server is asked and anything is uploaded; all faults at once.
+
+    Raises:
+        ConfigError: A value is wrong, or a file is missing.
+    """
+    files = (options.what, options.validation, "" if options.questions == "self" else options.questions)
+    check_all(
+        [
+            partial(check_url, options.url),
+            partial(_extension, options),
+            partial(_hyperparameters, options),
+            *(partial(_check_file, file) for file in files if file),
+        ]
+    )
+
+
+def _check_file(file: str) -> None:
+    if not _is_id(file) and not expand_home(file).is_file():
+        raise ConfigError(f"there is no file {file[:200]!r}.", hint="check the path.")
+
+
 def _extension(options: JobsOptions) -> dict[str, Any]:
     """The request's object `prefixtune`."""
     fields: dict[str, Any] = {"name": options.name} if options.name else {}
-    for text in options.option:
+
+    def read(text: str) -> None:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[a-z_]{1,64}", name):
             raise ConfigError(
@@ -299,6 +321,8 @@ def _extension(options: JobsOptions) -> dict[str, Any]:
             fields[name] = json.loads(value, parse_constant=_no_number)
         except (ValueError, RecursionError):
             fields[name] = value
+
+    check_all([partial(read, text) for text in options.option])
     return fields
 
 
@@ -315,9 +339,8 @@ def _hyperparameters(options: JobsOptions) -> dict[str, float | int]:
         "learning_rate_multiplier": (options.learning_rate_multiplier, float),
     }
     found = {}
-    for name, (text, kind) in wanted.items():
-        if text == "auto":
-            continue
+
+    def read(name: str, text: str, kind: Callable[[str], float | int]) -> None:
         try:
             found[name] = kind(text)
             if not math.isfinite(found[name]):
@@ -325,6 +348,8 @@ def _hyperparameters(options: JobsOptions) -> dict[str, float | int]:
         except (ValueError, OverflowError):
             flag = "--epochs" if name == "n_epochs" else f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} is {text[:80]!r}, but must be a number or auto.") from None
+
+    check_all([partial(read, name, text, kind) for name, (text, kind) in wanted.items() if text != "auto"])
     return found
 
 

@@ -59,7 +59,7 @@ def report(options: ReportOptions) -> int:
     markdown = page.with_suffix(".md")
     for path in (page, markdown):
         check_writable(path)
-    _check_markdown(markdown)
+    _check_own(page, markdown)
     if options.figures:
         with writable_folder(Path(options.figures), Path(options.figures)):
             pass
@@ -84,20 +84,28 @@ def report(options: ReportOptions) -> int:
     return 0
 
 
-def _check_markdown(path: Path) -> None:
-    """Refuse to replace a text that is no report, as the name of this file is not given but follows from the page's.
+def _check_own(page: Path, markdown: Path) -> None:
+    """Refuse to replace files that are no report, where their names are not given but follow.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: There is one: the Markdown, which gets the page's name, or a page of the default name.
     """
     from prefixtune.report import is_own_markdown
 
-    try:
-        is_free = is_own_markdown(path)
-    except OSError as error:
-        is_free = isinstance(error, FileNotFoundError)
-    if not is_free:
-        raise ConfigError(
-            f"{str(path)!r} exists and is not known as a report, but the report as Markdown gets this name.",
-            hint="choose another --output; or remove the file, if it is an older report.",
-        )
+    owned = [(markdown, "the report as Markdown", is_own_markdown)]
+    if page == Path(ReportOptions.default("output")):
+        owned.append((page, "the report", _is_own_page))
+    for path, what, is_own in owned:
+        try:
+            is_free = is_own(path)
+        except OSError as error:
+            is_free = isinstance(error, FileNotFoundError)
+        if not is_free:
+            raise ConfigError(
+                f"{str(path)!r} exists and is not known as a report, but {what} gets this name.",
+                hint="choose another --output; or remove the file, if it is an older report.",
+            )
+
+
+def _is_own_page(path: Path) -> bool:
+    return b"<footer><p>Written by prefixtune " in path.read_bytes()
