@@ -150,6 +150,16 @@ def test_an_adapter_that_lacks_weights_is_refused(folder: Path, lora: Path) -> N
         load_backbone(folder, device="cpu", adapter=lora)
 
 
+def test_a_run_goes_on_as_quantized_as_it_began(folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "output": str(tmp_path / "run"), "max_steps": 1}
+    rounded = load_backbone(folder, device="cpu", quantize="int8")
+    pt.train(TrainConfig(**options), backbone=rounded, examples=EXAMPLES)
+    longer = {"resume": True, "output": options["output"], "max_steps": 2, "examples": EXAMPLES}
+    with pytest.raises(ConfigError, match="was quantized, but not now"):
+        pt.train(**longer)
+    assert pt.train(**longer, backbone=load_backbone(folder, device="cpu", quantize="int8")).events
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_prefix_and_an_adapter_train_together(
     optimizer: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import tomllib
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,8 @@ def test_a_memory_that_starts_from_a_prefix_is_as_long(
     again = {name: value for name, value in options.items() if name not in ("prefix_length", "initialization")}
     again |= {"init_prefix": str(first.path), "output": str(tmp_path / "again"), "max_steps": 1}
     (second,) = quiet(backbone, **again)
+    # The folder names the backbone that was given.
+    assert tomllib.loads((tmp_path / "again" / "distill.toml").read_text())["backbone"] == backbone.name
     assert second.prefix.lengths == first.prefix.lengths == {"decoder": options["prefix_length"]}
     with pytest.raises(ConfigError, match="prefix to start from has length"):
         quiet(backbone, **{**again, "output": str(tmp_path / "other"), "prefix_length": options["prefix_length"] + 1})

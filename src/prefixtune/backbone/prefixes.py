@@ -134,8 +134,8 @@ def trained_adapter(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) 
     if adapter is not None and not os.path.isdir(adapter):
         raise ConfigError(
             f"the prefix was trained together with the adapter {short_repr(adapter)}, and there is no such folder.",
-            hint="give the run's folder or file as the prefix; or name the adapter: adapter=RUN/adapter-N of load, or "
-            "--adapter.",
+            hint="give the file in its run's folder; or load the backbone with the adapter: adapter=RUN/adapter-N, or "
+            "--adapter, where a command has it.",
         )
     return adapter
 

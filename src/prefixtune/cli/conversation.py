@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefixtune.errors import RequestError
+
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.inference.config import GenerateConfig
@@ -20,10 +22,17 @@ __all__ = ["Answer", "Conversation"]
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and whether it was stopped before its end."""
+    """An answer.
+
+    Attributes:
+        text: Of it.
+        stopped: Whether Ctrl-C stopped it before its end.
+        room: Most tokens that it could have; None: as many as the decoding settings say.
+    """
 
     text: str
     stopped: bool
+    room: int | None
 
 
 @dataclass
@@ -73,16 +82,21 @@ class Conversation:
         """
         pieces: list[str] = []
         stopped = False
-        with closing(self._stream(text, on_cut)) as stream:
+        room, stream = self._begin(text, on_cut)
+        with closing(stream):
             try:
                 for piece in stream:
                     pieces.append(piece)
                     on_piece(piece)
             except KeyboardInterrupt:
                 stopped = True
+            except RequestError as error:
+                if pieces or self.reads_one_message or not self._answered:
+                    raise
+                raise RequestError(error.message, hint=f"{error.hint} /reset forgets the earlier messages.") from error
         answer = "".join(pieces)
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.strip()}]
-        return Answer(answer, stopped)
+        return Answer(answer, stopped, room)
 
     def save(self, path: Path) -> None:
         """Write the messages as JSON lines, atomically.
@@ -96,22 +110,27 @@ class Conversation:
         check_writable(path)
         write_text(path, "".join(f"{json.dumps(message, ensure_ascii=False)}\n" for message in self.messages))
 
-    def _stream(self, text: str, on_cut: Callable[[Sequence[int]], None] | None) -> Generator[str, None, None]:
+    def _begin(
+        self, text: str, on_cut: Callable[[Sequence[int]], None] | None
+    ) -> tuple[int | None, Generator[str, None, None]]:
+        """The room of the next answer, as in `Answer`, and its stream."""
         from prefixtune.data.chat import encode_chat, end_ids, special_stops
-        from prefixtune.inference.prompts import fit_new_tokens
+        from prefixtune.inference.prompts import fit_new_tokens, limit_new_tokens
         from prefixtune.inference.streaming import stream, stream_ids
 
         prefix = self.prefixes.get(self.name)
+        wanted = self.decoding(prefix)
         conversation = [*self._answered, {"role": "user", "content": text}]
-        source = text if self.reads_one_message else conversation
-        config = fit_new_tokens(self.backbone, source, prefix, self.decoding(prefix), None)
-        if self.reads_one_message:
-            return stream(self.backbone, text, prefix, config=config, on_cut=on_cut)
         if self._stored_format is not None:
-            return stream(self.backbone, conversation, prefix, config=config, on_cut=on_cut)
-        ids = encode_chat(self.backbone, conversation)
-        ends = (*end_ids(self.backbone), *special_stops(self.backbone, config.stop))
-        return stream_ids(self.backbone, ids, prefix, config=config, ends=ends)
+            source = text if self.reads_one_message else conversation
+            config = fit_new_tokens(self.backbone, source, prefix, wanted, None)
+            answer = stream(self.backbone, source, prefix, config=config, on_cut=on_cut)
+        else:
+            ids = encode_chat(self.backbone, conversation)
+            config = limit_new_tokens(self.backbone, len(ids), prefix, wanted)
+            ends = (*end_ids(self.backbone), *special_stops(self.backbone, config.stop))
+            answer = stream_ids(self.backbone, ids, prefix, config=config, ends=ends)
+        return (config.max_new_tokens if config.max_new_tokens < wanted.max_new_tokens else None), answer
 
     @property
     def _answered(self) -> list[dict[str, str]]:

@@ -28,11 +28,13 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.training.distributed import is_main_process
 from prefixtune.training.folder import STATE_FILE, Event
+from prefixtune.training.opening import with_backbone
 from prefixtune.training.progress import show_training
 from prefixtune.training.starts.start import lengths_from
 from prefixtune.training.train import TrainResult, train, train_together
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import write_text
+from prefixtune.utils.home import expand_home
 from prefixtune.utils.locks import claim_folder
 
 __all__ = ["DistillResult", "distill", "stored_distillation"]
@@ -64,7 +66,7 @@ def stored_distillation(output: str | Path) -> Path:
     Raises:
         CheckpointError: The folder holds none.
     """
-    path = Path(output) / CONFIG_FILE
+    path = expand_home(output) / CONFIG_FILE
     if not path.exists():
         raise CheckpointError(
             f"there is no distillation to resume in {str(path.parent)!r}.",
@@ -116,7 +118,11 @@ def distill(
     console = Console(quiet=not progress)
     jobs = read_jobs(config, resume=resume, loads_backbone=backbone is None)
     config = _with_lengths(config)
-    student = _load(config, console) if backbone is None else as_backbone(backbone)
+    if backbone is None:
+        student = _load(config, console)
+    else:
+        student = as_backbone(backbone)
+        config = with_backbone(config, student)
     check_student(config, student, jobs)
     teachers = Teachers(config, student, console)
     wording = choose_wording(config, student, teachers.text_format())

@@ -130,9 +130,10 @@ def _check_prefix(config: DistillConfig, path: Path, prefix: Prefix, *, loads_ba
     if not loads_backbone:
         return
     check_size(prefix, config.backbone)
-    adapter = trained_adapter([path], [prefix])
+    adapter = str(prefix.header.get("adapter") or "")
     if bool(adapter) != bool(config.adapter):
         how = f"with the adapter {adapter!r}" if adapter else "without an adapter"
+        adapter = trained_adapter([path], [prefix]) or ""
         raise ConfigError(
             f"the teacher {config.teacher!r} was trained {how}, but adapter is {config.adapter!r}.",
             hint=f"give --adapter {adapter}, which the new prefix then needs, too." if adapter else "leave it out.",

@@ -209,7 +209,7 @@ def _generate(
     """
     if input_ids is None:
         raise RequestError("the text has no token.", hint="write some text.")
-    config = _merge(backbone, generation_config, options)
+    config = _merge(backbone, prefix, generation_config, options)
     if config.eos_token_id is None:
         ends = end_ids(backbone, None if prefix is None else read_text_format(prefix.header))
         config.eos_token_id = [backbone.eos_id, *ends] if ends else backbone.eos_id
@@ -250,13 +250,16 @@ def _generate(
     return output
 
 
-def _merge(backbone: Backbone, given: Any, options: dict[str, Any]) -> Any:
+def _merge(backbone: Backbone, prefix: Prefix | None, given: Any, options: dict[str, Any]) -> Any:
     """One generation configuration of a call's own and its options, which are taken out.
 
     Raises:
         ConfigError: An option cannot be used with a prefix.
     """
     config = GenerationConfig() if given is None else copy.deepcopy(given)
+    if prefix is not None and backbone.model.generation_config.use_cache is False:
+        # The checkpoint's own setting, which nobody gave.
+        config.use_cache = True
     known = vars(GenerationConfig())
     for name in [name for name in options if name in known]:
         setattr(config, name, options.pop(name))
@@ -265,7 +268,7 @@ def _merge(backbone: Backbone, given: Any, options: dict[str, Any]) -> Any:
             raise ConfigError(
                 f"{name} cannot be used in a pipeline with a prefix.", hint="leave it out, or use model.generate."
             )
-    if config.use_cache is False:
+    if prefix is not None and config.use_cache is False:
         raise ConfigError("a pipeline with a prefix needs the cache, but use_cache is False.", hint="set it to True.")
     config.pad_token_id = backbone.pad_id if config.pad_token_id is None else config.pad_token_id
     return config

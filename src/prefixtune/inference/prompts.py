@@ -14,7 +14,15 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
-__all__ = ["Prompts", "check_positions", "check_requests", "fit_new_tokens", "prepare_prompts", "truncate_prompts"]
+__all__ = [
+    "Prompts",
+    "check_positions",
+    "check_requests",
+    "fit_new_tokens",
+    "limit_new_tokens",
+    "prepare_prompts",
+    "truncate_prompts",
+]
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ def fit_new_tokens(
 ) -> GenerateConfig:
     """The configuration with no more new tokens than fit: for an answer whose length nobody chose.
 
-    A source that may be cut leaves the answer up to half of the positions.
+    A source that may be cut is cut as in training; where nothing is known of that, the answer gets up to half of the
+    positions.
 
     Args:
         backbone: The frozen model.
@@ -89,15 +98,22 @@ def fit_new_tokens(
     Raises:
         PrefixError: As `prepare_prompts`, but nothing is too long.
     """
-    room = _room(backbone, 0, prefix)
-    if room is None:
-        return config
-    if backbone.kind == "decoder":
+    room, length = _room(backbone, 0, prefix), 0
+    if room is not None and backbone.kind == "decoder":
         (form,) = _formats(backbone, [source], [prefix], config, text_format)
-        (prompt,) = encode_prompts(backbone, form, [source])
-        least = room // 2 if form.on_too_long == "cut" else 1
-        room = max(least, room - len(prompt))
-    most = max(1, min(config.max_new_tokens, room))
+        length = len(encode_prompts(backbone, form, [source])[0])
+        kept = form.source_room(length, room, 1) if form.on_too_long == "cut" else None
+        if kept is not None:
+            length = min(length, kept if form.longest_prompt else min(kept, room - room // 2))
+    return limit_new_tokens(backbone, length, prefix, config)
+
+
+def limit_new_tokens(
+    backbone: Backbone, prompt_tokens: int, prefix: Prefix | None, config: GenerateConfig
+) -> GenerateConfig:
+    """The configuration with no more new tokens than fit behind a prompt; at least one."""
+    room = _room(backbone, prompt_tokens, prefix)
+    most = config.max_new_tokens if room is None else max(1, min(config.max_new_tokens, room))
     return config.replace(max_new_tokens=most, min_new_tokens=min(config.min_new_tokens, most))
 
 

@@ -87,6 +87,7 @@ def pull(
 
     Raises:
         CheckpointError: The download is not a prefix, or the output has another ending.
+        ConfigError: It needs a LoRA adapter, which is not in the output's folder.
         PrefixError: The hub cannot be reached, or has no such file.
     """
     output = Path(output)
@@ -95,6 +96,7 @@ def pull(
     check_writable(output)
     downloaded = download(repo_id, name, revision=revision, token=token)
     prefix = load_prefix(downloaded)
+    check_complete(prefix, output.parent)
     with atomic_path(output) as temporary:
         shutil.copyfile(downloaded, temporary)
     return prefix

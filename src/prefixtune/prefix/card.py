@@ -92,6 +92,10 @@ def _pipeline_tag(prefix: Prefix) -> str:
     return _PIPELINE_TAGS.get(kind, "text-generation")
 
 
+_OF_RUN = re.compile(r"adapter(-[0-9]+)?")
+"""An adapter that was trained with the prefix, in its run's folder."""
+
+
 def check_complete(prefix: Prefix, folder: Path | None = None) -> None:
     """Refuse to publish, or to store elsewhere, a prefix that is of no use by itself.
 
@@ -108,9 +112,10 @@ def check_complete(prefix: Prefix, folder: Path | None = None) -> None:
     if folder is None:
         raise ConfigError(
             "the prefix was trained together with a LoRA adapter, and a repository would hold the prefix alone.",
-            hint="upload the run's folder with `hf upload`.",
+            hint="upload the run's folder with `hf upload`, and use it from where `hf download` puts it.",
         )
-    if not os.path.isdir(folder / adapter) and not os.path.isdir(adapter):
+    # Any other name is that of a folder of the user's own, which is named again for each use.
+    if _OF_RUN.fullmatch(adapter) and not os.path.isdir(folder / adapter):
         raise ConfigError(
             f"the prefix was trained together with the LoRA adapter {short_repr(adapter)}, which is not in "
             f"{str(folder)!r}.",

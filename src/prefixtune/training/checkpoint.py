@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.quantization import is_quantized
 from prefixtune.errors import CheckpointError, ConfigError, first_line
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
@@ -149,6 +150,7 @@ def state_facts(
         "misses": state.evals_without_improvement,
         "fingerprint": backbone.fingerprint,
         "dtype": backbone.dtype_name,
+        "quantized": is_quantized(backbone.model),
         "data": data_digest,
         "config": config.to_dict(),
         "initialization": None if initialization is None else dict(initialization),
@@ -297,6 +299,13 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
         raise ConfigError(
             f"the run in {folder!r} was started in {facts['dtype']}, but the backbone is in {dtype}.",
             hint=f"resume with --dtype {facts['dtype']}.",
+        )
+    quantized = is_quantized(backbone.model)
+    if facts.get("quantized", quantized) is not quantized:
+        change = "was quantized, but not now" if facts["quantized"] else "was not quantized, but now it is"
+        raise ConfigError(
+            f"the backbone of the run in {folder!r} {change}.",
+            hint="give it as it was: --quantize (quantize=...), or the loaded backbone.",
         )
     before, now = (digest.partition("+") for digest in (facts["data"], data_digest))
     if before[0] == now[0] and before[2] != now[2]:

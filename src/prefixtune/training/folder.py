@@ -10,6 +10,7 @@ from typing import Any
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.files import write_text
+from prefixtune.utils.home import expand_home
 
 __all__ = [
     "ADAPTER_FOLDER",
@@ -67,7 +68,7 @@ def stored_config(output: str | Path) -> Path:
     Raises:
         CheckpointError: The folder holds no run.
     """
-    path = Path(output) / CONFIG_FILE
+    path = expand_home(output) / CONFIG_FILE
     if not path.exists():
         raise CheckpointError(
             f"there is no run to resume in {str(path.parent)!r}.",

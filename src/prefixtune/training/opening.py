@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
@@ -52,7 +52,7 @@ from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
 
-__all__ = ["Inputs", "Teach", "check_run", "open_run", "open_runs"]
+__all__ = ["Inputs", "Teach", "check_run", "open_run", "open_runs", "with_backbone"]
 
 
 Teach = Callable[[TrainConfig, Backbone, TrainData], TrainData]
@@ -60,6 +60,8 @@ Teach = Callable[[TrainConfig, Backbone, TrainData], TrainData]
 
 Inputs = tuple[Sequence[ExampleLike] | None, Sequence[ExampleLike] | None]
 """A run's examples and development examples, as callers have them."""
+
+_ConfigT = TypeVar("_ConfigT", bound=TrainConfig)
 
 _Log = tuple[list[Event], list[Event]]
 """The events of a run's log up to its state, and all of them."""
@@ -213,7 +215,7 @@ def _prepare(
     )
     loaded = _open_backbone(configs, backbone, processes, console, together=together)
     if backbone is not None:
-        configs = [_with_backbone(config, loaded) for config in configs]
+        configs = [with_backbone(config, loaded) for config in configs]
     others = [_load_beside(config, loaded) for config in configs]
     for config in configs:
         if config.initialization == "examples" and config.trains_prefix and not resume:
@@ -296,7 +298,7 @@ def _open_backbone(
     return backbone
 
 
-def _with_backbone(config: TrainConfig, backbone: Backbone) -> TrainConfig:
+def with_backbone(config: _ConfigT, backbone: Backbone) -> _ConfigT:
     """The configuration of a run on a backbone that was given, which its folder then names."""
     known = backbone.dtype_name in get_args(DTypeName)
     return config.replace(backbone=backbone.name, dtype=backbone.dtype_name if known else config.dtype)

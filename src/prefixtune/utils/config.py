@@ -50,7 +50,7 @@ __all__ = [
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 """Whole numbers are TOML's: of 64 bits, with a sign."""
 
-_WRITTEN = ("data_folder", "figures", "output", "outputs")
+_WRITTEN = ("data_folder", "figures", "output", "outputs", "prefixes")
 """Fields that name what is written: one with `~` in front would be made, and not be missing as an input is."""
 
 _T = TypeVar("_T")
@@ -349,6 +349,8 @@ class Config(Table):
         """A path is text; of one to write to, `~` is the home folder, also in `--output=~/x`, where shells leave it."""
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
+        elif isinstance(value, list | tuple):
+            value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
         if info.field_name in _WRITTEN and isinstance(value, str) and value.startswith("~"):
             return str(expand_home(value))
         return value

@@ -192,6 +192,10 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that set the direction of what follows them, up to another one."""
+
+
 def safe_text(text: str) -> str:
     r"""A text from elsewhere for a terminal: characters that would steer it are replaced.
 
@@ -202,8 +206,10 @@ def safe_text(text: str) -> str:
 
 
 def _is_safe(character: str) -> bool:
-    # Python counts the spaces of other languages, such as U+00A0 and U+3000, as not printable.
-    return character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs"
+    # Marks that join letters or emoji are text; those that turn the order of what follows are not.
+    if character in "\n\t" or character.isprintable():
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in _TURNING
 
 
 class _RichConsole(rich_console.Console):

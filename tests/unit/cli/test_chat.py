@@ -70,7 +70,7 @@ def chat(*arguments: object, lines: str, code: int = 0) -> tuple[list[Any], str]
 
 def test_the_model_reads_the_whole_conversation(model: Path, answer_to: Callable[..., str]) -> None:
     (first, second, again), _ = chat("--backbone", model, lines="Hello\nWho are you?\n/reset\nHello\n/exit\nmore\n")
-    assert first == {"text": "Hello", "output": answer_to("Hello"), "prefix": None, "stopped": False}
+    assert first == {"text": "Hello", "output": answer_to("Hello"), "prefix": None, "stopped": False, "room": None}
     assert second["output"] == answer_to("Hello", first["output"].strip(), "Who are you?")
     assert again == first
 
@@ -82,7 +82,7 @@ def test_answers_may_be_as_long_as_the_longest_target_of_records(
 
     def ask(self: Conversation, *_: Any) -> Answer:
         limits.append(self.decoding(self.prefixes.get(self.name)).max_new_tokens)
-        return Answer("", stopped=False)
+        return Answer("", stopped=False, room=None)
 
     monkeypatch.setattr(Conversation, "ask", ask)
     files = []
@@ -179,6 +179,12 @@ def test_an_answer_gets_the_room_that_is_left(model: Path, answer_to: Callable[.
         rows.append(json.loads(out))
     assert "error" not in rows[1]
     assert rows[1]["output"].startswith(rows[0]["output"])
+    assert rows[0]["room"] is None
+    assert 6 < rows[1]["room"] < 60
+    # The next message has no room, and a way out.
+    (first, second, third), _ = chat("--backbone", model, lines=f"{long}\n{long}\n/reset\n{long}\n")
+    assert "/reset forgets the earlier messages" in second["hint"]
+    assert third == first
 
 
 def test_messages_are_saved(model: Path, tmp_path: Path) -> None:

@@ -225,10 +225,17 @@ def test_a_cut_to_the_whole_length_is_refused(folder: Path, capsys: pytest.Captu
     assert "has 4 positions, and cannot be cut to 4" in error
 
 
-def test_a_prefix_is_not_cut_away_from_its_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prefix_is_not_cut_away_from_its_adapter(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     manual = read_artifact("manual.safetensors")
     Path("run/adapter-2").mkdir(parents=True)
     save_prefix("run/prefix.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "adapter-2"}))
     error = _error("cut run --length 2 --output short.safetensors", capsys)
     assert "the LoRA adapter 'adapter-2', which is not in '.'" in " ".join(error.split())
     assert main(["cut", "run", "--length", "2", "--output", "run/short.safetensors"]) == 0
+    # Nor from within the run's folder; a folder of the user's own is named again where the prefix is used.
+    monkeypatch.chdir("run")
+    assert "which is not in '..'" in " ".join(_error("cut . --length 2 --output ../short.safetensors", capsys).split())
+    save_prefix("../own.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "lora/mine"}))
+    assert main(["cut", "../own.safetensors", "--length", "2", "--output", "../short.safetensors"]) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import DistillConfig
@@ -25,7 +26,9 @@ from prefixtune.distillation.teacher import (
     stored_labels,
 )
 from prefixtune.distillation.wording import Wording, in_view
-from prefixtune.errors import BackboneError, CheckpointError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
 
 WORDING = Wording("Question: {source}\nAnswer:", " {target}\n")
 
@@ -100,6 +103,18 @@ def test_a_teacher_with_another_tokenizer_is_refused(backbone: Backbone) -> None
 def test_a_teacher_of_another_kind_is_refused(backbone: Backbone, tiny_backbone: Callable[..., Any]) -> None:
     with pytest.raises(BackboneError, match="of kind 'encoder-decoder'"):
         check_same_tokens(backbone, tiny_backbone("bart"))
+
+
+def test_the_adapter_of_a_teacher_may_be_anywhere_if_it_is_named(
+    backbone: Backbone, random_prefix: Callable[..., Any], tmp_path: Path
+) -> None:
+    backbone.model.save_pretrained(tmp_path / "student")
+    header = make_header(backbone, adapter="adapter-20")
+    file = save_prefix(tmp_path / "copy.safetensors", Prefix(random_prefix(backbone, 3).detach().layers, header))
+    options = {"backbone": str(tmp_path / "student"), "teacher": str(file), "data": "d.jsonl"}
+    check_teacher(DistillConfig(**options, adapter="run/adapter-20"))
+    with pytest.raises(ConfigError, match="together with the adapter 'adapter-20'"):
+        check_teacher(DistillConfig(**options))
 
 
 def test_a_folder_with_another_tokenizer_is_refused_before_a_model_loads(

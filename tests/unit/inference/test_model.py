@@ -17,8 +17,10 @@ from prefixtune.data.chat import chat_format, encode_chat, encode_conversation
 from prefixtune.data.examples import Message
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.classify import classify
+from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, read_output
 from prefixtune.inference.model import Model, load
+from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -124,6 +126,18 @@ def test_room_for_an_answer_is_counted_as_the_caller_decodes(
     with pytest.warns(UserWarning, match="truncated"):
         answer = model.chat(long, min_new_tokens=40)
     assert len(backbone.encode(answer)) >= 40 - 2
+    # What is known of the training's lengths counts: the source is cut as there.
+    for count, kept, left in (
+        (140, 140, most - 143),
+        (141, 141, most - 144),
+        (200, most - 13, 10),
+        (900, most - 13, 10),
+    ):
+        trained = TextFormat("{source}", "{target}", on_too_long="cut", longest_prompt=140, longest_target=10)
+        prefix = make_prefix(text_format=trained.to_dict())
+        config = fit_new_tokens(backbone, "x" * count, prefix, GenerateConfig(max_new_tokens=512), None)
+        prompts = prepare_prompts(backbone, ["x" * count], [prefix], config, on_cut=lambda _: None)
+        assert (len(prompts.ids[0]), config.max_new_tokens) == (kept, left)
     # The text around is the caller's, too.
     short, around = long[0]["content"][: most - 30], TextFormat("x" * 20 + "{source}", "{target}")
     room = most - 3 - 20 - len(short)

@@ -17,7 +17,7 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError, PrefixError, RequestError
 from prefixtune.inference.classify import classify
 from prefixtune.inference.generate import generate
-from prefixtune.inference.model import Model
+from prefixtune.inference.model import Model, load
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.prefix.text_format import TextFormat
 
@@ -109,12 +109,19 @@ def test_lengths_are_bounded_by_the_positions(
         model.pipeline()("w" * 20, max_new_tokens=256)
 
 
-def test_without_a_cache_the_prefix_would_be_read_as_text(backbone: Backbone, make_model: Callable[..., Model]) -> None:
+def test_without_a_cache_the_prefix_would_be_read_as_text(
+    backbone: Backbone, make_model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(backbone)
     for options in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
         with pytest.raises(ConfigError, match="use_cache is False"):
             model.pipeline(**GREEDY)("some text", **options)
     assert written(model.pipeline(**GREEDY), TEXTS[:1], use_cache=True) == model.generate(TEXTS[:1], max_new_tokens=6)
+    # The bare model needs none, and a checkpoint's own setting is nobody's wish.
+    bare = load(backbone)
+    assert written(bare.pipeline(**GREEDY), TEXTS[:1], use_cache=False) == bare.generate(TEXTS[:1], max_new_tokens=6)
+    monkeypatch.setattr(backbone.model.generation_config, "use_cache", False)
+    assert written(model.pipeline(**GREEDY), TEXTS[:1]) == model.generate(TEXTS[:1], max_new_tokens=6)
 
 
 def test_logits_that_are_not_finite_are_said_to_be(backbone: Backbone, make_model: Callable[..., Model]) -> None:

@@ -137,6 +137,14 @@ def test_what_is_refused(server: Any, body: dict[str, Any], param: str, words: s
     assert words in error["message"]
 
 
+def test_scores_that_are_not_finite_are_an_error_of_the_engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = EncodedTexts.score
+    monkeypatch.setattr(EncodedTexts, "score", lambda *arguments: [one * torch.nan for one in score(*arguments)])
+    response = asyncio.run(send(server[0], "POST", "/classify", {"model": "head", "input": TEXTS}))
+    assert (response.status, response.code) == (500, "engine_error")
+    assert b"finite" not in response.body
+
+
 def test_texts_are_generated_meanwhile(server: Any) -> None:
     """A batch is labelled between two steps: nobody waits for all of them."""
     app, state = server

@@ -317,10 +317,12 @@ def test_paths_are_texts_and_a_path_to_write_to_may_begin_with_the_home() -> Non
         data: str = Field("", description="read")
         output: str = Field("out", description="written")
         count: int = Field(1, description="no path")
+        files: tuple[str, ...] = Field((), strict=False, description="read")
 
     written = Written(data=Path("a/b"), output=Path("~/c"))
     assert (written.data, written.output) == ("a/b", str(Path.home() / "c"))
     assert Written.from_layers(Layer({"output": "~/c"}, text=True)).output == str(Path.home() / "c")
     assert Written(data="~/a").data == "~/a"
+    assert Written(files=[Path("a"), "b"]).files == ("a", "b")
     with pytest.raises(ConfigError, match="count is 'a'"):
         Written(count=Path("a"))

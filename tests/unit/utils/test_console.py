@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prefixtune.utils.console import Console, format_figure, format_seconds
+from prefixtune.utils.console import Console, format_figure, format_seconds, safe_text
 
 
 class Terminal(io.StringIO):
@@ -211,3 +211,21 @@ def test_figures() -> None:
     assert format_figure(-1234567.8) == "-1,234,568"
     assert format_figure(10**399) == "1" + ",000" * 133, "larger than any float"
     assert format_seconds(59.6) == "1:00"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "co\u00adop",
+        "\U0001fae8",
+    ],
+)
+def test_text_of_any_language_reaches_a_terminal(text: str) -> None:
+    assert safe_text(text) == text
+
+
+@pytest.mark.parametrize("mark", ["\x1b", "\x9b", "\r", "\u202e", "\u2066", "\ud800"])
+def test_what_would_steer_a_terminal_is_replaced(mark: str) -> None:
+    assert safe_text(f"a{mark}b") == "a\ufffdb"

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from prefixtune.cli.main import main
+from prefixtune.distillation.distill import stored_distillation
 from prefixtune.errors import ConfigError
+from prefixtune.training.folder import stored_config
 from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.home import expand_home
 
@@ -29,6 +31,14 @@ def test_the_cache_may_be_below_any_home(variable: str, below: str, monkeypatch:
     assert cache_folder() == Path.home() / "caches" / below
     monkeypatch.setenv(variable, NO_USER)
     assert cache_folder() == Path(NO_USER) / below
+
+
+def test_a_run_is_resumed_from_where_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    for name, find in (("config.toml", stored_config), ("distill.toml", stored_distillation)):
+        (tmp_path / "run" / name).write_text("")
+        assert find("~/run") == find(Path("~/run")) == tmp_path / "run" / name
 
 
 def test_without_a_home_the_cache_is_asked_for(

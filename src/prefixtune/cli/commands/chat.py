@@ -36,6 +36,8 @@ _COMMANDS = {
 }
 _NO_PREFIX = "none"
 _MAX_CHARS = 2**20
+_FEW = 64
+"""Tokens: with room for fewer, an answer may break off."""
 """Longest message."""
 
 
@@ -199,10 +201,12 @@ class _Terminal:
 
         answer = conversation.ask(text, on_piece, lambda _: self._console.info("your message was truncated to fit"))
         if self._as_json:
-            name = conversation.name or None
-            print_json({"text": text, "output": answer.text, "prefix": name, "stopped": answer.stopped})
+            row = {"text": text, "output": answer.text, "prefix": conversation.name or None}
+            print_json({**row, "stopped": answer.stopped, "room": answer.room})
         else:
             print(" (stopped)" * answer.stopped)
+            if answer.room is not None and answer.room < _FEW and not conversation.reads_one_message:
+                self._console.info(f"the answer had room for {answer.room} tokens; /reset forgets the messages")
 
     def _obey(self, name: str, argument: str) -> None:
         conversation = self._conversation

@@ -346,7 +346,7 @@ def _print_rows(
 
 def _for_stdout(text: str) -> str:
     """A model's text, without what would steer a terminal that shows it."""
-    return safe_text(text) if sys.stdout.isatty() else text
+    return safe_text(text.replace("\r", "")) if sys.stdout.isatty() else text
 
 
 def _label(

@@ -93,7 +93,8 @@ def _load(name: str, known_layers: dict[str, int]) -> tuple[Any, Any, int, int]:
 
     # What broken files raise is of many classes, such as safetensors' own and a plain Exception of tokenizers.
     try:
-        with _quiet_transformers():
+        # A download is shown.
+        with _quiet_transformers() if Path(name).is_dir() else contextlib.nullcontext():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             depth = config.num_hidden_layers
             by_name = {known.rpartition("/")[2]: layer for known, layer in known_layers.items()}

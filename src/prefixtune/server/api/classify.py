@@ -19,12 +19,12 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.labels import labels_of
 from prefixtune.engine.request import ContextLengthError, EngineFull
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.errors import ConfigError, PrefixError, RequestError
 from prefixtune.inference.classify import EncodedTexts, Prediction, encode_to_classify, encode_to_tag
 from prefixtune.inference.config import ClassifyConfig
 from prefixtune.server.api.body import read_json
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext
-from prefixtune.server.api.generation import deadline_exceeded
+from prefixtune.server.api.generation import deadline_exceeded, engine_error
 from prefixtune.server.api.openapi import api_router, errors, json_body
 from prefixtune.server.api.prompting import run_in_turn
 from prefixtune.server.api.protocol import parse
@@ -72,12 +72,16 @@ async def create_classification(context: GenerationContext) -> Response:
     is_large = _num_probabilities(encoded) > _FEW_PROBABILITIES
 
     def respond() -> Response:
+        try:
+            data = [_item(encoded, index, texts[index], one) for index, one in enumerate(scores)]
+        except PrefixError as error:
+            raise engine_error(context, error.message) from None
         body = {
             "id": f"classify-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
             "model": model.name,
-            "data": [_item(encoded, index, texts[index], one) for index, one in enumerate(scores)],
+            "data": data,
             "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
         }
         return json_response(body, headers=context.headers, is_large=is_large)

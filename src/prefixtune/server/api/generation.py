@@ -36,6 +36,7 @@ __all__ = [
     "Generation",
     "collect_outputs",
     "deadline_exceeded",
+    "engine_error",
     "start_generation",
     "stream_outputs",
 ]
@@ -335,12 +336,17 @@ def _failure(context: RequestContext, output: SequenceOutput) -> ApiError:
     if output.refused:
         hint = "use a simpler schema, with fewer optional properties or alternatives."
         return bad_request(output.error, "response_format", "invalid_schema", hint=hint)
-    # The engine's own words are for the log only.
-    context.log_fields["engine_error"] = output.error[:500]
+    failure = engine_error(context, output.error)
     if output.engine_crashed:
         return unavailable(
             "the engine failed and is restarting; send the request again.", "engine_failed", retry_after=1
         )
+    return failure
+
+
+def engine_error(context: RequestContext, reason: str) -> ApiError:
+    """500: the model failed on the request. Its own words are for the log only."""
+    context.log_fields["engine_error"] = reason[:500]
     message = f"the engine failed on this request; the log has more on request {context.log_fields['id']}."
     return ApiError(500, message, code="engine_error")
 
