@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["VERIFIED", "VERIFIED_WITH"]
 
+
 VERIFIED_WITH = "5.24.0"
 """The version of transformers they were examined with."""
 
@@ -67,6 +68,7 @@ VERIFIED = frozenset(
         "gemma4",
         "gemma4_text",
         "gemma4_unified",
+        "gemma4_unified_text",
         "glm",
         "glm4",
         "glm4_moe",
