@@ -875,9 +875,10 @@ def test_what_is_longer_than_the_position_table(tiny_backbone: Any, tmp_path: Pa
         encode_examples(backbone, [Example("s", ("t" * limit,))], plain, prefix_length=0)
     with refused(RequestError, r"text 1 needs 161 \(text\) and 5 \(new\) positions, but 'tiny-bart' has 160"):
         generate(backbone, ["s" * 161], max_new_tokens=5)
-    with refused(RequestError, r"1 \(text\) and 160 \(new\)"):
-        generate(backbone, ["s"], max_new_tokens=limit)
-    assert generate(backbone, ["s" * limit], max_new_tokens=2)
+    with refused(RequestError, r"1 \(text\) and 161 \(new\)"):
+        generate(backbone, ["s"], max_new_tokens=limit + 1)
+    # The last token takes no position, and the start token one.
+    assert generate(backbone, ["s" * limit], max_new_tokens=limit)
 
     result = train(
         TrainConfig(output=str(tmp_path / "run"), max_steps=1, sites="encoder=2", reparameterization="none"),

@@ -42,7 +42,7 @@ def test_one_that_joins_late_and_is_moved_between_groups(
     def step(group: RunGroup) -> None:
         for run, event in group.step(threading.Event()):
             run.record(event)
-            if run.loop.config is mine and event["event"] == "step":
+            if run.loop.config.output == mine.output and event["event"] == "step":
                 losses.append(event["loss"])
 
     with contextlib.ExitStack() as stack:

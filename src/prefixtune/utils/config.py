@@ -347,9 +347,11 @@ class Config(Table):
     @classmethod
     def _as_text(cls, value: Any, info: ValidationInfo) -> Any:
         """A path is text; of one to write to, `~` is the home folder, also in `--output=~/x`, where shells leave it."""
+        if cls.model_fields[str(info.field_name)].annotation is Path:
+            return value
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple) and any(isinstance(item, os.PathLike) for item in value):
             value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
         if info.field_name in _WRITTEN and isinstance(value, str) and value.startswith("~"):
             return str(expand_home(value))
