@@ -81,7 +81,11 @@ def _first_round(studies: Mapping[str, Study]) -> str:
             "LoRA of rank 8 (21 times the parameters)",
             Claim("", "", "first/methods", "lora8-n2000"),
         ),
-        ("2,000 targets of E2E", "an adapter with about as many parameters", Claim("", "", "first/methods", "adapter3-n2000")),
+        (
+            "2,000 targets of E2E",
+            "an adapter with about as many parameters",
+            Claim("", "", "first/methods", "adapter3-n2000"),
+        ),
         ("2,000 targets of E2E", "full fine-tuning", Claim("", "", "first/methods", FULL)),
         ("50 to 500 targets of E2E", "full fine-tuning", Claim("", "", "first/low-data", FULL)),
         ("WebNLG, seen categories", "full fine-tuning", Claim("", "", "first/unseen", FULL, part="seen")),
