@@ -63,7 +63,8 @@ def _describe(event: Event) -> str:
             cut += f", the turns of {unpacked:,} conversations computed separately"
         adapter = f", {event['num_adapter']:,} of them in the backbone's adapter" if event.get("num_adapter") else ""
         total, epoch = event["total_steps"], event["steps_per_epoch"]
-        share = f", of which {total:,} steps read {total / epoch:.0%}" if total < epoch else ""
+        steps = "step reads" if total == 1 else "steps read"
+        share = f", of which {total:,} {steps} {total / epoch:.0%}" if total < epoch else ""
         targets = f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{share}{cut}"
         return (
             f"{_describe_prefix(event)}{targets}; "
