@@ -23,6 +23,7 @@ from prefixtune.distillation.plan import Plan, make_plan
 from prefixtune.distillation.stored import write_seconds
 from prefixtune.distillation.wording import Wording, choose_wording
 from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.prefix.geometry import spell_lengths
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
@@ -155,8 +156,7 @@ def _with_lengths(config: DistillConfig) -> DistillConfig:
         return config
     actual = load_prefix(config.init_prefix).lengths
     lengths = lengths_from(config.site_lengths or dict.fromkeys(actual, 0), actual)
-    sites = ",".join(f"{site}={length}" for site, length in lengths.items())
-    return config.replace(prefix_length=max(lengths.values()), sites=sites)
+    return config.replace(prefix_length=max(lengths.values()), sites=spell_lengths(lengths))
 
 
 def _make_plans(

@@ -11,6 +11,7 @@ from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs.job import Job
 from prefixtune.jobs.names import check_result_name
+from prefixtune.prefix.geometry import spell_lengths
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.training.presets import preset, without_conflicts
 
@@ -391,8 +392,7 @@ def _num_validated(request: JobRequest) -> int:
 
 def _continued(lengths: Mapping[str, int]) -> dict[str, Any]:
     """A start from a prefix of these lengths."""
-    sites = ",".join(f"{site}={length}" for site, length in lengths.items())
-    return {"initialization": "prefix", "prefix_length": max(lengths.values()), "sites": sites}
+    return {"initialization": "prefix", "prefix_length": max(lengths.values()), "sites": spell_lengths(lengths)}
 
 
 def _preset_values(request: JobRequest, targets: int, given: Mapping[str, Any]) -> dict[str, Any]:

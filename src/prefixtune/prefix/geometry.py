@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["SITES", "BackboneKind", "Geometry", "LayerShape", "Placement", "Site", "describe"]
+__all__ = ["SITES", "BackboneKind", "Geometry", "LayerShape", "Placement", "Site", "describe", "spell_lengths"]
 
 
 Site = Literal["encoder", "decoder", "cross"]
@@ -57,3 +57,12 @@ def describe(geometry: Geometry) -> str:
         return f"{len(layers)} layers x " + " or ".join(f"{h} KV heads x {d}" for h, d in shapes)
 
     return "; ".join(f"{site}: {one(layers)}" for site, layers in geometry.items())
+
+
+def spell_lengths(lengths: Mapping[Site, int] | Mapping[str, int]) -> str:
+    """P of each site, as the option `sites` takes it.
+
+    >>> spell_lengths({"encoder": 10, "cross": 5})
+    'encoder=10,cross=5'
+    """
+    return ",".join(f"{site}={length}" for site, length in lengths.items())

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.geometry import Site
+from prefixtune.prefix.geometry import Site, spell_lengths
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["Start", "by_site", "check_lengths", "lengths_from"]
@@ -69,9 +69,5 @@ def check_lengths(actual: Mapping[Site, int], wanted: Mapping[Site, int]) -> Non
 
 
 def _spell(lengths: Mapping[Site, int], by_name: bool) -> str:
-    """Lengths as the options `prefix_length`, of one site, and `sites` take them.
-
-    >>> _spell({"decoder": 10}, False), _spell({"encoder": 10, "cross": 5}, True)
-    ('10', 'encoder=10,cross=5')
-    """
-    return ",".join(f"{site}={length}" if by_name else str(length) for site, length in lengths.items())
+    """Lengths as the options `prefix_length`, of one site, and `sites` take them."""
+    return spell_lengths(lengths) if by_name else ",".join(map(str, lengths.values()))
