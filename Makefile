@@ -48,7 +48,7 @@ demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show bef
 
 test: $(VENV)/.tested  ## the tests of the package and its server (fetches the default backbone once)
 	$(BIN)/prefixtune prepare
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) --durations 30 --durations-min 2 $(PYTEST_ARGS)
 
 test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the tests with PEFT, TRL, torchao, datasets, Ray, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
@@ -88,7 +88,7 @@ constraints: $(VENV)/.tested $(VENV)/.uv  ## pin what make test runs with, with 
 		--custom-compile-command 'make constraints' $(addprefix --extra ,$(subst $(comma), ,$(TEST_EXTRAS))) \
 		--output-file constraints.txt pyproject.toml
 
-check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies, and measures of size
+check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies, and size beside its budgets
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy

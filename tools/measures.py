@@ -1,75 +1,147 @@
-"""Print measures of the code in src/prefixtune: size of the root, files and functions, and the contracts of imports.
+"""Print the size of the project beside its budgets, and fail where the package has grown.
 
     python -m tools.measures
 
-They are signs of where to look again; nothing fails here.
+A line of code is a line with a token of the language: docstrings, comments and blank lines are not counted, and C++
+counts as well.
 """
 
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
+import io
+import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tokenize
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import median
 
 from tools.pages import ROOT
 
-PACKAGE = ROOT / "src" / "prefixtune"
-LONG = 40
+LIMIT = 55_203
+"""Most lines of code in src: the figure of the last change that made it smaller. It is lowered, and never raised; from
+26,000 on it stays there."""
+
+GOAL = 26_000
+LONG = 60
 """Lines of code from which on a function counts as long."""
 
+_BUDGETS: dict[str, tuple[tuple[str, ...], int]] = {
+    "errors, utils": (("errors.py", "utils"), 550),
+    "prefix": (("prefix",), 1_300),
+    "attention": (("attention",), 1_200),
+    "backbone": (("backbone",), 1_100),
+    "data": (("data",), 1_900),
+    "sampling, inference, engine": (("sampling", "inference", "engine"), 2_900),
+    "training, distillation": (("training", "distillation"), 3_600),
+    "evaluation, explain": (("evaluation", "explain"), 1_700),
+    "interop, doctor": (("interop", "doctor"), 1_700),
+    "jobs": (("jobs",), 900),
+    "server": (("server",), 2_900),
+    "cli": (("cli",), 2_400),
+    "report, pages": (("report", "pages"), 1_000),
+}
+"""Name: the parts of the package, and how many lines of code they may have together in the end."""
 
-@dataclass(frozen=True)
-class Function:
-    """A function: where it is, and its lines of code (without signature and docstring)."""
-
-    file: Path
-    name: str
-    lines: int
+_OTHER_BUDGETS = {"research": 900, "bench tools": 2_200, "tests": 24_000}
+_WORDS = 45_000
+_GENERATED = ("cli.md", "configuration.md", "http.md", "deploy.md", "examples.md", "models.md", "api")
+"""Pages of docs that are made from the code."""
 
 
-def functions(file: Path) -> Iterator[Function]:
-    """All functions and methods of a file."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def python_lines(source: str) -> int:
+    """The lines of code of a Python file."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        for statement in _body(node):
+            if isinstance(statement, ast.Expr) and _is_text(statement.value):
+                lines.difference_update(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
+    return len(lines)
+
+
+def c_lines(source: str) -> int:
+    """The lines of code of a C or C++ file."""
+    without_blocks = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+    return sum(bool(line.strip()) and not line.strip().startswith("//") for line in without_blocks.splitlines())
+
+
+def files(*places: Path) -> list[Path]:
+    """The files of code in folders, and those that are named themselves."""
+    found = [path for place in places for path in (sorted(place.rglob("*")) if place.is_dir() else [place])]
+    return [path for path in found if path.suffix in (".py", ".c", ".cpp", ".h") and path.exists()]
+
+
+def lines(paths: Iterable[Path]) -> int:
+    """The lines of code of all files."""
+    return sum((python_lines if path.suffix == ".py" else c_lines)(path.read_text(encoding="utf-8")) for path in paths)
+
+
+def long_functions(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
+    """Functions and methods with more than `LONG` lines of code, with where they are below `root`."""
+    source = path.read_text(encoding="utf-8").splitlines()
+    for node in ast.walk(ast.parse("\n".join(source))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.body if ast.get_docstring(node) is None else node.body[1:]
-            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
-            yield Function(file, node.name, lines)
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            if size > LONG:
+                text = "\n".join(source[node.lineno - 1 : node.end_lineno])
+                size = python_lines(_dedent(text, node.col_offset))
+            if size > LONG:
+                yield size, f"{path.relative_to(root)}: {node.name}"
 
 
-def contracts() -> list[str]:
-    """The contracts of import-linter, kept or broken; empty if it is not installed."""
-    program = Path(sys.executable).with_name("lint-imports")
-    if not program.exists():
-        return []
-    # Wide enough that no name of a contract is broken over two lines.
-    environment = {**os.environ, "COLUMNS": "300"}
-    done = subprocess.run([program, "--no-cache"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    return [line.strip() for line in done.stdout.splitlines() if line.rstrip().endswith((" KEPT", " BROKEN"))]
+def words() -> tuple[int, int]:
+    """Words of the documentation: written by hand, and made from the code."""
+    by_hand = generated = 0
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        count = len(path.read_text(encoding="utf-8").split())
+        if path.relative_to(ROOT).parts[1:2] and path.relative_to(ROOT).parts[1] in _GENERATED:
+            generated += count
+        else:
+            by_hand += count
+    return by_hand, generated
 
 
-def main() -> None:
-    """Print the measures."""
-    files = sorted(PACKAGE.rglob("*.py"))
-    sizes = {file: file.read_text(encoding="utf-8").count("\n") for file in files}
-    # Most `__init__` files are a docstring.
-    modules = {file: size for file, size in sizes.items() if file.name != "__init__.py"}
-    largest = max(modules, key=lambda file: modules[file])
-    long = sorted((f for file in files for f in functions(file) if f.lines > LONG), key=lambda f: -f.lines)
-    names = sorted(path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists())
-    print(f"names at the root: {len(names)} ({', '.join(names)})")
-    for line in contracts():
-        print(f"imports: {line}")
-    print(f"files: {len(modules)}, median {median(modules.values()):.0f} lines, {sum(sizes.values()):,} lines in all")
-    print(f"largest file: {largest.relative_to(PACKAGE)}, {modules[largest]} lines")
-    print(f"functions over {LONG} lines of code: {len(long)}; the longest:")
-    for function in long[:10]:
-        print(f"  {function.lines:4} {function.file.relative_to(PACKAGE)}: {function.name}")
+def _body(node: ast.AST) -> list[ast.stmt]:
+    body = getattr(node, "body", None)
+    return body if isinstance(body, list) else []
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _dedent(text: str, by: int) -> str:
+    return "\n".join(line[by:] if not line[:by].strip() else line for line in text.splitlines())
+
+
+def main() -> int:
+    """Print the measures. Returns the exit code: 1 where src is larger than `LIMIT`."""
+    package = ROOT / "src" / "prefixtune"
+    print(f"{'lines of code':32}{'now':>8}{'budget':>9}")
+    for name, (parts, budget) in _BUDGETS.items():
+        print(f"{name:32}{lines(files(*(package / part for part in parts))):8,}{budget:9,}")
+    source = files(package)
+    size = lines(source)
+    print(f"{'src':32}{size:8,}{GOAL:9,}")
+    for name, budget in _OTHER_BUDGETS.items():
+        print(f"{name:32}{lines(files(*(ROOT / part for part in name.split()))):8,}{budget:9,}")
+    by_hand, generated = words()
+    print(f"{'words of docs, by hand':32}{by_hand:8,}{_WORDS:9,}")
+    print(f"{'words of docs, generated':32}{generated:8,}")
+    print(f"{'files of src':32}{len(source):8,}{280:9,}")
+    long = sorted((found for path in source if path.suffix == ".py" for found in long_functions(path)), reverse=True)
+    print(f"functions over {LONG} lines of code: {len(long)}")
+    for count, where in long:
+        print(f"  {count:4} {where}")
+    limit = max(LIMIT, GOAL)
+    if size > limit:
+        print(f"src has {size:,} lines of code, more than {limit:,}: take something out first", file=sys.stderr)
+    return int(size > limit)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
