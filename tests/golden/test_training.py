@@ -179,7 +179,7 @@ def _train_and_be_killed(folder: Path) -> None:
             _train(name, folder, on_event=_kill_at_11)
             os._exit(0)
         _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
 if __name__ == "__main__":
