@@ -44,7 +44,7 @@ async def send(
     Args:
         app: The application.
         method: Of HTTP.
-        path: Of the URL.
+        path: Of the URL, with its query.
         body: Bytes, or what is sent as JSON.
         headers: More headers.
         disconnected: Set when the client disconnects.
@@ -54,8 +54,9 @@ async def send(
     """
     response, sent, disconnected = into or Response(), False, disconnected or asyncio.Event()
     headers = {"host": "127.0.0.1:8000", "content-type": "application/json", **(headers or {})}
+    path, _, query = path.partition("?")
     scope = {
-        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": query.encode(),
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "root_path": "",
         "client": (client, 1),
     }  # fmt: skip
