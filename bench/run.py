@@ -3,7 +3,7 @@
     python -m bench.run                          # all parts, about half an hour on two cores
     python -m bench.run --parts train --repeats 3
     python -m bench.run --parts seq2seq --adapters-python .venv-adapters/bin/python
-    python -m bench.run --parts train --prefix-length 500 --torch-products --json bench/results/train_long_prefix.json
+    python -m bench.run --parts train --prefix-length 500 --json bench/results/train_long_prefix.json
     python -m bench.run --parts train --joined 34 --json bench/results/train_long_texts.json   # of 2,000 tokens
     python -m bench.run --quick                  # only to see that it works
 
@@ -18,16 +18,13 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from bench import data
 from bench.results import FOLDER, DifferenceError, Figure, PeerError, Results, run_benchmark
 from bench.serving import generate
 from bench.training import decoder, encoder_decoder, flops
-from prefixtune.backbone import fusion
 from prefixtune.backbone.load import DEFAULT_BACKBONE
 from prefixtune.errors import PrefixError
 from prefixtune.utils.console import Console
@@ -56,12 +53,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="name, hub id or folder (default %(default)s)")
     parser.add_argument("--prefix-length", type=_positive, default=PREFIX_LENGTH, help="default %(default)s")
     parser.add_argument("--joined", type=_positive, help="write N pairs as one long one, two of which are a step")
-    parser.add_argument(
-        "--torch-products",
-        action="store_true",
-        help="our float32 products by torch's own library, as PEFT's are: oneDNN's are rounded otherwise, and so the "
-        "gradients of a long random prefix differ by more than the comparison allows",
-    )
     parser.add_argument(
         "--adapters-python",
         type=Path,
@@ -96,8 +87,7 @@ def main() -> int:
     """Measure; the exit code is 1 where a part failed."""
     options = parse()
     failed: list[str] = []
-    with patch.object(fusion, "use_products", lambda module: False) if options.torch_products else nullcontext():
-        code = run_benchmark(options, lambda console: measure(options, console, failed))
+    code = run_benchmark(options, lambda console: measure(options, console, failed))
     return code or int(bool(failed))
 
 

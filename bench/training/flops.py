@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -111,9 +110,8 @@ def measure(
         step(side, batch)
         seconds.append(time.perf_counter() - began)
         log(f"flops, {dtype}: {index}/{len(batches) - 1}: {seconds[-1]:.2f} s")
-    with plain_model(side):
-        flops = [count_flops(side, batch) for batch in batches[1:]]
-        cross_check = check_count(side, batches[0])
+    flops = [count_flops(side, batch) for batch in batches[1:]]
+    cross_check = check_count(side, batches[0])
     best = max(products, key=lambda name: max(products[name]))
     peak = max(products[best])
     speed = median(f["total"] / s / 1e9 for f, s in zip(flops, seconds, strict=True))
@@ -127,20 +125,6 @@ def measure(
         "share": speed / peak,
         "cross_check": cross_check,
     }
-
-
-@contextmanager
-def plain_model(side: OurSide) -> Iterator[None]:
-    """Steps within compute with the model as transformers made it, without fused operations."""
-    values = vars(side.backbone)
-    before = values.get("for_training")
-    values["for_training"] = side.backbone
-    try:
-        yield
-    finally:
-        values.pop("for_training")
-        if before is not None:
-            values["for_training"] = before
 
 
 def check_count(side: OurSide, batch: Sequence[TokenizedExample]) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def make_side(variant: str, prefix_length: int, backbone_name: str = DEFAULT_BAC
     backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")
     side = OurSide(backbone, prefix_length, kv_width(backbone))
     # Entered for the side's whole life; the attribute keeps it alive.
-    side.checkpointing = gradient_checkpointing(backbone.for_training.model, variant.endswith(RECOMPUTED))
+    side.checkpointing = gradient_checkpointing(backbone.model, variant.endswith(RECOMPUTED))
     side.checkpointing.__enter__()
     return side
 

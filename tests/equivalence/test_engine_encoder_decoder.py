@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from engine_runs import ENCODER_DECODERS_OF_THE_ZOO, alone, ids
 from patching import replace_everywhere
 from prefixtune.attention.compute import relative_bias
-from prefixtune.attention.forward import forward_with_backend, run_encoder, run_encoder_packed
-from prefixtune.attention.native.packed import packed_kernel
+from prefixtune.attention.forward import forward_with_backend, run_encoder
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
@@ -102,57 +101,16 @@ def test_the_encoder_reads_a_request_of_many_texts_once(
     asked = [short, *requests(backbone, n=3, temperature=1.0, seed=5, min_new_tokens=NEW)]
     lonely = [[ids(output) for output in Engine(backbone).run([Request(**_fields(r))])[0]] for r in asked]
     read = []
-    encode, encode_packed = run_encoder, run_encoder_packed
+    encode = run_encoder
 
     def watch(model: Any, layout: Any, input_ids: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
         read.append(input_ids.shape[1])
         return encode(model, layout, input_ids, prefix)
 
-    def watch_packed(model: Any, layout: Any, sources: Any, prefixes: Any) -> list[torch.Tensor]:
-        read.extend(map(len, sources))
-        return encode_packed(model, layout, sources, prefixes)
-
     replace_everywhere(monkeypatch, run_encoder, watch)
-    replace_everywhere(monkeypatch, run_encoder_packed, watch_packed)
     found = Engine(backbone, EngineConfig(num_slots=num_slots)).run(asked)
     assert [[ids(output) for output in texts] for texts in found] == lonely
     assert sorted(read) == sorted(len(request.prompt) for request in asked)
-
-
-@pytest.mark.parametrize("name", ["bart", "t5", *ENCODER_DECODERS_OF_THE_ZOO])
-def test_sources_in_one_row_are_each_alone(
-    name: str, made: Any, random_ids: Any, random_prefix: Any, assert_same: Any, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("prefixtune.attention.native.packed.SMALLEST", 0)
-    backbone = made(name)
-    sources = [random_ids(count, count) for count in (7, 1, 30, 12, 5)]
-    prefixes = [random_prefix(backbone, {"encoder": 4}), None, random_prefix(backbone, {"encoder": 9}, 1), None, None]
-    with torch.inference_mode():
-        found = run_encoder_packed(backbone.model, backbone.layout, sources, prefixes)
-        for row, source, prefix in zip(found, sources, prefixes, strict=True):
-            assert_same(row, run_encoder(backbone.model, backbone.layout, torch.tensor([source]), prefix))
-
-
-@pytest.mark.parametrize("row", [40, 512])
-def test_several_sources_are_read_in_one_row(row: int, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch):
-    if packed_kernel().result(150.0) is None:
-        pytest.skip("this machine compiles no attention")
-    monkeypatch.setattr("prefixtune.engine.encoder_cache._ROW", row)
-    backbone = made("bart")
-    asked = requests(backbone)
-    expected = [alone(backbone, request) for request in asked]
-    rows = []
-    encode = run_encoder_packed
-
-    def watch(model: Any, layout: Any, sources: Any, prefixes: Any) -> list[torch.Tensor]:
-        rows.append([len(source) for source in sources])
-        return encode(model, layout, sources, prefixes)
-
-    replace_everywhere(monkeypatch, run_encoder_packed, watch)
-    found = [texts[0] for texts in Engine(backbone, EngineConfig(num_slots=9)).run(asked)]
-    assert [ids(output) for output in found] == expected
-    assert rows
-    assert all(sum(lengths) <= row for lengths in rows)
 
 
 def _fields(request: Request) -> dict[str, Any]:
@@ -304,20 +262,14 @@ def test_a_source_that_cannot_be_read_fails_alone(made: Any, requests: Any, monk
     backbone = made("bart")
     asked = requests(backbone)
     expected = [alone(backbone, request) for request in asked]
-    encode, encode_packed = run_encoder, run_encoder_packed
+    encode = run_encoder
 
     def watch(model: Any, layout: Any, input_ids: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
         if input_ids.shape[1] == 30:
             raise MemoryError("no room")
         return encode(model, layout, input_ids, prefix)
 
-    def watch_packed(model: Any, layout: Any, sources: Any, prefixes: Any) -> list[torch.Tensor]:
-        if 30 in map(len, sources):
-            raise MemoryError("no room")
-        return encode_packed(model, layout, sources, prefixes)
-
     replace_everywhere(monkeypatch, run_encoder, watch)
-    replace_everywhere(monkeypatch, run_encoder_packed, watch_packed)
     found = [texts[0] for texts in Engine(backbone, EngineConfig(num_slots=3)).run(asked)]
     assert found[1].finish_reason == "error"
     assert "no room" in found[1].error
@@ -367,8 +319,6 @@ def test_what_cannot_write_side_by_side_is_refused(tiny_backbone: Any):
 
 def test_texts_do_not_compete_for_experts(tiny_tokenizer: Any, random_ids: Any) -> None:
     """Switch Transformers' experts take so many tokens of a row, and what is beyond passes them by."""
-    if packed_kernel().result(150.0) is None:
-        pytest.skip("sources are read one by one here")
     model = make_model("switch_transformers", tiny_tokenizer, expert_capacity=12, num_experts=2)
     backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-switch")
     asked = [Request(tuple(random_ids(10, seed)), None, SamplingParams(max_new_tokens=NEW)) for seed in range(12)]

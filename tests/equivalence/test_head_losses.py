@@ -10,7 +10,6 @@ from torch import nn
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss, head_losses, token_losses
-from prefixtune.backbone.native.loss import loss_kernel
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 
@@ -37,36 +36,6 @@ def test_losses_are_those_of_the_logits(dtype: torch.dtype, rows: int, vocabular
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     (true,) = torch.autograd.grad((losses * weights.double()).sum(), exact)
     assert (slopes - true).norm() <= 1.05 * (wanted - true).norm() + 1e-6 * true.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_compiled_losses_are_torchs(dtype: torch.dtype, threads: int) -> None:
-    kernel = loss_kernel().result(300)
-    if kernel is None:
-        pytest.skip("there is no C++ compiler here")
-    draw = torch.Generator().manual_seed(0)
-    logits = (5 * torch.randn(40, 1531, generator=draw)).to(dtype)
-    logits[3, 7], logits[4, 1530], logits[5] = 90.0, 300.0, -2.0
-    labels = torch.randint(0, 1531, (40,), generator=draw)
-    labels[3], labels[4] = 8, 1530
-    slopes, losses, before = logits.clone(), torch.empty(40), torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        kernel.replace(slopes, labels, losses)
-    finally:
-        torch.set_num_threads(before)
-    wide = logits.double()
-    torch.testing.assert_close(
-        losses, nn.functional.cross_entropy(wide, labels, reduction="none").float(), rtol=1e-5, atol=2e-6
-    )
-    expected = wide.softmax(-1) - nn.functional.one_hot(labels, 1531)
-    near = 1e-5 if dtype == torch.float32 else 2**-8
-    assert torch.allclose(slopes.double(), expected, rtol=near, atol=1e-6)
-    alone, loss = logits[6:7].clone(), torch.empty(1)
-    kernel.replace(alone, labels[6:7], loss)
-    assert torch.equal(alone, slopes[6:7])
-    assert torch.equal(loss, losses[6:7])
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -122,8 +122,7 @@ def test_a_text_that_a_stop_string_ended_leaves_the_others_in_the_batch_alone(ti
     config: dict[str, Any] = {"max_new_tokens": 60, "response_schema": json.dumps({"enum": ["red", "green", "blue"]})}
     prompts = [[number] for number in range(12)]
     whole, cut = (
-        generate_ids(llama, prompts, [None] * 12, config=GenerateConfig(**config, stop=stop), may_pack=False)
-        for stop in ((), ("re",))
+        generate_ids(llama, prompts, [None] * 12, config=GenerateConfig(**config, stop=stop)) for stop in ((), ("re",))
     )
     texts = [llama.decode(ids) for ids in whole]
     assert len(set(texts)) > 1

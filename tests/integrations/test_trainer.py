@@ -284,8 +284,7 @@ def test_autocast_leaves_the_prefix_in_float32(tiny_backbone: Make) -> None:
 def test_layers_are_recomputed_when_asked(tiny_backbone: Make, tmp_path: Path) -> None:
     backbone = tiny_backbone("llama")
     calls: list[int] = []
-    # The backbone itself where there is no compiler.
-    model = backbone.for_training.model
+    model = backbone.model
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def losses(name: str, **changes: Any) -> list[float]:
@@ -300,21 +299,6 @@ def test_layers_are_recomputed_when_asked(tiny_backbone: Make, tmp_path: Path) -
     assert len(calls) == 4 * STEPS
     # Nothing of it is left on the backbone.
     assert not any(module.training for module in model.modules())
-
-
-def test_a_model_that_is_moved_is_fused_anew(tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("llama")
-    model = PrefixModel(backbone, settings())
-    batch = model.collator()(EXAMPLES[:2])
-    first = model(**batch).loss
-    fused = backbone.for_training
-    assert backbone.for_training is fused
-    assert model.to("cpu")(**batch).loss == first
-    assert backbone.for_training is fused
-    # New memory for the same weights, as after a way to a GPU and back.
-    moved = model.double().float()
-    assert fused is backbone or backbone.for_training is not fused
-    assert moved(**batch).loss.item() == pytest.approx(first.item(), rel=1e-5)
 
 
 # --- the collator ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from prefixtune.attention.injection import AttentionBackend, Injection, batch_prefixes, injecting_beside
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import positions_from_mask
-from prefixtune.attention.packing import Group, Packing
+from prefixtune.attention.packing import Packing
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.rotation import longrope_limit
@@ -38,7 +38,6 @@ __all__ = [
     "forward_with_prefixes",
     "gradient_checkpointing",
     "run_encoder",
-    "run_encoder_packed",
 ]
 
 overridden_positions: contextvars.ContextVar[Mapping[str, Tensor]] = contextvars.ContextVar("overridden_positions")
@@ -297,31 +296,6 @@ def run_encoder(
         )
     encoded: Tensor = output.last_hidden_state
     return encoded
-
-
-def run_encoder_packed(
-    model: Any, layout: Layout, sources: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None]
-) -> list[Float[Tensor, "1 _S E"]]:
-    """The hidden states of several sources, computed in one row: as by `run_encoder` for each, up to rounding.
-
-    Args:
-        model: An encoder-decoder whose rows can be packed.
-        layout: What `probe` found.
-        sources: Their token ids.
-        prefixes: One for each source, or None.
-    """
-    count, device = len(sources), main_device(model)
-    # Each group's decoder row is not computed.
-    groups = tuple(Group(index, 0, (1,)) for index in range(count))
-    packing = Packing(groups, tuple(len(source) for source in sources), tuple(range(count)))
-    injection = _build_injection(prefixes, layout, device, packing, infix=False)
-    # A ready-made 4-D mask stops transformers from building one; the attention function goes by the packing.
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    ids = torch.tensor([[token for source in sources for token in source]], device=device)
-    positions = {"encoder": packing.positions("encoder")[0]}
-    with injecting_beside(layout, injection), _override_positions(model, layout, positions):
-        output = model.get_encoder()(input_ids=ids, attention_mask=mask, prefix_injection=injection, return_dict=True)
-    return list(output.last_hidden_state.split(packing.sources, dim=1))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixtune.attention.masks import causal_mask
-from prefixtune.attention.native.packed import compiled_attention
 from prefixtune.attention.packed_flex import add_prefixes, packed_block_mask
 from prefixtune.attention.packing import Packing
 from prefixtune.prefix.geometry import Site
@@ -260,11 +259,6 @@ def packed_attention(
         infix: The prefix is hidden from the groups' sources.
         observe: Called for each group, as an `AttentionObserver` that knows the layer.
     """
-    if scores.fused and scores.position_bias is None and observe is None:
-        rules = scores.scale, scores.window, infix
-        compiled = compiled_attention(packing, site, prefix_kv_by_group, query, key, value, *rules)
-        if compiled is not None:
-            return compiled
     prefixes = (tensor for pair in prefix_kv_by_group if pair is not None for tensor in pair)
     if scores.kernel == "flex" and observe is None and supports_flex(scores, query, key, value, *prefixes):
         return packed_flex_attention(packing, site, prefix_kv_by_group, query, key, value, scores, infix)

@@ -156,23 +156,6 @@ class Backbone:
         return any(hasattr(module, "expert_capacity") for module in self.model.modules())
 
     @functools.cached_property
-    def for_single_texts(self) -> Backbone:
-        """This backbone for generating one or two texts, which shares its weights; itself where nothing is gained."""
-        from prefixtune.backbone.prepack import with_row_products
-
-        return with_row_products(self)
-
-    @functools.cached_property
-    def for_training(self) -> Backbone:
-        """This backbone for training a prefix, which shares its weights; itself where nothing is gained.
-
-        Recomputing layers (`gradient_checkpointing`) must be turned on in the model of the one that is used.
-        """
-        from prefixtune.backbone.fusion import with_fused_operations
-
-        return with_fused_operations(self)
-
-    @functools.cached_property
     def linear_head(self) -> torch.nn.Linear | None:
         """What makes logits of a decoder-only model's last hidden states; None: more than a frozen linear layer."""
         head = self.model.get_output_embeddings() if self.kind == "decoder" else None

@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
-from prefixtune.backbone.native.loss import LossKernel, loss_kernel
-from prefixtune.backbone.products import multiply
 from prefixtune.backbone.soft_labels import soft_losses
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
@@ -28,9 +26,6 @@ _ROWS = 16
 """Rows converted to float32 at a time: bounds the memory, and stays in the processor's cache."""
 _HEAD_ROWS = 128
 """Rows of logits that are in memory at a time, where a linear head makes them: enough for quick products."""
-
-_LARGE_VOCABULARY = 1024
-"""From how many scores in a row on the compiled loss is used."""
 
 
 def _compute_losses(logits: Tensor, labels: Tensor, losses: Tensor, slopes: Tensor | None) -> None:
@@ -71,15 +66,11 @@ class _HeadLosses(torch.autograd.Function):
     def forward(context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden)
-        kernel = _kernel_for(hidden, len(weight), labels)
         for first in range(0, len(labels), _HEAD_ROWS):
             rows = slice(first, first + _HEAD_ROWS)
-            logits = multiply(hidden[rows], weight, bias)
-            if kernel is None:
-                _compute_losses(logits, labels[rows], losses[rows], logits)
-            else:
-                kernel.replace(logits, labels[rows], losses[rows])
-            slopes[rows] = multiply(logits, weight.t())
+            logits = nn.functional.linear(hidden[rows], weight, bias)
+            _compute_losses(logits, labels[rows], losses[rows], logits)
+            slopes[rows] = logits @ weight
         context.save_for_backward(slopes)
         return losses
 
@@ -88,13 +79,6 @@ class _HeadLosses(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes,) = context.saved_tensors
         return (slopes * gradients[0][:, None]).to(slopes.dtype), None, None, None
-
-
-def _kernel_for(hidden: Tensor, vocabulary: int, labels: Tensor) -> LossKernel | None:
-    """The compiled loss; None: it does not compute this one, or it is too small to wait for a compiler."""
-    if vocabulary < _LARGE_VOCABULARY or not LossKernel.supports(hidden, labels, vocabulary):
-        return None
-    return loss_kernel().result()
 
 
 def head_losses(hidden: Float[Tensor, "N E"], head: nn.Linear, labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

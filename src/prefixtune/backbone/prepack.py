@@ -25,7 +25,7 @@ from prefixtune.backbone.native.norm import norm_of
 from prefixtune.backbone.native.panels import PanelKernel, PanelMatrix, panel_kernel
 from prefixtune.backbone.twin import make_twin
 
-__all__ = ["Int8Linear", "PrepackedLinear", "prepack", "with_row_products"]
+__all__ = ["Int8Linear", "PrepackedLinear", "prepack"]
 
 
 _ROWS = 32
@@ -164,18 +164,6 @@ def prepack(backbone: Backbone) -> Backbone:
     panels = panel_kernel() if _packs(backbone, reorder=True) else None
     packed = backbone if panels is None else _packed(backbone, reorder=True, panels=panels)
     return _packed(backbone, reorder=True) if packed is backbone else packed
-
-
-@torch.no_grad()
-def with_row_products(backbone: Backbone) -> Backbone:
-    """The same backbone for generating one or two texts, quicker on a CPU in bf16 where there is a compiler.
-
-    It shares all weights. The same object where there is nothing to gain; see `Backbone.for_single_texts`.
-
-    Args:
-        backbone: Frozen. Layers that are in neither bf16 nor torchao's int8 stay as they are.
-    """
-    return backbone if backbone.adapter is not None else _packed(backbone, reorder=False)
 
 
 def _packs(backbone: Backbone, *, reorder: bool) -> bool:

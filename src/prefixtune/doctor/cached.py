@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,12 +68,11 @@ def decode(
     config = GenerateConfig(
         max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, num_beams=num_beams, batch_size=len(prompts)
     )
-    # One of the two generates, by the number of texts.
-    models = {id(model): model for model in (backbone.model, backbone.for_single_texts.model)}
-    with contextlib.ExitStack() as stack:
-        for model in models.values():
-            stack.callback(model.register_forward_hook(record, with_kwargs=True).remove)
+    handle = backbone.model.register_forward_hook(record, with_kwargs=True)
+    try:
         trace.tokens = generate_ids(backbone, prompts, prefixes, config=config)
+    finally:
+        handle.remove()
     if any(len(tokens) != NEW_TOKENS for tokens in trace.tokens):
         counts = [len(tokens) for tokens in trace.tokens]
         raise BackboneError(f"{NEW_TOKENS} tokens were requested per row, but {counts} were generated.")

@@ -1,8 +1,7 @@
 """What an encoder-decoder's running sequences read: their sources, encoded once and kept in the sequence's slot.
 
-The encoder reads a source in one piece, and where compiled code attends to packed rows, several sources in one row. A
-source's cross-attention keys and values are computed in the sequence's first step, in the same pass as all other
-sequences' tokens.
+The encoder reads a source in one piece. Its cross-attention keys and values are computed in the sequence's first step,
+in the same pass as all other sequences' tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.attention.compute import relative_bias
-from prefixtune.attention.forward import run_encoder, run_encoder_packed
-from prefixtune.attention.native.packed import packed_kernel
+from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import EncoderAttention, NewSource, SlotAttention
 from prefixtune.engine.kv_cache import UNBOUNDED, KVCache
@@ -25,9 +23,6 @@ from prefixtune.engine.span import QuerySpan
 
 __all__ = ["EncoderCache"]
 
-_ROW = 512
-"""Tokens of several sources that are read in one row: enough for quick products. Biases by distance take its square."""
-
 
 class EncoderCache:
     """Encoded sources of all slots.
@@ -35,16 +30,13 @@ class EncoderCache:
     Args:
         backbone: An encoder-decoder.
         num_slots: Sequences at once.
-        native_attention: Whether compiled code may be used.
 
     Attributes:
         kv_cache: Cross-attention keys and values.
     """
 
-    def __init__(self, backbone: Backbone, num_slots: int, native_attention: bool = False) -> None:
+    def __init__(self, backbone: Backbone, num_slots: int) -> None:
         self.backbone = backbone
-        # Made beside the first requests.
-        self._kernel = packed_kernel() if native_attention else None
         self.kv_cache = KVCache(
             backbone.geometry["cross"], num_slots, UNBOUNDED, backbone.dtype, backbone.device, site="cross"
         )
@@ -67,7 +59,7 @@ class EncoderCache:
         """
         lengths = [self._load_prefix(sequence, share_prefixes) for sequence in sequences]
         with self.backbone.autocast():
-            encoded = [source for row in self._rows(sequences) for source in self._run_encoder(row)]
+            encoded = [self._run_encoder(sequence) for sequence in sequences]
         for sequence, source, length in zip(sequences, encoded, lengths, strict=True):
             if self._placeholder is None:
                 self._placeholder = torch.zeros_like(source[:, :1])
@@ -86,29 +78,9 @@ class EncoderCache:
         self.kv_cache.reserve(length)
         return length
 
-    def _rows(self, sequences: Sequence[TokenSequence]) -> list[list[TokenSequence]]:
-        """Which sources are read in one row."""
-        is_ready = self._kernel is not None and self._kernel.done() and self._kernel.result() is not None
-        if not is_ready or self.backbone.counts_by_row:
-            return [[sequence] for sequence in sequences]
-        rows: list[list[TokenSequence]] = []
-        room = 0
-        for sequence in sequences:
-            length = len(sequence.request.prompt)
-            if length > room:
-                rows.append([])
-                room = _ROW
-            rows[-1].append(sequence)
-            room -= length
-        return rows
-
-    def _run_encoder(self, sequences: Sequence[TokenSequence]) -> list[Float[Tensor, "1 _S E"]]:
-        model, layout = self.backbone.model, self.backbone.layout
-        sources = [sequence.request.prompt for sequence in sequences]
-        prefixes = [sequence.request.prefix for sequence in sequences]
-        if len(sequences) == 1:
-            return [run_encoder(model, layout, torch.tensor(sources, device=self.backbone.device), prefixes[0])]
-        return run_encoder_packed(model, layout, sources, prefixes)
+    def _run_encoder(self, sequence: TokenSequence) -> Float[Tensor, "1 S E"]:
+        source = torch.tensor([sequence.request.prompt], device=self.backbone.device)
+        return run_encoder(self.backbone.model, self.backbone.layout, source, sequence.request.prefix)
 
     def share(self, sequence: TokenSequence, encoded: TokenSequence) -> None:
         """Give a sequence the source of another sequence of the same request."""

@@ -82,7 +82,7 @@ class ModelRunner:
             backbone.dtype,
             backbone.device,
         )
-        self.encoder_cache = EncoderCache(backbone, num_slots, self._native_attention) if has_encoder else None
+        self.encoder_cache = EncoderCache(backbone, num_slots) if has_encoder else None
         self._graphs = DecodeGraphs(backbone, self.kv_cache) if captures else None
 
     @property

@@ -14,7 +14,6 @@ from prefixtune.data.examples import Example, conversation_of
 from prefixtune.errors import ConfigError
 from prefixtune.inference.answers import OTHER_FOLDER, append_rows, digest_facts, model_facts, read_rows
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.engine_runs import texts_at_once
 from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
@@ -63,9 +62,7 @@ def decode(
     order = sorted(
         range(len(examples)), key=lambda index: sum(len(m.content) for m in conversation_of(examples[index]))
     )
-    # Each batch has a seed of its own, so its texts must not depend on how fast this machine is.
-    seeded = config.temperature > 0 and config.seed is not None
-    size = config.batch_size if seeded else texts_at_once(backbone, [prefix], config)
+    size = config.batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     rows: list[dict[str, Any]] = []
     digest = ""

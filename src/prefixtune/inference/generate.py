@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
-from prefixtune.backbone.native.linear import MOST_ROWS
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.decoding import generate_batch, seeded
-from prefixtune.inference.engine_runs import FEW_TOKENS, Text, packed_backbone, run_in_engine, suits_engine
 from prefixtune.inference.generation_config import check_supported
 from prefixtune.inference.prompts import check_requests, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
@@ -25,6 +22,22 @@ from prefixtune.sampling.detokenizer import Detokenizer, text_until_stop
 from prefixtune.utils.console import show_batches
 
 __all__ = ["generate", "generate_ids", "read_output"]
+
+
+class _Text(NamedTuple):
+    """A text to generate.
+
+    Attributes:
+        prompt: Token ids.
+        prefix: In front of them.
+        new_tokens: Most tokens to generate.
+        ends: The tokens, besides the tokenizer's end token, at which it ends.
+    """
+
+    prompt: Sequence[int]
+    prefix: Prefix | None
+    new_tokens: int
+    ends: tuple[int, ...]
 
 
 def generate(
@@ -127,44 +140,24 @@ def generate_ids(
     assistant: Backbone | None = None,
     streamer: Any = None,
     on_batch: Callable[[int], None] | None = None,
-    may_pack: bool = True,
 ) -> list[list[int]]:
     """`generate` on token ids: what follows each prompt, without the end token and padding.
 
     The results are in the order of the prompts. `new_tokens` limits each prompt; None: `config.max_new_tokens` limits
-    all. `ends` are the tokens, besides the tokenizer's end token, at which each text ends. Without `may_pack`, no
-    second copy of the model's matrices is made and kept for speed.
+    all. `ends` are the tokens, besides the tokenizer's end token, at which each text ends.
     """
     limits = [config.max_new_tokens] * len(prompts) if new_tokens is None else new_tokens
     check_requests(backbone, prompts, prefixes, limits)
     check_supported(backbone, config, assistant)
     own_ends = [tuple(own) for own in ends] or [()] * len(prompts)
-    texts = {n: Text(*fields) for n, fields in enumerate(zip(prompts, prefixes, limits, own_ends, strict=True))}
+    texts = {n: _Text(*fields) for n, fields in enumerate(zip(prompts, prefixes, limits, own_ends, strict=True))}
     shared = {n: _shared(backbone, n, text) for n, text in texts.items()}
     order = sorted(texts, key=lambda n: (shared[n], len(texts[n].prompt)))
     results: dict[int, list[int]] = {}
-    may_be_compiled = may_pack and suits_engine(config, prefixes, assistant)
-    # The engine draws otherwise than transformers, and a seed is to give the same texts each time.
-    patient = config.temperature > 0 and config.seed is not None
-    with contextlib.ExitStack() as stack:
-        is_seeded = False
+    batch_size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
+    with seeded(config.seed, backbone.device):
         while order:
-            left = sum(texts[n].new_tokens for n in order)
-            packed = packed_backbone(backbone, left, patient=patient) if may_be_compiled else None
-            if packed is not None:
-                for number, ids in run_in_engine(packed, {n: texts[n] for n in order}, config, streamer):
-                    results[number] = ids
-                    if on_batch is not None:
-                        on_batch(len(results))
-                # What the engine cannot finish, transformers' loop does.
-                order, may_be_compiled = [n for n in order if n not in results], False
-                continue
-            batch_size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
             rows = [n for n in order[:batch_size] if shared[n] == shared[order[0]]]
-            if not is_seeded:
-                # The engine has seeds of its own.
-                stack.enter_context(seeded(config.seed, backbone.device))
-                is_seeded = True
             outputs = _run_batch(backbone, [texts[n] for n in rows], config, assistant, streamer)
             results |= dict(zip(rows, outputs, strict=True))
             order = order[len(rows) :]
@@ -173,8 +166,8 @@ def generate_ids(
     return [results[n] for n in texts]
 
 
-def _shared(backbone: Backbone, number: int, text: Text) -> tuple[bool, int, Sequence[int], int]:
-    """What all texts of a batch of transformers have alike; in order, the longest outputs come first."""
+def _shared(backbone: Backbone, number: int, text: _Text) -> tuple[bool, int, Sequence[int], int]:
+    """What all texts of a batch have alike; in order, the longest outputs come first."""
     infix = text.prefix is not None and text.prefix.placement == "infix"
     # One that may become longer than the model's original length is alone: it would turn the keys of the others.
     limit = backbone.longrope_limit
@@ -183,15 +176,13 @@ def _shared(backbone: Backbone, number: int, text: Text) -> tuple[bool, int, Seq
 
 
 def _run_batch(
-    backbone: Backbone, texts: Sequence[Text], config: GenerateConfig, assistant: Backbone | None, streamer: Any
+    backbone: Backbone, texts: Sequence[_Text], config: GenerateConfig, assistant: Backbone | None, streamer: Any
 ) -> list[list[int]]:
-    """What follows each prompt of one batch, by transformers' loop."""
+    """What follows each prompt of one batch."""
     limit = texts[0].new_tokens
     config = config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
-    rows = len(texts) * config.num_beams
-    by_row = rows <= MOST_ROWS and not config.compile and backbone.device.type == "cpu" and limit >= FEW_TOKENS
     return generate_batch(
-        backbone.for_single_texts if by_row else backbone,
+        backbone,
         [text.prompt for text in texts],
         [text.prefix for text in texts],
         config,

@@ -185,10 +185,7 @@ class PrefixModel(nn.Module):
                 hint="start with torchrun or accelerate, or show one GPU (CUDA_VISIBLE_DEVICES=0).",
             )
         self._check_positions(input_ids, decoder.get("decoder_input_ids"))
-        # Its compiled operations are for weights and numbers of one dtype.
         backbone = self.backbone
-        if not torch.is_autocast_enabled(input_ids.device.type):
-            backbone = backbone.for_training
         # The prefix is computed in float32 even under a trainer's autocast.
         with torch.autocast(input_ids.device.type, enabled=False):
             prefix = self.trained()
@@ -281,11 +278,7 @@ class PrefixModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixModel:
         """Also move the backbone, unless Accelerate has distributed it over devices."""
         if not hasattr(self.backbone.model, "hf_device_map"):
-            before = _memory_of(self.backbone.model)
             self.backbone.model._apply(fn, recurse)
-            if _memory_of(self.backbone.model) != before:
-                # It has the weights that were there before.
-                vars(self.backbone).pop("for_training", None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -332,11 +325,6 @@ class PrefixModel(nn.Module):
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
         """Ignored: an artifact has no model card."""
-
-
-def _memory_of(model: nn.Module) -> list[int]:
-    """Where the weights are."""
-    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 def _mean_loss(

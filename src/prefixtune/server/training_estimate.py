@@ -38,13 +38,8 @@ def training_seconds(backbone: Backbone, positions: float, threads: int) -> floa
 
 def _multiplied_weights(backbone: Backbone) -> int:
     """Weights that each position is multiplied by: all but an embedding that is only looked up."""
-    from prefixtune.backbone.prepack import PrepackedLinear
-
     model = backbone.model
     count = sum(parameter.numel() for parameter in model.parameters())
-    # Matrices that are laid out for the processor are no parameters.
-    packed = [module for module in model.modules() if isinstance(module, PrepackedLinear)]
-    count += sum(module.in_features * module.out_features for module in packed)
     words, output = model.get_input_embeddings(), model.get_output_embeddings()
     if words is not None and output is not None and words.weight is not output.weight:
         count -= words.weight.numel()

@@ -177,7 +177,7 @@ def _measure_run(
             if on_point is not None:
                 on_point(index, len(wanted), 100 * done // max(1, dev.num_targets))
 
-        backbone = loop.backbone.for_training
+        backbone = loop.backbone
         losses.add(length, target_losses(backbone, prefix[:length], dev.examples, config.batch_size, report))
     by_source = {length: sum_by_source(losses.by_length[length], dev.examples) for length in wanted}
     points = measure_lengths(by_source, prefix, samples=samples, seed=config.seed)

@@ -11,7 +11,6 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
-from prefixtune.backbone.native.norm import RowNorm
 from prefixtune.errors import TrainingError
 from prefixtune.training.folder import PREVIOUS_FILE, Event
 from prefixtune.training.loop import MOST_POSITIONS, PendingStep, TrainLoop, forward_backward
@@ -23,8 +22,6 @@ __all__ = ["RunGroup"]
 MOST_POSITIONS_OF_A_THREAD, MOST_POSITIONS_ON_CPU = 192, 1024
 """Of runs that share passes on a processor, with one thread and with more: larger passes are a little quicker, and take
 more memory, for SmolLM2-135M in bfloat16 1.2 MiB a token (docs/LOG.md)."""
-MOST_POSITIONS_FUSED = {torch.bfloat16: 640, torch.float32: 384}
-"""With one thread, where operations are fused: no more memory than fewer tokens take without."""
 
 
 class RunGroup:
@@ -156,11 +153,7 @@ class RunGroup:
 def _positions_at_once(backbone: Backbone) -> int:
     if backbone.device.type != "cpu":
         return MOST_POSITIONS
-    if torch.get_num_threads() > 1:
-        return MOST_POSITIONS_ON_CPU
-    # Norms that keep little for the backward pass.
-    fused = any(isinstance(module, RowNorm) for module in backbone.for_training.model.modules())
-    return MOST_POSITIONS_FUSED.get(backbone.dtype, MOST_POSITIONS_OF_A_THREAD) if fused else MOST_POSITIONS_OF_A_THREAD
+    return MOST_POSITIONS_ON_CPU if torch.get_num_threads() > 1 else MOST_POSITIONS_OF_A_THREAD
 
 
 def _passes(pending: Mapping[Run, PendingStep], most_positions: int) -> list[list[Run]]:

@@ -81,7 +81,7 @@ def evaluation_loss(
     shares = prefix is None or prefix.placement != "infix"
     for target_groups in _divided(backbone, batches, most_positions * processes.size, shares):
         batch, counts = _local_batch(backbone, target_groups, processes, shares)
-        losses = batch_loss(backbone.for_training, prefix, batch)
+        losses = batch_loss(backbone, prefix, batch)
         if counts:
             total += float(losses.sum())
             count += len(batch.labels)
@@ -158,7 +158,7 @@ def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
         batches = [step.batches[index] for step in active]
         prefixes = [prefix for step in active for prefix in step.prefixes(index)]
         batch = batches[0] if len(active) == 1 else join(batches)
-        losses = batch_loss(backbone.for_training, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
+        losses = batch_loss(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
         weights = [step.weights[index].to(losses.device) for step in active]
         weighted = losses * torch.cat(weights)
         sums = [part.sum() for part in weighted.split([len(part) for part in weights])]

@@ -110,9 +110,7 @@ def open_runs(
             check=check,
         )
         stop = stack.enter_context(stop_requests())
-        stack.enter_context(
-            gradient_checkpointing(loops[0].backbone.for_training.model, configs[0].gradient_checkpointing)
-        )
+        stack.enter_context(gradient_checkpointing(loops[0].backbone.model, configs[0].gradient_checkpointing))
         yield [_open_log(*pair, stack) for pair in zip(loops, logs, strict=True)], stop
 
 

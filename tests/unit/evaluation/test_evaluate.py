@@ -24,7 +24,6 @@ from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.evaluation.records import Evaluation, summarize, write_evaluation
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.engine_runs import texts_at_once
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -306,16 +305,6 @@ def test_a_stopped_evaluation_continues(
     assert again.outputs == whole.outputs
     assert again.seconds == pytest.approx(resumed.seconds, abs=1e-4)
     assert again.seconds > 0
-
-
-def test_sampled_outputs_do_not_depend_on_how_many_texts_run_at_once(
-    model: Any, prefix: Any, fake_outputs: Make, monkeypatch: pytest.MonkeyPatch
-):
-    outputs, sizes = [], iter((2, 16))
-    replace_everywhere(monkeypatch, texts_at_once, lambda *_: next(sizes))
-    for _ in range(2):
-        outputs.append(evaluate(model, EXAMPLES, prefix, config=SAMPLED).outputs)
-    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize(("cut", "batches"), [(1, 0), (2, 1), (20, 1), (200, 2)])

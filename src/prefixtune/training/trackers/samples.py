@@ -45,8 +45,7 @@ def write_samples(loop: TrainLoop, count: int) -> list[dict[str, str]]:
     ends = [end_ids(backbone, loop.data.text_format)] * len(prompts)
     prefixes = [prefix] * len(prompts)
     with _not_training(backbone.model):
-        # A run needs its memory for other things.
-        outputs = generate_ids(backbone, prompts, prefixes, config=config, new_tokens=room, ends=ends, may_pack=False)
+        outputs = generate_ids(backbone, prompts, prefixes, config=config, new_tokens=room, ends=ends)
     return [
         {
             "prompt": _shorten(backbone.decode(prompt)),

@@ -295,8 +295,6 @@ def test_texts_in_markdown_cannot_break_out() -> None:
 def test_no_layer_is_recomputed_while_texts_are_written(
     train: Callable[..., Any], tracked: list[Any], tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where it is faster, training has modules of its own over the same weights, which this could not look at.
-    monkeypatch.setattr("prefixtune.backbone.fusion.with_fused_operations", lambda backbone: backbone)
     own = tiny_backbone("gpt2")
     marks: dict[str, list[bool]] = {"texts": [], "step": []}
 
