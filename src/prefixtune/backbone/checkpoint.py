@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.plain import load_plain, read_ahead
 from prefixtune.backbone.quiet import quiet_transformers
-from prefixtune.backbone.ssru import has_ssru, load_with_ssru
 from prefixtune.errors import BackboneError, did_you_mean, first_line
 
 __all__ = ["auto_class", "find_checkpoint", "no_config_error", "read_checkpoint", "read_tokenizer"]
@@ -85,10 +84,6 @@ def read_checkpoint(
         try:
             auto = auto_class(config)
             model = None if weights is None else load_plain(auto, config, dtype, weights.result())
-            if has_ssru(config):
-                if spread:
-                    raise BackboneError(f"{name!r} cannot be spread over devices.", hint="leave device_map out.")
-                model = load_with_ssru(name, config, Path(source), dtype)
             unused: tuple[str, ...] = ()
             if model is None:
                 model, unused = _load_model(auto, name, source, {"dtype": dtype, **spread, **options})

@@ -16,7 +16,6 @@ import prefixtune
 from command_line import run
 from patching import replace_everywhere
 from prefixtune.backbone.devices import choose_device
-from prefixtune.utils.native.build import pip_compiler
 
 
 def facts() -> dict[str, Any]:
@@ -81,21 +80,7 @@ def test_whatever_is_broken_the_rest_is_shown(monkeypatch: pytest.MonkeyPatch) -
 
     replace_everywhere(monkeypatch, choose_device, broken)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    replace_everywhere(monkeypatch, pip_compiler, tuple)
     shown = facts()
     assert shown["torch"] == {"unknown": "RuntimeError: CUDA driver"}
-    assert shown["compiler"] == {"path": "", "version": ""}
     assert shown["folders"]["program"]
     assert "  unknown: RuntimeError: CUDA driver\n" in run("env")[0]
-
-
-def test_pips_compiler_is_shown_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    replace_everywhere(monkeypatch, pip_compiler, lambda: (sys.executable, "-m", "ziglang"))
-    monkeypatch.setattr("prefixtune.cli.commands.env.version", lambda name: "0.1" if name == "ziglang" else "9")
-    assert facts()["compiler"] == {"path": f"{sys.executable} -m ziglang c++", "version": "ziglang 0.1"}
-    # Who names a compiler has that one alone.
-    monkeypatch.setenv("CXX", "none")
-    assert facts()["compiler"] == {"path": "", "version": ""}

@@ -18,22 +18,18 @@ from prefixtune import __version__
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import CommandOptions, command, json_option
 from prefixtune.utils.machine import describe_machine
-from prefixtune.utils.native.build import pip_compiler
 
 __all__ = ["env"]
 
 _CORE = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "cyclopts")
-_COMPILERS = ("c++", "g++", "clang++", "cl")
 _SETTINGS = (
-    *(
-        "PREFIXTUNE_HOME",
-        "PREFIXTUNE_DATA_CACHE",
-        "HF_HOME",
-        "HF_HUB_OFFLINE",
-        "TRANSFORMERS_OFFLINE",
-        "CUDA_VISIBLE_DEVICES",
-    ),
-    *("OMP_NUM_THREADS", "CXX"),
+    "PREFIXTUNE_HOME",
+    "PREFIXTUNE_DATA_CACHE",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
 )
 """Environment variables that hold no secret."""
 
@@ -46,7 +42,7 @@ class EnvOptions(CommandOptions):
 
 @command
 def env(options: EnvOptions) -> int:
-    """Show versions, devices, precision, compiler and folders: what a bug report needs.
+    """Show versions, devices, precision and folders: what a bug report needs.
 
     It holds no key and no token.
     """
@@ -60,7 +56,6 @@ def env(options: EnvOptions) -> int:
         "extras": {extra: _versions(names) for extra, names in _extras().items()},
         "machine": {"platform": platform.platform(), **_known(describe_machine)},
         "torch": _known(_torch),
-        "compiler": _known(_compiler),
         "folders": _known(_folders),
         "hub": _known(_hub),
         "variables": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
@@ -134,19 +129,6 @@ def _torch() -> dict[str, Any]:
         "default_dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
         "cuda": torch.version.cuda or "",
     }
-
-
-def _compiler() -> dict[str, str]:
-    """The C++ compiler; that of the extra `compiler` is for this package's own code, and not for `--compile`."""
-    named = os.environ.get("CXX", "")
-    path = next(filter(None, map(shutil.which, [named, *_COMPILERS])), None)
-    if path is None and not named and (zig := pip_compiler()):
-        return {"path": " ".join([*zig, "c++"]), "version": f"ziglang {version('ziglang')}"}
-    if path is None:
-        return {"path": "", "version": ""}
-    arguments = [path] if path.lower().endswith("cl.exe") else [path, "--version"]
-    done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=10, check=False)
-    return {"path": path, "version": next(iter((done.stdout or done.stderr).splitlines()), "")}
 
 
 def _folders() -> dict[str, str]:
