@@ -228,7 +228,8 @@ prefixes are never the reason for it.
 
 ## Throughput
 
-Tokens per second, measured with `python -m bench.serving.decode`: SmolLM2-135M in bfloat16 on two cores, texts of about 80 positions besides the prefix, each with a prefix of its own, while no prompt is computed
+Tokens per second, measured with `python -m bench.serving.decode`: SmolLM2-135M in bfloat16 on two cores, texts of about
+80 positions besides the prefix, each with a prefix of its own, while no prompt is computed
 (`bench/results/decode.json`).
 
 {speeds}
