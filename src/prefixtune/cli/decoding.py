@@ -11,7 +11,7 @@ from prefixtune.cli.options import CommandOptions
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.sampling.config import SamplingConfig
-from prefixtune.utils.config import DeviceName, DTypeName, option_group
+from prefixtune.utils.config import DTypeName, option_group
 from prefixtune.utils.console import Console
 
 __all__ = ["BackboneOptions", "DecodingOptions", "generate_config", "longest_target", "note_unused"]
@@ -24,7 +24,7 @@ class BackboneOptions(CommandOptions):
 
     backbone: str | None = _backbone(None, description="default: the one in the prefix's header")
     dtype: DTypeName = _backbone("auto", description="dtype of the frozen weights")
-    device: DeviceName = _backbone("auto", description="cpu, cuda, cuda:0, mps or auto")
+    device: str = _backbone("auto", description="cpu, cuda, cuda:0, mps or auto")
     quantize: Literal["", "int8", "int4"] = _backbone("", description="quantize the frozen weights (torchao)")
     adapter: str | None = _backbone(None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix")
     allow_other_backbone: bool = _backbone(False, description="accept other weights of the same shapes")

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import io
 import itertools
 import json
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group
-from cyclopts.exceptions import ConsumeMultipleError, MissingArgumentError, UnknownOptionError
 
 from prefixtune import __version__
 from prefixtune.cli.options import CommandOptions
-from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean, first_line, is_out_of_memory
-from prefixtune.utils.collector import seldom_collecting
+from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, first_line, is_out_of_memory
 from prefixtune.utils.console import Console
 
 __all__ = ["COMMANDS", "build_app", "command_options", "main", "run"]
@@ -75,6 +73,8 @@ COMMANDS = {
     },
 }
 """Group -> command -> one line of help."""
+_RESUMABLE = ("distill", "evaluate", "length", "lm-eval", "train")
+_GO_ON = "what was stored is kept: the same command goes on, with --resume if it has that option."
 _LESS_MEMORY = (
     "lower what the command has of --batch-size, --max-length, --decode-batch and --max-new-tokens; train with "
     "--gradient-checkpointing; or choose a smaller backbone."
@@ -90,8 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _main(list(arguments))
     _prepare_streams()
-    with seldom_collecting():
-        return _main(sys.argv[1:])
+    # Importing torch and transformers makes a million objects that stay: looking at them seldom is quicker.
+    gc.set_threshold(10_000)
+    return _main(sys.argv[1:])
 
 
 def _prepare_streams() -> None:
@@ -118,7 +119,8 @@ def _main(words: Sequence[str]) -> int:
     except PrefixError as error:
         return _print_error(error.message, error.hint, type(error).__name__, 2, as_json)
     except KeyboardInterrupt as stopped:
-        return _print_error("interrupted.", str(stopped), "Interrupted", 130, as_json)
+        hint = "; ".join(filter(None, (str(stopped), _GO_ON if words and words[0] in _RESUMABLE else "")))
+        return _print_error("interrupted.", hint, "Interrupted", 130, as_json)
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe.
         _discard_output()
@@ -149,8 +151,14 @@ def run(words: Sequence[str]) -> int:
     Raises:
         PrefixError: Wrong use or input.
     """
-    words = _join_values(words)
-    function, bound, faults = _parse(build_app(words[0] if words else ""), words)
+    try:
+        function, bound, _ = build_app(words[0] if words else "").parse_args(
+            list(words), print_error=False, exit_on_error=False
+        )
+    except CycloptsError as error:
+        error.verbose = False
+        command = f" {words[0]}" if any(words[0] in names for names in COMMANDS.values()) else ""
+        raise ConfigError(str(error), hint=f"`prefixtune{command} --help` explains it.") from error
     if not hasattr(function, "options"):
         # --help, --version and shell completion are cyclopts' own.
         function(*bound.args, **bound.kwargs)
@@ -159,30 +167,8 @@ def run(words: Sequence[str]) -> int:
     if texts.get("as_json") and "quiet" in function.options.model_fields:
         # Programs also read stderr.
         texts["quiet"] = True
-    result: int = function.run(function.options.read(texts, faults))
+    result: int = function.run(function.options.read(texts))
     return result
-
-
-_DATA_OPTIONS = ("--train", "--dev", "--data", "--references", "--test", "--hypotheses", "--against")
-_NEGATIVE = re.compile(r"-[0-9.][0-9.,e+-]*")
-
-
-def _join_values(words: Sequence[str]) -> list[str]:
-    """The words with `--train=-` for `--train -`, which cyclopts takes for an option without a value.
-
-    >>> _join_values(["train", "--train", "-", "--seed", "1"])
-    ['train', '--train=-', '--seed', '1']
-    >>> _join_values(["compose", "--weights", "-0.5,1.5"])
-    ['compose', '--weights=-0.5,1.5']
-    """
-    joined: list[str] = []
-    for word in words:
-        last = joined[-1] if joined else ""
-        if (word == "-" and last in _DATA_OPTIONS) or (last == "--weights" and _NEGATIVE.fullmatch(word)):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
 
 
 def build_app(command: str = "") -> App:
@@ -264,94 +250,6 @@ def _no_logs() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
-    """The function that the words call, its arguments, and what is wrong with the words.
-
-    A wrong word is left out and the others are parsed again, so that all are named at once.
-
-    Raises:
-        ConfigError: There is no such command, or an argument is missing.
-    """
-    commands = [name for group in COMMANDS.values() for name in group]
-    if words and words[0] not in (*commands, *app.help_flags, *app.version_flags):
-        if words[0].startswith("-"):
-            nearest = did_you_mean(words[0], [*app.help_flags, *app.version_flags])
-            misspelt = nearest.startswith("did") and words[0] != "--json"
-            hint = nearest if misspelt else "`prefixtune --help` lists the commands."
-            raise ConfigError(f"{words[0]!r} is no COMMAND, which comes first.", hint=hint)
-        raise ConfigError(
-            f"there is no command {words[0]!r}.",
-            hint=did_you_mean(words[0], [name for name in commands if name[0] != "-"]),
-        )
-    words, faults = _without_values_of_switches(app, words)
-    function: Any
-    while True:
-        try:
-            function, bound, unused, _ = app.parse_known_args(words)
-            break
-        except CycloptsError as error:
-            fault, option = _describe(error)
-            position = next((at for at, word in enumerate(words) if option and word.partition("=")[0] == option), None)
-            if position is None:
-                raise ConfigError(
-                    f"{'; '.join([*faults, fault])}.", hint=f"`prefixtune {words[0]} --help` explains it."
-                ) from error
-            faults.append(fault)
-            del words[position]
-    options = [word.startswith("-") and word != "-" for word in unused]
-    unknown = [word.partition("=")[0] for word, is_option in zip(unused, options, strict=True) if is_option]
-    # What follows an unknown option is its value; and what an option left out above had may be anywhere.
-    values = [bool(faults) or after_option for after_option in [False, *options][: len(unused)]]
-    faults += [f"unknown option {word!r} ({_suggest(function, word)})" for word in unknown]
-    faults += [
-        f"unexpected argument {word!r}"
-        for word, is_option, is_value in zip(unused, options, values, strict=True)
-        if not is_option and not is_value
-    ]
-    return function, bound, faults
-
-
-def _suggest(function: Any, word: str) -> str:
-    """What to write instead of an option that a command does not have."""
-    if " " in word:
-        return "a text that begins with - goes after --"
-    suggestion: str = function.options.suggest(word)
-    return suggestion
-
-
-def _without_values_of_switches(app: App, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words without those that have a value for a switch, as in `--json=1`, and what is wrong with these."""
-    options = list(itertools.takewhile("--".__ne__, words))
-    if not any("=" in word for word in options) or words[0].startswith("-"):
-        return list(words), []
-    arguments = app[words[0]].assemble_argument_collection()
-    switches = {name for argument in arguments if argument.hint is bool for name in argument.names}
-    kept, faults = [], []
-    for word in options:
-        name, equals, value = word.partition("=")
-        if equals and name.replace("_", "-") in switches:
-            faults.append(f"{name} is a switch and takes no value {value!r}")
-        else:
-            kept.append(word)
-    return [*kept, *words[len(options) :]], faults
-
-
-def _describe(error: CycloptsError) -> tuple[str, str | None]:
-    """What is wrong with the words, and the option that is, if it is one."""
-    error.verbose = False
-    match error:
-        case UnknownOptionError():
-            option = error.token.value.partition("=")[0]
-            has_options = hasattr(error.target, "options")
-            return f"unknown option {option!r}{f' ({_suggest(error.target, option)})' if has_options else ''}", option
-        case ConsumeMultipleError() if error.max_allowed is not None and error.actual_count > error.max_allowed:
-            return f"unexpected argument {error.tokens_so_far[error.max_allowed]!r}", None
-        case MissingArgumentError() if error.argument is not None:
-            option = error.keyword or error.argument.name
-            return f"{option} needs a value", option
-    return str(error).removesuffix("."), None
 
 
 if __name__ == "__main__":

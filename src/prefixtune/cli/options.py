@@ -12,18 +12,17 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from prefixtune.errors import did_you_mean
 from prefixtune.utils.config import Config, Layer, allowed_range, has_commas
 
 __all__ = ["CommandOptions", "ConfigOptions", "OutputOptions", "command", "json_option", "positional"]
 
-_OptionsT = TypeVar("_OptionsT", bound="CommandOptions")
+_WITH_HYPHEN = ("train", "dev", "data", "references", "test", "hypotheses", "against", "weights")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
 
 
@@ -58,19 +57,16 @@ class CommandOptions(Config):
         return ()
 
     @classmethod
-    def read(cls: type[_OptionsT], given: Mapping[str, Any], faults: Sequence[str] = ()) -> _OptionsT:
+    def read(cls, given: Mapping[str, Any]) -> Self:
         """The options from a command line.
 
         Args:
             given: Field name -> the text of an option, its texts if it is a list, or whether a switch is on.
-            faults: What is already known to be wrong.
 
         Raises:
-            ConfigError: Something is wrong with it, or with a file that it names; all faults at once.
+            ConfigError: Something is wrong with it, or with a file that it names.
         """
-        last = {name: value[-1] if isinstance(value, list) and value else value for name, value in given.items()}
-        layers = cls.layers(last)
-        return cls.from_layers(*layers, Layer(given, "option", cls.flag, text=True, faults=faults))
+        return cls.from_layers(*cls.layers(given), Layer(given, cls.flag))
 
     def given(self, kind: type[Config]) -> dict[str, Any]:
         """The values that the command line or a file has for the fields of a configuration."""
@@ -83,20 +79,6 @@ class CommandOptions(Config):
         if extra.get("positional"):
             return name.upper()
         return f"--{extra.get('flag', name.replace('_', '-'))}"
-
-    @classmethod
-    def suggest(cls, option: str) -> str:
-        """What could have been meant by an unknown option."""
-        other = cls.other_names.get(option.lstrip("-").replace("-", "_"))
-        if other is not None:
-            # "it is called max_new_tokens here": as it is written on the command line.
-            return re.sub(
-                r"((?<=called )\w+|(?<=set )\w+|\w+_\w+)(=True)?",
-                lambda match: cls.flag(match[1]) if match[1] in cls.model_fields else match[0],
-                other,
-            ).removesuffix(".")
-        flags = [flag for name, _ in _parameters_of(cls) if (flag := cls.flag(name)).startswith("-")]
-        return did_you_mean(option, flags).removesuffix(".")
 
 
 class OutputOptions(CommandOptions):
@@ -122,11 +104,7 @@ class ConfigOptions(CommandOptions):
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
         """The file that is named by `--config`."""
         path = given.get("config")
-        if path is None:
-            return []
-        if not path:
-            return [Layer({}, faults=["cannot read the configuration '' (check the path)"])]
-        return [Layer.from_file(path, cls.configuration().model_fields)]
+        return [] if path is None else [Layer.from_file(path, cls.configuration().model_fields)]
 
     @classmethod
     def configuration(cls) -> type[Config]:
@@ -180,6 +158,8 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
         "negative": None if switch and not _is_own(options, name) else (),
         "consume_multiple": extra.get("many", False),
         "allow_repeating": True,
+        # A lone - is standard input, and weights may be negative.
+        "allow_leading_hyphen": name in _WITH_HYPHEN and "many" not in extra,
     }
     if not switch:
         settings["converter"] = _list_texts if several else _last_text

@@ -37,11 +37,6 @@ class DistillConfig(TrainConfig):
         | {"hold_out", "compact_examples", "data_cache", "chat_template", "system", "report_examples"}
     )
     """Fields of `TrainConfig` that mean nothing here."""
-    other_names: ClassVar[dict[str, str]] = {
-        **TrainConfig.other_names,
-        "chat_template": "set ask to chat, for the backbone's own chat template",
-        "system": "set prompt to a file with it, to be learned as the system message",
-    }
 
     document: str = _teaching(
         "", description="a text to remember: a file, or a folder of text files, each of which gets a memory of its own"
@@ -110,8 +105,7 @@ class DistillConfig(TrainConfig):
         yield from super().conflicts()
         for name in sorted(self.unused & self.model_fields_set):
             if getattr(self, name) != self.default(name):
-                instead = f": {self.other_names[name]}" if name in self.other_names else ""
-                yield (name,), f"{name} is {getattr(self, name)!r}, but distill does not use it{instead}"
+                yield (name,), f"{name} is {getattr(self, name)!r}, but distill does not use it"
         if self.document and self.prompt:
             yield ("document", "prompt"), "document and prompt are both given, but one prefix learns one of them"
         if not (self.document or self.prompt or self.teacher):

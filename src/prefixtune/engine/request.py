@@ -10,12 +10,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from prefixtune.errors import PrefixError, RequestError, describe_value
+from prefixtune.errors import PrefixError, RequestError, describe_value, short_repr
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.sampling.grammar import Grammar
 from prefixtune.utils.config import CommaList, option_group
-from prefixtune.utils.faults import show_value
 
 __all__ = [
     "ContextLengthError",
@@ -135,7 +134,7 @@ class Request:
             raise RequestError("the prompt has no token.", hint="give some text.")
         if type(self.n) is not int or self.n < 1:
             raise RequestError(
-                f"n is {show_value(self.n)}, but must be a whole number of at least 1.",
+                f"n is {short_repr(self.n)}, but must be a whole number of at least 1.",
                 hint="leave it out for one text.",
             )
 

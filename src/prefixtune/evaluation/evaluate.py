@@ -49,7 +49,7 @@ def evaluate(
     resume_file: str | Path | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
-    progress: bool | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Evaluation:
     """Generate for every example, and score the outputs against its targets.
@@ -75,7 +75,7 @@ def evaluate(
         resume_file: A file to which every batch's outputs are written; if it exists, decoding continues after them.
         on_batch: Called after each batch with the number of examples done so far.
         on_cut: Called before the work with the indices of the sources that were truncated to fit, if there are any.
-        progress: Show the progress on stderr; None: only in a notebook, and only without `on_batch`.
+        progress: Show the progress on stderr.
         **options: Fields of `GenerateConfig`, instead of `config`.
 
     Raises:

@@ -15,8 +15,6 @@ __all__ = ["ClassifyConfig", "GenerateConfig"]
 
 
 _decoding = option_group("decoding")
-_STOPPING = "`stop` takes strings that end an output; the end token always does"
-_NARROWING = "top_k, top_p and min_p narrow what is sampled from"
 
 
 class ClassifyConfig(Config):
@@ -40,26 +38,6 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
     Raises:
         ConfigError: Values that are not allowed; all faults at once.
     """
-
-    other_names: ClassVar[dict[str, str]] = {
-        "do_sample": "set temperature above 0 to sample; 0 (the default) is greedy",
-        "max_length": "max_new_tokens counts what is generated; max_total_length says when a source is too long",
-        "max_tokens": "it is called max_new_tokens here",
-        "min_length": "min_new_tokens counts what is generated, without the text before it",
-        "num_return_sequences": "give a text several times, as in [text] * 3, with a temperature above 0",
-        "n": "give a text several times, as in [text] * 3, with a temperature above 0",
-        "early_stopping": "beam search ends when its beams do; length_penalty favours longer or shorter outputs",
-        "no_repeat_ngram_size": "repetition_penalty above 1 discourages repeating",
-        **dict.fromkeys(("stop_strings", "eos_token_id", "stopping_criteria"), _STOPPING),
-        **dict.fromkeys(("typical_p", "epsilon_cutoff", "eta_cutoff"), _NARROWING),
-        **dict.fromkeys(("bad_words_ids", "suppress_tokens"), "ban_newlines=True bans line breaks"),
-        "cache_implementation": "cache is 'dynamic' or 'static'",
-        "prompt_lookup_num_tokens": "it is called prompt_lookup here",
-        "assistant_model": "give assistant=load_backbone(...)",
-        "streamer": "`prefixtune.inference.streaming.stream` yields pieces as they come",
-        "generation_config": "give config=GenerateConfig(...), or the options themselves",
-        **dict.fromkeys(("pad_token_id", "use_cache", "tokenizer"), "leave it out: it comes from the backbone"),
-    }
 
     num_beams: int = _decoding(1, ge=1, description="beams; 1: no beam search")
     length_penalty: float = _decoding(1.0, description="of beam search; above 0 favours longer outputs")

@@ -51,7 +51,7 @@ def generate(
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
     on_unended: Callable[[Sequence[int]], None] | None = None,
-    progress: bool | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> list[str]:
     """Continue texts, each with its own prefix.
@@ -73,7 +73,7 @@ def generate(
             says so.
         on_unended: Called after the work with the indices of the outputs that took all tokens they may have and did not
             end, if there are any.
-        progress: Show the progress on stderr; None: only in a notebook, and only without `on_batch`.
+        progress: Show the progress on stderr.
         **options: Fields of `GenerateConfig`, instead of `config`.
 
     Returns:
@@ -94,8 +94,6 @@ def generate(
     assistant = None if assistant is None else as_backbone(assistant)
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, config, as_text_format(text_format), on_cut=on_cut)
-    if progress is None and len(texts) <= config.batch_size:
-        progress = False
     with show_batches("generating", len(texts), on_batch, progress) as show:
         outputs = generate_ids(
             backbone,

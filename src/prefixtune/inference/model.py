@@ -25,10 +25,8 @@ from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.hub import prefix_file
-from prefixtune.prefix.notebook import prefix_html
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
-from prefixtune.utils.notebook import facts_html
 
 __all__ = ["Messages", "Model", "load"]
 
@@ -258,15 +256,6 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.backbone!r}, {self.prefix!r})"
-
-    def _repr_html_(self) -> str:
-        backbone = self.backbone
-        facts = {
-            "model": backbone.name,
-            "kind": backbone.kind,
-            "parameters": f"{backbone.num_parameters:,}, frozen, {backbone.dtype_name} on {backbone.device}",
-        }
-        return facts_html("Model", facts, below="no prefix" if self.prefix is None else prefix_html(self.prefix))
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

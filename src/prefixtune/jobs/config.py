@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from prefixtune.utils.config import Config, DeviceName, DTypeName, option_group
+from prefixtune.utils.config import Config, DTypeName, option_group
 
 __all__ = [
     "DATABASE_URL_HELP",
@@ -62,7 +62,7 @@ class WorkerConfig(Config):
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     backbone_id: str = _model("", description="what results call a local backbone; empty: the last part of its path")
     dtype: DTypeName = _model("auto", description="dtype of the frozen weights")
-    device: DeviceName = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
+    device: str = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
     quantize: Literal["", "int8", "int4"] = _model(
         "", description="quantize the frozen weights (torchao): int8 or int4"
     )

@@ -90,7 +90,7 @@ class _Reporting(Console):
         self._on_progress = on_progress
 
     @contextlib.contextmanager
-    def progress(self, title: str, total: int | None, *, start: int = 0, at_once: bool = True) -> Iterator[Progress]:
+    def progress(self, title: str, total: int | None, *, start: int = 0) -> Iterator[Progress]:
         """Report the progress of the block."""
         self._on_progress(title, start, total)
         yield _Part(title, total, self._on_progress)

@@ -364,11 +364,6 @@ class Prefix:
             f"{self.num_parameters:,} parameters, {str(self.dtype).removeprefix('torch.')})"
         )
 
-    def _repr_html_(self) -> str:
-        from prefixtune.prefix.notebook import prefix_html
-
-        return prefix_html(self)
-
 
 def unflatten(flat: Float[Tensor, "P S"], shapes: Sequence[LayerShape]) -> tuple[KeyValue, ...]:
     """Split one row per position into per-layer keys and values.

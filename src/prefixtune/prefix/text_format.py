@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationErr
 from pydantic.dataclasses import dataclass
 
 from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError, did_you_mean, short_repr
-from prefixtune.utils.faults import describe_fault
+from prefixtune.utils.config import describe_fault
 
 __all__ = [
     "MAX_TEMPLATE_CHARS",
@@ -114,7 +114,7 @@ class TextFormat:
                 hint=_HINT,
             )
         error_class = ConfigError if kind in ("string_type", "int_type") else DataError
-        raise error_class(f"text format: {describe_fault(detail, name, f'between 0 and {_MAX_LENGTH}')}.", hint=_HINT)
+        raise error_class(f"text format: {describe_fault(detail, name)}.", hint=_HINT)
 
     def __post_init__(self) -> None:
         for name, needed in (("prompt", "{source}"), ("target", "{target}")):

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from prefixtune.errors import DataError
 from prefixtune.report.files import WRITE_AGAIN, Files
 from prefixtune.report.results import Cell, Comparisons, Evaluation, Event, Output, Run, Stored, Study
-from prefixtune.utils.faults import describe_fault
+from prefixtune.utils.config import describe_fault
 
 __all__ = ["read_results"]
 
@@ -125,5 +125,4 @@ def _parse(model: type[_Stored], values: Mapping[str, Any], where: str) -> _Stor
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
     names = [f"item {part + 1}" if isinstance(part, int) else repr(part) for part in reversed(fault["loc"])]
-    text = describe_fault(fault, " in ".join([*names, where])).replace("but must be a table", "but must be an object")
-    raise DataError(f"{text}.", hint=WRITE_AGAIN)
+    raise DataError(f"{describe_fault(fault, ' in '.join([*names, where]))}.", hint=WRITE_AGAIN)

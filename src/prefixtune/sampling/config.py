@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import field_validator
 
+from prefixtune.errors import short_repr
 from prefixtune.utils.config import Config, TextList, option_group
-from prefixtune.utils.faults import show_value
 
 __all__ = ["LOWEST_TEMPERATURE", "SamplingConfig"]
 
@@ -48,7 +48,7 @@ class SamplingConfig(Config):
     @classmethod
     def _check_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
         if "" in stop:
-            raise ValueError(f"is {show_value(stop)}, but must be strings that are not empty")
+            raise ValueError(f"is {short_repr(stop)}, but must be strings that are not empty")
         return stop
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from prefixtune.errors import short_repr
 from prefixtune.jobs.config import (
     DATA_FOLDER,
     DATA_FOLDER_HELP,
@@ -20,8 +21,7 @@ from prefixtune.jobs.config import (
     KeepJobs,
 )
 from prefixtune.server.addresses import parse_network
-from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, option_group
-from prefixtune.utils.faults import show_value
+from prefixtune.utils.config import CommaList, Config, Layer, Table, option_group
 
 __all__ = ["ENVIRONMENT", "KeyConfig", "ServeConfig"]
 
@@ -40,7 +40,7 @@ _model, _network, _engine = option_group("model"), option_group("network"), opti
 _limits, _training, _logs = option_group("limits"), option_group("training"), option_group("logs")
 
 
-class KeyConfig(Config):
+class KeyConfig(Table):
     """One API key: what its owner may do, and how often.
 
     Somebody may have written the key itself into the file, so no message repeats a value of `hash`.
@@ -48,15 +48,12 @@ class KeyConfig(Config):
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    hint: ClassVar[str] = "`prefixtune serve --new-key` makes a key and its table."
-
     hash: str = Field(
         description="'sha256:' and the digest of the key, as `prefixtune serve --new-key` prints it",
         json_schema_extra={"pattern": f"^{_HASH.pattern}$"},
     )
     prefixes: tuple[str, ...] = Field(
         default=("*",),
-        strict=False,
         description="patterns of the models that it may use, as in acme-*; they match the bare backbone's name too",
     )
     requests_per_minute: int = Field(default=0, ge=0, description="0: no limit")
@@ -112,7 +109,7 @@ class ServeConfig(Config):
         "trained, when a file comes or goes",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
-    device: DeviceName = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
+    device: str = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
     raw_completions: bool = _model(
         False,
         description="/v1/completions uses prompts as they are, without a prefix's text format; "
@@ -245,7 +242,7 @@ class ServeConfig(Config):
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
             if not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"has {show_value(origin)}, but needs origins such as https://app.example.org")
+                raise ValueError(f"has {short_repr(origin)}, but needs origins such as https://app.example.org")
         return origins
 
     @field_validator("proxies")
@@ -256,7 +253,7 @@ class ServeConfig(Config):
                 parse_network(proxy)
             except ValueError:
                 raise ValueError(
-                    f"has {show_value(proxy)}, but needs addresses or networks such as 10.0.0.0/8"
+                    f"has {short_repr(proxy)}, but needs addresses or networks such as 10.0.0.0/8"
                 ) from None
         return proxies
 
@@ -348,4 +345,4 @@ class ServeConfig(Config):
     def sources(cls, path: str | Path | None, environment: Mapping[str, str]) -> list[Layer]:
         """A file, and variables `PREFIXTUNE_SERVE_...`, which win over it; flags win over both."""
         files = [Layer.from_file(path, cls.model_fields)] if path else []
-        return [*files, Layer.from_environment(ENVIRONMENT, environment, cls.model_fields.keys() - {"keys"})]
+        return [*files, Layer.from_environment(ENVIRONMENT, environment)]

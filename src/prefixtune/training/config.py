@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Literal, cast
 
 from pydantic import field_validator, model_validator
 
-from prefixtune.errors import did_you_mean
+from prefixtune.errors import did_you_mean, short_repr
 from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.config import CommaList, Config, DTypeName, option_group
-from prefixtune.utils.faults import show_value
 
 __all__ = ["ADAMW_PER_MUON", "DEFAULT_SIZES", "MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
 
@@ -61,23 +60,6 @@ class TrainConfig(Config):
     """
 
     hint: ClassVar[str] = "`prefixtune train --help` explains every option."
-    other_names: ClassVar[dict[str, str]] = {
-        "lr": "it is called learning_rate here",
-        "model": "it is called backbone here",
-        "model_name_or_path": "it is called backbone here",
-        "num_train_epochs": "it is called epochs here",
-        "num_virtual_tokens": "it is called prefix_length here",
-        "output_dir": "it is called output here",
-        "per_device_train_batch_size": "it is called batch_size here",
-        "train_batch_size": "it is called batch_size here",
-        "gradient_accumulation_steps": "it is called gradient_accumulation here",
-        "eval_steps": "it is called eval_every here",
-        "save_steps": "it is called save_every here",
-        "max_seq_length": "it is called max_length here",
-        "warmup_ratio": "warmup_steps counts optimizer steps",
-        "train_dataset": "give examples=[...] (dicts or Example), or train=FILE",
-        "eval_dataset": "give dev_examples=[...] (dicts or Example), or dev=FILE",
-    }
 
     backbone: str = _backbone("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     dtype: DTypeName = _backbone("auto", description="dtype of the frozen weights; the prefix always trains in float32")
@@ -332,10 +314,10 @@ class TrainConfig(Config):
         for part in text.split(",") if text.strip() else ():
             site, equals, length = (piece.strip() for piece in part.partition("="))
             if site not in SITES:
-                raise ValueError(f"names {show_value(site)} ({did_you_mean(site, SITES).removesuffix('.')})")
+                raise ValueError(f"names {short_repr(site)} ({did_you_mean(site, SITES).removesuffix('.')})")
             if equals and not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) >= 1):
                 raise ValueError(
-                    f"gives {site} the length {show_value(length)}, but it must be a whole number of at least 1"
+                    f"gives {site} the length {short_repr(length)}, but it must be a whole number of at least 1"
                 )
             if site in seen:
                 raise ValueError(f"names {site!r} twice")
@@ -396,7 +378,7 @@ class TrainConfig(Config):
         if self.initialization == "prefix" and not self.init_prefix:
             yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
         if self.init_prefix and self.initialization != "prefix":
-            message = f"init_prefix is {show_value(self.init_prefix)}, but initialization is {self.initialization!r}"
+            message = f"init_prefix is {short_repr(self.init_prefix)}, but initialization is {self.initialization!r}"
             yield ("init_prefix", "initialization"), message
 
     def _example_conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -499,7 +481,7 @@ def _parse_label_words(text: str) -> dict[str, str]:
     for part in text.split(",") if text.strip() else ():
         label, equals, word = (piece.strip() for piece in part.partition("="))
         if not (label and equals and word):
-            raise ValueError(f"has {show_value(part.strip())}, but LABEL=WORD is needed")
+            raise ValueError(f"has {short_repr(part.strip())}, but LABEL=WORD is needed")
         pairs[label] = word
     return pairs
 

@@ -45,13 +45,6 @@ class TrainResult:
     num_trained: int
     events: tuple[Event, ...] = field(repr=False)
 
-    def _repr_html_(self) -> str:
-        from prefixtune.training.notebook import run_html
-
-        return run_html(
-            self.path, self.events, steps=self.steps, best_loss=self.best_loss, num_trained=self.num_trained
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Run:

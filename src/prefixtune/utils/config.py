@@ -1,4 +1,4 @@
-"""The base of every configuration: pydantic models whose mistakes are all named in one `ConfigError`.
+"""The base of every configuration: frozen pydantic models whose faults are all named in one `ConfigError`.
 
 A field is written once, with its type, range, choices, default and help. The keys of TOML and YAML files, the options
 of commands, environment variables, Python's keyword arguments, the JSON schema and the documentation come from it.
@@ -9,68 +9,63 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails
 
-from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean
-from prefixtune.utils.config_files import read_config_file
-from prefixtune.utils.faults import MAX_FAULTS, cut, describe_fault, describe_unknown, join_faults, show_value, table_at
+from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean, short_repr
 from prefixtune.utils.home import expand_home
 
 __all__ = [
     "CommaList",
     "Config",
     "DTypeName",
-    "DeviceName",
     "Layer",
     "Table",
     "TextList",
     "allowed_range",
+    "describe_fault",
     "has_commas",
     "option_group",
 ]
 
-_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
-"""Whole numbers are TOML's: of 64 bits, with a sign."""
-
 _WRITTEN = ("data_folder", "figures", "output", "outputs", "prefixes")
 """Fields that name what is written: one with `~` in front would be made, and not be missing as an input is."""
+_MOST_FAULTS = 50
 
 _T = TypeVar("_T")
-_ConfigT = TypeVar("_ConfigT", bound="Config")
 _PartT = TypeVar("_PartT", bound="Config")
 
 
 def _split_commas(value: Any) -> Any:
-    """`"a, b"` and `["a", "b"]` -> `("a", "b")`."""
+    """`"a, b"` and `["a", "b"]` -> `["a", "b"]`."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
         return value
-    texts = [part.split(",") if isinstance(part, str) else [part] for part in value]
-    return tuple(part.strip() if isinstance(part, str) else part for parts in texts for part in parts if part != "")
+    parts = [piece for part in value for piece in (part.split(",") if isinstance(part, str) else [part]) if part != ""]
+    return [part.strip() if isinstance(part, str) else part for part in parts]
 
 
 def _wrap_text(value: Any) -> Any:
-    """`"a"` and `["a"]` -> `("a",)`."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    """`"a"` -> `["a"]`."""
+    return [value] if isinstance(value, str) else value
 
 
 class _OrText:
@@ -86,22 +81,6 @@ CommaList = Annotated[tuple[_T, ...], BeforeValidator(_split_commas), _OrText]
 
 TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text), _OrText]
 """One text or several."""
-
-
-def _check_device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda", "mps"):
-        # Only torch knows all names, and takes a second to load.
-        import torch
-
-        try:
-            torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"is {show_value(name)}, but must be cpu, cuda, cuda:0, mps or auto") from None
-    return name
-
-
-DeviceName = Annotated[str, AfterValidator(_check_device)]
-"""What torch calls a device, or `auto`; whether the machine has it is seen when a model loads."""
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 """The dtype of a model that is loaded."""
@@ -138,77 +117,83 @@ def allowed_range(field: FieldInfo) -> str:
     return " and ".join(f"{words[name]} {value}" for name, value in bounds.items())
 
 
+def describe_fault(fault: ErrorDetails, name: str, known: Iterable[str] = ()) -> str:
+    """One fault of a `ValidationError`: the value's name, what pydantic says, and the value.
+
+    Args:
+        fault: From `ValidationError.errors()`.
+        name: How to name the value.
+        known: Names that could be meant by an unknown one.
+    """
+    match fault["type"]:
+        case "missing":
+            return f"{name} is missing"
+        case "value_error":
+            return f"{name} {fault['ctx']['error']}".strip()
+        case "extra_forbidden":
+            nearest = did_you_mean(str(fault["loc"][-1]), known)
+            return f"{name} is unknown" + f" ({nearest})" * nearest.startswith("did")
+    return f"{name} is {short_repr(fault['input'])}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+
+
 @dataclass(frozen=True)
 class Layer:
     """Values from one source. Layers are stacked; later ones win.
 
     Attributes:
-        values: Field name -> value.
-        kind: What messages call a name in it: key, option, variable.
+        values: Field name -> value, or its text.
         name: How the source writes a field's name; messages use it.
-        where: The source, in front of what is wrong with its values; empty: none.
-        text: Values are texts (of options, of environment variables), or lists of these where one is repeated.
-        fields: The only names that are allowed; None: those of the configuration.
-        faults: What is wrong with the source itself.
-        error: Why the source cannot be read; None: it can.
     """
 
     values: Mapping[str, Any]
-    kind: str = "option"
     name: Callable[[str], str] = str
-    where: str = ""
-    text: bool = False
-    fields: frozenset[str] | None = None
-    faults: Sequence[str] = ()
-    error: PrefixError | None = None
 
     @classmethod
-    def from_file(cls, path: str | Path, fields: Iterable[str] | None = None) -> Layer:
-        """Read a TOML file, or a YAML file (.yaml, .yml)."""
-        allowed = None if fields is None else frozenset(fields)
-        try:
-            return cls(read_config_file(Path(path)), "key", where=repr(str(path)), fields=allowed)
-        except ConfigError as error:
-            return cls({}, "key", error=error)
+    def from_file(cls, path: str | Path, fields: Collection[str]) -> Layer:
+        """Read a TOML file, or a YAML file (.yaml, .yml).
+
+        Raises:
+            ConfigError: It cannot be read, or has a key that is none of `fields`.
+        """
+        values = _read_file(Path(path))
+        unknown = [f"unknown key {name!r} ({did_you_mean(name, fields)[:-1]})" for name in values if name not in fields]
+        if unknown:
+            raise ConfigError(f"{str(path)!r}: {'; '.join(unknown[:_MOST_FAULTS])}.", hint="leave it out.")
+        return cls(values, lambda field: f"{field} in {str(path)!r}")
 
     @classmethod
-    def from_environment(
-        cls, prefix: str, environment: Mapping[str, str], fields: Iterable[str] | None = None
-    ) -> Layer:
+    def from_environment(cls, prefix: str, environment: Mapping[str, str]) -> Layer:
         """Take the variables whose names begin with `prefix`."""
         values = {name[len(prefix) :].lower(): text for name, text in environment.items() if name.startswith(prefix)}
-        allowed = None if fields is None else frozenset(fields)
-        return cls(values, "variable", lambda field: f"{prefix}{field.upper()}", text=True, fields=allowed)
-
-    def value(self, name: str, field: FieldInfo) -> Any:
-        """A value for a field; a text that is none of the field's type is left as it is, and validation refuses it."""
-        value = self.values[name]
-        if has_commas(field) and (self.text or isinstance(value, str)):
-            item = get_args(field.annotation)[0]
-            return tuple(_parse(item, part) for part in _split_commas(value))
-        return _parse(field.annotation, value) if self.text else value
+        return cls(values, lambda field: f"{prefix}{field.upper()}")
 
 
-def _parse(kind: Any, text: Any) -> Any:
-    """A text as a value of a type, or the text itself if it is none."""
-    if not isinstance(text, str):
-        return text
-    if get_origin(kind) is Annotated:
-        # Its bounds are checked with all others.
-        kind = get_args(kind)[0]
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    is_yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
-        return _adapter(kind).validate_strings(text)
-    except ValidationError:
-        return text
-
-
-_adapter = functools.cache(TypeAdapter)
+        text = path.read_text(encoding="utf-8-sig")
+        values = yaml.safe_load(text) if is_yaml else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration {str(path)!r}: {error.strerror}.", hint="check the path."
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise ConfigError(
+            f"{str(path)!r} is not {'YAML' if is_yaml else 'TOML'}: {reason}.",
+            hint='write lines such as dtype = "auto"; or name a YAML file .yaml.',
+        ) from error
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"{str(path)!r} must hold keys and values.", hint="write lines such as dtype: auto")
+    return {str(name): value for name, value in (values or {}).items()}
 
 
 class Table(BaseModel):
-    """A strict and frozen pydantic model: a table inside a configuration."""
+    """A frozen pydantic model: a table inside a configuration."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Config(Table):
@@ -220,8 +205,6 @@ class Config(Table):
 
     hint: ClassVar[str] = "leave the option out to use its default."
     """The next step, for messages."""
-    other_names: ClassVar[Mapping[str, str]] = {}
-    """Names of other programs, and what to write instead."""
     unused: ClassVar[Collection[str]] = ()
     """Inherited fields that mean nothing here; commands do not have them as options."""
     error_class: ClassVar[type[PrefixError]] = ConfigError
@@ -234,46 +217,48 @@ class Config(Table):
         cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nAttributes:{fields}"
 
     def __init__(self, /, **values: Any) -> None:
-        self._fill([Layer(values)])
+        self._fill(values, str)
 
-    # Inside another model, pydantic validates the fields itself, and the outer one reports their faults.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
-        shown = show_value(value) if isinstance(value, bool | int | float) else "..."
-        raise ConfigError(
-            f"{type(self).__name__} is frozen: {show_value(name)} cannot be set.",
-            hint=f"make a changed copy: config.replace({cut(name)}={shown})",
-        )
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise ConfigError(
-            f"{type(self).__name__} is frozen: {show_value(name)} cannot be deleted.",
-            hint="make a new one without it.",
-        )
+    def _fill(self, values: Mapping[str, Any], name: Callable[[str], str]) -> None:
+        """Validate values into this new instance; `name` is what messages call a field."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            faults = []
+            for fault in error.errors(include_url=False)[:_MOST_FAULTS]:
+                first, *rest = fault["loc"] or ("",)
+                known = [] if rest else type(self).model_fields
+                shown = ".".join([name(str(first)) if first else "", *map(str, rest)])
+                faults.append(describe_fault(fault, shown, known))
+            raise self.error_class(f"{'; '.join(faults)}.", hint=self.hint) from None
 
     @classmethod
-    def from_layers(cls: type[_ConfigT], *layers: Layer) -> _ConfigT:
+    def from_layers(cls, *layers: Layer) -> Self:
         """Stack values of several sources, and validate them together.
 
         Raises:
             ConfigError: As for the class; each fault names its value as its source does.
         """
+        values: dict[str, Any] = {}
+        names: dict[str, str] = {}
+        for layer in layers:
+            values |= layer.values
+            names |= {field: layer.name(field) for field in layer.values}
         config = cls.__new__(cls)
-        config._fill(layers)
+        config._fill(values, lambda field: names.get(field) or layers[-1].name(field))
         return config
 
     @classmethod
-    def from_file(cls: type[_ConfigT], path: str | Path, **overrides: Any) -> _ConfigT:
+    def from_file(cls, path: str | Path, **overrides: Any) -> Self:
         """Read a TOML or YAML file; `overrides` replace its values.
 
         Raises:
             ConfigError: The file cannot be read, or a key or value is wrong.
         """
-        return cls.from_layers(Layer.from_file(path), Layer(overrides))
+        return cls.from_layers(Layer.from_file(path, cls.model_fields), Layer(overrides))
 
     @classmethod
-    def from_arguments(cls: type[_ConfigT], config: object, options: Mapping[str, Any]) -> _ConfigT:
+    def from_arguments(cls, config: object, options: Mapping[str, Any]) -> Self:
         """From what a function was called with: an object, a dict, or keyword options.
 
         Raises:
@@ -296,17 +281,13 @@ class Config(Table):
         """The default of a field."""
         return cls.model_fields[name].get_default(call_default_factory=True)
 
-    def replace(self: _ConfigT, **changes: Any) -> _ConfigT:
+    def replace(self, **changes: Any) -> Self:
         """A validated copy with some values changed.
 
         Raises:
             ConfigError: An unknown name, or a value that is not allowed.
         """
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
-
-    def model_copy(self: _ConfigT, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _ConfigT:
-        """`replace`: unlike pydantic's own, it validates the changes."""
-        return self.replace(**(update or {}))
 
     def part(self, kind: type[_PartT]) -> _PartT:
         """The values of the fields that `kind`, a configuration that this one inherits from, has."""
@@ -347,117 +328,22 @@ class Config(Table):
     @classmethod
     def _as_text(cls, value: Any, info: ValidationInfo) -> Any:
         """A path is text; of one to write to, `~` is the home folder, also in `--output=~/x`, where shells leave it."""
-        if cls.model_fields[str(info.field_name)].annotation is Path:
-            return value
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        elif isinstance(value, list | tuple) and any(isinstance(item, os.PathLike) for item in value):
-            value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
+        items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in _items(value)]
+        for item in items:
+            if isinstance(item, str):
+                # A lone surrogate, possible in JSON and in arguments, cannot be stored.
+                item.encode()
         if info.field_name in _WRITTEN and isinstance(value, str) and value.startswith("~"):
             return str(expand_home(value))
-        return value
+        return items if isinstance(value, list | tuple) else items[0]
 
-    @field_validator("*")
-    @classmethod
-    def _check_storable(cls, value: Any) -> Any:
-        """TOML has whole numbers of 64 bits and UTF-8 text; a lone surrogate, possible in JSON, is none."""
-        verb, items = ("has", value) if isinstance(value, tuple) else ("is", (value,))
-        for item in items:
-            if isinstance(item, int) and not _MIN_INT <= item <= _MAX_INT:
-                raise ValueError(f"{verb} {show_value(item)}, but must be between {_MIN_INT} and {_MAX_INT}")
-            if isinstance(item, str) and not _is_utf8(item):
-                raise ValueError(f"{verb} {show_value(item)}, but must be UTF-8 text")
-        return value
-
-    def _fill(self, layers: Sequence[Layer]) -> None:
-        """Validate stacked values into this new instance."""
-        known = type(self).model_fields
-        source: dict[str, Layer] = {}
-        # Source -> what is wrong with its values.
-        faults: dict[str, list[str]] = {"": []}
-        for layer in layers:
-            listed = faults.setdefault(layer.where, [])
-            listed.extend(layer.faults)
-            allowed = known.keys() if layer.fields is None else layer.fields
-            source |= dict.fromkeys((name for name in layer.values if name in allowed), layer)
-            unknown = [name for name in layer.values if name not in allowed]
-            names = [layer.name(field) for field in allowed]
-            for name in unknown[:MAX_FAULTS]:
-                other = self.other_names.get(name, "")
-                listed.append(describe_unknown(layer.kind, layer.name(name), names, other, listed))
-            listed.extend(unknown[MAX_FAULTS:])  # Only counted.
-        unreadable = [layer.error for layer in layers if layer.error]
-        faults[""] += [f"{error.message.removesuffix('.')} ({error.hint.removesuffix('.')})" for error in unreadable]
-        values = {name: layer.value(name, known[name]) for name, layer in source.items()}
-        wrong: set[str] = set()
-        for detail in self._wrong_values(values):
-            name = str(detail["loc"][0])
-            wrong.add(name)
-            if name in source or not unreadable:
-                layer = source.get(name, layers[-1])
-                listed = faults[layer.where]
-                listed.append(_describe_wrong(layer, detail, known[name]) if len(listed) < MAX_FAULTS else "")
-        for layer, detail in self._wrong_replaced(layers, source):
-            faults[layer.where].append(_describe_wrong(layer, detail, known[str(detail["loc"][0])]))
-        if not unreadable:
-            # What seems to be missing may be in a file that cannot be read.
-            right = {name: value for name, value in values.items() if name not in wrong}
-            faults[""] += self._conflicts_of(right, wrong)
-        if len(unreadable) == sum(map(len, faults.values())) == 1:
-            raise unreadable[0]
-        if any(faults.values()):
-            parts = [f"{where}: " * bool(where) + join_faults(items) for where, items in faults.items() if items]
-            raise self.error_class(f"{'; '.join(parts)}.", hint=self.hint)
-
-    def _wrong_values(self, values: Mapping[str, Any]) -> list[ErrorDetails]:
-        try:
-            BaseModel.__init__(self, **values)
-        except ValidationError as error:
-            return error.errors(include_url=False)
-        return []
-
-    def _wrong_replaced(
-        self, layers: Sequence[Layer], source: Mapping[str, Layer]
-    ) -> Iterator[tuple[Layer, ErrorDetails]]:
-        """What is wrong with options and variables whose values a later layer replaces."""
-        known = type(self).model_fields
-        for layer in layers:
-            allowed = known.keys() if layer.fields is None else layer.fields
-            names = [name for name in layer.values if name in allowed and source[name] is not layer]
-            if layer.text and names:
-                replaced = {name: layer.value(name, known[name]) for name in names}
-                details = type(self).__new__(type(self))._wrong_values(replaced)
-                yield from ((layer, detail) for detail in details if detail["type"] != "missing")
-
-    def _conflicts_of(self, values: Mapping[str, Any], wrong: set[str]) -> list[str]:
-        """Conflicts among the values that are valid alone."""
-        instance = self
-        if wrong:
-            instance = type(self).__new__(type(self))
-            try:
-                BaseModel.__init__(instance, **values)
-            except ValidationError:
-                return []  # A value without a default is wrong or missing.
-        return [message for names, message in instance.conflicts() if not wrong.intersection(names)]
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        messages = [message for _, message in self.conflicts()]
+        if messages:
+            raise ValueError("; ".join(messages))
+        return self
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str:
-    first, *rest = detail["loc"]
-    unknown = str(rest.pop()) if detail["type"] == "extra_forbidden" else None
-    if is_key := rest[-1:] == ["[key]"]:
-        # Of a mapping; the key itself stands before.
-        rest = rest[:-2]
-    name = cut(layer.name(str(first)) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest))
-    if unknown is not None:
-        table = table_at(field.annotation, rest)
-        suggestion = did_you_mean(unknown, table.model_fields if table else ())
-        return f"{name} has the unknown key {show_value(unknown)} ({suggestion.removesuffix('.')})"
-    return describe_fault(detail, f"a key of {name}" if is_key else name, "" if rest else allowed_range(field))
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,4 +1,4 @@
-"""Output for people: a progress bar on a terminal or in a notebook, plain lines in a log, messages and tables.
+"""Output for people: a progress bar on a terminal, plain lines in a log, messages and tables.
 
 Progress and messages go to stderr; stdout holds results only.
 """
@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TextIO
 
 from rich import box
@@ -17,8 +17,6 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich.table import Table
 from rich.text import Text
-
-from prefixtune.utils.notebook import NotebookBar, in_notebook
 
 __all__ = ["Console", "Progress", "format_figure", "format_seconds", "safe_text", "show_batches"]
 
@@ -58,7 +56,6 @@ class Console:
         self.quiet = quiet
         self._clock = clock
         self._out = _rich_console(sys.stderr if stream is None else stream)
-        self._in_notebook = stream is None and in_notebook()
 
     @property
     def live(self) -> bool:
@@ -66,23 +63,16 @@ class Console:
         return self._out.is_terminal and not self._out.is_dumb_terminal
 
     @contextlib.contextmanager
-    def progress(self, title: str, total: int | None, *, start: int = 0, at_once: bool = True) -> Iterator[Progress]:
+    def progress(self, title: str, total: int | None, *, start: int = 0) -> Iterator[Progress]:
         """Show the progress of the block.
 
         Args:
             title: Names the work in a word or two.
             total: Steps of the whole work; None when unknown.
             start: Steps done before, when work is resumed.
-            at_once: In a notebook: show the bar from the start, not only for longer work.
         """
         if self.quiet:
             yield _Silent()
-        elif self._in_notebook:
-            bar_in_page = _InNotebook(self._clock, title, total, start, at_once)
-            try:
-                yield bar_in_page
-            finally:
-                bar_in_page.close()
         elif self.live:
             with _bar(self._out) as bar:
                 yield _Live(bar, bar.add_task(title, total=total, completed=start, figures=""))
@@ -143,7 +133,7 @@ class Console:
 
 @contextlib.contextmanager
 def show_batches(
-    title: str, total: int, on_batch: Callable[[int], None] | None, progress: bool | None
+    title: str, total: int, on_batch: Callable[[int], None] | None, progress: bool
 ) -> Iterator[Callable[[int], None] | None]:
     """Yield what a function calls after each batch: its caller's own, or one that shows the progress on stderr.
 
@@ -151,14 +141,12 @@ def show_batches(
         title: Names the work.
         total: Of the whole work.
         on_batch: The caller's; None: there is none.
-        progress: Whether to show it; None: in a notebook only, and only where there is no `on_batch`.
+        progress: Whether to show it.
     """
-    if progress is None:
-        progress = on_batch is None and in_notebook()
     if not progress:
         yield on_batch
         return
-    with Console().progress(title, total, at_once=False) as bar:
+    with Console().progress(title, total) as bar:
 
         def both(done: int) -> None:
             bar.update(done)
@@ -222,7 +210,7 @@ class _RichConsole(rich_console.Console):
 
 def _rich_console(stream: TextIO) -> rich_console.Console:
     terminal = stream.isatty()
-    # A log has no width: tables may be as wide as they need. In a notebook, rich would write to the page, not here.
+    # A log has no width: tables may be as wide as they need.
     width = None if terminal else 1000
     return _RichConsole(file=stream, force_terminal=terminal, force_jupyter=False, width=width)
 
@@ -270,21 +258,6 @@ class _Live:
         self._bar.update(self._task, completed=step, figures="  ".join(_list_figures(self._figures)))
 
 
-class _InNotebook:
-    """A bar in a notebook's page, with the text of a plain line beside it."""
-
-    def __init__(self, clock: Callable[[], float], title: str, total: int | None, start: int, at_once: bool) -> None:
-        self._lines = _Lines(lambda _: None, clock, title, total, start)
-        self._bar = NotebookBar(total, self._lines.text, clock=clock, at_once=at_once)
-
-    def update(self, step: int, **figures: Figure) -> None:
-        self._lines.note(step, figures)
-        self._bar.update(step)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 class _Lines:
     """Plain lines, for logs and pipes."""
 
@@ -301,13 +274,9 @@ class _Lines:
         self._last_step: int | None = None
         self._figures: dict[str, Figure] = {}
 
-    def note(self, step: int, figures: Mapping[str, Figure]) -> None:
-        """Keep the progress, without showing it."""
+    def update(self, step: int, **figures: Figure) -> None:
         self._step = step
         self._figures.update(figures)
-
-    def update(self, step: int, **figures: Figure) -> None:
-        self.note(step, figures)
         waited = self._clock() - self._last_time
         if waited >= SHORTEST and (self._last_step is None or waited >= LONGEST or self._tenth_done(self._last_step)):
             self._line()
@@ -320,8 +289,7 @@ class _Lines:
     def _tenth_done(self, since: int) -> bool:
         return self._total is not None and self._step - since >= TENTH * self._total
 
-    def text(self) -> str:
-        """What a line says now."""
+    def _line(self) -> None:
         done, elapsed = self._step - self._start, self._clock() - self._begin
         parts = [f"{self._title}: {self._step:,}"]
         if self._total:
@@ -331,8 +299,5 @@ class _Lines:
             parts.append(f"{format_seconds(elapsed / done * (self._total - self._step))} left")
         else:
             parts.append(f"{format_seconds(elapsed)} taken")
-        return ", ".join(parts)
-
-    def _line(self) -> None:
-        self._write(self.text())
+        self._write(", ".join(parts))
         self._last_time, self._last_step = self._clock(), self._step

@@ -11,7 +11,6 @@ from pydantic import Field
 from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.errors import PrefixError
 from prefixtune.utils.config import Layer
 from prefixtune.utils.console import Console, format_seconds
 
@@ -41,11 +40,8 @@ class DistillOptions(ConfigOptions, OutputOptions, DistillConfig):
             return list(super().layers(given))
         from prefixtune.distillation.distill import stored_distillation
 
-        try:
-            path = stored_distillation(given.get("output", cls.default("output")))
-            return [Layer.from_file(path, DistillConfig.model_fields)]
-        except PrefixError as error:
-            return [Layer({}, error=error)]
+        path = stored_distillation(given.get("output", cls.default("output")))
+        return [Layer.from_file(path, DistillConfig.model_fields)]
 
 
 @command
@@ -70,16 +66,12 @@ def distill(options: DistillOptions) -> int:
     from prefixtune.distillation.distill import distill as run
 
     console = Console(quiet=options.quiet)
-    try:
-        results = run(
-            config,
-            resume=options.resume,
-            progress=not (options.quiet or options.as_json),
-            on_event=print_event if options.as_json else None,
-        )
-    except KeyboardInterrupt as stopped:
-        kept = str(stopped) or "stopped at once; what was made is kept"
-        raise KeyboardInterrupt(f"{kept}; go on with `prefixtune distill --resume --output {config.output}`.") from None
+    results = run(
+        config,
+        resume=options.resume,
+        progress=not (options.quiet or options.as_json),
+        on_event=print_event if options.as_json else None,
+    )
     for result in results:
         if options.as_json:
             print_json({"event": "result", **result.report})

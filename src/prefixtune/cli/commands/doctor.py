@@ -9,7 +9,7 @@ from pydantic import Field
 from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import DEFAULT_BACKBONE, load
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.utils.config import DeviceName, DTypeName
+from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
 
 __all__ = ["doctor"]
@@ -23,7 +23,7 @@ class DoctorOptions(OutputOptions):
 
     backbone: str = positional(DEFAULT_BACKBONE, description="embedded name, hub id, folder or .gguf file")
     dtype: DTypeName = Field("float32", description="dtype of the frozen weights; float32 is checked most strictly")
-    device: DeviceName = Field("auto", description="cpu, cuda, cuda:0, mps or auto")
+    device: str = Field("auto", description="cpu, cuda, cuda:0, mps or auto")
     quantize: Literal["", "int8", "int4"] = Field("", description="quantize the frozen weights (torchao)")
     as_json: bool = json_option("every check")
 

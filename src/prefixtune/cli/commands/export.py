@@ -15,7 +15,7 @@ from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
-from prefixtune.utils.config import DeviceName, DTypeName, option_group
+from prefixtune.utils.config import DTypeName, option_group
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class ExportOptions(OutputOptions):
     )
     backbone: str | None = _of_backbone(None, description="default: the one in the prefix's header")
     dtype: DTypeName = _of_backbone("float32", description="of the loaded backbone; onnx: float32")
-    device: DeviceName = _of_backbone("cpu", description="auto, cpu, cuda, cuda:0, mps")
+    device: str = _of_backbone("cpu", description="auto, cpu, cuda, cuda:0, mps")
     adapter: str | None = _of_backbone(
         None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix"
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -112,37 +110,21 @@ def length(options: LengthOptions) -> int:
     console = Console(quiet=options.quiet or options.as_json)
     with ExitStack() as stack:
         show = stack.enter_context(show_training(console))
-        try:
-            result = study_lengths(
-                config,
-                lengths=options.lengths,
-                significance=options.significance,
-                samples=options.samples,
-                resume=options.resume,
-                on_event=print_event if options.as_json else show,
-                on_point=_Progress(console, stack).show,
-                progress=False,
-            )
-        except KeyboardInterrupt as stopped:
-            if not (Path(config.output) / "state.safetensors").exists():
-                raise KeyboardInterrupt("nothing was trained yet.") from None
-            kept = str(stopped) or "stopped at once; the last save is kept"
-            raise KeyboardInterrupt(f"{kept}; go on with `{_go_on(options)}`.") from None
+        result = study_lengths(
+            config,
+            lengths=options.lengths,
+            significance=options.significance,
+            samples=options.samples,
+            resume=options.resume,
+            on_event=print_event if options.as_json else show,
+            on_point=_Progress(console, stack).show,
+            progress=False,
+        )
     if options.as_json:
         _print_curve(result)
     else:
         _print_table(result, console)
     return 0
-
-
-def _go_on(options: LengthOptions) -> str:
-    """The command that goes on; the run's folder does not have the settings of the curve."""
-    words = ["prefixtune", "length", "--resume", "--output", options.output]
-    for name in ("lengths", "significance", "samples"):
-        value = getattr(options, name)
-        if value != options.default(name):
-            words += [options.flag(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
 
 
 class _Progress:

@@ -196,24 +196,20 @@ def _evaluate(
     )
     if options.apply_chat_template and not model.chat_template(True):
         raise ConfigError(f"{backbone.name!r} has no chat template.", hint="leave --apply-chat-template out.")
-    try:
-        return evaluate_tasks(
-            model,
-            tasks,
-            names={"model": _model_name(backbone.name, options.prefix), "prefix": ",".join(options.prefix)},
-            output=Path(options.output) if options.output else None,
-            log_samples=options.log_samples,
-            limit=options.limit or None,
-            num_fewshot=options.num_fewshot,
-            apply_chat_template=options.apply_chat_template,
-            system_instruction=options.system_instruction or None,
-            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
-            torch_random_seed=options.seed,
-            fewshot_random_seed=options.seed,
-        )
-    except KeyboardInterrupt:
-        kept = "the answers so far are kept; the same command goes on with them." if options.output else ""
-        raise KeyboardInterrupt(kept) from None
+    return evaluate_tasks(
+        model,
+        tasks,
+        names={"model": _model_name(backbone.name, options.prefix), "prefix": ",".join(options.prefix)},
+        output=Path(options.output) if options.output else None,
+        log_samples=options.log_samples,
+        limit=options.limit or None,
+        num_fewshot=options.num_fewshot,
+        apply_chat_template=options.apply_chat_template,
+        system_instruction=options.system_instruction or None,
+        confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+    )
 
 
 def _model_name(backbone: str, prefixes: Sequence[str]) -> str:

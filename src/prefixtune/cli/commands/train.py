@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -13,7 +11,6 @@ from pydantic import Field
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.cli.training import preset_layer, run_training, run_training_together, stored_layer
-from prefixtune.errors import ConfigError, check_all
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.config import Layer, TextList
 from prefixtune.utils.console import Console
@@ -49,13 +46,6 @@ class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
         if "preset" not in given:
             return file
         return [preset_layer({**(file[0].values if file else {}), **given}), *file]
-
-    @classmethod
-    def read(cls, given: Mapping[str, Any], faults: Sequence[str] = ()) -> TrainOptions:
-        """The options from a command line; the files of --together are checked with them."""
-        read = partial(super().read, given, faults)
-        check_all([read, *(partial(_check_run, path, given) for path in given.get("together", ()))])
-        return read()
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: what cannot go with --together."""
@@ -115,9 +105,7 @@ def _train_together(options: TrainOptions, console: Console) -> int:
     from prefixtune.training.distributed import is_main_process
 
     given = options.given(TrainConfig)
-    reads = [partial(TrainConfig.from_file, path, **given) for path in options.together]
-    check_all(reads)
-    configs = [read() for read in reads]
+    configs = [TrainConfig.from_file(path, **given) for path in options.together]
     results = run_training_together(console, configs, resume=options.resume, as_json=options.as_json)
     for config, result in zip(configs, results, strict=True) if is_main_process() else ():
         if options.as_json:
@@ -126,24 +114,3 @@ def _train_together(options: TrainOptions, console: Console) -> int:
         best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
         print(f"{result.path}: {result.num_trained:,} parameters trained{best}")
     return 0
-
-
-def _check_run(path: str, given: Mapping[str, Any]) -> None:
-    """Check the file of a run of --together, under the options that are valid alone.
-
-    Raises:
-        ConfigError: The file is wrong, or does not go with the options.
-    """
-    texts = {name: text for name, text in given.items() if name in TrainConfig.model_fields}
-    options = Layer({name: text for name, text in texts.items() if _is_valid(name, text)}, text=True)
-    file = Layer.from_file(path)
-    values = {name: value for name, value in file.values.items() if name not in texts}
-    TrainConfig.from_layers(replace(file, values=values), options)
-
-
-def _is_valid(name: str, text: Any) -> bool:
-    try:
-        TrainConfig.from_layers(Layer({name: text}, text=True))
-    except ConfigError:
-        return False
-    return True

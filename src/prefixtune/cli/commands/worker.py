@@ -36,7 +36,7 @@ class WorkerOptions(ConfigOptions, WorkerConfig):
     @classmethod
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
         """The file that is named by `--config`, and the environment."""
-        variables = Layer.from_environment(WORKER_ENVIRONMENT, os.environ, WorkerConfig.model_fields.keys())
+        variables = Layer.from_environment(WORKER_ENVIRONMENT, os.environ)
         return [*super().layers(given), variables]
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from prefixtune.errors import ConfigError, short_repr
 from prefixtune.prefix.composition import MAX_PARTS
-from prefixtune.utils.config import Config, Layer
-from prefixtune.utils.faults import show_value
+from prefixtune.utils.config import Config
 
 __all__ = ["SECRET_VARIABLE", "Settings"]
 
@@ -71,13 +71,15 @@ class Settings(Config):
             faults.append(f"several servers or engines need one secret: set it here, or {SECRET_VARIABLE} for all")
         # vLLM draws a new engine id at every start.
         values = {**options, "secret": str(secret or transfer.engine_id).encode()}
-        return cls.from_layers(Layer(values, where="kv_transfer_config", faults=faults))
+        if faults:
+            raise ConfigError(f"kv_transfer_config: {'; '.join(faults)}.", hint=cls.hint)
+        return cls(**values)
 
     @field_validator("prefixes", mode="before")
     @classmethod
     def _check_folder(cls, folder: Any) -> Path:
         if not isinstance(folder, str) or not Path(folder).is_dir():
-            raise ValueError(f"is {show_value(folder)}, but must be an existing folder")
+            raise ValueError(f"is {short_repr(folder)}, but must be an existing folder")
         return Path(folder).absolute()
 
     @property
