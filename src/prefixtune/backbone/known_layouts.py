@@ -16,8 +16,8 @@ from prefixtune.backbone.fingerprint import fingerprint
 from prefixtune.backbone.selfcheck import architecture_facts
 from prefixtune.errors import PrefixError
 from prefixtune.prefix.geometry import LayerShape
-from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import write_text
+from prefixtune.utils.folders import cache_folder
 
 __all__ = ["probe_once"]
 

@@ -30,7 +30,6 @@ from prefixtune.errors import BackboneError, ConfigError, describe_value, did_yo
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.header import parse_header
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.utils.collector import not_collecting
 from prefixtune.utils.extras import needs_extra
 
 __all__ = [
@@ -86,7 +85,6 @@ def as_backbone(given: BackboneLike) -> Backbone:
     )
 
 
-@not_collecting()
 def load_backbone(
     name_or_path: BackboneLike = DEFAULT_BACKBONE,
     *,

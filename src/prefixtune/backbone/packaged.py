@@ -22,8 +22,8 @@ from pathlib import Path
 from prefixtune.backbone.convert import convert_gguf
 from prefixtune.backbone.download import Pretrained, extract_gguf, fetch_gguf
 from prefixtune.errors import BackboneError, did_you_mean
-from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
+from prefixtune.utils.folders import cache_folder
 from prefixtune.utils.locks import file_lock
 
 __all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "prepare", "pretrained_folder"]

@@ -34,8 +34,8 @@ from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
 from prefixtune.errors import BackboneError, PrefixError, first_line
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import write_text
+from prefixtune.utils.folders import cache_folder
 
 __all__ = ["SWITCH", "Comparison", "architecture_facts", "check_once", "compare"]
 

@@ -104,8 +104,7 @@ class Conversation:
         Raises:
             PrefixError: The file cannot be written.
         """
-        from prefixtune.utils.files import write_text
-        from prefixtune.utils.writable import check_writable
+        from prefixtune.utils.files import check_writable, write_text
 
         check_writable(path)
         write_text(path, "".join(f"{json.dumps(message, ensure_ascii=False)}\n" for message in self.messages))

@@ -29,10 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixtune.errors import ConfigError, PrefixError, PrefixWarning
-from prefixtune.utils.cache_folder import cache_folder
-from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
+from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, reporting_write_errors, work_folder
+from prefixtune.utils.folders import cache_folder
 from prefixtune.utils.locks import file_lock
-from prefixtune.utils.writable import reporting_write_errors
 
 __all__ = ["SWITCH", "ColumnWriter", "Stored", "content_key", "data_folder", "stored"]
 

@@ -35,7 +35,7 @@ from prefixtune.training.starts.start import lengths_from
 from prefixtune.training.train import TrainResult, train, train_together
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import write_text
-from prefixtune.utils.home import expand_home
+from prefixtune.utils.folders import expand_home
 from prefixtune.utils.locks import claim_folder
 
 __all__ = ["DistillResult", "distill", "stored_distillation"]

@@ -27,7 +27,7 @@ from prefixtune.training.beside import SELF as ALL_OTHERS
 from prefixtune.training.checks import early_checks
 from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.folder import check_unused
-from prefixtune.utils.writable import check_writable
+from prefixtune.utils.files import check_writable
 
 __all__ = ["CONFIG_FILE", "REPORT_FILE", "Job", "check_output", "read_jobs"]
 

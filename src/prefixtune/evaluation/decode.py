@@ -18,7 +18,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.utils.writable import check_writable
+from prefixtune.utils.files import check_writable
 
 __all__ = ["DECODED_FILE", "Decoded", "decode", "read_decoded"]
 

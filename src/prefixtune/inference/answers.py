@@ -17,8 +17,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.fingerprint import weights
 from prefixtune.errors import DataError
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.files import line_writer
-from prefixtune.utils.writable import reporting_write_errors
+from prefixtune.utils.files import line_writer, reporting_write_errors
 
 __all__ = ["OTHER_FOLDER", "append_rows", "digest_facts", "model_facts", "read_rows"]
 

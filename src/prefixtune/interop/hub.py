@@ -16,8 +16,7 @@ from prefixtune.errors import CheckpointError
 from prefixtune.prefix.card import check_complete, find_evaluations, make_card, read_evaluations
 from prefixtune.prefix.hub import FILE, check_repository, download, prefix_file, repository_of, upload
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.files import atomic_path
-from prefixtune.utils.writable import check_writable
+from prefixtune.utils.files import atomic_path, check_writable
 
 __all__ = ["FILE", "card_of", "pull", "push"]
 

@@ -18,8 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prefixtune.jobs.folder import JobFolder
-from prefixtune.utils.files import append_line
-from prefixtune.utils.writable import reporting_write_errors
+from prefixtune.utils.files import append_line, reporting_write_errors
 
 __all__ = ["MAX_LOG_BYTES", "EventLevel", "EventPage", "JobEvent", "JobEvents", "Progress"]
 

@@ -21,8 +21,7 @@ from typing import Literal
 
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.folder import DataFolder, JobFolder
-from prefixtune.utils.files import fsync, work_folder
-from prefixtune.utils.writable import reporting_write_errors
+from prefixtune.utils.files import fsync, reporting_write_errors, work_folder
 
 __all__ = ["InputName", "find_input", "has_inputs", "make_job_folder", "remove_job_folder"]
 

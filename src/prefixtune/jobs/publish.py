@@ -37,8 +37,7 @@ from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import is_unread
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
-from prefixtune.utils.files import flush_to_disk, fsync, work_folder
-from prefixtune.utils.writable import reporting_write_errors
+from prefixtune.utils.files import flush_to_disk, fsync, reporting_write_errors, work_folder
 
 __all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefixtune.utils.writable import reporting_write_errors
+from prefixtune.utils.files import reporting_write_errors
 
 __all__ = ["RunLog"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import PrefixError, RequestError, short_repr
 from prefixtune.utils.extras import needs_extra
-from prefixtune.utils.home import expand_home
+from prefixtune.utils.folders import expand_home
 
 __all__ = [
     "ANY_OBJECT",

@@ -7,6 +7,7 @@ then the process exits with 0. A second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -27,9 +28,8 @@ from prefixtune.server.listener import bind
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training_worker import STOP_SECONDS, TrainingWorker, start_worker
-from prefixtune.utils.collector import keeping_objects
 from prefixtune.utils.console import Console
-from prefixtune.utils.writable import writable_folder
+from prefixtune.utils.files import check_writable
 
 if TYPE_CHECKING:
     from prefixtune.server.state import ServerState
@@ -74,8 +74,7 @@ def run(config: ServeConfig, console: Console) -> int:
         data = DataFolder(Path(config.data_folder).absolute())
         check_database(data, config.database_url or data.database_url)
         try:
-            with writable_folder(data.root, data.root):
-                pass
+            check_writable(data.root / "any")
         except PrefixError as error:
             # Texts are generated all the same.
             console.warn(f"requests to train will be refused: {error.message}")
@@ -92,8 +91,10 @@ def run(config: ServeConfig, console: Console) -> int:
         training_worker = start_worker(config, state.training)
         server = GracefulServer(state, max_connections, training_worker)
         try:
-            with keeping_objects():
-                server.run(sockets=[listener])
+            # Else each full collection looks at a million objects of torch, and stops all threads meanwhile.
+            gc.collect()
+            gc.freeze()
+            server.run(sockets=[listener])
         finally:
             if training_worker is not None:
                 training_worker.stop(0.0 if server.force_exit else STOP_SECONDS)

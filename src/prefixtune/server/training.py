@@ -48,8 +48,7 @@ _SECONDS = 60.0
 _ADDING_SECONDS = 20.0
 """Longest wait for others that add jobs of the same owner."""
 _LONGEST_FIELD = 200
-_AUDIT_BYTES, _OLD_AUDITS = 64 * 2**20, 4
-"""Of the file of changes, and how many full ones are kept."""
+"""Of the file of changes."""
 _MOST_UPLOADS, _MOST_STREAMS = 8, 64
 
 T = TypeVar("T")
@@ -253,7 +252,7 @@ class Training:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "key": caller.name, "action": action}
         try:
             text = json.dumps({**line, **bounded}, ensure_ascii=True)
-            append_line(self.folder.audit_log, text, max_bytes=_AUDIT_BYTES, max_old=_OLD_AUDITS)
+            append_line(self.folder.audit_log, text)
         except PrefixError as error:
             # The change has been made: the server's log has it.
             log("audit_failed", level=logging.ERROR, reason=error.message)

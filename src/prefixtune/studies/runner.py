@@ -45,10 +45,9 @@ from prefixtune.studies.records import (
     written_at,
 )
 from prefixtune.studies.reductions import idle_patience
-from prefixtune.utils.files import write_text
+from prefixtune.utils.files import check_writable, write_text
 from prefixtune.utils.locks import file_lock
 from prefixtune.utils.machine import command_line
-from prefixtune.utils.writable import check_writable
 
 __all__ = ["outcome_of", "run_study"]
 

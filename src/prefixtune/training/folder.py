@@ -10,7 +10,7 @@ from typing import Any
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.files import write_text
-from prefixtune.utils.home import expand_home
+from prefixtune.utils.folders import expand_home
 
 __all__ = [
     "ADAPTER_FOLDER",

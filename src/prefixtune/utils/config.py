@@ -30,7 +30,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails
 
 from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean, short_repr
-from prefixtune.utils.home import expand_home
+from prefixtune.utils.folders import expand_home
 
 __all__ = [
     "CommaList",

@@ -9,36 +9,73 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import itertools
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from prefixtune.errors import PrefixError
 from prefixtune.utils.locks import acquire_lock, file_lock
-from prefixtune.utils.writable import check_no_device, reporting_write_errors
 
 __all__ = [
     "append_line",
     "atomic_files",
     "atomic_path",
+    "check_writable",
     "flush_to_disk",
     "fsync",
     "line_writer",
     "remove_abandoned",
+    "reporting_write_errors",
     "work_folder",
     "write_text",
 ]
 
 _LOCK = ".lock"
 """The lock's name in a work folder."""
-_LOCK_SECONDS = 5.0
-"""Longest wait for another process that renames a full file."""
-_ATTEMPTS = 20
-_KEEPS_OPEN_FILES = os.name == "nt"
-"""Whether the system removes no file that is open."""
+
+
+# --- can it be written? -----------------------------------------------------------------------------------------------
+
+
+def check_writable(path: Path) -> None:
+    """Check, before long work, that a file can be written there; makes nothing.
+
+    Raises:
+        PrefixError: The path is a folder, a device or a pipe, or its folder cannot be written.
+    """
+    folder = next((parent for parent in Path(path).absolute().parents if os.path.lexists(parent)), Path("/"))
+    is_file = not os.path.exists(path) or os.path.isfile(path)
+    can_write = os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+    if not (is_file and os.path.isdir(folder) and can_write):
+        reason = f"{str(folder)!r} is no folder to write to" if is_file else "it is no file"
+        raise PrefixError(f"cannot write {str(path)!r}: {reason}.", hint="choose another place.")
+
+
+@contextlib.contextmanager
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of writing a file into one line.
+
+    Raises:
+        PrefixError: The system refuses.
+    """
+    hint = "free some space or choose another folder; the previous file, if any, is untouched."
+    try:
+        yield
+    except PrefixError:
+        raise
+    except OSError as error:
+        raise PrefixError(f"cannot write {str(path)!r}: {error.strerror or error}.", hint=hint) from error
+    except Exception as error:
+        # Libraries in Rust wrap the system's errors in their own.
+        code = re.search(r"\(os error (\d{1,4})\)", str(error))
+        if code is None:
+            raise
+        cause = OSError(int(code[1]), os.strerror(int(code[1])))
+        raise PrefixError(f"cannot write {str(path)!r}: {cause.strerror}.", hint=hint) from cause
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -58,7 +95,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         PrefixError: The disk is full or the folder cannot be written.
     """
     path = Path(path)
-    check_no_device(path)
+    if os.path.exists(path):
+        check_writable(path)
     with reporting_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with work_folder(path.parent, path.name) as folder:
@@ -98,48 +136,27 @@ def line_writer(path: Path) -> Iterator[Callable[[str], None]]:
             handle.close()
 
 
-def append_line(path: Path, line: str, *, max_bytes: int = 0, max_old: int = 1) -> None:
+def append_line(path: Path, line: str) -> None:
     """Append a line to a text file that several processes append to; none of them loses or divides another's line.
 
-    Args:
-        path: The file; made if it is missing.
-        line: Without its end.
-        max_bytes: A file that has so many or more becomes `NAME.1`, an older one `NAME.2`, and so on; 0: it grows.
-        max_old: How many old ones are kept.
-
     Raises:
-        PrefixError: It cannot be written, or not be renamed; a line that was written stays.
+        PrefixError: It cannot be written.
     """
     with reporting_write_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            size = os.lseek(descriptor, 0, os.SEEK_END)
             # After a line that a full disk or a kill has cut off.
-            is_cut_off = size > 0 and _last_byte(descriptor) != b"\n"
+            is_cut_off = os.lseek(descriptor, 0, os.SEEK_END) > 0 and _last_byte(descriptor) != b"\n"
             data = f"{chr(10) if is_cut_off else ''}{line}\n".encode("utf-8", "replace")
             if os.write(descriptor, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
-        if max_bytes and size + len(data) >= max_bytes:
-            _rename_full(path, max_bytes, max_old)
 
 
 def _last_byte(descriptor: int) -> bytes:
     os.lseek(descriptor, -1, os.SEEK_END)
     return os.read(descriptor, 1)
-
-
-def _rename_full(path: Path, max_bytes: int, max_old: int) -> None:
-    """Rename a full file and the older ones; whoever has it open still writes to it."""
-    with file_lock(path.with_name(f".{path.name}.lock"), _LOCK_SECONDS) as held:
-        # Another process may have done it meanwhile; if one is at it for long, the next line tries again.
-        if not held or not path.exists() or path.stat().st_size < max_bytes:
-            return
-        files = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, max_old + 1))]
-        for newer, older in reversed(list(itertools.pairwise(files))):
-            if newer.exists():
-                os.replace(newer, older)
 
 
 # --- several files ----------------------------------------------------------------------------------------------------
@@ -149,8 +166,7 @@ def _rename_full(path: Path, max_bytes: int, max_old: int) -> None:
 def atomic_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, and move its files into `folder` when the block ends without an error.
 
-    They replace files of the same names, in reverse order of their names; other files stay. If one cannot be moved, the
-    old files are put back, so that all are old or all are new.
+    They replace files of the same names, in reverse order of their names; other files stay.
 
     Raises:
         PrefixError: The disk is full or the folder cannot be written.
@@ -158,34 +174,15 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     folder = Path(folder)
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with work_folder(folder, "files") as made, work_folder(folder, "before") as before:
+        with work_folder(folder, "files") as made:
             yield made
             names = sorted((p.relative_to(made) for p in made.rglob("*") if p.is_file()), reverse=True)
             names = [name for name in names if name != Path(_LOCK)]
             flush_to_disk(*(made / name for name in names))
-            _move(names, made, folder, before)
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(made / name, folder / name)
             fsync(folder)
-
-
-def _move(names: list[Path], made: Path, folder: Path, before: Path) -> None:
-    """Move files from one folder into another; on an error, put the old files back."""
-    moved: list[Path] = []
-    try:
-        for name in names:
-            for parent in (folder, before):
-                (parent / name).parent.mkdir(parents=True, exist_ok=True)
-            if (folder / name).exists():
-                # Copied, not moved: a kill leaves the old file or the new one there.
-                shutil.copy2(folder / name, before / name)
-            os.replace(made / name, folder / name)
-            moved.append(name)
-    except OSError:
-        for name in moved:
-            if (before / name).exists():
-                os.replace(before / name, folder / name)
-            else:
-                (folder / name).unlink()
-        raise
 
 
 @contextlib.contextmanager
@@ -198,35 +195,26 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
         OSError: It cannot be made.
     """
     remove_abandoned(parent, name)
-    for _ in range(_ATTEMPTS):
-        made = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
-        try:
-            with file_lock(made / _LOCK) as mine:
-                if mine and made.is_dir():
-                    yield made
-                    return
-                # Another process removed it as abandoned before it was locked.
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(parent))
+    made = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
+    try:
+        with file_lock(made / _LOCK):
+            yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path, name: str) -> int:
     """Remove the work folders that killed processes left; returns how many there were."""
     count = 0
-    for left in parent.glob(f".{glob.escape(name)}.*.tmp"):
+    # One without a lock has just been made.
+    for lock_file in parent.glob(f".{glob.escape(name)}.*.tmp/{_LOCK}"):
         lock = None
         # If it cannot be locked, it may be in use.
         with contextlib.suppress(OSError):
-            lock = acquire_lock(left / _LOCK, 0.0)
+            lock = acquire_lock(lock_file, 0.0)
         if lock is not None:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(lock_file.parent, ignore_errors=True)
             lock.release()
-            if _KEEPS_OPEN_FILES:
-                # The lock's file was open until now; if another process holds it meanwhile, it stays.
-                with contextlib.suppress(OSError):
-                    (left / _LOCK).unlink(missing_ok=True)
-                    left.rmdir()
             count += 1
     return count
 

@@ -12,8 +12,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["command_line", "describe_machine", "peak_memory_mib", "reset_peak_memory", "versions"]
+import psutil
 
+__all__ = ["command_line", "describe_machine", "peak_memory_mib", "reset_peak_memory", "versions"]
 
 _PACKAGES = ("prefixtune", "torch", "transformers", "safetensors", "sacrebleu", "peft")
 
@@ -25,32 +26,24 @@ def command_line() -> str:
 
 def describe_machine() -> dict[str, str | int | float]:
     """Processor, cores, memory and system."""
-    facts: dict[str, str | int | float] = {
-        "processor": _processor(),
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), processor)
+    return {
+        "processor": processor,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "system": f"{platform.system()} {platform.machine()}",
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    return facts
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that a figure depends on."""
     installed = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             installed[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return installed
 
 
@@ -60,11 +53,10 @@ def reset_peak_memory() -> bool:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         # Freed memory goes back to the system; otherwise it would count for the next measurement.
         ctypes.CDLL(None).malloc_trim(0)
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def peak_memory_mib() -> float | None:
@@ -76,10 +68,4 @@ def peak_memory_mib() -> float | None:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**10
-    try:
-        import resource
-    except ImportError:  # Not on this system.
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return None

@@ -19,7 +19,7 @@ from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_me
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console
-from prefixtune.utils.home import expand_home
+from prefixtune.utils.folders import expand_home
 
 if TYPE_CHECKING:
     from prefixtune.inference.config import GenerateConfig

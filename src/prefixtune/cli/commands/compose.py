@@ -85,7 +85,7 @@ def compose(options: ComposeOptions) -> int:
         prefixtune compose a.safetensors b.safetensors --mode difference --start s.safetensors --output d.safetensors
     """
     from prefixtune.prefix.compose import average, check_joinable, concatenate, difference, interpolate
-    from prefixtune.utils.writable import check_writable
+    from prefixtune.utils.files import check_writable
 
     console = Console(quiet=options.quiet)
     given = [*options.files, *([options.start] if options.start else [])]

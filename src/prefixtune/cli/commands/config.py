@@ -60,8 +60,7 @@ def config(options: ConfigCommandOptions) -> int:
         return 0
     schema = json.dumps(configuration(options.name).json_schema(), indent=2, ensure_ascii=False)
     if options.output:
-        from prefixtune.utils.files import write_text
-        from prefixtune.utils.writable import check_writable
+        from prefixtune.utils.files import check_writable, write_text
 
         check_writable(Path(options.output))
         write_text(Path(options.output), f"{schema}\n")

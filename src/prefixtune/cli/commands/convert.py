@@ -71,7 +71,7 @@ def convert(options: ConvertOptions) -> int:
     from prefixtune.interop.peft import check_adapter_folder, export_peft
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.prefix.card import check_complete
-    from prefixtune.utils.writable import check_writable
+    from prefixtune.utils.files import check_writable
 
     path, output = _find(options.input), Path(options.output)
     format_name = _detect_format(path)

@@ -55,7 +55,7 @@ def cut(options: CutOptions) -> int:
     """
     from prefixtune.prefix.card import check_complete
     from prefixtune.prefix.compose import cut as cut_prefix
-    from prefixtune.utils.writable import check_writable
+    from prefixtune.utils.files import check_writable
 
     console = Console(quiet=options.quiet)
     (prefix,) = read_prefixes([options.file])

@@ -134,7 +134,7 @@ def _torch() -> dict[str, Any]:
 def _folders() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from prefixtune.utils.cache_folder import cache_folder
+    from prefixtune.utils.folders import cache_folder
 
     return {"program": sys.executable, "cache": str(cache_folder()), "hub_cache": HF_HUB_CACHE}
 

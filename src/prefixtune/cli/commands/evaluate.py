@@ -209,7 +209,7 @@ def _check_outputs(options: EvaluateOptions) -> None:
         PrefixError: One cannot.
     """
     from prefixtune.evaluation.decode import DECODED_FILE
-    from prefixtune.utils.writable import check_writable
+    from prefixtune.utils.files import check_writable
 
     if options.outputs:
         check_writable(Path(options.outputs))

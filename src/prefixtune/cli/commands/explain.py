@@ -105,14 +105,13 @@ def explain(options: ExplainOptions) -> int:
     from prefixtune.explain.explain import summarize
     from prefixtune.explain.subject import Limits
     from prefixtune.explain.view import TITLES
-    from prefixtune.utils.writable import check_writable, writable_folder
+    from prefixtune.utils.files import check_writable
 
     console = Console(quiet=options.quiet)
     page = Path(options.output)
     check_writable(page)
     if options.figures:
-        with writable_folder(Path(options.figures), Path(options.figures)):
-            pass
+        check_writable(Path(options.figures) / "any")
     examples: list[Example] = []
     train: list[Example] = []
     files = [options.prefix, *([options.against] if options.against else [])]

@@ -98,7 +98,7 @@ def export(options: ExportOptions) -> int:
         prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported --baked
     """
     from prefixtune.interop.export import MANIFEST, README, check_folder
-    from prefixtune.utils.writable import check_writable
+    from prefixtune.utils.files import check_writable
 
     if options.to == "onnx":
         from prefixtune.interop.onnx.export import export_onnx, require_onnx

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from prefixtune.cli.options import CommandOptions, command
 from prefixtune.errors import ConfigError
-from prefixtune.utils.home import expand_home
+from prefixtune.utils.folders import expand_home
 
 __all__ = ["install_completion"]
 

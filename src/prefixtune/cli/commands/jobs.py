@@ -23,7 +23,7 @@ from prefixtune.cli.training_display import Follower, facts_of, one_line, status
 from prefixtune.errors import ConfigError, RequestError, check_all
 from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console, safe_text
-from prefixtune.utils.home import expand_home
+from prefixtune.utils.folders import expand_home
 
 __all__ = ["jobs"]
 

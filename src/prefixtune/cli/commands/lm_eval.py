@@ -145,7 +145,7 @@ def split_by_task(texts: Sequence[str]) -> dict[str, str]:
 def _checks(options: LmEvalOptions, files: Sequence[str]) -> list[Any]:
     from functools import partial
 
-    from prefixtune.utils.writable import check_writable
+    from prefixtune.utils.files import check_writable
 
     writable = [partial(check_writable, Path(options.output) / "results.json")] if options.output else []
     return [*(partial(read_prefix, file) for file in files), *writable]

@@ -52,8 +52,7 @@ def report(options: ReportOptions) -> int:
         prefixtune report runs/e2e runs/bare --title "With and without the prefix"
     """
     from prefixtune.report import compose, read_results, save_figures, to_html, to_markdown
-    from prefixtune.utils.files import write_text
-    from prefixtune.utils.writable import check_writable, writable_folder
+    from prefixtune.utils.files import check_writable, write_text
 
     page = Path(options.output)
     markdown = page.with_suffix(".md")
@@ -61,8 +60,7 @@ def report(options: ReportOptions) -> int:
         check_writable(path)
     _check_own(page, markdown)
     if options.figures:
-        with writable_folder(Path(options.figures), Path(options.figures)):
-            pass
+        check_writable(Path(options.figures) / "any")
     document = compose([read_results(Path(run)) for run in options.runs], options.title)
     write_text(page, to_html(document))
     write_text(markdown, to_markdown(document))

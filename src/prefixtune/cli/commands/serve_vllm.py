@@ -23,9 +23,9 @@ from prefixtune.interop.vllm.launch import vllm_arguments
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
 from prefixtune.interop.vllm.version import TESTED, VERSION_PROBE, check_version
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
-from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
+from prefixtune.utils.folders import cache_folder
 
 __all__ = ["PLUGIN_PROBE", "start_vllm"]
 

@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from prefixtune.errors import first_line
-from prefixtune.utils.cache_folder import cache_folder
 from prefixtune.utils.files import atomic_path
+from prefixtune.utils.folders import cache_folder
 
 __all__ = ["build", "pip_compiler", "private_folder", "start"]
 

@@ -1,4 +1,4 @@
-"""Where everything is kept that can be made again."""
+"""Paths with a `~`, and where everything is kept that can be made again."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 from prefixtune.errors import ConfigError
-from prefixtune.utils.home import expand_home
 
-__all__ = ["cache_folder"]
+__all__ = ["cache_folder", "expand_home"]
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """A path with its `~` or `~USER` replaced; as in a shell, it stays as it is where there is no such user."""
+    # Path.expanduser raises a RuntimeError there.
+    return Path(os.path.expanduser(path))
 
 
 def cache_folder() -> Path:
@@ -21,11 +26,9 @@ def cache_folder() -> Path:
     """
     if home := os.environ.get("PREFIXTUNE_HOME"):
         return expand_home(home)
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return expand_home(cache) / "prefixtune"
-    try:
-        return Path.home() / ".cache" / "prefixtune"
-    except RuntimeError as error:
+    folder = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if str(folder).startswith("~"):
         raise ConfigError(
             "this user has no home folder, and so no cache folder.", hint="set PREFIXTUNE_HOME to a folder to write to."
-        ) from error
+        )
+    return folder / "prefixtune"
