@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
-import shlex
-from collections.abc import Callable
-from functools import partial
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field, field_validator
 
-from prefixtune.cli.api_client import ApiClient, check_url
 from prefixtune.cli.common import print_event, print_json
+from prefixtune.cli.jobs_client import Event, FileView, JobsClient, JobView
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.cli.training_client import FileView, JobView, TrainingClient
-from prefixtune.cli.training_display import Follower, facts_of, one_line, status_of, time_of
-from prefixtune.errors import ConfigError, RequestError, check_all
+from prefixtune.errors import RequestError
 from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console, safe_text
 from prefixtune.utils.folders import expand_home
@@ -28,7 +24,7 @@ from prefixtune.utils.folders import expand_home
 __all__ = ["jobs"]
 
 _KEY, _OTHER_KEY, _OTHER_URL = "PREFIXTUNE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"
-_FOLLOW_SECONDS, _ASK_SECONDS = 120.0, 10.0
+_FOLLOW_SECONDS, _ASK_SECONDS = 120.0, 5.0
 """How long a server that is away is waited for."""
 _FILE_ID = re.compile(r"file-[A-Za-z0-9]+")
 
@@ -42,7 +38,7 @@ class JobsOptions(OutputOptions):
         positional("list", description="what to do, as listed above")
     )
     what: str = positional("", description="the id of a job, a file, or a name")
-    limit: int = Field(20, ge=1, le=1000, description="list, files: how many, the newest first")
+    limit: int = Field(20, ge=1, le=100, description="list, files: how many, the newest first")
     follow: bool = Field(False, description="create, resume: then show the training until it ends")
     as_json: bool = json_option("the server's objects, and of a training that is followed its events as lines,")
 
@@ -58,13 +54,33 @@ class JobsOptions(OutputOptions):
     validation: str = _training("", description="file, or id of one, to choose the best steps by")
     document: bool = _training(False, description="the file is a document, to make a memory of")
     questions: str = _training("", description="of a document: file, or id of one, with questions; or self")
-    epochs: str = _training("auto", description="times that each example is seen")
-    batch_size: str = _training("auto", description="examples per step")
-    learning_rate_multiplier: str = _training("auto", description="times the usual learning rate")
+    epochs: int | None = _training(None, description="times that each example is seen (default: the server's choice)")
+    batch_size: int | None = _training(None, description="examples per step (default: the server's choice)")
+    learning_rate_multiplier: float | None = _training(None, description="times the usual learning rate")
     seed: int | None = _training(None, ge=0, description="of the order of the data (default: the server chooses)")
     option: TextList = _training(
         (), description="NAME=VALUE, a further field of the request's object `prefixtune`, as in prefix_length=20"
     )
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        if not re.match(r"https?://[^@/?#]+(/[^?#]*)?$", url):
+            raise ValueError("must be an address of http or https, without a key in it")
+        return url
+
+    @field_validator("option")
+    @classmethod
+    def _check_option(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            if not re.match(r"[a-z_]+=", text):
+                raise ValueError(f"is {text[:80]!r}, but must be NAME=VALUE")
+        return texts
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Most actions are done to something."""
+        if (self.action in ("list", "files")) == bool(self.what):
+            yield ("what",), f"{self.action} {'takes no' if self.what else 'needs a'} file, name or id"
 
 
 @command
@@ -87,273 +103,173 @@ def jobs(options: JobsOptions) -> int:
         prefixtune jobs create manual.txt --document --questions self --name manual
         prefixtune jobs create more.jsonl --model support --name support-2
     """
-    if options.action not in ("list", "files") and not options.what:
-        raise ConfigError(f"`prefixtune jobs {options.action}` needs {_NEEDS[options.action]}.", hint=_EXAMPLES)
-    if options.action in ("list", "files") and options.what:
-        raise ConfigError(
-            f"unexpected argument {options.what!r}.", hint=f"`prefixtune jobs show {shlex.quote(options.what)}`?"
-        )
-    if options.action == "create":
-        _check_create(options)
-    console = Console(quiet=options.quiet)
-    api = ApiClient(
-        options.url,
-        _key(options),
-        patience=_FOLLOW_SECONDS if options.follow or options.action == "follow" else _ASK_SECONDS,
-        on_wait=lambda reason: console.info(f"waiting for the server: {reason}"),
-    )
-    try:
-        return _Command(options, console, TrainingClient(api)).run()
-    finally:
-        api.close()
+    follows = options.follow or options.action == "follow"
+    client = JobsClient(options.url, _key(options), _FOLLOW_SECONDS if follows else _ASK_SECONDS)
+    with contextlib.closing(client):
+        return _run(client, options)
 
 
-_NEEDS = {
-    **dict.fromkeys(("show", "follow", "cancel", "pause", "resume"), "the id of a job"),
-    **dict.fromkeys(("create", "upload"), "a file"),
-    "delete": "the name of a result, or the id of a file",
-}
-_EXAMPLES = "`prefixtune jobs` lists the jobs, and `prefixtune jobs --help` shows examples."
+def _run(client: JobsClient, options: JobsOptions) -> int:
+    """Do what the words say, and print it; returns the exit code."""
+    console, what = Console(quiet=options.quiet), options.what
+    match options.action:
+        case "list":
+            found = client.jobs(options.limit)
+            rows = [[job.id, _status(job), job.name, job.model, _time(job.created_at)] for job in found]
+            return _show_list(console, options, "jobs", found, ["job", "status", "name", "model", "created"], rows)
+        case "files":
+            files = client.files(options.limit)
+            rows = [[one.id, one.filename, one.purpose, str(one.bytes), _time(one.created_at)] for one in files]
+            return _show_list(console, options, "files", files, ["file", "name", "purpose", "bytes", "created"], rows)
+        case "upload":
+            file = _upload(console, client, what, _purpose(options))
+            print_json(file.model_dump(mode="json")) if options.as_json else print(safe_text(file.id))
+            if file.status == "error":
+                console.error(f"it cannot be trained on: {_line(file.status_details)}")
+            return 1 if file.status == "error" else 0
+        case "delete":
+            client.delete("files" if _FILE_ID.fullmatch(what) else "models", what)
+            print_json({"id": what, "deleted": True}) if options.as_json else console.info(f"{what} is deleted")
+            return 0
+        case "create":
+            job = _create(console, client, options)
+        case "cancel" | "pause" | "resume" as action:
+            job = client.change(what, action)
+        case _:
+            job = client.job(what)
+    if options.follow or options.action == "follow":
+        return _follow(console, client, options, job.id)
+    if options.as_json:
+        print_json(job.model_dump(mode="json"))
+    else:
+        facts = {"job": job.id, "status": _status(job), "name": job.name, "model": job.model}
+        facts |= {"created": _time(job.created_at), "error": _line((job.error or {}).get("message"))}
+        console.table("", ["", ""], [[name, value] for name, value in facts.items() if value], result=True)
+    return 0
 
 
 def _key(options: JobsOptions) -> str:
     """The key for this server: a key for another one is not sent."""
-    if key := options.key or os.environ.get(_KEY, ""):
-        return key
-    other = os.environ.get(_OTHER_URL, "")
-    if other and check_url(other) == check_url(options.url):
-        return os.environ.get(_OTHER_KEY, "")
-    return ""
+    is_other = os.environ.get(_OTHER_URL, "").rstrip("/") == options.url.rstrip("/")
+    return options.key or os.environ.get(_KEY, "") or (os.environ.get(_OTHER_KEY, "") if is_other else "")
 
 
-class _Command:
-    """Does what the words say, and prints it."""
-
-    def __init__(self, options: JobsOptions, console: Console, client: TrainingClient) -> None:
-        self._options, self._console, self._client = options, console, client
-
-    def run(self) -> int:
-        """The exit code."""
-        what = self._options.what
-        match self._options.action:
-            case "list":
-                return self._list()
-            case "files":
-                return self._list_files()
-            case "upload":
-                return self._show_file(self._upload(what, "document" if self._options.document else "fine-tune"))
-            case "create":
-                return self._follow_or_show(self._create())
-            case "show":
-                return self._show(self._client.job(what))
-            case "follow":
-                return self._follow(what)
-            case "delete":
-                return self._delete(what)
-            case "resume":
-                return self._follow_or_show(self._client.change(what, "resume"))
-            case "cancel" | "pause" as action:
-                return self._show(self._client.change(what, action))
-
-    # --- asking -------------------------------------------------------------------------------------------------------
-
-    def _upload(self, path: str, purpose: str) -> FileView:
-        self._console.info(f"uploading {path} ...")
-        return self._client.upload(expand_home(path), purpose)
-
-    def _file_id(self, file: str, purpose: str) -> str:
-        """The id of a file that is there already, or of one that is uploaded now.
-
-        Raises:
-            RequestError: The server finds that it cannot be trained on.
-        """
-        if _is_id(file):
-            return file
-        uploaded = self._upload(file, purpose)
-        file_id = safe_text(uploaded.id)
-        if uploaded.status == "error":
-            raise RequestError(
-                f"{file} cannot be trained on: {one_line(uploaded.status_details or '')}",
-                hint=f"correct it; `{_command(self._options, 'delete', file_id)}` removes what was uploaded.",
-            )
-        # A job that is refused need not upload it again.
-        self._console.info(f"uploaded as {file_id}, which can be given instead of the file")
-        return file_id
-
-    def _create(self) -> JobView:
-        options = self._options
-        extension, hyperparameters = _extension(options), _hyperparameters(options)
-        model = options.model or self._client.bare_model()
-        request: dict[str, Any] = {"model": model}
-        request["training_file"] = self._file_id(options.what, "document" if options.document else "fine-tune")
-        if options.validation:
-            request["validation_file"] = self._file_id(options.validation, "fine-tune")
-        if options.questions:
-            own = options.questions == "self"
-            extension["questions"] = "self" if own else self._file_id(options.questions, "fine-tune")
-        if options.seed is not None:
-            request["seed"] = options.seed
-        if hyperparameters:
-            request["method"] = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
-        if extension:
-            request["prefixtune"] = extension
-        return self._client.create(request)
-
-    def _follow_or_show(self, job: JobView) -> int:
-        if not self._options.follow:
-            return self._show(job)
-        self._console.info(f"{safe_text(job.id)}: {safe_text(job.status)}")
-        return self._follow(job.id)
-
-    def _follow(self, job_id: str) -> int:
-        try:
-            if self._options.as_json:
-                job = self._client.follow(job_id, lambda event: print_event(event.model_dump(mode="json")))
-                print_event(job.model_dump(mode="json"))
-                return 0 if job.status == "succeeded" else 1
-            with contextlib.ExitStack() as stack:
-                job = self._client.follow(job_id, Follower(self._console, stack).show)
-        except KeyboardInterrupt:
-            again = _command(self._options, "follow", job_id)
-            raise KeyboardInterrupt(f"the job goes on; `{again}` follows it again.") from None
-        return self._outcome(job)
-
-    def _outcome(self, job: JobView) -> int:
-        """Say how a job stands that was followed; returns the exit code."""
-        if job.status == "succeeded":
-            print(safe_text(job.name))
-            return 0
-        reason = f": {one_line(job.error.message)}" if job.error and job.error.message else ""
-        hint = f"`{_command(self._options, 'resume', job.id)} --follow` goes on." if job.status == "paused" else ""
-        self._console.error(f"{safe_text(job.id)} is {safe_text(job.status)}{reason}", hint)
-        return 1
-
-    def _delete(self, what: str) -> int:
-        is_file = _FILE_ID.fullmatch(what) is not None
-        if is_file:
-            self._client.delete_file(what)
-        else:
-            self._client.delete_model(what)
-        if self._options.as_json:
-            print_json({"id": what, "deleted": True})
-        else:
-            self._console.info(f"{what} is deleted")
-        return 0
-
-    # --- showing ------------------------------------------------------------------------------------------------------
-
-    def _list(self) -> int:
-        found = self._client.jobs(self._options.limit)
-        if self._options.as_json:
-            print_json({"jobs": [job.model_dump(mode="json") for job in found]})
-            return 0
-        rows = [[job.id, status_of(job), job.name, job.model, time_of(job.created_at)] for job in found]
-        self._console.table("", ["job", "status", "name", "model", "created"], rows, result=True)
-        return 0
-
-    def _list_files(self) -> int:
-        found = self._client.files(self._options.limit)
-        if self._options.as_json:
-            print_json({"files": [file.model_dump(mode="json") for file in found]})
-            return 0
-        rows: list[list[str | int | None]] = [
-            [file.id, file.filename, file.purpose, file.bytes, time_of(file.created_at)] for file in found
-        ]
-        self._console.table("", ["file", "name", "purpose", "bytes", "created"], rows, result=True)
-        return 0
-
-    def _show(self, job: JobView) -> int:
-        if self._options.as_json:
-            print_json(job.model_dump(mode="json"))
-            return 0
-        for name, text in facts_of(job):
-            print(f"{name:<9} {text}")
-        return 0
-
-    def _show_file(self, file: FileView) -> int:
-        if self._options.as_json:
-            print_json(file.model_dump(mode="json"))
-        else:
-            print(safe_text(file.id))
-            if file.status == "error":
-                self._console.error(f"it cannot be trained on: {one_line(file.status_details or '')}")
-        return 1 if file.status == "error" else 0
+def _purpose(options: JobsOptions) -> str:
+    return "document" if options.document else "fine-tune"
 
 
-def _is_id(file: str) -> bool:
-    """Whether it names an uploaded file, and not one here."""
-    return _FILE_ID.fullmatch(file) is not None and not Path(file).exists()
+def _upload(console: Console, client: JobsClient, file: str, purpose: str) -> FileView:
+    console.info(f"uploading {file} ...")
+    return client.upload(expand_home(file), purpose)
 
 
-def _check_create(options: JobsOptions) -> None:
-    """Refuse a job, before the server is asked and anything is uploaded; all faults at once.
+def _create(console: Console, client: JobsClient, options: JobsOptions) -> JobView:
+    """Upload what is not on the server, and ask for a training.
 
     Raises:
-        ConfigError: A value is wrong, or a file is missing.
+        RequestError: The server refuses, or finds that a file cannot be trained on.
     """
-    files = (options.what, options.validation, "" if options.questions == "self" else options.questions)
-    check_all(
-        [
-            partial(check_url, options.url),
-            partial(_extension, options),
-            partial(_hyperparameters, options),
-            *(partial(_check_file, file) for file in files if file),
-        ]
-    )
 
+    def file_id(file: str, purpose: str) -> str:
+        if _FILE_ID.fullmatch(file) and not Path(file).exists():
+            return file
+        uploaded = _upload(console, client, file, purpose)
+        if uploaded.status == "error":
+            raise RequestError(f"{file} cannot be trained on: {_line(uploaded.status_details)}")
+        # A job that is refused need not upload it again.
+        console.info(f"uploaded as {uploaded.id}, which can be given instead of the file")
+        return uploaded.id
 
-def _check_file(file: str) -> None:
-    if not _is_id(file) and not expand_home(file).is_file():
-        raise ConfigError(f"there is no file {file[:200]!r}.", hint="check the path.")
-
-
-def _extension(options: JobsOptions) -> dict[str, Any]:
-    """The request's object `prefixtune`."""
-    fields: dict[str, Any] = {"name": options.name} if options.name else {}
-
-    def read(text: str) -> None:
-        name, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[a-z_]{1,64}", name):
-            raise ConfigError(
-                f"--option is {text[:80]!r}, but must be NAME=VALUE.", hint="as in --option prefix_length=20."
-            )
+    request: dict[str, Any] = {"model": options.model or client.bare_model()}
+    request["training_file"] = file_id(options.what, _purpose(options))
+    if options.validation:
+        request["validation_file"] = file_id(options.validation, "fine-tune")
+    extension: dict[str, Any] = {"name": options.name} if options.name else {}
+    for text in options.option:
+        name, _, value = text.partition("=")
         try:
-            fields[name] = json.loads(value, parse_constant=_no_number)
+            extension[name] = json.loads(value, parse_constant=str)
         except (ValueError, RecursionError):
-            fields[name] = value
-
-    check_all([partial(read, text) for text in options.option])
-    return fields
-
-
-def _no_number(text: str) -> None:
-    """NaN and the infinities, which Python reads and JSON has not: they stay texts, which the server refuses."""
-    raise ValueError(text)
-
-
-def _hyperparameters(options: JobsOptions) -> dict[str, float | int]:
-    """Those that are not `auto`."""
-    wanted: dict[str, tuple[str, Callable[[str], float | int]]] = {
-        "n_epochs": (options.epochs, int),
-        "batch_size": (options.batch_size, int),
-        "learning_rate_multiplier": (options.learning_rate_multiplier, float),
+            extension[name] = value
+    if options.questions:
+        own = options.questions == "self"
+        extension["questions"] = "self" if own else file_id(options.questions, "fine-tune")
+    hyperparameters = {
+        "n_epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "learning_rate_multiplier": options.learning_rate_multiplier,
     }
-    found = {}
-
-    def read(name: str, text: str, kind: Callable[[str], float | int]) -> None:
-        try:
-            found[name] = kind(text)
-            if not math.isfinite(found[name]):
-                raise ValueError
-        except (ValueError, OverflowError):
-            flag = "--epochs" if name == "n_epochs" else f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} is {text[:80]!r}, but must be a number or auto.") from None
-
-    check_all([partial(read, name, text, kind) for name, (text, kind) in wanted.items() if text != "auto"])
-    return found
+    given = {name: value for name, value in hyperparameters.items() if value is not None}
+    optional = {
+        "seed": options.seed,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": given}} if given else None,
+        "prefixtune": extension or None,
+    }
+    return client.create({**request, **{name: value for name, value in optional.items() if value is not None}})
 
 
-def _command(options: JobsOptions, action: str, what: str) -> str:
-    """The words that do something with a job or a file on the same server."""
-    url = f" --url {shlex.quote(options.url)}" if options.url != JobsOptions.default("url") else ""
-    return f"prefixtune jobs {action} {shlex.quote(what)}{url}"
+def _follow(console: Console, client: JobsClient, options: JobsOptions, job_id: str) -> int:
+    """Show the events of a job until it ends; returns the exit code."""
+    with contextlib.ExitStack() as stack:
+        on_step: Callable[..., None] | None = None
+
+        def show(event: Event) -> None:
+            nonlocal on_step
+            data = event.data or {}
+            if options.as_json:
+                print_event(event.model_dump(mode="json"))
+            elif event.type == "metrics" and isinstance(data.get("step"), int):
+                if on_step is None:
+                    on_step = stack.enter_context(console.progress("training", data.get("total_steps"))).update
+                on_step(data["step"], **_figures(data))
+            else:
+                (console.error if event.level == "error" else console.info)(_line(event.message))
+
+        job = client.follow(job_id, show)
+    if options.as_json:
+        print_event(job.model_dump(mode="json"))
+    elif job.status == "succeeded":
+        print(safe_text(job.name))
+    else:
+        hint = "`prefixtune jobs resume ID --follow` goes on." if job.status == "paused" else ""
+        console.error(f"{job.id} is {job.status}: {_line((job.error or {}).get('message'))}", hint)
+    return 0 if job.status == "succeeded" else 1
+
+
+def _figures(data: dict[str, Any]) -> dict[str, float]:
+    names = {"train_loss": "loss", "valid_loss": "validation_loss"}
+    return {shown: float(value) for name, shown in names.items() if isinstance(value := data.get(name), int | float)}
+
+
+def _show_list(
+    console: Console,
+    options: JobsOptions,
+    name: str,
+    found: Sequence[BaseModel],
+    columns: list[str],
+    rows: list[list[str]],
+) -> int:
+    if options.as_json:
+        print_json({name: [one.model_dump(mode="json") for one in found]})
+    else:
+        console.table("", columns, rows, result=True)
+    return 0
+
+
+def _status(job: JobView) -> str:
+    """Where a job stands, and how far it is."""
+    progress = job.prefixtune.get("progress")
+    step, total = (progress.get("step"), progress.get("total_steps")) if isinstance(progress, dict) else (None, None)
+    if job.status == "running" and isinstance(step, int) and isinstance(total, int) and total > 0:
+        return f"{job.status}, {100 * step // total} %"
+    return job.status
+
+
+def _line(text: object) -> str:
+    """A text from a server as one line, cut."""
+    return " ".join(safe_text(str(text or "")[:2_000]).split())
+
+
+def _time(seconds: int) -> str:
+    """A time in seconds since 1970, as it is here."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
