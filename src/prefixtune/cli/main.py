@@ -152,13 +152,13 @@ def run(words: Sequence[str]) -> int:
         PrefixError: Wrong use or input.
     """
     try:
-        function, bound, _ = build_app(words[0] if words else "").parse_args(
-            list(words), print_error=False, exit_on_error=False
-        )
+        app = build_app(words[0] if words else "")
+        parsed, bound, _ = app.parse_args(list(words), print_error=False, exit_on_error=False)
     except CycloptsError as error:
         error.verbose = False
         command = f" {words[0]}" if any(words[0] in names for names in COMMANDS.values()) else ""
         raise ConfigError(str(error), hint=f"`prefixtune{command} --help` explains it.") from error
+    function: Any = parsed
     if not hasattr(function, "options"):
         # --help, --version and shell completion are cyclopts' own.
         function(*bound.args, **bound.kwargs)

@@ -21,8 +21,13 @@ def run_training(
     """`training.train` with its progress shown, or with its events as JSON lines."""
     from prefixtune.training.train import train
 
-    shown = {"progress": not (console.quiet or as_json), "on_event": print_event if as_json else None}
-    return train(config, resume=resume, **shown, **options)
+    return train(
+        config,
+        resume=resume,
+        progress=not (console.quiet or as_json),
+        on_event=print_event if as_json else None,
+        **options,
+    )
 
 
 def run_training_together(

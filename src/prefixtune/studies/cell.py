@@ -278,7 +278,7 @@ def build_train_config(
         "device": config.device,
         "task": config.task,
     }
-    return TrainConfig.from_layers(Layer(values, where="the study"))
+    return TrainConfig.from_layers(Layer(values))
 
 
 def _start_settings(config: StudyConfig, cell: Cell) -> dict[str, Any]:

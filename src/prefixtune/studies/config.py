@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -27,8 +26,7 @@ from prefixtune.studies.kinds import (
 )
 from prefixtune.studies.variants import check_method, check_variants, grid_faults, variant_lengths, variant_settings
 from prefixtune.training.config import DEFAULT_SIZES, TrainConfig, default_learning_rate
-from prefixtune.utils.config import CommaList, Config, DeviceName, DTypeName, Layer, option_group
-from prefixtune.utils.faults import show_value
+from prefixtune.utils.config import CommaList, Config, DTypeName, Layer, option_group
 
 __all__ = ["StudyConfig", "backbone_name", "planned_steps", "training_defaults"]
 
@@ -71,7 +69,7 @@ def _check_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
 _Variants = Annotated[Mapping[str, Mapping[str, Any]], AfterValidator(check_variants)]
 _MethodName = Annotated[str, AfterValidator(_check_method)]
 _Size = Annotated[str, BeforeValidator(str), AfterValidator(_check_size)]
-_Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False), AfterValidator(_check_rates)]
+_Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], AfterValidator(_check_rates)]
 _Count = Annotated[int, Field(ge=1)]
 _Limit = Annotated[int, Field(ge=0)]
 
@@ -99,7 +97,7 @@ class StudyConfig(Config):
     backbone: str = _model("smollm2-135m", description="embedded name, hub id or local folder")
     backbones: CommaList[str] = _model((), description="several, in place of backbone: all runs on each")
     dtype: DTypeName = _model("auto", description="dtype of the frozen weights")
-    device: DeviceName = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
+    device: str = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
 
     task: str = _own("data", "e2e", "how to read the data")
     data: str = _data("", description="a folder with all three splits; or name them one by one:")
@@ -474,21 +472,6 @@ class StudyConfig(Config):
         """The study of the paper that it is."""
         return STUDIES[self.name]
 
-    def _fill(self, layers: Sequence[Layer]) -> None:
-        """Stack the values on the study's own; a file of another study is a fault."""
-        named = [layer for layer in layers if "name" in layer.values] or [Layer({"name": self.default("name")})]
-        name = named[-1].values["name"]
-        # An unknown study has no values of its own; validation refuses it.
-        own = next((kind.defaults for known, kind in STUDIES.items() if known == name), {})
-        given = [layer.values for layer in layers]
-        shared = [table for values in given if isinstance(table := values.get("train_settings"), Mapping)]
-        if any(_LENGTH_KEYS & table.keys() for table in shared) and not any(
-            "steps_by_size" in values for values in given
-        ):
-            # The study's own would override what is written there.
-            own = {key: value for key, value in own.items() if key != "steps_by_size"}
-        super()._fill([Layer(own), *(_check_study(layer, name) for layer in layers)])
-
 
 def backbone_name(backbone: str) -> str:
     """What a study of several backbones calls one, in its runs' names.
@@ -519,15 +502,6 @@ def training_defaults() -> dict[str, Any]:
     return {"reparameterization": TrainConfig.default("reparameterization")}
 
 
-def _check_study(layer: Layer, name: object) -> Layer:
-    """The layer, with an error if it is for another study."""
-    other = layer.values.get("name", name)
-    if other == name:
-        return layer
-    message = f"{layer.where} is for the study {show_value(other)}, not for {show_value(name)}."
-    return replace(layer, error=ConfigError(message, hint="give the file of that study."))
-
-
 def _setting_faults(name: str, settings: Mapping[str, Any], placed: Mapping[str, Any] = {}) -> Iterator[str]:
     """What is wrong with a table of training settings, together with those that the grid gives the run."""
     for key in sorted(settings.keys() & set(_RESERVED_KEYS)):
@@ -536,7 +510,7 @@ def _setting_faults(name: str, settings: Mapping[str, Any], placed: Mapping[str,
     values = {key: value for key, value in settings.items() if key not in _RESERVED_KEYS}
     allowed = TrainConfig.model_fields.keys() - set(_RESERVED_KEYS)
     values, allowed = {**values, **placed}, allowed | placed.keys()
-    layer = Layer(values, "key", name=lambda field: f"{name}.{field}", fields=frozenset(allowed))
+    layer = Layer(values, name=lambda field: f"{name}.{field}")
     try:
         TrainConfig.from_layers(layer)
     except ConfigError as error:

@@ -12,9 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from prefixtune.errors import did_you_mean
+from prefixtune.errors import did_you_mean, short_repr
 from prefixtune.studies.kinds import METHODS, PREFIX_METHODS, SIZED, UNTRAINED, Start, base_method
-from prefixtune.utils.faults import show_value
 
 __all__ = ["check_method", "check_variants", "grid_faults", "variant_lengths", "variant_settings"]
 
@@ -51,7 +50,7 @@ def check_variants(variants: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Ma
     for name, values in variants.items():
         if not _NAME.fullmatch(name) or len(name) > _MOST_CHARACTERS:
             raise ValueError(
-                f"has the name {show_value(name)}, but a name has small letters, digits and single hyphens, "
+                f"has the name {short_repr(name)}, but a name has small letters, digits and single hyphens, "
                 f"{_MOST_CHARACTERS} at most"
             )
         if name in METHODS or _SIZED_NAME.fullmatch(name):
@@ -71,7 +70,7 @@ def grid_faults(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     where, base = f"variants.{name}", base_method(str(values["method"]))
     lengths, start = variant_lengths(values), values.get("initialization", "task")
     if ":" in str(values["method"]) and "method_size" in values:
-        yield f"{where} has method_size = {show_value(values['method_size'])} and the size of {values['method']!r}"
+        yield f"{where} has method_size = {short_repr(values['method_size'])} and the size of {values['method']!r}"
     if base in UNTRAINED:
         yield f"{where} has the method {base!r}, which trains nothing and has no variants"
     if base not in PREFIX_METHODS:
@@ -79,11 +78,11 @@ def grid_faults(name: str, values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{where} has {key!r}, but the method {base!r} has no prefix"
     is_sound = all(type(length) is int and length >= 1 for length in lengths) and len(set(lengths)) == len(lengths)
     if "prefix_length" in values and not (lengths and is_sound):
-        shown = show_value(values["prefix_length"])
+        shown = short_repr(values["prefix_length"])
         yield f"{where}.prefix_length is {shown}, but must be a whole number of at least 1, or a list of them"
     if start not in get_args(Start):
         suggestion = did_you_mean(str(start), get_args(Start)).removesuffix(".")
-        yield f"{where}.initialization is {show_value(start)} ({suggestion})"
+        yield f"{where}.initialization is {short_repr(start)} ({suggestion})"
 
 
 def variant_lengths(values: Mapping[str, Any]) -> tuple[Any, ...]:

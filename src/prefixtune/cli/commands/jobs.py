@@ -131,13 +131,15 @@ def _run(client: JobsClient, options: JobsOptions) -> int:
             client.delete("files" if _FILE_ID.fullmatch(what) else "models", what)
             print_json({"id": what, "deleted": True}) if options.as_json else console.info(f"{what} is deleted")
             return 0
+        case "follow":
+            return _follow(console, client, options, what)
         case "create":
             job = _create(console, client, options)
         case "cancel" | "pause" | "resume" as action:
             job = client.change(what, action)
         case _:
             job = client.job(what)
-    if options.follow or options.action == "follow":
+    if options.follow:
         return _follow(console, client, options, job.id)
     if options.as_json:
         print_json(job.model_dump(mode="json"))
