@@ -1,10 +1,10 @@
-"""What several commands need: the names of metrics, paths, and JSON on stdout."""
+"""What several commands need: the names of metrics, paths, scores as tables, and JSON on stdout."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -12,8 +12,9 @@ from pydantic import AfterValidator
 
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.utils.config import CommaList
+from prefixtune.utils.console import Console
 
-__all__ = ["MetricNames", "PathText", "check_metrics", "print_event", "print_json"]
+__all__ = ["MetricNames", "PathText", "check_metrics", "format_score", "print_event", "print_json", "show_scores"]
 
 
 def _check_named(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -63,3 +64,30 @@ def print_event(event: dict[str, Any]) -> None:
     """One event of a training as a line of JSON; the training goes on if a reader such as `head` closes the pipe."""
     with suppress(BrokenPipeError):
         print_json(event)
+
+
+def show_scores(console: Console, title: str, result: Mapping[str, Any], counted: str) -> None:
+    """Print the scores of an evaluation, and those of its groups.
+
+    Args:
+        console: Where.
+        title: Of the table of all scores.
+        result: As `evaluation.records.summarize` makes it.
+        counted: What the groups have so many of.
+    """
+    rows = [[name, format_score(score), score["implementation"]] for name, score in result["scores"].items()]
+    console.table(title, ["metric", "score", "implementation"], rows, result=True)
+    for grouping, groups in result.get("groups", {}).items():
+        rows = [
+            [group, f"{part['num_examples']:,}", *map(format_score, part["scores"].values())]
+            for group, part in groups.items()
+        ]
+        names = list(next(iter(groups.values()))["scores"])
+        console.table(f"by {grouping}", ["", counted, *names], rows, result=True)
+
+
+def format_score(score: Mapping[str, Any]) -> str:
+    """A score with two digits after the point on a scale of 100, otherwise four; and its interval."""
+    value, interval = score["score"], score.get("interval")
+    text = f"{value:.{2 if abs(value) >= 10 else 4}f}"
+    return f"{text} [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else text

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.errors import ConfigError, check_all
+from prefixtune.errors import ConfigError
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -19,20 +18,14 @@ __all__ = ["find_rotation", "load_backbone_of", "part_rows", "read_prefixes", "s
 
 
 def read_prefixes(files: Sequence[str]) -> list[Prefix]:
-    """Read prefixes; all faults at once.
+    """Read prefixes.
 
     Raises:
         PrefixError: One is missing or wrong.
     """
     from prefixtune.backbone.prefixes import load_prefix
 
-    read: dict[str, Prefix] = {}
-
-    def take(file: str) -> None:
-        read[file] = load_prefix(file)
-
-    check_all([partial(take, file) for file in dict.fromkeys(files)])
-    return [read[file] for file in files]
+    return [load_prefix(file) for file in files]
 
 
 def find_rotation(console: Console, prefixes: Sequence[Prefix], files: Sequence[str], backbone: str | None) -> Rotation:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.cli.composing import read_prefixes
-from prefixtune.errors import ConfigError, check_all
+from prefixtune.errors import ConfigError, short_repr
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_BACKBONE",
     "Artifact",
-    "check_data",
     "find_artifact",
     "load",
     "load_artifact",
@@ -54,9 +51,9 @@ class Artifact:
 
 def load(console: Console, name: str, options: Any, adapter: str | None = None) -> Backbone:
     """Load a backbone with the `dtype`, `device` and `quantize` of the options, and report it."""
-    from prefixtune.backbone.load import load_backbone
+    from prefixtune.backbone.load import check_loadable, load_backbone
 
-    _check_loadable(options, name, adapter)
+    check_loadable(name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter)
     with_adapter = f" with the adapter {adapter}" if adapter else ""
     console.info(f"loading {name}{with_adapter} ...")
     backbone = load_backbone(
@@ -75,28 +72,18 @@ def split_joined(text: str) -> list[str]:
     (['manual.safetensors', 'runs/style'], ['hub:me/poems'])
 
     Raises:
-        ConfigError: A name is empty, or there are too many.
+        ConfigError: A name is empty.
     """
-    if not text:
-        raise ConfigError("the name of a prefix is empty.", hint="name a file or a folder, or leave --prefix out.")
-    if "+" not in text:
-        return [text]
-    from prefixtune.prefix.composition import MAX_PARTS
-
     pieces = text.split("+")
     names: list[str] = []
     while pieces:
-        if len(names) == MAX_PARTS:
-            raise ConfigError(
-                f"{text[:40]!r}... joins more than {MAX_PARTS} prefixes.", hint="join fewer, or compose some first."
-            )
         lengths = range(min(len(pieces), _MOST_PLUSES + 1), 1, -1)
         length = next((n for n in lengths if os.path.lexists("+".join(pieces[:n]))), 1)
         names.append("+".join(pieces[:length]))
         pieces = pieces[length:]
-    if len(names) > 1 and "" in names:
+    if "" in names:
         raise ConfigError(
-            f"one of the joined names in {text!r} is empty.", hint="write one + between two names, as in a+b."
+            f"--prefix is {short_repr(text)}, which names no file.", hint="as in a+b, with one + between names."
         )
     return names
 
@@ -119,31 +106,11 @@ def prefix_files(text: str) -> list[str]:
     """The files that a text of --prefix names.
 
     Raises:
-        PrefixError: A name is empty, there are too many, or one of them is missing.
+        PrefixError: A name is empty, or one of them is missing.
     """
     from prefixtune.prefix.hub import prefix_file
 
     return [str(prefix_file(name)) for name in split_joined(text)]
-
-
-def check_data(path: str | None, task: str | None = None) -> None:
-    """Refuse data that is nowhere, before it can be read, to report it together with other mistakes.
-
-    Args:
-        path: A file, a folder, or what else names data; empty: none.
-        task: How it is read; empty: not known yet.
-
-    Raises:
-        PrefixError: Nothing is there.
-    """
-    from prefixtune.data import TASKS
-    from prefixtune.data.hub import is_dataset
-    from prefixtune.data.streams import check_exists, is_stdin
-
-    tasks = [TASKS[task]] if task in TASKS else TASKS.values()
-    is_made_here = any(one.parts and (task or path in one.parts) for one in tasks)
-    if path and not (is_stdin(path) or is_dataset(path) or is_made_here):
-        check_exists(Path(path))
 
 
 def read_prefix(text: str) -> Prefix:
@@ -195,45 +162,20 @@ def load_with_prefixes(
         check: Checks the prefixes, one per text of `files`, against other options; called before the backbone loads.
 
     Raises:
-        PrefixError: A prefix or an option is wrong, or they do not fit each other; all faults at once.
+        PrefixError: A prefix or an option is wrong, or they do not fit each other.
     """
-    # Read first: wrong files are reported at once, before the model loads; missing ones before torch is imported.
-    parts: list[list[str]] = []
+    # Wrong files are reported before the model loads, missing ones before torch is imported.
+    parts = [prefix_files(text) for text in files]
 
-    def find(text: str) -> None:
-        parts.append(prefix_files(text))
-
-    check_all([partial(find, text) for text in files])
-
-    from prefixtune.backbone.load import check_size
     from prefixtune.backbone.prefixes import load_prefix, named_backbone, trained_adapter
     from prefixtune.prefix.compose import concatenate
-    from prefixtune.prefix.text_format import read_text_format
 
-    files = [file for names in parts for file in names]
-    prefixes = read_prefixes(files)
-    stored = dict(zip(files, prefixes, strict=True))
-    name = options.backbone or named_backbone(prefixes)
-    adapter = options.adapter or trained_adapter([Path(file) for file in files], prefixes)
-
-    def check_joined() -> None:
-        joined: list[Prefix] = []
-
-        def join(names: Sequence[str]) -> None:
-            joined.append(_join([stored[name] for name in names], names))
-
-        check_all([partial(join, names) for names in parts])
-        if check is not None:
-            check(joined)
-
-    check_all(
-        [
-            partial(_check_loadable, options, name, adapter),
-            *(partial(read_text_format, prefix.header) for prefix in prefixes),
-            *(partial(check_size, prefix, name) for prefix in prefixes),
-            check_joined,
-        ]
-    )
+    read = {file: load_prefix(file) for names in parts for file in names}
+    joined = [_join([read[name] for name in names], names) for names in parts]
+    if check is not None:
+        check(joined)
+    name = options.backbone or named_backbone(list(read.values()))
+    adapter = options.adapter or trained_adapter([Path(file) for file in read], list(read.values()))
     backbone = load(console, name, options, adapter)
 
     def load_one(file: str) -> Prefix:
@@ -245,12 +187,6 @@ def load_with_prefixes(
         else concatenate([load_one(name) for name in names], backbone.rotation, names=names)
         for names in parts
     ]
-
-
-def _check_loadable(options: Any, name: str, adapter: str | None = None) -> None:
-    from prefixtune.backbone.load import check_loadable
-
-    check_loadable(name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter)
 
 
 def find_artifact(options: Any, file: str | None) -> Artifact:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from prefixtune.cli.main import main
-from prefixtune.errors import first_line
 
 
 def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,34 +22,27 @@ def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "message", "hint"),
+    ("arguments", "kind", "named"),
     [
-        (["trian", "--json"], "ConfigError", "'trian'", "did you mean 'train'?"),
-        (["--json"], "ConfigError", "COMMAND", "prefixtune --help"),
-        (
-            ["train", "--json", "--seed", "x"],
-            "ConfigError",
-            "--seed is 'x', but must be a whole number",
-            "prefixtune train --help",
-        ),
-        (["train", "--json", "--sead=3"], "ConfigError", "'--sead' (did you mean '--seed'?)", "train --help"),
-        (["train", "--json"], "ConfigError", "no training file", "--train"),
-        (["inspect", "/nowhere.safetensors", "--json"], "CheckpointError", "/nowhere.safetensors", "check the path"),
-        (["report", "/nowhere", "--json"], "DataError", "/nowhere", ""),
+        (["trian", "--json"], "ConfigError", "train"),
+        (["--json"], "ConfigError", "--json"),
+        (["train", "--json", "--seed", "x"], "ConfigError", "--seed"),
+        (["train", "--json", "--sead=3"], "ConfigError", "--seed"),
+        (["train", "--json"], "ConfigError", "train"),
+        (["inspect", "/nowhere.safetensors", "--json"], "CheckpointError", "/nowhere.safetensors"),
+        (["report", "/nowhere", "--json"], "DataError", "/nowhere"),
     ],
 )
 def test_with_json_a_mistake_is_one_object_on_stderr(
-    arguments: list[str], kind: str, message: str, hint: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], kind: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     error = json.loads(err)
     assert error.keys() == {"error", "hint", "kind", "exit_code"}
-    assert error["kind"] == kind
-    assert error["exit_code"] == 2
-    assert message in error["error"]
-    assert hint in error["hint"]
+    assert (error["kind"], error["exit_code"]) == (kind, 2)
+    assert named in error["error"]
 
 
 def test_json_that_is_a_text_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,12 +83,8 @@ def test_too_little_memory_is_no_bug(
     assert main([*words, "--json"]) == 2
     message = json.loads(capsys.readouterr().err)
     assert (message["kind"], message["exit_code"]) == ("OutOfMemoryError", 2)
-    assert message["error"] == f"out of memory: {first_line(error).removesuffix('.')}."
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: out of memory: ")
-    assert "hint: " in said
-    assert "--batch-size" in said
+    assert "--batch-size" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path: Path) -> None:

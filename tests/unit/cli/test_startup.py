@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from prefixtune.utils.collector import not_collecting, seldom_collecting
 
 WATCH = """
 import contextlib, io, sys
@@ -65,24 +62,3 @@ def test_generate_imports_no_part_that_it_does_not_need(tmp_path: Path, tiny_mod
     assert own.isdisjoint({"engine", "training", "evaluation", "server", "studies", "report", "jobs", "doctor"})
     other = {"torch._inductor.compile_fx", "transformers.trainer", "peft", "onnx", "pandas", "sklearn", "matplotlib"}
     assert modules.isdisjoint({*other, "sacrebleu", "fastapi", "datasets", "wandb", "tensorboard", "llguidance"})
-
-
-def test_a_program_collects_more_seldom_and_still_when_it_ends() -> None:
-    """Libraries tell of leaks where objects that refer to each other are not looked for at the end."""
-    before, frozen = gc.get_threshold(), gc.get_freeze_count()
-    with seldom_collecting():
-        assert gc.isenabled()
-        assert before[0] < gc.get_threshold()[0] < 100_000
-    assert gc.isenabled()
-    assert gc.get_threshold() == before
-    assert gc.get_freeze_count() == frozen
-
-
-def test_the_collector_is_as_before_after_a_pause() -> None:
-    assert gc.isenabled()
-    with not_collecting():
-        assert not gc.isenabled()
-        with not_collecting():
-            pass
-        assert not gc.isenabled()
-    assert gc.isenabled()

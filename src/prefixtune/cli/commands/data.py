@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from prefixtune.cli.common import print_json
-from prefixtune.cli.loading import check_data
 from prefixtune.cli.options import CommandOptions, command, json_option, positional
-from prefixtune.errors import ConfigError, check_all
+from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.console import safe_text
 
@@ -65,7 +63,6 @@ def data(options: DataOptions) -> int:
     fields = TrainConfig.model_fields.keys() & options.given(DataOptions).keys()
     if not options.file and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("there is no data to look at.", hint="name a file, or send one: prefixtune data < rows.jsonl")
-    check_all([partial(check_data, path, options.task) for path in (options.file, options.test)])
     given = {name: getattr(options, name) for name in fields}
     config = TrainConfig(train=options.file or "-", **given, initialization="random")
     report = report_data(config, test=options.test, max_rows=options.rows, max_tokenized=options.sample)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import MetricNames, PathText, check_metrics, print_json
+from prefixtune.cli.common import MetricNames, PathText, check_metrics, print_json, show_scores
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
-from prefixtune.cli.loading import Artifact, check_data, find_artifact, load_artifact, split_joined
+from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, split_joined
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option
-from prefixtune.errors import ConfigError, DataError, PrefixError, check_all
+from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.data import Example, Task
     from prefixtune.data.labels import Labels
-    from prefixtune.evaluation.metrics import Score
     from prefixtune.evaluation.records import Evaluation
     from prefixtune.inference.config import GenerateConfig
 
@@ -104,19 +102,11 @@ def evaluate(options: EvaluateOptions) -> int:
     """
     from prefixtune.data import TASKS
     from prefixtune.evaluation.records import summarize, write_evaluation
-    from prefixtune.utils.files import write_text
+    from prefixtune.utils.files import check_writable, write_text
 
     console = Console(quiet=options.quiet)
     # Everything that can be wrong is reported before the model loads.
-    found: list[Artifact] = []
-    check_all(
-        [
-            lambda: found.append(find_artifact(options, options.prefix)),
-            partial(check_data, options.data, options.task),
-            partial(check_data, options.train, options.task),
-        ]
-    )
-    (artifact,) = found
+    artifact = find_artifact(options, options.prefix)
     name, columns, examples = _read_examples(console, options, artifact)
     task = TASKS[name]
     metrics = _check_metrics(options.metrics, task, examples) if options.metrics else task.metrics
@@ -126,7 +116,8 @@ def evaluate(options: EvaluateOptions) -> int:
         print(config.to_toml().rstrip())
         return 0
     note_unused(console, options, config)
-    _check_outputs(options)
+    for path in filter(None, (options.outputs, options.output and f"{options.output}/any")):
+        check_writable(Path(path))
     shots = _read_shots(options, name, columns)
     overlap = _overlap(console, examples, _training_files(options, artifact, shots), shots)
     outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots, labels)
@@ -137,14 +128,26 @@ def evaluate(options: EvaluateOptions) -> int:
         )
     if options.output:
         method = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
-        facts = {**_describe(options, name, "few-shot" if shots else method), **settings, **overlap}
+        of = options.run_folder or options.prefix or options.backbone or "the bare model"
+        facts = {
+            "title": f"{of} on {name}{f' ({options.split})' if options.split else ''}",
+            "task": name,
+            "data": Path(options.data).name,
+            "split": options.split or None,
+            "method": "few-shot" if shots else method,
+            **settings,
+            **overlap,
+        }
         write_evaluation(Path(options.output), outcome, examples, facts, protocol=task.protocol)
         console.info(f"scores, outputs and settings: {options.output}")
+    summary = summarize(outcome)
     if options.as_json:
         facts = {"num_examples": len(examples), "task": name, "prefix": options.prefix, "run": options.run_folder}
-        print_json({**summarize(outcome), **facts, **overlap})
+        print_json({**summary, **facts, **overlap})
     else:
-        _print_scores(console, outcome, len(examples), options.data)
+        show_scores(console, f"{len(examples)} examples of {options.data}", summary, "examples")
+        for left_out, reason in outcome.left_out.items():
+            console.info(f"{left_out} was left out: {reason}")
     if options.outputs:
         write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
     return 0
@@ -200,21 +203,6 @@ def _check_labels(
     if labels is not None:
         check_known(examples, labels)
     return labels
-
-
-def _check_outputs(options: EvaluateOptions) -> None:
-    """Check that --outputs and --output can be written.
-
-    Raises:
-        PrefixError: One cannot.
-    """
-    from prefixtune.evaluation.decode import DECODED_FILE
-    from prefixtune.utils.files import check_writable
-
-    if options.outputs:
-        check_writable(Path(options.outputs))
-    if options.output:
-        check_writable(Path(options.output) / DECODED_FILE)
 
 
 def _columns(options: EvaluateOptions, task: str, artifact: Artifact) -> tuple[str | None, str | None]:
@@ -284,17 +272,6 @@ def _evaluate(
         # Model cards take the scores of this very prefix alone.
         facts["prefix_hash"] = content_hash(prefix)
     return outcome, facts
-
-
-def _describe(options: EvaluateOptions, task: str, method: str) -> dict[str, Any]:
-    """What was evaluated, for the files of --output."""
-    return {
-        "title": _title(options, task),
-        "task": task,
-        "data": Path(options.data).name,
-        "split": options.split or None,
-        "method": method,
-    }
 
 
 def _check_text_options(options: EvaluateOptions) -> None:
@@ -411,33 +388,6 @@ def _training_set(console: Console, file: str | Path) -> tuple[str, Sequence[Exa
         console.info(f"not compared with the training set: {error.message}")
         return None
     return None if training is None else (config.train or config.task, training)
-
-
-def _title(options: EvaluateOptions, task: str) -> str:
-    of = options.run_folder or options.prefix or options.backbone or "the bare model"
-    return f"{of} on {task}{f' ({options.split})' if options.split else ''}"
-
-
-def _print_scores(console: Console, outcome: Evaluation, count: int, data: str) -> None:
-    rows = []
-    for name, score in outcome.scores.items():
-        interval = "" if score.interval is None else f" [{score.interval[0]:.4g}, {score.interval[1]:.4g}]"
-        rows.append([name, f"{_format_score(score)}{interval}", score.implementation])
-    console.table(f"{count} examples of {data}", ["metric", "score", "implementation"], rows, result=True)
-    for grouping, groups in outcome.groups.items():
-        lines = [
-            [group, str(scores.num_examples), *map(_format_score, scores.scores.values())]
-            for group, scores in groups.items()
-        ]
-        names = list(next(iter(groups.values())).scores)
-        console.table(f"by {grouping}", ["", "examples", *names], lines, result=True)
-    for name, reason in outcome.left_out.items():
-        console.info(f"{name} was left out: {reason}")
-
-
-def _format_score(score: Score) -> str:
-    """A score with two digits after the point on a scale of 100, otherwise four."""
-    return f"{score.score:.{2 if abs(score.score) >= 10 else 4}f}"
 
 
 def _is_conll(path: str) -> bool:

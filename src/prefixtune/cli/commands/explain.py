@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +11,9 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.decoding import BackboneOptions
-from prefixtune.cli.loading import check_data, load_with_prefixes, prefix_files, short_name
+from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option, positional
-from prefixtune.errors import ConfigError, PrefixError, check_all, did_you_mean
+from prefixtune.errors import ConfigError, PrefixError, did_you_mean
 from prefixtune.training.config import FormName
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
@@ -84,8 +83,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
             yield ("output",), f"--output is {self.output!r}, but must be the name of an .html file"
         for name in self.views:
             if name not in TITLES:
-                hint = did_you_mean(name, TITLES).removesuffix(".")
-                yield ("views",), f"--views has {name!r}, which is no view ({hint})"
+                yield ("views",), f"--views has {name!r}, which is no view ({did_you_mean(name, TITLES)[:-1]})"
         for name in ("task", "split", "source", "target", "form"):
             if getattr(self, name) and not (self.data or self.train):
                 yield (name,), f"--{name} says how --data is read: give --data PATH too"
@@ -115,12 +113,6 @@ def explain(options: ExplainOptions) -> int:
     examples: list[Example] = []
     train: list[Example] = []
     files = [options.prefix, *([options.against] if options.against else [])]
-    check_all(
-        [
-            *(partial(prefix_files, file) for file in files),
-            *(partial(check_data, path, options.task) for path in (options.data, options.train)),
-        ]
-    )
     backbone, prefixes = load_with_prefixes(
         console, options, files, check=lambda read: _read_all(options, read, examples, train)
     )
@@ -134,15 +126,11 @@ def explain(options: ExplainOptions) -> int:
     )
     names = [name for name in TITLES if name in (options.views or TITLES)]
     views: list[View] = []
-    stopped = False
     try:
         _make_views(console, names, views, backbone, prefixes, {"examples": examples, "train": train}, limits)
-    except KeyboardInterrupt:
-        stopped = True
-    figures = _write(options, page, views, prefixes[0], backbone.name, len(examples[: options.rows])) if views else []
-    if stopped:
-        done = f"{len(views)} of {len(names)} views are done: {page}." if views else "no view was done."
-        raise KeyboardInterrupt(done)
+    finally:
+        # A stopped run writes the views that are done.
+        figures = _write(options, page, views, prefixes[0], backbone.name, len(examples[: options.rows]))
     if options.as_json:
         print_json({**summarize(prefixes[0], backbone, views), "page": str(page), "figures": figures})
     else:

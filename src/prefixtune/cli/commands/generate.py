@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,9 @@ from pydantic import Field
 
 from prefixtune.cli.common import PathText, print_json
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
-from prefixtune.cli.loading import (
-    Artifact,
-    find_artifact,
-    load_artifact,
-    load_with_prefixes,
-    prefix_files,
-    read_prefix,
-)
+from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, load_with_prefixes, read_prefix
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.errors import ConfigError, DataError, PrefixError, RequestError, check_all
+from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console, safe_text
 
@@ -39,10 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["generate", "unescape"]
 
 
-_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.|$)", re.DOTALL)
-MOST_LINES = 1_000_000
-"""Most texts that are read from stdin."""
-_PLAIN = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+# Half characters (\ud800 to \udfff) are no text.
+_ESCAPE = re.compile(r"\\(?:u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|[nrt\\])")
 
 
 class GenerateOptions(DecodingOptions, OutputOptions):
@@ -107,21 +98,17 @@ def generate(options: GenerateOptions) -> int:
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """
     console = Console(quiet=options.quiet)
-    lines: list[Source] = []
-    checks = [] if options.print_config else [lambda: lines.extend(_read_texts(options, console))]
-    # Everything that can be wrong is reported before the model loads.
-    check_all([*checks, *(partial(prefix_files, name) for name in dict.fromkeys(options.prefix))])
+    artifact = find_artifact(options, None) if options.run_folder else Artifact()
+    stored = {name: read_prefix(name).header for name in dict.fromkeys(options.prefix)}
+    headers = list(stored.values()) or [artifact.header]
+    lines = [] if options.print_config else _read_texts(options, console, headers)
     # Blank lines of stdin have empty results, so that the lines of sources and results match.
     kept = [index for index, line in enumerate(lines) if options.texts or not isinstance(line, str) or line.strip()]
     texts = [lines[index] for index in kept]
     several = len(options.prefix) > 1 and not options.print_config
     names = [options.prefix[index] for index in kept] if several else list(options.prefix)
-    artifact = Artifact()
-    if options.run_folder:
-        artifact = find_artifact(options, None)
-        names = [artifact.prefix] if artifact.prefix else []
-    stored = [read_prefix(name) for name in names]
-    headers = [prefix.header for prefix in stored] if artifact.weights is None else [artifact.header]
+    if artifact.prefix:
+        names = [artifact.prefix]
     config = generate_config(options, headers)
     if options.print_config:
         print(config.to_toml().rstrip())
@@ -148,13 +135,18 @@ def generate(options: GenerateOptions) -> int:
     return 0
 
 
-def _read_texts(options: GenerateOptions, console: Console) -> list[Source]:
+def _read_texts(options: GenerateOptions, console: Console, headers: Sequence[Mapping[str, Any]]) -> list[Source]:
     """The texts of the arguments or of stdin, or the texts and conversations of a file.
 
     Raises:
         PrefixError: There is none, one is no UTF-8, or their number does not fit the other options.
     """
-    lines: list[Source] = _read_data(options, console) if options.data else list(_given_texts(options, console))
+    lines: list[Source]
+    if options.data:
+        lines = _read_data(options, console, headers)
+    else:
+        typed = list(options.texts) or _stdin_lines()
+        lines = [*map(unescape, typed)] if options.escapes else [*typed]
     if options.stream and len(lines) != 1:
         raise ConfigError(
             f"--stream prints one text while it is generated, but got {len(lines)}.", hint="give one text."
@@ -166,15 +158,7 @@ def _read_texts(options: GenerateOptions, console: Console) -> list[Source]:
     return lines
 
 
-def _given_texts(options: GenerateOptions, console: Console) -> list[str]:
-    lines = list(options.texts) or _stdin_lines(console)
-    _check_texts(lines)
-    if options.escapes:
-        lines = [unescape(line, number) for number, line in enumerate(lines, start=1)]
-    return lines
-
-
-def _read_data(options: GenerateOptions, console: Console) -> list[Source]:
+def _read_data(options: GenerateOptions, console: Console, headers: Sequence[Mapping[str, Any]]) -> list[Source]:
     """The source of every row of a file: of a conversation, all messages before the last answer; a text as it is.
 
     Rows that have the columns of the prefix's training are read as it read them, unless --form is given.
@@ -186,40 +170,26 @@ def _read_data(options: GenerateOptions, console: Console) -> list[Source]:
     from prefixtune.data.templates import check_template
 
     path = locate(Path(options.data), None, FORMATS, {})
-    task, template = ("", "") if options.form else _trained_source(options)
+    trained = {_trained_source(header) for header in headers}
+    task, template = trained.pop() if len(trained) == 1 and not options.form else ("", "")
     if template and set(check_template(template)) <= next(iter_file(path)).values.keys():
         sources = read_sources(task, path, template)
         console.info(f"{options.data}: read as in training, by {template!r}: {len(sources):,} rows")
         return [*sources]
-    try:
-        form, row = file_form(path, form=options.form, needs_targets=False)
-    except DataError as error:
-        if "--source" in error.hint:
-            raise DataError(error.message, hint="rename the columns, or give the texts on stdin.") from error
-        raise
+    form, row = file_form(path, form=options.form, needs_targets=False)
     examples = list(iter_form(iter_file(path), form))
     console.info(describe_data(form, examples, options.data, row))
     return [example.messages or example.source or example.targets[0] for example in examples]
 
 
-def _trained_source(options: GenerateOptions) -> tuple[str, str]:
-    """The task, and the column or template of the sources in the training of the prefixes or of the run.
-
-    Both are empty where there is none, where they differ, and where a file cannot be read, which is reported elsewhere.
-    """
+def _trained_source(header: Mapping[str, Any]) -> tuple[str, str]:
+    """The task, and the column or template of the sources in the training of a prefix or a run; both may be empty."""
     from prefixtune.data import TASKS
     from prefixtune.prefix.text_format import read_text_format
 
-    found: set[tuple[str, str]] = set()
-    try:
-        for name in dict.fromkeys(options.prefix) or (None,):
-            header = find_artifact(options, name).header
-            stored, task = read_text_format(header), str(header.get("task"))
-            takes_columns = task in TASKS and TASKS[task].takes_columns
-            found.add((task, stored.source) if stored is not None and takes_columns else ("", ""))
-    except PrefixError:
-        return "", ""
-    return found.pop() if len(found) == 1 else ("", "")
+    stored, task = read_text_format(header), str(header.get("task"))
+    takes_columns = task in TASKS and TASKS[task].takes_columns
+    return (task, stored.source) if stored is not None and takes_columns else ("", "")
 
 
 def _last_text(source: Source) -> str:
@@ -234,21 +204,6 @@ def _shown(source: Source) -> dict[str, Any]:
     from prefixtune.data.chat import as_conversation
 
     return {"text": source} if isinstance(source, str) else {"messages": as_conversation(source)}
-
-
-def _check_texts(lines: Sequence[str]) -> None:
-    """Refuse lines whose bytes are no UTF-8; the system may pass them as half characters.
-
-    Raises:
-        ConfigError: A text is no UTF-8.
-    """
-    for number, line in enumerate(lines, start=1):
-        try:
-            line.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"text {number} is not UTF-8 text: {line[:40]!r}.", hint="convert it to UTF-8."
-            ) from error
 
 
 def _common_labels(headers: Sequence[Mapping[str, Any]], options: GenerateOptions) -> Labels | None:
@@ -437,58 +392,26 @@ def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
     return {label: round(share, 6) for label, share in probabilities.items()}
 
 
-def unescape(text: str, number: int = 1) -> str:
-    r"""Read the escapes of a text: `\n`, `\r`, `\t`, `\\` and `\uXXXX`.
+def unescape(text: str) -> str:
+    r"""Read the escapes of a text: `\n`, `\r`, `\t`, `\\` and `\uXXXX`; what is none stays as it is.
 
     >>> unescape(r"two\nlines \\n")
     'two\nlines \\n'
-
-    Args:
-        text: The text as typed.
-        number: The number of the text, for messages.
-
-    Raises:
-        ConfigError: Another escape.
     """
-
-    def read(escape: re.Match[str]) -> str:
-        plain = _PLAIN.get(escape[0])
-        if plain is not None:
-            return plain
-        if len(escape[0]) == 6 and not 0xD800 <= int(escape[0][2:], 16) <= 0xDFFF:
-            return chr(int(escape[0][2:], 16))
-        raise ConfigError(
-            f"text {number} has the escape {escape[0]}, but only \\n, \\r, \\t, \\\\ and \\uXXXX are read.",
-            hint="write \\\\ for a backslash, or leave --escapes out.",
-        )
-
-    return _ESCAPE.sub(read, text)
+    return _ESCAPE.sub(lambda escape: json.loads(f'"{escape[0]}"'), text)
 
 
-def _stdin_lines(console: Console) -> list[str]:
+def _stdin_lines() -> list[str]:
     """The lines of stdin.
 
     Raises:
-        ConfigError: There is no text, or there are too many lines.
+        ConfigError: There is no text.
         DataError: A line is too long, or is no UTF-8 text.
     """
     from prefixtune.data.streams import MAX_FILE_BYTES, STDIN, text_lines, text_pieces
 
-    lines: list[str] = []
-    for line in text_lines(text_pieces(Path(STDIN), MAX_FILE_BYTES), "stdin", universal=True):
-        if len(lines) == MOST_LINES:
-            raise ConfigError(
-                f"stdin has more than {MOST_LINES:,} lines.", hint="use --data FILE, or give the lines in parts."
-            )
-        lines.append(line.rstrip("\r\n"))
-    blank = [str(number) for number, line in enumerate(lines, start=1) if not line.strip()]
-    if len(blank) == len(lines):
+    pieces = text_pieces(Path(STDIN), MAX_FILE_BYTES)
+    lines = [line.rstrip("\r\n") for line in text_lines(pieces, "stdin", universal=True)]
+    if not any(line.strip() for line in lines):
         raise ConfigError("stdin holds no text.", hint="give one source a line.")
-    if blank:
-        listed = ", ".join(blank[:5]) + (f" and {len(blank) - 5} more" if len(blank) > 5 else "")
-        several = len(blank) > 1
-        console.info(
-            f"line{'s' * several} {listed} of stdin {'are' if several else 'is'} blank, and so "
-            f"{'are their results' if several else 'is its result'}"
-        )
     return lines

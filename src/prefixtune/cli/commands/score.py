@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from prefixtune.cli.common import MetricNames, check_metrics, print_json
+from prefixtune.cli.common import MetricNames, check_metrics, format_score, print_json, show_scores
 from prefixtune.cli.options import CommandOptions, command, form_option, json_option
-from prefixtune.errors import ConfigError, DataError, PrefixError, check_all, did_you_mean
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.config import FormName
-from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.data import Example
     from prefixtune.evaluation.metrics import Comparison, Measurement
-    from prefixtune.evaluation.outputs import Output
 
 __all__ = ["score"]
 
@@ -43,17 +40,12 @@ class ScoreOptions(CommandOptions):
     metrics: MetricNames = Field(
         (), description="such as bleu,nist (default: those of the protocol)", json_schema_extra={"metavar": "NAMES"}
     )
-    protocol: str | None = Field(
-        None, description="e2e, webnlg, dart, summarization or plain: how texts are prepared (default: the task's)"
+    protocol: Literal["", "e2e", "webnlg", "dart", "summarization", "plain"] = Field(
+        "", description="how texts are prepared (default: the task's)"
     )
     intervals: bool = Field(False, description=f"bootstrap intervals of {_LEVEL:.0%}")
     samples: int = Field(1000, ge=2, description="draws of intervals and of the test")
     seed: int = Field(0, ge=0, description="of the draws")
-    weights: TextList = Field(
-        (),
-        description="model of bertscore: a folder, or a name of the hub",
-        json_schema_extra={"metavar": "METRIC=MODEL"},
-    )
     split: Literal["", "train", "dev", "test"] = Field("", description="which part, if the references are a folder")
     limit: int = Field(0, ge=0, description="only the first N examples, as `evaluate --limit`; 0: all")
     source: str | None = Field(None, description="records, classification, tagging: column or template")
@@ -61,28 +53,6 @@ class ScoreOptions(CommandOptions):
     form: Literal["", FormName] = form_option()
     as_json: bool = json_option("the scores")
     quiet: bool = Field(False, description="no warnings, only results and errors")
-
-    @field_validator("protocol")
-    @classmethod
-    def _check_protocol(cls, name: str) -> str:
-        from prefixtune.evaluation.metrics import PROTOCOLS
-
-        if name not in PROTOCOLS:
-            raise ValueError(f"is {name!r}, which is no protocol ({did_you_mean(name, PROTOCOLS).removesuffix('.')})")
-        return name
-
-    @field_validator("weights")
-    @classmethod
-    def _check_weights(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
-        from prefixtune.evaluation.metrics import METRICS
-
-        for text in texts:
-            metric, _, model = text.partition("=")
-            if not model:
-                raise ValueError(f"has {text!r}, but METRIC=MODEL is needed, as in bertscore=models/roberta")
-            if metric not in METRICS:
-                raise ValueError(f"has the metric {metric!r} ({did_you_mean(metric, METRICS).removesuffix('.')})")
-        return texts
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Standard input is one file."""
@@ -102,15 +72,22 @@ def score(options: ScoreOptions) -> int:
         prefixtune score --task e2e --hypotheses out.txt --references testset_w_refs.csv
         prefixtune score --task webnlg --hypotheses a.txt --against b.txt --references test.jsonl --metrics bleu,ter
     """
-    from prefixtune.data import TASKS
+    from prefixtune.data import TASKS, read_task, resolve_task
+    from prefixtune.evaluation.evaluate import check_examples
+    from prefixtune.evaluation.metrics import METRICS
 
     console = Console(quiet=options.quiet)
-    options = _resolve_task(options)
-    examples, outputs = _read_files(options)
+    columns: dict[str, Any] = {name: getattr(options, name) or None for name in ("source", "target", "split")} | {
+        "form": options.form
+    }
+    options = options.replace(task=resolve_task(options.task, options.references, **columns)[0])
+    examples = read_task(options.task, options.references, needs_targets=True, **columns)
     names = [name for name in (options.hypotheses, options.against) if name is not None]
-    systems = [_outputs_of_examples(console, options, name, outputs[name], examples) for name in names]
+    systems = [_outputs_of_examples(console, options, name, examples) for name in names]
     examples = examples[: options.limit or None]
+    check_examples(examples, options.protocol or TASKS[options.task].protocol, TASKS[options.task].targets_hint)
     kind = TASKS[options.task].kind
+    check_metrics(options.metrics, METRICS if kind == "generation" else _LABEL_METRICS[kind])
     if kind == "generation":
         result = _score_texts(options, examples, systems)
     else:
@@ -125,89 +102,7 @@ def score(options: ScoreOptions) -> int:
     return 0
 
 
-def _resolve_task(options: ScoreOptions) -> ScoreOptions:
-    """The options with the task that the references' columns show, if they are recognized."""
-    from prefixtune.data import resolve_task
-
-    split = options.split or None
-    try:
-        task, _, _ = resolve_task(
-            options.task,
-            options.references,
-            source=options.source,
-            target=options.target,
-            split=split,
-            form=options.form,
-        )
-    except PrefixError:
-        return options  # It is said when the files are read, together with all else.
-    return options.replace(task=task)
-
-
-def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[Output]]]:
-    """All examples, and file -> its outputs; each example to be scored has a reference.
-
-    Raises:
-        PrefixError: A file cannot be read, a metric is unknown, an option is for texts only, or an example has no
-            reference.
-    """
-    from prefixtune.data import TASKS, read_task
-    from prefixtune.data.streams import shown
-    from prefixtune.evaluation.metrics import METRICS
-    from prefixtune.evaluation.outputs import read_outputs
-
-    columns: dict[str, Any] = {
-        "source": options.source,
-        "target": options.target,
-        "split": options.split or None,
-        "form": options.form,
-        "needs_targets": True,
-    }
-    examples: list[Example] = []
-    outputs: dict[str, list[Output]] = {}
-
-    def read_system(name: str) -> None:
-        outputs[name] = read_outputs(Path(name))
-
-    names = [name for name in (options.hypotheses, options.against) if name is not None]
-    # An unknown task is named when its files are read.
-    kind = TASKS[options.task].kind if options.task in TASKS else ""
-    metrics = _LABEL_METRICS.get(kind, METRICS) if kind else ()
-    check_all(
-        [
-            lambda: examples.extend(read_task(options.task, options.references, **columns)),
-            *(partial(read_system, name) for name in names),
-            *([partial(check_metrics, options.metrics, metrics)] if metrics else []),
-            *([partial(_check_label_options, options, kind)] if kind in _LABEL_METRICS else []),
-        ]
-    )
-    for number, example in enumerate(examples[: options.limit or None], start=1):
-        if not example.targets:
-            raise DataError(
-                f"example {number} of {shown(options.references)} ({example.source[:60]!r}) has no reference.",
-                hint=TASKS[options.task].targets_hint,
-            )
-    return examples, outputs
-
-
-def _check_label_options(options: ScoreOptions, kind: str) -> None:
-    """Refuse what labels and tags have no use for.
-
-    Raises:
-        ConfigError: Such an option is given.
-    """
-    names = ("against", "intervals", "protocol", "samples", "seed", "weights")
-    given = [options.flag(name) for name in names if getattr(options, name) != options.default(name)]
-    if given:
-        verb, them = ("is", "it") if len(given) == 1 else ("are", "them")
-        raise ConfigError(
-            f"{', '.join(given)} {verb} for texts, but the task {options.task!r} is {kind}.", hint=f"leave {them} out."
-        )
-
-
-def _outputs_of_examples(
-    console: Console, options: ScoreOptions, name: str, outputs: list[Output], examples: Sequence[Example]
-) -> list[str]:
+def _outputs_of_examples(console: Console, options: ScoreOptions, name: str, examples: Sequence[Example]) -> list[str]:
     """The outputs of a file, one for each example, or for the first ones of --limit.
 
     Raises:
@@ -215,55 +110,25 @@ def _outputs_of_examples(
             without outputs; or one names the source of another example.
     """
     from prefixtune.data import read_all_entries
-    from prefixtune.data.streams import shown
-    from prefixtune.evaluation.outputs import check_sources, check_texts
+    from prefixtune.evaluation.outputs import check_sources, check_texts, read_outputs
 
+    outputs = read_outputs(Path(name))
     check_texts(Path(name), outputs, examples)
     chosen = examples[: options.limit or None]
     if len(outputs) not in (len(chosen), len(examples)):
         # Perhaps for all entries, including those without a reference.
         entries = read_all_entries(options.task, options.references, split=options.split or None)
         if len(outputs) != len(entries):
-            raise _wrong_count(options, name, len(outputs), len(examples), len(entries))
+            raise DataError(
+                f"{name!r} has {len(outputs):,} outputs, but {options.references!r} has {len(examples):,} examples.",
+                hint="write one output for each distinct source, in order; --limit N takes the first ones.",
+            )
         reason = f"{len(entries) - len(examples)} of {len(entries):,} entries have no text to compare with"
-        console.info(f"{shown(name)}: {reason}; the outputs for them are left out")
+        console.info(f"{name}: {reason}; the outputs for them are left out")
         outputs = [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]
     outputs = outputs[: len(chosen)]
     check_sources(outputs, chosen)
     return [output.text for output in outputs]
-
-
-def _wrong_count(options: ScoreOptions, name: str, num_outputs: int, num_examples: int, num_entries: int) -> DataError:
-    """The error of outputs whose number is not that of the examples."""
-    from prefixtune.data.streams import shown
-
-    hint = "write one output a line, in the order of the examples; an empty output is an empty line."
-    more = ""
-    if num_entries > num_examples:
-        more = f" (or {num_entries:,}, with the entries that have no text to compare with)"
-    elif (num_rows := _num_merged_rows(options)) > num_examples:
-        more = f" ({num_rows:,} rows, {num_examples:,} distinct sources)"
-        hint = "write one output for each distinct source, in the order of their first rows."
-    if num_outputs < num_examples:
-        hint += f" If they are of the first {num_outputs:,} examples: --limit {num_outputs}."
-    return DataError(
-        f"{shown(name)} has {num_outputs:,} outputs, but {shown(options.references)} has {num_examples:,} "
-        f"examples{more}; the counts must agree.",
-        hint=hint,
-    )
-
-
-def _num_merged_rows(options: ScoreOptions) -> int:
-    """The rows of the references, if those of one source are one example; otherwise 0."""
-    from prefixtune.data import TASKS
-    from prefixtune.data.files import iter_file
-    from prefixtune.data.folders import locate
-
-    task = TASKS[options.task]
-    if not task.merges:
-        return 0
-    file = locate(Path(options.references), options.split or None, task.formats, task.release)
-    return sum(1 for _ in iter_file(file))
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -333,7 +198,6 @@ def _measure(
 
     protocol = options.protocol or TASKS[options.task].protocol
     names = options.metrics or None
-    weights = dict(text.split("=", 1) for text in options.weights)
     references = [references_of(example, protocol) for example in examples]
     measured = [
         measure(
@@ -341,7 +205,6 @@ def _measure(
             references,
             protocol=protocol,
             metrics=names,
-            weights=weights,
             left_out=left_out if names is None else None,
         )
         for outputs in systems
@@ -391,40 +254,24 @@ def _score_labels(
 
 def _show(console: Console, result: Mapping[str, Any], options: ScoreOptions) -> None:
     """Print tables of the scores, of the groups and of the comparison."""
-    from prefixtune.data.streams import shown
-
-    scores = result["scores"]
-    rows = [[name, _format_score(score), score["implementation"]] for name, score in scores.items()]
-    title = f"{result['num_examples']:,} outputs of {shown(options.hypotheses)}"
-    console.table(title, ["metric", "score", "implementation"], rows, result=True)
-    for grouping, groups in result.get("groups", {}).items():
-        rows = [
-            [name, f"{group['num_examples']:,}", *(_format_score(score) for score in group["scores"].values())]
-            for name, group in groups.items()
+    show_scores(console, f"{result['num_examples']:,} outputs of {options.hypotheses}", result, "outputs")
+    if "against" not in result:
+        return
+    other = result["against"]
+    rows = [
+        [
+            name,
+            format_score(result["scores"][name]),
+            format_score(other["scores"][name]),
+            f"{comparison['difference']:+.4f}",
+            f"{comparison['p_value']:.4f}",
         ]
-        names = next(iter(groups.values()))["scores"]
-        console.table("", [grouping, "outputs", *names], rows, result=True)
-    if "against" in result:
-        other = result["against"]
-        method = next(iter(other["comparison"].values()))["method"]
-        rows = [
-            [
-                name,
-                _format_score(scores[name]),
-                _format_score(other["scores"][name]),
-                f"{comparison['difference']:+.4f}",
-                f"{comparison['p_value']:.4f}",
-            ]
-            for name, comparison in other["comparison"].items()
-        ]
-        console.table(
-            f"against {shown(options.against or '')}: {method}, {options.samples} samples",
-            ["metric", "first", "second", "difference", "p"],
-            rows,
-            result=True,
-        )
-
-
-def _format_score(score: Mapping[str, Any]) -> str:
-    text = f"{score['score']:.4f}"
-    return text if "interval" not in score else "{} ({:.4f} to {:.4f})".format(text, *score["interval"])
+        for name, comparison in other["comparison"].items()
+    ]
+    method = next(iter(other["comparison"].values()))["method"]
+    console.table(
+        f"against {options.against}: {method}, {options.samples} samples",
+        ["metric", "first", "second", "difference", "p"],
+        rows,
+        result=True,
+    )
