@@ -35,12 +35,10 @@ def test_parts_are_disjoint_and_the_task_reads_them(name: str) -> None:
 
 def test_the_default_sets_never_change() -> None:
     text = "\n".join("\t".join(pair) for name in SKILLS for part in make_skill(name) for pair in pairs(part))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c5f21687d67dd003"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "5b6cee54a02d0bb6"
 
 
 def test_answers_follow_the_rules() -> None:
-    for source, target in pairs(make_skill("reverse")[2]):
-        assert target.split() == source.split()[::-1]
     for source, target in pairs(make_skill("base")[2]):
         one, other = source.split(" + ")
         assert int(one, 7) + int(other, 7) == int(target, 7)
@@ -49,33 +47,15 @@ def test_answers_follow_the_rules() -> None:
     assert all(letter == " " or letter != new for letter, new in mapping.items())
     for source, target in pairs(make_skill("mapping", seed=3)[2]):
         assert "".join(mapping[letter] for letter in source) == target
-    for name, answer in (("copy", str), ("first", lambda text: text.split()[0]), ("capitals", str.title)):
-        assert all(answer(source) == target for source, target in pairs(make_skill(name)[2]))
-    assert all(target.startswith("two ") and ", two " in target for _, target in pairs(make_skill("plural")[0]))
-
-
-def test_a_fact_is_the_same_in_every_wording() -> None:
-    facts: dict[tuple[str, str], set[str]] = {}
-    for part in make_skill("lookup"):
-        for source, target in pairs(part):
-            found = re.findall("[A-Za-z]+", source)
-            (name,) = [word for word in found if word[0].isupper() and word not in FIRST_WORDS]
-            (fact,) = {"hat", "town", "door"} & set(found)
-            facts.setdefault((name, fact), set()).add(target)
-    assert len(facts) == 24 * 3
-    assert all(len(answers) == 1 for answers in facts.values())
-
-
-FIRST_WORDS = {"What", "Name", "Which", "Of", "Tell", "The"}
+    assert all(source == target for source, target in pairs(make_skill("copy")[2]))
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"name": "reverce"}, "no toy task 'reverce'"),
+        ({"name": "mapp"}, "no toy task 'mapp'"),
         ({"name": "copy", "train": 0}, "train is 0; allowed: 1 to 10,000"),
         ({"name": "copy", "seed": -1}, "seed is -1"),
-        ({"name": "lookup", "train": 600}, "780 examples were requested, but only 576"),
     ],
 )
 def test_what_cannot_be_made_is_refused(arguments: dict[str, object], says: str) -> None:

@@ -1,9 +1,8 @@
-"""Eight small tasks made here, to see what a prefix can express: four that it should find hard, four easy ones.
+"""Three small tasks made here, to see what a prefix can express: two that it should find hard, one easy one.
 
 A prefix cannot change how a model's positions attend relative to each other (Petrov et al. 2024): it elicits what the
-model can do. Hard are tasks that need something new: `mapping` (letters replaced by a rule),
-`reverse` (words in reverse order), `base` (sums in base 7) and `lookup` (made-up facts). Easy are tasks that a language
-model has seen: `copy`, `first` (the first word), `plural` and `capitals`. Each source has one correct answer.
+model can do. Hard are tasks that need something new: `mapping` (letters replaced by a rule) and `base` (sums in base
+7). Easy is `copy`. Each source has one correct answer.
 """
 
 from __future__ import annotations
@@ -22,26 +21,9 @@ _WORDS = (
     *("bridge", "cloud", "button", "horse", "apple", "candle", "winter", "market", "piano", "ladder", "forest"),
     *("pillow", "engine", "island", "feather", "kettle", "mirror", "harbour"),
 )
-_REGULAR = "lamp river stone coat train window letter garden owl table bridge cloud button horse apple candle engine"
-_OTHERS = (
-    "fox foxes, church churches, box boxes, glass glasses, brush brushes, city cities, berry berries, lady ladies, "
-    "baby babies, story stories, child children, mouse mice, foot feet, tooth teeth, goose geese, leaf leaves"
-)
-_PLURALS = {noun: f"{noun}s" for noun in _REGULAR.split()} | dict(pair.split() for pair in _OTHERS.split(", "))
 _LETTERS = tuple("abcdefghijkl")
 _NEW_LETTERS = dict(zip(_LETTERS, "hdkalgibjcef", strict=True))
 _BASE = 7
-_NAMES = (
-    *("Arlo", "Berit", "Cosmo", "Delia", "Edvin", "Fenna", "Gorm", "Hilde", "Ivo", "Jorun", "Kasper", "Linnea"),
-    *("Magnus", "Nora", "Oskar", "Petra", "Quirin", "Ragna", "Sixten", "Tove", "Ulf", "Vera", "Wanda", "Yrsa"),
-)
-_COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "pink")
-_TOWNS = ("Northgate", "Oldbridge", "Saltmarsh", "Stonehill", "Greenford", "Westport", "Kingswood", "Redcliff")
-_FACTS: dict[str, tuple[str, ...]] = {"hat": _COLOURS, "town": _TOWNS, "door": tuple("123456789")}
-_QUESTIONS = (
-    *("What is the {fact} of {name}?", "{name}: {fact}?", "Name the {fact} of {name}.", "{name} has which {fact}?"),
-    *("Which {fact} belongs to {name}?", "Of {name}, the {fact}?", "Tell me {name}'s {fact}.", "The {fact} of {name}?"),
-)
 
 
 def _words(sampler: BalancedSampler) -> list[str]:
@@ -51,11 +33,6 @@ def _words(sampler: BalancedSampler) -> list[str]:
 def _mapping(sampler: BalancedSampler) -> tuple[str, str]:
     letters = [sampler.draw("letter", _LETTERS) for _ in range(sampler.draw("length", (4, 5, 6)))]
     return " ".join(letters), " ".join(_NEW_LETTERS[letter] for letter in letters)
-
-
-def _reverse(sampler: BalancedSampler) -> tuple[str, str]:
-    words = _words(sampler)
-    return " ".join(words), " ".join(reversed(words))
 
 
 def _base(sampler: BalancedSampler) -> tuple[str, str]:
@@ -71,44 +48,15 @@ def _in_base(number: int) -> str:
     return digits or "0"
 
 
-def _lookup(sampler: BalancedSampler) -> tuple[str, str]:
-    name, fact = sampler.draw("name", _NAMES), sampler.draw("fact", tuple(_FACTS))
-    # A fact is drawn once for a name, by numbers without a pattern that could be learned instead.
-    facts = BalancedSampler(1000 + _NAMES.index(name))
-    values = {key: facts.draw(key, options) for key, options in _FACTS.items()}
-    return sampler.draw("question", _QUESTIONS).format(name=name, fact=fact), values[fact]
-
-
 def _copy(sampler: BalancedSampler) -> tuple[str, str]:
     text = " ".join(_words(sampler))
     return text, text
 
 
-def _first(sampler: BalancedSampler) -> tuple[str, str]:
-    words = _words(sampler)
-    return " ".join(words), words[0]
-
-
-def _plural(sampler: BalancedSampler) -> tuple[str, str]:
-    one, other = (sampler.draw("noun", tuple(_PLURALS)) for _ in range(2))
-    return f"one {one}, one {other}", f"two {_PLURALS[one]}, two {_PLURALS[other]}"
-
-
-def _capitals(sampler: BalancedSampler) -> tuple[str, str]:
-    words = _words(sampler)
-    return " ".join(words), " ".join(words).title()
-
-
-#: Task -> how one example of it is drawn: source and target. The first four are meant to be hard for a prefix.
 SKILLS: dict[str, Callable[[BalancedSampler], tuple[str, str]]] = {
     "mapping": _mapping,
-    "reverse": _reverse,
     "base": _base,
-    "lookup": _lookup,
     "copy": _copy,
-    "first": _first,
-    "plural": _plural,
-    "capitals": _capitals,
 }
 
 
@@ -117,12 +65,12 @@ def make_skill(
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Examples of one task: to train on, to choose by, and held-out ones.
 
-    No source is in two parts, and none is repeated. The rules (which letter stands for which, which facts are true) are
+    No source is in two parts, and none is repeated. The rule of which letter stands for which is
     the same for every seed.
 
-    >>> example = make_skill("reverse")[0][0]
-    >>> example.source, example.targets
-    ('market stone horse', ('horse stone market',))
+    >>> example = make_skill("copy")[0][0]
+    >>> example.targets == (example.source,)
+    True
 
     Args:
         name: One of `SKILLS`.
