@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example, read_task
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
 from prefixtune.data.order import epoch_batches
-from prefixtune.errors import DataError
 
 E2E = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e" / "train.jsonl.gz"
 """Where E2E is looked for: beside the repository."""
@@ -53,26 +52,6 @@ def read(path: Path | None) -> Data:
         return Data("toy (made by prefixtune)", read_task("toy", "train"))
     chosen = path or E2E
     return Data(f"E2E ({chosen.parent.name}/{chosen.name})", read_task("e2e", chosen))
-
-
-def join(data: Data, count: int) -> Data:
-    """Pairs that are as long as `count` of the data's: sources one after the other, and a target of each.
-
-    Raises:
-        DataError: They are too many to leave a step's two pairs.
-    """
-    if 2 * count > len(data.examples):
-        raise DataError(f"{count} pairs as one leave fewer than 2 of {len(data.examples)}.", hint="join fewer.")
-    groups = [data.examples[first : first + count] for first in range(0, len(data.examples) - count + 1, count)]
-    examples = [
-        replace(
-            group[0],
-            source="\n".join(example.source for example in group),
-            targets=("\n".join(example.targets[0] for example in group),),
-        )
-        for group in groups
-    ]
-    return Data(f"{data.name}, {count} pairs as one", examples)
 
 
 def encode(backbone: Backbone, data: Data, prefix_length: int) -> Sequence[TokenizedExample]:

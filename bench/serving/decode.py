@@ -3,7 +3,7 @@
     python -m bench.serving.decode          # a minute on two cores
 
 Texts of 64 tokens, each with a prefix of its own or (`--prefixes 1 8`) with one of a few, SmolLM2-135M in bfloat16; the
-median of 20 steps in which every text adds a token and no prompt is computed. `tools/scale_page.py` uses these figures.
+median of 20 steps in which every text adds a token and no prompt is computed.
 """
 
 from __future__ import annotations

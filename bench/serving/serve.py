@@ -7,7 +7,7 @@ All sides generate the same number of tokens for the same prompts (the end token
 machine, in turn in one run; a ratio is the median of the paired ratios. The sides: the engine with 32 prefixes, with
 one and with none; transformers' batched `generate` with one prefix; PEFT with 32 adapters on one model, switched for
 every request; and, if `--vllm-python` names an environment with it, vLLM's server with this project's plugin, with
-the same 32 prefixes and without any, over loopback. `--before SRC` adds the engine of another checkout's `src`.
+the same 32 prefixes and without any, over loopback.
 
 Needs `prefixtune prepare` once, and PEFT.
 """
@@ -33,10 +33,8 @@ from bench import data
 from bench.data import Data
 from bench.machine import resident_mib
 from bench.results import FOLDER, DifferenceError, Figure, Log, Results, run_benchmark
-from bench.serving.child import Child
 from bench.serving.sides import (
     PREFIX_LENGTH,
-    ChildSide,
     EngineSide,
     GenerateSide,
     PeftSide,
@@ -70,7 +68,6 @@ NAMES = {
     "none": "engine, no prefix",
     "generate": "transformers' batched generate, one prefix",
     "peft": "PEFT, an adapter for each request, switched",
-    "before": "engine before, a prefix for each request",
     "vllm": "vLLM's server, no prefix",
     "vllm-different": "vLLM's server and the plugin, a prefix for each request",
 }
@@ -79,14 +76,15 @@ GOALS = (
     ("different", "none", 0.98),
     ("different", "generate", 3),
     ("different", "peft", 8),
-    ("different", "before", 2.2),
     ("different", "vllm", 1.2),
     ("different", "vllm-different", None),
     ("vllm-different", "vllm", 0.97),
 )
 SAME_OUTPUT = (
-    *(("different", "peft"), ("one", "generate"), ("different", "before"), ("different", "torch")),
-    *(("none", "vllm"), ("different", "vllm-different")),
+    ("different", "peft"),
+    ("one", "generate"),
+    ("none", "vllm"),
+    ("different", "vllm-different"),
 )
 """Pairs of sides whose outputs are the same up to rounding."""
 
@@ -118,7 +116,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--vllm-python", type=Path, help="Python of an environment with vLLM: its server is measured, too"
     )
-    parser.add_argument("--before", type=Path, help="`src` of another version: its engine is measured, too")
     parser.add_argument(
         "--json",
         type=Path,
@@ -191,23 +188,12 @@ def open_sides(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_prefixes(folder, backbone, prefixes)
-        if options.before is not None:
-            child = start_engine(options, folder, requests, new)
-            stack.callback(child.close)
-            sides["before"] = ChildSide(child)
         if options.vllm_python is not None:
             server = VllmServer(options.vllm_python, backbone, folder)
             stack.callback(server.close)
             sides["vllm"] = VllmSide(server, ["m"] * requests, new)
             sides["vllm-different"] = VllmSide(server, [f"p{index}" for index in range(requests)], new)
         yield sides
-
-
-def start_engine(options: argparse.Namespace, folder: Path, requests: int, new: int) -> Child:
-    """The engine before, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("engine_side.py")), "--model", options.backbone]
-    command += ["--prefixes", str(folder), "--requests", str(requests), "--new", str(new)]
-    return Child(NAMES["before"], command, str(options.before.resolve()))
 
 
 def report(title: str, values: Mapping[str, Any]) -> list[Figure]:

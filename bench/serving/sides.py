@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 
 from bench.peft_setup import model_folder, silence_peft
-from bench.serving.child import Child
 from prefixtune.attention.cache import cache_argument
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
@@ -137,18 +136,6 @@ class PeftSide:
             )
             outputs.append(output[0, ids.shape[1] :].tolist())
         return outputs
-
-
-class ChildSide:
-    """An engine in a process of its own (`engine_side.py`), which gets all requests at once."""
-
-    def __init__(self, child: Child) -> None:
-        self.child = child
-
-    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
-        """All requests."""
-        tokens: Tokens = self.child.answer([list(prompt) for prompt in prompts])
-        return tokens
 
 
 def save_prefixes(folder: Path, backbone: Backbone, prefixes: Sequence[Prefix]) -> None:
