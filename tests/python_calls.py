@@ -214,8 +214,6 @@ def main(folder: Path) -> dict[str, Any]:
     calls("Sampling: a text as a number", lambda: SamplingParams(max_new_tokens="3"))
     calls("TrainConfig: lr", lambda: pt.TrainConfig(lr=1e-3))
     calls("TrainConfig: a backbone", lambda: pt.TrainConfig(backbone=backbone))
-    calls("StudyConfig: a text as a number", lambda: pt.StudyConfig(subsets="3"))
-    calls("StudyConfig: a mistyped option", lambda: pt.StudyConfig(subset=3))
     calls("ServeConfig: a text as a number", lambda: pt.ServeConfig(port="80"))
     calls("ServeConfig: a mistyped option", lambda: pt.ServeConfig(prot=80))
     return calls.given

@@ -28,7 +28,6 @@ WHERE = {
     "distill": "The file of `prefixtune distill --config`, and `distill.toml` of its run's folder.",
     "generate": "How texts are generated; in Python `prefixtune.GenerateConfig`.",
     "classify": "How texts are classified and tagged.",
-    "study": "The file of `prefixtune study --config`; in Python `prefixtune.StudyConfig`.",
     "serve": "The file of `prefixtune serve --config`, and the variables `PREFIXTUNE_SERVE_NAME`; in Python "
     "`prefixtune.ServeConfig`.",
     "worker": "The file of `prefixtune worker --config`, and the variables `PREFIXTUNE_WORKER_NAME`.",

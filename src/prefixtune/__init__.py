@@ -18,7 +18,6 @@ __all__ = [
     "PrefixError",
     "PrefixWarning",
     "ServeConfig",
-    "StudyConfig",
     "TrainConfig",
     "__version__",
     "evaluate",
@@ -43,7 +42,6 @@ _HOMES = {
     "PrefixError": "errors",
     "PrefixWarning": "errors",
     "ServeConfig": "server.settings",
-    "StudyConfig": "studies.config",
     "TrainConfig": "training.config",
     "evaluate": "evaluation.evaluate",
     "generate": "inference.generate",
@@ -67,7 +65,6 @@ if TYPE_CHECKING:
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.server.settings import ServeConfig
-    from prefixtune.studies.config import StudyConfig
     from prefixtune.training.config import TrainConfig
     from prefixtune.training.train import train
 

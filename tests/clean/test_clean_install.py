@@ -51,9 +51,7 @@ EXTRAS = {
         (*SCORE, "--protocol", "webnlg"),
         ("evaluate", "--prefix", "PREFIX", "--data", "places.jsonl", "--target", "text", "--metrics", "meteor"),
     ],
-    "bertscore": [(*SCORE, "--metrics", "bertscore")],
     "json": [("generate", "--prefix", "PREFIX", "--schema", '{"type": "object"}', "Aromi is Italian")],
-    "ray": [("study", "length", "--config", "study.toml", "--output", "runs/study", "--ray", "2")],
     "export": [("export", "PREFIX", "--to", "onnx", "--output", "exported")],
     "lm-eval": [("lm-eval", "--tasks", "arc_easy")],
 }
@@ -172,11 +170,6 @@ def test_tokenizers_of_sentencepiece(machine: Machine) -> None:
 @by_uv
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_a_missing_extra_is_named(machine: Machine, prefix: Path, extra: str) -> None:
-    (machine.work / "study.toml").write_text(
-        'backbone = "smollm2-135m"\ntask = "toy"\ntrain = "train"\ndev = "held_out"\ntest = "held_out"\n'
-        "lengths = [1]\n[train_settings]\nmax_steps = 1\n",
-        encoding="utf-8",
-    )
     (machine.work / "places.parquet").write_bytes(b"PAR1")
     for command in EXTRAS[extra]:
         said = machine.mistake(*[prefix if word == "PREFIX" else word for word in command])

@@ -43,8 +43,6 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.report import compose, read_results, to_html, to_markdown
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
-from prefixtune.studies import StudyConfig
-from prefixtune.studies.runner import outcome_of
 from prefixtune.training.artifact import load_weights, save_weights
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
@@ -378,7 +376,6 @@ def test_configurations(folder: Path, data: bytes) -> None:
     path = write(folder / "run.toml", data)
     for read in (
         TrainConfig.from_file,
-        lambda path: StudyConfig.from_file(path, name="methods"),
         ServeConfig.from_file,
     ):
         with refused():
@@ -387,7 +384,7 @@ def test_configurations(folder: Path, data: bytes) -> None:
 
 @fuzzed(
     values=st.dictionaries(
-        st.sampled_from(sorted({*TrainConfig().to_dict(), *StudyConfig().to_dict(), "port", "host", "keys"})),
+        st.sampled_from(sorted({*TrainConfig().to_dict(), "port", "host", "keys"})),
         JSON,
         max_size=4,
     )
@@ -398,8 +395,6 @@ def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
         path = write(folder / "again.toml", config.to_toml().encode("utf-8"))
         assert TrainConfig.from_file(path) == config
     with refused():
-        StudyConfig(**{"name": "low-data", **values})
-    with refused():
         ServeConfig.from_layers(
             *ServeConfig.sources(None, {f"{ENVIRONMENT}{name.upper()}": str(value) for name, value in values.items()})
         )
@@ -409,15 +404,13 @@ def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
 
 
 def made_folders() -> dict[str, bytes]:
-    """Every text file of runs, evaluations and studies, by its path."""
+    """Every text file of runs and evaluations, by its path."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         made_up_runs.training(root / "run", steps=4)
         made_up_runs.evaluation(root / "evaluation")
-        for make in (made_up_runs.methods_study, made_up_runs.low_data_study, made_up_runs.length_study):
-            make(root / make.__name__)
         files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".safetensors"]
         return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
@@ -466,9 +459,6 @@ def test_altered_folders(folder: Path, chosen: tuple[str, Any]) -> None:
     report_on(folder / top)
     with refused():
         read_evaluations(folder / top)
-    if (folder / top / "study.json").exists():
-        with refused():
-            outcome_of(StudyConfig(name="methods", output=str(folder / top)))
     write(folder / name, FOLDERS[name])
 
 

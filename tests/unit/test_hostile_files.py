@@ -12,11 +12,10 @@ from prefixtune.engine.config import EngineConfig
 from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
 from prefixtune.report import read_results
 from prefixtune.server.settings import ServeConfig
-from prefixtune.studies import StudyConfig
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.folder import read_events
 
-READERS = [TrainConfig.from_file, lambda path: StudyConfig.from_file(path, name="methods"), ServeConfig.from_file]
+READERS = [TrainConfig.from_file, ServeConfig.from_file]
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -34,9 +33,6 @@ def test_a_number_that_is_too_large_for_its_field(sign: str, tmp_path: Path) -> 
     path.write_text(f"learning_rate = {sign}{'9' * 400}\n")
     with pytest.raises(ConfigError, match=f"learning_rate is {sign}9*[.]{{3}}, but must be at least 0"):
         TrainConfig.from_file(path)
-    path.write_text(f"budget = {sign}{'9' * 400}\n")
-    with pytest.raises(ConfigError, match=f"budget is {sign}9*[.]{{3}}, but must be at least 0"):
-        StudyConfig.from_file(path, name="methods")
 
 
 @pytest.mark.parametrize("value", [2**63, -(10**400)])

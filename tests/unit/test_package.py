@@ -13,7 +13,7 @@ import prefixtune as pt
 ROOT = Path(__file__).resolve().parents[2]
 
 
-CONFIGS = ("EngineConfig", "GenerateConfig", "ServeConfig", "StudyConfig", "TrainConfig")
+CONFIGS = ("EngineConfig", "GenerateConfig", "ServeConfig", "TrainConfig")
 
 
 def test_exports_are_few_names_and_the_configurations() -> None:
@@ -28,7 +28,7 @@ def test_exports_are_few_names_and_the_configurations() -> None:
 def test_importing_is_quick_and_configurations_need_no_extra() -> None:
     """Nothing heavy before it is used; a server's configuration needs neither torch nor the server's own packages."""
     script = (
-        "import sys, prefixtune as pt; pt.TrainConfig(), pt.ServeConfig(), pt.StudyConfig(); "
+        "import sys, prefixtune as pt; pt.TrainConfig(), pt.ServeConfig(); "
         "print([name for name in ('torch', 'transformers', 'starlette', 'uvicorn', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -34,7 +34,7 @@ for name in ("SIGHUP", "SIGUSR1", "SIGALRM", "alarm", "pthread_kill", "setitimer
         delattr(signal, name)
 
 import prefixtune
-optional, missing = ("ray", "vllm"), []
+optional, missing = ("vllm",), []
 for module in pkgutil.walk_packages(prefixtune.__path__, "prefixtune."):
     # lm-eval itself needs POSIX in places.
     if module.name.endswith("__main__") or module.name.startswith("prefixtune.interop.lm_eval."):

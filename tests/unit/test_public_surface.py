@@ -13,7 +13,7 @@ import pytest
 import prefixtune as pt
 
 FUNCTIONS = ("evaluate", "generate", "load", "load_backbone", "load_prefix", "save_prefix", "train")
-CONFIGURATIONS = ("EngineConfig", "GenerateConfig", "ServeConfig", "StudyConfig", "TrainConfig")
+CONFIGURATIONS = ("EngineConfig", "GenerateConfig", "ServeConfig", "TrainConfig")
 CLASSES = ("Engine", "Example", "Model", "Prefix", "PrefixError")
 OTHERS = ("PrefixWarning", "__version__")
 

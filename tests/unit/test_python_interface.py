@@ -175,8 +175,6 @@ MESSAGES = {
     "Sampling: a text as a number": ("RequestError", "max_new_tokens is '3'"),
     "TrainConfig: lr": ("ConfigError", "learning_rate"),
     "TrainConfig: a backbone": ("ConfigError", "of type Backbone"),
-    "StudyConfig: a text as a number": ("ConfigError", "subsets is '3'"),
-    "StudyConfig: a mistyped option": ("ConfigError", "did you mean 'subsets'?"),
     "ServeConfig: a text as a number": ("ConfigError", "port is '80'"),
     "ServeConfig: a mistyped option": ("ConfigError", "did you mean 'port'?"),
 }

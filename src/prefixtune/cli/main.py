@@ -60,8 +60,7 @@ COMMANDS = {
         "evaluate": "decode for every example of a file and score the outputs",
         "score": "score texts of any system against a data set's references",
         "lm-eval": "measure a backbone with prefixes on the tasks of lm-eval, the evaluation harness",
-        "study": "compare methods, sizes, lengths or starts: a grid of runs, stopped and resumed, on several machines",
-        "report": "make one page of runs, evaluations and studies, to look at",
+        "report": "make one page of runs and evaluations, to look at",
         "explain": "show what a prefix does and says: attention, losses without its parts, nearest text, its own words",
     },
     "Share": {

@@ -90,7 +90,7 @@ class OutputOptions(CommandOptions):
 class ConfigOptions(CommandOptions):
     """The options of a command whose configuration, of which it has all fields, may come from a file.
 
-    It stands before the configuration among the bases: `class StudyOptions(ConfigOptions, StudyConfig)`.
+    It stands before the configuration among the bases: `class TrainOptions(ConfigOptions, TrainConfig)`.
     """
 
     config: str = Field(

@@ -33,7 +33,6 @@ MISSING = "n/a"
 Number = float | int
 
 _NAMES: tuple[str, ...] = ("BLEU", "NIST", "METEOR", "CIDEr", "TER", "ROUGE-1", "ROUGE-2", "ROUGE-L")
-_NAMES += ("BERTScore",)
 _METRICS = {name.lower().replace("-", "_"): name for name in _NAMES}
 _METRICS |= {"chrf": "chrF++", "macro_f1": "macro F1", "span_f1": "span F1"}
 

@@ -7,21 +7,14 @@ import ctypes
 import gc
 import os
 import platform
-import shlex
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
-__all__ = ["command_line", "describe_machine", "peak_memory_mib", "reset_peak_memory", "versions"]
+__all__ = ["describe_machine", "peak_memory_mib", "reset_peak_memory", "versions"]
 
 _PACKAGES = ("prefixtune", "torch", "transformers", "safetensors", "sacrebleu", "peft")
-
-
-def command_line() -> str:
-    """How this process was started, as a shell takes it."""
-    return shlex.join(["prefixtune", *sys.argv[1:]])
 
 
 def describe_machine() -> dict[str, str | int | float]:

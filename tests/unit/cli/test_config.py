@@ -14,8 +14,7 @@ from command_line import call, run
 from prefixtune.errors import ConfigError
 from prefixtune.server.auth import hash_key
 
-NAMES = ("train", "distill", "generate", "classify", "study", "serve", "worker", "engine")
-STUDIES = sorted((Path(__file__).resolve().parents[3] / "studies").glob("*.toml"))
+NAMES = ("train", "distill", "generate", "classify", "serve", "worker", "engine")
 SERVE = f"""
 #:schema serve.schema.json
 host = "0.0.0.0"
@@ -50,18 +49,6 @@ def test_a_schema_says_what_an_editor_shows(name: str) -> None:
         assert field["description"], key
         assert "default" in field, key
         assert not field.keys() & {"group", "flag", "positional", "show_default"}, key
-
-
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_files_that_come_with_the_project_fit_the_schema(path: Path) -> None:
-    assert faults("study", path.read_text(encoding="utf-8")) == []
-
-
-def test_the_schema_of_a_study_knows_the_settings_of_training() -> None:
-    text = "[train_settings]\nbatch_size = 8\n[train_settings.full]\nbatch_size = 2\n[steps_by_size]\n50 = 100\n"
-    assert faults("study", text) == []
-    assert faults("study", text.replace("batch_size = 8", "batch_size = 0")) == ["$.train_settings.batch_size"]
-    assert faults("study", text.replace("batch_size = 2", "seed = 2")) == ["$.train_settings.full"]
 
 
 def test_a_schema_accepts_a_correct_file_and_names_what_is_wrong() -> None:

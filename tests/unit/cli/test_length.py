@@ -11,7 +11,7 @@ import pytest
 
 from command_line import run
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.studies.lengths import LENGTH_FILE
+from prefixtune.evaluation.length import LENGTH_FILE
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_command_that_goes_on_has_the_settings_of_the_curve(
         (Path(config.output) / "state.safetensors").touch()
         raise KeyboardInterrupt("the state is saved")
 
-    monkeypatch.setattr("prefixtune.studies.lengths.study_lengths", stop)
+    monkeypatch.setattr("prefixtune.evaluation.length.find_length", stop)
     monkeypatch.chdir(tmp_path)
     usual = ("length", "--train", "a", "--dev", "b")
     _, err = run(*usual, "--output", "a run", "--lengths", "8,16", "--significance", "0.1", code=130)

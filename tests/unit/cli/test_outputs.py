@@ -68,7 +68,6 @@ def test_a_run_that_no_demo_made_is_kept(
         ["train", "--task", "e2e", "--train", "nowhere.csv", "--output", "{}/r1/r2/r3"],
         ["report", "nowhere", "--output", "{}/new/deep/a.html"],
         ["evaluate", "--task", "e2e", "--data", "nowhere.csv", "--output", "{}/new/scores"],
-        ["study", "length", "--task", "e2e", "--data", "nowhere", "--output", "{}/new/study"],
     ],
     ids=lambda words: words[0],
 )
@@ -90,7 +89,6 @@ def test_a_refused_command_leaves_no_folder(
         ["convert", "{prefix}", "{}/adapter", "--to", "peft", "--backbone", "none"],
         ["evaluate", "--prefix", "{prefix}", "--task", "toy", "--data", "held_out", "--output", "{}/scores"],
         ["evaluate", "--prefix", "{prefix}", "--task", "toy", "--data", "held_out", "--outputs", "{}/out.txt"],
-        ["study", "length", *TOY, "--sizes", "0", "--output", "{}/study"],
         ["pull", "me/prefix", "{}/p.safetensors"],
         ["report", "{run}", "--output", "{}/report.html"],
     ],

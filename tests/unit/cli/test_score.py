@@ -321,7 +321,6 @@ def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ("--protocol", "e2e"),
         ("--samples", "50"),
         ("--seed", "1"),
-        ("--weights", "bertscore=m"),
     ):
         with pytest.raises(ConfigError, match=f"{more[0]} is for texts, but the task 'classification'"):
             run(*options, *more)
@@ -361,8 +360,6 @@ def test_wrong_options_are_reported(tmp_path: Path, references: str, hypotheses:
         (["--metrics", "bleu,blue"], "no metric 'blue'.*did you mean 'bleu'"),
         (["--metrics", ","], "--metrics names no metric"),
         (["--protocol", "e3e"], "--protocol is 'e3e'.*did you mean 'e2e'"),
-        (["--weights", "bertscore"], "METRIC=MODEL is needed"),
-        (["--weights", "bertscor=w"], "has the metric 'bertscor'.*did you mean 'bertscore'"),
         (["--samples", "1"], "--samples is 1"),
         (["--intervals", "--seed", "-1"], "--seed is -1"),
     ):

@@ -94,7 +94,7 @@ def test_a_missing_library_is_named_with_its_extra(library: str, monkeypatch: py
     assert "pip install 'prefixtune[serve]'" in err
 
 
-@pytest.mark.parametrize("command", ["serve", "study", "config"])
+@pytest.mark.parametrize("command", ["serve", "config"])
 def test_help_loads_no_large_library(command: str) -> None:
     code = (
         f"import sys; from prefixtune.cli.main import main; main([{command!r}, '--help']); "

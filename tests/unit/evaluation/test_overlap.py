@@ -16,8 +16,6 @@ from prefixtune.evaluation import overlap
 from prefixtune.evaluation.overlap import find_overlap, training_examples
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate
-from prefixtune.report import compose, read_results
-from prefixtune.studies import StudyConfig, run_study
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 
@@ -64,40 +62,6 @@ def test_a_missing_training_set_is_not_compared(tmp_path: Path, monkeypatch: pyt
     assert training_examples(TrainConfig(source="name")) is None
     monkeypatch.setattr(overlap, "MAX_TRAINING_BYTES", 10)
     assert training_examples(TrainConfig(train=path, source="name")) is None
-
-
-def test_a_study_counts_them_and_its_report_warns(tmp_path: Path, tiny_backbone: Any) -> None:
-    config = StudyConfig(
-        name="length",
-        task="records",
-        train=write(tmp_path / "train.jsonl", ["Ann", "Bo"]),
-        dev=write(tmp_path / "dev.jsonl", ["Cy", "Ann", " Bo"]),
-        test=write(tmp_path / "test.jsonl", ["Bo ", "Zed"]),
-        output=str(tmp_path / "study"),
-        lengths=[2],
-        sizes=[0],
-        tries=1,
-        task_words="a",
-        train_settings={"source": "name", "target": "text", "max_steps": 1},
-    )
-    events: list[dict[str, Any]] = []
-    run_study(config, backbone=tiny_backbone("llama"), on_event=events.append)
-    found = [event for event in events if event["event"] == "overlap"]
-    assert [(event["split"], event["count"]) for event in found] == [("test", 1), ("development", 2), ("test", 1)]
-    assert "1 of 2 test sources (50.0%) are also in the development set" in found[2]["text"]
-    assert "2 of 3 development sources (66.7%) are also in the training set" in found[1]["text"]
-    stored = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert stored["overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.train}
-    assert stored["dev_overlap"] == {"count": 2, "share": 0.6667, "num_examples": 3, "train": config.train}
-    assert stored["test_dev_overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.dev}
-    warnings = compose([read_results(tmp_path / "study")], "").warnings
-    assert any("1 of 2 test sources (50.0%) are also in the development set" in warning for warning in warnings)
-    for text in ("1 of 2 test sources (50.0%)", "2 of 3 development sources (66.7%)"):
-        assert any(f"{text} are also in the training set" in warning for warning in warnings)
-    # A second look at what is done forgets nothing.
-    run_study(config, backbone=tiny_backbone("llama"))
-    again = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert [again[key] for key in ("overlap", "dev_overlap")] == [stored[key] for key in ("overlap", "dev_overlap")]
 
 
 def test_evaluate_warns_whatever_names_the_prefix(

@@ -20,7 +20,6 @@ CONFIGURATIONS = {
     "distill": ("distillation.config", "DistillConfig"),
     "generate": ("inference.config", "GenerateConfig"),
     "classify": ("inference.config", "ClassifyConfig"),
-    "study": ("studies.config", "StudyConfig"),
     "serve": ("server.settings", "ServeConfig"),
     "worker": ("jobs.config", "WorkerConfig"),
     "engine": ("engine.config", "EngineConfig"),
@@ -32,7 +31,7 @@ class ConfigCommandOptions(CommandOptions):
     """The options of `prefixtune config`."""
 
     action: Literal["", "schema"] = positional("", description="schema: print the JSON schema of a configuration")
-    name: Literal["", "train", "distill", "generate", "classify", "study", "serve", "worker", "engine"] = positional(
+    name: Literal["", "train", "distill", "generate", "classify", "serve", "worker", "engine"] = positional(
         "", description="whose files the schema is for"
     )
     output: str = Field("", description="write the schema to this file")

@@ -16,7 +16,7 @@ from prefixtune.utils.config import CommaList, Layer
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
-    from prefixtune.studies.lengths import LengthResult
+    from prefixtune.evaluation.length import LengthResult
 
 __all__ = ["length"]
 
@@ -40,7 +40,7 @@ class LengthOptions(ConfigOptions, OutputOptions, TrainConfig):
         description="a length is worse than the best where the p-value of the difference is below this",
     )
     samples: int = Field(1000, ge=2, le=100_000, description="draws of the bootstrap and of the paired randomization")
-    resume: bool = Field(False, description="go on with the run in --output, or with its curve")
+    resume: bool = Field(False, description="go on with the run in --output")
     preset: str = Field(
         "",
         description="hyperparameters such as the paper's (see `prefixtune tasks`); the file and options win over them",
@@ -100,7 +100,7 @@ def length(options: LengthOptions) -> int:
         prefixtune length --train my.jsonl --dev held_out.jsonl --prefix-length 128 --lengths 8,16,32
         prefixtune length --resume --output runs/how-long
     """
-    from prefixtune.studies.lengths import study_lengths
+    from prefixtune.evaluation.length import find_length
     from prefixtune.training.progress import show_training
 
     config = options.part(TrainConfig)
@@ -110,7 +110,7 @@ def length(options: LengthOptions) -> int:
     console = Console(quiet=options.quiet or options.as_json)
     with ExitStack() as stack:
         show = stack.enter_context(show_training(console))
-        result = study_lengths(
+        result = find_length(
             config,
             lengths=options.lengths,
             significance=options.significance,

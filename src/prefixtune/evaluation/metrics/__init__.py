@@ -15,13 +15,11 @@ from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.evaluation.metrics.registry import METRICS
 from prefixtune.evaluation.metrics.scoring import bleu, compare, compute, interval, measure
 from prefixtune.evaluation.metrics.significance import Comparison, Measurement, bootstrap, randomize
-from prefixtune.evaluation.metrics.student import MeanDifference, holm, mean_difference
 
 __all__ = [
     "METRICS",
     "PROTOCOLS",
     "Comparison",
-    "MeanDifference",
     "Measurement",
     "Score",
     "Unavailable",
@@ -30,10 +28,8 @@ __all__ = [
     "bootstrap",
     "compare",
     "compute",
-    "holm",
     "interval",
     "macro_f1",
-    "mean_difference",
     "measure",
     "randomize",
     "span_f1",

@@ -26,7 +26,7 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 class Unavailable(ValueError):
-    """A metric cannot be computed: a program, a library or weights are missing here, or it cannot read such texts.
+    """A metric cannot be computed: a program or a library is missing here, or it cannot read such texts.
 
     Args:
         reason: What is missing or why, as a sentence without its full stop.

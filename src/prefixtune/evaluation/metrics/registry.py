@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from prefixtune.evaluation.metrics import ngrams
 from prefixtune.evaluation.metrics.base import ItemStatistics
-from prefixtune.evaluation.metrics.bertscore import bertscore
 from prefixtune.evaluation.metrics.exact import exact_match
 from prefixtune.evaluation.metrics.meteor import meteor
 from prefixtune.evaluation.metrics.ter import ter
@@ -45,5 +44,4 @@ METRICS: dict[str, Metric] = {
     "ter": Metric("TER", "0 upward, lower is better", ter, higher_is_better=False),
     "chrf": Metric("chrF++", "0 to 100", ngrams.chrf),
     "exact_match": Metric("exact match", "0 to 100", exact_match),
-    "bertscore": Metric("BERTScore", "up to 1", bertscore),
 }

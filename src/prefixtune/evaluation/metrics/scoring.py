@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prefixtune.evaluation.metrics.base import ItemStatistics, Score, Unavailable
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
@@ -20,7 +20,6 @@ def measure(
     *,
     protocol: str = "plain",
     metrics: str | Iterable[str] | None = None,
-    weights: Mapping[str, str] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Measurement]:
     """Compute metrics once, so that scores of parts, intervals and comparisons need no text again.
@@ -30,7 +29,6 @@ def measure(
         references: The references of each item, at least one that is not blank; blank ones are ignored.
         protocol: A name of `PROTOCOLS`: how the texts are prepared.
         metrics: A name of `METRICS`, or several; None: the protocol's own.
-        weights: For `bertscore`, the folder or the hub's name of its model.
         left_out: If given, a metric that cannot be computed on this machine or of these references is left out, and
             this dict gets the reason; otherwise that is an error.
 
@@ -48,7 +46,7 @@ def measure(
     for name in names:
         if name not in METRICS:
             raise ValueError(_unknown("metric", name, METRICS))
-    texts = Texts(PROTOCOLS[protocol], hypotheses, references, dict(weights or {}))
+    texts = Texts(PROTOCOLS[protocol], hypotheses, references)
     measured = {}
     for name in names:
         metric = METRICS[name]
@@ -69,7 +67,6 @@ def compute(
     *,
     protocol: str = "plain",
     metrics: str | Iterable[str] | None = None,
-    weights: Mapping[str, str] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Score]:
     """Score texts against their references.
@@ -83,7 +80,6 @@ def compute(
         references: Likewise.
         protocol: Likewise.
         metrics: Likewise.
-        weights: Likewise.
         left_out: Likewise.
 
     Returns:
@@ -92,7 +88,7 @@ def compute(
     Raises:
         ValueError: As `measure`.
     """
-    measured = measure(hypotheses, references, protocol=protocol, metrics=metrics, weights=weights, left_out=left_out)
+    measured = measure(hypotheses, references, protocol=protocol, metrics=metrics, left_out=left_out)
     return {name: measurement.to_score() for name, measurement in measured.items()}
 
 
@@ -102,7 +98,6 @@ def interval(
     metric: str,
     protocol: str = "plain",
     *,
-    weights: Mapping[str, str] | None = None,
     samples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -114,7 +109,6 @@ def interval(
         references: Likewise.
         metric: A name of `METRICS`.
         protocol: A name of `PROTOCOLS`.
-        weights: As in `measure`.
         samples: How many sets of items are drawn.
         level: Share of their scores within the interval.
         seed: Seed of the draws.
@@ -122,7 +116,7 @@ def interval(
     Raises:
         ValueError: As `measure`, or `samples` or `level` is out of range.
     """
-    measured = measure(hypotheses, references, protocol=protocol, metrics=[metric], weights=weights)[metric]
+    measured = measure(hypotheses, references, protocol=protocol, metrics=[metric])[metric]
     return bootstrap(measured, samples=samples, level=level, seed=seed)
 
 
@@ -133,7 +127,6 @@ def compare(
     metric: str,
     protocol: str = "plain",
     *,
-    weights: Mapping[str, str] | None = None,
     samples: int = 1000,
     seed: int = 0,
 ) -> Comparison:
@@ -148,17 +141,13 @@ def compare(
         references: As in `measure`.
         metric: A name of `METRICS`.
         protocol: A name of `PROTOCOLS`.
-        weights: As in `measure`.
         samples: How many random exchanges.
         seed: Seed of the exchanges.
 
     Raises:
         ValueError: As `measure`, or `samples` is out of range.
     """
-    one, other = (
-        measure(texts, references, protocol=protocol, metrics=[metric], weights=weights)[metric]
-        for texts in (first, second)
-    )
+    one, other = (measure(texts, references, protocol=protocol, metrics=[metric])[metric] for texts in (first, second))
     return randomize(one, other, samples=samples, seed=seed)
 
 

@@ -19,7 +19,6 @@ class Texts:
         protocol: How texts are prepared.
         hypotheses: One text per item; may be empty.
         references: The references of each item, at least one that is not blank; blank ones are left out.
-        weights: Models of metrics that need one: a folder, or a name of the hub.
 
     Raises:
         ValueError: The counts differ, there is no item, or an item has no reference.
@@ -30,10 +29,8 @@ class Texts:
         protocol: Protocol,
         hypotheses: Sequence[str],
         references: Sequence[Sequence[str]],
-        weights: dict[str, str] | None = None,
     ) -> None:
         self.protocol = protocol
-        self.weights = weights or {}
         self.raw_hypotheses = list(hypotheses)
         self.raw_references = [item[: protocol.max_references] for item in check_references(hypotheses, references)]
 
@@ -65,7 +62,6 @@ class Texts:
             self.protocol,
             [self.raw_hypotheses[index] for index in items],
             [self.raw_references[index] for index in items],
-            self.weights,
         )
         if "treebank" in self.__dict__:
             hypotheses, references = self.treebank

@@ -1,20 +1,17 @@
-"""The real command line: studies, evaluation of runs, and presets, on a tiny model folder, the hub switched off."""
+"""The real command line: evaluation of runs, and presets, on a tiny model folder, the hub switched off."""
 
 from __future__ import annotations
 
 import json
-import signal
 import tomllib
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from command_line import run, start, until
+from command_line import run
 from prefixtune.cli.main import main
 from prefixtune.report import read_results
-from small_study import cells, scores_of, store_model, write_config
+from zoo import make_model, make_tokenizer
 
 ROWS = [
     {"mr": f"name[{name}], food[{food}]", "references": [f"{name} has {food}.", f"Eat {food} at {name}."]}
@@ -25,13 +22,10 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(store_model(tmp_path_factory.mktemp("studies") / "model"))
-
-
-@pytest.fixture(scope="module")
-def config(model: str) -> str:
-    """A study of the toy set as a file."""
-    return str(write_config(Path(model).parent / "study.toml", Path(model)))
+    path, tokenizer = tmp_path_factory.mktemp("evaluate") / "model", make_tokenizer()
+    make_model("llama", tokenizer, num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -42,91 +36,6 @@ def data(model: str) -> str:
     for part in ("train", "dev", "test"):
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return str(folder)
-
-
-def test_a_plan_is_printed_without_running_anything(config: str, tmp_path: Path) -> None:
-    flags = ("study", "methods", "--config", config, "--methods", "prefix,adapter:8,zero-shot", "--plan")
-    planned = json.loads(run(*flags, "--json", cwd=tmp_path)[0])
-    assert planned["folder"] == "runs/methods"
-    assert [cell["id"] for cell in planned["runs"]] == [
-        "prefix-n8-P3-task-subset0-seed0",
-        "adapter8-n8-subset0-seed0",
-        "zero-shot-all-subset0-seed0",
-    ]
-    assert planned["runs"][1] == {**planned["runs"][1], "method": "adapter:8", "num_targets": 8, "subset": 0, "seed": 0}
-    assert run(*flags, cwd=tmp_path)[0].split() == [cell["id"] for cell in planned["runs"]]
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def flags(config: str) -> tuple[str, ...]:
-    return ("study", "methods", "--config", config, "--methods", "zero-shot,prefix,full")
-
-
-Shared = tuple[Path, list[list[dict[str, Any]]]]
-
-
-@pytest.fixture(scope="module")
-def shared(flags: tuple[str, ...], config: str) -> Shared:
-    """A study that two processes ran together, and the events of both."""
-    folder = Path(config).parent / "shared"
-    one, other = (start(*flags, "--seeds", "2", "--output", str(folder), "--json") for _ in range(2))
-    # One is stopped in the middle of a cell, so that the other gets all other cells.
-    logs = [until(one, lambda event: event["event"] == "step")]
-    one.send_signal(signal.SIGSTOP)
-    logs.append(until(other, lambda event: event["event"] == "cell" and event["status"] == "done"))
-    one.send_signal(signal.SIGCONT)
-    for process, events in zip((one, other), logs, strict=True):
-        # Not by `communicate` alone: it misses the lines that are in the stream's buffer.
-        events += until(process, lambda event: event["event"] == "result")
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    return folder, logs
-
-
-def test_two_processes_share_a_study(shared: Shared) -> None:
-    folder, logs = shared
-    assert [len(events[-1]["done"]) for events in logs] == [5, 5]
-    done = [cells(events, "done") for events in logs]
-    assert done[0]
-    assert done[1]
-    assert len({*done[0], *done[1]}) == len(done[0]) + len(done[1]) == 5
-    starts = Counter((e["cell"], e["learning_rate"]) for events in logs for e in events if e["event"] == "start")
-    assert len(starts) == 2 * 2 + 2
-    assert set(starts.values()) == {1}, "a cell was trained twice"
-    assert len(scores_of(folder)) == 5
-
-
-def test_a_study_has_a_report(shared: Shared, tmp_path: Path) -> None:
-    stored = json.loads((shared[0] / "study.json").read_text())
-    assert stored["command"].startswith("prefixtune study methods --config ")
-    assert stored["config"]["tries"] == 2
-    page = tmp_path / "page.html"
-    files = json.loads(run("report", str(shared[0]), "--output", str(page), "--json")[0])
-    assert files["html"] == str(page)
-    text = Path(files["markdown"]).read_text()
-    for method in ("zero-shot", "prefix", "full"):
-        assert method in text
-    assert "BLEU" in page.read_text()
-
-
-def test_kill_minus_nine_then_the_same_scores(shared: Shared, flags: tuple[str, ...], tmp_path: Path) -> None:
-    folder = tmp_path / "study"
-    process = start(*flags, "--output", str(folder), "--json")
-    # Its state is there, and nearly all of its steps are left.
-    killed = until(process, lambda event: event["event"] == "save" and event["step"] == 1)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert cells(killed, "done") == ["zero-shot-all-subset0-seed0"]
-    out, err = run(*flags, "--output", str(folder))
-    assert out == f"{folder}: 3 of 3 runs done\n"
-    begun = [line.split()[1] for line in err.splitlines() if line.startswith("[")]
-    assert begun == ["prefix-n8-P3-task-subset0-seed0", "full-n8-subset0-seed0"]
-    assert err.count("learning rate 0.02: development loss") == 1
-    assert f"prefixtune report {folder}" in err
-    scores, whole = scores_of(folder), scores_of(shared[0])
-    assert scores == {name: whole[name] for name in scores}
 
 
 def test_a_run_of_another_method_is_evaluated_into_a_folder(
@@ -201,7 +110,6 @@ def test_mistakes_are_reported_before_the_model_loads(
     for more, says in (
         (("--split", "tset"), "tset"),
         (("--split", "test", "--metrics", "blue"), "no metric 'blue'"),
-        (("--split", "test", "--metrics", "bertscore"), "bertscore needs the weights of a model"),
         (("--split", "test", "--outputs", str(tmp_path)), "it is a folder"),
         (("--split", "test", "--output", str(tmp_path / "file")), "cannot write"),
         (("--split", "test", "--batch-size", "0"), "--batch-size is 0"),
@@ -234,15 +142,6 @@ def test_a_preset_takes_the_papers_values_and_flags_win(model: str, data: str, t
 
 
 MISTAKES = {
-    "unknown study": (("study", "lenght"), "'lenght'", "did you mean 'length'?"),
-    "no study": (("study",), "NAME is missing", "--help"),
-    "unknown option": (("study", "methods", "--trys", "3"), "--trys", "did you mean '--tries'?"),
-    "several wrong values": (
-        ("study", "methods", "--tries", "0", "--methods", "lorra"),
-        "(did you mean 'lora'?); --tries is 0",
-        "--help",
-    ),
-    "no such file of a study": (("study", "methods", "--config", "/nowhere.toml"), "/nowhere.toml", "check the path"),
     "unknown preset": (("train", "--preset", "papper", "--task", "e2e"), "'papper'", "did you mean 'paper'?"),
     "no preset for a task": (("train", "--preset", "paper", "--task", "toy"), "nothing for the task 'toy'", ""),
     "a run and a prefix": (

@@ -6,10 +6,8 @@ sources, with a bootstrap interval and paired approximate randomization.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +20,7 @@ import torch
 
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.errors import ConfigError
 from prefixtune.evaluation.metrics.base import Array, ItemStatistics
 from prefixtune.evaluation.metrics.significance import METHOD, Measurement, bootstrap, randomize
 from prefixtune.pages.document import Chart, Series, Table
@@ -30,20 +28,17 @@ from prefixtune.pages.figures import save_figure
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import cut
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.training.config import MOST_LENGTHS, TrainConfig
 from prefixtune.training.folder import PREFIX_FILE
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.losses import target_losses
 from prefixtune.training.train import train
-from prefixtune.utils.files import atomic_path, write_text
+from prefixtune.utils.files import write_text
 
-__all__ = ["LENGTH_FILE", "LengthResult", "Point", "choose", "curve_lengths", "measure_lengths", "study_lengths"]
+__all__ = ["LENGTH_FILE", "LengthResult", "Point", "choose", "curve_lengths", "find_length", "measure_lengths"]
 
 
-LENGTH_FILE, LOSSES_FILE, FIGURE_NAME = "length.json", "length.safetensors", "length"
-
-_LOSSES = "prefixtune_lengths"
+LENGTH_FILE, FIGURE_NAME = "length.json", "length"
 MOST_ENDS = 16
 
 
@@ -72,7 +67,7 @@ class Point:
 
 @dataclass(frozen=True)
 class LengthResult:
-    """What a study of lengths leaves.
+    """What measuring the lengths of a run leaves.
 
     Attributes:
         points: The curve, from the shortest.
@@ -91,7 +86,7 @@ class LengthResult:
     folder: Path
 
 
-def study_lengths(
+def find_length(
     config: TrainConfig,
     *,
     lengths: Sequence[int] = (),
@@ -108,16 +103,16 @@ def study_lengths(
         lengths: To measure, besides the whole; empty: about two for each doubling.
         significance: A length is worse than the best where the p-value of their difference is below this.
         samples: Draws of the bootstrap and of the randomization.
-        resume: Go on with the run in `config.output`, or with its curve.
+        resume: Go on with the run in `config.output`, and measure its curve.
         on_point: Called while a length is measured, with its index, how many there are, and the share done in percent.
         **arguments: For `train`, such as `examples`, `dev_examples`, `backbone` and `on_event`.
 
     Raises:
         ConfigError: There is no development file, or the run trains no prefix; or as `train`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the state or the losses so far are saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
     config = config.replace(nested=True)
-    check_study(config, has_dev=arguments.get("dev_examples") is not None)
+    _check(config, has_dev=arguments.get("dev_examples") is not None)
     found: list[LengthResult] = []
 
     def measure(loop: TrainLoop, stop: threading.Event) -> None:
@@ -130,8 +125,8 @@ def study_lengths(
     return found[0]
 
 
-def check_study(config: TrainConfig, *, has_dev: bool) -> None:
-    """Refuse a study that cannot compare.
+def _check(config: TrainConfig, *, has_dev: bool) -> None:
+    """Refuse a run whose lengths cannot be compared.
 
     Raises:
         ConfigError: It has nothing to compare on, or nothing to cut, or it is one of several processes.
@@ -166,20 +161,18 @@ def _measure_run(
     folder = Path(config.output)
     prefix = load_prefix(folder / PREFIX_FILE)
     wanted = curve_lengths(prefix.prefix_length, lengths, example_ends(prefix.header))
-    losses = _Losses(folder / LOSSES_FILE, prefix, loop.data.digest)
+    by_source: dict[int, Array] = {}
     for index, length in enumerate(wanted):
-        if length in losses.by_length:
-            continue
 
         def report(done: int, index: int = index) -> None:
             if stop.is_set():
-                raise KeyboardInterrupt("the losses so far are saved")
+                raise KeyboardInterrupt("the run is saved")
             if on_point is not None:
                 on_point(index, len(wanted), 100 * done // max(1, dev.num_targets))
 
         backbone = loop.backbone
-        losses.add(length, target_losses(backbone, prefix[:length], dev.examples, config.batch_size, report))
-    by_source = {length: sum_by_source(losses.by_length[length], dev.examples) for length in wanted}
+        losses = target_losses(backbone, prefix[:length], dev.examples, config.batch_size, report)
+        by_source[length] = sum_by_source(losses, dev.examples)
     points = measure_lengths(by_source, prefix, samples=samples, seed=config.seed)
     best, chosen = choose(points, significance)
     path = save_prefix(
@@ -187,7 +180,6 @@ def _measure_run(
         prefix if chosen == prefix.prefix_length else _with_loss(cut(prefix, chosen), points),
         dtype=prefix.dtype,
     )
-    _delete_earlier(folder, path)
     result = LengthResult(tuple(points), best, chosen, path, len(dev.examples), folder)
     facts = describe(result, config, prefix, significance, samples, dev.num_targets)
     write_text(folder / LENGTH_FILE, json.dumps(facts, indent=1) + "\n")
@@ -195,49 +187,11 @@ def _measure_run(
     return result
 
 
-def _delete_earlier(folder: Path, path: Path) -> None:
-    """Delete the file that an earlier study of this folder was cut to, if it is another one."""
-    try:
-        earlier = str(json.loads((folder / LENGTH_FILE).read_text(encoding="utf-8"))["file"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return
-    if re.fullmatch(r"prefix-[0-9]+\.safetensors", earlier) and earlier != path.name:
-        (folder / earlier).unlink(missing_ok=True)
-
-
 def _with_loss(prefix: Prefix, points: Sequence[Point]) -> Prefix:
     """A cut prefix whose header has the development loss that was measured at its length."""
     loss = next(point.loss for point in points if point.prefix_length == prefix.prefix_length)
     training = {**(prefix.header.get("training") or {}), "dev_loss": loss}
     return Prefix(prefix.layers, {**prefix.header, "training": training}, prefix.head)
-
-
-class _Losses:
-    """The losses of the lengths measured so far, kept in a file, so that an interrupted study goes on."""
-
-    def __init__(self, path: Path, prefix: Prefix, data_digest: str) -> None:
-        self.path, self.facts = path, {"prefix": _checksum(prefix), "data": data_digest}
-        self.by_length: dict[int, torch.Tensor] = {}
-        try:
-            tensors, facts = read_verified(path, _LOSSES, "holds no losses by length", "delete it.")
-        except CheckpointError:
-            return
-        if {name: facts.get(name) for name in self.facts} == self.facts:
-            self.by_length = {int(name): tensor for name, tensor in tensors.items() if name.isdecimal()}
-
-    def add(self, length: int, losses: torch.Tensor) -> None:
-        """Keep the losses of a length: (targets, 2), summed loss and number of tokens."""
-        self.by_length[length] = losses
-        stored = {str(number): tensor.contiguous() for number, tensor in self.by_length.items()}
-        with atomic_path(self.path) as temporary:
-            save_file(stored, temporary, metadata_with_checksum(_LOSSES, self.facts, stored))
-
-
-def _checksum(prefix: Prefix) -> str:
-    digest = hashlib.sha256()
-    for tensor in prefix.stored_tensors():
-        digest.update(tensor.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # --- the curve -------------------------------------------------------------------------------------------------------
@@ -328,7 +282,7 @@ def choose(points: Sequence[Point], significance: float = 0.05) -> tuple[int, in
 def describe(
     result: LengthResult, config: TrainConfig, prefix: Prefix, significance: float, samples: int, num_targets: int
 ) -> dict[str, Any]:
-    """The study as JSON."""
+    """The result as JSON."""
     return {
         "backbone": prefix.header["backbone"]["name"],
         "prefix_length": prefix.prefix_length,

@@ -1,0 +1,275 @@
+"""A grid of training runs, each scored on one test set: `python -m research.study research/studies/low_data.toml`.
+
+Every point of a study is run for each size of the training set and each sample of it. A run has a folder, and is done
+when its `evaluation.json` is there. The same command goes on where it was, and several processes may work on one study:
+a run belongs to the process that holds its lock. A study that is changed needs another folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import shutil
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
+
+import prefixtune as pt
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import load_backbone
+from prefixtune.data import TASKS, read_task
+from prefixtune.errors import DataError, PrefixError, TrainingError
+from prefixtune.evaluation.prompting import instruction_format
+from prefixtune.evaluation.records import EVALUATION_FILE, write_evaluation
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.artifact import load_tuned
+from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
+
+__all__ = ["Cell", "Study", "cells", "main", "run", "sample", "sample_targets"]
+
+
+class Study(BaseModel):
+    """The file of a study.
+
+    Attributes:
+        output: The folder of its runs.
+        task: How the data is read and scored, as in `prefixtune tasks`.
+        train: The training set.
+        dev: The development set, by which rates and steps are chosen.
+        test: The test set.
+        sizes: Numbers of training targets; 0: all.
+        samples: How often each point is run: each time on another sample, with another seed.
+        dev_limit: Development sources of a sample; 0: all.
+        test_limit: Test sources, a fixed sample; 0: all.
+        try_steps: Steps of the runs that a learning rate is chosen by; 0: as many as the point's.
+        decoding: Settings of `prefixtune generate`, over the task's.
+        settings: Settings of `prefixtune train` that all points have.
+        points: Settings of each point, over these. `method = "none"` scores the bare model, which is asked by
+            `init_text`; `learning_rates` is a list to choose from.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: str
+    task: str
+    train: str
+    dev: str
+    test: str
+    sizes: list[int] = [0]
+    samples: int = Field(1, ge=1)
+    dev_limit: int = 0
+    test_limit: int = 0
+    try_steps: int = 0
+    decoding: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    points: dict[str, dict[str, Any]] = Field(min_length=1)
+
+    def read(self, split: Literal["train", "dev", "test"]) -> list[pt.Example]:
+        """The examples of a split that have a target."""
+        columns = {name: self.settings.get(name) for name in ("source", "target")}
+        examples = read_task(self.task, getattr(self, split), split=split, **columns)
+        return [example for example in examples if example.targets]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a point, a size and a sample."""
+
+    point: str
+    size: int
+    sample: int
+
+    @property
+    def group(self) -> str:
+        """What its repetitions have in common."""
+        return f"{self.point}-n{self.size or 'all'}"
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.group}-s{self.sample}"
+
+
+def cells(study: Study) -> list[Cell]:
+    """All runs; each point once before any is repeated, so that a study that is cut short has them all."""
+    return [
+        Cell(point, size, sample) for sample in range(study.samples) for size in study.sizes for point in study.points
+    ]
+
+
+def run(study: Study) -> dict[str, str]:
+    """Do what is left of a study; returns what became of each run: done, failed (and why), or another's."""
+    states = {}
+    Path(study.output).mkdir(parents=True, exist_ok=True)
+    for cell in cells(study):
+        folder = Path(study.output) / cell.name
+        try:
+            with FileLock(f"{folder}.lock", timeout=0):
+                if not (folder / EVALUATION_FILE).exists():
+                    print(cell.name, flush=True)
+                    _run_cell(study, cell, folder)
+                states[cell.name] = "done"
+        except Timeout:
+            states[cell.name] = "of another process"
+        except PrefixError as error:
+            states[cell.name] = f"failed: {error}"
+    return states
+
+
+def _run_cell(study: Study, cell: Cell, folder: Path) -> None:
+    """Train and score a run, or what is left of it."""
+    settings = {**study.settings, **study.points[cell.point]}
+    rates = settings.pop("learning_rates", [])
+    trains = settings.get("method") != "none"
+    if not trains:
+        del settings["method"]
+    if len(rates) > 1:
+        settings["learning_rate"] = _choose_rate(study, cell, settings, rates)
+    elif rates:
+        settings["learning_rate"] = rates[0]
+    config = _config(study, settings, folder, cell.sample)
+    facts: dict[str, Any] = {**dataclasses.asdict(cell), "title": cell.name, "task": study.task, "split": "test"}
+    if trains:
+        facts["training"] = _train(study, cell, config)
+    backbone, prefix, text_format = _load(config, trains=trains)
+    task, examples = TASKS[study.task], sample(study.read("test"), study.test_limit, "test")
+    outcome = pt.evaluate(
+        backbone,
+        examples,
+        prefix,
+        text_format=text_format,
+        config={**task.decoding, **study.decoding},
+        protocol=task.protocol,
+        metrics=task.metrics,
+        intervals=True,
+    )
+    facts |= {"method": config.method if trains else "none", "backbone": config.backbone}
+    write_evaluation(folder, outcome, examples, facts, protocol=task.protocol)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+
+
+def _config(study: Study, settings: Mapping[str, Any], folder: Path, seed: int) -> pt.TrainConfig:
+    return pt.TrainConfig(**{**settings, "task": study.task, "output": str(folder), "seed": seed})
+
+
+def _train(study: Study, cell: Cell, config: pt.TrainConfig) -> dict[str, Any]:
+    """Train a run, or go on with it; returns what it took."""
+    folder = Path(config.output)
+    resume = (folder / STATE_FILE).exists()
+    if not resume:
+        # It was stopped before its first save.
+        shutil.rmtree(folder, ignore_errors=True)
+    result = pt.train(
+        config,
+        examples=sample_targets(study.read("train"), cell.size, f"train/{cell.sample}"),
+        dev_examples=sample(study.read("dev"), study.dev_limit, "dev"),
+        resume=resume,
+        progress=False,
+    )
+    return {
+        "learning_rate": config.learning_rate,
+        "dev_loss": None if math.isnan(result.best_loss) else result.best_loss,
+        "trained_parameters": result.num_trained,
+        "file_bytes": result.path.stat().st_size,
+        "steps": result.steps,
+        "seconds": round(sum(event["seconds"] for event in result.events if event["event"] == "step"), 2),
+    }
+
+
+def _choose_rate(study: Study, cell: Cell, settings: Mapping[str, Any], rates: Sequence[float]) -> float:
+    """The rate with the lowest development loss, of runs on the first sample; what was tried is kept in `rates/`.
+
+    Raises:
+        TrainingError: No run reached its end.
+    """
+    folder = Path(study.output) / "rates"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{cell.group}.json"
+    with FileLock(f"{path}.lock"):
+        losses: dict[str, float | None] = json.loads(path.read_text()) if path.exists() else {}
+        for rate in rates:
+            if str(rate) in losses:
+                continue
+            tried = {**settings, "learning_rate": rate}
+            if study.try_steps:
+                tried |= {"max_steps": study.try_steps, "eval_every": study.try_steps}
+            config = _config(study, tried, folder / f"{cell.group}-{rate:g}", seed=0)
+            try:
+                losses[str(rate)] = _train(study, dataclasses.replace(cell, sample=0), config)["dev_loss"]
+            except TrainingError as error:
+                print(f"{cell.group} at {rate:g}: {error}", flush=True)
+                losses[str(rate)] = None
+            path.write_text(json.dumps(losses) + "\n")
+            shutil.rmtree(config.output, ignore_errors=True)
+    finite = {rate: loss for rate in rates if (loss := losses[str(rate)]) is not None}
+    if not finite:
+        raise TrainingError(f"no run of {cell.group} reached its end.", hint="give lower learning_rates.")
+    return min(finite, key=finite.__getitem__)
+
+
+def _load(config: pt.TrainConfig, *, trains: bool) -> tuple[Backbone, Path | None, TextFormat | None]:
+    """What is scored: a model, its prefix if it has one, and the text format where that is not the prefix's."""
+    folder, placed = Path(config.output), {"dtype": config.dtype, "device": config.device}
+    if trains and not config.trains_prefix:
+        backbone, text_format = load_tuned(folder / WEIGHTS_FILE, name_or_path=config.backbone, **placed)
+        return backbone, None, text_format
+    backbone = load_backbone(config.backbone, **placed)
+    if trains:
+        return backbone, folder / PREFIX_FILE, None
+    return backbone, None, instruction_format(backbone, config.init_text)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def sample(examples: Sequence[pt.Example], count: int, seed: str) -> list[pt.Example]:
+    """`count` examples, whole, in their order; 0, or more than there are: all."""
+    if not 0 < count < len(examples):
+        return list(examples)
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]
+
+
+def sample_targets(examples: Sequence[pt.Example], count: int, seed: str) -> list[pt.Example]:
+    """Examples with all of their targets, drawn until there are `count` targets; the last may lose some. 0: all.
+
+    Raises:
+        DataError: There are fewer.
+    """
+    available = sum(len(example.targets) for example in examples)
+    if count > available:
+        raise DataError(f"a sample has {count} targets, but there are {available}.", hint="lower sizes.")
+    if not count:
+        return list(examples)
+    drawn: list[pt.Example] = []
+    for example in random.Random(seed).sample(examples, len(examples)):
+        if count > 0:
+            drawn.append(dataclasses.replace(example, targets=example.targets[:count]))
+            count -= len(example.targets)
+    return drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what is left of a study, or list its runs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("file", type=Path, help="the study, a TOML file")
+    parser.add_argument("--plan", action="store_true", help="only list the runs")
+    options = parser.parse_args(arguments)
+    study = Study(**tomllib.loads(options.file.read_text(encoding="utf-8")))
+    if options.plan:
+        print("\n".join(cell.name for cell in cells(study)))
+        return 0
+    states = run(study)
+    print("\n".join(f"{name}: {state}" for name, state in states.items()))
+    return int(any(state.startswith("failed") for state in states.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
