@@ -10,7 +10,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -31,7 +31,6 @@ from made_up_runs import (
 from prefixtune.errors import DataError
 from prefixtune.pages import figures
 from prefixtune.report import compose, read_results, results, save_figures, to_html, to_markdown
-from prefixtune.studies import records
 
 NASTY = (
     "</script><script>alert(1)</script>",
@@ -691,10 +690,6 @@ def test_broken_folders_are_named_with_a_way_out(make: Any, message: str, tmp_pa
         read_results(make(tmp_path))
     assert str(tmp_path) in caught.value.message
     assert caught.value.hint
-
-
-def test_the_states_of_cells_are_those_that_studies_write() -> None:
-    assert get_args(results.CellStatus) == get_args(records.CellStatus)
 
 
 def test_a_study_without_cells(tmp_path: Path) -> None:
