@@ -15,7 +15,7 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.data import held_out_rows
 from prefixtune.training.starts.examples import from_examples
-from prefixtune.training.starts.source import stored_text
+from prefixtune.training.starts.text import stored_text
 from prefixtune.training.starts.words import from_words
 
 __all__ = ["are_counts", "find_start", "is_beginning"]
@@ -40,8 +40,6 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
     if not isinstance(stored, dict) or "kind" not in stored:
         return None, "the file does not say what training started from."
     kind, text = stored["kind"], stored_text(stored)
-    if prefix.header.get("method") == "prompt":
-        return None, "a prompt at the input layer starts from embeddings, which are no keys and values."
     if not is_beginning(prefix.header.get("composition")):
         return None, "the prefix was cut at its start or joined after training: its positions are not its start's."
     if kind == "words" and text is None and "text" in stored:
@@ -114,16 +112,15 @@ def _find_examples(
     if not chosen or not all(example.targets for example in chosen):
         return None, other
     rows = [(*prompt, *target) for prompt, target in encode_pairs(backbone, text_format, chosen)]
-    alone, lengths = stored.get("attention") == "own", stored.get("lengths")
+    lengths = stored.get("lengths")
     if [len(row) for row in rows] != tokens or not are_counts(lengths, most=max(map(len, rows))):
         return None, other
     if len(lengths) != len(rows) or any(not 1 <= kept <= len(row) for kept, row in zip(lengths, rows, strict=True)):
         return None, other
     # Counted before anything is computed: the header may say anything.
-    if any(sum(lengths if alone else map(len, rows)) != prefix.length(site) for site in prefix.sites):
+    if any(sum(lengths) != prefix.length(site) for site in prefix.sites):
         return None, "the prefix was cut or joined after training: its length is no longer that of its start."
-    compaction = str(stored.get("compaction"))
-    start = from_examples(backbone, rows, alone=alone, lengths=lengths if alone else None, compaction=compaction)
+    start = from_examples(backbone, rows, lengths=lengths)
     layers = {site: start.layers[site] for site in prefix.sites}
     return _like(prefix, Prefix(layers)), f"the training examples {', '.join(map(str, indices))}"
 

@@ -37,11 +37,11 @@ Hyperparameters = Mapping[str, int | float | Literal["auto"]]
 
 _SHARED_OPTIONS = (
     *("name", "prefix_length", "start", "init_text", "compaction", "reparameterization", "prefix_dropout", "nested"),
-    *("optimizer", "max_steps", "eval_every", "warmup_steps", "weight_decay", "save_dtype", "license"),
+    *("max_steps", "eval_every", "warmup_steps", "weight_decay", "save_dtype", "license"),
 )
 EXAMPLE_OPTIONS = (
     *(*_SHARED_OPTIONS, "preset", "form", "system", "chat_template", "max_length", "on_too_long", "init_examples"),
-    *("example_choice", "compact_examples", "hold_out", "patience", "loss_reduction", "classifier", "label_words"),
+    *("hold_out", "patience", "classifier", "label_words"),
 )
 """Fields of the request's object `prefixtune` for a job that trains on examples."""
 DOCUMENT_OPTIONS = (
@@ -365,8 +365,7 @@ def _config_values(request: JobRequest, targets: int, max_steps: int) -> dict[st
 
 def _usual_rate(values: Mapping[str, Any]) -> float:
     """The learning rate that a multiplier of 1 stands for."""
-    trained, optimizer = (values.get(name, TrainConfig.default(name)) for name in ("reparameterization", "optimizer"))
-    return default_learning_rate(str(trained), str(optimizer))
+    return default_learning_rate(str(values.get("reparameterization", TrainConfig.default("reparameterization"))))
 
 
 def _num_validated(request: JobRequest) -> int:

@@ -2,7 +2,6 @@
 
 `mlp` is the paper's reparameterization (Li & Liang 2021, section 4.3): Embedding(P, d) -> Linear(d, m) -> tanh ->
 Linear(m, S), where S is one position's keys and values over all layers of a site. `none` trains the prefix itself.
-`residual` adds an MLP, whose last layer starts at zero, to a fixed start, so that training begins exactly there.
 `scaled` adds one trained number per stored number to a fixed start, each layer's keys and values in steps of the size
 that its own start has: start + rms * delta. From a random start, steps have the size of the model's own keys and values
 of some words. Nothing is trained that is not stored.
@@ -12,8 +11,7 @@ They run once per step, not once per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import cast
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -23,10 +21,10 @@ from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.prefix.geometry import Geometry, LayerShape, Site
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix, flatten, unflatten
 
-__all__ = ["REPARAMETERIZATIONS", "HeadEncoder", "PrefixEncoder", "PromptEncoder", "SiteEncoder", "fit", "step_sizes"]
+__all__ = ["REPARAMETERIZATIONS", "HeadEncoder", "PrefixEncoder", "SiteEncoder", "fit", "step_sizes"]
 
 
-REPARAMETERIZATIONS = ("mlp", "none", "residual", "scaled")
+REPARAMETERIZATIONS = ("mlp", "none", "scaled")
 
 RANDOM_STD = 0.02
 """Standard deviation of a random start of a directly trained prefix."""
@@ -38,7 +36,7 @@ class SiteEncoder(nn.Module):
     """The trainable parameters of one site, which compute a flat (P, S) matrix.
 
     Args:
-        kind: `mlp`, `none`, `residual` or `scaled`.
+        kind: `mlp`, `none` or `scaled`.
         size: S, the numbers of one position over all layers.
         prefix_length: P.
         embedding_size: d, the width of the MLP's embedding (the paper: the model's width).
@@ -79,10 +77,6 @@ class SiteEncoder(nn.Module):
         self.embedding = nn.Embedding(prefix_length, embedding_size)
         self.hidden = nn.Linear(embedding_size, bottleneck_size)
         self.output = nn.Linear(bottleneck_size, size)
-        if kind == "residual":
-            nn.init.zeros_(self.output.weight)
-            nn.init.zeros_(self.output.bias)
-            self.start = start.detach().clone().float()  # type: ignore[union-attr]
 
     def forward(self) -> Float[Tensor, "P S"]:
         """The prefix as it is now, one row per position."""
@@ -91,14 +85,7 @@ class SiteEncoder(nn.Module):
         if self.kind == "scaled":
             return self.start + self.scale * self.delta  # type: ignore[operator]
         out: Tensor = self.output(torch.tanh(self.hidden(self.embedding.weight)))
-        return out if self.start is None else self.start + out
-
-    @property
-    def matrix(self) -> nn.Parameter | None:
-        """The trained (P, S) matrix that has one value for each stored one; None: an MLP computes them."""
-        if self.kind == "scaled":
-            return self.delta
-        return self.table if self.kind == "none" else None
+        return out
 
 
 class HeadEncoder(nn.Module):
@@ -141,57 +128,11 @@ class HeadEncoder(nn.Module):
         return Head(weight, self.bias - weight @ self.center)
 
 
-class PromptEncoder(nn.Module):
-    """A trainable prompt at the input layer alone (the paper's embedding-only ablation, table 4).
-
-    In a model that reads from left to right a prompt never sees the text after it. So it equals the keys and values
-    that the model computes for it, which are a prefix. It is trained, stored and used as one.
-
-    Args:
-        kind: `mlp`, `none`, `residual` or `scaled`.
-        start: What the prompt's embeddings are at the first step, exactly but for `mlp`.
-        compute_kv: Runs embeddings through the model; returns its keys and values, differentiable in the embeddings.
-        embedding_size: d of the MLP.
-        bottleneck_size: m of the MLP.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        start: Float[Tensor, "P d"],
-        compute_kv: Callable[[Tensor], Prefix],
-        *,
-        embedding_size: int,
-        bottleneck_size: int = 512,
-    ) -> None:
-        super().__init__()
-        self.kind = kind
-        scale = start.square().mean().sqrt().expand(start.shape[1])
-        self.prompt = SiteEncoder(kind, start.shape[1], start.shape[0], embedding_size, bottleneck_size, start, scale)
-        self.compute_kv = compute_kv
-        self.head = None
-
-    def forward(self) -> Prefix:
-        """The prompt as a prefix as it is now, in float32, attached to the graph of its parameters."""
-        return self.compute_kv(self.prompt())
-
-    def matrices(self) -> dict[Tensor, tuple[int, ...]]:
-        """The trained matrix of the embeddings, and its width; empty: an MLP computes them."""
-        matrix = self.prompt.matrix
-        return {} if matrix is None else {matrix: (matrix.shape[1],)}
-
-    @torch.no_grad()
-    def bake(self) -> Prefix:
-        """The prompt as a prefix, in float32 on the CPU."""
-        prefix: Prefix = self()
-        return prefix.to(device="cpu").detach()
-
-
 class PrefixEncoder(nn.Module):
     """The trainable prefix: one `SiteEncoder` per site, and the shapes to split their rows by.
 
     Args:
-        kind: `mlp`, `none`, `residual` or `scaled`.
+        kind: `mlp`, `none` or `scaled`.
         geometry: The sites to train, and their layers' shapes.
         prefix_length: P; or P by site.
         embedding_size: d of the MLP.
@@ -267,14 +208,6 @@ class PrefixEncoder(nn.Module):
             },
             head=None if prefix.head is None else prefix.head.to("cpu").detach(),
         )
-
-    def matrices(self) -> dict[Tensor, tuple[int, ...]]:
-        """Each site's trained matrix, and the widths of its layers' keys and values; empty: an MLP computes them."""
-        return {
-            matrix: tuple(shape.num_kv_heads * width for shape in shapes for width in (shape.key_dim, shape.value_dim))
-            for site, shapes in self.geometry.items()
-            if (matrix := cast(SiteEncoder, self.sites[site]).matrix) is not None
-        }
 
     @property
     def num_trained(self) -> int:

@@ -59,7 +59,6 @@ def make_run_header(
         task=config.task,
         **({"form": config.form} if config.form else {}),
         method=config.method,
-        **({"placement": "infix"} if config.method == "infix" else {}),
         text_format=data.text_format.to_dict(),
         **({} if data.labels is None else {"labels": data.labels.to_dict()}),
         initialization=initialization,
@@ -72,9 +71,7 @@ def make_run_header(
             "backbone_dtype": backbone.dtype_name,
             **reparameterization_facts(config),
             "batch_size": config.batch_size,
-            "loss_reduction": config.loss_reduction,
             "seed": config.seed,
-            "optimizer": config.optimizer,
             "learning_rate": config.peak_learning_rate,
             **variation_facts(config),
         },
@@ -100,12 +97,8 @@ def _dataset(train: str) -> dict[str, str]:
 
 def reparameterization_facts(config: TrainConfig) -> dict[str, Any]:
     """What a header says of how a prefix was computed while it trained: only what was used."""
-    facts: dict[str, Any] = {"reparameterization": config.reparameterization}
-    if config.reparameterization == "scaled":
-        facts["value_scale"] = config.value_scale
-    if config.reparameterization in ("mlp", "residual"):
-        facts["bottleneck_size"] = config.bottleneck_size
-    return facts
+    size = {"bottleneck_size": config.bottleneck_size} if config.reparameterization == "mlp" else {}
+    return {"reparameterization": config.reparameterization, **size}
 
 
 def save_artifact(config: TrainConfig, backbone: Backbone, prefix: Prefix | None, header: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The methods that a prefix is compared with: the whole model, its top layers, adapters or LoRA are trained.
+"""The methods that a prefix is compared with: the whole model, adapters or LoRA are trained.
 
 Each changes a backbone that was loaded for it: parameters are set to train, layers may be inserted. What trains is kept
 in float32; the rest stays in the dtype that it was loaded in, and products are computed in that dtype.
@@ -28,7 +28,6 @@ __all__ = [
     "load_tuned_weights",
     "note_trained",
     "tune",
-    "tuned_layers",
     "tuned_weights",
     "was_trained",
 ]
@@ -39,11 +38,11 @@ class Tuning:
     """A method and its size.
 
     Attributes:
-        method: `full`, `top`, `adapter` or `lora`.
-        size: Layers from the top (`top`), the bottleneck's width (`adapter`), the rank (`lora`); 0: the default.
+        method: `full`, `adapter` or `lora`.
+        size: The bottleneck's width (`adapter`), or the rank (`lora`); 0: the default.
 
     Raises:
-        ConfigError: There is no such method, or the size is negative.
+        ConfigError: There is no such method.
     """
 
     method: str
@@ -52,8 +51,6 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.method not in DEFAULT_SIZES:
             raise ConfigError(f"unknown method {self.method!r}.", hint=did_you_mean(self.method, DEFAULT_SIZES))
-        if self.size < 0:
-            raise ConfigError(f"method_size is {self.size}, but must be at least 0.", hint="0 is the default size.")
         if not self.size:
             object.__setattr__(self, "size", DEFAULT_SIZES[self.method])
 
@@ -111,20 +108,21 @@ def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:
         The same backbone, which computes in its loaded dtype; its fingerprint stays that of the weights as loaded.
 
     Raises:
-        BackboneError: The model has no list of layers to train or to insert adapters in, or has a LoRA adapter already.
-        ConfigError: The model has fewer layers than are to be trained.
+        BackboneError: The model has no list of layers to insert adapters in, or has a LoRA adapter already.
     """
     model, dtype = backbone.model, backbone.dtype
-    layers = tuned_layers(backbone, tuning)
     if tuning.method == "full":
         model.requires_grad_(True)
     elif tuning.method == "lora":
+        if has_adapter(model):
+            raise BackboneError(
+                f"{backbone.name!r} holds a LoRA adapter, whose place the new one would take.",
+                hint="merge it into its base model first.",
+            )
         with quiet_transformers():
             add_adapter(model, tuning.size, seed=seed)
-    elif tuning.method == "top":
-        for layer in layers:
-            layer.requires_grad_(True)
     else:
+        layers = decoder_layers(backbone)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for layer in layers:
@@ -135,31 +133,6 @@ def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:
             parameter.data = parameter.data.float()
     model.eval()
     return dataclasses.replace(backbone, compute_dtype=dtype)
-
-
-def tuned_layers(backbone: Backbone, tuning: Tuning) -> list[Any]:
-    """The layers that are trained, or that adapters are inserted in; empty: the method asks for none in particular.
-
-    Raises:
-        BackboneError: As `tune`.
-        ConfigError: As `tune`.
-    """
-    if tuning.method == "lora" and has_adapter(backbone.model):
-        raise BackboneError(
-            f"{backbone.name!r} holds a LoRA adapter, whose place the new one would take.",
-            hint="train that one further with a prefix (train_adapter), or merge it into its base model first.",
-        )
-    if tuning.method not in ("top", "adapter"):
-        return []
-    layers = decoder_layers(backbone)
-    if tuning.method == "adapter":
-        return layers
-    if tuning.size > len(layers):
-        raise ConfigError(
-            f"method_size is {tuning.size}, but {backbone.name!r} has {len(layers)} layers.",
-            hint="train fewer of them, or use method = 'full'.",
-        )
-    return layers[-tuning.size :]
 
 
 def _through_bottleneck(layer: Any, inputs: Any, output: Any) -> Any:

@@ -85,15 +85,10 @@ def read_others(config: TrainConfig) -> list[tuple[str, Prefix]]:
     Raises:
         BackboneError: They are of different backbones.
         CheckpointError: One cannot be read, or there is none, or they are too many.
-        ConfigError: One stands between source and target.
     """
     others: list[tuple[str, Prefix]] = []
     for path in find_files(config.beside, config.output):
         prefix = load_prefix(path)
-        if prefix.placement == "infix":
-            raise ConfigError(
-                f"{str(path)!r} is an infix, which cannot be joined.", hint="take it out of the folder of --beside."
-            )
         others.append((str(path), prefix))
         if sum(other.num_parameters for _, other in others) > MAX_NUMBERS:
             raise CheckpointError(
@@ -225,7 +220,7 @@ def check_beside(
             raise ConfigError(
                 f"beside moves a prefix by {uneven[0].get('encoder', 0)} positions at the site encoder and by "
                 f"{uneven[0].get('cross', 0)} at cross, so that its positions cannot be hidden.",
-                hint="set prefix_dropout to 0 and leave_one_out to false, or give both sites one length.",
+                hint="set prefix_dropout to 0 and start from no examples, or give both sites one length.",
             )
 
 

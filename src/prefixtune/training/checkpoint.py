@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ from prefixtune.utils.files import atomic_path
 __all__ = [
     "Checkpoint",
     "TrainState",
-    "check_extension",
     "check_same_run",
     "finite_or_none",
-    "goes_on_differently",
     "is_over",
     "keep_state",
     "load_state",
@@ -85,16 +83,12 @@ class Checkpoint:
 _FACTS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("step", "best_step", "misses"), (int,)),
     **dict.fromkeys(("fingerprint", "dtype", "data"), (str,)),
+    "quantized": (bool,),
     "best_loss": (float, int, type(None)),
-    "config": (dict,),
-    # Older states do not have it.
-    "initialization": (dict, type(None)),
+    **dict.fromkeys(("config", "initialization"), (dict,)),
 }
 
-_LENGTHS = ("max_steps", "epochs", "patience")
-"""How long a run goes on: a resumed run may be given more of it, and its schedule is then that of the new length."""
-_REPORTING = ("report_to", "project", "run_name", "report_examples")
-_MAY_CHANGE = ("backbone", "output", "save_every", "device", "dtype", "shard", "data_cache", *_REPORTING, *_LENGTHS)
+_MAY_CHANGE = ("backbone", "output", "save_every", "device", "dtype", "shard")
 """Options that may differ when a run is resumed; the weights and the dtype that result are compared by themselves."""
 
 
@@ -140,7 +134,7 @@ def state_facts(
     backbone: Backbone,
     data_digest: str,
     state: TrainState,
-    initialization: Mapping[str, Any] | None = None,
+    initialization: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a state stores beside the tensors."""
     return {
@@ -153,38 +147,28 @@ def state_facts(
         "quantized": is_quantized(backbone.model),
         "data": data_digest,
         "config": config.to_dict(),
-        "initialization": None if initialization is None else dict(initialization),
+        "initialization": dict(initialization),
     }
 
 
 def state_tensors(
-    encoder: nn.Module | None, adapter: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]
+    encoder: nn.Module | None, adapter: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """What a state stores of the trained parameters and of the optimizers' moments, by name."""
+    """What a state stores of the trained parameters and of the optimizer's moments, by name."""
     tensors: dict[str, Tensor] = {}
     if encoder is not None:
         tensors.update({f"module.{name}": tensor for name, tensor in encoder.state_dict().items()})
     tensors.update({f"adapter.{name}": parameter for name, parameter in adapter.items()})
-    for optimizer, indices in _indices(optimizers):
-        for own, values in optimizer.state_dict()["state"].items():
-            tensors.update({f"optimizer.{indices[own]}.{key}": torch.as_tensor(v) for key, v in values.items()})
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()})
     return tensors
-
-
-def _indices(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, range]]:
-    """Each optimizer with the indices of its parameters, counted through all optimizers."""
-    first = 0
-    for optimizer in optimizers:
-        end = first + sum(len(group["params"]) for group in optimizer.param_groups)
-        yield optimizer, range(first, end)
-        first = end
 
 
 def load_tensors(
     checkpoint: Checkpoint,
     encoder: nn.Module | None,
     adapter: Mapping[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Put back what `state_tensors` collected.
 
@@ -204,9 +188,7 @@ def load_tensors(
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 moments.setdefault(int(index), {})[key] = tensor
-        for optimizer, indices in _indices(optimizers):
-            state = {own: moments[index] for own, index in enumerate(indices) if index in moments}
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     except (RuntimeError, LookupError, ValueError) as error:
         raise CheckpointError(
             f"the state in {checkpoint.folder!r} does not fit the run: {first_line(error)}",
@@ -234,42 +216,18 @@ def read_checkpoint(config: TrainConfig, name: str = STATE_FILE) -> Checkpoint:
             f"{str(path)!r} lacks {', '.join(faults)}, or has a wrong value there.",
             hint="start again in another --output.",
         )
-    # An option that an older version did not have was at its default.
-    stored = {**TrainConfig().to_dict(), **facts["config"]}
-    _check_same_config(config, stored, facts["step"])
-    return Checkpoint(str(path.parent), tensors, {"initialization": None, **facts, "config": stored})
-
-
-def _check_same_config(config: TrainConfig, stored: Mapping[str, Any], step: int) -> None:
-    """Refuse options that a resumed run cannot change.
-
-    Raises:
-        ConfigError: One has changed, or the new length contradicts the run so far.
-    """
+    stored, given = facts["config"], config.to_dict()
     changed = [
-        f"{name} was {stored.get(name)!r}, is {value!r}"
-        for name, value in config.to_dict().items()
-        if stored.get(name) != value
-        and name not in _MAY_CHANGE
-        # A run from a prefix has that prefix's length, which older versions wanted to be given.
-        and not (name == "prefix_length" and not value and config.initialization == "prefix")
+        f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
+        for name in sorted((stored.keys() | given.keys()) - set(_MAY_CHANGE))
+        if stored.get(name) != given.get(name)
     ]
     if changed:
         raise ConfigError(
             f"the run in {config.output!r} was started with other options: {', '.join(changed)}.",
-            hint="resume with the same options, or start again in another --output.",
+            hint="resume with the same options, or start from its prefix in another --output (--init-prefix).",
         )
-    if config.max_steps and stored["epochs"] != config.epochs:
-        raise ConfigError(
-            f"epochs is {config.epochs:g}, but the length of the run in {config.output!r} is max_steps = "
-            f"{config.max_steps}, which overrides it.",
-            hint="give --max-steps N (max_steps=N) alone, or --max-steps 0, too.",
-        )
-    if 0 < config.max_steps < step:
-        raise ConfigError(
-            f"max_steps is {config.max_steps}, but the run in {config.output!r} has taken {step} steps.",
-            hint=f"give more, as in --max-steps {2 * step}.",
-        )
+    return Checkpoint(str(path.parent), tensors, facts)
 
 
 def is_over(config: TrainConfig, state: TrainState) -> bool:
@@ -287,68 +245,26 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
     if not fingerprints_match(facts["fingerprint"], backbone.fingerprint):
         stored = facts["config"]["backbone"]
         other = f"{stored!r}, not {backbone.name!r}" if stored != backbone.name else f"{stored!r} with other weights"
-        hint = "load that one, and give it with --backbone (backbone=...)."
-        if facts["config"].get("adapter_rank") and facts["config"].get("seed"):
-            hint += (
-                " A new adapter now begins by the run's seed, not by 0: a run that an earlier version began with one "
-                "cannot go on; start again in another --output."
-            )
-        raise ConfigError(f"the run in {folder!r} was started on another backbone: {other}.", hint=hint)
+        raise ConfigError(
+            f"the run in {folder!r} was started on another backbone: {other}.",
+            hint="load that one, and give it with --backbone (backbone=...).",
+        )
     dtype = backbone.dtype_name
     if facts["dtype"] != dtype:
         raise ConfigError(
             f"the run in {folder!r} was started in {facts['dtype']}, but the backbone is in {dtype}.",
             hint=f"resume with --dtype {facts['dtype']}.",
         )
-    quantized = is_quantized(backbone.model)
-    if facts.get("quantized", quantized) is not quantized:
+    if facts["quantized"] is not is_quantized(backbone.model):
         change = "was quantized, but not now" if facts["quantized"] else "was not quantized, but now it is"
         raise ConfigError(
             f"the backbone of the run in {folder!r} {change}.",
             hint="give it as it was: --quantize (quantize=...), or the loaded backbone.",
         )
-    before, now = (digest.partition("+") for digest in (facts["data"], data_digest))
-    if before[0] == now[0] and before[2] != now[2]:
-        raise ConfigError(
-            f"the run in {folder!r} was started with other prefixes beside it.",
-            hint="give the same runs in the same order, or the same files in the folder of --beside, or start again in "
-            "another --output.",
-        )
     if facts["data"] != data_digest:
         raise ConfigError(
-            f"the run in {folder!r} was started on other data.",
+            f"the run in {folder!r} was started on other data, or with other prefixes beside it.",
             hint="give it the same files, or start again in another --output.",
-        )
-
-
-def goes_on_differently(config: TrainConfig, checkpoint: Checkpoint) -> bool:
-    """Whether a resumed run is given another length, or reports elsewhere, than it was started with."""
-    stored, given = {**TrainConfig().to_dict(), **checkpoint.facts["config"]}, config.to_dict()
-    return any(stored[name] != given[name] for name in (*_LENGTHS, *_REPORTING))
-
-
-def check_extension(config: TrainConfig, state: TrainState, planned_steps: int) -> None:
-    """Refuse a new length at which the run could not go on.
-
-    Args:
-        config: The run, with its new length.
-        state: How far the run is; its total is that of the new length.
-        planned_steps: The total of the old length.
-
-    Raises:
-        ConfigError: The steps are taken already, or the run has stopped early.
-    """
-    if state.total_steps != planned_steps and state.total_steps <= state.step:
-        raise ConfigError(
-            f"the new length is {state.total_steps} steps, but the run in {config.output!r} has taken {state.step}.",
-            hint=f"give more, as in --max-steps {2 * state.step}.",
-        )
-    waited = state.evals_without_improvement
-    if state.total_steps > planned_steps and 0 < config.patience <= waited:
-        raise ConfigError(
-            f"the run in {config.output!r} stopped at step {state.step}, as {waited} evaluations brought no "
-            "better loss; more steps alone do not make it go on.",
-            hint=f"give more patience, too, as in --patience {2 * waited}, or 0 for any number.",
         )
 
 

@@ -18,9 +18,9 @@ from prefixtune.training.beside import SELF, read_others
 from prefixtune.training.chat import read_template
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup, is_sharded
-from prefixtune.training.starts.source import check_init_text
 from prefixtune.training.starts.start import check_lengths, lengths_from
-from prefixtune.training.trackers.tracker import check_installed
+from prefixtune.training.starts.text import check_init_text
+from prefixtune.training.trackers import check_installed
 
 __all__ = [
     "check_generates",
@@ -28,12 +28,10 @@ __all__ = [
     "check_gradient_checkpointing",
     "check_hidden_positions",
     "check_no_labels",
-    "check_prefix_method",
     "check_together",
     "early_checks",
     "no_head",
     "no_solved_examples",
-    "no_start",
 ]
 
 
@@ -74,8 +72,6 @@ def early_checks(
 
 def _check_start(config: TrainConfig, loads_backbone: bool) -> None:
     """Read the prefix that a run starts from, as far as that needs no backbone."""
-    if config.method == "prompt":
-        raise no_start()
     prefix = load_prefix(config.init_prefix)
     # Without sites, the run trains all of the backbone's, and the prefix may lack one of them.
     wanted = config.site_lengths or dict.fromkeys(prefix.sites, config.prefix_length)
@@ -89,11 +85,6 @@ def _check_others(config: TrainConfig, loads_backbone: bool) -> None:
     others = read_others(config)
     if loads_backbone:
         check_size(others[0][1], config.backbone)
-
-
-def no_start() -> ConfigError:
-    """The error of a prompt that is to start from a prefix."""
-    return ConfigError("method 'prompt' cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
 
 
 def no_solved_examples() -> ConfigError:
@@ -126,14 +117,8 @@ def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bo
     tags = config.task in TASKS and TASKS[config.task].kind == "tagging"
     if (config.classifier == "head" or tags) and config.method != "prefix":
         raise no_head(config)
-    if config.initialization == "examples" and config.trains_prefix:
-        if config.classifier == "head":
-            raise no_solved_examples()
-        if config.example_choice == "loss" and not has_dev:
-            raise ConfigError(
-                "example_choice is 'loss', but the development loss needs a development file.",
-                hint="set dev (--dev FILE) or hold_out, or choose random or diverse.",
-            )
+    if config.initialization == "examples" and config.trains_prefix and config.classifier == "head":
+        raise no_solved_examples()
     if config.beside == SELF and not together:
         raise ConfigError(
             "beside is 'self', the other runs that train together, but this run trains alone.",
@@ -168,20 +153,6 @@ def check_generates(config: TrainConfig, backbone: Backbone) -> None:
         )
 
 
-def check_prefix_method(config: TrainConfig, backbone: Backbone, *, has_head: bool = False) -> None:
-    """Refuse a prompt or an infix where there can only be a prefix.
-
-    Raises:
-        ConfigError: The backbone has an encoder or reads no packed rows, or there is a head.
-    """
-    if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or has_head):
-        raise ConfigError(
-            f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
-            f"{backbone.name!r} is of kind {backbone.kind!r}.",
-            hint="use method = 'prefix'.",
-        )
-
-
 def check_together(configs: Sequence[TrainConfig]) -> None:
     """Refuse runs that cannot share a backbone; all faults at once.
 
@@ -201,9 +172,9 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         faults.append("beside is 'self', but there is no other run")
     for config in configs:
         adapts = config.adapter or config.adapter_rank or config.train_adapter
-        if config.method not in ("prefix", "prompt") or adapts:
-            what = f"method {config.method!r}" if config.method not in ("prefix", "prompt") else "an adapter"
-            faults.append(f"the run in {config.output!r} has {what}, but only prefixes and prompts share a backbone")
+        if not config.trains_prefix or adapts:
+            what = "an adapter" if config.trains_prefix else f"method {config.method!r}"
+            faults.append(f"the run in {config.output!r} has {what}, but only prefixes share a backbone")
     if faults:
         raise ConfigError(
             "; ".join(faults) + ".", hint="give each run an output of its own, and train separately what differs."

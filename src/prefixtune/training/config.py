@@ -11,7 +11,7 @@ from prefixtune.errors import did_you_mean, short_repr
 from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.config import CommaList, Config, DTypeName, option_group
 
-__all__ = ["ADAMW_PER_MUON", "DEFAULT_SIZES", "MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
+__all__ = ["DEFAULT_SIZES", "MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
 
 
 FormName = Literal[
@@ -32,18 +32,13 @@ FormName = Literal[
 MOST_LENGTHS = 64
 """Lengths of a nested prefix that are measured after a run, at most."""
 
-ADAMW_PER_MUON = 5
-"""How much larger the rate of AdamW is than that of Muon for the same numbers."""
-
 MOST_SIZE = 65_536
 """Largest width of a bottleneck or an adapter, and largest rank of LoRA."""
 
-DEFAULT_SIZES = {"full": 0, "top": 2, "adapter": 64, "lora": 8}
-"""Method -> the default number of top layers, width of the bottleneck, or rank."""
+DEFAULT_SIZES = {"full": 0, "adapter": 64, "lora": 8}
+"""Method -> the default width of the bottleneck, or rank."""
 
-_PREFIX_METHODS = ("prefix", "prompt", "infix")
-_SIZED_METHODS = ("top", "adapter", "lora")
-_OF_PREFIXES = ("nested", "prefix_dropout", "beside", "init_examples", "compact_examples", "init_prefix", "sites")
+_OF_PREFIXES = ("nested", "prefix_dropout", "beside", "init_examples", "init_prefix", "sites")
 TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow", "all", "none"]
 _TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
 _INIT_EXAMPLES = 4
@@ -76,16 +71,15 @@ class TrainConfig(Config):
     train_adapter: bool = _backbone(False, description="train the loaded adapter together with the prefix")
     adapter_rank: int = _backbone(0, ge=0, description="train a new LoRA adapter of this rank with the prefix; 0: none")
 
-    method: Literal["prefix", "prompt", "infix", "full", "top", "adapter", "lora"] = _method(
+    method: Literal["prefix", "full", "adapter", "lora"] = _method(
         "prefix",
-        description="what is trained: prefix; or, to compare with it: prompt (embeddings at the input only), infix "
-        "(between source and target), full (all weights), top (the top layers), adapter (bottlenecks), lora",
+        description="what is trained: prefix; or, to compare with it: full (all weights), adapter (bottlenecks), lora",
     )
     method_size: int = _method(
         0,
         ge=0,
         le=MOST_SIZE,
-        description="top: layers (2); adapter: width of the bottleneck (64); lora: rank (8); 0: the number in brackets",
+        description="adapter: width of the bottleneck (64); lora: rank (8); 0: the number in brackets",
     )
 
     task: str = _data(
@@ -164,13 +158,10 @@ class TrainConfig(Config):
         description="sites of the prefix: encoder, decoder, cross, with own lengths as in encoder=20,cross=5; empty: "
         "all",
     )
-    reparameterization: Literal["none", "mlp", "residual", "scaled"] = _prefix(
+    reparameterization: Literal["none", "mlp", "scaled"] = _prefix(
         "scaled",
         description="scaled: the start plus one trained number for each stored one, in steps of the start's size; "
-        "none: the prefix itself trains; mlp: the paper's MLP; residual: the start plus an MLP that begins at zero",
-    )
-    value_scale: float = _prefix(
-        4.0, gt=0, description="scaled: how much larger a step of the values is than one of the keys"
+        "none: the prefix itself trains; mlp: the paper's MLP",
     )
     bottleneck_size: int = _prefix(512, ge=1, le=MOST_SIZE, description="hidden width of the MLP")
     initialization: Literal["words", "text", "examples", "random", "prefix"] = _prefix(
@@ -190,29 +181,10 @@ class TrainConfig(Config):
     init_examples: int = _prefix(
         0,
         ge=0,
-        description="solved training examples to start from, whose length is P unless prefix_length is given; 0: as "
-        "many as fit prefix_length, and P is what they take; without either: 4",
+        description="solved training examples to start from, whose length is P; where prefix_length is given and they "
+        "take more, each keeps an equal share of the positions; 0: as many as fit prefix_length, and P is what they "
+        "take; without either: 4",
         json_schema_extra={"group": "prefix", "aliases": ["examples"]},
-    )
-    example_choice: Literal["random", "diverse", "loss"] = _prefix(
-        "diverse",
-        description="which examples: random; diverse: far apart in the model's own states (k-center); loss: the best "
-        "of 8 random choices by the development loss before training",
-    )
-    example_attention: Literal["own", "all"] = _prefix(
-        "own",
-        description="an example is computed seeing: own: itself alone, at its own positions, so that leave-one-out is "
-        "exact; all: those before it too, as one text",
-    )
-    compact_examples: Literal["", "stride", "match"] = _prefix(
-        "",
-        description="init_examples that take more than prefix_length: empty: an error; else each is computed alone and "
-        "keeps an equal share of the positions, chosen as by compaction: stride, match",
-    )
-    leave_one_out: bool = _prefix(
-        True,
-        description="an example in the prefix does not see itself there while it is trained on (exact with "
-        "example_attention own; with all, later examples have seen it, so a trace of it is left)",
     )
     prefix_dropout: float = _prefix(
         0.0,
@@ -237,13 +209,8 @@ class TrainConfig(Config):
     learning_rate: float = _training(
         0.0,
         ge=0,
-        description="peak rate; 0: 2e-2 for scaled, 5e-3 for none, 1e-3 for residual, 5e-4 for mlp, half of it with "
-        "beside, a fifth with muon; full 1e-4, top 3e-4, adapter and lora 1e-3",
-    )
-    optimizer: Literal["adamw", "muon"] = _training(
-        "adamw",
-        description="what moves the trained numbers: adamw; muon: orthogonalized momentum, for reparameterization "
-        "scaled or none",
+        description="peak rate; 0: 2e-2 for scaled, 5e-3 for none, 5e-4 for mlp, half of it with beside; full 1e-4, "
+        "adapter and lora 1e-3",
     )
     weight_decay: float = _training(
         0.0, ge=0, description="decoupled weight decay: a step takes this share, times the rate"
@@ -259,9 +226,6 @@ class TrainConfig(Config):
     )
     gradient_accumulation: int = _training(1, ge=1, description="forward passes per optimizer step")
     max_grad_norm: float = _training(1.0, ge=0, description="clip the gradient's norm to this; 0: do not clip")
-    loss_reduction: Literal["sentence", "token"] = _training(
-        "sentence", description="sentence: sum over a target, mean over targets (the paper); token: mean over tokens"
-    )
     gradient_checkpointing: bool = _training(False, description="recompute layers in the backward pass, to save memory")
     shard: bool = _training(
         False,
@@ -285,9 +249,6 @@ class TrainConfig(Config):
     )
     project: str = _output("", description="the trackers' project; empty: prefixtune")
     run_name: str = _output("", description="the run's name in the trackers; empty: that of its folder")
-    report_examples: int = _output(
-        3, ge=0, le=16, description="trackers: development examples whose generated texts each evaluation reports"
-    )
     license: str = _output("", description="license note for the header of the prefix")
 
     @model_validator(mode="before")
@@ -342,13 +303,7 @@ class TrainConfig(Config):
                     yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
         if self.classifier == "head" and self.label_words:
             yield ("label_words", "classifier"), "label_words are for classifier 'words', but classifier is 'head'"
-        if self.optimizer == "muon" and not self.trains_prefix:
-            message = f"optimizer 'muon' is for a prefix, which method {self.method!r} does not train"
-            yield ("optimizer", "method"), message
-        elif self.optimizer == "muon" and self.reparameterization not in ("scaled", "none"):
-            names = "optimizer", "reparameterization"
-            yield names, f"optimizer is 'muon', but reparameterization {self.reparameterization!r} trains an MLP"
-        if self.method_size and self.method not in _SIZED_METHODS:
+        if self.method_size and not DEFAULT_SIZES.get(self.method):
             message = f"method_size is {self.method_size}, but method {self.method!r} has no size"
             yield ("method_size", "method"), message
         if self.shard:
@@ -356,8 +311,6 @@ class TrainConfig(Config):
                 if getattr(self, name):
                     yield (name, "shard"), f"{name} is {getattr(self, name)!r}, which does not go with shard"
         yield from self._chat_conflicts()
-        if self.beside and self.method == "infix":
-            yield ("beside", "method"), "beside needs prefixes before the text, but method is 'infix'"
         if self.initialization in ("words", "text") and not self.init_text.strip():
             yield ("initialization", "init_text"), f"initialization is {self.initialization!r}, but init_text is empty"
         yield from self._example_conflicts()
@@ -372,9 +325,6 @@ class TrainConfig(Config):
             names = "prefix_length", "initialization"
             start = f"initialization {self.initialization!r}"
             yield names, f"prefix_length is 0, but must be at least 1: {start} has no length of its own"
-        if self.initialization == "text" and self.method == "prompt" and self.compaction == "match":
-            names = "method", "compaction"
-            yield names, "method is 'prompt', which stores no values to match; compaction can be 'cut' or 'stride'"
         if self.initialization == "prefix" and not self.init_prefix:
             yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
         if self.init_prefix and self.initialization != "prefix":
@@ -387,23 +337,14 @@ class TrainConfig(Config):
         if count and not starts:
             message = f"init_examples is {count}, but initialization is {self.initialization!r}"
             yield ("init_examples", "initialization"), message
-        if starts and self.method == "prompt":
-            yield ("initialization", "method"), "method 'prompt' cannot start from examples, but from words"
         if starts and not (count or length or any(self.site_lengths.values())):
             message = "initialization is 'examples', but both init_examples and prefix_length are 0"
             yield ("init_examples", "prefix_length"), message
-        if self.compact_examples:
-            names = "compact_examples", "init_examples", "prefix_length"
-            room = self._example_room
-            if not (starts and count and room):
-                message = "needs a start from examples, init_examples and prefix_length"
-                yield names, f"compact_examples is {self.compact_examples!r}, which {message}"
-            elif room < count:
-                wanted = f"sites is {self.sites!r}" if self.sites else f"prefix_length is {length}"
-                yield (*names, "sites"), f"{wanted}, fewer positions than the {count} examples to compact"
-            if self.example_attention == "all":
-                message = "compact_examples computes each example alone, but example_attention is 'all'"
-                yield ("compact_examples", "example_attention"), message
+        room = self._example_room
+        if starts and count and room and room < count:
+            wanted = f"sites is {self.sites!r}" if self.sites else f"prefix_length is {length}"
+            names = "init_examples", "prefix_length", "sites"
+            yield names, f"{wanted}, fewer positions than the {count} examples to start from"
 
     def _chat_conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """A chat template writes all of the text."""
@@ -462,17 +403,17 @@ class TrainConfig(Config):
     @property
     def trains_prefix(self) -> bool:
         """Whether the method trains a prefix and leaves the backbone frozen."""
-        return self.method in _PREFIX_METHODS
+        return self.method == "prefix"
 
     @property
     def peak_learning_rate(self) -> float:
-        """The configured learning rate, or the default of what trains and its optimizer; half of it beside others.
+        """The configured learning rate, or the default of what trains; half of it beside others.
 
         What stands beside changes from step to step: at the full rate such a prefix never settles.
         """
         if self.learning_rate:
             return self.learning_rate
-        usual = default_learning_rate(self.reparameterization if self.trains_prefix else self.method, self.optimizer)
+        usual = default_learning_rate(self.reparameterization if self.trains_prefix else self.method)
         return usual / 2 if self.beside else usual
 
 
@@ -486,13 +427,11 @@ def _parse_label_words(text: str) -> dict[str, str]:
     return pairs
 
 
-def default_learning_rate(trained: str, optimizer: str = "adamw") -> float:
+def default_learning_rate(trained: str) -> float:
     """The default peak learning rate of a reparameterization, or of another method.
 
-    >>> default_learning_rate("scaled"), default_learning_rate("scaled", "muon")
-    (0.02, 0.004)
+    >>> default_learning_rate("scaled")
+    0.02
     """
-    rates = {"scaled": 2e-2, "none": 5e-3, "residual": 1e-3, "mlp": 5e-4}
-    usual = {**rates, "full": 1e-4, "top": 3e-4, "adapter": 1e-3, "lora": 1e-3}[trained]
-    # A step of Muon has the size of its rate; AdamW's are smaller than theirs wherever gradients differ in sign.
-    return usual / ADAMW_PER_MUON if optimizer == "muon" else usual
+    rates = {"scaled": 2e-2, "none": 5e-3, "mlp": 5e-4}
+    return {**rates, "full": 1e-4, "adapter": 1e-3, "lora": 1e-3}[trained]

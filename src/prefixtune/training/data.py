@@ -20,7 +20,6 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, load_task
 from prefixtune.data.cache import content_key
 from prefixtune.data.chat import chat_format
-from prefixtune.data.chat_examples import Turns
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.examples import TaskKind, merge_examples
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
@@ -332,14 +331,12 @@ def tokenize(
             backbone,
             text_format,
             examples if labels is None else with_label_words(examples, labels),
-            dev_examples,
-            lambda some, length: encode(some, length).examples,
             lengths,
             stored_start,
         )
         lengths = plan.site_lengths
     train = encode(examples, lengths.get("decoder", 0))
-    if plan is not None and config.leave_one_out:
+    if plan is not None:
         train = dataclasses.replace(train, examples=hide_own_blocks(train, examples, plan))
     dev = encode(dev_examples, lengths.get("decoder", 0)) if dev_examples else None
     if config.form != "text":  # which may have any beginning to go on with
@@ -416,15 +413,13 @@ def _tokenize(
         "max_length": config.max_length,
         "on_too_long": config.on_too_long,
     }
-    # An infix is hidden from what is read first alone, so each turn needs a row of its own.
-    turns: Turns = "separate" if config.method == "infix" else "packed"
 
     def encode(some: Sequence[Example], first: int) -> TokenizedDataset:
         if labels is not None and labels.by == "head":
             return encode_labelled(backbone, some, labels, text_format, first=first, **limits)
         if labels is not None:
             some = with_label_words(some, labels)
-        return encode_examples(backbone, some, text_format, turns=turns, first=first, **limits)
+        return encode_examples(backbone, some, text_format, first=first, **limits)
 
     key = None
     if config.data_cache and isinstance(examples, StoredExamples) and (tokenizer := tokenizer_key(backbone)):
@@ -435,7 +430,6 @@ def _tokenize(
             positions=backbone.prefix_positions(prefix_length),
             text_format=dataclasses.asdict(text_format),
             labels=None if labels is None else labels.to_dict(),
-            turns=turns,
             **limits,
         )
     return encode_stored(examples, encode, key=key, on_part=on_part)

@@ -19,7 +19,6 @@ __all__ = [
     "PREFIX_FILE",
     "PREVIOUS_FILE",
     "STATE_FILE",
-    "TRACKERS_FILE",
     "WEIGHTS_FILE",
     "Event",
     "check_unused",
@@ -38,15 +37,11 @@ PREVIOUS_FILE = "previous.safetensors"
 PREFIX_FILE, WEIGHTS_FILE = "prefix.safetensors", "weights.safetensors"
 """The artifact of a run: of a prefix, or of a method that trains the model's own weights."""
 
-TRACKERS_FILE = "trackers.json"
-"""What continues the tracked runs of a run."""
-
 ADAPTER_FOLDER = "adapter"
 """A LoRA adapter that was trained with the prefix, followed by a hyphen and the step."""
 
 Event = dict[str, Any]
-"""What happened: `event` is start, resume, extend, step, evaluation, save, end, tracking (news of a tracker) or
-examples (texts that were written for trackers); the rest are figures."""
+"""What happened: `event` is start, resume, step, evaluation, save or end; the rest are figures."""
 
 
 def check_unused(folder: Path) -> None:
@@ -101,7 +96,7 @@ def read_events(path: Path, step: int | None = None) -> list[Event]:
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
-            kind, reached = event["event"], int(event.get("step", 0))
+            comes_again, reached = event["event"] in ("end", "resume"), int(event.get("step", 0))
         except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number == len(lines):
                 break
@@ -109,8 +104,6 @@ def read_events(path: Path, step: int | None = None) -> list[Event]:
                 f"line {number} of {str(path)!r} is no event of a training run: {line[:40]!r}.",
                 hint="delete the file: the run goes on from its state, with a new log.",
             ) from error
-        # An extension at this very step was stopped before it was saved; it comes again.
-        comes_again = kind in ("end", "resume", "tracking") or (kind == "extend" and reached == step)
         if (step is None or reached <= step) and not comes_again:
             events.append(event)
     return events

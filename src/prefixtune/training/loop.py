@@ -2,7 +2,7 @@
 
 One loop trains a prefix and the methods that it is compared with: the same data, order, loss and schedule. In a step
 the encoder yields the prefix once, packed rows go through the frozen backbone with the prefix in front, logits are
-computed where there is a label, and AdamW or Muon moves the encoder's parameters. Everything is a function of the
+computed where there is a label, and AdamW moves the encoder's parameters. Everything is a function of the
 configuration and the step's index, so that a resumed run continues exactly.
 """
 
@@ -28,7 +28,7 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.order import epoch_batches, take
 from prefixtune.errors import TrainingError
 from prefixtune.prefix.artifact import describe_tensors
-from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder
+from prefixtune.prefix.encoder import PrefixEncoder
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import check_storable
 from prefixtune.prefix.prefix import Prefix
@@ -37,7 +37,6 @@ from prefixtune.training.beside import Beside, check_beside, move_hidden
 from prefixtune.training.checkpoint import (
     Checkpoint,
     TrainState,
-    check_extension,
     check_same_run,
     finite_or_none,
     is_over,
@@ -51,7 +50,6 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData, count_steps, plan_steps
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.folder import STATE_FILE, Event
-from prefixtune.training.optimizer import make_optimizers
 from prefixtune.training.variation import variation_facts, vary
 
 __all__ = ["MOST_POSITIONS", "PendingStep", "TrainLoop", "evaluation_loss", "forward_backward"]
@@ -77,10 +75,8 @@ def evaluation_loss(
     """
     total, count = 0.0, 0.0
     batches = epoch_batches(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None)
-    # Nothing in front, or a prefix that sources see as well.
-    shares = prefix is None or prefix.placement != "infix"
-    for target_groups in _divided(backbone, batches, most_positions * processes.size, shares):
-        batch, counts = _local_batch(backbone, target_groups, processes, shares)
+    for target_groups in _divided(backbone, batches, most_positions * processes.size):
+        batch, counts = _local_batch(backbone, target_groups, processes)
         losses = batch_loss(backbone, prefix, batch)
         if counts:
             total += float(losses.sum())
@@ -90,15 +86,15 @@ def evaluation_loss(
 
 
 def _divided(
-    backbone: Backbone, batches: Iterable[Sequence[TokenizedExample]], most_positions: int, share_beginnings: bool
+    backbone: Backbone, batches: Iterable[Sequence[TokenizedExample]], most_positions: int
 ) -> Iterator[list[TokenizedExample]]:
     """The batches, each in as many parts as it takes."""
     for batch in batches:
-        yield from divide(backbone, batch, most_positions, share_beginnings=share_beginnings)
+        yield from divide(backbone, batch, most_positions, share_beginnings=True)
 
 
 def _local_batch(
-    backbone: Backbone, target_groups: Sequence[TokenizedExample], processes: ProcessGroup, share_beginnings: bool
+    backbone: Backbone, target_groups: Sequence[TokenizedExample], processes: ProcessGroup
 ) -> tuple[Batch, bool]:
     """This process's part of a batch, and whether it counts.
 
@@ -106,7 +102,7 @@ def _local_batch(
     processes must run the model together.
     """
     own = processes.split_between_processes(target_groups)
-    return collate(backbone, own or target_groups[:1], share_beginnings=share_beginnings), bool(own)
+    return collate(backbone, own or target_groups[:1], share_beginnings=True), bool(own)
 
 
 @dataclass(eq=False)
@@ -199,7 +195,7 @@ class TrainLoop:
         config: TrainConfig,
         backbone: Backbone,
         data: TrainData,
-        encoder: PrefixEncoder | PromptEncoder | None,
+        encoder: PrefixEncoder | None,
         initialization: Mapping[str, Any],
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
@@ -208,10 +204,12 @@ class TrainLoop:
         # The model's own weights that train: a LoRA adapter's, or those of another method; empty otherwise.
         self.adapter = backbone.adapter_parameters
         self.trained = [*(() if encoder is None else encoder.parameters()), *self.adapter.values()]
-        self.optimizers = make_optimizers(config, encoder, self.adapter.values())
+        # One pass over the parameters, where torch's default takes ten; on a GPU it has a quick way of its own.
+        fused = all(parameter.device.type == "cpu" for parameter in self.trained) or None
+        rate = config.peak_learning_rate
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=config.weight_decay, fused=fused)
         self.steps_per_epoch = count_steps(config, data.train.examples)
-        self.state = TrainState(self._planned_steps(config.max_steps, config.epochs))
-        self.extended_from: int | None = None
+        self.state = TrainState(config.max_steps or max(1, round(config.epochs * self.steps_per_epoch)))
         self.resumed = self.stopped = False
         # Whether the last state but one is kept at a save, until the other runs have saved as well.
         self.keeps_previous = False
@@ -220,10 +218,6 @@ class TrainLoop:
         start = self.bake()
         self.site_lengths = {} if start is None else start.lengths
         check_storable({**self._header(), **({} if start is None else describe_tensors(start))})
-
-    def _planned_steps(self, max_steps: int, epochs: float) -> int:
-        """The optimizer steps of a run of a given length."""
-        return max_steps or max(1, round(epochs * self.steps_per_epoch))
 
     def _header(self) -> dict[str, Any]:
         return make_run_header(self.config, self.backbone, self.data, self.initialization, self.state)
@@ -235,22 +229,17 @@ class TrainLoop:
 
     @property
     def _one_length(self) -> bool:
-        """Whether all groups of a row have prefixes of one length: padded rows, an infix, and those with a head."""
-        return not self.backbone.layout.packable or self.config.method == "infix" or self.data.has_head
+        """Whether all groups of a row have prefixes of one length: padded rows, and those with a head."""
+        return not self.backbone.layout.packable or self.data.has_head
 
     def bake(self) -> Prefix | None:
         """The prefix as it is now; None: the method has none."""
-        return None if self.encoder is None else self._placed(self.encoder.bake())
+        return None if self.encoder is None else self.encoder.bake()
 
     def snapshot(self) -> Prefix | None:
         """The prefix as it is now, with the header of an artifact; None: the method has none."""
         prefix = self.bake()
         return None if prefix is None else Prefix(prefix.layers, self._header(), prefix.head)
-
-    def _placed(self, prefix: Prefix) -> Prefix:
-        """The prefix with its placement in the header, where attention looks for it."""
-        header = {"placement": "infix"} if self.config.method == "infix" else {}
-        return Prefix(prefix.layers, header, prefix.head)
 
     # --- the run, from the top down ----------------------------------------------------------------------------------
 
@@ -275,8 +264,6 @@ class TrainLoop:
             yield {"event": "resume", "step": step, "total_steps": total_steps}
         else:
             yield self._start_event()
-        if self.extended_from is not None:
-            yield {"event": "extend", "step": step, "total_steps": total_steps, "planned": self.extended_from}
 
     def _start_event(self) -> Event:
         prefix = self.bake()
@@ -334,9 +321,8 @@ class TrainLoop:
                 if index > steps_taken:
                     batches = [take(examples, batch) for batch in planned]
                     varied = self._vary(batches, index)
-                    shares = self.config.method != "infix"
-                    parts = _divided(self.backbone, varied, self.most_positions * self.processes.size, shares)
-                    yield [_local_batch(self.backbone, part, self.processes, shares) for part in parts]
+                    parts = _divided(self.backbone, varied, self.most_positions * self.processes.size)
+                    yield [_local_batch(self.backbone, part, self.processes) for part in parts]
 
     def _vary(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[list[TokenizedExample]]:
         """The batches of a step, with what of the prefix each group sees in it."""
@@ -375,14 +361,10 @@ class TrainLoop:
         own = [batch for batch, counts in batches if counts]
         sums = sum(batch.num_targets for batch in own), sum(len(batch.labels) for batch in own)
         num_targets, num_tokens = map(int, self.processes.all_reduce(*map(float, sums)))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         # Every row's gradient gathers at the leaf; then it flows back through the encoder once.
-        prefix = None if self.encoder is None else self._placed(self.encoder())
-        weights = [
-            batch.weights(self.config.loss_reduction, num_targets, num_tokens) * float(counts)
-            for batch, counts in batches
-        ]
+        prefix = None if self.encoder is None else self.encoder()
+        weights = [batch.weights(num_targets) * float(counts) for batch, counts in batches]
         return PendingStep(
             started,
             [batch for batch, _ in batches],
@@ -424,17 +406,15 @@ class TrainLoop:
                 f"(now {self.config.peak_learning_rate:g}), or with --dtype float32.",
             )
         rate = self.learning_rate(self.state.step + 1)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("per_rate", 1)
-            optimizer.step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
         self.state.step += 1
-        per_token = step.num_targets / step.num_tokens if self.config.loss_reduction == "sentence" else 1.0
         return {
             "event": "step",
             "step": self.state.step,
             "loss": step.loss,
-            "loss_per_token": step.loss * per_token,
+            "loss_per_token": step.loss * step.num_targets / step.num_tokens,
             "lr": rate,
             "grad_norm": norm,
             "target_tokens": step.num_tokens,
@@ -522,7 +502,7 @@ class TrainLoop:
             keep_state(folder)
         save_state(
             folder / STATE_FILE,
-            state_tensors(self.encoder, self.adapter, self.optimizers),
+            state_tensors(self.encoder, self.adapter, self.optimizer),
             state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization),
         )
 
@@ -531,14 +511,9 @@ class TrainLoop:
 
         Raises:
             CheckpointError: The state does not fit the run.
-            ConfigError: The state belongs to another backbone or other data, or the run cannot be extended.
+            ConfigError: The state belongs to another backbone or other data.
         """
         check_same_run(checkpoint, self.backbone, self.data_digest)
-        load_tensors(checkpoint, self.encoder, self.adapter, self.optimizers)
+        load_tensors(checkpoint, self.encoder, self.adapter, self.optimizer)
         self.state = TrainState.from_facts(checkpoint.facts, self.state.total_steps)
         self.resumed = True
-        stored = checkpoint.facts["config"]
-        planned = self._planned_steps(stored["max_steps"], stored["epochs"])
-        check_extension(self.config, self.state, planned)
-        if planned != self.state.total_steps:
-            self.extended_from = planned

@@ -41,7 +41,7 @@ def target_losses(
     rows: list[Tensor] = []
     done = 0
     for target_groups in epoch_batches(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None):
-        batch = collate(backbone, target_groups, share_beginnings=prefix is None or prefix.placement != "infix")
+        batch = collate(backbone, target_groups, share_beginnings=True)
         losses = batch_loss(backbone, prefix, batch).double().cpu()
         sums = torch.zeros(batch.num_targets, 2, dtype=torch.float64)
         sums[:, 0].index_add_(0, batch.target_index, losses)

@@ -19,15 +19,14 @@ from prefixtune.data.encoding import encode_examples
 from prefixtune.data.stored_examples import has_messages
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import Site
-from prefixtune.training.baselines import Tuning, note_trained, tune, tuned_layers
+from prefixtune.training.baselines import Tuning, note_trained, tune
 from prefixtune.training.beside import SELF, Beside, load_others
-from prefixtune.training.checkpoint import Checkpoint, goes_on_differently, read_checkpoint
+from prefixtune.training.checkpoint import Checkpoint, read_checkpoint
 from prefixtune.training.checks import (
     check_generates,
     check_given,
     check_gradient_checkpointing,
     check_hidden_positions,
-    check_prefix_method,
     check_together,
     no_head,
 )
@@ -46,7 +45,7 @@ from prefixtune.training.forms import check_form, describe_run_data, describe_wi
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.runs import Run, agree_on_step, stop_requests
 from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
-from prefixtune.training.trackers.tracking import last_logged, tracking
+from prefixtune.training.trackers import tracking
 from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
@@ -62,9 +61,6 @@ Inputs = tuple[Sequence[ExampleLike] | None, Sequence[ExampleLike] | None]
 """A run's examples and development examples, as callers have them."""
 
 _ConfigT = TypeVar("_ConfigT", bound=TrainConfig)
-
-_Log = tuple[list[Event], list[Event]]
-"""The events of a run's log up to its state, and all of them."""
 
 
 @contextlib.contextmanager
@@ -176,11 +172,8 @@ def check_run(config: TrainConfig, backbone: Backbone, examples: Sequence[Exampl
     text_format = training_format(config, backbone, has_messages=has_messages(examples))
     lengths: Mapping[Site, int] = {}
     if config.trains_prefix:
-        check_prefix_method(config, backbone)
         lengths = resolve_site_lengths(config, backbone)
         _load_beside(config, backbone)
-    else:
-        tuned_layers(backbone, Tuning(config.method, config.method_size))
     limits: dict[str, Any] = {"max_length": config.max_length, "on_too_long": config.on_too_long}
     encode_examples(backbone, examples[:1], text_format, prefix_length=lengths.get("decoder", 0), **limits)
 
@@ -197,7 +190,7 @@ def _prepare(
     together: bool,
     teach: Teach | None = None,
     check: Callable[[TrainLoop], None] | None = None,
-) -> tuple[list[TrainLoop], list[_Log]]:
+) -> tuple[list[TrainLoop], list[list[Event]]]:
     """The loops of runs, resumed or at their start, and their logs; `stack` keeps the claims of their folders."""
     configs = [settle_form(config, given) for config, (given, _) in zip(configs, inputs, strict=True)]
     # Nobody else may train in these folders meanwhile; refused before anything is read or loaded.
@@ -217,7 +210,7 @@ def _prepare(
     others = [_load_beside(config, loaded) for config in configs]
     for config in configs:
         if config.initialization == "examples" and config.trains_prefix and not resume:
-            console.info(f"choosing examples to start from ({config.example_choice}) ...")
+            console.info("choosing examples to start from ...")
     data = [
         tokenize(config, loaded, *pair, stored_start=stored, console=console)
         for config, pair, stored in zip(configs, examples, stored_starts, strict=True)
@@ -392,34 +385,29 @@ def _other_runs(loops: Sequence[TrainLoop], backbone: Backbone) -> Beside:
     return Beside([loop.current_prefix for loop in loops], lengths, backbone.rotation, digest)
 
 
-def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> _Log:
-    """Bring a loop to a checkpoint and cut its log back to it; returns the log as it was, up to there and whole."""
+def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> list[Event]:
+    """Bring a loop to a checkpoint and cut its log back to it; returns the log."""
     if checkpoint is None:
-        return [], []
+        return []
     loop.resume(checkpoint)
-    path = Path(loop.config.output) / EVENTS_FILE
-    events, whole = read_events(path, loop.state.step), read_events(path)
+    events = read_events(Path(loop.config.output) / EVENTS_FILE, loop.state.step)
     # All processes have read the log before the first one changes it.
     loop.processes.barrier()
     if loop.processes.is_main:
         write_log(loop.config, events)
-        if goes_on_differently(loop.config, checkpoint):
-            # A later `--resume` without options goes on as this one.
-            write_config(loop.config)
-    return events, whole
+    return events
 
 
-def _open_log(loop: TrainLoop, log: _Log, stack: contextlib.ExitStack) -> Run:
+def _open_log(loop: TrainLoop, events: list[Event], stack: contextlib.ExitStack) -> Run:
     """A run whose folder is ready: a new one has its configuration, an empty log and a first state."""
-    events, whole = log
     folder = Path(loop.config.output)
     folder.mkdir(parents=True, exist_ok=True)
     # Before anything else is written: a tracker that does not start leaves no run behind.
-    tracked = stack.enter_context(tracking(loop, events, last_logged(whole)))
+    trackers = stack.enter_context(tracking(loop))
     if not loop.resumed and loop.processes.is_main:
         write_config(loop.config)
         write_log(loop.config, [])
         # From now on, even a kill can be resumed from.
         loop.save()
     line = stack.enter_context(line_writer(folder / EVENTS_FILE))
-    return Run(loop, events, line, tracked)
+    return Run(loop, events, line, trackers)

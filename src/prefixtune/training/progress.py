@@ -71,15 +71,8 @@ def _describe(event: Event) -> str:
             f"{event['num_trained']:,} parameters train{adapter}, {event['num_stored']:,} are stored; "
             f"{event['dtype']} on {event['device']}{_describe_patience(event)}"
         )
-    if event["event"] == "tracking":
-        return str(event["message"])
     if event["event"] == "resume":
         return f"resuming after step {event['step']} of {event['total_steps']}"
-    if event["event"] == "extend":
-        return (
-            f"the run was planned with {event['planned']} steps; from here on the learning rate is that of a run of "
-            f"{event['total_steps']} steps"
-        )
     if event["event"] == "evaluation" and "loss" in event:
         best = f" (best {event['best_loss']:.4f})"
         return f"step {event['step']}: development loss {event['loss']:.4f} per token{best}"

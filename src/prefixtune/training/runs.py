@@ -19,7 +19,7 @@ from prefixtune.training.beside import SELF
 from prefixtune.training.checkpoint import Checkpoint, TrainState, is_over, read_checkpoint
 from prefixtune.training.folder import PREFIX_FILE, PREVIOUS_FILE, STATE_FILE, WEIGHTS_FILE, Event
 from prefixtune.training.loop import TrainLoop
-from prefixtune.training.trackers.tracking import Tracking
+from prefixtune.training.trackers import Tracker, report
 
 __all__ = ["Run", "TrainResult", "agree_on_step", "stop_requests"]
 
@@ -54,26 +54,20 @@ class Run:
         loop: Ready to train.
         events: So far.
         log: Appends a line to the log.
-        tracking: The trackers that it reports to.
+        trackers: What it reports to, by name.
     """
 
     loop: TrainLoop
     events: list[Event]
     log: Callable[[str], None]
-    tracking: Tracking
+    trackers: dict[str, Tracker]
 
-    def record(self, event: Event) -> list[Event]:
-        """Keep, log and report an event; returns it, and what the trackers have to say."""
-        self._keep(event)
-        news = self.tracking.record(event)
-        for said in news:
-            self._keep(said)
-        return [event, *news]
-
-    def _keep(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
+        """Keep, log and report an event."""
         self.events.append(event)
         if self.loop.processes.is_main:
             self.log(json.dumps(event))
+        report(self.trackers, self.loop, event)
 
     def result(self) -> TrainResult:
         """What the run leaves, once the first process has written it."""

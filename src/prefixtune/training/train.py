@@ -53,10 +53,8 @@ def train(
         examples: `Example`s, or dicts: such as `{"source": "...", "target": "..."}`, or records where `config.source`
             is set; None: `config.train` is read.
         dev_examples: Likewise; None: `config.dev` is read, if it is set.
-        resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run. With more
-            `max_steps` (or `epochs`, `patience`) than before, the run is extended: from here on, the learning rate is
-            that of a run planned with the new number of steps. Without `config`, the run's own is used, with the
-            options over it.
+        resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run. Without
+            `config`, the run's own is used, with the options over it; what decides the result must be the same.
         progress: Show the run's progress on stderr.
         on_event: Called with every event, as it happens; in the first process only.
         check: Called before anything is written, when the run is ready to train; what it raises ends the run.
@@ -91,10 +89,10 @@ def train(
         )
         (run,), stop = stack.enter_context(opened)
         for event in run.loop.run(stop):
-            for happened in run.record(event):
-                show(happened)
-                if on_event is not None and processes.is_main:
-                    on_event(happened)
+            run.record(event)
+            show(event)
+            if on_event is not None and processes.is_main:
+                on_event(event)
         # A signal in the last step finds a run that is done.
         if stop.is_set() and (after is not None or not run.loop.ended):
             raise KeyboardInterrupt("the state is saved")
@@ -151,9 +149,9 @@ def train_together(
             group.add(run)
         while group.runs:
             for run, event in group.step(stop):
-                for happened in run.record(event):
-                    if on_event is not None and processes.is_main:
-                        on_event({**happened, "run": str(Path(run.loop.config.output))})
+                run.record(event)
+                if on_event is not None and processes.is_main:
+                    on_event({**event, "run": str(Path(run.loop.config.output))})
         if stop.is_set() and not all(run.loop.ended for run in runs):
             raise KeyboardInterrupt("the states are saved")
         if group.failed:

@@ -14,7 +14,7 @@ from prefixtune.explain.likeness import start_view
 from prefixtune.explain.start import find_start
 from prefixtune.prefix.compose import cut
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.starts.source import stored_text
+from prefixtune.training.starts.text import stored_text
 from prefixtune.training.starts.words import from_words
 
 EXAMPLES = [

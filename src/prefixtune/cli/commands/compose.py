@@ -130,7 +130,7 @@ def _common_start(console: Console, options: ComposeOptions, prefixes: list[Pref
     """
     from prefixtune.prefix.compose import check_start
     from prefixtune.prefix.prefix import Prefix
-    from prefixtune.training.starts.source import stored_text
+    from prefixtune.training.starts.text import stored_text
     from prefixtune.training.starts.words import from_words
 
     check_start(prefixes, None, options.files)

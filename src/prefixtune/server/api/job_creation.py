@@ -27,7 +27,7 @@ from prefixtune.prefix.tensor_file import TornFileError, is_unread
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, forbidden, storage_error, unavailable
-from prefixtune.training.trackers.tracker import check_installed
+from prefixtune.training.trackers import check_installed
 
 if TYPE_CHECKING:
     from prefixtune.server.training import Training

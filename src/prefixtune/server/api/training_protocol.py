@@ -120,13 +120,8 @@ class TrainingOptions(_Part):
         None, description="Words or a text to start from."
     )
     init_examples: Integer | None = Field(None, ge=0, le=64, description="Solved examples to start from.")
-    example_choice: Literal["random", "diverse"] | None = None
     compaction: Literal["cut", "stride", "match"] | None = None
-    compact_examples: Literal["stride", "match"] | None = None
-    reparameterization: Literal["none", "mlp", "residual", "scaled"] | None = None
-    optimizer: Literal["adamw", "muon"] | None = Field(
-        None, description="By default adamw; muon goes with the reparameterizations scaled and none."
-    )
+    reparameterization: Literal["none", "mlp", "scaled"] | None = None
     prefix_dropout: Number | None = Field(None, ge=0, lt=1)
     nested: Boolean | None = None
     max_steps: Integer | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of n_epochs.")
@@ -137,7 +132,6 @@ class TrainingOptions(_Part):
     )
     patience: Integer | None = Field(None, ge=0, le=1_000_000)
     hold_out: Number | None = Field(None, ge=0, lt=1, description="Share of the examples to choose the best prefix by.")
-    loss_reduction: Literal["sentence", "token"] | None = None
     max_length: Integer | None = Field(None, ge=0, le=1_000_000)
     on_too_long: Literal["cut", "error"] | None = None
     save_dtype: Literal["float32", "bfloat16"] | None = None

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.attention.compute import compute_kv
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import hidden_states_at
 from prefixtune.backbone.prefixes import load_prefix
@@ -20,21 +19,20 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.labels import labels_of
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.composition import content_hash
-from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder, fit
+from prefixtune.prefix.encoder import PrefixEncoder, fit
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.training.checks import check_prefix_method, no_start
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.starts.compaction import evenly_spaced
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
-from prefixtune.training.starts.source import read_init_text
 from prefixtune.training.starts.start import Start, by_site, check_lengths, lengths_from
-from prefixtune.training.starts.text import from_text, text_ids
-from prefixtune.training.starts.words import check_words_fit, from_words, word_ids
+from prefixtune.training.starts.text import from_text, read_init_text, text_ids
+from prefixtune.training.starts.words import check_words_fit, from_words
 
 __all__ = ["build_encoder", "from_prefix", "resolve_site_lengths"]
 
 
+VALUE_SCALE = 4.0
+"""How much larger a step of the values is than one of the keys, with reparameterization `scaled`."""
 _WORDS = 10
 """Positions of the words that the steps of a random start are as large as."""
 _SAMPLE, _SAMPLE_BATCH = 64, 16
@@ -100,11 +98,11 @@ def build_encoder(
     examples: Sequence[TokenizedExample] = (),
     plan: ExamplePlan | None = None,
     stored_start: Mapping[str, Any] | None = None,
-) -> tuple[PrefixEncoder | PromptEncoder, Start]:
+) -> tuple[PrefixEncoder, Start]:
     """The trainable prefix of a run, at its start, and that start.
 
     Args:
-        config: The run; its method is `prefix`, `prompt` or `infix`.
+        config: The run.
         backbone: The frozen model.
         head_labels: The labels of a head to train with it, in order; empty: no head. A start from a prefix with a head
             for the same labels goes on from that head, too.
@@ -116,13 +114,10 @@ def build_encoder(
     Raises:
         BackboneError: The prefix to start from does not fit the backbone.
         CheckpointError: The prefix to start from cannot be read.
-        ConfigError: The backbone has no such site, or cannot do the method; or the start does not fit the run.
+        ConfigError: The backbone has no such site, or the start does not fit the run.
     """
     torch.manual_seed(config.seed)
     lengths = resolve_site_lengths(config, backbone, stored_start) if plan is None else plan.site_lengths
-    check_prefix_method(config, backbone, has_head=bool(head_labels))
-    if config.method == "prompt":
-        return _build_prompt(config, backbone, lengths["decoder"], stored_start)
     if plan is not None:
         start = start_from_plan(config, backbone, plan)
     elif stored_start is not None:
@@ -137,9 +132,9 @@ def build_encoder(
         bottleneck_size=config.bottleneck_size,
         start=start.prefix,
         head=(len(head_labels), backbone.head_size) if head_labels else None,
-        value_scale=config.value_scale,
+        value_scale=VALUE_SCALE,
         like=_like(config, backbone, lengths) if start.prefix is None else None,
-        sinks=_sinks(config, backbone, start),
+        sinks=_sinks(backbone, start),
     )
     if config.reparameterization == "mlp" and start.prefix is not None:
         start = replace(start, description={**start.description, "relative_fit_error": fit(encoder, start.prefix)})
@@ -182,9 +177,9 @@ def _like(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) 
     return from_words(backbone, TrainConfig.default("init_text"), dict.fromkeys(lengths, _WORDS))
 
 
-def _sinks(config: TrainConfig, backbone: Backbone, start: Start) -> dict[Site, list[int]]:
+def _sinks(backbone: Backbone, start: Start) -> dict[Site, list[int]]:
     """By site: the positions at which texts begin that were computed alone; where there is one text, 0."""
-    if config.example_attention != "own" or not start.blocks or start.prefix is None:
+    if not start.blocks or start.prefix is None:
         return {}
     firsts = [first for first, _ in start.blocks.values()]
     # An encoder-decoder's decoder starts from words.
@@ -197,35 +192,3 @@ def _sample_hidden(backbone: Backbone, prefix: Prefix, examples: Sequence[Tokeni
     firsts = range(0, min(len(examples), _SAMPLE), _SAMPLE_BATCH)
     chunks = [collate(backbone, examples[first : first + _SAMPLE_BATCH]) for first in firsts]
     return torch.cat([hidden_states_at(backbone, prefix, batch) for batch in chunks])
-
-
-def _build_prompt(
-    config: TrainConfig, backbone: Backbone, length: int, stored_start: Mapping[str, Any] | None
-) -> tuple[PromptEncoder, Start]:
-    """A prompt at the input layer, from the embeddings of words or of a text, or at random, and its start."""
-    if config.initialization == "prefix":
-        raise no_start()
-    table = backbone.model.get_input_embeddings()
-    description: dict[str, Any] = {"kind": config.initialization} if stored_start is None else dict(stored_start)
-    if stored_start is None and config.initialization in ("words", "text"):
-        source = read_init_text(config.init_text)
-        description |= source.description
-        if config.initialization == "words":
-            ids = word_ids(backbone, source.text, length)[0]
-        else:
-            whole = torch.tensor(text_ids(config, backbone), device=backbone.device)
-            description |= {"tokens": len(whole), "compaction": config.compaction}
-            ids = whole[:length] if config.compaction == "cut" else whole[evenly_spaced(len(whole), length)]
-        start = table(ids).detach().float()
-    else:
-        start = torch.randn(length, table.weight.shape[1]) * float(table.weight.float().std())
-    encoder = PromptEncoder(
-        config.reparameterization,
-        start.cpu(),
-        lambda prompt: compute_kv(
-            backbone.model, backbone.layout, inputs_embeds=prompt[None].to(backbone.device, backbone.dtype)
-        ),
-        embedding_size=backbone.hidden_size,
-        bottleneck_size=config.bottleneck_size,
-    )
-    return encoder.to(backbone.device), Start(None, description)

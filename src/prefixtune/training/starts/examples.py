@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.loss import hidden_states_at
+from prefixtune.data.batching import collate
 from prefixtune.data.encoding import encode_pairs
 from prefixtune.data.examples import Example
 from prefixtune.data.stored_examples import distinct_sources, source_ids
@@ -28,29 +32,53 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.starts.choice import (
-    NUM_DEV_TARGETS,
-    SolvedExample,
-    choose_best,
-    choose_diverse,
-    choose_random,
-)
-from prefixtune.training.starts.compaction import can_move, evenly_spaced, match, moved, take
-from prefixtune.training.starts.source import read_init_text
+from prefixtune.training.starts.compaction import evenly_spaced, moved, take
 from prefixtune.training.starts.start import Start
+from prefixtune.training.starts.text import read_init_text
 from prefixtune.training.starts.words import from_words
 
-__all__ = ["ExamplePlan", "check_example_count", "from_examples", "hide_own_blocks", "plan_examples", "start_from_plan"]
+__all__ = [
+    "ExamplePlan",
+    "SolvedExample",
+    "check_example_count",
+    "farthest_first",
+    "from_examples",
+    "hide_own_blocks",
+    "plan_examples",
+    "source_states",
+    "start_from_plan",
+]
 
 
 MAX_CANDIDATES = 256
 """Training examples that are looked at to choose from, where more are not asked for."""
 UNBOUNDED = 1 << 30
+_BATCH = 16
 _DECODER_LENGTH = 10
 """P of an encoder-decoder's decoder, where no length is given: its own start is words."""
 
 Rows = Sequence[tuple[int, ...]]
 """Token ids of examples."""
+
+
+@dataclass(frozen=True)
+class SolvedExample:
+    """A training example with its first target, as token ids.
+
+    Attributes:
+        index: Of the training examples.
+        prompt: Tokens of the source and the text around it.
+        target: Tokens of the target and the end token.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """All tokens, as the model reads them in training, and the end token."""
+        return self.prompt + self.target
 
 
 @dataclass(frozen=True)
@@ -62,7 +90,6 @@ class ExamplePlan:
         lengths: Positions of each in the prefix.
         site_lengths: P by site.
         description: What the header says of the start.
-        compaction: How examples that take more positions are compacted; empty: none does.
         is_resumed: The start itself is in the state to resume from, and is not computed.
     """
 
@@ -70,7 +97,6 @@ class ExamplePlan:
     lengths: tuple[int, ...]
     site_lengths: dict[Site, int]
     description: dict[str, Any]
-    compaction: str = ""
     is_resumed: bool = False
 
     @property
@@ -93,11 +119,11 @@ def check_example_count(config: TrainConfig, examples: Sequence[Example]) -> Non
     if config.initialization != "examples" or not examples:
         return
     available = len(distinct_sources(examples))
-    if available == 1 and config.leave_one_out:
+    if available == 1:
         raise ConfigError(
-            "every training example is hidden from the whole prefix: there is one training source, and leave_one_out "
-            "hides its block, so that nothing would be learned.",
-            hint="give more examples, set leave_one_out to false, or start from words.",
+            "every training example is hidden from the whole prefix: there is one training source, and an example does "
+            "not see itself in the prefix, so that nothing would be learned.",
+            hint="give more examples, or start from words.",
         )
     if available < config.init_examples:
         raise ConfigError(
@@ -112,8 +138,6 @@ def plan_examples(
     backbone: Backbone,
     text_format: TextFormat,
     examples: Sequence[Example],
-    dev_examples: Sequence[Example],
-    encode: Callable[[Sequence[Example], int], Sequence[TokenizedExample]],
     site_lengths: Mapping[Site, int],
     stored: Mapping[str, Any] | None = None,
 ) -> ExamplePlan:
@@ -124,8 +148,6 @@ def plan_examples(
         backbone: The frozen model.
         text_format: That of the run.
         examples: The training examples; labels are words.
-        dev_examples: The development examples, for `example_choice` `loss`.
-        encode: Examples -> tokens, behind a prefix of a given length at the site `decoder`.
         site_lengths: By site, the most positions that the run gives it; 0: as many as the examples take.
         stored: The description of the start in the state to resume from; None: the run begins.
 
@@ -136,23 +158,22 @@ def plan_examples(
     """
     sites = _example_sites(backbone, site_lengths)
     limits = [site_lengths[site] for site in sites if site_lengths[site]]
-    room = min(limits, default=_most_positions(config, backbone))
-    compacts = bool(config.compact_examples)
+    room = min(limits, default=_most_positions(backbone))
+    # As many examples as asked for are brought to the positions that the run gives them.
+    compacts = bool(limits and config.init_examples)
     if stored is not None:
         chosen = _solve(backbone, text_format, examples, _stored_indices(config, stored, len(examples)))
     else:
         candidates = _candidates(config, backbone, text_format, examples)
-        dev = _sample_dev(config, dev_examples)
-        chosen = _choose(config, backbone, candidates, room, partial(encode, dev))
-        _check_chosen(config, backbone, candidates, chosen, room, is_limited=bool(limits) and not compacts)
+        order = farthest_first(source_states(backbone, candidates)) if candidates else []
+        chosen = _take(candidates, order, config.init_examples, UNBOUNDED if compacts else room)
+        _check_chosen(config, backbone, candidates, chosen, room, is_limited=bool(limits))
     lengths = _block_lengths([len(example.row) for example in chosen], room if compacts else UNBOUNDED)
     by_site: dict[Site, int] = {
         site: sum(lengths) if site in sites else site_lengths[site] or _DECODER_LENGTH for site in site_lengths
     }
     description = dict(stored) if stored is not None else _describe(config, chosen, lengths)
-    return ExamplePlan(
-        tuple(chosen), lengths, by_site, description, config.compact_examples, is_resumed=stored is not None
-    )
+    return ExamplePlan(tuple(chosen), lengths, by_site, description, is_resumed=stored is not None)
 
 
 def _block_lengths(lengths: Sequence[int], room: int) -> tuple[int, ...]:
@@ -168,13 +189,6 @@ def _block_lengths(lengths: Sequence[int], room: int) -> tuple[int, ...]:
         unfilled = [index for index, length in enumerate(lengths) if shares[index] < length]
         shares[min(unfilled, key=shares.__getitem__)] += 1
     return tuple(shares)
-
-
-def _sample_dev(config: TrainConfig, dev_examples: Sequence[Example]) -> list[Example]:
-    """Some development examples, with a target each."""
-    dev = [dataclasses.replace(example, targets=example.targets[:1]) for example in dev_examples if example.targets]
-    random.Random(f"{config.seed}/dev").shuffle(dev)
-    return dev[:NUM_DEV_TARGETS]
 
 
 def _example_sites(backbone: Backbone, site_lengths: Mapping[Site, int]) -> list[Site]:
@@ -194,11 +208,9 @@ def _example_sites(backbone: Backbone, site_lengths: Mapping[Site, int]) -> list
     return sites
 
 
-def _most_positions(config: TrainConfig, backbone: Backbone) -> int:
+def _most_positions(backbone: Backbone) -> int:
     """Tokens of examples that could be in front at all; an encoder reads each alone, and gives a prefix no position."""
-    if backbone.kind == "encoder-decoder" and config.example_attention == "own":
-        return UNBOUNDED
-    return backbone.max_positions or UNBOUNDED
+    return UNBOUNDED if backbone.kind == "encoder-decoder" else backbone.max_positions or UNBOUNDED
 
 
 def _stored_indices(config: TrainConfig, stored: Mapping[str, Any], available: int) -> list[int]:
@@ -242,35 +254,6 @@ def _solve(
     return [SolvedExample(index, *pair) for index, pair in zip(indices, pairs, strict=True)]
 
 
-def _choose(
-    config: TrainConfig,
-    backbone: Backbone,
-    candidates: Sequence[SolvedExample],
-    room: int,
-    encode_dev: Callable[[int], Sequence[TokenizedExample]],
-) -> list[SolvedExample]:
-    """Candidates that fit, by the run's `example_choice`; with `compact_examples` all do."""
-    count = config.init_examples
-    fits = UNBOUNDED if config.compact_examples else room
-    if not candidates or config.example_choice == "random":
-        return choose_random(candidates, count, fits, config.seed)
-    if config.example_choice == "diverse":
-        return choose_diverse(backbone, candidates, count, fits)
-
-    def lengths_of(chosen: Sequence[SolvedExample]) -> tuple[int, ...]:
-        return _block_lengths([len(example.row) for example in chosen], room)
-
-    def make_prefix(chosen: Sequence[SolvedExample]) -> Prefix:
-        rows, alone = [example.row for example in chosen], config.example_attention == "own"
-        lengths = lengths_of(chosen) if alone else None
-        return from_examples(backbone, rows, alone=alone, lengths=lengths, compaction=config.compact_examples)
-
-    def dev_behind(chosen: Sequence[SolvedExample]) -> Sequence[TokenizedExample]:
-        return encode_dev(sum(lengths_of(chosen)) if backbone.kind == "decoder" else 0)
-
-    return choose_best(backbone, candidates, count, fits, config.seed, make_prefix, dev_behind)
-
-
 def _check_chosen(
     config: TrainConfig,
     backbone: Backbone,
@@ -299,15 +282,10 @@ def _check_chosen(
             f"no training example fits {where}: they take {lengths[0]} to {lengths[-1]} tokens.",
             hint=f"set prefix_length to at least {lengths[0]}, or to 0 and init_examples to their number.",
         )
-    if is_limited:
-        enough = sum(lengths[-config.init_examples :])
-        hint = f"set init_examples to {len(chosen)}, or prefix_length to 0 or to {enough:,}, in which any of them fit."
-    else:
-        hint = f"set init_examples to at most {len(chosen)}; the texts need positions, too."
     raise DataError(
         f"init_examples is {config.init_examples}, but only {len(chosen)} of the chosen fit {where}: they take "
         f"{lengths[0]} to {lengths[-1]} tokens each.",
-        hint=hint,
+        hint=f"set init_examples to at most {len(chosen)}, or give a prefix_length that they are brought to.",
     )
 
 
@@ -319,79 +297,93 @@ def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], lengths: Seq
         "tokens": [len(example.row) for example in chosen],
         "lengths": list(lengths),
         "prefix_length": sum(lengths),
-        "at_most": config.prefix_length,
-        "compaction": config.compact_examples,
-        "choice": config.example_choice,
-        "attention": config.example_attention,
-        "leave_one_out": config.leave_one_out,
         # Their numbers count what was left to train on.
         **({"held_out": {"share": config.hold_out, "seed": config.seed}} if config.hold_out and not config.dev else {}),
     }
 
 
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+
+def _take(candidates: Sequence[SolvedExample], order: Iterable[int], count: int, room: int) -> list[SolvedExample]:
+    """The first `count` candidates of an order that fit; one that does not fit what is left is skipped."""
+    chosen: list[SolvedExample] = []
+    for index in order:
+        if count and len(chosen) == count:
+            break
+        length = len(candidates[index].row)
+        if length <= room:
+            chosen.append(candidates[index])
+            room -= length
+    return chosen
+
+
+@torch.no_grad()
+def source_states(backbone: Backbone, candidates: Sequence[SolvedExample]) -> Float[Tensor, "N d"]:
+    """Each source's mean last hidden state, in float32 on the CPU."""
+    prompts = [candidate.prompt for candidate in candidates]
+    if backbone.kind == "encoder-decoder":
+        rows = [torch.tensor([prompt], device=backbone.device) for prompt in prompts]
+        encoded = [run_encoder(backbone.model, backbone.layout, row, None) for row in rows]
+        return torch.stack([states[0].float().mean(0).cpu() for states in encoded])
+    means: list[Tensor] = []
+    for first in range(0, len(prompts), _BATCH):
+        some = prompts[first : first + _BATCH]
+        # As with a head, states are wanted at all positions of the sources.
+        batch = collate(backbone, [TokenizedExample(p, ((0,) * len(p),), tuple(range(len(p)))) for p in some])
+        states = hidden_states_at(backbone, None, batch).float().cpu()
+        means.extend(part.mean(0) for part in states.split([len(prompt) for prompt in some]))
+    return torch.stack(means)
+
+
+def farthest_first(states: Float[Tensor, "N d"]) -> list[int]:
+    """All rows, each the farthest from those before it, by the angle between their differences from the mean.
+
+    The first is the one nearest to the mean. Ties go to the lower index.
+    """
+    centered = states - states.mean(0)
+    first = int(centered.square().sum(1).argmin())
+    directions = torch.nn.functional.normalize(centered, dim=1)
+    order, distance = [first], 1 - directions @ directions[first]
+    distance[first] = -torch.inf
+    while len(order) < len(states):
+        index = int(distance.argmax())
+        order.append(index)
+        distance = torch.minimum(distance, 1 - directions @ directions[index])
+        distance[index] = -torch.inf
+    return order
+
+
 # --- keys and values -------------------------------------------------------------------------------------------------
 
 
-def from_examples(
-    backbone: Backbone, rows: Rows, *, alone: bool, lengths: Sequence[int] | None = None, compaction: str = "stride"
-) -> Prefix:
-    """The keys and values that the frozen model computes for some texts.
+def from_examples(backbone: Backbone, rows: Rows, *, lengths: Sequence[int] | None = None) -> Prefix:
+    """The keys and values that the frozen model computes for some texts, each alone.
 
-    In an encoder-decoder they are those of the sites `encoder` and `cross`, where it reads prompt and target as one
-    text.
+    In a decoder-only model a text has its own positions, those after the texts before it; in an encoder, whose texts
+    keep their positions behind a prefix, it is at position 0. In an encoder-decoder the keys and values are those of
+    the sites `encoder` and `cross`, where it reads prompt and target as one text.
 
     Args:
         backbone: The frozen model.
         rows: The texts' tokens.
-        alone: Each text is computed alone: in a decoder-only model at its own positions, those after the texts before
-            it; in an encoder, whose texts keep their positions behind a prefix, from position 0. Otherwise, all of them
-            are computed as one text.
-        lengths: With `alone`: how many positions of each text are kept, its first among them; the next text's positions
-            follow on these. So that what follows stands as far from the kept keys as from the text's own, a decoder's
-            keys are those of a text that ends where its kept positions end (see `_compacted`). None: all.
-        compaction: Which are kept: `stride`: evenly spaced ones; `match`: see `compaction.match`.
+        lengths: How many positions of each text are kept, evenly spaced ones with its first among them; the next text's
+            positions follow on these. So that what follows stands as far from the kept keys as from the text's own, a
+            decoder's keys are those of a text that ends where its kept positions end. None: all.
     """
-    if not alone:
-        rows = [tuple(token for row in rows for token in row)]
     sites: list[Site] = [site for site in backbone.geometry if backbone.kind == "decoder" or site != "decoder"]
     parts: list[Prefix] = []
     first = 0
     for row, length in zip(rows, lengths or [len(row) for row in rows], strict=True):
-        parts.append(_compacted(backbone, row, first, length, sites, compaction))
+        ids = torch.tensor([row], device=backbone.device)
+        # Where it would begin before position 0, its keys are turned back from there, if they can be turned; where
+        # positions are added to the input, they stay.
+        begin = first + length - len(row) if backbone.kind == "decoder" else 0
+        whole = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=max(begin, 0))
+        kept = take(whole, dict.fromkeys(sites, evenly_spaced(len(row), length)))
+        parts.append(moved(backbone, kept, min(begin, 0))[0])
         first += length
     return Prefix({site: _concatenate([part.layers[site] for part in parts]) for site in sites})
-
-
-def _compacted(
-    backbone: Backbone, row: Sequence[int], first: int, length: int, sites: Sequence[Site], compaction: str
-) -> Prefix:
-    """A text's keys and values at some of its positions, in a decoder-only model those of a text that ends with them.
-
-    It would begin at `first + length - len(row)`. Where that is before position 0, its keys are turned back from there
-    if they can be turned; where positions are added to the input, they stay.
-
-    Args:
-        backbone: The frozen model.
-        row: The text's tokens.
-        first: Where its kept positions begin in the prefix.
-        length: How many are kept.
-        sites: Where.
-        compaction: As in `from_examples`.
-    """
-    ids = torch.tensor([row], device=backbone.device)
-    begin = first + length - len(row) if backbone.kind == "decoder" else 0
-    matches = length < len(row) and compaction == "match"
-    # Queries are matched right behind the text. Keys that cannot be turned are computed where they are to stand.
-    computed_at = 0 if matches and can_move(backbone) else max(begin, 0)
-    whole = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=computed_at)
-    if matches:
-        try:
-            kept = match(backbone, whole, row, dict.fromkeys(sites, length))
-        except ConfigError as error:
-            raise ConfigError(error.message, hint="give --compact-examples stride.") from error
-    else:
-        kept = take(whole, dict.fromkeys(sites, evenly_spaced(len(row), length)))
-    return moved(backbone, kept, begin - computed_at)[0]
 
 
 def _concatenate(parts: Sequence[Sequence[KeyValue]]) -> tuple[KeyValue, ...]:
@@ -409,11 +401,9 @@ def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) 
     """
     if plan.is_resumed:
         return Start(None, plan.description, plan.blocks)
-    alone = config.example_attention == "own"
     rows = [example.row for example in plan.chosen]
-    _check_positions(backbone, rows, alone=alone)
-    lengths = plan.lengths if alone else None
-    layers = dict(from_examples(backbone, rows, alone=alone, lengths=lengths, compaction=plan.compaction).layers)
+    _check_positions(backbone, rows)
+    layers = dict(from_examples(backbone, rows, lengths=plan.lengths).layers)
     if backbone.kind == "encoder-decoder" and "decoder" in plan.site_lengths:
         length = plan.site_lengths["decoder"]
         words = read_init_text(config.init_text).text
@@ -421,18 +411,18 @@ def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) 
     return Start(Prefix({site: layers[site] for site in plan.site_lengths}), plan.description, plan.blocks)
 
 
-def _check_positions(backbone: Backbone, rows: Rows, *, alone: bool) -> None:
+def _check_positions(backbone: Backbone, rows: Rows) -> None:
     """Refuse texts that an encoder cannot read; a decoder-only model's are checked with the texts behind them.
 
     Raises:
         DataError: They are too long.
     """
-    length = max(map(len, rows)) if alone else sum(map(len, rows))
+    length = max(map(len, rows))
     if backbone.max_positions is not None and length > backbone.max_positions:
-        what = "an example with its target takes" if alone else "the examples, computed as one text, take"
         raise DataError(
-            f"{what} {length} of the {backbone.max_positions} positions of {backbone.name!r}.",
-            hint="start from fewer examples (init_examples), or compute each alone (example_attention = 'own').",
+            f"an example with its target takes {length} of the {backbone.max_positions} positions of "
+            f"{backbone.name!r}.",
+            hint="start from words, or leave long examples out.",
         )
 
 
@@ -441,9 +431,8 @@ def hide_own_blocks(
 ) -> Sequence[TokenizedExample]:
     """Training examples that do not see themselves in the prefix: neither those in it nor others of the same source.
 
-    Where each example of the prefix was computed alone, that is exact: the same as a prefix without these positions.
-    Where they were computed as one text, later examples have seen an earlier one, so that a trace of it is left. The
-    earlier turns of a conversation that is in the prefix do not see it either.
+    Each example of the prefix was computed alone, so that this is exact: the same as a prefix without these positions.
+    The earlier turns of a conversation that is in the prefix do not see it either.
 
     Args:
         dataset: The training examples as tokens.

@@ -23,7 +23,7 @@ from prefixtune.training.losses import target_losses
 from prefixtune.training.presets import preset
 from prefixtune.training.starts import choice
 from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.starts.choice import farthest_first
+from prefixtune.training.starts.examples import farthest_first
 from prefixtune.training.starts.examples import from_examples
 from prefixtune.training.train import train_together
 

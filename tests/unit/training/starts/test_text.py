@@ -12,7 +12,7 @@ import torch
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
-from prefixtune.training.starts.source import MAX_TEXT_BYTES, check_init_text, read_init_text
+from prefixtune.training.starts.text import MAX_TEXT_BYTES, check_init_text, read_init_text
 from zoo import MAX_POSITIONS
 
 TEXT = "The Gannet goes to Ashby."
