@@ -92,16 +92,15 @@ def test_files_that_hold_no_template(tmp_path: Path) -> None:
         TrainConfig(chat_template="none", system="Be short.")
 
 
-@pytest.mark.parametrize(("method", "start"), [("prefix", {}), ("infix", {}), ("prefix", {"init_examples": 2})])
+@pytest.mark.parametrize("start", [{}, {"init_examples": 2}])
 def test_a_run_on_conversations(
-    tiny_backbone: Callable[..., Any], tmp_path: Path, template: Path, method: str, start: dict[str, int]
+    tiny_backbone: Callable[..., Any], tmp_path: Path, template: Path, start: dict[str, int]
 ) -> None:
     backbone = tiny_backbone("llama", max_position_embeddings=512)
     result = train(
         backbone=backbone,
         examples=CHATS,
         chat_template=str(template),
-        method=method,
         max_steps=2,
         batch_size=3,
         # Their last messages are equal, but not those before them.
@@ -112,8 +111,8 @@ def test_a_run_on_conversations(
     event = result.events[0]
     count = 4 if start else 3
     assert (event["num_sources"], event["num_targets"], event["num_cut"]) == (count, 2 * count, 0)
-    # Conversations are whole in their batches of at most three turns; an infix needs a row for each turn.
-    assert event.get("num_unpacked", 0) == (3 if method == "infix" else 0)
+    # Conversations are whole in their batches of at most three turns.
+    assert event.get("num_unpacked", 0) == 0
     prefix = load_prefix(result.path, backbone)
     form = read_text_format(prefix.header)
     assert form is not None

@@ -136,7 +136,7 @@ def test_no_adapter_to_train(folder: Path, examples: list[pt.Example], tmp_path:
         pt.load_backbone(folder, train_adapter=True)
 
 
-@pytest.mark.parametrize("method", ["full", "top", "adapter", "lora"])
+@pytest.mark.parametrize("method", ["full", "adapter", "lora"])
 def test_nothing_is_trained_on_what_another_method_left(method: str, train: Callable[..., Any], tmp_path: Path) -> None:
     size = 0 if method == "full" else 1
     train(1, method=method, method_size=size, output=str(tmp_path / "other"))
@@ -151,7 +151,6 @@ def test_nothing_is_trained_on_what_another_method_left(method: str, train: Call
         ({"adapter": "none"}, "'none' holds no adapter_config.json with adapter_model.safetensors"),
         ({"init_prefix": "FILE", "prefix_length": 3}, "KV heads|layers"),
         ({"beside": "FILE"}, "KV heads|layers"),
-        ({"classifier": "head", "method": "infix"}, "method 'infix' trains no head"),
         ({"task": "tagging", "method": "lora"}, "method 'lora' trains no head"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.encoder import REPARAMETERIZATIONS
-from prefixtune.training.config import ADAMW_PER_MUON, TrainConfig, default_learning_rate
+from prefixtune.training.config import TrainConfig, default_learning_rate
 
 
 def test_all_faults_are_reported_at_once():
@@ -35,7 +35,7 @@ def test_all_faults_are_reported_at_once():
         "epochs is 0.0, but must be above 0",
         "seed is True, but must be a whole number",
         "task is 3, but must be text",
-        "reparameterization is 'mpl', but must be one of 'none', 'mlp', 'residual', 'scaled' (did you mean 'mlp'?)",
+        "reparameterization is 'mpl', but must be one of 'none', 'mlp', 'scaled' (did you mean 'mlp'?)",
         "init_text is empty",
         "save_every is 0, but must be at least 1",
     ):
@@ -102,7 +102,6 @@ def test_the_effective_learning_rate(kind: Any):
     assert TrainConfig(reparameterization=kind).peak_learning_rate == default_learning_rate(kind) > 0
     assert TrainConfig(reparameterization=kind, learning_rate=0.25).peak_learning_rate == 0.25
     assert TrainConfig(reparameterization=kind, beside="memories").peak_learning_rate == default_learning_rate(kind) / 2
-    assert default_learning_rate(kind, "muon") == default_learning_rate(kind) / ADAMW_PER_MUON
 
 
 def test_every_field_has_help():

@@ -27,8 +27,7 @@ def stop(event: Any) -> None:
         {"initialization": "text", "prefix_length": 0},
         {"initialization": "text", "prefix_length": 3, "compaction": "match"},
         {"initialization": "text", "prefix_length": 3, "reparameterization": "mlp"},
-        {"initialization": "text", "prefix_length": 0, "method": "prompt", "compaction": "cut"},
-        {"initialization": "words", "prefix_length": 4, "reparameterization": "residual"},
+        {"initialization": "text", "prefix_length": 3, "compaction": "cut"},
         {"initialization": "prefix", "prefix_length": 2},
         {"initialization": "prefix", "prefix_length": 0},
     ],
@@ -58,16 +57,3 @@ def test_the_files_of_the_start_are_not_read_again(
     resumed = train(4, output=str(tmp_path / "half"), resume=True, **options)
     assert resumed.prefix.equal(whole.prefix)
     assert resumed.prefix.header["initialization"] == whole.prefix.header["initialization"]
-
-
-def test_a_run_that_was_given_the_length_of_its_start_goes_on_without_it(
-    train: Callable[..., Any], backbone: Any, random_prefix: Any, tmp_path: Path
-) -> None:
-    """As runs of older versions were, which wanted it."""
-    path = save_prefix(tmp_path / "start.safetensors", random_prefix(backbone, 2))
-    options = {"initialization": "prefix", "init_prefix": str(path), "save_every": 1, "max_steps": 4}
-    whole = train(4, output=str(tmp_path / "whole"), prefix_length=2, **options)
-    with pytest.raises(Stopped):
-        train(4, output=str(tmp_path / "half"), on_event=stop, prefix_length=2, **options)
-    resumed = train(4, output=str(tmp_path / "half"), resume=True, prefix_length=0, **options)
-    assert resumed.prefix.equal(whole.prefix)

@@ -12,19 +12,14 @@ import torch
 
 import prefixtune as pt
 from prefixtune.attention.compute import prefix_from_tokens
-from prefixtune.backbone.loss import batch_loss
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.data.batching import collate
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.interop.trainer import PrefixModel
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.data import tokenize
-from prefixtune.training.losses import target_losses
 from prefixtune.training.presets import preset
-from prefixtune.training.starts import choice
 from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.starts.examples import farthest_first
-from prefixtune.training.starts.examples import from_examples
+from prefixtune.training.starts.examples import farthest_first, from_examples
 from prefixtune.training.train import train_together
 
 EXAMPLES = [pt.Example(f"n : {word}", (f"{word} it is.",)) for word in ("a", "bcd", "ef", "ghijkl", "m")]
@@ -53,14 +48,12 @@ def test_their_number_sets_the_length(backbone: Any, tmp_path: Path):
     assert start["lengths"] == start["tokens"] == [each[index] for index in start["examples"]]
     assert len(set(start["examples"])) == 2
     assert result.prefix.prefix_length == start["prefix_length"] == sum(start["lengths"])
-    assert start["at_most"] == 0
 
 
-@pytest.mark.parametrize("chosen", ["random", "diverse"])
-def test_as_many_as_fit_a_length(chosen: str, backbone: Any, tmp_path: Path):
+def test_as_many_as_fit_a_length(backbone: Any, tmp_path: Path):
     each = lengths(backbone)
     room = min(each) + sorted(each)[1] + 2
-    config = run(tmp_path, initialization="examples", prefix_length=room, example_choice=chosen)
+    config = run(tmp_path, initialization="examples", prefix_length=room)
     plan = tokenize(config, backbone, EXAMPLES, ()).plan
     total = sum(plan.lengths)
     assert total <= room
@@ -68,16 +61,6 @@ def test_as_many_as_fit_a_length(chosen: str, backbone: Any, tmp_path: Path):
     # None of those left out fits into what is left.
     chosen_indices = {example.index for example in plan.chosen}
     assert all(each[i] > room - total for i in range(len(each)) if i not in chosen_indices)
-    assert plan.description["at_most"] == room
-
-
-def test_a_number_that_does_not_fit_is_refused_with_how_many_do(backbone: Any, tmp_path: Path):
-    each = lengths(backbone)
-    config = run(tmp_path, init_examples=4, prefix_length=max(each) + 1, example_choice="random")
-    with pytest.raises(DataError, match=r"init_examples is 4, but only 1 of the chosen fit prefix_length") as caught:
-        tokenize(config, backbone, EXAMPLES, ())
-    assert "set init_examples to 1" in caught.value.hint
-    assert str(sum(sorted(each)[-4:])) in caught.value.hint
 
 
 def test_a_length_that_none_fits_is_refused(backbone: Any, tmp_path: Path):
@@ -92,11 +75,6 @@ def test_more_examples_than_there_are_is_refused_before_the_model_loads(tmp_path
     twice = [*EXAMPLES, *EXAMPLES, pt.Example("no target")]
     with pytest.raises(ConfigError, match="init_examples is 6, but there are 5 training examples with different"):
         pt.train(run(tmp_path / "run", init_examples=6), examples=twice)
-
-
-def test_a_development_loss_needs_development_examples(tmp_path: Path, no_backbone_loads: None):
-    with pytest.raises(ConfigError, match="example_choice is 'loss'"):
-        pt.train(run(tmp_path / "run", init_examples=2, example_choice="loss"), examples=EXAMPLES)
 
 
 def test_options_imply_each_other():
@@ -119,16 +97,8 @@ def test_options_imply_each_other():
         ({"init_examples": 2, "initialization": "words"}, "initialization is 'words'"),
         ({"initialization": "examples", "prefix_length": 0}, "both init_examples and prefix_length are 0"),
         ({"initialization": "examples", "prefix_length": 0, "sites": "cross"}, "both init_examples and prefix_length"),
-        ({"init_examples": 2, "method": "prompt"}, "cannot start from examples"),
-        (
-            {"init_examples": 2, "compact_examples": "stride"},
-            "needs a start from examples, init_examples and prefix_length",
-        ),
-        ({"init_examples": 9, "prefix_length": 5, "compact_examples": "stride"}, "fewer positions than the 9"),
-        (
-            {"init_examples": 6, "prefix_length": 30, "sites": "encoder=4,cross", "compact_examples": "stride"},
-            "sites is 'encoder=4,cross', fewer positions than the 6",
-        ),
+        ({"init_examples": 9, "prefix_length": 5}, "fewer positions than the 9"),
+        ({"init_examples": 6, "prefix_length": 30, "sites": "encoder=4,cross"}, "sites is 'encoder=4,cross', fewer"),
         ({"init_examples": 4, "method": "lora"}, "init_examples is for a prefix, which method 'lora' does not train"),
         ({"initialization": "examples", "method": "full"}, "init_examples is for a prefix"),
     ],
@@ -158,28 +128,6 @@ def test_diverse_takes_one_of_each_kind(backbone: Any, tmp_path: Path):
     assert 9 in {example.index for example in plan.chosen}
 
 
-def test_loss_takes_the_best_of_its_sets(tiny_backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    backbone = tiny_backbone("llama")
-    sets: list[list[Any]] = []
-    usual = choice.choose_random
-
-    def recorded(*arguments: Any) -> Any:
-        sets.append(usual(*arguments))
-        return sets[-1]
-
-    monkeypatch.setattr(choice, "choose_random", recorded)
-    dev = [pt.Example("n : xyz", ("xyz it is.",))]
-    config = run(tmp_path, init_examples=2, example_choice="loss")
-    data = tokenize(config, backbone, EXAMPLES, dev)
-    assert len(sets) == choice.NUM_SETS
-    losses = []
-    for chosen in sets:
-        prefix = from_examples(backbone, [example.row for example in chosen], alone=True)
-        losses.append(float(batch_loss(backbone, prefix, collate(backbone, data.dev.examples)).mean()))
-    assert [e.index for e in data.plan.chosen] == [e.index for e in sets[losses.index(min(losses))]]
-    assert max(losses) > min(losses)
-
-
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +151,7 @@ def test_a_resumed_run_is_the_same_bit_by_bit_and_does_not_choose_again(
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("chosen again")
 
-    monkeypatch.setattr("prefixtune.training.starts.examples._choose", fail)
+    monkeypatch.setattr("prefixtune.training.starts.examples.farthest_first", fail)
     monkeypatch.setattr("prefixtune.training.starts.examples.from_examples", fail)
     resumed = pt.train(config, backbone=backbone, examples=EXAMPLES, resume=True)
     assert resumed.prefix.equal(whole.prefix)
@@ -218,7 +166,7 @@ def test_a_state_that_names_other_examples_is_refused(backbone: Any, tmp_path: P
     facts["initialization"]["examples"] = [0, 77]
     save_state(path, tensors, {name: value for name, value in facts.items() if name != "sha256"})
     with pytest.raises(CheckpointError, match="training examples that are not in this data"):
-        pt.train(config.replace(max_steps=8), backbone=backbone, examples=EXAMPLES, resume=True)
+        pt.train(config, backbone=backbone, examples=EXAMPLES, resume=True)
 
 
 def test_an_example_and_others_of_its_source_do_not_see_its_block(backbone: Any, tmp_path: Path):
@@ -229,10 +177,8 @@ def test_an_example_and_others_of_its_source_do_not_see_its_block(backbone: Any,
     for index in (0, 1, 2):
         assert data.train.examples[index].hidden == tuple(range(*blocks[index]))
     assert data.train.examples[3].hidden == data.train.examples[0].hidden
-    # Development examples see everything, and so do all with leave_one_out off.
+    # Development examples see everything.
     assert data.dev.examples[0].hidden == ()
-    seen = tokenize(run(tmp_path, init_examples=3, leave_one_out=False), backbone, examples, ())
-    assert not any(example.hidden for example in seen.train.examples)
 
 
 def test_runs_that_train_together_start_from_their_own_examples(tiny_backbone: Any, tmp_path: Path):
@@ -248,7 +194,7 @@ def test_runs_that_train_together_start_from_their_own_examples(tiny_backbone: A
 
 
 def test_compacted_examples_keep_evenly_spaced_positions_each(backbone: Any, tmp_path: Path):
-    config = run(tmp_path, init_examples=2, prefix_length=11, compact_examples="stride")
+    config = run(tmp_path, init_examples=2, prefix_length=11)
     data = tokenize(config, backbone, EXAMPLES, ())
     assert data.plan.lengths == (6, 5)
     encoder, start = build_encoder(config, backbone, plan=data.plan)
@@ -269,33 +215,11 @@ def test_compacted_examples_keep_evenly_spaced_positions_each(backbone: Any, tmp
     assert data.train.examples[data.plan.chosen[1].index].hidden == (6, 7, 8, 9, 10)
 
 
-def test_matched_examples_give_more_of_their_attention(tiny_backbone: Any, tmp_path: Path):
-    """What is asked of a match: less difference from the whole example, in the logits behind it, than a stride's."""
-    backbone = tiny_backbone("llama")
-    examples = [pt.Example("the gannet goes to ashby", ("it goes to ashby.",)), *EXAMPLES]
-    question = torch.tensor([backbone.encode("where does the gannet go")])
-    differences = {}
-    options = {"init_examples": 1, "prefix_length": 12, "example_choice": "random", "leave_one_out": False}
-    for how in ("stride", "match"):
-        config = run(tmp_path, compact_examples=how, **options)
-        plan = tokenize(config, backbone, examples[:1], ()).plan
-        encoder, _ = build_encoder(config, backbone, plan=plan)
-        row = plan.chosen[0].row
-        whole = from_examples(backbone, [row], alone=True)
-        with torch.no_grad():
-            wanted = backbone.forward(question, prefixes=whole).logits
-            # The same distances: rotary models see nothing else.
-            given = backbone.forward(question, prefixes=encoder.bake()).logits
-        differences[how] = float((wanted - given).square().mean())
-    assert differences["match"] < differences["stride"]
-
-
-@pytest.mark.parametrize("how", ["stride", "match"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
-def test_compacted_examples_keep_keys_of_where_they_stand(name: str, how: str, tiny_backbone: Any):
+def test_compacted_examples_keep_keys_of_where_they_stand(name: str, tiny_backbone: Any):
     backbone = tiny_backbone(name)
     rows = [tuple(range(4, 24)), tuple(range(30, 42))]
-    prefix = from_examples(backbone, rows, alone=True, lengths=[15, 8], compaction=how)
+    prefix = from_examples(backbone, rows, lengths=[15, 8])
     # The second ends with its 8 positions, at 23.
     ids = torch.tensor([rows[1]])
     own = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=23 - len(rows[1]))
@@ -304,54 +228,29 @@ def test_compacted_examples_keep_keys_of_where_they_stand(name: str, how: str, t
         assert float(distances.amin(-1).max()) < 1e-4
 
 
-@pytest.mark.parametrize("how", ["stride", "match"])
-def test_compacted_examples_end_where_positions_do(how: str, tiny_backbone: Any, tmp_path: Path):
+def test_compacted_examples_end_where_positions_do(tiny_backbone: Any, tmp_path: Path):
     """In a model whose positions are a table, no example is computed past its end."""
     backbone = tiny_backbone("gpt2")
     examples = [pt.Example(f"s{n} " + "q" * 70, ("t" * 8,)) for n in range(6)]
-    options = {"init_examples": 4, "prefix_length": 120, "compact_examples": how, "example_choice": "random"}
-    config = run(tmp_path, **options)
+    config = run(tmp_path, init_examples=4, prefix_length=120)
     plan = tokenize(config, backbone, [*examples, pt.Example("a", ("b",))], ()).plan
     encoder, _ = build_encoder(config, backbone, plan=plan)
     assert encoder.bake().prefix_length == 120
     assert encoder.bake().is_finite()
 
 
-@pytest.mark.parametrize("how", ["stride", "match"])
-def test_an_encoders_examples_are_compacted(how: str, tiny_backbone: Any, tmp_path: Path):
+def test_an_encoders_examples_are_compacted(tiny_backbone: Any, tmp_path: Path):
     backbone = tiny_backbone("bart")
-    options = {"init_examples": 2, "prefix_length": 8, "sites": "encoder,cross", "compact_examples": how}
-    config = run(tmp_path, **options)
+    config = run(tmp_path, init_examples=2, prefix_length=8, sites="encoder,cross")
     encoder, _ = build_encoder(config, backbone, plan=tokenize(config, backbone, EXAMPLES, ()).plan)
     assert {site: encoder.bake().length(site) for site in ("encoder", "cross")} == {"encoder": 8, "cross": 8}
-
-
-def test_a_choice_by_loss_reads_behind_the_compacted_prefix(
-    tiny_backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Its room is the site's, not prefix_length; and development texts stand behind what is left of the examples."""
-    seen: list[tuple[int, int]] = []
-    usual = target_losses
-
-    def recorded(backbone: Any, prefix: Any, examples: Any, batch_size: int) -> Any:
-        seen.append((prefix.prefix_length, max(len(example.prompt) for example in examples)))
-        return usual(backbone, prefix, examples, batch_size)
-
-    monkeypatch.setattr(choice, "target_losses", recorded)
-    backbone = tiny_backbone("llama")
-    examples = [pt.Example(f"{n} " + "q" * 60, ("t" * 8,)) for n in range(8)]
-    options = {"prefix_length": 40, "sites": "decoder=30", "compact_examples": "stride", "example_choice": "loss"}
-    config = run(tmp_path, init_examples=4, **options)
-    data = tokenize(config, backbone, examples, examples[:2])
-    assert set(seen) == {(30, max(len(example.prompt) for example in data.dev.examples))}
-    assert data.plan.site_lengths == {"decoder": 30}
 
 
 def test_a_source_that_is_cut_does_not_see_its_block_either(tiny_backbone: Any, tmp_path: Path):
     """The prefix takes positions, so that a long source is cut in training, though it is whole in the prefix."""
     backbone = tiny_backbone("llama")
     examples = [pt.Example("w " + "q" * 100, (text,)) for text in ("one.", "two.")] + [pt.Example("a b", ("c.",))]
-    data = tokenize(run(tmp_path, init_examples=2, example_choice="random"), backbone, examples, ())
+    data = tokenize(run(tmp_path, init_examples=2), backbone, examples, ())
     long = next(example for example in data.plan.chosen if example.index == 0)
     assert len(data.train.examples[1].prompt) < len(long.prompt)
     assert data.train.examples[1].hidden == data.train.examples[0].hidden == tuple(range(*data.plan.blocks[0]))
@@ -391,8 +290,6 @@ def test_an_encoder_reads_each_alone_so_that_all_may_be_longer_than_it_reads(tin
     assert backbone.max_positions == 20
     options = {"init_examples": 6, "sites": "encoder,cross"}
     assert tokenize(run(tmp_path, **options), backbone, SHORT, ()).plan.site_lengths["cross"] > 20
-    with pytest.raises(DataError, match="init_examples is 6, but only"):
-        tokenize(run(tmp_path, example_attention="all", **options), backbone, SHORT, ())
 
 
 def test_labels_by_words_are_solved_examples_and_a_head_has_none(tiny_backbone: Any, tmp_path: Path):
@@ -424,7 +321,6 @@ def test_held_out_sources_are_the_development_examples(
     assert "2 sources are held out of training" in capsys.readouterr().err
     assert (events[0]["num_sources"], events[0]["num_dev_targets"]) == (18, 2)
     assert any("loss" in event for event in events if event["event"] == "evaluation")
-    pt.train(config.replace(max_steps=6), backbone=backbone, examples=examples, resume=True)
     header = load_prefix(tmp_path / "run" / "prefix.safetensors").header
     assert json.dumps(header["training"]["dev_loss"]) != "null"
 
