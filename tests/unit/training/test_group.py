@@ -176,9 +176,7 @@ def test_more_runs_take_more_passes_but_no_more_memory(
     assert passes == [2, 2, 1]
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"prefix_dropout": 0.5}, {"nested": True}, {"gradient_accumulation": 2}]
-)
+@pytest.mark.parametrize("fields", [{}, {"prefix_dropout": 0.5}, {"nested": True}, {"gradient_accumulation": 2}])
 def test_a_large_batch_is_computed_in_parts_with_the_same_gradients(
     backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:

@@ -71,7 +71,7 @@ def test_one_that_does_not_start_refuses_the_run(
         raise OSError("no network")
 
     monkeypatch.setitem(trackers._STARTS, "wandb", fail)
-    with pytest.raises(ConfigError, match="wandb.*no network"):
+    with pytest.raises(ConfigError, match="no network"):
         train(2, report_to=("trackio", "wandb"))
     assert rows["trackio"] == [(-1, {"failed": 1.0})]
     assert not (tmp_path / "run" / "state.safetensors").exists()
