@@ -15,8 +15,8 @@ from prefixtune.data.encoding import encode_prompts
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.decoding import newline_tokens
 from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.sampling.detokenizer import text_until_stop
 

@@ -86,7 +86,7 @@ class GenerateSide:
         """All requests."""
         config = GenerateConfig(max_new_tokens=self.new, min_new_tokens=self.new)
         prefixes, ends = [self.prefix] * len(prompts), [self.backbone.eos_id]
-        return generate_batch(self.backbone, prompts, prefixes, config, None, None, ends)
+        return generate_batch(self.backbone, prompts, prefixes, config, None, ends)
 
 
 class PeftSide:

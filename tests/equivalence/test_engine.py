@@ -25,8 +25,8 @@ from prefixtune.engine.kv_cache import lazy_zeros
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.inference.decoding import newline_tokens
 from prefixtune.inference.generate import generate
-from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.detokenizer import Detokenizer
@@ -104,7 +104,7 @@ def test_a_far_longer_text_may_be_attended_to_by_itself(
         seen.append((bool(step.alone), bool(step.common_length)))
 
     monkeypatch.setattr(SlotAttention, "__post_init__", spy)
-    found = Engine(backbone, EngineConfig(num_slots=8, native_attention=False)).run(asked)
+    found = Engine(backbone, EngineConfig(num_slots=8)).run(asked)
     assert [ids(texts[0]) for texts in found] == expected
     assert any(by_itself and together for by_itself, together in seen) == (call < 100)
 
@@ -172,7 +172,6 @@ def pool(made: Any, random_ids: Any, random_prefix: Any) -> Callable[..., Any]:
     num_slots=st.integers(1, 4),
     prefill_tokens=st.sampled_from([1, 3, 8, 64]),
     call=st.sampled_from([2, 300]),
-    min_shared=st.sampled_from([1, 64]),
 )
 def test_any_schedule_gives_what_each_text_gives_alone(
     name: str,
@@ -180,7 +179,6 @@ def test_any_schedule_gives_what_each_text_gives_alone(
     num_slots: int,
     prefill_tokens: int,
     call: int,
-    min_shared: int,
     made: Any,
     pool: Any,
 ):
@@ -188,7 +186,6 @@ def test_any_schedule_gives_what_each_text_gives_alone(
         # Slots so short at first that they must grow while texts run.
         patch.setattr("prefixtune.engine.kv_cache.INITIAL_CAPACITY", 4)
         patch.setattr("prefixtune.engine.attention.CALL_OVERHEAD", call)
-        patch.setattr("prefixtune.engine.shared_prefix.MIN_LENGTH", min_shared)
         engine = Engine(made(name), EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
         outputs, cancelled, expected = [], {}, {}
         for number, one in enumerate(asked):

@@ -5,7 +5,6 @@ The faults were seen by running PEFT 0.21.2, adapters 1.3.0 and the authors' cod
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.attention.cache import can_crop_empty_layers
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.encoder import PrefixEncoder, fit
@@ -180,31 +177,6 @@ def test_a_batch_mixes_prefixes_of_unequal_lengths(num_beams: int, backbone: Any
         assert generate_ids(backbone, [prompt], [prefix], config=config) == [output]
     swapped = generate_ids(backbone, prompts, [prefixes[1], prefixes[0], None], config=config)
     assert [one == other for one, other in zip(swapped, together, strict=True)] == [False, False, True]
-
-
-def test_guessed_tokens_change_nothing(backbone: Any, tiny_backbone: Any, random_prefix: Any, random_ids: Any):
-    """PEFT: assisted decoding is wrong or fails."""
-    prompts, prefixes = [random_ids(7), random_ids(4, 1)], [random_prefix(backbone, 4), None]
-    plain = generate_ids(backbone, prompts, prefixes, config=GREEDY)
-    looked_up = GREEDY.replace(prompt_lookup=3)
-    assert generate_ids(backbone, prompts, prefixes, config=looked_up) == plain
-    shallow = {"decoder_layers": 1} if backbone.name == "tiny-bart" else {"num_decoder_layers": 1}
-    assistant = tiny_backbone(backbone.name.removeprefix("tiny-"), seed=1, **shallow)
-    if backbone.name == "tiny-t5" and not can_crop_empty_layers():
-        with pytest.raises(ConfigError, match="fewer layers"):
-            generate_ids(backbone, prompts, prefixes, config=GREEDY, assistant=assistant)
-        return
-    assert generate_ids(backbone, prompts, prefixes, config=GREEDY, assistant=assistant) == plain
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_static_cache_is_right_or_refused(num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any):
-    """PEFT: a static cache gives wrong tokens."""
-    prompts, prefixes = [random_ids(7), random_ids(4, 1)], [random_prefix(backbone, 4), None]
-    plain = GREEDY.replace(num_beams=num_beams)
-    with contextlib.suppress(PrefixError):
-        outputs = generate_ids(backbone, prompts, prefixes, config=plain.replace(cache="static"))
-        assert outputs == generate_ids(backbone, prompts, prefixes, config=plain)
 
 
 def test_gradient_checkpointing_keeps_the_prefix_and_its_gradient(backbone: Any, random_prefix: Any, random_ids: Any):

@@ -134,5 +134,3 @@ def test_an_infix_is_no_prefix(backbone: Any, random_prefix: Make, random_ids: M
     infix = infix_of(random_prefix(backbone, 4))
     with pytest.raises(ConfigError, match="infix"):
         backbone.forward(torch.tensor([random_ids(5)]), prefixes=infix)
-    with pytest.raises(ConfigError, match="infix"):
-        generate_ids(backbone, [random_ids(5)], [infix], config=GenerateConfig(max_new_tokens=2, cache="static"))

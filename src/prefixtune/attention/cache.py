@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from prefixtune.attention.injection import batch_prefixes
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["cache_argument", "can_crop_empty_layers", "growing_cache", "prefilled_cache"]
+__all__ = ["cache_argument", "growing_cache", "prefilled_cache"]
 
 
 def cache_argument(model: Any) -> str:
@@ -25,7 +24,7 @@ def cache_argument(model: Any) -> str:
 
 
 def prefilled_cache(
-    model: Any, layout: Layout, prefixes: Sequence[Prefix | None], *, repeats: int = 1, static_length: int | None = None
+    model: Any, layout: Layout, prefixes: Sequence[Prefix | None], *, repeats: int = 1
 ) -> tuple[Any, Bool[Tensor, "B P"]]:
     """A cache that already holds every row's prefix, shorter ones padded in front.
 
@@ -34,24 +33,13 @@ def prefilled_cache(
         layout: What `probe` found.
         prefixes: One per row; None: that row has no prefix.
         repeats: Rows per text, as beam search needs them.
-        static_length: How many positions, the prefix's included, buffers that are written in place have room for;
-            None: a cache that grows.
 
     Returns:
         The cache, and which of its slots are real, one row per text (not repeated).
     """
-    from transformers import StaticCache
-    from transformers.cache_utils import StaticLayer
-
     device = main_device(model)
     batch = batch_prefixes(prefixes, layout, model.dtype, device)
-    if static_length is None:
-        cache = growing_cache(model)
-    else:
-        cache = StaticCache(config=model.config, max_cache_len=static_length)
-        cache.layers = [
-            StaticLayer(static_length) if getattr(layer, "is_sliding", False) else layer for layer in cache.layers
-        ]
+    cache = growing_cache(model)
     rows = len(prefixes)
     pairs = batch.layers.get("decoder", ())
     for index, (key, value) in zip(layout.cache_layers or (), pairs, strict=bool(pairs)):
@@ -78,15 +66,3 @@ def growing_cache(model: Any) -> Any:
     cache = DynamicCache(config=model.config)
     cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
     return cache
-
-
-@functools.cache
-def can_crop_empty_layers() -> bool:
-    """Whether transformers can shorten a cache of which some layers were never filled; 5.20 cannot."""
-    from transformers.cache_utils import DynamicLayer
-
-    try:
-        DynamicLayer().crop(-1)
-    except (TypeError, AttributeError):
-        return False
-    return True

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_attention
 from prefixtune.engine.kv_cache import KVCache
-from prefixtune.engine.native import AttentionKernel, make_spans
-from prefixtune.engine.span import QuerySpan
 from prefixtune.prefix.geometry import Site
 
 __all__ = ["EncoderAttention", "NewSource", "QuerySpan", "SlotAttention", "batch_attention", "slot_mask"]
@@ -25,11 +23,32 @@ CALL_OVERHEAD = 300
 """Cost of attending to one sequence by itself, besides its length, in positions of a shared call."""
 
 
+@dataclass(frozen=True)
+class QuerySpan:
+    """Tokens of one sequence that a step computes.
+
+    Attributes:
+        slot: The sequence's slot.
+        start: Position of the first of them; the prefix starts at 0.
+        count: How many tokens.
+        prefix_length: Length of the sequence's prefix.
+    """
+
+    slot: int
+    start: int
+    count: int
+    prefix_length: int
+
+    @property
+    def stop(self) -> int:
+        """The position after the last of them."""
+        return self.start + self.count
+
+
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """How a step attends at one layer."""
 
-    index: int
     keys: Float[Tensor, "S H C Dk"]
     # A failed growth leaves buffers of different capacities.
     values: Float[Tensor, "S H _C Dv"]
@@ -47,42 +66,32 @@ class _Layer:
 class SlotAttention:
     """Attention of one step: its tokens, in one row, attend to their sequences' slots.
 
-    Compiled code computes a layer in one call (`engine.native`). Where there is none, or it does not compute a layer's
-    attention, torch does: decodes together up to a common length; those that are far longer, those whose prefix stands
-    outside the slots, and prefills, one by one.
+    Decodes attend together up to a common length; those that are far longer, and prefills, one by one.
 
     Attributes:
         kv_cache: The slots.
         decodes: Sequences with one token in the step, by slot; their tokens come first in the row.
         prefills: Sequences with several tokens, after them.
         bias_by_layer: Per layer, what is added to the scores by distance; the last one holds for all larger distances.
-        kernel: Compiled code; None: torch computes.
     """
 
     kv_cache: KVCache
     decodes: Sequence[QuerySpan]
     prefills: Sequence[QuerySpan]
     bias_by_layer: Mapping[int, Float[Tensor, "Hq N"]] = field(default_factory=dict)
-    kernel: AttentionKernel | None = None
     _batch_masks: dict[object, Tensor] = field(default_factory=dict, repr=False)
     _span_masks: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         device = self.kv_cache.device
         self.slots: Int[Tensor, " B"] = torch.tensor([span.slot for span in self.decodes], device=device)
-        columns = [span.columns.start for span in self.decodes]
-        self.columns: Int[Tensor, " B"] = torch.tensor(columns, dtype=torch.long, device=device)
+        starts = [span.start for span in self.decodes]
+        self.columns: Int[Tensor, " B"] = torch.tensor(starts, dtype=torch.long, device=device)
         # Unused slots between used ones are computed as well, and dropped.
         self.num_rows = max((span.slot for span in self.decodes), default=-1) + 1
         self.contiguous = self.num_rows == len(self.decodes)
-        lengths = [span.stop for span in self.decodes if span.shared is None]
-        self.common_length = shared_length(lengths, self.num_rows)
-        self.alone = [
-            (row, span)
-            for row, span in enumerate(self.decodes)
-            if span.shared is not None or span.stop > self.common_length
-        ]
-        self._spans = make_spans([*self.decodes, *self.prefills])
+        self.common_length = shared_length([span.stop for span in self.decodes], self.num_rows)
+        self.alone = [(row, span) for row, span in enumerate(self.decodes) if span.stop > self.common_length]
 
     def attend(
         self,
@@ -94,11 +103,6 @@ class SlotAttention:
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Write the tokens' keys and values into the slots, and attend to the slots."""
         keys, values = self.kv_cache.keys[layer[1]], self.kv_cache.values[layer[1]]
-        if self.kernel is not None and self.kernel.supports(keys, values, query, scores):
-            bias = self.bias_by_layer.get(layer[1])
-            return self.kernel.attend(
-                keys, values, self._spans, query, (key, value), scores, scores.window, bias, layer[1]
-            )
         count = len(self.decodes)
         if count:
             keys[self.slots, :, self.columns] = key[0, :, :count].transpose(0, 1)
@@ -106,8 +110,8 @@ class SlotAttention:
         first = count
         for span in self.prefills:
             row = slice(first, first + span.count)
-            keys[span.slot, :, span.columns] = key[0, :, row]
-            values[span.slot, :, span.columns] = value[0, :, row]
+            keys[span.slot, :, span.start : span.stop] = key[0, :, row]
+            values[span.slot, :, span.start : span.stop] = value[0, :, row]
             first += span.count
         return self.read(layer[1], query, scores, scores.window)
 
@@ -119,9 +123,7 @@ class SlotAttention:
             # The model computed it from positions in the row.
             scores = replace(scores, position_bias=None)
         keys, values, bias = self.kv_cache.keys[index], self.kv_cache.values[index], self.bias_by_layer.get(index)
-        if self.kernel is not None and self.kernel.supports(keys, values, query, scores):
-            return self.kernel.attend(keys, values, self._spans, query, None, scores, window, bias, index)
-        layer = _Layer(index, keys, values, scores, window, bias)
+        layer = _Layer(keys, values, scores, window, bias)
         count = len(self.decodes)
         outputs = []
         if count:
@@ -165,11 +167,7 @@ class SlotAttention:
         self, query: Float[Tensor, "1 Hq T Dk"], span: QuerySpan, layer: _Layer
     ) -> Float[Tensor, "T Hq Dv"]:
         """One sequence by itself, over its own length."""
-        buffers = (layer.keys, layer.values)
-        key, value = (buffer[span.slot : span.slot + 1, :, : span.columns.stop] for buffer in buffers)
-        if span.shared is not None:
-            prefix = span.shared.layers[layer.index]
-            key, value = (torch.cat([mine[None], own], 2) for mine, own in zip(prefix, (key, value), strict=True))
+        key, value = (buffer[span.slot : span.slot + 1, :, : span.stop] for buffer in (layer.keys, layer.values))
         mask, bias = self._span_mask(span, layer)
         if not layer.scores.fused:
             scores = replace(layer.scores, position_bias=bias)

@@ -34,17 +34,3 @@ class EngineConfig(Config):
     max_waiting: int = _engine(
         10_000, ge=1, description="texts that may wait for a slot; a request beyond them is refused"
     )
-    prepack: bool = _engine(
-        True,
-        description="on a CPU, keep a copy of a bf16 backbone's matrices in the layout its products are fastest with",
-    )
-    native_attention: bool = _engine(
-        True,
-        description="on a CPU with a C++ compiler, attention, and whole steps of models like LLaMA in bf16, by code "
-        "that is compiled once for this processor, in the background",
-    )
-    cuda_graphs: bool = _engine(
-        False,
-        description="on one CUDA device, replay the steps of decoder-only models as CUDA graphs, recorded by size when "
-        "one comes for the first time; without them where that fails; not measured yet",
-    )

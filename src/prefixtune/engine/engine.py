@@ -32,7 +32,6 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.backbone.prepack import prepack
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import (
@@ -74,7 +73,7 @@ class Engine:
         **options: Fields of `EngineConfig`, instead of `config`.
 
     Attributes:
-        backbone: The model that runs: the given one, or a prepacked one made from it.
+        backbone: The model that runs.
         max_length: Most positions of a text (see `EngineConfig`).
         vocab_size: Tokens that the model can read.
         batch_size: Sequences of which the last step computed something.
@@ -92,15 +91,11 @@ class Engine:
         backbone = as_backbone(backbone)
         _check_generates(backbone)
         _check_experts(backbone, self.config.num_slots)
-        if self.config.prepack:
-            backbone = prepack(backbone)
         self.backbone = backbone
         # Beyond a LongRoPE limit a text would turn the keys of all others in its row.
         limits = (self.config.max_length, backbone.max_positions, backbone.longrope_limit)
         self.max_length = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
-        self.runner = ModelRunner(
-            backbone, self.config.num_slots, self.max_length, self.config.native_attention, self.config.cuda_graphs
-        )
+        self.runner = ModelRunner(backbone, self.config.num_slots, self.max_length)
         self._has_encoder = backbone.kind == "encoder-decoder"
         self.vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
         max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self.vocab_size))
@@ -304,7 +299,7 @@ class Engine:
             self._share_prompts()
         with self._lock:
             to_encode = self.scheduler.sequences_to_encode()
-        self._encode(to_encode, outputs)
+        self._try_each(to_encode, self.runner.encode, outputs)
         self._share_prompts()
         with self._lock:
             decodes, prefills = self.scheduler.schedule()
@@ -329,15 +324,6 @@ class Engine:
         outputs += [self._finish(sequence, "length") for sequence in ended if sequence not in broken]
         pairs = zip(sampled, tokens, strict=True)
         return outputs + [self._append(sequence, token) for sequence, token in pairs if sequence not in broken]
-
-    def _encode(self, sequences: list[TokenSequence], outputs: list[SequenceOutput]) -> None:
-        """Let the encoder read sources; one that cannot be read ends its sequence alone."""
-        if not sequences:
-            return
-        try:
-            self.runner.encode(sequences)
-        except Exception:
-            self._try_each(sequences, lambda sequence: self.runner.encode([sequence]), outputs)
 
     def _forward(
         self, decodes: list[ScheduledSequence], prefills: list[ScheduledSequence], outputs: list[SequenceOutput]

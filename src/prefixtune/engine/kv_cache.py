@@ -1,8 +1,7 @@
 """Keys and values of running sequences: one buffer per layer, one slot per sequence, written in place.
 
-A prefix is copied into a slot's first positions, and the sequence's tokens follow; or it is read where it is, by all
-sequences that have it, and a slot has their tokens alone. A freed slot is wiped: its old content must not reach another
-sequence, not even as NaN behind a mask.
+A prefix is copied into a slot's first positions, and the sequence's tokens follow. A freed slot is wiped: its old
+content must not reach another sequence, not even as NaN behind a mask.
 
 All slots are as long as the longest text needed so far. On a CPU that costs little: positions that were never written
 take no memory.
@@ -19,7 +18,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.engine.shared_prefix import SharedPrefixes
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
@@ -48,7 +46,6 @@ class KVCache:
         capacity: Positions that each slot has now.
         keys: Per layer, (slots, H, capacity, Dk).
         values: Per layer, (slots, H, capacity, Dv).
-        prefixes: Those that are read where they are.
 
     Raises:
         ConfigError: Memory has no room for so many slots.
@@ -65,7 +62,6 @@ class KVCache:
     ) -> None:
         self.shapes, self.num_slots, self.max_length, self.site = tuple(shapes), num_slots, max_length, site
         self.dtype, self.device = dtype, device
-        self.prefixes = SharedPrefixes(site, dtype, device)
         self.capacity = 0
         self.keys: list[Float[Tensor, "S H C Dk"]] = []
         self.values: list[Float[Tensor, "S H C Dv"]] = []

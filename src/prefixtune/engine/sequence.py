@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from prefixtune.engine.logit_rules import LogitRules
 from prefixtune.engine.request import FinishReason, Request, Token
-from prefixtune.engine.shared_prefix import SharedPrefix
 from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import GrammarState
 
@@ -51,7 +50,6 @@ class TokenSequence:
             decoder-only model, which continues the prompt.
         forced_bos_id: The first token to generate, whatever the scores; None: there is none.
         slot: Where its keys and values are; -1: it has no slot yet.
-        shared_prefix: Its prefix, outside its slot; None: the slot begins with it, or there is none.
         num_computed_tokens: Of `token_ids`: how many have their keys and values in the slot.
         num_unencoded: Prompt tokens that the encoder has still to read.
         token_ids: The input (the prompt, or `decoder_start_id`), then the generated tokens without the end token.
@@ -70,7 +68,6 @@ class TokenSequence:
     decoder_start_id: int | None = None
     forced_bos_id: int | None = None
     slot: int = -1
-    shared_prefix: SharedPrefix | None = None
     num_computed_tokens: int = 0
     num_unencoded: int = field(init=False)
     token_ids: list[int] = field(init=False)
@@ -91,11 +88,6 @@ class TokenSequence:
         seed = self.request.sampling.seed
         # Each sequence of a request draws its own numbers.
         self.random = random.Random(None if seed is None else f"{seed}/{self.index}")
-
-    @property
-    def num_prefix_columns(self) -> int:
-        """Positions of its slot that its prefix takes."""
-        return 0 if self.shared_prefix is not None else self.request.prefix_length
 
     @property
     def num_new_tokens(self) -> int:

@@ -23,7 +23,7 @@ from prefixtune.utils.files import check_writable
 __all__ = ["DECODED_FILE", "Decoded", "decode", "read_decoded"]
 
 DECODED_FILE = "decoded.jsonl"
-_OF_SAMPLING_ONLY = ("batch_size", "cache", "compile", "seed")
+_OF_SAMPLING_ONLY = ("batch_size", "seed")
 """Settings that outputs depend on only if they are sampled."""
 
 
@@ -67,8 +67,8 @@ def decode(
     rows: list[dict[str, Any]] = []
     digest = ""
     if resume_file is not None:
-        digest, *others = _digests(backbone, examples, prefix, text_format, config)
-        rows = list(read_decoded(resume_file, digest, *others))
+        digest = _digest(backbone, examples, prefix, text_format, config)
+        rows = list(read_decoded(resume_file, digest))
     outputs: dict[int, str] = {row["number"]: row["output"] for row in rows}
     unended = {row["number"] for row in rows if row.get("ended") is False}
     seconds = sum(row["seconds"] for row in rows)
@@ -106,7 +106,7 @@ def _add_done(on_batch: Callable[[int], None], before: int, total: int, done: in
         on_batch(before + done)
 
 
-def read_decoded(path: Path, *digests: str) -> Iterator[dict[str, Any]]:
+def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
     """The rows that a stopped evaluation wrote; an incomplete last line is ignored.
 
     Raises:
@@ -116,7 +116,7 @@ def read_decoded(path: Path, *digests: str) -> Iterator[dict[str, Any]]:
     keys = {"digest", "number", "output", "seconds"}
     rows = read_rows(path, lambda row: isinstance(row, dict) and keys <= row.keys(), "is not what an evaluation writes")
     for row in rows:
-        if row["digest"] not in digests:
+        if row["digest"] != digest:
             raise ConfigError(
                 f"{str(path)!r} holds outputs of another evaluation (another prefix, model, data or settings).",
                 hint=OTHER_FOLDER,
@@ -138,24 +138,24 @@ def _append_decoded(
     )
 
 
-def _digests(
+def _digest(
     backbone: Backbone,
     examples: Sequence[Example],
     prefix: Prefix | None,
     text_format: TextFormat | None,
     config: GenerateConfig,
-) -> list[str]:
-    """Identify what the outputs depend on: model, prefix, texts and settings. The first is written.
+) -> str:
+    """Identify what the outputs depend on: model, prefix, texts and settings.
 
-    How many texts run at once, and how, changes no output that is not sampled; so an evaluation that ran out of memory
-    goes on with smaller batches. Earlier versions counted that, too: theirs is the second.
+    How many texts run at once changes no output that is not sampled; so an evaluation that ran out of memory goes on
+    with smaller batches.
     """
-    configs = [config]
     if config.temperature == 0:
-        configs = [config.replace(**{name: config.default(name) for name in _OF_SAMPLING_ONLY}), config]
+        config = config.replace(**{name: config.default(name) for name in _OF_SAMPLING_ONLY})
     facts = {
         **model_facts(backbone),
         "format": None if text_format is None else text_format.to_dict(),
         "sources": [example.messages or example.source for example in examples],
+        "decoding": config.to_dict(),
     }
-    return [digest_facts({**facts, "decoding": one.to_dict()}, prefix) for one in configs]
+    return digest_facts(facts, prefix)

@@ -42,17 +42,6 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
     num_beams: int = _decoding(1, ge=1, description="beams; 1: no beam search")
     length_penalty: float = _decoding(1.0, description="of beam search; above 0 favours longer outputs")
     ban_newlines: bool = _decoding(False, description="never generate a token with a line break")
-    cache: Literal["dynamic", "static"] = _decoding(
-        "dynamic", description="dynamic grows with the text; static is one preallocated buffer"
-    )
-    compile: bool = _decoding(False, description="compile the decoding step with torch.compile; needs the static cache")
-    prompt_lookup: int = _decoding(
-        0,
-        ge=0,
-        description="guess up to N tokens from earlier parts of the text, and check them in one pass; 0: none; texts "
-        "are then generated one at a time",
-    )
-
     response_schema: str = option_group("decoding", flag="schema", metavar="FILE")(
         "",
         description="a file with a JSON schema, or the schema itself, that outputs follow; needs the extra json",
@@ -76,20 +65,13 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: ways of decoding that exclude each other."""
         yield from super().conflicts()
-        if self.response_schema and (self.num_beams > 1 or self.prompt_lookup or self.min_new_tokens):
+        if self.response_schema and (self.num_beams > 1 or self.min_new_tokens):
             yield (
-                ("response_schema", "num_beams", "prompt_lookup", "min_new_tokens"),
-                "a JSON schema needs num_beams = 1, no prompt look-up and no min_new_tokens",
+                ("response_schema", "num_beams", "min_new_tokens"),
+                "a JSON schema needs num_beams = 1 and no min_new_tokens",
             )
-        if self.compile and self.cache != "static":
-            yield ("compile", "cache"), "compile is True, but must be False unless cache is 'static'"
         if self.num_beams > 1 and self.temperature > 0:
             yield (
                 ("num_beams", "temperature"),
                 "beam search and sampling exclude each other here: set temperature to 0 or num_beams to 1",
-            )
-        if self.prompt_lookup and (self.num_beams > 1 or self.cache != "dynamic"):
-            yield (
-                ("prompt_lookup", "num_beams", "cache"),
-                "prompt look-up needs num_beams = 1 and the dynamic cache",
             )

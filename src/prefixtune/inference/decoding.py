@@ -17,15 +17,15 @@ from prefixtune.attention.cache import cache_argument, growing_cache, prefilled_
 from prefixtune.attention.injection import Injection, batch_prefixes, injecting
 from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import ConfigError, PrefixError, first_line
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generation_config import to_generation_config
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.sampling.config import LOWEST_TEMPERATURE
 from prefixtune.sampling.detokenizer import StopStringCriterion, ids_until_stop
 from prefixtune.sampling.grammar import compile_json_schema, constrain
 from prefixtune.sampling.penalties import penalize, penalizes
 
-__all__ = ["check_finite", "generate_batch", "penalty_processor", "put_prefixes", "refuse_not_finite", "seeded"]
+__all__ = ["check_finite", "generate_batch", "newline_tokens", "seeded", "to_generation_config"]
 
 
 @torch.inference_mode()
@@ -34,21 +34,17 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     prefixes: Sequence[Prefix | None],
     config: GenerateConfig,
-    assistant: Backbone | None,
     streamer: Any,
     end_ids: Sequence[int],
 ) -> list[list[int]]:
     """Token ids that continue each prompt of one batch, B lists; they end before one of the end tokens."""
     arguments = _inputs(backbone, prompts)
-    guessing = assistant is not None or config.prompt_lookup > 0
-    prefix_context = put_prefixes(arguments, backbone, prefixes, config, guessing=guessing)
+    prefix_context = _put_prefixes(arguments, backbone, prefixes, config)
     start = 1 if backbone.kind == "encoder-decoder" else arguments["input_ids"].shape[1]
     if streamer is not None:
         arguments["streamer"] = streamer
-    if assistant is not None:
-        arguments["assistant_model"] = assistant.model
     _add_rules(arguments, backbone, prompts, config, start)
-    with prefix_context, backbone.autocast(), _compiler_errors():
+    with prefix_context, backbone.autocast():
         output = backbone.model.generate(**arguments, generation_config=to_generation_config(backbone, config, end_ids))
     new = output[:, start:].tolist()
     ends = set(end_ids)
@@ -56,13 +52,8 @@ def generate_batch(
     return [ids_until_stop(backbone.decode, row, config.stop) for row in rows] if config.stop else rows
 
 
-def put_prefixes(
-    arguments: dict[str, Any],
-    backbone: Backbone,
-    prefixes: Sequence[Prefix | None],
-    config: GenerateConfig,
-    *,
-    guessing: bool = False,
+def _put_prefixes(
+    arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
 ) -> contextlib.AbstractContextManager[Any]:
     """Put prefixes in front of a call of transformers' `generate`.
 
@@ -71,33 +62,16 @@ def put_prefixes(
             prefilled cache, the ids get padding in front, as many as the longest prefix has positions.
         backbone: The frozen model.
         prefixes: One per row.
-        config: Its beams are rows per text, and its cache is used.
-        guessing: Tokens are guessed, and looked up in the ids, so that these may hold no padding for a prefix.
+        config: Its beams are rows per text.
 
     Returns:
         A context for the call.
     """
     if any(prefix is not None and prefix.placement == "infix" for prefix in prefixes):
-        return cached_prefix_slots(_prefill_infix(arguments, backbone, prefixes, config, guessing))
-    if backbone.layout.cache_layers is not None and not guessing:
+        return cached_prefix_slots(_prefill_infix(arguments, backbone, prefixes, config))
+    if backbone.layout.cache_layers is not None:
         return cached_prefix_slots(_prefill(arguments, backbone, prefixes, config))
-    return injecting(_inject(arguments, backbone, prefixes, config))
-
-
-@contextlib.contextmanager
-def _compiler_errors() -> Iterator[None]:
-    """Report a missing or failing compiler as such: nothing is wrong with the request."""
-    try:
-        yield
-    except RuntimeError as error:
-        from torch._dynamo.exc import BackendCompilerFailed
-
-        if not isinstance(error, BackendCompilerFailed):
-            raise
-        raise ConfigError(
-            f"the decoding step cannot be compiled here: {first_line(error)}.",
-            hint="install a C++ compiler (on Debian and Ubuntu: apt install g++), or leave compile out.",
-        ) from error
+    return injecting(_inject(arguments, backbone, prefixes))
 
 
 def _inputs(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -120,38 +94,27 @@ def _prefill(
     arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
 ) -> int:
     """Start generation from a cache that holds the prefixes; returns how many slots they take."""
-    rows, length = arguments["input_ids"].shape
+    rows = len(arguments["input_ids"])
     width = max(0 if prefix is None else prefix.length() for prefix in prefixes)
-    static_length = width + length + config.max_new_tokens if config.cache == "static" else None
-    cache, slots = prefilled_cache(
-        backbone.model, backbone.layout, prefixes, repeats=config.num_beams, static_length=static_length
-    )
+    cache, slots = prefilled_cache(backbone.model, backbone.layout, prefixes, repeats=config.num_beams)
     if width:
         # transformers counts the cached prefix slots in ids and mask.
         pads = torch.full((rows, width), backbone.pad_id, device=backbone.device)
         arguments["input_ids"] = torch.cat([pads, arguments["input_ids"]], dim=1)
         arguments["attention_mask"] = torch.cat([slots.long(), arguments["attention_mask"]], dim=1)
-    if width or static_length is not None:
         arguments[cache_argument(backbone.model)] = cache
     return width
 
 
 def _prefill_infix(
-    arguments: dict[str, Any],
-    backbone: Backbone,
-    prefixes: Sequence[Prefix | None],
-    config: GenerateConfig,
-    guessing: bool,
+    arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
 ) -> int:
     """Start from a cache that holds the infixes, and the sources, which do not see them; returns the infixes' slots.
 
     The prompt's last token is not in it: it is the first that sees the infix, as in training.
     """
-    if backbone.layout.cache_layers is None or guessing or config.cache != "dynamic":
-        raise ConfigError(
-            "an infix needs a dynamic cache that can be prefilled, and no prompt look-up or assistant.",
-            hint="leave cache, prompt_lookup and the assistant out, or use a prefix.",
-        )
+    if backbone.layout.cache_layers is None:
+        raise ConfigError("an infix needs a cache that can be prefilled.", hint="use a prefix.")
     ids, mask = arguments["input_ids"], arguments["attention_mask"]
     cache = growing_cache(backbone.model)
     if ids.shape[1] > 1:
@@ -174,17 +137,13 @@ def _prefill_infix(
     return width
 
 
-def _inject(
-    arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
-) -> Injection:
+def _inject(arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None]) -> Injection:
     """Injects the prefixes in front of every attention; positions and cache are set to match."""
     if backbone.kind == "decoder":
         shift = torch.tensor([0 if p is None else p.length() for p in prefixes], device=backbone.device)
         counted = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         arguments["position_ids"] = counted + shift[:, None]
-        if backbone.layout.cache_layers is not None:
-            arguments[cache_argument(backbone.model)] = growing_cache(backbone.model)
-    elif config.cache == "dynamic":
+    else:
         from transformers import DynamicCache, EncoderDecoderCache
 
         # transformers' own cache is as deep as the encoder, which fails if the decoder is deeper.
@@ -206,9 +165,10 @@ def _add_rules(
         arguments["stopping_criteria"] = StoppingCriteriaList(
             [StopStringCriterion(backbone.decode, config.stop, start)]
         )
-    processors = LogitsProcessorList([refuse_not_finite])
+    # The first one, as others set scores to -inf.
+    processors = LogitsProcessorList([_refuse_not_finite])
     if penalizes(config):
-        processors.append(penalty_processor(backbone, prompts, config, start))
+        processors.append(_penalty_processor(backbone, prompts, config, start))
     if config.response_schema:
         begin = start if backbone.forced_bos_id is None else start + 1
         grammar = compile_json_schema(backbone, config.response_schema)
@@ -216,12 +176,7 @@ def _add_rules(
     arguments["logits_processor"] = processors
 
 
-def refuse_not_finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A logits processor of transformers that changes nothing; the first one, as others set scores to -inf.
-
-    Raises:
-        PrefixError: A row has no highest score.
-    """
+def _refuse_not_finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     check_finite(scores)
     return scores
 
@@ -238,7 +193,7 @@ def check_finite(scores: torch.Tensor) -> None:
         raise PrefixError(NOT_FINITE, hint="use another prefix, or load the model in bfloat16 or float32.")
 
 
-def penalty_processor(
+def _penalty_processor(
     backbone: Backbone, prompts: Sequence[Sequence[int]], config: GenerateConfig, start: int
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The penalties on each row's own text; transformers' own would count padding and prefix slots.
@@ -277,3 +232,51 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def to_generation_config(backbone: Backbone, config: GenerateConfig, end_ids: Sequence[int] = ()) -> Any:
+    """Transformers' `GenerationConfig`; nothing in it comes from the model's own one.
+
+    Args:
+        backbone: The frozen model.
+        config: How to decode.
+        end_ids: The tokens that end a text; empty: the tokenizer's end token.
+    """
+    from transformers import GenerationConfig
+
+    values: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "num_beams": config.num_beams,
+        "do_sample": config.temperature > 0,
+        "pad_token_id": backbone.pad_id,
+        "eos_token_id": list(end_ids) if len(end_ids) > 1 else backbone.eos_id,
+        "use_cache": True,
+        "disable_compile": True,
+    }
+    if backbone.kind == "encoder-decoder":
+        values["decoder_start_token_id"] = backbone.decoder_start_id
+        if backbone.forced_bos_id is not None:
+            values["forced_bos_token_id"] = backbone.forced_bos_id
+    if config.min_new_tokens:
+        values["min_new_tokens"] = config.min_new_tokens
+    if config.num_beams > 1:
+        values["length_penalty"] = config.length_penalty
+    if config.temperature > 0:
+        temperature = max(config.temperature, LOWEST_TEMPERATURE)
+        values |= {"temperature": temperature, "top_k": config.top_k, "top_p": config.top_p}
+        if config.min_p:
+            values["min_p"] = config.min_p
+    if config.ban_newlines:
+        values["suppress_tokens"] = newline_tokens(backbone)
+    return GenerationConfig(**values)
+
+
+def newline_tokens(backbone: Backbone) -> list[int]:
+    """Every token whose text has a line break."""
+    tokens: list[int] | None = backbone.tokenizer_cache.get("newline_tokens")
+    if tokens is None:
+        size = min(backbone.vocab_size, len(backbone.tokenizer))
+        texts = backbone.tokenizer.batch_decode([[token] for token in range(size)])
+        tokens = [token for token, text in enumerate(texts) if "\n" in text or "\r" in text]
+        backbone.tokenizer_cache["newline_tokens"] = tokens
+    return tokens

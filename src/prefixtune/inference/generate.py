@@ -14,7 +14,6 @@ from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.decoding import generate_batch, seeded
-from prefixtune.inference.generation_config import check_supported
 from prefixtune.inference.prompts import check_requests, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -24,22 +23,6 @@ from prefixtune.utils.console import show_batches
 __all__ = ["generate", "generate_ids", "read_output"]
 
 
-class _Text(NamedTuple):
-    """A text to generate.
-
-    Attributes:
-        prompt: Token ids.
-        prefix: In front of them.
-        new_tokens: Most tokens to generate.
-        ends: The tokens, besides the tokenizer's end token, at which it ends.
-    """
-
-    prompt: Sequence[int]
-    prefix: Prefix | None
-    new_tokens: int
-    ends: tuple[int, ...]
-
-
 def generate(
     backbone: BackboneLike,
     texts: Sequence[Source],
@@ -47,7 +30,6 @@ def generate(
     *,
     text_format: TextFormatLike | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
-    assistant: BackboneLike | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
     on_unended: Callable[[Sequence[int]], None] | None = None,
@@ -66,8 +48,6 @@ def generate(
         text_format: The text around a source: a `TextFormat`, or a dict of its fields; None: what each prefix was
             trained with, by its header.
         config: How to decode: a `GenerateConfig`, or a dict of its fields.
-        assistant: A smaller model with the same tokenizer that guesses tokens for the backbone to check; the output is
-            the same. Texts are generated one at a time.
         on_batch: Called with the number of texts that are done, as they are.
         on_cut: Called before the work with the indices of the truncated sources, if there are any; None: a warning
             says so.
@@ -91,7 +71,6 @@ def generate(
     check_texts(texts)
     texts = list(texts)
     backbone = as_backbone(backbone)
-    assistant = None if assistant is None else as_backbone(assistant)
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, config, as_text_format(text_format), on_cut=on_cut)
     with show_batches("generating", len(texts), on_batch, progress) as show:
@@ -102,7 +81,6 @@ def generate(
             config=config,
             new_tokens=prompts.new_tokens,
             ends=prompts.ends,
-            assistant=assistant,
             on_batch=show,
         )
     if on_unended is not None:
@@ -135,7 +113,6 @@ def generate_ids(
     config: GenerateConfig,
     new_tokens: Sequence[int] | None = None,
     ends: Sequence[Sequence[int]] = (),
-    assistant: Backbone | None = None,
     streamer: Any = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -146,22 +123,36 @@ def generate_ids(
     """
     limits = [config.max_new_tokens] * len(prompts) if new_tokens is None else new_tokens
     check_requests(backbone, prompts, prefixes, limits)
-    check_supported(backbone, config, assistant)
     own_ends = [tuple(own) for own in ends] or [()] * len(prompts)
-    texts = {n: _Text(*fields) for n, fields in enumerate(zip(prompts, prefixes, limits, own_ends, strict=True))}
-    shared = {n: _shared(backbone, n, text) for n, text in texts.items()}
-    order = sorted(texts, key=lambda n: (shared[n], len(texts[n].prompt)))
+    texts = [_Text(*fields) for fields in zip(prompts, prefixes, limits, own_ends, strict=True)]
+    shared = [_shared(backbone, number, text) for number, text in enumerate(texts)]
+    order = sorted(range(len(texts)), key=lambda n: (shared[n], len(texts[n].prompt)))
     results: dict[int, list[int]] = {}
-    batch_size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
     with seeded(config.seed, backbone.device):
         while order:
-            rows = [n for n in order[:batch_size] if shared[n] == shared[order[0]]]
-            outputs = _run_batch(backbone, [texts[n] for n in rows], config, assistant, streamer)
+            rows = [n for n in order[: config.batch_size] if shared[n] == shared[order[0]]]
+            outputs = _run_batch(backbone, [texts[n] for n in rows], config, streamer)
             results |= dict(zip(rows, outputs, strict=True))
             order = order[len(rows) :]
             if on_batch is not None:
                 on_batch(len(results))
-    return [results[n] for n in texts]
+    return [results[n] for n in range(len(texts))]
+
+
+class _Text(NamedTuple):
+    """A text to generate.
+
+    Attributes:
+        prompt: Token ids.
+        prefix: In front of them.
+        new_tokens: Most tokens to generate.
+        ends: The tokens, besides the tokenizer's end token, at which it ends.
+    """
+
+    prompt: Sequence[int]
+    prefix: Prefix | None
+    new_tokens: int
+    ends: tuple[int, ...]
 
 
 def _shared(backbone: Backbone, number: int, text: _Text) -> tuple[bool, int, Sequence[int], int]:
@@ -173,18 +164,14 @@ def _shared(backbone: Backbone, number: int, text: _Text) -> tuple[bool, int, Se
     return infix, -text.new_tokens, text.ends, number if is_alone else -1
 
 
-def _run_batch(
-    backbone: Backbone, texts: Sequence[_Text], config: GenerateConfig, assistant: Backbone | None, streamer: Any
-) -> list[list[int]]:
+def _run_batch(backbone: Backbone, texts: Sequence[_Text], config: GenerateConfig, streamer: Any) -> list[list[int]]:
     """What follows each prompt of one batch."""
     limit = texts[0].new_tokens
-    config = config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
     return generate_batch(
         backbone,
         [text.prompt for text in texts],
         [text.prefix for text in texts],
-        config,
-        assistant,
+        config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit)),
         streamer,
         (backbone.eos_id, *texts[0].ends),
     )

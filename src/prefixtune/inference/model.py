@@ -21,7 +21,7 @@ from prefixtune.errors import PrefixWarning, RequestError, describe_value
 from prefixtune.inference.classify import Prediction, classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
-from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
+from prefixtune.inference.prompts import fit_new_tokens
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.hub import prefix_file
@@ -36,7 +36,7 @@ Messages = Sequence[Mapping[str, str]]
 
 _ANSWER_TOKENS = 512
 """Most tokens of an answer in a chat, unless the caller says otherwise."""
-_OF_THE_CALL = ("assistant", "config", "on_batch", "on_cut", "on_unended", "progress", "text_format")
+_OF_THE_CALL = ("config", "on_batch", "on_cut", "on_unended", "progress", "text_format")
 """Options of `generate` and `stream` that are no fields of `GenerateConfig`."""
 
 
@@ -178,24 +178,6 @@ class Model:
         predictions = classify(self.backbone, [texts] if isinstance(texts, str) else texts, self.prefix, **options)
         return predictions[0] if single else predictions
 
-    def pipeline(self, task: str = "text-generation", **options: Any) -> Any:
-        """A `pipeline` of transformers with the prefix in front.
-
-        Its texts are formatted as in training. It has transformers' own defaults: it samples unless `do_sample=False`
-        is given, which gives the texts of `generate`.
-
-        Args:
-            task: `text-generation` or `text-classification`.
-            **options: Of transformers' `pipeline`, and defaults of its calls, such as `max_new_tokens`; `labels` for
-                classification by the bare model.
-
-        Raises:
-            ConfigError: There is no such pipeline with a prefix, or the prefix is for something else.
-        """
-        from prefixtune.inference.pipeline import make_pipeline
-
-        return make_pipeline(self.backbone, self.prefix, self._prompt, task, options)
-
     # --- conversations -----------------------------------------------------------------------------------------------
 
     def _source(self, messages: Any) -> Any:
@@ -236,23 +218,6 @@ class Model:
         text_format = as_text_format(options.get("text_format"))
         fitting = fit_new_tokens(self.backbone, source, self.prefix, config, text_format)
         return {**options, **{name: getattr(fitting, name) for name in ("max_new_tokens", "min_new_tokens")}}
-
-    def _prompt(
-        self, text: str | Messages, new_tokens: int, *, at_most: bool = False
-    ) -> tuple[list[int], tuple[int, ...]]:
-        """The token ids of a text or a conversation, cut as in training, and those that end an answer.
-
-        Args:
-            text: Or messages.
-            new_tokens: How many are to follow.
-            at_most: Fewer may follow where so many do not fit.
-        """
-        source = text if isinstance(text, str) else self._source(text)
-        config = GenerateConfig(max_new_tokens=new_tokens)
-        if at_most:
-            config = fit_new_tokens(self.backbone, source, self.prefix, config, None)
-        prompts = prepare_prompts(self.backbone, [source], [self.prefix], config)
-        return list(prompts.ids[0]), prompts.ends[0]
 
     def __repr__(self) -> str:
         return f"Model({self.backbone!r}, {self.prefix!r})"

@@ -111,7 +111,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     from prefixtune.engine.config import EngineConfig
     from prefixtune.engine.engine import Engine
     from prefixtune.engine.worker import EngineWorker
-    from prefixtune.inference.generation_config import newline_tokens
+    from prefixtune.inference.decoding import newline_tokens
     from prefixtune.sampling.grammar import prepare_grammars
     from prefixtune.server.api.admin import clear_uploads
     from prefixtune.server.models.store import PrefixStore
@@ -121,7 +121,6 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
         num_slots=config.num_slots,
         max_length=config.max_length,
         prefill_tokens=config.prefill_tokens,
-        cuda_graphs=config.cuda_graphs,
         # More than `Admission` ever admits: with their fair shares, a thousand tenants may hold
         # 1 + 1/2 + ... + 1/1000 = 7.5 times the queue.
         max_waiting=8 * (config.num_slots + config.max_queue),

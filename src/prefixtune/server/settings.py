@@ -160,9 +160,6 @@ class ServeConfig(Config):
         description="most prompt tokens computed in a step beside running texts; four times as many if none is running",
     )
     cache_mib: _Size = _engine(1024, description="memory for loaded prefixes, in MiB")
-    cuda_graphs: bool = _engine(
-        False, description="on one CUDA device, replay steps of running texts as CUDA graphs; not measured yet"
-    )
 
     max_queue: _Number = _limits(
         256,

@@ -35,8 +35,8 @@ from prefixtune.attention.registry import attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.examine import examine
 from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.decoding import to_generation_config
 from prefixtune.inference.generate import generate_ids
-from prefixtune.inference.generation_config import to_generation_config
 
 Make = Callable[..., Any]
 

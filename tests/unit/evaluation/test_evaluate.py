@@ -17,7 +17,6 @@ from prefixtune.data import Example, references_of
 from prefixtune.data.encoding import default_format, encode_examples, encode_prompts
 from prefixtune.data.labels import Labels
 from prefixtune.errors import ConfigError, DataError, PrefixError
-from prefixtune.evaluation import decode
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.metrics import METRICS, Unavailable, compute
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
@@ -354,24 +353,11 @@ def test_a_greedy_evaluation_continues_with_other_batches(model: Any, fake_outpu
     whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=greedy)
     evaluate(model, EXAMPLES[:2], config=SAMPLED, resume_file=sampled)
     requests.clear()
-    for changes in ({"batch_size": 1}, {"seed": 5}, {"cache": "static", "compile": True}):
+    for changes in ({"batch_size": 1}, {"seed": 5}):
         again = evaluate(model, EXAMPLES, config=CONFIG.replace(**changes), resume_file=greedy)
         assert again.outputs == whole.outputs
         with pytest.raises(ConfigError, match="outputs of another evaluation"):
             evaluate(model, EXAMPLES[:2], config=SAMPLED.replace(**changes), resume_file=sampled)
-    assert requests == []
-
-
-def test_an_evaluation_that_an_earlier_version_began_goes_on(
-    model: Any, fake_outputs: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    requests = fake_outputs()
-    file, config = tmp_path / "decoded.jsonl", CONFIG.replace(batch_size=3)
-    with monkeypatch.context() as earlier:
-        earlier.setattr(decode, "_OF_SAMPLING_ONLY", ())
-        evaluate(model, EXAMPLES, config=config, resume_file=file)
-    requests.clear()
-    evaluate(model, EXAMPLES, config=config, resume_file=file)
     assert requests == []
 
 

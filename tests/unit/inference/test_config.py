@@ -81,15 +81,3 @@ def test_options_of_classification_are_checked(tiny_backbone: Callable[..., Any]
         classify(backbone, ["a", "bc"], labels=["x", "y"], config=GenerateConfig(batch_size=size)) for size in (1, 2)
     )
     assert [prediction.label for prediction in alone] == [prediction.label for prediction in several]
-
-
-def test_a_static_cache_is_refused_where_experts_read_the_mask(tiny_models: Any, tiny_tokenizer: Any) -> None:
-    """NLLB-MoE takes the mask's last columns for its tokens'."""
-    static = {"max_new_tokens": 6, "cache": "static"}
-    backbone = Backbone.from_model(tiny_models("nllb-moe"), tiny_tokenizer, "tiny-nllb")
-    with pytest.raises(ConfigError, match="the experts of 'tiny-nllb' read the mask") as error:
-        generate(backbone, ["hello"], **static)
-    assert error.value.hint == "use the dynamic cache."
-    model = tiny_models("nllb-moe", router_ignore_padding_tokens=True)
-    backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-nllb")
-    assert generate(backbone, ["hello"], **static) == generate(backbone, ["hello"], max_new_tokens=6)
