@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from prefixtune.cli.options import CommandOptions
-from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import DTypeName, option_group
@@ -87,12 +86,7 @@ def generate_config(
     if flags.get("temperature", 0) > 0 and "num_beams" not in flags:
         # --temperature asks for sampling, so the task's beam search is dropped.
         values.pop("num_beams", None)
-    if {"max_new_tokens", "min_new_tokens"} & flags.keys() == {"max_new_tokens"}:
-        fewest = values.get("min_new_tokens", 0)
-        if 1 <= flags["max_new_tokens"] < fewest:
-            raise ConfigError(
-                f"--max-new-tokens is {flags['max_new_tokens']}, but outputs of the task {task_name!r} have at least "
-                f"{fewest} tokens.",
-                hint=f"raise it, or lower that too: --min-new-tokens {flags['max_new_tokens']}.",
-            )
-    return GenerateConfig(**{**values, **flags})
+    values |= flags
+    if "min_new_tokens" not in flags:
+        values["min_new_tokens"] = min(values.get("min_new_tokens", 0), values.get("max_new_tokens", 1_000_000))
+    return GenerateConfig(**values)

@@ -35,10 +35,8 @@ _COMMANDS = {
     "/exit": "end the conversation; so does Ctrl-D, and Ctrl-C stops an answer",
 }
 _NO_PREFIX = "none"
-_MAX_CHARS = 2**20
 _FEW = 64
 """Tokens: with room for fewer, an answer may break off."""
-"""Longest message."""
 
 
 class ChatOptions(OutputOptions, BackboneOptions, SamplingConfig):
@@ -163,7 +161,7 @@ class _Terminal:
             try:
                 if self._interactive:
                     yield input(f"{self._conversation.name or 'bare'}> ")
-                elif line := _read_line():
+                elif line := sys.stdin.readline() if sys.stdin else "":
                     yield line.rstrip("\r\n")
                 else:
                     return
@@ -189,7 +187,8 @@ class _Terminal:
                 self._console.error(error.message, error.hint)
 
     def _answer(self, text: str) -> None:
-        _check_text(text)
+        if not is_text(text):
+            raise RequestError("the message is not UTF-8 text.", hint="convert it to UTF-8.")
         conversation = self._conversation
         if conversation.reads_one_message and conversation.messages and not self._said_one_message:
             self._said_one_message = True
@@ -238,25 +237,6 @@ class _Terminal:
             raise RequestError(f"there is no prefix {name[:80]!r}.", hint=did_you_mean(name, known))
 
 
-def _read_line() -> str:
-    """The next line of stdin, cut where a message is too long; empty: there is none."""
-    line = rest = sys.stdin.readline(_MAX_CHARS + 2) if sys.stdin else ""
-    while rest and not rest.endswith("\n"):
-        rest = sys.stdin.readline(_MAX_CHARS)
-    return line
-
-
-def _check_text(text: str) -> None:
-    """Refuse a message that no model can read.
-
-    Raises:
-        RequestError: It is too long, or not UTF-8.
-    """
-    if len(text) > _MAX_CHARS:
-        raise RequestError(
-            f"the message has more than {_MAX_CHARS:,} characters, the most that are allowed.", hint="shorten it."
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError("the message is not UTF-8 text.", hint="convert it to UTF-8.") from error
+def is_text(text: str) -> bool:
+    """Whether a text from a terminal has no half characters, as bytes become that are no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tomllib
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ __all__ = ["demo", "demo_config"]
 
 
 _INIT_TEXT = "Announce the night train:"
+_MARK = "demo.json"
+"""What only a demo writes, as its first file."""
+_FILES = {"config.toml", "events.jsonl", "prefix.safetensors", "state.safetensors", "loss.png", _MARK}
 
 
 class DemoOptions(OutputOptions):
@@ -63,25 +66,23 @@ def demo(options: DemoOptions) -> int:
     from prefixtune.data.toy.table_to_text import make_toy
     from prefixtune.report import loss_plot
     from prefixtune.utils.files import write_text
-    from prefixtune.utils.locks import claim_folder
 
     console = Console(quiet=options.quiet)
     folder = Path(options.output)
-    # Refused before anything is loaded, and removed only when it is about to be replaced.
-    _earlier_files(folder)
-    with claim_folder(folder):
-        pass
+    if not _is_free(folder):
+        raise ConfigError(f"{str(folder)!r} holds other files than those of a demo.", hint="choose another --output.")
     prepare_backbone(DEFAULT_BACKBONE, report=console.info)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
     examples, held_out = make_toy()
     before = _evaluate(console, "held-out tables, before", backbone, held_out, None)
-    _remove_earlier_files(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    write_text(folder / _MARK, "{}\n")
     result = run_training(console, demo_config(options), backbone=backbone, examples=examples)
     after = _evaluate(console, "held-out tables, after", backbone, held_out, result.prefix)
     loss_plot(result.events, folder / "loss.png", "night-train notices")
     figures = _figures(folder, backbone, held_out, before, after, result)
-    write_text(folder / "demo.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / _MARK, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     if options.as_json:
         print_json(figures)
     else:
@@ -89,46 +90,13 @@ def demo(options: DemoOptions) -> int:
     return 0
 
 
-def _remove_earlier_files(folder: Path) -> None:
-    """Remove the files of an earlier demo.
-
-    Raises:
-        PrefixError: The path holds anything else, or another process uses the folder.
-    """
-    from prefixtune.utils.locks import claim_folder
-
-    # Checked first: a folder with other files is not claimed.
-    _earlier_files(folder)
-    # A demo that runs there keeps its files.
-    with claim_folder(folder):
-        for path in _earlier_files(folder):
-            path.unlink()
-
-
-def _earlier_files(folder: Path) -> list[Path]:
-    """The files of an earlier demo.
-
-    Raises:
-        ConfigError: The path holds files that no demo wrote.
-    """
+def _is_free(folder: Path) -> bool:
+    """Whether a demo may write there: nothing is, or only what an earlier demo wrote."""
     if not folder.exists():
-        return []
-    known = {"config.toml", "events.jsonl", "prefix.safetensors", "state.safetensors", "loss.png", "demo.json"}
-    # Files left by a killed demo are hidden.
+        return True
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     visible = {name for name in names if not name.startswith(".")}
-    if visible - known or (visible and not _is_of_demo(folder / "config.toml")):
-        raise ConfigError(f"{str(folder)!r} holds other files than those of a demo.", hint="choose another --output.")
-    return [folder / name for name in sorted(visible)]
-
-
-def _is_of_demo(config: Path) -> bool:
-    """Whether it is the configuration of a demo's run, which is the first file that a demo writes."""
-    try:
-        values = tomllib.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return (values.get("task"), values.get("init_text")) == ("toy", _INIT_TEXT)
+    return not visible or (visible <= _FILES and _MARK in visible)
 
 
 def _evaluate(

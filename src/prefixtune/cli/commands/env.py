@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
-import prefixtune
 from prefixtune import __version__
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import CommandOptions, command, json_option
@@ -21,7 +18,6 @@ from prefixtune.utils.machine import describe_machine
 
 __all__ = ["env"]
 
-_CORE = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "cyclopts")
 _SETTINGS = (
     "PREFIXTUNE_HOME",
     "PREFIXTUNE_DATA_CACHE",
@@ -47,17 +43,10 @@ def env(options: EnvOptions) -> int:
     It holds no key and no token.
     """
     facts: dict[str, Any] = {
-        "versions": {
-            "prefixtune": __version__,
-            **_known(_commit),
-            "python": platform.python_version(),
-            **_versions(_CORE),
-        },
-        "extras": {extra: _versions(names) for extra, names in _extras().items()},
-        "machine": {"platform": platform.platform(), **_known(describe_machine)},
-        "torch": _known(_torch),
-        "folders": _known(_folders),
-        "hub": _known(_hub),
+        "versions": {"prefixtune": __version__, "python": platform.python_version(), **_libraries()},
+        "machine": {"platform": platform.platform(), **describe_machine()},
+        "torch": _torch(),
+        "folders": _folders(),
         "variables": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
     if options.as_json:
@@ -68,47 +57,14 @@ def env(options: EnvOptions) -> int:
     return 0
 
 
-def _known(read: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Some facts, or why they are not known: whatever is broken, the others are shown."""
-    try:
-        return dict(read())
-    except Exception as error:
-        return {"unknown": f"{type(error).__name__}: {error}".splitlines()[0]}
-
-
-def _commit() -> dict[str, str]:
-    """The commit of a checkout, with `+` where files were changed since; empty: the package is not in one."""
-    root = Path(prefixtune.__file__).resolve().parents[2]
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return {}
-    arguments = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=10, check=False)
-    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
-
-
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Library -> its version; empty: it is not installed."""
-    versions: dict[str, str] = {}
+def _libraries() -> dict[str, str]:
+    """The installed libraries that this package or one of its extras needs, with their versions."""
+    names = dict.fromkeys(found[0] for line in requires("prefixtune") or [] if (found := re.match(r"[\w.-]+", line)))
+    found = {}
     for name in names:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = ""
-    return versions
-
-
-def _extras() -> dict[str, tuple[str, ...]]:
-    """Extra -> its libraries."""
-    extras: dict[str, tuple[str, ...]] = {}
-    try:
-        lines = requires("prefixtune") or []
-    except PackageNotFoundError:
-        lines = []
-    for line in lines:
-        library, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
-        if library and extra and library[0] != "prefixtune":
-            extras[extra[1]] = (*extras.get(extra[1], ()), library[0])
-    return extras
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _torch() -> dict[str, Any]:
@@ -116,7 +72,11 @@ def _torch() -> dict[str, Any]:
 
     from prefixtune.backbone.devices import choose_device, choose_dtype
 
-    device = choose_device("auto")
+    try:
+        device = choose_device("auto")
+    except Exception as error:
+        # Whatever is broken, the rest is shown.
+        return {"unknown": f"{type(error).__name__}: {error}".splitlines()[0]}
     devices = {"cpu": f"{torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -137,13 +97,6 @@ def _folders() -> dict[str, str]:
     from prefixtune.utils.folders import cache_folder
 
     return {"program": sys.executable, "cache": str(cache_folder()), "hub_cache": HF_HUB_CACHE}
-
-
-def _hub() -> dict[str, bool]:
-    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-
-    # Another endpoint is not shown: its address may hold a password.
-    return {"offline": bool(HF_HUB_OFFLINE), "own_endpoint": ENDPOINT != "https://huggingface.co"}
 
 
 def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:

@@ -77,12 +77,7 @@ def inspect(options: InspectOptions) -> int:
 
 def _list(options: InspectOptions, folder: Path) -> int:
     """List the prefixes of a folder and the runs in it; returns 1 if a file is broken."""
-    try:
-        rows = [_row(folder, path) for path in _artifacts(folder)]
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read the folder {str(folder)!r}: {error.strerror or error}.", hint="check its permissions."
-        ) from error
+    rows = [_row(folder, path) for path in _artifacts(folder)]
     if not rows:
         raise CheckpointError(
             f"{str(folder)!r} holds no prefix and no finished run.",
@@ -94,16 +89,17 @@ def _list(options: InspectOptions, folder: Path) -> int:
         print_json({"folder": str(folder), "prefixes": rows})
         return 1 if broken else 0
     console = Console(quiet=options.quiet)
-    others = sum(not row["prefix_length"] for row in good)
-    title = _count(len(good) - others, "prefix", "prefixes")
-    if others:
-        title += f" and {_count(others, 'run', 'runs')} of other methods"
     columns = ("name", "bytes", "method", "backbone", "length", "task")
     shown = [{**row, "bytes": row["file_bytes"], "length": _format_lengths(row["prefix_length"])} for row in good]
-    console.table(f"{title} in {folder}", columns, [[row[name] for name in columns] for row in shown], result=True)
+    console.table(
+        f"{len(good)} of {len(rows)} files in {folder}",
+        columns,
+        [[row[name] for name in columns] for row in shown],
+        result=True,
+    )
     if broken:
         console.table(
-            _count(len(broken), "broken file", "broken files"),
+            "broken files",
             ["name", "why"],
             [[row["name"], row["error"]] for row in broken],
             result=True,
@@ -114,22 +110,12 @@ def _list(options: InspectOptions, folder: Path) -> int:
 def _artifacts(folder: Path) -> list[Path]:
     """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
     from prefixtune.prefix.folder import ENDING, list_names, path_of
-    from prefixtune.training.folder import PREVIOUS_FILE, STATE_FILE
+    from prefixtune.prefix.hub import FILE
+    from prefixtune.training.folder import PREVIOUS_FILE, STATE_FILE, WEIGHTS_FILE
 
     states = {name.removesuffix(ENDING) for name in (STATE_FILE, PREVIOUS_FILE)}
     here = [path_of(folder, name) for name in list_names(folder) - states]
-    return sorted([*here, *(path for run in folder.iterdir() for path in _trained_in(run))])
-
-
-def _trained_in(run: Path) -> list[Path]:
-    """The prefix or the weights in a folder; the folder itself if it may not be read, for `_row` to report."""
-    from prefixtune.prefix.hub import FILE
-    from prefixtune.training.folder import WEIGHTS_FILE
-
-    try:
-        return [run / name for name in (FILE, WEIGHTS_FILE) if (run / name).is_file()]
-    except OSError:
-        return [run]
+    return sorted([*here, *(path for name in (FILE, WEIGHTS_FILE) for path in folder.glob(f"*/{name}"))])
 
 
 def _row(folder: Path, path: Path) -> dict[str, Any]:
@@ -142,8 +128,6 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
         header, facts = _read(path)
     except PrefixError as error:
         return {**row, "error": error.message}
-    except OSError as error:
-        return {**row, "error": f"it cannot be read: {error.strerror or error}."}
     return {
         **row,
         **facts,
@@ -165,10 +149,6 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     prefix = load_prefix(path)
     lengths = prefix.lengths
     return prefix.header, {"parameters": prefix.num_parameters, "prefix_length": lengths}
-
-
-def _count(count: int, singular: str, plural: str) -> str:
-    return f"{count} {singular if count == 1 else plural}"
 
 
 def _format_lengths(lengths: Mapping[str, int]) -> str:
