@@ -75,10 +75,10 @@ class CommandOptions(Config):
     @classmethod
     def flag(cls, name: str) -> str:
         """The option of a field, or the name of an argument."""
+        name, dot, rest = name.partition(".")
         extra = _extra(cls.model_fields[name]) if name in cls.model_fields else {}
-        if extra.get("positional"):
-            return name.upper()
-        return f"--{extra.get('flag', name.replace('_', '-'))}"
+        flag = name.upper() if extra.get("positional") else f"--{extra.get('flag', name.replace('_', '-'))}"
+        return f"{flag}{dot}{rest}"
 
 
 class OutputOptions(CommandOptions):

@@ -217,19 +217,20 @@ class Config(Table):
         cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nAttributes:{fields}"
 
     def __init__(self, /, **values: Any) -> None:
-        self._fill(values, str)
+        self._fill(values, {}, str)
 
-    def _fill(self, values: Mapping[str, Any], name: Callable[[str], str]) -> None:
-        """Validate values into this new instance; `name` is what messages call a field."""
+    def _fill(
+        self, values: Mapping[str, Any], names: Mapping[str, Callable[[str], str]], usual: Callable[[str], str]
+    ) -> None:
+        """Validate values into this new instance; messages call a field as its source does."""
         try:
             super().__init__(**values)
         except ValidationError as error:
             faults = []
             for fault in error.errors(include_url=False)[:_MOST_FAULTS]:
-                first, *rest = fault["loc"] or ("",)
-                known = [] if rest else type(self).model_fields
-                shown = ".".join([name(str(first)) if first else "", *map(str, rest)])
-                faults.append(describe_fault(fault, shown, known))
+                way = [str(part) for part in fault["loc"]]
+                shown = names.get(way[0], usual)(".".join(way)) if way else ""
+                faults.append(describe_fault(fault, shown, type(self).model_fields if len(way) == 1 else ()))
             raise self.error_class(f"{'; '.join(faults)}.", hint=self.hint) from None
 
     @classmethod
@@ -240,12 +241,12 @@ class Config(Table):
             ConfigError: As for the class; each fault names its value as its source does.
         """
         values: dict[str, Any] = {}
-        names: dict[str, str] = {}
+        names: dict[str, Callable[[str], str]] = {}
         for layer in layers:
             values |= layer.values
-            names |= {field: layer.name(field) for field in layer.values}
+            names |= dict.fromkeys(layer.values, layer.name)
         config = cls.__new__(cls)
-        config._fill(values, lambda field: names.get(field) or layers[-1].name(field))
+        config._fill(values, names, layers[-1].name)
         return config
 
     @classmethod

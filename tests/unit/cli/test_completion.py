@@ -61,9 +61,3 @@ def test_nothing_else_in_the_home_folder_changes(tmp_path: Path) -> None:
     written = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(written) == [".bashrc", ".local/share/bash-completion/completions/prefixtune"]
     assert (tmp_path / ".bashrc").read_text() == "# mine\n"
-
-
-def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    _, err = run("--install-completion", "--shell", "bash", "--output", str(tmp_path), code=2)
-    assert "cannot write the script" in err
-    assert "--output" in err

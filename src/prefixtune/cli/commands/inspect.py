@@ -128,6 +128,8 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
         header, facts = _read(path)
     except PrefixError as error:
         return {**row, "error": error.message}
+    except OSError as error:
+        return {**row, "error": f"it cannot be read: {error.strerror or error}."}
     return {
         **row,
         **facts,
