@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import inspect
 import re
-from typing import Any
 
 import pytest
 
@@ -44,20 +42,3 @@ def test_a_configuration_documents_every_field(name: str) -> None:
     attributes = set(re.findall(r"^    (\w+): \S", section(name, "Attributes"), re.MULTILINE))
     assert attributes == getattr(pt, name).model_fields.keys()
     assert "ConfigError" in section(name, "Raises")
-
-
-def test_a_prefix_documents_shapes_and_source() -> None:
-    text = inspect.getdoc(pt.Prefix) or ""
-    assert "(H, P, D)" in text
-    assert "Li & Liang 2021" in text
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_a_class_documents_what_it_holds(name: str) -> None:
-    documented = set(
-        re.findall(r"^    \*{0,2}(\w+):", section(name, "Attributes") + section(name, "Args"), re.MULTILINE)
-    )
-    fields: Any = getattr(pt, name)
-    wanted = {f.name for f in dataclasses.fields(fields)} if dataclasses.is_dataclass(fields) else set()
-    assert documented
-    assert wanted <= documented
