@@ -14,6 +14,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Each tiny model would be checked once; tests/unit/backbone/test_selfcheck.py looks at the check itself.
+os.environ.setdefault("PREFIXTUNE_SELF_CHECK", "0")
 
 import hypothesis
 import pytest

@@ -1,6 +1,6 @@
-"""Write docs/models.md and the list of verified types: the model types that carry prefixes (`make models`).
+"""Write docs/models.md: the model types that carry prefixes (`make models`).
 
-    python -m tools.models_page                 # examine all types, about ten minutes, and write the page and the list
+    python -m tools.models_page                 # examine all types, about ten minutes, and write the page
     python -m tools.models_page gpt2 t5 bert    # examine these only, and print their table
     python -m tools.models_page --json ...      # print every check as JSON instead; writes nothing
 
@@ -25,10 +25,9 @@ import torch
 import transformers
 
 from tools.models_sweep import FAULTS, Result, examine_all, names_of_all
-from tools.pages import DOCS, ROOT
+from tools.pages import DOCS
 
 PAGE = DOCS / "models.md"
-LIST = ROOT / "src" / "prefixtune" / "backbone" / "verified.py"
 COMMAND = "make models"
 
 KINDS = {
@@ -62,16 +61,13 @@ model of your own with `prefixtune doctor your/model`, which uses its real weigh
 LongRoPE (Phi-3, Phi-3.5 and Phi-4-mini with 128k) turns all keys of a text otherwise as soon as the text is longer
 than the model's original length, 4,096 positions. A prefix is used with texts up to that length, its own positions
 included, and this is also the limit of the engine and of `prefixtune serve`, with and without a prefix. The bare
-model takes longer texts in `generate`, `classify`, `evaluate` and `lm-eval`; they change no other text in their
-batch.
+model takes longer texts in `generate`; elsewhere a batch with texts on both sides of the limit is refused.
 
-The types that work are listed in the code, for the version of transformers named below. A model of any other type, or
-with another version, gets a quick self-check when it is first loaded: cached decoding with a prefix is compared
-with full recomputation, and a gradient must reach every layer's prefix. It takes about eight calls on a few tokens.
-A pass is stored in the cache folder (`$PREFIXTUNE_HOME`) for this type, configuration, dtype, device, attention kernel
-and these versions; a model that fails is refused with the reason. `PREFIXTUNE_SELF_CHECK=0` turns the check off, for
-users who have checked the model with `prefixtune doctor`. What was found out about its attention layers is stored
-there, too, with the fingerprint of its weights, so that the next start needs not find it again."""
+A model gets a quick self-check when it is first loaded: cached decoding with a prefix is compared with full
+recomputation, and a gradient must reach every layer's prefix. It takes about eight calls on a few tokens. A pass is
+stored in the cache folder (`$PREFIXTUNE_HOME`) for this type, configuration, dtype, device, attention kernel and these
+versions; a model that fails is refused with the reason. `PREFIXTUNE_SELF_CHECK=0` turns the check off, for users who
+have checked the model with `prefixtune doctor`."""
 
 
 def models_page(results: Sequence[Result]) -> str:
@@ -99,32 +95,6 @@ def table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def verified(results: Sequence[Result]) -> list[str]:
-    """The types of which every model works, in order."""
-    works = {result.model_type for result in results if result.verdict in ("works", "works, but")}
-    return sorted(works - {result.model_type for result in results if result.verdict not in ("works", "works, but")})
-
-
-def verified_list(results: Sequence[Result]) -> str:
-    """The list in the code, as Python."""
-    return f'''"""The model types that carry prefixes. Written by `make models` (tools/models_page.py): do not edit."""
-
-from __future__ import annotations
-
-__all__ = ["VERIFIED", "VERIFIED_WITH"]
-
-VERIFIED_WITH = "{transformers.__version__}"
-"""The version of transformers they were examined with."""
-
-VERIFIED = frozenset(
-    {{
-{chr(10).join(f'        "{name}",' for name in verified(results))}
-    }}
-)
-"""Types of which every tiny random model passes all checks of `prefixtune doctor`."""
-'''
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Examine, and write or print; exits 1 if a model gives wrong results or a traceback."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Examine tiny models of many types.", allow_abbrev=False)
@@ -149,8 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(table(results)))
     else:
         PAGE.write_text(models_page(results), encoding="utf-8")
-        LIST.write_text(verified_list(results), encoding="utf-8")
-        print(f"wrote {PAGE} and {LIST}", file=sys.stderr)
+        print(f"wrote {PAGE}", file=sys.stderr)
     for verdict in FAULTS:
         print(f"{verdict}: {', '.join(r.name for r in results if r.verdict == verdict) or 'none'}", file=sys.stderr)
     return int(any(result.verdict in FAULTS for result in results))

@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 overridden_positions: contextvars.ContextVar[Mapping[str, Tensor]] = contextvars.ContextVar("overridden_positions")
-long_texts: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("long_texts", default=None)
 
 
 def forward_with_prefixes(
@@ -80,8 +79,9 @@ def forward_with_prefixes(
         The model's output; its logits are (B, T, vocabulary), the prefix has none.
 
     Raises:
-        ConfigError: The numbers of rows and prefixes differ, a packed row comes with a mask or several prefixes, or
-            `decoder_input_ids` are missing or given to a model without a decoder of its own.
+        ConfigError: The numbers of rows and prefixes differ, a packed row comes with a mask or several prefixes,
+            `decoder_input_ids` are missing or given to a model without a decoder of its own, or texts are on both sides
+            of the model's original length (LongRoPE).
         BackboneError: A prefix does not fit the model.
     """
     rows = [prefixes] if prefixes is None or isinstance(prefixes, Prefix) else list(prefixes)
@@ -109,11 +109,8 @@ def forward_with_prefixes(
         call |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
         if packing is not None:
             overrides = {"encoder": packing.positions("encoder")[0], "decoder": packing.positions("decoder")[0]}
-    with (
-        injecting_beside(layout, injection),
-        _override_positions(model, layout, overrides),
-        _turn_each_text(model, call.get("position_ids"), packing),
-    ):
+    _check_lengths(model, call.get("position_ids"), packing)
+    with injecting_beside(layout, injection), _override_positions(model, layout, overrides):
         if source_rows is None:
             return model(input_ids=input_ids, attention_mask=mask, **call)
         encoder = model.get_encoder()
@@ -333,40 +330,17 @@ def _override_positions(model: Any, layout: Layout, positions: Mapping[str, Int[
             handle.remove()
 
 
-@contextlib.contextmanager
-def _turn_each_text(model: Any, position_ids: Int[Tensor, "B T"] | None, packing: Packing | None) -> Iterator[None]:
-    """While the block runs, LongRoPE turns each text by its own length, not by that of the longest one in the call."""
+def _check_lengths(model: Any, position_ids: Int[Tensor, "B T"] | None, packing: Packing | None) -> None:
+    """Refuse texts on both sides of LongRoPE's limit: the longest one of a call turns the keys of all."""
     limit = longrope_limit(model.config.get_text_config(decoder=True))
     if limit is None or position_ids is None:
-        yield
         return
     texts = position_ids if packing is None else position_ids[0].split([g.stop - g.start for g in packing.groups])
-    is_long = torch.cat([(text >= limit).any().expand(len(text)) for text in texts]).view(position_ids.shape)
-    if bool(is_long.all()) or not bool(is_long.any()):
-        yield
-        return
-    token = long_texts.set(is_long)
-
-    def turn(module: nn.Module, args: Any, *rest: Any) -> Any:
-        current = long_texts.get()
-        # While torch registers or removes a hook, another thread's call meets it without keyword arguments.
-        if current is None or len(rest) != 2:
-            return None
-        kwargs, output = rest
-        current = current.to(output[0].device)
-        call = inspect.signature(module.forward).bind(*args, **kwargs)
-        call.arguments["position_ids"] = call.arguments["position_ids"].masked_fill(current, 0)
-        short = module.forward(*call.args, **call.kwargs)
-        return tuple(torch.where(current[..., None], *pair) for pair in zip(output, short, strict=True))
-
-    turns = [module for module in model.modules() if "longrope" in str(getattr(module, "rope_type", ""))]
-    handles = [module.register_forward_hook(turn, with_kwargs=True) for module in turns]
-    try:
-        yield
-    finally:
-        long_texts.reset(token)
-        for handle in handles:
-            handle.remove()
+    if len({bool((text >= limit).any()) for text in texts}) > 1:
+        raise ConfigError(
+            f"texts of one batch are on both sides of the model's original length of {limit} positions (LongRoPE).",
+            hint="compute them apart, with a batch size of 1.",
+        )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from prefixtune.attention.registry import ATTENTIONS, register
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean, first_line
 from prefixtune.prefix.geometry import LayerShape, Site
 
-__all__ = ["probe", "runs_as_probed"]
+__all__ = ["probe"]
 
 
 _HINT = "use a model whose attention goes through transformers' AttentionInterface, such as LLaMA, Qwen, BART or BERT."
@@ -66,25 +66,6 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
         raise BackboneError(
             f"{name} fails on a few tokens: {first_line(error)}", hint="choose another backbone."
         ) from error
-
-
-@torch.no_grad()
-def runs_as_probed(model: Any, attention: AttentionKernel) -> bool:
-    """Let a model that was probed before use this project's attention function, if it computes finite numbers then.
-
-    Returns:
-        Whether it does; if not, it has the function that it had.
-    """
-    register()
-    before = model.config._attn_implementation
-    _set_attention(model, attention)
-    finite = False
-    try:
-        finite = bool(_plain_logits(model).isfinite().all())
-    finally:
-        if not finite:
-            model.set_attn_implementation(before)
-    return finite
 
 
 def _set_attention(model: Any, attention: AttentionKernel) -> None:

@@ -20,7 +20,6 @@ from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
 from prefixtune.attention.rotation import find_rotation
 from prefixtune.backbone.fingerprint import fingerprint
-from prefixtune.backbone.known_layouts import probe_once
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.backbone.selfcheck import check_once
 from prefixtune.errors import BackboneError, RequestError
@@ -304,7 +303,6 @@ class Backbone:
         adapter: Any = None,
         train_adapter: bool = False,
         attention: str = "sdpa",
-        unchanged: bool = False,
     ) -> Backbone:
         """Freeze a model that is already in memory and read it.
 
@@ -315,7 +313,6 @@ class Backbone:
             adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
             train_adapter: Leave the LoRA layers trainable.
             attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
-            unchanged: It is as transformers loaded it, so that its layout may be known from another start.
 
         Raises:
             BackboneError: It cannot have a prefix, or fails the self-check; the message says why.
@@ -338,7 +335,7 @@ class Backbone:
                 if (token := getattr(part, name, None)) is not None
             }
             model.generation_config = GenerationConfig(**begins)
-        layout = (probe_once if unchanged else probe)(model, attention)
+        layout = probe(model, attention)
         if layout.kind != "encoder" and model.get_output_embeddings() is None:
             raise BackboneError(
                 f"{type(model).__name__} has no output head: it generates no text.",

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
-from prefixtune.backbone.plain import load_plain, read_ahead
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, did_you_mean, first_line
 
@@ -75,18 +74,13 @@ def read_checkpoint(
     Raises:
         BackboneError: It cannot be read, or lacks weights.
     """
-    general = spread or "gguf_file" in options
-    weights = None if general else read_ahead(Path(source), dtype)
     from transformers import AutoTokenizer
 
     with quiet_transformers():
         config = _read_config(name, source, options)
         try:
             auto = auto_class(config)
-            model = None if weights is None else load_plain(auto, config, dtype, weights.result())
-            unused: tuple[str, ...] = ()
-            if model is None:
-                model, unused = _load_model(auto, name, source, {"dtype": dtype, **spread, **options})
+            model, unused = _load_model(auto, name, source, {"dtype": dtype, **spread, **options})
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except _UNREADABLE as error:
             raise BackboneError(

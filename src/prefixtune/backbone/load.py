@@ -27,9 +27,6 @@ from prefixtune.backbone.quantization import QUANTIZATIONS
 from prefixtune.backbone.quantization import quantize as quantize_weights
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, describe_value, did_you_mean
-from prefixtune.prefix.geometry import LayerShape
-from prefixtune.prefix.header import parse_header
-from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.utils.extras import needs_extra
 
 __all__ = [
@@ -37,13 +34,8 @@ __all__ = [
     "BackboneLike",
     "as_backbone",
     "check_loadable",
-    "check_size",
     "load_backbone",
 ]
-
-
-_UNIFORM = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3")
-"""Model types whose layers all have the KV heads and head size of `config.json`."""
 
 
 BackboneLike = Backbone | str | os.PathLike[str] | tuple[Any, Any]
@@ -158,7 +150,6 @@ def load_backbone(
         adapter=peft_model,
         train_adapter=train_adapter or adapter_rank > 0,
         attention=attention,
-        unchanged=peft_model is None and not spread,
     )
     if quantize:
         with quiet_transformers():
@@ -185,27 +176,6 @@ def check_loadable(
     source, options, _ = _resolve(name, quantize, adapter, adapter_rank, train_adapter=train_adapter)
     if Path(source).is_dir() and "gguf_file" not in options and not (Path(source) / "config.json").is_file():
         raise no_config_error(name, "the folder has no config.json.")
-
-
-def check_size(prefix: Prefix, name: str) -> None:
-    """Refuse a prefix that does not fit a model, by its `config.json`, before the model is loaded.
-
-    Only for model types whose layers are all alike; others, and names on the hub, are checked once they are loaded.
-
-    Raises:
-        BackboneError: Layers, KV heads or head sizes differ.
-    """
-    try:
-        source, options = find_checkpoint(name)
-        config: Any = parse_header((Path(source) / "config.json").read_text(encoding="utf-8"))
-        heads = config.get("num_attention_heads", config.get("n_head"))
-        size = config.get("head_dim") or config.get("hidden_size", config.get("n_embd")) // heads
-        shape = LayerShape(int(config.get("num_key_value_heads") or heads), int(size), int(size))
-        layers = int(config.get("num_hidden_layers", config.get("n_layer")))
-    except (BackboneError, OSError, ValueError, TypeError, ZeroDivisionError):
-        return
-    if config.get("model_type") in _UNIFORM and "gguf_file" not in options and prefix.sites == ("decoder",):
-        check_fits(prefix, {"decoder": (shape,) * layers}, name)
 
 
 def _resolve(

@@ -1,9 +1,8 @@
 """A quick look at whether prefixes work on a model that is loaded: two rows, a prefix of two positions.
 
 What generation computes by steps with a cache, in a padded batch, is compared with the same rows computed alone and in
-full; an encoder's padded batch with its rows alone. It costs about six calls of the model. A type of model that
-`make models` has examined with this version of transformers is taken as checked; any other is checked once, and that it
-passed is remembered in the cache folder, by everything that matters.
+full; an encoder's padded batch with its rows alone. It costs about six calls of the model. A type of model is checked
+once, and that it passed is remembered in the cache folder, by everything that matters.
 
 `PREFIXTUNE_SELF_CHECK=0` turns it off.
 
@@ -31,13 +30,12 @@ from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.injection import batch_prefixes, injecting
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import cached_prefix_slots
-from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
 from prefixtune.errors import BackboneError, PrefixError, first_line
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import write_text
 from prefixtune.utils.folders import cache_folder
 
-__all__ = ["SWITCH", "Comparison", "architecture_facts", "check_once", "compare"]
+__all__ = ["SWITCH", "Comparison", "check_once", "compare"]
 
 
 SWITCH = "PREFIXTUNE_SELF_CHECK"
@@ -73,7 +71,7 @@ class Comparison:
 
 
 def check_once(model: Any, layout: Layout, attention: str) -> None:
-    """Check a model of a type that was not examined before, unless that is turned off; remember that it passed.
+    """Check a model of a type that was not checked before, unless that is turned off; remember that it passed.
 
     Args:
         model: The frozen model, probed before.
@@ -83,8 +81,8 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
     Raises:
         BackboneError: Prefixes do not work on it; the message says what differs.
     """
-    facts = architecture_facts(model, attention)
-    if os.environ.get(SWITCH) == "0" or _is_verified(facts):
+    facts = _architecture_facts(model, attention)
+    if os.environ.get(SWITCH) == "0":
         return
     note = cache_folder() / "checked" / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}.json"
     if note.is_file():
@@ -109,7 +107,7 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
     _remember(note, facts)
 
 
-def architecture_facts(model: Any, attention: str) -> dict[str, str]:
+def _architecture_facts(model: Any, attention: str) -> dict[str, str]:
     """Everything but the weights that a model's behaviour with prefixes depends on."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "name_or_path", "transformers_version", "architectures"):
@@ -123,12 +121,6 @@ def architecture_facts(model: Any, attention: str) -> dict[str, str]:
         "device": main_device(model).type,
         **{name: importlib.metadata.version(name) for name in ("transformers", "torch", "prefixtune")},
     }
-
-
-def _is_verified(facts: dict[str, str]) -> bool:
-    """Whether the type was examined, with this minor version of transformers."""
-    versions = (VERIFIED_WITH, facts["transformers"])
-    return facts["model_type"] in VERIFIED and len({version.rsplit(".", 1)[0] for version in versions}) == 1
 
 
 def _remember(note: Path, facts: dict[str, str]) -> None:

@@ -48,7 +48,7 @@ def load_backbone_of(
     Raises:
         PrefixError: None is named, it cannot be loaded, or a prefix was trained for another.
     """
-    from prefixtune.backbone.load import check_loadable, check_size, load_backbone
+    from prefixtune.backbone.load import check_loadable, load_backbone
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.header import backbone_origin
 
@@ -57,7 +57,6 @@ def load_backbone_of(
     if not name:
         raise ConfigError(f"{files[0]!r} does not name its backbone.", hint="name it: --backbone NAME.")
     check_loadable(name, device="cpu")
-    check_size(prefixes[0], name)
     console.info(f"loading {name} ...")
     loaded = load_backbone(name, dtype="auto", device="cpu")
     for prefix in prefixes:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import check_loadable, check_size, load_backbone
+from prefixtune.backbone.load import check_loadable, load_backbone
 from prefixtune.backbone.loss import label_logits
 from prefixtune.backbone.prefixes import load_prefix, trained_adapter
 from prefixtune.backbone.soft_labels import SoftLabels
@@ -129,7 +129,6 @@ def _check_prefix(config: DistillConfig, path: Path, prefix: Prefix, *, loads_ba
         )
     if not loads_backbone:
         return
-    check_size(prefix, config.backbone)
     adapter = str(prefix.header.get("adapter") or "")
     if bool(adapter) != bool(config.adapter):
         how = f"with the adapter {adapter!r}" if adapter else "without an adapter"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import check_loadable, check_size
+from prefixtune.backbone.load import check_loadable
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.backbone.quantization import is_quantized
 from prefixtune.data import TASKS
@@ -63,28 +63,19 @@ def early_checks(
     if config.initialization in ("words", "text", "examples") and begins:
         yield lambda: check_init_text(config)
     if config.initialization == "prefix" and begins:
-        yield lambda: _check_start(config, loads_backbone)
+        yield lambda: _check_start(config)
     yield lambda: check_installed(config.trackers)
     if config.beside and config.beside != SELF:
-        yield lambda: _check_others(config, loads_backbone)
+        yield lambda: read_others(config)
     yield lambda: _check_combination(config, processes, has_dev, together)
 
 
-def _check_start(config: TrainConfig, loads_backbone: bool) -> None:
+def _check_start(config: TrainConfig) -> None:
     """Read the prefix that a run starts from, as far as that needs no backbone."""
     prefix = load_prefix(config.init_prefix)
     # Without sites, the run trains all of the backbone's, and the prefix may lack one of them.
     wanted = config.site_lengths or dict.fromkeys(prefix.sites, config.prefix_length)
     check_lengths(prefix.lengths, lengths_from(wanted, prefix.lengths))
-    if loads_backbone:
-        check_size(prefix, config.backbone)
-
-
-def _check_others(config: TrainConfig, loads_backbone: bool) -> None:
-    """Read the prefixes that are to stand beside, as far as that needs no backbone."""
-    others = read_others(config)
-    if loads_backbone:
-        check_size(others[0][1], config.backbone)
 
 
 def no_solved_examples() -> ConfigError:

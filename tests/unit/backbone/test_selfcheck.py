@@ -31,10 +31,9 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache folder, and no type that counts as verified."""
+    """An empty cache folder."""
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(selfcheck.SWITCH, raising=False)
-    monkeypatch.setattr(selfcheck, "VERIFIED", frozenset())
     return tmp_path / "cache"
 
 
@@ -91,21 +90,6 @@ def test_what_matters_is_checked_anew(cache: Path, runs: list[str], tiny_models:
     Backbone.from_model(tiny_models("llama", num_hidden_layers=2), None, "llama")
     Backbone.from_model(tiny_models("llama", seed=1), None, "llama")
     assert runs == ["llama"] * 4
-
-
-def test_a_verified_type_is_not_checked(
-    cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import transformers
-
-    monkeypatch.setattr(selfcheck, "VERIFIED", frozenset({"gpt2"}))
-    monkeypatch.setattr(selfcheck, "VERIFIED_WITH", transformers.__version__)
-    Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
-    assert not runs
-    # With another version it may be another matter.
-    monkeypatch.setattr(selfcheck, "VERIFIED_WITH", "5.1.0")
-    Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
-    assert runs == ["gpt2"]
 
 
 def test_it_can_be_turned_off(cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:

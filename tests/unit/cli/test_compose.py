@@ -109,7 +109,6 @@ def loaded(tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(loading, "load_backbone", load)
     monkeypatch.setattr(loading, "check_loadable", lambda *_, **__: None)
-    monkeypatch.setattr(loading, "check_size", lambda *_, **__: None)
     return names
 
 

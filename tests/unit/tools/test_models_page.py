@@ -10,7 +10,6 @@ import pytest
 import transformers
 
 from prefixtune.backbone.selfcheck import SWITCH
-from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
 from tiny_config import model_types
 from tools.models_page import COMMAND, table
 from tools.models_sweep import FAULTS, examine_one
@@ -21,7 +20,9 @@ PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 MADE_WITH = re.search(r"with transformers (\S+) and torch ", PAGE)
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.splitlines() if line.startswith("| `")]
-HERE = pytest.mark.skipif(transformers.__version__ != VERIFIED_WITH, reason="made with another transformers")
+HERE = pytest.mark.skipif(
+    MADE_WITH is None or transformers.__version__ != MADE_WITH[1], reason="made with another transformers"
+)
 
 OTHERS = ("afmoe", "jetmoe", "hrm_text", "doge", "bert-generation", "deepseek_v4", "mobilebert", "voxtral", "xmod")
 """Types outside the zoo that once gave wrong results or tracebacks, or that the self-check refuses."""
@@ -41,15 +42,6 @@ def test_the_verdict_on_a_model_is_current(
     monkeypatch.delenv(SWITCH, raising=False)
     row = table([examine_one(name, tokenizer)])[-1]
     assert row in PAGE.splitlines(), f"run `{COMMAND}`: {row}"
-
-
-def test_the_page_and_the_list_in_the_code_agree() -> None:
-    assert MADE_WITH is not None
-    assert MADE_WITH[1] == VERIFIED_WITH
-    verdicts: dict[str, set[str]] = {}
-    for shown, _, _, verdict, *_ in ROWS:
-        verdicts.setdefault(shown.split("`")[1], set()).add(verdict)
-    assert {name for name, seen in verdicts.items() if seen <= {"works", "works, but"}} == VERIFIED
 
 
 def test_no_model_gives_wrong_results_or_a_traceback() -> None:

@@ -67,7 +67,6 @@ def convert(options: ConvertOptions) -> int:
     """
     import torch
 
-    from prefixtune.backbone.load import check_size
     from prefixtune.interop.peft import check_adapter_folder, export_peft
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.prefix.card import check_complete
@@ -83,8 +82,6 @@ def convert(options: ConvertOptions) -> int:
     if format_name != "authors":
         # Read now: a wrong file is reported before the model loads.
         prefix = _read(path, format_name, None)
-        if options.backbone is not None:
-            check_size(prefix, options.backbone)
         if options.to == "prefixtune":
             check_complete(prefix, output.parent)
     if options.to == "peft":
