@@ -1,1 +1,0 @@
-"""Compiled code, where this machine has a C++ compiler; everything goes without it too."""
