@@ -644,7 +644,6 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         (lambda: Request((1,), id=last.id, sampling=few), "running"),
         (lambda: Request(()), "no token"),
         (lambda: Request((1,), n=0), "n is 0"),
-        (lambda: Request((1,), Prefix(random_prefix(llama, 2).layers, {"placement": "infix"})), "infix"),
         (lambda: Request((1,), sampling=SamplingParams(temperature=-1.0, top_p=0.0, max_new_tokens=0)), "top_p"),
     ]
     for make, reported in wrong:

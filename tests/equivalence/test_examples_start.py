@@ -59,17 +59,6 @@ def start_of(backbone: Backbone, **options: Any) -> tuple[Any, Prefix]:
     return data, encoder.bake()
 
 
-@pytest.mark.parametrize("family", NO_WINDOW)
-def test_examples_as_one_text_are_the_examples_in_view(family: str, made: Any, assert_same: Any):
-    backbone = made(family)
-    data, prefix = start_of(backbone, example_attention="all")
-    ids = [token for example in data.plan.chosen for token in example.row]
-    question = list(data.train.examples[3].prompt)
-    with_prefix = backbone.forward(torch.tensor([question]), prefixes=prefix).logits
-    in_view = backbone.model(torch.tensor([ids + question])).logits[:, len(ids) :]
-    assert_same(with_prefix, in_view)
-
-
 def test_an_example_is_a_row_of_training_with_its_end(made: Any):
     backbone = made("llama")
     data, _ = start_of(backbone)
@@ -82,7 +71,7 @@ def test_an_example_is_a_row_of_training_with_its_end(made: Any):
 def test_each_alone_is_computed_alone_at_its_own_positions(family: str, made: Any, assert_same: Any):
     """With a mask by hand: block-diagonal in one row of all texts."""
     backbone = made(family)
-    prefix = from_examples(backbone, ROWS, alone=True)
+    prefix = from_examples(backbone, ROWS)
     first = 0
     for row in ROWS:
         positions = torch.arange(first, first + len(row))[None]

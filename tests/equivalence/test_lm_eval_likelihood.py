@@ -86,26 +86,6 @@ def test_models_that_cannot_be_packed_get_padded_rows(
     check(backbone, make_requests(random_ids, prefixes, count=12), batch_size=4)
 
 
-def test_an_infix_shares_no_batch_with_others(tiny_backbone: Any, random_prefix: Any, random_ids: Any) -> None:
-    backbone = tiny_backbone("llama")
-    plain = random_prefix(backbone, 3, seed=1)
-    infix = Prefix(random_prefix(backbone, 4, seed=2).layers, {"placement": "infix"})
-    requests = make_requests(random_ids, [plain, infix, None])
-    results = score_continuations(backbone, requests, batch_size=8)
-    mixed = [index for index, one in enumerate(requests) if one.prefix is not infix]
-    expected = [alone(backbone, requests[index]) for index in mixed]
-    torch.testing.assert_close(
-        [results[index][0] for index in mixed], [total for total, _ in expected], rtol=2e-5, atol=2e-4
-    )
-    # An infix by itself is checked against transformers' own attention in test_prompt_and_infix; here, that mixing and
-    # sharing change nothing.
-    others = [index for index, one in enumerate(requests) if one.prefix is infix]
-    single = [score_continuations(backbone, [requests[index]], batch_size=1)[0] for index in others]
-    torch.testing.assert_close(
-        [results[index][0] for index in others], [total for total, _ in single], rtol=2e-5, atol=2e-4
-    )
-
-
 def test_each_batch_is_reported_once_and_equal_requests_are_computed_once(
     tiny_backbone: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,6 @@ class Case:
         self.site: Site = site
         lengths = draw.sample([4, 5, 10, 33], draw.choice([0, 1, 1, 3]))
         self.packing = make_packing(draw, site, len(lengths))
-        self.infix = site == "decoder" and seed % 3 == 0
         queries, keys = (sum(counts) for counts in self.packing.sizes(site))
         bias = self.numbers(1, HEADS, queries, keys) if seed % 4 == 1 else None
         self.rules: dict[str, Any] = {
@@ -66,7 +65,7 @@ class Case:
         owners = self.packing.prefix_index or (0,) * len(self.packing.groups)
         by_group: Any = [prefixes[owner] if prefixes else None for owner in owners]
         scores = ScoreOptions(0.3, kernel=kernel, **self.rules)
-        return packed_attention(self.packing, self.site, by_group, *row, scores, self.infix)
+        return packed_attention(self.packing, self.site, by_group, *row, scores)
 
     def gradients(self, kernel: Any) -> list[Tensor]:
         row = [tensor.clone().requires_grad_() for tensor in self.row]

@@ -124,10 +124,10 @@ def weights_of(backbone: Backbone) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "reparameterization"),
     [
-        ("llama", "residual"),
+        ("llama", "scaled"),
         ("llama", "mlp"),
         ("gpt2", "none"),
-        ("bart", "residual"),
+        ("bart", "scaled"),
         ("t5", "none"),
         ("qwen3", "none"),
     ],
@@ -349,8 +349,8 @@ def test_rows_of_a_table_and_too_long_sources(tiny_backbone: Make) -> None:
 
 def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
     llama = tiny_backbone("llama")
-    with pytest.raises(ConfigError, match="method is 'infix'"):
-        PrefixModel(llama, settings(method="infix"))
+    with pytest.raises(ConfigError, match="method is 'lora'"):
+        PrefixModel(llama, settings(method="lora"))
     with pytest.raises(ConfigError, match="an encoder"):
         PrefixModel(tiny_backbone("bert"))
     for change in ({"nested": True}, {"prefix_dropout": 0.3}, {"adapter_rank": 4}, {"quantize": "int8"}):

@@ -24,7 +24,7 @@ from prefixtune.training.train import TrainResult, train
 Make = Callable[..., Any]
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
 EIGHT = [Example(f"name : {name}", (f"{name} eats.",)) for name in NAMES]
-WEIGHT_METHODS = ("full", "top", "adapter", "lora")
+METHODS = ("full", "adapter", "lora")
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_inserted_layers_have_no_effect_at_first(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_step_moves_what_is_trained_and_nothing_else(
     method: str, dtype: torch.dtype, tiny_models: Make, tiny_tokenizer: Any, run: Make
 ) -> None:
@@ -87,7 +87,6 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
     before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
     # Two steps: in the first, the half of LoRA and of a bottleneck that starts at zero keeps the other half in place.
     run(method, backbone=backbone, max_steps=2, learning_rate=1e-2, dtype="auto")
-    last = {f"model.layers.2.{name}" for name, _ in backbone.model.model.layers[2].named_parameters()}
     moved = set()
     for name, parameter in backbone.model.named_parameters():
         plain = name.replace(".base_layer", "")
@@ -98,37 +97,24 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
     assert all(parameter.dtype == torch.float32 for parameter in backbone.adapter_parameters.values())
     if method == "full":
         assert trained == set(before)
-    if method == "top":
-        assert {name.replace("layers.1.", "layers.2.") for name in trained} == last
-    if method in ("adapter", "lora"):
+    else:
         assert not trained & set(before)
         assert all(p.dtype == dtype for n, p in backbone.model.named_parameters() if n not in trained)
 
 
-@pytest.mark.parametrize("method", [*WEIGHT_METHODS, "prompt", "infix"])
-def test_eight_examples_are_learned_and_the_artifact_knows_them(method: str, run: Make, folder: Path) -> None:
-    size = {"top": 3, "adapter": 16, "lora": 16}.get(method, 0)
-    rate = {"full": 1e-2, "prompt": 0.3, "infix": 0.1}.get(method, 2e-2)
-    length = 16 if method in ("prompt", "infix") else 4
-    steps = 250 if length == 16 else 150
-    result = run(method, method_size=size, learning_rate=rate, max_steps=steps, save_every=steps, prefix_length=length)
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_examples_are_learned_and_the_artifact_knows_them(method: str, run: Make) -> None:
+    size, rate = (0, 1e-2) if method == "full" else (16, 2e-2)
+    result = run(method, method_size=size, learning_rate=rate, max_steps=150, save_every=150)
     assert losses(result)[-1] < 0.3 * losses(result)[0]
     texts = [example.source for example in EIGHT]
-    if method in WEIGHT_METHODS:
-        assert result.prefix is None
-        backbone, text_format = load_tuned(result.path)
-        outputs = generate(backbone, texts, text_format=text_format, max_new_tokens=12)
-    else:
-        assert load_prefix(result.path).placement == ("infix" if method == "infix" else "front")
-        outputs = generate(load_backbone(folder), texts, load_prefix(result.path), max_new_tokens=12)
-    if method == "prompt":
-        # At the input layer of so small a model, a prompt has too little effect to distinguish all eight.
-        assert sum(output.endswith(" eats.") for output in outputs) >= 4, outputs
-    else:
-        assert sum(output in example.targets for output, example in zip(outputs, EIGHT, strict=True)) >= 7, outputs
+    assert result.prefix is None
+    backbone, text_format = load_tuned(result.path)
+    outputs = generate(backbone, texts, text_format=text_format, max_new_tokens=12)
+    assert sum(output in example.targets for output, example in zip(outputs, EIGHT, strict=True)) >= 7, outputs
 
 
-@pytest.mark.parametrize("method", ["full", "adapter", "prompt", "infix"])
+@pytest.mark.parametrize("method", ["full", "adapter"])
 def test_a_killed_run_resumes_to_the_same_losses(method: str, run: Make) -> None:
     def kill(event: dict[str, Any]) -> None:
         if event["event"] == "save" and event["step"] == 2:
@@ -167,7 +153,7 @@ def test_decoder_layers_are_in_order_from_the_bottom(tiny_backbone: Make) -> Non
 
 
 def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny_models: Make) -> None:
-    result = run("top")
+    result = run("adapter")
     other = tmp_path / "other"
     tiny_models("llama", seed=5).save_pretrained(other)
     for file in (tmp_path / "backbone").glob("tokenizer*"):
@@ -183,7 +169,6 @@ def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny
         ({"method": "full", "adapter_rank": 4}, "does not go with method 'full'"),
         ({"method": "lora", "quantize": "int8"}, "does not go with method 'lora'"),
         ({"method": "lora", "adapter": "folder"}, "adapter is 'folder', which does not go with method 'lora'"),
-        ({"method": "top", "method_size": -1}, "between 0 and 65536"),
         ({"method": "full", "method_size": 7}, "method_size is 7, but method 'full' has no size"),
         ({"method_size": 7}, "method_size is 7, but method 'prefix' has no size"),
         ({"method": "full", "init_prefix": "p"}, "init_prefix is for a prefix, which method 'full' does not train"),
@@ -248,14 +233,3 @@ def test_a_trained_adapter_is_used_again_only_as_it_was_loaded(run: Make, folder
     run("prefix", adapter_rank=2, max_steps=1, backbone=backbone)
     with pytest.raises(ConfigError, match="not as it was loaded"):
         run("prefix", "again", adapter_rank=2, max_steps=1, backbone=backbone)
-
-
-def test_more_top_layers_than_there_are(run: Make) -> None:
-    with pytest.raises(ConfigError, match="has 3 layers"):
-        run("top", method_size=4)
-
-
-def test_ablations_need_a_decoder_only_model(tiny_backbone: Make, run: Make) -> None:
-    for method in ("prompt", "infix"):
-        with pytest.raises(ConfigError, match="decoder-only"):
-            run(method, method, backbone=tiny_backbone("bart"))

@@ -85,12 +85,13 @@ def forward_with_prefixes(
         BackboneError: A prefix does not fit the model.
     """
     rows = [prefixes] if prefixes is None or isinstance(prefixes, Prefix) else list(prefixes)
-    infix = any(prefix is not None and prefix.placement == "infix" for prefix in rows)
     _check_prefix_count(len(rows), input_ids.shape[0], packing, source_rows is not None)
     _check_packing(model, layout, packing, len(rows), input_ids.shape[0], attention_mask)
     _check_decoder_inputs(model, layout, decoder_input_ids, decoder_attention_mask, source_rows)
-    _check_prefixes(model, layout, rows, packing, infix)
-    injection = _build_injection(rows, layout, main_device(model), packing, infix)
+    for prefix in rows:
+        if prefix is not None:
+            check_fits(prefix, layout.geometry, type(model).__name__)
+    injection = _build_injection(rows, layout, main_device(model), packing)
     if hidden is not None:
         injection = _hide(injection, layout, hidden, source_rows)
     call: dict[str, Any] = {**kwargs, "prefix_injection": injection}
@@ -103,7 +104,7 @@ def forward_with_prefixes(
         # A ready-made 4-D mask stops transformers from building one; the attention function goes by the packing.
         mask = decoder_attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
         if layout.kind == "decoder":
-            call["position_ids"] = _positions_of_packed_row(packing, rows, infix).to(input_ids.device)
+            call["position_ids"] = _positions_of_packed_row(packing, rows).to(input_ids.device)
     overrides: dict[str, Tensor] = {}
     if decoder_input_ids is not None:
         call |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
@@ -161,29 +162,14 @@ def _check_decoder_inputs(
         )
 
 
-def _check_prefixes(
-    model: Any, layout: Layout, prefixes: Sequence[Prefix | None], packing: Packing | None, infix: bool
-) -> None:
-    for prefix in prefixes:
-        if prefix is not None:
-            check_fits(prefix, layout.geometry, type(model).__name__)
-    if infix and packing is not None and packing.prefix_index is not None:
-        raise ConfigError("an infix cannot share a packed row.", hint="run it without other prefixes.")
-    if infix and (packing is None or layout.kind != "decoder"):
-        raise ConfigError(
-            "an infix is between source and target, and only a packed row keeps these apart.",
-            hint="use `collate` with a decoder-only model.",
-        )
-
-
 def _build_injection(
-    prefixes: Sequence[Prefix | None], layout: Layout, device: torch.device, packing: Packing | None, infix: bool
+    prefixes: Sequence[Prefix | None], layout: Layout, device: torch.device, packing: Packing | None
 ) -> Injection:
     """Prefixes in float32 until a layer casts them: so the gradients of a row's groups add up in float32 too."""
     if packing is not None and packing.prefix_index is not None:
         by_prefix = [batch_prefixes([prefix], layout, torch.float32, device).layers for prefix in prefixes]
         return Injection(layout.layer_of, packing=packing, layers_by_prefix=by_prefix)
-    return replace(batch_prefixes(prefixes, layout, torch.float32, device), packing=packing, infix=infix)
+    return replace(batch_prefixes(prefixes, layout, torch.float32, device), packing=packing)
 
 
 def _hide(
@@ -210,10 +196,9 @@ def _hide(
     return replace(injection, prefix_mask=masks)
 
 
-def _positions_of_packed_row(packing: Packing, prefixes: Sequence[Prefix | None], infix: bool) -> Int[Tensor, "1 T"]:
-    """Positions in a decoder-only model; an infix shifts the targets alone."""
-    shift = packing.shifts([0 if prefix is None else prefix.length() for prefix in prefixes])
-    return packing.positions() + (shift * packing.in_targets() if infix else shift)
+def _positions_of_packed_row(packing: Packing, prefixes: Sequence[Prefix | None]) -> Int[Tensor, "1 T"]:
+    """Positions in a decoder-only model."""
+    return packing.positions() + packing.shifts([0 if prefix is None else prefix.length() for prefix in prefixes])
 
 
 def _positions_of_batch(

@@ -62,7 +62,6 @@ class Injection:
         packing: The structure of a packed row; None: an ordinary batch.
         layers_by_prefix: In a packed row whose groups have prefixes of their own: for each prefix what `layers` is for
             one.
-        infix: In a packed row, the prefix is hidden from the sources; only the targets see it.
         recorded_kv: A list that takes every layer's own keys and values; None: they are not recorded.
         backend: Keeps all keys and values itself, the prefixes' too, and computes the attention; None: nothing does.
     """
@@ -72,7 +71,6 @@ class Injection:
     prefix_mask: Mapping[Site, Tensor | None] = field(default_factory=dict)
     packing: Packing | None = None
     layers_by_prefix: Sequence[Mapping[Site, Sequence[tuple[Tensor, Tensor]]]] = ()
-    infix: bool = False
     recorded_kv: list[tuple[nn.Module, Tensor, Tensor]] | None = None
     backend: AttentionBackend | None = None
 

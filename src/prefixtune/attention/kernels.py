@@ -193,11 +193,10 @@ def packed_flex_attention(
     key: Float[Tensor, "1 H S Dk"],
     value: Float[Tensor, "1 H S Dv"],
     scores: ScoreOptions,
-    infix: bool = False,
 ) -> Float[Tensor, "1 T Hq Dv"]:
     """`packed_attention` by torch's flex_attention, in one call, with the prefixes' keys and values in it once."""
     key, value, lengths, owners = add_prefixes(prefix_kv_by_group, key, value)
-    block_mask = packed_block_mask(packing, site, lengths, owners, scores.window, infix, query.device)
+    block_mask = packed_block_mask(packing, site, lengths, owners, scores.window, query.device)
     bias = scores.position_bias
     score_mod = _score_mod(scores.softcap, None if bias is None else nn.functional.pad(bias, (sum(lengths), 0)))
     grouped = query.shape[1] != key.shape[1]
@@ -243,7 +242,6 @@ def packed_attention(
     key: Float[Tensor, "1 H S Dk"],
     value: Float[Tensor, "1 H S Dv"],
     scores: ScoreOptions,
-    infix: bool = False,
     observe: Callable[..., None] | None = None,
 ) -> Float[Tensor, "1 T Hq Dv"]:
     """Attention of a packed row; nothing is computed across groups.
@@ -256,14 +254,13 @@ def packed_attention(
         key: See there.
         value: See there.
         scores: How scores are made; a position bias is that of the whole row, and zero at the prefix.
-        infix: The prefix is hidden from the groups' sources.
         observe: Called for each group, as an `AttentionObserver` that knows the layer.
     """
     prefixes = (tensor for pair in prefix_kv_by_group if pair is not None for tensor in pair)
     if scores.kernel == "flex" and observe is None and supports_flex(scores, query, key, value, *prefixes):
-        return packed_flex_attention(packing, site, prefix_kv_by_group, query, key, value, scores, infix)
+        return packed_flex_attention(packing, site, prefix_kv_by_group, query, key, value, scores)
     lengths = [0 if kv is None else kv[0].shape[2] for kv in prefix_kv_by_group]
-    masks = packing.masks(site, lengths, scores.window, query.dtype, query.device, infix=infix)
+    masks = packing.masks(site, lengths, scores.window, query.dtype, query.device)
     # `split` and `squeeze`, not slices and indices: their backward passes write each gradient once.
     num_queries, num_keys = packing.sizes(site)
     split = query.split(num_queries, dim=2), key.split(num_keys, dim=2), value.split(num_keys, dim=2)

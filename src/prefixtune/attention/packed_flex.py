@@ -50,16 +50,15 @@ def packed_block_mask(
     lengths: tuple[int, ...],
     owners: tuple[int, ...],
     window: int | None,
-    infix: bool,
     device: torch.device,
 ) -> Any:
     """The block mask of a row, made once for all layers with the same; arguments as for `packed_mask_mod`."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    key = ("flex", site, lengths, owners, window, infix, device)
+    key = ("flex", site, lengths, owners, window, device)
     if key not in packing.cache:
         queries, keys = (sum(counts) for counts in packing.sizes(site))
-        mask_mod = packed_mask_mod(packing, site, lengths, owners, window, infix, device)
+        mask_mod = packed_mask_mod(packing, site, lengths, owners, window, device)
         packing.cache[key] = create_block_mask(mask_mod, None, None, queries, sum(lengths) + keys, device=device)
     return packing.cache[key]
 
@@ -70,7 +69,6 @@ def packed_mask_mod(
     lengths: Sequence[int],
     owners: Sequence[int],
     window: int | None,
-    infix: bool,
     device: torch.device,
 ) -> MaskMod:
     """Whether a query of a row sees a key.
@@ -81,7 +79,6 @@ def packed_mask_mod(
         lengths: Of the prefixes in front of the row's keys.
         owners: Which of them is each group's; -1: none.
         window: Of the text, only the nearest `window` positions are visible; None: all.
-        infix: The prefix is hidden from the groups' sources.
         device: Where queries and keys are.
     """
     own, others = map(_groups, packing.sizes(site))
@@ -92,11 +89,9 @@ def packed_mask_mod(
     group = torch.cat([torch.full((total,), -1), others])
     index = torch.cat([front, torch.arange(len(others))])
     parts, positions = _parts(packing), packing.positions()[0]
-    # Of each query: whether it sees its prefix at all.
-    reads = parts > 0 if infix else torch.ones(len(own), dtype=torch.bool)
     hidden, owner = _hidden(packing, site, lengths, owners), torch.tensor(owners)
-    own, prefix, in_prefix, group, reads, hidden, owner = (
-        tensor.to(device) for tensor in (own, prefix, in_prefix, group, reads, hidden, owner)
+    own, prefix, in_prefix, group, hidden, owner = (
+        tensor.to(device) for tensor in (own, prefix, in_prefix, group, hidden, owner)
     )
     # Lambdas, since nothing may wrap what torch is to trace.
     if site != "decoder":
@@ -110,7 +105,7 @@ def packed_mask_mod(
     )
     nearest = len(own) + 1 if window is None else window
     return lambda b, h, q, k: (
-        ((prefix[k] >= 0) & (prefix[k] == owner[own[q]]) & reads[q] & ~hidden[own[q], in_prefix[k]])
+        ((prefix[k] >= 0) & (prefix[k] == owner[own[q]]) & ~hidden[own[q], in_prefix[k]])
         | (
             (group[k] == own[q])
             & ((key_parts[k] == 0) | (key_parts[k] == parts[q]))

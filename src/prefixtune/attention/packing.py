@@ -48,10 +48,6 @@ class Group:
         targets = [torch.arange(length) + self.source_length for length in self.target_lengths]
         return torch.cat([torch.arange(self.source_length), *targets])
 
-    def in_targets(self) -> Int[Tensor, " N"]:
-        """1 where a position belongs to a target, 0 in the source."""
-        return (torch.arange(self.stop - self.start) >= self.source_length).long()
-
     def mask(self, window: int | None = None) -> Bool[Tensor, "N N"]:
         """Which position (row) sees which (column).
 
@@ -96,10 +92,6 @@ class Packing:
         sizes = torch.tensor([group.stop - group.start for group in self.groups])
         return torch.repeat_interleave(torch.tensor([lengths[index] for index in prefix_index]), sizes)[None]
 
-    def in_targets(self) -> Int[Tensor, "1 T"]:
-        """1 where a position of the row belongs to a target, 0 in a source."""
-        return torch.cat([group.in_targets() for group in self.groups])[None]
-
     def sizes(self, site: Site) -> tuple[list[int], list[int]]:
         """Per group, how many queries and how many keys it has at a site."""
         own = [group.stop - group.start for group in self.groups]
@@ -113,8 +105,6 @@ class Packing:
         window: int | None,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        infix: bool = False,
     ) -> Sequence[Float[Tensor, "N S"] | None]:
         """Per group, a mask (N, P + S) to add to scores, computed once per row. None: everything is visible.
 
@@ -124,15 +114,14 @@ class Packing:
             window: Only the nearest `window` text positions are visible; None: all.
             dtype: Of the masks.
             device: Where they are.
-            infix: The prefix is hidden from the sources, and visible to the targets.
         """
         if site != "decoder" and not any(group.hidden for group in self.groups):
             return [None] * len(self.groups)
-        key = (site, tuple(prefix_lengths), window, dtype, device, infix)
+        key = (site, tuple(prefix_lengths), window, dtype, device)
         if key not in self.cache:
             self.cache[key] = [
                 None if visible is None else _additive(visible, dtype).to(device)
-                for visible in self._visible(site, prefix_lengths, window, infix)
+                for visible in self._visible(site, prefix_lengths, window)
             ]
         masks: list[Tensor | None] = self.cache[key]
         return masks
@@ -142,7 +131,7 @@ class Packing:
         return site in (("decoder",) if self.sources is None else ("encoder", "cross"))
 
     def _visible(
-        self, site: Site, prefix_lengths: Sequence[int], window: int | None, infix: bool
+        self, site: Site, prefix_lengths: Sequence[int], window: int | None
     ) -> Iterator[Bool[Tensor, "N S"] | None]:
         """Per group, which query (row) sees which of the prefix's positions and keys (column); None: all."""
         hides = self.hides_at(site)
@@ -154,8 +143,6 @@ class Packing:
             text = group.mask(window) if site == "decoder" else torch.ones(queries, keys, dtype=torch.bool)
             visible = nn.functional.pad(text, (length, 0), value=True)
             visible[:, hidden] = False
-            if infix:
-                visible[: group.source_length, :length] = False
             yield visible
 
 

@@ -90,7 +90,7 @@ def attend(
         prefix_kv_by_group = injection.prefix_kv_by_group(layer)
         observe = None if observer is None else functools.partial(observer, layer)
         return packed_attention(
-            injection.packing, layer[0], prefix_kv_by_group, query, key, value, scores, injection.infix, observe
+            injection.packing, layer[0], prefix_kv_by_group, query, key, value, scores, observe
         ), None
     prefixed = injection.prepend(module, query, key, value, attention_mask, scores)
     if observer is not None and module in injection.layer_of:

@@ -74,6 +74,13 @@ class Batch:
         tensors = {name: value.to(device) for name, value in given.items() if value is not None}
         return {**tensors, "packing": self.packing, **({} if self.hidden is None else {"hidden": self.hidden})}
 
-    def weights(self, num_targets: int) -> Float[Tensor, " N"]:
-        """Each label's weight in the loss: a target's losses are summed, and the step's targets averaged."""
-        return torch.full((len(self.labels),), 1.0 / num_targets)
+    def weights(self, reduction: str, num_targets: int, num_tokens: int) -> Float[Tensor, " N"]:
+        """Each label's weight in the loss.
+
+        Args:
+            reduction: `sentence`: a target's losses are summed, and targets averaged; `token`: tokens are averaged.
+            num_targets: Targets of the whole optimizer step.
+            num_tokens: Labels of the whole optimizer step.
+        """
+        total = num_targets if reduction == "sentence" else num_tokens
+        return torch.full((len(self.labels),), 1.0 / total)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefixtune.cli.common import print_event
-from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset, without_conflicts
 from prefixtune.utils.config import Layer
@@ -56,12 +55,4 @@ def preset_layer(values: Mapping[str, Any]) -> Layer:
     """
     start = {"initialization": "prefix"} if values.get("init_prefix") else {}
     task, method = (str(values.get(name, TrainConfig.default(name))) for name in ("task", "method"))
-    limit = str(values.get("limit", ""))
-    num_targets = int(limit) if limit.isdecimal() else 0
-    values_of_preset = preset(values["preset"], task, method, num_targets=num_targets or 100)
-    if values["preset"] == "paper-low-data" and not num_targets:
-        raise ConfigError(
-            "the preset paper-low-data depends on the number of training targets, but limit does not give it.",
-            hint="--limit 50, 100, 200 or 500.",
-        )
-    return Layer({**without_conflicts(values_of_preset, {**start, **values}), **start})
+    return Layer({**without_conflicts(preset(values["preset"], task, method), {**start, **values}), **start})

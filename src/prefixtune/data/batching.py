@@ -208,7 +208,7 @@ def pack(
             model.
         share_beginnings: Decoder-only: examples that follow one another, see the same of the prefix and begin alike are
             one group, whose source is their common beginning, where that saves more than it costs. The labels and their
-            order stay as they are. Not for an infix, which sources do not see.
+            order stay as they are.
 
     Raises:
         DataError: A prompt is empty: nothing would predict the first token.

@@ -113,8 +113,7 @@ class Engine:
         Raises:
             EngineFull: Too many texts wait.
             ContextLengthError: It needs more positions than a slot has.
-            RequestError: It has tokens that the model does not have or more texts than may wait, its prefix is an
-                infix, or its id is in use.
+            RequestError: It has tokens that the model does not have or more texts than may wait, or its id is in use.
             BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
         """
         self._check(request)
@@ -151,11 +150,6 @@ class Engine:
             )
         if request.prefix is not None:
             load_prefix(request.prefix, self.backbone)
-            if request.prefix.placement != "front":
-                raise RequestError(
-                    f"the prefix's placement is {request.prefix.placement!r}, but the engine serves 'front' only.",
-                    hint="use `generate` for it.",
-                )
         if self._has_encoder and request.sampling.prompt_logprobs is not None:
             raise RequestError(
                 "an encoder-decoder's encoder reads the prompt, whose tokens then have no log-probabilities.",

@@ -86,7 +86,7 @@ def _describe(subject: Subject, asked: Mapping[str, str], prefix: Prefix | None)
     outputs = generate(
         subject.backbone,
         list(asked.values()),
-        None if prefix is None else Prefix(prefix.layers, {"placement": prefix.placement}),
+        None if prefix is None else Prefix(prefix.layers),
         text_format=TextFormat("{source}", "{target}", end=end_of_turn(subject.backbone)),
         max_new_tokens=_NEW_TOKENS,
         progress=False,

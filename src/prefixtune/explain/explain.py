@@ -102,7 +102,7 @@ def make_controls(prefix: Prefix, against: Prefix | None, seed: int) -> dict[str
         controls["shuffled"] = moved
     if against is not None:
         other = against.to(torch.float32, "cpu")
-        controls["other"] = Prefix(other.layers, {**other.header, "placement": prefix.placement}, prefix.head)
+        controls["other"] = Prefix(other.layers, other.header, prefix.head)
     return controls
 
 

@@ -135,7 +135,7 @@ def _blocks(start: Mapping[str, Any]) -> list[tuple[int, int]]:
         if not are_counts(pair, most=_MOST_TOKENS):
             return []
         tokens, lengths = [pair[0]], [pair[0] - pair[1]]
-    elif start.get("kind") != "examples" or start.get("attention") != "own":
+    elif start.get("kind") != "examples":
         return []
     if not (are_counts(tokens, most=_MOST_TOKENS) and are_counts(lengths, most=_MOST_TOKENS)):
         return []

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from prefixtune.attention.cache import cache_argument, growing_cache, prefilled_cache
+from prefixtune.attention.cache import cache_argument, prefilled_cache
 from prefixtune.attention.injection import Injection, batch_prefixes, injecting
 from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import PrefixError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.config import LOWEST_TEMPERATURE
@@ -67,8 +67,6 @@ def _put_prefixes(
     Returns:
         A context for the call.
     """
-    if any(prefix is not None and prefix.placement == "infix" for prefix in prefixes):
-        return cached_prefix_slots(_prefill_infix(arguments, backbone, prefixes, config))
     if backbone.layout.cache_layers is not None:
         return cached_prefix_slots(_prefill(arguments, backbone, prefixes, config))
     return injecting(_inject(arguments, backbone, prefixes))
@@ -103,37 +101,6 @@ def _prefill(
         arguments["input_ids"] = torch.cat([pads, arguments["input_ids"]], dim=1)
         arguments["attention_mask"] = torch.cat([slots.long(), arguments["attention_mask"]], dim=1)
         arguments[cache_argument(backbone.model)] = cache
-    return width
-
-
-def _prefill_infix(
-    arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
-) -> int:
-    """Start from a cache that holds the infixes, and the sources, which do not see them; returns the infixes' slots.
-
-    The prompt's last token is not in it: it is the first that sees the infix, as in training.
-    """
-    if backbone.layout.cache_layers is None:
-        raise ConfigError("an infix needs a cache that can be prefilled.", hint="use a prefix.")
-    ids, mask = arguments["input_ids"], arguments["attention_mask"]
-    cache = growing_cache(backbone.model)
-    if ids.shape[1] > 1:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        name = cache_argument(backbone.model)
-        backbone.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            use_cache=True,
-            **{name: cache},
-        )
-    width = _prefill(arguments, backbone, prefixes, config)
-    prefilled = arguments[cache_argument(backbone.model)]
-    if ids.shape[1] > 1:
-        for index in backbone.layout.cache_layers or ():
-            layer = cache.layers[index]
-            repeated = (part.repeat_interleave(config.num_beams, dim=0) for part in (layer.keys, layer.values))
-            prefilled.update(*repeated, index)
     return width
 
 

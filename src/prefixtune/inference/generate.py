@@ -155,13 +155,12 @@ class _Text(NamedTuple):
     ends: tuple[int, ...]
 
 
-def _shared(backbone: Backbone, number: int, text: _Text) -> tuple[bool, int, Sequence[int], int]:
+def _shared(backbone: Backbone, number: int, text: _Text) -> tuple[int, Sequence[int], int]:
     """What all texts of a batch have alike; in order, the longest outputs come first."""
-    infix = text.prefix is not None and text.prefix.placement == "infix"
     # One that may become longer than the model's original length is alone: it would turn the keys of the others.
     limit = backbone.longrope_limit
     is_alone = limit is not None and len(text.prompt) + text.new_tokens > limit
-    return infix, -text.new_tokens, text.ends, number if is_alone else -1
+    return -text.new_tokens, text.ends, number if is_alone else -1
 
 
 def _run_batch(backbone: Backbone, texts: Sequence[_Text], config: GenerateConfig, streamer: Any) -> list[list[int]]:

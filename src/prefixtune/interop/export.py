@@ -53,7 +53,7 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
     Raises:
         BackboneError: The backbone is not a plain decoder whose layers all keep keys and values of one shape, turned
             alike in every text, and see the whole text, or the prefix does not fit it.
-        ConfigError: The prefix is empty, an infix, holds NaN, or has a head.
+        ConfigError: The prefix is empty, holds NaN, or has a head.
     """
     name = backbone.name
     if backbone.kind != "decoder":
@@ -71,14 +71,8 @@ def check_prefix(prefix: Prefix, target: str) -> None:
     """Refuse a prefix that another runtime would compute wrongly, whatever the backbone.
 
     Raises:
-        ConfigError: It is empty, an infix, holds NaN, or has a head.
+        ConfigError: It is empty, holds NaN, or has a head.
     """
-    if prefix.placement != "front":
-        raise ConfigError(
-            f"the prefix has placement {prefix.placement!r}, between source and target; {target} takes prefixes in "
-            "front of the text.",
-            hint="use `prefixtune generate`, or `prefixtune train --method prefix`.",
-        )
     if prefix.head is not None:
         raise ConfigError(
             f"the prefix has a head of {len(prefix.head.bias)} labels, which reads hidden states; {target} returns the "

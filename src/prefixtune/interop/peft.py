@@ -275,7 +275,6 @@ def _only_shape(prefix: Prefix) -> LayerShape:
         f"it is for a model of kind {kind!r}": kind != "decoder",
         f"it has the sites {', '.join(prefix.sites)}, and only decoder self-attention can be stored": prefix.sites
         != ("decoder",),
-        "it is an infix, and PEFT puts prefixes before the text": prefix.placement != "front",
         "it has a head for labels": prefix.head is not None,
         "it was trained together with a LoRA adapter, and needs it": bool(prefix.header.get("adapter")),
         f"its layers differ ({describe(prefix.geometry)})": len(shapes) > 1 or len(dtypes) > 1,

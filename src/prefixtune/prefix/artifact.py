@@ -34,7 +34,6 @@ _POSITIONS = {
     "decoder": "text starts at position P",
     "encoder-decoder": "text positions are not shifted",
     "encoder": "text positions are not shifted",
-    "infix": "the source starts at position 0, the target P behind it",
 }
 """The position convention by kind of model; every artifact records it for each site."""
 
@@ -70,8 +69,6 @@ def describe_tensors(prefix: Prefix) -> dict[str, Any]:
     """What a header says of a prefix's tensors."""
     kind = backbone_origin(prefix.header).kind
     shifts = kind == "decoder" and prefix.sites == ("decoder",)
-    if prefix.placement == "infix" and shifts:
-        kind = "infix"
     return {
         "sites": list(prefix.sites),
         "prefix_length": prefix.lengths,

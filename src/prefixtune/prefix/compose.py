@@ -54,7 +54,7 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
     Raises:
         BackboneError: They are of different backbones.
         CheckpointError: The rotation in a header cannot be used.
-        ConfigError: They cannot be joined: no rotation is known, they are infixes, their placements or adapters do not
+        ConfigError: They cannot be joined: no rotation is known, their adapters do not
             fit, several have a head, they are too many, or nothing is left of the model's positions.
     """
     rotation, lead = check_join(prefixes, rotation, names=names)
@@ -87,10 +87,6 @@ def check_join(
         PrefixError: As `concatenate`.
     """
     names = check_joinable(prefixes, names)
-    if len(prefixes) > 1 and prefixes[0].placement == "infix":
-        raise ConfigError(
-            f"{names[0]} is an infix, and infixes are not joined.", hint="join prefixes that stand before the text."
-        )
     rotation = rotation or stored_rotation(prefixes, names)
     total, most = sum(prefix.length() for prefix in prefixes), None if rotation is None else rotation.max_positions
     if most is not None and total >= most:
@@ -417,14 +413,13 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
 
     Raises:
         BackboneError: Their shapes or their backbones' fingerprints differ.
-        ConfigError: There is none, one is no prefix, has a LoRA adapter of its own, or is an infix while another is
-            not; or the names are too few or too many.
+        ConfigError: There is none, one is no prefix or has a LoRA adapter of its own; or the names are too few or too
+            many.
     """
     _check_prefixes(prefixes)
     if len(names) not in (0, len(prefixes)):
         raise ConfigError(f"{len(names)} names for {len(prefixes)} prefixes.", hint="give one for each, or none.")
     names = _named(prefixes, names)
-    first = prefixes[0]
     # By site, the first part that has it; and the first one that says of which weights it is.
     by_site: dict[Site, tuple[str, Prefix]] = {}
     known: tuple[str, Prefix] | None = None
@@ -433,11 +428,6 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
             raise ConfigError(
                 f"{name} was trained together with a LoRA adapter, which other prefixes were not made for.",
                 hint="compose prefixes of the plain backbone.",
-            )
-        if prefix.placement != first.placement:
-            raise ConfigError(
-                f"{names[0]} is placed {first.placement!r}, but {name} {prefix.placement!r}.",
-                hint="compose prefixes of one placement.",
             )
         for site, shapes in prefix.geometry.items():
             other_name, other = by_site.setdefault(site, (name, prefix))

@@ -45,7 +45,7 @@ def lead_header(prefixes: Sequence[Prefix], lead: int) -> dict[str, Any]:
     """
     order = [prefixes[lead], *reversed(prefixes[:lead]), *prefixes[lead + 1 :]]
     header: dict[str, Any] = {}
-    for name in ("backbone", "placement", "method"):
+    for name in ("backbone", "method"):
         found = next((prefix.header[name] for prefix in order if prefix.header.get(name) is not None), None)
         if found is not None:
             header[name] = found

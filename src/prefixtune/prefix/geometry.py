@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["SITES", "BackboneKind", "Geometry", "LayerShape", "Placement", "Site", "describe", "spell_lengths"]
+__all__ = ["SITES", "BackboneKind", "Geometry", "LayerShape", "Site", "describe", "spell_lengths"]
 
 
 Site = Literal["encoder", "decoder", "cross"]
@@ -16,9 +16,6 @@ SITES: tuple[Site, ...] = get_args(Site)
 
 BackboneKind = Literal["decoder", "encoder", "encoder-decoder"]
 """Decoder-only (GPT-2, LLaMA), encoder (BERT), encoder-decoder (BART, T5)."""
-
-Placement = Literal["front", "infix"]
-"""`front`: before the text; `infix`: between source and target, hidden from the source (the paper's ablation)."""
 
 
 @dataclass(frozen=True)

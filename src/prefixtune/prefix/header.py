@@ -155,6 +155,11 @@ def check_header(header: Mapping[str, Any], what: str) -> None:
                 f"the header of {what} has {field} {_shown(value)}, but it must be {_TYPE_NAMES[kind]}.",
                 hint="docs/format.md lists the fields; get the file again.",
             )
+    if header.get("placement", "front") != "front":
+        raise CheckpointError(
+            f"{what} has the placement {_shown(header['placement'])}, but prefixes stand in front of the text.",
+            hint="train it again, with --method prefix.",
+        )
     labels = header.get("labels")
     if labels is not None and any(labels.get(key) is None for key in ("kind", "by", "names")):
         raise CheckpointError(
@@ -318,8 +323,6 @@ def incompatibilities(
         reasons.append("it classifies, and writes no text")
     if header.get("adapter"):
         reasons.append("it was trained together with a LoRA adapter")
-    if header.get("placement", "front") != "front":
-        reasons.append(f"its placement is {header['placement']!r}, but only 'front' can be served")
     if any(not _TENSOR.fullmatch(tensor) for tensor in shapes):
         reasons.append("it holds tensors that do not belong to a prefix")
     elif not reasons and not _fits(shapes, geometry):

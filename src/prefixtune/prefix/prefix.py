@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import BackboneError, ConfigError, describe_value, short_repr
-from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, Placement, Site, describe
+from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, Site, describe
 
 __all__ = ["Head", "KeyValue", "Prefix", "check_fits", "flatten", "unflatten"]
 
@@ -120,11 +120,6 @@ class Prefix:
     def sites(self) -> tuple[Site, ...]:
         """The sites that it has keys and values for."""
         return tuple(self.layers)
-
-    @property
-    def placement(self) -> Placement:
-        """`front`: before the text; `infix`: between source and target, unseen by the source (the paper's ablation)."""
-        return cast(Placement, self.header.get("placement", "front"))
 
     @property
     def prefix_length(self) -> int:

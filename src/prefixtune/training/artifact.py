@@ -71,6 +71,7 @@ def make_run_header(
             "backbone_dtype": backbone.dtype_name,
             **reparameterization_facts(config),
             "batch_size": config.batch_size,
+            "loss_reduction": config.loss_reduction,
             "seed": config.seed,
             "learning_rate": config.peak_learning_rate,
             **variation_facts(config),

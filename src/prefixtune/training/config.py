@@ -226,6 +226,9 @@ class TrainConfig(Config):
     )
     gradient_accumulation: int = _training(1, ge=1, description="forward passes per optimizer step")
     max_grad_norm: float = _training(1.0, ge=0, description="clip the gradient's norm to this; 0: do not clip")
+    loss_reduction: Literal["sentence", "token"] = _training(
+        "sentence", description="sentence: sum over a target, mean over targets (the paper); token: mean over tokens"
+    )
     gradient_checkpointing: bool = _training(False, description="recompute layers in the backward pass, to save memory")
     shard: bool = _training(
         False,

@@ -364,7 +364,10 @@ class TrainLoop:
         self.optimizer.zero_grad(set_to_none=True)
         # Every row's gradient gathers at the leaf; then it flows back through the encoder once.
         prefix = None if self.encoder is None else self.encoder()
-        weights = [batch.weights(num_targets) * float(counts) for batch, counts in batches]
+        weights = [
+            batch.weights(self.config.loss_reduction, num_targets, num_tokens) * float(counts)
+            for batch, counts in batches
+        ]
         return PendingStep(
             started,
             [batch for batch, _ in batches],
@@ -410,11 +413,12 @@ class TrainLoop:
             group["lr"] = rate
         self.optimizer.step()
         self.state.step += 1
+        per_token = step.num_targets / step.num_tokens if self.config.loss_reduction == "sentence" else 1.0
         return {
             "event": "step",
             "step": self.state.step,
             "loss": step.loss,
-            "loss_per_token": step.loss * step.num_targets / step.num_tokens,
+            "loss_per_token": step.loss * per_token,
             "lr": rate,
             "grad_norm": norm,
             "target_tokens": step.num_tokens,

@@ -27,8 +27,6 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(
     values = preset("paper", "e2e") | {"task": "e2e", "learning_rate": 1e-4, "seed": 5}
     assert printed(capsys, *arguments) == TrainConfig(**values)
     assert printed(capsys) == TrainConfig()
-    low = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--limit", "500")
-    assert low.max_steps == preset("paper-low-data", "e2e", num_targets=500)["max_steps"]
 
 
 @pytest.mark.parametrize(
@@ -37,13 +35,12 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(
         ("--hold-out 0", {"hold_out": 0.0, "patience": 0, "init_examples": 2}),
         ("--hold-out 0 --dev dev.jsonl", {"patience": 2}),
         ("--dev dev.jsonl --eval-every 0", {"patience": 0}),
-        ("--initialization words", {"init_examples": 0, "compact_examples": "", "prefix_length": 64}),
+        ("--initialization words", {"init_examples": 0, "prefix_length": 64}),
         ("--initialization text --prefix-length 5", {"init_examples": 0, "prefix_length": 5}),
-        ("--prefix-length 0", {"compact_examples": "", "init_examples": 2}),
-        ("--examples 0", {"compact_examples": "", "initialization": "examples", "prefix_length": 64}),
-        ("--example-attention all", {"compact_examples": "", "init_examples": 2}),
-        ("--initialization examples", {"compact_examples": "stride", "init_examples": 2, "prefix_length": 64}),
-        ("--init-prefix p.safetensors", {"initialization": "prefix", "init_examples": 0, "compact_examples": ""}),
+        ("--prefix-length 0", {"init_examples": 2}),
+        ("--examples 0", {"initialization": "examples", "prefix_length": 64}),
+        ("--initialization examples", {"init_examples": 2, "prefix_length": 64}),
+        ("--init-prefix p.safetensors", {"initialization": "prefix", "init_examples": 0}),
         ("--init-prefix p.safetensors", {"prefix_length": 0, "patience": 2}),
     ],
 )
@@ -55,10 +52,10 @@ def test_a_preset_gives_way_to_what_the_user_gives(
 
 
 def test_examples_or_a_prefix_set_the_length_that_a_preset_gives_for_words(capsys: pytest.CaptureFixture[str]) -> None:
-    config = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--limit", "100", "--examples", "4")
+    config = printed(capsys, "--task", "e2e", "--preset", "paper", "--examples", "4")
     assert (config.initialization, config.init_examples, config.prefix_length) == ("examples", 4, 0)
     assert config.reparameterization == "mlp"
-    options = ("--preset", "paper-low-data", "--limit", "100", "--init-prefix", "p.safetensors")
+    options = ("--preset", "paper", "--init-prefix", "p.safetensors")
     config = printed(capsys, "--task", "e2e", *options)
     assert (config.initialization, config.prefix_length) == ("prefix", 0)
     config = printed(capsys, "--task", "e2e", *options, "--prefix-length", "6")

@@ -43,14 +43,13 @@ def shown(views: list[View]) -> None:
     [
         ("bart", WORDS, {}),
         ("t5", WORDS, {}),
-        ("gpt2", {**WORDS, "placement": "infix"}, {}),
         ("llama", {**WORDS, **LABEL_WORDS}, {}),
         ("jamba", WORDS, {}),  # takes padded rows only
         ("gemma3n_text", WORDS, {}),  # layers that share keys and values
         ("bert", {**WORDS, **HEAD}, {"description": "trained head"}),
         ("deberta-v2", {**WORDS, **HEAD}, {"description": "trained head", "attention": "computes its weights itself"}),
     ],
-    ids=["bart", "t5", "infix", "words", "padded", "shared", "head", "disentangled"],
+    ids=["bart", "t5", "words", "padded", "shared", "head", "disentangled"],
 )
 def test_kinds(
     family: str,

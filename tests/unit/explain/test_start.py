@@ -39,11 +39,10 @@ def trained(backbone: Any, tmp_path: Path) -> Callable[..., Prefix]:
     return run
 
 
-@pytest.mark.parametrize("attention", ["own", "all"])
 def test_a_start_from_examples_needs_the_training_data(
-    attention: str, backbone: Any, trained: Callable[..., Prefix], assert_same: Callable[..., None]
+    backbone: Any, trained: Callable[..., Prefix], assert_same: Callable[..., None]
 ) -> None:
-    prefix = trained(init_examples=2, example_attention=attention)
+    prefix = trained(init_examples=2)
     start, note = find_start(backbone, prefix, EXAMPLES)
     assert start is not None
     assert_same(start.tensors(), prefix.tensors(), tolerance=1e-4)
@@ -155,7 +154,7 @@ def test_the_start_of_a_cut_prefix_was_computed_for_all_its_words(
 def test_a_header_that_lies_about_its_start_is_found_out_before_anything_is_computed(
     backbone: Any, trained: Callable[..., Prefix], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
 ) -> None:
-    prefix = trained(init_examples=2, example_attention="own")
+    prefix = trained(init_examples=2)
     header = {**prefix.header, "initialization": {**prefix.header["initialization"], **wrong}}
 
     def compute(*_: Any, **__: Any) -> Any:

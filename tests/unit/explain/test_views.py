@@ -251,13 +251,11 @@ def test_keys_of_a_text_that_was_compacted_are_compared_as_where_they_stand(make
 def test_keys_of_examples_that_were_compacted_are_compared_as_where_they_stand(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("llama")
     rows, lengths = [[7] * 6, [9] * 4, [11] * 5], [3, 4, 2]
-    start = from_examples(backbone, rows, alone=True, lengths=lengths)
+    start = from_examples(backbone, rows, lengths=lengths)
     described = {
         "kind": "examples",
         "tokens": [6, 4, 5],
         "lengths": lengths,
-        "attention": "own",
-        "compaction": "stride",
     }
     positions = key_positions(Prefix(start.layers, {"initialization": described}))
     assert positions == [-3, -1, 2, 3, 4, 5, 6, 4, 8]
@@ -288,8 +286,8 @@ def test_keys_whose_positions_the_file_does_not_name_are_left_out(make: Make, ti
         {"kind": "text", "tokens": 10**30, "turned_back": 1, "compaction": "stride"},
         {"kind": "text", "tokens": 8, "turned_back": 9, "compaction": "stride"},
         {"kind": "text", "tokens": "8", "turned_back": [4], "compaction": ["match"]},
-        {"kind": "examples", "attention": "own", "tokens": [5], "lengths": [2**31 - 1], "compaction": "stride"},
-        {"kind": "examples", "attention": "own", "tokens": 4, "lengths": None, "compaction": "match"},
+        {"kind": "examples", "tokens": [5], "lengths": [2**31 - 1], "compaction": "stride"},
+        {"kind": "examples", "tokens": 4, "lengths": None, "compaction": "match"},
         {"kind": "words"},
     ],
 )

@@ -129,7 +129,6 @@ def test_prefixes_that_peft_cannot_hold(
     three = Prefix(random_prefix(bart, 2).detach().layers, make_header(bart))
     refused(three, "kind 'encoder-decoder'.*the sites encoder, decoder, cross")
     refused(Prefix({"decoder": three.layers["decoder"]}, make_header(bart)), "kind 'encoder-decoder'")
-    refused(Prefix(prefix.layers, {"placement": "infix"}), "an infix")
     refused(Prefix(prefix.layers, head=Head(torch.zeros(2, 32), torch.zeros(2))), "a head for labels")
     refused(Prefix(prefix.layers, {"adapter": "adapter"}), "LoRA")
     (key, value), *others = prefix.layers["decoder"]
@@ -249,6 +248,8 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(folder: Path, prefix
 
 def test_options_are_distinguished_from_faults(prefix: Prefix, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        export_peft(Prefix(prefix.layers, {"placement": "infix", "adapter": "x"}), tmp_path / "adapter")
+        export_peft(
+            Prefix(prefix.layers, {"adapter": "x"}, Head(torch.zeros(2, 32), torch.zeros(2))), tmp_path / "adapter"
+        )
     assert error.value.message.count(";") == 1
     assert error.value.hint

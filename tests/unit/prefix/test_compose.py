@@ -150,8 +150,6 @@ def test_what_cannot_be_joined_is_refused_by_name() -> None:
         concatenate([_prefix(30), _prefix(10)])
     with pytest.raises(ConfigError, match="prefix 2 was trained together with a LoRA adapter"):
         concatenate([_prefix(3), _prefix(3, adapter="adapter")])
-    with pytest.raises(ConfigError, match="prefix 1 is placed 'front', but prefix 2 'infix'"):
-        concatenate([_prefix(3), _prefix(3, placement="infix")])
     with pytest.raises(ConfigError, match="no header says how keys turn"):
         concatenate([_prefix(3, rotation=None)] * 2)
     with pytest.raises(ConfigError, match=f"{MAX_PARTS + 1} parts, but at most {MAX_PARTS}"):
@@ -276,8 +274,6 @@ def test_what_cannot_be_joined_is_refused_before_anything_is_computed(monkeypatc
         concatenate([_prefix(1)] * 65, Rotation("none"))
     with pytest.raises(ConfigError, match="both classify"):
         concatenate([_with_head(_prefix(1), "a", "b")] * 2)
-    with pytest.raises(ConfigError, match="prefix 1 is an infix, and infixes are not joined"):
-        concatenate([_prefix(1, placement="infix")] * 2)
 
 
 def test_blends_are_weighted_sums() -> None:

@@ -54,7 +54,6 @@ def test_counts_of_trained_parameters():
     assert module("none").num_trained == 5 * SIZE
     mlp = 5 * 12 + (12 * 7 + 7) + (7 * SIZE + SIZE)
     assert module("mlp").num_trained == mlp
-    assert module("residual").num_trained == mlp
 
 
 def test_the_mlp_is_the_papers():
@@ -64,19 +63,10 @@ def test_the_mlp_is_the_papers():
     assert torch.equal(flatten(made().layers["decoder"]), expected)
 
 
-@pytest.mark.parametrize("kind", ["none", "residual"])
+@pytest.mark.parametrize("kind", ["none", "scaled"])
 def test_a_given_start_is_where_training_begins(kind: str):
     start = random_start()
     assert module(kind, start).bake().equal(start)
-
-
-def test_the_residuals_start_is_fixed():
-    made = module("residual", random_start())
-    assert "start" not in "".join(name for name, _ in made.named_parameters())
-    loss = sum(tensor.square().sum() for tensor in made().tensors())
-    loss.backward()
-    moved = {name for name, p in made.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
-    assert moved == {"sites.decoder.output.weight", "sites.decoder.output.bias"}
 
 
 @pytest.mark.parametrize("kind", REPARAMETERIZATIONS)

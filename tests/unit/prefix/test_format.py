@@ -208,6 +208,7 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
         ('{"format_version": 2, "labels": {"kind": "tagging"}}', "without their kind, by and names"),
         ('{"format_version": 2, "placement": 3}', "has placement"),
         ('{"format_version": 2, "placement": null}', "has placement null, but it must be a text"),
+        ('{"format_version": 2, "placement": "infix"}', "has the placement 'infix'"),
         ('{"format_version": 2, "composition": null}', "has composition null, but it must be an object"),
         ('{"format_version": 2, "backbone": {"name": null}}', "has backbone.name null, but it must be a text"),
     ],

@@ -39,7 +39,7 @@ def test_prefixes_that_cannot_be_served_are_refused_with_the_reason(
         "lora": "LoRA",
         "labels": "words do not match",
         "head": "a head, but no labels",
-        "infix": "infix",
+        "infix": "placement",
         "shapes": "shapes",
         "sister": "other weights",
     }

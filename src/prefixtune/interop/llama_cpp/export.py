@@ -108,7 +108,7 @@ def export_llama_cpp(
     Raises:
         BackboneError: llama.cpp cannot use a prefix of this backbone; the message says why.
         CheckpointError: The slot file cannot be patched; the message says why.
-        ConfigError: An unknown version or type, the prefix is empty, an infix, or has a head, or the folder holds a
+        ConfigError: An unknown version or type, the prefix is empty, or has a head, or the folder holds a
             run.
     """
     check_folder(folder)

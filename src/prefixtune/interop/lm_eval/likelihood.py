@@ -123,8 +123,7 @@ def _batches(
 
 def _kind(backbone: Backbone, prefix: Prefix | None) -> int | None:
     """Only prefixes of one kind share a batch: None for those that mix, else the prefix itself."""
-    mixes = backbone.layout.packable and not (prefix is not None and prefix.placement == "infix")
-    return None if mixes else id(prefix)
+    return None if backbone.layout.packable else id(prefix)
 
 
 def _score_batch(

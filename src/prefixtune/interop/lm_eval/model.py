@@ -462,7 +462,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
     def _facts_of(self, prefix: Prefix | None) -> dict[str, Any]:
         """What responses behind a prefix depend on, besides its numbers."""
         ends, usual = self._ends[id(prefix)], end_ids(self.backbone, self._formats[id(prefix)])
-        return {"placement": prefix and prefix.placement, **({"ends": ends} if ends != usual else {})}
+        return {"ends": ends} if ends != usual else {}
 
     def _room(self, prefix: Prefix | None) -> int:
         """Positions for text behind a prefix."""

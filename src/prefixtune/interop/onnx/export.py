@@ -105,7 +105,7 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
     Raises:
         BackboneError: The model cannot be traced, or ONNX Runtime computes something else; nothing is written.
         ConfigError: A library of the extra `export` is missing, the backbone is not in float32, the prefix is empty,
-            an infix, or has a head, or the folder holds a run.
+            or has a head, or the folder holds a run.
     """
     runtime = require_onnx()
     check_folder(folder)

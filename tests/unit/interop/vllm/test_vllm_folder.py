@@ -51,7 +51,7 @@ def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, ran
     reasons = {
         "cut": "not a complete prefix",
         "foreign": "other weights",
-        "infix": "its placement is 'infix', but only 'front' can be served",
+        "infix": "placement",
         "shallow": "shapes",
         "link": "out of the folder",
         "folder": "not a regular file",
