@@ -36,6 +36,7 @@ __all__ = [
 
 _LOCK = ".lock"
 """The lock's name in a work folder."""
+_ATTEMPTS = 20
 
 
 # --- can it be written? -----------------------------------------------------------------------------------------------
@@ -195,12 +196,17 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
         OSError: It cannot be made.
     """
     remove_abandoned(parent, name)
-    made = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
-    try:
-        with file_lock(made / _LOCK):
-            yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    for _ in range(_ATTEMPTS):
+        made = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
+        try:
+            with file_lock(made / _LOCK) as mine:
+                # Another process may remove it as abandoned before it is locked.
+                if mine and made.is_dir():
+                    yield made
+                    return
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(parent))
 
 
 def remove_abandoned(parent: Path, name: str) -> int:

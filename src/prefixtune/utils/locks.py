@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,22 +80,26 @@ def acquire_lock(path: Path, timeout: float) -> BaseFileLock | None:
 
 @contextlib.contextmanager
 def claim_folder(folder: Path) -> Iterator[None]:
-    """Reserve a folder for this process while the block runs; it is made if missing, and removed again if it is empty.
+    """Reserve a folder for this process while the block runs; it is made if missing.
+
+    If nothing is written to it, folders made here are removed again.
 
     Raises:
         PrefixError: Another process uses it, or it cannot be made.
     """
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PrefixError(f"cannot write {str(folder)!r}: {error.strerror}.", hint="choose another place.") from error
-    with file_lock(folder / ".lock") as acquired:
-        if not acquired:
-            raise PrefixError(
-                f"{str(folder)!r} is in use by another process.", hint="wait until that ends, or choose another folder."
-            )
-        yield
-    if made:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    try:
+        with file_lock(folder / ".lock") as acquired:
+            if not acquired:
+                raise PrefixError(
+                    f"{str(folder)!r} is in use by another process.", hint="wait for it, or choose another folder."
+                )
+            yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()

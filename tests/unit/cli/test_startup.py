@@ -42,7 +42,6 @@ def run_command(*words: str) -> tuple[int, set[str]]:
         ("generate --prefix MISSING hello", 2),
         ("generate --run MISSING hello", 2),
         ("chat --prefix MISSING", 2),
-        ("evaluate --data MISSING.jsonl", 2),
         ("inspect MISSING", 2),
     ],
 )
