@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_BACKBONE",
     "Artifact",
+    "columns_as_trained",
     "find_artifact",
     "load",
     "load_artifact",
@@ -243,3 +244,19 @@ def load_artifact(
         return backbone, None, text_format
     backbone, prefixes = load_with_prefixes(console, options, [artifact.prefix] if artifact.prefix else [])
     return backbone, prefixes[0] if prefixes else None, None
+
+
+def columns_as_trained(options: Any, task: str, header: Mapping[str, Any]) -> dict[str, Any]:
+    """What data is read with: --source, --target and --form, or what the training read its own with.
+
+    References are made in the same way as the training made its targets, unless --form says what the columns are.
+    """
+    from prefixtune.data import TASKS
+    from prefixtune.prefix.text_format import read_text_format
+
+    columns: dict[str, Any] = {"source": options.source, "target": options.target, "form": options.form}
+    trained = read_text_format(header)
+    if trained is not None and task in TASKS and TASKS[task].takes_columns and not options.form:
+        columns["source"] = options.source or trained.source or None
+        columns["target"] = options.target or trained.target_template or None
+    return columns

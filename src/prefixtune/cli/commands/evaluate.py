@@ -10,7 +10,7 @@ from pydantic import Field
 
 from prefixtune.cli.common import MetricNames, PathText, check_metrics, print_json, show_scores
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
-from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, split_joined
+from prefixtune.cli.loading import Artifact, columns_as_trained, find_artifact, load_artifact, split_joined
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
@@ -101,6 +101,9 @@ def evaluate(options: EvaluateOptions) -> int:
         prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/
     """
     from prefixtune.data import TASKS
+    from prefixtune.data.labels import check_known, labels_in
+    from prefixtune.evaluation.evaluate import check_kind
+    from prefixtune.evaluation.metrics import METRICS, Unavailable, measure
     from prefixtune.evaluation.records import summarize, write_evaluation
     from prefixtune.utils.files import check_writable, write_text
 
@@ -109,8 +112,19 @@ def evaluate(options: EvaluateOptions) -> int:
     artifact = find_artifact(options, options.prefix)
     name, columns, examples = _read_examples(console, options, artifact)
     task = TASKS[name]
-    metrics = _check_metrics(options.metrics, task, examples) if options.metrics else task.metrics
-    labels = _check_labels(options, task, artifact, examples)
+    metrics, labels = options.metrics or task.metrics, labels_in(artifact.header)
+    check_kind(
+        task.kind, labelled=labels is not None, intervals=options.intervals, has_prefix=artifact.prefix is not None
+    )
+    if labels is not None:
+        check_known(examples, labels)
+    check_metrics(metrics, METRICS if task.kind == "generation" else task.metrics)
+    if options.metrics and task.kind == "generation":
+        # Any text shows whether a library is missing.
+        try:
+            measure(["a word"], [["a word"]], protocol=task.protocol, metrics=metrics)
+        except Unavailable as error:
+            raise ConfigError(f"{error.reason}.", hint=f"{error.remedy}, or leave the metric out.") from error
     config = generate_config(options, [artifact.header], name)
     if options.print_config:
         print(config.to_toml().rstrip())
@@ -119,7 +133,7 @@ def evaluate(options: EvaluateOptions) -> int:
     for path in filter(None, (options.outputs, options.output and f"{options.output}/any")):
         check_writable(Path(path))
     shots = _read_shots(options, name, columns)
-    overlap = _overlap(console, examples, _training_files(options, artifact, shots), shots)
+    overlap = _overlap(console, options, artifact, examples, shots)
     outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots, labels)
     if outcome.num_unended:
         console.warn(
@@ -166,8 +180,9 @@ def _read_examples(
     from prefixtune.evaluation.evaluate import check_examples
 
     name = options.task or artifact.header.get("task") or "records"
-    source, target = _columns(options, name, artifact)
-    columns: dict[str, Any] = {"source": source, "target": target, "form": options.form}
+    columns = columns_as_trained(options, name, artifact.header)
+    if _is_conll(options.data):
+        columns |= {"source": options.source, "target": options.target}
     if name == "records" and not options.form:
         columns["prefer"] = artifact.header.get("form") or ""
     name, form, first_row = resolve_task(name, options.data, split=options.split or None, **columns)
@@ -175,49 +190,8 @@ def _read_examples(
     examples = examples[: options.limit or None]
     if form is not None:
         console.info(describe_data(form, examples, options.data, first_row))
-        if form.name == "text":
-            _check_text_options(options)
     check_examples(examples, TASKS[name].protocol, TASKS[name].targets_hint)
     return name, columns, examples
-
-
-def _check_labels(
-    options: EvaluateOptions, task: Task, artifact: Artifact, examples: Sequence[Example]
-) -> Labels | None:
-    """The labels that the training chose among; None: it made texts.
-
-    Raises:
-        ConfigError: The task is of another kind.
-        DataError: An example has a label that the training did not know.
-    """
-    from prefixtune.data.labels import check_known, labels_in
-    from prefixtune.evaluation.evaluate import check_kind
-
-    labels = labels_in(artifact.header)
-    check_kind(
-        task.kind,
-        labelled=labels is not None,
-        intervals=options.intervals,
-        has_prefix=artifact.prefix is not None,
-    )
-    if labels is not None:
-        check_known(examples, labels)
-    return labels
-
-
-def _columns(options: EvaluateOptions, task: str, artifact: Artifact) -> tuple[str | None, str | None]:
-    """--source and --target, or those of the training for tasks with columns.
-
-    References are made in the same way as the training made its targets, unless --form says what the columns are.
-    """
-    from prefixtune.data import TASKS
-    from prefixtune.prefix.text_format import read_text_format
-
-    trained = read_text_format(artifact.header)
-    has_columns = task in TASKS and TASKS[task].takes_columns and not _is_conll(options.data)
-    if trained is None or not has_columns or options.form:
-        return options.source, options.target
-    return options.source or trained.source or None, options.target or trained.target_template or None
 
 
 def _evaluate(
@@ -274,46 +248,6 @@ def _evaluate(
     return outcome, facts
 
 
-def _check_text_options(options: EvaluateOptions) -> None:
-    """Refuse what texts alone have no use for.
-
-    Raises:
-        ConfigError: Such an option is given.
-    """
-    for name in ("metrics", "shots", "instruction"):
-        if getattr(options, name):
-            raise ConfigError(
-                f"{options.flag(name)} is given, but the data is texts alone, whose perplexity is measured: nothing is "
-                "generated.",
-                hint="leave it out, or name a source and a target (--source, --target).",
-            )
-
-
-def _check_metrics(metrics: Sequence[str], task: Task, examples: Sequence[Example]) -> Sequence[str]:
-    """The metrics of --metrics.
-
-    Raises:
-        ConfigError: One is unknown, or cannot be computed here or of these references.
-        DataError: It cannot be computed of these references.
-    """
-    from prefixtune.evaluation.metrics import METRICS, Unavailable, measure
-
-    if task.kind != "generation":
-        if [*metrics] != [*task.metrics]:
-            raise ConfigError(
-                f"--metrics is for texts, but the task {task.name!r} is {task.kind}.",
-                hint=f"leave it out for {', '.join(task.metrics)}.",
-            )
-        return metrics
-    check_metrics(metrics, METRICS)
-    try:
-        # Any text shows whether a library is missing.
-        measure(["a word"], [["a word"]], protocol=task.protocol, metrics=metrics)
-    except Unavailable as error:
-        raise ConfigError(f"{error.reason}.", hint=f"{error.remedy}, or leave the metric out.") from error
-    return metrics
-
-
 def _read_shots(options: EvaluateOptions, task: str, columns: dict[str, Any]) -> list[Example]:
     """The solved examples of --shots.
 
@@ -335,52 +269,31 @@ def _read_shots(options: EvaluateOptions, task: str, columns: dict[str, Any]) ->
 
 
 def _overlap(
-    console: Console, examples: Sequence[Example], files: Sequence[str | Path], shots: Sequence[Example]
+    console: Console, options: EvaluateOptions, artifact: Artifact, examples: list[Example], shots: list[Example]
 ) -> dict[str, Any]:
-    """How many examples are also in a training set, or among the shots, if known; warns if there are any.
+    """How many examples are also among the shots, or in the training sets of the prefix or the weights; warns of them.
 
-    Args:
-        console: Shows the warning.
-        examples: The examples to evaluate on.
-        files: The file of the shots, or one in the folder of each training run; empty: the bare model.
-        shots: The solved examples in the prompt.
+    Empty: these are unknown.
     """
-    from prefixtune.evaluation.overlap import find_overlap
+    from prefixtune.evaluation.overlap import find_overlap, training_examples
+    from prefixtune.training.folder import CONFIG_FILE
 
-    known = [(str(files[0]), shots)] if shots else [one for file in files if (one := _training_set(console, file))]
+    known, name = shots, str(options.train)
+    files = [artifact.weights] if artifact.weights else split_joined(artifact.prefix) if artifact.prefix else []
+    for file in [] if shots else files:
+        path = Path(file).parent / CONFIG_FILE
+        if path.is_file():
+            try:
+                config = TrainConfig.from_file(path)
+                known, name = [*known, *(training_examples(config) or ())], config.train or config.task
+            except PrefixError as error:
+                console.info(f"not compared with the training set: {error.message}")
     if not known:
         return {}
-    names = ", ".join(dict.fromkeys(name for name, _ in known))
-    overlap = find_overlap(examples, [example for _, examples in known for example in examples], names)
+    overlap = find_overlap(examples, known, name)
     if overlap.count:
         console.warn(f"{overlap}.")
     return {"overlap": overlap.to_dict()}
-
-
-def _training_files(options: EvaluateOptions, artifact: Artifact, shots: Sequence[Example]) -> list[str | Path]:
-    """The file of the shots, or those of the trained weights or prefixes."""
-    if shots:
-        return [options.train or ""]
-    if artifact.weights is not None:
-        return [artifact.weights]
-    return [*split_joined(artifact.prefix)] if artifact.prefix else []
-
-
-def _training_set(console: Console, file: str | Path) -> tuple[str, Sequence[Example]] | None:
-    """Name and examples of what a file's run was trained on; None: it is unknown."""
-    from prefixtune.evaluation.overlap import training_examples
-    from prefixtune.training.folder import CONFIG_FILE
-
-    path = Path(file).parent / CONFIG_FILE
-    if not path.is_file():
-        return None
-    try:
-        config = TrainConfig.from_file(path)
-        training = training_examples(config)
-    except PrefixError as error:
-        console.info(f"not compared with the training set: {error.message}")
-        return None
-    return None if training is None else (config.train or config.task, training)
 
 
 def _is_conll(path: str) -> bool:

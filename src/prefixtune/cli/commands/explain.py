@@ -11,9 +11,9 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.decoding import BackboneOptions
-from prefixtune.cli.loading import load_with_prefixes, short_name
+from prefixtune.cli.loading import columns_as_trained, load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option, positional
-from prefixtune.errors import ConfigError, PrefixError, did_you_mean
+from prefixtune.errors import PrefixError
 from prefixtune.training.config import FormName
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
@@ -52,7 +52,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
         description="also write each figure into this folder, as SVG, PDF, PNG, and its numbers as CSV",
         json_schema_extra={"metavar": "FOLDER"},
     )
-    views: CommaList[str] = Field(
+    views: CommaList[Literal["attention", "loss", "nearest", "description", "likeness", "start"]] = Field(
         (),
         description="only these, of attention,loss,nearest,description,likeness,start",
         json_schema_extra={"metavar": "NAMES"},
@@ -76,14 +76,9 @@ class ExplainOptions(BackboneOptions, OutputOptions):
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """The page is no .html file, there is no such view, or what says how data are read has no data."""
-        from prefixtune.explain.view import TITLES
-
         page = Path(self.output)
         if page.suffix not in (".html", ".htm") or os.path.isdir(page):
             yield ("output",), f"--output is {self.output!r}, but must be the name of an .html file"
-        for name in self.views:
-            if name not in TITLES:
-                yield ("views",), f"--views has {name!r}, which is no view ({did_you_mean(name, TITLES)[:-1]})"
         for name in ("task", "split", "source", "target", "form"):
             if getattr(self, name) and not (self.data or self.train):
                 yield (name,), f"--{name} says how --data is read: give --data PATH too"
@@ -130,7 +125,7 @@ def explain(options: ExplainOptions) -> int:
         _make_views(console, names, views, backbone, prefixes, {"examples": examples, "train": train}, limits)
     finally:
         # A stopped run writes the views that are done.
-        figures = _write(options, page, views, prefixes[0], backbone.name, len(examples[: options.rows]))
+        figures = _write(options, page, views, prefixes[0], backbone.name, len(examples)) if views else []
     if options.as_json:
         print_json({**summarize(prefixes[0], backbone, views), "page": str(page), "figures": figures})
     else:
@@ -170,20 +165,11 @@ def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequenc
     Raises:
         PrefixError: It cannot be read.
     """
-    from prefixtune.data import TASKS, read_task
-    from prefixtune.prefix.text_format import read_text_format
+    from prefixtune.data import read_task
 
     header = prefixes[0].header
     name = options.task or str(header.get("task") or "records")
-    if name not in TASKS:
-        raise ConfigError(f"there is no task {name!r}.", hint=did_you_mean(name, TASKS))
-    columns: dict[str, Any] = {"source": options.source, "target": options.target, "form": options.form}
-    trained = read_text_format(header)
-    if trained is not None and TASKS[name].takes_columns and not options.form:
-        columns |= {
-            "source": options.source or trained.source or None,
-            "target": options.target or trained.target_template or None,
-        }
+    columns = columns_as_trained(options, name, header)
     return list(read_task(name, path, split=split or None, prefer=str(header.get("form") or ""), **columns))
 
 

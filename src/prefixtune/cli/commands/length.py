@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -143,31 +144,26 @@ class _Progress:
 
 def _print_curve(result: LengthResult) -> None:
     for point in result.points:
-        print_json(
-            {
-                "event": "length",
-                "prefix_length": point.prefix_length,
-                "loss": point.loss,
-                "interval": [*point.interval],
-                "difference": point.difference,
-                "p_value": point.p_value,
-                "num_bytes": point.num_bytes,
-            }
-        )
+        print_json({"event": "length", **asdict(point)})
     print_json({"event": "result", "best": result.best, "chosen": result.chosen, "path": str(result.path)})
 
 
 def _print_table(result: LengthResult, console: Console) -> None:
-    print("     p    loss  95 % interval      worse than the best by   p-value      bytes")
-    for point in result.points:
-        low, high = point.interval
-        note = {result.chosen: "  chosen"}.get(point.prefix_length, "") or (
-            "  best" if point.prefix_length == result.best else ""
-        )
-        print(
-            f"{point.prefix_length:6}  {point.loss:6.4f}  {low:6.4f} to {high:6.4f}  {point.difference:22.4f}   "
-            f"{point.p_value:7.4f}  {point.num_bytes:9,}{note}"
-        )
+    notes = {result.best: "best", result.chosen: "chosen"}
+    rows = [
+        [
+            point.prefix_length,
+            f"{point.loss:.4f}",
+            "{:.4f} to {:.4f}".format(*point.interval),
+            f"{point.difference:.4f}",
+            f"{point.p_value:.4f}",
+            f"{point.num_bytes:,}",
+            notes.get(point.prefix_length, ""),
+        ]
+        for point in result.points
+    ]
+    columns = ["p", "loss", "95 % interval", "worse than the best by", "p-value", "bytes", ""]
+    console.table("", columns, rows, result=True)
     print(f"{result.path}: {result.path.stat().st_size:,} bytes")
     if result.num_sources < 50:
         console.warn(
