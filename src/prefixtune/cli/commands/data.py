@@ -16,13 +16,12 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.utils.console import safe_text
 
 if TYPE_CHECKING:
-    from prefixtune.evaluation.data_report import DataReport, Lengths, Limit, Part
+    from prefixtune.evaluation.data_report import DataReport, Limit, Part
 
 __all__ = ["data"]
 
 _MAX_TEXT = 1_500
 """Characters of a piece of the example that are shown, at most; of a longer one, its beginning and its end."""
-_BAR = 40
 _MAX_LABELS = 12
 
 
@@ -107,18 +106,6 @@ def _length_lines(report: DataReport) -> Iterator[str]:
     yield f"  {'':<10}{'median':>8}{'90 %':>8}{'99 %':>8}{'longest':>9}"
     for item in report.lengths:
         yield f"  {item.what:<10}{item.median:>8,}{item.p90:>8,}{item.p99:>8,}{item.longest:>9,}"
-    yield ""
-    yield from _histogram(report.lengths[-1])
-
-
-def _histogram(lengths: Lengths) -> Iterator[str]:
-    most = max(count for _, _, count in lengths.bins)
-    width = len(f"{lengths.bins[-1][1]:,}")
-    yield f"{lengths.what}:"
-    for first, last, count in lengths.bins:
-        span = f"{first:>{width},}-{last:<{width},}" if last > first else f"{first:>{width},} {'':<{width}}"
-        bar = "#" * -(-count * _BAR // most)
-        yield f"  {span} {bar:<{_BAR}} {count:,}".rstrip()
 
 
 def _limit_lines(report: DataReport) -> Iterator[str]:
