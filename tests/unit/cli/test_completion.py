@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import run, run_apart
+from command_line import run
 
 COMPLETE = (
     'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _prefixtune; printf "%s\\n" "${COMPREPLY[@]}"'
@@ -43,21 +43,3 @@ def test_bash_completes_commands_options_choices_and_files(
     command = ["bash", "--norc", "-c", COMPLETE, "bash", str(script), "prefixtune", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert (set(done.stdout.split()), done.stderr) == (completions, "")
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_have_a_script(shell: str, tmp_path: Path) -> None:
-    out, _ = run("--install-completion", "--shell", shell, "--output", str(tmp_path / "script"))
-    assert str(tmp_path / "script") in out
-    assert "--learning-rate" in (tmp_path / "script").read_text(encoding="utf-8").replace("-l learning", "--learning")
-
-
-def test_nothing_else_in_the_home_folder_changes(tmp_path: Path) -> None:
-    (tmp_path / ".bashrc").write_text("# mine\n")
-    environment = {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
-    run_apart("--help", environment=environment)
-    assert [path.name for path in tmp_path.iterdir()] == [".bashrc"]
-    run_apart("--install-completion", "--shell", "bash", environment=environment)
-    written = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(written) == [".bashrc", ".local/share/bash-completion/completions/prefixtune"]
-    assert (tmp_path / ".bashrc").read_text() == "# mine\n"

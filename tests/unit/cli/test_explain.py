@@ -74,27 +74,6 @@ def test_the_page_holds_every_view_and_the_numbers_are_json(folder: Path, tmp_pa
     }
 
 
-def test_rows_that_can_be_read_in_two_ways_are_read_as_asked(folder: Path, tmp_path: Path) -> None:
-    backbone = load_backbone(folder / "model", device="cpu", dtype="float32")
-    prefix = tmp_path / "p.safetensors"
-    save_prefix(prefix, Prefix(from_words(backbone, "some words", 3).layers, make_header(backbone)))
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": "ab", "completion": "c", "question": "de", "answer": "fghij"}))
-    words = ["explain", str(prefix), "--data", str(rows), "--output", str(tmp_path / "page.html"), "--views", "loss"]
-    _, err = run(*words, code=2)
-    assert "--form" in err
-    found = [json.loads(run(*words, "--form", form, "--json")[0]) for form in ("prompt", "question")]
-    assert found[0]["views"]["loss"]["labels"] < found[1]["views"]["loss"]["labels"]
-
-
-def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(folder: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"question": "de", "answer": "fghij"}) + "\n")
-    words = ["explain", str(folder / "a.safetensors"), "--data", str(rows), "--output", str(tmp_path / "page.html")]
-    out, _ = run(*words, "--views", "loss", "--form", "question", "--device", "cpu", "--json")
-    assert json.loads(out)["views"]["loss"]["rows"] == 1
-
-
 def test_data_of_joined_prefixes_are_read_as_the_joined_one_reads_them(folder: Path, tmp_path: Path) -> None:
     backbone = load_backbone(folder / "model", device="cpu", dtype="float32")
     style = tmp_path / "style.safetensors"

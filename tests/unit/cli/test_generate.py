@@ -190,12 +190,6 @@ def test_options_are_checked_with_the_prefixs_own_before_the_backbone_loads(
     assert message in error(capsys, "text", "--prefix", prefixes[0], *words)
 
 
-def test_what_the_hints_say_works(prefixes: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(outputs(capsys, "text", "--prefix", prefixes[0], "--min-new-tokens", "3")) == 1
-    streamed = outputs(capsys, "text", "--prefix", prefixes[0], "--min-new-tokens", "3", "--num-beams", "1", "--stream")
-    assert streamed == outputs(capsys, "text", "--prefix", prefixes[0], "--min-new-tokens", "3", "--num-beams", "1")
-
-
 @pytest.mark.parametrize("method", ["prefix", "top"])
 def test_a_run_of_any_method_generates(
     method: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -339,19 +333,6 @@ def test_a_result_says_whether_its_output_ended(prefixes: list[str], capsys: pyt
     assert json.loads(row)["ended"] is False
     (row,) = outputs(capsys, "ab", "--prefix", prefixes[1], "--json", "--stop", output[0])
     assert json.loads(row)["ended"] is True
-
-
-def test_rows_that_can_be_read_in_two_ways_are_read_as_asked(
-    prefixes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "rows.jsonl"
-    data.write_text(json.dumps({"prompt": "ab", "completion": "c", "question": "de", "answer": "f"}))
-    words = ["generate", "--prefix", prefixes[1], "--data", str(data), "--json", *SHORT]
-    assert main(words) == 2
-    assert "--form" in capsys.readouterr().err
-    for form, text in (("prompt", "ab"), ("question", "de")):
-        assert main([*words, "--form", form]) == 0
-        assert text in capsys.readouterr().out.partition('"output"')[0]
 
 
 def test_an_output_does_not_steer_a_terminal(

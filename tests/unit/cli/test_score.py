@@ -65,17 +65,6 @@ def test_json_agrees_with_the_library(references: str, hypotheses: str, capsys: 
     assert "left_out" not in result
 
 
-def test_json_lines_of_outputs_give_the_same(
-    references: str, hypotheses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    lines = write(tmp_path / "outputs.jsonl", "".join(json.dumps({"output": text}) + "\n" for text in OUTPUTS))
-    first, second = (
-        run_json(capsys, "--task", "e2e", "--hypotheses", file, "--references", references, "--metrics", "bleu")
-        for file in (hypotheses, lines)
-    )
-    assert first == second
-
-
 def as_lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
