@@ -8,8 +8,6 @@ import pytest
 
 from prefixtune.cli.main import main
 
-TOY = ["--task", "toy", "--train", "train", "--dev", "held_out", "--test", "held_out"]
-
 
 def test_a_run_that_no_demo_made_is_kept(tmp_path: Path) -> None:
     (tmp_path / "prefix.safetensors").write_bytes(b"precious")
