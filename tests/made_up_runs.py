@@ -1,15 +1,11 @@
-"""Folders as the commands write them, with made-up figures: for the tests of the report, and to look at one.
-
-python tests/made_up_runs.py FOLDER     write an evaluation, a training run and three studies there
-"""
+"""Folders as the commands write them, with made-up figures."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,130 +142,14 @@ def evaluation(
     return folder
 
 
-def cell(
-    study: Path,
-    factors: Mapping[str, Any],
-    score: float | None,
-    *,
-    status: str = "done",
-    error: str | None = None,
-    parameters: int = 1_234_432,
-    stored: int = 92_160,
-    seconds: float = 900.0,
-) -> Path:
-    """A cell of a study; without a score it is what `status` says."""
-    identity = "-".join(str(value).replace(" ", "_") for value in factors.values())
-    folder = study / "cells" / identity
-    figures: dict[str, Any] = {}
-    if score is not None:
-        seed = 7 * int(factors.get("seed", 0)) + int(factors.get("subset", 0))
-        evaluation(folder, score, title=str(factors["method"]), method=str(factors["method"]), seed=seed)
-        figures = {"trained_parameters": parameters, "stored_parameters": stored, "evaluate_seconds": 184.2}
-        if parameters:
-            training(folder, final=2.2 - score / 75, seed=seed, steps=160)
-            figures |= {"file_bytes": 4 * stored + 3_000, "train_seconds": seconds, "steps": 160}
-            figures |= {"peak_memory_mib": 1_400.0 + parameters / 3e5, "dev_loss": 2.3 - score / 75}
-    write(
-        folder / "cell.json",
-        {"id": identity, "factors": dict(factors), "status": status, "error": error, "figures": figures},
-    )
-    return folder
+SCORES = {"prefix": 62.4, "fine-tuning": 63.9, "adapter": 61.7, "lora": 62.2, "zero-shot": 6.1}
 
 
-def study_json(folder: Path, **changes: Any) -> None:
-    """The study's own file."""
-    values = {
-        "kind": "study",
-        "name": "methods",
-        "title": "Methods on E2E",
-        "task": "e2e",
-        "backbone": "smollm2-135m",
-        "factors": ["method"],
-        "axis": None,
-        "metric": "bleu",
-        "budget_minutes": 25,
-        "machine": MACHINE,
-        "cut": ["Each method ran with one seed, not five.", "Decoding was greedy on the first 60 test examples."],
-        "tuning": {
-            "prefix": {"learning_rate": {"0.0005": 1.42, "0.001": 1.37, "0.002": 1.39}, "chosen": 0.001},
-            "fine-tuning": {"learning_rate": {"1e-05": 1.61, "5e-05": 1.44, "0.0001": 1.41}, "chosen": 0.0001},
-        },
-        "versions": VERSIONS,
-        "command": "prefixtune study methods --output studies/methods",
-        "date": "2026-11-25",
-        **changes,
-    }
-    write(folder / "study.json", values)
-
-
-METHODS = {
-    "prefix": (62.4, 1_234_432, 92_160, 905.0),
-    "fine-tuning": (63.9, 134_515_008, 134_515_008, 1_490.0),
-    "adapter": (61.7, 4_130_000, 4_130_000, 1_120.0),
-    "lora": (62.2, 921_600, 921_600, 1_010.0),
-    "zero-shot": (6.1, 0, 0, 0.0),
-}
-
-
-def methods_study(folder: Path) -> Path:
-    """Finished; one run a method."""
-    study_json(folder)
-    for method, (score, parameters, stored, seconds) in METHODS.items():
-        cell(folder, {"method": method}, score, parameters=parameters, stored=stored, seconds=seconds)
-    return folder
-
-
-def low_data_study(folder: Path) -> Path:
-    """Unfinished; methods over sizes of data, with repetitions; one cell failed, some wait, one has no score."""
-    study_json(
-        folder,
-        name="low-data",
-        title="Little data on E2E",
-        axis="num_targets",
-        factors=["method", "num_targets", "subset", "seed"],
-    )
-    chance = random.Random("low data")
-    cell(folder, {"method": "zero-shot"}, 6.1, parameters=0, stored=0)
-    for method in ("prefix", "fine-tuning"):
-        for targets in (50, 100, 200, 500):
-            for subset in range(3):
-                factors = {"method": method, "num_targets": targets, "subset": subset, "seed": 0}
-                base = 14 * math.log10(targets) + (18 if method == "prefix" else 11 + 2.5 * math.log10(targets))
-                if (method, targets, subset) == ("fine-tuning", 500, 1):
-                    cell(folder, factors, None, status="failed", error="TrainingError: the loss is not finite.")
-                elif (method, targets) == ("fine-tuning", 500):
-                    cell(folder, factors, None, status="waiting")
-                else:
-                    cell(folder, factors, base + chance.gauss(0, 2))
-    return folder
-
-
-def length_study(folder: Path) -> Path:
-    """Finished; a single series over the prefix length."""
-    study_json(
-        folder,
-        name="length",
-        title="Prefix length on E2E",
-        axis="prefix_length",
-        factors=["prefix_length"],
-        tuning={},
-        cut=[],
-    )
-    for length, score in ((1, 52.0), (5, 60.1), (10, 62.4), (20, 62.9), (40, 61.8)):
-        cell(folder, {"method": "prefix", "prefix_length": length}, score, stored=9_216 * length)
-    return folder
-
-
-def main() -> int:
-    folder = Path(sys.argv[1])
-    methods_study(folder / "methods")
-    low_data_study(folder / "low-data")
-    length_study(folder / "length")
-    training(folder / "training")
-    evaluation(training(folder / "prefix"))
-    evaluation(folder / "bare", 6.1, title="bare model", method="zero-shot")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def five_runs(folder: Path) -> list[Path]:
+    """Five runs that were trained and evaluated on the same data."""
+    return [
+        evaluation(
+            training(folder / name, final=2.2 - score / 75, steps=160), score, title=name, method=name, seed=seed
+        )
+        for seed, (name, score) in enumerate(SCORES.items())
+    ]

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from browser import CHROMIUM, NO_CHROMIUM, Browser
-from contrast import contrast
-from made_up_runs import evaluation, examples, length_study, low_data_study, methods_study, write_lines
+from made_up_runs import evaluation, examples, five_runs, write_lines
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
@@ -32,7 +31,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[0]["output"] = "</script><script>window.attacked = true</script><img src=x onerror='window.attacked = true'>"
     rows[1]["output"] = "unbreakable" * 40
     write_lines(one / "outputs.jsonl", rows)
-    made = (methods_study(folder / "methods"), low_data_study(folder / "low"), length_study(folder / "length"), one)
+    made = (*five_runs(folder), one)
     path = folder / "report.html"
     command = [sys.executable, "-m", "prefixtune", "report", *map(str, made), "--output", str(path), "--quiet"]
     subprocess.run(command, check=True)
@@ -51,7 +50,7 @@ def test_loads_without_complaint_and_from_one_file(browser: Browser, page: Path)
     assert browser.value("document.querySelectorAll('svg.chart').length") > 10
 
 
-@pytest.mark.parametrize("width", [360, 400, 768, 1280])
+@pytest.mark.parametrize("width", [360, 1280])
 def test_never_wider_than_the_window(browser: Browser, page: Path, width: int) -> None:
     browser.open(page, width=width)
     browser.value(OPEN_ALL)
@@ -66,23 +65,6 @@ def test_never_wider_than_the_window(browser: Browser, page: Path, width: int) -
     assert browser.value(outside) == []
 
 
-def test_text_in_charts_stays_legible_and_inside_on_a_phone(browser: Browser, page: Path) -> None:
-    browser.open(page, width=360)
-    browser.value(OPEN_ALL)
-    sizes = browser.value(
-        "[...document.querySelectorAll('svg.chart text')].map((text) => parseFloat(getComputedStyle(text).fontSize)"
-        " * text.closest('svg').getBoundingClientRect().width / text.closest('svg').viewBox.baseVal.width)"
-    )
-    assert min(sizes) >= 9.5
-    cut_off = (
-        "[...document.querySelectorAll('svg.chart text')].filter((text) => {"
-        " const inner = text.getBoundingClientRect(), outer = text.closest('figure').getBoundingClientRect();"
-        " return inner.left < outer.left || inner.right > outer.right || inner.top < outer.top;"
-        "}).map((text) => text.textContent)"
-    )
-    assert browser.value(cut_off) == []
-
-
 def test_dark_mode_is_dark(browser: Browser, page: Path) -> None:
     shades = {}
     for scheme in ("light", "dark"):
@@ -95,24 +77,6 @@ def test_dark_mode_is_dark(browser: Browser, page: Path) -> None:
         assert browser.complaints() == []
     assert shades["light"][0] > 600 > 150 > shades["dark"][0]
     assert shades["light"][1] < 150 < 600 < shades["dark"][1]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_figures_are_legible_in_every_scheme(browser: Browser, page: Path, scheme: str) -> None:
-    browser.open(page, scheme=scheme)
-    browser.value(OPEN_ALL)
-    drawn = browser.value(
-        "[...document.querySelectorAll('svg.chart')].flatMap((chart) => {"
-        " const ground = getComputedStyle(chart.closest('figure')).backgroundColor;"
-        " return [...chart.querySelectorAll('text, path, use')].map((part) => {"
-        "  const style = getComputedStyle(part), name = part.localName;"
-        "  return [name, name === 'text' ? style.fill : style.stroke, ground]; }); })"
-    )
-    texts = {(color, ground) for name, color, ground in drawn if name == "text"}
-    lines = {(color, ground) for name, color, ground in drawn if name == "path" and color != "none"}
-    assert min(contrast(color, ground) for color, ground in texts) >= 4.5
-    # The grid and the edges of markers are faint on purpose; every series is not.
-    assert sum(contrast(color, ground) >= 3 for color, ground in lines) >= 6
 
 
 def test_a_wide_table_is_moved_to_its_last_column(browser: Browser, page: Path) -> None:
@@ -168,15 +132,7 @@ def test_whole_without_scripts(browser: Browser, page: Path) -> None:
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
     names = [node.get("name", {}).get("value", "") for node in nodes if not node.get("ignored")]
     roles = [node.get("role", {}).get("value", "") for node in nodes if not node.get("ignored")]
-    assert "BLEU over prefix length" in " ".join(names)
+    assert "Development loss" in " ".join(names)
     assert {"main", "banner", "navigation", "contentinfo", "table", "columnheader", "rowheader"} <= set(roles)
     # What only a script could do is not offered.
     assert "searchbox" not in roles
-
-
-def test_prints(browser: Browser, page: Path) -> None:
-    browser.open(page, scheme="dark")
-    browser.call("Emulation.setEmulatedMedia", media="print")
-    assert browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert browser.value("getComputedStyle(document.querySelector('nav')).display") == "none"
-    browser.call("Emulation.setEmulatedMedia", media="")

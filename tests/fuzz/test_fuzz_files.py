@@ -40,7 +40,7 @@ from prefixtune.prefix.card import read_evaluations
 from prefixtune.prefix.header import HEADER_KEY, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
-from prefixtune.report import compose, read_results, to_html, to_markdown
+from prefixtune.report import compose, read_results, to_html
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.training.artifact import load_weights, save_weights
 from prefixtune.training.checkpoint import load_state, save_state
@@ -420,7 +420,6 @@ def report_on(folder: Path) -> None:
     with refused():
         document = compose([read_results(folder)], "")
         assert len(to_html(document)) < 20_000_000
-        to_markdown(document)
 
 
 @fuzzed(chosen=st.sampled_from(sorted(FOLDERS)).flatmap(lambda n: st.tuples(st.just(n), spoiled(FOLDERS[n]))))

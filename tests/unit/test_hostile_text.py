@@ -14,8 +14,6 @@ from prefixtune.data.tasks.e2e import parse_mr
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import PrefixError, did_you_mean
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.pages.document import Document
-from prefixtune.report import to_markdown
 
 SIZE = 50_000
 """Characters of the short text; the long one has four times as many."""
@@ -38,7 +36,6 @@ WORK: dict[str, Callable[[str], object]] = {
     "check_template": check_template,
     "did_you_mean": lambda text: did_you_mean(text, ["prompt", "model", text[:9]]),
     "render": lambda text: render("{column} and {column}", {"column": text}, "the request"),
-    "Markdown": lambda text: to_markdown(Document(text, text, [])),
     **{f"protocol {name}": PROTOCOLS[name].normalize for name in ("plain", "dart")},
 }
 

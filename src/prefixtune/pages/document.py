@@ -1,10 +1,10 @@
-"""A report as a tree of blocks, before it is HTML or Markdown. Every text in it is plain: the templates escape."""
+"""A report as a tree of blocks, before it is HTML. Every text in it is plain: the templates escape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from prefixtune.pages.format import Number
 
@@ -21,7 +21,6 @@ __all__ = [
     "Picture",
     "Section",
     "Series",
-    "ShownExample",
     "Table",
     "Text",
     "Value",
@@ -121,15 +120,15 @@ class Series:
         points: x and y, finite.
         style: Index of its colour, dashes and marker.
         ranges: Low and high end of each point's error bar; empty for none.
-        kind: `marked`: a line with markers; `plain`: without; `faint`: behind the others; `level`: only the first
-            point's y counts, drawn across; `dots`: markers alone, of which x is the value and y the row.
+        kind: `marked`: a line with markers; `plain`: without; `faint`: behind the others; `dots`: markers alone,
+            of which x is the value and y the row.
     """
 
     name: str
     points: Sequence[tuple[Number, Number]]
     style: int
     ranges: Sequence[tuple[Number, Number]] = ()
-    kind: Literal["marked", "plain", "faint", "level", "dots"] = "marked"
+    kind: Literal["marked", "plain", "faint", "dots"] = "marked"
 
 
 @dataclass(frozen=True)
@@ -171,34 +170,16 @@ class HeatMap:
     table: Table
 
 
-@runtime_checkable
-class ShownExample(Protocol):
-    """What a page shows of an example."""
-
-    @property
-    def index(self) -> int:
-        """Its number."""
-
-    @property
-    def source(self) -> str:
-        """What the model reads."""
-
-    @property
-    def references(self) -> Sequence[str]:
-        """Wanted outputs."""
-
-    @property
-    def groups(self) -> Mapping[str, Any]:
-        """Kind of group -> the group that it belongs to."""
-
-
 @dataclass(frozen=True)
 class Outputs:
-    """Examples with the output of each system, None where a system has none: a sample, and the others."""
+    """Examples with the output of each system, None where a system has none: a sample, and the others.
+
+    An example has an `index`, a `source`, `references`, and `groups` (kind of group -> the one that it belongs to).
+    """
 
     systems: Sequence[str]
-    sample: Sequence[tuple[ShownExample, Sequence[str | None]]]
-    others: Sequence[tuple[ShownExample, Sequence[str | None]]]
+    sample: Sequence[tuple[Any, Sequence[str | None]]]
+    others: Sequence[tuple[Any, Sequence[str | None]]]
 
 
 @dataclass(frozen=True)

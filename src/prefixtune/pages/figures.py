@@ -35,8 +35,8 @@ DASHES: tuple[Any, ...] = (
 )  # fmt: skip
 WIDTH, HEIGHT = 5.0, 3.1
 """Inches; in the page, 72 units each."""
-MOST_SERIES, MOST_POINTS = 120, 480
-"""Of a chart, and of a line; the CSV has all."""
+MOST_POINTS = 480
+"""Of a line; the CSV has all."""
 STYLE = {
     "font.size": 11.5,
     "text.color": TEXT,
@@ -154,7 +154,7 @@ def numbers(chart: Picture) -> str:
     writer.writerow(["series", x_name, y_name, "low", "high"])
     for series in chart.series:
         for index, (x, y) in enumerate(series.points):
-            at, value = (chart.rows[int(y)], x) if chart.rows else ("" if series.kind == "level" else x, y)
+            at, value = (chart.rows[int(y)], x) if chart.rows else (x, y)
             writer.writerow([series.name, at, value, *(series.ranges[index] if series.ranges else ("", ""))])
     return str(clean(file.getvalue()))
 
@@ -168,7 +168,7 @@ def draw(chart: Picture) -> Any:
 
     if isinstance(chart, HeatMap):
         return _draw_heat_map(chart)
-    drawn = chart.series[:MOST_SERIES]
+    drawn = chart.series
     names = dict.fromkeys(series.name for series in drawn)
     height = 0.7 + 0.14 * len(chart.rows) * (len(names) + 1) if chart.rows else HEIGHT
     columns = max(1, min(3, int(72 * WIDTH / (60 + 6.5 * max(len(_label(name)) for name in names or ["-"])))))
@@ -233,8 +233,6 @@ def _draw_series(axes: Any, series: Series, shift: float, several: int) -> Any:
     from matplotlib.transforms import ScaledTranslation
 
     look = {"color": COLORS[series.style % len(COLORS)], "linestyle": DASHES[series.style % len(DASHES)]}
-    if series.kind == "level":
-        return axes.axhline(series.points[0][1], linewidth=1.3, **look)
     x, y = zip(*spread_out(series.points, MOST_POINTS), strict=True)
     if series.kind == "faint":
         return axes.plot(x, y, linewidth=0.8, alpha=0.35, color=look["color"])[0]
@@ -266,7 +264,7 @@ def _set_line_axes(axes: Any, chart: Chart) -> None:
     axes.set_ylim(*_limits(chart.series, 1))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    values = sorted({x for series in chart.series if series.kind != "level" for x, _ in series.points}) or [0.0]
+    values = sorted({x for series in chart.series for x, _ in series.points}) or [0.0]
     if len(values) > 12 or not any(series.ranges for series in chart.series):
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))

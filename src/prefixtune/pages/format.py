@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
     "MISSING",
     "Number",
-    "Spread",
     "clean",
     "count",
     "decimals_for",
@@ -48,45 +45,6 @@ def clean(text: Any) -> Any:
     ('a\nb�', 1)
     """
     return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n")) if type(text) is str else text
-
-
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; beyond the last one they change little."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Repetitions of one figure.
-
-    Attributes:
-        deviation: The sample's standard deviation; None for fewer than two.
-    """
-
-    mean: float
-    deviation: float | None
-    low: float
-    high: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[Number]) -> Spread | None:
-        """The spread of some values; None where there is none.
-
-        >>> Spread.of([1.0, 3.0])
-        Spread(mean=2.0, deviation=1.4142135623730951, low=1.0, high=3.0, count=2)
-        """
-        if not values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return cls(statistics.fmean(values), deviation, min(values), max(values), len(values))
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval of the mean, by Student's t; None for fewer than two."""
-        if self.deviation is None:
-            return None
-        half = _T95[min(self.count - 1, len(_T95)) - 1] * self.deviation / math.sqrt(self.count)
-        return self.mean - half, self.mean + half
 
 
 def decimals_for(values: Sequence[Number]) -> int:

@@ -1,25 +1,15 @@
-"""Reports: the results of runs, evaluations and studies as one HTML page, the same as Markdown, and figures as files.
+"""Reports: the results of runs and evaluations as one HTML page, and figures as files.
 
-    files -> load -> results -> compose (sections) -> pages' document, page (templates) and figures
+    files -> results -> compose (systems, charts, details) -> pages' document, page (template) and figures
 
 Reads JSON and TOML files. Knows nothing of models, and runs nothing.
 """
 
 from __future__ import annotations
 
-from prefixtune.pages.page import is_own_markdown, save_figures, to_html, to_markdown
+from prefixtune.pages.page import save_figures, to_html
+from prefixtune.report.charts import loss_plot, smooth
 from prefixtune.report.compose import compose
-from prefixtune.report.load import read_results
-from prefixtune.report.losses import loss_plot
-from prefixtune.report.sections.charts import smooth
+from prefixtune.report.results import read_results
 
-__all__ = [
-    "compose",
-    "is_own_markdown",
-    "loss_plot",
-    "read_results",
-    "save_figures",
-    "smooth",
-    "to_html",
-    "to_markdown",
-]
+__all__ = ["compose", "loss_plot", "read_results", "save_figures", "smooth", "to_html"]

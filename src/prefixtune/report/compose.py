@@ -1,45 +1,53 @@
-"""From results to a document: studies one by one, evaluations of the same data side by side, trainings together."""
+"""From results to a document: evaluations of the same data side by side, trainings together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from prefixtune.pages.document import Block, Document, Facts, Section, Text, Value
-from prefixtune.pages.format import count, fixed, metric_name, signed
-from prefixtune.report.results import Evaluation, Run, Study
-from prefixtune.report.sections.charts import groups_section, losses_section
-from prefixtune.report.sections.details import outputs_section, settings_section
-from prefixtune.report.sections.study import Part, study_part
-from prefixtune.report.sections.systems import System, figures_of, headline, main_metric, mark_best, scores_section
+from prefixtune.pages.document import Block, Document, Facts, Section, Text
+from prefixtune.pages.format import count, metric_name, signed
+from prefixtune.report.charts import groups_section, losses_section
+from prefixtune.report.details import outputs_section, settings_section
+from prefixtune.report.results import Evaluation, Run
+from prefixtune.report.systems import System, main_metric, scores_section
 
 __all__ = ["compose"]
 
 
-def compose(sources: Sequence[Study | Run], title: str = "") -> Document:
+@dataclass(frozen=True)
+class _Part:
+    """What belongs together."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    warnings: Sequence[str]
+    sections: Sequence[Section]
+
+
+def compose(runs: Sequence[Run], title: str = "") -> Document:
     """Make a report.
 
     Args:
-        sources: At least one, as read by `read_results`.
+        runs: At least one, as read by `read_results`.
         title: Empty: made from the results.
     """
-    parts = [study_part(source) for source in sources if isinstance(source, Study)]
-    runs = [source for source in sources if isinstance(source, Run)]
     groups = [*_same_data([run for run in runs if run.evaluation]), [run for run in runs if not run.evaluation]]
-    parts += [_runs_part(group) for group in groups if group]
+    parts = [_part(group) for group in groups if group]
     alone = parts[0] if len(parts) == 1 else None
     title = title or (alone.title if alone else "Report")
     summary: list[Block] = []
     for part in parts:
-        blocks: list[Block] = [Text(text, warning=True) for text in part.warnings]
-        blocks += [part.headline] if part.headline else []
-        blocks += [Facts(part.facts)] if part.facts else []
+        blocks: list[Block] = [*(Text(text, warning=True) for text in part.warnings), Facts(part.facts)]
         summary += blocks if alone else [Section(part.title, blocks)]
-    sections = alone.shown if alone else [Section(part.title, part.shown) for part in parts]
     return Document(
         title=title,
         subtitle="" if alone is None or alone.title == title else alone.title,
-        sections=[Section("Summary", summary), *sections],
+        sections=[
+            Section("Summary", summary),
+            *(alone.sections if alone else [Section(part.title, part.sections) for part in parts]),
+        ],
         warnings=[warning for part in parts for warning in part.warnings],
     )
 
@@ -65,10 +73,10 @@ def _on_same_data(one: Evaluation | None, other: Evaluation | None) -> bool:
     return (one.data, one.split) == (other.data, other.split)
 
 
-def _runs_part(runs: Sequence[Run]) -> Part:
+def _part(runs: Sequence[Run]) -> _Part:
     """Evaluations of the same examples, or training runs that were not evaluated."""
     named = list(zip(_names(runs), runs, strict=True))
-    systems = [System(name, [run], [figures_of(run)], style=index) for index, (name, run) in enumerate(named)]
+    systems = [System(name, run, style) for style, (name, run) in enumerate(named)]
     evaluations = [run.evaluation for run in runs if run.evaluation is not None]
     main = main_metric(systems)
     if evaluations:
@@ -84,18 +92,18 @@ def _runs_part(runs: Sequence[Run]) -> Part:
     else:
         title = f"Training run: {named[0][0]}" if len(runs) == 1 else f"{len(runs)} training runs"
         facts = [(key, _joined(run.config.get(key) for run in runs)) for key in ("task", "backbone", "train")]
-    return Part(
-        title=title,
-        facts=facts,
-        warnings=[f"{name}: {warning}" for name, run in named for warning in _run_warnings(run)],
-        headline=headline(systems, main) if evaluations else _loss_headline(systems),
-        sections=[
-            scores_section(systems, main, what="system" if evaluations else "run"),
-            groups_section(systems, main),
-            losses_section(systems),
-            outputs_section(systems),
-            settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
-        ],
+    sections = (
+        scores_section(systems, main),
+        groups_section(systems, main),
+        losses_section(systems),
+        outputs_section(systems),
+        settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
+    )
+    return _Part(
+        title,
+        facts,
+        [f"{name}: {warning}" for name, run in named for warning in _warnings(run)],
+        [section for section in sections if section is not None],
     )
 
 
@@ -103,14 +111,14 @@ def _joined(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values if value))
 
 
-def _run_warnings(run: Run) -> Iterator[str]:
+def _warnings(run: Run) -> Iterator[str]:
     evaluation = run.evaluation
     if evaluation is None:
         if not any(event.get("event") == "end" for event in run.events):
             yield "the log has no end; the run was stopped, or still goes on."
         return
     yield from (f"no finite {metric_name(key)}." for key, score in evaluation.scores.items() if score.score is None)
-    if str(evaluation.overlap):
+    if evaluation.overlap is not None and str(evaluation.overlap):
         yield f"{evaluation.overlap}."
     if not evaluation.scores:
         yield "no scores."
@@ -131,17 +139,8 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _difference(systems: Sequence[System], main: str) -> str:
     """The second's main score minus the first's, where there are two."""
-    spreads = [system.spread(main) for system in systems]
-    if len(spreads) != 2 or spreads[0] is None or spreads[1] is None:
+    scores = [score.score for system in systems if (score := system.score(main)) and score.score is not None]
+    if len(systems) != 2 or len(scores) != 2:
         return ""
-    gap = spreads[1].mean - spreads[0].mean
-    decimals = 4 if max(abs(spreads[0].mean), abs(spreads[1].mean)) < 1 else 2
-    return f"{signed(gap, decimals)} {metric_name(main)} from {systems[0].name} to {systems[1].name}"
-
-
-def _loss_headline(systems: Sequence[System]) -> Facts | None:
-    """The best development loss of each run."""
-    losses = [(system.name, system.cost("dev_loss")) for system in systems]
-    known = [(name, Value(fixed(loss, 3), number=loss)) for name, loss in losses if loss is not None]
-    marked = zip([name for name, _ in known], mark_best([value for _, value in known], higher=False), strict=True)
-    return Facts(list(marked), "development loss per token, lower is better") if known else None
+    decimals = 4 if max(map(abs, scores)) < 1 else 2
+    return f"{signed(scores[1] - scores[0], decimals)} {metric_name(main)} from {systems[0].name} to {systems[1].name}"

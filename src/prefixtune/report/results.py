@@ -1,150 +1,97 @@
-"""What runs, evaluations and studies came to: fields and their types as in their files."""
+"""What runs and evaluations came to: fields and their types as in their files."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-__all__ = [
-    "Cell",
-    "CellStatus",
-    "Comparisons",
-    "Difference",
-    "Evaluation",
-    "Event",
-    "GroupScores",
-    "Output",
-    "Pair",
-    "Run",
-    "Score",
-    "Stored",
-    "Study",
-    "losses_of",
+from prefixtune.errors import DataError
+
+__all__ = ["Evaluation", "Event", "GroupScores", "Output", "Run", "Score", "losses_of", "read_results"]
+
+
+_WRITE_AGAIN = "write it again with the command that made it."
+
+Finite = Annotated[
+    float | None,
+    BeforeValidator(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value),
 ]
-
-
-CellStatus = Literal["done", "failed", "waiting"]
-_MOST = 10**15
-_HUGE = 1e100
-"""Numbers from here on count as not finite: no result is one, and charts cannot show them."""
-
-
-def _known(values: Any) -> Any:
-    """An object without what is missing: null, and numbers that are not finite."""
-    return {key: value for key, value in values.items() if _is_known(value)} if isinstance(values, dict) else values
-
-
-def _is_known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and not abs(value) < _HUGE)
-
-
-def _interval(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    if len(value) not in (0, 2):
-        raise ValueError(f"is {str(value)[:60]}, but must be two numbers")
-    return tuple(value) if value and all(map(_is_known, value)) else None
-
-
-def _scalar(value: Any) -> Any:
-    too_large = isinstance(value, int) and abs(value) > _MOST
-    return json.dumps(value) if too_large or isinstance(value, list | dict) else value
-
-
-def _whole(value: Any) -> Any:
-    """A text in which U+FFFD stands for half a surrogate pair, which pydantic refuses."""
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
-
-
-Text = Annotated[str, BeforeValidator(_whole)]
-Strings = Annotated[tuple[Text, ...], Field(strict=False)]
-Count = Annotated[int, Field(ge=-_MOST, le=_MOST)]
-Interval = Annotated[tuple[float, float] | None, BeforeValidator(_interval)]
-NumberOrNan = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number; None where it is missing or not finite."""
 
 
 class Stored(BaseModel):
-    """A JSON object in a file; what is null or not finite counts as missing, and unknown keys are ignored."""
+    """A JSON object in a file; unknown keys are ignored."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_missing(cls, values: Any) -> Any:
-        return _known(values)
+    model_config = ConfigDict(frozen=True)
 
 
 class Score(Stored):
-    """A score; None where it is missing or not finite."""
+    """A score."""
 
-    score: float | None = None
-    implementation: Text = ""
-    interval: Interval = None
+    score: Finite = None
+    implementation: str = ""
+    interval: tuple[float, float] | None = None
     higher_is_better: bool = True
 
 
 class GroupScores(Stored):
     """The scores of a part of the examples."""
 
-    num_examples: Count = 0
-    scores: dict[Text, Score] = {}
+    num_examples: int = 0
+    scores: dict[str, Score] = {}
 
 
 class Output(Stored):
     """The output for one example."""
 
-    index: Count = Field(0, alias="number")
-    source: Text = ""
-    references: Strings = ()
-    output: Text = ""
-    groups: dict[Text, Any] = {}
+    index: int = Field(0, alias="number")
+    source: str = ""
+    references: tuple[str, ...] = ()
+    output: str = ""
+    groups: dict[str, Any] = {}
 
 
 class Overlap(Stored):
-    """How many test or development sources are also in the training set, or test sources in the development set."""
+    """How many test sources are also in the training set."""
 
-    count: Count = 0
-    num_examples: Count = 0
-    train: Text = ""
+    count: int = 0
+    num_examples: int = 0
+    train: str = ""
 
     def __str__(self) -> str:
-        """In words, of test sources; empty: none, or it is not known."""
-        return self.of("test")
-
-    def of(self, split: str, other: str = "training") -> str:
-        """The same, of the sources of any split in any other."""
-        count, total = self.count, self.num_examples
-        if count < 1 or total < 1:
+        """In words; empty: none, or it is not known."""
+        if self.count < 1 or self.num_examples < 1:
             return ""
-        share = f"{count:,} of {total:,} {split} sources ({count / total:.1%})"
-        return f"{share} are also in the {other} set {self.train!r}"
+        share = f"{self.count:,} of {self.num_examples:,} test sources ({self.count / self.num_examples:.1%})"
+        return f"{share} are also in the training set {self.train!r}"
 
 
 class Evaluation(Stored):
     """An `evaluation.json` and the outputs of its `outputs.jsonl`."""
 
-    title: Text = ""
-    task: Text = ""
-    data: Text = ""
-    split: Text = ""
-    num_examples: Count = 0
-    method: Text = ""
-    backbone: Text = ""
-    prefix: Text = ""
-    left_out: dict[Text, Any] = {}
-    scores: dict[Text, Score]
-    groups: dict[Text, dict[Text, GroupScores]] = {}
-    seconds: float | None = None
-    settings: dict[Text, Any] = {}
-    machine: dict[Text, Any] = {}
-    versions: dict[Text, Any] = {}
+    title: str = ""
+    task: str = ""
+    data: str = ""
+    split: str | None = ""
+    num_examples: int = 0
+    method: str = ""
+    backbone: str = ""
+    prefix: str | None = ""
+    left_out: dict[str, Any] = {}
+    scores: dict[str, Score]
+    groups: dict[str, dict[str, GroupScores]] = {}
+    seconds: Finite = None
+    settings: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
     outputs: tuple[Output, ...] = Field((), repr=False)
-    overlap: Overlap = Overlap()
+    overlap: Overlap | None = None
 
 
 class Event(Stored):
@@ -152,13 +99,14 @@ class Event(Stored):
 
     model_config = ConfigDict(extra="allow")
 
-    step: float | None = None
-    loss: float | None = None
-    loss_per_token: float | None = None
-    seconds: float | None = None
-    best_loss: float | None = None
-    num_trained: float | None = None
-    num_stored: float | None = None
+    event: str = ""
+    step: Finite = None
+    loss: Finite = None
+    loss_per_token: Finite = None
+    seconds: Finite = None
+    best_loss: Finite = None
+    num_trained: Finite = None
+    num_stored: Finite = None
 
 
 class Run(Stored):
@@ -172,120 +120,10 @@ class Run(Stored):
     """
 
     path: Path
-    config: dict[str, Any]
-    events: tuple[dict[str, Any], ...] = Field(repr=False)
+    config: dict[str, Any] = {}
+    events: tuple[dict[str, Any], ...] = Field((), repr=False)
     evaluation: Evaluation | None = None
     file_bytes: int | None = None
-
-
-class Cell(Stored):
-    """One run of a study: what distinguishes it from the others, and its result."""
-
-    id: Text
-    factors: Annotated[dict[Text, Annotated[Any, BeforeValidator(_scalar)]], BeforeValidator(_known)] = {}
-    status: CellStatus = "waiting"
-    error: Text = ""
-    figures: Annotated[dict[Text, float], BeforeValidator(_known)] = {}
-    run: Run | None = None
-
-    @property
-    def point(self) -> str:
-        """The point of the grid that it is a repetition of.
-
-        >>> Cell(id="full-n50-subset1-seed0").point
-        'full-n50'
-        """
-        return self.id.rpartition("-subset")[0]
-
-
-class Difference(Stored):
-    """A point of a study against its counterpart: for each repetition, and over all of them.
-
-    Attributes:
-        point: What the ids of its runs begin with.
-        reference: Likewise, of its counterpart.
-        part: Of the test set; empty: all of it.
-        differences: For each repetition, its score less the counterpart's.
-        p_values: For each repetition; None where it was not tested.
-        interval: Of the mean, 95 %, over the repetitions; None: there is one, or it was not stored.
-        p_value: Of the mean; of a single repetition, its own.
-        corrected_p_value: By Holm's correction over the study's comparisons on the same part of the test set.
-    """
-
-    point: Text = ""
-    reference: Text = ""
-    part: Text = ""
-    differences: Annotated[tuple[NumberOrNan, ...], Field(strict=False)] = ()
-    p_values: Annotated[tuple[float | None, ...], Field(strict=False)] = ()
-    mean: float = math.nan
-    standard_error: float | None = None
-    interval: Interval = None
-    p_value: float | None = None
-    corrected_p_value: float | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether it has everything but, perhaps, p-values and a standard error."""
-        finite = all(map(math.isfinite, (self.mean, *self.differences)))
-        return finite and len(self.p_values) == len(self.differences)
-
-
-class Pair(Stored):
-    """A run and its counterpart on the same sample and seed.
-
-    Attributes:
-        run: Its id.
-        reference: Its counterpart's id.
-        part: Of the test set; empty: all of it.
-        difference: The run's score less its counterpart's.
-        p_value: Of the difference, over the test items; None: it was not tested.
-    """
-
-    run: Text = ""
-    reference: Text = ""
-    part: Text = ""
-    difference: float = math.nan
-    p_value: float | None = None
-
-
-class Comparisons(Stored):
-    """A `comparisons.json`."""
-
-    test: Text = ""
-    pairs: Annotated[tuple[Pair, ...], Field(strict=False)] = ()
-    points: Annotated[tuple[Difference, ...], Field(strict=False)] = ()
-
-
-class Study(Stored):
-    """A `study.json` with its cells and their differences."""
-
-    path: Path
-    name: Text = ""
-    title: Text = ""
-    task: Text = ""
-    backbone: Text = ""
-    factors: Strings = ()
-    axis: Text = ""
-    metric: Text = ""
-    budget_minutes: float | None = None
-    cut: Strings = ()
-    tuning: dict[Text, Any] = {}
-    machine: dict[Text, Any] = {}
-    versions: dict[Text, Any] = {}
-    command: Text = ""
-    date: Text = ""
-    config: dict[Text, Any] = {}
-    cells: tuple[Cell, ...]
-    comparisons: Comparisons = Comparisons()
-    overlap: Overlap = Overlap()
-    dev_overlap: Overlap = Overlap()
-    test_dev_overlap: Overlap = Overlap()
-    train_targets: int = 0
-
-    @property
-    def differences(self) -> tuple[Difference, ...]:
-        """The differences that are complete."""
-        return tuple(point for point in self.comparisons.points if point.is_complete)
 
 
 def losses_of(events: Sequence[Mapping[str, Any]], kind: str, key: str = "loss") -> tuple[list[int], list[float]]:
@@ -300,3 +138,74 @@ def losses_of(events: Sequence[Mapping[str, Any]], kind: str, key: str = "loss")
             losses[int(step)] = float(loss)
     steps = sorted(losses)
     return steps, [losses[step] for step in steps]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_results(path: Path) -> Run:
+    """Read a folder of `prefixtune train` or `prefixtune evaluate --output`.
+
+    Raises:
+        DataError: It is none of these, or a file in it is broken.
+    """
+    path = Path(path)
+    log, scores = path / "events.jsonl", path / "evaluation.json"
+    if not (log.is_file() or scores.is_file()):
+        raise DataError(
+            f"{str(path)!r} {'holds no run' if path.is_dir() else 'is no folder'}; a training run has an events.jsonl, "
+            "and an evaluation an evaluation.json.",
+            hint="give a folder that `prefixtune train` or `prefixtune evaluate --output` wrote.",
+        )
+    try:
+        config = tomllib.loads(_text(path / "config.toml")) if (path / "config.toml").is_file() else {}
+        events = tuple(_events(log)) if log.is_file() else ()
+        # The log names the backbone that was used; one given as an object may be another than the configuration's.
+        used = next((event.get("backbone") for event in events if event.get("event") == "start"), None)
+        trained = [path / name for name in ("prefix.safetensors", "weights.safetensors") if (path / name).is_file()]
+        return Run(
+            path=path,
+            config={**config, "backbone": used} if config and isinstance(used, str) else config,
+            events=events,
+            evaluation=_evaluation(scores) if scores.is_file() else None,
+            file_bytes=trained[0].stat().st_size if trained and events else None,
+        )
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"a file of {str(path)!r} is broken: {error}", hint=_WRITE_AGAIN) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {str(path)!r}: {error}.", hint="check the file.") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    yield from ((number, line) for number, line in enumerate(_text(path).split("\n"), start=1) if line.strip())
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    lines = list(_lines(path))
+    for number, line in lines:
+        try:
+            yield Event.model_validate_json(line).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            # A log that is still written may end within a line.
+            if number == lines[-1][0]:
+                return
+            raise DataError(f"line {number} of {str(path)!r}: {error}", hint="remove the line.") from error
+
+
+def _evaluation(path: Path) -> Evaluation:
+    outputs: list[Output] = []
+    stored = path.with_name("outputs.jsonl")
+    for number, line in _lines(stored) if stored.is_file() else ():
+        try:
+            outputs.append(Output.model_validate_json(line))
+        except ValidationError as error:
+            raise DataError(f"line {number} of {str(stored)!r}: {error}", hint=_WRITE_AGAIN) from error
+    try:
+        return Evaluation.model_validate({**json.loads(_text(path)), "outputs": outputs})
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{str(path)!r}: {error}", hint=_WRITE_AGAIN) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from prefixtune.pages.document import Document, HeatMap, Section, numbers, texts
 from prefixtune.pages.document import Table as PageTable
 from prefixtune.pages.format import short
-from prefixtune.pages.page import save_figures, to_html, to_markdown
+from prefixtune.pages.page import save_figures, to_html
 
 MAP = HeatMap(
     "Mass <by> layer",
@@ -31,7 +31,6 @@ def test_the_page_draws_every_cell() -> None:
     assert re.findall(r'fill="var\(--s1\)" fill-opacity="([\d.]+)"', svg) == ["0.25"]
     assert "Mass &lt;by&gt; layer" in svg
     assert "Written by prefixtune explain." in page
-    assert "Three layers and two positions" in to_markdown(DOCUMENT)
 
 
 def test_figures_hold_all_numbers(tmp_path: Path) -> None:

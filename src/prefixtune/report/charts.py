@@ -1,0 +1,198 @@
+"""Charts: scores by parts of the data, and losses over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixtune.pages.document import NUM_STYLES, Block, Chart, Column, Section, Series, Table, numbers, texts
+from prefixtune.pages.figures import COLORS, QUIET, draw, matplotlib_style
+from prefixtune.pages.format import count, fixed, metric_name, natural, spread_out, words
+from prefixtune.report.results import Run, losses_of
+from prefixtune.report.systems import System, best_values, lower_is_better
+from prefixtune.utils.files import atomic_path
+
+__all__ = ["groups_section", "loss_plot", "losses_section", "run_series", "smooth"]
+
+
+MOST_PARTS = 60
+"""Of a chart of parts of the data."""
+MOST_ROWS = 24
+"""Rows of a table of losses."""
+STEP = "optimizer step"
+_KINDS = {"seen": "whether the category was seen in training", "triples": "number of triples"}
+
+
+def groups_section(systems: Sequence[System], main: str) -> Section | None:
+    """Scores by category and the like: a chart for the main metric, a table for all."""
+    systems = [system for system in systems if system.evaluation is not None and system.evaluation.groups]
+    sizes: dict[str, dict[str, int]] = {}
+    metrics: dict[str, dict[str, None]] = {}
+    for system in systems:
+        for kind, groups in system.evaluation.groups.items() if system.evaluation else ():
+            for name, group in groups.items():
+                sizes.setdefault(kind, {}).setdefault(name, group.num_examples)
+                metrics.setdefault(kind, {}).update(dict.fromkeys(group.scores))
+    if not sizes:
+        return None
+    ordered = {kind: {name: of[name] for name in sorted(of, key=natural)} for kind, of in sizes.items()}
+    charts = tuple(_group_chart(systems, main, kind, of) for kind, of in ordered.items())
+    tables: list[Block] = [
+        _group_table(systems, sorted(metrics[kind], key=lambda name: name != main), kind, list(of))
+        for kind, of in ordered.items()
+        if len(metrics[kind]) > 1
+    ]
+    more = [Section("Every metric, part by part", tables, folded=True)] if tables else []
+    return Section("Parts of the data", [charts, *more])
+
+
+def _title(kind: str) -> str:
+    return _KINDS.get(kind, words(kind))
+
+
+def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping[str, int]) -> Chart:
+    drawn = list(sizes)[:MOST_PARTS]
+    series = []
+    for system in systems:
+        scores = [(row, score) for row, name in enumerate(drawn) if (score := system.score(main, (kind, name)))]
+        dots = [(score.score or 0.0, row) for row, score in scores]
+        spans = [score.interval or (score.score or 0.0, score.score or 0.0) for _, score in scores]
+        if dots:
+            series.append(Series(system.name, dots, system.style, spans, "dots"))
+    title = f"{metric_name(main)} by {_title(kind)}"
+    text = f"{metric_name(main)} for each of {len(sizes)} parts; the figures are in the table below."
+    values = {name: best_values(systems, main, (kind, name)) for name in sizes}
+    columns = [
+        texts(words(kind), sizes),
+        numbers("examples", sizes.values(), count),
+        *(Column(s.name, [values[name][index] for name in sizes]) for index, s in enumerate(systems)),
+    ]
+    table = Table(f"{title}: the figures", columns)
+    rows = [f"{name} ({sizes[name]:,})" for name in drawn]
+    return Chart(title, text, series, metric_name(main), words(kind), table, rows)
+
+
+def _group_table(systems: Sequence[System], metrics: Sequence[str], kind: str, names: Sequence[str]) -> Table:
+    """A row for each part and system, a column for each metric."""
+    columns = [
+        texts(words(kind), [name for name in names for _ in systems]),
+        texts("system", [system.name for _ in names for system in systems]),
+    ]
+    for metric in metrics:
+        values = [value for name in names for value in best_values(systems, metric, (kind, name))]
+        columns.append(Column(metric_name(metric), values, lower_is_better(systems, metric)))
+    return Table(f"By {_title(kind)}", columns, num_headers=2)
+
+
+def losses_section(systems: Sequence[System]) -> Section | None:
+    """Training and development loss: of a single run in one chart; of several, all runs in each of two charts."""
+    trained = [system for system in systems if run_series(system.run.events)]
+    if not trained:
+        return None
+    # The development loss is per token.
+    steps = [event for system in trained for event in system.run.events if event.get("event") == "step"]
+    key = "loss_per_token" if all("loss_per_token" in event for event in steps) else "loss"
+    unit = "loss per token" if key == "loss_per_token" else "loss"
+    if len(trained) == 1:
+        return Section("Losses", [(_single_chart(trained[0].name, trained[0].run, key, unit),)])
+    charts = tuple(_overlaid(trained[:NUM_STYLES], key, unit))
+    return Section("Losses", [charts])
+
+
+def run_series(events: Sequence[Mapping[str, Any]], key: str = "loss") -> list[Series]:
+    """The curves of one run: training loss, the same smoothed, development loss; those that it has."""
+    steps, losses = losses_of(events, "step", key)
+    development = list(zip(*losses_of(events, "evaluation"), strict=True))
+    series = [
+        Series("training", list(zip(steps, losses, strict=True)), 0, kind="faint"),
+        Series("training, smoothed", list(zip(steps, smooth(losses), strict=True)), 0, kind="plain"),
+        Series("development", development, 1),
+    ]
+    return [each for each in series if each.points]
+
+
+def _single_chart(name: str, run: Run, key: str, unit: str) -> Chart:
+    series = run_series(run.events, key)
+    text = f"{unit} over the optimizer steps of 1 run."
+    development = dict(next((each.points for each in series if each.name == "development"), []))
+    if development:
+        last = development[max(development)]
+        text += f" The lowest development loss is {fixed(min(development.values()), 3)}, the last {fixed(last, 3)}."
+    return Chart(name, text, series, STEP, unit, _losses_table(f"Losses of {name}", series[1:] or series))
+
+
+def _overlaid(systems: Sequence[System], key: str, unit: str) -> Iterator[Chart]:
+    """The training losses of several runs in one chart, and their development losses in another."""
+    for title, event in (("Training loss, smoothed", "step"), ("Development loss", "evaluation")):
+        is_training, series = event == "step", list[Series]()
+        for system in systems:
+            steps, losses = losses_of(system.run.events, event, key if is_training else "loss")
+            if steps:
+                points = list(zip(steps, smooth(losses) if is_training else losses, strict=True))
+                series.append(Series(system.name, points, system.style, kind="plain" if is_training else "marked"))
+        if series:
+            label = unit if is_training else "loss per token"
+            lowest = "; ".join(f"{each.name} {fixed(min(y for _, y in each.points), 3)}" for each in series)
+            text = f"{label} over the optimizer steps of {len(series)} runs. The lowest: {lowest}."
+            yield Chart(title, text, series, STEP, label, _losses_table(f"{title}: the figures", series))
+
+
+def _losses_table(title: str, series: Sequence[Series]) -> Table:
+    rows = [(each.name, step, loss) for each in series for step, loss in spread_out(each.points, MOST_ROWS // 2)]
+    columns = [
+        texts("curve", [name for name, _, _ in rows]),
+        numbers("step", [step for _, step, _ in rows], count),
+        numbers("loss", [loss for _, _, loss in rows], lambda loss: fixed(loss, 3)),
+    ]
+    return Table(title, columns)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Average each value with those before it, nearer ones with more weight; over about a twentieth of the run.
+
+    The weights always sum to one, so the line starts at the first value and not at zero.
+
+    >>> smooth([4.0, 4.0, 4.0])
+    [4.0, 4.0, 4.0]
+    >>> smooth([])
+    []
+    """
+    keep = 1 - 1 / max(2.0, len(values) / 20)
+    result, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw training and development loss over the steps, and save the picture as PNG.
+
+    Losses that are not finite are left out, and of a step that was done twice (after resuming) the later one counts.
+
+    Args:
+        events: Of these, `{"event": "step", "step": 1, "loss": 3.2}` gives the training loss and
+            `{"event": "evaluation", "step": 50, "loss": 2.1}` the development loss; others are ignored.
+        path: The PNG file, written atomically.
+        title: Above the picture.
+
+    Raises:
+        PrefixError: The file cannot be written.
+    """
+    series = run_series(events)
+    with matplotlib_style(), atomic_path(path) as temporary:
+        figure = draw(Chart("", "", series, STEP, "loss", Table("", [])))
+        (axes,) = figure.axes
+        axes.set_title("", loc="left")
+        axes.set_title(title, wrap=True)
+        axes.set_ylabel("loss")
+        for each in series:
+            if each.name == "development":
+                best = min(each.points, key=lambda point: point[1])
+                note = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "color": COLORS[1]}
+                axes.annotate(f"{best[1]:.3g}", best, **note)
+        if not series:
+            axes.text(0.5, 0.5, "no losses recorded", ha="center", va="center", transform=axes.transAxes, color=QUIET)
+        figure.set_size_inches(8, 4.5)
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})  # equal runs give equal files
