@@ -35,16 +35,14 @@ def loss_view(subject: Subject) -> View:
         "whole": whole.describe(seed),
         "without_prefix": {**bare.describe(seed), **change(bare, whole, seed)},
         "controls": {},
-        "replaced_by": "start" if subject.start is not None else "mean",
     }
     notes: list[str] = []
-    others = {**subject.controls, **({} if subject.start is None else {"start": subject.start})}
-    for name in subject.timed(list(others)):
-        losses = row_losses(subject, others[name])
+    for name in subject.timed(list(subject.controls)):
+        losses = row_losses(subject, subject.controls[name])
         numbers["controls"][name] = {**losses.describe(seed), **change(losses, whole, seed)}
     for name, part in (("keys", 0), ("values", 1)):
         for _ in subject.timed([part]):
-            losses = row_losses(subject, _replaced(subject, subject.prefix, part=part))
+            losses = row_losses(subject, _averaged(subject.prefix, part=part))
             numbers[name] = change(losses, whole, seed)
     positions = _position_parts(subject, notes)
     numbers["positions"] = _sweep(subject, whole, positions, _position_losses, subject.prefix)
@@ -128,23 +126,21 @@ def _layer_parts(subject: Subject, most: int) -> list[dict[str, Any]]:
 
 def _layer_losses(subject: Subject, prefix: Prefix, part: dict[str, Any]) -> RowLosses:
     layers = range(part["first"], part["last"] + 1)
-    return row_losses(subject, _replaced(subject, prefix, site=part["site"], layers=layers))
+    return row_losses(subject, _averaged(prefix, site=part["site"], layers=layers))
 
 
-def _replaced(
-    subject: Subject, prefix: Prefix, *, site: Site | None = None, layers: range | None = None, part: int | None = None
+def _averaged(
+    prefix: Prefix, *, site: Site | None = None, layers: range | None = None, part: int | None = None
 ) -> Prefix:
-    """A prefix some of whose keys and values are the start's, or the mean over its positions where no start is known.
+    """A prefix some of whose keys and values are their mean over its positions.
 
     Args:
-        subject: Whose start counts, for its own prefix; a control's layers are always replaced by their mean.
         prefix: The prefix.
         site: Only there; None: at all.
         layers: Only these; None: all.
         part: 0: only keys; 1: only values; None: both.
     """
-    known = subject.start is not None and prefix is subject.prefix
-    source = subject.start if known and subject.start is not None else with_layers(prefix, _mean_over_positions)
+    source = with_layers(prefix, _mean_over_positions)
     replaced: dict[Site, tuple[tuple[Tensor, Tensor], ...]] = {}
     for at, pairs in prefix.layers.items():
         chosen = [(site is None or at == site) and (layers is None or index in layers) for index in range(len(pairs))]

@@ -14,9 +14,7 @@ from prefixtune.explain.ablation import loss_view
 from prefixtune.explain.attention import attention_view
 from prefixtune.explain.controls import random_like, shuffled
 from prefixtune.explain.description import description_view
-from prefixtune.explain.likeness import likeness_view, start_view
 from prefixtune.explain.nearest import nearest_view
-from prefixtune.explain.start import find_start
 from prefixtune.explain.subject import Limits, Subject, make_subject
 from prefixtune.explain.view import OUT_OF_TIME, TITLES, View
 from prefixtune.prefix.prefix import Prefix
@@ -29,8 +27,6 @@ _MAKERS: Mapping[str, Callable[[Subject], View]] = {
     "loss": loss_view,
     "nearest": nearest_view,
     "description": description_view,
-    "likeness": likeness_view,
-    "start": start_view,
 }
 
 
@@ -40,7 +36,6 @@ def explain(
     examples: Sequence[Example] = (),
     *,
     against: Prefix | None = None,
-    train: Sequence[Example] = (),
     limits: Limits | None = None,
     views: Sequence[str] = tuple(TITLES),
     on_part: Callable[[str], None] = lambda name: None,
@@ -52,7 +47,6 @@ def explain(
         prefix: What is explained; checked against the backbone before.
         examples: Rows that it is run on; empty: views that need any are left out, by name.
         against: A prefix of another task on the same backbone, as a control.
-        train: All examples that it was trained on, in order: a start from some of them is computed again.
         limits: How much is computed; None: the default.
         views: Their names, of `TITLES`.
         on_part: Called with a view's name as it begins, and after each part of it.
@@ -69,7 +63,6 @@ def explain(
         whole,
         examples,
         make_controls(whole, against, limits.seed),
-        _start(backbone, whole, train),
         limits,
         lambda: on_part(current[0]),
     )
@@ -83,14 +76,6 @@ def explain(
             yield _MAKERS[name](subject)
         except PrefixError as error:
             yield View(name, left_out=str(error))
-
-
-def _start(backbone: Backbone, prefix: Prefix, train: Sequence[Example]) -> tuple[Prefix | None, str]:
-    """The start, or why there is none: what a header says of it must not stop the other views."""
-    try:
-        return find_start(backbone, prefix, train)
-    except PrefixError as error:
-        return None, str(error)
 
 
 def make_controls(prefix: Prefix, against: Prefix | None, seed: int) -> dict[str, Prefix]:

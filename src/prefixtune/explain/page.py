@@ -5,17 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from prefixtune.explain.pictures import heat_map, parts_chart, profile_chart
+from prefixtune.explain.subject import blocks as in_blocks
 from prefixtune.explain.view import SHOWS, View
-from prefixtune.pages.document import Block, Document, Facts, Listing, Section, Table, Text, Value, numbers, texts
-from prefixtune.pages.format import MISSING, fixed, signed
+from prefixtune.pages.document import (
+    Block,
+    Chart,
+    Document,
+    Facts,
+    HeatMap,
+    Listing,
+    Section,
+    Series,
+    Table,
+    Text,
+    Value,
+    numbers,
+    texts,
+)
+from prefixtune.pages.format import MISSING, fixed, short, signed
 
 __all__ = ["compose"]
 
 
 _MOST_ROWS = 64
 """Of a table of positions."""
-_NAMES = {"random": "random, same norms", "shuffled": "values shuffled", "other": "other prefix", "start": "its start"}
+_MOST_CELLS = 48
+"""Along one side of a heat map; more are drawn as blocks of neighbours, whose values are added up."""
+_NAMES = {"random": "random, same norms", "shuffled": "values shuffled", "other": "other prefix"}
 
 
 def compose(views: Sequence[View], facts: Sequence[tuple[str, str]], title: str) -> Document:
@@ -40,8 +56,6 @@ def _blocks(view: View) -> list[Block]:
         "loss": _loss,
         "nearest": _nearest,
         "description": _description,
-        "likeness": _likeness,
-        "start": _start,
     }
     blocks: list[Block] = [Text(SHOWS[view.name])]
     blocks += [Listing(view.notes)] if view.notes else []
@@ -99,7 +113,7 @@ def _loss(found: Mapping[str, Any]) -> list[Block]:
             texts("change", [MISSING if key is None else _change(each) for _, each, key in rows]),
         ],
     )
-    by = "the start's" if found["replaced_by"] == "start" else "their mean over positions"
+    by = "their mean over positions"
     sides = [(name, found[name]) for name in ("keys", "values") if name in found]
     blocks: list[Block] = [table]
     if sides:
@@ -129,23 +143,18 @@ def _change(part: Mapping[str, Any]) -> str:
 
 
 def _nearest(found: Mapping[str, Any]) -> list[Block]:
-    means = {"this prefix": found["mean_best"], **{name_of(k): v for k, v in found["controls"].items()}}
+    means = {"this prefix": found["mean_best"], **{name_of(name): each for name, each in found["controls"].items()}}
     means = {("real text" if name == "text" else name): each for name, each in means.items()}
     table = Table(
         "Cosine of the nearest token, mean over positions",
-        [
-            texts("prefix", means),
-            *(numbers(p, [each[p] for each in means.values()], lambda v: fixed(v, 3)) for p in ("keys", "values")),
-        ],
+        [texts("prefix", means), numbers("values", means.values(), lambda value: fixed(value, 3))],
     )
     shown = found["positions"][:_MOST_ROWS]
-
-    def cells(part: str) -> list[str]:
-        return [" · ".join(f"{near['token']!r} {near['cosine']:.2f}" for near in row[part]) for row in shown]
-
-    columns = [texts("position", [row["position"] for row in shown]), texts("by keys", cells("keys"))]
-    columns.append(texts("by values", cells("values")))
-    columns.append(texts("where (values)", [row["values"][0]["context"] if row["values"] else "" for row in shown]))
+    columns = [
+        texts("position", [row["position"] for row in shown]),
+        texts("nearest", [" · ".join(f"{n['token']!r} {n['cosine']:.2f}" for n in row["nearest"]) for row in shown]),
+        texts("where", [row["nearest"][0]["context"] if row["nearest"] else "" for row in shown]),
+    ]
     caption = f"Nearest tokens among {found['tokens']:,} of {found['corpus']}"
     if len(found["positions"]) > len(shown):
         caption += f"; the first {len(shown)} of {len(found['positions'])} positions"
@@ -187,66 +196,79 @@ def _description(found: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def _likeness(found: Mapping[str, Any]) -> list[Block]:
-    rows = [
-        (name_of(name), site, part, sides[part])
-        for name, by_site in found["with"].items()
-        for site, sides in by_site.items()
-        for part in ("keys", "values")
-    ]
-    measures = {
-        "cosine": "cosine",
-        "cka": "CKA",
-        "overlap": "subspace overlap",
-        "overlap_by_chance": "overlap by chance",
-    }
-    table = Table(
-        "Likeness, mean over layers: cosine of the same positions, linear CKA, overlap of the heads' subspaces",
-        [
-            texts("with", [row[0] for row in rows]),
-            texts("site", [row[1] for row in rows]),
-            texts("of", [row[2] for row in rows]),
-            *(numbers(label, [row[3][key] for row in rows], lambda v: fixed(v, 3)) for key, label in measures.items()),
-        ],
-        num_headers=3,
-    )
-    charts = [
-        profile_chart(
-            f"Cosine of {part} by layer ({site})",
-            {row[0]: row[3]["by_layer"]["cosine"] for row in rows if (row[1], row[2]) == (site, part)},
-            "layer",
-            "cosine",
-        )
-        for site, part in dict.fromkeys((row[1], row[2]) for row in rows)
-    ]
-    return [table, tuple(charts)]
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _start(found: Mapping[str, Any]) -> list[Block]:
-    sites = list(found["keys"])
-    rows = [("this prefix", found), *((name_of(name), each) for name, each in found["controls"].items())]
-    cells = [
-        (name, site, part, each[part][site]) for name, each in rows for site in sites for part in ("keys", "values")
+def heat_map(title: str, matrix: Sequence[Sequence[float]], x_label: str, y_label: str) -> HeatMap:
+    """A matrix of shares, rows from top to bottom; columns beyond 48 in blocks. Rows may differ in length."""
+    width = max(map(len, matrix))
+    grouped = in_blocks(width, _MOST_CELLS)
+    names = [span(block[0], block[-1]) for block in grouped]
+    values = [[sum(row[index] for index in block if index < len(row)) for block in grouped] for row in matrix]
+    rows = [str(index) for index in range(len(matrix))]
+    largest = max(max(row) for row in values)
+    at = next((y, x) for y, row in enumerate(values) for x, value in enumerate(row) if value == largest)
+    table = Table(title, [texts(y_label, rows)] + [
+        numbers(f"{x_label} {name}", [row[index] for row in values], short) for index, name in enumerate(names)
+    ])  # fmt: skip
+    description = f"The largest of {len(rows)} by {width} values is {short(largest)}, at {y_label} {rows[at[0]]}, "
+    description += f"{x_label} {names[at[1]]}."
+    return HeatMap(title, description, rows, names, values, x_label, y_label, table)
+
+
+def span(first: int, last: int) -> str:
+    """A number, or the first and last of a block.
+
+    >>> span(3, 3), span(0, 4)
+    ('3', '0-4')
+    """
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def profile_chart(title: str, lines: Mapping[str, Sequence[float]], x_label: str, y_label: str) -> Chart:
+    """Values over layers or positions; the first line with markers."""
+    series = [
+        Series(name, list(enumerate(values)), style, kind="marked" if style == 0 and len(values) <= 48 else "plain")
+        for style, (name, values) in enumerate(lines.items())
     ]
-    table = Table(
-        "Distance from the start, relative to the start's length, and cosine with it; mean over layers",
-        [
-            texts("prefix", [cell[0] for cell in cells]),
-            texts("site", [cell[1] for cell in cells]),
-            texts("of", [cell[2] for cell in cells]),
-            numbers("moved by", [cell[3]["moved"] for cell in cells], lambda v: fixed(v, 3)),
-            numbers("cosine", [cell[3]["cosine"] for cell in cells], lambda v: fixed(v, 3)),
-        ],
-        num_headers=3,
-    )
-    charts = [
-        profile_chart(
-            f"Distance from the start by {along} ({site})",
-            {part: found[part][site][f"by_{along}"] for part in ("keys", "values")},
-            along,
-            "relative distance",
+    count = max(map(len, lines.values()))
+    columns = [
+        numbers(name, [*values, *[None] * (count - len(values))], lambda value: "" if value is None else short(value))
+        for name, values in lines.items()
+    ]
+    table = Table(title, [texts(x_label, range(count)), *columns])
+    ends = "; ".join(f"{name}: {short(min(values))} to {short(max(values))}" for name, values in lines.items())
+    return Chart(title, f"{ends}.", series, x_label, y_label, table)
+
+
+def parts_chart(
+    title: str, parts: Sequence[Mapping[str, Any]], what: str, random: Sequence[Mapping[str, Any]]
+) -> Chart:
+    """The change of the loss as each part alone is left out, with intervals; of a random prefix beside it."""
+    names = [span(part["first"], part["last"]) for part in parts]
+    row_of = {(part["first"], part["last"]): row for row, part in enumerate(parts)}
+    shown = [("this prefix", parts), ("random, same norms", [p for p in random if (p["first"], p["last"]) in row_of])]
+    series = [
+        Series(
+            name,
+            [(part["change"], row_of[part["first"], part["last"]]) for part in chosen],
+            style,
+            [tuple(part["interval"]) for part in chosen] if all(part["interval"] for part in chosen) else (),
+            kind="dots",
         )
-        for site in sites
-        for along in ("layer", "position")
+        for style, (name, chosen) in enumerate(shown)
+        if chosen
     ]
-    return [Text(f"Training started from {found['start']}."), table, tuple(charts)]
+    table = Table(title, [
+        texts(what, names),
+        numbers("change of the loss", [part["change"] for part in parts], lambda value: signed(value, 4)),
+        texts("95 % interval", [_span(part["interval"]) for part in parts]),
+    ])  # fmt: skip
+    worst = max(parts, key=lambda part: float(part["change"]))
+    description = f"The loss rises most, by {fixed(worst['change'], 3)}, without {what} "
+    description += f"{span(worst['first'], worst['last'])}."
+    return Chart(title, description, series, "change of the loss", what, table, rows=names)
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{signed(interval[0], 4)} to {signed(interval[1], 4)}"

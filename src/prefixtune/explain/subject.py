@@ -27,7 +27,7 @@ class Limits:
     Attributes:
         rows: Most examples, each with its first target; of texts alone, most windows.
         parts: Most blocks that the positions, and the layers, of a prefix are left out in, one block at a time.
-        corpus_tokens: Most tokens of real text that keys and values are compared with.
+        corpus_tokens: Most tokens of real text that values are compared with.
         batch_size: Examples per call of the model.
         seconds: No new part of a view begins after these; 0: no limit.
         seed: Of the controls and of the intervals.
@@ -54,8 +54,6 @@ class Subject:
         origins: The example of each row of tokens, where some have several; empty: one each.
         labels: Where the prefix classifies or tags; None: it generates.
         controls: Name -> a prefix to compare with: `random`, `shuffled`, `other`.
-        start: What it was trained from, where that can be computed again; None: not known.
-        start_note: What the start was, or why it is not known.
         limits: How much is computed.
     """
 
@@ -66,8 +64,6 @@ class Subject:
     tokenized: Sequence[TokenizedExample]
     labels: Labels | None
     controls: Mapping[str, Prefix]
-    start: Prefix | None
-    start_note: str
     limits: Limits
     on_part: Callable[[], None] = lambda: None
     origins: Sequence[int] = ()
@@ -96,7 +92,6 @@ def make_subject(
     prefix: Prefix,
     examples: Sequence[Example],
     controls: Mapping[str, Prefix],
-    start: tuple[Prefix | None, str],
     limits: Limits,
     on_part: Callable[[], None] = lambda: None,
 ) -> Subject:
@@ -126,8 +121,6 @@ def make_subject(
         tokenized=tokenized,
         labels=labels,
         controls=controls,
-        start=start[0],
-        start_note=start[1],
         limits=limits,
         on_part=on_part,
         origins=origins,

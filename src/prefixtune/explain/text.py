@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from prefixtune.explain.page import name_of
-from prefixtune.explain.pictures import span
+from prefixtune.explain.page import name_of, span
 from prefixtune.explain.view import View
 from prefixtune.pages.format import fixed, signed
 
@@ -22,8 +21,6 @@ def lines(view: View) -> list[str]:
         "loss": _loss,
         "nearest": _nearest,
         "description": _description,
-        "likeness": _likeness,
-        "start": _start,
     }
     return [*write[view.name](view.numbers), *view.notes]
 
@@ -43,7 +40,7 @@ def _loss(found: Mapping[str, Any]) -> Iterator[str]:
         f"without its own {name} {signed(found[name]['change'], 3)}" for name in ("keys", "values") if name in found
     ]
     if sides:
-        yield f"{'; '.join(sides)} (replaced by the {found['replaced_by']})"
+        yield f"{'; '.join(sides)} (replaced by their mean)"
     for what, parts in (("position", found["positions"]), ("layer", found["layers"])):
         if parts:
             worst = max(parts, key=lambda part: float(part["change"]))
@@ -53,12 +50,10 @@ def _loss(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _nearest(found: Mapping[str, Any]) -> Iterator[str]:
-    means = {"this prefix": found["mean_best"], **{name_of(k): v for k, v in found["controls"].items()}}
-    for part in (part for part in ("keys", "values") if found["mean_best"][part] is not None):
-        cosines = [f"{name} {fixed(each[part], 3)}" for name, each in means.items()]
-        yield f"cosine of the nearest token by {part}: {'; '.join(cosines)}"
-    first = [row["values"][0]["token"] for row in found["positions"][:12] if row["values"]]
-    yield f"nearest by values: {' '.join(map(repr, first))}"
+    means = {"this prefix": found["mean_best"], **{name_of(name): each for name, each in found["controls"].items()}}
+    yield f"cosine of the nearest token by values: {'; '.join(f'{name} {fixed(v, 3)}' for name, v in means.items())}"
+    first = [row["nearest"][0]["token"] for row in found["positions"][:12] if row["nearest"]]
+    yield f"nearest: {' '.join(map(repr, first))}"
 
 
 def _description(found: Mapping[str, Any]) -> Iterator[str]:
@@ -67,22 +62,3 @@ def _description(found: Mapping[str, Any]) -> Iterator[str]:
         for question, each in said.items():
             score = "" if each.get("faithfulness") is None else f" (faithfulness {fixed(each['faithfulness'], 2)})"
             yield f"{'with' if name == 'prefix' else 'without'}, {question.replace('_', ' ')}: {each['text']!r}{score}"
-
-
-def _likeness(found: Mapping[str, Any]) -> Iterator[str]:
-    for name, by_site in found["with"].items():
-        for site, sides in by_site.items():
-            parts = [
-                f"{part} cosine {fixed(sides[part]['cosine'], 3)}, CKA {fixed(sides[part]['cka'], 3)}" for part in sides
-            ]
-            yield f"{name_of(name)} ({site}): {'; '.join(parts)}"
-
-
-def _start(found: Mapping[str, Any]) -> Iterator[str]:
-    for site in found["keys"]:
-        parts = [
-            f"{part} moved by {fixed(found[part][site]['moved'], 2)} of their length, cosine "
-            f"{fixed(found[part][site]['cosine'], 3)}"
-            for part in ("keys", "values")
-        ]
-        yield f"{site}, from {found['start']}: {'; '.join(parts)}"

@@ -14,8 +14,6 @@ TITLES = {
     "loss": "Loss with parts left out",
     "nearest": "Nearest real text",
     "description": "The model's own description",
-    "likeness": "What two prefixes share",
-    "start": "What is left of the start",
 }
 """The views, in the order in which they are made."""
 
@@ -24,13 +22,10 @@ SHOWS = {
     "with much attention may give next to nothing, as attention sinks do.",
     "loss": "It shows what the rest cannot make up for on these rows, each part alone: parts that do the same work "
     "each look as if they did none, and intervals are not corrected for the number of parts.",
-    "nearest": "It shows which tokens' keys and values point in a similar direction, and misleads about meaning: what "
+    "nearest": "It shows which tokens' values point in a similar direction, and misleads about meaning: what "
     "is nearest need not be near, and need not say what the prefix does.",
     "description": "It shows what the model says of its prefix, and how much of the prefix's gain the words bring when "
     "they stand in its place; a small model's words may be wrong, or right by the examples in the question.",
-    "likeness": "It shows how alike the numbers of two prefixes are, not whether they do the same: prefixes of one "
-    "task from two starts may have little in common.",
-    "start": "It shows how far training moved the numbers, not which of the moves matter; compare the losses.",
 }
 """What each view can and cannot show."""
 

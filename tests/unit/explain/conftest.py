@@ -10,7 +10,6 @@ import pytest
 import prefixtune as pt
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.explain.explain import make_controls
-from prefixtune.explain.start import find_start
 from prefixtune.explain.subject import Limits, Subject, make_subject
 from prefixtune.prefix.prefix import Prefix
 
@@ -37,6 +36,6 @@ def make(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]) -
         whole = Prefix(chosen.layers, {**chosen.header, **facts}, chosen.head)
         settings = Limits(**limits)
         controls = make_controls(whole, against, settings.seed)
-        return make_subject(backbone, whole, examples, controls, find_start(backbone, whole), settings)
+        return make_subject(backbone, whole, examples, controls, settings)
 
     return make

@@ -24,22 +24,12 @@ from prefixtune.explain.attention import attention_view
 from prefixtune.explain.controls import random_like, shuffled
 from prefixtune.explain.description import UNRELATED, description_view
 from prefixtune.explain.explain import explain
-from prefixtune.explain.likeness import cka, likeness_view, start_view, subspace_overlap
 from prefixtune.explain.losses import row_losses
-from prefixtune.explain.nearest import _Neighbours, cosines, key_positions, nearest_view, turned_back
-from prefixtune.explain.page import compose
+from prefixtune.explain.nearest import _Neighbours, cosines, nearest_view
 from prefixtune.explain.subject import Limits
-from prefixtune.explain.text import lines
 from prefixtune.explain.view import SHOWS, TITLES
-from prefixtune.pages.page import to_html
-from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.config import TrainConfig
-from prefixtune.training.starts.compaction import evenly_spaced
-from prefixtune.training.starts.examples import from_examples
-from prefixtune.training.starts.text import from_text
-from prefixtune.training.starts.words import from_words
 
 Make = Callable[..., Any]
 
@@ -131,27 +121,12 @@ def test_losses_of_parts(family: str, make: Make) -> None:
     assert numbers["controls"]["random"]["loss"] != pytest.approx(whole.mean)
     assert numbers["controls"]["shuffled"]["loss"] != pytest.approx(whole.mean)
     assert len(numbers["random_parts"]["positions"]) == 4
-    assert numbers["replaced_by"] == "mean"
 
 
 def test_parts_are_blocks_where_there_are_too_many(make: Make) -> None:
     numbers = loss_view(make("llama", length=5, parts=2)).numbers
     assert [(part["first"], part["last"]) for part in numbers["positions"]] == [(0, 2), (3, 4)]
     assert [(part["first"], part["last"]) for part in numbers["layers"]] == [(0, 1), (2, 2)]
-
-
-def test_a_prefix_that_is_its_start_loses_nothing_by_it(make: Make, tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("llama")
-    start = from_words(backbone, "some words", 4)
-    subject = make(backbone, prefix=start, header={"initialization": {"kind": "words", "text": "some words"}})
-    numbers = loss_view(subject).numbers
-    assert numbers["replaced_by"] == "start"
-    assert numbers["keys"]["change"] == numbers["values"]["change"] == 0
-    assert {part["change"] for part in numbers["layers"]} == {0}
-    left = start_view(subject)
-    assert left.numbers["keys"]["decoder"]["moved"] == pytest.approx(0, abs=1e-6)
-    assert left.numbers["values"]["decoder"]["cosine"] == pytest.approx(1)
-    assert left.numbers["controls"]["random"]["values"]["decoder"]["cosine"] < 0.9
 
 
 def test_texts_are_read_in_the_windows_of_training_and_count_as_one_row_each(make: Make, tiny_backbone: Make) -> None:
@@ -200,102 +175,13 @@ def test_a_prefix_of_a_text_is_nearest_to_that_text(make: Make, tiny_backbone: M
     plain = make(backbone)
     ids = [*plain.tokenized[3].prompt, *plain.tokenized[3].targets[0]]
     text = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids[:6]]))
-    assert torch.allclose(cosines(text, text, "keys").diagonal(), torch.ones(6), atol=1e-5)
+    assert torch.allclose(cosines(text, text).diagonal(), torch.ones(6), atol=1e-5)
     numbers = nearest_view(make(backbone, prefix=text)).numbers
     for row, token in zip(numbers["positions"], ids, strict=False):
-        for part in ("keys", "values"):
-            assert row[part][0]["cosine"] == pytest.approx(1, abs=1e-4)
-            assert row[part][0]["token"] == backbone.tokenizer.decode([token])
-            assert len({near["token"] for near in row[part]}) == len(row[part])
-    assert numbers["mean_best"]["keys"] > numbers["controls"]["random"]["keys"] + 0.1
-
-
-def test_keys_are_compared_as_at_one_position(tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("llama")
-    text = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([[7, 7, 7, 7, 7]]))
-    # In the first layer, a token's key differs by its position alone.
-    key, _ = text.layers["decoder"][0]
-    back = turned_back(text, backbone.rotation)
-    same, value = back.layers["decoder"][0]
-    assert not torch.allclose(key[:, :1], key[:, 4:], atol=1e-2)
-    assert torch.allclose(same, same[:, :1].expand_as(same), atol=1e-4)
-    assert torch.allclose(same[:, :1], key[:, :1])
-    assert torch.equal(value, text.layers["decoder"][0][1])
-    assert turned_back(text, None) is text
-
-
-TEXT = "The Owl goes to Ashby at noon, and the Fox to Dover at nine."
-
-
-def from_start(backbone: Backbone, compaction: Any, length: int) -> Prefix:
-    """What training would start from the text with."""
-    config = TrainConfig(train="x", initialization="text", init_text=TEXT, prefix_length=length, compaction=compaction)
-    start = from_text(config, backbone, {"decoder": length})
-    assert start.prefix is not None
-    return Prefix(start.prefix.layers, {"initialization": start.description})
-
-
-def test_keys_of_a_text_that_was_compacted_are_compared_as_where_they_stand(make: Make, tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("llama")
-    prefix = from_start(backbone, "stride", 8)
-    whole = backbone.encode(TEXT)
-    tokens = [backbone.tokenizer.decode([whole[at]]) for at in evenly_spaced(len(whole), 8).tolist()]
-    for part in (prefix, cut(prefix, 5)):
-        view = nearest_view(make(backbone, prefix=part, header=part.header, examples=()))
-        best = [row["keys"][0] for row in view.numbers["positions"]]
-        assert [near["token"] for near in best] == tokens[: part.prefix_length]
-        assert [near["cosine"] for near in best] == pytest.approx([1.0] * part.prefix_length, abs=1e-3)
-        assert view.notes == ()
-
-
-def test_keys_of_examples_that_were_compacted_are_compared_as_where_they_stand(tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("llama")
-    rows, lengths = [[7] * 6, [9] * 4, [11] * 5], [3, 4, 2]
-    start = from_examples(backbone, rows, lengths=lengths)
-    described = {
-        "kind": "examples",
-        "tokens": [6, 4, 5],
-        "lengths": lengths,
-    }
-    positions = key_positions(Prefix(start.layers, {"initialization": described}))
-    assert positions == [-3, -1, 2, 3, 4, 5, 6, 4, 8]
-    # In the first layer, a token's key differs by its position alone.
-    back, _ = turned_back(start, backbone.rotation, positions).layers["decoder"][0]
-    for first, last in ((0, 3), (3, 7), (7, 9)):
-        assert torch.allclose(back[:, first:last], back[:, first : first + 1].expand(-1, last - first, -1), atol=1e-4)
-
-
-def test_keys_whose_positions_the_file_does_not_name_are_left_out(make: Make, tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("llama")
-    prefix = from_start(backbone, "match", 8)
-    view = nearest_view(make(backbone, prefix=prefix, header=prefix.header, examples=()))
-    assert [row["keys"] for row in view.numbers["positions"]] == [[]] * 8
-    assert all(row["values"] for row in view.numbers["positions"])
-    assert view.numbers["mean_best"]["keys"] is None
-    assert "Keys are left out" in view.notes[0]
-    assert not any("by keys" in line for line in lines(view))
-    assert "n/a" in to_html(compose([view], [], "x"))
-    joined = concatenate([prefix, prefix], backbone.rotation)
-    (note,) = nearest_view(make(backbone, prefix=joined, header=joined.header, examples=())).notes
-    assert "as if each stood at its position in the prefix" in note
-
-
-@pytest.mark.parametrize(
-    "start",
-    [
-        {"kind": "text", "tokens": 10**30, "turned_back": 1, "compaction": "stride"},
-        {"kind": "text", "tokens": 8, "turned_back": 9, "compaction": "stride"},
-        {"kind": "text", "tokens": "8", "turned_back": [4], "compaction": ["match"]},
-        {"kind": "examples", "tokens": [5], "lengths": [2**31 - 1], "compaction": "stride"},
-        {"kind": "examples", "tokens": 4, "lengths": None, "compaction": "match"},
-        {"kind": "words"},
-    ],
-)
-def test_a_start_that_no_header_of_ours_describes_moves_no_key(
-    start: dict[str, Any], random_prefix: Make, tiny_backbone: Make
-) -> None:
-    made = random_prefix(tiny_backbone("llama"), 4, 1).detach()
-    assert key_positions(Prefix(made.layers, {"initialization": start})) == range(4)
+        assert row["nearest"][0]["cosine"] == pytest.approx(1, abs=1e-4)
+        assert row["nearest"][0]["token"] == backbone.tokenizer.decode([token])
+        assert len({near["token"] for near in row["nearest"]}) == len(row["nearest"])
+    assert numbers["mean_best"] > numbers["controls"]["random"] + 0.1
 
 
 def test_without_data_the_corpus_is_a_list_of_words(make: Make) -> None:
@@ -345,33 +231,6 @@ def test_without_room_for_a_question_there_is_no_description(make: Make) -> None
     assert "no question fits" in description_view(make("llama", length=110)).left_out
 
 
-# --- likeness ---------------------------------------------------------------------------------------------------------
-
-
-def test_likeness_of_equal_turned_and_foreign_prefixes(make: Make, random_prefix: Make, tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("llama")
-    same = make(backbone, length=3)
-    numbers = likeness_view(make(backbone, prefix=same.prefix, against=same.prefix)).numbers["with"]
-    for part in ("keys", "values"):
-        assert numbers["other"]["decoder"][part]["cosine"] == pytest.approx(1)
-        assert numbers["other"]["decoder"][part]["cka"] == pytest.approx(1)
-        assert numbers["other"]["decoder"][part]["overlap"] == pytest.approx(1)
-        assert abs(numbers["random"]["decoder"][part]["cosine"]) < 0.5
-    shorter = make(backbone, prefix=same.prefix, against=random_prefix(backbone, 2, 5).detach())
-    assert likeness_view(shorter).numbers["with"]["other"]["decoder"]["keys"]["cosine"] < 0.5
-
-
-def test_cka_and_overlap_are_the_same_after_a_rotation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(5, 8, generator=generator)
-    turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator))
-    assert cka(rows, 3 * rows @ turn) == pytest.approx(1)
-    assert cka(rows, torch.randn(5, 8, generator=generator)) < 0.9
-    assert subspace_overlap(rows, torch.randn(5, 5, generator=generator) @ rows) == pytest.approx(1)
-    assert subspace_overlap(torch.eye(4)[:2], torch.eye(4)[2:]) == pytest.approx(0)
-    assert subspace_overlap(torch.eye(4)[:2], torch.eye(4)[1:3]) == pytest.approx(0.5)
-
-
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -382,8 +241,7 @@ def test_all_views_are_json_and_say_what_they_cannot_show(make: Make, wide: Any)
     for view in views:
         assert json.loads(json.dumps(view.to_dict(), allow_nan=False))
         assert view.left_out or view.to_dict()["shows"] == SHOWS[view.name]
-    assert [view.name for view in views if view.left_out] == ["start"]
-    assert "does not say" in views[-1].left_out
+    assert not any(view.left_out for view in views)
 
 
 def test_views_that_need_data_are_left_out_by_name(make: Make, wide: Any) -> None:
@@ -396,5 +254,5 @@ def test_views_that_need_data_are_left_out_by_name(make: Make, wide: Any) -> Non
 def test_a_token_that_a_text_has_many_times_is_one_neighbour() -> None:
     found = _Neighbours(1)
     cosine = torch.tensor([[0.9] * 7 + [0.8, 0.7]])
-    found.add("keys", cosine, [("data", (token, token)) for token in ["the"] * 7 + ["cat", "dog"]])
-    assert [near["token"] for near in found.describe()[0]["keys"]] == ["the", "cat", "dog"]
+    found.add(cosine, [("data", (token, token)) for token in ["the"] * 7 + ["cat", "dog"]])
+    assert [near["token"] for near in found.describe()[0]["nearest"]] == ["the", "cat", "dog"]

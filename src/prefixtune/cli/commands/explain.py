@@ -41,11 +41,6 @@ class ExplainOptions(BackboneOptions, OutputOptions):
     against: str = Field(
         "", description="a prefix of another task, to compare with", json_schema_extra={"metavar": "FILE"}
     )
-    train: str = Field(
-        "",
-        description="the training data of a prefix that started from some of its examples, to compute that start again",
-        json_schema_extra={"metavar": "PATH"},
-    )
     output: str = Field("explain.html", description="the page", json_schema_extra={"metavar": "FILE"})
     figures: str = Field(
         "",
@@ -54,7 +49,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
     )
     views: CommaList[Literal["attention", "loss", "nearest", "description", "likeness", "start"]] = Field(
         (),
-        description="only these, of attention,loss,nearest,description,likeness,start",
+        description="only these, of attention,loss,nearest,description",
         json_schema_extra={"metavar": "NAMES"},
     )
     rows: int = Field(
@@ -80,7 +75,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
         if page.suffix not in (".html", ".htm") or os.path.isdir(page):
             yield ("output",), f"--output is {self.output!r}, but must be the name of an .html file"
         for name in ("task", "split", "source", "target", "form"):
-            if getattr(self, name) and not (self.data or self.train):
+            if getattr(self, name) and not self.data:
                 yield (name,), f"--{name} says how --data is read: give --data PATH too"
 
 
@@ -106,10 +101,9 @@ def explain(options: ExplainOptions) -> int:
     if options.figures:
         check_writable(Path(options.figures) / "any")
     examples: list[Example] = []
-    train: list[Example] = []
     files = [options.prefix, *([options.against] if options.against else [])]
     backbone, prefixes = load_with_prefixes(
-        console, options, files, check=lambda read: _read_all(options, read, examples, train)
+        console, options, files, check=lambda read: _read_all(options, read, examples)
     )
     limits = Limits(
         rows=options.rows,
@@ -122,7 +116,7 @@ def explain(options: ExplainOptions) -> int:
     names = [name for name in TITLES if name in (options.views or TITLES)]
     views: list[View] = []
     try:
-        _make_views(console, names, views, backbone, prefixes, {"examples": examples, "train": train}, limits)
+        _make_views(console, names, views, backbone, prefixes, examples, limits)
     finally:
         # A stopped run writes the views that are done.
         figures = _write(options, page, views, prefixes[0], backbone.name, len(examples)) if views else []
@@ -136,10 +130,8 @@ def explain(options: ExplainOptions) -> int:
     return 0
 
 
-def _read_all(
-    options: ExplainOptions, prefixes: Sequence[Prefix], examples: list[Example], train: list[Example]
-) -> None:
-    """Add the first rows of --data to `examples`, and all of --train to `train`.
+def _read_all(options: ExplainOptions, prefixes: Sequence[Prefix], examples: list[Example]) -> None:
+    """Add the first rows of --data to `examples`.
 
     Raises:
         PrefixError: A file cannot be read, no example has a target, or one has a label that the prefix does not know.
@@ -152,11 +144,8 @@ def _read_all(
         if not kept:
             raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
         examples += kept
-    if options.train:
-        train += _read_data(options, options.train, "train" if os.path.isdir(options.train) else "", prefixes)
     if labels is not None:
         check_known(examples, labels)
-        check_known(train, labels)
 
 
 def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequence[Prefix]) -> list[Example]:
@@ -179,7 +168,7 @@ def _make_views(
     views: list[View],
     backbone: Any,
     prefixes: Sequence[Prefix],
-    data: dict[str, list[Example]],
+    examples: Sequence[Example],
     limits: Any,
 ) -> None:
     """Add each view to `views` as it is done."""
@@ -196,7 +185,7 @@ def _make_views(
             bar.update(len(views), view=TITLES[name].lower(), parts=parts)
 
         for view in explain_prefix(
-            backbone, prefixes[0], **data, against=against, limits=limits, views=names, on_part=on_part
+            backbone, prefixes[0], examples, against=against, limits=limits, views=names, on_part=on_part
         ):
             views.append(view)
             bar.update(len(views))
