@@ -21,31 +21,22 @@ LOADING = "the self-check of loading passes"
 OWN = "no prefix = transformers' own attention"
 LAYERS = "every layer receives the prefix"
 GRADIENTS = "every prefix slot receives a gradient"
-SITES = "each site works alone"
-ORDER = "the order of prefix positions is free"
-CAUSALITY = "no token sees a later one"
 ROUTES = "injected = prefilled"
 PADDING = "padded = unpadded"
-BATCH = "batch = single"
 MIXED = "mixed prefixes = one by one"
 PACKING = "packed = one pair at a time"
-PAIRS = "padded pairs = one pair at a time"
-LABELS = "labelled texts = one at a time"
 GENERATION = "generation uses the prefix"
 GREEDY = "cached decoding = full recomputation"
-BEAMS = "beam search = full recomputation"
 WINDOW = "sliding windows keep the prefix"
 EVALUATION = "dropout stays off in training mode"
 CHECKPOINTING = "gradient checkpointing changes nothing"
-UNTOUCHED = "the backbone is untouched"
 
 ALL = [
-    REGISTRY, LOADING, OWN, LAYERS, GRADIENTS, SITES, ORDER, CAUSALITY, ROUTES, PADDING, BATCH, MIXED, PACKING, PAIRS,
-    LABELS, GENERATION, GREEDY, BEAMS, WINDOW, EVALUATION, CHECKPOINTING, UNTOUCHED,
+    REGISTRY, LOADING, OWN, LAYERS, GRADIENTS, ROUTES, PADDING, MIXED, PACKING, GENERATION, GREEDY, WINDOW, EVALUATION,
+    CHECKPOINTING,
 ]  # fmt: skip
-OF_ENCODER_DECODERS_ONLY = {SITES}
 OF_DECODERS_ONLY = {ROUTES}
-OF_GENERATION = {CAUSALITY, PACKING, PAIRS, GENERATION, GREEDY, BEAMS}
+OF_GENERATION = {PACKING, GENERATION, GREEDY}
 
 Make = Callable[..., Any]
 

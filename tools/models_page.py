@@ -42,7 +42,7 @@ INTRODUCTION = """# Models
 
 Which types of model carry a prefix. Each row is a tiny model of that type with random weights, examined with the checks
 of `prefixtune doctor`: the prefix reaches every attention layer and gets a gradient there; padding, batching and
-caching change no number; generation uses the prefix; the model stays the same bit for bit.
+caching change no number; generation uses the prefix.
 
 | verdict | meaning |
 |---|---|

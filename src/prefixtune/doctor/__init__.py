@@ -6,7 +6,6 @@
     attention_checks, batch_checks, decoding_checks
     reference         the plainest way to run a prefix: one row, in full
     cached            a run with a cache
-    state             what must not change
 
 It reads no files and prints nothing.
 """

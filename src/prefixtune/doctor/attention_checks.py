@@ -1,4 +1,4 @@
-"""Checks of attention: does a prefix reach every layer, and nothing else, and does the backbone stay as it was?"""
+"""Checks of attention: does a prefix reach every layer, also where layers are recomputed?"""
 
 from __future__ import annotations
 
@@ -7,31 +7,22 @@ import math
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone import selfcheck
 from prefixtune.doctor.reference import (
-    Text,
-    attention_outputs,
     compute_outputs,
-    keep_site,
     outputs_one_by_one,
     prefix_gradients,
     slot_gradients,
 )
-from prefixtune.doctor.state import ModelState
 from prefixtune.doctor.subject import CheckResult, Subject
 from prefixtune.prefix.geometry import Site
-from prefixtune.prefix.prefix import Prefix
 
 __all__ = [
-    "check_causality",
     "check_checkpointing",
     "check_evaluation_mode",
     "check_gradients",
     "check_layers",
     "check_loading",
-    "check_order",
     "check_own_attention",
     "check_registry",
-    "check_single_sites",
-    "check_untouched",
 ]
 
 
@@ -77,23 +68,16 @@ def check_own_attention(subject: Subject) -> CheckResult:
 
 def check_layers(subject: Subject) -> CheckResult:
     """Replacing one layer's prefix changes that layer's output."""
-    weak, weakest = _find_weak_layers(subject, subject.layer_effects)
+    effects, bounds = subject.layer_effects, subject.layer_bounds
+    weak = [layer for layer, effect in effects.items() if not bounds[layer] <= effect < math.inf]
+    weakest = min(effects, key=lambda layer: effects[layer] / bounds[layer])
     detail = (
-        f"replacing one layer's prefix changes that layer's output by {subject.layer_effects[weakest]:.1e} or more "
-        f"(layer {_layer_name(subject, weakest)}; at least {subject.layer_bounds[weakest]:.1e}, by the float noise; "
+        f"replacing one layer's prefix changes that layer's output by {effects[weakest]:.1e} or more "
+        f"(layer {_layer_name(subject, weakest)}; at least {bounds[weakest]:.1e}, by the float noise; "
         f"strength {subject.strength:g})"
     )
     names = ", ".join(_layer_name(subject, layer) for layer in weak)
     return not weak, detail + (f"; too little in layers {names}" if weak else "")
-
-
-def _find_weak_layers(
-    subject: Subject, effects: dict[tuple[Site, int], float]
-) -> tuple[list[tuple[Site, int]], tuple[Site, int]]:
-    """The layers whose change does not exceed the float noise, and the layer that is nearest to it."""
-    bounds = subject.layer_bounds
-    weak = [layer for layer, effect in effects.items() if not bounds[layer] <= effect < math.inf]
-    return weak, min(effects, key=lambda layer: effects[layer] / bounds[layer])
 
 
 def _layer_name(subject: Subject, layer: tuple[Site, int]) -> str:
@@ -117,52 +101,7 @@ def check_gradients(subject: Subject) -> CheckResult:
     return is_finite and not num_dead, detail + ("" if is_finite else "; some are not finite")
 
 
-def check_single_sites(subject: Subject) -> CheckResult:
-    """A prefix at a single site reaches all layers of that site, and learns."""
-    if len(subject.sites) == 1:
-        return None
-    backbone = subject.backbone
-    rows = subject.texts(6)
-    bare = attention_outputs(backbone, rows, [None])
-    details, passed = [], True
-    for site in subject.sites:
-        prefix = keep_site(subject.first, site)
-        _, gradients = prefix_gradients(backbone, rows, [prefix])
-        prefixed = attention_outputs(backbone, rows, [prefix])
-        effects = {layer: subject.difference([prefixed[layer]], [bare[layer]]) for layer in bare if layer[0] == site}
-        weak, weakest = _find_weak_layers(subject, effects)
-        slots = slot_gradients(gradients)
-        num_live = int((slots > 0).sum())
-        passed = passed and not weak and num_live == len(slots)
-        bound = subject.layer_bounds[weakest]
-        details.append(f"{site} {effects[weakest]:.1e}, {num_live} of {len(slots)} slots (at least {bound:.1e}, all)")
-    return passed, f"alone it changes its layers' outputs by: {'; '.join(details)}"
-
-
-def check_order(subject: Subject) -> CheckResult:
-    """A prefix with its positions in reverse order does the same."""
-    layers = subject.first.layers.items()
-    reverse = Prefix({site: tuple((key.flip(1), value.flip(1)) for key, value in pairs) for site, pairs in layers})
-    rows = subject.texts(6) * 2
-    outputs, reverse_outputs = outputs_one_by_one(subject.backbone, rows, [subject.first, reverse])
-    difference = subject.difference([reverse_outputs], [outputs])
-    return subject.check_equal(f"{subject.output_name} with the prefix in reverse order", difference)
-
-
-def check_causality(subject: Subject) -> CheckResult:
-    """Changing the last token changes nothing before it."""
-    backbone = subject.backbone
-    if backbone.kind == "encoder":
-        return None
-    (text,) = subject.texts(8)
-    row = text.target or text.ids
-    changed = [*row[:-1], next(int(token_id) for token_id in subject.vocabulary if int(token_id) != row[-1])]
-    other = Text(text.ids, changed) if text.target else Text(changed)
-    before, after = outputs_one_by_one(backbone, [text, other], [subject.first] * 2)
-    return subject.check_equal("logits before a changed token", subject.difference([after[:-1]], [before[:-1]]))
-
-
-# --- modes, and what must not change ---------------------------------------------------------------------------------
+# --- modes -----------------------------------------------------------------------------------------------------------
 
 
 def check_evaluation_mode(subject: Subject) -> CheckResult:
@@ -195,12 +134,3 @@ def check_checkpointing(subject: Subject) -> CheckResult:
         outputs, other_gradients = prefix_gradients(backbone, rows, prefixes)
     difference = max(subject.difference(outputs, reference), subject.difference(other_gradients, gradients))
     return subject.check_equal(f"{subject.output_name} and gradients", difference)
-
-
-def check_untouched(subject: Subject) -> CheckResult:
-    """No parameter, buffer, attribute, hook or mode of the model has changed."""
-    changes = subject.initial_state.changes(ModelState.of(subject.backbone.model))
-    count = len(subject.initial_state.tensors)
-    if changes:
-        return False, f"{len(changes)} changed (at most 0): {', '.join(changes[:3])}"
-    return True, f"{count} of {count} parameters and buffers are bit for bit the same; no hook or attribute is left"

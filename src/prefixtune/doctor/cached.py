@@ -50,9 +50,7 @@ class DecodeTrace:
     widths: list[int] = field(default_factory=list)
 
 
-def decode(
-    backbone: Backbone, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], num_beams: int = 1
-) -> DecodeTrace:
+def decode(backbone: Backbone, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None]) -> DecodeTrace:
     """Generate in one batch, and trace the model's steps; prompts must be sorted by length, as the batch will be.
 
     Raises:
@@ -65,9 +63,7 @@ def decode(
         trace.logits.append(output.logits[:, -1].float())
         trace.widths.append(int(kwargs[input_name].shape[1]))
 
-    config = GenerateConfig(
-        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, num_beams=num_beams, batch_size=len(prompts)
-    )
+    config = GenerateConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, batch_size=len(prompts))
     handle = backbone.model.register_forward_hook(record, with_kwargs=True)
     try:
         trace.tokens = generate_ids(backbone, prompts, prefixes, config=config)

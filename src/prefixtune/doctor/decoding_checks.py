@@ -15,7 +15,6 @@ from prefixtune.doctor.cached import decode, prefilled_logits
 from prefixtune.doctor.reference import (
     NEW_TOKENS,
     Text,
-    beam_search,
     compute_outputs,
     mask_scores,
     recompute_logits,
@@ -25,10 +24,9 @@ from prefixtune.doctor.subject import CheckResult, Subject
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["check_beams", "check_greedy", "check_in_generation", "check_sliding_window"]
+__all__ = ["check_greedy", "check_in_generation", "check_sliding_window"]
 
 
-_BEAMS = 3
 _LONGEST_WINDOW = 512
 _STATE_BOUND = 5e-3
 """The tolerance in float32 where layers keep a state: some of transformers' state-space layers limit their time steps
@@ -87,28 +85,6 @@ def check_greedy(subject: Subject) -> CheckResult:
     if subject.backbone.kind == "encoder":
         return None
     return _compare_decoding(subject, subject.ids(3, 5, 6), [subject.first, None, subject.second])
-
-
-def check_beams(subject: Subject) -> CheckResult:
-    """Beam search gives the same with a cache and without one."""
-    backbone = subject.backbone
-    if backbone.kind == "encoder":
-        return None
-    # As many rows as beams: then cache rows in a wrong order would belong to another text's prefix.
-    prompts, prefixes = subject.ids(3, 5, 6), [subject.first, None, subject.second]
-    outputs = decode(backbone, prompts, prefixes, num_beams=_BEAMS).tokens
-    num_different, difference = 0, 0.0
-    for prompt, tokens, prefix in zip(prompts, outputs, prefixes, strict=True):
-        best, score = beam_search(backbone, prompt, prefix, _BEAMS)
-        logits = recompute_logits(backbone, prompt, tokens, prefix)
-        scores = mask_scores(backbone, logits.log_softmax(-1))
-        chosen = scores.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
-        num_different += tokens != best
-        difference = max(difference, abs(float(chosen.mean()) - score) / float(logits.abs().max()))
-    passed, detail = subject.check_equal("mean log-probabilities", difference)
-    if not subject.is_exact:
-        return passed, f"{_BEAMS} beams, 3 rows: {detail}"
-    return passed and not num_different, f"{_BEAMS} beams: {3 - num_different} of 3 rows have the same tokens; {detail}"
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------

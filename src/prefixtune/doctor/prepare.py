@@ -18,7 +18,6 @@ from prefixtune.doctor.reference import (
     replace_layer,
     scale_values,
 )
-from prefixtune.doctor.state import ModelState
 from prefixtune.doctor.subject import EXTRA_POSITIONS, Subject, random_ids
 from prefixtune.errors import BackboneError
 from prefixtune.prefix.geometry import Site
@@ -49,7 +48,6 @@ def prepare(backbone: Backbone, prefix_length: int, seed: int) -> Subject:
     size = min(int(backbone.model.get_input_embeddings().weight.shape[0]), len(backbone.tokenizer))
     special = set(backbone.tokenizer.all_special_ids)
     vocabulary = torch.tensor([token_id for token_id in range(size) if token_id not in special])
-    initial_state = ModelState.of(backbone.model)
     row = random_ids(vocabulary, 8, generator)
     text = append_tokens(backbone, row, row[::-1]) if backbone.kind == "encoder-decoder" else Text(row)
     _check_registry(backbone, text)
@@ -78,7 +76,6 @@ def prepare(backbone: Backbone, prefix_length: int, seed: int) -> Subject:
         strength,
         vocabulary,
         generator,
-        initial_state,
     )
 
 

@@ -23,7 +23,6 @@ __all__ = [
     "Text",
     "append_tokens",
     "attention_outputs",
-    "beam_search",
     "compute_outputs",
     "keep_site",
     "mask_scores",
@@ -39,7 +38,7 @@ __all__ = [
 
 
 NEW_TOKENS = 5
-"""Tokens that `decode` and `beam_search` generate."""
+"""Tokens that `decode` generates."""
 
 _TINY = 1e-30
 
@@ -214,18 +213,3 @@ def mask_scores(backbone: Backbone, scores: Tensor, step: int = 0) -> Tensor:
         scores[0] = float("-inf")
         scores[0, backbone.forced_bos_id] = 0
     return scores
-
-
-def beam_search(
-    backbone: Backbone, prompt: Sequence[int], prefix: Prefix | None, num_beams: int
-) -> tuple[list[int], float]:
-    """Beam search without a cache: the best beam, and its mean log-probability."""
-    beams: list[list[int]] = [[]]
-    sums = torch.zeros(1, device=backbone.device)
-    for step in range(NEW_TOKENS):
-        rows = [append_tokens(backbone, prompt, beam) for beam in beams]
-        logits = torch.stack([row[-1] for row in compute_outputs(backbone, rows, [prefix] * len(rows))]).float()
-        total = sums[:, None] + mask_scores(backbone, logits.log_softmax(-1), step)
-        sums, indices = total.flatten().topk(num_beams)
-        beams = [[*beams[index // total.shape[1]], index % total.shape[1]] for index in indices.tolist()]
-    return beams[0], float(sums[0]) / NEW_TOKENS

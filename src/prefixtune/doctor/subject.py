@@ -10,7 +10,6 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.reference import Text, relative_difference
-from prefixtune.doctor.state import ModelState
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
@@ -40,7 +39,6 @@ class Subject:
         strength: What the prefixes' values were multiplied by for that.
         vocabulary: Ordinary token ids.
         generator: Draws from it.
-        initial_state: The model's state at the start.
     """
 
     backbone: Backbone
@@ -53,7 +51,6 @@ class Subject:
     strength: float
     vocabulary: Tensor
     generator: torch.Generator
-    initial_state: ModelState
 
     @property
     def is_exact(self) -> bool:

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from doctor_checks import (
-    BATCH,
-    CAUSALITY,
     CHECKPOINTING,
     EVALUATION,
     GRADIENTS,
@@ -20,14 +18,11 @@ from doctor_checks import (
     LAYERS,
     LOADING,
     MIXED,
-    ORDER,
     OWN,
     PACKING,
     PADDING,
     REGISTRY,
     ROUTES,
-    SITES,
-    UNTOUCHED,
     attend_changed_at,
     drop_prefix,
     failed,
@@ -42,7 +37,6 @@ from prefixtune.attention.injection import Injection, batch_prefixes, current_in
 from prefixtune.attention.registry import ATTENTION, attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.examine import Check, examine
-from prefixtune.inference.generate import generate_ids
 
 Make = Callable[..., Any]
 
@@ -61,7 +55,7 @@ def test_one_dead_layer_of_a_model_whose_logits_hardly_move(
     patch_attention(monkeypatch, patched)
     faults = failed(backbone)
     assert faults[LAYERS].endswith(f"too little in layers {site} {number}")
-    assert {GRADIENTS, SITES} <= faults.keys()
+    assert GRADIENTS in faults
 
 
 def test_no_line_without_gradient_checkpointing(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +123,7 @@ def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest
 
     backbone = tiny_backbone("llama")
     patch_attention(monkeypatch, patched)
-    assert {CAUSALITY, PADDING, ROUTES, GREEDY} <= failed(backbone).keys()
+    assert {PADDING, ROUTES, GREEDY} <= failed(backbone).keys()
 
 
 def test_dropout_left_on(tiny_backbone: Make) -> None:
@@ -162,63 +156,28 @@ def test_checkpointing_that_drops_the_prefix(tiny_backbone: Make, monkeypatch: p
     assert CHECKPOINTING in failed(backbone)
 
 
-def test_a_weight_that_moves(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone("llama")
-
-    def moving(*args: Any, **options: Any) -> Any:
-        # One unit in the last place, where no comparison of logits would see it.
-        weight = backbone.model.model.norm.weight
-        weight.data[0] = torch.nextafter(weight[0], torch.tensor(9.0))
-        return generate_ids(*args, **options)
-
-    monkeypatch.setattr("prefixtune.doctor.cached.generate_ids", moving)
-    faults = failed(backbone)
-    assert faults.keys() == {UNTOUCHED}
-    assert "model.norm.weight" in faults[UNTOUCHED]
-
-
-def test_a_hook_a_patch_and_a_gradient_that_stay(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone("llama")
-    layers = backbone.model.model.layers
-
-    def leaving(*args: Any, **options: Any) -> Any:
-        layers[0].mlp.register_forward_hook(lambda *_: None)
-        layers[1].mlp.forward = layers[1].mlp.forward
-        layers[2].mlp.up_proj.weight.requires_grad_()
-        return generate_ids(*args, **options)
-
-    monkeypatch.setattr("prefixtune.doctor.cached.generate_ids", leaving)
-    detail = failed(backbone)[UNTOUCHED]
-    assert detail.startswith("3 changed")
-    assert "hooks of model.layers.0.mlp" in detail
-    assert "attributes of model.layers.1.mlp" in detail
-    assert "gradient of model.layers.2.mlp.up_proj.weight" in detail
-
-
 def test_a_weight_that_is_to_be_trained_is_left_alone(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("llama")
     weight = backbone.model.model.norm.weight.requires_grad_()
-    assert UNTOUCHED in passing(backbone)
+    assert passing(backbone)
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("name", ["bart", "t5"])
 @pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
-def test_a_dead_site(site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone(name)
+def test_a_dead_site(site: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("t5")
     count = len(backbone.geometry[site])
     patch_attention(monkeypatch, attend_changed_at(site, drop_prefix))
     faults = failed(backbone)
-    assert {LAYERS, GRADIENTS, SITES} <= faults.keys()
+    assert {LAYERS, GRADIENTS} <= faults.keys()
     assert faults[LAYERS].endswith(f"too little in layers {', '.join(f'{site} {n}' for n in range(count))}")
-    assert f"{site} 0.0e+00, 0 of {2 * count * 5} slots" in faults[SITES]
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_a_decoder_that_sees_the_future(name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone(name)
     patch_attention(monkeypatch, attend_changed_at("decoder", see_everything))
-    assert {OWN, CAUSALITY, PADDING, BATCH, PACKING, GREEDY} <= failed(backbone).keys()
+    assert {OWN, PADDING, MIXED, PACKING, GREEDY} <= failed(backbone).keys()
 
 
 def test_a_relative_bias_that_is_shifted(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,23 +189,8 @@ def test_a_relative_bias_that_is_shifted(tiny_backbone: Make, monkeypatch: pytes
     backbone = tiny_backbone("t5")
     monkeypatch.setattr(torch.nn.functional, "pad", shifted)
     faults = failed(backbone)
-    assert {ORDER, MIXED, GREEDY} <= faults.keys()
-    assert not {OWN, LAYERS, GRADIENTS, SITES} & faults.keys()
-
-
-def test_a_relative_bias_that_the_prefix_carries(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    pad = nn.functional.pad
-
-    def biased(tensor: torch.Tensor, sizes: tuple[int, ...], *args: Any, **options: Any) -> torch.Tensor:
-        if len(sizes) != 2 or tensor.dim() != 4:
-            return pad(tensor, sizes, *args, **options)
-        # The later a prefix position, the more it weighs.
-        columns = torch.arange(sizes[0]).to(tensor).expand(*tensor.shape[:-1], -1)
-        return torch.cat([columns, tensor], dim=-1)
-
-    backbone = tiny_backbone("t5")
-    monkeypatch.setattr(torch.nn.functional, "pad", biased)
-    assert ORDER in failed(backbone)
+    assert {MIXED, GREEDY} <= faults.keys()
+    assert not {OWN, LAYERS, GRADIENTS} & faults.keys()
 
 
 def test_attention_that_is_not_the_models_own(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,20 +9,15 @@ import pytest
 import torch
 
 from doctor_checks import (
-    BATCH,
-    CAUSALITY,
     GRADIENTS,
     GREEDY,
-    LABELS,
     LAYERS,
     LOADING,
     MIXED,
     OWN,
     PACKING,
     PADDING,
-    PAIRS,
     ROUTES,
-    SITES,
     attend_changed_at,
     failed,
     patch_attention,
@@ -35,7 +30,6 @@ from prefixtune.attention.kernels import packed_attention
 from prefixtune.attention.masks import extend_mask
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.doctor.examine import examine
-from prefixtune.prefix.prefix import Prefix
 
 Make = Callable[..., Any]
 
@@ -49,7 +43,7 @@ def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.Mo
     replace_everywhere(monkeypatch, extend_mask, blind)
     faults = failed(tiny_backbone("llama"))
     assert {MIXED, ROUTES} <= faults.keys()
-    assert not {BATCH, PADDING, LAYERS} & faults.keys()
+    assert not {PADDING, LAYERS} & faults.keys()
 
 
 def test_padded_text_that_is_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +53,7 @@ def test_padded_text_that_is_seen(tiny_backbone: Make, monkeypatch: pytest.Monke
         return forward(model, layout, input_ids, None, **kwargs)
 
     replace_everywhere(monkeypatch, forward_with_prefixes, unmasked)
-    assert {PADDING, BATCH, MIXED} <= failed(tiny_backbone("llama")).keys()
+    assert {PADDING, MIXED} <= failed(tiny_backbone("llama")).keys()
 
 
 def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +73,8 @@ def test_padded_sources_that_are_seen(
     backbone = tiny_backbone(name)
     patch_attention(monkeypatch, attend_changed_at(site, see_everything))
     faults = failed(backbone)
-    assert {OWN, PADDING, BATCH, MIXED, PAIRS, GREEDY} <= faults.keys()
-    assert not {LAYERS, GRADIENTS, SITES, CAUSALITY, PACKING} & faults.keys()
+    assert {OWN, PADDING, MIXED, GREEDY} <= faults.keys()
+    assert not {LAYERS, GRADIENTS, PACKING} & faults.keys()
 
 
 def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,17 +86,6 @@ def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeyp
 
     monkeypatch.setattr(Packing, "sizes", turned)
     assert failed(tiny_backbone("bart")).keys() == {PACKING}
-
-
-def test_padded_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = forward_with_prefixes
-
-    def turned(*args: Any, source_rows: Any = None, **kwargs: Any) -> Any:
-        rows = None if source_rows is None else source_rows.flip(0)
-        return forward(*args, source_rows=rows, **kwargs)
-
-    replace_everywhere(monkeypatch, forward_with_prefixes, turned)
-    assert failed(tiny_backbone("bart")).keys() == {PAIRS}
 
 
 def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +103,7 @@ def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: py
 def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("bert")
     patch_attention(monkeypatch, attend_changed_at("encoder", see_everything))
-    assert failed(backbone).keys() == {LOADING, OWN, PADDING, BATCH, MIXED, LABELS}
+    assert failed(backbone).keys() == {LOADING, OWN, PADDING, MIXED}
 
 
 def test_an_encoder_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,33 +137,11 @@ def make_rounding_backbone(tiny_backbone: Make, error: float) -> Any:
 
 @pytest.mark.parametrize(
     ("error", "faults"),
-    [(3e-4, set()), (2e-2, {PAIRS, PACKING})],  # a sum of 30,000 float32 numbers loses at most 0.0036
+    [(3e-4, set()), (2e-2, {PACKING})],  # a sum of 30,000 float32 numbers loses at most 0.0036
 )
 def test_gradients_of_pairs_may_differ_by_the_rounding_of_pairs_alone(
     error: float, faults: set[str], tiny_backbone: Make
 ) -> None:
     checks = {check.name: check for check in examine(make_rounding_backbone(tiny_backbone, error))}
     assert {name for name, check in checks.items() if not check.passed} == faults
-    for name in (PAIRS, PACKING):
-        assert "their gradients differ by" in checks[name].detail
-        assert "the same pairs unpadded:" in checks[name].detail
-
-
-def test_gradients_halved_in_every_batch_are_no_rounding(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = forward_with_prefixes
-
-    def halved(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor / 2 + tensor.detach() / 2
-
-    def forward_halved(model: Any, layout: Any, input_ids: Any, *args: Any, prefixes: Any = None, **kwargs: Any) -> Any:
-        if len(input_ids) > 1 and prefixes is not None:
-            several = [prefixes] if isinstance(prefixes, Prefix) else prefixes
-            halves = [
-                prefix and Prefix({s: tuple((halved(k), halved(v)) for k, v in p) for s, p in prefix.layers.items()})
-                for prefix in several
-            ]
-            prefixes = halves[0] if isinstance(prefixes, Prefix) else halves
-        return forward(model, layout, input_ids, *args, prefixes=prefixes, **kwargs)
-
-    replace_everywhere(monkeypatch, forward_with_prefixes, forward_halved)
-    assert failed(tiny_backbone("llama", vocab_size=30_000)).keys() == {PAIRS}
+    assert "their gradients differ by" in checks[PACKING].detail
