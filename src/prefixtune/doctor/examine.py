@@ -11,8 +11,8 @@ In float32, the largest difference counts, relative to the largest number of the
 the same. Gradients of a large vocabulary's losses may differ by more, up to the rounding of a sum over it. In bfloat16
 and float16, the root mean square of the differences counts, relative to the reference's, because rounding moves single
 numbers far. Decoded tokens are not compared there, because near ties may flip, but the scores of the chosen tokens are.
-The bounds are wider in half precision: a fault in a single layer may stay below them, and a token that rounding sends to
-another expert may exceed them. Use float32 to be sure.
+The bounds are wider in half precision: a fault in a single layer may stay below them, and a token that rounding sends
+to another expert may exceed them. Use float32 to be sure.
 
 Checks that do not apply to a model are left out: generation, for an encoder; packed rows and a prefilled cache, where
 the model allows none; sliding windows, where no layer has one, or where it is too long to be tried (over 512 positions,
