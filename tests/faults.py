@@ -240,14 +240,6 @@ def run(work: Path) -> None:
             folder = work / f"convert-{to}"
             words = [("convert", given, folder / name, "--to", to) for given in (one, other)]
             writes_all_or_nothing(folder, folder / name, *words).run(f"convert --to {to}")
-        folder = work / "exported"
-        (work / "other").mkdir()
-        shutil.copyfile(other, work / "other" / one.name)
-        words = [
-            ("export", given, "--to", "llama.cpp", "--output", folder / "out")
-            for given in (one, work / "other" / one.name)
-        ]
-        writes_all_or_nothing(folder, folder / "out", *words).run("export --to llama.cpp")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main(folder: Path) -> dict[str, Any]:
     columns = {"source": "name", "target": "text"}
     calls("train: records", lambda: trained("records", backbone=backbone, examples=records, **columns))
     calls("train: silent", lambda: trained("silent", backbone=backbone, examples=examples, progress=False))
-    calls("train: go on", lambda: pt.train(resume=True, output=str(folder / "name"), examples=dicts, max_steps=3).steps)
+    calls("train: go on", lambda: pt.train(resume=True, output=str(folder / "name"), examples=dicts).steps)
     calls("train: go on, by Path", lambda: pt.train(resume=True, output=folder / "name", examples=dicts).steps)
     calls("train: no dev examples", lambda: trained("no", backbone=backbone, examples=dicts, dev_examples=[]))
     together = {**settings, "output": folder / "together", "task": "toy"}

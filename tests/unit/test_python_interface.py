@@ -89,7 +89,7 @@ def test_training_shows_its_progress_unless_it_is_switched_off(calls: dict[str, 
 
 
 def test_a_run_goes_on_with_its_own_configuration(calls: dict[str, Any]) -> None:
-    assert calls["train: go on"] == calls["train: go on, by Path"] == {"value": 3}
+    assert calls["train: go on"] == calls["train: go on, by Path"] == {"value": 2}
 
 
 @pytest.mark.parametrize("name", OBJECTS)

@@ -156,9 +156,12 @@ class Layer:
             ConfigError: It cannot be read, or has a key that is none of `fields`.
         """
         values = _read_file(Path(path))
-        unknown = [f"unknown key {name!r} ({did_you_mean(name, fields)[:-1]})" for name in values if name not in fields]
+        unknown = [name for name in values if name not in fields]
         if unknown:
-            raise ConfigError(f"{str(path)!r}: {'; '.join(unknown[:_MOST_FAULTS])}.", hint="leave it out.")
+            raise ConfigError(
+                f"{str(path)!r} has the unknown keys {', '.join(map(short_repr, unknown[:_MOST_FAULTS]))}.",
+                hint=did_you_mean(unknown[0], fields),
+            )
         return cls(values, lambda field: f"{field} in {str(path)!r}")
 
     @classmethod

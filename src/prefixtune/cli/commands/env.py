@@ -59,7 +59,7 @@ def env(options: EnvOptions) -> int:
 
 def _libraries() -> dict[str, str]:
     """The installed libraries that this package or one of its extras needs, with their versions."""
-    names = dict.fromkeys(found[0] for line in requires("prefixtune") or [] if (found := re.match(r"[\w.-]+", line)))
+    names = dict.fromkeys(one[0] for line in requires("prefixtune") or [] if (one := re.match(r"[\w.-]+", line)))
     found = {}
     for name in names:
         with contextlib.suppress(PackageNotFoundError):

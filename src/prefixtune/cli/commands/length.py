@@ -150,7 +150,7 @@ def _print_curve(result: LengthResult) -> None:
 
 def _print_table(result: LengthResult, console: Console) -> None:
     notes = {result.best: "best", result.chosen: "chosen"}
-    rows = [
+    rows: list[list[str | int]] = [
         [
             point.prefix_length,
             f"{point.loss:.4f}",
