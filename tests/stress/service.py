@@ -8,20 +8,16 @@ import shutil
 import signal
 import socket
 import sqlite3
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import psutil
-
-__all__ = ["Disturbance", "Http", "Postgres", "Service", "free_port"]
-
 
 _RETRY_SECONDS = 0.2
 
@@ -32,50 +28,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-class Disturbance:
-    """A disk that may be full and a clock that may jump, for all processes with its environment.
+def _postgres_folder() -> Path:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("pg_ctl") or "").parent]
+    return found[-1]
 
-    Args:
-        folder: Where a full disk lets nobody write.
-        work: Where the library is built.
-    """
 
-    def __init__(self, folder: Path, work: Path) -> None:
-        library, self._file = work / "disturb.so", work / "disturb"
-        source = Path(__file__).with_name("disturb.c")
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
-        self._state = [0, 0]
-        self._write()
-        self.environment = {
-            "LD_PRELOAD": str(library),
-            "DISTURB_FILE": str(self._file),
-            "DISTURB_FOLDER": str(folder),
-        }
-
-    @staticmethod
-    def is_possible() -> bool:
-        """Whether this machine can build and load it."""
-        return sys.platform == "linux" and shutil.which("cc") is not None
-
-    def _write(self) -> None:
-        with open(self._file, "r+b" if self._file.exists() else "wb") as handle:
-            handle.write(struct.pack("qq", *self._state))
-
-    def set_clock(self, seconds: int) -> None:
-        """How far clocks are ahead."""
-        self._state[0] = seconds
-        self._write()
-
-    @contextlib.contextmanager
-    def full_disk(self) -> Iterator[None]:
-        """While the block runs, nobody can write."""
-        self._state[1] = 1
-        self._write()
-        try:
-            yield
-        finally:
-            self._state[1] = 0
-            self._write()
+def has_postgres() -> bool:
+    """Whether this machine has Debian's Postgres, or another one in the path."""
+    return (_postgres_folder() / "initdb").exists()
 
 
 class Postgres:
@@ -87,10 +47,7 @@ class Postgres:
 
     def __init__(self, folder: Path) -> None:
         self.port, self._data, self._user = free_port(), folder / "postgres", ""
-        found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("pg_ctl") or "").parent]
-        self._bin = found[-1]
-        if not (self._bin / "initdb").exists():
-            raise SystemExit("error: there is no Postgres; on Debian: apt install postgresql")
+        self._bin = _postgres_folder()
         self._data.mkdir()
         if os.geteuid() == 0:
             self._user = "postgres"
@@ -169,12 +126,9 @@ class Service:
         folder: For data, prefixes and logs.
         database_url: Of the queue; empty: SQLite in the data folder.
         workers: How many, with the server's own one.
-        environment: Of all processes.
     """
 
-    def __init__(
-        self, model: Path, folder: Path, database_url: str, workers: int, environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, model: Path, folder: Path, database_url: str, workers: int) -> None:
         self.folder, self.data, self.prefixes = folder, folder / "data", folder / "prefixes"
         for made in (self.data, self.prefixes):
             made.mkdir(parents=True, exist_ok=True)
@@ -192,7 +146,6 @@ class Service:
             "OMP_NUM_THREADS": "1",
             **({"PREFIXTUNE_SERVE_DATABASE_URL": database_url} if database_url else {}),
             **({"PREFIXTUNE_WORKER_DATABASE_URL": database_url} if database_url else {}),
-            **environment,
         }
         self.processes = [self._start(index) for index in range(len(self._commands))]
         self._changing, self._ends = threading.Lock(), threading.Event()

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench.jobs.service import Http
-from prefixtune.errors import CheckpointError, PrefixError
-from prefixtune.jobs.job import ENDED, JobState, JobStatus
-from prefixtune.jobs.queue import JobQueue, migrate
+from prefixtune.errors import CheckpointError
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import Signature, list_names, path_of, signature_of
 from prefixtune.prefix.header import job_origin
-
-__all__ = ["JobWatcher", "ServedWatcher"]
+from stress.service import Http
 
 
 class _Watcher:
-    """Looks again and again in a thread of its own, until it is stopped.
+    """Looks again and again in a thread of its own, until it is closed; `faults`: what must never be seen."""
 
-    Attributes:
-        faults: What must never be seen.
-        looks: How often it has looked.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.faults: list[str] = []
-        self.looks = 0
-        self._seconds, self._stopped = seconds, threading.Event()
+    def __init__(self, http: Http, seconds: float) -> None:
+        self.http, self.faults, self._seconds = http, list[str](), seconds
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
@@ -47,10 +38,10 @@ class _Watcher:
             is_last = self._stopped.is_set()
             try:
                 self.look()
-                self.looks += 1
             except Exception as error:
                 self.faults.append(f"{type(self).__name__}: {error!r}")
             if is_last:
+                self.http.close()
                 return
             self._stopped.wait(self._seconds)
 
@@ -60,63 +51,39 @@ class _Watcher:
 
 
 class JobWatcher(_Watcher):
-    """Where each job stands, by the database itself: one that has ended stays as it ended.
+    """Where each job stands: one that has ended stays as it ended, and none is gone.
 
     Attributes:
-        states: Job id -> as it stood last.
-        changes: Job id -> its statuses in turn.
+        jobs: Job id -> as it stood last.
     """
 
-    def __init__(self, database_url: str, seconds: float = 0.1) -> None:
-        super().__init__(seconds)
-        self._url = database_url
-        self._queue: JobQueue | None = None
-        self.states: dict[str, JobState] = {}
-        self.changes: dict[str, list[JobStatus]] = {}
-
-    def close(self) -> None:
-        """Look a last time, and close the queue."""
-        super().close()
-        queue, self._queue = self._queue, None
-        if queue is not None:
-            queue.close()
+    def __init__(self, http: Http) -> None:
+        super().__init__(http, 0.3)
+        self.jobs: dict[str, dict[str, Any]] = {}
 
     def look(self) -> None:
         """Compare each job with how it stood before."""
-        try:
-            if self._queue is None:
-                migrate(self._url)
-                self._queue = JobQueue(self._url)
-            found = list(self._queue.iterate())
-        except PrefixError:
+        answer = self.http.once("GET", "/v1/fine_tuning/jobs?limit=100")
+        if answer is None or answer[0] != 200:
             return
-        for state in found:
-            before = self.states.get(state.job.id)
-            if before is not None and before.status in ENDED and state != before:
-                self.faults.append(f"{state.job.id} had ended as {before.status}, and is {state.status} again")
-            changes = self.changes.setdefault(state.job.id, [])
-            if not changes or changes[-1] != state.status:
-                changes.append(state.status)
-            self.states[state.job.id] = state
-        for job_id in self.states.keys() - {state.job.id for state in found}:
-            self.faults.append(f"{job_id} is gone")
-            del self.states[job_id]
+        found = {job["id"]: job for job in answer[1]["data"]}
+        for job_id, job in found.items():
+            before = self.jobs.get(job_id)
+            if before is not None and before["status"] in ("succeeded", "failed", "cancelled"):
+                if (before["status"], before["finished_at"]) != (job["status"], job["finished_at"]):
+                    self.faults.append(f"{job_id} had ended as {before['status']}, and is {job['status']} again")
+        self.faults += [f"{job_id} is gone" for job_id in self.jobs.keys() - found.keys()]
+        self.jobs = found
 
 
 class ServedWatcher(_Watcher):
-    """Every file in the folder of prefixes, and every listed model: whole at any moment.
+    """Every file in the folder of prefixes, and every listed model: whole at any moment."""
 
-    Attributes:
-        files: How many different files it has read.
-        answered: Requests for a listed model that were answered.
-    """
-
-    def __init__(self, prefixes: Path, http: Http, seconds: float = 0.1) -> None:
-        super().__init__(seconds)
-        self._prefixes, self._http = prefixes, http
+    def __init__(self, prefixes: Path, http: Http) -> None:
+        super().__init__(http, 0.1)
+        self._prefixes = prefixes
         self._read: dict[str, Signature] = {}
         self._asked: set[str] = set()
-        self.files = self.answered = 0
 
     def look(self) -> None:
         """Read all new files, and ask each new model for a text."""
@@ -136,16 +103,12 @@ class ServedWatcher(_Watcher):
             if job_origin(prefix.header) is None:
                 self.faults.append(f"{name} is served and says no job")
             self._read[name] = signature
-            self.files += 1
-        self._ask()
-
-    def _ask(self) -> None:
-        listed = self._http.once("GET", "/v1/models")
+        listed = self.http.once("GET", "/v1/models")
         if listed is None or listed[0] != 200:
             return
         for name in {model["id"] for model in listed[1]["data"]} - self._asked:
             body = {"model": name, "prompt": "n : a", "max_tokens": 2, "temperature": 0}
-            answer = self._http.once("POST", "/v1/completions", json=body)
+            answer = self.http.once("POST", "/v1/completions", json=body)
             if answer is None or answer[0] in (429, 503):
                 continue
             # A cancelled job's is gone at once.
@@ -154,4 +117,3 @@ class ServedWatcher(_Watcher):
             if answer[0] != 200:
                 self.faults.append(f"{name} is listed, and answers {answer}")
             self._asked.add(name)
-            self.answered += 1

@@ -1,1 +1,0 @@
-"""Proofs and measures of training over HTTP."""
