@@ -69,9 +69,9 @@ class JobWatcher(_Watcher):
         found = {job["id"]: job for job in answer[1]["data"]}
         for job_id, job in found.items():
             before = self.jobs.get(job_id)
-            if before is not None and before["status"] in ("succeeded", "failed", "cancelled"):
-                if (before["status"], before["finished_at"]) != (job["status"], job["finished_at"]):
-                    self.faults.append(f"{job_id} had ended as {before['status']}, and is {job['status']} again")
+            ended = before is not None and before["status"] in ("succeeded", "failed", "cancelled")
+            if ended and (before["status"], before["finished_at"]) != (job["status"], job["finished_at"]):
+                self.faults.append(f"{job_id} had ended as {before['status']}, and is {job['status']} again")
         self.faults += [f"{job_id} is gone" for job_id in self.jobs.keys() - found.keys()]
         self.jobs = found
 
