@@ -74,8 +74,8 @@ class Study(BaseModel):
 
     def read(self, split: Literal["train", "dev", "test"]) -> list[pt.Example]:
         """The examples of a split that have a target."""
-        columns = {name: self.settings.get(name) for name in ("source", "target")}
-        examples = read_task(self.task, getattr(self, split), split=split, **columns)
+        source, target = self.settings.get("source"), self.settings.get("target")
+        examples = read_task(self.task, getattr(self, split), split=split, source=source, target=target)
         return [example for example in examples if example.targets]
 
 
@@ -217,7 +217,8 @@ def _choose_rate(study: Study, cell: Cell, settings: Mapping[str, Any], rates: S
 
 def _load(config: pt.TrainConfig, *, trains: bool) -> tuple[Backbone, Path | None, TextFormat | None]:
     """What is scored: a model, its prefix if it has one, and the text format where that is not the prefix's."""
-    folder, placed = Path(config.output), {"dtype": config.dtype, "device": config.device}
+    folder = Path(config.output)
+    placed: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     if trains and not config.trains_prefix:
         backbone, text_format = load_tuned(folder / WEIGHTS_FILE, name_or_path=config.backbone, **placed)
         return backbone, None, text_format

@@ -34,11 +34,8 @@ from prefixtune.training.data import optimizer_steps, training_format
 
 __all__ = ["DataReport", "Lengths", "Limit", "Measures", "Part", "measure_examples", "report_data"]
 
-_LIMITS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _UNBOUNDED = 1 << 30
 _NUM_BINS = 10
-_SHORT = 1
-"""Tokens of a very short target, without its end token, at most."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Limit:
         cut: Examples that lose something: the end of a source, or the last turns of a conversation; texts alone lose
             nothing.
         refused: Examples whose target alone does not fit; training would stop with an error.
-        name: Why it is listed, if it is no usual one.
+        name: Whose limit it is.
     """
 
     positions: int
@@ -107,7 +104,6 @@ class DataReport:
         more_targets: Further targets of the first example.
         equal_rows: Rows that are there before.
         equal_sources: Rows whose source is there before, with another target.
-        short_targets: Locations of very short targets (the first ones), and how many there are.
         labels: Label -> how many, for classification.
         overlap: Of a test file: how many of its sources are here.
     """
@@ -126,8 +122,6 @@ class DataReport:
     more_targets: int
     equal_rows: int
     equal_sources: int
-    short_targets: list[str]
-    num_short_targets: int
     labels: dict[str, int] = field(default_factory=dict)
     overlap: dict[str, Any] | None = None
 
@@ -163,7 +157,6 @@ def report_data(
     measures = measure_examples(config, merged, kind, backbone, unlimited, max_tokenized=max_tokenized)
     test_rows = _read(config, test, max_rows, "test").rows if test else []
     numbers = _row_counts(rows)
-    short = [] if kind != "generation" else _short_targets(unlimited, measures.examples)
     return DataReport(
         data.title,
         len(rows),
@@ -178,8 +171,6 @@ def report_data(
         measures.parts,
         len(measures.examples[0].targets) - 1,
         *numbers,
-        short[:5],
-        len(short),
         dict(sorted(counts.items(), key=lambda pair: -pair[1])),
         find_overlap(test_rows, rows, config.train).to_dict() if test else None,
     )
@@ -399,10 +390,10 @@ def _lengths(what: str, numbers: Sequence[int]) -> Lengths:
 def _limits(
     config: TrainConfig, backbone: Backbone, tokenized: Sequence[TokenizedExample], around: int, by_head: bool
 ) -> list[Limit]:
-    """What would be cut at usual limits, up to the first that cuts nothing; and at the run's own and the model's."""
+    """What would be cut at the run's own limit, and at the model's."""
     separate = backbone.kind == "encoder-decoder"
 
-    def at(positions: int, name: str = "") -> Limit:
+    def at(positions: int, name: str) -> Limit:
         model = backbone.max_positions
         taken = backbone.prefix_positions(config.prefix_length)
         room = positions if model is None else min(positions, model - taken)
@@ -419,15 +410,8 @@ def _limits(
                 cut += is_long or (_whole(example, by_head) > room and not separate)
         return Limit(positions, cut, refused, name)
 
-    found: list[Limit] = []
-    for positions in _LIMITS:
-        found.append(at(positions))
-        if not (found[-1].cut or found[-1].refused):
-            break
     own = {config.max_length: "--max-length", backbone.max_positions: f"all that {config.backbone} has"}
-    found = [limit for limit in found if limit.positions not in own]
-    found += [at(positions, name) for positions, name in own.items() if positions]
-    return sorted(found, key=lambda limit: limit.positions)
+    return [at(positions, name) for positions, name in own.items() if positions]
 
 
 def _spans(example: TokenizedExample) -> Sequence[tuple[int, int]]:
@@ -449,19 +433,6 @@ def _positions(
         for step in optimizer_steps(config, tokenized, epoch=0)
     ]
     return {"mean": round(statistics.mean(steps)), "most": max(steps), "steps": max(1, round(len(steps) * factor))}
-
-
-def _short_targets(backbone: Backbone, examples: Sequence[Example]) -> list[str]:
-    """Targets of the tokenized examples of at most one token, with their sources."""
-    found: list[str] = []
-    for example in examples:
-        ids = backbone.encode_targets(list(example.targets))
-        found += [
-            f"{target!r} of {example.source[:40]!r}"
-            for target, tokens in zip(example.targets, ids, strict=True)
-            if len(tokens) - 1 <= _SHORT
-        ]
-    return found
 
 
 # --- an example ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Test examples that are also in the training or the development set: their scores say little about new texts.
+"""Test examples that are also in the training set: their scores say little about new texts.
 
 Two sources are equal if they differ only in white space.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefixtune.data.examples import Example, conversation_of, limit_targets
 from prefixtune.data.folders import locate
@@ -26,21 +26,17 @@ MAX_TRAINING_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many test or development sources are also in another set.
+    """How many test sources are also in another set.
 
     Attributes:
         count: How many.
         total: All of them.
         train: The name of the other set.
-        split: Which sources: of the test set, or of the development set.
-        other: What the other set is for.
     """
 
     count: int
     total: int
     train: str
-    split: Literal["test", "development"] = "test"
-    other: Literal["training", "development"] = "training"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -49,27 +45,20 @@ class Overlap:
 
     def __str__(self) -> str:
         share = self.count / max(self.total, 1)
-        figures = {"test": "scores", "development": "losses that choose rates and steps"}[self.split]
         return (
-            f"{self.count:,} of {self.total:,} {self.split} sources ({share:.1%}) are also in the {self.other} set "
-            f"{self.train!r}: the {figures} say less about new texts"
+            f"{self.count:,} of {self.total:,} test sources ({share:.1%}) are also in the training set "
+            f"{self.train!r}: the scores say less about new texts"
         )
 
 
-def find_overlap(
-    examples: Sequence[Example],
-    training: Sequence[Example],
-    train: str,
-    split: Literal["test", "development"] = "test",
-    other: Literal["training", "development"] = "training",
-) -> Overlap:
-    """Count the examples whose source is also in a training set, or in a development set.
+def find_overlap(examples: Sequence[Example], training: Sequence[Example], train: str) -> Overlap:
+    """Count the examples whose source is also in a training set.
 
     >>> find_overlap([Example("a  b"), Example("c")], [Example(" a b", ("x",))], "my.csv").count
     1
     """
     known = set(map(_key, training))
-    return Overlap(sum(_key(example) in known for example in examples), len(examples), train, split, other)
+    return Overlap(sum(_key(example) in known for example in examples), len(examples), train)
 
 
 def training_examples(config: TrainConfig) -> list[Example] | None:

@@ -98,7 +98,6 @@ def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: C
     assert [part.is_label for part in report.example] == [False, True]
     assert report.example[1].text == " x </s>"
     assert report.more_targets == 1
-    assert report.num_short_targets == 3, "x twice, and z"
 
 
 def test_the_loss_of_a_conversation_is_on_its_answers(look: Callable[..., DataReport], tmp_path: Path) -> None:
@@ -197,12 +196,6 @@ def test_texts_are_measured_whole_and_nothing_of_them_is_cut(
     assert {(limit.cut, limit.refused) for limit in report.limits} == {(0, 0)}
     steps = [sum(len(one.prompt) + len(one.targets[0]) for one in made.examples)]
     assert (report.positions["mean"], report.positions["steps"]) == (steps[0], 1)
-
-
-def test_very_short_targets_are_named(look: Callable[..., DataReport]) -> None:
-    report = look(rows_of([("a", "x"), ("b", "yes")]), prompt_format="{source}:", target_format="{target}")
-    assert report.num_short_targets == 1
-    assert "'x' of 'a'" in report.short_targets[0]
 
 
 def test_without_weights(model: Callable[[str], str], tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:

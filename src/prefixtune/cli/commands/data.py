@@ -124,10 +124,6 @@ def _limit_line(limit: Limit, total: int, refused: bool) -> str:
 
 def _notes(report: DataReport, test: str) -> Iterator[str]:
     yield f"equal rows: {report.equal_rows:,}; equal sources with other targets: {report.equal_sources:,}"
-    if report.num_short_targets:
-        shown = "; ".join(report.short_targets)
-        more = "; ..." if report.num_short_targets > len(report.short_targets) else ""
-        yield f"targets of at most one token: {report.num_short_targets:,}: {shown}{more}"
     if report.labels:
         listed = [f"{safe_text(label)} {count:,}" for label, count in list(report.labels.items())[:_MAX_LABELS]]
         yield f"{len(report.labels):,} labels: {', '.join(listed)}{', ...' if len(report.labels) > _MAX_LABELS else ''}"

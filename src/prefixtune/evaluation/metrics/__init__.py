@@ -13,7 +13,7 @@ from prefixtune.evaluation.metrics.base import Score, Unavailable
 from prefixtune.evaluation.metrics.classification import accuracy, macro_f1, span_f1
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.evaluation.metrics.registry import METRICS
-from prefixtune.evaluation.metrics.scoring import bleu, compare, compute, interval, measure
+from prefixtune.evaluation.metrics.scoring import compare, compute, measure
 from prefixtune.evaluation.metrics.significance import Comparison, Measurement, bootstrap, randomize
 
 __all__ = [
@@ -24,11 +24,9 @@ __all__ = [
     "Score",
     "Unavailable",
     "accuracy",
-    "bleu",
     "bootstrap",
     "compare",
     "compute",
-    "interval",
     "macro_f1",
     "measure",
     "randomize",

@@ -14,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 from prefixtune.evaluation.metrics.base import Unavailable, package_version
+from prefixtune.evaluation.metrics.protocols import squeeze
 
-__all__ = ["jar_path", "java_failure", "run_java"]
+__all__ = ["jar_path", "java_failure", "run_java", "treebank_words"]
 
 
 # Far more than a slow machine needs for start-up and tables, and for each line.
@@ -80,3 +81,24 @@ def java_failure(program: str, reason: str) -> Unavailable:
     return Unavailable(
         f"{program} failed ({reason})", "check that `java -version` works and that 2 GB of memory are free"
     )
+
+
+# --- Penn Treebank words, as the evaluation of image captions counts them ---------------------------------------------
+
+_TOKENIZER = "tokenizer/stanford-corenlp-3.4.1.jar"
+# The words that the evaluation of captions drops. The tokenizer lower-cases brackets, so in fact they stay, there and
+# here.
+_PUNCTUATION = frozenset(["''", "'", "``", "`", *".?!,:;-", "--", "...", "-LRB-", "-RRB-", "-LCB-", "-RCB-"])
+
+
+def treebank_words(texts: Sequence[str]) -> list[str]:
+    """Each text as lower-case Penn Treebank words without punctuation, a space between.
+
+    Raises:
+        Unavailable: Java or pycocoevalcap is missing, or the program failed.
+    """
+    jar = jar_path(_TOKENIZER, "the Penn Treebank tokenizer")
+    name = "edu.stanford.nlp.process.PTBTokenizer"
+    lines = run_java(["-cp", str(jar), name, "-preserveLines", "-lowerCase"], [squeeze(text) for text in texts])
+    # Only plain spaces separate words: the tokenizer keeps "2 1/2" together with a no-break space.
+    return [" ".join(word for word in line.rstrip().split(" ") if word not in _PUNCTUATION) for line in lines]

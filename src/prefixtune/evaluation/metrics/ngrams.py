@@ -19,7 +19,7 @@ from prefixtune.evaluation.metrics.base import Array, ItemStatistics, Unavailabl
 from prefixtune.evaluation.metrics.protocols import Protocol, ReferencePadding
 from prefixtune.evaluation.metrics.texts import Texts
 
-__all__ = ["bleu", "bleu_without_padding", "caption_rouge_l", "chrf", "cider", "nist", "rouge"]
+__all__ = ["bleu", "bleu_without_padding", "caption_rouge_l", "chrf", "cider", "exact_match", "nist", "rouge"]
 
 
 _ORDER = 5
@@ -226,3 +226,11 @@ def caption_rouge_l(texts: Texts) -> ItemStatistics:
         "F with beta 1.2, best precision and best recall over references, Penn Treebank words without punctuation"
     )
     return average(scores, f"pycocoevalcap {version} ({settings}); protocol {texts.protocol.name}")
+
+
+def exact_match(texts: Texts) -> ItemStatistics:
+    """The share of outputs that equal a reference as the protocol prepares them, in percent."""
+    hits = [
+        100.0 * (output in references) for output, references in zip(texts.hypotheses, texts.references, strict=True)
+    ]
+    return average(hits, "prefixtune (share of outputs equal to a reference)")

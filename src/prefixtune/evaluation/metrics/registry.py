@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from prefixtune.evaluation.metrics import ngrams
 from prefixtune.evaluation.metrics.base import ItemStatistics
-from prefixtune.evaluation.metrics.exact import exact_match
 from prefixtune.evaluation.metrics.meteor import meteor
 from prefixtune.evaluation.metrics.ter import ter
 from prefixtune.evaluation.metrics.texts import Texts
@@ -43,5 +42,5 @@ METRICS: dict[str, Metric] = {
     "cider": Metric("CIDEr", "0 to 10", ngrams.cider),
     "ter": Metric("TER", "0 upward, lower is better", ter, higher_is_better=False),
     "chrf": Metric("chrF++", "0 to 100", ngrams.chrf),
-    "exact_match": Metric("exact match", "0 to 100", exact_match),
+    "exact_match": Metric("exact match", "0 to 100", ngrams.exact_match),
 }

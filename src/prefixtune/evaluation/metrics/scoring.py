@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from prefixtune.evaluation.metrics.base import ItemStatistics, Score, Unavailable
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.evaluation.metrics.registry import METRICS, Metric
-from prefixtune.evaluation.metrics.significance import Comparison, Measurement, bootstrap, randomize
+from prefixtune.evaluation.metrics.significance import Comparison, Measurement, randomize
 from prefixtune.evaluation.metrics.texts import Texts
 
-__all__ = ["bleu", "compare", "compute", "interval", "measure"]
+__all__ = ["compare", "compute", "measure"]
 
 
 def measure(
@@ -92,34 +92,6 @@ def compute(
     return {name: measurement.to_score() for name, measurement in measured.items()}
 
 
-def interval(
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str]],
-    metric: str,
-    protocol: str = "plain",
-    *,
-    samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """A confidence interval of one score, by the bootstrap over items.
-
-    Args:
-        hypotheses: As in `measure`.
-        references: Likewise.
-        metric: A name of `METRICS`.
-        protocol: A name of `PROTOCOLS`.
-        samples: How many sets of items are drawn.
-        level: Share of their scores within the interval.
-        seed: Seed of the draws.
-
-    Raises:
-        ValueError: As `measure`, or `samples` or `level` is out of range.
-    """
-    measured = measure(hypotheses, references, protocol=protocol, metrics=[metric])[metric]
-    return bootstrap(measured, samples=samples, level=level, seed=seed)
-
-
 def compare(
     first: Sequence[str],
     second: Sequence[str],
@@ -149,22 +121,6 @@ def compare(
     """
     one, other = (measure(texts, references, protocol=protocol, metrics=[metric])[metric] for texts in (first, second))
     return randomize(one, other, samples=samples, seed=seed)
-
-
-def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Corpus BLEU on the scale 0 to 100: lower-cased, 13a tokens, each item against all its own references.
-
-    The settings reproduce the official figures of the E2E challenge. Items may differ in their number of references;
-    an absent one is ignored, not counted as an empty text. An empty hypothesis is allowed and scores nothing.
-
-    Args:
-        hypotheses: One text per item.
-        references: The references of each item, at least one that is not blank; blank ones are ignored.
-
-    Raises:
-        ValueError: The counts differ, there is no item, or an item has no reference.
-    """
-    return compute(hypotheses, references, protocol="e2e", metrics=["bleu"])["bleu"]
 
 
 def _remeasure(metric: Metric, texts: Texts) -> Callable[[Sequence[int]], ItemStatistics]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from prefixtune.evaluation.metrics.base import check_references
+from prefixtune.evaluation.metrics.java import treebank_words
 from prefixtune.evaluation.metrics.protocols import Protocol
-from prefixtune.evaluation.metrics.treebank import treebank_words
 
 __all__ = ["Texts"]
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixtune.evaluation.metrics import PROTOCOLS, accuracy, bleu, compute, macro_f1, span_f1
+from prefixtune.evaluation.metrics import PROTOCOLS, Score, accuracy, compute, macro_f1, span_f1
 
 DATA = Path(__file__).resolve().parents[5] / "shared" / "data"
 
@@ -25,6 +25,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
         pytest.skip(f"{path.name} is not on this machine")
     with gzip.open(path, "rt", encoding="utf-8") as handle:
         return [json.loads(line) for line in handle]
+
+
+def bleu(hypotheses: Any, references: Any) -> Score:
+    return compute(hypotheses, references, protocol="e2e", metrics=["bleu"])["bleu"]
 
 
 def test_the_official_figure_of_the_e2e_challenge():

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, Unavailable, compute, measure
+from prefixtune.evaluation.metrics.java import treebank_words
 from prefixtune.evaluation.metrics.meteor import meteor_statistics
-from prefixtune.evaluation.metrics.treebank import treebank_words
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")
 PYTHON_ONLY = ["bleu", "bleu_sound", "nist", "rouge_1", "rouge_2", "chrf", "ter"]
