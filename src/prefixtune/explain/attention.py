@@ -1,4 +1,4 @@
-"""How much of the attention goes to the prefix: by layer, head group and position."""
+"""How much of the attention goes to the prefix: by layer and position."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attention_view(subject: Subject) -> View:
     }
     numbers: dict[str, Any] = {
         "rows": len(subject.tokenized),
-        "sites": {site: _describe(subject, site, layers) for site, layers in mass.items()},
+        "sites": {site: _describe(layers) for site, layers in mass.items()},
         "controls": controls,
     }
     return View("attention", numbers)
@@ -69,10 +69,7 @@ def _counted(backbone: Backbone, batch: Batch) -> dict[Site, Bool[Tensor, "_B _T
     return {"decoder": predicting, "cross": predicting, "encoder": read.bool()}
 
 
-def _describe(subject: Subject, site: Site, layers: list[Float[Tensor, "Hq P"]]) -> dict[str, Any]:
-    shapes = subject.backbone.geometry[site]
-    # Query heads that share keys and values are neighbours.
-    groups = [layer.unflatten(0, (shape.num_kv_heads, -1)).mean(1) for layer, shape in zip(layers, shapes, strict=True)]
+def _describe(layers: list[Float[Tensor, "Hq P"]]) -> dict[str, Any]:
     by_position = torch.stack([layer.mean(0) for layer in layers])
     return {
         "total": float(by_position.sum(1).mean()),
@@ -80,7 +77,6 @@ def _describe(subject: Subject, site: Site, layers: list[Float[Tensor, "Hq P"]])
         "by_layer": by_position.sum(1).tolist(),
         "by_position": by_position.mean(0).tolist(),
         "by_layer_and_position": by_position.tolist(),
-        "by_layer_and_head_group": [group.sum(1).tolist() for group in groups],
     }
 
 

@@ -84,19 +84,7 @@ def _attention(found: Mapping[str, Any]) -> list[Block]:
                 heat_map(
                     f"Attention by layer and position ({site})", mass["by_layer_and_position"], "position", "layer"
                 ),
-                heat_map(
-                    f"Attention by layer and head group ({site})",
-                    mass["by_layer_and_head_group"],
-                    "head group",
-                    "layer",
-                ),
                 profile_chart(f"Attention by layer ({site})", lines, "layer", "share of attention"),
-                profile_chart(
-                    f"Attention by position ({site})",
-                    {"this prefix": mass["by_position"]},
-                    "position",
-                    "share of attention",
-                ),
             ),
         ]
     return blocks

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixtune.pages.document import NUM_STYLES, Block, Chart, Column, Section, Series, Table, numbers, texts
+from prefixtune.pages.document import NUM_STYLES, Chart, Column, Section, Series, Table, numbers, texts
 from prefixtune.pages.figures import COLORS, QUIET, draw, matplotlib_style
 from prefixtune.pages.format import count, fixed, metric_name, natural, spread_out, words
 from prefixtune.report.results import Run, losses_of
-from prefixtune.report.systems import System, best_values, lower_is_better
+from prefixtune.report.systems import System, best_values
 from prefixtune.utils.files import atomic_path
 
 __all__ = ["groups_section", "loss_plot", "losses_section", "run_series", "smooth"]
@@ -25,26 +25,18 @@ _KINDS = {"seen": "whether the category was seen in training", "triples": "numbe
 
 
 def groups_section(systems: Sequence[System], main: str) -> Section | None:
-    """Scores by category and the like: a chart for the main metric, a table for all."""
+    """Scores by category and the like: a chart of the main metric."""
     systems = [system for system in systems if system.evaluation is not None and system.evaluation.groups]
     sizes: dict[str, dict[str, int]] = {}
-    metrics: dict[str, dict[str, None]] = {}
     for system in systems:
         for kind, groups in system.evaluation.groups.items() if system.evaluation else ():
             for name, group in groups.items():
                 sizes.setdefault(kind, {}).setdefault(name, group.num_examples)
-                metrics.setdefault(kind, {}).update(dict.fromkeys(group.scores))
     if not sizes:
         return None
     ordered = {kind: {name: of[name] for name in sorted(of, key=natural)} for kind, of in sizes.items()}
     charts = tuple(_group_chart(systems, main, kind, of) for kind, of in ordered.items())
-    tables: list[Block] = [
-        _group_table(systems, sorted(metrics[kind], key=lambda name: name != main), kind, list(of))
-        for kind, of in ordered.items()
-        if len(metrics[kind]) > 1
-    ]
-    more = [Section("Every metric, part by part", tables, folded=True)] if tables else []
-    return Section("Parts of the data", [charts, *more])
+    return Section("Parts of the data", [charts])
 
 
 def _title(kind: str) -> str:
@@ -71,18 +63,6 @@ def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping
     table = Table(f"{title}: the figures", columns)
     rows = [f"{name} ({sizes[name]:,})" for name in drawn]
     return Chart(title, text, series, metric_name(main), words(kind), table, rows)
-
-
-def _group_table(systems: Sequence[System], metrics: Sequence[str], kind: str, names: Sequence[str]) -> Table:
-    """A row for each part and system, a column for each metric."""
-    columns = [
-        texts(words(kind), [name for name in names for _ in systems]),
-        texts("system", [system.name for _ in names for system in systems]),
-    ]
-    for metric in metrics:
-        values = [value for name in names for value in best_values(systems, metric, (kind, name))]
-        columns.append(Column(metric_name(metric), values, lower_is_better(systems, metric)))
-    return Table(f"By {_title(kind)}", columns, num_headers=2)
 
 
 def losses_section(systems: Sequence[System]) -> Section | None:

@@ -110,10 +110,9 @@ def _outputs_of_examples(console: Console, options: ScoreOptions, name: str, exa
             without outputs; or one names the source of another example.
     """
     from prefixtune.data import read_all_entries
-    from prefixtune.evaluation.outputs import check_sources, check_texts, read_outputs
+    from prefixtune.evaluation.outputs import check_sources, read_outputs
 
     outputs = read_outputs(Path(name))
-    check_texts(Path(name), outputs, examples)
     chosen = examples[: options.limit or None]
     if len(outputs) not in (len(chosen), len(examples)):
         # Perhaps for all entries, including those without a reference.
