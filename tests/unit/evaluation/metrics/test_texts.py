@@ -234,25 +234,10 @@ def test_scores_come_in_the_order_asked_for_and_once():
 # --- misuse and what is missing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["bleu", "nist", "ter", "rouge_1", "meteor"])
-@pytest.mark.parametrize(
-    ("hypotheses", "references", "says"),
-    [
-        ([], [], "no hypothesis"),
-        (["a"], [["a"], ["b"]], "1 hypotheses but references for 2 items"),
-        (["a", "b"], [["a"], [" "]], "item 1 .* has no reference"),
-        (["a"], ["a"], "list of lists"),
-    ],
-)
-def test_misuse_is_reported(metric: str, hypotheses: Any, references: Any, says: str):
-    with pytest.raises(ValueError, match=says):
-        compute(hypotheses, references, metrics=[metric])
-
-
 def test_unknown_names_are_reported_with_the_nearest_known_one():
-    with pytest.raises(ValueError, match="no metric 'blue'; did you mean 'bleu'"):
+    with pytest.raises(ValueError, match="'blue'.*'bleu'"):
         compute(["a"], [["a"]], metrics=["blue"])
-    with pytest.raises(ValueError, match="no protocol 'zzz'; known: plain, e2e"):
+    with pytest.raises(ValueError, match="'zzz'"):
         compute(["a"], [["a"]], protocol="zzz")
 
 
