@@ -48,7 +48,7 @@ def test_an_empty_hypothesis_scores_nothing():
     [([], []), (["a"], []), (["a", "b"], [["a"], []]), (["a"], [[" "]]), (["a"], ["a"]), ([None], [["a"]])],
 )
 def test_misuse_is_reported(hypotheses: Any, references: Any):
-    with pytest.raises(ValueError, match="hypothes|reference"):
+    with pytest.raises(ValueError, match=r"hypothes|reference"):
         bleu(hypotheses, references)
 
 
