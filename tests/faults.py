@@ -184,7 +184,7 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
     app, body = make_app(state), other.read_bytes()
 
     def act() -> str | None:
-        status, reported = asyncio.run(put(app, "/admin/prefixes/p", body))
+        status, reported = asyncio.run(put(app, "/v1/models/p", body))
         good = status in (200, 201) or (status == 507 and isinstance(json.loads(reported)["error"]["message"], str))
         return None if good else f"{status}, {reported!r}"
 

@@ -215,7 +215,7 @@ def check_metrics(server: LiveServer, replies: Sequence[Reply], cases: Sequence[
 
 
 def check_room(server: LiveServer) -> None:
-    """All slots, the whole queue, and all of the memory for bodies are free for one caller."""
+    """All slots and the whole queue are free for one caller."""
     body = {"model": "pubs", "prompt": "x", "max_tokens": 1, "temperature": 0, "n": SLOTS + QUEUE}
     status, answer, _ = server.post("/v1/completions", body, key="pt-alice")
     assert status == 200, answer
@@ -245,7 +245,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, **facts)
     keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n' for name in TENANTS)
     (folder / "serve.toml").write_text(
-        f"num_slots = {SLOTS}\nmax_queue = {QUEUE}\nmax_texts = {SLOTS + QUEUE}\nmax_pending_mib = 1\n"
+        f"num_slots = {SLOTS}\nmax_queue = {QUEUE}\nmax_texts = {SLOTS + QUEUE}\n"
         f"max_tokens = {LONGEST}\ndefault_max_tokens = {DEFAULT_LENGTH}\nprefill_tokens = 48\n"
         f'{keys}[keys.admin]\nhash = "{hash_key("pt-admin")}"\nadmin = true\n'
     )

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / MODEL)
     (folder / "prefixes").mkdir()
     table = f'[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n'
-    (folder / "serve.toml").write_text(f'reload_seconds = 0.2\nproxies = ["127.0.0.1"]\n{table}')
+    (folder / "serve.toml").write_text(table)
     return folder
 
 
@@ -105,7 +105,7 @@ def test_without_keys_a_replica_refuses_requests_through_nginx(folder: Path, tmp
                 for method, path, body in (
                     ("GET", "/v1/models", None),
                     ("POST", "/v1/completions", {"model": MODEL, "prompt": "a"}),
-                    ("GET", "/admin/prefixes", None),
+                    ("GET", "/v1/tasks/one", None),
                 ):
                     status, answer, _ = proxy.request(method, path, body, headers=headers)
                     assert (status, answer["error"]["code"] in ("key_needed", "host_not_allowed")) == (403, True)
@@ -158,7 +158,7 @@ def a_prefix_uploaded_to_one_is_served_by_both(proxy: HttpClient, replicas: list
     backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
     file = make_prefix(backbone, folder / "one.safetensors", 1).read_bytes()
     kind = {"Content-Type": "application/octet-stream"}
-    assert proxy.request("PUT", "/admin/prefixes/one", file, key="pt-me", headers=kind)[0] == 201
+    assert proxy.request("PUT", "/v1/models/one", file, key="pt-me", headers=kind)[0] == 201
     for replica in replicas:
         replica.until(lambda replica=replica: replica.get("/v1/models/one", key="pt-me")[0] == 200, 5)
     with ThreadPoolExecutor(8) as pool:

@@ -94,7 +94,7 @@ def test_killed_during_an_upload_then_stopped_within_a_limit(start: Callable[...
     file = (prefixes / "one.safetensors").read_bytes()
     host, _, port = server.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as half:
-        head = "PUT /admin/prefixes/half HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer pt-me\r\n"
+        head = "PUT /v1/models/half HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer pt-me\r\n"
         half.sendall(f"{head}Content-Length: {len(file)}\r\n\r\n".encode() + file[:-1])
         server.until(lambda: list(prefixes.glob(".upload.*")))
         server.stop(signal.SIGKILL)
@@ -109,7 +109,7 @@ def test_killed_during_an_upload_then_stopped_within_a_limit(start: Callable[...
     environment = {"PREFIXTUNE_SERVE_DRAIN_SECONDS": "0.2", "PREFIXTUNE_SERVE_PLAYGROUND": "yes"}
     server = start(*keyed, "--no-playground", environment=environment)
     assert [path.name for path in prefixes.iterdir()] == ["one.safetensors"]
-    assert server.get("/admin/prefixes", key="pt-me")[1]["refused"] == {}
+    assert server.get("/v1/models", key="pt-me")[1]["refused"] == {}
     assert server.get("/")[0] == 404
     unfinished_requests_are_cancelled_and_reported(server)
 
@@ -144,21 +144,6 @@ def test_it_does_not_start_without_keys_on_a_public_address(folder: Path) -> Non
     error = refusal("--prefixes", str(folder), "--host", "0.0.0.0")
     assert "no key is configured" in error
     assert "--new-key" in error
-
-
-def test_the_shipped_configuration_does_not_start_without_a_key(folder: Path, tmp_path: Path) -> None:
-    shipped = Path(__file__).resolve().parents[2] / "deploy" / "serve.toml"
-    options = ("--prefixes", str(folder / "prefixes"), "--backbone", str(folder / MODEL), "--port", "0")
-    error = refusal("--config", str(shipped), *options)
-    assert "proxies are named and no key is configured" in error
-    assert "--new-key" in error
-    # As it says itself, a table for a key is all that it lacks.
-    whole = tmp_path / "serve.toml"
-    whole.write_text(f'{shipped.read_text()}\n[keys.me]\nhash = "{hash_key("pt-me")}"\n')
-    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(whole)).wait()
-    assert server.get("/v1/models")[0] == 401
-    assert server.get("/v1/models", key="pt-me")[0] == 200
-    assert server.stop() == 0
 
 
 def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:

@@ -134,8 +134,6 @@ def test_an_error_in_a_file_is_shown_with_its_row(page: Browser) -> None:
 
 
 def test_how_long_it_takes_is_said_before_the_start(page: Browser) -> None:
-    give(page, "chats.jsonl", ROWS)
-    says(page, "takes", "it takes about")
     give(page, "notes.txt", "The tower was built in 1887. It is 300 metres high.")
     says(page, "takes", "is shown after the first step: before it, questions and answers are made.")
 

@@ -6,7 +6,6 @@
     jobs.sqlite                the queue, where no other database is named
     database.sha256            of which database knows these jobs
     folder.id                  made with the folder; the database knows whose jobs it has
-    audit.jsonl                a line for each change that somebody made; full ones are audit.jsonl.1 to .4
 
 Several machines that serve and train share this folder and the folder of prefixes.
 """
@@ -73,11 +72,6 @@ class DataFolder:
         return self.root / "folder.id"
 
     @property
-    def audit_log(self) -> Path:
-        """A JSON line for each change."""
-        return self.root / "audit.jsonl"
-
-    @property
     def workers(self) -> Path:
         """The locks of workers."""
         return self.root / "workers"
@@ -95,10 +89,6 @@ class DataFolder:
     def jobs(self) -> Path:
         """The folders of all jobs."""
         return self.root / "jobs"
-
-    def adding_lock(self, owner: str) -> Path:
-        """Held while it is looked whether an owner may add a job and while it is added."""
-        return self.jobs / f".{_digest(owner)}.lock"
 
     def job(self, job_id: str) -> JobFolder:
         """The folder of a job.

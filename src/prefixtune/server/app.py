@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Match
 
 from prefixtune import __version__
-from prefixtune.errors import PrefixError
 from prefixtune.server import playground
-from prefixtune.server.api import (
-    admin,
-    classify,
-    completions,
-    file_preview,
-    files,
-    fine_tuning,
-    health,
-    models,
-    openapi,
-    tasks,
-)
-from prefixtune.server.api.endpoint import respond_to_error
-from prefixtune.server.api.refused import refused_endpoint
-from prefixtune.server.limits import QueueFull, RateLimited
-from prefixtune.server.middleware import Middleware, UnexpectedErrors
-from prefixtune.server.responses import ApiError, json_text
+from prefixtune.server.api import classify, completions, file_preview, files, fine_tuning, health, models, tasks
+from prefixtune.server.middleware import Middleware
+from prefixtune.server.responses import handle_errors
+from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
 
-__all__ = ["DESCRIPTION", "ROUTES", "make_app"]
+__all__ = ["DESCRIPTION", "make_app", "with_routes"]
 
 
 DESCRIPTION = (
@@ -40,22 +23,7 @@ DESCRIPTION = (
     "/v1/tasks takes the fields of a prefix's own task. A name such as manual+style means prefixes that are joined. "
     "Every GET is also a HEAD."
 )
-
-
-_ROUTERS = (
-    models.router,
-    completions.router,
-    tasks.router,
-    classify.router,
-    files.router,
-    file_preview.router,
-    fine_tuning.router,
-    admin.router,
-    health.router,
-    health.engine_router,
-    health.public,
-    openapi.router,
-)
+_ROUTERS = (models.router, files.router, file_preview.router, fine_tuning.router, health.router)
 _ENGINE_ROUTERS = (completions.router, tasks.router, classify.router, health.engine_router)
 """What a server without an engine does not have."""
 _READABLE_HEADERS = (
@@ -63,80 +31,59 @@ _READABLE_HEADERS = (
     *("x-prefixtune-cut-texts", "x-prefixtune-cut-tokens", "x-prefixtune-dropped-messages"),
 )
 """What pages of other origins may read of a response."""
-ROUTES = [route for router in _ROUTERS for route in router.routes]
-"""All routes, but for the playground's."""
+_FORM_OVERHEAD = 2**16
+"""Bytes that a form may have besides its file."""
 
 
 def make_app(state: ServerState) -> FastAPI:
     """The application of a server."""
     config = state.config
-    app = FastAPI(
-        title="prefixtune",
-        version=__version__,
-        description=DESCRIPTION,
-        routes=_routes(state),
-        exception_handlers={
-            **dict.fromkeys((ApiError, PrefixError, RateLimited, QueueFull), respond_to_error),
-            HTTPException: _respond_to_unknown,
-        },
-        openapi_url=None,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    app = with_routes(pages=config.playground, has_engine=state.has_engine)
     app.state.server = state
-    app.state.document = json_text(openapi.openapi_document(app, config, state.limits)).encode()
-    origins = config.cors_origins
-    # The first one is the innermost: pages of other origins may read its responses, too.
-    app.add_middleware(UnexpectedErrors)
-    if origins:
+    handle_errors(app)
+    app.add_middleware(
+        Middleware,
+        metrics=state.metrics,
+        open_requests=state.open_requests,
+        max_body=lambda path: _max_body(config, path),
+        with_cors=bool(config.cors_origins),
+    )
+    # The last one is the outermost: pages of other origins may read unexpected errors, too.
+    if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=origins,
+            allow_origins=config.cors_origins,
             allow_methods=("GET", "POST", "DELETE"),
             # Clients send many of their own, as OpenAI's: x-stainless-os, idempotency-key.
             allow_headers=("*",),
             expose_headers=_READABLE_HEADERS,
         )
-    app.add_middleware(Middleware, metrics=state.metrics, open_requests=state.open_requests, with_cors=bool(origins))
     return app
 
 
-def _routes(state: ServerState) -> list[BaseRoute]:
-    pages = playground.router.routes if state.config.playground else []
-    if state.has_engine:
-        return [*ROUTES, *pages]
-    routes = [route for router in _ROUTERS if router not in _ENGINE_ROUTERS for route in router.routes]
-    return [*routes, *(page for page in pages if page is not playground.START)]
+def with_routes(*, pages: bool = True, has_engine: bool = True) -> FastAPI:
+    """An application with the routes of a server, and the document that describes them."""
+    options: dict[str, Any] = {"openapi_url": None, "docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(
+        title="prefixtune",
+        version=__version__,
+        description=DESCRIPTION,
+        generate_unique_id_function=lambda route: route.name,
+        **options,
+    )
+    for router in (*_ROUTERS, *(_ENGINE_ROUTERS if has_engine else ())):
+        app.include_router(router)
+    if pages:
+        app.include_router(playground.router)
+        if has_engine:
+            app.include_router(playground.start)
+    return app
 
 
-async def _respond_to_unknown(request: Request, error: Any) -> Response:
-    """Nothing has this path, or not with this method."""
-    if error.status_code != 405:
-        if why := refused_endpoint(request.url.path):
-            request.scope["log_fields"]["refused"] = "unsupported_endpoint"
-            return ApiError(404, why, code="unsupported_endpoint").response()
-        return ApiError(404, _explain_unknown(request), code="unknown_path").response()
-    path = request.scope["route"].path_format
-    routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.path_format == path]
-    methods = {method for route in routes for method in route.methods or ()}
-    allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-    message = f"{path} allows {allowed}."
-    return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed}).response()
-
-
-def _explain_unknown(request: Request) -> str:
-    """Why there is nothing at a path, and the way out: usual mistakes are a slash at its end, and no or two /v1."""
-    path = request.url.path
-    bare = path.rstrip("/")
-    for meant in (path, bare, bare.removeprefix("/v1"), f"/v1{bare}"):
-        scope = {**request.scope, "path": meant}
-        route = next((route for route in ROUTES if route.matches(scope)[0] is not Match.NONE), None)
-        if route is None:
-            continue
-        if route not in request.app.routes:
-            return "this server has no engine (engine = 'none'): it only trains."
-        is_base = meant != bare and meant.startswith("/v1/")
-        hint = " Set the client's base URL to this server's address and /v1." if is_base else ""
-        return f"there is nothing at this path; did you mean {meant}?{hint}"
-    return "there is nothing at this path; /openapi.json lists what there is."
+def _max_body(config: ServeConfig, path: str) -> int:
+    """Most bytes of a request's body."""
+    if path == "/v1/files":
+        return config.max_file_mib * 2**20 + _FORM_OVERHEAD
+    if path.startswith("/v1/models/"):
+        return config.max_upload_mib * 2**20
+    return config.max_body_kib * 2**10

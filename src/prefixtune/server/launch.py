@@ -7,12 +7,14 @@ then the process exits with 0. A second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import gc
 import logging
 import math
 import os
 import socket
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -23,8 +25,6 @@ import uvicorn
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.jobs.database import check_database
 from prefixtune.jobs.folder import DataFolder
-from prefixtune.server.connections import Connections, fit_open_files
-from prefixtune.server.listener import bind
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training_worker import STOP_SECONDS, TrainingWorker, start_worker
@@ -34,19 +34,13 @@ from prefixtune.utils.files import check_writable
 if TYPE_CHECKING:
     from prefixtune.server.state import ServerState
 
-__all__ = ["FolderWatch", "GracefulServer", "run", "watch_folder"]
+__all__ = ["GracefulServer", "run"]
 
 
 _FLUSH_SECONDS = 5.0
 """Time to send the last responses, once all texts have ended or were cancelled."""
 _MAX_WARNINGS = 10
 """Refused files that are named at the start."""
-_WATCH_SECONDS = 0.25
-"""Between looks at the time of the folder, where jobs publish their results."""
-_SECOND_LOOK_SECONDS = 1.0
-"""From a look at a folder that has changed to another one."""
-_MAX_RETRY_SECONDS = 60.0
-"""Longest pause before a folder that could not be read is read again, unless `reload_seconds` is longer."""
 
 
 def run(config: ServeConfig, console: Console) -> int:
@@ -78,18 +72,12 @@ def run(config: ServeConfig, console: Console) -> int:
         except PrefixError as error:
             # Texts are generated all the same.
             console.warn(f"requests to train will be refused: {error.message}")
-    max_connections, open_files = fit_open_files(config.max_connections)
-    if max_connections < config.max_connections:
-        console.warn(
-            f"{max_connections} connections at once instead of {config.max_connections}: this process may open "
-            f"{open_files} files; raise that limit (ulimit -n, or LimitNOFILE of systemd), or lower max_connections"
-        )
-    with bind(config) as listener:
+    with _bind(config) as listener:
         state = _load(config, console)
         configure_logging(config.log_level)
         _report_start(state, console, listener)
         training_worker = start_worker(config, state.training)
-        server = GracefulServer(state, max_connections, training_worker)
+        server = GracefulServer(state, training_worker)
         try:
             # Else each full collection looks at a million objects of torch, and stops all threads meanwhile.
             gc.collect()
@@ -113,7 +101,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     from prefixtune.engine.worker import EngineWorker
     from prefixtune.inference.decoding import newline_tokens
     from prefixtune.sampling.grammar import prepare_grammars
-    from prefixtune.server.api.admin import clear_uploads
+    from prefixtune.server.api.models import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState
 
@@ -121,9 +109,8 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
         num_slots=config.num_slots,
         max_length=config.max_length,
         prefill_tokens=config.prefill_tokens,
-        # More than `Admission` ever admits: with their fair shares, a thousand tenants may hold
-        # 1 + 1/2 + ... + 1/1000 = 7.5 times the queue.
-        max_waiting=8 * (config.num_slots + config.max_queue),
+        # As many as the gate ever admits.
+        max_waiting=config.num_slots + config.max_queue,
     )
     console.info(f"loading {config.backbone} ...")
     backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
@@ -146,7 +133,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     if config.max_joined_prefixes > 1:
         try:
             # Found by trying it on the model, which no text should wait for.
-            if not state.catalog.joiner.rotation().is_exact:
+            if not backbone.rotation.is_exact:
                 console.info("joined prefixes are approximate: this model's keys cannot be moved to other positions")
         except PrefixError as error:
             console.info(f"requests cannot join prefixes: {error.message}")
@@ -157,7 +144,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
 
 def _load_without_engine(config: ServeConfig, console: Console) -> ServerState:
     from prefixtune.backbone.unloaded import load_tokenizer
-    from prefixtune.server.api.admin import clear_uploads
+    from prefixtune.server.api.models import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState
 
@@ -173,98 +160,88 @@ def _load_without_engine(config: ServeConfig, console: Console) -> ServerState:
 
 def _report_start(state: ServerState, console: Console, listener: socket.socket) -> None:
     config, store = state.config, state.store
-    refused = store.refused
+    names, refused = store.names(), store.refused
     for name, reason in list(refused.items())[:_MAX_WARNINGS]:
         console.warn(f"{name} is not served: {reason}")
     if len(refused) > _MAX_WARNINGS:
-        console.warn(f"{len(refused) - _MAX_WARNINGS} more files are not served; GET /admin/prefixes lists them")
-    if config.model_id in store:
+        console.warn(
+            f"{len(refused) - _MAX_WARNINGS} more files are not served; GET /v1/models lists them to an admin key"
+        )
+    if config.model_id in names:
         console.warn(f"the prefix {config.model_id!r} is hidden by the bare backbone; set backbone_id")
     if not config.keys:
         console.warn("no key is configured: only this machine may use the server")
     host = f"[{config.host}]" if ":" in config.host else config.host
     is_page = config.playground and state.has_engine
     url = config.host if config.socket_file else f"http://{host}:{listener.getsockname()[1]}"
-    console.info(f"serving {len(store)} prefixes on {url}" + (" (open it in a browser)" if is_page else ""))
-    log("started", url=url, prefixes=len(store), refused=len(refused), keys=len(config.keys))
+    console.info(f"serving {len(names)} prefixes on {url}" + (" (open it in a browser)" if is_page else ""))
+    log("started", url=url, prefixes=len(names), refused=len(refused), keys=len(config.keys))
 
 
-class FolderWatch:
-    """Says when to look at the folder of prefixes again.
+@contextlib.contextmanager
+def _bind(config: ServeConfig) -> Iterator[socket.socket]:
+    """A socket on the server's address, or a file that only this user can open; it does not listen yet.
 
-    Args:
-        folder: It.
-        interval: Seconds after which to look whatever happened; 0: never for that.
-        by_time: Whether to look when the folder's own time shows that a file has come or gone.
+    Raises:
+        ConfigError: The address cannot be used.
     """
-
-    def __init__(self, folder: Path, interval: float, *, by_time: bool) -> None:
-        self._folder, self._interval, self._by_time = folder, interval, by_time
-        self.pause = min(filter(None, (interval, _WATCH_SECONDS if by_time else 0.0)), default=0.0)
-        self._next_look = time.monotonic() + interval if interval else math.inf
-        self._modified: int | None = None
-        self._seen: int | None = None
-
-    def is_due(self) -> bool:
-        """Whether to look now.
-
-        Raises:
-            OSError: The folder is gone.
-        """
-        now = time.monotonic()
-        self._modified = os.stat(self._folder).st_mtime_ns if self._by_time else None
-        return self._modified != self._seen or now >= self._next_look
-
-    def note_look(self) -> None:
-        """Take note that the folder was looked at, after `is_due`."""
-        again = self._interval or math.inf
-        if self._modified != self._seen:
-            # A file that comes within the same tick of the system's clock changes the time no more.
-            again = min(again, _SECOND_LOOK_SECONDS)
-        self._seen = self._modified
-        self._next_look = time.monotonic() + again
-
-
-async def watch_folder(state: ServerState) -> None:
-    """Reload the folder when another replica, or a job, may have changed it; goes on whatever fails."""
-    interval = state.config.reload_seconds
-    watch = FolderWatch(state.store.folder, interval, by_time=state.training is not None)
-    pause = watch.pause
-    while watch.pause:
-        await asyncio.sleep(pause)
-        try:
-            # After an error it is looked at once more, whatever its time says.
-            if not await asyncio.to_thread(watch.is_due) and not state.folder_error:
-                continue
-            await asyncio.to_thread(state.store.reload)
-            watch.note_look()
-        except Exception as error:
-            state.folder_error = "cannot be read"
-            pause = max(interval, min(2 * pause, _MAX_RETRY_SECONDS))
-            unexpected = None if isinstance(error, PrefixError | OSError) else error
-            log("reload_failed", level=logging.WARNING, error=unexpected, reason=str(error), next_try_seconds=pause)
+    path = Path(config.socket_file)
+    try:
+        if config.socket_file:
+            listener = _bind_file(path)
         else:
-            state.folder_error, pause = "", watch.pause
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.socket(family, kind, protocol)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        where = config.host if config.socket_file else f"{config.host} port {config.port}"
+        raise ConfigError(
+            f"cannot listen on {where}: {error.strerror or error}.", hint="choose another --port or --host."
+        ) from error
+    try:
+        with listener:
+            yield listener
+    finally:
+        if config.socket_file:
+            path.unlink(missing_ok=True)
+
+
+def _bind_file(path: Path) -> socket.socket:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        # Of a server that was killed.
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    # Nobody can connect before it listens.
+    path.chmod(0o600)
+    return listener
 
 
 class GracefulServer(uvicorn.Server):
     """uvicorn, with a shutdown that finishes running requests."""
 
-    def __init__(self, state: ServerState, max_connections: int, training_worker: TrainingWorker | None = None) -> None:
+    def __init__(self, state: ServerState, training_worker: TrainingWorker | None = None) -> None:
         from prefixtune.server.app import make_app
 
         config = state.config
-        self.connections = Connections.from_config(config, max_connections)
         super().__init__(
             uvicorn.Config(
                 make_app(state),
-                http=self.connections.protocol(),
+                http="h11",
                 log_config=None,
                 access_log=False,
                 lifespan="off",
                 ws="none",
                 server_header=False,
                 proxy_headers=False,
+                limit_concurrency=config.max_connections,
                 timeout_keep_alive=math.ceil(config.keep_alive),
                 timeout_graceful_shutdown=int(_FLUSH_SECONDS),
             )
@@ -276,13 +253,7 @@ class GracefulServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal stops it."""
         self.loop = asyncio.get_running_loop()
-        background = [
-            asyncio.ensure_future(watch_folder(self.state)),
-            asyncio.ensure_future(self.connections.sweep()),
-        ]
         await super().serve(sockets)
-        for task in background:
-            task.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal: the first one starts the shutdown, the second one ends the process."""
@@ -298,7 +269,7 @@ class GracefulServer(uvicorn.Server):
     async def _stop(self) -> None:
         state = self.state
         try:
-            log("draining", requests=state.open_requests.count, texts=state.admission.texts)
+            log("draining", requests=state.open_requests.count, texts=state.gate.count)
             if self.training_worker is not None:
                 self.training_worker.begin_stop()
             if not await state.drain(state.config.drain_seconds):
@@ -306,7 +277,7 @@ class GracefulServer(uvicorn.Server):
                     "gave_up",
                     level=logging.WARNING,
                     requests=state.open_requests.count,
-                    texts=state.admission.texts,
+                    texts=state.gate.count,
                 )
                 await asyncio.to_thread(state.close)
                 # The responses of the cancelled requests are still sent.

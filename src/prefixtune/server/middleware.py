@@ -1,4 +1,4 @@
-"""The outer layers of every request: its id, security headers, the log line, metrics, and unexpected errors."""
+"""The outer layer of every request: its id, the size of its body, security headers, the log line, and metrics."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,7 +19,7 @@ from prefixtune.server.logs import log
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.responses import ApiError
 
-__all__ = ["Middleware", "UnexpectedErrors"]
+__all__ = ["Middleware"]
 
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
@@ -42,11 +44,20 @@ class Middleware:
         app: The application.
         metrics: Counts every request.
         open_requests: Those that are being answered.
+        max_body: Most bytes of a body, by the path.
         with_cors: Whether pages of other origins may read the responses.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, open_requests: OpenRequests, *, with_cors: bool = False) -> None:
-        self.app, self.metrics, self.open_requests = app, metrics, open_requests
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        open_requests: OpenRequests,
+        *,
+        max_body: Callable[[str], int],
+        with_cors: bool = False,
+    ) -> None:
+        self.app, self.metrics, self.open_requests, self.max_body = app, metrics, open_requests, max_body
         cors = {"cross-origin-resource-policy": "cross-origin"} if with_cors else {}
         self.headers = {**_SECURITY_HEADERS, **cors}
 
@@ -75,13 +86,18 @@ class Middleware:
             await send(message)
 
         error: Exception | None = None
-        try:
-            with self.open_requests.request(), self.metrics.open_requests.track_inprogress():
-                await self.app(app_scope, receive, send_with_headers)
-        except ClientDisconnect:
-            status = _CLIENT_CLOSED_REQUEST
-        except Exception as unexpected:
-            error, status = unexpected, 500
+        with self.open_requests.request(), self.metrics.open_requests.track_inprogress():
+            try:
+                await self.app(app_scope, _limited(receive, self.max_body(scope["path"])), send_with_headers)
+            except ClientDisconnect:
+                status = _CLIENT_CLOSED_REQUEST
+            except Exception as unexpected:
+                error = unexpected
+                if not status:
+                    message = f"an internal error; the log has more on request {request_id}."
+                    response = ApiError(500, message, code="internal_error").response()
+                    await response(app_scope, receive, send_with_headers)
+                status = 500
         route = app_scope["route"].path_format if "route" in app_scope else "unknown"
         self._record(scope, route, status or _CLIENT_CLOSED_REQUEST, time.monotonic() - started, log_fields, error)
 
@@ -103,31 +119,16 @@ class Middleware:
         log("request", level=level, error=error, **line, **log_fields)
 
 
-class UnexpectedErrors:
-    """An ASGI middleware that answers an unexpected error with 500, and raises it again for the log.
+def _limited(receive: Receive, limit: int) -> Receive:
+    """The messages of a request, as long as its body is not larger than a limit."""
+    size = 0
 
-    Args:
-        app: The application.
-    """
+    async def receive_and_count() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise HTTPException(413, f"the body is larger than {limit:,} bytes.")
+        return message
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-        has_begun = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_and_note)
-        except ClientDisconnect:
-            raise
-        except Exception:
-            if scope["type"] == "http" and not has_begun:
-                message = f"an internal error; the log has more on request {scope['log_fields']['id']}."
-                await ApiError(500, message, code="internal_error").response()(scope, receive, send)
-            raise
+    return receive_and_count

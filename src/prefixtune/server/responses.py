@@ -1,24 +1,27 @@
-"""JSON responses, and errors in OpenAI's shape."""
+"""JSON responses, and errors in OpenAI's shape: one class that endpoints raise, and how all others are told."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from prefixtune.errors import DataError, PrefixError, RequestError, did_you_mean
+from prefixtune.errors import DataError, PrefixError, RequestError, causes
 
 __all__ = [
     "ApiError",
     "api_error",
     "bad_request",
-    "capitalize",
     "forbidden",
+    "handle_errors",
     "json_response",
     "json_text",
     "not_found",
@@ -29,9 +32,14 @@ __all__ = [
 
 
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {404: "unknown_path", 405: "method_not_allowed", 413: "body_too_large"}
 _MAX_MESSAGE_LENGTH = 1000
+_MAX_FAULTS = 10
+"""Most fields at fault that an answer lists."""
 # Made once: this is done for every token.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+_FIELD = re.compile(r"(?!(str|int|float|bool)$)[a-z_]+")
+"""A field in the place of an error; other parts of it name types."""
 
 
 class ApiError(Exception):
@@ -72,7 +80,7 @@ class ApiError(Exception):
 
 def bad_request(message: str, param: str | None = None, code: str | None = None, *, hint: str = "") -> ApiError:
     """400: the request is at fault."""
-    return ApiError(400, f"{message} {capitalize(hint)}" if hint else message, param=param, code=code)
+    return ApiError(400, f"{message} {hint[:1].upper()}{hint[1:]}".rstrip(), param=param, code=code)
 
 
 def forbidden(message: str, code: str) -> ApiError:
@@ -80,10 +88,9 @@ def forbidden(message: str, code: str) -> ApiError:
     return ApiError(403, message, code=code)
 
 
-def not_found(what: str, name: str, known: list[str] | None = None) -> ApiError:
-    """404: there is no such thing; suggests the nearest of the `known` names."""
-    hint = f" {capitalize(did_you_mean(name, known))}" if known else ""
-    return ApiError(404, f"there is no {what} {name[:128]!r}.{hint}", code=f"{what.replace(' ', '_')}_not_found")
+def not_found(what: str, name: str) -> ApiError:
+    """404: there is no such thing."""
+    return ApiError(404, f"there is no {what} {name[:128]!r}.", code=f"{what.replace(' ', '_')}_not_found")
 
 
 def too_many_requests(message: str, code: str, retry_after: float) -> ApiError:
@@ -97,23 +104,10 @@ def unavailable(message: str, code: str, *, retry_after: int = 0) -> ApiError:
     return ApiError(503, message, code=code, headers=headers)
 
 
-def storage_error(error: BaseException, what: str, folder: str) -> ApiError:
-    """What the disk refused, by an error or its causes: it is full, or fails; or too many files are open.
-
-    Args:
-        error: What was raised; the response names no path.
-        what: There is no space for it.
-        folder: What cannot be changed.
-    """
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
-    if codes & {errno.ENOSPC, errno.EDQUOT}:
-        return ApiError(507, f"there is no space for {what}; nothing was changed.", code="no_space")
-    if codes & {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
-        return unavailable("the server has too many files open; try again later.", "busy", retry_after=5)
-    reason = next((os.strerror(code) for code in codes if code), "unknown reason")
+def storage_error(error: BaseException, folder: str) -> ApiError:
+    """507: the disk refused something, by an error or its causes; the response names no path."""
+    codes = [one.errno for one in causes(error) if isinstance(one, OSError) and one.errno]
+    reason = os.strerror(codes[0]) if codes else "unknown reason"
     return ApiError(507, f"{folder} cannot be changed ({reason}); nothing was changed.", code="storage_failed")
 
 
@@ -127,29 +121,79 @@ def api_error(error: PrefixError) -> ApiError:
     return unavailable(error.message, "not_served")
 
 
+# --- what FastAPI and this project raise ------------------------------------------------------------------------------
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer all errors of an application in OpenAI's shape."""
+    app.add_exception_handler(ApiError, _respond)
+    app.add_exception_handler(PrefixError, _respond)
+    app.add_exception_handler(HTTPException, _respond)
+    app.add_exception_handler(RequestValidationError, _respond)
+
+
+async def _respond(request: Request, error: Exception) -> Response:
+    refusal = _refusal(error)
+    request.scope["log_fields"]["refused"] = refusal.code or "invalid_request"
+    if refusal.status in (401, 403, 429, 503):
+        request.app.state.server.metrics.rejected.labels(refusal.code or "unavailable").inc()
+    return refusal.response()
+
+
+def _refusal(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PrefixError):
+        return api_error(error)
+    if isinstance(error, RequestValidationError):
+        return _explain(error)
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail), code=_CODES.get(error.status_code), headers=error.headers)
+
+
+def _explain(error: RequestValidationError) -> ApiError:
+    """The faults that pydantic found, a field each, with the first one's name and code."""
+    faults = error.errors()
+    first = faults[0]
+    if isinstance(first.get("input"), bytes):
+        return ApiError(415, "the content type must be application/json.", code="unsupported_media_type")
+    if first["type"] == "json_invalid":
+        return bad_request(f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}.")
+    told: dict[str, str] = {}
+    for fault in faults:
+        text = "unknown field" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+        # Of a field that takes several types, only the first fault is told.
+        told.setdefault(_param(fault["loc"], first["type"]), text)
+    sentences = [f"{name}: {text}" if name else text for name, text in list(told.items())[:_MAX_FAULTS]]
+    code = "unknown_field" if first["type"] == "extra_forbidden" else None
+    return bad_request(f"{'; '.join(sentences)}.", next(iter(told)) or None, code)
+
+
+def _param(place: tuple[int | str, ...], kind: str) -> str:
+    """The field at an error's place, as in `messages[0].role`."""
+    name = ""
+    for number, part in enumerate(place[1:], 2):
+        if isinstance(part, str) and not (
+            _FIELD.fullmatch(part) or (kind == "extra_forbidden" and number == len(place))
+        ):
+            break
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return name.removeprefix(".")
+
+
 def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_MESSAGE_LENGTH else f"{text[:_MAX_MESSAGE_LENGTH]} ..."
 
 
-def capitalize(text: str) -> str:
-    """A sentence with a capital letter at its beginning."""
-    return text[:1].upper() + text[1:]
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def json_response(
-    value: Any, status: int = 200, headers: Mapping[str, str] | None = None, *, is_large: bool = False
-) -> Response:
-    """A JSON response; arguments as of `json_text`."""
-    return Response(json_text(value, is_large=is_large), status, headers, media_type="application/json")
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(json_text(value), status, headers, media_type="application/json")
 
 
-def json_text(value: Any, *, is_large: bool = False) -> str:
-    """A value as compact JSON, valid UTF-8 whatever a model generated.
-
-    Args:
-        value: Of JSON's types.
-        is_large: Do it in Python, in half the speed: in a thread, other threads then go on meanwhile.
-    """
-    text = "".join(_ENCODER.iterencode(value)) if is_large else _ENCODER.encode(value)
+def json_text(value: Any) -> str:
+    """A value as compact JSON, valid UTF-8 whatever a model generated."""
     # A model's bytes can give half a surrogate pair, which is not UTF-8.
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return _ENCODER.encode(value).encode("utf-8", "replace").decode("utf-8")

@@ -20,7 +20,6 @@ from prefixtune.jobs.config import (
     DatabaseUrl,
     KeepJobs,
 )
-from prefixtune.server.addresses import parse_network
 from prefixtune.utils.config import CommaList, Config, Layer, Table, option_group
 
 __all__ = ["ENVIRONMENT", "KeyConfig", "ServeConfig"]
@@ -102,12 +101,6 @@ class ServeConfig(Config):
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     backbone_id: str = _model("", description="the bare backbone's model name; empty: the last part of its name")
     prefixes: str = _model("prefixes", min_length=1, description="folder of prefix files, NAME.safetensors")
-    reload_seconds: float = _model(
-        0.0,
-        ge=0,
-        description="seconds between checks for new and replaced files; 0: on POST /admin/reload and, where jobs are "
-        "trained, when a file comes or goes",
-    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
     device: str = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
     raw_completions: bool = _model(
@@ -133,18 +126,7 @@ class ServeConfig(Config):
         (),
         description="origins whose pages may call the server, as in https://a.example,https://b.example; empty: none",
     )
-    max_connections: _Size = _network(
-        4096, description="connections at once; when all are taken, the longest idle one makes room for a new one"
-    )
-    max_connections_per_address: _Number = _network(
-        1024, description="connections at once from one address, except from `proxies`; 0: no limit"
-    )
-    proxies: CommaList[str] = _network(
-        (),
-        description="addresses or networks of your own proxies, as in 127.0.0.1,10.0.0.0/8; "
-        "X-Forwarded-For counts only from them",
-    )
-    header_timeout: _Seconds = _network(15.0, description="seconds that a client may take to send a request's header")
+    max_connections: _Size = _network(4096, description="connections at once; further ones get 503")
     keep_alive: _Seconds = _network(75.0, description="seconds that a connection may wait for its next request")
     playground: bool = _network(
         True, description="serve pages: to try things on, at /; to train, at /train; this interface, at /docs"
@@ -163,13 +145,7 @@ class ServeConfig(Config):
 
     max_queue: _Number = _limits(
         256,
-        description="texts that may wait for a slot; when full, a tenant who holds an equal share of the "
-        "queue gets 429",
-    )
-    max_pending_mib: _Size = _limits(
-        64,
-        description="memory for the bodies of all requests, in MiB; when full, a tenant who holds an "
-        "equal share of it gets 429",
+        description="texts that may wait for a slot; when full, further requests get 429",
     )
     max_body_kib: _Size = _limits(1024, description="largest body of a request, in KiB")
     max_upload_mib: _Size = _limits(256, description="largest uploaded prefix, in MiB")
@@ -189,9 +165,6 @@ class ServeConfig(Config):
     )
     deadline: _Seconds = _limits(
         300.0, description="seconds that a request may take from its header on, waiting included"
-    )
-    client_timeout: _Seconds = _limits(
-        30.0, description="seconds that a client may take to send a body, or to read a piece of a response"
     )
     drain_seconds: float = _limits(30.0, ge=0, description="seconds that running requests may take after SIGTERM")
 
@@ -242,18 +215,6 @@ class ServeConfig(Config):
                 raise ValueError(f"has {short_repr(origin)}, but needs origins such as https://app.example.org")
         return origins
 
-    @field_validator("proxies")
-    @classmethod
-    def _check_proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
-        for proxy in proxies:
-            try:
-                parse_network(proxy)
-            except ValueError:
-                raise ValueError(
-                    f"has {short_repr(proxy)}, but needs addresses or networks such as 10.0.0.0/8"
-                ) from None
-        return proxies
-
     @field_validator("keys", mode="before")
     @classmethod
     def _check_tables(cls, keys: Any) -> Any:
@@ -268,12 +229,6 @@ class ServeConfig(Config):
                 ("default_max_tokens", "max_tokens"),
                 f"default_max_tokens is {self.default_max_tokens}, which is more than max_tokens ({self.max_tokens})",
             )
-        if 1024 * self.max_pending_mib < self.max_body_kib:
-            yield (
-                ("max_pending_mib", "max_body_kib"),
-                f"max_pending_mib is {self.max_pending_mib}, which is less than one request may have "
-                f"(max_body_kib, {self.max_body_kib})",
-            )
         if self.engine == "none" and not self.takes_jobs:
             yield (
                 ("engine", "train_workers", "database_url"),
@@ -287,12 +242,6 @@ class ServeConfig(Config):
         # vLLM has its own key.
         if self.keys or self.engine == "vllm":
             return
-        if self.proxies:
-            yield (
-                ("proxies", "keys", "engine"),
-                "proxies are named and no key is configured, so anybody who reaches them could use the server; "
-                "`prefixtune serve --new-key` makes a key",
-            )
         if not self.is_loopback:
             yield (
                 ("host", "keys", "engine"),

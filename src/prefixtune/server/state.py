@@ -9,23 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH, Engine
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.server.addresses import TrustedProxies
 from prefixtune.server.auth import Keyring
-from prefixtune.server.limits import AddressLimit, Admission, FairLock, Limits, OpenRequests, SharedCapacity
+from prefixtune.server.limits import Gate, Limits, OpenRequests
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.models.catalog import Catalog
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.settings import ServeConfig
-from prefixtune.server.threads import FairThreads
 from prefixtune.server.training import Training
 
 __all__ = ["ServerState"]
-
-
-_RESPONSE_THREADS = 4
-"""Large responses that are written at once, of which one tenant has half."""
-_PARSE_THREADS = 2
-"""Large bodies that are parsed at once; more of them would only take Python's lock from the event loop."""
 
 
 class ServerState:
@@ -38,22 +30,14 @@ class ServerState:
         has_engine: Whether it generates; without an engine, `backbone` has no weights.
         catalog: The models by name, as a caller may see them.
         keyring: The keys.
-        proxies: Whose `X-Forwarded-For` counts.
-        address_limit: Requests at once of each address behind a proxy.
-        pending_bytes: Memory for the bodies of all requests.
         open_requests: Those that are being answered.
-        admission: The texts that run or wait.
+        gate: The texts that are prepared, wait or run.
         limits: What one request may ask for.
         metrics: All metrics.
         training: Files and jobs; None: this server takes none.
         tokenizer_thread: Where texts are tokenized, one at a time.
-        tokenizer_lock: Whose turn it is there.
-        classify_lock: Whose texts the engine's thread classifies next.
-        parse_threads: Where large bodies are parsed.
-        response_threads: Where large responses are written.
         draining: Whether the server is shutting down.
         closed: Whether it has stopped: nothing is computed any more.
-        folder_error: Why the last reload of the folder failed; names no path, as everybody may read it.
         started: When the server started, in seconds since 1970.
     """
 
@@ -72,16 +56,11 @@ class ServerState:
             max_joined=config.max_joined_prefixes,
             max_length=worker.engine.max_length if worker else _max_length(config, backbone),
             is_open=self.keyring.is_open,
-            finds_new=config.takes_jobs,
         )
-        self.proxies = TrustedProxies(config.proxies)
-        self.address_limit = AddressLimit(config.max_connections_per_address)
-        self.pending_bytes = SharedCapacity(config.max_pending_mib * 2**20)
         self.open_requests = OpenRequests()
-        self.admission = Admission(config.num_slots, config.max_queue)
+        self.gate = Gate(config.num_slots + config.max_queue)
         self.limits = Limits(config.max_tokens, config.max_texts, config.max_joined_prefixes)
         self.draining = self.closed = False
-        self.folder_error = ""
         self.metrics = Metrics(
             worker,
             store,
@@ -92,10 +71,6 @@ class ServerState:
         self.training = Training(config, is_open=self.keyring.is_open) if config.takes_jobs else None
         # One thread: tokenizers keep settings that several threads would overwrite.
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
-        self.tokenizer_lock = FairLock()
-        self.classify_lock = FairLock()
-        self.parse_threads = FairThreads(_PARSE_THREADS, "prefixtune-bodies")
-        self.response_threads = FairThreads(_RESPONSE_THREADS, "prefixtune-responses")
 
     @property
     def worker(self) -> EngineWorker:
@@ -123,10 +98,7 @@ class ServerState:
         self.closed = True
         if self._worker is not None:
             self._worker.close()
-        self.catalog.close()
-        self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
-        self.parse_threads.close()
-        self.response_threads.close()
+        self.tokenizer_thread.shutdown(wait=False)
         if self.training is not None:
             self.training.close()
 

@@ -98,8 +98,8 @@ def supervise(program: Sequence[str], beside: Sequence[str], socket: str) -> int
 
 
 def _remove_with_folder(path: str) -> None:
-    """Remove a socket's file and its lock (see `server.listener`), and their folder if nothing else is in it."""
-    for remove, what in ((os.unlink, path), (os.unlink, f"{path}.lock"), (os.rmdir, os.path.dirname(path))):
+    """Remove a socket's file, and its folder if nothing else is in it."""
+    for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
         with contextlib.suppress(OSError):
             remove(what)
 

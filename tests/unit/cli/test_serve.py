@@ -26,7 +26,7 @@ def test_the_printed_configuration_is_that_of_all_sources(
     (tmp_path / name).write_text(text)
     monkeypatch.setenv("PREFIXTUNE_SERVE_NUM_SLOTS", "2")
     monkeypatch.setenv("PREFIXTUNE_SERVE_DTYPE", "float32")
-    options = ("--dtype", "bfloat16", "--no-playground", "--proxies", "10.0.0.0/8,::1")
+    options = ("--dtype", "bfloat16", "--no-playground", "--cors-origins", "https://a.example,https://b.example")
     printed, _ = run("serve", "--config", str(tmp_path / name), "--print-config", *options)
     config = ServeConfig(**tomllib.loads(printed))
     assert config == ServeConfig(
@@ -35,7 +35,7 @@ def test_the_printed_configuration_is_that_of_all_sources(
         deadline=100,
         dtype="bfloat16",
         playground=False,
-        proxies=["10.0.0.0/8", "::1"],
+        cors_origins=["https://a.example", "https://b.example"],
         keys={"alice": {"hash": digest}},
     )
 

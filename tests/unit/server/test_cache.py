@@ -53,7 +53,7 @@ def test_thousands_of_files_and_a_small_cache(tmp_path: Path, save: Any, llama: 
         assert store.stats.bytes <= 20 * size
     assert (store.stats.evictions, store.stats.loaded, store.stats.known) == (180, 20, 2000)
     began = time.monotonic()
-    store.reload()
+    store.names()
     # Nothing changed: no file is read.
     assert time.monotonic() - began < 4
 
@@ -73,7 +73,7 @@ def test_many_threads_at_once(tmp_path: Path, save: Any, llama: Any):
                 if thread == 0 and turn % 5 == 0:
                     store.put("p0", spare)
                 if thread == 1 and turn % 5 == 0:
-                    store.reload()
+                    store.names()
                 assert store.get(name).prefix_length == 3
                 assert store.stats.bytes <= 3 * one
         except BaseException as error:

@@ -38,7 +38,6 @@ def server(make_server: Callable[..., Any], backbone: Any, random_prefix: Callab
         header = make_header(backbone, task=facts["kind"], labels=facts)
         prefix = Prefix(random_prefix(backbone, 3, seed).layers, header, head)
         save_prefix(state.store.folder / f"{name}.safetensors", prefix)
-    state.store.reload()
     return app, state
 
 
@@ -109,7 +108,6 @@ def test_files_whose_labels_do_not_fit_are_not_served(
     head = Head(torch.zeros(3, size), torch.zeros(3))
     header = make_header(backbone, task="x") | ({} if labels is None else {"labels": labels})
     save_prefix(state.store.folder / "odd.safetensors", Prefix(prefix.layers, header, head))
-    state.store.reload()
     assert "odd" in state.store.refused
     assert asyncio.run(send(app, "POST", "/classify", {"model": "odd", "input": "x"})).status == 503
 
@@ -249,7 +247,7 @@ def test_one_with_many_texts_delays_another_by_one_batch(server: Any) -> None:
             send(app, "POST", "/classify", {"model": "head", "input": "x"}, client="127.0.0.3")
         )
         async with asyncio.timeout(20):
-            while state.admission.texts < 6 * 20 + 1 or "127.0.0.3" not in state.classify_lock._waiting:
+            while state.gate.count < 6 * 20 + 1 or "127.0.0.3" not in state.classify_lock._waiting:
                 await asyncio.sleep(0.01)
         release.set()
         response, batches = await modest, len(done)

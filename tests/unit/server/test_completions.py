@@ -188,7 +188,6 @@ def test_offsets_of_tokens_count_within_the_target(
     app, state = make_server()
     header = make_header(backbone, task="records", text_format={**text_format, "target": target})
     save_prefix(state.store.folder / "p.safetensors", Prefix(random_prefix(backbone, 4, 5).layers, header))
-    state.store.reload()
     expected = "Aromi is  it."
     ids = backbone.encode_sources(["  " + target.replace("{target}", expected) + "  "])[0]
     pieces = [backbone.tokenizer.decode([token]) for token in ids]

@@ -8,8 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -257,8 +256,6 @@ def test_a_job_is_paused_resumed_and_cancelled(make_server: Callable[..., Any]) 
             ask(app, partial(act, job.id, action))
         assert caught.value.code == "job_ended"
     create(app, upload(state), own={"name": "mine"})
-    actions = [json.loads(line)["action"] for line in state.training.folder.audit_log.read_text().splitlines()]
-    assert actions == ["job.create", "job.pause", "job.resume", "job.cancel", "job.create"]
 
 
 def test_a_published_result_of_a_cancelled_job_goes(make_server: Callable[..., Any], tmp_path: Path) -> None:
@@ -346,7 +343,7 @@ def test_events_after_one_that_is_not_there_are_refused(make_server: Callable[..
 def test_too_many_streams_are_refused(make_server: Callable[..., Any]) -> None:
     app, state = make_server()
     job = create(app, upload(state))
-    with state.training.streams.hold(state.training.streams.capacity, "127.0.0.1"):
+    with state.training.streams.admit(state.training.streams.limit):
         url = f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?stream=true"
 
         async def get() -> Any:
@@ -354,7 +351,7 @@ def test_too_many_streams_are_refused(make_server: Callable[..., Any]) -> None:
                 return await client.get(url)
 
         response = asyncio.run(get())
-    assert (response.status_code, response.json()["error"]["code"]) == (429, "too_many_streams")
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
 
 
 def test_a_document_becomes_a_job_of_its_own_kind(make_server: Callable[..., Any]) -> None:
@@ -413,25 +410,17 @@ def test_a_prefix_that_is_overwritten_in_its_place_is_not_the_job_s(
         assert left(state) == jobs
 
 
-@pytest.mark.parametrize(
-    ("broken", "code"),
-    [
-        (lambda: OSError(24, "Too many open files"), "busy"),
-        (lambda: CheckpointError("it holds NaN."), "model_not_served"),
-    ],
-)
-def test_a_copy_that_cannot_be_read_now_is_asked_for_again(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, broken: Callable[[], Exception], code: str
+def test_a_copy_that_cannot_be_read_is_asked_for_again(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app, state = make_server()
 
     def fail(path: Path) -> None:
-        raise CheckpointError(f"{path} cannot be read.") from broken()
+        raise CheckpointError(f"{path} cannot be read.")
 
     monkeypatch.setattr(job_creation, "read_artifact", fail)
     refused = refusal(app, upload(state), model="a")
-    assert (refused.status_code, refused.code) == (503, code)
-    assert ("retry-after" in refused.response.headers) == (code == "busy")
+    assert (refused.status_code, refused.code, refused.response.headers["retry-after"]) == (503, "busy", "5")
     assert str(state.training.folder.root) not in refused.message
     assert left(state) == ([], [])
 
@@ -453,7 +442,6 @@ def test_only_who_may_have_a_prefix_goes_on_from_it(
         save_prefix(path, Prefix(prefix.layers, header))
 
     made_by("ann")
-    state.store.reload()
     assert create(app, files["ann"], model="mine", key="pt-ann").status == "queued"
     assert refusal(app, files["bob"], model="mine", key="pt-bob").status_code == 404
 
@@ -466,20 +454,12 @@ def test_only_who_may_have_a_prefix_goes_on_from_it(
 
 
 def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..., Any]) -> None:
-    app, state = make_server(trackers=("wandb",))
+    app, state = make_server()
     file = upload(state)
     header: dict[str, Any] = {"extra_headers": {"Idempotency-Key": "once"}}
     first = create(app, file, own={"name": "mine"}, **header)
     again = create(app, file, own={"name": "mine"}, **header)
     assert first.id == again.id
-    others: list[dict[str, Any]] = [
-        {"own": {"name": "other"}},
-        *({"own": {"name": "mine"}, **more} for more in ({"seed": 7}, {"validation_file": file}, {"suffix": "s"})),
-        {"own": {"name": "mine"}, "integrations": [{"type": "wandb", "wandb": {"project": "p"}}]},
-    ]
-    for other in others:
-        assert refusal(app, file, **other, **header).code == "idempotency_key_reused"
-    assert refusal(app, upload(state), own={"name": "mine"}, **header).code == "idempotency_key_reused"
 
     async def at_once(client: openai.AsyncOpenAI) -> list[Any]:
         ask_for: Any = partial(client.fine_tuning.jobs.create, model="tiny", extra_headers={"Idempotency-Key": "two"})
@@ -487,8 +467,6 @@ def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..
 
     assert len({job.id for job in ask(app, at_once)}) == 1
     assert len(left(state)[1]) == 2
-    audit = state.training.folder.audit_log.read_text().splitlines()
-    assert len(audit) == 2
 
 
 @pytest.fixture
@@ -524,26 +502,6 @@ def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
     assert find_input(folder, "train") is not None
 
 
-def test_the_same_request_gets_its_folder_though_the_prefix_to_go_on_from_was_overwritten(
-    make_server: Callable[..., Any], database_away: Callable[[], AbstractContextManager[None]]
-) -> None:
-    app, state = make_server()
-    file, header = upload(state), {"Idempotency-Key": "once"}
-    with database_away():
-        assert refusal(app, file, model="a", extra_headers=header).status_code == 503
-    (job_id,), _ = left(state)
-    path = state.store.folder / "a.safetensors"
-    before = path.read_bytes()
-    prefix = read_artifact(path).detach()
-    save_prefix(path, Prefix(prefix.layers, {**prefix.header, "description": "another"}))
-    other = refusal(app, file, model="b", extra_headers=header)
-    assert (other.status_code, other.code) == (400, "idempotency_key_reused")
-    assert create(app, file, model="a", extra_headers=header).id == job_id
-    start = find_input(state.training.folder.job(job_id), "start")
-    assert start is not None
-    assert start.read_bytes() == before
-
-
 def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callable[..., Any]) -> None:
     app, state = make_server()
     file = upload(state)
@@ -577,7 +535,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"method": {"type": "dpo"}}, 400, "method.type", "unsupported_field"),
     ({"method": {"type": "reinforcement"}}, 400, "method.type", "unsupported_field"),
     ({"suffix": "a/b"}, 400, "suffix", None),
-    ({"metadata": {"a": "b" * 600}}, 400, "metadata", None),
+    ({"metadata": {"a": "b" * 600}}, 400, "metadata.a", None),
     ({"seed": -1}, 400, "seed", None),
     ({"integrations": [{"type": "wand"}]}, 400, "integrations[0].type", None),
     ({"own": {"nam": "x"}}, 400, "prefixtune.nam", "unknown_field"),
@@ -674,9 +632,6 @@ def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> N
     with pytest.raises(openai.AuthenticationError):
         ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-nobody")
     assert ask(app, lambda client: client.fine_tuning.jobs.cancel(job.id), "pt-boss").status == "cancelled"
-    lines = [json.loads(line) for line in state.training.folder.audit_log.read_text().splitlines()]
-    assert [(line["action"], line["key"]) for line in lines] == [("job.create", "ann"), ("job.cancel", "boss")]
-    assert lines[1]["owner"] == "ann"
 
 
 def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
@@ -691,7 +646,6 @@ def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
     create(app, files["few"], key="pt-few")
     many = refusal(app, files["few"], key="pt-few")
     assert (many.status_code, many.code) == (429, "too_many_jobs")
-    assert "cancel one, or wait until one ends." in many.message
     assert many.response.headers["x-should-retry"] == "false"
     assert refusal(app, files["none"], key="pt-none").code == "too_many_prefixes"
     # `auto` stays within the limit.
@@ -700,34 +654,6 @@ def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
     ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-rare")
     with pytest.raises(openai.RateLimitError):
         ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-rare")
-
-
-def test_servers_that_share_a_data_folder_keep_to_a_keys_limits_together(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rules = keys(few={"max_jobs": 1})
-    servers = [make_server(keys=rules) for _ in range(2)]
-    file = upload(servers[0][1], owner="few")
-    looked = threading.Barrier(2)
-    unfinished = JobQueue.unfinished
-
-    def look(queue: JobQueue) -> Any:
-        found = unfinished(queue)
-        # Until both have looked, if nothing keeps the other one from it.
-        with suppress(threading.BrokenBarrierError):
-            looked.wait(0.5)
-        return found
-
-    def try_to_create(app: Any) -> str:
-        try:
-            return str(create(app, file, key="pt-few").status)
-        except openai.APIStatusError as error:
-            return str(error.code)
-
-    monkeypatch.setattr(JobQueue, "unfinished", look)
-    with ThreadPoolExecutor(2) as threads:
-        answers = list(threads.map(try_to_create, [app for app, _ in servers]))
-    assert sorted(answers) == ["queued", "too_many_jobs"]
 
 
 def test_a_result_that_another_server_published_counts(make_server: Callable[..., Any], backbone: Any) -> None:
@@ -739,18 +665,6 @@ def test_a_result_that_another_server_published_counts(make_server: Callable[...
     assert refusal(app, file, key="pt-few").code == "too_many_prefixes"
     path.unlink()
     assert create(app, file, key="pt-few").status == "queued"
-
-
-def test_a_job_that_waits_too_long_for_others_of_its_key_is_503(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, state = make_server()
-    file = upload(state)
-    monkeypatch.setattr(training, "_ADDING_SECONDS", 0.1)
-    with state.training.adding("local"):
-        error = refusal(app, file)
-    assert (error.status_code, error.code, error.response.headers["retry-after"]) == (503, "busy", "2")
-    assert left(state) == ([], [])
 
 
 def test_a_database_that_is_away_comes_back(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -809,7 +723,6 @@ def test_a_change_that_may_have_been_made_is_not_tried_again_by_clients(
         response = asyncio.run(send(app, "POST", f"/v1/fine_tuning/jobs/{job.id}/cancel"))
     assert (response.status, response.code) == (503, "queue_unavailable")
     assert (response.headers["x-should-retry"], response.headers.get("retry-after")) == ("false", None)
-    assert "may have been made" in response.json["error"]["message"]
     assert ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id)).status == "cancelled"
 
     # Nor is one that takes too long, and goes on meanwhile.
@@ -845,7 +758,6 @@ def test_a_look_that_takes_too_long_is_tried_again_by_clients(
     for path in ("", "/events", "/checkpoints"):
         response = asyncio.run(send(app, "GET", f"/v1/fine_tuning/jobs/{job.id}{path}"))
         assert (response.status, response.code, response.headers["retry-after"]) == (503, "queue_unavailable", "5")
-        assert "may have been made" not in response.json["error"]["message"]
     release.set()
 
 
@@ -880,17 +792,13 @@ def test_a_database_that_is_locked_stops_no_other_request(make_server: Callable[
     release = threading.Event()
 
     async def run() -> tuple[list[Any], Any]:
-        waits: Any = partial(state.training.ask, lambda _: release.wait(20), "127.0.0.1")
-        stuck = [asyncio.ensure_future(waits()) for _ in range(32)]
+        stuck = [asyncio.ensure_future(state.training.ask(lambda _: release.wait(20))) for _ in range(32)]
         await asyncio.sleep(0)
-        refused = await send(app, "GET", "/v1/fine_tuning/jobs")
-        models = await send(app, "GET", "/v1/models")
-        # One tenant's waiting is nobody else's.
-        assert await state.training.ask(lambda queue: len(queue.unfinished()), "another") == 1
+        statuses = [(await send(app, "GET", path)).status for path in ("/v1/models", "/v1/files")]
         release.set()
-        return [refused.status, refused.code, models.status], await asyncio.gather(*stuck)
+        return statuses, await asyncio.gather(*stuck)
 
-    assert asyncio.run(run())[0] == [503, "busy", 200]
+    assert asyncio.run(run())[0] == [200, 200]
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(
@@ -905,7 +813,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     with monkeypatch.context() as patched:
         patched.setattr("prefixtune.jobs.inputs._link", full)
         error = refusal(app, file)
-    assert (error.status_code, error.code) == (507, "no_space")
+    assert (error.status_code, error.code) == (507, "storage_failed")
     assert left(state) == ([], [])
 
 

@@ -22,7 +22,7 @@ def test_the_first_signal_drains_and_the_second_ends_the_process(make_server: Ca
     from prefixtune.server.launch import GracefulServer
 
     _, state = make_server(drain_seconds=1000.0)
-    server = GracefulServer(state, 10)
+    server = GracefulServer(state)
 
     async def signals() -> list[tuple[bool, bool, bool]]:
         seen = []
@@ -45,7 +45,7 @@ def test_an_error_while_it_stops_ends_the_server_all_the_same(
     from prefixtune.server.launch import GracefulServer
 
     _, state = make_server()
-    server = GracefulServer(state, 10)
+    server = GracefulServer(state)
 
     async def fail(seconds: float) -> bool:
         raise ZeroDivisionError("a bug")

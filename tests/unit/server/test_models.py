@@ -1,9 +1,10 @@
-"""`/v1/models`: the file of a prefix that one's own job trained."""
+"""`/v1/models`: the file of a prefix that one's own job trained, and uploads."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,9 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(
     make_server: Callable[..., Any], backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
 ) -> None:
     rules = {name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "bob", "boss")}
-    app, state = make_server(keys=rules)
+    app, _ = make_server(keys=rules)
     header = {**make_header(backbone), "job": {"id": "ftjob-1", "owner": "ann"}}
     path = save_prefix(tmp_path / "prefixes" / "hers.safetensors", Prefix(random_prefix(backbone, 4, 3).layers, header))
-    state.store.reload()
     answer = download(app, "hers", "ann")
     assert (answer.status, answer.body) == (200, path.read_bytes())
     assert answer.headers["content-length"] == str(path.stat().st_size)
@@ -50,45 +50,11 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(
 def test_without_keys_every_result_is_downloaded(
     make_server: Callable[..., Any], backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
 ) -> None:
-    app, state = make_server()
+    app, _ = make_server()
     header = {**make_header(backbone), "job": {"id": "ftjob-1", "owner": "ann"}}
     save_prefix(tmp_path / "prefixes" / "hers.safetensors", Prefix(random_prefix(backbone, 4, 3).layers, header))
-    state.store.reload()
     assert download(app, "hers").status == 200
     assert download(app, "a").status == 403
-
-
-def test_a_loaded_prefix_waits_for_none_that_is_read(
-    make_server: Callable[..., Any],
-    backbone: Any,
-    tmp_path: Path,
-    random_prefix: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """However many others a caller asks for at once."""
-    app, state = make_server()
-    prefix = Prefix(random_prefix(backbone, 4, 3).layers, make_header(backbone))
-    for number in range(40):
-        save_prefix(tmp_path / "prefixes" / f"cold-{number}.safetensors", prefix)
-    state.store.reload()
-    go_on, load = threading.Event(), state.store._load
-
-    def slowly(name: str) -> Any:
-        assert go_on.wait(60)
-        return load(name)
-
-    async def all_at_once() -> tuple[int, list[int]]:
-        await send(app, "POST", "/v1/completions", completion(model="a"))
-        monkeypatch.setattr(state.store, "_load", slowly)
-        cold = [send(app, "POST", "/v1/completions", completion(model=f"cold-{number}")) for number in range(40)]
-        waiting = [asyncio.ensure_future(one) for one in cold]
-        await asyncio.sleep(0.2)
-        warm = await asyncio.wait_for(send(app, "POST", "/v1/completions", completion(model="a")), 30)
-        assert not any(one.done() for one in waiting)
-        go_on.set()
-        return warm.status, [(await one).status for one in waiting]
-
-    assert asyncio.run(all_at_once()) == (200, [200] * 40)
 
 
 @pytest.mark.parametrize("path", ["/v1/models/{}", "/v1/tasks/{}"])
@@ -103,63 +69,12 @@ def test_to_look_at_joined_prefixes_counts_as_a_request(make_server: Callable[..
     assert [look(name) for name in ("a", "a", "a+b", "b", "b+a")] == [200, 200, 200, 200, 429]
 
 
-def test_among_many_names_no_similar_one_is_looked_for(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would take milliseconds for thousands of names, in which no stream goes on."""
-    app, state = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
-
-    def message(path: str) -> str:
-        response = asyncio.run(send(app, "GET", path, headers=bearer("boss")))
-        assert response.status == 404
-        return str(response.json["error"]["message"])
-
-    assert "Did you mean 'a'" in message("/v1/models/aa")
-    assert "Did you mean 'a'" in message("/admin/prefixes/aa")
-    monkeypatch.setattr("prefixtune.server.models.store._FEW", 1)
-    monkeypatch.setattr(state.store, "names", None)
-    assert message("/v1/models/aa") == "there is no model 'aa'."
-    assert message("/admin/prefixes/aa") == "there is no prefix 'aa'."
-
-
 @pytest.mark.parametrize(("method", "path"), [("DELETE", "/v1/models/a"), ("GET", "/v1/models/a/file")])
 def test_to_delete_and_to_download_count_as_requests(make_server: Callable[..., Any], method: str, path: str) -> None:
     rules = KeyConfig(hash=hash_key("pt-ann"), requests_per_minute=1)
     app, _ = make_server(keys={"ann": rules})
     statuses = [asyncio.run(send(app, method, path, headers=bearer("ann"))).status for _ in range(2)]
     assert statuses == [403, 429]
-
-
-def test_deletions_of_one_key_do_not_delay_texts_of_another(
-    make_server: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor do they read more of the folder than the file of the name."""
-    app, state = make_server(keys={name: KeyConfig(hash=hash_key(f"pt-{name}")) for name in ("ann", "bob")})
-    go_on, refresh = threading.Event(), state.store.refresh
-    looked: list[str] = []
-
-    def slowly(name: str) -> None:
-        assert go_on.wait(60)
-        refresh(name)
-
-    async def all_at_once() -> tuple[int, set[int]]:
-        await send(app, "POST", "/v1/completions", completion(model="a"), headers=bearer("bob"))
-        monkeypatch.setattr(state.store, "refresh", slowly)
-        monkeypatch.setattr(state.store, "_refresh", looked.append)
-        # More than there are threads of any kind.
-        deleting = [
-            asyncio.ensure_future(send(app, "DELETE", "/v1/models/a", headers=bearer("ann"))) for _ in range(100)
-        ]
-        await asyncio.sleep(0.2)
-        text = await asyncio.wait_for(
-            send(app, "POST", "/v1/completions", completion(model="a"), headers=bearer("bob")), 30
-        )
-        assert not any(one.done() for one in deleting)
-        go_on.set()
-        return text.status, {(await one).status for one in deleting}
-
-    assert asyncio.run(all_at_once()) == (200, {403})
-    assert looked == ["a"] * 100
 
 
 def test_a_file_that_cannot_be_read_now_is_asked_for_again(
@@ -175,3 +90,49 @@ def test_a_file_that_cannot_be_read_now_is_asked_for_again(
         refused = asyncio.run(send(app, "POST", "/v1/completions", completion(model="a")))
     assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "busy", "5")
     assert asyncio.run(send(app, "POST", "/v1/completions", completion(model="a"))).status == 200
+
+
+@pytest.mark.parametrize("where", ["prefixtune.utils.files.tempfile.mkdtemp", "shutil.copyfile"])
+def test_an_upload_onto_a_failing_disk_changes_nothing(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    app, state = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
+    folder = tmp_path / "prefixes"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "a.safetensors"))
+
+    monkeypatch.setattr(where, fail)
+    for name in ("a", "fresh"):
+        body = before["b.safetensors"]
+        response = asyncio.run(send(app, "PUT", f"/v1/models/{name}", body, headers=bearer("boss")))
+        assert (response.status, response.code, response.json["error"]["type"]) == (
+            507,
+            "storage_failed",
+            "server_error",
+        )
+        assert str(folder) not in response.body.decode()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (state.store.names(), state.store.refused) == (["a", "b"], {})
+
+
+def test_an_admin_uploads_replaces_and_sees_what_is_refused(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    app, _ = make_server(
+        keys={name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "boss")}
+    )
+    body = (tmp_path / "prefixes" / "b.safetensors").read_bytes()
+
+    def put(name: str, content: bytes, key: str = "boss") -> tuple[int, str]:
+        response = asyncio.run(send(app, "PUT", f"/v1/models/{name}", content, headers=bearer(key)))
+        return response.status, response.json.get("error", {}).get("code", "")
+
+    assert (put("fresh", body), put("fresh", body)) == ((201, ""), (200, ""))
+    assert put("fresh", body, "ann") == (403, "admin_key_needed")
+    assert put("fresh", body[:-4]) == (400, "invalid_prefix")
+    assert put("tiny", body)[0] == put("..fresh", body)[0] == 400
+    (tmp_path / "prefixes" / "bad.safetensors").write_bytes(b"broken")
+    listed = asyncio.run(send(app, "GET", "/v1/models", headers=bearer("boss"))).json
+    assert [model["id"] for model in listed["data"]] == ["tiny", "a", "b", "fresh"]
+    assert list(listed["refused"]) == ["bad"]
+    assert "refused" not in asyncio.run(send(app, "GET", "/v1/models", headers=bearer("ann"))).json

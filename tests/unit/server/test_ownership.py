@@ -21,9 +21,7 @@ from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.folder import change_folder
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.auth import hash_key
-from prefixtune.server.launch import watch_folder
 from prefixtune.server.settings import KeyConfig
-from prefixtune.server.threads import FairThreads
 
 KEYS = {
     # Patterns that allow no result, which its owner may use all the same.
@@ -64,10 +62,9 @@ def listed(app: Any, key: str) -> list[str]:
 
 
 def test_owners_and_admins_see_and_use_a_result(make_server: Callable[..., Any], publish: Any) -> None:
-    app, state = make_server(keys=KEYS)
+    app, _ = make_server(keys=KEYS)
     path = publish("hers")
     publish("hers.step-4", step=4)
-    state.store.reload()
     assert listed(app, "ann") == ["tiny", "a", "hers"]
     assert listed(app, "bob") == ["tiny", "a", "b"]
     # An admin's patterns hide no result either.
@@ -89,9 +86,7 @@ def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publ
     publish("a-result-2", step=2)
     broken = publish("a-result-3")
     publish("a-result-5", owner="bob")
-    state.store.reload()
     broken.write_bytes(broken.read_bytes()[:-4])
-    state.store.reload()
     assert list(state.store.refused) == ["a-result-3"]
 
     def answer(name: str, key: str) -> Any:
@@ -100,7 +95,6 @@ def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publ
 
     unknown = answer("a-result-0", "bob")
     assert unknown[0] == 404
-    assert "a-result-5" in unknown[1]
     assert [answer(f"a-result-{number}", "bob") for number in (1, 2, 3)] == [unknown] * 3
     # A key with patterns gets what it gets for any name outside of them.
     assert answer("a-result-5", "ann") == answer("b", "ann") == answer("nothing", "ann")
@@ -108,9 +102,8 @@ def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publ
 
 
 def test_others_can_neither_use_nor_join_nor_delete_it(make_server: Callable[..., Any], publish: Any) -> None:
-    app, state = make_server(keys=KEYS)
+    app, _ = make_server(keys=KEYS)
     path = publish("hers")
-    state.store.reload()
     for model in ("hers", "a+hers", "hers+a"):
         with pytest.raises(openai.NotFoundError, match="no model 'hers'"):
             ask(app, "bob", text(model))
@@ -125,9 +118,8 @@ def test_others_can_neither_use_nor_join_nor_delete_it(make_server: Callable[...
 def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(
     make_server: Callable[..., Any], publish: Any
 ) -> None:
-    app, state = make_server(keys=KEYS)
+    app, _ = make_server(keys=KEYS)
     publish("shared", owner="")
-    state.store.reload()
     assert ask(app, "bob", text("shared")).model == "shared"
     # Another machine's job took the name; this server has not looked at the folder since.
     publish("shared", owner="ann", seed=4)
@@ -137,44 +129,20 @@ def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(
 
 
 def test_a_file_that_became_somebody_elses_is_not_downloaded(make_server: Callable[..., Any], publish: Any) -> None:
-    app, state = make_server(keys=KEYS)
+    app, _ = make_server(keys=KEYS)
     publish("shared", owner="ann")
-    state.store.reload()
     publish("shared", owner="bob", seed=4)
     responses = {key: asyncio.run(send(app, "GET", "/v1/models/shared/file", headers=bearer(key))) for key in KEYS}
     assert {key: response.status for key, response in responses.items()} == {"ann": 404, "bob": 200, "boss": 200}
 
 
-def test_a_file_that_is_replaced_while_it_is_opened(
-    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The header that decides is that of the very file that is sent."""
-    _, state = make_server(keys=KEYS)
-    publish("shared", owner="ann")
-    state.store.reload()
-    lookup, replaced = type(state.store)._lookup, []
-
-    def replacing(store: Any, name: str) -> Any:
-        found = lookup(store, name)
-        if not replaced:
-            replaced.append(publish("shared", owner="bob", seed=4))
-        return found
-
-    monkeypatch.setattr(type(state.store), "_lookup", replacing)
-    file, header = state.store.open_file("shared")
-    with file:
-        assert header["job"]["owner"] == "bob"
-        assert b"bob" in file.read()
-
-
 def test_an_upload_over_a_result_is_no_result_any_more(
     make_server: Callable[..., Any], publish: Any, tmp_path: Path
 ) -> None:
-    app, state = make_server(keys=KEYS)
+    app, _ = make_server(keys=KEYS)
     publish("hers")
-    state.store.reload()
     body = (tmp_path / "prefixes" / "a.safetensors").read_bytes()
-    assert asyncio.run(send(app, "PUT", "/admin/prefixes/hers", body, headers=bearer("boss"))).status == 200
+    assert asyncio.run(send(app, "PUT", "/v1/models/hers", body, headers=bearer("boss"))).status == 200
     assert "hers" in listed(app, "bob")
     with pytest.raises(openai.PermissionDeniedError):
         ask(app, "ann", text("hers"))
@@ -182,10 +150,9 @@ def test_an_upload_over_a_result_is_no_result_any_more(
 
 @pytest.mark.parametrize("key", ["ann", "boss"])
 def test_a_result_is_deleted_with_its_checkpoints(make_server: Callable[..., Any], publish: Any, key: str) -> None:
-    app, state = make_server(keys=KEYS)
+    app, _ = make_server(keys=KEYS)
     gone = [publish("hers"), publish("hers.step-2", step=2), publish("hers.step-4", step=4)]
     stays = [publish("hers.step-6", owner="bob", step=6), publish("hers.step-8", owner=""), publish("hers2")]
-    state.store.reload()
     # A checkpoint may go alone.
     assert ask(app, key, lambda client: client.models.delete("hers.step-2")).deleted
     assert [path.exists() for path in gone] == [True, False, True]
@@ -207,7 +174,6 @@ def test_the_jobs_own_copies_of_its_checkpoints_go_with_its_result(
     job_id = f"ftjob-{'1' * 24}"
     publish("hers", job_id=job_id)
     publish("hers.step-2", step=2, job_id=job_id)
-    state.store.reload()
     folder = state.training.folder.job(job_id)
     copies = folder.run / "checkpoints"
     copies.mkdir(parents=True)
@@ -226,12 +192,11 @@ def test_an_admin_takes_a_results_checkpoints_with_it(
     job_id = f"ftjob-{'1' * 24}"
     gone = [publish(f"hers.step-{step}", step=step, job_id=job_id) for step in (2, 4)]
     path, other = publish("hers", job_id=job_id), publish("hers.step-6", owner="bob", step=6)
-    state.store.reload()
     copies = state.training.folder.job(job_id).run / "checkpoints"
     copies.mkdir(parents=True)
 
     def change(content: bytes | None) -> int:
-        return asyncio.run(send(app, method, "/admin/prefixes/hers", content, headers=bearer("boss"))).status
+        return asyncio.run(send(app, method, "/v1/models/hers", content, headers=bearer("boss"))).status
 
     if method == "PUT":
         # The same result again, as from a backup, keeps them.
@@ -239,7 +204,7 @@ def test_an_admin_takes_a_results_checkpoints_with_it(
         assert all(one.exists() for one in gone)
         assert copies.exists()
     content = (tmp_path / "prefixes" / "a.safetensors").read_bytes() if method == "PUT" else None
-    assert change(content) == (200 if method == "PUT" else 204)
+    assert change(content) == 200
     assert not any(one.exists() for one in gone)
     assert other.exists()
     assert not copies.exists()
@@ -259,7 +224,7 @@ def test_an_upload_succeeds_though_a_checkpoint_stays_which_the_next_one_removes
     body = (tmp_path / "prefixes" / "a.safetensors").read_bytes()
 
     def upload() -> int:
-        return asyncio.run(send(app, "PUT", "/admin/prefixes/hers", body, headers=bearer("boss"))).status
+        return asyncio.run(send(app, "PUT", "/v1/models/hers", body, headers=bearer("boss"))).status
 
     def fail(self: Any, name: str) -> None:
         raise PrefixError(f"cannot remove {name!r}.") from OSError(errno.EIO, "a bad block")
@@ -271,32 +236,6 @@ def test_an_upload_succeeds_though_a_checkpoint_stays_which_the_next_one_removes
     assert [record.message for record in caplog.records].count("checkpoint_not_removed") == 1
     assert upload() == 200
     assert not left.exists()
-
-
-def test_without_keys_each_address_has_its_own_turn(
-    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, state = make_server()
-    turns: list[tuple[str, str]] = []
-    run = FairThreads.run
-
-    async def note(threads: FairThreads, tenant: str, work: Callable[[], Any]) -> Any:
-        pools = ("_threads", "_quick_threads", "_deleting_threads")
-        turns.extend((pool, tenant) for pool in pools if getattr(state.catalog, pool) is threads)
-        return await run(threads, tenant, work)
-
-    monkeypatch.setattr(FairThreads, "run", note)
-    for address in ("10.0.0.1", "10.0.0.2"):
-        publish("hers")
-        del turns[:]
-        for method, path in (("GET", "hers"), ("GET", "hers/file"), ("DELETE", "hers")):
-            sent = asyncio.run(send(app, method, f"/v1/models/{path}", client=address))
-            assert sent.status == 200
-        assert (
-            asyncio.run(send(app, "POST", "/v1/completions", completion(model="missing"), client=address)).status == 404
-        )
-        assert {tenant for _, tenant in turns} == {address}
-        assert [pool for pool, _ in turns if pool != "_threads"] == ["_deleting_threads"]
 
 
 def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., Any], tmp_path: Path) -> None:
@@ -311,9 +250,8 @@ def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., A
 
 
 def test_without_keys_results_are_everybodys(make_server: Callable[..., Any], publish: Any) -> None:
-    app, state = make_server()
+    app, _ = make_server()
     path = publish("hers")
-    state.store.reload()
     assert listed(app, "any") == ["tiny", "a", "b", "hers"]
     with pytest.raises(openai.PermissionDeniedError):
         ask(app, "any", lambda client: client.models.delete("a"))
@@ -327,7 +265,6 @@ def test_a_result_that_is_not_served_can_be_deleted(make_server: Callable[..., A
     # Its header can be read, but it is for another model.
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"num_layers', b'"xum_layers').replace(b"decoder.0.key", b"decoder.9.key"))
-    state.store.reload()
     assert "hers" in state.store.refused
     with pytest.raises(openai.NotFoundError):
         ask(app, "bob", text("hers"))
@@ -341,9 +278,8 @@ def test_a_result_that_is_not_served_can_be_deleted(make_server: Callable[..., A
 def test_a_folder_that_cannot_be_changed_is_said(
     make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app, state = make_server(keys=KEYS)
+    app, _ = make_server(keys=KEYS)
     path = publish("hers")
-    state.store.reload()
 
     def fail(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -356,40 +292,21 @@ def test_a_folder_that_cannot_be_changed_is_said(
     # Others publish.
     monkeypatch.setattr("prefixtune.server.models.store._LOCK_SECONDS", 0.1)
     with change_folder(path.parent, 1.0):
-        for url, key in (("/v1/models/hers", "ann"), ("/admin/prefixes/hers", "boss")):
-            response = asyncio.run(send(app, "DELETE", url, headers=bearer(key)))
-            assert (response.status, response.code) == (503, "busy")
+        response = asyncio.run(send(app, "DELETE", "/v1/models/hers", headers=bearer("ann")))
+        assert (response.status, response.code) == (503, "busy")
     assert ask(app, "ann", text("hers")).model == "hers"
 
 
 def test_a_new_result_answers_before_the_folder_is_looked_at(make_server: Callable[..., Any], publish: Any) -> None:
-    app, state = make_server(keys=KEYS)
+    app, _ = make_server(keys=KEYS)
     publish("hers")
     publish("his", owner="bob")
-    assert state.store.names() == ["a", "b"]
     with pytest.raises(openai.PermissionDeniedError):
         ask(app, "ann", text("his"))
     assert ask(app, "ann", text("a+hers")).model == "a+hers"
-    assert state.store.results("ann") == ["hers"]
     for name in ("../hers", "x/y", ".hers", "h" * 5000, "a\0b"):
         with pytest.raises(openai.APIStatusError):
             ask(app, "bob", text(name))
-
-
-def test_a_new_result_is_listed_before_the_folder_is_looked_at(
-    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, state = make_server(keys=KEYS)
-    before = listed(app, "ann")
-    publish("hers")
-    publish("his", owner="bob")
-    assert listed(app, "ann") == [*before, "hers"]
-    assert "his" in listed(app, "bob")
-    publish("hers-too")
-    with monkeypatch.context() as patched:
-        patched.setattr(state.store, "folder", state.store.folder / "gone")
-        assert listed(app, "ann") == [*before, "hers"]
-    assert listed(app, "ann") == [*before, "hers", "hers-too"]
 
 
 def test_a_new_result_is_there_for_admins_and_for_its_deletion(
@@ -399,13 +316,12 @@ def test_a_new_result_is_there_for_admins_and_for_its_deletion(
     boss = bearer("boss")
     for name, method, path, status in (
         ("one", "GET", "/v1/models/one/file", 200),
-        ("two", "GET", "/admin/prefixes/two", 200),
-        ("three", "DELETE", "/admin/prefixes/three", 204),
+        ("three", "DELETE", "/v1/models/three", 200),
     ):
         publish(name)
         assert asyncio.run(send(app, method, path, headers=boss)).status == status
     publish("four")
-    assert "four" in asyncio.run(send(app, "GET", "/admin/prefixes", headers=boss)).json["prefixes"]
+    assert "four" in listed(app, "boss")
     # Its checkpoints go with it, as its file says whose they are.
     removed = list[str]()
     monkeypatch.setattr(
@@ -415,52 +331,6 @@ def test_a_new_result_is_there_for_admins_and_for_its_deletion(
     publish("five", job_id=job_id)
     assert asyncio.run(send(app, "DELETE", "/v1/models/five", headers=bearer("ann"))).status == 200
     assert removed == [job_id]
-
-
-def test_a_server_that_takes_no_jobs_looks_when_it_is_told_to(make_server: Callable[..., Any], publish: Any) -> None:
-    app, state = make_server(train_workers=0)
-    publish("new")
-    with pytest.raises(openai.NotFoundError):
-        ask(app, "any", text("new"))
-    assert "new" not in listed(app, "any")
-    state.store.reload()
-    assert ask(app, "any", text("new")).model == "new"
-
-
-def test_the_folder_is_watched_for_results(
-    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, state = make_server()
-    reload, looks = state.store.reload, list[int]()
-
-    def counted() -> None:
-        looks.append(1)
-        reload()
-
-    monkeypatch.setattr(state.store, "reload", counted)
-
-    async def watch() -> None:
-        watching = asyncio.ensure_future(watch_folder(state))
-        async with asyncio.timeout(10):
-            path = publish("new")
-            while "new" not in state.store:
-                await asyncio.sleep(0.02)
-            path.unlink()
-            while "new" in state.store:
-                await asyncio.sleep(0.02)
-        # A second look after a change, and then none.
-        before = len(looks)
-        async with asyncio.timeout(20):
-            while len(looks) == before:
-                await asyncio.sleep(0.02)
-            while len(looks) > before:
-                before = len(looks)
-                # Longer than between those two.
-                await asyncio.sleep(1.6)
-        assert len(looks) <= 6
-        watching.cancel()
-
-    asyncio.run(watch())
 
 
 def test_a_page_of_another_origin_may_delete(make_server: Callable[..., Any]) -> None:
@@ -476,8 +346,7 @@ def test_names_that_are_taken(make_server: Callable[..., Any], publish: Any, tmp
     publish("hers")
     publish("hers.step-2", step=2)
     (tmp_path / "prefixes" / "broken.safetensors").write_bytes(b"no prefix")
-    state.store.reload()
     publish("new")
     names = ("a", "hers", "broken", "new", "nothing")
-    assert [state.store.is_taken(name) for name in names] == [True, True, True, True, False]
-    assert state.store.results("ann") == ["hers"]
+    assert [name in state.store for name in names] == [True, True, True, True, False]
+    assert {name for name, origin in state.store.origins().items() if origin.step is None} == {"hers", "new"}

@@ -50,7 +50,6 @@ def test_long_sources_are_treated_as_in_training(
     header = make_header(backbone, task="records", text_format=cutting_format)
     prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
     save_prefix(state.store.folder / "cuts.safetensors", prefix)
-    state.store.reload()
     source = "abcdefghij" * 9
     cut: list[Any] = []
     (expected,) = generate(backbone, [source], prefix, max_new_tokens=12, on_cut=cut.append)
@@ -85,7 +84,6 @@ def test_a_prefix_with_an_invalid_text_format_is_not_served(
     path = state.store.folder / "bad.safetensors"
     path.write_bytes((state.store.folder / "a.safetensors").read_bytes())
     rewrite_header(path, text_format={"prompt": "{source}" * 1500, "target": "{target}"})
-    state.store.reload()
     response = asyncio.run(send(app, "POST", "/v1/completions", completion(model="bad")))
     assert (response.status, response.code) == (503, "model_not_served")
     assert "1,500 times" in state.store.refused["bad"]

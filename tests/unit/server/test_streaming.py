@@ -26,19 +26,6 @@ def test_a_client_that_disconnected_before_the_first_byte_holds_nothing(make_ser
     assert texts_when_done(state) == 0
 
 
-def test_a_client_that_does_not_read_is_disconnected(make_server: Callable[..., Any]) -> None:
-    app, state = make_server(client_timeout=0.1)
-
-    async def never() -> None:
-        await asyncio.sleep(60)
-
-    response = asyncio.run(
-        send(app, "POST", "/v1/completions", completion(max_tokens=500, stream=True), before_reading=never)
-    )
-    assert not response.ended
-    assert texts_when_done(state) == 0
-
-
 def test_a_silent_stream_sends_keep_alive_comments(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,5 +30,5 @@ def test_every_field_has_its_row() -> None:
 
 def test_every_endpoint_has_its_section() -> None:
     page = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
-    for heading in ("GET /v1/models", "POST /v1/chat/completions", "PUT /admin/prefixes/{name}", "CompletionRequest"):
+    for heading in ("GET /v1/models", "POST /v1/chat/completions", "PUT /v1/models/{name}", "CompletionRequest"):
         assert f"\n### {heading}\n" in page

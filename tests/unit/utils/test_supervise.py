@@ -80,7 +80,6 @@ def test_a_signal_reaches_the_program_and_both_end_without_leaving_a_socket(is_k
     if is_killed:
         # What one leaves that ends by itself is its folder alone.
         supervised.socket.touch()
-        Path(f"{supervised.socket}.lock").touch()
     supervised.process.terminate()
     assert supervised.wait() == 7
     assert not supervised.socket.parent.exists()

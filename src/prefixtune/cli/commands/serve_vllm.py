@@ -38,7 +38,7 @@ _USED_BY_VLLM = (
 )
 """Settings that are used with vLLM."""
 _USED_BY_TRAINING = (
-    *("backbone", "prefixes", "dtype", "device", "playground", "log_level", "deadline", "client_timeout"),
+    *("backbone", "prefixes", "dtype", "device", "playground", "log_level", "deadline"),
     *("data_folder", "train_workers", "train_threads", "train_nice", "train_idle_seconds", "max_file_mib"),
     *("keep_jobs", "trackers", "cache_mib"),
 )

@@ -10,60 +10,86 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from fastapi import Response
+from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.labels import labels_of
 from prefixtune.engine.request import ContextLengthError, EngineFull
-from prefixtune.errors import ConfigError, PrefixError, RequestError
-from prefixtune.inference.classify import EncodedTexts, Prediction, encode_to_classify, encode_to_tag
+from prefixtune.errors import ConfigError, PrefixError, RequestError, short_repr
+from prefixtune.inference.classify import (
+    EncodedTexts,
+    Prediction,
+    encode_to_classify,
+    encode_to_tag,
+    first_duplicate,
+)
 from prefixtune.inference.config import ClassifyConfig
-from prefixtune.server.api.body import read_json
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext
 from prefixtune.server.api.generation import deadline_exceeded, engine_error
-from prefixtune.server.api.openapi import api_router, errors, json_body
-from prefixtune.server.api.prompting import run_in_turn
-from prefixtune.server.api.protocol import parse
-from prefixtune.server.api.schemas import Classification
+from prefixtune.server.api.prompting import tokenize
+from prefixtune.server.api.protocol import Body, Text, Texts
 from prefixtune.server.api.streaming import run_until_disconnect
-from prefixtune.server.api.task_protocol import ClassifyRequest
+from prefixtune.server.limits import Limits
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.responses import bad_request, json_response, unavailable
 
 __all__ = ["router"]
 
 
-router = api_router(401, 403, 404, 429, 500, 503, 504)
+router = APIRouter()
 _FEW_PROBABILITIES = 5_000
 """Of a response that is written at once; of others a thread makes it."""
 _MOST_PROBABILITIES = 500_000
 """Probabilities of a response: some 12 MB, and two seconds of a thread."""
 
 
-@router.post(
-    "/classify",
-    name="classify",
-    response_model=Classification,
-    responses=errors(400, 408, 413, 415),
-    openapi_extra=json_body(ClassifyRequest, model="NAME", input=["a text", "another"]),
-)
-async def create_classification(context: GenerationContext) -> Response:
+class ClassifyRequest(Body):
+    """A body of `/classify`."""
+
+    model: Text = Field(description="A prefix that classifies or tags; or the bare backbone, with labels.")
+    input: Text | Annotated[list[Text | Texts], Field(min_length=1, fail_fast=True)] = Field(
+        description="One or several texts. For a prefix that tags, a text is split at white space.",
+        examples=["a fine film"],
+    )
+    labels: Annotated[list[Text], Field(min_length=2, max_length=1000, fail_fast=True)] | None = Field(
+        None, description="With the bare backbone: the labels to choose from, each once, by their own words."
+    )
+    user: Any = Field(None, description="Ignored.")
+    priority: Any = Field(None, description="Ignored.")
+
+    @property
+    def texts(self) -> list[str | list[str]]:
+        """The texts, as a list."""
+        return [self.input] if isinstance(self.input, str) else list(self.input)
+
+    def check(self, limits: Limits) -> None:
+        """As `Body.check`."""
+        if len(self.texts) > limits.max_texts:
+            raise bad_request(f"there are {len(self.texts)} texts; at most {limits.max_texts} are allowed.", "input")
+        if label := first_duplicate(self.labels or ()):
+            raise bad_request(f"the label {short_repr(label)} is given twice.", "labels")
+
+
+@router.post("/classify", name="classify")
+async def create_classification(request: ClassifyRequest, context: GenerationContext) -> Response:
     """Classify or tag texts.
 
     `labels`, `probs` and `num_classes` are vLLM's; a prefix that tags gives `tokens`, each with these.
     """
     state = context.state
-    request = await read_json(context, partial(parse, ClassifyRequest, limits=state.limits))
-    model = await state.catalog.load(request.model, context.caller, tenant=context.tenant)
+    request.check(state.limits)
+    context.admit(len(request.texts))
+    model = await run_in_threadpool(state.catalog.load, request.model, context.caller)
     if state.config.log_prompts:
         context.log_fields["input"] = request.texts
     _check_kind(request, model)
     texts = request.texts
-    context.exit_stack.enter_context(state.admission.admit(len(texts), context.tenant))
     encoded = await _encode(context, request, model)
     num_tokens = sum(map(len, encoded.prompts))
     context.log_fields |= {"model": model.name, "prompt_tokens": num_tokens}
@@ -84,10 +110,10 @@ async def create_classification(context: GenerationContext) -> Response:
             "data": data,
             "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
         }
-        return json_response(body, headers=context.headers, is_large=is_large)
+        return json_response(body, headers=context.headers)
 
     # Of thousands of words it takes a second.
-    return await state.response_threads.run(context.tenant, respond) if is_large else respond()
+    return await run_in_threadpool(respond) if is_large else respond()
 
 
 def _check_kind(request: ClassifyRequest, model: ServedModel) -> None:
@@ -134,7 +160,7 @@ async def _encode(context: RequestContext, request: ClassifyRequest, model: Serv
         return encode_to_classify(backbone, texts, model.prefix, labels=labels, config=config, on_cut=cut.extend)
 
     try:
-        encoded = await run_in_turn(context, encode)
+        encoded = await tokenize(context, encode)
     except (RequestError, ConfigError) as error:
         raise bad_request(error.message, "input", hint=error.hint) from None
     _check_lengths(context, encoded, model)
@@ -166,8 +192,6 @@ def _check_lengths(context: RequestContext, encoded: EncodedTexts, model: Served
 async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]:
     """The scores of all texts, a batch and a part of the labels at a time between two steps of the engine.
 
-    Tenants take turns.
-
     Raises:
         ApiError: The time is over, or the engine accepts no work.
         ClientDisconnect: The client disconnected.
@@ -181,8 +205,7 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
     async def score_all() -> None:
         for rows in _batches(encoded, max_tokens):
             for part in encoded.parts(rows, max_tokens):
-                async with state.classify_lock.hold(context.tenant):
-                    found = await asyncio.wrap_future(state.worker.call(partial(score, rows=rows, part=part)))
+                found = await asyncio.wrap_future(state.worker.call(partial(score, rows=rows, part=part)))
                 for row, one in zip(rows, found, strict=True):
                     scores[row].append(one)
 

@@ -15,17 +15,16 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any
 
-from fastapi import Response
+from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.engine.request import SequenceOutput
 from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.server.api.body import read_json
 from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext
 from prefixtune.server.api.generation import Generation, collect_outputs, start_generation, stream_outputs
-from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest, parse_chat
-from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
+from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest
 from prefixtune.server.api.prompting import (
     chat_source,
     compile_grammar,
@@ -34,8 +33,6 @@ from prefixtune.server.api.prompting import (
     encode_text,
     start_targets,
 )
-from prefixtune.server.api.protocol import parse
-from prefixtune.server.api.schemas import Chat, ChatChunk, Completion, CompletionChunk
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.responses import json_response
@@ -44,21 +41,14 @@ __all__ = ["router"]
 
 
 Choices = CompletionChoices | ChatChoices
-router = api_router(401, 403, 404, 429, 500, 503, 504)
+router = APIRouter()
 
 
-@router.post(
-    "/v1/completions",
-    name="complete",
-    responses=whole_or_stream(Completion, CompletionChunk) | errors(400, 408, 413, 415),
-    openapi_extra=json_body(CompletionRequest, model="NAME", prompt="a source", max_tokens=50, temperature=0),
-)
-async def create_completion(context: GenerationContext) -> Response:
+@router.post("/v1/completions", name="complete")
+async def create_completion(request: CompletionRequest, context: GenerationContext) -> Response:
     """Continue a prompt."""
     state = context.state
-    request = await read_json(context, partial(parse, CompletionRequest, limits=state.limits))
-    context.prepare(len(request.prompts) * request.n)
-    model = await state.catalog.load(request.model, context.caller, request.prefixes, tenant=context.tenant)
+    model = await _load(context, request)
     if state.config.log_prompts:
         context.log_fields["prompts"] = request.prompts
     texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
@@ -67,8 +57,7 @@ async def create_completion(context: GenerationContext) -> Response:
     if text_format is not None:
         generation = await start_targets(context, request, model, text_format, texts, request.n, verbatim=request.echo)
     else:
-        encode = encode_text
-        prompts = [await encode(context, prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        prompts = [one if not isinstance(one, str) else await encode_text(context, one) for one in request.prompts]
         generation = await _continue(context, request, model, prompts)
     if not request.echo:
         choices = CompletionChoices(state.backbone, text_format)
@@ -81,20 +70,11 @@ async def create_completion(context: GenerationContext) -> Response:
     )
 
 
-@router.post(
-    "/v1/chat/completions",
-    name="chat",
-    responses=whole_or_stream(Chat, ChatChunk) | errors(400, 408, 413, 415),
-    openapi_extra=json_body(
-        ChatRequest, model="NAME", messages=[{"role": "user", "content": "a source"}], max_tokens=50
-    ),
-)
-async def create_chat_completion(context: GenerationContext) -> Response:
+@router.post("/v1/chat/completions", name="chat")
+async def create_chat_completion(request: ChatRequest, context: GenerationContext) -> Response:
     """Answer a chat, in the prefix's text format or the backbone's chat template."""
-    state = context.state
-    request, conversation = await read_json(context, partial(parse_chat, limits=state.limits))
-    context.prepare(request.n)
-    model = await state.catalog.load(request.model, context.caller, request.prefixes, tenant=context.tenant)
+    state, conversation = context.state, request.conversation
+    model = await _load(context, request)
     if state.config.log_prompts:
         context.log_fields["messages"] = conversation
     text_format = state.catalog.trained_format(model.header)
@@ -105,6 +85,13 @@ async def create_chat_completion(context: GenerationContext) -> Response:
         return await _respond(context, request, generation, choices, text_format)
     prompt, ends = await encode_chat(context, conversation)
     return await _respond(context, request, await _continue(context, request, model, [prompt], ends), choices)
+
+
+async def _load(context: RequestContext, request: OpenAIRequest) -> ServedModel:
+    """The requested model, once the request is checked and counted."""
+    request.check(context.state.limits)
+    context.admit(request.num_prompts * request.n)
+    return await run_in_threadpool(context.state.catalog.load, request.model, context.caller, request.prefixes)
 
 
 async def _continue(
@@ -150,10 +137,10 @@ async def _respond(
         pairs = enumerate(zip(outputs, targets, strict=True))
         whole = [choices.whole(index, output, target) for index, (output, target) in pairs]
         body = {**head, "choices": whole, "usage": generation.usage()}
-        return json_response(body, headers=context.headers, is_large=has_logprobs)
+        return json_response(body, headers=context.headers)
 
     # Decoding the likeliest tokens of thousands of positions takes seconds.
-    return await context.state.response_threads.run(context.tenant, respond) if has_logprobs else respond()
+    return await run_in_threadpool(respond) if has_logprobs else respond()
 
 
 async def _events(
@@ -174,8 +161,7 @@ async def _events(
     no_usage = {"usage": None} if request.include_usage else {}
 
     def write(index: int, output: SequenceOutput, target: str) -> list[bytes]:
-        pieces, is_large = choices.pieces(index, output, target), bool(output.prompt_tokens)
-        return [event({**head, "choices": [piece], **no_usage}, is_large=is_large) for piece in pieces]
+        return [event({**head, "choices": [piece], **no_usage}) for piece in choices.pieces(index, output, target)]
 
     for index in indices:
         for choice in choices.opening(index):
@@ -191,8 +177,7 @@ async def _events(
             logged[index] += target
         # Decoding a long prompt's likeliest tokens takes seconds.
         written = partial(write, index, output, target)
-        threads = context.state.response_threads
-        for piece in await threads.run(context.tenant, written) if output.prompt_tokens else written():
+        for piece in await run_in_threadpool(written) if output.prompt_tokens else written():
             yield piece
     if request.include_usage:
         yield event({**head, "choices": [], "usage": generation.usage()})

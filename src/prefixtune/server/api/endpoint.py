@@ -1,4 +1,4 @@
-"""What comes before and after every handler: who calls, and whether they may; and the response to a refused request.
+"""What comes before and after every handler: who calls, and whether they may.
 
 What a handler enters into the `exit_stack` of its `RequestContext` lasts until the response has been sent, streams
 included. It ends whatever happens: counts go down and the engine's requests are cancelled, even where the client
@@ -14,26 +14,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
-from prefixtune.errors import PrefixError
 from prefixtune.server.auth import Caller
-from prefixtune.server.limits import QueueFull, RateLimited
-from prefixtune.server.metrics import Metrics
-from prefixtune.server.responses import ApiError, api_error, forbidden, too_many_requests, unavailable
+from prefixtune.server.responses import ApiError, forbidden, unavailable
 from prefixtune.server.state import ServerState
 from prefixtune.server.training import Training
 
-__all__ = [
-    "AdminContext",
-    "GenerationContext",
-    "KeyContext",
-    "MetricsContext",
-    "RequestContext",
-    "TrainingContext",
-    "respond_to_error",
-]
+__all__ = ["AdminContext", "GenerationContext", "KeyContext", "MetricsContext", "RequestContext", "TrainingContext"]
 
 
 Right = Literal["key", "admin", "metrics", "train"]
@@ -52,49 +41,39 @@ class RequestContext:
     Attributes:
         request: The HTTP request.
         state: The server's parts.
-        caller: Whose key it has.
-        address: Where it comes from.
+        caller: Whose key it has; the tenant among whom the engine shares its slots.
         exit_stack: What ends with the response.
         log_fields: What its log line contains.
         headers: Headers of a successful response.
         started: When its header had arrived, by the monotonic clock.
-        preparation: What ends when the request's texts are admitted, or with the response.
     """
 
     request: Request
     state: ServerState
     caller: Caller
-    address: str
     exit_stack: ExitStack
     log_fields: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    preparation: ExitStack = field(default_factory=ExitStack)
 
     @property
     def remaining(self) -> float:
         """Seconds until the request's `deadline`, whatever it waits for."""
         return max(0.0, self.started + self.state.config.deadline - time.monotonic())
 
-    @property
-    def name(self) -> str:
-        """The name in the path."""
-        return str(self.request.path_params.get("name", ""))
-
-    def prepare(self, texts: int) -> None:
-        """Count texts that are prepared for the engine, until they are admitted.
+    def admit(self, texts: int) -> None:
+        """Count texts until the response has been sent.
 
         Raises:
-            QueueFull: Too many are being prepared.
+            ApiError: 429: there is no room.
         """
-        self.exit_stack.callback(self.preparation.close)
-        self.preparation.enter_context(self.state.admission.prepare(texts, self.tenant))
+        self.exit_stack.enter_context(self.state.gate.admit(texts))
 
     def count(self) -> None:
         """Count the request against the key's limits, where its endpoint does not.
 
         Raises:
-            RateLimited: There are too many of them.
+            ApiError: 429: there are too many of them.
         """
         self.exit_stack.enter_context(self.caller.limit.request())
 
@@ -109,11 +88,6 @@ class RequestContext:
             message = "this server takes no training jobs; start it with train_workers = 1, or name a database_url."
             raise ApiError(404, message, code="training_off")
         return self.state.training
-
-    @property
-    def tenant(self) -> str:
-        """Among whom capacity is shared fairly: keys or, without keys, addresses."""
-        return self.address if self.state.keyring.is_open else self.caller.name
 
 
 def _context(right: Right = "key", *, limited: bool = False) -> Any:
@@ -130,10 +104,7 @@ def _context(right: Right = "key", *, limited: bool = False) -> Any:
         with ExitStack() as exit_stack:
             caller = _authenticate(request, state, right)
             log_fields["key"] = caller.name
-            address = state.proxies.client_address(request.scope)
-            if request.client is not None and request.client.host in state.proxies:
-                exit_stack.enter_context(state.address_limit.request(address))
-            found = RequestContext(request, state, caller, address, exit_stack, log_fields)
+            found = RequestContext(request, state, caller, exit_stack, log_fields)
             if limited:
                 if state.draining:
                     raise unavailable("the server is shutting down.", "draining", retry_after=5)
@@ -191,28 +162,6 @@ def _check_origin(request: Request, state: ServerState) -> None:
         return
     if origin.partition("://")[2].lower() != request.headers.get("host", "").lower():
         raise forbidden("pages of other sites may not use training here.", "origin_not_allowed")
-
-
-async def respond_to_error(request: Request, error: Exception) -> Response:
-    """The response to a refused request, in OpenAI's shape."""
-    refusal = _refusal(error, request.app.state.server.metrics)
-    request.scope["log_fields"]["refused"] = refusal.code or "invalid_request"
-    return refusal.response()
-
-
-def _refusal(error: Exception, metrics: Metrics) -> ApiError:
-    if isinstance(error, RateLimited):
-        metrics.rejected.labels(error.reason).inc()
-        return too_many_requests(f"{error}.", f"{error.reason}_limit_exceeded", error.retry_after)
-    if isinstance(error, QueueFull):
-        metrics.rejected.labels("queue_full").inc()
-        return too_many_requests(f"the queue is full: {error}.", "queue_full", error.retry_after)
-    refusal = api_error(error) if isinstance(error, PrefixError) else error
-    if not isinstance(refusal, ApiError):
-        raise error
-    if refusal.status in (401, 403, 503):
-        metrics.rejected.labels(refusal.code or "unavailable").inc()
-    return refusal
 
 
 def _is_local(host: str) -> bool:

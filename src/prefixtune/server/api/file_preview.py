@@ -5,22 +5,18 @@ The examples are a sample that was kept when the file was checked, so that the f
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi import Response
+from fastapi import APIRouter
+from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.errors import PrefixError
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext
-from prefixtune.server.api.files import file_or_404, find_file
-from prefixtune.server.api.openapi import FILE_ID, api_router, errors
-from prefixtune.server.api.prompting import run_in_turn
-from prefixtune.server.api.training_schemas import FilePreview
-from prefixtune.server.responses import json_response
-from prefixtune.server.training_estimate import training_seconds
-from prefixtune.server.training_worker import training_threads
+from prefixtune.server.api.files import find_file
+from prefixtune.server.api.prompting import tokenize
+from prefixtune.server.responses import not_found
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["router"]
 
 
-router = api_router(401, 403, 404, 500, 503)
+router = APIRouter()
 _MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 24, 50, 2_000
 _DOCUMENT_CHARS = 100_000
 """Characters of a document that are tokenized; its other tokens are estimated."""
@@ -40,17 +36,20 @@ _MOST_WRITTEN = 50_000
 """Messages that a chat template writes while a sample is measured, for each answer all before it: some two seconds."""
 
 
-@router.get(
-    "/v1/files/{file_id}/preview", response_model=FilePreview, responses=errors(429, 504), openapi_extra=FILE_ID
-)
-async def preview_file(context: TrainingContext) -> Response:
+@router.get("/v1/files/{file_id}/preview")
+async def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     """What training would read of a file.
 
     Examples, one of them as the model reads it, and the tokens of a sample.
     """
-    stored = await find_file(context)
-    body = await (_preview_text(context, stored) if stored.purpose == "document" else _preview_rows(context, stored))
-    return json_response({"id": stored.id, "object": "file.preview", **body})
+    from prefixtune.jobs.files import UnknownFileError
+
+    stored = await run_in_threadpool(find_file, context, file_id)
+    preview = _preview_text if stored.purpose == "document" else _preview_rows
+    try:
+        return {"id": stored.id, "object": "file.preview", **await preview(context, stored)}
+    except UnknownFileError:
+        raise not_found("file", file_id) from None
 
 
 # --- examples --------------------------------------------------------------------------------------------------------
@@ -58,27 +57,22 @@ async def preview_file(context: TrainingContext) -> Response:
 
 async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
     files = context.training.files
-    sample = await file_or_404(context, partial(files.sample, stored.owner, stored.id))
+    sample = await run_in_threadpool(files.sample, stored.owner, stored.id)
     body = {**_nothing(), "examples": [_shown(example) for example in _spread(sample)]}
     if not any(example.targets for example in sample):
         return body
     # Conversations of a sample may have hundreds of thousands of messages.
-    measured = await asyncio.to_thread(_measurable, sample)
+    measured = await run_in_threadpool(_measurable, sample)
     if not measured:
         return {**body, "cuts": "The conversations are too long to be measured here."}
     backbone = context.state.backbone
     try:
-        config = await asyncio.to_thread(_usual_config, context, stored)
-        measures = await run_in_turn(context, partial(_measure, config, backbone, measured, stored))
+        config = await run_in_threadpool(_usual_config, context, stored)
+        measures = await tokenize(context, partial(_measure, config, backbone, measured, stored))
     except PrefixError as error:
         # Such as labels of which the sample has only one.
         return {**body, "cuts": error.message}
-    positions = float(measures.positions.get("mean", 0) * (config.max_steps or 0))
-    threads = training_threads(context.state.config)
-    seconds = await asyncio.to_thread(training_seconds, backbone, positions, threads) if positions else None
-    # Of a tiny model it may be less than a thousandth, and is not nothing.
-    estimate = None if seconds is None else {"seconds": float(f"{seconds:.3g}"), "steps": config.max_steps}
-    return {**body, **_measured(measures, len(measured)), "estimate": estimate}
+    return {**body, **_measured(measures, len(measured))}
 
 
 def _measurable(sample: Sequence[Example]) -> list[Example]:
@@ -189,9 +183,9 @@ async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str
         with files.open(stored.owner, stored.id) as file:
             return file.read(4 * _DOCUMENT_CHARS).decode("utf-8", "ignore")[:_DOCUMENT_CHARS]
 
-    text = await file_or_404(context, read)
+    text = await run_in_threadpool(read)
     backbone = context.state.backbone
-    tokens = len(await run_in_turn(context, lambda: backbone.encode(text)))
+    tokens = len(await tokenize(context, lambda: backbone.encode(text)))
     total = round(tokens * facts.characters / max(len(text), 1))
     about = "about " if len(text) < facts.characters else ""
     return {**_nothing(), "examples": [{"source": text[:_MOST_CHARS]}], "cuts": f"It has {about}{total:,} tokens."}
@@ -207,5 +201,4 @@ def _nothing() -> dict[str, Any]:
         "cuts": "",
         "positions_per_step": None,
         "steps_per_epoch": None,
-        "estimate": None,
     }

@@ -1,120 +1,146 @@
-"""`/v1/files`: data and documents to train on. An upload is streamed to disk and checked while it comes in.
+"""`/v1/files`: data and documents to train on.
 
 Each key sees its own files; an admin key, and everybody where there are no keys, sees all.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import Response
+from fastapi import APIRouter, Query, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
+from starlette.datastructures import FormData, UploadFile
 
-from prefixtune.server.api.body import receive_body
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext
-from prefixtune.server.api.multipart import FORM_OVERHEAD, FormReader
-from prefixtune.server.api.openapi import FILE_ID, FORM_BODY, api_router, errors
-from prefixtune.server.api.paging import ORDER, PAGE, page_of, parameter, read_page
+from prefixtune.server.api.paging import After, page_of
 from prefixtune.server.api.streaming import file_stream
-from prefixtune.server.api.training_schemas import DeletedFile, File, Files
-from prefixtune.server.limits import QueueFull
-from prefixtune.server.responses import (
-    ApiError,
-    bad_request,
-    capitalize,
-    json_response,
-    not_found,
-    storage_error,
-)
-from prefixtune.server.training import Training
+from prefixtune.server.responses import ApiError, bad_request, not_found, storage_error
 
 if TYPE_CHECKING:
-    from prefixtune.jobs.files import FileLimits, StoredFile, Upload
+    from prefixtune.jobs.files import StoredFile
 
-__all__ = ["file_object", "file_or_404", "find_file", "router"]
+__all__ = ["find_file", "router"]
 
 
-router = api_router(401, 403, 404, 429, 500, 503)
+router = APIRouter()
 _PATH = "/v1/files/{file_id}"
-_FIELDS = ("purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]")
 _MOST_LISTED = 10_000
-_PIECE = 2**18
-"""Bytes of an upload that a thread reads at once."""
-_PURPOSE = parameter("purpose", "Of the files.", type="string")
-_CONTENT: dict[int | str, Any] = {
-    200: {"content": {"application/octet-stream": {"schema": {}}}, "description": "The file, as it was uploaded."}
+_PIECE = 2**20
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["fine-tune", "document"]},
+                    },
+                    "required": ["file", "purpose"],
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
 }
 
-T = TypeVar("T")
 
-
-@router.post("/v1/files", response_model=File, responses=errors(400, 408, 413, 415, 507), openapi_extra=FORM_BODY)
-async def upload_file(context: TrainingContext) -> Response:
+@router.post("/v1/files", openapi_extra=_FORM)
+async def upload_file(context: TrainingContext) -> dict[str, Any]:
     """Upload a file to train on.
 
-    Rows are checked while they come in. A file with a wrong row is kept, with the status `error`; `status_details`
-    names the row.
+    A file with a wrong row is kept, with the status `error`; `status_details` names the row.
     """
-    training = context.training
-    if not training.uploads.has_room(1, context.tenant):
-        raise QueueFull(f"{training.uploads.used} files are being uploaded", 5.0)
-    with training.uploads.hold(1, context.tenant):
-        stored = await _store(context, training)
+    # Not by FastAPI's parameters: it would read the form of somebody without a key.
+    if not context.request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise ApiError(415, "the content type must be multipart/form-data.", code="unsupported_media_type")
+    try:
+        with context.training.uploads.admit():
+            async with context.request.form(max_files=1, max_fields=4) as form:
+                stored = await run_in_threadpool(_store, context, form)
+    except OSError as error:
+        context.log_fields["storage_error"] = str(error)
+        raise storage_error(error, "the data folder") from None
     context.log_fields |= {"file": stored.id, "bytes": stored.bytes}
     context.state.metrics.uploads.labels(stored.status).inc()
-    await training.audit(
-        context.caller, "file.create", file=stored.id, bytes=stored.bytes, purpose=stored.purpose, status=stored.status
-    )
-    return json_response(file_object(stored))
+    return file_object(stored)
 
 
-@router.get(
-    "/v1/files", response_model=Files, responses=errors(400), openapi_extra={"parameters": [_PURPOSE, *PAGE, ORDER]}
-)
-async def list_files(context: TrainingContext) -> Response:
+def _store(context: RequestContext, form: FormData) -> StoredFile:
+    """Check a form's file and keep it."""
+    from prefixtune.jobs.files import FileLimits, FileRefusedError
+
+    if unknown := form.keys() - {"file", "purpose"}:
+        raise bad_request(f"{min(unknown)}: unknown field.", min(unknown), "unknown_field")
+    file, purpose = form.get("file"), form.get("purpose")
+    if not isinstance(file, UploadFile):
+        raise bad_request("the field 'file' with the file and its name is missing.", "file")
+    if purpose not in ("fine-tune", "document"):
+        raise bad_request("'purpose' must be 'fine-tune' or 'document'.", "purpose")
+    rules = context.caller.rules
+    limits = FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_storage_mib * 2**20)
+    files, name = context.training.files, file.filename or ""
+    try:
+        with files.open_upload(context.caller.name, name, purpose, limits=limits) as upload:
+            while piece := file.file.read(_PIECE):
+                upload.write(piece)
+            return upload.finish()
+    except FileRefusedError as error:
+        status = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "stopped": 503}.get(error.code, 403)
+        raise ApiError(status, f"{error.message} {error.hint}", code=error.code, param="file") from None
+
+
+@router.get("/v1/files")
+def list_files(
+    context: TrainingContext,
+    after: After = "",
+    limit: Annotated[int, Query(ge=1, le=_MOST_LISTED)] = _MOST_LISTED,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> dict[str, Any]:
     """The files of the key, the newest first."""
-    training = context.training
-    page = read_page(context.request, default=_MOST_LISTED, largest=_MOST_LISTED)
-    purpose = context.request.query_params.get("purpose")
-
-    def read() -> dict[str, Any]:
-        files = [file for file in training.files.list(_owner(context, training)) if purpose in (None, file.purpose)]
-        return page_of([file_object(file) for file in (files if page.order == "desc" else reversed(files))], page)
-
-    return json_response(await training.look(read, context.tenant))
+    files = [file for file in context.training.files.list(_owner(context)) if purpose in (None, file.purpose)]
+    return page_of([file_object(file) for file in (files if order == "desc" else reversed(files))], after, limit)
 
 
-@router.get(_PATH, response_model=File, openapi_extra=FILE_ID)
-async def show_file(context: TrainingContext) -> Response:
+@router.get(_PATH)
+def show_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     """What is known about a file."""
-    return json_response(file_object(await find_file(context)))
+    return file_object(find_file(context, file_id))
 
 
-@router.get(f"{_PATH}/content", response_class=StreamingResponse, responses=_CONTENT, openapi_extra=FILE_ID)
-async def download_file(context: TrainingContext) -> Response:
+@router.get(f"{_PATH}/content", response_class=StreamingResponse)
+def download_file(file_id: str, context: TrainingContext) -> Response:
     """A file's content, as it was uploaded."""
-    training, stored = context.training, await find_file(context)
-    file = await file_or_404(context, lambda: training.files.open(stored.owner, stored.id))
-    return file_stream(context, file, stored.filename)
+    from prefixtune.jobs.files import UnknownFileError
+
+    stored = find_file(context, file_id)
+    try:
+        return file_stream(context, context.training.files.open(stored.owner, stored.id), stored.filename)
+    except UnknownFileError:
+        raise not_found("file", file_id) from None
 
 
-@router.delete(_PATH, response_model=DeletedFile, responses=errors(507), openapi_extra=FILE_ID)
-async def delete_file(context: TrainingContext) -> Response:
+@router.delete(_PATH)
+def delete_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     """Delete a file.
 
     Jobs that were made of it go on.
     """
-    training, stored = context.training, await find_file(context)
+    from prefixtune.jobs.files import UnknownFileError
+
+    stored = find_file(context, file_id)
     try:
-        await file_or_404(context, lambda: training.files.delete(stored.owner, stored.id))
+        context.training.files.delete(stored.owner, stored.id)
+    except UnknownFileError:
+        raise not_found("file", file_id) from None
     except OSError as error:
         context.log_fields["storage_error"] = str(error)
-        raise storage_error(error, "the file", "the data folder") from None
-    await training.audit(context.caller, "file.delete", file=stored.id, owner=stored.owner)
-    return json_response({"id": stored.id, "object": "file", "deleted": True})
+        raise storage_error(error, "the data folder") from None
+    context.log_fields["file"] = stored.id
+    return {"id": stored.id, "object": "file", "deleted": True}
 
 
 def file_object(stored: StoredFile) -> dict[str, Any]:
@@ -133,131 +159,20 @@ def file_object(stored: StoredFile) -> dict[str, Any]:
     }
 
 
-async def find_file(context: RequestContext) -> StoredFile:
-    """The file that the path names, as far as the caller may see it.
+def find_file(context: RequestContext, file_id: str) -> StoredFile:
+    """A file, as far as the caller may see it.
 
     Raises:
         ApiError: There is none.
     """
-    training = context.training
-    file_id = str(context.request.path_params["file_id"])
-    return await file_or_404(context, lambda: training.files.get(_owner(context, training), file_id))
-
-
-# --- an upload -------------------------------------------------------------------------------------------------------
-
-
-async def _store(context: RequestContext, training: Training) -> StoredFile:
-    """Receive a form, and keep its file."""
-    from prefixtune.jobs.files import FileRefusedError
-
-    config, limits = context.state.config, _limits(context, training)
-    try:
-        upload = await asyncio.to_thread(training.files.open_upload, context.caller.name, limits=limits)
-        try:
-            form = FormReader(context.request, _FIELDS, "file", _Target(upload))
-            pieces = _Pieces(context, form)
-            limit, chunk_seconds = limits.max_bytes + FORM_OVERHEAD, config.client_timeout
-            await receive_body(
-                context.request, pieces.write, limit=limit, seconds=config.deadline, chunk_seconds=chunk_seconds
-            )
-            await pieces.flush()
-            form.close()
-            if upload.purpose is None:
-                raise bad_request("the field 'purpose' is missing.", "purpose", hint=_purposes())
-        except BaseException:
-            await asyncio.to_thread(upload.abort)
-            raise
-        return await training.read(upload.finish, context.tenant)
-    except FileRefusedError as error:
-        raise _refusal(error.code, f"{error.message} {capitalize(error.hint)}") from None
-    except OSError as error:
-        context.log_fields["storage_error"] = str(error)
-        raise storage_error(error, "the file", "the data folder") from None
-
-
-class _Pieces:
-    """Reads a form in threads, piece by piece in their order: no other request waits for its parser or the disk."""
-
-    def __init__(self, context: RequestContext, form: FormReader) -> None:
-        self._context, self._form = context, form
-        self._pending = bytearray()
-
-    async def write(self, chunk: bytes) -> None:
-        """Take a chunk; small ones are read together."""
-        self._pending += chunk
-        if len(self._pending) >= _PIECE:
-            await self.flush()
-
-    async def flush(self) -> None:
-        """Read what has come; when this returns or raises, no thread uses the form any more."""
-        piece, self._pending = bytes(self._pending), bytearray()
-        await self._context.training.look(partial(self._form.feed, piece), self._context.tenant)
-
-
-class _Target:
-    """Takes what is in a form for an upload."""
-
-    def __init__(self, upload: Upload) -> None:
-        self._upload = upload
-
-    def take_field(self, name: str, text: str) -> None:
-        """The purpose; files do not expire."""
-        from prefixtune.jobs.files import UPLOAD_PURPOSES
-
-        if name != "purpose":
-            raise bad_request(
-                "files do not expire here.", "expires_after", hint="delete them when they are not needed."
-            )
-        purpose = next((known for known in UPLOAD_PURPOSES if known == text), None)
-        if purpose is None:
-            raise bad_request(f"'purpose' is {text[:40]!r}.", "purpose", hint=_purposes())
-        self._upload.purpose = purpose
-
-    def begin_file(self, filename: str) -> None:
-        """Its name."""
-        self._upload.filename = filename
-
-    def write(self, data: bytes) -> None:
-        """A piece of it."""
-        self._upload.write(data)
-
-
-def _purposes() -> str:
-    from prefixtune.jobs.files import UPLOAD_PURPOSES
-
-    return f"write {' or '.join(map(repr, UPLOAD_PURPOSES))}."
-
-
-def _limits(context: RequestContext, training: Training) -> FileLimits:
-    from prefixtune.jobs.files import FileLimits
-
-    rules = context.caller.rules
-    return FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_storage_mib * 2**20)
-
-
-def _refusal(code: str, message: str) -> ApiError:
-    statuses = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "stopped": 503}
-    return ApiError(statuses.get(code, 403), message, code=code, param="file")
-
-
-# --- small parts -----------------------------------------------------------------------------------------------------
-
-
-def _owner(context: RequestContext, training: Training) -> str | None:
-    """Whose files the caller sees; None: everybody's."""
-    return None if training.sees_all(context.caller) else context.caller.name
-
-
-async def file_or_404(context: RequestContext, work: Callable[[], T]) -> T:
-    """Do something with the file that the path names, in a thread.
-
-    Raises:
-        ApiError: There is none any more.
-    """
     from prefixtune.jobs.files import UnknownFileError
 
     try:
-        return await context.training.look(work, context.tenant)
+        return context.training.files.get(_owner(context), file_id)
     except UnknownFileError:
-        raise not_found("file", str(context.request.path_params["file_id"])) from None
+        raise not_found("file", file_id) from None
+
+
+def _owner(context: RequestContext) -> str | None:
+    """Whose files the caller sees; None: everybody's."""
+    return None if context.training.sees_all(context.caller) else context.caller.name

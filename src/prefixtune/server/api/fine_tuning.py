@@ -12,7 +12,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from fastapi import Response
+from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs.checkpoints import Checkpoint, checkpoints
@@ -22,64 +23,44 @@ from prefixtune.jobs.job import ENDED, Job, JobState
 from prefixtune.jobs.publish import published_by, unpublish
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.prefix.folder import path_of
-from prefixtune.server.api.body import read_json
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext
 from prefixtune.server.api.job_creation import create_job
-from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
-from prefixtune.server.api.paging import PAGE, list_body, page_of, parameter, read_page, unknown_after
-from prefixtune.server.api.protocol import parse
+from prefixtune.server.api.paging import After, Limit, list_body, page_of, unknown_after
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
 from prefixtune.server.api.training_protocol import FineTuningRequest
-from prefixtune.server.api.training_schemas import (
-    FineTuningCheckpoints,
-    FineTuningEvent,
-    FineTuningEvents,
-    FineTuningJob,
-    FineTuningJobs,
-)
 from prefixtune.server.api.training_views import checkpoint_view, event_view, job_view
 from prefixtune.server.logs import log
-from prefixtune.server.responses import ApiError, bad_request, json_response, too_many_requests
+from prefixtune.server.responses import ApiError, bad_request
 
 __all__ = ["router"]
 
 
-router = api_router(401, 403, 404, 429, 500, 503)
+router = APIRouter()
 _JOBS, _JOB = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
-_ID = {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-_METADATA = {
-    **parameter("metadata", "Only jobs with this metadata, as in `metadata[team]=blue`.", type="object"),
-    "style": "deepObject",
-}
-_STREAM = parameter("stream", "Send events as they come, until the job stands still.", type="boolean")
 _POLL_SECONDS, _STATUS_SECONDS, _LAST_SECONDS, _KEEP_ALIVE_SECONDS = 0.3, 1.0, 2.0, 15.0
 
 Action = Literal["cancel", "pause", "resume"]
 
 
-@router.post(
-    _JOBS,
-    response_model=FineTuningJob,
-    responses=errors(400, 408, 413, 415, 507),
-    openapi_extra=json_body(FineTuningRequest, model="smollm2-135m", training_file="file-0123456789abcdef01234567"),
-)
-async def create_fine_tuning_job(context: TrainingContext) -> Response:
+@router.post(_JOBS)
+async def create_fine_tuning_job(body: FineTuningRequest, context: TrainingContext) -> dict[str, Any]:
     """Ask for training.
 
     With a header `Idempotency-Key`, a request that is sent again gets the same job.
     """
-    body = await read_json(context, lambda value: parse(FineTuningRequest, value, context.state.limits))
+    body.check(context.state.limits)
     job = await create_job(context, body, partial(_view, context))
     context.log_fields |= {"job": job["id"], "model": job["model"]}
-    return json_response(job)
+    return job
 
 
-@router.get(
-    _JOBS, response_model=FineTuningJobs, responses=errors(400), openapi_extra={"parameters": [*PAGE, _METADATA]}
-)
-async def list_fine_tuning_jobs(context: TrainingContext) -> Response:
-    """The jobs, the newest first."""
-    page, metadata = read_page(context.request), _read_metadata(context)
+@router.get(_JOBS)
+async def list_fine_tuning_jobs(context: TrainingContext, after: After = "", limit: Limit = 20) -> dict[str, Any]:
+    """The jobs, the newest first.
+
+    With `metadata[team]=blue` in the query, only those with this metadata.
+    """
+    metadata = _read_metadata(context)
     owner = None if context.training.sees_all(context.caller) else context.caller.name
     folder = context.training.folder
     # `/v1/models` may leave it out, by the patterns of the key.
@@ -87,109 +68,91 @@ async def list_fine_tuning_jobs(context: TrainingContext) -> Response:
 
     def find(queue: JobQueue) -> dict[str, Any]:
         found: list[JobState] = []
-        has_begun = not page.after
+        has_begun = not after
         for state in queue.iterate(owner):
             if has_begun and metadata.items() <= state.job.metadata.items():
                 found.append(state)
-            has_begun = has_begun or state.job.id == page.after
-            if len(found) > page.limit:
+            has_begun = has_begun or state.job.id == after
+            if len(found) > limit:
                 break
         if not has_begun:
-            raise unknown_after(page)
+            raise unknown_after(after)
         positions = _positions(queue, found)
-        shown = [job_view(state, folder, positions) for state in found[: page.limit]]
-        return {**list_body(shown, has_more=len(found) > page.limit), "prefixtune": extension}
+        shown = [job_view(state, folder, positions) for state in found[:limit]]
+        return {**list_body(shown, has_more=len(found) > limit), "prefixtune": extension}
 
-    return json_response(await context.training.ask(find, context.tenant))
+    return await context.training.ask(find)
 
 
-@router.get(_JOB, response_model=FineTuningJob, openapi_extra={"parameters": [_ID]})
-async def show_fine_tuning_job(context: TrainingContext) -> Response:
+@router.get(_JOB)
+async def show_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[str, Any]:
     """A job as it stands."""
-    return json_response(
-        await context.training.ask(lambda queue: _view(context, queue, _get(context, queue)), context.tenant)
-    )
+    return await context.training.ask(lambda queue: _view(context, queue, _get(context, queue, job_id)))
 
 
-@router.post(f"{_JOB}/cancel", response_model=FineTuningJob, responses=errors(400), openapi_extra={"parameters": [_ID]})
-async def cancel_fine_tuning_job(context: TrainingContext) -> Response:
+@router.post(f"{_JOB}/cancel")
+async def cancel_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[str, Any]:
     """Stop a job for good."""
-    job, view = await _change(context, "cancel", ("queued", "running", "paused"), JobQueue.cancel)
+    job, view = await _change(context, job_id, "cancel", ("queued", "running", "paused"), JobQueue.cancel)
     try:
         # A worker may have published it in the same moment.
-        await asyncio.to_thread(unpublish, job, context.training.prefixes)
+        await run_in_threadpool(unpublish, job, context.training.prefixes)
     except PrefixError as error:
         # Workers remove it later.
         log("unpublish_failed", job=job.id, reason=error.message)
-    return json_response(view)
+    return view
 
 
-@router.post(f"{_JOB}/pause", response_model=FineTuningJob, responses=errors(400), openapi_extra={"parameters": [_ID]})
-async def pause_fine_tuning_job(context: TrainingContext) -> Response:
+@router.post(f"{_JOB}/pause")
+async def pause_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[str, Any]:
     """Stop a job so that it can be resumed."""
-    _, view = await _change(context, "pause", ("queued", "running"), JobQueue.pause)
-    return json_response(view)
+    return (await _change(context, job_id, "pause", ("queued", "running"), JobQueue.pause))[1]
 
 
-@router.post(f"{_JOB}/resume", response_model=FineTuningJob, responses=errors(400), openapi_extra={"parameters": [_ID]})
-async def resume_fine_tuning_job(context: TrainingContext) -> Response:
+@router.post(f"{_JOB}/resume")
+async def resume_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[str, Any]:
     """Queue a paused job again."""
-    _, view = await _change(context, "resume", ("paused",), JobQueue.resume)
-    return json_response(view)
+    return (await _change(context, job_id, "resume", ("paused",), JobQueue.resume))[1]
 
 
-@router.get(
-    f"{_JOB}/events",
-    responses=whole_or_stream(FineTuningEvents, FineTuningEvent) | errors(400),
-    openapi_extra={"parameters": [_ID, *PAGE, _STREAM]},
-)
-async def list_fine_tuning_events(context: TrainingContext) -> Response:
+@router.get(f"{_JOB}/events", response_model=None)
+async def list_fine_tuning_events(
+    job_id: str, context: TrainingContext, after: After = "", limit: Limit = 20, stream: bool = False
+) -> dict[str, Any] | Response:
     """What happened to a job, the newest first; as a stream, the oldest first."""
-    page = read_page(context.request)
-    wants_stream = context.request.query_params.get("stream", "false")
-    if wants_stream not in ("true", "false"):
-        raise bad_request(f"stream is {wants_stream[:40]!r}, but must be true or false.", "stream")
-    state = await _find(context)
+    state = await _find(context, job_id)
     log_of_job = JobEvents(context.training.folder.job(state.job.id))
-    if wants_stream == "true":
-        if page.after and all(one.id != page.after for one in (await asyncio.to_thread(log_of_job.read)).events):
-            raise unknown_after(page)
-        streams = context.training.streams
-        if not streams.has_room(1, context.tenant):
-            raise too_many_requests(f"{streams.used} streams of events are open.", "too_many_streams", 5.0)
-        context.exit_stack.enter_context(streams.hold(1, context.tenant))
-        return event_stream(context, _stream(context, state.job.id, log_of_job, page.after))
-    events = [event_view(one) for one in (await asyncio.to_thread(log_of_job.read)).events]
-    return json_response(page_of(events[::-1], page))
+    events = (await run_in_threadpool(log_of_job.read)).events
+    if not stream:
+        return page_of([event_view(one) for one in events[::-1]], after, limit)
+    if after and all(one.id != after for one in events):
+        raise unknown_after(after)
+    context.exit_stack.enter_context(context.training.streams.admit())
+    return event_stream(context, _stream(context, state.job.id, log_of_job, after))
 
 
-@router.get(
-    f"{_JOB}/checkpoints",
-    response_model=FineTuningCheckpoints,
-    responses=errors(400),
-    openapi_extra={"parameters": [_ID, *PAGE]},
-)
-async def list_fine_tuning_checkpoints(context: TrainingContext) -> Response:
+@router.get(f"{_JOB}/checkpoints")
+async def list_fine_tuning_checkpoints(
+    job_id: str, context: TrainingContext, after: After = "", limit: Limit = 10
+) -> dict[str, Any]:
     """The prefixes of a job's last evaluations, the newest first; they are served once the job has succeeded.
 
     Those that are not served any more are left out then.
     """
-    page = read_page(context.request, default=10)
-    state = await _find(context)
-    found = await asyncio.to_thread(_checkpoints, context, state)
-    return json_response(page_of([checkpoint_view(state.job, one) for one in reversed(found)], page))
+    state = await _find(context, job_id)
+    found = await run_in_threadpool(_checkpoints, context, state)
+    return page_of([checkpoint_view(state.job, one) for one in reversed(found)], after, limit)
 
 
 # --- one job ----------------------------------------------------------------------------------------------------------
 
 
-def _get(context: RequestContext, queue: JobQueue) -> JobState:
-    """The job in the path, as far as the caller may see it.
+def _get(context: RequestContext, queue: JobQueue, job_id: str) -> JobState:
+    """A job, as far as the caller may see it.
 
     Raises:
         ApiError: 404.
     """
-    job_id = str(context.request.path_params["job_id"])
     context.log_fields["job"] = job_id[:64]
     if is_job_id(job_id):
         try:
@@ -201,14 +164,18 @@ def _get(context: RequestContext, queue: JobQueue) -> JobState:
     raise ApiError(404, f"there is no fine-tuning job {job_id[:64]!r}.", code="job_not_found")
 
 
-async def _find(context: RequestContext) -> JobState:
-    return await context.training.ask(partial(_get, context), context.tenant)
+async def _find(context: RequestContext, job_id: str) -> JobState:
+    return await context.training.ask(lambda queue: _get(context, queue, job_id))
 
 
 async def _change(
-    context: RequestContext, action: Action, allowed: Sequence[str], change: Callable[[JobQueue, str], JobState]
+    context: RequestContext,
+    job_id: str,
+    action: Action,
+    allowed: Sequence[str],
+    change: Callable[[JobQueue, str], JobState],
 ) -> tuple[Job, dict[str, Any]]:
-    """Cancel, pause or resume the job in the path, and write it down.
+    """Cancel, pause or resume a job.
 
     Returns:
         The job, and how it stands then, as clients read it.
@@ -219,7 +186,7 @@ async def _change(
     training, expected = context.training, {"cancel": "cancelled", "pause": "paused"}.get(action)
 
     def work(queue: JobQueue) -> tuple[Job, dict[str, Any]]:
-        before = _get(context, queue)
+        before = _get(context, queue, job_id)
         if before.status not in allowed:
             raise _wrong_state(action, before, allowed)
         try:
@@ -230,13 +197,11 @@ async def _change(
         if expected is not None and after.status != expected:
             # It ended in the same moment.
             raise _wrong_state(action, after, allowed)
-        # Here, as nobody may wait for the response any more.
-        training.write_audit(context.caller, f"job.{action}", job=after.job.id, owner=after.job.owner)
         if action == "resume":
             training.wake()
         return after.job, _view(context, queue, after)
 
-    return await training.ask(work, context.tenant, changes=True)
+    return await training.ask(work, changes=True)
 
 
 def _checkpoints(context: RequestContext, state: JobState) -> list[Checkpoint]:
@@ -294,16 +259,15 @@ async def _stream(context: RequestContext, job_id: str, log_of_job: JobEvents, a
     while context.remaining > 0 and not context.state.draining:
         if clock() - looked_at >= _STATUS_SECONDS:
             # Before its events are read, so that none is left out.
-            status = (await context.training.ask(lambda queue: queue.statuses([job_id]), context.tenant)).get(
-                job_id, "failed"
-            )
+            statuses = await context.training.ask(lambda queue: queue.statuses([job_id]))
+            status = statuses.get(job_id, "failed")
             looked_at = clock()
             if status not in (*ENDED, "paused"):
                 ends_at = math.inf
             elif ends_at == math.inf:
                 # A worker notices a while later that a job was stopped, and says at which step.
                 ends_at = looked_at + (_LAST_SECONDS if status in ("cancelled", "paused") else 0)
-        page = await asyncio.to_thread(log_of_job.read, position)
+        page = await run_in_threadpool(log_of_job.read, position)
         position = page.position
         for one in page.events:
             if is_known:

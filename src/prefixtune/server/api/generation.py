@@ -27,10 +27,9 @@ from prefixtune.errors import PrefixError
 from prefixtune.sampling.grammar import Grammar
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.streaming import run_until_disconnect
-from prefixtune.server.limits import QueueFull
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.models.catalog import ServedModel
-from prefixtune.server.responses import ApiError, bad_request, unavailable
+from prefixtune.server.responses import ApiError, bad_request, too_many_requests, unavailable
 
 __all__ = [
     "Generation",
@@ -191,7 +190,6 @@ def start_generation(
     Raises:
         ApiError: A prompt is too long, something is asked for that the model does not have, or the engine takes no
             request now.
-        QueueFull: There is no room.
     """
     state = context.state
     if labels_of(model.prefix) is not None:
@@ -207,7 +205,7 @@ def start_generation(
             model.prefix,
             _fit_sampling(context, sampling, model, len(prompt), default_max_tokens),
             n=n,
-            tenant=context.tenant,
+            tenant=context.caller.name,
             prefix_name=model.name,
             verbatim=verbatim,
             grammar=grammar,
@@ -224,8 +222,6 @@ def start_generation(
         fewer = ", or join fewer prefixes" if model.parts else ""
         hint = f"shorten the prompt or lower max_tokens{fewer}."
         raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None
-    context.exit_stack.enter_context(state.admission.admit(len(prompts) * n, context.tenant))
-    context.preparation.close()
     generation = Generation(state.worker, requests, model, context.remaining, state.metrics)
     context.exit_stack.callback(_finish, context, generation)
     try:
@@ -233,7 +229,7 @@ def start_generation(
     except EngineFull as error:
         if state.draining or not state.worker.healthy:
             raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
-        raise QueueFull(error.message.rstrip("."), 1.0) from None
+        raise too_many_requests(error.message, "queue_full", 1.0) from None
     except PrefixError as error:
         raise bad_request(error.message, hint=error.hint) from None
     for prompt in prompts:

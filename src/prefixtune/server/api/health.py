@@ -7,51 +7,54 @@ import contextlib
 import time
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.server.api.endpoint import KeyContext, MetricsContext
-from prefixtune.server.api.openapi import api_router
-from prefixtune.server.api.schemas import Health, Status
 from prefixtune.server.metrics import CONTENT_TYPE
 from prefixtune.server.responses import ApiError, json_response
 from prefixtune.server.state import ServerState
 
-__all__ = ["engine_router", "public", "router"]
+__all__ = ["engine_router", "router"]
 
 
 _JOBS_SECONDS = 2.0
 """Longest wait for the number of jobs."""
-_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "Not ready."}}
-router = api_router(401, 403, 500)
-engine_router = api_router(401, 403, 500)
+router = APIRouter()
+engine_router = APIRouter()
 """For servers with an engine."""
-public = api_router(500)
-"""For everybody."""
 
 
-@public.get("/healthz", response_model=Health, responses=_NOT_READY)
+@router.get("/healthz")
 async def is_alive(request: Request) -> Response:
     """Whether the engine runs."""
     return _health(request.app.state.server, ready=False)
 
 
-@public.get("/readyz", response_model=Health, responses=_NOT_READY)
+@router.get("/readyz")
 async def is_ready(request: Request) -> Response:
     """Whether requests are accepted."""
     return _health(request.app.state.server, ready=True)
 
 
 def _health(state: ServerState, *, ready: bool) -> Response:
-    healthy, status = not state.has_engine or state.worker.healthy, "ok"
-    if not healthy:
-        status = "the engine is restarting"
-    elif ready and state.draining:
-        healthy, status = False, "shutting down"
-    # Prefixes in memory are still served: a folder that cannot be read is no reason to remove the server.
-    folder = state.folder_error or "ok"
-    return json_response({"status": status, "folder": folder}, 200 if healthy else 503)
+    if state.has_engine and not state.worker.healthy:
+        return json_response({"status": "the engine is restarting"}, 503)
+    if ready and state.draining:
+        return json_response({"status": "shutting down"}, 503)
+    return json_response({"status": "ok"})
+
+
+@router.get("/openapi.json")
+async def show_interface(context: KeyContext) -> Response:
+    """This document."""
+    document = context.request.app.openapi()
+    if context.state.keyring.is_open:
+        document["components"].pop("securitySchemes", None)
+        for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
+            operation.pop("security", None)
+    return json_response(document)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -69,8 +72,8 @@ async def show_metrics(context: MetricsContext) -> Response:
     return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
-@engine_router.get("/v1/status", response_model=Status)
-async def show_status(context: KeyContext) -> Response:
+@engine_router.get("/v1/status")
+def show_status(context: KeyContext) -> dict[str, Any]:
     """What runs now.
 
     Names of models that the caller may not use are left out.
@@ -86,7 +89,7 @@ async def show_status(context: KeyContext) -> Response:
         }
         for sequence in snapshot.running
     ]
-    status: dict[str, Any] = {
+    return {
         "draining": state.draining,
         "seconds": round(time.time() - state.started, 1),
         "slots": state.config.num_slots,
@@ -96,4 +99,3 @@ async def show_status(context: KeyContext) -> Response:
         "tokens": snapshot.tokens,
         "cache": {"prefixes": cache.loaded, "bytes": cache.bytes, "hits": cache.hits, "misses": cache.misses},
     }
-    return json_response(status)

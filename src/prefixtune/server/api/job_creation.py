@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.distillation.config import SELF
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError, RequestError
@@ -23,7 +23,6 @@ from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
 from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import path_of
-from prefixtune.prefix.tensor_file import TornFileError, is_unread
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, forbidden, storage_error, unavailable
@@ -71,17 +70,16 @@ async def create_job(
 
     def find(queue: JobQueue) -> dict[str, Any] | None:
         earlier = _find(queue, job_id)
-        return None if earlier is None else view(queue, _same(earlier, body))
+        return None if earlier is None else view(queue, earlier)
 
-    if key and (found := await training.ask(find, context.tenant)) is not None:
+    if key and (found := await training.ask(find)) is not None:
         return found
     _check_trackers(context, body)
-    start_lengths = await _start_lengths(context, body.model)
-    inputs = await asyncio.to_thread(_find_inputs, context, body, has_start=start_lengths is not None)
-    job = _make(context, body, inputs, start_lengths, job_id)
+    job, inputs = await run_in_threadpool(_make, context, body, job_id)
 
     def add(queue: JobQueue) -> dict[str, Any]:
-        with training.adding(job.owner):
+        # One at a time, so that no two requests take the last place.
+        with training.adding:
             if key and (found := find(queue)) is not None:
                 return found
             _check_room(context, queue, job)
@@ -89,11 +87,10 @@ async def create_job(
         # Here, as nobody may wait for the response any more.
         training.wake()
         context.state.metrics.jobs_created.inc()
-        training.write_audit(context.caller, "job.create", job=job.id, name=job.name, file=job.training_file)
         return view(queue, JobState(job, "queued"))
 
     # With a key, a request that is sent again gets the same job.
-    return await training.ask(add, context.tenant, changes=not key)
+    return await training.ask(add, changes=not key)
 
 
 def _job_id(owner: str, key: str) -> str:
@@ -107,31 +104,6 @@ def _find(queue: JobQueue, job_id: str) -> JobState | None:
         return queue.get(job_id)
     except RequestError:
         return None
-
-
-def _same(state: JobState, body: FineTuningRequest) -> JobState:
-    """The job of an earlier request, if this one asks for the same.
-
-    Raises:
-        ApiError: It asks for another.
-    """
-    if state.job.request != _digest(body):
-        raise _reused_key()
-    return state
-
-
-def _digest(body: FineTuningRequest) -> str:
-    """Tells requests apart that ask for different things."""
-    asked = json.dumps(body.model_dump(mode="json", exclude_none=True), sort_keys=True)
-    return hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _reused_key() -> ApiError:
-    return bad_request(
-        "the header Idempotency-Key is that of an earlier request, which asked for another job.",
-        code="idempotency_key_reused",
-        hint="use a new key.",
-    )
 
 
 def _check_trackers(context: RequestContext, body: FineTuningRequest) -> None:
@@ -155,7 +127,7 @@ def _check_trackers(context: RequestContext, body: FineTuningRequest) -> None:
 # --- what the job reads -----------------------------------------------------------------------------------------------
 
 
-async def _start_lengths(context: RequestContext, model: str) -> dict[str, int] | None:
+def _start_lengths(context: RequestContext, model: str) -> dict[str, int] | None:
     """The positions by site of the prefix to go on from; None: the bare backbone is named.
 
     Raises:
@@ -168,8 +140,7 @@ async def _start_lengths(context: RequestContext, model: str) -> dict[str, int] 
     if len(names) > 1:
         message = f"'model' is {model[:128]!r}, which names {len(names)} prefixes, but training goes on from one."
         raise bad_request(message, "model", hint="name one of them.")
-    await catalog.check_access(names, context.caller, context.tenant)
-    header = catalog.header(model)
+    header = catalog.load_header(model, context.caller)
     _check_start(context, model, header)
     lengths = header.get("prefix_length")
     if not isinstance(lengths, dict) or not all(type(length) is int and length > 0 for length in lengths.values()):
@@ -183,7 +154,7 @@ def _check_start(context: RequestContext, model: str, header: Mapping[str, Any])
     Raises:
         ApiError: 403.
     """
-    if not context.state.catalog.access.may_copy(header, context.caller):
+    if not context.state.catalog.may_copy(header, context.caller):
         message = f"the key {context.caller.name!r} may use {model[:128]!r}, but only its owner may train from it."
         raise forbidden(message, "not_the_owner")
 
@@ -220,18 +191,14 @@ def _no_file(param: str, file_id: str) -> ApiError:
 # --- the job ----------------------------------------------------------------------------------------------------------
 
 
-def _make(
-    context: RequestContext,
-    body: FineTuningRequest,
-    inputs: _Inputs,
-    start_lengths: Mapping[str, int] | None,
-    job_id: str,
-) -> Job:
-    """The job.
+def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tuple[Job, _Inputs]:
+    """The job, and what it reads.
 
     Raises:
-        ApiError: 400: something is wrong with the request.
+        ApiError: Something is wrong with the request.
     """
+    start_lengths = _start_lengths(context, body.model)
+    inputs = _find_inputs(context, body, has_start=start_lengths is not None)
     files, most = inputs.files, context.state.catalog.max_length
     if (length := body.options.get("prefix_length", 0)) >= most:
         message = f"prefixtune.prefix_length is {length}, but the model has {most} positions for prefix and text."
@@ -257,7 +224,7 @@ def _make(
         job = make_job(request, job_id=job_id, owner=context.caller.name, created=int(time.time()), max_steps=max_steps)
     except JobRefusedError as error:
         raise bad_request(error.message, error.param, error.code) from None
-    return job.model_copy(update={"request": _digest(body)})
+    return job, inputs
 
 
 def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
@@ -268,8 +235,6 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
         PrefixError: The folder of prefixes cannot be read.
     """
     limits, store, unfinished = context.caller.rules, context.state.store, queue.unfinished()
-    # After the jobs: the result of one that has just ended is then seen, also if another server's worker made it.
-    store.reload()
     own = [one for one in unfinished if one.owner == job.owner and one.id != job.id]
     if len(own) >= limits.max_jobs:
         message = (
@@ -278,11 +243,13 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
         )
         # A place is free when a job has ended, which takes longer than clients wait by themselves.
         raise ApiError(429, message, code="too_many_jobs", headers={"x-should-retry": "false"})
-    kept = len(store.results(job.owner))
+    # After the jobs: the result of one that has just ended is then seen, also if another server's worker made it.
+    origins = store.origins().values()
+    kept = sum(origin.owner == job.owner and origin.step is None for origin in origins)
     if kept + len(own) >= limits.max_prefixes:
         message = f"this key keeps {kept} results and has {len(own)} jobs, which is its limit (max_prefixes)."
         raise bad_request(message, code="too_many_prefixes", hint="delete a model that is not needed.")
-    is_taken = job.name == context.state.config.model_id or store.is_taken(job.name)
+    is_taken = job.name == context.state.config.model_id or job.name in store
     if is_taken or any(one.name == job.name and one.id != job.id for one in unfinished):
         raise _name_taken(job)
 
@@ -305,7 +272,7 @@ def _add(context: RequestContext, queue: JobQueue, job: Job, inputs: _Inputs) ->
     except (FileNotFoundError, UnknownFileError):
         raise _no_file("training_file", job.training_file) from None
     except PrefixError as error:
-        raise storage_error(error, "the job", "the data folder") from None
+        raise storage_error(error, "the data folder") from None
     # Whatever happens now, the folder stays: another server may have queued the job for the same request, or this one
     # without an answer of the database. Without a job, workers remove it later.
     try:
@@ -329,7 +296,8 @@ def _make_folder(context: RequestContext, job: Job, links: Mapping[InputName, tu
         folder = data.job(job.id)
         _check_copy(context, job, folder)
         if not has_inputs(folder, links):
-            raise _reused_key() from None
+            message = "the header Idempotency-Key is that of an earlier request, which asked for another job."
+            raise bad_request(message, code="idempotency_key_reused", hint="use a new key.") from None
         # New again for those who remove folders without a job.
         os.utime(folder.root)
 
@@ -338,31 +306,25 @@ def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
     """Read the folder's prefix, which may be of another file than the header that was known, or of two.
 
     Raises:
-        ApiError: The caller may not have it, it is broken, or it cannot be read now or was replaced.
+        ApiError: The caller may not have it, or it is broken or was replaced.
     """
     start = find_input(folder, "start")
     if start is None:
         return
+    replaced = unavailable(
+        f"the file of {job.model!r} was replaced or is broken; try again later.", "busy", retry_after=5
+    )
     try:
         # All of it: its checksum shows whether somebody wrote to the file while it was copied.
         header = read_artifact(start).header
     except CheckpointError as error:
         context.log_fields["storage_error"] = error.message
-        if is_unread(error):
-            raise _busy_start(job, "cannot be read now") from None
-        if isinstance(error, TornFileError):
-            # Copied while somebody wrote to it, or damaged: a later request finds out.
-            raise _busy_start(job, "is being replaced, or is damaged and has to be stored again") from None
-        raise unavailable(f"the file of {job.model!r} is not served.", "model_not_served") from None
+        raise replaced from None
     _check_start(context, job.model, header)
     asked = dict(site.split("=") for site in str(job.config["sites"]).split(","))
     if asked != {site: str(length) for site, length in header["prefix_length"].items()}:
         # Of another length than the file that the job was made for: training would fail.
-        raise _busy_start(job, "is being replaced")
-
-
-def _busy_start(job: Job, reason: str) -> ApiError:
-    return unavailable(f"the file of {job.model!r} {reason}; try again later.", "busy", retry_after=5)
+        raise replaced
 
 
 def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tuple[Path, str]]:

@@ -1,82 +1,66 @@
 """The bodies of OpenAI's requests for texts: `/v1/completions` and `/v1/chat/completions`.
 
 Of OpenAI's fields, those that do not concern the output are ignored; those that would change it and are not supported
-are refused by name.
+are refused by name, unless their value changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WrapValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prefixtune.server.api.protocol import (
-    Boolean,
-    GenerationRequest,
-    Integer,
-    NonEmpty,
-    Number,
-    Texts,
-    TokenIds,
-    TokenNumber,
-    allow_null,
-    ignored,
-    parse,
-)
-from prefixtune.server.api.validation import Check, Fault, in_slices
+from prefixtune.server.api.protocol import GenerationRequest, Ids, Part, Text, Texts
 from prefixtune.server.limits import Limits
+from prefixtune.server.responses import bad_request
 
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "OpenAIRequest", "parse_chat"]
-
-
-_NO_TOOLS = "no function is called; ask for its arguments with response_format and a JSON schema"
+__all__ = ["ChatRequest", "CompletionRequest", "Message", "OpenAIRequest"]
 
 
-def _unsupported(why: str, *neutral: Any) -> Any:
-    """A field that would change the output: why it is refused, and the values that change nothing."""
-    return Field(None, description=f"Not supported: {why}.", json_schema_extra={"enum": [*neutral, None]})
+_IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "parallel_tool_calls"),
+}
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
+"""Fields that are not supported, each with the values that change nothing."""
+_MAX_MESSAGES = 2048
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Part):
     """Options of a stream."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=allow_null)
-
-    include_usage: Boolean | None = Field(None, description="End the stream with its usage.")
+    include_usage: bool = Field(False, description="End the stream with its usage.")
     include_obfuscation: Any = Field(None, description="Ignored.")
 
 
-class TextFormatOption(BaseModel):
+class TextFormatOption(Part):
     """Any text."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["text"]
 
 
-class JsonObjectFormat(BaseModel):
+class JsonObjectFormat(Part):
     """A JSON object."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["json_object"]
 
 
-class NamedSchema(BaseModel):
+class NamedSchema(Part):
     """A JSON schema with a name, which is not read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     json_schema: dict[str, Any] = Field(alias="schema", description="At most 65,536 characters and 64 levels.")
@@ -84,109 +68,56 @@ class NamedSchema(BaseModel):
     strict: Any = Field(None, description="Ignored: texts always follow the schema.")
 
 
-class JsonSchemaFormat(BaseModel):
+class JsonSchemaFormat(Part):
     """JSON that follows a schema."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-ResponseFormat = TextFormatOption | JsonObjectFormat | JsonSchemaFormat
-
-
 class OpenAIRequest(GenerationRequest):
     """What OpenAI's two requests share."""
 
-    model: Annotated[NonEmpty, Check("the name of a model; /v1/models lists them")] = Field(
+    model: str = Field(
+        "",
         description="A name that /v1/models lists; or those of several prefixes with + between them, which are joined "
-        "in this order."
+        "in this order.",
     )
-    prefixes: (
-        Annotated[
-            list[NonEmpty],
-            Field(min_length=1, fail_fast=True),
-            Check("a list of names of prefixes, at least one"),
-        ]
-        | None
-    ) = Field(
+    prefixes: Texts | None = Field(
         None,
-        description="Names of prefixes to join, at most {joined}; instead of `model`, which may be left out or be the "
-        "bare backbone's name.",
+        description="Names of prefixes to join; instead of `model`, which may be left out or be the bare backbone's "
+        "name.",
     )
-    n: Integer = Field(1, ge=1, description="Texts for each prompt; at most {texts} for all prompts together.")
+    n: int = Field(1, ge=1, description="Texts for each prompt.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     logit_bias: (
         Annotated[
-            dict[TokenNumber, Annotated[Number, Field(ge=-100, le=100)]],
+            dict[Annotated[int, Field(ge=0, lt=10**9)], Annotated[float, Field(ge=-100, le=100)]],
             Field(max_length=1024),
-            Check("an object of at most 1024 token ids, each with a number between -100 and 100"),
         ]
         | None
     ) = Field(None, description="Added to the scores of tokens, by token id.", examples=[{"11": -100}])
     response_format: (
-        Annotated[
-            Annotated[ResponseFormat, Discriminator("type")],
-            Check(
-                'one of {"type": "text"}, {"type": "json_object"} and {"type": "json_schema", "json_schema": '
-                '{"name": "...", "schema": {...}}}'
-            ),
-        ]
-        | None
+        Annotated[TextFormatOption | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None
     ) = Field(None, description="What a text must be: any text, a JSON object, or JSON that follows a schema.")
-
-    user: Any = ignored()
-    metadata: Any = ignored()
-    store: Any = ignored()
-    service_tier: Any = ignored()
-    safety_identifier: Any = ignored()
-    prompt_cache_key: Any = ignored()
-    prompt_cache_retention: Any = ignored()
-    parallel_tool_calls: Any = ignored()
-
-    tools: Any = _unsupported(_NO_TOOLS, [])
-    tool_choice: Any = _unsupported(_NO_TOOLS, "none", "auto")
-    functions: Any = _unsupported(_NO_TOOLS, [])
-    function_call: Any = _unsupported(_NO_TOOLS, "none", "auto")
-    best_of: Any = _unsupported("use n with logprobs, and choose", 1)
-    echo: Any = _unsupported("only /v1/completions repeats the prompt", False)
-    suffix: Any = _unsupported("text is generated after the prompt only", "")
-    audio: Any = _unsupported("only text is generated")
-    modalities: Any = _unsupported("only text is generated", ["text"])
-    prediction: Any = _unsupported("there are no predicted outputs")
-    web_search_options: Any = _unsupported("there is no search")
-    reasoning_effort: Any = _unsupported("there is no separate reasoning", "none")
-    verbosity: Any = _unsupported("the length of outputs is set by max_tokens", "medium")
-
-    @field_validator("*")
-    @classmethod
-    def _drop_unread(cls, value: Any, info: Any) -> Any:
-        """Fields of any type are not read; if they are not supported, only values that change nothing are allowed."""
-        field = cls.model_fields[str(info.field_name)]
-        if field.annotation is not Any:
-            return value
-        if isinstance(field.json_schema_extra, dict):
-            neutral: Any = field.json_schema_extra["enum"]
-            # False is not 0 here, but 0.0 is.
-            if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
-                why = str(field.description).removeprefix("Not supported: ").removesuffix(".")
-                raise Check(why, "not_supported").error()
-        return None
 
     @model_validator(mode="before")
     @classmethod
-    def _name_joined(cls, body: dict[str, Any]) -> dict[str, Any]:
-        """Without a model, the prefixes name it."""
-        prefixes = body.get("prefixes")
-        if body.get("model") is not None or not isinstance(prefixes, list):
+    def _drop_unread(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
             return body
-        return {**body, "model": "+".join(str(name) for name in prefixes) or "prefixes"}
+        left = {name: value for name, value in body.items() if name not in _IGNORED}
+        for name, neutral in _UNSUPPORTED.items():
+            if name in left and name not in cls.model_fields:
+                value = left.pop(name)
+                if value is not None and value not in neutral:
+                    raise bad_request(f"{name} is not supported.", name, "unsupported_field")
+        return left
 
     @property
     def bias(self) -> dict[int, float]:
         """What is added to the scores of tokens, by token id."""
-        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+        return self.logit_bias or {}
 
     @property
     def json_schema(self) -> dict[str, Any] | None:
@@ -203,48 +134,40 @@ class OpenAIRequest(GenerationRequest):
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
-        yield from super()._conflicts(limits)
-        if self.prefixes is not None and len(self.prefixes) > limits.max_joined:
-            message = f"'prefixes' has {len(self.prefixes)} names, but this server joins at most {limits.max_joined}."
-            yield Fault(message, "prefixes", "too_many_prefixes")
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts there are."""
+        return 1
+
+    def check(self, limits: Limits) -> None:
+        """As `Body.check`."""
+        super().check(limits)
+        if not self.model and not self.prefixes:
+            raise bad_request("the name of a model is needed; /v1/models lists them.", "model")
+        if self.n * self.num_prompts > limits.max_texts:
+            raise bad_request(f"{self.num_prompts} prompts times n are more than {limits.max_texts} texts.", "n")
         if self.json_schema is not None and self.min_tokens:
-            yield Fault("min_tokens cannot go with response_format, which says when a text ends.", "min_tokens")
+            raise bad_request("min_tokens cannot go with response_format, which says when a text ends.", "min_tokens")
         if self.stream_options and not self.stream:
-            yield Fault("'stream_options' needs stream to be true.", "stream_options")
-
-
-def _kind_of_prompt(prompt: Any) -> str:
-    """Which of the types of a prompt is meant: by its first item."""
-    if not isinstance(prompt, list):
-        return "text"
-    first = prompt[0] if prompt else None
-    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "ids"
+            raise bad_request("stream_options needs stream to be true.", "stream_options")
 
 
 class CompletionRequest(OpenAIRequest):
     """A body of `/v1/completions`."""
 
-    prompt: Annotated[
-        Annotated[NonEmpty, Tag("text")]
-        | Annotated[Texts, Tag("texts")]
-        | Annotated[TokenIds, Tag("ids")]
-        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("lists")],
-        Discriminator(_kind_of_prompt),
-        Check("a text, a list of texts, a list of token ids, or a list of such lists, none of them empty"),
-    ] = Field(
+    prompt: Text | Texts | Ids | Annotated[list[Ids], Field(min_length=1, fail_fast=True)] = Field(
         description="With a prefix, a text is a source in the prefix's text format; token ids are used as they are.",
     )
-    max_tokens: Integer | None = Field(
+    max_tokens: int | None = Field(
         None,
         ge=0,
-        description="Most new tokens; by default those of the prefix's task or {length}, as far as they fit. 0: "
-        "none; with echo, the prompt's log-probabilities.",
+        description="Most new tokens; by default the task's or the server's. 0: none; with echo, the prompt's "
+        "log-probabilities.",
     )
-    logprobs: Integer | None = Field(
+    logprobs: int | None = Field(
         None, ge=0, le=20, description="How many of the likeliest tokens to return; with echo, also of the prompt."
     )
-    echo: Boolean = Field(
+    echo: bool = Field(
         False, description="Begin with the prompt, as the model reads it; the text is then returned as it is generated."
     )
 
@@ -258,6 +181,11 @@ class CompletionRequest(OpenAIRequest):
         return tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt)
 
     @property
+    def num_prompts(self) -> int:
+        """How many prompts there are."""
+        return len(self.prompts)
+
+    @property
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens to return; None: no logprobs at all."""
         return self.logprobs
@@ -267,12 +195,6 @@ class CompletionRequest(OpenAIRequest):
         """The same for the prompt's tokens."""
         return self.logprobs if self.echo else None
 
-    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
-        yield from super()._conflicts(limits)
-        count = len(self.prompts)
-        if count * self.n > limits.max_texts:
-            yield Fault(f"{count} prompts times n = {self.n} are more than {limits.max_texts} texts.", "n")
-
 
 class TextPart(BaseModel):
     """A part of a message."""
@@ -281,73 +203,54 @@ class TextPart(BaseModel):
     text: str
 
 
-def _parts(content: Any) -> Any:
-    """The content of a message, a text or parts, as parts."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-_ONLY_TEXT_PARTS = Check('only text parts are allowed, as in {"type": "text", "text": "..."}', "not_supported")
-
-
 class Message(BaseModel):
     """A message of a chat; other fields may be present only if they are empty."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    __pydantic_extra__: dict[
-        str, Annotated[Annotated[list[Any], Field(max_length=0)] | None, Check("only text is allowed", "not_supported")]
-    ]
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[Annotated[TextPart, _ONLY_TEXT_PARTS]],
-        Field(fail_fast=True),
-        BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
-        Check("a text, or a list of text parts", deep=True),
-    ]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: Any = None
     refusal: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_only_text(cls, message: Any) -> Any:
+        if isinstance(message, dict):
+            content = message.get("content")
+            parts = content if isinstance(content, list) else []
+            if any(isinstance(part, dict) and part.get("type", "text") != "text" for part in parts):
+                raise bad_request("only text parts are supported.", "messages", "unsupported_field")
+            if any(value not in (None, []) for name, value in message.items() if name not in cls.model_fields):
+                raise bad_request("of a message only its text is supported.", "messages", "unsupported_field")
+        return message
 
     @property
     def text(self) -> str:
         """The content."""
-        return "".join(part.text for part in self.content)
-
-
-_MAX_MESSAGES = 2048
-_MESSAGES = Check(f"a list of at least one message and at most {_MAX_MESSAGES:,}", deep=True)
-
-
-def _few(messages: Any) -> Any:
-    """Refuse very many messages before any is checked."""
-    if isinstance(messages, list) and len(messages) > _MAX_MESSAGES:
-        raise _MESSAGES.error()
-    return messages
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(OpenAIRequest):
     """A body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], WrapValidator(in_slices), BeforeValidator(_few), _MESSAGES] = Field(
+    messages: list[Message] = Field(
         min_length=1,
         max_length=_MAX_MESSAGES,
+        fail_fast=True,
         description="With a prefix, the last one must be the user's; it is the source, or all are read by a prefix "
         "that was trained with a chat template.",
     )
-    max_completion_tokens: Integer | None = Field(
+    max_completion_tokens: int | None = Field(
         None, ge=1, description="The newer name of max_tokens; used if both are present."
     )
-    logprobs: Boolean = Field(False, description="Return the tokens and their logprobs.")
-    top_logprobs: Integer | None = Field(None, ge=0, le=20, description="Only with logprobs.")
+    logprobs: bool = Field(False, description="Return the tokens and their logprobs.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Only with logprobs.")
 
     @property
     def length(self) -> int | None:
         """Most new tokens, if the body says so."""
         return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def length_field(self) -> str:
-        """The field that says so."""
-        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -360,19 +263,8 @@ class ChatRequest(OpenAIRequest):
         roles = {"developer": "system"}
         return [{"role": roles.get(message.role, message.role), "content": message.text} for message in self.messages]
 
-    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
-        yield from super()._conflicts(limits)
+    def check(self, limits: Limits) -> None:
+        """As `Body.check`."""
+        super().check(limits)
         if self.top_logprobs is not None and not self.logprobs:
-            yield Fault("top_logprobs needs logprobs to be true.", "top_logprobs")
-
-
-def parse_chat(body: Mapping[str, Any], limits: Limits) -> tuple[ChatRequest, list[dict[str, str]]]:
-    """A body of `/v1/chat/completions`, and its conversation.
-
-    The request has no messages any more: it may wait, and they take forty times the memory of their text.
-
-    Raises:
-        ApiError: As `parse`.
-    """
-    request = parse(ChatRequest, body, limits)
-    return request.model_copy(update={"messages": []}), request.conversation
+            raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")

@@ -1,6 +1,6 @@
 """The text of a request -> token ids, in the text format that the prefix was trained with.
 
-Tokenizers run in one thread; callers take turns.
+Tokenizers run in one thread.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = [
     "decode_prompts",
     "encode_chat",
     "encode_text",
-    "run_in_turn",
     "start_targets",
+    "tokenize",
 ]
 
 
@@ -46,25 +46,20 @@ _DROPPED_HEADER = "x-prefixtune-dropped-messages"
 T = TypeVar("T")
 
 
-async def run_in_turn(context: RequestContext, work: Callable[[], T]) -> T:
-    """Run work on one text in the tokenizer's thread, when it is the caller's turn: a long text must not block streams.
+async def tokenize(context: RequestContext, work: Callable[[], T]) -> T:
+    """Run work on one text in the tokenizer's thread: a long text must not block streams.
 
     Raises:
         ApiError: The request's time is over, or the server has stopped.
         ClientDisconnect: The client disconnected.
     """
     state = context.state
-    loop = asyncio.get_running_loop()
-
-    async def wait_and_work() -> T:
-        async with state.tokenizer_lock.hold(context.tenant):
-            if state.closed:
-                raise unavailable("the server is shutting down.", "draining", retry_after=5)
-            return await loop.run_in_executor(state.tokenizer_thread, work)
-
+    if state.closed:
+        raise unavailable("the server is shutting down.", "draining", retry_after=5)
+    working = asyncio.get_running_loop().run_in_executor(state.tokenizer_thread, work)
     try:
         async with asyncio.timeout(context.remaining):
-            return await run_until_disconnect(context.request.receive, wait_and_work())
+            return await run_until_disconnect(context.request.receive, working)
     except TimeoutError:
         raise deadline_exceeded(context) from None
 
@@ -72,13 +67,13 @@ async def run_in_turn(context: RequestContext, work: Callable[[], T]) -> T:
 async def encode_text(context: RequestContext, text: str) -> tuple[int, ...]:
     """Token ids of a text as it is."""
     backbone = context.state.backbone
-    return tuple(await run_in_turn(context, lambda: backbone.encode_sources([text])[0]))
+    return tuple(await tokenize(context, lambda: backbone.encode_sources([text])[0]))
 
 
 async def decode_prompts(context: RequestContext, prompts: Sequence[tuple[int, ...]]) -> list[str]:
     """Prompts as the model reads them, special tokens included."""
     decode = partial(context.state.backbone.tokenizer.decode, clean_up_tokenization_spaces=False)
-    return await run_in_turn(context, lambda: [str(decode(list(prompt))) for prompt in prompts])
+    return await tokenize(context, lambda: [str(decode(list(prompt))) for prompt in prompts])
 
 
 async def encode_chat(
@@ -89,7 +84,7 @@ async def encode_chat(
     Raises:
         ApiError: The backbone has no chat template, or it refuses the messages.
     """
-    return await run_in_turn(context, partial(_apply_chat_template, context.state.backbone, messages))
+    return await tokenize(context, partial(_apply_chat_template, context.state.backbone, messages))
 
 
 def _apply_chat_template(
@@ -144,7 +139,7 @@ async def _encode_source(
         return ids, len(whole) - len(ids)
 
     try:
-        ids, num_cut = await run_in_turn(context, encode)
+        ids, num_cut = await tokenize(context, encode)
     except RequestError as error:
         raise bad_request(error.message, "prompt", "context_length_exceeded", hint=error.hint) from None
     if num_cut > 0:
@@ -196,22 +191,18 @@ async def start_targets(
 
     Raises:
         ApiError: A source is too long, or the engine takes no request now.
-        QueueFull: There is no room.
     """
     defaults, config = task_decoding(model.header), context.state.config
     task_length = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
     length = task_length if request.length is None else request.length
     changes: dict[str, Any] = {}
     if text_format.is_chat:
-        changes["end_ids"] = await run_in_turn(context, partial(end_ids, context.state.backbone, text_format))
+        changes["end_ids"] = await tokenize(context, partial(end_ids, context.state.backbone, text_format))
     if request.json_schema is None and "min_tokens" not in request.model_fields_set:
         changes["min_new_tokens"] = min(defaults.get("min_new_tokens", 0), length)
     if defaults.get("ban_newlines"):
         # Takes a while the first time, and is cached.
-        banned = await asyncio.get_running_loop().run_in_executor(
-            context.state.tokenizer_thread, newline_tokens, context.state.backbone
-        )
-        changes["banned"] = tuple(banned)
+        changes["banned"] = tuple(await tokenize(context, partial(newline_tokens, context.state.backbone)))
     sampling = request.sampling(context.state.limits).replace(**changes)
     prompts = [await _encode_source(context, model, text_format, source, length) for source in sources]
     default = task_length if request.length is None else None
@@ -231,7 +222,7 @@ async def compile_grammar(context: RequestContext, request: GenerationRequest) -
         return None
     backbone, param = context.state.engine.backbone, "response_format"
     try:
-        return await run_in_turn(context, partial(compile_json_schema, backbone, request.json_schema))
+        return await tokenize(context, partial(compile_json_schema, backbone, request.json_schema))
     except RequestError as error:
         raise bad_request(error.message, param, "invalid_schema", hint=error.hint) from None
     except ConfigError as error:

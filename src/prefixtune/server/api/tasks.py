@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastapi import Response
+from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import ConfigDict, Field
 
 from prefixtune.engine.request import SequenceOutput, join_outputs
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.server.api.body import parse_in_turn, read_json
 from prefixtune.server.api.endpoint import GenerationContext, KeyContext, RequestContext
 from prefixtune.server.api.generation import Generation, collect_outputs, stream_outputs
-from prefixtune.server.api.openapi import NAME, api_router, errors, json_body, whole_or_stream
-from prefixtune.server.api.prompting import run_in_turn, start_targets
-from prefixtune.server.api.schemas import Task, TaskOutput, TaskOutputChunk
+from prefixtune.server.api.prompting import start_targets, tokenize
+from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
-from prefixtune.server.api.task_protocol import TaskRequest, parse_task
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import TaskSchema, task_schema_of
 from prefixtune.server.responses import bad_request, json_response
@@ -33,42 +32,76 @@ __all__ = ["router"]
 
 
 _PATH = "/v1/tasks/{name:path}"
-router = api_router(401, 403, 404, 429, 500, 503)
+router = APIRouter()
 
 
-@router.get(_PATH, name="show_task", response_model=Task, responses=errors(400), openapi_extra=NAME)
-async def describe_task(context: KeyContext) -> Response:
+class TaskRequest(GenerationRequest):
+    """A body of `/v1/tasks/{name}`: options, and beside them the task's own fields, which GET lists."""
+
+    model_config = ConfigDict(extra="allow")
+
+    # Greedy unless the request says otherwise, as in the task's evaluation.
+    temperature: float = Field(0.0, ge=0, le=2, description="0: the likeliest token each time.")
+    source: str | None = Field(None, description="A text that is already linearized; instead of the task's own fields.")
+    fields: dict[str, Any] | None = Field(
+        None,
+        description="The task's own fields, if one has the name of an option; else they may be beside the options.",
+    )
+    format_of: str | None = Field(
+        None, description="With the bare backbone: the prefix whose text format and fields are used."
+    )
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The task's own fields; empty if there is a `source`."""
+        return self.model_extra or {} if self.fields is None else self.fields
+
+    def check_record(self, columns: Sequence[str]) -> None:
+        """Refuse names that are not those of a task's own fields.
+
+        Raises:
+            ApiError: 400.
+        """
+        outside = self.model_extra or {}
+        if self.fields is not None and outside:
+            name = next(iter(outside))
+            raise bad_request(f"{name!r} is outside 'fields', but all of the task's fields must be inside.", name)
+        if unknown := [name for name in self.record if name not in columns]:
+            raise bad_request(f"{unknown[0]}: unknown field.", unknown[0], "unknown_field")
+        if self.source is not None and self.record:
+            raise bad_request("give either 'source' or the task's fields, not both.", "source")
+        if self.source is None and not self.record:
+            hint = f"give {', '.join(map(repr, columns))}, or 'source'." if columns else "give 'source'."
+            name = columns[0] if columns else "source"
+            raise bad_request("the request has none of the task's fields.", name, hint=hint)
+
+
+@router.get(_PATH, name="show_task")
+async def describe_task(name: str, context: KeyContext) -> dict[str, Any]:
     """The fields of a prefix's task.
 
     Or of joined prefixes, as in `/v1/tasks/manual+style`.
     """
     catalog = context.state.catalog
-    if len(catalog.parts(context.name)) > 1:
+    if len(catalog.parts(name)) > 1:
         context.count()
-    header = await catalog.load_header(context.name, context.caller, tenant=context.tenant)
-    return json_response(catalog.describe_task(context.name, header))
+    return catalog.describe_task(name, await run_in_threadpool(catalog.load_header, name, context.caller))
 
 
-@router.post(
-    _PATH,
-    name="do_task",
-    responses=whole_or_stream(TaskOutput, TaskOutputChunk, TaskOutput) | errors(400, 408, 413, 415, 504),
-    openapi_extra={**NAME, **json_body(TaskRequest, source="a source", max_tokens=50)},
-)
-async def create_task_output(context: GenerationContext) -> Response:
+@router.post(_PATH, name="do_task")
+async def create_task_output(name: str, request: TaskRequest, context: GenerationContext) -> Response:
     """The output of a prefix's task.
 
     Or of joined prefixes, as in `/v1/tasks/manual+style`.
     """
     state = context.state
-    body = await read_json(context, dict)
-    context.prepare(1)
-    model = await state.catalog.load(context.name, context.caller, tenant=context.tenant)
-    model = await _with_format_of(context, model, body.get("format_of"))
+    request.check(state.limits)
+    context.admit(1)
+    model = await run_in_threadpool(state.catalog.load, name, context.caller)
+    if request.format_of:
+        model = await _with_format_of(context, model, request.format_of)
     schema = task_schema_of(model.header)
-    parse = partial(parse_task, body, state.limits, schema.columns if schema else ())
-    # A body with a great many fields must not block streams.
-    request = parse() if len(body) < 100 else await parse_in_turn(context, parse)
+    request.check_record(schema.columns if schema else ())
     source = await _source(context, request, schema)
     text_format = state.catalog.text_format(model.header)
     generation = await start_targets(context, request, model, text_format, [source])
@@ -81,14 +114,11 @@ async def create_task_output(context: GenerationContext) -> Response:
     return json_response(_task_output(context, generation, text_format, source, head, output), headers=context.headers)
 
 
-async def _with_format_of(context: RequestContext, model: ServedModel, prefix_name: Any) -> ServedModel:
+async def _with_format_of(context: RequestContext, model: ServedModel, prefix_name: str) -> ServedModel:
     """The bare backbone with a prefix's header: the same text without the prefix, to compare with."""
-    if prefix_name in (None, "") or not isinstance(prefix_name, str):
-        # What is no name is refused with the other fields.
-        return model
     if model.prefix is not None:
         raise bad_request("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")
-    header = await context.state.catalog.load_header(prefix_name, context.caller, tenant=context.tenant)
+    header = await run_in_threadpool(context.state.catalog.load_header, prefix_name, context.caller)
     return ServedModel(model.name, None, header)
 
 
@@ -99,7 +129,7 @@ async def _source(context: RequestContext, request: TaskRequest, schema: TaskSch
     if schema is None:
         raise bad_request("this model takes no fields.", "source", hint="give 'source'.")
     try:
-        return await run_in_turn(context, partial(schema.source, request.record))
+        return await tokenize(context, partial(schema.source, request.record))
     except DataError as error:
         raise bad_request(error.message, hint=error.hint) from None
 

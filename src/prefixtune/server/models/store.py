@@ -1,7 +1,7 @@
 """A folder of prefixes, NAME.safetensors each, served by name.
 
-A look at the folder reads headers only; a prefix is read and checked as a whole when it is first requested. A bad file
-is reported and not served. A replaced file takes effect for requests from then on; whoever has a prefix keeps it.
+A file is looked at on each request, by its header; it is read and checked as a whole when it is first requested. A bad
+file is reported and not served. Whoever has a prefix keeps it when its file is replaced.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import logging
 import os
 import shutil
 import threading
+from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
-from prefixtune.errors import CheckpointError, PrefixError, RequestError, causes, did_you_mean
+from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.prefix.folder import (
     FolderBusyError,
     Signature,
@@ -34,54 +36,109 @@ from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import is_unread
 from prefixtune.server.logs import log
-from prefixtune.server.models.cache import CacheStats, PrefixCache
 from prefixtune.utils.files import atomic_path
 
-__all__ = ["PrefixStore", "StoreStats"]
+__all__ = ["PrefixCache", "PrefixStore", "StoreStats"]
 
 
 _log = logging.getLogger(__name__)
 _MAX_REASON_LENGTH = 500
 _LOCK_SECONDS = 10.0
-_FEW = 50
-"""Names among which a similar one is looked for; among many it would hold up the event loop."""
-_MOST_OPENED = 5
-"""How often a file is opened that is replaced meanwhile."""
 
 
 @dataclass(frozen=True)
-class StoreStats(CacheStats):
-    """The cache, and the files.
+class StoreStats:
+    """What the cache did so far, what is in it, and the files.
 
     Attributes:
+        hits: Requested prefixes that were in memory.
+        misses: Those that had to be read, or joined.
+        evictions: Prefixes dropped to make room.
+        bytes: Memory of the prefixes.
+        loaded: How many are in memory.
         known: Files that can be served.
         refused: Files that cannot.
     """
 
-    known: int
-    refused: int
+    hits: int
+    misses: int
+    evictions: int
+    bytes: int
+    loaded: int
+    known: int = 0
+    refused: int = 0
+
+
+class PrefixCache:
+    """Loaded and joined prefixes, each with the version of its files. May be used from any thread.
+
+    Args:
+        max_bytes: Most that all prefixes together may take; the least recently used ones make room.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[Hashable, tuple[Hashable, Prefix]] = OrderedDict()
+        self._bytes = self._hits = self._misses = self._evictions = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, version: Hashable) -> Prefix | None:
+        """The prefix of this very version; None: it is not in memory."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry[0] != version:
+                return None
+            self._hits += 1
+            self._entries.move_to_end(key)
+            return entry[1]
+
+    def put(self, key: Hashable, version: Hashable, prefix: Prefix) -> None:
+        """Keep a prefix that had to be read, or joined."""
+        with self._lock:
+            self._misses += 1
+            self._drop(key)
+            self._entries[key] = (version, prefix)
+            self._bytes += prefix.num_bytes
+            while self._bytes > self.max_bytes and len(self._entries) > 1:
+                self._drop(next(iter(self._entries)))
+                self._evictions += 1
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a prefix."""
+        with self._lock:
+            self._drop(key)
+
+    @property
+    def stats(self) -> StoreStats:
+        """What the cache did so far, and what is in it."""
+        with self._lock:
+            return StoreStats(self._hits, self._misses, self._evictions, self._bytes, len(self._entries))
+
+    def _drop(self, key: Hashable) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= entry[1].num_bytes
 
 
 @dataclass(frozen=True)
-class _Known:
-    """A file as it was when its header was read; the header as text, which takes the least memory."""
+class _File:
+    """A file as it was when its header was read.
 
-    signature: Signature
-    header: str
-    origin: JobOrigin | None
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """A file that is not served, and why; without a signature it is looked at again the next time."""
+    Attributes:
+        signature: None: it could not be read, and is looked at again the next time.
+        header: As text, which takes the least memory; empty: it is not served.
+        reason: Why it is not served.
+        origin: The job that made it.
+    """
 
     signature: Signature | None
-    reason: str
-    origin: JobOrigin | None
+    header: str = ""
+    reason: str = ""
+    origin: JobOrigin | None = None
 
 
 class PrefixStore:
-    """Prefixes by name, from a folder. May be used from any thread.
+    """Prefixes by name, from a folder. May be used from any thread; all methods may wait for the disk.
 
     Args:
         folder: Created if it is missing.
@@ -102,53 +159,33 @@ class PrefixStore:
         self.folder = Path(folder).absolute()
         self._validator = PrefixValidator(backbone, max_bytes, allow_other_backbone=allow_other_backbone)
         self.cache = PrefixCache(max_bytes)
-        self._known: dict[str, _Known] = {}
-        self._refused: dict[str, _Refused] = {}
-        # Over `_known` and `_refused`; held for moments only, so that no request for a loaded prefix waits for a disk.
-        self._lock = threading.Lock()
-        # One thread at a time reads or writes files.
-        self._file_lock = threading.Lock()
-        # Names whose files could not be read at the last try.
-        self._unread: set[str] = set()
+        self._files: dict[str, _File] = {}
+        # One thread at a time reads a whole prefix: requests for the same one at once wait for one reading.
+        self._loading = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unreadable(error) from error
-        self.reload()
+        self.names()
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
-    def reload(self) -> None:
-        """Look at the folder again: new, replaced and removed files.
+    def names(self) -> list[str]:
+        """All names that can be requested, sorted, as the folder is now.
 
         Raises:
-            PrefixError: The folder itself cannot be read; what was known stays known.
+            PrefixError: The folder itself cannot be read.
         """
-        with self._file_lock:
-            names = self._names_in_folder()
-            for name in sorted(names):
-                self._refresh(name)
-            with self._lock:
-                for name in (self._known.keys() | self._refused.keys()) - names:
-                    self._forget(name)
-
-    def names(self) -> list[str]:
-        """All names that can be requested, sorted."""
-        with self._lock:
-            return sorted(self._known)
-
-    def __contains__(self, name: object) -> bool:
-        with self._lock:
-            return name in self._known
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._known)
+        return sorted(name for name, file in self._look_at_all().items() if file.header)
 
     @property
-    def has_few(self) -> bool:
-        """Whether there are so few names that a similar one may be looked for among them."""
-        return len(self) <= _FEW
+    def refused(self) -> dict[str, str]:
+        """Names of files that are not served, and why; as `names`."""
+        return {name: file.reason for name, file in sorted(self._look_at_all().items()) if not file.header}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a file of this name, served or not."""
+        return self._look(name) is not None
 
     def header(self, name: str) -> dict[str, Any]:
         """The header of a prefix's file; its tensors are not read for it.
@@ -157,87 +194,29 @@ class PrefixStore:
             RequestError: There is no such prefix.
             CheckpointError: Its file is not served.
         """
-        with self._lock:
-            header: dict[str, Any] = json.loads(self._lookup(name).header)
+        header: dict[str, Any] = json.loads(self._find(name).header)
         return header
 
     def modified(self, name: str) -> int:
-        """When the file of a name was last written, in seconds since 1970, as far as it is known; else 0."""
-        with self._lock:
-            known = self._known.get(name)
-        return 0 if known is None else known.signature[0] // 10**9
+        """When the file of a name was last written, in seconds since 1970; 0: it is not known."""
+        file = self._look(name)
+        return 0 if file is None or file.signature is None else file.signature[0] // 10**9
 
     def origin(self, name: str) -> JobOrigin | None:
         """The job that made a prefix, also of a file that is not served; None: no job, or no such file."""
-        with self._lock:
-            entry = self._known.get(name) or self._refused.get(name)
-        return None if entry is None else entry.origin
+        file = self._look(name)
+        return None if file is None else file.origin
 
-    def results(self, owner: str) -> list[str]:
-        """The names of what jobs made for an owner, checkpoints left out, sorted."""
-        with self._lock:
-            entries: dict[str, _Known | _Refused] = {**self._refused, **self._known}
-        origins = {name: entry.origin for name, entry in entries.items() if entry.origin is not None}
-        return sorted(name for name, origin in origins.items() if origin.owner == owner and origin.step is None)
-
-    def is_taken(self, name: str) -> bool:
-        """Whether there is a file of this name, served or not, known or not yet; may wait for the disk."""
-        return name in self or name in self.refused or signature_of(self._path(name)) is not None
-
-    @property
-    def refused(self) -> dict[str, str]:
-        """Names of files that are not served, and why."""
-        with self._lock:
-            return {name: refused.reason for name, refused in sorted(self._refused.items())}
+    def origins(self) -> dict[str, JobOrigin]:
+        """All files that jobs made, served or not."""
+        return {name: file.origin for name, file in self._look_at_all().items() if file.origin is not None}
 
     @property
     def stats(self) -> StoreStats:
-        """The cache, and the files."""
-        with self._lock:
-            return StoreStats(**vars(self.cache.stats), known=len(self._known), refused=len(self._refused))
-
-    def look(self, name: str) -> None:
-        """Look whether a name that is not known has a file by now; waits for the disk, but reads a header at most."""
-        with self._lock:
-            if name in self._known or name in self._refused:
-                return
-        with contextlib.suppress(RequestError):
-            check_name(name)
-            if signature_of(self._path(name)) is not None:
-                with self._file_lock:
-                    self._refresh(name)
-
-    def look_for_new(self) -> None:
-        """Look whether there are files of names that are not known; waits for the disk.
-
-        Raises:
-            PrefixError: The folder itself cannot be read.
-        """
-        names = self._names_in_folder()
-        with self._lock:
-            names -= self._known.keys() | self._refused.keys()
-        for name in sorted(names):
-            self.look(name)
-
-    def refresh(self, name: str) -> None:
-        """Look again at the file of a name and at those of its checkpoints, not at all others; waits for the disk.
-
-        Raises:
-            PrefixError: The folder itself cannot be read.
-        """
-        names = self._names_in_folder()
-        with self._lock:
-            names |= self._known.keys() | self._refused.keys()
-        with self._file_lock:
-            for one in sorted(names):
-                if one == name or one.startswith(f"{name}.step-"):
-                    self._refresh(one)
-
-    def _names_in_folder(self) -> set[str]:
-        try:
-            return set(list_names(self.folder))
-        except OSError as error:
-            raise _unreadable(error) from error
+        """The cache, and the files as they were last looked at; waits for no disk."""
+        files = list(self._files.values())
+        known = sum(bool(file.header) for file in files)
+        return StoreStats(**{**vars(self.cache.stats), "known": known, "refused": len(files) - known})
 
     # --- getting one --------------------------------------------------------------------------------------------------
 
@@ -249,36 +228,31 @@ class PrefixStore:
             CheckpointError: Its file is broken, or was replaced by one that is.
             PrefixError: Its file cannot be read now.
         """
-        with self._lock:
-            if name not in self._known and name not in self._refused:
-                raise self._no_such_prefix(name)
-        cached = self.loaded(name)
+        file = self._find(name)
+        cached = self.cache.get(name, file.signature)
         if cached is not None:
             return cached
-        with self._file_lock:
-            # Another thread may have read it meanwhile.
-            cached = self.loaded(name)
+        with self._loading:
+            file = self._find(name)
+            cached = self.cache.get(name, file.signature)
             if cached is not None:
                 return cached
-            self._refresh(name)
-            with self._lock:
-                known = self._lookup(name)
-            self.cache.count_miss()
             try:
-                prefix = self._load(name)
+                prefix = self._validator.load_copy(path_of(self.folder, name), name)
             except CheckpointError as error:
-                self._refuse(name, known.signature, error.message)
-                raise
-            except PrefixError as error:
-                self._note_unread(name, error)
-                raise
-            self._unread.discard(name)
-            self.cache.put(name, known.signature, prefix)
+                if is_unread(error):
+                    # It may pass, so the file is not refused.
+                    log("prefix_unread", level=logging.WARNING, prefix=name, reason=str(error.__cause__ or error))
+                    raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from error
+                self._files[name] = self._refused(name, file.signature, error.message, file.origin)
+                raise CheckpointError(self._files[name].reason, hint=error.hint) from error
+            self.cache.put(name, file.signature, prefix)
             return prefix
 
-    def loaded(self, name: str) -> Prefix | None:
-        """A prefix that is in memory, as its file is now; None: it is not. Waits for no other thread's reading."""
-        return self.cache.get(name, signature_of(self._path(name)))
+    def version(self, name: str) -> Hashable:
+        """What changes when the file of a name does."""
+        file = self._look(name)
+        return None if file is None else file.signature
 
     def open_file(self, name: str) -> tuple[BinaryIO, dict[str, Any]]:
         """A prefix's file, as it is now, to be read and closed, and its header; what replaces it meanwhile is not seen.
@@ -288,42 +262,16 @@ class PrefixStore:
             CheckpointError: Its file is not served.
             PrefixError: It cannot be read now.
         """
-        with self._lock:
-            if name not in self._known and name not in self._refused:
-                raise self._no_such_prefix(name)
-        for _ in range(_MOST_OPENED):
-            with self._file_lock:
-                self._refresh(name)
-            with self._lock:
-                known = self._lookup(name)
-            try:
-                file = open(self._path(name), "rb")  # noqa: SIM115
-            except FileNotFoundError:
-                with self._lock:
-                    raise self._no_such_prefix(name) from None
-            except OSError as error:
-                raise PrefixError(f"cannot read {name!r}: {error.strerror}.", hint="try again later.") from error
-            # Otherwise it was replaced between the two looks, and the header is another file's.
-            if signature_of_open(file) == known.signature:
-                return file, json.loads(known.header)
-            file.close()
-        raise PrefixError(f"cannot read {name!r}: it is replaced all the time.", hint="try again later.")
-
-    def _load(self, name: str) -> Prefix:
+        known = self._find(name)
         try:
-            return self._validator.load_copy(self._path(name), name)
-        except CheckpointError as error:
-            if is_unread(error):
-                # It may pass, so the file is not refused.
-                raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from error
-            raise CheckpointError(self._without_paths(error.message), hint=error.hint) from error
-
-    def _note_unread(self, name: str, error: PrefixError) -> None:
-        """Log why a file cannot be read now, as clients are not told; once until it is read again."""
-        if name not in self._unread:
-            self._unread.add(name)
-            refused = (one.strerror or type(one).__name__ for one in causes(error) if isinstance(one, OSError))
-            log("prefix_unread", level=logging.WARNING, prefix=name, reason=next(refused, "unknown"))
+            file = open(path_of(self.folder, name), "rb")  # noqa: SIM115
+        except OSError as error:
+            raise PrefixError(f"cannot read {name!r}: {error.strerror}.", hint="try again later.") from error
+        # Otherwise it was replaced between the two looks, and the header is another file's.
+        if signature_of_open(file) == known.signature:
+            return file, json.loads(known.header)
+        file.close()
+        raise PrefixError(f"cannot read {name!r}: it is being replaced.", hint="try again later.")
 
     # --- changing the folder ------------------------------------------------------------------------------------------
 
@@ -339,14 +287,12 @@ class PrefixStore:
         check_name(name)
         with contextlib.ExitStack() as changing:
             try:
-                with atomic_path(self._path(name)) as temporary:
-                    with self._file_lock:
-                        self._validator.read_header(Path(source))
-                        # The copy is checked as a whole: nobody else writes to it.
-                        shutil.copyfile(source, temporary)
-                        self._validator.load(temporary, name)
+                with atomic_path(path_of(self.folder, name)) as temporary:
+                    self._validator.read_header(Path(source))
+                    # The copy is checked as a whole: nobody else writes to it.
+                    shutil.copyfile(source, temporary)
+                    self._validator.load(temporary, name)
                     changing.enter_context(change_folder(self.folder, _LOCK_SECONDS))
-                    changing.enter_context(self._file_lock)
             except OSError as error:
                 raise PrefixError(f"cannot read the file for {name!r}: {error.strerror}.", hint="try again.") from error
             except CheckpointError as error:
@@ -358,7 +304,6 @@ class PrefixStore:
                 raise
             except PrefixError as error:
                 raise PrefixError(self._without_paths(error.message), hint=error.hint) from error
-            self._refresh(name)
 
     def delete(self, name: str) -> None:
         """Remove a prefix and its file; requests that have it go on.
@@ -368,97 +313,98 @@ class PrefixStore:
             FolderBusyError: Jobs are being published all the time.
             PrefixError: The file cannot be removed.
         """
-        with self._lock:
-            if name not in self._known and name not in self._refused:
-                raise self._no_such_prefix(name)
-        with change_folder(self.folder, _LOCK_SECONDS), self._file_lock:
+        if self._look(name) is None:
+            raise _no_such_prefix(name)
+        with change_folder(self.folder, _LOCK_SECONDS):
             try:
-                self._path(name).unlink(missing_ok=True)
+                path_of(self.folder, name).unlink(missing_ok=True)
             except OSError as error:
                 raise PrefixError(
                     f"cannot remove {name!r}: {error.strerror}.", hint="check its permissions."
                 ) from error
-            with self._lock:
-                self._forget(name)
 
     # --- what is known of each file -----------------------------------------------------------------------------------
 
-    def _path(self, name: str) -> Path:
-        return path_of(self.folder, name)
-
-    def _refresh(self, name: str) -> None:
-        """Read a file's header if the file is new or was replaced; whatever it contains, this raises nothing."""
-        signature = signature_of(self._path(name))
-        with self._lock:
-            previous = self._known.get(name) or self._refused.get(name)
-        # A file that is known, and gone now, has no signature either.
-        if previous is not None and previous.signature is not None and previous.signature == signature:
-            return
+    def _look_at_all(self) -> dict[str, _File]:
         try:
+            names = list_names(self.folder)
+        except OSError as error:
+            raise _unreadable(error) from error
+        found = {name: self._look(name) for name in names | self._files.keys()}
+        return {name: file for name, file in found.items() if file is not None}
+
+    def _find(self, name: str) -> _File:
+        """A file that can be served.
+
+        Raises:
+            RequestError: There is none of that name.
+            CheckpointError: It is not served.
+        """
+        file = self._look(name)
+        if file is None:
+            raise _no_such_prefix(name)
+        if not file.header:
+            raise CheckpointError(f"the prefix {name!r} is not served: {file.reason}", hint="replace its file.")
+        return file
+
+    def _look(self, name: str) -> _File | None:
+        """A file as it is now; its header is read if it is new or was replaced. None: there is none."""
+        previous = self._files.get(name)
+        # A name from outside must not lead out of the folder.
+        if os.sep in name or "\0" in name or name.startswith("."):
+            return None
+        signature = signature_of(path_of(self.folder, name))
+        if previous is not None and previous.signature is not None and previous.signature == signature:
+            return previous
+        file = self._read(name, signature, previous.origin if previous else None)
+        if file is None:
+            self._files.pop(name, None)
+        else:
+            self._files[name] = file
+        if previous is not None:
+            self.cache.drop(name)
+        return file
+
+    def _read(self, name: str, signature: Signature | None, origin: JobOrigin | None) -> _File | None:
+        """What a file's header says, or why it is not served; whatever it contains, this raises nothing."""
+        path = path_of(self.folder, name)
+        try:
+            if signature is None and not os.path.lexists(path):
+                return None
             check_name(name)
             check_regular_file(self.folder, name)
-            header = self._validator.read_header(self._path(name))
+            header = self._validator.read_header(path)
         except FileNotFoundError:
-            with self._lock:
-                self._forget(name)
-        except OSError as error:
+            return None
+        except (OSError, ValueError) as error:
             # Perhaps only now: looked at again the next time.
-            self._refuse(name, None, f"it cannot be read: {error.strerror or error}")
+            return self._refused(name, None, f"it cannot be read: {getattr(error, 'strerror', None) or error}", origin)
         except PrefixError as error:
-            self._refuse(name, signature, error.message, self._origin_of(name))
+            return self._refused(name, signature, error.message, self._origin_of(name) or origin)
         except Exception as error:
             # One bad file must not hide the others.
             _log.exception("a file in the folder of prefixes cannot be read.")
-            self._refuse(name, signature, f"it cannot be read: {type(error).__name__}")
-        else:
-            if signature is not None:
-                with self._lock:
-                    self._forget(name)
-                    self._known[name] = _Known(signature, header, job_origin(json.loads(header)))
+            return self._refused(name, signature, f"it cannot be read: {type(error).__name__}", origin)
+        return _File(signature, header, origin=job_origin(json.loads(header))) if signature is not None else None
 
     def _origin_of(self, name: str) -> JobOrigin | None:
         """The job that made a file that is not served, as far as its header can be read."""
         with contextlib.suppress(OSError, PrefixError):
             check_regular_file(self.folder, name)
-            return job_origin(read_outline(self._path(name)).header)
+            return job_origin(read_outline(path_of(self.folder, name)).header)
         return None
 
-    def _refuse(self, name: str, signature: Signature | None, reason: str, origin: JobOrigin | None = None) -> None:
-        """Do not serve a file; where it does not say who made it, it stays whose it was."""
-        with self._lock:
-            previous = self._known.get(name) or self._refused.get(name)
-            if origin is None and previous is not None:
-                origin = previous.origin
-            self._forget(name)
-            self._refused[name] = _Refused(signature, self._without_paths(reason)[:_MAX_REASON_LENGTH], origin)
-
-    def _forget(self, name: str) -> None:
-        """Drop all that is known of a name; the lock is held."""
-        self._known.pop(name, None)
-        self._refused.pop(name, None)
-        self._unread.discard(name)
-        self.cache.drop(name)
-
-    def _lookup(self, name: str) -> _Known:
-        """A file that can be served; the lock is held."""
-        known = self._known.get(name)
-        if known is not None:
-            return known
-        if name in self._refused:
-            reason = self._refused[name].reason
-            raise CheckpointError(f"the prefix {name!r} is not served: {reason}", hint="replace its file.")
-        raise self._no_such_prefix(name)
-
-    def _no_such_prefix(self, name: object) -> RequestError:
-        """The error for an unknown name; the lock is held."""
-        shown = str(name)[:128]
-        # Comparing with very many names would take long.
-        hint = did_you_mean(shown, self._known) if 0 < len(self._known) <= 50 else "list the names first."
-        return RequestError(f"there is no prefix {shown!r}.", hint=hint)
+    def _refused(self, name: str, signature: Signature | None, reason: str, origin: JobOrigin | None) -> _File:
+        """A file that is not served; where it does not say who made it, it stays whose it was."""
+        return _File(signature, reason=self._without_paths(reason)[:_MAX_REASON_LENGTH], origin=origin)
 
     def _without_paths(self, message: str) -> str:
         """A message without the folder's path, which callers must not see."""
         return message.replace(f"{self.folder}{os.sep}", "").replace(str(self.folder), "the folder")
+
+
+def _no_such_prefix(name: str) -> RequestError:
+    return RequestError(f"there is no prefix {name[:128]!r}.", hint="list the names first.")
 
 
 def _unreadable(error: OSError) -> PrefixError:

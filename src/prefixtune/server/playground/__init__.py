@@ -8,33 +8,30 @@ import hashlib
 import re
 from importlib.resources import files
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
-from prefixtune.server.api.openapi import api_router, errors
 from prefixtune.server.responses import not_found
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["START", "router"]
+__all__ = ["router", "start"]
 
 
 _SWAGGER_UI = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 _LINK = re.compile(r'<nav id="pages".*</nav>')
 """Between the playground and the page for training, where both are there."""
-router = api_router(500)
+router = APIRouter()
+start = APIRouter()
+"""The playground, which needs an engine."""
 
 
-@router.get("/", response_class=HTMLResponse)
+@start.get("/", response_class=HTMLResponse)
 async def show_page(request: Request) -> Response:
     """A page to try things on."""
     return _page("page.html", linked=request.app.state.server.config.takes_jobs)
 
 
-START = router.routes[-1]
-"""The route of the playground, which needs an engine."""
-
-
-@router.get("/train", response_class=HTMLResponse, responses=errors(404))
+@router.get("/train", response_class=HTMLResponse)
 async def show_training(request: Request) -> Response:
     """A page to train on."""
     if not request.app.state.server.config.takes_jobs:
@@ -71,9 +68,9 @@ def _page(name: str, *, scripts: str = "", styles: str = "", linked: bool = True
 
 
 @router.get("/docs/{name}", include_in_schema=False)
-async def show_asset(request: Request) -> Response:
+async def show_asset(name: str) -> Response:
     """A file of Swagger UI."""
-    return _asset(request.path_params["name"])
+    return _asset(name)
 
 
 @functools.cache

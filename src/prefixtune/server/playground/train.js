@@ -61,13 +61,12 @@
     state.file = file;
     state.examples = preview.examples || [];
     showRead(file, preview);
-    at("takes").textContent = sayDuration(preview.estimate);
+    at("takes").textContent = sayDuration();
     if (!at("name").value) at("name").value = nameFrom(file.filename);
     showSetup();
   }
 
-  function sayDuration(estimate) {
-    if (estimate && estimate.seconds) return `Without other settings and jobs, it takes about ${jobs.duration(estimate.seconds)}.`;
+  function sayDuration() {
     const before = isDocument() ? ": before it, questions and answers are made" : "";
     return `How long it takes is shown after the first step${before}.`;
   }
