@@ -218,7 +218,11 @@ def _bind_file(path: Path) -> socket.socket:
         # Of a server that was killed.
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
+    try:
+        listener.bind(str(path))
+    except OSError:
+        listener.close()
+        raise
     # Nobody can connect before it listens.
     path.chmod(0o600)
     return listener

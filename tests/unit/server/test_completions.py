@@ -145,25 +145,6 @@ def test_top_logprobs_are_decoded_outside_the_event_loop(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tenants_share_the_threads_that_write_log_probabilities(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
-    app, state = make_server()
-    tenants: list[str] = []
-    run = state.response_threads.run
-
-    async def noted(tenant: str, work: Callable[[], Any]) -> Any:
-        tenants.append(tenant)
-        return await run(tenant, work)
-
-    monkeypatch.setattr(state.response_threads, "run", noted)
-    body = completion(model="tiny", max_tokens=1, echo=True, logprobs=2, stream=stream)
-    assert asyncio.run(send(app, "POST", "/v1/completions", body, client="127.0.0.2")).status == 200
-    assert asyncio.run(send(app, "GET", "/v1/models", client="127.0.0.3")).status == 200
-    assert tenants == ["127.0.0.2", "127.0.0.3"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
 def test_the_log_probabilities_of_a_response_are_bounded(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
@@ -226,24 +207,6 @@ def test_without_llguidance_a_response_format_is_refused_with_the_way_out(
     assert response.status == 400
     assert (error["param"], error["code"]) == ("response_format", "unsupported_field")
     assert "prefixtune[json]" in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "words"),
-    [
-        ("POST", "/v1/embeddings", "/classify"), ("POST", "/v1/responses", "/v1/chat/completions"),
-        ("GET", "/v1/responses/resp_1", "Responses API"), ("POST", "/v1/images/generations", "Send text"),
-        ("POST", "/v1/audio/speech", "Send text"), ("POST", "/v1/moderations", "/classify"),
-        ("GET", "/v1/fine_tuning/alpha/graders", "/v1/fine_tuning/jobs"), ("POST", "/score", "echo"),
-    ],
-)  # fmt: skip
-def test_endpoints_of_others_are_refused_by_name(
-    make_server: Callable[..., Any], method: str, path: str, words: str
-) -> None:
-    response = asyncio.run(send(make_server()[0], method, path, {} if method == "POST" else None))
-    error = response.json["error"]
-    assert (response.status, error["code"], error["type"]) == (404, "unsupported_endpoint", "invalid_request_error")
-    assert words in error["message"]
 
 
 def test_models_are_described_as_vllm_does(make_server: Callable[..., Any]) -> None:

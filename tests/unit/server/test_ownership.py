@@ -86,6 +86,7 @@ def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publ
     publish("a-result-2", step=2)
     broken = publish("a-result-3")
     publish("a-result-5", owner="bob")
+    assert "a-result-3" in state.store.names()
     broken.write_bytes(broken.read_bytes()[:-4])
     assert list(state.store.refused) == ["a-result-3"]
 
@@ -133,7 +134,7 @@ def test_a_file_that_became_somebody_elses_is_not_downloaded(make_server: Callab
     publish("shared", owner="ann")
     publish("shared", owner="bob", seed=4)
     responses = {key: asyncio.run(send(app, "GET", "/v1/models/shared/file", headers=bearer(key))) for key in KEYS}
-    assert {key: response.status for key, response in responses.items()} == {"ann": 404, "bob": 200, "boss": 200}
+    assert {key: response.status for key, response in responses.items()} == {"ann": 403, "bob": 200, "boss": 200}
 
 
 def test_an_upload_over_a_result_is_no_result_any_more(

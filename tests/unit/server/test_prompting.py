@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from asgi_client import Response, bearer, completion, send
+from asgi_client import Response, completion, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.server.auth import hash_key
-from prefixtune.server.settings import KeyConfig
 
 
 def test_dropped_messages_are_reported(make_server: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -89,77 +86,22 @@ def test_a_prefix_with_an_invalid_text_format_is_not_served(
     assert "1,500 times" in state.store.refused["bad"]
 
 
-def test_long_texts_of_one_caller_do_not_delay_another(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, state = make_server(keys={name: KeyConfig(hash=hash_key(f"pt-{name}")) for name in ("heavy", "light")})
-    encode, tokenized, both_wait = type(state.backbone).encode_sources, list[str](), threading.Event()
+def test_who_waits_for_the_tokenizer_may_leave_and_is_told_at_the_deadline(make_server: Callable[..., Any]) -> None:
+    app, state = make_server(deadline=0.3)
+    release = threading.Event()
 
-    def slowly(self: Any, texts: list[str]) -> Any:
-        tokenized.extend(name for text in texts for name in ("heavy", "light") if name in text)
-        # The first text takes until the other caller's has arrived, however slow this machine is.
-        assert both_wait.wait(30)
-        time.sleep(0.05)
-        return encode(self, texts)
-
-    monkeypatch.setattr(type(state.backbone), "encode_sources", slowly)
-
-    async def both() -> tuple[Response, int, list[Response]]:
-        heavy = [
-            asyncio.ensure_future(
-                send(app, "POST", "/v1/completions", completion(prompt="heavy"), headers=bearer("heavy"))
-            )
-            for _ in range(20)
-        ]
-        while not tokenized:
-            await asyncio.sleep(0.001)
-        waiting = asyncio.ensure_future(
-            send(app, "POST", "/v1/completions", completion(prompt="light"), headers=bearer("light"))
-        )
-        async with asyncio.timeout(20):
-            while "light" not in state.tokenizer_lock._waiting:
-                await asyncio.sleep(0.001)
-        both_wait.set()
-        light = await waiting
-        before = tokenized.count("heavy")
-        return light, before, list(await asyncio.gather(*heavy))
-
-    light, before, heavy = asyncio.run(both())
-    assert (light.status, {response.status for response in heavy}) == (200, {200})
-    # Of the twenty, at most the one being tokenized and the next one come first.
-    assert tokenized.index("light") <= 2
-    assert before < 20
-
-
-def test_a_caller_who_disconnects_while_waiting_for_the_tokenizer_holds_nothing(
-    make_server: Callable[..., Any],
-) -> None:
-    app, state = make_server()
-
-    async def leave() -> Response:
+    async def wait() -> list[Response]:
         disconnected = asyncio.Event()
-        async with state.tokenizer_lock.hold("somebody"):
-            waiting = asyncio.ensure_future(
-                send(app, "POST", "/v1/completions", completion(), disconnected=disconnected)
-            )
-            while not state.pending_bytes.used:
-                await asyncio.sleep(0.001)
-            await asyncio.sleep(0.01)
-            disconnected.set()
-            left = await waiting
-        # The next caller gets the tokenizer.
-        assert (await send(app, "POST", "/v1/completions", completion())).status == 200
-        return left
+        busy = state.tokenizer_thread.submit(release.wait, 20)
+        leaving = send(app, "POST", "/v1/completions", completion(), disconnected=disconnected)
+        waiting = [asyncio.ensure_future(one) for one in (leaving, send(app, "POST", "/v1/completions", completion()))]
+        await asyncio.sleep(0.1)
+        disconnected.set()
+        answers = list(await asyncio.gather(*waiting))
+        release.set()
+        assert busy.result()
+        return answers
 
-    assert asyncio.run(leave()).status == 0
-    assert state.pending_bytes.used == 0
-
-
-def test_waiting_for_the_tokenizer_ends_at_the_deadline(make_server: Callable[..., Any]) -> None:
-    app, state = make_server(deadline=0.1)
-
-    async def wait() -> Response:
-        async with state.tokenizer_lock.hold("somebody"):
-            return await send(app, "POST", "/v1/completions", completion())
-
-    assert asyncio.run(wait()).code == "deadline_exceeded"
+    left, late = asyncio.run(wait())
+    assert (left.status, late.code) == (0, "deadline_exceeded")
+    assert state.gate.count == 0
