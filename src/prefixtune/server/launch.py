@@ -32,6 +32,8 @@ from prefixtune.utils.console import Console
 from prefixtune.utils.files import check_writable
 
 if TYPE_CHECKING:
+    from prefixtune.backbone.backbone import Backbone
+    from prefixtune.engine.worker import EngineWorker
     from prefixtune.server.state import ServerState
 
 __all__ = ["GracefulServer", "run"]
@@ -92,44 +94,21 @@ def run(config: ServeConfig, console: Console) -> int:
 
 
 def _load(config: ServeConfig, console: Console) -> ServerState:
-    if config.engine == "none":
-        return _load_without_engine(config, console)
     # Slow imports: errors of the folder and the address come before them.
-    from prefixtune.backbone.load import load_backbone
-    from prefixtune.engine.config import EngineConfig
-    from prefixtune.engine.engine import Engine
-    from prefixtune.engine.worker import EngineWorker
     from prefixtune.inference.decoding import newline_tokens
-    from prefixtune.sampling.grammar import prepare_grammars
     from prefixtune.server.api.models import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState
 
-    engine_config = EngineConfig(
-        num_slots=config.num_slots,
-        max_length=config.max_length,
-        prefill_tokens=config.prefill_tokens,
-        # As many as the gate ever admits.
-        max_waiting=config.num_slots + config.max_queue,
-    )
-    console.info(f"loading {config.backbone} ...")
-    backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
-    console.info(f"{backbone!r}")
-    # Callers see this name: it must not be a path.
-    engine = Engine(replace(backbone, name=config.model_id), engine_config)
-    console.info(
-        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, would take "
-        f"{engine.max_cache_bytes / 2**30:.1f} GiB of memory besides the model"
-    )
-    # The engine may have replaced it, and then the first one can be freed.
-    backbone = engine.backbone
+    worker = None if config.engine == "none" else _start_engine(config, console)
+    backbone = _load_tokenizer(config, console) if worker is None else worker.engine.backbone
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
-    # Made for the first JSON schema, it would stop all streams for a second.
-    prepare_grammars(engine.backbone)
-    state = ServerState(config, backbone, store, EngineWorker(engine))
+    state = ServerState(config, backbone, store, worker)
     if state.training is not None:
         state.training.files.clear()
+    if worker is None:
+        return state
     if config.max_joined_prefixes > 1:
         try:
             # Found by trying it on the model, which no text should wait for.
@@ -142,20 +121,39 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     return state
 
 
-def _load_without_engine(config: ServeConfig, console: Console) -> ServerState:
+def _start_engine(config: ServeConfig, console: Console) -> EngineWorker:
+    from prefixtune.backbone.load import load_backbone
+    from prefixtune.engine.config import EngineConfig
+    from prefixtune.engine.engine import Engine
+    from prefixtune.engine.worker import EngineWorker
+    from prefixtune.sampling.grammar import prepare_grammars
+
+    console.info(f"loading {config.backbone} ...")
+    backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
+    console.info(f"{backbone!r}")
+    engine_config = EngineConfig(
+        num_slots=config.num_slots,
+        max_length=config.max_length,
+        prefill_tokens=config.prefill_tokens,
+        # As many as the gate ever admits.
+        max_waiting=config.num_slots + config.max_queue,
+    )
+    # Callers see this name: it must not be a path.
+    engine = Engine(replace(backbone, name=config.model_id), engine_config)
+    console.info(
+        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, would take "
+        f"{engine.max_cache_bytes / 2**30:.1f} GiB of memory besides the model"
+    )
+    # Made for the first JSON schema, it would stop all streams for a second.
+    prepare_grammars(engine.backbone)
+    return EngineWorker(engine)
+
+
+def _load_tokenizer(config: ServeConfig, console: Console) -> Backbone:
     from prefixtune.backbone.unloaded import load_tokenizer
-    from prefixtune.server.api.models import clear_uploads
-    from prefixtune.server.models.store import PrefixStore
-    from prefixtune.server.state import ServerState
 
     console.info(f"loading the tokenizer of {config.backbone} ...")
-    backbone = replace(load_tokenizer(config.backbone), name=config.model_id)
-    store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
-    clear_uploads(store.folder)
-    state = ServerState(config, backbone, store, None)
-    if state.training is not None:
-        state.training.files.clear()
-    return state
+    return replace(load_tokenizer(config.backbone), name=config.model_id)
 
 
 def _report_start(state: ServerState, console: Console, listener: socket.socket) -> None:

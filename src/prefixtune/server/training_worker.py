@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import first_line
 from prefixtune.jobs.config import WORKER_ENVIRONMENT
 from prefixtune.server.logs import log
 from prefixtune.server.settings import ServeConfig
@@ -95,7 +94,6 @@ class TrainingWorker:
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._restarts, self._reported = RestartPauses(), ""
 
     def start(self) -> None:
         """Look for jobs now, and from time to time."""
@@ -126,38 +124,27 @@ class TrainingWorker:
     # --- in the thread ------------------------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
-        looks, is_known = RestartPauses(), True
+        pauses = RestartPauses()
         while not self._stopping.is_set():
             self._wake.clear()
+            began = time.monotonic()
             try:
-                wanted = self._has_jobs()
+                if not self._has_jobs():
+                    self._wake.wait(_LOOK_SECONDS)
+                    continue
+                has_died = self._run()
             except Exception as error:
-                if is_known:
-                    log("jobs_unknown", level=logging.WARNING, reason=str(error))
-                is_known = False
-                self._stopping.wait(looks.next())
+                # The database is away, or the system starts no process now. Without this thread, no worker would be.
+                log("worker_failed", level=logging.WARNING, reason=getattr(error, "strerror", None) or str(error))
+                self._stopping.wait(pauses.next())
                 continue
-            looks, is_known = RestartPauses(), True
-            if not wanted:
-                self._wake.wait(_LOOK_SECONDS)
-                continue
-            try:
-                pause = self._run()
-            except Exception as error:
-                # As where the system starts no process or thread now. Without this thread, no worker would be started.
-                reason = getattr(error, "strerror", None) or first_line(error)
-                pause = self._report_death(-1, reason, 0.0)
+            pauses = pauses if has_died else RestartPauses()
             # Afterwards its job may still be there, or another one that was queued while it ended.
-            self._stopping.wait(pause)
+            self._stopping.wait(pauses.next(time.monotonic() - began) if has_died else RestartPauses.SHORTEST)
 
-    def _run(self) -> float:
-        """Run a worker to its end; returns the seconds to wait before the next one.
-
-        Raises:
-            OSError: The system does not start its process.
-            RuntimeError: Nor the thread that reads its output.
-        """
-        began, lines = time.monotonic(), deque[str](maxlen=_MAX_LINES)
+    def _run(self) -> bool:
+        """Run a worker to its end; returns whether it died."""
+        lines = deque[str](maxlen=_MAX_LINES)
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -167,15 +154,9 @@ class TrainingWorker:
             # Ctrl-C in a terminal reaches the server alone, and the worker by it.
             start_new_session=True,
         )
-        reader = threading.Thread(target=_read_output, args=(process, lines), daemon=True)
-        try:
-            reader.start()
-        except RuntimeError:
-            # It would wait for somebody to read what it says.
-            with process:
-                process.kill()
-            raise
         self._process = process
+        reader = threading.Thread(target=_read_output, args=(process, lines), daemon=True)
+        reader.start()
         log("worker_started", worker=process.pid)
         while process.poll() is None and not self._stopping.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -185,22 +166,13 @@ class TrainingWorker:
         process.stdin.close()
         code = process.wait()
         self._process = None
-        # What the worker itself started may hold its output open: then the thread is left, and closes it later. Closing
-        # it here would wait for that thread.
+        # What the worker itself started may hold its output open: then the thread is left, and closes it later.
         reader.join(1.0)
         if code == 0 or self._stopping.is_set():
             log("worker_ended", worker=process.pid, code=code)
-            self._restarts, self._reported = RestartPauses(), ""
-            return RestartPauses.SHORTEST
-        return self._report_death(code, " ".join(lines), time.monotonic() - began)
-
-    def _report_death(self, code: int, reason: str, lasted: float) -> float:
-        """Log it, unless the last one died of the same; returns the seconds to wait before the next one."""
-        pause = self._restarts.next(lasted)
-        level = logging.DEBUG if self._reported == f"{code} {reason}" else logging.ERROR
-        self._reported = f"{code} {reason}"
-        log("worker_died", level=level, code=code, reason=reason, next_try_seconds=pause)
-        return pause
+            return False
+        log("worker_died", level=logging.ERROR, code=code, reason=" ".join(lines))
+        return True
 
 
 def _read_output(process: subprocess.Popen[bytes], lines: deque[str]) -> None:

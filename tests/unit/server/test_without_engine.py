@@ -23,7 +23,7 @@ from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.api.models import _UPLOAD_FOLDER
 from prefixtune.server.app import make_app
-from prefixtune.server.launch import _bind, _load_without_engine
+from prefixtune.server.launch import _bind, _load
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
@@ -106,5 +106,5 @@ def test_its_start_removes_what_killed_uploads_left(state: ServerState):
     left = [folder / f".{name}.x.tmp" for folder, name in ((of_prefix, _UPLOAD_FOLDER), (of_file, UPLOAD_FOLDER))]
     for folder in left:
         folder.mkdir()
-    _load_without_engine(state.config, Console(quiet=True)).close()
+    _load(state.config, Console(quiet=True)).close()
     assert [folder.exists() for folder in left] == [False, False]
