@@ -304,56 +304,6 @@ def test_events_are_streamed_until_the_job_stands_still(make_server: Callable[..
     assert [json.loads(one)["message"] for one in rest] == ["step 2", "last"]
 
 
-def test_a_stream_has_what_a_worker_says_of_a_cancelled_job_a_while_later(make_server: Callable[..., Any]) -> None:
-    app, state = make_server()
-    job = create(app, upload(state))
-    log = JobEvents(state.training.folder.job(job.id))
-
-    async def stream() -> list[str]:
-        async def cancel() -> None:
-            await state.training.ask(lambda queue: queue.cancel(job.id))
-            await asyncio.sleep(1.2)
-            log.add("Training is cancelled at step 2/9.")
-
-        stopping = asyncio.ensure_future(cancel())
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
-            url = f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?stream=true"
-            response = await client.get(url, timeout=20)
-        await stopping
-        return [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
-
-    *events, end = asyncio.run(stream())
-    assert end == "[DONE]"
-    assert json.loads(events[-1])["message"] == "Training is cancelled at step 2/9."
-
-
-def test_events_after_one_that_is_not_there_are_refused(make_server: Callable[..., Any]) -> None:
-    app, state = make_server()
-    job = create(app, upload(state))
-
-    async def get(query: str) -> Any:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
-            return await client.get(f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?{query}", timeout=5)
-
-    for query in ("after=nothing", "after=nothing&stream=true"):
-        response = asyncio.run(get(query))
-        assert (response.status_code, response.json()["error"]["param"]) == (400, "after")
-
-
-def test_too_many_streams_are_refused(make_server: Callable[..., Any]) -> None:
-    app, state = make_server()
-    job = create(app, upload(state))
-    with state.training.streams.admit(state.training.streams.limit):
-        url = f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?stream=true"
-
-        async def get() -> Any:
-            async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
-                return await client.get(url)
-
-        response = asyncio.run(get())
-    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
-
-
 def test_a_document_becomes_a_job_of_its_own_kind(make_server: Callable[..., Any]) -> None:
     app, state = make_server()
     document = upload(state, DOCUMENT, "tower.md", "document")
@@ -530,27 +480,18 @@ def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callabl
 WRONG: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"hyperparameters": {"n_epoch": 3}}, 400, "hyperparameters.n_epoch", "unknown_field"),
     ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", None),
-    ({"hyperparameters": {"batch_size": 100_000}}, 400, "hyperparameters.batch_size", None),
     ({"hyperparameters": {"n_epochs": 1000, "batch_size": 1}}, 400, "hyperparameters.n_epochs", "too_many_steps"),
     ({"method": {"type": "dpo"}}, 400, "method.type", "unsupported_field"),
-    ({"method": {"type": "reinforcement"}}, 400, "method.type", "unsupported_field"),
-    ({"suffix": "a/b"}, 400, "suffix", None),
     ({"metadata": {"a": "b" * 600}}, 400, "metadata.a", None),
-    ({"seed": -1}, 400, "seed", None),
     ({"integrations": [{"type": "wand"}]}, 400, "integrations[0].type", None),
     ({"own": {"nam": "x"}}, 400, "prefixtune.nam", "unknown_field"),
     ({"own": {"name": "../x"}}, 400, "prefixtune.name", "invalid_name"),
-    ({"own": {"name": "a"}}, 400, "prefixtune.name", "name_taken"),
-    ({"own": {"name": "tiny"}}, 400, "prefixtune.name", "name_taken"),
     ({"own": {"init_text": "@/etc/passwd"}}, 400, "prefixtune.init_text", None),
     ({"own": {"prefix_length": 512}}, 400, "prefixtune.prefix_length", None),
     ({"own": {"start": "words", "prefix_length": 0}}, 400, "prefixtune.prefix_length", None),
-    ({"own": {"document": "file-" + "0" * 24}}, 404, "prefixtune.document", "file_not_found"),
-    ({"validation_file": "file-" + "0" * 24}, 404, "validation_file", "file_not_found"),
     # Only questions are made by the model.
     ({"validation_file": "self"}, 404, "validation_file", "file_not_found"),
     ({"own": {"document": "self"}}, 404, "prefixtune.document", "file_not_found"),
-    ({"model": "none"}, 404, None, "model_not_found"),
 ]
 
 
@@ -829,13 +770,6 @@ def test_jobs_are_counted(make_server: Callable[..., Any]) -> None:
         assert f"prefixtune_{line}" in text
 
 
-def test_a_server_without_training_says_so(make_server: Callable[..., Any]) -> None:
-    app, state = make_server(train_workers=0)
-    assert state.training is None
-    response = asyncio.run(send(app, "POST", "/v1/fine_tuning/jobs", {}))
-    assert (response.status, response.code) == (404, "training_off")
-
-
 def test_nothing_is_made_before_it_is_needed(make_server: Callable[..., Any], tmp_path: Path) -> None:
     app, state = make_server()
     asyncio.run(send(app, "GET", "/v1/models"))
@@ -844,13 +778,3 @@ def test_nothing_is_made_before_it_is_needed(make_server: Callable[..., Any], tm
     state.draining = True
     response = asyncio.run(send(app, "GET", "/v1/fine_tuning/jobs"))
     assert (response.status, response.code) == (503, "draining")
-
-
-def test_pages_of_other_sites_stop_no_job(make_server: Callable[..., Any]) -> None:
-    app, state = make_server()
-    job = create(app, upload(state))
-    path = f"/v1/fine_tuning/jobs/{job.id}/cancel"
-    foreign = asyncio.run(send(app, "POST", path, headers={"origin": "https://evil.example"}))
-    assert (foreign.status, foreign.code) == (403, "origin_not_allowed")
-    own = asyncio.run(send(app, "POST", path, headers={"origin": "http://127.0.0.1:8000"}))
-    assert own.status == 200
