@@ -11,7 +11,7 @@ from prefixtune import __version__
 from prefixtune.server import playground
 from prefixtune.server.api import classify, completions, file_preview, files, fine_tuning, health, models, tasks
 from prefixtune.server.middleware import Middleware
-from prefixtune.server.responses import handle_errors
+from prefixtune.server.responses import JsonAnswer, handle_errors
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
 
@@ -68,6 +68,7 @@ def with_routes(*, pages: bool = True, has_engine: bool = True) -> FastAPI:
         title="prefixtune",
         version=__version__,
         description=DESCRIPTION,
+        default_response_class=JsonAnswer,
         generate_unique_id_function=lambda route: route.name,
         **options,
     )

@@ -12,12 +12,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from prefixtune.errors import DataError, PrefixError, RequestError, causes
 
 __all__ = [
     "ApiError",
+    "JsonAnswer",
     "api_error",
     "bad_request",
     "forbidden",
@@ -186,6 +187,14 @@ def _shorten(text: str) -> str:
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+class JsonAnswer(JSONResponse):
+    """What endpoints return that make no response of their own."""
+
+    def render(self, content: Any) -> bytes:
+        """As `json_text`."""
+        return json_text(content).encode()
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
