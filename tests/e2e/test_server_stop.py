@@ -100,6 +100,7 @@ def test_killed_during_an_upload_then_stopped_within_a_limit(start: Callable[...
         server.stop(signal.SIGKILL)
     # As if it had been killed while it copied, too.
     (prefixes / ".half.safetensors.abc.tmp").mkdir()
+    (prefixes / ".half.safetensors.abc.tmp" / ".lock").touch()
     (prefixes / ".half.safetensors.abc.tmp" / "half.safetensors").write_bytes(file[:-1])
     # Nobody takes it for a prefix, and the next start removes it.
     assert [path.name for path in prefixes.glob("*.safetensors")] == ["one.safetensors"]

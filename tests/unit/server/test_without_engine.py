@@ -106,5 +106,6 @@ def test_its_start_removes_what_killed_uploads_left(state: ServerState):
     left = [folder / f".{name}.x.tmp" for folder, name in ((of_prefix, _UPLOAD_FOLDER), (of_file, UPLOAD_FOLDER))]
     for folder in left:
         folder.mkdir()
+        (folder / ".lock").touch()
     _load(state.config, Console(quiet=True)).close()
     assert [folder.exists() for folder in left] == [False, False]

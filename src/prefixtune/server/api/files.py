@@ -74,7 +74,8 @@ def _store(context: RequestContext, form: FormData) -> StoredFile:
 
     if unknown := form.keys() - {"file", "purpose"}:
         raise bad_request(f"{min(unknown)}: unknown field.", min(unknown), "unknown_field")
-    file, purpose = form.get("file"), form.get("purpose")
+    file = form.get("file")
+    purpose: Any = form.get("purpose")
     if not isinstance(file, UploadFile):
         raise bad_request("the field 'file' with the file and its name is missing.", "file")
     if purpose not in ("fine-tune", "document"):
