@@ -23,7 +23,7 @@ from typing import Any
 from cyclopts import App, CycloptsError, Group
 
 from prefixtune import __version__
-from prefixtune.cli.options import CommandOptions
+from prefixtune.cli.options import CommandOptions, ConfigOptions
 from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, first_line, is_out_of_memory
 from prefixtune.utils.console import Console
 
@@ -166,7 +166,11 @@ def run(words: Sequence[str]) -> int:
     if texts.get("as_json") and "quiet" in function.options.model_fields:
         # Programs also read stderr.
         texts["quiet"] = True
-    result: int = function.run(function.options.read(texts))
+    options = function.options.read(texts)
+    if isinstance(options, ConfigOptions) and options.print_config:
+        print(options.part(options.configuration()).to_toml().rstrip())
+        return 0
+    result: int = function.run(options)
     return result
 
 

@@ -23,8 +23,8 @@ __all__ = ["Console", "Progress", "format_figure", "format_seconds", "safe_text"
 
 Figure = float | int | str
 
-# Without a terminal: at most one line in SHORTEST seconds; a line for each tenth of the work or after LONGEST seconds.
-SHORTEST, LONGEST, TENTH = 5.0, 60.0, 0.1
+SECONDS = 15.0
+"""Without a terminal: between two lines."""
 
 
 class Progress(Protocol):
@@ -277,17 +277,13 @@ class _Lines:
     def update(self, step: int, **figures: Figure) -> None:
         self._step = step
         self._figures.update(figures)
-        waited = self._clock() - self._last_time
-        if waited >= SHORTEST and (self._last_step is None or waited >= LONGEST or self._tenth_done(self._last_step)):
+        if self._clock() - self._last_time >= SECONDS:
             self._line()
 
     def close(self) -> None:
         """Write the last step, unless the last line did."""
         if self._step not in (self._last_step, self._start):
             self._line()
-
-    def _tenth_done(self, since: int) -> bool:
-        return self._total is not None and self._step - since >= TENTH * self._total
 
     def _line(self) -> None:
         done, elapsed = self._step - self._start, self._clock() - self._begin

@@ -116,19 +116,12 @@ def test_a_short_run_gives_one_line(stream: io.StringIO) -> None:
     assert stream.getvalue() == "train: 100/100 (100 %), loss 0.1, tokens/s 1,234, 0:02 taken\n"
 
 
-def test_a_long_run_gives_a_line_each_tenth(stream: io.StringIO) -> None:
+def test_a_long_run_gives_a_line_now_and_then(stream: io.StringIO) -> None:
     clock = Clock()
     run(Console(stream=stream, clock=clock), clock, total=100, seconds=1, steps=100)
     lines = stream.getvalue().splitlines()
-    assert [int(line.split()[1].split("/")[0]) for line in lines] == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95, 100]
-    assert lines[0] == "train: 5/100 (5 %), loss 2, tokens/s 1,234, 1:35 left"
-
-
-def test_a_very_long_run_gives_a_line_a_minute(stream: io.StringIO) -> None:
-    clock = Clock()
-    run(Console(stream=stream, clock=clock), clock, total=100_000, seconds=1, steps=300)
-    steps = [line.split()[1].split("/")[0] for line in stream.getvalue().splitlines()]
-    assert steps == ["5", "65", "125", "185", "245", "300"]
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [15, 30, 45, 60, 75, 90, 100]
+    assert lines[0] == "train: 15/100 (15 %), loss 0.6667, tokens/s 1,234, 1:25 left"
 
 
 def test_a_resumed_run_counts_its_own_time(stream: io.StringIO) -> None:

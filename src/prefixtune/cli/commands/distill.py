@@ -60,9 +60,6 @@ def distill(options: DistillOptions) -> int:
         prefixtune distill --resume --output runs/memory
     """
     config = options.part(DistillConfig)
-    if options.print_config:
-        print(config.to_toml().rstrip())
-        return 0
     from prefixtune.distillation.distill import distill as run
 
     console = Console(quiet=options.quiet)

@@ -105,9 +105,6 @@ def length(options: LengthOptions) -> int:
     from prefixtune.training.progress import show_training
 
     config = options.part(TrainConfig)
-    if options.print_config:
-        print(config.to_toml().rstrip())
-        return 0
     console = Console(quiet=options.quiet or options.as_json)
     with ExitStack() as stack:
         show = stack.enter_context(show_training(console))

@@ -65,9 +65,6 @@ def serve(options: ServeOptions) -> int:
     if "new_key" in options.model_fields_set:
         return _new_key(options.new_key)
     config = options.part(ServeConfig)
-    if options.print_config:
-        print(config.to_toml().rstrip())
-        return 0
     if config.engine == "vllm":
         from prefixtune.cli.commands.serve_vllm import start_vllm
 

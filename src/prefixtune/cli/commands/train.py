@@ -77,9 +77,6 @@ def train(options: TrainOptions) -> int:
     if options.together:
         return _train_together(options, console)
     config = options.part(TrainConfig)
-    if options.print_config:
-        print(config.to_toml().rstrip())
-        return 0
     result = run_training(console, config, resume=options.resume, as_json=options.as_json)
     if not is_main_process():
         return 0

@@ -55,9 +55,6 @@ def worker(options: WorkerOptions) -> int:
         prefixtune worker --database-url postgresql://db/jobs --data-folder /mnt/jobs --prefixes /mnt/prefixes
     """
     config = options.part(WorkerConfig)
-    if options.print_config:
-        print(config.to_toml().rstrip())
-        return 0
     if not Path(config.prefixes).is_dir():
         raise ConfigError(
             f"there is no folder of prefixes {config.prefixes!r}.",
