@@ -28,7 +28,6 @@ TARGETS = {
     "ONNX Runtime": "[export.md](export.md#onnx-runtime)",
     "OpenVINO": "[export.md](export.md#openvino)",
     "PEFT": "[convert.md](convert.md#peft)",
-    "the authors' checkpoints, read": "[convert.md](convert.md#the-authors-checkpoints)",
 }
 """Programs that prefixes go to or come from, in the page's order, and their documentation."""
 

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from prefixtune.backbone.prefixes import load_prefix, make_header
-from prefixtune.errors import CheckpointError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.interop.llama_cpp.check import NotInEffectError, check
 from prefixtune.interop.llama_cpp.export import export_llama_cpp, placeholders_for, rows_of
-from prefixtune.interop.llama_cpp.state import KV_TYPES, encode_blob, encode_file, patch_file
+from prefixtune.interop.llama_cpp.state import KV_TYPES, encode_file
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Prefix
@@ -41,8 +40,6 @@ CHANGES: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
 
 GELU = 5e-3
 """llama.cpp looks GPT-2's GELU up in a table of half precision: its logits are so far off without a prefix, too."""
-
-Q8_0 = 8
 
 
 def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
@@ -181,9 +178,6 @@ class Runtime:
         name = str(path).encode()
         read = self.lib.llama_state_seq_load_file(self.context, name, sequence, tokens, MAX_POSITIONS, count)
         return list(tokens[0 : count[0]]) if read else None
-
-    def load_blob(self, blob: bytes) -> bool:
-        return self.lib.llama_state_seq_set_data(self.context, blob, len(blob), 0) == len(blob)
 
 
 @pytest.fixture(scope="module")
@@ -337,9 +331,6 @@ def test_half_precision_and_flash_attention(
         assert runtime.load(file) == tokens
         logits = runtime.decode(prompt, 7)
         torch.testing.assert_close(logits, wanted, rtol=0, atol=0.02)
-        runtime.clear()
-        assert runtime.load_blob(encode_blob(rows, version=version, transposed=not flash))
-        assert torch.equal(runtime.decode(prompt, 7), logits)
         # A file of the other layout of values is refused, not misread.
         file.write_bytes(encode_file(rows, tokens, version=version, transposed=flash))
         runtime.clear()
@@ -359,55 +350,6 @@ def test_keys_that_are_not_interleaved_are_seen(
     assert runtime.load(file) == [1] * 7
     wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]
     assert float((runtime.decode(prompt, 7) - wanted).abs().max()) > 0.1
-
-
-@pytest.mark.parametrize("kv_type", KV_TYPES)
-@pytest.mark.parametrize("flash", [True, False])
-@torch.no_grad()
-def test_a_patched_slot_is_what_we_write(
-    kv_type: str, flash: bool, make: Make, run: Make, random_prefix: Make, tmp_path: Path
-) -> None:
-    backbone, path = make("llama")
-    prefix = random_prefix(backbone, 5, seed=2)
-    rows, tokens = rows_of(prefix, backbone), placeholders_for(prefix, backbone)
-    runtime = run(path, kv_type=KV_TYPES[kv_type][0], flash=flash)
-    runtime.decode(tokens, 0)
-    saved = runtime.save(tmp_path / "saved.bin", tokens)
-    patched, found = patch_file(saved, rows, tokens)
-    assert (found["kv_type"], found["transposed"]) == (kv_type, not flash)
-    assert patched != saved
-    version = found["state_version"]
-    assert patched == encode_file(rows, tokens, version=version, kv_type=kv_type, transposed=not flash)
-
-
-@torch.no_grad()
-def test_a_slot_among_several_is_patched(
-    make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
-) -> None:
-    backbone, path = make("qwen2")
-    prefix, prompt, file = random_prefix(backbone, 5, seed=2), random_ids(6), tmp_path / "slot.bin"
-    tokens = placeholders_for(prefix, backbone)
-    runtime = run(path, sequences=3)
-    runtime.decode([4, 5, 6], 0, sequence=0)
-    runtime.decode(tokens, 0, sequence=1)
-    patched, _ = patch_file(runtime.save(file, tokens, sequence=1), rows_of(prefix, backbone), tokens)
-    file.write_bytes(patched)
-    assert runtime.load(file, sequence=2) == tokens
-    wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]
-    torch.testing.assert_close(runtime.decode(prompt, 5, sequence=2), wanted, rtol=0, atol=1e-4)
-
-
-@pytest.mark.deploys("llama.cpp", "a quantized KV cache", model="any", refused=True)
-@torch.no_grad()
-def test_a_quantized_cache_is_refused(make: Make, run: Make, random_prefix: Make, tmp_path: Path) -> None:
-    backbone, path = make("qwen3", head_dim=32)
-    prefix = random_prefix(backbone, 5)
-    tokens = placeholders_for(prefix, backbone)
-    runtime = run(path, kv_type=Q8_0, flash=True)
-    runtime.decode(tokens, 0)
-    with pytest.raises(CheckpointError, match="ggml type 8") as caught:
-        patch_file(runtime.save(tmp_path / "slot.bin", tokens), rows_of(prefix, backbone), tokens)
-    assert "--cache-type-k f16" in caught.value.hint
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -463,29 +405,6 @@ def test_the_server_writes_what_generate_writes(make: Make, serve: Make, random_
         assert reply["timings"]["cache_n"] >= 6
         assert reply["tokens_evaluated"] == 6 + len(backbone.encode(f" {text} <s>"))
         assert reply["content"].strip() == output
-
-
-@pytest.mark.deploys("llama.cpp", "texts of `llama-server`, by a slot of its own that was patched", model="llama")
-def test_a_slot_of_the_users_build_is_patched(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:
-    """The recipe of README.md, with several slots, whose files are laid out differently."""
-    backbone, path = make("llama")
-    prefix, slots, exported = random_prefix(backbone, 6, seed=4), tmp_path / "slots", tmp_path / "exported"
-    url = serve(path, slots, 2)
-    facts = export_llama_cpp(prefix, backbone, exported)
-    shutil.copy(exported / "prefix.bin", slots)
-    with pytest.raises(NotInEffectError, match="400"):
-        check(url, facts)
-    post(url, "/slots/0?action=erase", {})
-    post(url, "/completion", json.loads((exported / "placeholders.json").read_text()))
-    assert post(url, "/slots/0?action=save", {"filename": "placeholders.bin"})["n_saved"] == 6
-    # Restored as it was saved, the slot answers to the placeholders without any error.
-    with pytest.raises(NotInEffectError, match="changes nothing"):
-        check(url, {**facts, "file": "placeholders.bin"})
-    facts = export_llama_cpp(prefix, backbone, exported, slot_file=slots / "placeholders.bin")
-    assert facts["patched"]
-    shutil.copy(exported / "prefix.bin", slots)
-    assert check(url, facts)[0] == "n_restored 6, timings.cache_n 6"
-    assert ask(url, facts, TEXTS[0], 10)["content"].strip() == generate(backbone, TEXTS, prefix, max_new_tokens=10)[0]
 
 
 def test_a_lost_prefix_is_noticed(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:

@@ -35,22 +35,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:openvino")
 class Exported:
     """A backbone, a prefix, and the folder that both were exported to."""
 
-    def __init__(self, backbone: Any, prefix: Any, folder: Path, *, baked: bool) -> None:
+    def __init__(self, backbone: Any, prefix: Any, folder: Path) -> None:
         self.backbone, self.prefix, self.folder = backbone, prefix, folder
-        self.facts = target.export_onnx(prefix, backbone, folder, baked=baked)
+        self.facts = target.export_onnx(prefix, backbone, folder)
         assert json.loads((folder / "export.json").read_text()) == self.facts
-        self.past = None if baked else load_file(folder / "past.safetensors")
+        self.past = load_file(folder / "past.safetensors")
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
     def run(self, feed: dict[str, Any]) -> Any:
         return self.session.run(None, feed)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2", "llama-baked", "gpt2-baked"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2"])
 def exported(
     request: pytest.FixtureRequest, tiny_backbone: Make, random_prefix: Make, tmp_path_factory: pytest.TempPathFactory
 ) -> Exported:
-    name, _, baked = request.param.partition("-")
+    name = request.param
     backbone = tiny_backbone(name, **LAYERS[name])
     prefix = random_prefix(backbone, LENGTH, seed=1)
     folder = tmp_path_factory.mktemp(request.param)
@@ -58,7 +58,7 @@ def exported(
         if name == "qwen2":
             # As for large models: weights in a separate file.
             patch.setattr(target, "MAX_BYTES_IN_GRAPH", 0)
-        made = Exported(backbone, prefix, folder, baked=bool(baked))
+        made = Exported(backbone, prefix, folder)
     assert (folder / "model.onnx.data").exists() == (name == "qwen2")
     return made
 
@@ -79,7 +79,7 @@ def test_logits_are_the_backbones(exported: Exported, random_ids: Make) -> None:
     torch.testing.assert_close(logits[real], wanted[real], rtol=0, atol=1e-4)
     assert float((wanted[real] - bare[real]).abs().max()) > 0.1
     # The mask is that of the token to come.
-    assert state.mask.shape[1] == all_mask.shape[1] + 1 + (0 if exported.facts["baked"] else LENGTH)
+    assert state.mask.shape[1] == all_mask.shape[1] + 1 + LENGTH
 
 
 @pytest.mark.deploys("ONNX Runtime", "tokens, alone and padded; logits to 1e-4", by="exported")
@@ -98,7 +98,7 @@ def test_a_joined_prefix(tiny_backbone: Make, random_prefix: Make, random_ids: M
     backbone = tiny_backbone("llama", **LAYERS["llama"])
     parts = [random_prefix(backbone, length, seed=length).detach() for length in (4, 3)]
     stored = save_prefix(tmp_path / "joined.safetensors", concatenate(parts, backbone.rotation))
-    exported = Exported(backbone, load_prefix(stored, backbone), tmp_path / "onnx", baked=False)
+    exported = Exported(backbone, load_prefix(stored, backbone), tmp_path / "onnx")
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 4))]
     expected = generate_ids(backbone, prompts, [exported.prefix] * 2, config=GenerateConfig(max_new_tokens=NEW))
     assert expected != generate_ids(backbone, prompts, [parts[0]] * 2, config=GenerateConfig(max_new_tokens=NEW))
@@ -109,7 +109,7 @@ def test_a_window_that_holds_every_position_hides_nothing(
     tiny_backbone: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
 ) -> None:
     backbone = tiny_backbone("mistral", sliding_window=64, max_position_embeddings=64, num_hidden_layers=2)
-    exported = Exported(backbone, random_prefix(backbone, LENGTH), tmp_path, baked=False)
+    exported = Exported(backbone, random_prefix(backbone, LENGTH), tmp_path)
     prompts, most = [random_ids(n, seed) for seed, n in enumerate((9, 4))], 64 - LENGTH - 9
     expected = generate_ids(backbone, prompts, [exported.prefix] * 2, config=GenerateConfig(max_new_tokens=most))
     assert generate(exported.run, exported.facts, exported.past, prompts, max_new_tokens=most) == expected
@@ -117,8 +117,7 @@ def test_a_window_that_holds_every_position_hides_nothing(
 
 def test_without_its_past_the_graph_is_the_bare_backbone(exported: Exported, random_ids: Make) -> None:
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1))]
-    which = exported.prefix if exported.facts["baked"] else None
-    expected = generate_ids(exported.backbone, prompts, [which] * 2, config=GenerateConfig(max_new_tokens=NEW))
+    expected = generate_ids(exported.backbone, prompts, [None] * 2, config=GenerateConfig(max_new_tokens=NEW))
     assert generate(exported.run, exported.facts, None, prompts, max_new_tokens=NEW) == expected
 
 
@@ -194,7 +193,7 @@ def test_the_embedded_backbone(default_backbone: Any, tmp_path: Path) -> None:
     from prefixtune.training.starts.words import from_words
 
     prefix = from_words(default_backbone, "Describe the restaurant in one sentence for a guest:", 10)
-    made = Exported(default_backbone, prefix, tmp_path, baked=False)
+    made = Exported(default_backbone, prefix, tmp_path)
     prompts = [default_backbone.encode(text) for text in ("The Eagle is", "name : Aromi | food : Chinese", "Once")]
     expected = generate_ids(default_backbone, prompts, [prefix] * 3, config=GenerateConfig(max_new_tokens=16))
     assert expected != generate_ids(default_backbone, prompts, [None] * 3, config=GenerateConfig(max_new_tokens=16))

@@ -65,7 +65,7 @@ COMMANDS = {
     },
     "Share": {
         "inspect": "show a prefix file: header, sizes, norms per layer; or list a folder",
-        "convert": "take a prefix from PEFT or from the method's authors, or give one to PEFT",
+        "convert": "take a prefix from PEFT, or give one to PEFT",
         "push": "upload a prefix to the Hugging Face hub, with a model card made from its header and scores",
         "pull": "download a prefix from the Hugging Face hub, and check it",
         "export": "write a prefix for llama.cpp, or with its backbone as an ONNX graph",

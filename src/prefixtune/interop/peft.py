@@ -78,13 +78,6 @@ def import_peft(folder: str | Path, backbone: Backbone | None = None) -> Prefix:
         _check_backbone(prefix, header, backbone)
         header |= make_header(backbone)
     origin = {name: config[name] for name in ("peft_type", "num_frozen_tokens") if name in config}
-    frozen = origin.get("num_frozen_tokens", 0)
-    if type(frozen) is not int or not 0 <= frozen <= prefix.length():
-        raise CheckpointError(
-            f"{str(folder / ADAPTER_CONFIG)!r}: num_frozen_tokens is {short_repr(frozen)}, but must be a whole number "
-            f"from 0 to {prefix.length()}.",
-            hint="save the adapter again with PEFT.",
-        )
     return Prefix(prefix.layers, {**header, "peft": origin})
 
 
@@ -133,19 +126,18 @@ def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:
 
 def _read_shapes(config: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple[LayerShape, ...]:
     """The shapes of the layers by the configuration, which must agree with the tensor."""
-    sizes = {name: config.get(name) for name in _SIZES}
-    wrong = [f"{name} is {size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
-    if wrong:
+    sizes = {name: config.get(name) for name in (*_SIZES, "num_frozen_tokens") if name in config}
+    try:
+        positions, layers, heads, width = (int(config[name]) for name in _SIZES)
+        fits = min(positions, layers) > 0 and width % heads == 0 and flat.shape == (positions, layers * 2 * width)
+        fits &= flat.is_floating_point() and 0 <= int(config.get("num_frozen_tokens", 0)) <= positions
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        fits = False
+    if not fits:
         raise CheckpointError(
-            f"{str(folder / ADAPTER_CONFIG)!r}: {', '.join(wrong)}, but must be a whole number of at least 1.",
-            hint="save the adapter again with PEFT, which fills them in.",
-        )
-    positions, layers, heads, width = (int(config[name]) for name in _SIZES)
-    if width % heads or tuple(flat.shape) != (positions, layers * 2 * width) or not flat.is_floating_point():
-        raise CheckpointError(
-            f"{_TENSOR} in {str(folder)!r} has shape {tuple(flat.shape)} and type {flat.dtype}, but its configuration "
-            f"says {positions} positions of {layers} layers x 2 x {width} numbers, over {heads} heads.",
-            hint="its two files do not belong together; get the adapter again.",
+            f"{_TENSOR} in {str(folder)!r} has shape {tuple(flat.shape)} and type {flat.dtype}, which does not go with "
+            f"its {ADAPTER_CONFIG}: {short_repr(sizes)}.",
+            hint="save the adapter again with PEFT.",
         )
     return (LayerShape(heads, width // heads, width // heads),) * layers
 
@@ -266,25 +258,22 @@ def _only_shape(prefix: Prefix) -> LayerShape:
     """The one shape of all layers.
 
     Raises:
-        ConfigError: PEFT's format cannot hold the prefix; with all reasons.
+        ConfigError: PEFT's format cannot hold the prefix.
     """
-    kind = backbone_origin(prefix.header).kind
     shapes = set(prefix.geometry.get("decoder", ()))
     dtypes = {tensor.dtype for tensor in prefix.tensors()}
     faults = {
-        f"it is for a model of kind {kind!r}": kind != "decoder",
-        f"it has the sites {', '.join(prefix.sites)}, and only decoder self-attention can be stored": prefix.sites
-        != ("decoder",),
+        "it is not for a decoder-only model": backbone_origin(prefix.header).kind != "decoder"
+        or prefix.sites != ("decoder",),
         "it has a head for labels": prefix.head is not None,
         "it was trained together with a LoRA adapter, and needs it": bool(prefix.header.get("adapter")),
-        f"its layers differ ({describe(prefix.geometry)})": len(shapes) > 1 or len(dtypes) > 1,
-        "its keys and values differ in size": any(shape.key_dim != shape.value_dim for shape in shapes),
+        f"its layers differ ({describe(prefix.geometry)})": len(shapes) > 1
+        or len(dtypes) > 1
+        or any(shape.key_dim != shape.value_dim for shape in shapes),
     }
-    reasons = [fault for fault, applies in faults.items() if applies]
-    if reasons:
-        raise ConfigError(
-            f"PEFT's format cannot hold this prefix: {'; '.join(reasons)}.", hint="keep it as prefixtune's own file."
-        )
+    for fault, applies in faults.items():
+        if applies:
+            raise ConfigError(f"PEFT's format cannot hold this prefix: {fault}.", hint="keep prefixtune's own file.")
     return shapes.pop()
 
 

@@ -44,9 +44,9 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "exporting to llama.cpp" in shown.err
     facts = json.loads((folder / "export.json").read_text())
     assert (facts["kv_type"], facts["state_version"], facts["task"]) == ("f32", 3, "e2e")
-    assert export(trained, "--to", "llama.cpp", "--output", folder, "--patch", folder / "pubs.bin", "--json") == 0
+    assert export(trained, "--to", "llama.cpp", "--output", folder, "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["patched"], result["kv_type"], result["folder"]) == (True, "f32", str(folder))
+    assert (result["kv_type"], result["folder"]) == ("f16", str(folder))
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,7 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
             ["--to", "llamacpp"],
             "--to is 'llamacpp', but must be one of 'llama.cpp', 'onnx' (did you mean 'llama.cpp'?)",
         ),
-        (["--to", "llama.cpp", "--baked"], "--baked is for onnx, but the target is llama.cpp"),
-        (["--to", "onnx", "--patch", "a.bin"], "--patch is for llama.cpp, but the target is onnx"),
         (["--to", "onnx", "--kv-type", "f16"], "--kv-type is for llama.cpp"),
-        (
-            ["--to", "llama.cpp", "--patch", "a.bin", "--state-version", "3"],
-            "cannot go with --patch, since the slot file decides",
-        ),
-        (["--to", "llama.cpp", "--patch", "none.bin"], "cannot read the slot file 'none.bin'"),
         (["--to", "llama.cpp", "--state-version", "9"], "--state-version is 9, but must be one of 2, 3, 4"),
         (["--to", "onnx", "--dtype", "bfloat16"], "the backbone is in torch.bfloat16"),
     ],

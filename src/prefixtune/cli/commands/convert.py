@@ -11,7 +11,7 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.errors import CheckpointError
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -25,14 +25,11 @@ class ConvertOptions(OutputOptions):
     """The options of `prefixtune convert`."""
 
     input: str = positional(
-        description="a prefix: a file, the folder of its run, or hub:OWNER/NAME; the folder of a PEFT adapter; or a "
-        "checkpoint of the method's authors as safetensors; which of these is detected"
+        description="a prefix: a file, the folder of its run, or hub:OWNER/NAME; or the folder of a PEFT adapter"
     )
     output: str = positional(description="a .safetensors file (prefixtune) or a folder (peft)")
     to: Literal["peft", "prefixtune"] = Field(description="the format to write")
-    backbone: str | None = Field(
-        None, description="check that it fits this model; a checkpoint of the authors needs it"
-    )
+    backbone: str | None = Field(None, description="check that it fits this model")
     peft_type: Literal["PREFIX_TUNING", "CARTRIDGE", ""] = Field(
         "", description="kind of PEFT adapter to write (default: what it came from, or else PREFIX_TUNING)"
     )
@@ -58,12 +55,11 @@ class ConvertOptions(OutputOptions):
 
 @command
 def convert(options: ConvertOptions) -> int:
-    """Take a prefix from PEFT or from the method's authors, or give one to PEFT.
+    """Take a prefix from PEFT, or give one to PEFT.
 
     For example:
         prefixtune convert runs/e2e/prefix.safetensors adapter --to peft
         prefixtune convert adapter prefix.safetensors --to prefixtune --backbone smollm2-135m
-        prefixtune convert authors.safetensors prefix.safetensors --to prefixtune --backbone gpt2-medium
     """
     import torch
 
@@ -74,16 +70,10 @@ def convert(options: ConvertOptions) -> int:
 
     path, output = _find(options.input), Path(options.output)
     format_name = _detect_format(path)
-    if format_name == "authors" and options.backbone is None:
-        raise ConfigError(
-            f"{options.input!r} is a checkpoint of the authors, which does not say the numbers of heads and layers.",
-            hint="name its model: --backbone gpt2-medium, or the like.",
-        )
-    if format_name != "authors":
-        # Read now: a wrong file is reported before the model loads.
-        prefix = _read(path, format_name, None)
-        if options.to == "prefixtune":
-            check_complete(prefix, output.parent)
+    # Read now: a wrong file is reported before the model loads.
+    prefix = _read(path, format_name, None)
+    if options.to == "prefixtune":
+        check_complete(prefix, output.parent)
     if options.to == "peft":
         check_adapter_folder(output)
     check_writable(output if options.to == "prefixtune" else output / "adapter_config.json")
@@ -137,8 +127,7 @@ def _find(name: str) -> Path:
 
 
 def _detect_format(path: Path) -> str:
-    """The format of a file or folder: `peft`, `prefixtune` or `authors`."""
-    from prefixtune.interop.authors import is_authors
+    """The format of a file or folder: `peft` or `prefixtune`."""
     from prefixtune.interop.safetensors import read_tensors
 
     if path.is_dir():
@@ -151,9 +140,7 @@ def _detect_format(path: Path) -> str:
     tensors, metadata = read_tensors(path)
     if "prefixtune" in metadata:
         return "prefixtune"
-    if is_authors(tensors):
-        return "authors"
-    hint = "give a prefix of `prefixtune train`, a PEFT adapter's folder, or the authors' state dict."
+    hint = "give a prefix of `prefixtune train`, or a PEFT adapter's folder."
     if "prompt_embeddings" in tensors:
         hint = f"it is one of the two files of a PEFT adapter: give its folder, {str(path.parent)!r}."
     raise CheckpointError(f"{str(path)!r} is a safetensors file, but in no known format of prefixes.", hint=hint)
@@ -161,12 +148,9 @@ def _detect_format(path: Path) -> str:
 
 def _read(path: Path, format_name: str, backbone: Backbone | None) -> Prefix:
     from prefixtune.backbone.prefixes import load_prefix, make_header
-    from prefixtune.interop.authors import import_authors
     from prefixtune.interop.peft import import_peft
     from prefixtune.prefix.prefix import Prefix
 
-    if format_name == "authors" and backbone is not None:
-        return import_authors(path, backbone)
     if format_name == "peft":
         return import_peft(path, backbone)
     prefix = load_prefix(path, backbone)

@@ -14,7 +14,6 @@ from pydantic import Field, field_validator
 from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.errors import ConfigError
 from prefixtune.utils.config import DTypeName, option_group
 from prefixtune.utils.console import Console
 
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["export"]
 
-
-_ONLY = {"state_version": "llama.cpp", "kv_type": "llama.cpp", "patch": "llama.cpp", "baked": "onnx"}
-"""Option -> its target."""
 
 _of_llama_cpp, _of_backbone = option_group("llama.cpp"), option_group("backbone")
 
@@ -44,14 +40,6 @@ class ExportOptions(OutputOptions):
     kv_type: Literal["f16", "f32", "bf16", ""] = _of_llama_cpp(
         "", description="type of the server's cache (default: f16)"
     )
-    patch: str = _of_llama_cpp(
-        "",
-        description="a slot that your own build saved with the placeholders: the prefix is written into it, in any "
-        "layout",
-    )
-    baked: bool = option_group("onnx")(
-        False, description="put the prefix into the graph, for runtimes that cannot start from a given past"
-    )
     backbone: str | None = _of_backbone(None, description="default: the one in the prefix's header")
     dtype: DTypeName = _of_backbone("float32", description="of the loaded backbone; onnx: float32")
     device: str = _of_backbone("cpu", description="auto, cpu, cuda, cuda:0, mps")
@@ -69,21 +57,14 @@ class ExportOptions(OutputOptions):
         from prefixtune.interop.llama_cpp.state import STATE_VERSIONS
 
         if version is not None and version not in STATE_VERSIONS:
-            raise ValueError(
-                f"is {version}, but must be one of {', '.join(map(str, STATE_VERSIONS))}; or let your own build save a "
-                "slot, and pass it with --patch"
-            )
+            raise ValueError(f"is {version}, but must be one of {', '.join(map(str, STATE_VERSIONS))}")
         return version
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options that do not go together, and an output that is no folder."""
-        for name, target in _ONLY.items():
-            if getattr(self, name) != self.default(name) and self.to != target:
-                yield (name, "to"), f"{self.flag(name)} is for {target}, but the target is {self.to}; leave it out"
-        for name in ("state_version", "kv_type") if self.patch else ():
+        for name in ("state_version", "kv_type") if self.to != "llama.cpp" else ():
             if getattr(self, name) != self.default(name):
-                flag = self.flag(name)
-                yield (name, "patch"), f"{flag} cannot go with --patch, since the slot file decides; leave {flag} out"
+                yield (name, "to"), f"{self.flag(name)} is for llama.cpp, but the target is {self.to}; leave it out"
         if os.path.exists(self.output) and not os.path.isdir(self.output):
             yield ("output",), f"--output is {self.output!r}, which is a file; name a folder"
 
@@ -94,10 +75,9 @@ def export(options: ExportOptions) -> int:
 
     For example:
         prefixtune export runs/e2e/prefix.safetensors --to llama.cpp --output exported
-        prefixtune export runs/e2e/prefix.safetensors --to llama.cpp --output exported --patch slots/placeholders.bin
-        prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported --baked
+        prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported
     """
-    from prefixtune.interop.export import MANIFEST, README, check_folder
+    from prefixtune.interop.export import MANIFEST, check_folder
     from prefixtune.utils.files import check_writable
 
     if options.to == "onnx":
@@ -110,7 +90,7 @@ def export(options: ExportOptions) -> int:
     backbone, (prefix,) = load_with_prefixes(console, options, [options.prefix], partial(_check_inputs, options))
     console.info(f"exporting to {options.to} ...")
     if options.to == "onnx":
-        facts = export_onnx(prefix, backbone, folder, baked=options.baked)
+        facts = export_onnx(prefix, backbone, folder)
         note = f"its logits are within {facts['max_difference']:.2g} of the backbone's"
     else:
         from prefixtune.interop.llama_cpp.export import export_llama_cpp
@@ -122,23 +102,18 @@ def export(options: ExportOptions) -> int:
             folder,
             # It stands in the commands of the README and in requests.
             name=re.sub(r"[^A-Za-z0-9._+-]+", "-", short_name(options.prefix)),
-            slot_file=options.patch or None,
             **{name: value for name, value in layout.items() if value},
         )
         note = f"run {folder / 'check.py'} against the server, which also answers if the prefix is not loaded"
     if options.as_json:
         print_json({**facts, "folder": str(folder)})
     else:
-        print(f"{folder / facts['file']}; {note} ({folder / README})")
+        print(f"{folder / facts['file']}; {note}")
     return 0
 
 
 def _check_inputs(options: ExportOptions, prefixes: Sequence[Prefix]) -> None:
     from prefixtune.interop.export import check_prefix
 
-    if options.patch and not Path(options.patch).is_file():
-        raise ConfigError(
-            f"cannot read the slot file {options.patch!r}: there is no such file.", hint="check the path."
-        )
     for prefix in prefixes:
         check_prefix(prefix, "ONNX" if options.to == "onnx" else options.to)

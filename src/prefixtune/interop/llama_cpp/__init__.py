@@ -2,6 +2,6 @@
 effect.
 
     export   from a prefix to the files
-    state    the bytes of a state file, and a slot that is patched
+    state    the bytes of a state file
     check    the script that is exported with the files; it needs nothing but Python
 """

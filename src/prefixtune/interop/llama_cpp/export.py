@@ -14,7 +14,6 @@ import importlib.resources
 import json
 import random
 import string
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import BackboneError, CheckpointError
+from prefixtune.errors import BackboneError
 from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
-from prefixtune.interop.llama_cpp.state import Rows, encode_blob, encode_file, patch_file
+from prefixtune.interop.llama_cpp.state import Rows, encode_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_files
 
@@ -87,27 +86,22 @@ def export_llama_cpp(
     name: str = "prefix",
     state_version: int = 4,
     kv_type: str = "f16",
-    slot_file: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write what llama.cpp needs for a prefix, and how to use and check it.
 
     Args:
         prefix: Trained for a decoder-only model of one of `LAYOUTS`.
         backbone: That model.
-        folder: Gets `NAME.bin` (to be restored into a slot), `NAME.blob` (for `llama_state_seq_set_data`),
-            `placeholders.json`, `ask.json`, `check.py`, `export.json` and `README.md`.
+        folder: Gets `NAME.bin` (to be restored into a slot), `ask.json`, `check.py`, `export.json` and `README.md`.
         name: The files' name.
         state_version: The layout's version; see `state.STATE_VERSIONS`.
         kv_type: The type of the cache that it will be restored into; see `state.KV_TYPES`.
-        slot_file: A slot with the placeholders, saved by the user's own build: it decides version and type, and no blob
-            is written.
 
     Returns:
         What `export.json` says.
 
     Raises:
         BackboneError: llama.cpp cannot use a prefix of this backbone; the message says why.
-        CheckpointError: The slot file cannot be patched; the message says why.
         ConfigError: An unknown version or type, the prefix is empty, or has a head, or the folder holds a
             run.
     """
@@ -119,58 +113,25 @@ def export_llama_cpp(
             hint="use `prefixtune serve`, or export to ONNX.",
         )
     rows, placeholders, folder = rows_of(prefix, backbone), placeholders_for(prefix, backbone), Path(folder)
-    files: dict[str, bytes] = {}
-    if slot_file is not None:
-        files[f"{name}.bin"], layout = patch_file(_read(Path(slot_file)), rows, placeholders, str(slot_file))
-    else:
-        layout = {"state_version": state_version, "kv_type": kv_type, "transposed": False}
-        files[f"{name}.bin"] = encode_file(rows, placeholders, version=state_version, kv_type=kv_type)
-        files[f"{name}.blob"] = encode_blob(rows, version=state_version, kv_type=kv_type)
     facts = {
         "target": "llama.cpp",
         "file": f"{name}.bin",
         **describe_origin(prefix, backbone),
-        **layout,
-        "patched": slot_file is not None,
+        "state_version": state_version,
+        "kv_type": kv_type,
         "placeholders": placeholders,
     }
-    slot = {"cache_prompt": True, "id_slot": 0}
     prompt = facts["text_format"]["prompt"].replace("{source}", "...")
-    for file, request in {
-        "placeholders.json": {"prompt": placeholders, "n_predict": 0, **slot},
-        "ask.json": {"prompt": [*placeholders, prompt], "temperature": 0, **slot},
-    }.items():
-        files[file] = f"{json.dumps(request, ensure_ascii=False)}\n".encode()
-    files["check.py"] = (_RESOURCES / "check.py").read_bytes()
-    files[README] = _make_readme(facts, None if slot_file is not None else f"{name}.blob").encode()
+    ask = {"prompt": [*placeholders, prompt], "temperature": 0, "cache_prompt": True, "id_slot": 0}
+    readme = string.Template((_RESOURCES / "readme.md").read_text(encoding="utf-8"))
+    files = {
+        facts["file"]: encode_file(rows, placeholders, version=state_version, kv_type=kv_type),
+        "ask.json": f"{json.dumps(ask, ensure_ascii=False)}\n".encode(),
+        "check.py": (_RESOURCES / "check.py").read_bytes(),
+        README: readme.substitute(facts, backbone=facts["backbone"]["name"]).encode(),
+    }
     with atomic_files(folder) as temporary:
         for file, content in files.items():
             (temporary / file).write_bytes(content)
         write_manifest(temporary, facts)
     return facts
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read the slot file {str(path)!r}: {error.strerror or error}.", hint="check the path."
-        ) from error
-
-
-def _make_readme(facts: Mapping[str, Any], blob: str | None) -> str:
-    """How to use and check the files, with the commands."""
-    template = string.Template((_RESOURCES / "readme.md").read_text(encoding="utf-8"))
-    blob_usage = (
-        f"`{blob}` is the same for `llama_state_seq_set_data` of the C interface: load it into a sequence, and decode "
-        f"the text from position {facts['prefix_length']} on.\n"
-    )
-    return template.substitute(
-        facts,
-        backbone=facts["backbone"]["name"],
-        server_kv_type=str(facts["kv_type"]).split("/")[0],
-        flash_attention="off" if facts["transposed"] else "on",
-        layout="transposed" if facts["transposed"] else "in rows",
-        blob_usage=blob_usage if blob else "",
-    )

@@ -2,7 +2,7 @@
 
 Inputs: `input_ids` (B, T), `attention_mask` (B, S + T), `position_ids` (B, T), and per layer `past_key_values.N.key`
 and `.value` (B, H, S, D); outputs: `logits` (B, T, vocabulary), `present.N.key` and `.value`. B, T and S are free. The
-prefix is the first past, S = P; or it is baked: the graph puts it in front itself, and the first past is empty.
+prefix is the first past, S = P.
 
 Every export is run once in ONNX Runtime and compared with the backbone. `run.py`, exported with the graph, shows the
 loop and needs no torch.
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data.chat import end_ids
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError, first_line
-from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
+from prefixtune.interop.export import check_exportable, check_folder, describe_origin, write_manifest
 from prefixtune.interop.onnx.run import pad, past_names, start, step
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.extras import needs_extra
@@ -54,12 +53,9 @@ MAX_BYTES_IN_GRAPH = 1_500_000_000
 class _Step(nn.Module):
     """One call of the model, with the past as an argument and the present as a result."""
 
-    def __init__(self, model: nn.Module, past: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        for index, tensor in enumerate(past):
-            self.register_buffer(f"prefix_{index}", tensor)
-        self.num_baked = len(past)
 
     def forward(
         self,
@@ -68,13 +64,6 @@ class _Step(nn.Module):
         position_ids: Int[Tensor, "B T"],
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        rows, length = input_ids.shape[0], 0
-        if self.num_baked:
-            baked = [self.get_buffer(f"prefix_{number}") for number in range(self.num_baked)]
-            length = baked[0].shape[2]
-            past = [torch.cat([b.expand(rows, -1, -1, -1), p], dim=2) for b, p in zip(baked, past, strict=True)]
-            attention_mask = torch.cat([attention_mask.new_ones(rows, length), attention_mask], dim=1)
-            position_ids = position_ids + length
         cache = growing_cache(self.model)
         for number in range(len(past) // 2):
             cache.update(past[2 * number], past[2 * number + 1], number)
@@ -85,19 +74,17 @@ class _Step(nn.Module):
             use_cache=True,
             **{cache_argument(self.model): cache},
         )
-        present = [part[:, :, length:] for layer in cache.layers for part in (layer.keys, layer.values)]
+        present = [part for layer in cache.layers for part in (layer.keys, layer.values)]
         return (output.logits, *present)
 
 
-def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked: bool = False) -> dict[str, Any]:
+def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path) -> dict[str, Any]:
     """Write a backbone as a graph, a prefix to start from, and how to run both.
 
     Args:
         prefix: Trained for a decoder-only model.
         backbone: That model, in float32.
-        folder: Gets `model.onnx`, `past.safetensors` (unless it is baked), the tokenizer, `run.py`, `export.json` and
-            `README.md`.
-        baked: Put the prefix into the graph, for runtimes that cannot start from a past.
+        folder: Gets `model.onnx`, `past.safetensors`, the tokenizer, `run.py` and `export.json`.
 
     Returns:
         What `export.json` says, with the largest difference from the backbone's logits.
@@ -115,37 +102,32 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
             f"the backbone is in {backbone.model.dtype}, but a graph is written and compared in float32.",
             hint="load it with dtype float32 (--dtype float32), and convert the graph afterwards.",
         )
-    folder, facts = Path(folder), _list_facts(prefix, backbone, baked)
+    facts = _list_facts(prefix, backbone)
     past = {
         name: tensor.detach().float().cpu()[None].contiguous()
         for name, tensor in zip(past_names(facts), prefix.tensors(), strict=True)
     }
-    with atomic_files(folder) as temporary:
-        _trace(backbone, list(past.values()) if baked else [], facts, temporary / GRAPH)
+    with atomic_files(Path(folder)) as temporary:
+        _trace(backbone, facts, temporary / GRAPH)
         facts["max_difference"] = _compare(runtime, temporary / GRAPH, prefix, backbone, facts, past)
         facts["versions"] = {"torch": str(torch.__version__), "onnxruntime": runtime.__version__}
-        if not baked:
-            save_file(past, temporary / PAST)
+        save_file(past, temporary / PAST)
         with quiet_transformers():
             backbone.tokenizer.save_pretrained(temporary)
         script = importlib.resources.files("prefixtune.interop.onnx") / "run.py"
         (temporary / "run.py").write_bytes(script.read_bytes())
-        (temporary / README).write_text(_make_readme(facts), encoding="utf-8")
         write_manifest(temporary, facts)
-    if baked:
-        (folder / PAST).unlink(missing_ok=True)
     return facts
 
 
-def _list_facts(prefix: Prefix, backbone: Backbone, baked: bool) -> dict[str, Any]:
+def _list_facts(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
     """What `export.json` says and `run.py` reads."""
     shapes = backbone.geometry["decoder"]
     return {
         "target": "onnx",
         "file": GRAPH,
-        "prefix_file": None if baked else PAST,
+        "prefix_file": PAST,
         **describe_origin(prefix, backbone),
-        "baked": baked,
         "num_layers": len(shapes),
         "num_kv_heads": shapes[0].num_kv_heads,
         "head_dim": shapes[0].key_dim,
@@ -167,7 +149,7 @@ def require_onnx() -> Any:
     return onnxruntime
 
 
-def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], path: Path) -> None:
+def _trace(backbone: Backbone, facts: dict[str, Any], path: Path) -> None:
     """Trace one call of the model, and write its graph."""
     model, device = backbone.model, backbone.device
     # Sizes that differ from each other and from 1, so that none is traced as a constant.
@@ -185,7 +167,7 @@ def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], p
         "position_ids": by_token,
         "past": [{0: "batch", 2: "past"} for _ in past],
     }
-    module = _Step(model, [tensor.to(device) for tensor in baked]).eval()
+    module = _Step(model).eval()
     try:
         with quiet_transformers(), _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
@@ -234,8 +216,7 @@ def _compare(
     prompts: list[list[int]] = [torch.randint(size, (n,), generator=generator).tolist() for n in (6, 3)]
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     ids, mask = pad(prompts, backbone.pad_id)
-    first = None if facts["baked"] else {name: tensor.numpy() for name, tensor in past.items()}
-    state = start(facts, first, mask)
+    state = start(facts, {name: tensor.numpy() for name, tensor in past.items()}, mask)
     steps = [step(lambda feed: session.run(None, feed), state, ids)]
     following = torch.randint(size, (2, 1), generator=generator)
     steps.append(step(lambda feed: session.run(None, feed), state, following.numpy()))
@@ -256,31 +237,3 @@ def _compare(
 
 def _largest(logits: Float[Tensor, "N V"]) -> float:
     return float(logits.abs().max())
-
-
-def _make_readme(facts: dict[str, Any]) -> str:
-    """How to run the files."""
-    length = facts["prefix_length"]
-    if facts["baked"]:
-        past = f"""The prefix of {length} positions is in the graph: it comes in front of any past that is passed, and
-is left out of `present`. Begin with an empty past (S = 0), a mask of the text alone, and positions from 0 on."""
-    else:
-        past = f"""The prefix is the first past: `{PAST}` holds it by the names of the inputs, one row that you repeat.
-The mask begins with {length} ones for it, and the text has the positions {length}, {length + 1}, ...
-Without it the graph is the bare backbone."""
-    prompt = json.dumps(facts["text_format"]["prompt"], ensure_ascii=False)
-    return f"""# A prefix of {length} positions in ONNX
-
-`{GRAPH}` is `{facts["backbone"]["name"]}` ({facts["model_type"]}) in float32. In ONNX Runtime its logits were up to
-{facts["max_difference"]:.2g} from the backbone's. If you quantize it, evaluate again.
-
-{past}
-
-```bash
-pip install onnxruntime safetensors tokenizers
-python run.py "a source"
-```
-
-`run.py` pads texts on the left, keeps mask, positions and past, and chooses the likeliest token. The text around a
-source is {prompt}; no special token is added. The output ends at `{facts["end"]}`.
-"""

@@ -58,8 +58,7 @@ def start(facts: Mapping[str, Any], prefix: Mapping[str, Any] | None, mask: Any)
 
     Args:
         facts: The content of export.json.
-        prefix: The first past, one row; None: an empty past, for a baked graph (a graph that is not baked is then the
-            bare backbone).
+        prefix: The first past, one row; None: an empty past, with which the graph is the bare backbone.
         mask: (B, T), of the prompts.
     """
     rows = mask.shape[0]
@@ -96,7 +95,7 @@ def generate(
     Args:
         run: Runs the graph once.
         facts: The content of export.json.
-        prefix: The first past; None for a baked graph.
+        prefix: The first past; None: an empty one.
         prompts: Token ids, of any lengths.
         max_new_tokens: Most tokens to generate.
     """
@@ -135,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(options.folder)
     facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     session = onnxruntime.InferenceSession(str(folder / facts["file"]), providers=["CPUExecutionProvider"])
-    prefix = None if facts["baked"] else load_file(str(folder / facts["prefix_file"]))
+    prefix = load_file(str(folder / facts["prefix_file"]))
     if not (folder / "tokenizer.json").is_file():
         parser.error(
             "the model's tokenizer has no tokenizer.json: make token ids with transformers, and call `generate`"
