@@ -19,7 +19,6 @@ from lm_eval_tasks import make_tasks
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.interop.lm_eval.model import PrefixLM
-from prefixtune.utils.console import Console
 
 # Raised within lm-eval and what it imports.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning", "default::UserWarning")
@@ -83,7 +82,7 @@ def test_local_completions_gives_the_answers_of_the_class(
     }
     tasks = ("made_choices", "made_rolling", "made_texts")
     theirs = measure("local-completions", *tasks, model_args=arguments, batch_size=4)
-    ours = measure(PrefixLM(backbone, prefix, console=Console(quiet=True)), *tasks)
+    ours = measure(PrefixLM(backbone, prefix), *tasks)
     assert ours["made_texts"] == theirs["made_texts"]
     assert any(row[0] for row in ours["made_texts"].values())
     for document, row in ours["made_choices"].items():
@@ -101,7 +100,7 @@ def test_local_chat_completions_gives_the_texts_of_the_class(
     arguments = {"base_url": f"{server.url}/v1/chat/completions", "model": "facts", "max_retries": 1}
     options = {"apply_chat_template": True, "num_fewshot": 1, "system_instruction": "Be brief."}
     theirs = measure("local-chat-completions", "made_texts", model_args=arguments, **options)
-    ours = measure(PrefixLM(backbone, prefix, console=Console(quiet=True)), "made_texts", **options)
+    ours = measure(PrefixLM(backbone, prefix), "made_texts", **options)
     # The server's answers in a chat come without the white space around them.
     stripped = {document: [text.strip() for text in row] for document, row in ours["made_texts"].items()}
     assert stripped == theirs["made_texts"]

@@ -95,7 +95,6 @@ MISTAKES = [
     ("tasks --jsn", "--json"),
     ("env --jsn", "--json"),
     ("data nowhere.jsonl --backbone model", "nowhere.jsonl"),
-    ("lm-eval --backbone model --tasks hellaswag --prefix nowhere.safetensors", "nowhere.safetensors"),
     ("config schema sevre", "sevre"),
     ("--install-completion --shell bsh", "bsh"),
 ]

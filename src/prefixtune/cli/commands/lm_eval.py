@@ -1,25 +1,24 @@
-"""`prefixtune lm-eval`: measure a backbone with prefixes on lm-eval's tasks."""
+"""`prefixtune lm-eval`: measure a backbone with a prefix on lm-eval's tasks."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.decoding import BackboneOptions
-from prefixtune.cli.loading import load_with_prefixes, read_prefix
+from prefixtune.cli.loading import load_with_prefixes
 from prefixtune.cli.options import OutputOptions, command, json_option
-from prefixtune.errors import ConfigError, check_all
-from prefixtune.utils.config import CommaList, TextList
+from prefixtune.errors import ConfigError
+from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 
 if TYPE_CHECKING:
-    from prefixtune.interop.lm_eval.tasks import LoadedTasks
     from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["lm_eval"]
@@ -32,11 +31,10 @@ class LmEvalOptions(BackboneOptions, OutputOptions):
         description="lm-eval's tasks, groups or tags, with * and ? as wildcards, or a task's YAML file",
         json_schema_extra={"metavar": "NAMES"},
     )
-    prefix: TextList = Field(
-        (),
-        description="a file, the folder of its run, or hub:OWNER/NAME, for all tasks; TASK=FILE: for one task or "
-        "group; A+B joins several; without it: the bare model",
-        json_schema_extra={"metavar": "[TASK=]FILE"},
+    prefix: str = Field(
+        "",
+        description="a file, the folder of its run, or hub:OWNER/NAME; A+B joins several; without it: the bare model",
+        json_schema_extra={"metavar": "FILE"},
     )
     format: Literal["raw", "prefix"] = Field(
         "raw",
@@ -55,7 +53,7 @@ class LmEvalOptions(BackboneOptions, OutputOptions):
     )
     output: str | None = Field(
         None,
-        description="write lm-eval's files there; a stopped evaluation goes on",
+        description="write lm-eval's files there",
         json_schema_extra={"metavar": "FOLDER"},
     )
     log_samples: bool = Field(False, description="with --output: also write every document with its answers")
@@ -86,7 +84,7 @@ class LmEvalOptions(BackboneOptions, OutputOptions):
 
 @command
 def lm_eval(options: LmEvalOptions) -> int:
-    """Measure a backbone with prefixes on the tasks of lm-eval, EleutherAI's evaluation harness.
+    """Measure a backbone with a prefix on the tasks of lm-eval, EleutherAI's evaluation harness.
 
     Without a prefix the figures are those of lm-eval's own `hf` model. Data that a task names on the Hugging Face hub
     is downloaded.
@@ -94,108 +92,39 @@ def lm_eval(options: LmEvalOptions) -> int:
     For example:
         prefixtune lm-eval --prefix runs/mine --tasks hellaswag,arc_easy --limit 200
         prefixtune lm-eval --tasks lambada_openai --backbone smollm2-135m --output results
-        prefixtune lm-eval --prefix arc_easy=runs/arc --prefix piqa=runs/piqa --tasks arc_easy,piqa
         prefixtune lm-eval --prefix runs/mine --tasks my_task --include-path tasks --format prefix --json
     """
-    console = Console(quiet=options.quiet)
-    files = split_by_task(options.prefix)
-    found: list[Any] = []
-    # Everything that can be wrong is reported before the model loads.
-    check_all([lambda: found.append(_find_tasks(options)), *_checks(options, list(files.values()))])
-    manager, names = found[0]
-    console.info(f"loading {', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ...")
-    tasks = _load_tasks(options, manager, names, [task for task in files if task])
-    backbone, prefixes = load_with_prefixes(console, options, list(files.values()), _check_prefixes)
-    results = _evaluate(console, options, tasks, backbone, dict(zip(files, prefixes, strict=True)))
-    if options.output:
-        console.info(f"lm-eval's files: {options.output}")
-    if options.as_json:
-        print_json(results)
-    else:
-        _show(console, results, options)
-    return 0
+    with needs_extra("lm-eval", "`prefixtune lm-eval`"):
+        from lm_eval import simple_evaluate
+        from lm_eval.loggers import EvaluationTracker
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import handle_non_serializable, make_table
 
-
-def split_by_task(texts: Sequence[str]) -> dict[str, str]:
-    """Task -> file of the texts of --prefix; the file for all tasks has the name "".
-
-    >>> split_by_task(["runs/mine", "piqa=runs/piqa"])
-    {'': 'runs/mine', 'piqa': 'runs/piqa'}
-
-    Raises:
-        ConfigError: A task has two, or a name is empty.
-    """
-    files: dict[str, str] = {}
-    for text in texts:
-        task, equals, file = text.partition("=")
-        if not equals or os.path.lexists(text):
-            task, file = "", text
-        if not file or (equals and not task and file != text):
-            raise ConfigError(f"--prefix is {text!r}, but FILE or TASK=FILE is needed.", hint="name a prefix's file.")
-        if task in files:
-            whom = f"the task {task!r}" if task else "all tasks"
-            raise ConfigError(
-                f"--prefix names two for {whom}: {files[task]!r} and {file!r}.",
-                hint="write TASK=FILE for a task's own, or A+B to join two.",
-            )
-        files[task] = file
-    return files
-
-
-def _checks(options: LmEvalOptions, files: Sequence[str]) -> list[Any]:
-    from functools import partial
-
+        from prefixtune.interop.lm_eval.model import PrefixLM
     from prefixtune.utils.files import check_writable
 
-    writable = [partial(check_writable, Path(options.output) / "results.json")] if options.output else []
-    return [*(partial(read_prefix, file) for file in files), *writable]
-
-
-def _find_tasks(options: LmEvalOptions) -> tuple[Any, list[str]]:
-    with needs_extra("lm-eval", "`prefixtune lm-eval`"):
-        import lm_eval  # noqa: F401 - named first, of all that the extra brings
-
-        from prefixtune.interop.lm_eval.tasks import find_tasks
-    return find_tasks(options.tasks, options.include_path)
-
-
-def _load_tasks(options: LmEvalOptions, manager: Any, names: Sequence[str], with_prefix: Sequence[str]) -> LoadedTasks:
-    from prefixtune.interop.lm_eval.tasks import check_tasks, load_tasks, prefixes_by_task
-
-    tasks = load_tasks(manager, names)
-    prefixes_by_task(tasks, dict.fromkeys(with_prefix))
-    check_tasks(tasks, unsafe_code=options.confirm_run_unsafe_code)
-    return tasks
-
-
-def _check_prefixes(prefixes: Sequence[Prefix]) -> None:
-    from prefixtune.interop.lm_eval.loading import check_writes
-
-    for prefix in prefixes:
-        check_writes(prefix)
-
-
-def _evaluate(
-    console: Console, options: LmEvalOptions, tasks: LoadedTasks, backbone: Any, prefixes: dict[str, Prefix]
-) -> dict[str, Any]:
-    from prefixtune.interop.lm_eval.model import PrefixLM
-    from prefixtune.interop.lm_eval.responses import RESPONSES_FILE
-    from prefixtune.interop.lm_eval.run import evaluate_tasks
-    from prefixtune.interop.lm_eval.tasks import prefixes_by_task
-
-    for_all = prefixes.pop("", None)
+    if options.output:
+        check_writable(Path(options.output) / "results.json")
+    manager = TaskManager(include_path=options.include_path)
+    matched = {name: [name] if Path(name).is_file() else manager.match_tasks([name]) for name in options.tasks}
+    if unknown := [name for name, found in matched.items() if not found]:
+        raise ConfigError(
+            f"lm-eval has no task {', '.join(map(repr, unknown))}.",
+            hint="`lm-eval ls tasks` lists them; --include-path FOLDER adds own ones.",
+        )
+    console = Console(quiet=options.quiet)
+    files = [options.prefix] if options.prefix else []
+    backbone, prefixes = load_with_prefixes(console, options, files, _check_prefixes)
     model = PrefixLM(
         backbone,
-        for_all,
-        task_prefixes=prefixes_by_task(tasks, prefixes),
+        next(iter(prefixes), None),
         prompt_format=options.format,
         batch_size=options.batch_size,
         allow_other_backbone=options.allow_other_backbone,
-        responses=Path(options.output) / RESPONSES_FILE if options.output else None,
-        console=console,
     )
     if options.apply_chat_template and not model.chat_template(True):
         raise ConfigError(f"{backbone.name!r} has no chat template.", hint="leave --apply-chat-template out.")
+        from prefixtune.interop.lm_eval.model import PrefixLM
     return evaluate_tasks(
         model,
         tasks,
@@ -210,23 +139,11 @@ def _evaluate(
         torch_random_seed=options.seed,
         fewshot_random_seed=options.seed,
     )
+        from prefixtune.interop.lm_eval.model import PrefixLM
 
 
-def _model_name(backbone: str, prefixes: Sequence[str]) -> str:
-    """What lm-eval's folder is called: the backbone and the prefixes, without their folders."""
-    names = [Path(text.removeprefix("hub:")) for text in prefixes]
-    stems = [name.parent.name if name.name == "prefix.safetensors" else name.stem for name in names]
-    return "+".join([Path(backbone).name, *stems])
+def _check_prefixes(prefixes: Sequence[Prefix]) -> None:
+    from prefixtune.interop.lm_eval.model import check_writes
 
-
-def _show(console: Console, results: Mapping[str, Any], options: LmEvalOptions) -> None:
-    """Print the figures as a table."""
-    from prefixtune.interop.lm_eval.run import result_rows
-
-    rows = [
-        [row.task, row.filter, row.shots, row.metric, row.value, None if row.stderr is None else f"± {row.stderr:.4f}"]
-        for row in result_rows(results)
-    ]
-    of = ", ".join(options.prefix) or "the bare model"
-    limit = f", the first {options.limit:,} documents of each task" if options.limit else ""
-    console.table(f"{of}{limit}", ["task", "filter", "shots", "metric", "value", "stderr"], rows, result=True)
+    for prefix in prefixes:
+        check_writes(prefix)
