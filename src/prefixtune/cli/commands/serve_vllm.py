@@ -21,7 +21,6 @@ from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.interop.vllm.chat_template import TEMPLATE_VERSION, as_block, write_template
 from prefixtune.interop.vllm.launch import vllm_arguments
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
-from prefixtune.interop.vllm.version import TESTED, VERSION_PROBE, check_version
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
@@ -64,9 +63,7 @@ def start_vllm(config: ServeConfig, options: ServeOptions) -> int:
     unused = [name for name, value in config if name not in used and value != config.default(name)]
     if unused:
         console.warn(f"vLLM has limits and logs of its own; not used: {', '.join(unused)}.")
-    version = _check_vllm(python)
-    if not f"{version}.".startswith(f"{TESTED}."):
-        console.info(f"vLLM {version or 'of an unknown version'} was not tested with prefixes, but {TESTED} was.")
+    _check_vllm(python)
     console.info(f"starting vLLM: {shlex.join(command)}")
     # vLLM reports usage over the network unless this is set; the environment wins.
     environment = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16), **os.environ}
@@ -261,19 +258,17 @@ PLUGIN_PROBE = "import prefixtune.interop.vllm.middleware, prefixtune.interop.vl
 """Imports all that the plugin needs in vLLM's environment, but vLLM itself."""
 
 
-def _check_vllm(python: str) -> str:
-    """Refuse a Python that cannot start vLLM; returns vLLM's version, empty where it is unknown.
+def _check_vllm(python: str) -> None:
+    """Refuse a Python that cannot start vLLM.
 
     Raises:
-        ConfigError: vLLM or the plugin is missing there, vLLM is too old, or its Python does not answer.
+        ConfigError: vLLM or the plugin is missing there, or its Python does not answer.
     """
     try:
         for module, install in (("vllm", "pip install vllm"), ("prefixtune.interop.vllm.worker_cache", _PLUGIN)):
             search = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
             if _run(python, search).returncode:
                 raise ConfigError(f"{python!r} does not find {module.partition('.')[0]}.", hint=install)
-        version = _run(python, VERSION_PROBE).stdout.strip()
-        check_version(version)
         probe = _run(python, PLUGIN_PROBE)
         if probe.returncode:
             last = (probe.stderr.strip().splitlines() or [""])[-1]
@@ -285,7 +280,6 @@ def _check_vllm(python: str) -> str:
             f"{python!r} has not answered within {_PROBE_SECONDS:,.0f} seconds.",
             hint=f"see how long {shlex.join([python, '-c', 'import vllm'])} takes.",
         ) from error
-    return version
 
 
 def _run(python: str, code: str) -> subprocess.CompletedProcess[str]:

@@ -17,10 +17,8 @@ placeholders, and removes them from the response.
     folder         the prefixes in a folder
     joining        several prefixes as one
     reference      how a request names its prefix, signed
-    model          shapes and weights of the model that vLLM runs
-    rotary         its rotary frequencies
+    model          the shapes of the model that vLLM runs, and whether it can carry prefixes
     settings       the connector's options
-    version        the versions of vLLM that work
     launch         the command that starts vLLM
     chat_template  the chat template that has room for placeholders
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.logger import init_logger
 
-from prefixtune.errors import CheckpointError, PrefixError
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.interop.vllm.model import check_cache_updates, check_kv_cache, geometry_of, heads_of_rank
 from prefixtune.interop.vllm.reference import PrefixReference
 from prefixtune.interop.vllm.settings import Settings
-from prefixtune.interop.vllm.version import too_old
 from prefixtune.interop.vllm.worker_cache import KeyValues, WorkerCache
 
 __all__ = ["PrefixConnector"]
@@ -30,7 +29,7 @@ __all__ = ["PrefixConnector"]
 
 # vLLM imports this module before it loads the model.
 if not hasattr(KVConnectorBase_V1, "bind_kv_cache_manager"):
-    raise too_old(vllm.__version__)
+    raise ConfigError(f"vLLM {vllm.__version__} is too old for prefixes, which need 0.30 or newer.")
 
 logger = init_logger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")

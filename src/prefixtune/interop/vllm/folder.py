@@ -11,9 +11,7 @@ from typing import Any
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.interop.vllm.joining import check_headers
 from prefixtune.interop.vllm.reference import PrefixPart, PrefixReference
-from prefixtune.interop.vllm.rotary import Frequencies, differing_layer
 from prefixtune.interop.vllm.settings import Settings
-from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.geometry import Geometry
 from prefixtune.prefix.header import backbone_origin, incompatibilities, read_outline
@@ -53,23 +51,11 @@ class PrefixFolder:
         settings: The folder, and what is accepted.
         geometry: The model's.
         model_name: For messages.
-        weights: Samples of the model's weights, from `sample_checkpoint`; None: they are not compared.
-        hub_id: The model's on the hub, which is compared where weights are not; empty: it is not known.
-        frequencies: The model's, from `layer_frequencies`; empty: they are not compared.
+        hub_id: The model's on the hub; empty: it is a folder, whose name says nothing.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        geometry: Geometry,
-        model_name: str,
-        weights: str | None = None,
-        *,
-        hub_id: str = "",
-        frequencies: Sequence[Frequencies | None] = (),
-    ) -> None:
-        self.settings, self.geometry, self.model_name = settings, geometry, model_name
-        self.weights, self.hub_id, self.frequencies = weights, hub_id, frequencies
+    def __init__(self, settings: Settings, geometry: Geometry, model_name: str, *, hub_id: str = "") -> None:
+        self.settings, self.geometry, self.model_name, self.hub_id = settings, geometry, model_name, hub_id
         # A file's signature, and its prefix or why it is not served.
         self._read_files: dict[str, tuple[Signature, ServedPrefix | str]] = {}
         self._lock = threading.Lock()
@@ -154,8 +140,13 @@ class PrefixFolder:
         except PrefixError as error:
             return error.message
         reasons = incompatibilities(outline, self.geometry, self.model_name)
-        if not reasons and not self.settings.allow_other_backbone:
-            reasons += self._differences(outline.header)
+        name_of_model = backbone_origin(outline.header).name
+        is_other = is_repository(name_of_model) and name_of_model.lower() != self.hub_id.lower()
+        if self.hub_id and is_other and not self.settings.allow_other_backbone:
+            reasons.append(
+                f"it was trained for {name_of_model!r}, not for {self.hub_id!r} (allow_other_backbone accepts it, see "
+                "docs/serving.md)"
+            )
         num_bytes = outline.num_elements * 4
         if num_bytes > self.settings.cache_bytes:
             reasons.append(f"it takes {num_bytes:,} bytes, but all together may take {self.settings.cache_bytes:,}")
@@ -166,26 +157,3 @@ class PrefixFolder:
         reference = PrefixReference((PrefixPart(name, signature[:2], length),))
         text_format = read_text_format(outline.header)
         return ServedPrefix(reference, description, signature[0] // 10**9, num_bytes, text_format, outline.header)
-
-    def _differences(self, header: Mapping[str, Any]) -> list[str]:
-        """How the model that a prefix of these shapes was trained for differs from this one, where that is known."""
-        differences = []
-        origin = backbone_origin(header)
-        name, fingerprint = origin.name, origin.fingerprint
-        if self.weights is not None and fingerprint:
-            # The hash in front is of a configuration as transformers reads it for training. Of what is in it, shapes
-            # were compared already, and rotary settings are below.
-            if not fingerprints_match(fingerprint, f"{fingerprint.partition(':')[0]}:{self.weights}"):
-                differences.append(f"it was trained for other weights than those of {self.model_name!r}")
-        elif self.hub_id and is_repository(name) and name.lower() != self.hub_id.lower():
-            differences.append(
-                f"it was trained for {name!r}, not for {self.hub_id!r} (allow_other_backbone accepts it, see "
-                "docs/serving.md)"
-            )
-        layer = differing_layer(header.get("rotation"), self.frequencies)
-        if layer is not None:
-            differences.append(
-                f"its keys were turned by other rotary frequencies than those that {self.model_name!r} runs with "
-                f"(rope_parameters of layer {layer})"
-            )
-        return differences

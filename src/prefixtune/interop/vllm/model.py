@@ -1,28 +1,19 @@
-"""The model that vLLM runs: its shapes, its files, its weights on disk, and whether it can carry prefixes."""
+"""The model that vLLM runs: its shapes, and whether it can carry prefixes."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.fingerprint import sample_weights
 from prefixtune.prefix.geometry import Geometry, LayerShape
 from prefixtune.prefix.rotation import longrope_limit
 
 __all__ = [
     "check_cache_updates",
     "check_kv_cache",
-    "find_checkpoint",
     "geometry_of",
     "heads_of_rank",
-    "sample_checkpoint",
 ]
 
 _DRAFTS_WITHOUT_MODEL = (None, "ngram", "ngram_gpu", "suffix")
@@ -130,68 +121,3 @@ def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> slice:
         )
     first = tp_rank * num_kv_heads // tp_size
     return slice(first, first + max(num_kv_heads // tp_size, 1))
-
-
-def find_checkpoint(model: str, revision: str | None = None, cache: str | None = None) -> Path | None:
-    """The folder of a model's files: its own, or in the hub's cache, where vLLM has put them; None: there is none.
-
-    Args:
-        model: Folder or hub id.
-        revision: Of a hub id; None: the main branch.
-        cache: Folder of the cache; None: the usual one.
-    """
-    from huggingface_hub import snapshot_download
-
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True))
-    except (OSError, ValueError):
-        return None
-
-
-def sample_checkpoint(folder: Path) -> str | None:
-    """Samples of a checkpoint's weights, as fingerprints have them.
-
-    A fingerprint samples the parameters of a loaded model, and a file may name and split its tensors differently. So
-    weights are sampled only where transformers 5 wrote them as it loads them: not quantized, and without experts.
-
-    Returns:
-        The samples; None where the weights on disk cannot be compared with a fingerprint.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not str(config.get("transformers_version", "")).startswith("5."):
-            return None
-        if "quantization_config" in config or any("experts" in key for key in config):
-            return None
-        shard_of: dict[str, Path] = {}
-        sizes: list[tuple[str, int]] = []
-        for shard in _list_shards(folder):
-            with safe_open(shard, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    shape = handle.get_slice(name).get_shape()
-                    if not shape or (config.get("tie_word_embeddings") and name == "lm_head.weight"):
-                        continue
-                    shard_of[name] = shard
-                    sizes.append((name, math.prod(shape)))
-        return sample_weights(sizes, lambda name, index: _read_weight(shard_of[name], name, index)) if sizes else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        return None
-
-
-def _list_shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [folder / name for name in sorted(names)]
-
-
-def _read_weight(shard: Path, name: str, index: int) -> Tensor:
-    """One weight, by its index in the flattened tensor."""
-    with safe_open(shard, framework="pt") as handle:
-        tensor = handle.get_slice(name)
-        row_size = math.prod(tensor.get_shape()[1:])
-        row: Tensor = tensor[index // row_size : index // row_size + 1]
-        return row.reshape(-1)[index % row_size]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,10 @@ from typing import Any
 
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE
 from prefixtune.interop.vllm.folder import PrefixFolder
-from prefixtune.interop.vllm.model import find_checkpoint, geometry_of, sample_checkpoint
-from prefixtune.interop.vllm.rotary import layer_frequencies
+from prefixtune.interop.vllm.model import geometry_of
 from prefixtune.interop.vllm.settings import Settings
 
 __all__ = ["ServerState"]
-
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,8 @@ class ServerState:
         """
         model_config = app_state.vllm_config.model_config
         settings = Settings.from_vllm(app_state.vllm_config)
+        model = str(model_config.model)
+        is_folder = Path(model).is_dir()
         names = tuple(app_state.args.served_model_name or [app_state.args.model])
         # vLLM's own threads use theirs, and a call that truncates makes others that run beside it truncate, too.
         tokenizer = copy.deepcopy(app_state.engine_client.get_tokenizer())
@@ -64,7 +62,7 @@ class ServerState:
         template = str(getattr(app_state.online_renderer, "chat_template", None) or "")
         return cls(
             settings,
-            _find_prefixes(settings, app_state.vllm_config, names[0]),
+            PrefixFolder(settings, geometry_of(model_config), names[0], hub_id="" if is_folder else model),
             names[0],
             frozenset(names),
             tokenizer,
@@ -89,26 +87,6 @@ class ServerState:
         """A text's token ids."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
-
-
-def _find_prefixes(settings: Settings, vllm_config: Any, name: str) -> PrefixFolder:
-    """The folder of prefixes, with all that is known of the model to compare them with.
-
-    Raises:
-        ConfigError: This model cannot carry prefixes.
-    """
-    config = vllm_config.model_config
-    model, geometry = str(config.model), geometry_of(config)
-    cache = getattr(getattr(vllm_config, "load_config", None), "download_dir", None)
-    checkpoint = find_checkpoint(model, getattr(config, "revision", None), cache)
-    weights = None if checkpoint is None else sample_checkpoint(checkpoint)
-    hub_id = "" if Path(model).is_dir() else model
-    if weights is None and not settings.allow_other_backbone:
-        others = "shapes, rotary settings and the model's name" if hub_id else "shapes and rotary settings"
-        _LOGGER.warning("prefixes are compared with %r by their %s only, not by its weights.", model, others)
-    shapes = geometry["decoder"]
-    frequencies = layer_frequencies(config.hf_text_config, shapes[0].key_dim, len(shapes))
-    return PrefixFolder(settings, geometry, name, weights, hub_id=hub_id, frequencies=frequencies)
 
 
 def _choose_placeholder(tokenizer: Any) -> int:

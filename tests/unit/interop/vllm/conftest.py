@@ -12,7 +12,6 @@ from fake_vllm import FakeVLLM, model_config, save, vllm_config
 from prefixtune.backbone.load import load_backbone
 from prefixtune.interop.vllm.chat_template import write_template
 from prefixtune.interop.vllm.folder import PrefixFolder
-from prefixtune.interop.vllm.model import sample_checkpoint
 from prefixtune.interop.vllm.settings import Settings
 
 Make = Callable[..., Any]
@@ -34,8 +33,7 @@ def folder(model_folder: Path, random_prefix: Make, tmp_path: Path) -> PrefixFol
     """A folder with one prefix, `pubs`, of 5 positions."""
     backbone = load_backbone(model_folder, dtype="float32", device="cpu")
     save(backbone, random_prefix(backbone, 5), tmp_path / "pubs.safetensors")
-    weights = sample_checkpoint(model_folder)
-    return PrefixFolder(Settings.from_vllm(vllm_config(tmp_path)), backbone.geometry, "tiny", weights)
+    return PrefixFolder(Settings.from_vllm(vllm_config(tmp_path)), backbone.geometry, "tiny")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from prefixtune.errors import ConfigError
 
 
 def test_an_old_vllm_is_refused_before_it_loads_the_model(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ConfigError, match=r"vLLM 0\.28\.0 is too old for prefixes, which need 0\.30 or newer"):
+    with pytest.raises(ConfigError, match=r"0\.28\.0"):
         import_connector(monkeypatch, base=object, version="0.28.0")
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fake_vllm import model_config
-from prefixtune.backbone.load import load_backbone
 from prefixtune.errors import ConfigError
 from prefixtune.interop.vllm.model import (
     check_cache_updates,
     check_kv_cache,
-    find_checkpoint,
     geometry_of,
     heads_of_rank,
-    sample_checkpoint,
 )
 from prefixtune.prefix.geometry import LayerShape
 
@@ -61,21 +56,6 @@ def test_models_that_cannot_carry_a_prefix_are_refused(change: dict[str, bool], 
     assert geometry_of(model_config()) == {"decoder": (LayerShape(2, 8, 8),) * 3}
     with pytest.raises(ConfigError, match=reason):
         geometry_of(model_config(**change))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_on_disk_are_sampled_as_in_memory(tied: bool, tiny_models: Make, tiny_tokenizer: Any, tmp_path: Path):
-    tiny_models("llama", tie_word_embeddings=tied).save_pretrained(tmp_path, max_shard_size="20KB")
-    tiny_tokenizer.save_pretrained(tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    fingerprint = load_backbone(tmp_path, dtype="float32", device="cpu").fingerprint
-    assert sample_checkpoint(tmp_path) == fingerprint.partition(":")[2]
-    assert sample_checkpoint(tmp_path / "none") is None
-    # Of files that were not written as they are loaded nothing can be said.
-    config = json.loads((tmp_path / "config.json").read_text())
-    for change in ({"transformers_version": "4.50.0"}, {"quantization_config": {}}, {"num_local_experts": 2}):
-        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-        assert sample_checkpoint(tmp_path) is None
 
 
 def cache_of(*groups: Any, dtype: str = "auto", drafts: str | None = None) -> tuple[Any, Any]:
@@ -141,14 +121,3 @@ def test_a_backend_must_be_able_to_fill_the_cache():
     with pytest.raises(ConfigError, match=r"of 'layers\.1': SimpleNamespace has no do_kv_cache_update") as caught:
         check_cache_updates({"layers.0": able, "layers.1": SimpleNamespace(impl=SimpleNamespace())})
     assert "--attention-backend" in caught.value.hint
-
-
-def test_the_files_of_a_model(tmp_path: Path):
-    assert find_checkpoint(str(tmp_path)) == tmp_path
-    commit = tmp_path / "models--me--model" / "snapshots" / "abc"
-    commit.mkdir(parents=True)
-    (commit.parents[1] / "refs").mkdir()
-    (commit.parents[1] / "refs" / "main").write_text("abc")
-    assert find_checkpoint("me/model", cache=str(tmp_path)) == commit
-    assert find_checkpoint("me/model", "another", str(tmp_path)) is None
-    assert find_checkpoint("me//model", cache=str(tmp_path)) is None
