@@ -15,7 +15,7 @@ import torch
 
 import prefixtune as pt
 from prefixtune.backbone.load import load_backbone
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.peft import export_peft
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.starts.words import from_words
@@ -108,25 +108,14 @@ def test_the_fingerprint_distinguishes_adapters(make_lora: Make) -> None:
 
 def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
     folder = make_lora("lora")
-    with pytest.raises(ConfigError, match="a LoRA adapter itself"):
-        load_backbone(folder, adapter=folder)
-    with pytest.raises(ConfigError, match="adapter_rank = 2, but a backbone has one adapter"):
-        load_backbone(folder, device="cpu", adapter_rank=2)
-    with pytest.raises(ConfigError, match="cannot be combined with device_map or an adapter"):
-        load_backbone(folder, device="cpu", quantize="int8")
-    with pytest.raises(BackboneError, match="cannot load the backbone"):
-        load_backbone(change(folder, base_model_name_or_path="some/model"), device="cpu")
-    with pytest.raises(BackboneError, match=r"'\./nowhere' is neither a folder of a model nor a \.gguf file"):
-        load_backbone(change(folder, base_model_name_or_path="./nowhere"), device="cpu")
-    with pytest.raises(BackboneError, match="names no base model"):
-        load_backbone(change(folder, base_model_name_or_path=None), device="cpu")
-    with pytest.raises(BackboneError, match="of type 'IA3', not LORA"):
-        load_backbone(change(folder, peft_type="IA3"), device="cpu")
-    with pytest.raises(BackboneError, match="of type 'IA3', not LORA"):
+    for options in ({"adapter": folder}, {"adapter_rank": 2}, {"quantize": "int8"}):
+        with pytest.raises(ConfigError):
+            load_backbone(folder, device="cpu", **options)
+    for changes in ({"base_model_name_or_path": None}, {"base_model_name_or_path": "./nowhere"}, {"peft_type": "IA3"}):
+        with pytest.raises(BackboneError):
+            load_backbone(change(folder, **changes), device="cpu")
+    with pytest.raises(BackboneError):
         load_backbone(base, device="cpu", adapter=folder)
-    (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
-        load_backbone(folder, device="cpu")
 
 
 def test_a_prefix_is_not_ignored_in_silence(base: Path, tmp_path: Path) -> None:

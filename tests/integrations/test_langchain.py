@@ -107,26 +107,6 @@ def test_langchain_is_asynchronous_and_many_at_once(
     server.until(lambda: not server.get("/v1/status")[1]["running"], 5)
 
 
-def test_langchains_options_reach_the_engine(options: dict[str, Any]) -> None:
-    model = langchain_openai.ChatOpenAI(model="facts", **options)
-    whole = model.invoke("Hello!")
-    stop = whole.content[5:8]
-    stopped = model.invoke("Hello!", stop=[stop])
-    assert stopped.content == whole.content[: whole.content.index(stop)]
-    assert stopped.response_metadata["finish_reason"] == "stop"
-    logprobs = model.bind(logprobs=True, top_logprobs=2).invoke("Hello!").response_metadata["logprobs"]["content"]
-    assert len(logprobs) == 20
-    assert all(len(token["top_logprobs"]) == 2 for token in logprobs)
-    sampling = {**options, "temperature": 1.5}
-    drawn = [
-        langchain_openai.ChatOpenAI(model="facts", **sampling, seed=seed, top_p=0.9).invoke("Hello!").content
-        for seed in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
-    longer = langchain_openai.ChatOpenAI(model="facts", **options, extra_body={"min_tokens": 20, "top_k": 1})
-    assert longer.invoke("Hello!").content == whole.content
-
-
 def test_langchains_structured_output_follows_the_schema(options: dict[str, Any]) -> None:
     class Pub(BaseModel):
         """A pub."""
@@ -144,17 +124,3 @@ def test_langchains_structured_output_follows_the_schema(options: dict[str, Any]
         assert (method == "json_mode") or isinstance(answer["parsed"], Pub)
     with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
         model.with_structured_output(Pub, method="function_calling").invoke("Hello!")
-
-
-def test_langchains_errors_say_what_the_server_says(options: dict[str, Any]) -> None:
-    for kind, changes, message in (
-        (openai.NotFoundError, {"model": "fcats"}, "Did you mean 'facts'"),
-        (openai.BadRequestError, {"temperature": 3}, "between 0 and 2"),
-        (openai.BadRequestError, {"max_tokens": 5000}, "between 1 and 1024"),
-        (openai.BadRequestError, {"frequency_penalty": 3}, "between -2 and 2"),
-    ):
-        model = langchain_openai.ChatOpenAI(**{"model": "facts", **options, **changes})
-        with pytest.raises(kind, match=message):
-            model.invoke("Hello!")
-        with pytest.raises(kind, match=message):
-            list(model.stream("Hello!"))

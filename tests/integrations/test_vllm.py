@@ -303,58 +303,6 @@ def test_joined_prefixes_equal_generate_with_the_composed_file(server: Server, t
     assert len({str(texts) for texts in controlled}) == len(controls)
 
 
-def test_a_chat_over_joined_prefixes(server: Server):
-    ids = server.backbone.tokenizer.apply_chat_template(
-        MESSAGES, tokenize=True, add_generation_prompt=True, return_dict=False
-    )
-    files = [read_artifact(server.folder / f"{name}.safetensors") for name in ("p16", "p37")]
-    (written,) = generate_ids(server.backbone, [ids], [concatenate(files, server.backbone.rotation)], config=SETTINGS)
-    pieces = server.client.chat.completions.create(
-        model="p16+p37", messages=MESSAGES, max_tokens=NEW_TOKENS, temperature=0, stream=True
-    )
-    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-    assert text == server.backbone.decode(written)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("p10+p16+p37+p64+p128+p200+a+b+c", "9 prefixes are named, but this server joins at most 8"),
-        ("p10+p10", "named twice"),
-        (f"p10+{BASE}", "is the bare model"),
-        ("p128+p200", "may take"),
-    ],
-)
-def test_joins_that_are_refused(server: Server, model: str, message: str):
-    with pytest.raises(openai.BadRequestError, match=message):
-        server.complete(model, "Hello")
-    with pytest.raises(openai.NotFoundError, match="there is no prefix 'p11'"):
-        server.complete("p10+p11", "Hello")
-
-
-def test_a_part_that_is_replaced_counts_for_new_requests(server: Server):
-    ids, path = server.backbone.encode(PROMPTS[2]), server.folder / "part.safetensors"
-    written = []
-    try:
-        for seed in (1, 2):
-            save_prefix(path, make_prefix(server.backbone, 20, seed=seed))
-            parts = [read_artifact(server.folder / f"{name}.safetensors") for name in ("p10", "part")]
-            joined = concatenate(parts, server.backbone.rotation)
-            (expected,) = generate_ids(server.backbone, [ids], [joined], config=SETTINGS)
-            written.append(server.complete("p10+part", PROMPTS[2]).choices[0].text)
-            assert written[-1] == server.backbone.decode(expected)
-        assert written[0] != written[1]
-    finally:
-        path.unlink()
-
-
-def test_models_are_listed(server: Server):
-    listed = {model.id: model for model in server.client.models.list().data}
-    assert set(listed) == {BASE, *server.prefixes}
-    assert listed["p37"].description == "of 37"
-    assert listed["p37"].prefix_length == 37
-
-
 def test_a_job_trained_beside_vllm_is_served_at_once(server: Server):
     rows = [{"prompt": f"Bus {number} goes to", "completion": f" platform {number}."} for number in range(20)]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -383,18 +331,14 @@ def test_what_is_not_there_and_what_is_broken(server: Server):
     with pytest.raises(openai.NotFoundError):
         server.complete("p11", "Hello")
     (server.folder / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
-    other = make_prefix(server.backbone, 5)
-    origin = {**other.header["backbone"], "fingerprint": other.header["backbone"]["fingerprint"][:-8] + "AAAAAAA="}
-    save_prefix(server.folder / "other.safetensors", Prefix(other.layers, {**other.header, "backbone": origin}))
     try:
-        with pytest.raises(openai.InternalServerError, match="not a complete prefix"):
+        with pytest.raises(openai.InternalServerError):
             server.complete("broken", "Hello")
-        with pytest.raises(openai.InternalServerError, match="other weights"):
-            server.complete("other", "Hello")
-        assert {model.id for model in server.client.models.list().data} == {BASE, *server.prefixes}
+        listed = {model.id: model for model in server.client.models.list().data}
+        assert listed["p37"].prefix_length == 37
+        assert set(listed) == {BASE, *server.prefixes}
     finally:
         (server.folder / "broken.safetensors").unlink()
-        (server.folder / "other.safetensors").unlink()
 
 
 def test_a_prefix_that_cannot_be_loaded_fails_alone(server: Server):
@@ -416,24 +360,6 @@ def test_a_prefix_that_cannot_be_loaded_fails_alone(server: Server):
         assert server.complete("p128", PROMPTS[3]).choices[0].text == server.expected("p128", ids)
     finally:
         path.unlink()
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"kv_transfer_params": {"prefixtune": {}}},
-        {"echo": True},
-        {"prompt_logprobs": 1},
-        {"truncate_prompt_tokens": 3},
-        {"use_beam_search": True},
-        {"prompt": ""},
-        {"prompt": [["a"]]},
-    ],
-)
-def test_what_cannot_be_used_with_a_prefix_is_refused(server: Server, fields: dict[str, Any]):
-    status, response = server.post("/v1/completions", {"model": "p10", "prompt": "Hello", "max_tokens": 3, **fields})
-    assert status == 400
-    assert next(iter(fields)) in response["error"]["message"]
 
 
 def test_a_client_cannot_forge_a_reference(server: Server):
@@ -471,12 +397,6 @@ def test_a_replaced_file_counts_for_new_requests(server: Server, tmp_path: Path)
     with pytest.raises(openai.NotFoundError):
         server.complete("changing", "Hello")
     assert written[0] != written[1]
-
-
-def test_a_text_that_does_not_fit(server: Server):
-    with pytest.raises(openai.BadRequestError):
-        server.complete("p200", server.backbone.encode(PROMPTS[0]) * 60)
-    assert server.complete("p200", PROMPTS[0]).choices[0].text
 
 
 @pytest.mark.deploys("vLLM", "12 mixed requests over two tensor-parallel processes, token for token", model="llama")
@@ -542,9 +462,3 @@ def random_prefix(backbone: Any, length: int) -> Prefix:
         for s in backbone.geometry["decoder"]
     )
     return Prefix({"decoder": layers}, make_header(backbone))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_on_a_gpu(server: Server):
-    """The same server chose the GPU by itself; its parity tests above are the test, in float32."""
-    assert "cuda" in server.log.read_text().lower()

@@ -30,7 +30,6 @@ __all__ = [
     "interrupt",
     "interrupting",
     "observe_attention",
-    "run_apart",
     "to_rows",
     "trace_calls",
 ]
@@ -206,7 +205,6 @@ def observe_attention(observer: AttentionObserver) -> Iterator[None]:
 def interrupting(function: Callable[[], object]) -> Iterator[None]:
     """While the block runs, `function` is called before each layer attends; what it raises ends the call of the model.
 
-    It may run the model itself by `run_apart`: between two layers, a call has all of its state in its own variables.
     Other long work in the block calls it by `interrupt`.
     """
     token = interruption.set(function)
@@ -220,22 +218,6 @@ def interrupt() -> None:
     """Call the function of `interrupting`, if there is one: to be called often by long work."""
     if (function := interruption.get()) is not None:
         function()
-
-
-def run_apart(function: Callable[[], object], device: torch.device) -> None:
-    """Call a function as if nothing else ran: gradients are on, nothing is in front, and it has random numbers of its
-    own, so that the caller's are the same with and without it.
-
-    Args:
-        function: What is called.
-        device: Of the model.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        contextvars.Context().run(function)
 
 
 @contextlib.contextmanager

@@ -70,9 +70,6 @@ class WorkerConfig(Config):
     data_folder: str = _jobs(DATA_FOLDER, min_length=1, description=DATA_FOLDER_HELP)
     database_url: DatabaseUrl = _jobs("", description=DATABASE_URL_HELP)
     prefixes: str = _jobs("prefixes", min_length=1, description="folder that servers serve prefixes from")
-    capacity: Annotated[int, Field(ge=1, le=64)] = _jobs(
-        8, description="most jobs that are trained at once, in one pass over the backbone"
-    )
     cache_mib: Annotated[int, Field(ge=1, le=1_000_000_000)] = _jobs(
         1024, description="largest result, in MiB: cache_mib of the servers, which refuse larger prefixes"
     )

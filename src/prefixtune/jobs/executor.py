@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,10 @@ class JobFailedError(Exception):
 
 
 class JobPausedError(Exception):
-    """A job cannot go on now, by no fault of its own: it is to be paused, so that what it has trained is kept."""
+    """A job cannot go on now, by no fault of its own: it is to be paused, so that what it has trained is kept.
+
+    The message is the reason, as its owner may read it: a part of a sentence.
+    """
 
 
 class ClaimLostError(Exception):
@@ -66,7 +68,6 @@ class Executor:
         database_url: Of the queue; its tables exist.
         locks: The folder of the workers' locks.
         backbone: Only its jobs are claimed; see `backbone.identity`.
-        capacity: Most jobs that are claimed at once.
         run: Runs a job to its end in a thread of its own and returns what it left; called with the job and the token of
             the claim, and perhaps again for a job that another worker, or an earlier call, has begun. Raises
             `JobFailedError` where the job fails, and `ClaimLostError` once another token, or none, holds.
@@ -82,18 +83,13 @@ class Executor:
         locks: Path,
         *,
         backbone: str,
-        capacity: int,
         run: Callable[[Job, str], JobResult],
         name: str = "",
     ) -> None:
         self.name = "-".join(filter(None, ("worker", name, secrets.token_hex(8))))
-        self._database_url, self._locks, self._capacity, self._run = database_url, locks, capacity, run
+        self._database_url, self._locks, self._run = database_url, locks, run
         self._queue_name = queue_name(backbone)
         self._lock: BaseFileLock | None = None
-        self._takeover = threading.Lock()
-        # Jobs with the tokens of their claims: those that have begun here, and those that had not at the last look.
-        self._begun: set[tuple[str, str]] = set()
-        self._not_begun: set[tuple[str, str]] = set()
 
     def start(self) -> None:
         """Hold this worker's lock, and claim jobs from now on."""
@@ -119,7 +115,6 @@ class Executor:
         def train(stored: dict[str, Any]) -> dict[str, Any]:
             job = Job.model_validate(stored)
             token = current_owner_xid(job.id) or ""
-            self._begun.add((job.id, token))
             try:
                 return self._run(job, token).model_dump(mode="json")
             except ClaimLostError:
@@ -133,7 +128,7 @@ class Executor:
         logging.getLogger("dbos").addFilter(lambda record: "background workflow" not in str(record.msg))
         DBOS.listen_queues([self._queue_name])
         DBOS.launch()
-        DBOS.register_queue(self._queue_name, worker_concurrency=self._capacity, polling_interval_sec=_POLLING_SECONDS)
+        DBOS.register_queue(self._queue_name, worker_concurrency=1, polling_interval_sec=_POLLING_SECONDS)
 
     def _hold(self) -> BaseFileLock:
         """This worker's lock."""
@@ -155,34 +150,15 @@ class Executor:
         from dbos import DBOS
 
         dead = []
-        with self._takeover:
-            # Workers that had no job when they died left only a lock.
-            known = {path.stem for path in self._locks.glob("worker-*.lock")}
-            for worker in sorted((known | set(queue.workers())) - {self.name}):
-                with _taken(self._locks / f"{worker}.lock") as is_dead:
-                    if is_dead:
-                        # Changes only jobs that still run as this worker's, in one statement each.
-                        DBOS._recover_pending_workflows([worker])
-                        dead.append(worker)
+        # Workers that had no job when they died left only a lock.
+        known = {path.stem for path in self._locks.glob("worker-*.lock")}
+        for worker in sorted((known | set(queue.workers())) - {self.name}):
+            with _taken(self._locks / f"{worker}.lock") as is_dead:
+                if is_dead:
+                    # Changes only jobs that still run as this worker's, in one statement each.
+                    DBOS._recover_pending_workflows([worker])
+                    dead.append(worker)
         return dead
-
-    def give_back_lost(self, queue: JobQueue) -> list[str]:
-        """Queue jobs again that this worker has claimed without knowing it; returns their ids.
-
-        Such as those whose claim was committed while the connection broke. A job begins a moment after its claim, so
-        that only those are meant which had not begun at the last call either. One that begins later still is left: its
-        claim's token holds no more.
-        """
-        with self._takeover:
-            known = set(self._begun)
-            claims = queue.claims(self.name)
-            # A claim that had begun before this look and is not in it has ended. Its token never comes back.
-            self._begun -= known - claims
-            not_begun = claims - self._begun
-            lost, self._not_begun = sorted(not_begun & self._not_begun), not_begun
-            for job_id, token in lost:
-                queue.give_back(job_id, token)
-        return [job_id for job_id, _ in lost]
 
     def stop(self) -> None:
         """Claim no more jobs, and let the lock go: others then take over what this worker has not ended."""

@@ -65,8 +65,6 @@ class FileStore:
 
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
-        self._uploads: set[Upload] = set()
-        self._lock = threading.Lock()
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -95,26 +93,19 @@ class FileStore:
         """
         limits = limits or FileLimits()
         self._make_folder(owner)
-        with self._lock:
-            files = self._uploaded(owner)
-            others = [upload for upload in self._uploads if upload.owner == owner]
-            count = len(files) + len(others)
-            if count >= limits.max_files:
-                raise too_many_files(count, limits)
-            kept = sum(file.bytes for file in files)
-            upload = Upload(
-                self._folder.files_of(owner),
-                owner,
-                filename,
-                purpose,
-                limits,
-                stopped=self._closed,
-                kept_bytes=lambda upload: kept + self._bytes_of_others(upload),
-                publish=partial(self._publish, limits),
-                on_end=self._forget,
-            )
-            self._uploads.add(upload)
-            return upload
+        files = self._uploaded(owner)
+        if len(files) >= limits.max_files:
+            raise too_many_files(len(files), limits)
+        return Upload(
+            self._folder.files_of(owner),
+            owner,
+            filename,
+            purpose,
+            limits,
+            stopped=self._closed,
+            kept_bytes=sum(file.bytes for file in files),
+            publish=partial(self._publish, limits),
+        )
 
     def get(self, owner: str | None, file_id: str) -> StoredFile:
         """What is known about a file.
@@ -263,14 +254,6 @@ class FileStore:
 
     def _uploaded(self, owner: str) -> Sequence[StoredFile]:
         return [file for file in self.list(owner) if file.purpose != "fine-tune-results"]
-
-    def _bytes_of_others(self, upload: Upload) -> int:
-        """Bytes of the owner's other uploads, which are not stored yet."""
-        return sum(other.size for other in tuple(self._uploads) if other.owner == upload.owner and other is not upload)
-
-    def _forget(self, upload: Upload) -> None:
-        with self._lock:
-            self._uploads.discard(upload)
 
 
 def _entries(folder: Path) -> list[Path]:

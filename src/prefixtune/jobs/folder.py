@@ -62,16 +62,6 @@ class DataFolder:
         return self.root / "jobs.sqlite"
 
     @property
-    def database_marker(self) -> Path:
-        """Says which database knows the jobs of this folder."""
-        return self.root / "database.sha256"
-
-    @property
-    def id_file(self) -> Path:
-        """Holds this folder's id, by which a database knows it."""
-        return self.root / "folder.id"
-
-    @property
     def workers(self) -> Path:
         """The locks of workers."""
         return self.root / "workers"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import glob
 import io
 import os
 import shutil
@@ -19,13 +18,12 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.jobs.checkpoints import checkpoints
-from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.executor import JobFailedError, JobPausedError
 from prefixtune.jobs.files import FileStore, result_file_id
 from prefixtune.jobs.job import Job, JobError, JobResult
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.folder import (
-    ENDING,
     Signature,
     change_folder,
     list_names,
@@ -39,7 +37,7 @@ from prefixtune.prefix.tensor_file import is_unread
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
 from prefixtune.utils.files import flush_to_disk, fsync, reporting_write_errors, work_folder
 
-__all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
+__all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy"]
 
 
 METRICS_FILE = "step_metrics.csv"
@@ -47,8 +45,6 @@ METRICS_FILE = "step_metrics.csv"
 _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "seconds")
 _LOCK_SECONDS = 2.0
 """Nobody has the folder's lock for long; training waits meanwhile, and whoever does not get it tries again later."""
-_STATUSES_AT_ONCE = 200
-"""Jobs whose statuses are asked for in one query."""
 
 
 def publish(
@@ -75,7 +71,8 @@ def publish(
         max_bytes: Largest prefix, in the backbone's dtype; see `cache_mib` of the server.
 
     Raises:
-        JobFailedError: The prefix cannot be served, or another file has its name; nothing is published.
+        JobFailedError: The prefix cannot be served; nothing is published.
+        JobPausedError: Another file has its name, or it is too large; nothing is published.
         FolderBusyError: Others change the folder of prefixes; nothing is published.
         PrefixError: A file cannot be written, as on a full disk, or the run's log is damaged; nothing is published.
     """
@@ -135,17 +132,17 @@ def _check(path: Path, name: str, validator: PrefixValidator) -> None:
     Raises:
         CheckpointError: The disk does not let it be read.
         JobFailedError: It cannot be served.
+        JobPausedError: It is larger than servers take.
     """
-    num_bytes = 0
+    if read_outline(path).num_elements * validator.backbone.dtype.itemsize > validator.max_bytes:
+        raise JobPausedError(f"the new model is larger than the {validator.max_bytes:,} bytes that servers take")
     try:
-        num_bytes = read_outline(path).num_elements * validator.backbone.dtype.itemsize
         validator.read_header(path)
         validator.load(path, name)
     except CheckpointError as error:
         if is_unread(error):
             raise
-        code = "prefix_too_large" if num_bytes > validator.max_bytes else "invalid_prefix"
-        raise _unusable(error, path, code) from error
+        raise _unusable(error, path) from error
 
 
 def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
@@ -154,35 +151,20 @@ def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
     A checkpoint of the same owner's that stayed without its result is replaced.
 
     Raises:
-        JobFailedError: Another file has the result's name.
-        OSError: One cannot be moved; those that were are removed again.
+        JobPausedError: Another file has the result's name.
+        OSError: One cannot be moved; those that were are replaced when the job is published again.
     """
-    _check_free(job.name, job, prefixes)
-    try:
-        for name in names:
-            path = path_of(prefixes, name)
-            if _is_free(path, job) or _is_left_over(path, job):
-                os.replace(path_of(made, name), path)
-    except OSError:
-        with contextlib.suppress(PrefixError):
-            _remove_published(job, prefixes)
-        raise
+    if not _is_free(path_of(prefixes, job.name), job):
+        raise JobPausedError(f"another model is served as {job.name!r} now")
+    for name in names:
+        path = path_of(prefixes, name)
+        if _is_free(path, job) or _is_left_over(path, job):
+            os.replace(path_of(made, name), path)
 
 
-def _unusable(error: CheckpointError, path: Path, code: str = "invalid_prefix") -> JobFailedError:
+def _unusable(error: CheckpointError, path: Path) -> JobFailedError:
     reason = error.message.replace(str(path), path.name)
-    return JobFailedError(JobError(code=code, message=f"the trained prefix cannot be served: {reason}"))
-
-
-def _check_free(name: str, job: Job, prefixes: Path) -> None:
-    """Refuse a name that another file has.
-
-    Raises:
-        JobFailedError: One has.
-    """
-    if not _is_free(path_of(prefixes, name), job):
-        message = f"another model is served as {name!r} now."
-        raise JobFailedError(JobError(code="name_taken", message=message))
+    return JobFailedError(JobError(code="invalid_prefix", message=f"the trained prefix cannot be served: {reason}"))
 
 
 def _is_free(path: Path, job: Job) -> bool:
@@ -251,22 +233,6 @@ def _origin(path: Path) -> JobOrigin | None:
     return None
 
 
-def unpublish(job: Job, prefixes: Path) -> list[str]:
-    """Remove what a job has published, where the files are still this job's; returns their names.
-
-    Raises:
-        PrefixError: A file cannot be removed.
-    """
-    with change_folder(prefixes, _LOCK_SECONDS):
-        return _remove_published(job, prefixes)
-
-
-def _remove_published(job: Job, prefixes: Path) -> list[str]:
-    beside = sorted(prefixes.glob(f"{glob.escape(job.name)}.step-*{ENDING}"))
-    paths = [path for path in (path_of(prefixes, job.name), *beside) if published_by(path) == job.id]
-    return [path.name.removesuffix(ENDING) for path in paths if _remove(path)]
-
-
 def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature]) -> list[str]:
     """Remove published files whose jobs were cancelled or failed, as where a worker was killed; returns their names.
 
@@ -298,7 +264,7 @@ def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature
             settled[name] = signature
         else:
             found[name] = job_id, signature
-    statuses = _statuses(queue, sorted({job_id for job_id, _ in found.values()}))
+    statuses = queue.statuses(sorted({job_id for job_id, _ in found.values()}))
     removed = []
     for name, (job_id, signature) in found.items():
         if statuses.get(job_id) in ("cancelled", "failed"):
@@ -310,13 +276,6 @@ def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature
             # Of another data folder, perhaps: not ours to remove.
             settled[name] = signature
     return removed
-
-
-def _statuses(queue: JobQueue, job_ids: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for start in range(0, len(job_ids), _STATUSES_AT_ONCE):
-        found |= queue.statuses(job_ids[start : start + _STATUSES_AT_ONCE])
-    return found
 
 
 def _remove(path: Path) -> bool:

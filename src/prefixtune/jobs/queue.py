@@ -51,8 +51,6 @@ _WORKFLOW_STATES: dict[JobStatus, list[str]] = {
     status: [name for name, meaning in _STATES.items() if meaning == status] for status in set(_STATES.values())
 } | {"paused": ["CANCELLED"]}
 _PAUSED = "paused"
-_FOLDER = f"{APPLICATION}-data-folder"
-"""Name and id of the one workflow that is no job: nobody runs it, and it holds the id of the data folder."""
 _PAGE = 100
 """Jobs that are read at once."""
 
@@ -138,25 +136,6 @@ class JobQueue:
         """Close the connections."""
         self._client.destroy()
 
-    def claim(self, folder_id: str) -> str:
-        """Let the jobs of a new database belong to a data folder; returns the id of the folder that they belong to."""
-        # Of several at once, the first one wins: the others change nothing.
-        _reach(
-            lambda: self._client.enqueue(
-                {"workflow_name": _FOLDER, "queue_name": _FOLDER, "workflow_id": _FOLDER}, folder_id
-            )
-        )
-        return self.folder()
-
-    def folder(self) -> str:
-        """The id of the data folder that the jobs belong to; empty: to none yet."""
-        found = _reach(lambda: self._client.list_workflows(workflow_ids=[_FOLDER], name=_FOLDER))
-        return str(found[0].input["args"][0]) if found and found[0].input is not None else ""
-
-    def has_jobs(self) -> bool:
-        """Whether there is any job, of whatever backbone, also one that has ended."""
-        return next(self._iterate(load_input=False, load_output=False), None) is not None
-
     # --- asking -------------------------------------------------------------------------------------------------------
 
     def add(self, job: Job) -> None:
@@ -227,13 +206,6 @@ class JobQueue:
             RequestError: Another job that waits or runs has its name.
         """
         return self._move(job_id, ("paused",), "ENQUEUED")
-
-    def give_back(self, job_id: str, token: str) -> JobState:
-        """Queue a job again that a claim holds; one that runs by another claim, or by none, stays as it is.
-
-        Returns how it stands then.
-        """
-        return self._move(job_id, ("running",), "ENQUEUED", token=token)
 
     def _move(
         self,
@@ -344,31 +316,20 @@ class JobQueue:
         import sqlalchemy as sa
 
         table = self._table
-        rows = self._read(
-            sa.select(table.c.workflow_uuid, table.c.status, table.c.attributes, table.c.owner_xid).where(
-                table.c.name == WORKFLOW, table.c.workflow_uuid.in_(job_ids)
-            )
-        )
-        return {
-            job_id: Standing(_status(status, attributes), token or "") for job_id, status, attributes, token in rows
-        }
+        columns = table.c.workflow_uuid, table.c.status, table.c.attributes, table.c.owner_xid
+        found: dict[str, Standing] = {}
+        for start in range(0, len(job_ids), _PAGE):
+            some = job_ids[start : start + _PAGE]
+            rows = self._read(sa.select(*columns).where(table.c.name == WORKFLOW, table.c.workflow_uuid.in_(some)))
+            found |= {
+                one: Standing(_status(status, attributes), token or "") for one, status, attributes, token in rows
+            }
+        return found
 
     def workers(self) -> list[str]:
         """The names of workers that have claimed unfinished jobs; some may be dead."""
         running = self._all(status=["PENDING"], load_input=False, load_output=False)
         return sorted({workflow.executor_id for workflow in running if workflow.executor_id})
-
-    def claims(self, worker: str) -> set[tuple[str, str]]:
-        """The jobs that run as a worker's, each with the token of its claim."""
-        import sqlalchemy as sa
-
-        table = self._table
-        query = sa.select(table.c.workflow_uuid, table.c.owner_xid).where(
-            table.c.name == WORKFLOW,
-            table.c.status.in_(_WORKFLOW_STATES["running"]),
-            table.c.executor_id == worker,
-        )
-        return {(job_id, token or "") for job_id, token in self._read(query)}
 
     def delete(self, job_id: str) -> None:
         """Forget a job that has ended."""

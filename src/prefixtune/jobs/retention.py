@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections import Counter
-from pathlib import Path
 
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.active import hold_folder
@@ -19,11 +19,11 @@ from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.folder import ENDING
 from prefixtune.utils.locks import claim_folder
 
-__all__ = ["clear_ended", "clear_folder", "forget_oldest"]
+__all__ = ["clear_ended", "clear_folder", "forget_oldest", "sweep"]
 
 
-_PAGE = 200
-"""Jobs whose statuses are asked for in one query."""
+_ABANDONED_SECONDS = 3600.0
+"""A job's folder that was not queued for this long was left by a kill."""
 
 
 def clear_ended(data: DataFolder, jobs: JobQueue) -> list[str]:
@@ -32,13 +32,28 @@ def clear_ended(data: DataFolder, jobs: JobQueue) -> list[str]:
     Raises:
         QueueUnavailableError: The database cannot be reached.
     """
-    cleared: list[str] = []
-    job_ids = _with_inputs(data)
-    for start in range(0, len(job_ids), _PAGE):
-        for job_id, status in jobs.statuses(job_ids[start : start + _PAGE]).items():
-            if status in ENDED and clear_folder(data.job(job_id), status):
-                cleared.append(job_id)
-    return cleared
+    statuses = jobs.statuses([job_id for job_id in _job_ids(data) if data.job(job_id).inputs.exists()])
+    return [job_id for job_id, status in statuses.items() if status in ENDED and clear_folder(data.job(job_id), status)]
+
+
+def sweep(data: DataFolder, jobs: JobQueue) -> list[str]:
+    """Remove the folders of jobs that were never queued, as where a server was killed in between; returns their ids.
+
+    Those that a worker has begun stay, whatever this database knows.
+
+    Raises:
+        QueueUnavailableError: The database cannot be reached.
+    """
+    old = []
+    for job_id in _job_ids(data):
+        folder = data.job(job_id)
+        with contextlib.suppress(OSError):
+            if time.time() - folder.root.stat().st_mtime > _ABANDONED_SECONDS and not folder.events.exists():
+                old.append(job_id)
+    removed = sorted(set(old) - jobs.statuses(old).keys())
+    for job_id in removed:
+        remove_job_folder(data, job_id)
+    return removed
 
 
 def clear_folder(folder: JobFolder, status: JobStatus) -> bool:
@@ -69,10 +84,10 @@ def clear_folder(folder: JobFolder, status: JobStatus) -> bool:
     return False
 
 
-def _with_inputs(data: DataFolder) -> list[str]:
-    """The ids of jobs that have not been cleared."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(data.jobs) as entries:
-        return [entry.name for entry in entries if is_job_id(entry.name) and Path(entry.path, "inputs").exists()]
+def _job_ids(data: DataFolder) -> list[str]:
+    """The jobs that have a folder."""
+    with contextlib.suppress(FileNotFoundError):
+        return [name for name in os.listdir(data.jobs) if is_job_id(name)]
     return []
 
 

@@ -1,4 +1,4 @@
-"""A file that comes in piece by piece, and is checked meanwhile."""
+"""A file that comes in piece by piece, and is checked when it is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 from prefixtune.data.files import FORMATS, recognize_format
 from prefixtune.data.streams import GZIP_MAGIC
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.file_check import FileCheck
+from prefixtune.jobs.file_check import check_file
 from prefixtune.jobs.stored_file import (
     FileLimits,
     FileRefusedError,
@@ -46,9 +46,8 @@ class Upload:
         purpose: What it is for.
         limits: How much the owner may keep.
         stopped: Set when checks are to end at once.
-        kept_bytes: Bytes of the owner's other files and uploads.
+        kept_bytes: Bytes of the owner's other files.
         publish: Moves the complete file in a folder to its place.
-        on_end: Called when nothing is written any more.
 
     Attributes:
         owner: Whose it will be.
@@ -66,21 +65,19 @@ class Upload:
         limits: FileLimits,
         *,
         stopped: threading.Event,
-        kept_bytes: Callable[[Upload], int],
+        kept_bytes: int,
         publish: Callable[[Path, StoredFile], object],
-        on_end: Callable[[Upload], object],
     ) -> None:
         self.owner, self.size = owner, 0
         self.filename, self.purpose = filename, purpose
         self._limits, self._stopped = limits, stopped
-        self._kept_bytes, self._publish, self._on_end = kept_bytes, publish, on_end
+        self._kept_bytes, self._publish = kept_bytes, publish
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(work_folder(folder, UPLOAD_FOLDER)) / "file"
         self._folder.mkdir()
         self._head = b""
         self._ending = ""
         self._file: IO[bytes] | None = None
-        self._check: FileCheck | None = None
 
     def __enter__(self) -> Upload:
         return self
@@ -102,7 +99,7 @@ class Upload:
                 f"the file has more than {self._limits.max_bytes:,} bytes, which is the most for one.",
                 hint="split it.",
             )
-        if self._kept_bytes(self) + self.size > self._limits.max_total_bytes:
+        if self._kept_bytes + self.size > self._limits.max_total_bytes:
             raise no_room(self._limits)
         if self._file is not None:
             self._append(chunk)
@@ -146,13 +143,10 @@ class Upload:
 
     def abort(self) -> None:
         """Leave nothing behind; without effect after `finish`."""
-        if self._check is not None:
-            self._check.cancel()
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
         self._stack.close()
-        self._on_end(self)
 
     def _open(self) -> None:
         """Open the file on disk, under the name that its format needs."""
@@ -161,8 +155,6 @@ class Upload:
         # A document is read as it is; without a purpose, the file may become one.
         self._ending = _ending_of(self.filename, head, self.purpose)
         self._file = open(self._folder / f"data{self._ending}", "wb", buffering=0)  # noqa: SIM115  closed by `abort`
-        if self.purpose == "fine-tune":
-            self._check = FileCheck(Path(self._file.name), self.filename, self._ending, self._stopped)
         self._append(head)
 
     def _append(self, chunk: bytes) -> None:
@@ -170,19 +162,15 @@ class Upload:
         view = memoryview(chunk)
         while view:
             view = view[self._file.write(view) :]
-        if self._check is not None:
-            self._check.note_size(self.size)
 
     def _outcome(self) -> dict[str, Any]:
         """The status of the complete file, and what it holds."""
         path = self._folder / f"data{self._ending}"
-        if self._check is None:
-            if self.purpose == "document":
-                self._ending = _ending_of(self.filename, b"", "document")
-                path = path.rename(self._folder / f"data{self._ending}")
-            self._check = FileCheck(path, self.filename, self._ending, self._stopped)
+        if self.purpose == "document":
+            self._ending = _ending_of(self.filename, b"", "document")
+            path = path.rename(self._folder / f"data{self._ending}")
         try:
-            report = self._check.result()
+            report = check_file(path, self.filename, self._ending, self._stopped)
         except FileRefusedError:
             raise
         except PrefixError as error:

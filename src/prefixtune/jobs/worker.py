@@ -7,26 +7,22 @@ its jobs over.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs.config import WorkerConfig
-from prefixtune.jobs.database import claim_database, claim_folder
 from prefixtune.jobs.executor import ClaimLostError, Executor, JobPausedError
 from prefixtune.jobs.files import FileStore
-from prefixtune.jobs.folder import DataFolder, is_job_id
-from prefixtune.jobs.inputs import remove_job_folder
+from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobResult
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
-from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.prefix.folder import Signature
 
 __all__ = ["run_worker"]
@@ -35,14 +31,7 @@ __all__ = ["run_worker"]
 _DATABASE_SECONDS = 60.0
 """How long a database that is not there yet is waited for, such as one that starts at the same time."""
 _RETRY_SECONDS = 1.0
-_TAKE_OVER_SECONDS, _TIDY_SECONDS, _CLEAR_SECONDS, _SWEEP_SECONDS = 3.0, 5.0, 15.0, 600.0
-_ABANDONED_SECONDS = 3600.0
-"""A job's folder that was not queued for this long was left by a kill."""
-_OOM_SCORE = Path("/proc/self/oom_score_adj")
-"""Linux ends the process with the highest score first: its share of the memory in thousandths, plus this."""
-_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
-"""Of malloc.h; bytes."""
-_PAGE = 200
+_OFTEN_SECONDS, _SELDOM_SECONDS = 3.0, 600.0
 _log = logging.getLogger("prefixtune.jobs")
 
 
@@ -57,7 +46,6 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         stop: Ends the work; states are saved before.
 
     Raises:
-        ConfigError: The data folder belongs to another database, or the database to another data folder.
         PrefixError: The backbone cannot be loaded, the data folder cannot be written, or the database cannot be
             reached at the start.
     """
@@ -68,13 +56,11 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
     url = config.database_url or data.database_url
     _lower_priority(config)
     _make_folders(data)
-    claim_folder(data, url)
     with contextlib.ExitStack() as stack:
         jobs = _open_queue(url, stop)
         if jobs is None:
             return
         stack.callback(jobs.close)
-        claim_database(data, jobs)
         _work(config, data, url, jobs, stop, stack)
 
 
@@ -83,46 +69,46 @@ def _work(
 ) -> None:
     # These load torch, which takes a while: wrong options are reported before.
     from prefixtune.backbone.identity import backbone_identity
-    from prefixtune.jobs.publish import publish, tidy, unpublish
-    from prefixtune.jobs.retention import clear_ended, forget_oldest
+    from prefixtune.jobs.publish import publish, tidy
+    from prefixtune.jobs.retention import clear_ended, forget_oldest, sweep
     from prefixtune.jobs.trainer import Trainer
 
     prefixes, files = Path(config.prefixes).absolute(), FileStore(data)
-    watch = StatusWatch(jobs.standings, _log_database)
     trainer = Trainer(
         data,
         load=lambda: _load(config),
         publish=lambda job, run, backbone: publish(
             job, run, backbone, prefixes, files, max_bytes=config.cache_mib * 2**20
         ),
-        unpublish=lambda job: unpublish(job, prefixes),
-        statuses=watch,
-        capacity=config.capacity,
+        standing=lambda job_id: jobs.standings([job_id]).get(job_id),
     )
     identity = backbone_identity(config.backbone)
     executor = Executor(
         url,
         data.workers,
         backbone=identity,
-        # Where the backbone turns out to train one job at a time, the other claimed ones wait here: rows that cannot be
-        # packed are only known once it is loaded, which is when the first job comes.
-        capacity=config.capacity,
         run=lambda job, token: _pausing(trainer.submit, jobs, job, token),
         name=config.name,
     )
     executor.start()
     stack.callback(executor.stop)
-    watch.start()
-    stack.callback(watch.stop)
     _log_event("worker_ready", worker_name=executor.name, process=os.getpid(), backbone=identity)
     settled: dict[str, Signature] = {}
-    chores: list[tuple[float, Callable[[], object]]] = [
-        (_TAKE_OVER_SECONDS, lambda: _take_over(executor, jobs)),
-        (_TIDY_SECONDS, lambda: _tidy(lambda: tidy(jobs, prefixes, settled))),
-        (_CLEAR_SECONDS, lambda: clear_ended(data, jobs)),
-        (_SWEEP_SECONDS, lambda: sweep(data, jobs)),
-        (_SWEEP_SECONDS, lambda: _forget(forget_oldest(data, jobs, files, config.keep_jobs))),
-    ]
+
+    def look_often() -> None:
+        for worker in executor.take_over(jobs):
+            _log_event("worker_taken_over", worker_name=worker)
+        for name in tidy(jobs, prefixes, settled):
+            _log_event("result_removed", model=name)
+        clear_ended(data, jobs)
+
+    def look_seldom() -> None:
+        for job_id in sweep(data, jobs):
+            _log_event("job_folder_removed", job=job_id)
+        for job_id in forget_oldest(data, jobs, files, config.keep_jobs):
+            _log_event("job_deleted", job=job_id)
+
+    chores = [(_OFTEN_SECONDS, look_often), (_SELDOM_SECONDS, look_seldom)]
     ended = threading.Event()
     stack.callback(ended.set)
     threading.Thread(target=_run_chores, args=(chores, ended), name="prefixtune-chores", daemon=True).start()
@@ -150,26 +136,13 @@ def _pausing(run: Callable[[Job, str], JobResult], jobs: JobQueue, job: Job, tok
 
 
 def _lower_priority(config: WorkerConfig) -> None:
-    """Leave the processor to others, take no more threads than wanted, and be the first that lack of memory ends."""
+    """Leave the processor to others, and take no more threads than wanted."""
     if config.nice and hasattr(os, "nice"):
         os.nice(config.nice)
-    # Its jobs go on from their saved states; what a server loses is lost.
-    with contextlib.suppress(OSError):
-        _OOM_SCORE.write_text("500")
-    _save_memory()
     if config.threads:
         import torch
 
         torch.set_num_threads(config.threads)
-
-
-def _save_memory() -> None:
-    """Give memory back between passes, and keep little of what is of use to one pass only."""
-    # The C library's own limit grows with what is freed, and blocks below it leave holes between those that stay.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
-    # oneDNN keeps 1,024 compiled products otherwise, though nearly each pass has another number of tokens.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def _make_folders(data: DataFolder) -> None:
@@ -198,7 +171,7 @@ def _open_queue(url: str, stop: threading.Event) -> JobQueue | None:
             if time.monotonic() >= deadline:
                 raise
             if not is_away:
-                _log_database(error.message)
+                _log_event("database_away", logging.WARNING, reason=error.message)
             is_away = True
         stop.wait(_RETRY_SECONDS)
     return None
@@ -219,82 +192,22 @@ def _load(config: WorkerConfig) -> Any:
 # --- chores -----------------------------------------------------------------------------------------------------------
 
 
-def _run_chores(chores: list[tuple[float, Callable[[], object]]], ended: threading.Event) -> None:
+def _run_chores(chores: Sequence[tuple[float, Callable[[], object]]], ended: threading.Event) -> None:
     """Do each of the chores at its interval, the first time at once."""
     due = [0.0] * len(chores)
-    failing: set[int] = set()
     while not ended.wait(0.2):
         for index, (seconds, chore) in enumerate(chores):
             if time.monotonic() < due[index]:
                 continue
             try:
                 chore()
-                failing.discard(index)
+            except QueueUnavailableError:
+                # Whoever trains has said so.
+                pass
             except Exception as error:
-                # Tried again; said once.
-                if index not in failing and not ended.is_set():
-                    known = isinstance(error, PrefixError)
-                    _log_event("chore_failed", logging.WARNING, None if known else error, reason=str(error))
-                failing.add(index)
+                known = isinstance(error, PrefixError)
+                _log_event("chore_failed", logging.WARNING, None if known else error, reason=str(error))
             due[index] = time.monotonic() + seconds
-
-
-def _take_over(executor: Executor, jobs: JobQueue) -> None:
-    for worker in executor.take_over(jobs):
-        _log_event("worker_taken_over", worker_name=worker)
-    for job_id in executor.give_back_lost(jobs):
-        _log_event("claim_given_back", logging.WARNING, job=job_id)
-
-
-def _tidy(tidy: Callable[[], list[str]]) -> None:
-    for name in tidy():
-        _log_event("result_removed", model=name)
-
-
-def _forget(job_ids: list[str]) -> None:
-    if job_ids:
-        _log_event("jobs_deleted", count=len(job_ids), newest=job_ids[0], oldest=job_ids[-1])
-
-
-def sweep(data: DataFolder, jobs: JobQueue) -> list[str]:
-    """Remove the folders of jobs that were never queued, as where a server was killed in between; returns their ids.
-
-    Those that a worker has begun stay, whatever this database knows.
-
-    Raises:
-        QueueUnavailableError: The database cannot be reached.
-    """
-    removed: list[str] = []
-    for job_ids in _pages(_old_folders(data)):
-        for job_id in sorted(set(job_ids) - jobs.statuses(job_ids).keys()):
-            remove_job_folder(data, job_id)
-            _log_event("job_folder_removed", job=job_id)
-            removed.append(job_id)
-    return removed
-
-
-def _old_folders(data: DataFolder) -> list[str]:
-    """The ids of jobs whose folders have not changed for a while."""
-    found = []
-    with contextlib.suppress(FileNotFoundError), os.scandir(data.jobs) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                is_old = is_job_id(entry.name) and time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS
-                if is_old and not data.job(entry.name).events.exists():
-                    found.append(entry.name)
-    return found
-
-
-def _pages(job_ids: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(job_ids), _PAGE):
-        yield job_ids[start : start + _PAGE]
-
-
-def _log_database(reason: str | None) -> None:
-    if reason is None:
-        _log_event("database_back")
-    else:
-        _log_event("database_away", logging.WARNING, reason=reason)
 
 
 def _log_event(event: str, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.jobs.database import check_database
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
@@ -68,7 +67,6 @@ def run(config: ServeConfig, console: Console) -> int:
         ) from error
     if config.takes_jobs:
         data = DataFolder(Path(config.data_folder).absolute())
-        check_database(data, config.database_url or data.database_url)
         try:
             check_writable(data.root / "any")
         except PrefixError as error:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TypeVar
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.checkpoints import remove_checkpoints
-from prefixtune.jobs.database import claim_database, claim_folder
 from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.prefix.header import JobOrigin
@@ -126,7 +125,7 @@ class Training:
 
         Raises:
             QueueUnavailableError: The database cannot be reached.
-            ApiError: The data folder cannot be used, or it and the database do not belong together.
+            ApiError: The data folder cannot be used.
         """
         with self._opening:
             if self._queue is None:
@@ -143,14 +142,8 @@ class Training:
     def _connect(self) -> JobQueue:
         # What is uploaded is nobody else's business.
         self.folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        claim_folder(self.folder, self.database_url)
         migrate(self.database_url)
-        with contextlib.ExitStack() as stack:
-            queue = JobQueue(self.database_url)
-            stack.callback(queue.close)
-            claim_database(self.folder, queue)
-            stack.pop_all()
-        return queue
+        return JobQueue(self.database_url)
 
     def remove_checkpoints(self, origin: JobOrigin | None) -> None:
         """Remove a job's own copies of its checkpoints, once its result is gone.

@@ -26,7 +26,7 @@ class Worker:
         self.started: list[str] = []
         self.ending: dict[str, Callable[[Job], JobResult]] = {}
         self._changed = threading.Condition()
-        self.executor = Executor(url, locks, backbone="b1", capacity=1, run=self._run, name="tests")
+        self.executor = Executor(url, locks, backbone="b1", run=self._run, name="tests")
         self._tokens: dict[str, str] = {}
 
     def _run(self, job: Job, token: str) -> JobResult:

@@ -130,31 +130,11 @@ def test_documents(put: Put) -> None:
         assert put(data, "a.txt", "document").status_details.startswith(message)
 
 
-def test_a_large_file_is_checked_in_a_process_while_it_comes_in(
-    store: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_file_is_checked_in_a_process(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
-    data = rows(2000)
-    with store.open_upload("ann", "a.jsonl", "fine-tune") as upload:
-        for start in range(0, len(data), 10_000):
-            upload.write(data[start : start + 10_000])
-            time.sleep(0.02)
-        facts = upload.finish().facts
+    facts = put(rows(2000), "a.jsonl").facts
     assert facts is not None
     assert (facts.rows, facts.targets) == (2000, 2000)
-
-
-def test_a_large_document_is_read_in_a_process(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To count its words holds up all threads of this one."""
-
-    def here(*_: Any) -> None:
-        raise AssertionError("it is read in this process")
-
-    monkeypatch.setattr(file_check, "document_facts", here)
-    facts = put(b"two words\n" * 30_000, "a.txt", "document").facts
-    assert facts is not None
-    assert facts.summary == "a.txt: a document of 60,000 words"
-    assert put(b"... --- ..." * 30_000, "a.txt", "document").status_details.startswith("a.txt holds no words.")
 
 
 def test_what_a_process_cannot_read_in_time_or_memory_is_an_error(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,43 +183,28 @@ def test_owners_see_their_own_files(put: Put, store: FileStore) -> None:
     assert [file.id for file in store.list("ann")] == [second.id]
 
 
-def test_limits_leave_nothing(put: Put, store: FileStore, folder: DataFolder) -> None:
-    with pytest.raises(FileRefusedError, match="more than 100 bytes") as caught:
-        put(rows(10), "a.jsonl", max_bytes=100)
-    assert caught.value.code == "file_too_large"
-    with pytest.raises(FileRefusedError, match="is empty"):
-        put(b"", "a.jsonl")
+def test_limits_leave_nothing(put: Put, folder: DataFolder) -> None:
+    def refused(data: bytes, **limits: int) -> str:
+        with pytest.raises(FileRefusedError) as caught:
+            put(data, "a.jsonl", **limits)
+        return caught.value.code
+
+    assert refused(rows(10), max_bytes=100) == "file_too_large"
+    assert refused(b"") == "empty_file"
     assert names(folder) == []
-    put(rows(1), "a.jsonl", max_files=1)
-    with pytest.raises(FileRefusedError, match="there are 1 files already, of 1"):
-        put(rows(1), "a.jsonl", max_files=1)
-    with pytest.raises(FileRefusedError, match="more than 500 bytes of files") as caught:
-        put(rows(10), "a.jsonl", max_total_bytes=500)
-    assert caught.value.code == "no_room"
-    assert len(names(folder)) == 1
-    # What comes in at the same time counts too.
-    with store.open_upload("ann", "b.jsonl", "fine-tune", limits=FileLimits(max_files=2)) as other:
-        other.write(rows(5))
-        with pytest.raises(FileRefusedError, match="there are 2 files already"):
-            put(rows(1), "a.jsonl", max_files=2)
-        with pytest.raises(FileRefusedError, match="more than 500 bytes of files"):
-            put(rows(5), "a.jsonl", max_total_bytes=500)
+    put(rows(1), "a.jsonl")
+    assert refused(rows(1), max_files=1) == "too_many_files"
+    assert refused(rows(10), max_total_bytes=500) == "no_room"
     assert len(names(folder)) == 1
 
 
-@pytest.mark.parametrize(
-    ("limits", "code"), [(FileLimits(max_files=1), "too_many_files"), (FileLimits(max_total_bytes=600), "no_room")]
-)
-def test_limits_count_what_was_stored_while_a_file_came_in(
-    put: Put, store: FileStore, folder: DataFolder, limits: FileLimits, code: str
-) -> None:
-    # Of two servers, which know nothing of each other's uploads.
-    with FileStore(folder).open_upload("ann", "b.jsonl", "fine-tune", limits=limits) as other:
+def test_limits_count_what_was_stored_while_a_file_came_in(put: Put, store: FileStore, folder: DataFolder) -> None:
+    with store.open_upload("ann", "b.jsonl", "fine-tune", limits=FileLimits(max_files=1)) as other:
         other.write(rows(10))
-        stored = put(rows(10), "a.jsonl", max_total_bytes=600)
+        stored = put(rows(10), "a.jsonl")
         with pytest.raises(FileRefusedError) as caught:
             other.finish()
-    assert caught.value.code == code
+    assert caught.value.code == "too_many_files"
     assert names(folder) == [stored.id]
 
 
@@ -264,14 +229,12 @@ def test_a_result_is_written_once_whoever_writes_it(store: FileStore, folder: Da
         pass
 
 
-@pytest.mark.parametrize("where", ["os.rename", "flush_to_disk", "write_sample"])
-def test_a_full_disk_leaves_nothing(put: Put, folder: DataFolder, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_full_disk_leaves_nothing(put: Put, folder: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    module = "upload" if where == "write_sample" else "stored_file"
     with monkeypatch.context() as patch:
-        patch.setattr(f"prefixtune.jobs.{module}.{where}", fail)
+        patch.setattr("prefixtune.jobs.stored_file.os.rename", fail)
         with pytest.raises(OSError, match="No space left"):
             put(rows(1), "a.jsonl")
     assert names(folder) == []

@@ -16,7 +16,6 @@ from prefixtune.jobs.executor import Executor
 from prefixtune.jobs.job import Job, JobResult, new_job_id
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.utils.locks import acquire_lock
-from training_jobs import wait_until
 
 
 @pytest.fixture
@@ -87,23 +86,15 @@ def claim(queue: JobQueue, job_id: str, token: str, **values: Any) -> None:
         connection.execute(change.values(**{"status": "PENDING", "owner_xid": token, "executor_id": "one", **values}))
 
 
-def test_a_claim_pauses_and_gives_back_its_own_job_only(queue: JobQueue) -> None:
+def test_a_claim_pauses_its_own_job_only(queue: JobQueue) -> None:
     made = added(queue)
-    for act in (queue.pause, queue.give_back):
-        # Nobody has claimed it.
-        assert act(made, "first").status == "queued"
-        claim(queue, made, "second")
-        assert queue.claims("one") == {(made, "second")}
-        assert queue.claims("two") == set()
-        assert act(made, "first").status == "running"
-        assert queue.standings([made])[made] == ("running", "second")
-        expected = "paused" if act == queue.pause else "queued"
-        assert act(made, "second").status == expected
-        assert queue.standings([made])[made] == (expected, "")
-        assert queue.claims("one") == set()
-        queue.resume(made)
-    with pytest.raises(RequestError, match="'one'"):
-        added(queue, owner="bob")
+    # Nobody has claimed it.
+    assert queue.pause(made, "first").status == "queued"
+    claim(queue, made, "second")
+    assert queue.pause(made, "first").status == "running"
+    assert queue.standings([made])[made] == ("running", "second")
+    assert queue.pause(made, "second").status == "paused"
+    assert queue.standings([made])[made] == ("paused", "")
 
 
 def test_a_paused_job_is_resumed_and_keeps_its_name(queue: JobQueue) -> None:
@@ -197,59 +188,6 @@ def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue) -> None:
         assert queue.get(made).status == "cancelled"
 
 
-def test_a_worker_gives_back_what_it_has_claimed_without_knowing_it(queue: JobQueue, url: str, tmp_path: Path) -> None:
-    begun, release = list[str](), threading.Event()
-
-    def run(job: Job, token: str) -> JobResult:
-        begun.append(job.name)
-        release.wait(60)
-        return JobResult(name=job.name, trained_tokens=5, steps=2)
-
-    executor = Executor(url, tmp_path / "workers", backbone="", capacity=1, run=run)
-    executor.start()
-    try:
-        own = added(queue, "own")
-        wait_until(lambda: begun == ["own"])
-        # It takes no more now, and knows nothing of a claim that was committed while the connection broke.
-        lost = added(queue, "lost")
-        claim(queue, lost, "token", executor_id=executor.name)
-        assert executor.give_back_lost(queue) == []
-        # It may begin yet.
-        assert queue.standings([lost])[lost] == ("running", "token")
-        assert executor.give_back_lost(queue) == [lost]
-        assert queue.standings([lost])[lost] == ("queued", "")
-        assert executor.give_back_lost(queue) == []
-        assert queue.get(own).status == "running"
-        release.set()
-        wait_until(lambda: [queue.get(one).status for one in (own, lost)] == ["succeeded"] * 2)
-        assert begun == ["own", "lost"]
-        # Claims that have ended are not remembered.
-        assert {job_id for job_id, _ in executor._begun} == {own, lost}
-        assert executor.give_back_lost(queue) == []
-        assert executor._begun == set()
-    finally:
-        release.set()
-        executor.stop()
-
-
-def test_a_claim_that_begins_during_the_look_is_remembered(
-    queue: JobQueue, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    executor = Executor(url, tmp_path / "workers", backbone="", capacity=1, run=lambda job, token: JobResult(name=""))
-    executor._begun.update({("old", "1"), ("runs", "2")})
-    claims = {("runs", "2"), ("begins", "3"), ("waits", "4")}
-
-    def look(worker: str) -> set[tuple[str, str]]:
-        # A thread begins one of them, and one that was claimed after the query.
-        executor._begun.update({("begins", "3"), ("later", "5")})
-        return set(claims)
-
-    monkeypatch.setattr(queue, "claims", look)
-    assert executor.give_back_lost(queue) == []
-    assert executor._begun == {("runs", "2"), ("begins", "3"), ("later", "5")}
-    assert executor._not_begun == {("waits", "4")}
-
-
 def test_a_worker_takes_over_what_a_dead_one_left(queue: JobQueue, url: str, tmp_path: Path) -> None:
     started, release = threading.Event(), threading.Event()
 
@@ -262,7 +200,7 @@ def test_a_worker_takes_over_what_a_dead_one_left(queue: JobQueue, url: str, tmp
     locks.mkdir()
     alive = acquire_lock(locks / "worker-alive.lock", 0.0)
     (locks / "worker-dead.lock").touch()
-    executor = Executor(url, locks, backbone="", capacity=2, run=run)
+    executor = Executor(url, locks, backbone="", run=run)
     made = added(queue)
     executor.start()
     try:

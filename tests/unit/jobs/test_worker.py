@@ -10,23 +10,15 @@ from typing import Any
 
 import pytest
 
-from child_process import kill, start_child
-from prefixtune.errors import ConfigError
 from prefixtune.jobs import worker
 from prefixtune.jobs.config import WorkerConfig
-from prefixtune.jobs.database import claim_database, claim_folder
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.executor import ClaimLostError, JobPausedError
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
-from prefixtune.jobs.worker import run_worker, sweep
-from training_jobs import make_job, wait_until
-
-
-@pytest.fixture(autouse=True)
-def _keep_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The process of the tests is none to end first."""
-    monkeypatch.setattr(worker, "_OOM_SCORE", tmp_path / "score")
+from prefixtune.jobs.retention import sweep
+from prefixtune.jobs.worker import run_worker
+from training_jobs import make_job
 
 
 def test_only_old_folders_that_nobody_has_queued_or_begun_are_removed(data: DataFolder, queue: JobQueue) -> None:
@@ -41,10 +33,6 @@ def test_only_old_folders_that_nobody_has_queued_or_begun_are_removed(data: Data
     assert sweep(data, queue) == [old.id]
     left = {path.name for path in data.jobs.iterdir()}
     assert left == {queued.id, begun.id, new.id, "notes"}
-
-
-def test_without_jobs_there_is_nothing_to_sweep(data: DataFolder, queue: JobQueue) -> None:
-    assert sweep(data, queue) == []
 
 
 def test_a_database_that_starts_later_is_waited_for(
@@ -86,30 +74,6 @@ def test_a_worker_that_is_to_end_waits_for_no_database(
     run_worker(config, stop)
 
 
-def test_a_worker_of_another_database_leaves_the_data_folder_alone(tmp_path: Path, data: DataFolder) -> None:
-    claim_folder(data, data.database_url)
-    (tmp_path / "config.json").write_text("{}")
-    url = f"sqlite:///{tmp_path / 'other.sqlite'}"
-    with pytest.raises(ConfigError, match="another database"):
-        run_worker(
-            WorkerConfig(data_folder=str(data.root), database_url=url, backbone=str(tmp_path)), threading.Event()
-        )
-    assert not (tmp_path / "other.sqlite").exists()
-
-
-def test_a_worker_with_another_data_folder_leaves_the_jobs_of_a_database_alone(
-    tmp_path: Path, data: DataFolder, queue: JobQueue
-) -> None:
-    claim_database(data, queue)
-    job = make_job(data)
-    queue.add(job)
-    (tmp_path / "config.json").write_text("{}")
-    config = WorkerConfig(data_folder=str(tmp_path / "empty"), database_url=data.database_url, backbone=str(tmp_path))
-    with pytest.raises(ConfigError, match="another data folder"):
-        run_worker(config, threading.Event())
-    assert queue.get(job.id).status == "queued"
-
-
 @pytest.mark.parametrize("becomes", ["running", "cancelled", "another claim's", "deleted"])
 def test_a_job_that_cannot_go_on_is_paused_once_the_database_answers(
     data: DataFolder, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, becomes: str
@@ -143,7 +107,7 @@ def test_a_job_that_cannot_go_on_is_paused_once_the_database_answers(
         return state
 
     def run(job: Any, token: str) -> Any:
-        raise JobPausedError
+        raise JobPausedError("full")
 
     with monkeypatch.context() as patched:
         patched.setattr(JobQueue, "get", look)
@@ -156,36 +120,3 @@ def test_a_job_that_cannot_go_on_is_paused_once_the_database_answers(
         "deleted": None,
     }
     assert queue.standings([job.id]).get(job.id) == expected[becomes]
-
-
-def test_a_chore_that_fails_is_tried_again_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    ended, calls = threading.Event(), {"bad": 0, "good": 0}
-
-    def bad() -> None:
-        calls["bad"] += 1
-        raise ZeroDivisionError("a bug")
-
-    def good() -> None:
-        calls["good"] += 1
-
-    thread = threading.Thread(target=worker._run_chores, args=([(0.0, bad), (0.0, good)], ended))
-    thread.start()
-    wait_until(lambda: min(calls.values()) > 1)
-    ended.set()
-    thread.join(10)
-    assert [record.message for record in caplog.records] == ["chore_failed"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="needs Linux")
-def test_a_worker_ends_before_its_server_where_memory_runs_out() -> None:
-    child = start_child(
-        "from prefixtune.jobs.config import WorkerConfig\n"
-        "from prefixtune.jobs.worker import _lower_priority\n"
-        "_lower_priority(WorkerConfig())\nprint('ready')\n"
-        "print(open('/proc/self/oom_score_adj').read().strip(), flush=True)"
-    )
-    try:
-        assert child.stdout is not None
-        assert int(child.stdout.readline()) >= 500
-    finally:
-        kill(child)

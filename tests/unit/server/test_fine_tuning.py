@@ -80,7 +80,6 @@ def worker(state: Any, run: Callable[[Job], JobResult]) -> Iterator[None]:
         training.database_url,
         training.folder.workers,
         backbone=training.backbone,
-        capacity=2,
         run=lambda job, _: run(job),
     )
     executor.start()
@@ -256,21 +255,6 @@ def test_a_job_is_paused_resumed_and_cancelled(make_server: Callable[..., Any]) 
             ask(app, partial(act, job.id, action))
         assert caught.value.code == "job_ended"
     create(app, upload(state), own={"name": "mine"})
-
-
-def test_a_published_result_of_a_cancelled_job_goes(make_server: Callable[..., Any], tmp_path: Path) -> None:
-    from prefixtune.jobs.publish import published_by
-    from prefixtune.prefix.artifact import read_artifact, save_prefix
-    from prefixtune.prefix.prefix import Prefix
-
-    app, state = make_server()
-    job = create(app, upload(state), own={"name": "mine"})
-    some = read_artifact(tmp_path / "prefixes" / "a.safetensors")
-    path = tmp_path / "prefixes" / "mine.safetensors"
-    save_prefix(path, Prefix(some.layers, {**some.header, "job": {"id": job.id, "owner": "local"}}))
-    assert published_by(path) == job.id
-    ask(app, lambda client: client.fine_tuning.jobs.cancel(job.id))
-    assert not path.exists()
 
 
 def test_events_are_streamed_until_the_job_stands_still(make_server: Callable[..., Any]) -> None:

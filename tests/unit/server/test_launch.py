@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.jobs.database import claim_folder
-from prefixtune.jobs.folder import DataFolder
 from prefixtune.server.settings import ServeConfig
 from prefixtune.utils.console import Console
 
@@ -62,15 +60,6 @@ def test_an_error_while_it_stops_ends_the_server_all_the_same(
     with pytest.raises(ZeroDivisionError):
         asyncio.run(stop())
     assert (server.should_exit, server.force_exit) == (True, False)
-
-
-def test_a_data_folder_of_another_database_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
-    from prefixtune.server.launch import run
-
-    claim_folder(DataFolder(tmp_path), "postgresql://host/jobs")
-    config = ServeConfig(prefixes=str(tmp_path), data_folder=str(tmp_path), backbone="/no/model")
-    with pytest.raises(ConfigError, match="another database"):
-        run(config, Console(quiet=True))
 
 
 def test_too_many_slots_are_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

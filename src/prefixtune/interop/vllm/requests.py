@@ -28,26 +28,25 @@ from prefixtune.prefix.text_format import TextFormat
 __all__ = ["BackboneRequest", "rewrite_request"]
 
 
-_UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "echo": ("the prompt is not repeated", (None, False)),
-    "prompt_logprobs": ("the prompt's tokens are not returned", (None,)),
-    "truncate_prompt_tokens": ("the prefix would be cut off", (None,)),
-    "prompt_embeds": ("tokens are needed", (None,)),
-    "use_beam_search": ("beams do not keep it", (None, False)),
-    "kv_transfer_params": ("the server sets them", (None,)),
-    "chat_template": ("the server sets it", (None,)),
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "echo": (None, False),
+    "prompt_logprobs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "prompt_embeds": (None,),
+    "use_beam_search": (None, False),
+    "kv_transfer_params": (None,),
+    "chat_template": (None,),
 }
-"""Fields that cannot be used with a prefix: why, and the values that mean nothing."""
+"""Fields that cannot be used with a prefix, and their values that mean nothing."""
 
-_NO_TOOLS = "its text format has no room for tools"
-_NOT_IN_TEXT_FORMAT: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": (_NO_TOOLS, (None, [])),
-    "tool_choice": (_NO_TOOLS, (None, "none", "auto")),
-    "documents": ("its text format has no room for documents", (None, [])),
-    "reasoning_effort": ("its text format does not tell the model how long to reason", (None, "none")),
-    "chat_template_kwargs": ("its text format is used, not the model's chat template", (None, {})),
-    "add_generation_prompt": ("its text format ends where the answer begins", (None, True)),
-    "continue_final_message": ("its text format ends where the answer begins", (None, False)),
+_NOT_IN_TEXT_FORMAT: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "documents": (None, []),
+    "reasoning_effort": (None, "none"),
+    "chat_template_kwargs": (None, {}),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
 }
 """Those of a chat that only the model's own template can follow, which a prefix with a text format replaces."""
 
@@ -137,7 +136,12 @@ def _find_prefix(state: ServerState, fields: Any) -> ServedPrefix | None:
     prefixes = [prefix for prefix in found.values() if prefix is not None]
     if len(prefixes) == 1:
         return prefixes[0]
-    _check_length(state, prefixes, param)
+    length = sum(prefix.reference.length for prefix in prefixes)
+    if state.max_positions is not None and length >= state.max_positions:
+        raise APIError(
+            f"the joined prefixes take {length} positions, but the limit is {state.max_positions}, text included.",
+            param,
+        )
     try:
         return state.prefixes.join(prefixes)
     except RequestError as error:
@@ -183,31 +187,8 @@ def _check_names(state: ServerState, names: Sequence[str], param: str) -> None:
         APIError: There are too many, one is the bare model, or one is there twice.
     """
     most = state.settings.max_joined_prefixes
-    if len(names) > most:
-        allowed = f"at most {most}" if most > 1 else "none (max_joined_prefixes is 1)"
-        raise APIError(f"{len(names)} prefixes are named, but this server joins {allowed}.", param)
-    for name in names:
-        if name in state.own_names:
-            raise APIError(f"{name!r} is the bare model, and only prefixes are joined.", param)
-        if names.count(name) > 1:
-            raise APIError(f"the prefix {name[:128]!r} is named twice. Name each of them once.", param)
-
-
-def _check_length(state: ServerState, prefixes: Sequence[ServedPrefix], param: str) -> None:
-    """Refuse joined prefixes that leave no room for a text.
-
-    Raises:
-        APIError: They are too long.
-    """
-    parts = [prefix.reference for prefix in prefixes]
-    length = sum(part.length for part in parts)
-    if state.max_positions is not None and length >= state.max_positions:
-        listed = " + ".join(f"{part.length} ({part.name})" for part in parts)
-        raise APIError(
-            f"the joined prefixes take {listed} = {length} positions, but the limit is {state.max_positions}, text "
-            "included. Join fewer of them.",
-            param,
-        )
+    if len(names) > most or len(set(names)) < len(names) or state.own_names & set(names):
+        raise APIError(f"at most {most} prefixes are joined, each of them once, and never the bare model.", param)
 
 
 def _check_fields(fields: dict[str, Any], *, uses_text_format: bool) -> None:
@@ -227,11 +208,9 @@ def _check_fields(fields: dict[str, Any], *, uses_text_format: bool) -> None:
         raise APIError("the body contains half a surrogate pair, which is not a character.") from None
     except RecursionError:
         raise APIError("the body is nested too deeply.") from None
-    unsupported = {**_UNSUPPORTED, **(_NOT_IN_TEXT_FORMAT if uses_text_format else {})}
-    for name, (reason, neutral_values) in unsupported.items():
+    for name, neutral_values in {**_UNSUPPORTED, **(_NOT_IN_TEXT_FORMAT if uses_text_format else {})}.items():
         if name in fields and fields[name] not in neutral_values:
-            what = "this prefix" if name in _NOT_IN_TEXT_FORMAT else "a prefix"
-            raise APIError(f"{name!r} cannot be used with {what}: {reason}.", name)
+            raise APIError(f"{name!r} cannot be used with this prefix.", name)
     salt = fields.get("cache_salt")
     if salt is not None and not isinstance(salt, str):
         raise APIError("'cache_salt' must be a string.", "cache_salt")

