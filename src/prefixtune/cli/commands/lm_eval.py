@@ -124,13 +124,18 @@ def lm_eval(options: LmEvalOptions) -> int:
     )
     if options.apply_chat_template and not model.chat_template(True):
         raise ConfigError(f"{backbone.name!r} has no chat template.", hint="leave --apply-chat-template out.")
-        from prefixtune.interop.lm_eval.model import PrefixLM
-    return evaluate_tasks(
-        model,
-        tasks,
-        names={"model": _model_name(backbone.name, options.prefix), "prefix": ",".join(options.prefix)},
-        output=Path(options.output) if options.output else None,
+    # Its files are in a folder of this name.
+    name = "+".join(filter(None, (Path(backbone.name).name, options.prefix.strip("/").replace("/", "__"))))
+    tracker = EvaluationTracker(output_path=options.output)
+    results = simple_evaluate(
+        model=model,
+        model_args={"model": name, "prefix": options.prefix},
+        tasks=list(dict.fromkeys(task for found in matched.values() for task in found)),
+        task_manager=manager,
+        batch_size=model.batch_size,
+        device=str(model.device),
         log_samples=options.log_samples,
+        evaluation_tracker=tracker,
         limit=options.limit or None,
         num_fewshot=options.num_fewshot,
         apply_chat_template=options.apply_chat_template,
@@ -139,7 +144,19 @@ def lm_eval(options: LmEvalOptions) -> int:
         torch_random_seed=options.seed,
         fewshot_random_seed=options.seed,
     )
-        from prefixtune.interop.lm_eval.model import PrefixLM
+    samples = results.pop("samples", None) or {}
+    if options.output:
+        tracker.save_results_aggregated(results=results, samples=samples or None)
+        for task, rows in samples.items():
+            tracker.save_results_samples(task_name=task, samples=rows)
+        console.info(f"lm-eval's files: {options.output}")
+    if options.as_json:
+        print_json(json.loads(json.dumps(results, default=handle_non_serializable)))
+    else:
+        print(make_table(results))
+        if results.get("groups"):
+            print(make_table(results, "groups"))
+    return 0
 
 
 def _check_prefixes(prefixes: Sequence[Prefix]) -> None:
