@@ -217,7 +217,8 @@ class Statuses(JobQueue):
         self.known, self.asked = statuses, list[list[str]]()
 
     def statuses(self, job_ids: Any) -> Any:
-        self.asked.append(list(job_ids))
+        if job_ids:
+            self.asked.append(list(job_ids))
         return {job_id: self.known[job_id] for job_id in job_ids if job_id in self.known}
 
 
@@ -277,6 +278,7 @@ def test_what_a_killed_worker_was_writing_is_removed(prefixes: Path) -> None:
     for folder in (left, other):
         folder.mkdir(parents=True)
         (folder / "support.safetensors").write_bytes(b"half")
+        (folder / ".lock").touch()
     with atomic_path(prefixes / "other.safetensors") as temporary:
         temporary.write_bytes(b"half")
         assert tidy(Statuses(), prefixes, {}) == []
