@@ -6,7 +6,6 @@ Nothing is made, opened or imported before the first request that needs it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import threading
