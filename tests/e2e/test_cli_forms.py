@@ -18,16 +18,16 @@ TURNS = [
     {"role": "assistant", "content": "it rained"},
 ]
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
-    "prompt": ({"prompt": "the pub", "completion": "is near"}, "prompts and completions: 1 prompt, 2 completions"),
-    "instruction": ({"instruction": "the pub", "output": "is near"}, "instructions: 1 instruction, 2 answers"),
-    "question": ({"question": "the pub", "answer": "is near"}, "questions and answers: 1 question, 2 answers"),
-    "source": ({"source": "the pub", "targets": ["is near"]}, "sources and targets: 1 source, 2 targets"),
-    "document": ({"article": "the pub", "highlights": "is near"}, "documents and summaries: 2 documents, 2 summaries"),
-    "text": ({"text": "the pub is near " * 9, "id": 1}, "texts: 2 texts; not used: id"),
-    "messages": ({"messages": TURNS[:2]}, "chats: 1 conversation, 2 answers"),
+    "prompt": ({"prompt": "the pub", "completion": "is near"}, "prompts and completions: examples 1, targets 2"),
+    "instruction": ({"instruction": "the pub", "output": "is near"}, "instructions: examples 1, targets 2"),
+    "question": ({"question": "the pub", "answer": "is near"}, "questions and answers: examples 1, targets 2"),
+    "source": ({"source": "the pub", "targets": ["is near"]}, "sources and targets: examples 1, targets 2"),
+    "document": ({"article": "the pub", "highlights": "is near"}, "documents and summaries: examples 2, targets 2"),
+    "text": ({"text": "the pub is near " * 9, "id": 1}, "texts: examples 2, targets 2; not used: id"),
+    "messages": ({"messages": TURNS[:2]}, "chats: examples 1, targets 2"),
     "conversations": (
         {"conversations": [{"from": "human", "value": "the pub"}, {"from": "gpt", "value": "is near"}]},
-        "chats: 1 conversation, 2 answers",
+        "chats: examples 1, targets 2",
     ),
 }
 
@@ -66,25 +66,25 @@ def test_train_generate_and_evaluate_with_nothing_but_the_file(form: str, model:
 
 def test_labels_are_classified_and_tags_are_tagged(model: str, tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
-    data.write_text("text;label\nthe pub is near;good\nit rained;bad\n")
-    assert "read as texts and labels: 2 texts\n" in train(model, tmp_path / "labels", data, "--dev", str(data))
+    data.write_text("text,label\nthe pub is near,good\nit rained,bad\n")
+    assert "read as texts and labels" in train(model, tmp_path / "labels", data, "--dev", str(data))
     prefix = str(tmp_path / "labels" / "prefix.safetensors")
     out, _ = run("evaluate", "--prefix", prefix, "--data", str(data), "--json")
     assert set(json.loads(out)["scores"]) == {"accuracy", "macro_f1"}
     tags = tmp_path / "tags.json"
     tags.write_text(json.dumps([{"tokens": ["the", "pub"], "tags": ["O", "B-X"]}]))
-    assert "read as tokens and tags: 1 sentence\n" in train(model, tmp_path / "tags", tags)
+    assert "read as tokens and tags" in train(model, tmp_path / "tags", tags)
 
 
 def test_standard_input_trains_and_is_resumed(model: str, tmp_path: Path) -> None:
     rows = "".join(json.dumps({"messages": TURNS[:2]}) + "\n" for _ in range(3))
     said = train(model, tmp_path / "run", "-", stdin=rows)
-    assert "stdin: read as chats: 1 conversation, 3 answers\n" in said
-    more = ("--resume", "--output", str(tmp_path / "run"), "--max-steps", "3")
+    assert "stdin: read as chats: examples 1, targets 3\n" in said
+    more = ("--resume", "--output", str(tmp_path / "run"))
     assert "stdin: read as chats" in run("train", *more, stdin=rows)[1]
     table = "prompt\tcompletion\nthe pub\tis near\n"
     out, err = run("evaluate", "--backbone", model, "--data", "-", "--max-new-tokens", "4", stdin=table)
-    assert "stdin: read as prompts and completions: 1 prompt, 1 completion" in err
+    assert "stdin: read as prompts and completions: examples 1, targets 1" in err
     assert "1 examples of -" in out
 
 

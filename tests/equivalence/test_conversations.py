@@ -15,7 +15,7 @@ from prefixtune.data.chat import chat_format, encode_chat, encode_conversation, 
 from prefixtune.data.encoding import encode_examples
 from prefixtune.data.examples import Example, Message, chat_example
 from prefixtune.data.order import epoch_batches
-from prefixtune.data.tokenized import TokenizedExample, TokenTable
+from prefixtune.data.tokenized import TokenizedExample
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
@@ -128,10 +128,9 @@ def test_padded_rows_and_soft_labels(
 def test_batches_count_turns_and_keep_conversations_whole(conversation: TokenizedExample) -> None:
     single = TokenizedExample((1, 2), ((3,),))
     examples = [conversation, single, single, conversation, single]
-    for rows in (examples, TokenTable.of(examples)):
-        batches = list(epoch_batches(rows, batch_size=4, targets_per_source=4, seed=None))
-        assert [[example.num_targets for example in batch] for batch in batches] == [[3, 1], [1, 3], [1]]
-        assert [example for batch in batches for example in batch] == examples
+    batches = list(epoch_batches(examples, batch_size=4, targets_per_source=4, seed=None))
+    assert [[example.num_targets for example in batch] for batch in batches] == [[3, 1], [1, 3], [1]]
+    assert [example for batch in batches for example in batch] == examples
 
 
 # --- token ids = apply_chat_template ----------------------------------------------------------------------------------

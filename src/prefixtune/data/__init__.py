@@ -7,7 +7,7 @@ nothing about models. Importing this package needs no backbone; `encoding`, `lab
 from __future__ import annotations
 
 from prefixtune.data.examples import Example, ExampleLike, limit_targets, references_of
-from prefixtune.data.registry import TASKS, Task, load_task, read_all_entries, read_task, resolve_task
+from prefixtune.data.registry import TASKS, Task, form_that_fits, read_all_entries, read_task, resolve_task
 from prefixtune.data.tasks.classification import check_labels, label_names
 from prefixtune.data.tasks.records import as_examples
 from prefixtune.data.tasks.tagging import check_tags, tag_names
@@ -20,9 +20,9 @@ __all__ = [
     "as_examples",
     "check_labels",
     "check_tags",
+    "form_that_fits",
     "label_names",
     "limit_targets",
-    "load_task",
     "read_all_entries",
     "read_task",
     "references_of",

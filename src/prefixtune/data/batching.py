@@ -29,9 +29,6 @@ from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
 
-__all__ = ["collate", "divide", "join", "pack", "pad"]
-
-
 _SCORES_PER_POSITION = 1024
 """How many scores of a layer's attention take as long as the layer's other work on one position, in about."""
 

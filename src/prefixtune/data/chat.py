@@ -19,24 +19,6 @@ from prefixtune.errors import RequestError
 from prefixtune.prefix.chat_format import render_chat, split_at_last_message, template_hash
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
-__all__ = [
-    "ConversationTurns",
-    "Source",
-    "Turn",
-    "as_conversation",
-    "chat_format",
-    "encode_chat",
-    "encode_conversation",
-    "end_ids",
-    "end_of_turn",
-    "has_chat_template",
-    "lengths_around",
-    "literal_format",
-    "only_text",
-    "special_stops",
-]
-
-
 Source = str | Sequence[Message] | Sequence[Mapping[str, str]]
 """What is answered: one user message's text, or all messages before the answer."""
 
@@ -156,7 +138,6 @@ def chat_format(backbone: Backbone, template: str, system: str = "") -> TextForm
         template_hash=template_hash(backbone.tokenizer) if own else "",
         system=system,
     )
-    form.check_stored()
     end, head = _end_of_turn(backbone, form) or backbone.end, _before_answer(backbone, form)
     return replace(form, end=end, target=f"{head}{{target}}" if head.strip() and "{target}" not in head else "{target}")
 

@@ -19,9 +19,6 @@ from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
 from prefixtune.errors import DataError, RequestError
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt
 
-__all__ = ["Turns", "check_plain", "encode_conversations"]
-
-
 Turns = Literal["packed", "separate", "last"]
 """How a conversation becomes examples: computed once, where its template allows that; each turn by itself; or its last
 turn alone."""
@@ -49,7 +46,6 @@ def encode_conversations(
     on_too_long: TruncationPolicy,
     *,
     turns: Turns = "packed",
-    first: int = 1,
 ) -> TokenizedDataset:
     """Turn conversations into token ids.
 
@@ -63,7 +59,6 @@ def encode_conversations(
         limit: Positions of a conversation.
         on_too_long: `error`: refuse one that is too long.
         turns: How a conversation becomes examples.
-        first: The number of the first example, for messages.
 
     Raises:
         DataError: The template refuses an example, or one is too long.
@@ -71,7 +66,7 @@ def encode_conversations(
     tokenized: list[TokenizedExample] = []
     origins: list[int] = []
     longest_prompt = num_truncated = num_dropped = num_unpacked = 0
-    for number, example in enumerate(examples, start=first):
+    for number, example in enumerate(examples, start=1):
         interrupt()
         messages = conversation_of(example)
         name = f"example {number} ({example.source[:60]!r})"
@@ -100,7 +95,7 @@ def encode_conversations(
         num_dropped += found.num_turns - len(fitting)
         num_unpacked += len(fitting) > num_last and not is_packed
         tokenized += made
-        origins += [number - first] * len(made)
+        origins += [number - 1] * len(made)
     one_each = origins == list(range(len(examples)))
     return TokenizedDataset(
         tuple(tokenized), num_truncated, longest_prompt, num_dropped, num_unpacked, () if one_each else tuple(origins)

@@ -12,25 +12,13 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import Source, as_conversation, encode_chat, encode_conversation, only_text
 from prefixtune.data.chat_examples import Turns, check_plain, encode_conversations
 from prefixtune.data.examples import Example, check_messages, conversation_of
-from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
+from prefixtune.data.tokenized import TokenizedDataset as TokenizedDataset
+from prefixtune.data.tokenized import TokenizedExample as TokenizedExample
 from prefixtune.data.truncation import position_limit, template_lengths
 from prefixtune.data.windows import DEFAULT_WINDOW, is_text, text_windows
-from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
+from prefixtune.errors import ConfigError, DataError, RequestError, describe_value, short_repr
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt, read_text_format
-
-__all__ = [
-    "TextFormatLike",
-    "TokenizedDataset",
-    "TokenizedExample",
-    "as_text_format",
-    "check_texts",
-    "default_format",
-    "encode_examples",
-    "encode_pairs",
-    "encode_prompts",
-    "format_of",
-]
 
 _PART = 256
 """Texts that are tokenized between two calls of `interrupt`."""
@@ -55,15 +43,9 @@ def check_texts(texts: Sequence[Source]) -> None:
     Raises:
         RequestError: It is something else.
     """
-    if isinstance(texts, str):
-        raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of strings.", hint="write [text].")
-    if isinstance(texts, Mapping) or not (hasattr(texts, "__len__") and hasattr(texts, "__iter__")):
-        raise RequestError(f"texts is {describe_value(texts)}, not a list of strings.", hint="write [text].")
+    if isinstance(texts, str | Mapping) or not (hasattr(texts, "__len__") and hasattr(texts, "__iter__")):
+        raise RequestError(f"texts is {short_repr(texts)}, not a list of strings.", hint="write [text], or [messages].")
     for number, text in enumerate(texts, start=1):
-        if isinstance(text, Mapping) and {"role", "content"} <= text.keys():
-            raise RequestError(
-                f"text {number} is one message of a conversation.", hint="write a list of conversations: [messages]."
-            )
         if isinstance(text, list | tuple):
             try:
                 check_messages(text, f"conversation {number}")
@@ -153,7 +135,6 @@ def encode_examples(
     max_length: int = 0,
     on_too_long: TruncationPolicy = "cut",
     turns: Turns = "packed",
-    first: int = 1,
 ) -> TokenizedDataset:
     """Turn examples into token ids; sources that do not fit are truncated, targets never.
 
@@ -169,7 +150,6 @@ def encode_examples(
             backbone allows.
         on_too_long: `cut` the source at its end, or raise an `error`.
         turns: How conversations become examples.
-        first: The number of the first example, for messages.
 
     Raises:
         DataError: There is no example, one has no target, a target is longer than the limit, or an example is too long
@@ -177,15 +157,15 @@ def encode_examples(
     """
     if not examples:
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
-    for number, example in enumerate(examples, start=first):
+    for number, example in enumerate(examples, start=1):
         if not example.targets:
             raise DataError(
                 f"example {number} ({example.source[:60]!r}) has no target.", hint="name the target column."
             )
     limit = position_limit(backbone, prefix_length, max_length)
     if text_format.is_chat:
-        return encode_conversations(backbone, examples, text_format, limit, on_too_long, turns=turns, first=first)
-    for number, example in enumerate(examples, start=first):
+        return encode_conversations(backbone, examples, text_format, limit, on_too_long, turns=turns)
+    for number, example in enumerate(examples, start=1):
         check_plain(example, number)
         _check_characters(example, number)
     prompts = _in_parts(partial(encode_prompts, backbone, text_format), [example.source for example in examples])
@@ -196,7 +176,7 @@ def encode_examples(
     tokenized: list[TokenizedExample] = []
     whole: list[Sequence[int]] = []
     origins: list[int] = []
-    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True), start=first):
+    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True), start=1):
         name = f"example {number} ({example.source[:60]!r})"
         targets = tuple(tuple(next(target_ids)) for _ in example.targets)
         longest = max(map(len, targets))
@@ -204,7 +184,7 @@ def encode_examples(
             windows = text_windows(prompt, targets[0], min(limit, max_length or DEFAULT_WINDOW))
             tokenized += windows
             whole += [window.prompt for window in windows]
-            origins += [number - first] * len(windows)
+            origins += [number - 1] * len(windows)
             continue
         room = limit if separate else limit - longest
         if longest > limit or (len(prompt) > room and room <= before + after):
@@ -221,7 +201,7 @@ def encode_examples(
             )
         tokenized.append(TokenizedExample(tuple(cut_prompt(prompt, room, after)), targets))
         whole.append(prompt)
-        origins.append(number - first)
+        origins.append(number - 1)
     dataset = TokenizedDataset.from_prompts(tokenized, whole)
     return dataset if len(origins) == len(examples) else replace(dataset, origins=tuple(origins))
 

@@ -6,24 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
-from prefixtune.errors import DataError, describe_value, did_you_mean
-
-__all__ = [
-    "Example",
-    "ExampleLike",
-    "Message",
-    "Role",
-    "SplitName",
-    "TaskKind",
-    "chat_example",
-    "check_messages",
-    "conversation_of",
-    "limit_targets",
-    "merge_examples",
-    "merge_key",
-    "references_of",
-    "source_key",
-]
+from prefixtune.errors import DataError, describe_value, short_repr
 
 TaskKind = Literal["generation", "classification", "tagging"]
 """What a target is: a text, one label, or one tag per token with a space between. It decides how outputs are scored."""
@@ -77,23 +60,12 @@ def check_messages(messages: Any, name: str = "the conversation") -> tuple[Messa
 
 
 def _as_message(values: Any, name: str) -> Message:
+    pair = values
     if isinstance(values, Mapping):
-        unknown = [str(key) for key in values if key not in Message._fields]
-        if unknown or len(values) < len(Message._fields):
-            raise DataError(
-                f"{name} has the fields {', '.join(map(str, values)) or 'none'}; needed are role and content.",
-                hint=_MESSAGE_HINT,
-            )
-        values = (values["role"], values["content"])
-    if not (isinstance(values, (tuple, list)) and len(values) == len(Message._fields)):
-        raise DataError(f"{name} is {describe_value(values)}, not a message.", hint=_MESSAGE_HINT)
-    role, content = values
-    if role not in _ROLES:
-        raise DataError(f"{name} has the role {role!r}.", hint=did_you_mean(str(role), _ROLES))
-    if not isinstance(content, str):
-        raise DataError(f"{name} has {describe_value(content)} as content, not a text.", hint=_MESSAGE_HINT)
-    if not content.strip():
-        raise DataError(f"{name} is empty.", hint="write its text, or leave the conversation out.")
+        pair = tuple(values.get(field) for field in Message._fields) if values.keys() == set(Message._fields) else ()
+    role, content = pair if isinstance(pair, (tuple, list)) and len(pair) == len(Message._fields) else (None, None)
+    if role not in _ROLES or not isinstance(content, str) or not content.strip():
+        raise DataError(f"{name} is {short_repr(values)}, not a role and a text.", hint=_MESSAGE_HINT)
     return Message(cast(Role, role), content)
 
 
@@ -132,39 +104,26 @@ class Example:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, str):
+        # As a sequence, a single text would be one target per character.
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        if isinstance(targets, Sequence):
+            targets = tuple(targets)
+        texts = (self.source, *(targets if isinstance(targets, tuple) else (None,)))
+        if not all(isinstance(text, str) for text in texts):
             raise DataError(
-                f"the source of an example is {describe_value(self.source)}, not a text.",
+                f"an example has the source {short_repr(self.source)} and the targets {short_repr(self.targets)}, but "
+                "must have texts.",
                 hint='write Example("source", ("target",)).',
             )
-        if not isinstance(self.targets, tuple):
-            # As a sequence, a single text would be one target per character.
-            targets = (self.targets,) if isinstance(self.targets, str) else self.targets
-            object.__setattr__(self, "targets", tuple(targets) if isinstance(targets, Sequence) else targets)
-        if not isinstance(self.targets, tuple) or not all(isinstance(target, str) for target in self.targets):
+        if not isinstance(self.groups, Mapping) or not all(isinstance(group, str) for group in self.groups.values()):
             raise DataError(
-                f"the targets of the example {self.source[:60]!r} are {describe_value(self.targets)}, not texts.",
-                hint='write Example("source", ("target",)).',
+                f"the groups of the example {self.source[:60]!r} are {short_repr(self.groups)}, not a dict of texts.",
+                hint='write groups={"category": "Food"}.',
             )
-        if self.groups:
-            self._check_groups()
+        object.__setattr__(self, "targets", targets)
         if self.messages:
             messages = check_messages(self.messages, f"the conversation {self.source[:60]!r}")
             object.__setattr__(self, "messages", messages)
-
-    def _check_groups(self) -> None:
-        hint = 'write groups={"category": "Food"}.'
-        if not isinstance(self.groups, Mapping):
-            raise DataError(
-                f"the groups of the example {self.source[:60]!r} are {describe_value(self.groups)}, not a dict.",
-                hint=hint,
-            )
-        for name, group in self.groups.items():
-            if not isinstance(group, str):
-                raise DataError(
-                    f"the group {name!r} of the example {self.source[:60]!r} is {describe_value(group)}, not a text.",
-                    hint=hint,
-                )
 
 
 def chat_example(messages: Any, name: str = "the conversation", **fields: Any) -> Example:
@@ -253,3 +212,24 @@ def limit_targets(examples: Sequence[Example], limit: int) -> list[Example]:
         kept.append(replace(example, targets=example.targets[:room]))
         room -= len(example.targets)
     return kept
+
+
+def has_messages(examples: Iterable[Example]) -> bool:
+    """Whether some example has messages."""
+    return any(example.messages for example in examples)
+
+
+def source_ids(examples: Iterable[Example]) -> list[int]:
+    """A number for each example; examples of one source have the same."""
+    ids: dict[Any, int] = {}
+    keys = (source_key(example) or number for number, example in enumerate(examples))
+    return [ids.setdefault(key, len(ids)) for key in keys]
+
+
+def distinct_sources(examples: Sequence[Example]) -> list[int]:
+    """The index of the first example with a target of each source that has one, in order."""
+    first: dict[int, int] = {}
+    for index, (example, source) in enumerate(zip(examples, source_ids(examples), strict=True)):
+        if example.targets:
+            first.setdefault(source, index)
+    return list(first.values())

@@ -1,42 +1,42 @@
 """Read a data file as records, with errors that name the file and the line.
 
 Formats: `.jsonl` (one object per line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
-if needed; a `.csv` may also use `;` between fields, and a first line such as `sep=;` may name the separator) and
-`.parquet`, each also gzipped (`.gz`); `-` is standard input, whose format is recognized. A `.json` file is read as a
-whole, everything else row by row. Instead of a file, a set of the `datasets` library may be read (see `hub`).
+if needed) and `.parquet`, each also gzipped (`.gz`); `-` is standard input, whose format is recognized. A `.json` file
+is read as a whole, everything else row by row. Instead of a file, a set of the `datasets` library may be read (see
+`hub`).
 """
 
 from __future__ import annotations
 
-import codecs
+import csv
+import itertools
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from prefixtune.data.hub import dataset_rows, is_dataset
-from prefixtune.data.parquet import parquet_rows
-from prefixtune.data.parsing import LocatedRow, csv_rows, json_lines, json_list
-from prefixtune.data.streams import check_exists, is_stdin, read_chunks, read_text, shown, text_pieces
+from prefixtune.data.hub import dataset_rows, is_dataset, parquet_rows
+from prefixtune.data.streams import (
+    MAX_FILE_BYTES,
+    MAX_LINE_BYTES,
+    check_exists,
+    empty_file,
+    first_bytes,
+    is_stdin,
+    open_bytes,
+    reading,
+    shown,
+    text_lines,
+    whole_text,
+)
 from prefixtune.errors import DataError, did_you_mean
 
-__all__ = [
-    "FORMATS",
-    "Record",
-    "check_file",
-    "file_format",
-    "iter_file",
-    "iter_rows",
-    "join_lines",
-    "one_line",
-    "read_file",
-    "recognize_format",
-]
-
-
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+LocatedRow = tuple[str, dict[str, Any]]
+"""A row's location, for messages, and its values by column."""
 # A pattern such as `\s*\n\s*` needs time quadratic in the blanks of a text; this one matches a run of white space once.
 _WHITE_SPACE = re.compile(r"\s+")
 
@@ -98,51 +98,137 @@ def iter_file(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Record]:
 
     Raises:
         ConfigError: The `datasets` library is needed and not installed.
-        DataError: The file cannot be read (see `streams.read_chunks`), its ending is not allowed, it has no rows, or
+        DataError: The file cannot be read (see `streams.reading`), its ending is not allowed, it has no rows, or
             one of its rows is malformed; raised when the row is reached.
     """
     path = Path(path)
-    yield from _records(_located_rows(path, formats), path)
+    if is_dataset(path):
+        yield from itertools.starmap(Record, dataset_rows(path))
+        return
+    check_file(path)
+    form = _stdin_format(formats) if is_stdin(path) else file_format(path, formats)
+    with reading(path), open_bytes(path) as file:
+        yield from iter_rows(file, shown(path), form)
 
 
-def _records(rows: Iterator[LocatedRow], path: Path) -> Iterator[Record]:
+def iter_rows(file: IO[bytes], name: str, form: str, max_bytes: int | None = None) -> Iterator[Record]:
+    """As `iter_file`, of a file that is open.
+
+    Args:
+        file: Its bytes; of Parquet, to be read at any place.
+        name: What messages call it.
+        form: One of `FORMATS`, or empty: a table whose fields are separated by tabs, if its header has one, or commas.
+        max_bytes: The most that is read of JSON and tables; None: any number of rows, and `MAX_FILE_BYTES` of a list.
+
+    Raises:
+        DataError: As for `iter_file`.
+    """
+    if form == ".parquet":
+        rows = parquet_rows(file, name)
+    elif form == ".json":
+        rows = _json_list(whole_text(file, name, max_bytes or MAX_FILE_BYTES), name)
+    elif form == ".jsonl":
+        rows = json_lines(text_lines(file, name, max_bytes), name)
+    else:
+        rows = _table_rows(text_lines(file, name, max_bytes), name, {".csv": ",", ".tsv": "\t"}.get(form, ""))
     is_empty = True
     for location, values in rows:
         is_empty = False
         yield Record(location, values)
     if is_empty:
-        raise DataError(f"{shown(path)} has no rows; at least one is needed.", hint="check that it is complete.")
+        raise DataError(f"{name} has no rows; at least one is needed.", hint="check that it is complete.")
 
 
-def _located_rows(path: Path, formats: Sequence[str]) -> Iterator[LocatedRow]:
-    if is_dataset(path):
-        return dataset_rows(path)
-    check_file(path)
-    form = _stdin_format(formats) if is_stdin(path) else file_format(path, formats)
-    if form == ".parquet":
-        return parquet_rows(path)
-    return _text_rows(text_pieces(path), path, form) if form != ".json" else json_list(read_text(path), path)
-
-
-def iter_rows(pieces: Iterator[str], path: Path, form: str) -> Iterator[Record]:
-    """As `iter_file`, of a text that is read piece by piece, perhaps while it is still being written.
-
-    Args:
-        pieces: The text.
-        path: The file's, for messages.
-        form: `.jsonl`, `.csv`, `.tsv`, or empty: a table with any separator.
+def json_lines(lines: Iterable[str], name: str) -> Iterator[LocatedRow]:
+    """The objects of JSON lines; blank ones are ignored.
 
     Raises:
-        DataError: As for `iter_file`.
+        DataError: A line is not JSON, or no object.
     """
-    yield from _records(_text_rows(pieces, path, form), path)
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            location = f"{name}, line {number}"
+            yield location, _as_object(_parse_json(line.removesuffix("\n"), name, number), location)
 
 
-def _text_rows(pieces: Iterator[str], path: Path, form: str) -> Iterator[LocatedRow]:
-    if form == ".jsonl":
-        return json_lines(pieces, path)
-    separators = {".tsv": "\t", ".csv": ",;"}
-    return csv_rows(pieces, path, separators.get(form, ",;\t"))
+def _json_list(text: str, name: str) -> Iterator[LocatedRow]:
+    """The objects of one JSON list."""
+    if not text.strip():
+        raise empty_file(name)
+    values = _parse_json(text, name, 1)
+    if not isinstance(values, list):
+        raise DataError(
+            f"{name} holds a JSON {_json_type(values)}; a .json file must hold a list of objects.",
+            hint="wrap it in [ ], or name a file with one object a line .jsonl.",
+        )
+    for number, value in enumerate(values, start=1):
+        location = f"{name}, item {number}"
+        yield location, _as_object(value, location)
+
+
+def _parse_json(text: str, name: str, first_line: int) -> Any:
+    """The value of a text that starts at this line of a file."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{name}, line {first_line + error.lineno - 1}, column {error.colno}: not JSON: {error.msg}.",
+            hint="a .jsonl file has one object a line, a .json file one list of objects.",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{name}, line {first_line}: this JSON cannot be read: {error}.", hint="use plain strings and numbers."
+        ) from error
+
+
+def _as_object(value: Any, location: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{location} holds a JSON {_json_type(value)}; an object is needed.",
+            hint='write rows as {"column": value, ...}.',
+        )
+    return value
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[LocatedRow]:
+    """The rows of a table with a header line; blank ones are ignored."""
+    if not separator:
+        first = next(lines, "")
+        separator, lines = "\t" if "\t" in first else ",", itertools.chain([first], lines)
+    # By default a field is shorter than a long document; the limit is the whole program's.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    columns: list[str] = []
+    line = 0
+    try:
+        for cells in reader:
+            location, line = f"{name}, line {line + 1}", reader.line_num
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not columns:
+                columns = [cell.strip() for cell in cells]
+                if len(set(columns)) < len(columns):
+                    raise DataError(f"{location}: two columns have the same name.", hint="rename or drop one of them.")
+            elif len(cells) != len(columns):
+                raise DataError(
+                    f"{location} has {len(cells)} fields; the header has {len(columns)}: {', '.join(columns)}.",
+                    hint=f'put a field that contains the separator, {separator!r}, in quotes, "like this".',
+                )
+            else:
+                yield location, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(
+            f"{name}, line {line + 1}: {error}.",
+            hint='end a field that starts with " with "; double quotes inside it; use JSON lines for long texts.',
+        ) from error
 
 
 def _stdin_format(formats: Sequence[str]) -> str:
@@ -151,7 +237,7 @@ def _stdin_format(formats: Sequence[str]) -> str:
     Raises:
         DataError: It is none of `formats`.
     """
-    form = recognize_format(next(read_chunks(Path("-")), b""))
+    form = recognize_format(first_bytes(Path("-")))
     if (form or ".csv") not in formats:
         raise DataError(
             f"stdin holds {form or 'a table, or text'}; allowed: {', '.join(formats)}.",
@@ -163,18 +249,34 @@ def _stdin_format(formats: Sequence[str]) -> str:
 def recognize_format(start: bytes) -> str:
     """The format of a file by its first bytes: `.jsonl`, `.json`, `.parquet`, or a table or a text (empty).
 
-    >>> recognize_format(b' {"text": "a"}'), recognize_format(b"["), recognize_format('{"text"'.encode("utf-16"))
-    ('.jsonl', '.json', '.jsonl')
+    >>> recognize_format(b' {"text": "a"}'), recognize_format(b"["), recognize_format(b"text,label")
+    ('.jsonl', '.json', '')
     """
-    for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
-        if start.startswith(mark):
-            start = start[: len(start) // 2 * 2].decode(encoding, errors="replace").encode()
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"PAR1"):
         return ".parquet"
     if text.startswith((b"{", b"[")):
         return ".jsonl" if text.startswith(b"{") else ".json"
     return ""
+
+
+def task_format(path: Path, formats: Sequence[str], own: str) -> str:
+    """The format of a file by its ending, and of standard input by its beginning; empty: a set of the hub's library.
+
+    Args:
+        path: The file; `-`: standard input; or a set of the `datasets` library.
+        formats: The endings that the task reads.
+        own: The format of standard input that is neither JSON nor Parquet.
+
+    Raises:
+        DataError: It is a folder, cannot be read, or has another ending.
+    """
+    if is_dataset(path):
+        return ""
+    if is_stdin(path):
+        return recognize_format(first_bytes(path)) or own
+    check_file(path)
+    return file_format(path, formats)
 
 
 def check_file(path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from prefixtune.data.examples import Example, Message, merge_examples
 from prefixtune.data.files import Record, iter_file
-from prefixtune.data.messages import parse_messages, split_answer, unused_keys
+from prefixtune.data.messages import parse_messages, split_answer
 from prefixtune.data.streams import shown
 from prefixtune.data.tasks.classification import labelled_example
 from prefixtune.data.tasks.summarization import DOCUMENT_COLUMNS, SUMMARY_COLUMNS, summary_example
@@ -26,32 +26,11 @@ from prefixtune.data.tasks.tagging import tagged_example, untagged_example
 from prefixtune.data.templates import render, targets_of
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 
-__all__ = [
-    "FORMS",
-    "Form",
-    "describe_counts",
-    "describe_data",
-    "detect_form",
-    "file_form",
-    "fitting_forms",
-    "iter_form",
-    "make_example",
-    "read_form",
-]
-
-_CHATS = ("messages", "conversations", "prompt")
-"""The forms whose columns may hold messages."""
 _COMPLETIONS = ("completion", "response")
 _OUTPUTS = ("output", "response")
 _ANSWERS = ("answer", "answers")
 _MAX_SHOWN = 12
 """Columns that a message lists at most."""
-_REFUSED = {
-    ("chosen", "rejected"): "pairs of a chosen and a rejected answer are not learned here; "
-    "for the chosen ones: --source prompt --target chosen.",
-    ("input_ids",): "token ids are not read: give the texts.",
-}
-"""Columns of data that is not read -> why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +42,6 @@ class Form:
         columns: Its columns; of each group one must be there, and the first that is there is used. The last group
             holds the targets, but for forms of one group.
         title: What people call it, in the plural.
-        units: What its examples and its targets are called, in the singular.
         make: A row -> its example; the last argument says whether a target is needed.
         optional: Columns that are used too, if they are there.
         task: Of the data.
@@ -72,7 +50,6 @@ class Form:
     name: str
     columns: tuple[tuple[str, ...], ...]
     title: str
-    units: tuple[str, str]
     make: Callable[[Record, bool], Example]
     optional: tuple[str, ...] = ()
     task: str = "records"
@@ -99,12 +76,6 @@ class Form:
         groups = self.columns if needs_targets or len(self.columns) == 1 else self.columns[:-1]
         return all(present & set(group) for group in groups)
 
-    def columns_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The names of a row's columns, and, as in `messages.name`, those within messages that are not read."""
-        names = tuple(map(str, row))
-        read = [name for group in self.columns for name in group if name in row and self.name in _CHATS]
-        return (*names, *(f"{name}.{key}" for name in read for key in unused_keys(_messages_in(row[name]))))
-
     def unused(self, columns: Iterable[str]) -> list[str]:
         """Columns that are kept in the examples' fields alone."""
         present = list(columns)
@@ -115,9 +86,7 @@ class Form:
 # --- which form ------------------------------------------------------------------------------------------------------
 
 
-def detect_form(
-    row: Mapping[str, Any], location: str, *, form: str = "", prefer: str = "", needs_targets: bool = True
-) -> Form:
+def detect_form(row: Mapping[str, Any], location: str, *, form: str = "", needs_targets: bool = True) -> Form:
     """The form of a row, by its columns.
 
     >>> detect_form({"prompt": "1+1", "completion": "2"}, "a.csv, line 2").title
@@ -127,7 +96,6 @@ def detect_form(
         row: Column -> value; the first of its file.
         location: Its location, for messages.
         form: The name of the form that it must have; empty: any.
-        prefer: The name of a form that is taken wherever it fits.
         needs_targets: Rows without a column of targets are refused.
 
     Raises:
@@ -136,17 +104,11 @@ def detect_form(
     """
     if form and form not in FORMS:
         raise ConfigError(f"there is no form {form!r}.", hint=did_you_mean(form, FORMS))
-    if form:
-        if not FORMS[form].fits(row, needs_targets=needs_targets):
-            raise DataError(
-                f"{location} has the columns {_listed(row)}, but the form {form!r} needs {FORMS[form].signature}.",
-                hint="leave the form out, or rename the columns.",
-            )
-        return FORMS[form]
-    fitting = _candidates(row, needs_targets)
-    if prefer and (chosen := [one for one in fitting if one.name == prefer]):
-        return chosen[0]
-    fitting = _likeliest(fitting, row)
+    fitting = [one for one in FORMS.values() if one.name == form and one.fits(row, needs_targets=needs_targets)]
+    if not form:
+        fitting = fitting_forms(row)
+    if not form and not fitting and not needs_targets:
+        fitting = [one for one in FORMS.values() if one.fits(row, needs_targets=False)]
     if len(fitting) > 1:
         readings = ", or as ".join(f"{one.title} ({one.signature})" for one in fitting)
         raise ConfigError(
@@ -154,7 +116,11 @@ def detect_form(
             hint=f"choose one: {' or '.join(f'--form {one.name}' for one in fitting)}.",
         )
     if not fitting:
-        raise _unknown_form(row, location)
+        known = FORMS[form].signature if form else "; ".join(one.signature for one in FORMS.values())
+        raise DataError(
+            f"{location} has the columns {_listed(row)}; forms that are recognized: {known}.",
+            hint="rename the columns, or name them, as in --source '{name} is {food}' --target text.",
+        )
     return fitting[0]
 
 
@@ -164,40 +130,9 @@ def fitting_forms(row: Mapping[str, Any]) -> list[Form]:
     Args:
         row: Column -> value; the first of its file.
     """
-    return _likeliest(_candidates(row, needs_targets=True), row)
-
-
-def _candidates(row: Mapping[str, Any], needs_targets: bool) -> list[Form]:
     fitting = [one for one in FORMS.values() if one.fits(row)]
-    is_refused = any(all(name in row for name in names) for names in _REFUSED)
-    if not fitting and not needs_targets and not is_refused:
-        fitting = [one for one in FORMS.values() if one.fits(row, needs_targets=False)]
-    return fitting
-
-
-def _likeliest(fitting: list[Form], row: Mapping[str, Any]) -> list[Form]:
-    if len(fitting) < 2:
-        return fitting
-    # A text is a whole example only where nothing else is one; exports of several files fill columns with null.
-    fitting = [one for one in fitting if one.name != "text"]
-    filled = [one for one in fitting if one.fits(name for name, value in row.items() if value is not None)]
-    return filled or fitting
-
-
-def _unknown_form(row: Mapping[str, Any], location: str) -> DataError:
-    known = "; ".join(one.signature for one in FORMS.values())
-    message = f"{location} has the columns {_listed(row)}; forms that are recognized: {known}."
-    for columns, hint in _REFUSED.items():
-        if all(column in row for column in columns):
-            return DataError(message, hint=hint)
-    named = "name the columns, as in --source '{name} is {food}' --target text."
-    names = {name for one in FORMS.values() for group in one.columns for name in group}
-    for column in list(map(str, row))[:_MAX_SHOWN]:
-        guess = did_you_mean(column.lower(), names)
-        if guess.startswith("did you mean") and column not in names:
-            meant = f"{guess.removesuffix('?')} by the column {column[:40]!r}? Rename it, or"
-            return DataError(message, hint=f"{meant} {named}")
-    return DataError(message, hint=named)
+    # A text is a whole example only where nothing else is one.
+    return [one for one in fitting if one.name != "text"] or fitting
 
 
 def _listed(row: Mapping[str, Any]) -> str:
@@ -206,15 +141,12 @@ def _listed(row: Mapping[str, Any]) -> str:
     return (", ".join(names[:_MAX_SHOWN]) or "none") + more
 
 
-def file_form(
-    path: Path, *, form: str = "", prefer: str = "", needs_targets: bool = True
-) -> tuple[Form, Mapping[str, Any]]:
+def file_form(path: Path, *, form: str = "", needs_targets: bool = True) -> tuple[Form, Mapping[str, Any]]:
     """The form of a file, and its first row.
 
     Args:
         path: A file, `-` for standard input, or a set of the `datasets` library.
-        form: As for `detect_form`, like the others.
-        prefer: Likewise.
+        form: As for `detect_form`, like the other.
         needs_targets: Likewise.
 
     Raises:
@@ -222,8 +154,7 @@ def file_form(
         DataError: Likewise.
     """
     first = next(iter_file(path))
-    chosen = detect_form(first.values, first.location, form=form, prefer=prefer, needs_targets=needs_targets)
-    return chosen, first.values
+    return detect_form(first.values, first.location, form=form, needs_targets=needs_targets), first.values
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -253,63 +184,40 @@ def iter_form(records: Iterable[Record], form: Form, *, needs_targets: bool = Fa
 def make_example(record: Record, form: Form, *, needs_targets: bool = False) -> Example:
     """The example of one row; the arguments are those of `read_form`."""
     if not form.fits(record.values, needs_targets=needs_targets):
-        raise _other_form(record, form)
-    return form.make(record, needs_targets)
-
-
-def _other_form(record: Record, form: Form) -> DataError:
-    """The error of a row that lacks the form's columns."""
-    others = [one for one in FORMS.values() if one.fits(record.values)]
-    if others:
-        return DataError(
-            f"{record.location} has the form of {others[0].title} ({others[0].signature}), but the rows before it that "
-            f"of {form.title} ({form.signature}).",
+        raise DataError(
+            f"{record.location} has the columns {_listed(record.values)}, but rows of {form.title} need "
+            f"{form.signature}, as those before it.",
             hint="put each form into a file of its own.",
         )
-    missing = next((group for group in form.columns if not set(group) & record.values.keys()), form.columns[-1])
-    return DataError(
-        f"{record.location}: there is no column {' or '.join(map(repr, missing))}; there are: "
-        f"{_listed(record.values)}.",
-        hint=f"rows of {form.title} need {form.signature}.",
-    )
+    return form.make(record, needs_targets)
 
 
 def describe_data(form: Form, examples: Sequence[Example], path: Path | str, columns: Iterable[str] = ()) -> str:
     """One line for people: what was read, and which columns are not used.
 
     >>> describe_data(FORMS["question"], [Example("Why?", ("So.", "Because."))], "a.csv", ["question", "answer", "id"])
-    'a.csv: read as questions and answers: 1 question, 2 answers; not used: id'
+    'a.csv: read as questions and answers: examples 1, targets 2; not used: id'
 
     Args:
         form: Of the data.
         examples: All of them.
         path: Where they are from.
-        columns: The first row, or the names that `Form.columns_of` gives of it.
+        columns: Of the first row.
     """
-    # Imported here: numpy takes a moment.
-    from prefixtune.data.stored_examples import count_answers
-
-    if isinstance(columns, Mapping):
-        columns = form.columns_of(columns)
-    return describe_counts(form, len(examples), count_answers(examples), path, columns)
+    num_targets = sum(
+        len(example.targets) + sum(message.role == "assistant" for message in example.messages) for example in examples
+    )
+    return describe_counts(form, len(examples), num_targets, path, columns)
 
 
 def describe_counts(
-    form: Form, num_examples: int, num_answers: int, path: Path | str, columns: Iterable[str] = ()
+    form: Form, num_examples: int, num_targets: int, path: Path | str, columns: Iterable[str] = ()
 ) -> str:
     """As `describe_data`, of so many examples with so many targets and earlier answers."""
-    counts = [_count(num_examples, form.units[0])]
-    if form.units[1]:
-        counts.append(_count(num_answers, form.units[1]))
     unused = [str(column)[:40] for column in form.unused(columns)]
     more = "..." if len(unused) > _MAX_SHOWN else ""
     note = f"; not used: {', '.join(unused[:_MAX_SHOWN])}{more}" if unused else ""
-    return f"{shown(path)}: read as {form.title}: {', '.join(counts)}{note}"
-
-
-def _count(number: int, unit: str) -> str:
-    plural = unit if number == 1 else f"{unit.removesuffix('y')}ies" if unit.endswith("ry") else f"{unit}s"
-    return f"{number:,} {plural}"
+    return f"{shown(path)}: read as {form.title}: examples {num_examples:,}, targets {num_targets:,}{note}"
 
 
 # --- rows -> examples ------------------------------------------------------------------------------------------------
@@ -431,23 +339,15 @@ def _one_turn(record: Record, source: str, columns: Sequence[str], needs_targets
     return Example(source, targets, record.values, messages=(*_system(record), Message("user", source)))
 
 
-def _plain(source: str, *targets: str) -> Callable[[Record, bool], Example]:
-    """The reader of a column of sources and one of targets."""
-
-    def make(record: Record, needs_targets: bool) -> Example:
-        text = render(source, record.values, record.location)
-        return Example(text, _targets(record, targets, needs_targets), record.values)
-
-    return make
+def _pair(record: Record, needs_targets: bool) -> Example:
+    text = render("source", record.values, record.location)
+    return Example(text, _targets(record, ("target", "targets"), needs_targets), record.values)
 
 
 def _text(record: Record, needs_targets: bool) -> Example:
     """A text to learn as it is, with nothing before it."""
-    text = record.values["text"]
-    if not isinstance(text, str) or not text.strip():
-        # It says what is wrong with it.
-        text = render("text", record.values, record.location)
-    return Example("", (text,), record.values)
+    render("text", record.values, record.location)  # refuses what is no text
+    return Example("", (str(record.values["text"]),), record.values)
 
 
 def _label(record: Record, needs_targets: bool) -> Example:
@@ -465,56 +365,21 @@ def _tags(record: Record, needs_targets: bool) -> Example:
 FORMS: dict[str, Form] = {
     form.name: form
     for form in (
-        Form("messages", (("messages",),), "chats", ("conversation", "answer"), partial(_conversation, "messages")),
-        Form(
-            "conversations",
-            (("conversations",),),
-            "chats",
-            ("conversation", "answer"),
-            partial(_conversation, "conversations"),
-        ),
-        Form(
-            "prompt",
-            (("prompt",), _COMPLETIONS),
-            "prompts and completions",
-            ("prompt", "completion"),
-            _prompt,
-            optional=("system",),
-        ),
-        Form(
-            "instruction",
-            (("instruction",), _OUTPUTS),
-            "instructions",
-            ("instruction", "answer"),
-            _instruction,
-            optional=("input", "context", "system"),
-        ),
-        Form(
-            "question",
-            (("question",), _ANSWERS),
-            "questions and answers",
-            ("question", "answer"),
-            _question,
-            optional=("context",),
-        ),
-        Form(
-            "source",
-            (("source",), ("target", "targets")),
-            "sources and targets",
-            ("source", "target"),
-            _plain("source", "target", "targets"),
-        ),
+        *(Form(name, ((name,),), "chats", partial(_conversation, name)) for name in ("messages", "conversations")),
+        Form("prompt", (("prompt",), _COMPLETIONS), "prompts and completions", _prompt, ("system",)),
+        Form("instruction", (("instruction",), _OUTPUTS), "instructions", _instruction, ("input", "context", "system")),
+        Form("question", (("question",), _ANSWERS), "questions and answers", _question, ("context",)),
+        Form("source", (("source",), ("target", "targets")), "sources and targets", _pair),
         Form(
             "document",
             (DOCUMENT_COLUMNS, SUMMARY_COLUMNS),
             "documents and summaries",
-            ("document", "summary"),
             lambda record, needs_targets: summary_example(record, needs_target=needs_targets),
             task="summarization",
         ),
-        Form("label", (("text",), ("label",)), "texts and labels", ("text", ""), _label, task="classification"),
-        Form("tags", (("tokens",), ("tags",)), "tokens and tags", ("sentence", ""), _tags, task="tagging"),
-        Form("text", (("text",),), "texts", ("text", ""), _text),
+        Form("label", (("text",), ("label",)), "texts and labels", _label, task="classification"),
+        Form("tags", (("tokens",), ("tags",)), "tokens and tags", _tags, task="tagging"),
+        Form("text", (("text",),), "texts", _text),
     )
 }
 """Name -> form, in the order in which messages list them."""

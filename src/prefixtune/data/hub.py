@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: a folder that `save_to_disk` wrote, or a set on the hub, named `hub:NAME`.
+"""Parquet files, and data sets of the `datasets` library: a folder that `save_to_disk` wrote, or `hub:NAME`.
 
     hub:OWNER/NAME[:CONFIGURATION][@SPLIT][#REVISION]
 
@@ -6,31 +6,25 @@ A set's split has an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. A 
 Sets that are Python scripts are not read; the hub has most of them as Parquet, in a branch of its own:
 `hub:GEM/e2e_nlg@train#refs/convert/parquet`. Nothing is downloaded without `hub:`.
 
-Class numbers become class names, and other values are as in Parquet. Images, sounds and the like stay bytes. The
-library is optional, and imported only when a set is read.
+Class numbers become class names. Dates, times and decimal numbers become texts, and so do bytes that are UTF-8; images,
+sounds and the like stay bytes. The libraries are optional, and imported only when they are needed.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from prefixtune.data.values import as_json
 from prefixtune.errors import ConfigError, DataError, first_line
 from prefixtune.prefix.hub import HUB
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["HUB", "dataset_rows", "dataset_splits", "is_dataset", "split_path"]
-
-
 _DATASET_INFO, _DATASET_DICT = "dataset_info.json", "dataset_dict.json"
 """The files by which a folder of one split, or of several splits, is recognized."""
-_CONVERTED = "refs/convert/parquet"
-"""The branch in which the hub keeps a set as Parquet."""
 _BATCH = 100
 """Rows that are in memory at once; they may hold images."""
 
@@ -109,38 +103,70 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(splits_by_name)}.")
         data = splits_by_name[split]
     else:
-        data = _load_from_disk(path)
+        with _reporting(str(path)):
+            data = _library().load_from_disk(str(path))
     if not len(data):
         raise DataError(f"{path} has no rows; at least one is needed.", hint="check how the set was made.")
-    try:
-        for number, values in enumerate(_rows(data), start=1):
+    features = data.features
+    with _reporting(str(path)):
+        # In this format the library decodes nothing, and a format that the set was saved with does not count.
+        rows = (row for batch in data.with_format("arrow").iter(_BATCH) for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            values = {column: _as_json(_with_class_names(features[column], value)) for column, value in row.items()}
             yield f"{path}, row {number}", values
-    except Exception as error:  # the library raises many types
-        raise _unreadable(path, error) from error
 
 
-def _rows(data: Any) -> Iterator[dict[str, Any]]:
-    """The values of each row by column, as JSON values where possible."""
-    features = type(data.features)({column: _without_media(feature) for column, feature in data.features.items()})
-    # In this format the library decodes nothing, and a format that the set was saved with does not count.
-    for batch in data.with_format("arrow").iter(_BATCH):
-        for row in batch.to_pylist():
-            values = features.decode_example(row)
-            yield {column: as_json(_with_class_names(features[column], value)) for column, value in values.items()}
+def parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The location and the values of each row of a Parquet file.
+
+    Args:
+        file: Its bytes, to be read at any place.
+        name: What messages call it.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        DataError: The file is not a complete Parquet file.
+    """
+    with needs_extra("datasets", f"{name}: reading Parquet", ", or export the table as JSON lines"):
+        from pyarrow import parquet
+    with _reporting(name):
+        # Batch by batch, because all rows at once as Python objects take many times the file's size.
+        batches = parquet.ParquetFile(file).iter_batches(batch_size=1024)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            yield f"{name}, row {number}", {column: _as_json(value) for column, value in row.items()}
 
 
-def _without_media(feature: Any) -> Any:
-    """A column's type, in which images, sounds and the like are not decoded: nothing reads them."""
-    if isinstance(feature, dict):
-        return {name: _without_media(inner) for name, inner in feature.items()}
-    if isinstance(feature, list):
-        return [_without_media(inner) for inner in feature]
-    if hasattr(feature, "feature"):
-        return dataclasses.replace(feature, feature=_without_media(feature.feature))
-    # The library's type of JSON is decoded too, but to values.
-    if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
-        return dataclasses.replace(feature, decode=False)
-    return feature
+@contextlib.contextmanager
+def _reporting(name: str) -> Iterator[None]:
+    """While the block runs, the libraries' errors, which are of many types, become one line that names the set."""
+    try:
+        yield
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{name} cannot be read: {first_line(error).rstrip('.')}.",
+            hint="check its name and the network; of a damaged set, get or save it again.",
+        ) from error
+
+
+def _as_json(value: Any) -> Any:
+    """A value as in JSON.
+
+    >>> from datetime import date
+    >>> _as_json([date(2026, 1, 2), b"a", 1.5])
+    ['2026-01-02', 'a', 1.5]
+    """
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
 def _address(path: str) -> tuple[str, str | None, str | None, str | None]:
@@ -159,46 +185,10 @@ def _library() -> Any:
     return datasets
 
 
-def _load_from_disk(path: Path | str) -> Any:
-    library = _library()
-    try:
-        return library.load_from_disk(str(path))
-    except Exception as error:  # the library raises many types, also pyarrow's
-        if isinstance(error, IndexError) and not list(Path(path).glob("*.arrow")):
-            return []  # saved without rows, which the library cannot read
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path | str, error: Exception) -> DataError:
-    is_on_hub = str(path).startswith(HUB)
-    return DataError(
-        f"{path} cannot be read as a set of the datasets library: {first_line(error).rstrip('.')}.",
-        hint="download it again, or export it as JSON lines."
-        if is_on_hub
-        else "copy the whole folder again, or save the set again with save_to_disk.",
-    )
-
-
 def _load_from_hub(name: str, configuration: str | None, revision: str | None) -> Any:
-    library = _library()
-    try:
-        return library.load_dataset(name, configuration, revision=revision)
-    except Exception as error:  # as above, also the network's
-        address = f"{HUB}{name}{f':{configuration}' if configuration else ''}"
-        if "scripts are no longer supported" in str(error):
-            hint = (
-                f"name the branch in which the hub has most sets as Parquet, as in {HUB}{name}#{_CONVERTED}; or export "
-                "the set as JSON lines."
-            )
-        else:
-            hint = (
-                "check the name (with its configuration and revision, hub:OWNER/NAME:CONFIGURATION#REVISION) and the "
-                "network."
-            )
-        raise DataError(
-            f"{address}{f'#{revision}' if revision else ''} cannot be loaded: {first_line(error).rstrip('.')}.",
-            hint=hint,
-        ) from error
+    address = f"{HUB}{name}{f':{configuration}' if configuration else ''}{f'#{revision}' if revision else ''}"
+    with _reporting(address):
+        return _library().load_dataset(name, configuration, revision=revision)
 
 
 def _with_class_names(feature: Any, value: Any) -> Any:

@@ -9,26 +9,12 @@ from typing import Any, Literal
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_prompts
 from prefixtune.data.examples import Example, TaskKind
-from prefixtune.data.stored_examples import change_examples
 from prefixtune.data.tasks.classification import check_labels, label_names
 from prefixtune.data.tasks.tagging import check_tags, tag_names
 from prefixtune.data.truncation import position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt
-
-__all__ = [
-    "ClassifierKind",
-    "Labels",
-    "check_known",
-    "choose_labels",
-    "encode_labelled",
-    "encode_labelled_prompt",
-    "labels_in",
-    "labels_of",
-    "validate_labels",
-    "with_label_words",
-]
 
 ClassifierKind = Literal["head", "words"]
 """How labels are predicted: by a trained linear layer, or by the language model's probability of each label's word."""
@@ -167,9 +153,7 @@ def _label_words(names: Sequence[str], words: Mapping[str, str] | None) -> tuple
 def with_label_words(examples: Sequence[Example], labels: Labels) -> Sequence[Example]:
     """The same examples with each label's word as the target."""
     word_of = dict(zip(labels.names, labels.words, strict=True))
-    return change_examples(
-        examples, lambda e: Example(e.source, tuple(word_of[target] for target in e.targets), e.fields)
-    )
+    return [Example(e.source, tuple(word_of[target] for target in e.targets), e.fields) for e in examples]
 
 
 def encode_labelled(
@@ -181,7 +165,6 @@ def encode_labelled(
     prefix_length: int,
     max_length: int = 0,
     on_too_long: TruncationPolicy = "cut",
-    first: int = 1,
 ) -> TokenizedDataset:
     """Turn examples into token ids with label indices, for a head.
 
@@ -196,7 +179,6 @@ def encode_labelled(
         prefix_length: P; the prefix takes as many of a decoder-only backbone's positions.
         max_length: Positions of a text; 0: as many as the backbone allows.
         on_too_long: `cut` the text at its end, or raise an `error`.
-        first: The number of the first example, for messages.
 
     Raises:
         DataError: There is no example, or one is too long and may not be truncated.
@@ -209,7 +191,7 @@ def encode_labelled(
     tagging = labels.kind == "tagging"
     tokenized: list[TokenizedExample] = []
     prompts: list[list[int]] = []
-    for number, example in enumerate(examples, start=first):
+    for number, example in enumerate(examples, start=1):
         tokens = example.fields.get("tokens") if tagging else None
         prompt, positions = encode_labelled_prompt(backbone, text_format, example.source, tokens)
         prompts.append(prompt)

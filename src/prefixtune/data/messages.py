@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefixtune.data.examples import Message, check_messages
-from prefixtune.errors import DataError, describe_value, did_you_mean, short_repr
-
-__all__ = ["parse_messages", "split_answer", "unused_keys"]
+from prefixtune.errors import DataError, describe_value, short_repr
 
 _ROLES = {
     "system": "system",
@@ -27,21 +25,12 @@ _ROLES = {
     "bot": "assistant",
 }
 """Role in a file, in lower case -> the role that it is here."""
-_TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 _HINT = 'write {"role": "user", "content": "..."}.'
-_NO_TOOLS = "leave such conversations out: calls of tools are not learned here."
 _REFUSED = {
-    **dict.fromkeys(("tool_calls", "function_call"), ("calls a tool", _NO_TOOLS)),
-    **dict.fromkeys(
-        ("reasoning_content", "reasoning", "thinking"),
-        ("has a thought beside its text", "write it into the text, as the model's template does, or leave it out."),
-    ),
-    **dict.fromkeys(
-        ("images", "image", "audio", "audios", "video", "videos"),
-        ("holds more than text", "leave such conversations out, or the key."),
-    ),
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("images", "image", "audio", "audios", "video", "videos"),
 }
-"""Keys that are refused where they are filled -> what the message does, and the way out."""
+"""Keys that are refused where they are filled: what is beside the text."""
 _LEARNED = {"weight": 1, "train": True, "loss": True}
 """Keys of a message of the assistant -> their value where it is learned as here; other values are refused."""
 
@@ -66,24 +55,11 @@ def parse_messages(value: Any, column: str, location: str) -> list[Message]:
         except (ValueError, RecursionError):
             raise DataError(f"{location}: {column!r} is not JSON: {value[:40]!r}...", hint=_HINT) from None
     if not isinstance(value, list | tuple) or not value:
-        kind = "nothing (null)" if value is None else "an empty list" if value == [] else describe_value(value)
-        raise DataError(f"{location}: {column!r} is {kind}; a list of messages is needed.", hint=_HINT)
+        raise DataError(f"{location}: {column!r} is {short_repr(value)}; a list of messages is needed.", hint=_HINT)
     return [
         _parse_message(message, f"{location}: message {number} of {column!r}")
         for number, message in enumerate(value, start=1)
     ]
-
-
-def unused_keys(value: Any) -> list[str]:
-    """The filled keys of a list of messages that are not read, in order; none, if it is something else.
-
-    >>> unused_keys([{"role": "user", "content": "Hi", "name": "Ann", "refusal": None}])
-    ['name']
-    """
-    messages = [message for message in value if isinstance(message, Mapping)] if isinstance(value, list | tuple) else []
-    known = {"role", "content", "from", "value", *_REFUSED, *_LEARNED}
-    keys = (str(key) for message in messages for key, item in message.items() if item not in (None, "", [], {}))
-    return [key for key in dict.fromkeys(keys) if key not in known]
 
 
 def split_answer(
@@ -118,28 +94,19 @@ def _parse_message(message: Any, name: str) -> Message:
         message = message._asdict()
     if not isinstance(message, Mapping):
         raise DataError(f"{name} is {describe_value(message)}, not an object.", hint=_HINT)
-    keys = ("role", "content") if "role" in message or "from" not in message else ("from", "value")
-    missing = [key for key in keys if key not in message and not (key == "content" and message.get("tool_calls"))]
-    if missing:
-        names = ", ".join(str(key)[:40] for key in list(message)[:9]) or "none"
-        raise DataError(f"{name} has no {missing[0]!r}; its keys are: {names}.", hint=_HINT)
-    written, content = message[keys[0]], message.get(keys[1])
-    word = written.lower() if isinstance(written, str) else ""
-    if word in _TOOLS:
-        raise DataError(f"{name} has the role {written!r}; system, user and assistant are read.", hint=_NO_TOOLS)
-    for key, (what, hint) in _REFUSED.items():
-        if message.get(key):
-            raise DataError(f"{name} {what} ({key}); only texts are read.", hint=hint)
-    if word not in _ROLES:
-        known = ", ".join(_ROLES)
-        hint = did_you_mean(word, _ROLES) if word else f"known: {known}."
-        raise DataError(f"{name} has the role {describe_role(written)}, which is not known.", hint=hint)
-    role: Any = _ROLES[word]
-    for key, learned in _LEARNED.items():
-        if role == "assistant" and message.get(key) not in (None, learned):
+    written = message["role"] if "role" in message else message.get("from")
+    content = message.get("value" if "from" in message and "role" not in message else "content")
+    role: Any = _ROLES.get(written.lower()) if isinstance(written, str) else None
+    if role is None:
+        raise DataError(
+            f"{name} has the role {short_repr(written)}, which is not known.", hint=f"known: {', '.join(_ROLES)}."
+        )
+    for key, value in message.items():
+        is_beside = key in _REFUSED and value
+        if is_beside or (role == "assistant" and key in _LEARNED and value not in (None, _LEARNED[key])):
             raise DataError(
-                f"{name} has the {key} {short_repr(message[key])}; every turn of the assistant is learned alike here.",
-                hint="end the conversation before it, or leave the key out.",
+                f"{name} has the {key} {short_repr(value)}; only texts are read, and every answer is learned alike.",
+                hint="leave such conversations out, or the key.",
             )
     text = content if isinstance(content, str) else _join_parts(content, name)
     if not text.strip():
@@ -147,29 +114,23 @@ def _parse_message(message: Any, name: str) -> Message:
     return Message(role, text)
 
 
-def describe_role(role: Any) -> str:
-    """A role as messages show it."""
-    return repr(role[:40]) if isinstance(role, str) else describe_value(role)
-
-
 def _join_parts(content: Any, name: str) -> str:
     """The text of a list of parts, as OpenAI's clients write them: `[{"type": "text", "text": "..."}]`."""
     if not isinstance(content, list):
         raise DataError(f"{name} has {describe_value(content)} as content, not a text.", hint=_HINT)
-    texts = []
-    for part in content:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        kind = part.get("type", "text") if isinstance(part, Mapping) else None
-        if kind not in ("text", "input_text", "output_text"):
-            what = f"a part of type {describe_role(kind)}" if kind is not None else describe_value(part)
+    texts = [part if isinstance(part, str) else _text_of(part) for part in content]
+    for text, part in zip(texts, content, strict=True):
+        if text is None:
             raise DataError(
-                f"{name} holds {what}; only text is read.",
+                f"{name} holds {describe_value(part)}; only text is read.",
                 hint='leave such conversations out; a part of text is {"type": "text", "text": "..."}.',
             )
-        text = part.get("text")
-        if not isinstance(text, str):
-            raise DataError(f"{name} has a part whose text is {describe_value(text)}.", hint=_HINT)
-        texts.append(text)
-    return "".join(texts)
+    return "".join(text for text in texts if text)
+
+
+def _text_of(part: Any) -> str | None:
+    """The text of a part; None: it holds something else."""
+    if not isinstance(part, Mapping) or part.get("type", "text") not in ("text", "input_text", "output_text"):
+        return None
+    text = part.get("text")
+    return text if isinstance(text, str) else None

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from prefixtune.data.tokenized import TokenizedExample, target_counts, turn_counts
 
-__all__ = ["TargetGroup", "epoch_batches", "plan_epoch", "take"]
-
 
 class TargetGroup(NamedTuple):
     """One example with some of its targets, by their indices."""

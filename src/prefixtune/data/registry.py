@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,19 +11,12 @@ from typing import Any
 from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.files import FORMATS, iter_file, join_lines
 from prefixtune.data.folders import Release, locate
-from prefixtune.data.forms import FORMS, Form, file_form, iter_form, read_form
-from prefixtune.data.tasks.classification import iter_classification, read_classification
+from prefixtune.data.forms import FORMS, Form, file_form, read_form
+from prefixtune.data.tasks.classification import read_classification
 from prefixtune.data.tasks.dart import DART_FORMATS, dart_entries, read_dart
 from prefixtune.data.tasks.e2e import E2E_FORMATS, read_e2e
-from prefixtune.data.tasks.records import iter_records, read_records
-from prefixtune.data.tasks.summarization import (
-    SCITLDR_FORMATS,
-    iter_summaries,
-    iter_xsum,
-    read_scitldr,
-    read_summaries,
-    read_xsum,
-)
+from prefixtune.data.tasks.records import read_records
+from prefixtune.data.tasks.summarization import SCITLDR_FORMATS, read_scitldr, read_summaries
 from prefixtune.data.tasks.tagging import TAGGING_FORMATS, read_tagging, untagged_example
 from prefixtune.data.tasks.webnlg import WEBNLG_FORMATS, read_webnlg, webnlg_entries
 from prefixtune.data.templates import render
@@ -31,10 +24,7 @@ from prefixtune.data.toy.classification import make_toy_labels
 from prefixtune.data.toy.skills import SKILLS, make_skill
 from prefixtune.data.toy.table_to_text import make_toy
 from prefixtune.data.toy.tagging import make_toy_tags
-from prefixtune.errors import ConfigError, did_you_mean
-
-__all__ = ["TASKS", "Task", "load_task", "read_all_entries", "read_sources", "read_task", "resolve_task"]
-
+from prefixtune.errors import ConfigError, DataError, did_you_mean
 
 _PARTS = ("train", "held_out")
 _SKILL_PARTS = ("train", "dev", "held_out")
@@ -47,7 +37,7 @@ class Task:
     Attributes:
         name: As in a configuration.
         description: One line for users.
-        read: (path, source template, target template) -> examples.
+        read: (path) -> examples; with columns (path, source template, target template) -> examples.
         decoding: Fields of `GenerateConfig` by name; copy it before changing it.
         kind: What a target is.
         parts: Of a set that is made here: the names that are used instead of a path, the training part first.
@@ -62,13 +52,12 @@ class Task:
         max_source_length: Tokens of a source that the paper's models read; 0: all. For users and presets.
         read_all: If some entries of a file are not examples (they have no good text): path -> every entry, with None
             for those.
-        iterate: As `read`, one example for each row, where that can be done without all of the file in memory.
-        merges: Rows of equal sources are one example, but of `iterate`, which gives one for each row.
+        merges: Rows of equal sources are one example.
     """
 
     name: str
     description: str
-    read: Callable[[Path, str | None, str | None], list[Example]]
+    read: Callable[..., list[Example]]
     decoding: dict[str, Any]
     kind: TaskKind = "generation"
     parts: tuple[str, ...] = ()
@@ -80,7 +69,6 @@ class Task:
     takes_columns: bool = False
     max_source_length: int = 0
     read_all: Callable[[Path], list[Example | None]] | None = None
-    iterate: Callable[[Path, str | None, str | None], Iterator[Example]] | None = None
     merges: bool = False
 
     @property
@@ -101,7 +89,6 @@ def read_task(
     target: str | None = None,
     split: str | None = None,
     form: str = "",
-    prefer: str = "",
     needs_targets: bool = False,
 ) -> list[Example]:
     """Read the examples of a task.
@@ -113,13 +100,12 @@ def read_task(
         task: A name of `TASKS`; `records` without `source`: the data's form is recognized (see `forms`).
         path: A file; `-` for standard input; a folder of files, or one that the `datasets` library saved; or
             `hub:NAME`. For the sets made here (`toy`, `toy_labels`, ...): `train` or `held_out`.
-        source: Template of the source, for `records`, `classification`, `summarization` and `xsum`; for `tagging` the
+        source: Template of the source, for `records`, `classification` and `summarization`; for `tagging` the
             name of a column.
         target: Template of the target, likewise.
         split: `train`, `dev` or `test`: which part of a folder or set to read; ignored for a file and for a set made
             here.
         form: For `records` without `source`: the form that the data must have; empty: any that fits.
-        prefer: Likewise: the form that is taken where several fit.
         needs_targets: Likewise: an example without a target is refused.
 
     Raises:
@@ -128,13 +114,19 @@ def read_task(
         DataError: The file or one of its rows is wrong; or the folder has no such split, or several and none was
             named.
     """
-    chosen = _task(task)
-    _check_form(task, source, form)
+    chosen = _chosen(task, source, form)
     # A part of a set made here is not a path, even if a folder has its name.
     file = Path(path) if chosen.parts else locate(Path(path), split, chosen.formats, chosen.release)
+    if not chosen.takes_columns:
+        if source is not None or target is not None:
+            raise ConfigError(
+                f"task {task!r} has its own format and takes no source or target template.",
+                hint="leave them out, or use a task that reads your own columns, such as 'records'.",
+            )
+        return chosen.read(file)
     if not _has_form(task, source, target):
         return chosen.read(file, source, target)
-    found, _ = file_form(file, form=form, prefer=prefer, needs_targets=needs_targets)
+    found, _ = file_form(file, form=form, needs_targets=needs_targets)
     return read_form(file, found, needs_targets=needs_targets)
 
 
@@ -146,7 +138,6 @@ def resolve_task(
     target: str | None = None,
     split: str | None = None,
     form: str = "",
-    prefer: str = "",
     needs_targets: bool = True,
 ) -> tuple[str, Form | None, tuple[str, ...]]:
     """The task that a file's form belongs to, the form, and its columns in the first row; the arguments of `read_task`.
@@ -157,89 +148,40 @@ def resolve_task(
         ConfigError: As for `read_task`.
         DataError: Likewise; only the first row is read.
     """
-    chosen = _task(task)
-    _check_form(task, source, form)
+    chosen = _chosen(task, source, form)
     if not _has_form(task, source, target):
         return task, None, ()
     file = locate(Path(path), split, chosen.formats, chosen.release)
-    found, row = file_form(file, form=form, prefer=prefer, needs_targets=needs_targets)
-    return found.task, found, found.columns_of(row)
+    found, row = file_form(file, form=form, needs_targets=needs_targets)
+    return found.task, found, tuple(map(str, row))
 
 
-def _task(name: str) -> Task:
-    if name not in TASKS:
-        raise ConfigError(f"there is no task {name!r}.", hint=did_you_mean(name, TASKS))
+def form_that_fits(
+    task: str, path: Path | str, form: str, *, split: str | None = None, needs_targets: bool = True
+) -> str:
+    """A form's name, if the data has it; else empty, and the form is recognized."""
+    try:
+        resolve_task(task, path, split=split, form=form, needs_targets=needs_targets)
+    except DataError:
+        return ""
+    return form
+
+
+def _chosen(name: str, source: str | None, form: str) -> Task:
+    """The task of that name; a form is refused that is unknown, or where there is none to choose."""
+    for value, known in ((name, TASKS), (form, FORMS)):
+        if value and value not in known:
+            what = "form" if known is FORMS else "task"
+            raise ConfigError(f"there is no {what} {value!r}.", hint=did_you_mean(value, known))
+    if form and (name not in ("records", FORMS[form].task) or source is not None):
+        what = f"the task {name!r} has its own" if source is None else f"source names the columns: {source!r}"
+        raise ConfigError(f"form is {form!r}, but {what}.", hint="leave one of the two out.")
     return TASKS[name]
 
 
 def _has_form(task: str, source: str | None, target: str | None) -> bool:
     """Whether the form of the data is recognized by their columns."""
     return task == "records" and source is None and target is None
-
-
-def _check_form(task: str, source: str | None, form: str) -> None:
-    """Refuse a form where there is none to choose, and one that is unknown."""
-    if not form:
-        return
-    if form not in FORMS:
-        raise ConfigError(f"there is no form {form!r}.", hint=did_you_mean(form, FORMS))
-    if task not in ("records", FORMS[form].task):
-        raise ConfigError(f"form is {form!r}, but the task {task!r} has its own.", hint="leave one of the two out.")
-    if source is not None:
-        raise ConfigError(
-            f"form is {form!r}, but source names the columns: {source!r}.", hint="leave one of the two out."
-        )
-
-
-def load_task(
-    task: str,
-    path: Path | str,
-    *,
-    source: str | None = None,
-    target: str | None = None,
-    split: str | None = None,
-    form: str = "",
-    prefer: str = "",
-    needs_targets: bool = False,
-    keep: bool = True,
-) -> Sequence[Example]:
-    """As `read_task`, but many examples stay in a file: see `stored_examples`.
-
-    Args:
-        task: As for `read_task`, like the others.
-        path: Likewise.
-        source: Likewise.
-        target: Likewise.
-        split: Likewise.
-        form: Likewise.
-        prefer: Likewise.
-        needs_targets: Likewise.
-        keep: Whether the examples of a large file may stay in the user's cache.
-
-    Raises:
-        PrefixError: As for `read_task`; or the disk is full.
-    """
-    # Imported here: numpy takes a moment.
-    from prefixtune.data.stored_examples import gather, gather_file
-
-    chosen = _task(task)
-    iterate, has_form = chosen.iterate, _has_form(task, source, target)
-    if not has_form and (iterate is None or (task == "records" and source is None)):
-        return gather(read_task(task, path, source=source, target=target, split=split, form=form))
-    _check_form(task, source, form)
-    file = locate(Path(path), split, chosen.formats, chosen.release)
-    if not has_form and iterate is not None:
-        facts = {"task": task, "source": source, "target": target}
-        return gather_file(file, lambda: iterate(file, source, target), merge=chosen.merges, keep=keep, **facts)
-    found, _ = file_form(file, form=form, prefer=prefer, needs_targets=needs_targets)
-    return gather_file(
-        file,
-        lambda: iter_form(iter_file(file), found, needs_targets=needs_targets),
-        merge=found.merges,
-        keep=keep,
-        form=found.name,
-        needs_targets=needs_targets,
-    )
 
 
 def read_sources(task: str, path: Path, source: str) -> list[str]:
@@ -254,7 +196,7 @@ def read_sources(task: str, path: Path, source: str) -> list[str]:
         ConfigError: The template is malformed.
         DataError: The file or one of its rows is wrong.
     """
-    chosen = _task(task)
+    chosen = TASKS[task]
     if chosen.kind == "tagging":
         return [untagged_example(record, source).source for record in iter_file(path)]
     texts = [render(source, record.values, record.location) for record in iter_file(path)]
@@ -275,55 +217,18 @@ def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -
     return chosen.read_all(locate(Path(path), split, chosen.formats, chosen.release))
 
 
-def _no_templates(task: str, source: str | None, target: str | None) -> None:
-    for name, value in (("source", source), ("target", target)):
-        if value is not None:
-            raise ConfigError(
-                f"task {task!r} has its own format and takes no {name} template; got {value!r}.",
-                hint=f"leave {name} out, or use a task that reads your own columns, such as 'records'.",
-            )
-
-
-def _own_format(
-    task: str, read_file: Callable[[Path], list[Example]]
-) -> Callable[[Path, str | None, str | None], list[Example]]:
-    """The reader of a set that has its own format and therefore takes no templates."""
-
-    def read(path: Path, source: str | None, target: str | None) -> list[Example]:
-        _no_templates(task, source, target)
-        return read_file(path)
-
-    return read
-
-
-def _read_records(path: Path, source: str | None, target: str | None) -> list[Example]:
-    if source is None:
-        raise ConfigError(
-            f"target is {target!r}, but there is no source.",
-            hint="give source too, a column's name or text with {column} in it; or leave target out, and the form is "
-            "recognized.",
-        )
-    return read_records(path, source, target)
-
-
-def _iter_records(path: Path, source: str | None, target: str | None) -> Iterator[Example]:
-    return iter_records(path, source or "", target)
-
-
 def _toy_reader(
     name: str, make: Callable[[], Sequence[list[Example]]], parts: tuple[str, ...] = _PARTS
-) -> Callable[[Path, str | None, str | None], list[Example]]:
+) -> Callable[[Path], list[Example]]:
     """The reader of a set that is made here."""
 
-    def read(path: Path, source: str | None, target: str | None) -> list[Example]:
-        _no_templates(name, source, target)
-        part = str(path)
-        if part not in parts:
+    def read(path: Path) -> list[Example]:
+        if str(path) not in parts:
             raise ConfigError(
-                f"task {name!r} is made here, not read: its path is one of {', '.join(parts)}; got {part!r}.",
-                hint=did_you_mean(part, parts),
+                f"task {name!r} is made here, not read: its path is one of {', '.join(parts)}; got {str(path)!r}.",
+                hint=did_you_mean(str(path), parts),
             )
-        return make()[parts.index(part)]
+        return make()[parts.index(str(path))]
 
     return read
 
@@ -363,7 +268,7 @@ TASKS: dict[str, Task] = {
         Task(
             "e2e",
             "E2E NLG: restaurant descriptions; the release's CSV, or JSON lines",
-            _own_format("e2e", read_e2e),
+            read_e2e,
             _TABLE,
             metrics=("bleu", "nist", "meteor", "rouge_l", "cider"),
             protocol="e2e",
@@ -379,7 +284,7 @@ TASKS: dict[str, Task] = {
         Task(
             "webnlg",
             "WebNLG challenge 2017: texts about triples; the release's XML, or JSON lines",
-            _own_format("webnlg", read_webnlg),
+            read_webnlg,
             _TABLE,
             read_all=webnlg_entries,
             metrics=("bleu", "meteor", "ter"),
@@ -395,7 +300,7 @@ TASKS: dict[str, Task] = {
         Task(
             "dart",
             "DART: texts about triples of many tables; the release's JSON and XML, or JSON lines",
-            _own_format("dart", read_dart),
+            read_dart,
             _TABLE,
             read_all=dart_entries,
             metrics=("bleu", "meteor", "ter"),
@@ -411,22 +316,13 @@ TASKS: dict[str, Task] = {
             "documents and summaries: JSON lines, JSON, CSV, TSV or Parquet, columns document and summary (or article "
             "and highlights) unless named",
             read_summaries,
-            iterate=iter_summaries,
-            takes_columns=True,
-            **_SUMMARIES,
-        ),
-        Task(
-            "xsum",
-            "XSUM: one-sentence summaries of news; columns document and summary unless named",
-            read_xsum,
-            iterate=iter_xsum,
             takes_columns=True,
             **_SUMMARIES,
         ),
         Task(
             "scitldr",
             "SciTLDR: one-sentence summaries of abstracts; the release's JSON lines (SciTLDR-A)",
-            _own_format("scitldr", read_scitldr),
+            read_scitldr,
             formats=SCITLDR_FORMATS,
             **_SUMMARIES,
         ),
@@ -434,9 +330,8 @@ TASKS: dict[str, Task] = {
             "records",
             "your own data: JSON lines, JSON, CSV, TSV or Parquet, whose columns say what they are (chats, prompts, "
             "instructions, texts, ...) or are named by templates",
-            _read_records,
+            read_records,
             _TEXT,
-            iterate=_iter_records,
             merges=True,
             takes_columns=True,
         ),
@@ -453,7 +348,6 @@ TASKS: dict[str, Task] = {
             read_classification,
             _LABEL,
             "classification",
-            iterate=iter_classification,
             metrics=_LABEL_METRICS,
             takes_columns=True,
         ),

@@ -1,11 +1,7 @@
-"""The bytes and the text of a data file, piece by piece: gzip, byte order marks, encodings, standard input, pipes.
-
-Only the piece that is read is in memory. Text is UTF-8, with or without a byte order mark, or UTF-16 with one.
-"""
+"""The bytes and lines of a data file: plain or gzipped, from the disk, standard input or a pipe. Text is UTF-8."""
 
 from __future__ import annotations
 
-import atexit
 import codecs
 import contextlib
 import gzip
@@ -14,47 +10,24 @@ import itertools
 import os
 import stat
 import sys
-import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from prefixtune.errors import DataError, did_you_mean
 
-__all__ = [
-    "GZIP_MAGIC",
-    "MAX_FILE_BYTES",
-    "MAX_ROW_CHARS",
-    "MAX_STREAM_BYTES",
-    "STDIN",
-    "check_exists",
-    "decode",
-    "empty_file",
-    "is_stdin",
-    "read_chunks",
-    "read_text",
-    "seekable_file",
-    "shown",
-    "text_lines",
-    "text_pieces",
-    "unpack",
-]
-
 MAX_FILE_BYTES = 2**32
 """Most bytes of a file that is read as a whole, after decompression."""
-MAX_STREAM_BYTES = 2**40
-"""Most bytes of a file that is read row by row, after decompression."""
-MAX_ROW_CHARS = 2**26
-"""Most characters of a line of JSON lines, and of a row of a table."""
+MAX_LINE_BYTES = 2**26
+"""Most bytes of a line."""
 GZIP_MAGIC = b"\x1f\x8b"
 """The first bytes of a gzip file."""
 STDIN = "-"
 """The path that means standard input."""
 
-_CHUNK = 2**20
-_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-"""Byte order mark -> the encoding of the text after it; editors and spreadsheets on Windows write them."""
+_piped: dict[object, bytes] = {}
+"""What was read of standard input, by its stream, and of pipes, by their paths: they are read once."""
 
 
 def is_stdin(path: Path | str) -> bool:
@@ -71,288 +44,103 @@ def shown(path: Path | str) -> str:
     return "stdin" if is_stdin(path) else str(path)
 
 
-def read_chunks(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
-    """A file's bytes, a megabyte at a time, decompressed if its name ends with `.gz` (or what is piped is gzipped).
-
-    Args:
-        path: The file, or `-`: standard input. This, and a pipe, is kept in a temporary file, to be read again.
-        max_bytes: The most that it may hold, also decompressed; None: `MAX_STREAM_BYTES`.
-
-    Raises:
-        DataError: The file is missing, a folder, unreadable or too large, or not the gzip file that its name promises.
-    """
-    with contextlib.nullcontext(_spool(path)) if _is_read_once(path) else _open(path) as raw:
-        raw.seek(0)
-        magic = raw.read(len(GZIP_MAGIC))
-        raw.seek(0)
-        zipped = magic == GZIP_MAGIC
-        _check_name(path, zipped)
-        yield from unpack(raw.read, path, zipped=zipped, max_bytes=max_bytes)
-
-
-def unpack(read: Callable[[int], bytes], path: Path, *, zipped: bool, max_bytes: int | None = None) -> Iterator[bytes]:
-    """The bytes that a function reads, a megabyte at a time, decompressed if they are gzipped.
-
-    Args:
-        read: Returns at most as many bytes as it is asked for; none at the end.
-        path: The file's, for messages.
-        zipped: They are gzipped.
-        max_bytes: As for `read_chunks`.
-
-    Raises:
-        DataError: They cannot be read, are too many, or are no gzip file.
-    """
-    try:
-        if zipped:
-            with gzip.GzipFile(fileobj=_Readable(read)) as unzipped:
-                yield from _bounded(unzipped.read, path, max_bytes)
-        else:
-            yield from _bounded(read, path, max_bytes)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{shown(path)} is a broken gzip file: {error}.", hint="copy or download it again.") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-class _Readable(io.RawIOBase):
-    """A function that reads, as the file that `gzip` needs."""
-
-    def __init__(self, read: Callable[[int], bytes]) -> None:
-        self._read = read
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes."""
-        return self._read(size)
-
-
-def _check_name(path: Path, zipped: bool) -> None:
-    """Refuse a gzip file under another name, and the reverse; what is piped may have no name of its own."""
-    if _is_read_once(path):
-        return
-    named = path.suffix.lower() == ".gz"
-    if named and not zipped:
-        raise DataError(
-            f"{path} ends with .gz but is not a gzip file.",
-            hint="remove .gz from its name, or compress it with `gzip`.",
-        )
-    if zipped and not named:
-        raise DataError(f"{path} is gzipped, but its name does not end with .gz.", hint="add .gz to its name.")
-
-
 def check_exists(path: Path) -> None:
     """Refuse a path where there is nothing.
 
     Raises:
         DataError: Nothing is there, or it may not be looked at.
     """
-    try:
+    with reading(path):
         os.stat(path)
-    except FileNotFoundError as error:
-        raise _missing(path) from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
 
 
-def _open(path: Path) -> IO[bytes]:
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While the block runs, errors of reading a file become one line that names it.
+
+    Raises:
+        DataError: The file is missing, a folder, unreadable or no gzip file.
+    """
     try:
-        return open(path, "rb")
+        yield
     except FileNotFoundError as error:
-        raise _missing(path) from error
+        hint = did_you_mean(path.name, [item.name for item in path.parent.glob("*")])
+        raise DataError(
+            f"{path} does not exist.", hint=hint if hint.startswith("did you mean") else "check the path."
+        ) from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{shown(path)} is a broken gzip file: {error}.", hint="copy or download it again.") from error
     except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
-        raise _unreadable(path, error) from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{shown(path)} cannot be read: {reason}.", hint="check its permissions.") from error
 
 
-def _missing(path: Path) -> DataError:
-    hint = did_you_mean(path.name, [item.name for item in path.parent.glob("*")])
-    if not hint.startswith("did you mean"):
-        hint = "check the path; a relative one starts at the current folder."
-    return DataError(f"{path} does not exist.", hint=hint)
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file's bytes, decompressed if its name ends with `.gz` (or what is piped is gzipped).
+
+    What is piped is kept in memory, to be read again. To be used within `reading`.
+    """
+    if not _is_piped(path):
+        return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else open(path, "rb")
+    key: object = sys.stdin if is_stdin(path) else path
+    if key not in _piped:
+        _piped[key] = _read_stdin() if is_stdin(path) else path.read_bytes()
+    file = io.BytesIO(_piped[key])
+    return cast(IO[bytes], gzip.open(file)) if _piped[key].startswith(GZIP_MAGIC) else file
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = getattr(error, "strerror", None) or error
-    return DataError(f"{shown(path)} cannot be read: {reason}.", hint="check its permissions.")
-
-
-def _bounded(read: Callable[[int], bytes], path: Path, max_bytes: int | None) -> Iterator[bytes]:
-    limit = MAX_STREAM_BYTES if max_bytes is None else max_bytes
-    size = 0
-    while piece := read(_CHUNK):
-        size += len(piece)
-        if size > limit:
-            raise DataError(f"{shown(path)} holds more than {limit:,} bytes.", hint="split the file.")
-        yield piece
-
-
-_spooled: list[tuple[object, IO[bytes]]] = []
-"""The standard input that was read last, if any, and the temporary file that keeps it."""
-_spooled_pipes: dict[tuple[int, int], IO[bytes]] = {}
-"""Device and inode of each pipe that was read -> the temporary file that keeps it."""
-
-
-def _is_read_once(path: Path) -> bool:
+def _is_piped(path: Path) -> bool:
     """Whether a path means standard input or a pipe: a named one, or `<(...)` of a shell."""
-    try:
-        return is_stdin(path) or stat.S_ISFIFO(os.stat(path).st_mode)
-    except (OSError, ValueError):  # opening it says what is wrong
-        return False
+    return is_stdin(path) or stat.S_ISFIFO(os.stat(path).st_mode)
 
 
-def _spool(path: Path) -> IO[bytes]:
-    """What standard input or a pipe gave, in a temporary file, which is deleted when the program ends."""
-    if is_stdin(path):
-        return _stdin_spool()
-    status = os.stat(path)
-    pipe = status.st_dev, status.st_ino
-    if pipe not in _spooled_pipes:
-        with _open(path) as source:
-            _spooled_pipes[pipe] = _copy(source.read, path)
-    return _spooled_pipes[pipe]
-
-
-def _stdin_spool() -> IO[bytes]:
-    stream = sys.stdin
-    if _spooled and _spooled[-1][0] is stream:
-        return _spooled[-1][1]
-    if stream is None or stream.isatty():
+def _read_stdin() -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
         raise DataError(
             "'-' means standard input, but nothing is piped into this command.",
             hint="write `... < FILE`, `cat FILE | ...`, or the file's name.",
         )
     # A program that runs this one within itself may replace standard input by a text.
-    source = stream.buffer if hasattr(stream, "buffer") else io.BytesIO(stream.read().encode())
-    spool = _copy(source.read, Path(STDIN))
-    while _spooled:
-        _spooled.pop()[1].close()
-    _spooled.append((stream, spool))
-    return spool
+    return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
 
 
-def _copy(read: Callable[[int], bytes], path: Path) -> IO[bytes]:
-    """All bytes that a function reads, in a temporary file that lives as long as the program."""
-    spool = tempfile.TemporaryFile()  # noqa: SIM115
-    atexit.register(spool.close)
-    try:
-        for piece in _bounded(read, path, None):
-            spool.write(piece)
-    except OSError as error:
-        raise DataError(
-            f"{shown(path)} cannot be kept in {tempfile.gettempdir()}: {error.strerror or error}.",
-            hint="make room there, or set TMPDIR to another folder.",
-        ) from error
-    return spool
-
-
-def seekable_file(path: Path) -> IO[bytes]:
-    """A file to read at any place; what is gzipped or piped is copied to a temporary file, deleted when it is closed.
+def first_bytes(path: Path) -> bytes:
+    """The beginning of a file.
 
     Raises:
-        DataError: As for `read_chunks`.
+        DataError: It cannot be read.
     """
-    if not _is_read_once(path) and path.suffix.lower() != ".gz":
-        return _open(path)
-    spool = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
-    try:
-        for piece in read_chunks(path):
-            spool.write(piece)
-    except BaseException:
-        spool.close()
-        raise
-    spool.seek(0)
-    return spool
+    with reading(path), open_bytes(path) as file:
+        return file.read(2**12)
 
 
-def text_pieces(path: Path, max_bytes: int | None = None) -> Iterator[str]:
-    """A file's text without a byte order mark, about a megabyte at a time.
+def text_lines(file: IO[bytes], name: str, max_bytes: int | None = None) -> Iterator[str]:
+    r"""The lines of a file, with their ends; only `\n` ends one.
 
-    Raises:
-        DataError: As for `read_chunks`; or it is neither UTF-8 nor UTF-16 with a byte order mark, or has a NUL
-            character.
-    """
-    return decode(read_chunks(path, max_bytes), shown(path))
-
-
-def decode(chunks: Iterator[bytes], name: str) -> Iterator[str]:
-    """The text of some bytes, as `text_pieces` gives it; `name` is the file's, for messages."""
-    first = next(chunks, b"")
-    mark = next((mark for mark in _BYTE_ORDER_MARKS if first.startswith(mark)), b"")
-    encoding = _BYTE_ORDER_MARKS.get(mark, "utf-8")
-    decoder = codecs.getincrementaldecoder(encoding)()
-    line = 1
-    for chunk in itertools.chain([first[len(mark) :]], chunks, [b""]):
-        try:
-            piece = decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            line += error.object[: error.start].decode(encoding).count("\n")
-            raise DataError(
-                f"{name}, line {line}: byte 0x{error.object[error.start]:02x} is not {encoding.upper()}; "
-                "only UTF-8 text is allowed.",
-                hint="save it as UTF-8, or convert it, as in `iconv -f WINDOWS-1252 -t UTF-8`.",
-            ) from error
-        if "\0" in piece:
-            raise DataError(
-                f"{name}, line {line + piece.count(chr(10), 0, piece.index(chr(0)))}: there is a NUL character, as in "
-                "files that are damaged or binary.",
-                hint="write the file again, or remove the character.",
-            )
-        line += piece.count("\n")
-        if piece:
-            yield piece
-
-
-def text_lines(pieces: Iterable[str], name: str, *, universal: bool = False) -> Iterator[str]:
-    r"""The lines of a text, with their ends.
-
-    >>> list(text_lines(["a\u2028b\nc", "d"], "x")), list(text_lines(["a\r", "\nb\rc"], "x", universal=True))
-    (['a\u2028b\n', 'cd'], ['a\r\n', 'b\r', 'c'])
+    >>> list(text_lines(io.BytesIO("a\u2028b\r\nc".encode()), "x"))
+    ['a\u2028b\r\n', 'c']
 
     Args:
-        pieces: The text, in pieces.
-        name: The file's, for messages.
-        universal: Not only `\n` ends a line but also `\r` and `\r\n`.
+        file: Its bytes.
+        name: What messages call it.
+        max_bytes: The most that it may hold; None: any number.
 
     Raises:
-        DataError: A line is longer than `MAX_ROW_CHARS`.
+        DataError: It holds more, a line is longer than `MAX_LINE_BYTES`, or is not UTF-8.
     """
-    pending: list[str] = []
-    size, number = 0, 1
-    for piece in pieces:
-        if pending and pending[-1].endswith("\r"):  # it may be half of an end
-            piece, size = pending[-1] + piece, size - len(pending.pop())
-        lines = _split(piece, universal)
-        for line in lines[:-1]:
-            yield "".join((*pending, line))
-            pending.clear()
-            size, number = 0, number + 1
-        pending.append(lines[-1])
-        size += len(lines[-1])
-        if size > MAX_ROW_CHARS:
-            raise DataError(
-                f"{name}, line {number} has more than {MAX_ROW_CHARS:,} characters.", hint="split the row, or the file."
-            )
-    rest = "".join(pending)
-    if rest:
-        yield rest
-
-
-def _split(text: str, universal: bool) -> list[str]:
-    """The lines of a text, the last one without its end: empty if the text ends with one."""
-    # Not str.splitlines: JSON strings and cells may contain other separators, such as U+2028.
-    if not universal:
-        *lines, last = text.split("\n")
-        return [*(line + "\n" for line in lines), last]
-    lines = list(io.StringIO(text, newline=""))
-    if not lines or lines[-1].endswith("\n"):
-        lines.append("")
-    return lines
+    size = 0
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        size += len(line)
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(f"{name}, line {number} has more than {MAX_LINE_BYTES:,} bytes.", hint="split the row.")
+        if max_bytes is not None and size > max_bytes:
+            raise _too_large(name, max_bytes)
+        yield _decode(line, name, number)
 
 
 def read_text(path: Path, *, max_bytes: int | None = None, needed: str = "one row") -> str:
@@ -364,13 +152,47 @@ def read_text(path: Path, *, max_bytes: int | None = None, needed: str = "one ro
         needed: What an empty file lacks, for the message.
 
     Raises:
-        DataError: The file is missing, a folder, unreadable, empty or too large; or it is not the gzip file that its
-            name promises, or neither UTF-8 nor UTF-16 with a byte order mark.
+        DataError: The file is missing, a folder, unreadable, empty, too large or not UTF-8.
     """
-    text = "".join(text_pieces(path, MAX_FILE_BYTES if max_bytes is None else max_bytes))
+    limit = MAX_FILE_BYTES if max_bytes is None else max_bytes
+    with reading(path), open_bytes(path) as file:
+        text = whole_text(file, shown(path), limit)
     if not text.strip():
         raise empty_file(path, needed)
     return text
+
+
+def whole_text(file: IO[bytes], name: str, max_bytes: int) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: It holds more, or is not UTF-8.
+    """
+    data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise _too_large(name, max_bytes)
+    return _decode(data, name, 1)
+
+
+def _decode(data: bytes, name: str, line: int) -> str:
+    """The text of some lines, of which the first has this number; in the first of a file, without a byte order mark."""
+    data = data.removeprefix(codecs.BOM_UTF8) if line == 1 else data
+    try:
+        text = data.decode("utf-8")
+        place = data.find(b"\0")  # as in files that are damaged, binary or UTF-16
+    except UnicodeDecodeError as error:
+        place = error.start
+    if place < 0:
+        return text
+    line += data.count(b"\n", 0, place)
+    raise DataError(
+        f"{name}, line {line}: byte 0x{data[place]:02x} is not UTF-8; only UTF-8 text is allowed.",
+        hint="save it as UTF-8, or convert it, as in `iconv -f WINDOWS-1252 -t UTF-8`.",
+    )
+
+
+def _too_large(name: str, max_bytes: int) -> DataError:
+    return DataError(f"{name} holds more than {max_bytes:,} bytes.", hint="split the file.")
 
 
 def empty_file(path: Path | str, needed: str = "one row") -> DataError:

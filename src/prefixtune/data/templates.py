@@ -13,19 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefixtune.data.files import Record
-from prefixtune.errors import ConfigError, DataError, did_you_mean
-
-__all__ = ["check_template", "render", "targets_of"]
-
+from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_OTHER_VALUES = {
-    type(None): ("nothing (null)", "fill it in."),
-    list: ("a list", "only a target that is one column's name may hold a list."),
-    dict: ("an object", "name another column, or write its text."),
-    bytes: ("bytes that are no UTF-8 text", "name another column, or store texts."),
-}
-"""The type of a value that is no text -> what it is called, and the way out."""
 
 
 def check_template(template: str) -> tuple[str, ...]:
@@ -113,10 +103,7 @@ def _as_text(value: Any, column: str, location: str) -> str:
         return "true" if value else "false"
     if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    if isinstance(value, float):
-        kind, hint = f"{value}, which is not a number", "fill it in."
-    else:
-        kind, hint = _OTHER_VALUES.get(type(value), _OTHER_VALUES[dict])
     raise DataError(
-        f"{location}: column {column!r} holds {kind}; text, a number or a truth value is allowed.", hint=hint
+        f"{location}: column {column!r} holds {short_repr(value)}; text, a number or a truth value is allowed.",
+        hint="fill it in, or name another column; a list is a target's alone.",
     )

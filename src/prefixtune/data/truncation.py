@@ -10,8 +10,6 @@ from prefixtune.data.chat import Source, lengths_around
 from prefixtune.errors import DataError, PrefixWarning
 from prefixtune.prefix.text_format import TextFormat, fit_ids
 
-__all__ = ["position_limit", "report_truncated", "template_lengths", "truncate_prompt"]
-
 
 def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> int:
     """Positions for source and target together.

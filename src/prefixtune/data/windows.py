@@ -13,8 +13,6 @@ from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["DEFAULT_WINDOW", "TEXT_FORMAT", "is_text", "text_windows"]
-
 TEXT_FORMAT = TextFormat("{separator}{source}", "{target}")
 """A text follows the token that begins texts, with nothing else around it; a beginning to go on with is the source."""
 DEFAULT_WINDOW = 512

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefixtune.data.examples import SplitName
 from prefixtune.data.folders import locate
-from prefixtune.data.registry import TASKS, read_task, resolve_task
+from prefixtune.data.registry import TASKS, form_that_fits, read_task, resolve_task
 from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.documents import (
@@ -182,7 +182,9 @@ def _read_inputs(config: DistillConfig, path: str, split: SplitName) -> list[Que
     if not path:
         return []
     columns: dict[str, Any] = {"source": config.source or None, "target": config.target or None, "split": split}
-    columns |= {"form": config.form, "prefer": "question"}
+    columns["form"] = config.form
+    if config.task == "records" and not (config.form or config.source or config.target):
+        columns["form"] = form_that_fits(config.task, path, "question", split=split, needs_targets=False)
     _, form, _ = resolve_task(config.task, path, needs_targets=False, **columns)
     if form is not None and form.name == "question":
         task = TASKS[config.task]

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import check_file
-from prefixtune.data.parsing import LocatedRow, json_lines
-from prefixtune.data.streams import MAX_FILE_BYTES, empty_file, text_pieces
+from prefixtune.data.files import LocatedRow, check_file, json_lines
+from prefixtune.data.streams import MAX_FILE_BYTES, empty_file, open_bytes, reading, shown, whole_text
 from prefixtune.errors import DataError, short_repr
 
 __all__ = ["Output", "check_sources", "read_outputs"]
@@ -36,11 +35,12 @@ def read_outputs(path: Path) -> list[Output]:
         DataError: It cannot be read, or a row has no output.
     """
     check_file(path)
-    text = "".join(text_pieces(path, MAX_FILE_BYTES))
+    with reading(path), open_bytes(path) as file:
+        text = whole_text(file, shown(path), MAX_FILE_BYTES)
     if not text:
         raise empty_file(path, "one output")
     if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-        return [_as_output(row) for row in json_lines([text], path)]
+        return [_as_output(row) for row in json_lines(text.split("\n"), shown(path))]
     # Only "\n" ends a line; the one after the last line adds no empty output.
     return [Output(line.removesuffix("\r")) for line in text.removesuffix("\n").split("\n")]
 

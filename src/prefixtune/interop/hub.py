@@ -13,8 +13,8 @@ from typing import Any
 
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError
-from prefixtune.prefix.card import check_complete, find_evaluations, make_card, read_evaluations
-from prefixtune.prefix.hub import FILE, check_repository, download, prefix_file, repository_of, upload
+from prefixtune.prefix.card import check_complete, make_card, read_evaluations
+from prefixtune.prefix.hub import FILE, check_repository, download, prefix_file, upload
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_path, check_writable
 
@@ -37,7 +37,7 @@ def push(
         path: The artifact, or the folder of its run.
         repo_id: `OWNER/NAME`.
         evaluation: Whose scores go into the card: `evaluation.json` of `prefixtune evaluate`, its folder, or several;
-            None: those of this prefix that the file's folder holds, or a folder in it.
+            None: nobody's.
         private: Only its owner can see a new repository.
         revision: A branch; None: the main branch.
         token: The hub's token; None: the one that `hf auth login` stored.
@@ -63,12 +63,9 @@ def card_of(path: str | Path, repo_id: str, evaluation: Any = None) -> str:
     Raises:
         PrefixError: As `push`, but for the hub.
     """
-    file = prefix_file(path)
-    prefix = load_prefix(file)
+    prefix = load_prefix(prefix_file(path))
     check_complete(prefix)
     check_repository(repo_id)
-    if evaluation is None and repository_of(path) is None:
-        return make_card(prefix, repo_id, find_evaluations(file.parent, prefix))
     return make_card(prefix, repo_id, read_evaluations(evaluation, prefix))
 
 

@@ -7,20 +7,18 @@ kilobytes unpack to may need more memory than there is.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from prefixtune.data.files import FORMATS, Record, iter_rows
-from prefixtune.data.parquet import parquet_rows
-from prefixtune.data.parsing import json_list
-from prefixtune.data.streams import decode, unpack
+from prefixtune.data.files import FORMATS, iter_rows
+from prefixtune.data.streams import reading, whole_text
 from prefixtune.errors import DataError, PrefixError
 from prefixtune.jobs.file_facts import FileReport, document_facts, read_facts
 from prefixtune.jobs.stored_file import FileRefusedError
@@ -112,41 +110,25 @@ def _check(path: Path, filename: str, ending: str) -> FileReport:
     Raises:
         PrefixError: It is wrong.
     """
-    name, zipped = Path(filename), ending.endswith(".gz")
     try:
-        with open(path, "rb") as file:
+        with reading(Path(filename)), open(path, "rb") as file:
             if _format(ending) not in FORMATS:
-                return document_facts(_document(file.read, name), filename)
-            return read_facts(_rows(file.read, path, name, _format(ending), zipped=zipped), filename)
+                return document_facts(_document(file, filename), filename)
+            unpacked = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if ending.endswith(".gz") else file
+            limit = _MAX_WHOLE_BYTES if _format(ending) == ".json" else _MAX_ROWS_BYTES
+            return read_facts(iter_rows(unpacked, filename, _format(ending), limit), filename)
     except PrefixError as error:
-        # Parquet's reader knows the file by its path alone.
-        message = error.message.replace(str(path), filename)
         # Hints may name options of a command line, which is not the reader's.
-        raise DataError(message, hint="" if "--" in error.hint else error.hint) from None
+        raise DataError(error.message, hint="" if "--" in error.hint else error.hint) from None
 
 
-def _rows(read: Callable[[int], bytes], path: Path, name: Path, form: str, *, zipped: bool) -> Iterator[Record]:
-    if form == ".parquet":
-        return (Record(*row) for row in parquet_rows(path))
-    limit = _MAX_WHOLE_BYTES if form == ".json" else _MAX_ROWS_BYTES
-    pieces = decode(unpack(read, name, zipped=zipped, max_bytes=limit), str(name))
-    if form == ".json":
-        return (Record(*row) for row in json_list("".join(pieces), name))
-    return iter_rows(pieces, name, form)
-
-
-def _document(read: Callable[[int], bytes], name: Path) -> str:
-    chunks = unpack(read, name, zipped=False, max_bytes=MAX_DOCUMENT_BYTES)
-    first = next(chunks, b"")
+def _document(file: IO[bytes], filename: str) -> str:
+    first = file.read(8)
     for magic, kind in _NOT_TEXT.items():
         if first.startswith(magic):
-            raise DataError(f"{name} is {kind}, not text.", hint="save its text as UTF-8.")
-
-    def all_chunks() -> Iterator[bytes]:
-        yield first
-        yield from chunks
-
-    return "".join(decode(all_chunks(), str(name)))
+            raise DataError(f"{filename} is {kind}, not text.", hint="save its text as UTF-8.")
+    file.seek(0)
+    return whole_text(file, filename, MAX_DOCUMENT_BYTES)
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

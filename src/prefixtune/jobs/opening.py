@@ -53,7 +53,7 @@ def open_job(job: Job, folder: JobFolder, backbone: Backbone, on_progress: OnPro
 
 
 def _train_config(job: Job, folder: JobFolder, backbone: Backbone) -> TrainConfig:
-    values = {**_values(job, folder, backbone), "train": _needed(folder, "train"), "data_cache": False}
+    values = {**_values(job, folder, backbone), "train": _needed(folder, "train")}
     if dev := find_input(folder, "dev"):
         values["dev"] = str(dev)
     return TrainConfig(**values)

@@ -16,15 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from prefixtune.errors import CheckpointError, ConfigError, describe_value, did_you_mean
+from prefixtune.errors import CheckpointError, ConfigError, describe_value
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import HEADER_KEY, backbone_origin, check_header
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.utils.files import atomic_path
-
-__all__ = ["DTYPES", "describe_tensors", "read_artifact", "save_prefix"]
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _READ = (*DTYPES.values(), torch.float64)
@@ -146,25 +143,20 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
             f"path is {describe_value(path)} and prefix {describe_value(prefix)}, but must be a path and a Prefix.",
             hint="write save_prefix(path, prefix).",
         )
-    if not isinstance(dtype, torch.dtype):
-        if dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype {dtype!r}.", hint=did_you_mean(str(dtype), DTYPES))
-        dtype = DTYPES[dtype]
-    if dtype not in _READ:
+    chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
+    if chosen not in _READ:
         raise ConfigError(f"dtype is {dtype}, which no prefix is stored in.", hint=f"use {', '.join(DTYPES)}.")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{str(path)!r} does not end with .safetensors.", hint=f"write to {path.stem}.safetensors."
         )
-    stored = prefix.detach().to(dtype, "cpu")
+    stored = prefix.detach().to(chosen, "cpu")
     if not stored.is_finite():
-        if prefix.is_finite():
-            raise CheckpointError(
-                f"the prefix for {str(path)!r} holds numbers that are too large for {dtype}.",
-                hint="store it as bfloat16 or float32.",
-            )
-        raise CheckpointError(f"the prefix for {str(path)!r} holds NaN or infinity.", hint="train it again.")
+        raise CheckpointError(
+            f"the prefix for {str(path)!r} holds NaN or infinity in {chosen}.",
+            hint="store it as bfloat16 or float32, or train it again.",
+        )
     header = {**prefix.header, **describe_tensors(stored)}
     check_header(header, f"the prefix for {str(path)!r}")
     tensors = {

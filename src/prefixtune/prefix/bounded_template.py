@@ -23,9 +23,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-__all__ = ["TemplateFault", "compile_template", "render_bounded"]
-
-
 _MAX_WORK = 2**24
 """Characters, list items and steps that one text may take."""
 _MAX_SECONDS = 2.0

@@ -13,9 +13,6 @@ from typing import Any
 from prefixtune.errors import PrefixWarning, RequestError
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
-__all__ = ["render_chat", "split_at_last_message", "template_hash"]
-
-
 _SENTINEL = "\ue000prefixtune\ue001"
 """A text that stands for the last message; of characters for private use, which no template changes."""
 _HINT = "change the roles or their order, or train with another template (--chat-template FILE)."

@@ -2,8 +2,7 @@
 
 Joined one after the other, the result is what attention sees with all of them in front: each moved on by the lengths
 before it, the text behind all. Values have no position, so that only keys turn (see `rotation`). Number by number,
-prefixes of one length are averaged, or what one has learned is taken from another (task arithmetic, Ilharco et al.
-2023, with keys and values in place of weights).
+prefixes of one length are averaged.
 """
 
 from __future__ import annotations
@@ -18,26 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value
-from prefixtune.prefix.composition import check_count, content_hash, describe_parts, lead_header
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, short_repr
+from prefixtune.prefix.composition import check_count, describe_parts, lead_header
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import SITES, Site, describe
 from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix
 from prefixtune.prefix.rotation import Rotation
-
-__all__ = [
-    "average",
-    "check_join",
-    "check_joinable",
-    "check_start",
-    "concatenate",
-    "cut",
-    "difference",
-    "interpolate",
-    "join",
-    "stored_rotation",
-]
 
 
 def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *, names: Sequence[str] = ()) -> Prefix:
@@ -164,69 +150,6 @@ def interpolate(prefixes: Sequence[Prefix], weights: Sequence[float], *, names: 
     return _blend(prefixes, weights, names, "interpolate")
 
 
-def difference(
-    minuend: Prefix, subtrahend: Prefix, start: Prefix, weight: float = 1.0, *, names: Sequence[str] = ()
-) -> Prefix:
-    """One prefix without what another has learned: A - w (B - S), where both were trained from the start S.
-
-    Args:
-        minuend: A; task, text format and head are its.
-        subtrahend: B, of the same backbone and length.
-        start: S.
-        weight: w: how much of what B learned is taken away; negative: added.
-        names: What to call A, B and S in messages and in the header.
-
-    Raises:
-        BackboneError: They are of different backbones.
-        ConfigError: Their lengths differ, or a header says that it had another start.
-    """
-    (weight,) = _as_numbers([weight])
-    if not math.isfinite(weight):
-        raise ConfigError(f"the weight is {weight:g}, but must be a number.", hint="leave it out: it is 1 then.")
-    names = check_joinable([minuend, subtrahend, start], names or ("the first prefix", "the second", "the start"))
-    check_start([minuend, subtrahend], start, names)
-    bare = [Prefix(prefix.layers, prefix.header) for prefix in (minuend, subtrahend, start)]
-    blended = _blend(bare, (1.0, -weight, weight), names, "difference", alone=True)
-    return Prefix(blended.layers, blended.header, minuend.head)
-
-
-def check_start(prefixes: Sequence[Prefix], start: Prefix | None, names: Sequence[str]) -> None:
-    """Refuse prefixes whose headers say that they had no common start, or another than this one.
-
-    Args:
-        prefixes: Two.
-        start: None: only compare the two.
-        names: Of the two, and of the start.
-
-    Raises:
-        ConfigError: A header says so.
-    """
-    described = []
-    for prefix in prefixes:
-        found = prefix.header.get("initialization")
-        described.append({} if not isinstance(found, Mapping) else dict(found))
-        described[-1].pop("relative_fit_error", None)
-        if described[-1].get("kind") == "prefix":
-            # Older files do not have them, and the hash says it all.
-            described[-1].pop("lengths", None)
-    if any(one.get("kind") == "random" for one in described):
-        raise ConfigError(
-            f"{names[0]} or {names[1]} started at random, so that they have no common start.",
-            hint="train both from one file: `prefixtune train --initialization prefix --init-prefix FILE`.",
-        )
-    if all(described) and described[0] != described[1]:
-        raise ConfigError(
-            f"{names[0]} and {names[1]} had different starts ({_spell(described[0])}; {_spell(described[1])}).",
-            hint="train both from one file: `prefixtune train --initialization prefix --init-prefix FILE`.",
-        )
-    expected = next((one["hash"] for one in described if one.get("hash")), None)
-    if start is not None and expected is not None and content_hash(start) != expected:
-        raise ConfigError(
-            f"{names[2]} is not what {names[0]} and {names[1]} started from: its content has another hash.",
-            hint=f"they started from {described[0].get('file') or described[1].get('file') or 'another file'!r}.",
-        )
-
-
 def _as_numbers(weights: object) -> list[float]:
     """Weights as floats.
 
@@ -240,14 +163,8 @@ def _as_numbers(weights: object) -> list[float]:
     return [float(number) for number in numbers]
 
 
-def _spell(description: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {str(value)[:40]!r}" for key, value in list(description.items())[:3])
-
-
-def _blend(
-    prefixes: Sequence[Prefix], weights: Sequence[float], names: Sequence[str], mode: str, *, alone: bool = False
-) -> Prefix:
-    """The weighted sum of prefixes, in float32, and its header; `alone`: what it says is the first's alone."""
+def _blend(prefixes: Sequence[Prefix], weights: Sequence[float], names: Sequence[str], mode: str) -> Prefix:
+    """The weighted sum of prefixes, in float32, and its header."""
     lengths = [prefix.lengths for prefix in prefixes]
     for name, other in zip(names, lengths, strict=True):
         if other != lengths[0]:
@@ -270,9 +187,7 @@ def _blend(
     }
     heads = [prefix.head for prefix in prefixes if prefix.head is not None]
     head = Head(total([one.weight for one in heads]), total([one.bias for one in heads])) if heads else None
-    header = lead_header(prefixes[:1], 0) if alone else lead_header(prefixes, len(prefixes) - 1)
-    origin = next((prefix.header["backbone"] for prefix in prefixes if prefix.header.get("backbone")), None)
-    header |= {} if origin is None or "backbone" in header else {"backbone": origin}
+    header = lead_header(prefixes, len(prefixes) - 1)
     rotation = stored_rotation(prefixes, names)
     if rotation is not None and any(prefix.header.get("rotation") is not None for prefix in prefixes):
         header["rotation"] = rotation.to_header()
@@ -309,7 +224,7 @@ def cut(
 ) -> Prefix:
     """Some of a prefix's positions.
 
-    The header has no development loss and no scores: they are the whole's, and stand in its entry of the parts.
+    The header has no development loss: it is the whole's, and stands in its entry of the parts.
 
     Cut at the end, the first ones stay as they are. Cut at the start, the keys of the rest are turned back, so that it
     begins at position 0; what it has taken over from the positions before it stays in it.
@@ -325,16 +240,12 @@ def cut(
         ConfigError: Nothing would be cut, or left; no rotation is known; or an argument is of a wrong type.
     """
     _check_prefixes([prefix])
-    if not isinstance(length, int):
-        raise ConfigError(f"length is {describe_value(length)}, but must be a whole number.", hint="write length=5.")
     if end not in ("start", "end"):
         raise ConfigError(f"end is {end!r}, but must be 'start' or 'end'.", hint="'end' keeps the first positions.")
-    if not 1 <= length < prefix.prefix_length:
+    if not isinstance(length, int) or not 1 <= length < prefix.prefix_length:
         raise ConfigError(
-            f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length}.",
-            hint=f"choose a length from 1 to {prefix.prefix_length - 1}."
-            if prefix.prefix_length > 1
-            else "a single position cannot be cut.",
+            f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length!r}.",
+            hint="choose a smaller length, at least 1.",
         )
     if end == "end":
         kept = prefix[:length]
@@ -353,7 +264,7 @@ def cut(
 
 def _unmeasured(header: Mapping[str, Any]) -> dict[str, Any]:
     """A header without what was measured of the whole, which its part does not have."""
-    kept = {name: value for name, value in header.items() if name != "scores"}
+    kept = dict(header)
     for name, measured in (("training", ("dev_loss",)), ("initialization", ("prefix_length", "at_most"))):
         if isinstance(header.get(name), Mapping):
             kept[name] = {key: value for key, value in header[name].items() if key not in measured}
@@ -448,16 +359,11 @@ def _check_prefixes(prefixes: object) -> None:
     Raises:
         ConfigError: There is none, or one is something else.
     """
-    if not isinstance(prefixes, Sequence) or isinstance(prefixes, str):
-        raise ConfigError(f"prefixes is {describe_value(prefixes)}, but must be a list.", hint="write [one, other].")
-    if not prefixes:
-        raise ConfigError("there is no prefix to compose.", hint="give at least one.")
-    for prefix in prefixes:
-        if not isinstance(prefix, Prefix):
-            raise ConfigError(
-                f"a prefix is {describe_value(prefix)}, but must be a Prefix.",
-                hint="Prefix.from_pretrained(path) reads one from a file.",
-            )
+    if not isinstance(prefixes, Sequence) or not prefixes or not all(isinstance(one, Prefix) for one in prefixes):
+        raise ConfigError(
+            f"prefixes is {short_repr(prefixes)}, but must be a list of Prefix.",
+            hint="Prefix.from_pretrained(path) reads one from a file.",
+        )
 
 
 def _check_same_backbone(one: Mapping[str, Any], other: Mapping[str, Any], name: str, other_name: str) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.geometry import SITES
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import hash_tensors
-
-__all__ = ["MAX_PARTS", "check_count", "content_hash", "describe_parts", "lead_header", "same_templates"]
 
 MAX_PARTS = 64
 """Most parts of one prefix, those of its parts included."""
@@ -21,8 +18,6 @@ _TEMPLATES = ("prompt", "target", "separator", "end", "source", "target_template
 _LIMITS = ("longest_prompt", "longest_target")
 _LONGEST = 200
 """Characters that are kept of a part's texts."""
-_HASH = 71
-"""Characters of `sha256:` and 64 digits."""
 
 
 def content_hash(prefix: Prefix) -> str:
@@ -128,50 +123,14 @@ def check_count(prefixes: Sequence[Prefix], nested: str = "") -> None:
 
 
 def _composition(prefix: Prefix) -> tuple[str, list[dict[str, Any]]]:
-    """Mode and parts of a composed prefix, as far as its header, which may come from anybody, can be believed.
-
-    No parts: for any other prefix, and where the lengths of joined parts are not those of the prefix.
-    """
+    """Mode and parts of a composed prefix, as its header has them; no parts: of any other prefix."""
     composition = prefix.header.get("composition")
     if not isinstance(composition, Mapping):
         return "", []
-    mode, parts = str(composition.get("mode"))[:20], composition.get("parts")
-    if not isinstance(parts, list | tuple) or not 0 < len(parts) <= MAX_PARTS:
-        return mode, []
-    if not all(isinstance(part, Mapping) for part in parts):
-        return mode, []
-    read = [_read_part(part) for part in parts]
-    if mode == "concatenate":
-        for site in prefix.sites:
-            if sum(part.get("prefix_length", {}).get(site, 0) for part in read) != prefix.length(site):
-                return mode, []
-    return mode, read
-
-
-def _read_part(part: Mapping[str, Any]) -> dict[str, Any]:
-    """The known fields of an entry, each with its type, and not longer than `_entry` writes it."""
-    entry: dict[str, Any] = {"name": part["name"][:_LONGEST] if isinstance(part.get("name"), str) else "?"}
-    if isinstance(part.get("hash"), str):
-        entry["hash"] = part["hash"][:_HASH]
-    lengths = part.get("prefix_length")
-    if isinstance(lengths, Mapping):
-        entry["prefix_length"] = {
-            site: lengths[site] for site in SITES if type(lengths.get(site)) is int and lengths[site] > 0
-        }
-    entry |= {key: part[key][:_LONGEST] for key in _KEPT if isinstance(part.get(key), str)}
-    if _is_number(part.get("dev_loss")):
-        entry["dev_loss"] = part["dev_loss"]
-    if isinstance(part.get("backbone_dtype"), str):
-        entry["backbone_dtype"] = part["backbone_dtype"][:40]
-    if isinstance(part.get("scores"), Mapping):
-        entry["scores"] = _scores(part["scores"])
-    if _is_number(part.get("weight")):
-        entry["weight"] = part["weight"]
-    inner = part.get("composition")
-    if isinstance(inner, Mapping) and isinstance(inner.get("hashes"), list | tuple):
-        hashes = [one[:_HASH] for one in inner["hashes"][:MAX_PARTS] if isinstance(one, str)]
-        entry["composition"] = {"mode": str(inner.get("mode"))[:20], "hashes": hashes}
-    return entry
+    parts = composition.get("parts")
+    if not isinstance(parts, list) or len(parts) > MAX_PARTS or not all(isinstance(part, Mapping) for part in parts):
+        return "", []
+    return str(composition.get("mode")), [dict(part) for part in parts]
 
 
 def _entry(prefix: Prefix, name: str) -> dict[str, Any]:
@@ -185,19 +144,8 @@ def _entry(prefix: Prefix, name: str) -> dict[str, Any]:
     training = header.get("training")
     if isinstance(training, Mapping):
         entry |= {key: training[key] for key in ("dev_loss", "backbone_dtype") if _is_plain(training.get(key))}
-    scores = header.get("scores")
-    if isinstance(scores, Mapping):
-        entry["scores"] = _scores(scores)
     return entry
 
 
-def _scores(scores: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key)[:40]: scores[key] for key in list(scores)[:20] if _is_plain(scores[key])}
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(cast(float, value))
-
-
 def _is_plain(value: object) -> bool:
-    return (isinstance(value, str) and len(value) <= 40) or _is_number(value)
+    return (isinstance(value, str) and len(value) <= 40) or (type(value) in (int, float) and math.isfinite(value))  # type: ignore[arg-type]

@@ -21,9 +21,6 @@ from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.prefix.geometry import Geometry, LayerShape, Site
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix, flatten, unflatten
 
-__all__ = ["REPARAMETERIZATIONS", "HeadEncoder", "PrefixEncoder", "SiteEncoder", "fit", "step_sizes"]
-
-
 REPARAMETERIZATIONS = ("mlp", "none", "scaled")
 
 RANDOM_STD = 0.02
@@ -201,13 +198,7 @@ class PrefixEncoder(nn.Module):
     def bake(self) -> Prefix:
         """The prefix alone, without the MLP, in float32 on the CPU."""
         prefix: Prefix = self()
-        return Prefix(
-            {
-                site: tuple((k.cpu().clone(), v.cpu().clone()) for k, v in layers)
-                for site, layers in prefix.layers.items()
-            },
-            head=None if prefix.head is None else prefix.head.to("cpu").detach(),
-        )
+        return prefix.to(device="cpu").detach()
 
     @property
     def num_trained(self) -> int:

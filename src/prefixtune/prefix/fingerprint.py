@@ -12,9 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprints_match", "sample_weights"]
-
-
 _SAMPLES = 256
 _SLACK = 0.15
 """Sampled weights that may differ in the last bfloat16 bit: rounding through float16 moves about one in sixteen."""

@@ -14,21 +14,6 @@ from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.utils.files import remove_abandoned
 from prefixtune.utils.locks import file_lock
 
-__all__ = [
-    "ENDING",
-    "FolderBusyError",
-    "Signature",
-    "change_folder",
-    "check_name",
-    "check_regular_file",
-    "list_names",
-    "path_of",
-    "remove_abandoned_copies",
-    "signature_of",
-    "signature_of_open",
-]
-
-
 ENDING = ".safetensors"
 _LOCK = ".publish.lock"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")

@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["SITES", "BackboneKind", "Geometry", "LayerShape", "Site", "describe", "spell_lengths"]
-
-
 Site = Literal["encoder", "decoder", "cross"]
 """Where a prefix can be: encoder self-attention, decoder self-attention, decoder cross-attention."""
 

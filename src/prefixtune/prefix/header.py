@@ -10,34 +10,17 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prefixtune.errors import CheckpointError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prefixtune.errors import CheckpointError, short_repr
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import Geometry
 from prefixtune.prefix.text_format import read_text_format
 
-__all__ = [
-    "FORMAT_VERSION",
-    "HEADER_FIELDS",
-    "HEADER_KEY",
-    "BackboneOrigin",
-    "JobOrigin",
-    "Outline",
-    "backbone_origin",
-    "check_header",
-    "check_storable",
-    "check_version",
-    "dump_header",
-    "incompatibilities",
-    "job_origin",
-    "parse_header",
-    "read_outline",
-]
-
-
 FORMAT_VERSION = 2
-"""Of files that are written now. Version 1 had no checksum; it is read, too."""
+"""Of files that are written and read."""
 
 HEADER_KEY = "prefixtune"
 """The header's key in the file's metadata."""
@@ -50,44 +33,52 @@ _TENSORS_BYTES = 2**18
 """Longest table of tensors, in bytes; it has about a hundred per tensor."""
 _RESERVE = 2**12
 """Bytes that a header may grow by while its prefix is trained."""
-_HEADER_DEPTH = 16
-"""How deep objects and lists may be nested in a header."""
 
-HEADER_FIELDS: Mapping[str, type] = {
-    "adapter": str,
-    "backbone": dict,
-    "backbone.fingerprint": str,
-    "backbone.kind": str,
-    "backbone.name": str,
-    "composition": dict,
-    "description": str,
-    "form": str,
-    "initialization": dict,
-    "job": dict,
-    "job.id": str,
-    "job.owner": str,
-    "labels": dict,
-    "labels.by": str,
-    "labels.kind": str,
-    "labels.names": list,
-    "labels.words": list,
-    "license": str,
-    "made_with": dict,
-    "method": str,
-    "peft": dict,
-    "placement": str,
-    "rotation": dict,
-    "task": str,
-    "text_format": dict,
-    "text_format.end": str,
-    "text_format.prompt": str,
-    "text_format.separator": str,
-    "text_format.source": str,
-    "text_format.target": str,
-    "training": dict,
-}
-"""Types of the header's fields, where they are present; other fields are kept as they are."""
-_TYPE_NAMES: Mapping[type, str] = {str: "a text", dict: "an object", list: "a list of texts"}
+
+class _Part(BaseModel):
+    """A part of a header: fields that are not listed are kept as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Backbone(_Part):
+    name: str = ""
+    fingerprint: str = ""
+    kind: str = ""
+
+
+class _Labels(_Part):
+    kind: str
+    by: str
+    names: list[str] | tuple[str, ...]
+    words: list[str] | tuple[str, ...] = ()
+
+
+class _Job(_Part):
+    id: str = Field(min_length=1)
+    owner: str = Field(min_length=1)
+
+
+class Header(_Part):
+    """The fields of a header that are read elsewhere; `docs/format.md` has all."""
+
+    adapter: str = ""
+    backbone: _Backbone = _Backbone()
+    composition: dict[str, Any] = {}
+    description: str = ""
+    form: str = ""
+    initialization: dict[str, Any] = {}
+    job: _Job | None = None
+    labels: _Labels | None = None
+    license: str = ""
+    made_with: dict[str, Any] = {}
+    method: str = ""
+    peft: dict[str, Any] = {}
+    placement: Literal["front"] = "front"
+    rotation: dict[str, Any] = {}
+    task: str = ""
+    text_format: dict[str, Any] | None = None
+    training: dict[str, Any] = {}
 
 
 def parse_header(text: str) -> dict[str, Any]:
@@ -106,29 +97,22 @@ def parse_header(text: str) -> dict[str, Any]:
         # `loads` reads numbers such as 1e999 as infinity, and takes half a surrogate pair.
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError(f"it nests more than {_HEADER_DEPTH} levels") from None
+        raise ValueError("it nests too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
-    if _is_deeper(value, _HEADER_DEPTH):
-        raise ValueError(f"it nests more than {_HEADER_DEPTH} levels")
     return value
 
 
-def _is_deeper(value: object, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_is_deeper(item, levels - 1) for item in inner)
-
-
 def check_version(header: Mapping[str, Any], what: str) -> None:
-    """Refuse a file of an unknown format version; `what` names it in the message.
+    """Refuse a file of another format version; `what` names it in the message.
 
     Raises:
-        CheckpointError: The version is missing or unknown.
+        CheckpointError: The version is another one.
     """
     version = header.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{what} cannot be read: its format version is {version!r}, but this prefixtune reads up to "
+            f"{what} cannot be read: its format version is {short_repr(version)}, but this prefixtune reads "
             f"{FORMAT_VERSION}.",
             hint="upgrade prefixtune, or get the file again.",
         )
@@ -140,41 +124,18 @@ def check_header(header: Mapping[str, Any], what: str) -> None:
     Raises:
         CheckpointError: A type is wrong, or the text format cannot be used.
     """
-    for field, kind in HEADER_FIELDS.items():
-        name, _, inner = field.partition(".")
-        # The object itself comes earlier in the list.
-        owner, key = (header.get(name, {}), inner) if inner else (header, name)
-        if key not in owner:
-            continue
-        value = owner[key]
-        fits = isinstance(value, Mapping if kind is dict else (list, tuple) if kind is list else kind)
-        if fits and kind is list:
-            fits = all(isinstance(item, str) for item in value)
-        if not fits:
-            raise CheckpointError(
-                f"the header of {what} has {field} {_shown(value)}, but it must be {_TYPE_NAMES[kind]}.",
-                hint="docs/format.md lists the fields; get the file again.",
-            )
-    if header.get("placement", "front") != "front":
+    try:
+        Header.model_validate(dict(header))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
         raise CheckpointError(
-            f"{what} has the placement {_shown(header['placement'])}, but prefixes stand in front of the text.",
-            hint="train it again, with --method prefix.",
-        )
-    labels = header.get("labels")
-    if labels is not None and any(labels.get(key) is None for key in ("kind", "by", "names")):
-        raise CheckpointError(
-            f"the header of {what} has labels without their kind, by and names.", hint="get the file again."
-        )
-    if header.get("job") is not None and job_origin(header) is None:
-        raise CheckpointError(f"the header of {what} has a job without its id and owner.", hint="get the file again.")
+            f"the header of {what} cannot be used: {'.'.join(map(str, fault['loc']))}: {fault['msg']}.",
+            hint="docs/format.md lists the fields; get the file again.",
+        ) from error
     try:
         read_text_format(header)
     except CheckpointError as error:
         raise CheckpointError(f"{what} cannot be used: {error.message}", hint=error.hint) from error
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else repr(str(value)[:80])
 
 
 def check_storable(header: Mapping[str, Any]) -> None:
@@ -246,11 +207,10 @@ class JobOrigin:
 def job_origin(header: Mapping[str, Any]) -> JobOrigin | None:
     """The job that made a prefix; None: its header names none."""
     job = header.get("job")
-    job_id, owner = (job.get("id"), job.get("owner")) if isinstance(job, Mapping) else (None, None)
-    if not (isinstance(job, Mapping) and isinstance(job_id, str) and isinstance(owner, str) and job_id and owner):
+    if not job:
         return None
     step = job.get("step")
-    return JobOrigin(job_id, owner, step if type(step) is int else None)
+    return JobOrigin(job["id"], job["owner"], step if type(step) is int else None)
 
 
 # --- without the tensors ----------------------------------------------------------------------------------------------
@@ -338,16 +298,12 @@ def _faults_of_labels(labels: Any, weight: tuple[int, ...], bias: tuple[int, ...
     """What is wrong with the labels in a header and with the shapes of the head; nothing of both is right."""
     if not labels and not weight and not bias:
         return []
-    if not isinstance(labels, Mapping):
+    if not labels:
         return ["it has a head, but no labels"]
-    names, words = labels.get("names"), labels.get("words") or []
-    lists = (names, words)
-    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
-        return ["its labels are no texts"]
-    kind, by = labels.get("kind"), labels.get("by")
+    kind, by, names, words = labels["kind"], labels["by"], labels["names"], labels.get("words") or []
     if (kind, by) not in (("classification", "head"), ("classification", "words"), ("tagging", "head")):
         return ["its kind of labels is unknown"]
-    count = len(names or ())
+    count = len(names)
     if count < 2 or (by == "words" and (len(words) != count or weight or bias)):
         return ["its labels and their words do not match"]
     if by == "head" and (len(weight) != 2 or weight[0] != count or bias != (count,)):

@@ -14,21 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefixtune import __version__
-from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describe_value, first_line
-
-__all__ = [
-    "FILE",
-    "HUB",
-    "check_repository",
-    "download",
-    "find_pretrained",
-    "hub_errors",
-    "is_repository",
-    "prefix_file",
-    "repository_of",
-    "upload",
-]
-
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describe_value
 
 FILE = "prefix.safetensors"
 """A prefix's name in a repository."""
@@ -36,8 +22,6 @@ FILE = "prefix.safetensors"
 HUB = "hub:"
 """Marks the name of a repository that is to be downloaded."""
 
-_CARD = "the card is made from the prefix's header; `prefixtune push ... --card` shows it."
-_OTHER_FILE = "`prefixtune pull OWNER/NAME OUTPUT --file NAME` downloads a file with another name."
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -154,52 +138,24 @@ def upload(
 
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """While the block runs, errors of the hub become a `PrefixError` with one line and a hint."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """While the block runs, errors of the hub become one line.
 
-    hint, online = "check the name; private repositories need `hf auth login`.", "unset HF_HUB_OFFLINE."
+    Raises:
+        ConfigError: The hub's library refuses a name or a card, or is switched off.
+        PrefixError: The hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import constants
+
     try:
         yield
-    except HFValidationError as error:
-        raise ConfigError(f"{what}: {error}", hint="write OWNER/NAME.") from error
-    except OfflineModeIsEnabled as error:
-        raise ConfigError(f"{what}: the hub is switched off.", hint=online) from error
-    except LocalTokenNotFoundError as error:
-        raise ConfigError(
-            f"{what}: there is no token.", hint="log in with `hf auth login`, or set HF_TOKEN."
+    except Exception as error:  # the library's, and its HTTP client's, of many types
+        is_config = isinstance(error, ValueError) or constants.HF_HUB_OFFLINE
+        raise (ConfigError if is_config else PrefixError)(
+            f"{what}: {textwrap.shorten(str(error), 300) or type(error).__name__}",
+            hint="unset HF_HUB_OFFLINE."
+            if constants.HF_HUB_OFFLINE
+            else "check the names and the connection; private repositories need `hf auth login`.",
         ) from error
-    except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
-            raise ConfigError(f"{what}: the hub is switched off, and it is not in the cache.", hint=online) from error
-        raise PrefixError(f"{what}: the hub cannot be reached.", hint="check the connection.") from error
-    except RepositoryNotFoundError as error:
-        raise PrefixError(f"{what}: there is no such repository, or it is not yours.", hint=hint) from error
-    except RevisionNotFoundError as error:
-        raise PrefixError(f"{what}: there is no such revision.", hint="leave it out for the main branch.") from error
-    except EntryNotFoundError as error:
-        raise PrefixError(f"{what}: the repository has no such file.", hint=_OTHER_FILE) from error
-    except HfHubHTTPError as error:
-        reason = next(iter((error.server_message or "").strip().splitlines()), first_line(error))
-        raise PrefixError(f"{what}: the hub answers {error.response.status_code}: {reason}", hint=hint) from error
-    except ValueError as error:
-        # The library's, for a card with metadata that the hub does not take.
-        raise ConfigError(f"{what}: {textwrap.shorten(str(error), 300)}", hint=_CARD) from error
-    except Exception as error:
-        # The client library depends on the version of huggingface_hub.
-        client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
-        if not client and not isinstance(error, OSError):
-            raise
-        raise PrefixError(f"{what}: {str(error).rstrip('.')}.", hint="check the connection.") from error
 
 
 def prefix_file(path: str | os.PathLike[str]) -> Path:
@@ -211,11 +167,8 @@ def prefix_file(path: str | os.PathLike[str]) -> Path:
         PrefixError: The hub cannot be reached, or has no such file.
     """
     if not isinstance(path, str | os.PathLike):
-        from prefixtune.prefix.prefix import Prefix  # needs torch, which a command line does without
-
-        inner = " (its `.prefix` is one)" if isinstance(getattr(path, "prefix", None), Prefix) else ""
         raise ConfigError(
-            f"the prefix is {describe_value(path)}{inner}, but must be a path, hub:OWNER/NAME or a Prefix.",
+            f"the prefix is {describe_value(path)}, but must be a path, hub:OWNER/NAME or a Prefix.",
             hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
         )
     if not os.fspath(path):
@@ -262,18 +215,10 @@ def find_pretrained(name: str | os.PathLike[str], *, revision: str | None = None
 
 
 def _local_file(path: Path) -> Path:
-    if path.is_dir():
-        if not (path / FILE).is_file():
-            raise CheckpointError(
-                f"there is no file {FILE} in the folder {str(path)!r}.",
-                hint="give a file, or the --output folder of a finished training; runs of other methods go "
-                "with --run of `prefixtune generate` and `evaluate`.",
-            )
-        return path / FILE
-    if is_repository(path) and path.suffix != ".safetensors" and not path.exists():
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
         raise CheckpointError(
-            f"there is no file or folder {str(path)!r}.", hint=f"check the path; hub:{path} is downloaded from the hub."
+            f"there is no file {str(file)!r}.",
+            hint="give a file, or the --output folder of a finished training; hub:OWNER/NAME is downloaded.",
         )
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}.", hint="check the path.")
-    return path
+    return file

@@ -10,7 +10,7 @@ Axes: P prefix positions, L layers, H key-value heads, D head size.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,11 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.errors import BackboneError, ConfigError, describe_value, short_repr
+from prefixtune.errors import BackboneError, ConfigError, short_repr
 from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, Site, describe
-
-__all__ = ["Head", "KeyValue", "Prefix", "check_fits", "flatten", "unflatten"]
-
 
 KeyValue = tuple[Float[Tensor, "_H _P _Dk"], Float[Tensor, "_H _P _Dv"]]
 """One layer's keys and values: (H, P, D), where H and D may differ between layers."""
@@ -65,7 +62,11 @@ def _is_forward_slice(value: object) -> bool:
 
 
 def _is_pair(value: object) -> bool:
-    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, Tensor) for part in value)
+    """Whether it is a key and a value of the same heads and positions."""
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(part, Tensor) for part in value):
+        return False
+    key, other = value
+    return bool(key.dim() == other.dim() == 3 and key.shape[:2] == other.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,33 +87,17 @@ class Prefix:
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        hint = "give (H, P, D) tensors of one P per site."
-        if not isinstance(self.layers, Mapping):
-            raise ConfigError(f"not a prefix: its layers are {describe_value(self.layers)}, not a dict.", hint=hint)
-        faults = []
-        if not self.layers:
-            faults.append("it has no site")
+        faults = ["it has no site"] if not self.layers else []
         for site, layers in self.layers.items():
+            pairs = isinstance(layers, Sequence) and all(_is_pair(pair) for pair in layers)
             if site not in SITES:
                 faults.append(f"unknown site {site!r} (allowed: {', '.join(SITES)})")
-            if not layers:
-                faults.append(f"site {site!r} has no layer")
-            lengths = set()
-            if not isinstance(layers, Sequence) or not all(_is_pair(pair) for pair in layers):
-                faults.append(f"site {site!r} is no list of (key, value) pairs of tensors")
-                continue
-            for index, (key, value) in enumerate(layers):
-                if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
-                    faults.append(
-                        f"{site} layer {index}: key {tuple(key.shape)} and value {tuple(value.shape)} "
-                        "are not (heads, positions, head size) of the same heads and positions"
-                    )
-                else:
-                    lengths.add(key.shape[1])
-            if len(lengths) > 1:
+            elif not pairs or not layers:
+                faults.append(f"site {site!r} has no layers of (key, value) pairs of (heads, positions, head size)")
+            elif len(lengths := {key.shape[1] for key, _ in layers}) > 1:
                 faults.append(f"the layers of site {site!r} have different lengths {sorted(lengths)}")
         if faults:
-            raise ConfigError(f"not a prefix: {'; '.join(faults)}.", hint=hint)
+            raise ConfigError(f"not a prefix: {'; '.join(faults)}.", hint="give (H, P, D) tensors of one P per site.")
         # Always in one order of sites.
         object.__setattr__(self, "layers", {site: self.layers[site] for site in SITES if site in self.layers})
 
@@ -189,40 +174,24 @@ class Prefix:
 
         A head keeps its own dtype: it is computed in float32, whatever the model computes in.
         """
-        return Prefix(
-            {
-                site: tuple((k.to(device=device, dtype=dtype), v.to(device=device, dtype=dtype)) for k, v in layers)
-                for site, layers in self.layers.items()
-            },
-            self.header,
-            None if self.head is None else self.head.to(device),
-        )
+        head = None if self.head is None else self.head.to(device)
+        return self._mapped(lambda tensor: tensor.to(device=device, dtype=dtype), head)
 
     def detach(self) -> Prefix:
         """A copy that no longer belongs to any computation graph; each tensor is contiguous."""
-        layout = torch.contiguous_format
-        return Prefix(
-            {
-                site: tuple(
-                    (k.detach().clone(memory_format=layout), v.detach().clone(memory_format=layout)) for k, v in layers
-                )
-                for site, layers in self.layers.items()
-            },
-            self.header,
-            None if self.head is None else self.head.detach(),
-        )
+        head = None if self.head is None else self.head.detach()
+        return self._mapped(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), head)
 
     def leaves(self) -> Prefix:
         """The same numbers, and the head's, as leaves of a new graph, where gradients gather."""
         head = self.head
-        return Prefix(
-            {
-                site: tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in layers)
-                for site, layers in self.layers.items()
-            },
-            self.header,
-            None if head is None else Head(*(t.detach().requires_grad_() for t in (head.weight, head.bias))),
-        )
+        leaf = None if head is None else Head(*(t.detach().requires_grad_() for t in (head.weight, head.bias)))
+        return self._mapped(lambda tensor: tensor.detach().requires_grad_(), leaf)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor], head: Head | None) -> Prefix:
+        """Another prefix, whose keys and values a function makes of these."""
+        layers = {site: tuple((change(k), change(v)) for k, v in layers) for site, layers in self.layers.items()}
+        return Prefix(layers, self.header, head)
 
     def __getitem__(self, positions: slice) -> Prefix:
         """Some of its positions: `prefix[:5]` is the first five virtual tokens, at every site and layer.
@@ -235,14 +204,7 @@ class Prefix:
                 f"a prefix is sliced by positions, in order, but got {short_repr(positions)}.",
                 hint="write prefix[2:3] for one position.",
             )
-        sliced = Prefix(
-            {
-                site: tuple((k[:, positions], v[:, positions]) for k, v in layers)
-                for site, layers in self.layers.items()
-            },
-            self.header,
-            self.head,
-        )
+        sliced = self._mapped(lambda tensor: tensor[:, positions], self.head)
         if min(sliced.length(site) for site in sliced.sites) == 0:
             raise ConfigError(
                 f"slice {positions} of a prefix of length {self.prefix_length} is empty.",
@@ -330,7 +292,7 @@ class Prefix:
         Args:
             repo_id: `OWNER/NAME`; the repository is created where it does not exist.
             private: Only its owner can see a new repository.
-            evaluation: As in `save_pretrained`; also a run's folder that holds evaluations of this prefix.
+            evaluation: As in `save_pretrained`.
             commit_message: Empty: one with the file's name.
             revision: A branch; None: the main branch.
             token: Of the hub; None: the one that `hf auth login` stored.

@@ -9,19 +9,18 @@ and frequencies of every layer by running the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.prefix.geometry import SITES, Geometry, Site
+from prefixtune.errors import CheckpointError, ConfigError, short_repr
+from prefixtune.prefix.geometry import Geometry, Site
 from prefixtune.prefix.prefix import Prefix
-
-__all__ = ["PairTurns", "Positions", "Rotation", "length_dependent_turn", "longrope_limit", "rotary_settings"]
 
 Positions = Literal["rotary", "none", "absolute"]
 """How a model's keys depend on position.
@@ -32,7 +31,8 @@ added to the input (GPT-2, OPT), so that keys at other positions are other keys:
 approximation.
 """
 
-_MAX_LAYERS, _MAX_PAIRS, _MAX_POSITION = 4096, 4096, 2**31
+_MAX_LAYERS, _MAX_PAIRS = 4096, 4096
+_Index = Annotated[int, Field(ge=0, le=2 * _MAX_PAIRS)]
 _HINT = "get the file again, or `prefixtune compose --backbone NAME`: the rotation is then found by running it."
 _PROBED, _MAX_ANGLE = 4096, 0.02
 """Two rotations are the same if no key differs by more than this angle, in radians, after this many positions.
@@ -206,11 +206,10 @@ class Rotation:
             CheckpointError: It is something else.
         """
         try:
-            return _read(value)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            return _StoredRotation.model_validate(value).read()
+        except (ValueError, IndexError) as error:
             raise CheckpointError(
-                f"the header's rotation cannot be used: {error or type(error).__name__}.",
-                hint=_HINT,
+                f"the header's rotation cannot be used: {short_repr(str(error))}.", hint=_HINT
             ) from error
 
 
@@ -218,61 +217,47 @@ def _turns_to_header(turns: PairTurns) -> dict[str, Any]:
     return {"first": list(turns.first), "second": list(turns.second), "frequencies": list(turns.frequencies)}
 
 
-def _read(value: object) -> Rotation:
-    if not isinstance(value, Mapping):
-        raise ValueError("it is no object")
-    positions = value.get("positions")
-    if positions not in get_args(Positions):
-        raise ValueError(f"its positions are {str(positions)[:40]!r}")
-    most = value.get("max_positions")
-    if most is not None and not _is_whole(most, 1, _MAX_POSITION):
-        raise ValueError(f"its max_positions are {str(most)[:40]!r}")
-    kinds = [_read_turns(turns) for turns in _list(value.get("turns", []), _MAX_LAYERS)]
-    layers: dict[Site, tuple[PairTurns | None, ...]] = {}
-    given = value.get("layers", {})
-    if not isinstance(given, Mapping) or not set(given) <= set(SITES):
-        raise ValueError("its layers are not by site")
-    for site, numbers in given.items():
-        numbers = _list(numbers, _MAX_LAYERS)
-        if not all(number is None or _is_whole(number, 0, len(kinds) - 1) for number in numbers):
-            raise ValueError(f"a layer of {site!r} names no turns")
-        layers[site] = tuple(None if number is None else kinds[number] for number in numbers)
-    if positions == "rotary" and not any(turn is not None for turns in layers.values() for turn in turns):
-        raise ValueError("its positions are 'rotary', but no layer turns")
-    if positions != "rotary" and layers:
-        raise ValueError(f"its positions are {positions!r}, but it has layers that turn")
-    return Rotation(cast(Positions, positions), layers, most)
+class _StoredTurns(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    first: list[_Index] = Field(min_length=1, max_length=_MAX_PAIRS)
+    second: list[_Index]
+    frequencies: list[Annotated[float, Field(ge=-math.pi, le=math.pi, allow_inf_nan=False)]]
+
+    def read(self) -> PairTurns:
+        """The turns.
+
+        Raises:
+            ValueError: The lists do not fit together.
+        """
+        indices = [*self.first, *self.second]
+        if not len(self.first) == len(self.second) == len(self.frequencies) or len(set(indices)) < len(indices):
+            raise ValueError("its pairs do not fit together")
+        return PairTurns(tuple(self.first), tuple(self.second), tuple(self.frequencies))
 
 
-def _read_turns(value: object) -> PairTurns:
-    if not isinstance(value, Mapping):
-        raise ValueError("turns are no object")
-    first, second = (_list(value[name], _MAX_PAIRS) for name in ("first", "second"))
-    frequencies = _list(value["frequencies"], _MAX_PAIRS)
-    indices = [*first, *second]
-    if not indices or not all(_is_whole(index, 0, 2 * _MAX_PAIRS) for index in indices):
-        raise ValueError("a pair has no indices")
-    if not len(first) == len(second) == len(frequencies):
-        raise ValueError("its lists have different lengths")
-    if len(set(indices)) < len(indices):
-        raise ValueError("a number belongs to two pairs")
-    if not all(_is_number(x) and abs(x) <= math.pi for x in frequencies):
-        raise ValueError("a frequency is no number up to pi")
-    return PairTurns(tuple(first), tuple(second), tuple(map(float, frequencies)))
+class _StoredRotation(BaseModel):
+    model_config = ConfigDict(strict=True)
 
+    positions: Positions
+    max_positions: Annotated[int, Field(ge=1)] | None = None
+    turns: list[_StoredTurns] = Field([], max_length=_MAX_LAYERS)
+    layers: dict[Site, Annotated[list[_Index | None], Field(max_length=_MAX_LAYERS)]] = {}
 
-def _list(value: object, most: int) -> Sequence[Any]:
-    if not isinstance(value, list | tuple) or len(value) > most:
-        raise ValueError(f"it has a list that is none, or one of more than {most:,} entries")
-    return value
+    def read(self) -> Rotation:
+        """The rotation.
 
-
-def _is_whole(value: object, lowest: int, highest: int) -> bool:
-    return type(value) is int and lowest <= value <= highest
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(cast(float, value))
+        Raises:
+            ValueError: Layers name no turns, or do not suit the positions.
+        """
+        kinds = [turns.read() for turns in self.turns]
+        layers: dict[Site, tuple[PairTurns | None, ...]] = {
+            site: tuple(None if number is None else kinds[number] for number in numbers)
+            for site, numbers in self.layers.items()
+        }
+        if (self.positions == "rotary") != any(turn is not None for turns in layers.values() for turn in turns):
+            raise ValueError(f"its positions are {self.positions!r}, which its layers do not suit")
+        return Rotation(self.positions, layers, self.max_positions)
 
 
 def rotary_settings(config: Any) -> dict[str, Mapping[str, Any]]:

@@ -6,8 +6,6 @@ from typing import Any
 
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["TargetOffsets", "TargetStream"]
-
 
 class TargetStream:
     """`TextFormat.extract_target` for an output that comes in pieces; joined, the pieces equal it.

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import hashlib
-import itertools
 import json
-import os
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,23 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from prefixtune.errors import CheckpointError, PrefixError, PrefixWarning, causes
+from prefixtune.errors import CheckpointError, PrefixError, causes, first_line
 from prefixtune.prefix.header import check_version, dump_header, parse_header
-
-__all__ = [
-    "TornFileError",
-    "hash_tensors",
-    "is_unread",
-    "metadata_with_checksum",
-    "read_file",
-    "read_verified",
-    "save_file",
-]
-
 
 _CHECKSUM_KEY = "prefixtune_checksum"
 """The checksum's key in the file's metadata, next to the header that it covers."""
-_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class TornFileError(CheckpointError):
@@ -52,41 +35,19 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not path.is_file():
             raise CheckpointError(f"there is no file {str(path)!r}.", hint="check the path.")
         # safetensors says of a file that may not be read that there is none.
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise _unread(path, error, "try again." if error.errno in _SHORTAGES else "check its permissions.") from error
-    try:
-        with safe_open(path, framework="pt") as handle:
+        with open(path, "rb"), safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise TornFileError(
             f"{str(path)!r} is not a complete safetensors file: {error}.", hint="it may be truncated; get it again."
         ) from error
-    except OSError as error:
-        raise _unread(path, error) from error
-    except RuntimeError as error:
-        # So says torch where the system opens no more files, or maps none into memory.
-        if not str(error).startswith("unable to "):
-            raise
-        refusal = _refusal(str(error))
-        raise _unread(path, refusal) from refusal
-
-
-def _refusal(message: str) -> OSError:
-    """What the system refused, by torch's message, which ends with the error's number, as in `... memory (12)`.
-
-    >>> _refusal("unable to mmap 8 bytes from file </a>: Cannot allocate memory (12)").errno
-    12
-    """
-    if number := re.search(r"\((\d+)\)$", message.partition("\n")[0]):
-        code = int(number[1])
-        return OSError(code, os.strerror(code))
-    return OSError(message.rpartition(": ")[2])
-
-
-def _unread(path: Path, error: OSError, hint: str = "try again.") -> CheckpointError:
-    return CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.", hint=hint)
+    except (OSError, RuntimeError) as error:
+        # A RuntimeError of torch: the system opens no more files, or maps none into memory.
+        refusal = error if isinstance(error, OSError) else OSError(str(error))
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {refusal.strerror or first_line(refusal)}.",
+            hint="check its permissions, or try again.",
+        ) from refusal
 
 
 def is_unread(error: PrefixError) -> bool:
@@ -110,29 +71,12 @@ def read_verified(path: str | Path, key: str, otherwise: str, hint: str) -> tupl
     if key not in metadata:
         raise CheckpointError(f"{str(path)!r} {otherwise}.", hint=hint)
     header = _read_header(metadata[key], path)
-    checksum = metadata.get(_CHECKSUM_KEY)
-    if checksum is None and header["format_version"] == 1:
-        _warn_unverified(Path(path).name)
-    elif checksum != _checksum(tensors, metadata[key]):
+    if metadata.get(_CHECKSUM_KEY) != _checksum(tensors, metadata[key]):
         raise TornFileError(
             f"{str(path)!r} is damaged: its checksum is not the one it was stored with.",
             hint="get the file again.",
         )
     return tensors, header
-
-
-_unverified = itertools.count()
-
-
-def _warn_unverified(name: str) -> None:
-    """Warn of a file without a checksum; once per process, as a server may read thousands."""
-    if next(_unverified) == 0:
-        warnings.warn(
-            f"{name!r} is of format version 1, which has no checksum: damage to it would go unnoticed. Store "
-            "a prefix again to add one: `prefixtune convert OLD NEW --to prefixtune`. Only the first file is named.",
-            PrefixWarning,
-            stacklevel=3,
-        )
 
 
 def _read_header(text: str, path: str | Path) -> dict[str, Any]:

@@ -15,19 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError, did_you_mean, short_repr
-from prefixtune.utils.config import describe_fault
-
-__all__ = [
-    "MAX_TEMPLATE_CHARS",
-    "MODEL_TEMPLATE",
-    "TextFormat",
-    "TruncationPolicy",
-    "cut_prompt",
-    "fit_ids",
-    "read_text_format",
-]
-
+from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError, short_repr
 
 MAX_TEMPLATE_CHARS = 2**14
 """Longest template that a header may hold."""
@@ -42,6 +30,8 @@ _MAX_SEPARATORS = 8
 _MAX_REPEATS = 4
 _MAX_LENGTH = 2**31 - 1
 _Length = Annotated[int, Field(ge=0, le=_MAX_LENGTH)]
+_Template = Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)]
+_Token = Annotated[str, Field(max_length=_MAX_TOKEN_CHARS)]
 _HINT = 'write for example {"prompt": "{source} =", "target": " {target}"}.'
 _COLUMN = re.compile(r"\{([^{}]*)\}")
 
@@ -76,19 +66,19 @@ class TextFormat:
             `on_too_long` is not valid.
     """
 
-    prompt: str = " {source} {separator}"
-    target: str = " {target} "
-    separator: str = ""
-    end: str = ""
-    source: str = ""
-    target_template: str = ""
+    prompt: _Template = " {source} {separator}"
+    target: _Template = " {target} "
+    separator: _Token = ""
+    end: _Token = ""
+    source: _Template = ""
+    target_template: _Template = ""
     max_length: _Length = 0
     on_too_long: TruncationPolicy = "error"
     longest_target: _Length = 0
     longest_prompt: _Length = 0
-    chat_template: str = ""
-    template_hash: str = ""
-    system: str = ""
+    chat_template: _Template = ""
+    template_hash: _Template = ""
+    system: _Template = ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextFormat:
@@ -105,16 +95,8 @@ class TextFormat:
         try:
             return handler(values)
         except ValidationError as error:
-            detail = error.errors(include_url=False)[0]
-        kind, name = detail["type"], str(detail["loc"][0])
-        if kind == "unexpected_keyword_argument":
-            known = [field.name for field in dataclasses.fields(TextFormat)]
-            raise ConfigError(
-                f"text format: unknown field {short_repr(name)} ({did_you_mean(name, known).removesuffix('.')}).",
-                hint=_HINT,
-            )
-        error_class = ConfigError if kind in ("string_type", "int_type") else DataError
-        raise error_class(f"text format: {describe_fault(detail, name)}.", hint=_HINT)
+            fault = error.errors(include_url=False, include_input=False)[0]
+            raise ConfigError(f"text format: {fault['loc'][0]}: {fault['msg']}.", hint=_HINT) from None
 
     def __post_init__(self) -> None:
         for name, needed in (("prompt", "{source}"), ("target", "{target}")):
@@ -135,6 +117,14 @@ class TextFormat:
             )
         if "{source}" in self.separator:
             raise DataError("text format: the separator contains {source}.", hint="the separator is a token's text.")
+        for name in ("source", "target_template"):
+            counts = Counter(_COLUMN.findall(getattr(self, name)))
+            if max(counts.values(), default=0) > _MAX_REPEATS:
+                raise DataError(
+                    f"text format: {name} repeats a column more than {_MAX_REPEATS} times.", hint="write each once."
+                )
+        if self.chat_template not in ("", MODEL_TEMPLATE):
+            _check_chat_template(self.chat_template)
 
     @property
     def is_chat(self) -> bool:
@@ -237,14 +227,6 @@ class TextFormat:
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if value or name not in _CHAT_FIELDS}
 
-    def check_stored(self) -> None:
-        """Refuse values that a header may not hold.
-
-        Raises:
-            DataError: A value is too long, or a template repeats a column.
-        """
-        _check_sizes(self.to_dict())
-
 
 def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
     """The text format that a header stores; None: it stores none, and the backbone's default applies.
@@ -260,39 +242,11 @@ def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
     try:
         if not isinstance(stored, Mapping):
             raise DataError(f"text format: it is {short_repr(stored)}, but must be an object.")
-        _check_sizes(stored)
         return TextFormat.from_dict(stored)
     except (ConfigError, DataError) as error:
         raise CheckpointError(
             f"the header's {error.message}", hint="get the file again, train it again, or upgrade prefixtune."
         ) from error
-
-
-def _check_sizes(values: Mapping[str, Any]) -> None:
-    """Refuse stored texts that are too long, and templates that repeat a column.
-
-    Raises:
-        DataError: A value is not allowed.
-    """
-    texts = {name: value for name, value in values.items() if isinstance(value, str)}
-    for name, text in texts.items():
-        most = _MAX_TOKEN_CHARS if name in ("separator", "end") else MAX_TEMPLATE_CHARS
-        if len(text) > most:
-            raise DataError(
-                f"text format: {name} has {len(text):,} characters, but at most {most:,} are allowed.",
-                hint="shorten it.",
-            )
-    for name in ("source", "target_template"):
-        for column, count in Counter(_COLUMN.findall(texts.get(name, ""))).items():
-            if count > _MAX_REPEATS:
-                raise DataError(
-                    f"text format: {name} repeats the column {short_repr(column)} {count:,} times, but at most "
-                    f"{_MAX_REPEATS} are allowed.",
-                    hint="write every column once.",
-                )
-    template = texts.get("chat_template", "")
-    if template not in ("", MODEL_TEMPLATE):
-        _check_chat_template(template)
 
 
 def _check_chat_template(template: str) -> None:

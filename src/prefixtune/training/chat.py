@@ -9,7 +9,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import has_chat_template
 from prefixtune.data.chat_examples import check_plain
 from prefixtune.data.examples import Example
-from prefixtune.data.stored_examples import has_messages as some_have_messages
+from prefixtune.data.examples import has_messages as some_have_messages
 from prefixtune.data.streams import read_text
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
@@ -34,7 +34,7 @@ def read_template(config: TrainConfig) -> str:
     if not path.exists():
         raise ConfigError(f"chat_template is {config.chat_template!r}, which is no file.", hint=_HINT)
     text = read_text(path, max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
-    TextFormat(chat_template=text).check_stored()
+    TextFormat(chat_template=text)
     return text
 
 

@@ -85,7 +85,7 @@ class TrainConfig(Config):
     task: str = _data(
         "records",
         description="how to read the files: records (your own, recognized by their columns or named by source and "
-        "target), e2e, webnlg, dart, summarization, xsum, scitldr, classification, tagging, toy, toy_labels, toy_tags, "
+        "target), e2e, webnlg, dart, summarization, scitldr, classification, tagging, toy, toy_labels, toy_tags, "
         "toy_copy and more (`prefixtune tasks`)",
     )
     form: Literal["", FormName] = _data(
@@ -114,10 +114,6 @@ class TrainConfig(Config):
     )
     limit: int = _data(0, ge=0, description="use only the first N training targets; 0: all")
     dev_limit: int = _data(0, ge=0, description="use only the first N development targets; 0: all")
-    data_cache: bool = _data(
-        True,
-        description="keep what was read and tokenized of large files in the user's cache, where the next run finds it",
-    )
     hold_out: float = _data(
         0.0,
         ge=0,

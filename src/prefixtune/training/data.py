@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data import TASKS, Example, ExampleLike, as_examples, load_task
-from prefixtune.data.cache import content_key
+from prefixtune.data import TASKS, Example, ExampleLike, as_examples, form_that_fits, limit_targets, read_task
 from prefixtune.data.chat import chat_format
 from prefixtune.data.encoding import default_format, encode_examples
-from prefixtune.data.examples import TaskKind, merge_examples
+from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
 from prefixtune.data.order import TargetGroup, plan_epoch, take
-from prefixtune.data.stored_examples import (
-    StoredExamples,
-    distinct_sources,
-    first_targets,
-    has_messages,
-    has_targets,
-    select,
-    source_ids,
-)
-from prefixtune.data.stored_tokens import encode_stored, tokenizer_key
-from prefixtune.data.tokenized import (
-    TokenizedDataset,
-    TokenizedExample,
-    hash_tokens,
-    target_counts,
-    turn_counts,
-)
+from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens, target_counts, turn_counts
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.chat import check_messages_can_be_written, check_system, choose_template
@@ -51,7 +30,7 @@ from prefixtune.training.folder import check_unused
 from prefixtune.training.forms import check_texts_alone
 from prefixtune.training.starts.build import resolve_site_lengths
 from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
-from prefixtune.utils.console import Console, Progress
+from prefixtune.utils.console import Console
 
 __all__ = [
     "TrainData",
@@ -69,6 +48,8 @@ __all__ = [
 
 _LARGE_BYTES = 2**25
 """Bytes of a file from which on it is said that it is read."""
+_MANY = 20_000
+"""Examples from which on it is said that they are tokenized."""
 
 # --- files -> examples -----------------------------------------------------------------------------------------------
 
@@ -112,11 +93,11 @@ def read_data(
 
     def read_train() -> None:
         nonlocal train
-        train = first_targets(_training_examples(config, examples), config.limit)
+        train = limit_targets(_training_examples(config, examples), config.limit)
 
     def read_dev() -> None:
         nonlocal dev
-        dev = first_targets(_development_examples(config, dev_examples), config.dev_limit)
+        dev = limit_targets(_development_examples(config, dev_examples), config.dev_limit)
 
     def hold_out() -> None:
         nonlocal train, dev
@@ -162,7 +143,7 @@ def does_hold_out(config: TrainConfig, dev_examples: Sequence[ExampleLike] | Non
     return bool(config.hold_out) and not config.dev and dev_examples is None
 
 
-def held_out_rows(train: Sequence[Example], share: float, seed: int) -> NDArray[np.bool_]:
+def held_out_rows(train: Sequence[Example], share: float, seed: int) -> list[bool]:
     """Which examples a run holds out of training: a share of the sources, one at least, with all their targets.
 
     Args:
@@ -173,7 +154,8 @@ def held_out_rows(train: Sequence[Example], share: float, seed: int) -> NDArray[
     sources, ids = distinct_sources(train), source_ids(train)
     count = min(max(1, round(share * len(sources))), len(sources) - 1)
     drawn = random.Random(f"{seed}/hold_out").sample(range(len(sources)), count)
-    return np.isin(ids, ids[sources[drawn]])
+    held = {ids[sources[index]] for index in drawn}
+    return [one in held for one in ids]
 
 
 def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -191,8 +173,8 @@ def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[E
             hint="give more data or a development file, or set hold_out to 0.",
         )
     held = held_out_rows(train, config.hold_out, config.seed)
-    dev = first_targets(select(train, np.flatnonzero(held)), config.dev_limit)
-    return select(train, np.flatnonzero(~held)), dev
+    dev = limit_targets(list(itertools.compress(train, held)), config.dev_limit)
+    return [example for example, is_held in zip(train, held, strict=True) if not is_held], dev
 
 
 def _task_kind(config: TrainConfig) -> TaskKind:
@@ -217,16 +199,15 @@ def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] |
 def _read(config: TrainConfig, path: str, split: str) -> Sequence[Example]:
     """The examples of a file, or of a folder's split."""
     # Development data may have another form.
-    return load_task(
+    form = config.form if split == "train" else form_that_fits(config.task, path, config.form, split=split)
+    return read_task(
         config.task,
         path,
         source=config.source or None,
         target=config.target or None,
         split=split,
-        form=config.form if split == "train" else "",
-        prefer=config.form,
+        form=form,
         needs_targets=True,
-        keep=config.data_cache,
     )
 
 
@@ -242,7 +223,7 @@ def _with_targets(examples: Sequence[Example], what: str) -> Sequence[Example]:
     """The examples, at least one of which must have a target."""
     if not examples:
         raise DataError(f"the {what} data has no example.", hint="check the file and `limit`.")
-    if not has_targets(examples).any():
+    if not any(example.targets for example in examples):
         raise DataError(
             f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
             hint="name the column or template of the targets (--target), or give another file.",
@@ -301,7 +282,7 @@ def tokenize(
         examples: To train on.
         dev_examples: To choose the best prefix by.
         stored_start: How the run that is resumed describes its start; None: it begins.
-        console: Shows the progress where the examples are many; None: nothing does.
+        console: Says so where the examples are many; None: nothing does.
 
     Raises:
         CheckpointError: The start to resume from is not in the data.
@@ -319,8 +300,9 @@ def tokenize(
     lengths = resolve_site_lengths(config, backbone, stored_start) if config.trains_prefix else {}
 
     def encode(examples: Sequence[Example], prefix_length: int) -> TokenizedDataset:
-        with _progress(console, len(examples)) as on_part:
-            return _tokenize(config, backbone, examples, labels, text_format, prefix_length, on_part)
+        if console is not None and len(examples) > _MANY:
+            console.info(f"tokenizing {len(examples):,} examples ...")
+        return _tokenize(config, backbone, examples, labels, text_format, prefix_length)
 
     plan = None
     if config.initialization == "examples" and config.trains_prefix:
@@ -386,7 +368,7 @@ def training_format(
     template = choose_template(config, backbone, for_labels=for_labels, has_messages=has_messages)
     if template:
         written = chat_format(backbone, template, config.system)
-    text_format = dataclasses.replace(
+    return dataclasses.replace(
         written,
         separator=backbone.separator,
         end=written.end or backbone.end,
@@ -395,8 +377,6 @@ def training_format(
         max_length=config.max_length,
         on_too_long=config.on_too_long,
     )
-    text_format.check_stored()
-    return text_format
 
 
 def _tokenize(
@@ -406,7 +386,6 @@ def _tokenize(
     labels: Labels | None,
     text_format: TextFormat,
     prefix_length: int,
-    on_part: Callable[[int], None],
 ) -> TokenizedDataset:
     limits: dict[str, Any] = {
         "prefix_length": prefix_length,
@@ -414,40 +393,11 @@ def _tokenize(
         "on_too_long": config.on_too_long,
     }
 
-    def encode(some: Sequence[Example], first: int) -> TokenizedDataset:
-        if labels is not None and labels.by == "head":
-            return encode_labelled(backbone, some, labels, text_format, first=first, **limits)
-        if labels is not None:
-            some = with_label_words(some, labels)
-        return encode_examples(backbone, some, text_format, first=first, **limits)
-
-    key = None
-    if config.data_cache and isinstance(examples, StoredExamples) and (tokenizer := tokenizer_key(backbone)):
-        key = content_key(
-            what="tokens",
-            examples=examples.digest,
-            tokenizer=tokenizer,
-            positions=backbone.prefix_positions(prefix_length),
-            text_format=dataclasses.asdict(text_format),
-            labels=None if labels is None else labels.to_dict(),
-            **limits,
-        )
-    return encode_stored(examples, encode, key=key, on_part=on_part)
-
-
-@contextlib.contextmanager
-def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what is told how many examples are tokenized; nothing is shown before that."""
-    with contextlib.ExitStack() as stack:
-        shown: list[Progress] = []
-
-        def on_part(done: int) -> None:
-            if not shown and console is not None:
-                shown.append(stack.enter_context(console.progress("tokenizing", total)))
-            for progress in shown:
-                progress.update(done)
-
-        yield on_part
+    if labels is not None and labels.by == "head":
+        return encode_labelled(backbone, examples, labels, text_format, **limits)
+    if labels is not None:
+        examples = with_label_words(examples, labels)
+    return encode_examples(backbone, examples, text_format, **limits)
 
 
 def _digest(*datasets: TokenizedDataset | None) -> str:

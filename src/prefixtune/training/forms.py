@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data import Example, ExampleLike, resolve_task
+from prefixtune.data import Example, ExampleLike, form_that_fits, resolve_task
 from prefixtune.data.forms import FORMS, Form, describe_data
 from prefixtune.data.tasks.records import example_form
 from prefixtune.data.tokenized import TokenizedDataset
@@ -116,7 +116,8 @@ def describe_run_data(
         return []
     files = [(config.train, train, FORMS[config.form])]
     if config.dev:
-        # It may have a form of its own.
-        form = resolve_task("records", config.dev, split="dev", prefer=config.form)[1]
+        form = resolve_task(
+            "records", config.dev, split="dev", form=form_that_fits(config.task, config.dev, config.form, split="dev")
+        )[1]
         files.append((config.dev, dev, form or FORMS[config.form]))
     return [describe_data(form, some, path, some[0].fields) for path, some, form in files if some]

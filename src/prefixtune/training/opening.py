@@ -16,7 +16,7 @@ from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.data import Example, ExampleLike
 from prefixtune.data.encoding import encode_examples
-from prefixtune.data.stored_examples import has_messages
+from prefixtune.data.examples import has_messages
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.training.baselines import Tuning, note_trained, tune

@@ -16,7 +16,6 @@ from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.starts.words import from_words
 
 
 @pytest.fixture
@@ -89,9 +88,8 @@ def test_modes_with_numbers(folder: Path) -> None:
     assert main(f"{files} --mode average --output mean.safetensors".split()) == 0
     assert main(f"{files} --mode interpolate --weights 0.9,0.1 --output mix.safetensors".split()) == 0
     assert main(f"{files} --mode interpolate --weights -0.5,1.5 --output beyond.safetensors".split()) == 0
-    assert main(f"{files} --mode difference --start mood.safetensors --output same.safetensors".split()) == 0
     beyond = ("beyond", (-0.5, 1.5))
-    for name, weights in (("mean", (0.5, 0.5)), ("mix", (0.9, 0.1)), ("same", (1.0, 0.0)), beyond):
+    for name, weights in (("mean", (0.5, 0.5)), ("mix", (0.9, 0.1)), beyond):
         tensors = zip(manual.tensors(), mood.tensors(), read_artifact(f"{name}.safetensors").tensors(), strict=True)
         assert all(torch.allclose(weights[0] * a + weights[1] * b, c, atol=1e-6) for a, b, c in tensors)
 
@@ -110,36 +108,6 @@ def loaded(tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(loading, "load_backbone", load)
     monkeypatch.setattr(loading, "check_loadable", lambda *_, **__: None)
     return names
-
-
-def test_words_that_both_started_from_are_run_again(
-    folder: Path, loaded: list[str], tiny_backbone: Callable[..., Any]
-) -> None:
-    manual, mood = read_artifact("manual.safetensors"), read_artifact("mood.safetensors")
-    for name, prefix in (("a", manual), ("b", mood)):
-        began = {"kind": "words", "text": "table to text"}
-        save_prefix(f"{name}.safetensors", Prefix(prefix.layers, {**prefix.header, "initialization": began}))
-    assert (
-        main(
-            [
-                "compose",
-                "a.safetensors",
-                "b.safetensors",
-                "--mode",
-                "difference",
-                "--weights",
-                "0.5",
-                "--output",
-                "d.safetensors",
-            ]
-        )
-        == 0
-    )
-    assert loaded == ["tiny-llama"]
-    words = from_words(tiny_backbone("llama"), "table to text", 4)
-    result = read_artifact("d.safetensors")
-    for a, b, s, d in zip(manual.tensors(), mood.tensors(), words.tensors(), result.tensors(), strict=True):
-        assert torch.allclose(d, a - 0.5 * (b - s), atol=1e-5)
 
 
 def test_an_older_files_backbone_is_run(folder: Path, loaded: list[str]) -> None:
@@ -205,9 +173,8 @@ def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("manual.safetensors gpt2.safetensors", "KV heads"),
         ("manual.safetensors long.safetensors", "take 160 positions, but the model has 160"),
         ("manual.safetensors style.safetensors --mode average", "decoder 4 positions"),
-        ("manual.safetensors mood.safetensors --mode difference", "--start FILE"),
         ("manual.safetensors mood.safetensors --mode average --backbone x", "needs no --backbone"),
-        ("none.safetensors nothing.safetensors", "nothing.safetensors"),
+        ("none.safetensors nothing.safetensors", "none.safetensors"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(

@@ -25,7 +25,7 @@ def words(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) 
 def test_for_people_and_for_programs(words: list[str], tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     shown, _ = command_line.run(*words)
-    assert "read as prompts and completions: 29 prompts, 29 completions" in shown
+    assert "read as prompts and completions: examples 29, targets 29" in shown
     assert "[[ n </s>]]" in shown
     figures = json.loads(command_line.run(*words, "--json", "--max-length", "20")[0])
     assert figures["limits"][0]["positions"] == 20

@@ -1,9 +1,8 @@
-"""Opening data files: what separates fields, encodings, Parquet, pipes; what is refused says why in one line."""
+"""Reading data files: formats, gzip, standard input, pipes; what is refused is named by file and line."""
 
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import io
 import os
@@ -28,152 +27,80 @@ def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("text", "rows"),
+    ("name", "text", "rows"),
     [
-        # Semicolons, decimal commas, quoted semicolons, blank lines first.
-        ("name;price\nAromi;1,50\n", [{"name": "Aromi", "price": "1,50"}]),
-        ('\n;\nname;text\nAromi;"Eat; go."\n', [{"name": "Aromi", "text": "Eat; go."}]),
-        ('"name, first";text\nAromi;Eat.\n', [{"name, first": "Aromi", "text": "Eat."}]),
-        # Where a header has both, the first row tells, then the number of columns; what is quoted separates nothing.
-        ("name;x,text\nAromi,a;b\n", [{"name;x": "Aromi", "text": "a;b"}]),
-        ("name;x,text\nAromi,Eat.\n", [{"name;x": "Aromi", "text": "Eat."}]),
-        ("name;text, long\nAromi;Eat.\n", [{"name": "Aromi", "text, long": "Eat."}]),
-        (
-            'name;"price, EUR";text\nAromi;1,50;Eat.\nBibi;2,50;"Eat; go."\n',
-            [
-                {"name": "Aromi", "price, EUR": "1,50", "text": "Eat."},
-                {"name": "Bibi", "price, EUR": "2,50", "text": "Eat; go."},
-            ],
-        ),
-        # Excel's first line, in the forms in which it is met.
-        ("sep=;\nname;text\nAromi;Eat, go.\n", [{"name": "Aromi", "text": "Eat, go."}]),
-        ('"sep=,"\r\nname,text;long\r\nAromi,Eat.\r\n', [{"name": "Aromi", "text;long": "Eat."}]),
-        ("SEP=\t\nname\ttext\nAromi\tEat, go.\n", [{"name": "Aromi", "text": "Eat, go."}]),
-        ('"a;b"\nx;y\n', [{"a;b": "x;y"}]),
-        # One column.
-        ("text\nEat; go.\n", [{"text": "Eat; go."}]),
+        ("a.csv", '\n,\n name,"price, EUR"\r\nAromi,"1,50"\n\n', [{"name": "Aromi", "price, EUR": "1,50"}]),
+        ("a.csv", 'name,text\nBibi,"Eat;\ngo. ""é"""', [{"name": "Bibi", "text": 'Eat;\ngo. "é"'}]),
+        ("a.csv", f"a,b\n{'x' * 300_000},y\u2028\n", [{"a": "x" * 300_000, "b": "y\u2028"}]),
+        ("a.tsv", 'code\tname\n"a\n\tb"\t"x, y"\n', [{"code": "a\n\tb", "name": "x, y"}]),
+        ("a.jsonl", '{"name": "é\u2028"}\n\n{"name": [1]}\r\n', [{"name": "é\u2028"}, {"name": [1]}]),
+        ("a.json", ' [{"a": 1},\n{"b": null}]', [{"a": 1}, {"b": None}]),
     ],
 )
-def test_what_separates_the_fields_of_a_csv(text: str, rows: list[dict[str, str]], tmp_path: Path) -> None:
-    assert rows_of(tmp_path / "a.csv", text) == rows
-
-
-def test_a_declared_separator_is_one_that_is_read_and_keeps_the_numbers_of_the_lines(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.csv, line 1 says that '\|' separates the fields"):
-        rows_of(tmp_path / "a.csv", "sep=|\nname|text\nAromi|Eat.\n")
-    with pytest.raises(DataError, match=r"a\.csv, line 3 has 3 fields; the header has 2: name, text"):
-        rows_of(tmp_path / "a.csv", "sep=;\nname;text\nAromi;Eat;go.\n")
-    assert rows_of(tmp_path / "a.tsv", "sep=\t\nname\ttext\nAromi\tEat.\n") == [{"name": "Aromi", "text": "Eat."}]
-
-
-def test_quoted_fields_of_a_tsv_may_hold_lines_and_tabs(tmp_path: Path) -> None:
-    text = 'code\tname\n"a\n\tb"\t"x\n\ty"\n'
-    assert rows_of(tmp_path / "a.tsv", text) == [{"code": "a\n\tb", "name": "x\n\ty"}]
-
-
-def test_a_row_of_another_length_names_the_separator(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.csv, line 2 has 3 fields; the header has 2: name, text") as raised:
-        rows_of(tmp_path / "a.csv", "name;text\nAromi;Eat; go.\n")
-    assert "';'" in raised.value.hint
+def test_rows_are_read_plain_and_gzipped_with_and_without_a_byte_order_mark(
+    name: str, text: str, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    assert rows_of(tmp_path / name, text) == rows
+    assert rows_of(tmp_path / f"{name}.gz", gzip.compress(codecs.BOM_UTF8 + text.encode(), mtime=0)) == rows
 
 
 @pytest.mark.parametrize(
-    ("mark", "encoding"),
+    ("name", "data", "reported"),
     [
-        (b"", "utf-8"),
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF16_LE, "utf-16-le"),
-        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        ("a.csv", "name\nCafé\n".encode("latin-1"), "a.csv, line 2: byte 0xe9"),
+        ("a.csv", "name\nx\n".encode("utf-16"), "a.csv, line 1: byte 0xff"),
+        ("a.csv", "name\nx\n".encode("utf-16-le"), "a.csv, line 1: byte 0x00"),
+        ("a.csv.gz", b"name\nx\n", "a.csv.gz is a broken gzip file"),
+        ("a.csv.gz", gzip.compress(b"name\nx\n", mtime=0)[:-9], "a.csv.gz is a broken gzip file"),
+        ("a.csv", b"name,text\nx,y\nAromi,Eat, go.\n", "a.csv, line 3 has 3 fields"),
+        ("a.csv", b'name\n"x\n', "a.csv, line 2"),
+        ("a.csv", b"name,name\nx,y\n", "a.csv, line 1"),
+        ("a.csv", b"name,text\n", "a.csv has no rows"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "a.json, line 2"),
+        ("a.json", b'{"text": "a"}', "a.json holds a JSON object"),
+        ("a.json", b'{"text": "a",\n "b": }', "a.json, line 2, column 7"),
+        ("a.jsonl", b'{"a": 1}\n' * 7000 + b'{"a"\n{}', "a.jsonl, line 7001, column 5"),
+        ("a.jsonl", b'{"a": 1}\n\n[]\n', "a.jsonl, line 3 holds a JSON list"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1"),
+        ("a.xlsx", b"PK", "'.xlsx'; allowed: .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
-def test_text_with_a_byte_order_mark_is_read(mark: bytes, encoding: str, tmp_path: Path) -> None:
-    data = mark + "name,text\nCafé,日本\n".encode(encoding)
-    assert rows_of(tmp_path / "a.csv", data) == [{"name": "Café", "text": "日本"}]
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "reported", "hint"),
-    [
-        ("a.csv", "name\nCafé\n".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8", "iconv -f WINDOWS-1252"),
-        ("a.csv", "name\nx\n".encode("utf-16-le"), "line 1: there is a NUL character", ""),
-        ("a.csv", codecs.BOM_UTF16_LE + b"a\x00b", "is not UTF-16-LE", "UTF-8"),
-        ("a.csv.gz", b"name\nx\n", "ends with .gz but is not a gzip file", "remove .gz"),
-        ("a.csv.gz", gzip.compress(b"name\nx\n", mtime=0)[:-9], "is a broken gzip file", "again"),
-        ("a.csv", gzip.compress(b"name\nx\n", mtime=0), "does not end with .gz", "add .gz"),
-        (
-            "a.tsv",
-            b'text\tlabel\n"Wow\tgood\nFine\tgood\nSo"\tbad\n',
-            "line 2: a field that starts with a quote",
-            "JSON lines",
-        ),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "has one object a line", ".jsonl"),
-        ("a.json", b'{"text": "a",\n "b": }', "line 2, column 7: not JSON", "missing quote"),
-        ("a.xlsx", b"PK", "has the ending '.xlsx'; allowed: .jsonl, .json, .csv, .tsv, .parquet", ""),
-    ],
-)
-def test_what_cannot_be_read_is_refused_in_one_line(
-    name: str, data: bytes, reported: str, hint: str, tmp_path: Path
+def test_what_cannot_be_read_is_refused_in_one_line_that_names_its_place(
+    name: str, data: bytes, reported: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError) as raised:
         rows_of(tmp_path / name, data)
     assert reported in raised.value.message
-    assert hint in raised.value.hint
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_and_what_is_nowhere_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.csv").mkdir()
-    with pytest.raises(DataError, match="is a folder"):
-        read_file(tmp_path / "a.csv")
-
-
-def test_what_unzips_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_STREAM_BYTES", 2**22)
-    with pytest.raises(DataError, match="holds more than 4,194,304 bytes"):
-        rows_of(tmp_path / "a.csv.gz", gzip.compress(b"x" * 2**24))
+    for name, what in (("a.csv", "a folder"), ("b.csv", "does not exist"), ("a\0.csv", "cannot be read")):
+        with pytest.raises(DataError, match=what):
+            read_file(tmp_path / name)
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match="pyarrow, which is not installed") as raised:
+    with pytest.raises(ConfigError) as raised:
         read_file(tmp_path / "a.parquet")
     assert "prefixtune[datasets]" in raised.value.hint
 
 
-def test_a_stream_gives_the_rows_of_the_whole_file_whatever_its_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = 'name;text\r\nAromi;"Eat;\r\ngo. é"\rBibi;x\u2028y\n\nCafé;"a ""b"""'
-    lines = '{"name": "é\u2028"}\n\n{"name": "日本"}\r\n'
-    whole = [rows_of(tmp_path / "a.csv", table), rows_of(tmp_path / "a.jsonl", lines)]
-    assert whole[0][1] == {"name": "Bibi", "text": "x\u2028y"}
-    for size in (3, 4, 7):
-        monkeypatch.setattr(streams, "_CHUNK", size)
-        for mark, encoding in ((b"", "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le")):
-            (tmp_path / "b.csv.gz").write_bytes(gzip.compress(mark + table.encode(encoding)))
-            assert [row.values for row in iter_file(tmp_path / "b.csv.gz")] == whole[0], (size, encoding)
-            assert rows_of(tmp_path / "b.jsonl", mark + lines.encode(encoding)) == whole[1]
-
-
 def test_a_wrong_row_far_down_is_named_when_it_is_reached(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    rows = ['{"a": "é"}'] * 7_000
-    path.write_text("\n".join([*rows, '{"a"', "{}"]), encoding="utf-8")
+    path.write_bytes(b'{"a": "x"}\n' * 7_000 + b"\xff\n")
     stream = iter_file(path)
     assert sum(1 for _, _row in zip(range(7_000), stream, strict=False)) == 7_000
-    with pytest.raises(DataError, match=r"a\.jsonl, line 7001, column 5: not JSON"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 7001: byte 0xff"):
         next(stream)
-    path.write_bytes("\n".join(rows).encode() + b"\n{}\n\xff\n" + b"x" * 2_000_000)
-    with pytest.raises(DataError, match=r"a\.jsonl, line 7002: byte 0xff is not UTF-8"):
-        list(iter_file(path))
-    table = tmp_path / "a.csv"
-    table.write_bytes(b"a,b\n" + b"1,2\n" * 7_000 + b"1\n")
-    with pytest.raises(DataError, match=r"a\.csv, line 7002 has 1 fields; the header has 2"):
-        list(iter_file(table))
 
 
-def test_a_stream_holds_one_piece_of_the_file_in_memory(tmp_path: Path) -> None:
+def test_a_stream_holds_one_row_of_the_file_in_memory_and_a_row_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wt", compresslevel=1) as file:
         for _ in range(20):
@@ -183,18 +110,9 @@ def test_a_stream_holds_one_piece_of_the_file_in_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6
-
-
-def test_a_field_may_be_longer_than_the_csv_module_allows_and_its_limit_stays(tmp_path: Path) -> None:
-    limit = csv.field_size_limit()
-    assert rows_of(tmp_path / "a.csv", f"a,b\n{'x' * 300_000},y\n")[0]["a"] == "x" * 300_000
-    assert csv.field_size_limit() == limit
-
-
-def test_a_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_ROW_CHARS", 2**20)
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2 has more than 1,048,576 characters"):
-        rows_of(tmp_path / "a.jsonl", "{}\n" + "x" * 2**22)
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 2**10)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz, line 1 has more than 1,024 bytes"):
+        read_file(path)
 
 
 @pytest.fixture
@@ -209,9 +127,9 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
 
 @pytest.mark.parametrize(
     "data",
-    [b'{"a": "1", "b": "2"}\n', b' [{"a": "1", "b": "2"}]', b"a,b\n1,2\n", b"a\tb\n1\t2\n", b"\xef\xbb\xbfa;b\n1;2\n",
-     gzip.compress(b'{"a": "1", "b": "2"}\n', mtime=0), '{"a": "1", "b": "2"}\n'.encode("utf-16")],
-    ids=["lines", "array", "commas", "tabs", "semicolons", "gzip", "utf-16"],
+    [b'{"a": "1", "b": "2"}\n', b' [{"a": "1", "b": "2"}]', b"a,b\n1,2\n", b"\xef\xbb\xbfa\tb\n1\t2\n",
+     gzip.compress(b'{"a": "1", "b": "2"}\n', mtime=0)],
+    ids=["lines", "array", "commas", "tabs", "gzip"],
 )  # fmt: skip
 def test_standard_input_is_recognized_and_can_be_read_twice(piped: Callable[[bytes], None], data: bytes) -> None:
     piped(data)
@@ -253,7 +171,7 @@ def test_a_task_names_standard_input_that_is_wrong(piped: Callable[[bytes], None
     with pytest.raises(DataError, match=r"^stdin, line 2 is 'Owl' alone"):
         read_task("tagging", "-")
     piped(b"mr,ref\n")
-    with pytest.raises(DataError, match=r"^stdin, line 1, column 1: not XML"):
+    with pytest.raises(DataError, match=r"^stdin is not XML"):
         read_task("webnlg", "-")
 
 
@@ -270,12 +188,10 @@ def test_a_pipe_can_be_read_twice(tmp_path: Path, data: bytes) -> None:
 
 
 def test_standard_input_that_is_wrong_is_named(piped: Callable[[bytes], None]) -> None:
-    piped(b'{"a": 1}\n{"a"\n')
-    with pytest.raises(DataError, match=r"^stdin, line 2, column 5: not JSON"):
-        read_file(Path("-"))
-    piped(b"")
-    with pytest.raises(DataError, match=r"^stdin is empty; at least one row is needed"):
-        read_file(Path("-"))
+    for data, reported in ((b'{"a": 1}\n{"a"\n', "stdin, line 2"), (b"", "stdin has no rows")):
+        piped(data)
+        with pytest.raises(DataError, match=f"^{reported}"):
+            read_file(Path("-"))
     piped(b"a,b\n1,2\n")
     with pytest.raises(DataError, match=r"^stdin holds a table, or text; allowed: \.jsonl, \.json"):
         read_file(Path("-"), (".jsonl", ".json"))

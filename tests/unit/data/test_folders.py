@@ -45,20 +45,20 @@ def test_plain_names(tmp_path: Path, name: str):
 
 def test_a_missing_split_is_reported_with_the_names_that_were_tried(tmp_path: Path):
     (tmp_path / "devset.csv").write_text(csv("y"))
-    with pytest.raises(DataError, match=r"without a test set; looked for test\.csv, .*testset_w_refs\.csv.*has: dev"):
+    with pytest.raises(DataError, match=r"test\.csv, .*testset_w_refs\.csv.*has: dev"):
         sources(tmp_path, "test")
     (tmp_path / "devset.csv").rename(tmp_path / "mine.csv")
-    with pytest.raises(DataError, match=r"without a train set; looked for .*trainset.*rename the file"):
+    with pytest.raises(DataError, match=r"without a train set; looked for .*trainset"):
         sources(tmp_path, "train")
 
 
 def test_a_folder_needs_a_split(tmp_path: Path):
     (tmp_path / "train.jsonl").write_text(mr("x"))
     (tmp_path / "devset.csv").write_text(csv("y"))
-    with pytest.raises(DataError, match="is a folder with the splits train, dev; one of them is needed"):
+    with pytest.raises(DataError, match=r"is a folder; .*has: train, dev"):
         sources(tmp_path, None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="is a folder; a file is needed"):
+    with pytest.raises(DataError, match="is a folder; "):
         sources(tmp_path / "empty", None)
 
 
@@ -82,7 +82,7 @@ def test_a_task_says_whether_it_takes_columns(tmp_path: Path):
     for task in TASKS.values():
         with pytest.raises((ConfigError, DataError)) as caught:
             read_task(task.name, "train" if task.parts else tmp_path / "missing.jsonl", source="q", target="a")
-        assert task.takes_columns == ("takes no source template" not in str(caught.value))
+        assert task.takes_columns == ("takes no source" not in str(caught.value))
 
 
 def test_a_toy_set_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -169,41 +169,33 @@ def test_a_long_text_is_truncated_and_counted(tiny_backbone: Make) -> None:
 
 
 def test_what_a_backbone_cannot_do_is_refused(tiny_backbone: Make, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="is an encoder, which reads text and writes none"):
+    for family, data, by in (("bert", LABELLED, "words"), ("t5", LABELLED, "head"), ("llama", TAGGED, "words")):
+        with pytest.raises(ConfigError):
+            choose_labels("tagging" if data is TAGGED else "classification", tiny_backbone(family), data, by=by)
+    with pytest.raises(ConfigError):
         pt.train(TrainConfig(**options), backbone=tiny_backbone("bert"), examples=LABELLED)
-    with pytest.raises(ConfigError, match="is an encoder and writes none"):
-        choose_labels("classification", tiny_backbone("bert"), LABELLED, by="words")
-    with pytest.raises(ConfigError, match="no head is trained"):
-        choose_labels("classification", tiny_backbone("t5"), LABELLED, by="head")
-    with pytest.raises(ConfigError, match="too many words"):
-        choose_labels("tagging", tiny_backbone("llama"), TAGGED, by="words")
 
 
 def test_wrong_labels_and_words_are_reported(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("llama")
-    with pytest.raises(ConfigError, match="names 'wiht', which is not a label") as error:
-        choose_labels("classification", backbone, LABELLED, words={"wiht": "yes"})
-    assert "'with'" in error.value.hint
-    with pytest.raises(ConfigError, match="share a word"):
-        choose_labels("classification", backbone, LABELLED, words={"with": "yes", "plain": "yes"})
-    with pytest.raises(DataError):
-        choose_labels("classification", backbone, LABELLED[:1])
-    with pytest.raises(DataError):
-        choose_labels("classification", backbone, LABELLED, [Example("x", ("other",))])
-    with pytest.raises(ConfigError, match="LABEL=WORD is needed"):
-        TrainConfig(label_words="with:yes")
+    for words, said in (({"wiht": "yes"}, "'wiht'"), ({"with": "yes", "plain": "yes"}, "yes, yes")):
+        with pytest.raises(ConfigError, match=said):
+            choose_labels("classification", backbone, LABELLED, words=words)
+    for train, dev in ((LABELLED[:1], []), (LABELLED, [Example("x", ("other",))])):
+        with pytest.raises(DataError):
+            choose_labels("classification", backbone, train, dev)
 
 
 def test_a_prefix_is_used_for_what_it_was_trained_for(tiny_backbone: Make, random_prefix: Make) -> None:
     backbone = tiny_backbone("llama")
     generating = random_prefix(backbone, 3)
-    with pytest.raises(ConfigError, match="a prefix for generation cannot be used for classification"):
-        classify(backbone, ["a"], generating)
-    with pytest.raises(ConfigError, match="the bare model cannot be used for classification"):
-        classify(backbone, ["a"])
-    with pytest.raises(ConfigError, match="cannot be used for tagging"):
-        tag(backbone, [["a"]], generating)
-    with pytest.raises(RequestError, match="one string"):
-        classify(backbone, "abc", labels=["x", "y"])
-    with pytest.raises(RequestError, match="positions"):
-        classify(backbone, ["a" * 500], labels=["x", "y"])
+    for call in (
+        lambda: classify(backbone, ["a"], generating),
+        lambda: classify(backbone, ["a"]),
+        lambda: tag(backbone, [["a"]], generating),
+    ):
+        with pytest.raises(ConfigError):
+            call()
+    for texts in ("abc", ["a" * 500]):
+        with pytest.raises(RequestError):
+            classify(backbone, texts, labels=["x", "y"])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixtune.data.order import epoch_batches, plan_epoch
-from prefixtune.data.tokenized import TokenizedExample, TokenTable
+from prefixtune.data.tokenized import TokenizedExample
 
 
 def old_batches(
@@ -56,7 +56,6 @@ def test_the_order_is_that_of_earlier_versions(
     plan = {"batch_size": batch_size, "targets_per_source": targets_per_source, "seed": seed, "epoch": epoch}
     expected = list(old_batches(examples, **plan))
     assert list(epoch_batches(examples, **plan)) == expected
-    assert list(epoch_batches(TokenTable.of(examples), **plan)) == expected
 
 
 @given(

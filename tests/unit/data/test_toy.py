@@ -1,98 +1,67 @@
-"""The set made here: reproducible, disjoint, and learnable from its own rules."""
+"""The sets made here: reproducible, disjoint, and read by their tasks."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import pytest
 
 from prefixtune.data import TASKS, Example, read_task
+from prefixtune.data.toy.classification import make_toy_labels
+from prefixtune.data.toy.skills import SKILLS, make_skill
 from prefixtune.data.toy.table_to_text import make_toy
+from prefixtune.data.toy.tagging import make_toy_tags
 from prefixtune.errors import ConfigError
 
 
-def values(examples: list[Example]) -> dict[str, set[str]]:
-    return {field: {example.fields[field] for example in examples} for field in examples[0].fields}
+def pairs(examples: list[Example]) -> list[tuple[str, str]]:
+    return [(example.source, example.targets[0]) for example in examples]
 
 
-def test_the_default_set_never_changes():
-    train, held_out = make_toy()
-    assert (len(train), len(held_out)) == (320, 40)
+@pytest.mark.parametrize(
+    ("name", "make", "sizes", "digest"),
+    [
+        ("toy", make_toy, (320, 40), "1de3b2d25e6ec384"),
+        ("toy_labels", make_toy_labels, (400, 100), "7b01cc3bc0c33846"),
+        ("toy_tags", make_toy_tags, (300, 60), "601e667cd232408c"),
+    ],
+)
+def test_the_default_sets_never_change_and_their_tasks_read_them(
+    name: str, make: Callable[..., tuple[list[Example], list[Example]]], sizes: tuple[int, int], digest: str
+):
+    train, held_out = make()
+    assert (len(train), len(held_out)) == sizes
     text = "\n".join("\t".join((example.source, *example.targets)) for example in train + held_out)
-    assert (
-        hashlib.sha256(text.encode()).hexdigest() == "1de3b2d25e6ec38472ac45e6b1faf13145c41af30b4b1c221270d5ede72ac713"
-    )
-    assert make_toy() == (train, held_out)
-    assert make_toy(seed=8)[0] != train
-
-
-@pytest.mark.parametrize(("seed", "train", "held_out"), [(7, 320, 40), (0, 20, 200), (3, 2, 62), (1, 1, 0)])
-def test_held_out_tables_are_new_combinations_of_known_values(seed: int, train: int, held_out: int):
-    training, holding = make_toy(seed, train, held_out)
-    sources = [example.source for example in training + holding]
-    assert len(set(sources)) == len(sources) == train + held_out
-    known = values(training)
-    if train >= 20:
-        assert {field: len(found) for field, found in known.items()} == {
-            "train": 8,
-            "to": 8,
-            "time": 20,
-            "platform": 4,
-            "fare": 8,
-            "sky": 4,
-        }
-    for example in holding:
-        assert all(value in known[field] for field, value in example.fields.items())
-
-
-def test_a_notice_follows_from_its_table_alone():
-    train, held_out = make_toy()
-    sides = {"A": "Alfa", "B": "Bravo", "C": "Charlie", "D": "Delta"}
-    for example in train + held_out:
-        first, second = example.targets
-        assert first != second
-        for target in example.targets:
-            assert f"the {sides[example.fields['platform']]} side" in target
-            assert f"the {example.fields['train']} sails" in target
-            assert f" to {example.fields['to']}, " in target
-            assert ("a mere" in target) == (int(example.fields["fare"]) < 10)
-            assert not any(letter.isdigit() for letter in target)
-    closings = {(example.fields["sky"], example.targets[0].split("; ")[1]) for example in train}
-    assert len(closings) == len(values(train)["sky"])
-
-
-@pytest.mark.parametrize(
-    ("clock", "words"),
-    [
-        ("18:00", "Eighteen hundred:"),
-        ("19:15", "Nineteen fifteen:"),
-        ("20:30", "Twenty thirty:"),
-        ("22:45", "Twenty-two forty-five:"),
-    ],
-)
-def test_times_are_written_in_words(clock: str, words: str):
-    reported = {example.targets[0].split(" the ")[0] for example in make_toy()[0] if example.fields["time"] == clock}
-    assert reported == {words}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"train": 0, "held_out": -1}, "train is 0; .*held_out is -1"),
-        ({"train": 1, "held_out": 1}, "leave only 0 other combinations"),
-        ({"seed": -7}, "seed is -7"),
-        ({"train": 10_001}, "allowed: 1 to 10,000"),
-    ],
-)
-def test_impossible_sizes_are_refused(arguments: dict[str, int], says: str):
-    with pytest.raises(ConfigError, match=says):
-        make_toy(**arguments)
-
-
-def test_the_task_reads_its_two_parts():
-    assert (read_task("toy", "train"), read_task("toy", "held_out")) == make_toy()
-    assert TASKS["toy"].decoding["num_beams"] == 1
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+    assert len({example.source for example in train + held_out}) == sum(sizes)
+    assert make(seed=8)[0] != train
+    assert tuple(read_task(name, part) for part in TASKS[name].parts) == (train, held_out)
     with pytest.raises(ConfigError, match="did you mean 'held_out'"):
-        read_task("toy", "heldout")
-    with pytest.raises(ConfigError, match="takes no target template"):
-        read_task("toy", "train", target="x")
+        read_task(name, "heldout")
+    with pytest.raises(ConfigError, match="takes no source"):
+        read_task(name, "train", source="x")
+
+
+def test_skills_never_change() -> None:
+    text = "\n".join("\t".join(pair) for name in SKILLS for part in make_skill(name) for pair in pairs(part))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "5b6cee54a02d0bb6"
+
+
+@pytest.mark.parametrize("name", SKILLS)
+def test_a_skills_parts_are_disjoint_and_its_task_reads_them(name: str) -> None:
+    parts = make_skill(name)
+    assert [len(part) for part in parts] == [320, 80, 100]
+    assert len({example.source for part in parts for example in part}) == 500
+    assert tuple(read_task(f"toy_{name}", part) for part in TASKS[f"toy_{name}"].parts) == parts
+    assert make_skill(name, seed=8)[0] != parts[0]
+
+
+def test_answers_follow_the_rules() -> None:
+    for source, target in pairs(make_skill("base")[2]):
+        one, other = source.split(" + ")
+        assert int(one, 7) + int(other, 7) == int(target, 7)
+    mapping = {a: b for source, target in pairs(make_skill("mapping")[0]) for a, b in zip(source, target, strict=True)}
+    for source, target in pairs(make_skill("mapping", seed=3)[2]):
+        assert "".join(mapping[letter] for letter in source) == target
+    assert all(source == target for source, target in pairs(make_skill("copy")[2]))

@@ -57,7 +57,7 @@ def test_wrong_folders(tmp_path: Path, names: list[str], why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "why"), [(b"  \n", r"the document .* is empty"), (b"a\0b", "NUL"), (b"\xff\xfe\xfa", "UTF-")]
+    ("content", "why"), [(b"  \n", r"the document .* is empty"), (b"a\0b", "byte 0x00"), (b"\xff\xfe\xfa", "UTF-")]
 )
 def test_documents_that_are_no_text(tmp_path: Path, content: bytes, why: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)

@@ -12,7 +12,7 @@ import pytest
 import prefixtune as pt
 from prefixtune.backbone.unloaded import load_tokenizer
 from prefixtune.data.encoding import default_format, encode_examples
-from prefixtune.data.registry import load_task
+from prefixtune.data.registry import read_task
 from prefixtune.data.windows import TEXT_FORMAT
 from prefixtune.errors import BackboneError, DataError, PrefixError
 from prefixtune.evaluation.data_report import DataReport, report_data
@@ -148,7 +148,7 @@ def test_equal_sources_are_merged_where_training_merges_them(
     look: Callable[..., DataReport], tmp_path: Path, task: str, row: dict[str, Any], count: int
 ) -> None:
     report = look([row] * 3, task=task)
-    trained = load_task(task, tmp_path / "rows.jsonl")
+    trained = read_task(task, tmp_path / "rows.jsonl")
     assert report.examples == len(trained) == count
     assert report.positions["steps"] == 1
 

@@ -21,7 +21,6 @@ from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.interop import hub
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.prefix import Prefix
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -247,23 +246,6 @@ def test_a_path_that_exists_is_not_looked_for_on_the_hub(
     assert fake_hub.calls == []
     with pytest.raises(PrefixError, match=r"no file or folder 'me/none' here, and on the hub: .*no such repository"):
         Prefix.from_pretrained("me/none")
-
-
-def test_the_scores_of_a_run_are_found(fake_hub: Hub, artifact: Path, evaluation: Path) -> None:
-    file = evaluation / "evaluation.json"
-    facts = json.loads(file.read_text())
-    hub.push(artifact, "me/pubs")
-    assert "model-index" not in fake_hub.repos["me/pubs"]["README.md"].decode(), "it may be of another prefix"
-    file.write_text(json.dumps({**facts, "prefix_hash": content_hash(load_prefix(artifact))}))
-    hub.push(artifact, "me/pubs")
-    assert "value: 60.3338" in fake_hub.repos["me/pubs"]["README.md"].decode()
-    Prefix.from_pretrained(artifact).push_to_hub("me/others", evaluation=artifact.parent)
-    assert "value: 60.3338" in fake_hub.repos["me/others"]["README.md"].decode()
-    file.write_text(json.dumps({**facts, "prefix_hash": "sha256:0"}))
-    hub.push(artifact, "me/pubs")
-    assert "model-index" not in fake_hub.repos["me/pubs"]["README.md"].decode()
-    with pytest.raises(ConfigError, match="no scores of this prefix"):
-        Prefix.from_pretrained(artifact).push_to_hub("me/others", evaluation=artifact.parent)
 
 
 def test_the_commands(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -17,9 +16,7 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation.metrics import Score
 from prefixtune.evaluation.records import Evaluation
-from prefixtune.prefix.artifact import read_artifact
-from prefixtune.prefix.card import find_evaluations, make_card, read_evaluations
-from prefixtune.prefix.composition import content_hash
+from prefixtune.prefix.card import make_card, read_evaluations
 from prefixtune.prefix.prefix import Prefix
 
 SCORES = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
@@ -81,13 +78,6 @@ def test_labels_have_pipelines_of_their_own(prefix: Prefix, kind: str, tag: str)
     prefix.header["labels"] = {"kind": kind, "by": "words", "names": ["a", "b"]}
     card = ModelCard(make_card(prefix, "me/pubs", read_evaluations(EVALUATION)))
     assert card.data.pipeline_tag == card.data.eval_results[0].task_type == tag
-    assert "model.generate" not in card.text
-
-
-def test_chats_are_answered_by_chat(prefix: Prefix) -> None:
-    assert 'model.generate("...")' in make_card(prefix, "me/pubs")
-    prefix.header["text_format"] = {"chat_template": "model"}
-    assert 'model.chat("...")' in make_card(prefix, "me/pubs")
 
 
 def test_foreign_words_stay_words(prefix: Prefix) -> None:
@@ -115,21 +105,6 @@ def test_what_evaluate_returned_goes_into_it(prefix: Prefix) -> None:
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("accuracy", 0.75, None)
 
 
-def test_several_evaluations(prefix: Prefix, tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
-    evaluations = read_evaluations([tmp_path, {**EVALUATION, "split": "dev"}])
-    results = ModelCard(make_card(prefix, "me/pubs", evaluations)).data.eval_results
-    assert [result.dataset_split for result in results] == ["test", "dev"]
-
-
-def test_figures_may_be_texts(prefix: Prefix) -> None:
-    score = {"score": "60.5", "implementation": "theirs", "interval": ["58", "62.25"]}
-    told = read_evaluations({**EVALUATION, "num_examples": "300", "scores": {"bleu": score}})
-    page = make_card(prefix, "me/pubs", told)
-    assert "(300 examples)" in page
-    assert "| bleu | 60.5 | 58 to 62.25 | theirs |" in page
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -147,28 +122,3 @@ def test_figures_may_be_texts(prefix: Prefix) -> None:
 def test_what_holds_no_scores_is_refused(wrong: Any, prefix: Prefix) -> None:
     with pytest.raises(ConfigError, match="holds no scores"):
         read_evaluations(wrong, prefix)
-
-
-def test_of_the_evaluations_in_a_folder_damaged_ones_are_ignored(prefix: Prefix, tmp_path: Path) -> None:
-    own = {**EVALUATION, "prefix_hash": content_hash(prefix)}
-    texts = {"own": json.dumps(own), "deep": "[" * 100_000, "much": json.dumps({**own, "num_examples": float("inf")})}
-    for name, text in texts.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "evaluation.json").write_text(text)
-    assert [found["split"] for found in find_evaluations(tmp_path, prefix)] == ["test"]
-    with pytest.raises(ConfigError, match="holds no scores: it nests too deeply"):
-        read_evaluations(tmp_path / "deep")
-
-
-def test_a_folder_with_its_card(prefix: Prefix, tmp_path: Path) -> None:
-    folder = tmp_path / "pubs"
-    path = prefix.save_pretrained(folder, evaluation=EVALUATION)
-    assert path == folder / "prefix.safetensors"
-    assert read_artifact(path).equal(prefix.detach())
-    assert Prefix.from_pretrained(folder).equal(prefix.detach())
-    card = (folder / "README.md").read_text()
-    assert ModelCard(card).data.model_name == "pubs"
-    assert 'pt.load(prefix="pubs")' in card
-    (folder / "README.md").write_text("my own")
-    prefix.save_pretrained(folder)
-    assert (folder / "README.md").read_text() == "my own"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import random
 import subprocess
@@ -20,9 +19,9 @@ from safetensors.torch import save_file
 from file_format import checksum_by_hand
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
-from prefixtune.errors import CheckpointError, PrefixWarning
+from prefixtune.errors import CheckpointError
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.header import read_outline
+from prefixtune.prefix.header import Header, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.training.artifact import load_weights, save_weights
@@ -112,48 +111,6 @@ def test_the_checksum_is_that_of_the_documentation(tmp_path: Path, prefix: Prefi
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
-def as_version_1(path: Path, key: str) -> Path:
-    """The file as it was written before there was a checksum."""
-    with safe_open(path, "pt") as handle:
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        facts = json.loads(handle.metadata()[key])
-    save_file(tensors, path, {key: json.dumps({**facts, "format_version": 1})})
-    return path
-
-
-@pytest.mark.parametrize("kept", ["prefix", "state", "weights"], indirect=True)
-def test_old_files_are_read_with_a_note(
-    kept: tuple[Path, Callable[[Path], Any]], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-):
-    path, load = kept
-    before = load(path)
-    key = {"prefix": "prefixtune", "state": "prefixtune_state", "weights": "prefixtune_weights"}[path.stem]
-    as_version_1(path, key)
-    monkeypatch.setattr("prefixtune.prefix.tensor_file._unverified", itertools.count())
-    with pytest.warns(PrefixWarning, match=rf"'{path.name}' is of format version 1, which has no checksum") as reported:
-        after, _ = load(path), load(path)
-    # Of the first file alone, as a server may read thousands.
-    assert len(reported) == 1
-    if path.stem == "prefix":
-        assert before.equal(after)
-        return
-    assert before[0].keys() == after[0].keys()
-    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
-
-
-def test_a_command_says_so_in_one_line(
-    tmp_path: Path, prefix: Prefix, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    path = as_version_1(save_prefix(tmp_path / "old.safetensors", prefix), "prefixtune")
-    monkeypatch.setattr("prefixtune.prefix.tensor_file._unverified", itertools.count())
-    assert main(["inspect", str(path)]) == 0
-    reported = capsys.readouterr().err
-    assert "'old.safetensors' is of format version 1" in reported
-    assert "Warning:" not in reported
-    assert main(["convert", str(path), str(tmp_path / "new.safetensors"), "--to", "prefixtune"]) == 0
-    assert load_prefix(tmp_path / "new.safetensors").header["format_version"] == 2
-
-
 def test_a_file_of_version_2_without_its_checksum_is_refused(tmp_path: Path, prefix: Prefix):
     path = save_prefix(tmp_path / "p.safetensors", prefix)
     with safe_open(path, "pt") as handle:
@@ -169,9 +126,7 @@ def test_every_field_is_documented(tmp_path: Path, prefix: Prefix):
     header = load_prefix(save_prefix(tmp_path / "p.safetensors", prefix)).header
     for field in header:
         assert f"`{field}`" in page, field
-    from prefixtune.prefix.header import HEADER_FIELDS
-
-    for field in HEADER_FIELDS:
+    for field in Header.model_fields:
         assert f"`{field}`" in page, field
 
 
@@ -196,21 +151,19 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
         ('{"format_version": 2, "training": {"dev_loss": NaN}}', "JSON"),
         ('{"format_version": 2, "training": {"dev_loss": -Infinity}}', "JSON"),
         ('{"format_version": 2, "license": "\\ud800"}', "JSON"),
-        ('{"format_version": 2, "deep": ' + "[" * 17 + "]" * 17 + "}", "nests more than 16 levels"),
-        ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "nests more than 16 levels"),
+        ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "nests too deeply"),
         ('{"format_version": 2, "long": "' + "a" * 2**20 + '"}', "bytes, but may take 1,048,576"),
         ('{"format_version": ' + "9" * 5000 + "}", "JSON"),
-        ('{"format_version": 2, "backbone": "gpt2"}', "has backbone 'gpt2', but it must be an object"),
-        ('{"format_version": 2, "backbone": {"name": 3}}', "has backbone.name '3', but it must be a text"),
-        ('{"format_version": 2, "task": ["toy"]}', "has task"),
-        ('{"format_version": 2, "text_format": {"prompt": null, "end": 7}}', "has text_format.end"),
+        ('{"format_version": 2, "backbone": "gpt2"}', "backbone"),
+        ('{"format_version": 2, "backbone": {"name": 3}}', "backbone.name"),
+        ('{"format_version": 2, "task": ["toy"]}', "task"),
+        ('{"format_version": 2, "text_format": {"prompt": null, "end": 7}}', "text format"),
         ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a", 2]}}', "labels.names"),
-        ('{"format_version": 2, "labels": {"kind": "tagging"}}', "without their kind, by and names"),
-        ('{"format_version": 2, "placement": 3}', "has placement"),
-        ('{"format_version": 2, "placement": null}', "has placement null, but it must be a text"),
-        ('{"format_version": 2, "placement": "infix"}', "has the placement 'infix'"),
-        ('{"format_version": 2, "composition": null}', "has composition null, but it must be an object"),
-        ('{"format_version": 2, "backbone": {"name": null}}', "has backbone.name null, but it must be a text"),
+        ('{"format_version": 2, "labels": {"kind": "tagging"}}', "labels.by"),
+        ('{"format_version": 2, "placement": "infix"}', "placement"),
+        ('{"format_version": 2, "composition": null}', "composition"),
+        ('{"format_version": 2, "job": {"id": "a"}}', "job.owner"),
+        ('{"format_version": 1}', "format version is 1"),
     ],
 )
 def test_headers_that_nobody_can_use_are_refused(

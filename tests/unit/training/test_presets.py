@@ -26,7 +26,7 @@ def test_every_preset_makes_a_configuration():
         ("e2e", 8e-5, 5, 10, 5, 512),
         ("webnlg", 5e-5, 5, 5, 5, 512),
         ("dart", 5e-5, 10, 5, 10, 512),
-        ("xsum", 5e-5, 30, 14, 100, 800),
+        ("summarization", 5e-5, 30, 14, 100, 800),
     ],
 )
 def test_the_papers_prefixes(
@@ -64,7 +64,7 @@ def test_quick_makes_a_small_file_of_examples_in_few_steps():
     assert config.patience > 0
 
 
-@pytest.mark.parametrize("arguments", [("papper", "e2e"), ("paper", "toy"), ("paper", "xsum", "adapter")])
+@pytest.mark.parametrize("arguments", [("papper", "e2e"), ("paper", "toy"), ("paper", "summarization", "adapter")])
 def test_what_there_is_not_is_refused(arguments: tuple[str, ...]):
     with pytest.raises(ConfigError):
         preset(*arguments)

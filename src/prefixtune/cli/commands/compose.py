@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from prefixtune.cli.common import print_json
-from prefixtune.cli.composing import find_rotation, load_backbone_of, part_rows, read_prefixes, save_composed
+from prefixtune.cli.composing import find_rotation, part_rows, read_prefixes, save_composed
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.errors import ConfigError, check_all
+from prefixtune.errors import check_all
 from prefixtune.utils.config import CommaList, TextList
 from prefixtune.utils.console import Console
 
@@ -31,19 +31,14 @@ class ComposeOptions(OutputOptions):
         description="two or more prefixes of one backbone, in order: files, folders of runs, or hub:OWNER/NAME",
     )
     output: str = Field(description="the .safetensors file to write")
-    mode: Literal["concatenate", "average", "interpolate", "difference"] = Field(
+    mode: Literal["concatenate", "average", "interpolate"] = Field(
         "concatenate",
         description="concatenate: one after the other, each turned on by the lengths before it. average, interpolate: "
-        "number by number, of one length. difference: the first without what the second learned from their start",
+        "number by number, of one length",
     )
     weights: CommaList[float] = Field(
         (),
-        description="interpolate: one for each file, with sum 1; difference: how much is taken away (default: 1)",
-    )
-    start: str = Field(
-        "",
-        description="difference: the prefix that both were trained from; not needed where they started from the same "
-        "words, which are run again",
+        description="interpolate: one for each file, with sum 1",
     )
     backbone: str | None = Field(
         None, description="their backbone, if it is elsewhere now; how keys turn is then found by running it"
@@ -59,13 +54,9 @@ class ComposeOptions(OutputOptions):
             yield ("files",), f"FILES names {len(self.files) or 'no'} prefix; name two or more"
         if self.backbone is not None and self.mode in ("average", "interpolate"):
             yield ("backbone", "mode"), f"--mode {self.mode} turns no keys and needs no --backbone; leave it out"
-        if self.start and self.mode != "difference":
-            yield ("start", "mode"), "--start goes with --mode difference only; leave it out"
-        if self.mode == "difference" and len(self.files) > 2:
-            yield ("files", "mode"), f"--mode difference takes two files, but there are {len(self.files)}"
-        wanted = {"interpolate": (len(self.files),), "difference": (0, 1)}.get(self.mode, (0,))
-        if len(self.weights) not in wanted:
-            allowed = "one for each file" if self.mode == "interpolate" else "one" if 1 in wanted else "none"
+        wanted = len(self.files) if self.mode == "interpolate" else 0
+        if len(self.weights) != wanted:
+            allowed = "one for each file" if wanted else "none"
             yield ("weights", "mode"), f"--mode {self.mode} takes {allowed}, but --weights has {len(self.weights)}"
         elif self.mode == "interpolate" and not abs(sum(self.weights) - 1) <= 1e-6:
             yield ("weights",), f"the weights add up to {sum(self.weights):g}, but must to 1; divide each by their sum"
@@ -73,7 +64,7 @@ class ComposeOptions(OutputOptions):
 
 @command
 def compose(options: ComposeOptions) -> int:
-    """Make one prefix file of several: joined one after the other, averaged, or one without another.
+    """Make one prefix file of several: joined one after the other, or averaged.
 
     Joined, the first file stands first, and the text follows the last, whose text format and task the result has. The
     order matters in decoder-only models. How keys turn with position is read from the files; older ones do not say it,
@@ -82,13 +73,12 @@ def compose(options: ComposeOptions) -> int:
     For example:
         prefixtune compose manual.safetensors style.safetensors --output both.safetensors
         prefixtune compose a.safetensors b.safetensors --mode interpolate --weights 0.7,0.3 --output mix.safetensors
-        prefixtune compose a.safetensors b.safetensors --mode difference --start s.safetensors --output d.safetensors
     """
-    from prefixtune.prefix.compose import average, check_joinable, concatenate, difference, interpolate
+    from prefixtune.prefix.compose import average, check_joinable, concatenate, interpolate
     from prefixtune.utils.files import check_writable
 
     console = Console(quiet=options.quiet)
-    given = [*options.files, *([options.start] if options.start else [])]
+    given = list(options.files)
     prefixes: list[Prefix] = []
     check_all([lambda: prefixes.extend(read_prefixes(given)), partial(check_writable, Path(options.output))])
     check_joinable(prefixes, given)
@@ -96,17 +86,12 @@ def compose(options: ComposeOptions) -> int:
     if options.mode == "concatenate":
         rotation = find_rotation(console, prefixes, given, options.backbone)
         composed = concatenate(prefixes, rotation, names=given)
-    elif options.mode == "difference":
-        start = prefixes[2] if options.start else _common_start(console, options, prefixes)
-        weight = options.weights[0] if options.weights else 1.0
-        names = [*options.files, options.start or "their start"]
-        composed = difference(prefixes[0], prefixes[1], start, weight, names=names)
     elif options.mode == "interpolate":
         composed = interpolate(prefixes, options.weights, names=given)
     else:
         composed = average(prefixes, names=given)
     size = save_composed(Path(options.output), composed)
-    notes = _notes(prefixes[: len(options.files)], options.files, rotation)
+    notes = _notes(prefixes, options.files, rotation)
     parts = composed.header["composition"]["parts"]
     if options.as_json:
         lengths = composed.lengths
@@ -120,31 +105,6 @@ def compose(options: ComposeOptions) -> int:
     console.table(f"parts, by {options.mode}", *part_rows(parts), result=True)
     print(f"{options.output}: {composed!r}, {size:,} bytes")
     return 0
-
-
-def _common_start(console: Console, options: ComposeOptions, prefixes: list[Prefix]) -> Prefix:
-    """What two prefixes were trained from, where that is the same words: these are run again.
-
-    Raises:
-        ConfigError: They had no common start, or it was something else.
-    """
-    from prefixtune.prefix.compose import check_start
-    from prefixtune.prefix.prefix import Prefix
-    from prefixtune.training.starts.text import stored_text
-    from prefixtune.training.starts.words import from_words
-
-    check_start(prefixes, None, options.files)
-    began = prefixes[0].header.get("initialization") or {}
-    text = stored_text(began)
-    if began.get("kind") != "words" or text is None or not prefixes[1].header.get("initialization"):
-        raise ConfigError(
-            f"--mode difference needs what both were trained from, which was {began.get('kind') or 'not stored'!r}.",
-            hint="name it: --start FILE.",
-        )
-    backbone = load_backbone_of(console, prefixes, options.files, options.backbone)
-    lengths = prefixes[0].lengths
-    words = from_words(backbone, text, lengths)
-    return Prefix(words.layers, {"backbone": prefixes[0].header.get("backbone")})
 
 
 def _notes(prefixes: list[Prefix], names: tuple[str, ...], rotation: Rotation | None) -> list[str]:

@@ -20,7 +20,6 @@ __all__ = ["env"]
 
 _SETTINGS = (
     "PREFIXTUNE_HOME",
-    "PREFIXTUNE_DATA_CACHE",
     "HF_HOME",
     "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE",

@@ -175,7 +175,7 @@ def _read_examples(
     Raises:
         ConfigError: An option is for texts that are generated, but the data is texts alone.
     """
-    from prefixtune.data import TASKS, read_task, resolve_task
+    from prefixtune.data import TASKS, form_that_fits, read_task, resolve_task
     from prefixtune.data.forms import describe_data
     from prefixtune.evaluation.evaluate import check_examples
 
@@ -183,8 +183,9 @@ def _read_examples(
     columns = columns_as_trained(options, name, artifact.header)
     if _is_conll(options.data):
         columns |= {"source": options.source, "target": options.target}
-    if name == "records" and not options.form:
-        columns["prefer"] = artifact.header.get("form") or ""
+    if name == "records" and not any(columns.values()):
+        trained = str(artifact.header.get("form") or "")
+        columns["form"] = form_that_fits(name, options.data, trained, split=options.split or None)
     name, form, first_row = resolve_task(name, options.data, split=options.split or None, **columns)
     examples = read_task(name, options.data, split=options.split or None, needs_targets=True, **columns)
     examples = examples[: options.limit or None]

@@ -154,12 +154,14 @@ def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequenc
     Raises:
         PrefixError: It cannot be read.
     """
-    from prefixtune.data import read_task
+    from prefixtune.data import form_that_fits, read_task
 
     header = prefixes[0].header
     name = options.task or str(header.get("task") or "records")
     columns = columns_as_trained(options, name, header)
-    return list(read_task(name, path, split=split or None, prefer=str(header.get("form") or ""), **columns))
+    if name == "records" and not any(columns.values()):
+        columns["form"] = form_that_fits(name, path, str(header.get("form") or ""), split=split or None)
+    return list(read_task(name, path, split=split or None, **columns))
 
 
 def _make_views(

@@ -408,10 +408,10 @@ def _stdin_lines() -> list[str]:
         ConfigError: There is no text.
         DataError: A line is too long, or is no UTF-8 text.
     """
-    from prefixtune.data.streams import MAX_FILE_BYTES, STDIN, text_lines, text_pieces
+    from prefixtune.data.streams import MAX_FILE_BYTES, STDIN, open_bytes, text_lines
 
-    pieces = text_pieces(Path(STDIN), MAX_FILE_BYTES)
-    lines = [line.rstrip("\r\n") for line in text_lines(pieces, "stdin", universal=True)]
+    pieces = text_lines(open_bytes(Path(STDIN)), "stdin", MAX_FILE_BYTES)
+    lines = [line.rstrip("\r\n") for line in pieces]
     if not any(line.strip() for line in lines):
         raise ConfigError("stdin holds no text.", hint="give one source a line.")
     return lines

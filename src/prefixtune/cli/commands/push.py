@@ -20,8 +20,7 @@ class PushOptions(OutputOptions):
     repo: str = positional(description="repository, OWNER/NAME; made where there is none")
     evaluation: str | None = Field(
         None,
-        description="folder of `prefixtune evaluate`, whose scores are written into the card (default: those of this "
-        "prefix beside the file, or in a folder there)",
+        description="folder of `prefixtune evaluate`, whose scores are written into the card",
     )
     public: bool = Field(False, description="let everybody see a new repository")
     message: str = Field("", description="of the commit")

@@ -10,15 +10,13 @@ numbers are refused, because an amount is not a class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import Record, iter_file
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import DataError, did_you_mean
-
-__all__ = ["check_labels", "iter_classification", "label_names", "labelled_example", "read_classification"]
 
 
 def read_classification(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
@@ -36,17 +34,11 @@ def read_classification(path: Path, source: str | None = None, target: str | Non
         ConfigError: A template is malformed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
-    return list(iter_classification(path, source, target))
-
-
-def iter_classification(path: Path, source: str | None = None, target: str | None = None) -> Iterator[Example]:
-    """As `read_classification`, one example at a time."""
     source = "text" if source is None else source
     target = "label" if target is None else target
-    columns = [*check_template(source), *check_template(target)]
-    for record in iter_file(path):
-        _check_columns(record, columns)
-        yield labelled_example(record, source, target)
+    for template in (source, target):
+        check_template(template)
+    return [labelled_example(record, source, target) for record in iter_file(path)]
 
 
 def labelled_example(record: Record, source: str, target: str) -> Example:
@@ -85,18 +77,13 @@ def check_labels(examples: Iterable[Example], labels: Sequence[str]) -> None:
         DataError: A label is unknown (the message names it, its first example and the nearest known one), or an example
             does not have exactly one.
     """
-    unknown: dict[str, int] = {}
     for number, example in enumerate(examples, start=1):
         label = _only_label(example, number)
         if label not in labels:
-            unknown.setdefault(label, number)
-    if unknown:
-        (label, number), *others = unknown.items()
-        more = f" (further unknown labels: {', '.join(repr(name) for name, _ in others[:5])})" if others else ""
-        raise DataError(
-            f"label {label!r} of example {number} is not one of the {len(labels)} known labels{more}.",
-            hint=did_you_mean(label, labels),
-        )
+            raise DataError(
+                f"label {label!r} of example {number} is not one of the {len(labels)} known labels.",
+                hint=did_you_mean(label, labels),
+            )
 
 
 def _only_label(example: Example, number: int) -> str:
@@ -106,17 +93,6 @@ def _only_label(example: Example, number: int) -> str:
             hint="name the column that holds the label, with target.",
         )
     return example.targets[0]
-
-
-def _check_columns(record: Record, columns: Sequence[str]) -> None:
-    missing = [column for column in dict.fromkeys(columns) if column not in record.values]
-    if missing:
-        absent = " and no column ".join(map(repr, missing))
-        raise DataError(
-            f"{record.location}: there is no column {absent}; there are: "
-            f"{', '.join(map(str, record.values)) or 'none'}.",
-            hint="name the column of the text with source, and that of the label with target.",
-        )
 
 
 def _label(template: str, record: Record) -> str:

@@ -15,14 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, read_file
+from prefixtune.data.files import Record, read_file, task_format
 from prefixtune.data.streams import shown
-from prefixtune.data.tasks.formats import task_format
 from prefixtune.data.tasks.triples import Triple, check_triples, commented_texts, read_benchmark, references_of
 from prefixtune.errors import DataError
-
-__all__ = ["DART_FORMATS", "dart_entries", "linearize", "read_dart"]
-
 
 DART_FORMATS = (".json", ".jsonl", ".xml")
 

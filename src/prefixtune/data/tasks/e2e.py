@@ -17,11 +17,8 @@ from pathlib import Path
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import Record, one_line, read_file
-from prefixtune.data.tasks.formats import task_format
+from prefixtune.data.hub import is_dataset
 from prefixtune.errors import DataError, did_you_mean
-
-__all__ = ["ATTRIBUTES", "E2E_FORMATS", "linearize", "parse_mr", "read_e2e"]
-
 
 #: The eight attributes of E2E -> their names in the linearization (the authors': four are renamed).
 ATTRIBUTES = {
@@ -35,6 +32,8 @@ ATTRIBUTES = {
     "near": "near",
 }
 E2E_FORMATS = (".csv", ".jsonl")
+_REFERENCES = ("references", "ref", "human_reference", "target")
+"""Columns of texts: the first that is filled."""
 _PAIR = re.compile(r"([^\[\],]*)\[([^\[\]]*)\]\s*")
 _SHAPE = "write it as name[Blue Spice], eatType[pub], area[riverside]."
 
@@ -101,13 +100,10 @@ def read_e2e(path: Path) -> list[Example]:
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
     path = Path(path)
-    records, form = read_file(path, E2E_FORMATS), task_format(path, E2E_FORMATS, ".csv")
-    records = [_from_hub(record, form) for record in records]
-    wanted = "ref" if form == ".csv" else "references"
     sources: dict[str, str] = {}
     targets: dict[str, list[str]] = {}
-    for record in records:
-        mr, references = _read_row(record, wanted)
+    for record in read_file(path, E2E_FORMATS):
+        mr, references = _read_row(record, needs_references=not is_dataset(path))
         if mr not in sources:
             try:
                 sources[mr] = linearize(mr)
@@ -120,43 +116,26 @@ def read_e2e(path: Path) -> list[Example]:
     ]
 
 
-def _from_hub(record: Record, form: str) -> Record:
-    """A record with the column names of this module's files instead of those of the hub's sets."""
-    values = dict(record.values)
-    for name, own in (("meaning_representation", "mr"), ("human_reference", "ref")):
-        if name in values and own not in values:
-            values[own] = values.pop(name)
-    if form == ".csv":
-        return Record(record.location, values)
-    # GEM's training rows have an empty list of references and one target.
-    single = next((name for name in ("ref", "target") if name in values), None)
-    if single is not None and not values.get("references"):
-        values["references"] = [values.pop(single)]
-    if not form:
-        # A set has columns of its own, such as ids, also where it has no references.
-        values = {name: values[name] for name in ("mr", "references") if values.get(name) not in (None, [])} or values
-    return Record(record.location, values)
+def _read_row(record: Record, *, needs_references: bool) -> tuple[str, list[str]]:
+    """The meaning representation and the cleaned references of one record.
 
-
-def _read_row(record: Record, wanted: str) -> tuple[str, list[str]]:
-    """The meaning representation and the cleaned references of one record."""
+    Args:
+        record: The row.
+        needs_references: One that has more than the meaning representation must have a reference; a set has columns of
+            its own, such as ids.
+    """
     values = {name.lower(): value for name, value in record.values.items()}
-    # A file may have no references at all; but a second column with another name is a mistake, not a test set.
-    for column in ("mr", wanted):
-        if column not in values and (column == "mr" or len(values) > 1):
-            raise DataError(
-                f"{record.location}: no column {column!r}; needed: 'mr' and {wanted!r} ('mr' alone for generation).",
-                hint=did_you_mean(column, record.values),
-            )
-    mr = values["mr"]
+    mr = values.get("mr", values.get("meaning_representation"))
     if not isinstance(mr, str):
         raise DataError(f"{record.location}: 'mr' is {mr!r}; a string is needed.", hint=_SHAPE)
-    if wanted not in values:
+    # GEM's training rows have an empty list of references and one target.
+    column = next((name for name in _REFERENCES if values.get(name) not in (None, [])), None)
+    if column is None:
+        if needs_references and len(values) > 1:
+            raise DataError(
+                f"{record.location}: no column {' or '.join(map(repr, _REFERENCES))} is filled.",
+                hint='write "references": ["..."], or no other column than mr.',
+            )
         return mr.strip(), []
-    references = [values[wanted]] if wanted == "ref" else values[wanted]
-    if not isinstance(references, list) or not references:
-        raise DataError(
-            f"{record.location}: {wanted!r} is {references!r}; a list of at least one string is needed.",
-            hint=f'write "{wanted}": ["..."], or leave it out of every row.',
-        )
-    return mr.strip(), [one_line(reference, wanted, record.location) for reference in references]
+    references = values[column] if isinstance(values[column], list) else [values[column]]
+    return mr.strip(), [one_line(reference, column, record.location) for reference in references]

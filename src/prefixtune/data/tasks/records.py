@@ -10,21 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.examples import Example, ExampleLike, chat_example, check_messages, merge_examples
+from prefixtune.data.examples import Example, ExampleLike, check_messages, merge_examples
 from prefixtune.data.files import Record, iter_file
-from prefixtune.data.forms import Form, detect_form, fitting_forms, make_example
-from prefixtune.data.messages import parse_messages
+from prefixtune.data.forms import Form, detect_form, make_example
 from prefixtune.data.templates import check_template, render, targets_of
-from prefixtune.errors import DataError, describe_value
-
-__all__ = ["as_examples", "example_form", "iter_records", "read_records"]
-
+from prefixtune.errors import ConfigError, DataError, describe_value
 
 _FIELDS = frozenset(("source", "target", "targets", "fields", "groups", "messages"))
 """What a dict of an example's fields may have."""
+_HINT = 'write {"source": "...", "target": "..."}; `prefixtune.data.as_examples` takes templates for other records.'
 
 
-def read_records(path: Path, source: str, target: str | None = None) -> list[Example]:
+def read_records(path: Path, source: str | None, target: str | None = None) -> list[Example]:
     """Read a file of records (see `files.FORMATS`).
 
     Args:
@@ -40,15 +37,12 @@ def read_records(path: Path, source: str, target: str | None = None) -> list[Exa
         ConfigError: A template is malformed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
-    return merge_examples(iter_records(path, source, target))
-
-
-def iter_records(path: Path, source: str, target: str | None = None) -> Iterator[Example]:
-    """As `read_records`, one example for each row: equal sources are not merged."""
+    if source is None:
+        raise ConfigError(f"target is {target!r}, but there is no source.", hint="give both, or leave target out.")
     for template in (source, target):
         if template is not None:
             check_template(template)
-    return _render_all(iter_file(path), source, target)
+    return merge_examples(_render_all(iter_file(path), source, target))
 
 
 def as_examples(
@@ -132,51 +126,26 @@ def _has_fields(row: Mapping[str, Any]) -> bool:
 
     Of chats that are collected, the column `source` says where each is from.
     """
-    has_target = bool({"target", "targets"} & row.keys())
     if "messages" in row:
-        return has_target or "groups" in row or ("source" in row and row.keys() <= _FIELDS and not _ends_answered(row))
-    return "source" in row and (row.keys() <= _FIELDS or not (has_target or fitting_forms(row)))
-
-
-def _ends_answered(row: Mapping[str, Any]) -> bool:
-    """Whether the last message of a row is an answer, which the messages of an `Example` have not."""
-    try:
-        return parse_messages(row["messages"], "messages", "")[-1].role == "assistant"
-    except DataError:
-        return False
+        return bool({"target", "targets", "groups"} & row.keys())
+    return "source" in row and row.keys() <= _FIELDS
 
 
 def _as_example(values: Any, location: str) -> Example:
     """The example of a dict of its fields."""
-    hint = 'write {"source": "...", "target": "..."}; `prefixtune.data.as_examples` takes templates for other records.'
     if not isinstance(values, Mapping):
-        raise DataError(f"{location} is {describe_value(values)}, but must be a dict or an Example.", hint=hint)
-    unknown = [str(key) for key in values if key not in _FIELDS]
-    if unknown or not {"source", "messages"} & values.keys() or {"target", "targets"} <= values.keys():
-        why = f"the unknown key {unknown[0]!r}" if unknown else f"the keys {', '.join(map(str, values))}"
-        raise DataError(f"{location} has {why}, but must have source, and target or targets.", hint=hint)
-    targets = values.get("targets", [values["target"]] if "target" in values else [])
-    targets = (targets,) if isinstance(targets, str) else targets
-    if not isinstance(values.get("source", ""), str):
-        raise DataError(f"the source of {location} is {describe_value(values['source'])}, not a text.", hint=hint)
-    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
-        raise DataError(f"the targets of {location} are {describe_value(targets)}, not texts.", hint=hint)
-    for key in ("fields", "groups"):
-        if not isinstance(values.get(key, {}), Mapping):
-            raise DataError(f"the {key} of {location} are {describe_value(values[key])}, not a dict.", hint=hint)
-    for name, group in values.get("groups", {}).items():
-        if not isinstance(group, str):
-            raise DataError(
-                f"the group {name!r} of {location} is {describe_value(group)}, not a text.", hint="write it as a text."
-            )
-    others = {key: values[key] for key in ("fields", "groups") if key in values}
-    if "messages" not in values:
-        return Example(values["source"], tuple(targets), **others)
-    name = f"the conversation of {location}"
-    if not {"source", "target", "targets"} & values.keys():
-        return chat_example(values["messages"], name, **others)
-    messages = check_messages(values["messages"], name)
-    return Example(values.get("source", messages[-1].content), tuple(targets), messages=messages, **others)
+        raise DataError(f"{location} is {describe_value(values)}, but must be a dict or an Example.", hint=_HINT)
+    fields = dict(values)
+    if "target" in fields and "targets" not in fields:
+        fields["targets"] = (fields.pop("target"),)
+    try:
+        messages = fields["messages"] = check_messages(fields["messages"]) if "messages" in fields else ()
+        fields.setdefault("source", messages[-1].content if messages else None)
+        return Example(**fields)
+    except TypeError:
+        raise DataError(f"{location} has the keys {', '.join(map(str, values))}.", hint=_HINT) from None
+    except DataError as error:
+        raise DataError(f"{location}: {error.message}", hint=error.hint) from None
 
 
 def _render_all(records: Iterable[Record], source: str, target: str | None) -> Iterator[Example]:

@@ -10,7 +10,7 @@ line, because generation for these tasks bans line breaks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,6 @@ from prefixtune.data.examples import Example
 from prefixtune.data.files import Record, iter_file, join_lines, one_line
 from prefixtune.data.templates import check_template, render, targets_of
 from prefixtune.errors import DataError
-
-__all__ = [
-    "DOCUMENT_COLUMNS",
-    "SCITLDR_FORMATS",
-    "SUMMARY_COLUMNS",
-    "iter_summaries",
-    "iter_xsum",
-    "read_scitldr",
-    "read_summaries",
-    "read_xsum",
-    "summary_example",
-]
-
 
 SCITLDR_FORMATS = (".jsonl", ".json")
 DOCUMENT_COLUMNS, SUMMARY_COLUMNS = ("document", "article"), ("summary", "highlights")
@@ -53,22 +40,10 @@ def read_summaries(path: Path, source: str | None = None, target: str | None = N
         ConfigError: A template is malformed, or the `datasets` library is needed and not installed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
-    return list(iter_summaries(path, source, target))
-
-
-def iter_summaries(path: Path, source: str | None = None, target: str | None = None) -> Iterator[Example]:
-    """As `read_summaries`, one example at a time."""
-    return _iterate(path, source, target, DOCUMENT_COLUMNS, SUMMARY_COLUMNS)
-
-
-def read_xsum(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
-    """Like `read_summaries`, but the default columns are XSUM's only: `document` and `summary`."""
-    return list(iter_xsum(path, source, target))
-
-
-def iter_xsum(path: Path, source: str | None = None, target: str | None = None) -> Iterator[Example]:
-    """As `read_xsum`, one example at a time."""
-    return _iterate(path, source, target, ("document",), ("summary",))
+    for template in (source, target):
+        if template is not None:
+            check_template(template)
+    return [summary_example(record, source, target) for record in iter_file(path)]
 
 
 def read_scitldr(path: Path) -> list[Example]:
@@ -97,22 +72,10 @@ def read_scitldr(path: Path) -> list[Example]:
     return examples
 
 
-def _iterate(
-    path: Path, source: str | None, target: str | None, documents: Sequence[str], summaries: Sequence[str]
-) -> Iterator[Example]:
-    for template in (source, target):
-        if template is not None:
-            check_template(template)
-    for record in iter_file(path):
-        yield summary_example(record, source, target, documents, summaries)
-
-
 def summary_example(
     record: Record,
     source: str | None = None,
     target: str | None = None,
-    documents: Sequence[str] = DOCUMENT_COLUMNS,
-    summaries: Sequence[str] = SUMMARY_COLUMNS,
     *,
     needs_target: bool = True,
 ) -> Example:
@@ -120,19 +83,17 @@ def summary_example(
 
     Args:
         record: The row.
-        source: Template of the document; None: the first of `documents` that is there.
-        target: Template of the summary; None: the first of `summaries` that is there.
-        documents: Columns.
-        summaries: Columns.
+        source: Template of the document; None: the first of `DOCUMENT_COLUMNS` that is there.
+        target: Template of the summary; None: the first of `SUMMARY_COLUMNS` that is there.
         needs_target: A row without a summary is refused.
 
     Raises:
         DataError: A column is missing or has no text.
     """
-    from_columns = _column(record, documents, "document", "source")[1] if source is None else source
-    if not needs_target and all(record.values.get(name) is None for name in summaries):
+    from_columns = _column(record, DOCUMENT_COLUMNS, "document", "source")[1] if source is None else source
+    if not needs_target and all(record.values.get(name) is None for name in SUMMARY_COLUMNS):
         return Example(join_lines(render(from_columns, record.values, record.location)), (), record.values)
-    to_columns = _column(record, summaries, "summary", "target")[1] if target is None else target
+    to_columns = _column(record, SUMMARY_COLUMNS, "summary", "target")[1] if target is None else target
     targets = tuple(join_lines(text) for text in targets_of(to_columns, record))
     return Example(join_lines(render(from_columns, record.values, record.location)), targets, record.values)
 

@@ -6,34 +6,22 @@
         <lex comment="good" lid="Id1">The leader of Aarhus is Jacob Bundsgaard.</lex>
       </entry> ...
 
-Such a file may not define anything: a document type, which could declare entities, is refused.
+Texts become one line, without outer white space.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.parsers import expat
+from xml.etree import ElementTree
 
 from prefixtune.data.files import Record, join_lines, one_line
-from prefixtune.data.streams import read_text, shown
+from prefixtune.data.streams import open_bytes, reading, shown
 from prefixtune.errors import DataError, short_repr
-
-__all__ = [
-    "Language",
-    "Triple",
-    "check_triples",
-    "commented_texts",
-    "read_benchmark",
-    "references_of",
-    "split_triple",
-]
-
 
 Triple = tuple[str, str, str]
 _SHAPE = 'write it as [["subject", "property", "object"], ...].'
-_MAX_DEPTH = 64
 
 
 def check_triples(value: Any, column: str, location: str) -> tuple[Triple, ...]:
@@ -165,80 +153,29 @@ def read_benchmark(path: Path) -> list[Record]:
         (comment, text) for each `lex`, the texts in one line.
 
     Raises:
-        DataError: The file cannot be read, is not XML of this kind, declares a document type, or has texts in several
-            languages; the message names the line.
+        DataError: The file cannot be read, is not XML of this kind, or has texts in several languages.
     """
-    reader = _Benchmark(shown(path))
-    parser = expat.ParserCreate()
-    parser.buffer_text = True
-    parser.StartElementHandler = lambda name, attributes: reader.start(parser.CurrentLineNumber, name, attributes)
-    parser.EndElementHandler = lambda name: reader.end(name)
-    parser.CharacterDataHandler = lambda text: reader.text(text)
-    parser.StartDoctypeDeclHandler = lambda *_: reader.refuse_doctype(parser.CurrentLineNumber)
+    name, language, records = shown(path), Language(), list[Record]()
     try:
-        parser.Parse(read_text(path), True)
-    except expat.ExpatError as error:
+        with reading(path), open_bytes(path) as file:
+            for _, element in ElementTree.iterparse(file):
+                if element.tag == "entry":
+                    records.append(_entry(element, f"{name}, entry {len(records) + 1}", language))
+                    element.clear()
+    except ElementTree.ParseError as error:
+        raise DataError(f"{name} is not XML: {error}.", hint="copy or download the file again.") from error
+    if not records:
         raise DataError(
-            f"{reader.name}, line {error.lineno}, column {error.offset + 1}: not XML: {expat.ErrorString(error.code)}.",
-            hint="copy or download the file again, or repair the line.",
-        ) from error
-    if not reader.records:
-        raise DataError(
-            f"{reader.name} has no entries; at least one <entry> is needed.", hint="check that it is a file of the set."
+            f"{name} has no entries; at least one <entry> is needed.", hint="check that it is a file of the set."
         )
-    return reader.records
+    return records
 
 
-@dataclass
-class _Benchmark:
-    """What was read of one file so far."""
-
-    name: str
-    records: list[Record] = field(default_factory=list)
-    open: list[str] = field(default_factory=list)
-    comment: str = ""
-    language: Language = field(default_factory=Language)
-    pieces: list[str] = field(default_factory=list)
-
-    def start(self, line: int, name: str, attributes: dict[str, str]) -> None:
-        """An element begins."""
-        location = f"{self.name}, line {line}"
-        if not self.open and name != "benchmark":
-            raise DataError(
-                f"{location}: the outermost element is <{name}>; <benchmark> is needed.", hint="check the file."
-            )
-        if len(self.open) == _MAX_DEPTH:
-            raise DataError(f"{location}: elements are nested more than {_MAX_DEPTH} deep.", hint="check the file.")
-        self.open.append(name)
-        if name == "entry":
-            self.records.append(Record(location, {**attributes, "triples": [], "lexicalizations": []}))
-        elif name in ("lex", "mtriple"):
-            if "entry" not in self.open:
-                raise DataError(f"{location}: <{name}> is outside an <entry>.", hint="check the file.")
-            self.comment, self.pieces = attributes.get("comment", ""), []
-            if name == "lex":
-                language = attributes.get("lang", "")
-                self.language.check(language, location, f'<lex lang="{language}">')
-
-    def text(self, text: str) -> None:
-        """Characters within an element."""
-        if self.open and self.open[-1] in ("lex", "mtriple"):
-            self.pieces.append(text)
-
-    def end(self, name: str) -> None:
-        """An element ends."""
-        self.open.pop()
-        if name not in ("lex", "mtriple"):
-            return
-        record, text = self.records[-1], join_lines("".join(self.pieces))
-        if name == "mtriple":
-            record.values["triples"].append(split_triple(text, record.location))
-        else:
-            record.values["lexicalizations"].append((self.comment, text))
-
-    def refuse_doctype(self, line: int) -> None:
-        """A document type, in which entities could be declared."""
-        raise DataError(
-            f"{self.name}, line {line}: a document type (<!DOCTYPE ...>) is not allowed; a file of the set has none.",
-            hint="remove it, with the entities that it declares.",
-        )
+def _entry(element: ElementTree.Element, location: str, language: Language) -> Record:
+    triples = [split_triple(join_lines(triple.text or ""), location) for triple in element.iter("mtriple")]
+    texts = []
+    for lex in element.iter("lex"):
+        language.check(lex.get("lang", ""), location, f'<lex lang="{lex.get("lang")}">')
+        text = "".join([lex.text or "", *(inner.tail or "" for inner in lex)])
+        texts.append((lex.get("comment", ""), join_lines(text)))
+    return Record(location, {**element.attrib, "triples": triples, "lexicalizations": texts})

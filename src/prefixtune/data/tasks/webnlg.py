@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, read_file
+from prefixtune.data.files import Record, one_line, read_file, task_format
 from prefixtune.data.hub import is_dataset
 from prefixtune.data.streams import shown
-from prefixtune.data.tasks.formats import task_format
 from prefixtune.data.tasks.triples import (
     Language,
     Triple,
@@ -29,9 +28,6 @@ from prefixtune.data.tasks.triples import (
     split_triple,
 )
 from prefixtune.errors import DataError
-
-__all__ = ["SEEN_CATEGORIES", "UNSEEN_CATEGORIES", "WEBNLG_FORMATS", "linearize", "read_webnlg", "webnlg_entries"]
-
 
 WEBNLG_FORMATS = (".xml", ".jsonl")
 
@@ -97,11 +93,7 @@ def _example(record: Record, group_by_seen: bool) -> Example:
     groups = {"triples": str(len(triples))}
     category = values.get("category")
     if category is not None:
-        if not isinstance(category, str) or not category.strip():
-            raise DataError(
-                f"{record.location}: 'category' is {category!r}; text is needed.", hint="write it, or leave it out."
-            )
-        groups["category"] = category
+        groups["category"] = one_line(category, "category", record.location)
     seen = values.get("seen", category in SEEN_CATEGORIES if group_by_seen and category is not None else None)
     if seen is not None:
         if not isinstance(seen, bool):

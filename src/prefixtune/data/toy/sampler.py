@@ -1,4 +1,4 @@
-"""A sampler of balanced values, and the check of a set's sizes, for all sets made here.
+"""A sampler of balanced values, for all sets made here.
 
 Equal seeds give equal sets on every version of Python: only `random.Random(seed).random()` is used, the one method
 whose sequence Python guarantees.
@@ -10,13 +10,6 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from prefixtune.errors import ConfigError
-
-__all__ = ["MAX_EXAMPLES", "BalancedSampler", "check_sizes"]
-
-
-#: Most examples of a part.
-MAX_EXAMPLES = 10_000
 _Value = TypeVar("_Value")
 
 
@@ -51,28 +44,3 @@ class BalancedSampler:
                 other = self.integer(last + 1)
                 remaining[last], remaining[other] = remaining[other], remaining[last]
         return values[remaining.pop()]
-
-
-def check_sizes(name: str, seed: int, train: int, held_out: int, *, min_train: int, hint: str) -> None:
-    """Check the arguments of a set.
-
-    Args:
-        name: The set's name, for messages.
-        seed: >= 0.
-        train: Number of training examples; `min_train` to 10,000.
-        held_out: Number of held-out examples; 0 to 10,000.
-        min_train: Fewest training examples.
-        hint: The next step.
-
-    Raises:
-        ConfigError: A number is out of range; all faults are listed at once.
-    """
-    faults = [
-        f"{part} is {value!r}; allowed: {low} to {MAX_EXAMPLES:,}."
-        for part, value, low in (("train", train, min_train), ("held_out", held_out, 0))
-        if not low <= value <= MAX_EXAMPLES
-    ]
-    if seed < 0:
-        faults.append(f"seed is {seed!r}; allowed: 0 and more.")
-    if faults:
-        raise ConfigError(f"{name} set: {' '.join(faults)}", hint=hint)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,9 +22,8 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import hidden_states_at
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import encode_pairs
-from prefixtune.data.examples import Example
-from prefixtune.data.stored_examples import distinct_sources, source_ids
-from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, TokenTable
+from prefixtune.data.examples import Example, distinct_sources, source_ids
+from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
 from prefixtune.data.truncation import position_limit
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.prefix.geometry import Site
@@ -232,7 +230,7 @@ def _candidates(
     config: TrainConfig, backbone: Backbone, text_format: TextFormat, examples: Sequence[Example]
 ) -> list[SolvedExample]:
     """A random sample of the training examples that fit the run's limits whole, each source once."""
-    indices: list[int] = distinct_sources(examples).tolist()
+    indices = distinct_sources(examples)
     count = max(MAX_CANDIDATES, 2 * config.init_examples)
     if len(indices) > count:
         indices = sorted(random.Random(f"{config.seed}/candidates").sample(indices, count))
@@ -442,14 +440,10 @@ def hide_own_blocks(
     tokenized = dataset.examples
     # Sources are compared, not prompts, which may be cut.
     sources = source_ids(examples)
-    blocks = {int(sources[index]): tuple(range(*block)) for index, block in plan.blocks.items()}
-    if len(dataset.origins):
-        sources = sources[np.asarray(dataset.origins)]
-    rows = np.flatnonzero(np.isin(sources, list(blocks))).tolist()
-    hidden = {row: blocks[int(sources[row])] for row in rows}
-    if isinstance(tokenized, TokenTable):
-        return dataclasses.replace(tokenized, hidden=hidden)
+    blocks = {sources[index]: tuple(range(*block)) for index, block in plan.blocks.items()}
+    if dataset.origins:
+        sources = [sources[origin] for origin in dataset.origins]
     return tuple(
-        dataclasses.replace(example, hidden=hidden[row]) if row in hidden else example
-        for row, example in enumerate(tokenized)
+        dataclasses.replace(example, hidden=blocks[source]) if source in blocks else example
+        for source, example in zip(sources, tokenized, strict=True)
     )

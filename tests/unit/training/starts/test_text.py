@@ -42,7 +42,7 @@ def test_a_file_is_read_as_it_is(tmp_path: Path, tiny_backbone: Callable[..., An
         (b"", "is empty; at least one word is needed"),
         (b" \n ", "is empty; at least one word is needed"),
         (b"\x89PNG\r\n", "byte 0x89 is not UTF-8"),
-        (b"a\0b", "NUL character"),
+        (b"a\0b", "byte 0x00"),
         ("Zürich".encode("latin-1"), "byte 0xfc is not UTF-8"),
         (b"x" * (MAX_TEXT_BYTES + 1), "holds more than 1,048,576 bytes"),
     ],
