@@ -1,6 +1,6 @@
 """Other programs' formats, read and written.
 
-    peft, safetensors    PEFT's adapters
+    peft                          PEFT's adapters
     hub                           prefixes and model cards on the Hugging Face hub
     trainer, collator             training inside transformers' `Trainer` and TRL
     export, llama_cpp, onnx       prefixes for other runtimes

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import CheckpointError
 from prefixtune.jobs.folder import JobFolder
-from prefixtune.jobs.job import Job
-from prefixtune.jobs.names import checkpoint_name
+from prefixtune.jobs.job import Job, checkpoint_name
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.folder import ENDING
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline

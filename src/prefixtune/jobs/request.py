@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.job import Job
-from prefixtune.jobs.names import check_result_name
+from prefixtune.jobs.job import Job, check_result_name
 from prefixtune.prefix.geometry import spell_lengths
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.training.presets import preset, without_conflicts

@@ -20,8 +20,7 @@ from prefixtune.jobs.executor import JobFailedError, JobPausedError
 from prefixtune.jobs.failures import pause_reason
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.job import Job
-from prefixtune.jobs.names import check_result_name
+from prefixtune.jobs.job import Job, check_result_name
 from prefixtune.jobs.publish import publish, published_by, tidy
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact, save_prefix

@@ -128,7 +128,7 @@ def _find(name: str) -> Path:
 
 def _detect_format(path: Path) -> str:
     """The format of a file or folder: `peft` or `prefixtune`."""
-    from prefixtune.interop.safetensors import read_tensors
+    from prefixtune.interop.peft import read_tensors
 
     if path.is_dir():
         if not (path / "adapter_config.json").is_file():
