@@ -231,30 +231,6 @@ def test_training_goes_on_from_a_checkpoint(tiny_backbone: Make, tmp_path: Path)
     assert other.prefix().equal(whole.model.prefix())
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(tiny_backbone: Make, tmp_path: Path) -> None:
-    model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
-    run = trainer(
-        model,
-        tmp_path,
-        EXAMPLES,
-        eval_dataset=EXAMPLES[:3],
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        # Large enough that it does not get better all the time.
-        learning_rate=3.0,
-        lr_scheduler_type="constant",
-    )
-    run.train()
-    losses = logged(run, "eval_loss")
-    best = 2 * (losses.index(min(losses)) + 1)
-    stored = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
-    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
-
-
 def test_the_artifact_is_all_that_is_saved(tiny_backbone: Make, tmp_path: Path) -> None:
     backbone = tiny_backbone("gpt2")
     model = PrefixModel(backbone, settings(license="CC0", prompt_format="{source}{separator}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,12 +16,8 @@ from safetensors.torch import load_file, save_file
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.quantization import quantize
-from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data import Example
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.evaluation.evaluate import evaluate
-from prefixtune.inference.config import GenerateConfig
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.words import from_words
 
@@ -76,19 +71,6 @@ def test_quantized_weights_are_smaller(folder: Path) -> None:
     assert rounded.model.get_output_embeddings().weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_what_other_weights_decoded_is_no_part_of_an_evaluation(tiny_backbone: Make, tmp_path: Path, kind: str) -> None:
-    kept, config = tmp_path / "decoded.jsonl", GenerateConfig(max_new_tokens=6, batch_size=2)
-    model = tiny_backbone("llama")
-    whole = evaluate(model, EXAMPLES[:2], config=config, resume_file=kept)
-    with quiet_transformers():
-        quantize(model.model, kind)
-    with pytest.raises(ConfigError, match="outputs of another evaluation"):
-        evaluate(model, EXAMPLES[:2], config=config, resume_file=kept)
-    kept.unlink()
-    assert len(evaluate(model, EXAMPLES[:2], config=config, resume_file=kept).outputs) == len(whole.outputs)
-
-
 # --- spread ----------------------------------------------------------------------------------------------------------
 
 
@@ -104,12 +86,6 @@ def test_layers_on_disk_compute_the_same(folder: Path, tmp_path: Path) -> None:
     for got, want in zip(gradients(spread, prefix), gradients(plain, prefix), strict=True):
         assert distance(got, want) < 1e-6
     assert pt.generate(spread, ["ab"], prefix, max_new_tokens=4) == pt.generate(plain, ["ab"], prefix, max_new_tokens=4)
-
-
-def test_an_automatic_map(folder: Path) -> None:
-    spread = load_backbone(folder, device_map="auto")
-    assert spread.device.type in ("cpu", "cuda")
-    assert pt.generate(spread, ["ab"], from_words(spread, "some words", 5), max_new_tokens=4)
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
@@ -204,26 +180,6 @@ def test_training_together_resumes_with_the_same_losses(
     with pytest.raises(RuntimeError, match="killed"):
         pt.train(config, examples=EXAMPLES, on_event=stop)
     assert losses(pt.train(config, examples=EXAMPLES, resume=True).events) == whole
-
-
-# --- mistakes --------------------------------------------------------------------------------------------------------
-
-
-def test_mistakes_are_reported(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown quantization 'int3'"):
-        load_backbone(folder, device="cpu", quantize="int3")
-    with pytest.raises(ConfigError, match="cannot be combined with device_map or an adapter"):
-        load_backbone(folder, quantize="int8", device_map="auto")
-    with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
-        load_backbone(folder, device="cpu", adapter=tmp_path)
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    (pickled / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(BackboneError, match=r"adapter_model\.safetensors"):
-        load_backbone(folder, device="cpu", adapter=pickled)
-    with pytest.raises(ConfigError, match="adapter_rank = 2, but a backbone has one adapter"):
-        load_backbone(folder, device="cpu", adapter=pickled, adapter_rank=2)
 
 
 @pytest.mark.parametrize(

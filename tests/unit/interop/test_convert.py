@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prefixtune.backbone.prefixes import load_prefix, make_header, trained_adapter
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
 from prefixtune.errors import ConfigError
 from prefixtune.interop.peft import export_peft
@@ -44,18 +44,6 @@ def convert(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any
     assert main(["convert", *map(str, words), "--json"]) == 0
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
     return printed
-
-
-def test_no_length_of_a_table_makes_a_file_look_like_a_pickle(
-    prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, starts = tmp_path / "p.safetensors", set()
-    for more in range(0, 256, 8):
-        save_prefix(path, Prefix(prefix.layers, {**prefix.header, "note": "a" * more}))
-        starts.add(path.read_bytes()[0])
-        assert convert(capsys, path, tmp_path / "new.safetensors", "--to", "prefixtune")["from"] == "prefixtune"
-    # With which pickles begin.
-    assert 0x80 in starts
 
 
 def test_there_and_back(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,12 +136,3 @@ def test_a_prefix_is_not_stored_away_from_its_adapter(
     assert not new.exists()
     convert(capsys, path, tmp_path / "run" / "p.safetensors", "--to", "prefixtune")
     assert adapted.save_pretrained(tmp_path / "run") == path
-
-
-def test_an_adapter_that_is_not_there_is_asked_for(prefix: Prefix, tmp_path: Path) -> None:
-    adapted = Prefix(prefix.layers, {**prefix.header, "adapter": "adapter-2"})
-    with pytest.raises(ConfigError, match="'adapter-2', and there is no such folder") as caught:
-        trained_adapter([adapted], [adapted])
-    assert "adapter=RUN/adapter-N" in caught.value.hint
-    (tmp_path / "adapter-2").mkdir()
-    assert trained_adapter([tmp_path / "prefix.safetensors"], [adapted]) == str(tmp_path / "adapter-2")

@@ -168,11 +168,6 @@ def test_whoever_has_no_key_of_vllms_is_refused(app: FakeVLLM, training: Trainin
     assert ask(app, "GET", "/train").status == 200
 
 
-def test_without_a_training_server_vllm_answers(app: FakeVLLM):
-    app.status, app.reply = 404, {"detail": "Not Found"}
-    assert ask(app, "GET", "/v1/files").status == 404
-
-
 def test_a_training_server_that_does_not_run_is_503(app: FakeVLLM, tmp_path: Path):
     app.options["training_socket"] = str(tmp_path / "none")
     response = ask(app, "GET", "/v1/files")
@@ -208,14 +203,3 @@ def test_a_path_is_passed_on_as_it_was_checked(app: FakeVLLM, training: Training
 )
 def test_what_is_about_training(method: str, path: str, expected: bool):
     assert is_about_training({"method": method, "headers": []}, path) is expected
-
-
-def test_pages_of_other_origins_may_not_delete(app: FakeVLLM):
-    asked = {"method": "OPTIONS", "headers": [(b"access-control-request-method", b"DELETE")]}
-    assert is_about_training(asked, "/v1/models/a")
-
-
-def test_a_head_has_no_body(app: FakeVLLM, training: Any):
-    response = ask(app, "HEAD", "/v1/models/a/file")
-    assert (response.status, response.body, response.ended) == (200, b"", True)
-    assert int(response.headers["content-length"]) > 0
