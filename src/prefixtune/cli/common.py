@@ -8,32 +8,15 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import Field
 
 from prefixtune.errors import ConfigError, did_you_mean
-from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
 
-__all__ = ["MetricNames", "PathText", "check_metrics", "format_score", "print_event", "print_json", "show_scores"]
+__all__ = ["PathText", "check_metrics", "format_score", "print_event", "print_json", "show_scores"]
 
 
-def _check_named(names: tuple[str, ...]) -> tuple[str, ...]:
-    if not names:
-        raise ValueError("names no metric")
-    return names
-
-
-MetricNames = Annotated[CommaList[str], AfterValidator(_check_named)]
-"""The names of `--metrics`; whether there are such metrics depends on the task."""
-
-
-def _check_path(text: str) -> str:
-    if not text:
-        raise ValueError("is empty, but must name a file or a folder")
-    return text
-
-
-PathText = Annotated[str, AfterValidator(_check_path)]
+PathText = Annotated[str, Field(min_length=1)]
 """A path that, left out, means something else: an empty one, as of a shell's variable that is not set, is refused."""
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import MetricNames, PathText, check_metrics, print_json, show_scores
+from prefixtune.cli.common import PathText, check_metrics, print_json, show_scores
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
 from prefixtune.cli.loading import Artifact, columns_as_trained, find_artifact, load_artifact, split_joined
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
+from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class EvaluateOptions(DecodingOptions, OutputOptions):
         None, description="where the examples of --shots come from", json_schema_extra={"metavar": "PATH"}
     )
     instruction: str = Field("", description="ask the bare model in words, in its chat template where it has one")
-    metrics: MetricNames = Field(
+    metrics: CommaList[str] = Field(
         (), description="such as bleu,nist,meteor (default: the task's)", json_schema_extra={"metavar": "NAMES"}
     )
     intervals: bool = Field(False, description="also give 95 % bootstrap intervals")

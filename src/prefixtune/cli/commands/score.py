@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import MetricNames, check_metrics, format_score, print_json, show_scores
+from prefixtune.cli.common import check_metrics, format_score, print_json, show_scores
 from prefixtune.cli.options import CommandOptions, command, form_option, json_option
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.config import FormName
+from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ScoreOptions(CommandOptions):
     against: str | None = Field(
         None, description="outputs of a second system: test the difference", json_schema_extra={"metavar": "FILE"}
     )
-    metrics: MetricNames = Field(
+    metrics: CommaList[str] = Field(
         (), description="such as bleu,nist (default: those of the protocol)", json_schema_extra={"metavar": "NAMES"}
     )
     protocol: Literal["", "e2e", "webnlg", "dart", "summarization", "plain"] = Field(

@@ -75,39 +75,22 @@ def train(options: TrainOptions) -> int:
 
     console = Console(quiet=options.quiet or not is_main_process())
     if options.together:
-        return _train_together(options, console)
-    config = options.part(TrainConfig)
-    result = run_training(console, config, resume=options.resume, as_json=options.as_json)
-    if not is_main_process():
-        return 0
-    if options.as_json:
-        print_json({"event": "result", "path": str(result.path), "file_bytes": result.path.stat().st_size})
-        return 0
-    best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
-    stored = result.num_trained if result.prefix is None else result.prefix.num_parameters
-    print(f"{result.path}: {stored:,} parameters, {result.path.stat().st_size:,} bytes{best}")
-    if result.prefix is None:
-        console.info(f"score it: prefixtune evaluate --run {config.output} --data FILE")
+        # Each is configured by its file; the other options apply to all.
+        configs = [TrainConfig.from_file(path, **options.given(TrainConfig)) for path in options.together]
+        results = run_training_together(console, configs, resume=options.resume, as_json=options.as_json)
     else:
-        console.info(f'try it: prefixtune generate --prefix {result.path} "..."')
-    return 0
-
-
-def _train_together(options: TrainOptions, console: Console) -> int:
-    """Train several runs in one process, each configured by a file; other options apply to all.
-
-    Raises:
-        ConfigError: A file does not go with the options; all faults at once.
-    """
-    from prefixtune.training.distributed import is_main_process
-
-    given = options.given(TrainConfig)
-    configs = [TrainConfig.from_file(path, **given) for path in options.together]
-    results = run_training_together(console, configs, resume=options.resume, as_json=options.as_json)
+        configs = [options.part(TrainConfig)]
+        results = [run_training(console, configs[0], resume=options.resume, as_json=options.as_json)]
     for config, result in zip(configs, results, strict=True) if is_main_process() else ():
+        size = result.path.stat().st_size
         if options.as_json:
-            print_json({"event": "result", "run": config.output, "path": str(result.path)})
+            print_json({"event": "result", "run": config.output, "path": str(result.path), "file_bytes": size})
             continue
         best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
-        print(f"{result.path}: {result.num_trained:,} parameters trained{best}")
+        stored = result.num_trained if result.prefix is None else result.prefix.num_parameters
+        print(f"{result.path}: {stored:,} parameters, {size:,} bytes{best}")
+        if result.prefix is None:
+            console.info(f"score it: prefixtune evaluate --run {config.output} --data FILE")
+        else:
+            console.info(f'try it: prefixtune generate --prefix {result.path} "..."')
     return 0
