@@ -122,11 +122,15 @@ def _figures(
 ) -> dict[str, Any]:
     """Everything that the demo shows, as JSON."""
     assert result.prefix is not None
+    exact = [
+        sum(output in example.targets for output, example in zip(one.outputs, held_out, strict=True))
+        for one in (before, after)
+    ]
     return {
         "bleu_before": round(before.scores["bleu"].score, 2),
         "bleu_after": round(after.scores["bleu"].score, 2),
-        "exact_before": _count_exact(before.outputs, held_out),
-        "exact_after": _count_exact(after.outputs, held_out),
+        "exact_before": exact[0],
+        "exact_after": exact[1],
         "held_out": len(held_out),
         "backbone_parameters": backbone.num_parameters,
         "trained_parameters": result.num_trained,
@@ -139,11 +143,6 @@ def _figures(
             for example, old, new in list(zip(held_out, before.outputs, after.outputs, strict=True))[:4]
         ],
     }
-
-
-def _count_exact(outputs: Sequence[str], examples: Sequence[Example]) -> int:
-    """The number of outputs that are exactly one of the references."""
-    return sum(output in example.targets for output, example in zip(outputs, examples, strict=True))
 
 
 def _show(console: Console, figures: Mapping[str, Any]) -> None:

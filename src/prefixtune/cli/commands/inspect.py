@@ -84,26 +84,26 @@ def _list(options: InspectOptions, folder: Path) -> int:
             hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
         )
     broken = [row for row in rows if "error" in row]
-    good = [row for row in rows if "error" not in row]
     if options.as_json:
         print_json({"folder": str(folder), "prefixes": rows})
         return 1 if broken else 0
+    good = [
+        [
+            row["name"],
+            row["file_bytes"],
+            row["method"],
+            row["backbone"],
+            _format_lengths(row["prefix_length"]),
+            row["task"],
+        ]
+        for row in rows
+        if "error" not in row
+    ]
     console = Console(quiet=options.quiet)
-    columns = ("name", "bytes", "method", "backbone", "length", "task")
-    shown = [{**row, "bytes": row["file_bytes"], "length": _format_lengths(row["prefix_length"])} for row in good]
-    console.table(
-        f"{len(good)} of {len(rows)} files in {folder}",
-        columns,
-        [[row[name] for name in columns] for row in shown],
-        result=True,
-    )
+    columns = ["name", "bytes", "method", "backbone", "length", "task"]
+    console.table(f"{len(good)} of {len(rows)} files in {folder}", columns, good, result=True)
     if broken:
-        console.table(
-            "broken files",
-            ["name", "why"],
-            [[row["name"], row["error"]] for row in broken],
-            result=True,
-        )
+        console.table("broken files", ["name", "why"], [[row["name"], row["error"]] for row in broken], result=True)
     return 1 if broken else 0
 
 
@@ -120,37 +120,29 @@ def _artifacts(folder: Path) -> list[Path]:
 
 def _row(folder: Path, path: Path) -> dict[str, Any]:
     """The row of a file in the list; the whole file is read and checked, as when it is used."""
+    from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.header import backbone_origin
+    from prefixtune.training.artifact import load_weights
+    from prefixtune.training.folder import WEIGHTS_FILE
 
     row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
     try:
         row["file_bytes"] = path.stat().st_size
-        header, facts = _read(path)
-    except PrefixError as error:
-        return {**row, "error": error.message}
-    except OSError as error:
-        return {**row, "error": f"it cannot be read: {error.strerror or error}."}
+        if path.name == WEIGHTS_FILE:
+            tensors, header = load_weights(path)
+            row |= {"parameters": sum(tensor.numel() for tensor in tensors.values()), "prefix_length": {}}
+        else:
+            prefix = load_prefix(path)
+            header = prefix.header
+            row |= {"parameters": prefix.num_parameters, "prefix_length": prefix.lengths}
+    except (PrefixError, OSError) as error:
+        return {**row, "error": str(error)}
     return {
         **row,
-        **facts,
         "method": header.get("method", "prefix"),
         "backbone": backbone_origin(header).name or None,
         "task": header.get("task"),
     }
-
-
-def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """The header and the sizes of a prefix, or of the weights of another method."""
-    from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.training.artifact import load_weights
-    from prefixtune.training.folder import WEIGHTS_FILE
-
-    if path.name == WEIGHTS_FILE:
-        tensors, header = load_weights(path)
-        return header, {"parameters": sum(tensor.numel() for tensor in tensors.values()), "prefix_length": {}}
-    prefix = load_prefix(path)
-    lengths = prefix.lengths
-    return prefix.header, {"parameters": prefix.num_parameters, "prefix_length": lengths}
 
 
 def _format_lengths(lengths: Mapping[str, int]) -> str:
