@@ -47,7 +47,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
         description="also write each figure into this folder, as SVG, PDF, PNG, and its numbers as CSV",
         json_schema_extra={"metavar": "FOLDER"},
     )
-    views: CommaList[Literal["attention", "loss", "nearest", "description", "likeness", "start"]] = Field(
+    views: CommaList[Literal["attention", "loss", "nearest", "description"]] = Field(
         (),
         description="only these, of attention,loss,nearest,description",
         json_schema_extra={"metavar": "NAMES"},
