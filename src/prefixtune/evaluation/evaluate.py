@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
@@ -17,10 +17,10 @@ from prefixtune.data.labels import Labels, check_known, labels_of
 from prefixtune.data.tasks.classification import label_names
 from prefixtune.data.tasks.records import as_examples
 from prefixtune.data.windows import is_text
-from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.evaluation.decode import Decoded, decode
 from prefixtune.evaluation.language import evaluate_texts
-from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, accuracy, macro_f1, measure, span_f1
+from prefixtune.evaluation.metrics import accuracy, macro_f1, measure, metric_names, span_f1
 from prefixtune.evaluation.records import Evaluation, score_groups
 from prefixtune.inference.classify import classify, tag
 from prefixtune.inference.config import GenerateConfig
@@ -30,8 +30,6 @@ from prefixtune.utils.console import show_batches
 
 __all__ = ["check_examples", "check_kind", "evaluate"]
 
-_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
-
 
 def evaluate(
     backbone: BackboneLike,
@@ -40,7 +38,7 @@ def evaluate(
     *,
     text_format: TextFormatLike | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
-    kind: str = "generation",
+    kind: TaskKind = "generation",
     labels: Labels | None = None,
     protocol: str = "plain",
     metrics: str | Sequence[str] | None = ("bleu",),
@@ -86,8 +84,11 @@ def evaluate(
     decoding = GenerateConfig.from_arguments(config, options)
     examples = as_examples(examples)
     chosen_format = as_text_format(text_format)
-    task_kind = _as_kind(kind)
     check_examples(examples, protocol)
+    try:
+        names = metric_names(protocol, metrics)
+    except ValueError as error:
+        raise ConfigError(f"{error}.", hint="choose another name.") from error
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
     truncated: list[int] = []
@@ -97,15 +98,15 @@ def evaluate(
         if on_cut is not None:
             on_cut(indices)
 
-    _check_given(labels, prefix)
+    if labels is not None and prefix is not None:
+        raise ConfigError("labels are given, but a prefix has its own.", hint="leave them out.")
     labels = labels or labels_of(prefix)
-    check_kind(task_kind, labelled=labels is not None, intervals=intervals, has_prefix=prefix is not None)
+    check_kind(kind, labelled=labels is not None, intervals=intervals, has_prefix=prefix is not None)
     if labels is not None:
         check_known(examples, labels)
-    if labels is None and task_kind != "generation":
+    if labels is None and kind != "generation":
         names_of_examples = label_names(examples)
-        labels = Labels(task_kind, "words", names_of_examples, names_of_examples)
-    names = [] if labels is not None else _check_names(protocol, metrics)
+        labels = Labels(kind, "words", names_of_examples, names_of_examples)
     predicts_texts = labels is None and all(is_text(example) for example in examples)
     with show_batches("evaluating", len(examples), on_batch, progress) as show:
         if labels is not None:
@@ -190,36 +191,6 @@ def check_kind(kind: TaskKind, *, labelled: bool, intervals: bool, has_prefix: b
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
     if intervals and (labelled or kind != "generation"):
         raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
-
-
-def _check_given(labels: Labels | None, prefix: Prefix | None) -> None:
-    if labels is not None and not isinstance(labels, Labels):
-        raise ConfigError(
-            f"labels is {describe_value(labels)}, but must be `Labels`.",
-            hint="write labels_in(header) for other weights; the bare model takes those of the examples.",
-        )
-    if labels is not None and prefix is not None:
-        raise ConfigError("labels are given, but a prefix has its own.", hint="leave them out.")
-
-
-def _as_kind(kind: str) -> TaskKind:
-    for known in _KINDS:
-        if kind == known:
-            return known
-    raise ConfigError(f"kind is {kind!r}, but must be one of {', '.join(_KINDS)}.", hint="leave it out for texts.")
-
-
-def _check_names(protocol: str, metrics: str | Sequence[str] | None) -> Sequence[str] | None:
-    """The names of the wanted metrics; None: the protocol's."""
-    names = (metrics,) if isinstance(metrics, str) else metrics
-    if names is not None and not isinstance(names, Sequence):
-        raise ConfigError(f"metrics is {describe_value(metrics)}, but must be a list of names.", hint='write ["bleu"].')
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"there is no protocol {protocol!r}.", hint=did_you_mean(protocol, PROTOCOLS))
-    for name in names or ():
-        if name not in METRICS:
-            raise ConfigError(f"there is no metric {name!r}.", hint=did_you_mean(name, METRICS))
-    return names
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------

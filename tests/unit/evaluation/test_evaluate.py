@@ -150,12 +150,10 @@ def test_intervals_hold_the_score_and_come_on_request(model: Any, fake_outputs: 
 
 def test_unknown_names_are_reported_before_anything_is_decoded(model: Any, fake_outputs: Make):
     requests = fake_outputs()
-    with pytest.raises(ConfigError, match="'blue'") as error:
+    with pytest.raises(ConfigError, match="'blue'"):
         evaluate(model, EXAMPLES, config=CONFIG, metrics=["ter", "blue"])
-    assert error.value.hint == "did you mean 'bleu'?"
-    with pytest.raises(ConfigError, match="'webnlgg'") as error:
+    with pytest.raises(ConfigError, match="'webnlgg'"):
         evaluate(model, EXAMPLES, config=CONFIG, protocol="webnlgg")
-    assert error.value.hint == "did you mean 'webnlg'?"
     assert requests == []
 
 

@@ -13,7 +13,7 @@ from prefixtune.evaluation.metrics.base import Score, Unavailable
 from prefixtune.evaluation.metrics.classification import accuracy, macro_f1, span_f1
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.evaluation.metrics.registry import METRICS
-from prefixtune.evaluation.metrics.scoring import compare, compute, measure
+from prefixtune.evaluation.metrics.scoring import compare, compute, measure, metric_names
 from prefixtune.evaluation.metrics.significance import Comparison, Measurement, bootstrap, randomize
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "compute",
     "macro_f1",
     "measure",
+    "metric_names",
     "randomize",
     "span_f1",
 ]

@@ -11,7 +11,7 @@ from prefixtune.evaluation.metrics.registry import METRICS, Metric
 from prefixtune.evaluation.metrics.significance import Comparison, Measurement, randomize
 from prefixtune.evaluation.metrics.texts import Texts
 
-__all__ = ["compare", "compute", "measure"]
+__all__ = ["compare", "compute", "measure", "metric_names"]
 
 
 def measure(
@@ -38,14 +38,7 @@ def measure(
         Unavailable: (a ValueError) Something that a metric needs is missing on this machine, or it cannot read the
             references.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(_unknown("protocol", protocol, PROTOCOLS))
-    if isinstance(metrics, str):
-        metrics = (metrics,)
-    names = list(dict.fromkeys(PROTOCOLS[protocol].metrics if metrics is None else metrics))
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(_unknown("metric", name, METRICS))
+    names = metric_names(protocol, metrics)
     texts = Texts(PROTOCOLS[protocol], hypotheses, references)
     measured = {}
     for name in names:
@@ -59,6 +52,21 @@ def measure(
             continue
         measured[name] = Measurement(metric.title, metric.higher_is_better, statistics, _remeasure(metric, texts))
     return measured
+
+
+def metric_names(protocol: str, metrics: str | Iterable[str] | None) -> list[str]:
+    """The names of the wanted metrics, each once; None: the protocol's.
+
+    Raises:
+        ValueError: There is no such protocol or metric.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(_unknown("protocol", protocol, PROTOCOLS))
+    wanted = PROTOCOLS[protocol].metrics if metrics is None else (metrics,) if isinstance(metrics, str) else metrics
+    for name in wanted:
+        if name not in METRICS:
+            raise ValueError(_unknown("metric", name, METRICS))
+    return list(dict.fromkeys(wanted))
 
 
 def compute(
