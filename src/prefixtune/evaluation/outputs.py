@@ -29,7 +29,7 @@ class Output(NamedTuple):
 
 
 def read_outputs(path: Path) -> list[Output]:
-    """The outputs of a file: its lines, also blank ones, or of `.jsonl` the values of `output`.
+    """The outputs of a file: its lines, also blank ones, or of `.jsonl` (or standard input) the values of `output`.
 
     Raises:
         DataError: It cannot be read, or a row has no output.
@@ -39,7 +39,7 @@ def read_outputs(path: Path) -> list[Output]:
         text = whole_text(file, shown(path), MAX_FILE_BYTES)
     if not text:
         raise empty_file(path, "one output")
-    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
+    if path.name.lower().removesuffix(".gz").endswith(".jsonl") or text.lstrip().startswith('{"output":'):
         return [_as_output(row) for row in json_lines(text.split("\n"), shown(path))]
     # Only "\n" ends a line; the one after the last line adds no empty output.
     return [Output(line.removesuffix("\r")) for line in text.removesuffix("\n").split("\n")]

@@ -157,21 +157,25 @@ def read_results(path: Path) -> Run:
             "and an evaluation an evaluation.json.",
             hint="give a folder that `prefixtune train` or `prefixtune evaluate --output` wrote.",
         )
+    config = _config(path / "config.toml") if (path / "config.toml").is_file() else {}
+    events = tuple(_events(log)) if log.is_file() else ()
+    # The log names the backbone that was used; one given as an object may be another than the configuration's.
+    used = next((event.get("backbone") for event in events if event.get("event") == "start"), None)
+    trained = [path / name for name in ("prefix.safetensors", "weights.safetensors") if (path / name).is_file()]
+    return Run(
+        path=path,
+        config={**config, "backbone": used} if config and isinstance(used, str) else config,
+        events=events,
+        evaluation=_evaluation(scores) if scores.is_file() else None,
+        file_bytes=trained[0].stat().st_size if trained and events else None,
+    )
+
+
+def _config(path: Path) -> dict[str, Any]:
     try:
-        config = tomllib.loads(_text(path / "config.toml")) if (path / "config.toml").is_file() else {}
-        events = tuple(_events(log)) if log.is_file() else ()
-        # The log names the backbone that was used; one given as an object may be another than the configuration's.
-        used = next((event.get("backbone") for event in events if event.get("event") == "start"), None)
-        trained = [path / name for name in ("prefix.safetensors", "weights.safetensors") if (path / name).is_file()]
-        return Run(
-            path=path,
-            config={**config, "backbone": used} if config and isinstance(used, str) else config,
-            events=events,
-            evaluation=_evaluation(scores) if scores.is_file() else None,
-            file_bytes=trained[0].stat().st_size if trained and events else None,
-        )
+        return tomllib.loads(_text(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"a file of {str(path)!r} is broken: {error}", hint=_WRITE_AGAIN) from error
+        raise DataError(f"{str(path)!r}: {error}", hint="correct the line.") from error
 
 
 def _text(path: Path) -> str:
@@ -207,5 +211,5 @@ def _evaluation(path: Path) -> Evaluation:
             raise DataError(f"line {number} of {str(stored)!r}: {error}", hint=_WRITE_AGAIN) from error
     try:
         return Evaluation.model_validate({**json.loads(_text(path)), "outputs": outputs})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{str(path)!r}: {error}", hint=_WRITE_AGAIN) from error

@@ -351,7 +351,7 @@ def damaged(folder: Path, name: str, text: str) -> Path:
         (lambda f: evaluation(f, scores={"bleu": {"score": 1, "interval": [1]}}), "scores.bleu.interval"),
         (lambda f: damaged(evaluation(f), "outputs.jsonl", '{"number": 1}\n{"num\n'), "line 2 of .*outputs.jsonl"),
         (lambda f: damaged(training(f), "events.jsonl", '{"event"\n{"event": "end"}\n'), "line 1 of .*events.jsonl"),
-        (lambda f: damaged(training(f), "config.toml", "= 1"), "broken"),
+        (lambda f: damaged(training(f), "config.toml", "= 1"), "config.toml"),
     ],
 )
 def test_broken_folders_are_named_with_a_way_out(make: Any, named: str, tmp_path: Path) -> None:
