@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
 from prefixtune.prefix.chat_format import render_chat
 from prefixtune.prefix.header import backbone_origin
+from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, read_text_format
 
@@ -91,11 +93,12 @@ class PrefixLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if prompt_format not in ("raw", "prefix"):
             raise ConfigError(f"prompt_format is {short_repr(prompt_format)}, but must be 'raw' or 'prefix'.")
-        read = None if prefix is None else load_prefix(prefix)
+        file = prefix if prefix is None or isinstance(prefix, Prefix) else prefix_file(prefix)
+        read = None if file is None else load_prefix(file)
         if backbone is None:
             backbone = (read is not None and backbone_origin(read.header).name) or DEFAULT_BACKBONE
-        if isinstance(backbone, str):
-            adapter = None if prefix is None or read is None else trained_adapter([prefix], [read])
+        if isinstance(backbone, str | Path):
+            adapter = None if file is None or read is None else trained_adapter([file], [read])
             self.backbone = load_backbone(backbone, dtype=dtype, device=device, adapter=adapter)
         else:
             self.backbone = as_backbone(backbone)
