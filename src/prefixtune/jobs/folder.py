@@ -4,8 +4,6 @@
     jobs/ftjob-.../            a job: its events, its run and, until it has ended, its inputs
     workers/NAME.lock          held by a worker as long as it lives
     jobs.sqlite                the queue, where no other database is named
-    database.sha256            of which database knows these jobs
-    folder.id                  made with the folder; the database knows whose jobs it has
 
 Several machines that serve and train share this folder and the folder of prefixes.
 """
