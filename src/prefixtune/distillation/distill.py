@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,10 @@ from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, check_output, read_jobs
-from prefixtune.distillation.lesson import Lesson
 from prefixtune.distillation.memory import Teachers, check_student
-from prefixtune.distillation.outcome import report
-from prefixtune.distillation.phases import label_data, prepare
+from prefixtune.distillation.outcome import report, training_seconds
+from prefixtune.distillation.phases import Lesson, label_data, prepare
 from prefixtune.distillation.plan import Plan, make_plan
-from prefixtune.distillation.stored import write_seconds
 from prefixtune.distillation.wording import Wording, choose_wording
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.geometry import spell_lengths
@@ -117,7 +114,7 @@ def distill(
     if resume:
         stored_distillation(config.output)
     console = Console(quiet=not progress)
-    jobs = read_jobs(config, resume=resume, loads_backbone=backbone is None)
+    jobs = read_jobs(config, resume=resume)
     config = _with_lengths(config)
     if backbone is None:
         student = _load(config, console)
@@ -187,7 +184,7 @@ def _train(
     *,
     resume: bool,
 ) -> Iterator[TrainResult]:
-    """Train all memories; those of several documents share passes, whose time is divided among them."""
+    """Train all memories; those of several documents share passes."""
     waiting = {lesson.run.output: lesson for lesson in lessons}
 
     def teach(run: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
@@ -201,7 +198,7 @@ def _train(
     for first in range(0, len(lessons), size if together else 1):
         group = lessons[first : first + (size if together else 1)]
         examples = [lesson.examples for lesson in group]
-        with _timed(group), show_training(console, num_runs=len(group)) as show:
+        with show_training(console, num_runs=len(group)) as show:
 
             def record(event: Event, show: Callable[[Event], None] = show) -> None:
                 show(event)
@@ -217,20 +214,6 @@ def _train(
         yield from results
 
 
-@contextlib.contextmanager
-def _timed(group: Sequence[Lesson]) -> Iterator[None]:
-    """Count the training's seconds, without those of the labels, and keep them, also when it is stopped."""
-    labels = sum(lesson.seconds.get("labels", 0.0) for lesson in group)
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        took = time.monotonic() - started - sum(lesson.seconds.get("labels", 0.0) for lesson in group) + labels
-        for lesson in group:
-            lesson.seconds["training"] = lesson.seconds.get("training", 0.0) + took / len(group)
-            write_seconds(lesson.job, lesson.seconds)
-
-
 def _finish(
     config: DistillConfig,
     lesson: Lesson,
@@ -240,6 +223,7 @@ def _finish(
 ) -> DistillResult:
     """Report on a memory, and keep the report in its folder."""
     assert result.prefix is not None
+    lesson.seconds["training"] = training_seconds(result.events)
     figures = report(config, lesson, student, result.prefix, result.path, console)
     write_text(lesson.job.output / REPORT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return DistillResult(lesson.job.name, result.prefix, result.path, figures)

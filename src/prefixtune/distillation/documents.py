@@ -87,12 +87,7 @@ def read_document(path: Path) -> str:
     Raises:
         DataError: It is missing, empty, too large or not text.
     """
-    try:
-        return read_text(path, max_bytes=MAX_DOCUMENT_BYTES, needed="some words").strip()
-    except DataError as error:
-        if "is empty" in error.message:
-            raise DataError(f"the document {str(path)!r} is empty.", hint="check that it is complete.") from error
-        raise
+    return read_text(path, max_bytes=MAX_DOCUMENT_BYTES, needed="some words").strip()
 
 
 def questions_file(path: str, document: Path, several: bool) -> Path:

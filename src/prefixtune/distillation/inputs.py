@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import SplitName
 from prefixtune.data.folders import locate
 from prefixtune.data.registry import TASKS, form_that_fits, read_task, resolve_task
-from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.documents import (
-    MAX_DOCUMENT_BYTES,
     Question,
     find_documents,
     questions_file,
     read_document,
     read_questions,
 )
-from prefixtune.distillation.teacher import check_teacher
-from prefixtune.errors import ConfigError, DataError, check_all
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.beside import SELF as ALL_OTHERS
-from prefixtune.training.checks import early_checks
-from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.folder import check_unused
 from prefixtune.utils.files import check_writable
 
@@ -60,24 +54,17 @@ class Job:
         return bool(self.questions) and all(question.answer is not None for question in self.questions)
 
 
-def read_jobs(config: DistillConfig, *, resume: bool, loads_backbone: bool) -> list[Job]:
-    """Read the files, and report every mistake that can be found before a model loads.
+def read_jobs(config: DistillConfig, *, resume: bool) -> list[Job]:
+    """Read the files: one job per memory.
 
     Raises:
-        PrefixError: The only mistake; of several, a `ConfigError` that lists them.
+        ConfigError: The folder holds a run already, or an option does not go with what was read.
+        DataError: A file cannot be read.
     """
-    jobs: list[Job] = []
-    # The text to start from is read with the documents.
-    run = config.replace(initialization="words") if config.initialization == "text" else config
-    check_all(
-        [
-            *([] if resume else [partial(check_output, Path(config.output))]),
-            partial(_read, config, jobs, resume),
-            partial(check_writable, Path(config.output) / CONFIG_FILE),
-            partial(check_teacher, config, loads_backbone=loads_backbone),
-            *early_checks(run, SINGLE_PROCESS, has_dev=False, loads_backbone=loads_backbone, together=True),
-        ]
-    )
+    if not resume:
+        check_output(Path(config.output))
+    check_writable(Path(config.output) / CONFIG_FILE)
+    jobs = _read_documents(config, resume=resume) if config.subject == "document" else [_read_inputs_alone(config)]
     if config.beside == ALL_OTHERS and (len(jobs) == 1 or config.adapter):
         why = "an adapter is loaded" if config.adapter else "there is only one document"
         raise ConfigError(
@@ -101,35 +88,36 @@ def check_output(folder: Path) -> None:
         )
 
 
-def _read(config: DistillConfig, jobs: list[Job], resume: bool) -> None:
-    output = Path(config.output)
-    if config.subject != "document":
-        text, questions, test = _all(
-            lambda: _read_prompt(config.prompt) if config.prompt else "",
-            lambda: _read_inputs(config, config.data, "train"),
-            lambda: _read_inputs(config, config.test, "test"),
-        )
-        jobs.append(Job("", output, config.prompt, text, tuple(questions[: config.limit or None]), tuple(test)))
-        return
+def _read_inputs_alone(config: DistillConfig) -> Job:
+    """A prompt, or a teacher alone, with its inputs."""
+    text = read_document(Path(config.prompt)) if config.prompt else ""
+    questions = _read_inputs(config, config.data, "train")[: config.limit or None]
+    test = _read_inputs(config, config.test, "test")
+    return Job("", Path(config.output), config.prompt, text, tuple(questions), tuple(test))
+
+
+def _read_documents(config: DistillConfig, *, resume: bool) -> list[Job]:
+    """A document, or those of a folder, each with its questions."""
     files = find_documents(config.document)
     several = Path(config.document).is_dir()
-    found: dict[Path, Job] = {}
-
-    def read(file: Path) -> None:
-        def rows(path: str) -> list[Question]:
-            return read_questions(questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else []
-
-        text, questions, test = _all(
-            lambda: read_document(file), lambda: rows(config.questions), lambda: rows(config.test)
+    jobs: list[Job] = []
+    for file in files:
+        folder = Path(config.output) / (file.stem if several else "")
+        if several and not resume:
+            check_unused(folder)
+        questions, test = (
+            read_questions(questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else []
+            for path in (config.questions, config.test)
         )
         name = file.stem if several else ""
-        questions = tuple(questions[: config.limit or None])
-        found[file] = Job(name, output / name, str(file), text, questions, tuple(test))
+        chosen = tuple(questions[: config.limit or None])
+        jobs.append(Job(name, folder, str(file), read_document(file), chosen, tuple(test)))
+    _check_answers(config, jobs)
+    return jobs
 
-    # A document's own folder in that of the run must be free as well.
-    unused = [partial(check_unused, output / file.stem) for file in files if several and not resume]
-    check_all([*(partial(read, file) for file in files), *unused])
-    jobs.extend(found[file] for file in files)
+
+def _check_answers(config: DistillConfig, jobs: Sequence[Job]) -> None:
+    """Refuse answers that only some questions have, and a teacher where there are answers."""
     answered = [job for job in jobs if job.answered]
     if answered and len(answered) < len(jobs):
         other = next(job for job in jobs if not job.answered)
@@ -140,8 +128,7 @@ def _read(config: DistillConfig, jobs: list[Job], resume: bool) -> None:
     unanswered = [job for job in answered if any(question.answer is None for question in job.test)]
     if unanswered:
         raise DataError(
-            f"the questions{' of ' + repr(unanswered[0].name) if several else ''} have answers, but those of --test "
-            f"({config.test!r}) have none: nothing could be compared with them.",
+            f"the questions have answers, but those of --test ({config.test!r}) have none: nothing could be compared.",
             hint="give them answers, or leave --test out.",
         )
     if answered and config.teacher:
@@ -149,26 +136,6 @@ def _read(config: DistillConfig, jobs: list[Job], resume: bool) -> None:
             f"teacher is {config.teacher!r}, but the questions have answers already.",
             hint="leave --teacher out, or give questions without answers.",
         )
-
-
-def _all(*readers: Callable[[], Any]) -> list[Any]:
-    """What the readers return; what is wrong with several files is said at once."""
-    results: list[Any] = [None] * len(readers)
-
-    def read(index: int) -> None:
-        results[index] = readers[index]()
-
-    check_all([partial(read, index) for index in range(len(readers))])
-    return results
-
-
-def _read_prompt(path: str) -> str:
-    try:
-        return read_text(Path(path), max_bytes=MAX_DOCUMENT_BYTES, needed="some words").strip()
-    except DataError as error:
-        if "is empty" in error.message:
-            raise DataError(f"the prompt {path!r} is empty.", hint="check that it is complete.") from error
-        raise
 
 
 def _read_inputs(config: DistillConfig, path: str, split: SplitName) -> list[Question]:

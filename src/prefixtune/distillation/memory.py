@@ -11,9 +11,8 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, read_jobs
-from prefixtune.distillation.lesson import Lesson
-from prefixtune.distillation.outcome import describe
-from prefixtune.distillation.phases import label_data, prepare
+from prefixtune.distillation.outcome import describe, training_seconds
+from prefixtune.distillation.phases import Lesson, label_data, prepare
 from prefixtune.distillation.plan import make_plan
 from prefixtune.distillation.teacher import Teacher, load_teacher
 from prefixtune.distillation.wording import check_view, choose_wording
@@ -56,7 +55,7 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
         DataError: A document or questions cannot be read, or do not fit.
         BackboneError: The teacher has another tokenizer, or the backbone cannot do the job.
     """
-    jobs = read_jobs(config, resume=True, loads_backbone=False)
+    jobs = read_jobs(config, resume=True)
     if len(jobs) != 1:
         raise ConfigError(f"{config.document!r} holds {len(jobs)} documents.", hint="give one document.")
     check_student(config, student, jobs)
@@ -89,8 +88,8 @@ def _rows_in_view(config: DistillConfig, student: Backbone, chunks: Sequence[str
 
 def _describe(config: DistillConfig, lesson: Lesson, student: Backbone, run: Run) -> None:
     """Keep what is known of a memory that is trained; others wait for no reading of it."""
-    seconds = {**lesson.seconds, "training": sum(event["seconds"] for event in run.events if event["event"] == "step")}
     path = lesson.job.output / PREFIX_FILE
+    seconds = {**lesson.seconds, "training": training_seconds(run.events)}
     figures = describe(config, lesson, student, read_artifact(path), path, seconds)
     figures["memory"] = path.name
     write_text(lesson.job.output / REPORT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")

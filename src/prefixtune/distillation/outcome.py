@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.lesson import TEACHER_FILE, Lesson, Views
+from prefixtune.distillation.phases import Lesson, Views
 from prefixtune.distillation.report import Reading, encode_taught, num_asked, read_test, recovered_share, text_bytes
-from prefixtune.distillation.teacher import TEST_LABELS_FILE, Teacher, stored_labels
+from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import Wording
-from prefixtune.errors import CheckpointError, DataError
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.folder import Event
 from prefixtune.utils.console import Console
 
-__all__ = ["describe", "report"]
+__all__ = ["describe", "report", "training_seconds"]
 
 
 def report(
@@ -39,6 +36,8 @@ def report(
     seconds = {**lesson.seconds, "report": time.monotonic() - started}
     figures = describe(config, lesson, student, memory, path, seconds)
     figures["held_out"] |= {name: reading.to_dict() for name, reading in readings.items()}
+    if lesson.reading:
+        figures["held_out"]["teacher"] = dict(lesson.reading)
     if bare is not None and own is not None:
         shares = {
             "loss": recovered_share(bare.loss, None if seen is None else seen.loss, own.loss),
@@ -46,6 +45,11 @@ def report(
         }
         figures["recovered"] = {name: round(share, 4) for name, share in shares.items() if share is not None}
     return figures
+
+
+def training_seconds(events: Sequence[Event]) -> float:
+    """What the steps of a run took, by its log."""
+    return float(sum(event["seconds"] for event in events if event["event"] == "step"))
 
 
 def describe(
@@ -102,12 +106,8 @@ def _teacher_name(config: DistillConfig, lesson: Lesson, student: Backbone) -> s
 def _readings(
     config: DistillConfig, lesson: Lesson, student: Backbone, memory: Prefix, console: Console
 ) -> dict[str, Reading]:
-    """How well the bare model, the model with the text in view, the teacher and the memory do."""
-    taught: list[TokenizedExample] = []
-    if lesson.taught:
-        encoded = encode_taught(student, lesson.taught, lesson.wording, config.prefix_length)
-        vocabulary = int(student.model.get_output_embeddings().weight.shape[0])
-        taught = stored_labels(lesson.job.output / TEST_LABELS_FILE, None, encoded, vocabulary) or []
+    """How well the bare model, the model with the text in view and the memory do."""
+    taught = lesson.labelled
     if not (lesson.test or taught):
         return {}
     own = Teacher(student, student.name)
@@ -138,27 +138,4 @@ def _readings(
                 batch_size=config.batch_size,
                 on_batch=lambda done, offset=offset: bar.update(offset + done),  # type: ignore[misc]
             )
-    kept = _kept_reading(lesson.job.output / TEACHER_FILE)
-    if kept is not None:
-        readings["teacher"] = kept
     return readings
-
-
-def _kept_reading(path: Path) -> Reading | None:
-    """How well another teacher reads, as it was kept while it was loaded; None: there is no such teacher.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        kept = json.loads(read_text(path))
-        loss, exact = kept.get("loss"), kept.get("exact")
-        if not (loss is None or 0 <= float(loss) < float("inf")) or not (exact is None or type(exact) is int):
-            raise ValueError("a figure is wrong")
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, DataError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} does not say how well the teacher reads.", hint="delete it: the report goes without it."
-        ) from error
-    return Reading(None if loss is None else float(loss), exact)

@@ -2,45 +2,94 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data import Example
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import KINDS, SELF, DistillConfig
 from prefixtune.distillation.documents import Question
-from prefixtune.distillation.lesson import TEACHER_FILE, Lesson, Views
-from prefixtune.distillation.plan import Plan, with_chunks
+from prefixtune.distillation.inputs import Job
+from prefixtune.distillation.plan import START_FILE, Plan, with_chunks
 from prefixtune.distillation.questioning import answer_questions, hold_out, make_questions
 from prefixtune.distillation.report import cut_unended, encode_taught, num_asked, read_test, target_endings
-from prefixtune.distillation.room import START_FILE
-from prefixtune.distillation.stored import (
-    check_sources,
-    read_prepared,
-    read_seconds,
-    with_answers,
-    write_prepared,
-    write_seconds,
-    write_sources,
-)
+from prefixtune.distillation.stored import Prepared, read_prepared, source_digest, write_prepared
 from prefixtune.distillation.teacher import (
     LABELS_FILE,
-    TEST_LABELS_FILE,
     Teacher,
     label_examples,
     store_labels,
     stored_labels,
     with_labels,
 )
-from prefixtune.distillation.wording import Wording
+from prefixtune.distillation.wording import Wording, in_view
 from prefixtune.errors import DataError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import write_text
 
-__all__ = ["label_data", "prepare"]
+__all__ = ["Lesson", "Views", "label_data", "prepare"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A memory that is ready to be trained.
+
+    Attributes:
+        job: What it is made of.
+        run: Its training.
+        wording: The text around questions and answers.
+        soft: The teacher's likeliest tokens are the labels; else the answers are.
+        chunks: The text in pieces that the teacher has in view; empty: there is no text.
+        questions: To train on, each with an answer.
+        test: Held out; answers are the given ones.
+        taught: Held out, with the teacher's answers; empty where the answers are the labels.
+        reading: How well a teacher that is not the student does on `test`; empty: there is none.
+        labelled: `taught` as tokens with the teacher's labels, as soon as these are made.
+        seconds: What each phase took.
+    """
+
+    job: Job
+    run: TrainConfig
+    wording: Wording
+    soft: bool
+    chunks: tuple[str, ...]
+    questions: tuple[Question, ...]
+    test: tuple[Question, ...]
+    taught: tuple[Question, ...]
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    labelled: list[TokenizedExample] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> list[Example]:
+        """The questions with their answers, to train on."""
+        return [Example(question.question, (question.answer or "",)) for question in self.questions]
+
+
+class Views:
+    """The pieces of a text in a teacher's view, computed when they are asked for."""
+
+    def __init__(self, teacher: Teacher, wording: Wording, chunks: Sequence[str]) -> None:
+        self._teacher, self._wording, self._chunks = teacher, wording, chunks
+
+    @cached_property
+    def pieces(self) -> list[Prefix]:
+        """One per piece of the text."""
+        return [in_view(self._teacher.backbone, self._wording, chunk) for chunk in self._chunks]
+
+    def of(self, questions: Sequence[Question]) -> list[Prefix | None]:
+        """What stands before each question."""
+        if not self._chunks:
+            return [self._teacher.prefix] * len(questions)
+        return [self.pieces[question.chunk] for question in questions]
 
 
 def prepare(
@@ -66,24 +115,23 @@ def prepare(
         DataError: No question could be made, or the teacher answers none.
     """
     job = plan.job
-    check_sources(config, job, student)
-    write_sources(config, job, student)
     if plan.excerpt:
         write_text(job.output / START_FILE, plan.excerpt)
-    seconds = read_seconds(job)
     if not plan.soft:
         questions = with_chunks(job.questions, plan.chunks)
-        return Lesson(job, plan.run, wording, False, plan.chunks, tuple(questions), plan.test, (), seconds)
-    prepared = read_prepared(job, len(plan.chunks))
+        return Lesson(job, plan.run, wording, False, plan.chunks, tuple(questions), plan.test, ())
+    digest, seconds = source_digest(config, job, student), dict[str, float]()
+    prepared = read_prepared(job.output, digest)
     if prepared is None:
         teacher = load()
         views = Views(teacher, wording, plan.chunks)
-        prepared = _make(config, plan, teacher, views, wording, seconds, console)
-        _keep_reading(plan, teacher, student, views, wording, config, console)
-        write_seconds(job, seconds)
-        write_prepared(job, *prepared)
-    questions, taught = prepared
-    return Lesson(job, plan.run, wording, True, plan.chunks, tuple(questions), plan.test, tuple(taught), seconds)
+        made = _make(config, plan, teacher, views, wording, seconds, console)
+        prepared = Prepared(*made, _read(plan, teacher, student, views, wording, config, console))
+        write_prepared(job.output, digest, prepared)
+    lesson = Lesson(
+        job, plan.run, wording, True, plan.chunks, tuple(prepared.questions), plan.test, tuple(prepared.taught)
+    )
+    return replace(lesson, reading=prepared.reading, seconds=seconds)
 
 
 def _make(
@@ -117,7 +165,7 @@ def _make(
                 f"{len(questions)} of {config.num_questions} questions{name} were made "
                 f"({', '.join(f'{kind} {counts[kind]}' for kind in KINDS if kind in config.kinds)})"
             )
-        seconds["questions"] = seconds.get("questions", 0.0) + time.monotonic() - started
+        seconds["questions"] = time.monotonic() - started
     else:
         questions = with_chunks(job.questions, chunks)
     # One that has several answers is there with each; the teacher is asked once.
@@ -140,10 +188,10 @@ def _make(
             batch_size=config.batch_size,
             on_batch=bar.update,
         )
-    seconds["answers"] = seconds.get("answers", 0.0) + time.monotonic() - started
+    seconds["answers"] = time.monotonic() - started
     written = iter(answers)
     complete = [(question.answer, True) if question.answer is not None else next(written) for question in asked]
-    made = with_answers(questions, complete[: len(questions)])
+    made = _with_answers(questions, complete[: len(questions)])
     if not made:
         raise DataError(
             f"the teacher {teacher.name!r} answers none of the {len(questions)} questions{name} with a word.",
@@ -157,10 +205,16 @@ def _make(
             f"{cut} of {len(made)} answers{name} are cut at {config.answer_length} tokens (--answer-length), and teach "
             "no end"
         )
-    return made, with_answers(held_out, complete[len(questions) :])
+    return made, _with_answers(held_out, complete[len(questions) :])
 
 
-def _keep_reading(
+def _with_answers(questions: Sequence[Question], answers: Sequence[tuple[str, bool]]) -> list[Question]:
+    """The questions with these answers, each with whether it ended by itself; those without a word are left out."""
+    pairs = zip(questions, answers, strict=True)
+    return [replace(question, answer=answer, ended=ended) for question, (answer, ended) in pairs if answer]
+
+
+def _read(
     plan: Plan,
     teacher: Teacher,
     student: Backbone,
@@ -168,16 +222,16 @@ def _keep_reading(
     wording: Wording,
     config: DistillConfig,
     console: Console,
-) -> None:
-    """How well another teacher than the student reads: measured while it is loaded, and kept."""
+) -> dict[str, Any]:
+    """How well another teacher than the student reads, measured while it is loaded; empty: there is none."""
     if teacher.backbone is student and teacher.prefix is None:
-        return
+        return {}
     test = plan.test
     with console.progress("the teacher's answers", num_asked(test)) as bar:
         reading = read_test(
             teacher, test, [], views.of(test), [], wording, batch_size=config.batch_size, on_batch=bar.update
         )
-    write_text(plan.job.output / TEACHER_FILE, json.dumps({"name": teacher.name, **reading.to_dict()}) + "\n")
+    return reading.to_dict()
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -195,19 +249,17 @@ def label_data(
     if not lesson.soft:
         return data
     started = time.monotonic()
-    folder = lesson.job.output
+    path = lesson.job.output / LABELS_FILE
     vocabulary = int(student.model.get_output_embeddings().weight.shape[0])
     examples = cut_unended(student, data.train.examples, lesson.questions, lesson.wording)
-    train = stored_labels(folder / LABELS_FILE, data.digest, examples, vocabulary)
-    if train is None:
-        teacher = load()
-        taught = encode_taught(student, lesson.taught, lesson.wording, config.prefix_length)
-        train, held_out = _label(config, lesson, student, teacher, examples, taught, vocabulary, console)
-        if held_out:
-            store_labels(folder / TEST_LABELS_FILE, held_out, data.digest, teacher.name)
-        store_labels(folder / LABELS_FILE, train, data.digest, teacher.name)
-    lesson.seconds["labels"] = lesson.seconds.get("labels", 0.0) + time.monotonic() - started
-    return with_labels(data, train)
+    taught = encode_taught(student, lesson.taught, lesson.wording, config.prefix_length) if lesson.taught else []
+    labelled = stored_labels(path, data.digest, [*examples, *taught], vocabulary)
+    if labelled is None:
+        labelled = _label(config, lesson, student, load(), [*examples, *taught], vocabulary, console)
+        store_labels(path, labelled, data.digest)
+    lesson.labelled[:] = labelled[len(examples) :]
+    lesson.seconds["labels"] = time.monotonic() - started
+    return with_labels(data, labelled[: len(examples)])
 
 
 def _label(
@@ -215,24 +267,22 @@ def _label(
     lesson: Lesson,
     student: Backbone,
     teacher: Teacher,
-    train: Sequence[TokenizedExample],
-    held_out: Sequence[TokenizedExample],
+    examples: Sequence[TokenizedExample],
     vocabulary: int,
     console: Console,
-) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """The training examples and the held-out ones with the teacher's labels."""
+) -> list[TokenizedExample]:
+    """The training examples, and behind them the held-out ones, with the teacher's labels."""
     views = Views(teacher, lesson.wording, lesson.chunks)
     questions = [*lesson.questions, *lesson.taught]
     # A teacher that was trained with this wording says itself where an answer ends.
     closing = [0] * len(questions) if lesson.wording.tuned else target_endings(student, questions, lesson.wording)
     with console.progress("the teacher's labels", len(questions)) as bar:
-        labelled = label_examples(
+        return label_examples(
             teacher,
-            [*train, *held_out],
+            examples,
             [*views.of(lesson.questions), *views.of(lesson.taught)],
             vocabulary=vocabulary,
             closing=closing,
             batch_size=config.batch_size,
             on_batch=bar.update,
         )
-    return labelled[: len(train)], labelled[len(train) :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,39 +11,35 @@ from typing import Any
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import check_loadable, load_backbone
+from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.loss import label_logits
-from prefixtune.backbone.prefixes import load_prefix, trained_adapter
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.prefix.header import FORMAT_VERSION
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.text_format import TextFormat, read_text_format
-from prefixtune.training.artifact import load_tuned, load_weights
+from prefixtune.training.artifact import load_tuned
 from prefixtune.training.data import TrainData
 from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
 from prefixtune.utils.files import atomic_path
 
 __all__ = [
     "LABELS_FILE",
-    "TEST_LABELS_FILE",
     "Teacher",
-    "check_teacher",
     "label_examples",
     "load_teacher",
     "store_labels",
     "stored_labels",
-    "teaches_on_student",
     "with_labels",
 ]
 
-LABELS_FILE, TEST_LABELS_FILE = "teacher.safetensors", "teacher_test.safetensors"
-"""The teacher's labels in a run's folder, of what is trained on and of what is held out."""
+LABELS_FILE = "teacher.safetensors"
+"""The teacher's labels in a run's folder, of what is trained on and, behind it, of what is held out."""
 _LABELS = "prefixtune_teacher"
 
 
@@ -81,87 +76,6 @@ def _kind(path: str) -> tuple[str, Path]:
     return "model", root
 
 
-def teaches_on_student(config: DistillConfig) -> bool:
-    """Whether the student itself teaches: as it is, or with a prefix or an adapter on it."""
-    return not config.teacher or _kind(config.teacher)[0] in ("prefix", "adapter")
-
-
-def check_teacher(config: DistillConfig, *, loads_backbone: bool = True) -> None:
-    """Refuse, before anything is loaded, a teacher that is not there or does not go with the rest.
-
-    Args:
-        config: The options.
-        loads_backbone: The student is loaded as the options say; False: a caller gives it.
-
-    Raises:
-        PrefixError: It is not; the message says why.
-    """
-    if not config.teacher:
-        return
-    kind, path = _kind(config.teacher)
-    if kind == "weights":
-        load_weights(path)
-    elif kind == "prefix":
-        _check_prefix(config, path, load_prefix(path), loads_backbone=loads_backbone)
-    else:
-        name, adapter = (config.backbone, str(path)) if kind == "adapter" else (config.teacher, None)
-        check_loadable(name, dtype=config.dtype, device=config.device, quantize="", adapter=adapter)
-        if kind == "model":
-            _check_token_files(Path(config.backbone), path)
-
-
-def _check_prefix(config: DistillConfig, path: Path, prefix: Prefix, *, loads_backbone: bool) -> None:
-    """Refuse a prefix that cannot teach.
-
-    Raises:
-        BackboneError: Its shapes are not the student's.
-        ConfigError: It writes no text, stands where a text would be in view, or was trained with another adapter.
-    """
-    if config.document or config.prompt:
-        raise ConfigError(
-            f"the teacher {config.teacher!r} is a prefix, and a document or a prompt would stand in its place.",
-            hint="name a model or a run of another method, or leave --document and --prompt out.",
-        )
-    if prefix.head is not None:
-        raise ConfigError(
-            f"the teacher {config.teacher!r} gives labels by a head, and writes no text to learn from.",
-            hint="name a prefix that generates, or train one for the labels (`prefixtune train --classifier`).",
-        )
-    if not loads_backbone:
-        return
-    adapter = str(prefix.header.get("adapter") or "")
-    if bool(adapter) != bool(config.adapter):
-        how = f"with the adapter {adapter!r}" if adapter else "without an adapter"
-        adapter = trained_adapter([path], [prefix]) or ""
-        raise ConfigError(
-            f"the teacher {config.teacher!r} was trained {how}, but adapter is {config.adapter!r}.",
-            hint=f"give --adapter {adapter}, which the new prefix then needs, too." if adapter else "leave it out.",
-        )
-
-
-def _check_token_files(student: Path, teacher: Path) -> None:
-    """Refuse, where both are folders, a teacher whose file of tokens differs; what cannot be read is found later.
-
-    Raises:
-        BackboneError: It does.
-    """
-    own, other = _tokens_in(student), _tokens_in(teacher)
-    if own and other and own != other:
-        differ = sum(own.get(token) != index for token, index in other.items())
-        raise _other_tokens(str(teacher), str(student), f"{differ:,} of {len(other):,} tokens differ")
-
-
-def _tokens_in(folder: Path) -> dict[str, int]:
-    """The tokens that a model's folder names, by the ids that they have; empty: it does not say."""
-    try:
-        stored = json.loads(read_text(folder / "tokenizer.json"))
-        tokens = dict(stored["model"]["vocab"]) if isinstance(stored["model"]["vocab"], dict) else {}
-        added = {token["content"]: token["id"] for token in stored.get("added_tokens") or ()}
-    except (PrefixError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}
-    return {**tokens, **added} if tokens else {}
-
-
 def _other_tokens(teacher: str, student: str, what: str) -> BackboneError:
     return BackboneError(
         f"the teacher {teacher!r} has another tokenizer than {student!r}: {what}.",
@@ -174,6 +88,7 @@ def load_teacher(config: DistillConfig, student: Backbone) -> Teacher:
 
     Raises:
         BackboneError: It has another tokenizer than the student, or is of another kind.
+        ConfigError: It is a prefix that writes no text, or stands where a text would be in view.
         PrefixError: It cannot be loaded.
     """
     if not config.teacher:
@@ -182,6 +97,16 @@ def load_teacher(config: DistillConfig, student: Backbone) -> Teacher:
     options: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     if kind == "prefix":
         prefix = load_prefix(path, student)
+        if config.document or config.prompt:
+            raise ConfigError(
+                f"the teacher {config.teacher!r} is a prefix, and a document or a prompt would stand in its place.",
+                hint="name a model or a run of another method, or leave --document and --prompt out.",
+            )
+        if prefix.head is not None:
+            raise ConfigError(
+                f"the teacher {config.teacher!r} gives labels by a head, and writes no text to learn from.",
+                hint="name a prefix that generates, or train one for the labels (`prefixtune train --classifier`).",
+            )
         return Teacher(student, config.teacher, prefix, read_text_format(prefix.header))
     if kind == "weights":
         backbone, text_format = load_tuned(path, **options)
@@ -277,23 +202,23 @@ def _close(labels: SoftLabels, target: Sequence[int], closing: int) -> SoftLabel
     return SoftLabels.cat([SoftLabels(labels.ids[:kept], labels.log_probs[:kept]), certain])
 
 
-def store_labels(path: Path, examples: Sequence[TokenizedExample], digest: str, name: str) -> None:
+def store_labels(path: Path, examples: Sequence[TokenizedExample], digest: str) -> None:
     """Keep the labels of examples, atomically; `digest` is that of the run's data."""
     labels = SoftLabels.cat([part for example in examples for part in example.soft_targets])
     tensors = {"ids": labels.ids, "log_probs": labels.log_probs}
-    header = {"format_version": FORMAT_VERSION, "data": digest, "teacher": name, "k": labels.k}
+    header = {"format_version": FORMAT_VERSION, "data": digest, "k": labels.k}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata_with_checksum(_LABELS, header, tensors))
 
 
 def stored_labels(
-    path: Path, digest: str | None, examples: Sequence[TokenizedExample], vocabulary: int
+    path: Path, digest: str, examples: Sequence[TokenizedExample], vocabulary: int
 ) -> list[TokenizedExample] | None:
     """The examples with the labels that a run keeps; None: it keeps none yet.
 
     Args:
         path: The file.
-        digest: Of the run's data; None: not compared.
+        digest: Of the run's data.
         examples: Those that the labels belong to.
         vocabulary: The student's number of logits.
 
@@ -305,7 +230,7 @@ def stored_labels(
     tensors, header = read_verified(path, _LABELS, "holds no labels of a teacher", "delete it, and resume.")
     lengths = [len(target) for example in examples for target in example.targets]
     labels = _read_labels(path, tensors, vocabulary)
-    if (digest is not None and header.get("data") != digest) or len(labels) != sum(lengths):
+    if header.get("data") != digest or len(labels) != sum(lengths):
         raise CheckpointError(
             f"{str(path)!r} holds a teacher's labels of other data.", hint="start again in another --output."
         )

@@ -27,7 +27,7 @@ def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(
     for split in ("train", "test"):
         write_rows(f"data/{split}.jsonl", [dict(zip(names, (f"a {split}?", "b"), strict=True))])
     config = DistillConfig(data=str(tmp_path / "data"), test=str(tmp_path / "data"), **of_prompt)
-    (job,) = read_jobs(config, resume=False, loads_backbone=False)
+    (job,) = read_jobs(config, resume=False)
     assert [question.question for question in job.questions] == ["a train?"]
     assert [question.question for question in job.test] == ["a test?"]
 
@@ -38,7 +38,7 @@ def test_a_folder_without_a_test_set_holds_nothing_out(
     write_rows("data/train.jsonl", [{"question": "a?"}])
     config = DistillConfig(data=str(tmp_path / "data"), test=str(tmp_path / "data"), **of_prompt)
     with pytest.raises(DataError, match="without a test set"):
-        read_jobs(config, resume=False, loads_backbone=False)
+        read_jobs(config, resume=False)
 
 
 @pytest.mark.parametrize(

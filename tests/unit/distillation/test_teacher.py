@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,17 @@ import pytest
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.prefixes import make_header
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.teacher import (
     Teacher,
     check_same_tokens,
-    check_teacher,
     label_examples,
     store_labels,
     stored_labels,
 )
 from prefixtune.distillation.wording import Wording, in_view
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.errors import BackboneError, CheckpointError
 
 WORDING = Wording("Question: {source}\nAnswer:", " {target}\n")
 
@@ -78,7 +72,7 @@ def test_kept_labels_come_back_and_damage_is_named(backbone: Backbone, tmp_path:
     made = [dataclasses.replace(one, soft_targets=(own,)) for one, own in zip(examples, labels, strict=True)]
     path = tmp_path / "teacher.safetensors"
     assert stored_labels(path, "digest", examples, 105) is None
-    store_labels(path, made, "digest", "teacher")
+    store_labels(path, made, "digest")
     back = stored_labels(path, "digest", examples, 105)
     assert back is not None
     for one, own in zip(back, labels, strict=True):
@@ -103,32 +97,3 @@ def test_a_teacher_with_another_tokenizer_is_refused(backbone: Backbone) -> None
 def test_a_teacher_of_another_kind_is_refused(backbone: Backbone, tiny_backbone: Callable[..., Any]) -> None:
     with pytest.raises(BackboneError, match="of kind 'encoder-decoder'"):
         check_same_tokens(backbone, tiny_backbone("bart"))
-
-
-def test_the_adapter_of_a_teacher_may_be_anywhere_if_it_is_named(
-    backbone: Backbone, random_prefix: Callable[..., Any], tmp_path: Path
-) -> None:
-    backbone.model.save_pretrained(tmp_path / "student")
-    header = make_header(backbone, adapter="adapter-20")
-    file = save_prefix(tmp_path / "copy.safetensors", Prefix(random_prefix(backbone, 3).detach().layers, header))
-    options = {"backbone": str(tmp_path / "student"), "teacher": str(file), "data": "d.jsonl"}
-    check_teacher(DistillConfig(**options, adapter="run/adapter-20"))
-    with pytest.raises(ConfigError, match="together with the adapter 'adapter-20'"):
-        check_teacher(DistillConfig(**options))
-
-
-def test_a_folder_with_another_tokenizer_is_refused_before_a_model_loads(
-    tiny_models: Any, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
-    for name in ("student", "teacher"):
-        tiny_models("llama").save_pretrained(tmp_path / name)
-        tiny_tokenizer.save_pretrained(tmp_path / name)
-    config = DistillConfig(backbone=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), data="d.jsonl")
-    check_teacher(config)
-    path = tmp_path / "teacher" / "tokenizer.json"
-    stored = json.loads(path.read_text())
-    last = max(stored["model"]["vocab"], key=stored["model"]["vocab"].__getitem__)
-    stored["model"]["vocab"]["another"] = stored["model"]["vocab"].pop(last)
-    path.write_text(json.dumps(stored))
-    with pytest.raises(BackboneError, match=r"another tokenizer than .*student.*: 1 of"):
-        check_teacher(config)

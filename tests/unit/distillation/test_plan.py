@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import prefixtune.distillation.room as module
+import prefixtune.distillation.plan as module
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.documents import Question
 from prefixtune.distillation.inputs import Job
-from prefixtune.distillation.room import chunk_length, sliding_window
+from prefixtune.distillation.plan import chunk_length, sliding_window
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import DataError
 
