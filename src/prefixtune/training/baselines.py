@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,8 @@ __all__ = [
     "Tuning",
     "freeze_tuned",
     "load_tuned_weights",
-    "note_trained",
     "tune",
     "tuned_weights",
-    "was_trained",
 ]
 
 
@@ -79,21 +76,6 @@ class Bottleneck(nn.Module):
         """A layer's output with the adapter's part added, of the same shape (B, T, d)."""
         added: Tensor = self.up(nn.functional.gelu(self.down(self.norm(hidden.to(self.norm.weight.dtype)))))
         return hidden + added.to(hidden.dtype)
-
-
-_TRAINED: WeakSet[nn.Module] = WeakSet()
-"""Models of which a run has trained weights."""
-
-
-def note_trained(backbone: Backbone) -> None:
-    """Remember that a run trains weights of a backbone, so that no other begins with what it leaves."""
-    if backbone.adapter_parameters:
-        _TRAINED.add(backbone.model)
-
-
-def was_trained(backbone: Backbone) -> bool:
-    """Whether a run in this process has trained weights of a backbone."""
-    return backbone.model in _TRAINED
 
 
 def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:

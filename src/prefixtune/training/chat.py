@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import has_chat_template
-from prefixtune.data.chat_examples import check_plain
-from prefixtune.data.examples import Example
-from prefixtune.data.examples import has_messages as some_have_messages
 from prefixtune.data.streams import read_text
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["check_messages_can_be_written", "check_system", "choose_template", "read_template"]
+__all__ = ["choose_template", "read_template"]
 
 
 _HINT = "give a file with a Jinja template, or 'model' or 'none'."
@@ -36,29 +32,6 @@ def read_template(config: TrainConfig) -> str:
     text = read_text(path, max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
     TextFormat(chat_template=text)
     return text
-
-
-def check_messages_can_be_written(config: TrainConfig, examples: Iterable[Example]) -> None:
-    """Refuse conversations that the configuration writes plainly, before a backbone loads.
-
-    Raises:
-        DataError: An example has a system message or several turns.
-    """
-    if config.chat_template == "none" or ((config.prompt_format or config.target_format) and not config.chat_template):
-        for number, example in enumerate(examples, start=1):
-            check_plain(example, number)
-
-
-def check_system(config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Refuse a system message that no chat template would write, before a backbone loads.
-
-    Raises:
-        ConfigError: The data has no messages, or is written plainly, and no template is named.
-    """
-    if not config.system or config.chat_template or not examples:  # None could be read, which is reported by itself.
-        return
-    if config.prompt_format or config.target_format or not some_have_messages(examples):
-        raise _no_template()
 
 
 def _no_template() -> ConfigError:

@@ -20,10 +20,10 @@ from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, m
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
 from prefixtune.data.order import TargetGroup, plan_epoch, take
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens, target_counts, turn_counts
-from prefixtune.errors import ConfigError, DataError, check_all
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.chat import check_messages_can_be_written, check_system, choose_template
-from prefixtune.training.checks import check_generates, check_no_labels, early_checks, no_solved_examples
+from prefixtune.training.chat import choose_template
+from prefixtune.training.checks import check_generates, check_no_labels, no_solved_examples
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.folder import check_unused
@@ -61,11 +61,8 @@ def read_data(
     processes: ProcessGroup,
     *,
     resume: bool,
-    loads_backbone: bool,
-    together: bool = False,
-    has_start: bool = False,
 ) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Read the files, and report every mistake that can be found before a backbone loads, which takes long.
+    """Read a run's files, and refuse what its options do not go with.
 
     Args:
         config: The run.
@@ -73,63 +70,32 @@ def read_data(
         dev_examples: To choose the best prefix by; None: `config.dev` is read, if given.
         processes: Those of the run; the first one checks the folder.
         resume: The folder may hold a run.
-        loads_backbone: The backbone is still to be loaded, so that its options are checked.
-        together: It trains with other runs.
-        has_start: The start is in the state to resume from, and its files are not read again.
 
     Returns:
         The training and the development examples, as many as are used.
 
     Raises:
-        PrefixError: The only mistake; of several, a `ConfigError` that lists them.
+        ConfigError: An option does not go with the data, or the folder holds a run.
+        DataError: A file cannot be read.
     """
     if not resume and processes.is_main:
         check_unused(Path(config.output))
-    train: Sequence[Example] = ()
-    dev: Sequence[Example] = ()
-    kind = _task_kind(config)
-    holds_out = does_hold_out(config, dev_examples)
-    has_dev = bool(dev_examples or config.dev) or holds_out
-
-    def read_train() -> None:
-        nonlocal train
-        train = limit_targets(_training_examples(config, examples), config.limit)
-
-    def read_dev() -> None:
-        nonlocal dev
-        dev = limit_targets(_development_examples(config, dev_examples), config.dev_limit)
-
-    def hold_out() -> None:
-        nonlocal train, dev
+    train = limit_targets(_training_examples(config, examples), config.limit)
+    dev = limit_targets(_development_examples(config, dev_examples), config.dev_limit)
+    if does_hold_out(config, dev_examples):
         train, dev = _hold_out(config, train)
-
-    def check_labels() -> None:
-        # What could not be read is reported by itself.
-        if kind == "generation" and train:
-            check_no_labels(config)
-        elif train and (dev or not config.dev):
-            validate_labels(kind, train, dev, by=config.classifier, words=config.words_by_label)
-
-    check_all(
-        [
-            read_train,
-            read_dev,
-            *([hold_out] if holds_out else ()),
-            check_labels,
-            lambda: check_example_count(config, train),
-            lambda: check_texts_alone(config),
-            lambda: check_messages_can_be_written(config, itertools.chain(train, dev)),
-            lambda: check_system(config, train),
-            *early_checks(
-                config,
-                processes,
-                has_dev=has_dev,
-                loads_backbone=loads_backbone,
-                together=together,
-                has_start=has_start,
-            ),
-        ]
-    )
+    if config.patience and not dev:
+        raise ConfigError(
+            f"patience is {config.patience}, but patience needs a development file to evaluate on.",
+            hint="set dev (--dev FILE), or patience to 0.",
+        )
+    kind = _task_kind(config)
+    if kind == "generation":
+        check_no_labels(config)
+    else:
+        validate_labels(kind, train, dev, by=config.classifier, words=config.words_by_label)
+    check_example_count(config, train)
+    check_texts_alone(config)
     return train, dev
 
 
@@ -164,8 +130,6 @@ def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[E
     Raises:
         DataError: There is only one source.
     """
-    if not train:
-        return train, ()  # It could not be read, which is reported by itself.
     sources = distinct_sources(train)
     if len(sources) < 2:
         raise DataError(

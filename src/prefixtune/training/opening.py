@@ -15,23 +15,20 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.data import Example, ExampleLike
-from prefixtune.data.encoding import encode_examples
-from prefixtune.data.examples import has_messages
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.geometry import Site
-from prefixtune.training.baselines import Tuning, note_trained, tune
+from prefixtune.training.baselines import Tuning, tune
 from prefixtune.training.beside import SELF, Beside, load_others
 from prefixtune.training.checkpoint import Checkpoint, read_checkpoint
 from prefixtune.training.checks import (
-    check_generates,
     check_given,
     check_gradient_checkpointing,
     check_hidden_positions,
+    check_options,
     check_together,
     no_head,
 )
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, does_hold_out, is_large_file, read_data, tokenize, training_format
+from prefixtune.training.data import TrainData, does_hold_out, is_large_file, read_data, tokenize
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup, shard_model
 from prefixtune.training.folder import (
     EVENTS_FILE,
@@ -44,14 +41,14 @@ from prefixtune.training.folder import (
 from prefixtune.training.forms import check_form, describe_run_data, describe_windows, settle_form
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.runs import Run, agree_on_step, stop_requests
-from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
+from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.trackers import tracking
 from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
 
-__all__ = ["Inputs", "Teach", "check_run", "open_run", "open_runs", "with_backbone"]
+__all__ = ["Inputs", "Teach", "open_run", "open_runs", "with_backbone"]
 
 
 Teach = Callable[[TrainConfig, Backbone, TrainData], TrainData]
@@ -154,30 +151,6 @@ def open_run(
         yield _open_log(loop, log, stack)
 
 
-def check_run(config: TrainConfig, backbone: Backbone, examples: Sequence[Example]) -> None:
-    """Refuse a run that generates and that a backbone cannot do, as far as this is seen at once.
-
-    What only all of the data's tokens show, or the examples that a prefix starts from, is refused when the run opens.
-
-    Args:
-        config: The run, whose form is settled.
-        backbone: As loaded, also for a method that trains weights.
-        examples: To train on, at least one.
-
-    Raises:
-        PrefixError: What opening the run would raise.
-    """
-    _check_backbone(config, backbone, together=False)
-    check_generates(config, backbone)
-    text_format = training_format(config, backbone, has_messages=has_messages(examples))
-    lengths: Mapping[Site, int] = {}
-    if config.trains_prefix:
-        lengths = resolve_site_lengths(config, backbone)
-        _load_beside(config, backbone)
-    limits: dict[str, Any] = {"max_length": config.max_length, "on_too_long": config.on_too_long}
-    encode_examples(backbone, examples[:1], text_format, prefix_length=lengths.get("decoder", 0), **limits)
-
-
 def _prepare(
     configs: Sequence[TrainConfig],
     backbone: BackboneLike | None,
@@ -192,6 +165,8 @@ def _prepare(
     check: Callable[[TrainLoop], None] | None = None,
 ) -> tuple[list[TrainLoop], list[list[Event]]]:
     """The loops of runs, resumed or at their start, and their logs; `stack` keeps the claims of their folders."""
+    for config in configs:
+        check_options(config, processes, together=together)
     configs = [settle_form(config, given) for config, (given, _) in zip(configs, inputs, strict=True)]
     # Nobody else may train in these folders meanwhile; refused before anything is read or loaded.
     for config in configs if processes.is_main else ():
@@ -201,9 +176,7 @@ def _prepare(
         for config in configs
     ]
     stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
-    examples = _read(
-        configs, inputs, checkpoints, processes, console, loads_backbone=backbone is None, together=together
-    )
+    examples = _read(configs, inputs, checkpoints, processes, console)
     loaded = _open_backbone(configs, backbone, processes, console, together=together)
     if backbone is not None:
         configs = [with_backbone(config, loaded) for config in configs]
@@ -240,25 +213,14 @@ def _read(
     checkpoints: Sequence[Checkpoint | None],
     processes: ProcessGroup,
     console: Console,
-    *,
-    loads_backbone: bool,
-    together: bool,
 ) -> list[tuple[Sequence[Example], Sequence[Example]]]:
     """Each run's examples and development examples; lines say what is read, and what is held out."""
     for config, given in zip(configs, inputs, strict=True):
         if given[0] is None and is_large_file(config.train):
             console.info(f"reading {config.train} ...")
     examples = [
-        read_data(
-            config,
-            *given,
-            processes,
-            # A run that has no state to go on from starts, and only where there is none.
-            resume=checkpoint is not None,
-            loads_backbone=loads_backbone,
-            together=together,
-            has_start=checkpoint is not None and checkpoint.facts["initialization"] is not None,
-        )
+        # A run that has no state to go on from starts, and only where there is none.
+        read_data(config, *given, processes, resume=checkpoint is not None)
         for config, given, checkpoint in zip(configs, inputs, checkpoints, strict=True)
     ]
     for config, (train, dev), given in zip(configs, examples, inputs, strict=True):
@@ -342,7 +304,6 @@ def _build_loop(
 ) -> TrainLoop:
     """A loop with what trains in it: an encoder, or the backbone's own weights."""
     if config.trains_prefix:
-        note_trained(backbone)
         encoder, start = build_encoder(
             config,
             backbone,
@@ -355,7 +316,6 @@ def _build_loop(
     if data.has_head:
         raise no_head(config)
     backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
-    note_trained(backbone)
     return TrainLoop(config, backbone, data, None, {"kind": "backbone"}, processes)
 
 

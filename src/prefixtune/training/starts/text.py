@@ -19,7 +19,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.compaction import evenly_spaced, match, moved, take
 from prefixtune.training.starts.start import Start
 
-__all__ = ["MAX_TEXT_BYTES", "InitText", "check_init_text", "from_text", "read_init_text", "stored_text", "text_ids"]
+__all__ = ["MAX_TEXT_BYTES", "InitText", "from_text", "read_init_text", "stored_text", "text_ids"]
 
 
 _MAX_STORED = 10_000
@@ -72,22 +72,6 @@ def read_init_text(init_text: str) -> InitText:
             f"init_text is {init_text!r}, but a file is needed after @.", hint="write it as in --init-text @prompt.txt."
         )
     return InitText(read_text(path, max_bytes=MAX_TEXT_BYTES, needed="one word"), path.name)
-
-
-def check_init_text(config: TrainConfig) -> None:
-    """Refuse, before a backbone loads, a file that cannot be read, and a text that is surely shorter than P.
-
-    Raises:
-        ConfigError: The text has fewer tokens than positions are wanted.
-        DataError: The file cannot be read.
-    """
-    source = read_init_text(config.init_text)
-    if config.initialization != "text":
-        return
-    # A token holds a byte at least, but for a blank that some tokenizers put in front.
-    most = len(source.text.encode("utf-8", "surrogatepass")) + 1
-    if most < config.longest:
-        raise too_short(source, f"has at most {most:,} tokens", config)
 
 
 def too_short(source: InitText, count: str, config: TrainConfig) -> DataError:
