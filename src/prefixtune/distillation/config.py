@@ -115,10 +115,6 @@ class DistillConfig(TrainConfig):
         for name in ("questions",) if not self.document else ("data",):
             if getattr(self, name):
                 yield (name, "document"), f"{name} is {getattr(self, name)!r}, which goes with {_PARTNERS[name]}"
-        for fields, useless, where in self._useless():
-            for name in fields if useless else ():
-                if name in self.model_fields_set and getattr(self, name) != self.default(name):
-                    yield (name,), f"{name} is {getattr(self, name)!r}, but {where} does not use it"
         if not self.document and (self.prompt or self.teacher) and not self.data:
             yield ("data", "prompt", "teacher"), "data is empty, but a prompt or a teacher needs inputs to answer"
         if self.document and self.test == SELF:
@@ -130,16 +126,6 @@ class DistillConfig(TrainConfig):
             yield ("kinds",), "kinds names no kind of question"
         elif "paraphrase" in self.kinds and "fact" not in self.kinds:
             yield ("kinds",), "kinds has paraphrase without fact, whose questions it asks in other words"
-
-    def _useless(self) -> Iterator[tuple[tuple[str, ...], bool, str]]:
-        """Fields, whether they mean nothing in this run, and in what."""
-        yield ("kinds", "num_questions"), self.questions != SELF, "a run whose questions are given"
-        rows = "a document, whose questions are rows of that name,"
-        yield ("task", "source", "target", "form"), bool(self.document), rows
-        yield ("limit",), bool(self.document) and self.questions == SELF, "a run whose questions are made"
-        yield ("chunk_length",), not self.document, "a run without a document"
-        starts_from_text = self.initialization == "text" and bool(self.document or self.prompt)
-        yield ("init_text",), starts_from_text, f"a start from the {self.subject} itself (initialization 'text')"
 
     @property
     def subject(self) -> Literal["document", "prompt", "teacher"]:

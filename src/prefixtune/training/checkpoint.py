@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from prefixtune.errors import CheckpointError, ConfigError, first_line
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.folder import PREVIOUS_FILE, STATE_FILE
+from prefixtune.training.folder import STATE_FILE
 from prefixtune.utils.files import atomic_path
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "check_same_run",
     "finite_or_none",
     "is_over",
-    "keep_state",
     "load_state",
     "load_tensors",
     "read_checkpoint",
@@ -111,14 +109,6 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[s
         save_file(stored, temporary, metadata_with_checksum(_STATE, facts, stored))
 
 
-def keep_state(folder: Path) -> None:
-    """Keep a copy of a run's state, where it has one, beside the one that is about to be stored."""
-    path = folder / STATE_FILE
-    if path.exists():
-        with atomic_path(folder / PREVIOUS_FILE) as temporary:
-            shutil.copyfile(path, temporary)
-
-
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file that `save_state` wrote: its tensors and its facts.
 
@@ -199,14 +189,14 @@ def load_tensors(
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(config: TrainConfig, name: str = STATE_FILE) -> Checkpoint:
-    """The state of the run that a configuration resumes, from a file of its folder.
+def read_checkpoint(config: TrainConfig) -> Checkpoint:
+    """The state of the run that a configuration resumes.
 
     Raises:
         CheckpointError: There is no state, or it is broken.
         ConfigError: It belongs to another configuration.
     """
-    path = Path(config.output) / name
+    path = Path(config.output) / STATE_FILE
     if not path.exists():
         raise CheckpointError(f"there is no run to resume in {str(path.parent)!r}.", hint="start it without --resume.")
     tensors, facts = load_state(path)
@@ -241,30 +231,18 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
     Raises:
         ConfigError: The state belongs to another run.
     """
-    folder, facts = checkpoint.folder, checkpoint.facts
-    if not fingerprints_match(facts["fingerprint"], backbone.fingerprint):
-        stored = facts["config"]["backbone"]
-        other = f"{stored!r}, not {backbone.name!r}" if stored != backbone.name else f"{stored!r} with other weights"
+    facts = checkpoint.facts
+    differs = {
+        f"the backbone {backbone.name!r}": not fingerprints_match(facts["fingerprint"], backbone.fingerprint),
+        f"the dtype {backbone.dtype_name}": facts["dtype"] != backbone.dtype_name,
+        "quantize": facts["quantized"] is not is_quantized(backbone.model),
+        "data, or prefixes beside it": facts["data"] != data_digest,
+    }
+    if others := [name for name, is_so in differs.items() if is_so]:
         raise ConfigError(
-            f"the run in {folder!r} was started on another backbone: {other}.",
-            hint="load that one, and give it with --backbone (backbone=...).",
-        )
-    dtype = backbone.dtype_name
-    if facts["dtype"] != dtype:
-        raise ConfigError(
-            f"the run in {folder!r} was started in {facts['dtype']}, but the backbone is in {dtype}.",
-            hint=f"resume with --dtype {facts['dtype']}.",
-        )
-    if facts["quantized"] is not is_quantized(backbone.model):
-        change = "was quantized, but not now" if facts["quantized"] else "was not quantized, but now it is"
-        raise ConfigError(
-            f"the backbone of the run in {folder!r} {change}.",
-            hint="give it as it was: --quantize (quantize=...), or the loaded backbone.",
-        )
-    if facts["data"] != data_digest:
-        raise ConfigError(
-            f"the run in {folder!r} was started on other data, or with other prefixes beside it.",
-            hint="give it the same files, or start again in another --output.",
+            f"the run in {checkpoint.folder!r} was started with another backbone, dtype or data: not with "
+            f"{'; '.join(others)}.",
+            hint="give it what it was started with, or start again in another --output.",
         )
 
 

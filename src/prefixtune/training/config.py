@@ -38,6 +38,8 @@ MOST_SIZE = 65_536
 DEFAULT_SIZES = {"full": 0, "adapter": 64, "lora": 8}
 """Method -> the default width of the bottleneck, or rank."""
 
+_OF_FROZEN = ("adapter", "adapter_rank", "train_adapter", "quantize")
+_UNSPLIT = ("train_adapter", "adapter_rank", "quantize")
 _OF_PREFIXES = ("nested", "prefix_dropout", "beside", "init_examples", "init_prefix", "sites")
 TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow", "all", "none"]
 _TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
@@ -291,68 +293,44 @@ class TrainConfig(Config):
         return text
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What only a prefix can have, and what a start needs."""
-        if not self.trains_prefix:
-            for name in ("adapter", "adapter_rank", "train_adapter", "quantize"):
-                value = getattr(self, name)
-                if value != self.default(name):
-                    yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
-            for name in _OF_PREFIXES:
-                if getattr(self, name):
-                    yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
-        if self.classifier == "head" and self.label_words:
-            yield ("label_words", "classifier"), "label_words are for classifier 'words', but classifier is 'head'"
-        if self.method_size and not DEFAULT_SIZES.get(self.method):
-            message = f"method_size is {self.method_size}, but method {self.method!r} has no size"
-            yield ("method_size", "method"), message
-        if self.shard:
-            for name in ("train_adapter", "adapter_rank", "quantize"):
-                if getattr(self, name):
-                    yield (name, "shard"), f"{name} is {getattr(self, name)!r}, which does not go with shard"
-        yield from self._chat_conflicts()
+        """What only a prefix can have, what a start needs, and what writes a text."""
+        method, start = f"method is {self.method!r}", f"initialization is {self.initialization!r}"
+        for names, partner in ((_OF_FROZEN, "method"), (_OF_PREFIXES, "method"), (_UNSPLIT, "shard")):
+            for name in names if (self.shard if partner == "shard" else not self.trains_prefix) else ():
+                if self._is_given(name):
+                    yield (name, partner), f"{name} is given, which does not go with {partner} {self._shown(partner)}"
+        has_length = self.initialization in ("text", "examples", "prefix")
+        count = self.init_examples or self.prefix_length or any(self.site_lengths.values())
+        formats = [name for name in ("prompt_format", "target_format") if getattr(self, name)]
+        has_template = self.chat_template not in ("", "none")
+        faults: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
+            (self.classifier == "head", "classifier is 'head', but label_words are for words", ("label_words",)),
+            (not DEFAULT_SIZES.get(self.method), f"{method}, which has no method_size", ("method_size",)),
+            (self.initialization != "prefix", f"{start}, which reads no init_prefix", ("init_prefix",)),
+            (self.initialization != "examples", f"{start}, which takes no init_examples", ("init_examples",)),
+            (self.chat_template == "none", "system needs a chat template, but chat_template is 'none'", ("system",)),
+            (not self.eval_every, "patience needs evaluations, but eval_every is 0: there is one", ("patience",)),
+            (has_template, "chat_template writes all of the text, without formats", tuple(formats)),
+        )
+        yield from ((names, text) for applies, text, names in faults if applies and any(map(self._is_given, names)))
         if self.initialization in ("words", "text") and not self.init_text.strip():
-            yield ("initialization", "init_text"), f"initialization is {self.initialization!r}, but init_text is empty"
-        yield from self._example_conflicts()
+            yield ("initialization", "init_text"), f"{start}, but init_text is empty"
+        if self.initialization == "prefix" and not self.init_prefix:
+            yield ("initialization", "init_prefix"), f"{start}, but init_prefix names no file"
+        if self.prefix_length == 0 and not has_length:
+            yield ("prefix_length",), f"prefix_length is 0, but must be at least 1: {start}, which has no length"
+        if self.initialization == "examples" and not count:
+            names = "init_examples", "prefix_length"
+            yield names, f"{start}, but both init_examples and prefix_length are 0"
         if "none" in self.report_to and len(self.report_to) > 1:
             yield ("report_to",), "report_to names 'none' and others"
-        if self.patience and not self.eval_every:
-            yield (
-                ("patience", "eval_every"),
-                f"patience is {self.patience} evaluations, but eval_every is 0: there is one, at the end",
-            )
-        if self.prefix_length == 0 and self.initialization not in ("text", "examples", "prefix"):
-            names = "prefix_length", "initialization"
-            start = f"initialization {self.initialization!r}"
-            yield names, f"prefix_length is 0, but must be at least 1: {start} has no length of its own"
-        if self.initialization == "prefix" and not self.init_prefix:
-            yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
-        if self.init_prefix and self.initialization != "prefix":
-            message = f"init_prefix is {short_repr(self.init_prefix)}, but initialization is {self.initialization!r}"
-            yield ("init_prefix", "initialization"), message
 
-    def _example_conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What a start from examples cannot go with."""
-        starts, count, length = self.initialization == "examples", self.init_examples, self.prefix_length
-        if count and not starts:
-            message = f"init_examples is {count}, but initialization is {self.initialization!r}"
-            yield ("init_examples", "initialization"), message
-        if starts and not (count or length or any(self.site_lengths.values())):
-            message = "initialization is 'examples', but both init_examples and prefix_length are 0"
-            yield ("init_examples", "prefix_length"), message
-        room = self._example_room
-        if starts and count and room and room < count:
-            wanted = f"sites is {self.sites!r}" if self.sites else f"prefix_length is {length}"
-            names = "init_examples", "prefix_length", "sites"
-            yield names, f"{wanted}, fewer positions than the {count} examples to start from"
+    def _is_given(self, name: str) -> bool:
+        """Whether a field has another value than its default."""
+        return bool(getattr(self, name) != self.default(name))
 
-    def _chat_conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """A chat template writes all of the text."""
-        if self.system and self.chat_template == "none":
-            yield ("system", "chat_template"), "system needs a chat template, but chat_template is 'none'"
-        if self.chat_template not in ("", "none"):
-            for name in ("prompt_format", "target_format"):
-                if getattr(self, name):
-                    yield (name, "chat_template"), f"{name} is given, but chat_template writes all of the text"
+    def _shown(self, name: str) -> str:
+        return repr(getattr(self, name))
 
     @property
     def site_lengths(self) -> dict[Site, int]:
@@ -370,14 +348,6 @@ class TrainConfig(Config):
     def longest(self) -> int:
         """The largest prefix length that the run gives a site; 0: its start has a length of its own."""
         return max(self.site_lengths.values(), default=self.prefix_length)
-
-    @property
-    def _example_room(self) -> int:
-        """The positions that examples are compacted to: those at the site with the fewest that they can be at."""
-        lengths = self.site_lengths
-        # With an encoder, the decoder's own positions start from words.
-        wanted = [length for site, length in lengths.items() if site != "decoder"] or list(lengths.values())
-        return min(filter(None, wanted), default=self.prefix_length)
 
     @property
     def words_by_label(self) -> dict[str, str]:

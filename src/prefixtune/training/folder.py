@@ -17,7 +17,6 @@ __all__ = [
     "CONFIG_FILE",
     "EVENTS_FILE",
     "PREFIX_FILE",
-    "PREVIOUS_FILE",
     "STATE_FILE",
     "WEIGHTS_FILE",
     "Event",
@@ -30,9 +29,6 @@ __all__ = [
 
 
 CONFIG_FILE, EVENTS_FILE, STATE_FILE = "config.toml", "events.jsonl", "state.safetensors"
-
-PREVIOUS_FILE = "previous.safetensors"
-"""The state before the last one, until all runs that stand beside each other have saved theirs of the same step."""
 
 PREFIX_FILE, WEIGHTS_FILE = "prefix.safetensors", "weights.safetensors"
 """The artifact of a run: of a prefix, or of a method that trains the model's own weights."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.errors import TrainingError
-from prefixtune.training.folder import PREVIOUS_FILE, Event
-from prefixtune.training.loop import MOST_POSITIONS, PendingStep, TrainLoop, forward_backward
+from prefixtune.training.beside import SELF
+from prefixtune.training.folder import Event
+from prefixtune.training.loop import MOST_POSITIONS, PendingStep, forward_backward
 from prefixtune.training.runs import Run
 
 __all__ = ["RunGroup"]
@@ -92,8 +92,10 @@ class RunGroup:
                     if event["event"] == "save":
                         saved.add(run)
                     yield run, event
-        if saved and any(run.loop.keeps_previous for run in pending):
-            self._save_others(pending, saved)
+        if saved and any(run.loop.config.beside == SELF for run in pending):
+            # All can resume at one step.
+            for run in pending.keys() & self._remaining.keys() - saved:
+                run.loop.save()
         if stops.is_set():
             stop.set()
 
@@ -133,13 +135,6 @@ class RunGroup:
             torch.cuda.empty_cache()
         return False
 
-    def _save_others(self, pending: dict[Run, PendingStep], saved: set[Run]) -> None:
-        """Save what stands beside a run that was saved, so that all can resume at one step."""
-        for run in pending.keys() & self._remaining.keys() - saved:
-            run.loop.save()
-        for run in pending:
-            _drop_previous(run.loop)
-
     @contextlib.contextmanager
     def _failing(self, run: Run) -> Iterator[None]:
         """An error that the group catches ends the run."""
@@ -168,9 +163,3 @@ def _passes(pending: Mapping[Run, PendingStep], most_positions: int) -> list[lis
         passes[-1].append(run)
         left -= size
     return passes
-
-
-def _drop_previous(loop: TrainLoop) -> None:
-    """Delete the last state but one: all runs have stored theirs of this step."""
-    if loop.processes.is_main:
-        (Path(loop.config.output) / PREVIOUS_FILE).unlink(missing_ok=True)

@@ -40,7 +40,6 @@ from prefixtune.training.checkpoint import (
     check_same_run,
     finite_or_none,
     is_over,
-    keep_state,
     load_tensors,
     save_state,
     state_facts,
@@ -211,8 +210,6 @@ class TrainLoop:
         self.steps_per_epoch = count_steps(config, data.train.examples)
         self.state = TrainState(config.max_steps or max(1, round(config.epochs * self.steps_per_epoch)))
         self.resumed = self.stopped = False
-        # Whether the last state but one is kept at a save, until the other runs have saved as well.
-        self.keeps_previous = False
         self.most_positions = MOST_POSITIONS
         self.beside: Beside | None = None
         start = self.bake()
@@ -282,7 +279,6 @@ class TrainLoop:
             **self._adapter_facts(),
             "initialization": self.initialization,
             "prefix_length": 0 if prefix is None else prefix.prefix_length,
-            **self._patience_facts(),
             **variation_facts(self.config, 0 if self.beside is None else len(self.beside.others)),
             "backbone": self.backbone.name,
             "dtype": self.backbone.dtype_name,
@@ -299,11 +295,6 @@ class TrainLoop:
         """How many parameters of a LoRA adapter train with a prefix; empty: none do."""
         count = sum(parameter.numel() for parameter in self.adapter.values())
         return {"num_adapter": count} if count and self.encoder is not None else {}
-
-    def _patience_facts(self) -> dict[str, int]:
-        """How many evaluations there will be, where a run may stop by them; empty: it does not."""
-        every, total = self.config.eval_every, self.state.total_steps
-        return {"patience": self.config.patience, "evaluations": -(-total // every)} if self.config.patience else {}
 
     def remaining_steps(self) -> Iterator[list[tuple[Batch, bool]]]:
         """This process's part of the batches of each optimizer step to come, and whether it counts.
@@ -501,11 +492,8 @@ class TrainLoop:
         """Store the state to resume from."""
         if not self.processes.is_main:
             return
-        folder = Path(self.config.output)
-        if self.keeps_previous:
-            keep_state(folder)
         save_state(
-            folder / STATE_FILE,
+            Path(self.config.output) / STATE_FILE,
             state_tensors(self.encoder, self.adapter, self.optimizer),
             state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization),
         )

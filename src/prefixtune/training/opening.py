@@ -40,7 +40,7 @@ from prefixtune.training.folder import (
 )
 from prefixtune.training.forms import check_form, describe_run_data, describe_windows, settle_form
 from prefixtune.training.loop import TrainLoop
-from prefixtune.training.runs import Run, agree_on_step, stop_requests
+from prefixtune.training.runs import Run, check_steps, stop_requests
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.trackers import tracking
 from prefixtune.utils.config import DTypeName
@@ -202,7 +202,7 @@ def _prepare(
     if check is not None:
         for loop in loops:
             check(loop)
-    agree_on_step(loops, checkpoints)
+    check_steps(loops, checkpoints)
     # Checkpoints are dropped one by one: each may be as large as the model.
     return loops, [_resume(loop, checkpoints.pop(0)) for loop in loops]
 
@@ -328,9 +328,7 @@ def _load_beside(config: TrainConfig, backbone: Backbone) -> Beside | None:
 
 def _stand_beside(loops: Sequence[TrainLoop], others: Sequence[Beside | None]) -> None:
     """Give each run what stands beside its prefix."""
-    see_each_other = any(loop.config.beside == SELF for loop in loops)
     for loop, loaded in zip(loops, others, strict=True):
-        loop.keeps_previous = see_each_other
         if loaded is not None:
             loop.stand_beside(loaded)
         elif loop.config.beside == SELF:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.errors import ConfigError
 
 __all__ = ["PRESETS", "Preset", "preset", "without_conflicts"]
 
@@ -46,20 +46,13 @@ def preset(name: str, task: str, method: str = "prefix") -> dict[str, Any]:
     Raises:
         ConfigError: The preset is unknown, or has no such run.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"there is no preset {name!r}.", hint=did_you_mean(name, PRESETS))
-    runs = PRESETS[name].runs
-    if task not in runs:
+    runs = {} if name not in PRESETS else PRESETS[name].runs.get(task, {})
+    if method not in runs:
         raise ConfigError(
-            f"preset {name!r} has nothing for the task {task!r}; it has {', '.join(runs)}.",
-            hint=did_you_mean(task, runs),
+            f"there is no preset {name!r} for the task {task!r} with the method {method!r}.",
+            hint="`prefixtune data --tasks` and docs/tasks.md name them.",
         )
-    if method not in runs[task]:
-        raise ConfigError(
-            f"preset {name!r} has nothing for {task!r} with the method {method!r}; it has {', '.join(runs[task])}.",
-            hint=did_you_mean(method, runs[task]),
-        )
-    return dict(runs[task][method])
+    return dict(runs[method])
 
 
 def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _describe(event: Event) -> str:
         return (
             f"{_describe_prefix(event)}{targets}; "
             f"{event['num_trained']:,} parameters train{adapter}, {event['num_stored']:,} are stored; "
-            f"{event['dtype']} on {event['device']}{_describe_patience(event)}"
+            f"{event['dtype']} on {event['device']}"
         )
     if event["event"] == "resume":
         return f"resuming after step {event['step']} of {event['total_steps']}"
@@ -98,11 +98,3 @@ def _describe_prefix(event: Event) -> str:
         most = min(beside["most"], beside["others"])
         parts.append(f"up to {most} of {beside['others']} others beside it in {beside['rate']:.0%} of the steps")
     return ", ".join(parts) + "; "
-
-
-def _describe_patience(event: Event) -> str:
-    """That a run is too short to be stopped by its evaluations; empty: it is not."""
-    patience, evaluations = event.get("patience", 0), event.get("evaluations", 0)
-    if not patience or evaluations > patience:
-        return ""
-    return f"; patience {patience} cannot stop it, with {evaluations} evaluations in all (lower eval_every)"

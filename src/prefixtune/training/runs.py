@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,12 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.beside import SELF
-from prefixtune.training.checkpoint import Checkpoint, TrainState, is_over, read_checkpoint
-from prefixtune.training.folder import PREFIX_FILE, PREVIOUS_FILE, STATE_FILE, WEIGHTS_FILE, Event
+from prefixtune.training.checkpoint import Checkpoint, TrainState, is_over
+from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE, Event
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.trackers import Tracker, report
 
-__all__ = ["Run", "TrainResult", "agree_on_step", "stop_requests"]
+__all__ = ["Run", "TrainResult", "check_steps", "stop_requests"]
 
 
 @dataclass(frozen=True)
@@ -84,51 +83,25 @@ class Run:
         )
 
 
-def agree_on_step(loops: Sequence[TrainLoop], checkpoints: list[Checkpoint | None]) -> None:
-    """Let runs that stand beside each other go on from one step.
-
-    A kill between their saves leaves some of them one save ahead: these go back to the state before. A run that is over
-    stays where it ended.
-
-    Args:
-        loops: Ready to be resumed.
-        checkpoints: Of each, None for one without a state; those of runs that go back are replaced.
+def check_steps(loops: Sequence[TrainLoop], checkpoints: Sequence[Checkpoint | None]) -> None:
+    """Refuse to resume runs that see each other's prefixes and are at different steps, but for those that are over.
 
     Raises:
-        CheckpointError: There is no step that all have a state of.
+        CheckpointError: They are: a kill came between their saves.
     """
     if not any(loop.config.beside == SELF for loop in loops):
         return
-    steps = [0 if some is None else some.facts["step"] for some in checkpoints]
-    last = min(
-        (step for step, pair in zip(steps, zip(loops, checkpoints, strict=True), strict=True) if not _is_over(*pair)),
-        default=max(steps),
-    )
-    ahead = [index for index, step in enumerate(steps) if step > last]
-    for index in ahead:
-        config = loops[index].config
-        has_one = (Path(config.output) / PREVIOUS_FILE).exists()
-        checkpoints[index] = before = read_checkpoint(config, PREVIOUS_FILE) if has_one else None
-        if before is None or before.facts["step"] != last:
-            raise CheckpointError(
-                "the runs stand beside each other, but their states are of different steps: "
-                + ", ".join(f"{loop.config.output} {step}" for loop, step in zip(loops, steps, strict=True))
-                + ".",
-                hint="start them again in other folders.",
-            )
-    for index in ahead:
-        # All processes have read it before the first one moves it.
-        loops[index].processes.barrier()
-        if loops[index].processes.is_main:
-            folder = Path(loops[index].config.output)
-            os.replace(folder / PREVIOUS_FILE, folder / STATE_FILE)
-
-
-def _is_over(loop: TrainLoop, checkpoint: Checkpoint | None) -> bool:
-    """Whether a run to resume has nothing left to do."""
-    if checkpoint is None:
-        return False
-    return is_over(loop.config, TrainState.from_facts(checkpoint.facts, loop.state.total_steps))
+    steps: dict[str, int] = {}
+    for loop, some in zip(loops, checkpoints, strict=True):
+        if some is None or not is_over(loop.config, TrainState.from_facts(some.facts, loop.state.total_steps)):
+            steps[loop.config.output] = 0 if some is None else some.facts["step"]
+    if len(set(steps.values())) > 1:
+        raise CheckpointError(
+            "the runs stand beside each other, but their states are of different steps: "
+            + ", ".join(f"{folder} {step}" for folder, step in steps.items())
+            + ".",
+            hint="start them again in other folders.",
+        )
 
 
 @contextlib.contextmanager

@@ -111,10 +111,9 @@ def _artifacts(folder: Path) -> list[Path]:
     """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
     from prefixtune.prefix.folder import ENDING, list_names, path_of
     from prefixtune.prefix.hub import FILE
-    from prefixtune.training.folder import PREVIOUS_FILE, STATE_FILE, WEIGHTS_FILE
+    from prefixtune.training.folder import STATE_FILE, WEIGHTS_FILE
 
-    states = {name.removesuffix(ENDING) for name in (STATE_FILE, PREVIOUS_FILE)}
-    here = [path_of(folder, name) for name in list_names(folder) - states]
+    here = [path_of(folder, name) for name in list_names(folder) - {STATE_FILE.removesuffix(ENDING)}]
     return sorted([*here, *(path for name in (FILE, WEIGHTS_FILE) for path in folder.glob(f"*/{name}"))])
 
 

@@ -271,6 +271,11 @@ def _check_chosen(
             "no training example fits the model's positions whole, so the prefix cannot start from one.",
             hint="raise max_length, or start from words (initialization = 'words').",
         )
+    if is_limited and room < config.init_examples:
+        raise DataError(
+            f"init_examples is {config.init_examples}, but there are {room} positions for them.",
+            hint="raise prefix_length, or start from fewer examples.",
+        )
     if len(chosen) >= max(config.init_examples, 1):
         return
     lengths = sorted(len(example.row) for example in candidates)
