@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -40,7 +39,7 @@ from prefixtune.training.folder import (
 )
 from prefixtune.training.forms import check_form, describe_run_data, describe_windows, settle_form
 from prefixtune.training.loop import TrainLoop
-from prefixtune.training.runs import Run, check_steps, stop_requests
+from prefixtune.training.runs import Run, check_steps
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.trackers import tracking
 from prefixtune.utils.config import DTypeName
@@ -72,8 +71,8 @@ def open_runs(
     together: bool = False,
     teach: Teach | None = None,
     check: Callable[[TrainLoop], None] | None = None,
-) -> Iterator[tuple[list[Run], threading.Event]]:
-    """Make runs ready to train, in this order: claim, check, read, load, tokenize, build, resume or start.
+) -> Iterator[list[Run]]:
+    """Make runs ready to train, in this order: claim, read, load, tokenize, build, resume or start.
 
     Args:
         configs: The runs.
@@ -85,26 +84,49 @@ def open_runs(
         together: The runs are to share every pass.
         teach: As in `train`.
         check: As in `train`.
-
-    Yields:
-        The runs, and the event that Ctrl-C or SIGTERM sets.
     """
     with contextlib.ExitStack() as stack:
-        loops, logs = _prepare(
-            configs,
-            backbone,
-            inputs,
-            processes,
-            console,
-            stack,
-            resume=resume,
-            together=together,
-            teach=teach,
-            check=check,
-        )
-        stop = stack.enter_context(stop_requests())
-        stack.enter_context(gradient_checkpointing(loops[0].backbone.model, configs[0].gradient_checkpointing))
-        yield [_open_log(*pair, stack) for pair in zip(loops, logs, strict=True)], stop
+        for config in configs:
+            check_options(config, processes, together=together)
+        configs = [settle_form(config, given) for config, (given, _) in zip(configs, inputs, strict=True)]
+        # Nobody else may train in these folders meanwhile; refused before anything is read or loaded.
+        for config in configs if processes.is_main else ():
+            stack.enter_context(claim_folder(Path(config.output)))
+        checkpoints = [
+            read_checkpoint(config)
+            if resume and (not together or (Path(config.output) / STATE_FILE).exists())
+            else None
+            for config in configs
+        ]
+        # A run that has no state to go on from starts, and only where there is none.
+        examples = [
+            _read(config, given, processes, console, resume=some is not None)
+            for config, given, some in zip(configs, inputs, checkpoints, strict=True)
+        ]
+        loaded = _open_backbone(configs, backbone, processes, console, together=together)
+        if backbone is not None:
+            configs = [with_backbone(config, loaded) for config in configs]
+        others = [_load_beside(config, loaded) for config in configs]
+        loops = []
+        for config, pair, some in zip(configs, examples, checkpoints, strict=True):
+            stored = None if some is None else some.facts["initialization"]
+            data = tokenize(config, loaded, *pair, stored_start=stored, console=console)
+            if line := describe_windows(config, pair[0], data.train):
+                console.info(line)
+            if together and data.has_head:
+                raise ConfigError(
+                    "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
+                )
+            data = data if teach is None else teach(config, loaded, data)
+            loops.append(_build_loop(config, data, stored, loaded, processes))
+        _stand_beside(loops, others)
+        for loop in loops if check is not None else ():
+            check(loop)
+        check_steps(loops, checkpoints)
+        stack.enter_context(gradient_checkpointing(loaded.model, configs[0].gradient_checkpointing))
+        # Checkpoints are dropped one by one: each may be as large as the model.
+        logs = [_resume(loop, checkpoints.pop(0)) for loop in loops]
+        yield [_open_log(*pair, stack) for pair in zip(loops, logs, strict=True)]
 
 
 @contextlib.contextmanager
@@ -136,100 +158,26 @@ def open_run(
             "gradient_checkpointing is that of all runs of a group, but one run asks for it.", hint="leave it out."
         )
     together = backbone.layout.packable
-    with contextlib.ExitStack() as stack:
-        (loop,), (log,) = _prepare(
-            [config],
-            backbone,
-            [(examples, dev_examples)],
-            SINGLE_PROCESS,
-            Console(quiet=True),
-            stack,
-            resume=together or (Path(config.output) / STATE_FILE).exists(),
-            together=together,
-            teach=teach,
-        )
-        yield _open_log(loop, log, stack)
-
-
-def _prepare(
-    configs: Sequence[TrainConfig],
-    backbone: BackboneLike | None,
-    inputs: Sequence[Inputs],
-    processes: ProcessGroup,
-    console: Console,
-    stack: contextlib.ExitStack,
-    *,
-    resume: bool,
-    together: bool,
-    teach: Teach | None = None,
-    check: Callable[[TrainLoop], None] | None = None,
-) -> tuple[list[TrainLoop], list[list[Event]]]:
-    """The loops of runs, resumed or at their start, and their logs; `stack` keeps the claims of their folders."""
-    for config in configs:
-        check_options(config, processes, together=together)
-    configs = [settle_form(config, given) for config, (given, _) in zip(configs, inputs, strict=True)]
-    # Nobody else may train in these folders meanwhile; refused before anything is read or loaded.
-    for config in configs if processes.is_main else ():
-        stack.enter_context(claim_folder(Path(config.output)))
-    checkpoints = [
-        read_checkpoint(config) if resume and (not together or (Path(config.output) / STATE_FILE).exists()) else None
-        for config in configs
-    ]
-    stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
-    examples = _read(configs, inputs, checkpoints, processes, console)
-    loaded = _open_backbone(configs, backbone, processes, console, together=together)
-    if backbone is not None:
-        configs = [with_backbone(config, loaded) for config in configs]
-    others = [_load_beside(config, loaded) for config in configs]
-    for config in configs:
-        if config.initialization == "examples" and config.trains_prefix and not resume:
-            console.info("choosing examples to start from ...")
-    data = [
-        tokenize(config, loaded, *pair, stored_start=stored, console=console)
-        for config, pair, stored in zip(configs, examples, stored_starts, strict=True)
-    ]
-    for config, (train, _), some in zip(configs, examples, data, strict=True):
-        if line := describe_windows(config, train, some.train):
-            console.info(line)
-    if teach is not None:
-        data = [teach(config, loaded, some) for config, some in zip(configs, data, strict=True)]
-    if together and any(some.has_head for some in data):
-        raise ConfigError(
-            "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
-        )
-    loops = [_build_loop(*some, loaded, processes) for some in zip(configs, data, stored_starts, strict=True)]
-    _stand_beside(loops, others)
-    if check is not None:
-        for loop in loops:
-            check(loop)
-    check_steps(loops, checkpoints)
-    # Checkpoints are dropped one by one: each may be as large as the model.
-    return loops, [_resume(loop, checkpoints.pop(0)) for loop in loops]
+    begun = (Path(config.output) / STATE_FILE).exists()
+    shared: dict[str, Any] = {"resume": together or begun, "together": together, "teach": teach}
+    quiet = Console(quiet=True)
+    with open_runs([config], backbone, [(examples, dev_examples)], SINGLE_PROCESS, quiet, **shared) as (run,):
+        yield run
 
 
 def _read(
-    configs: Sequence[TrainConfig],
-    inputs: Sequence[Inputs],
-    checkpoints: Sequence[Checkpoint | None],
-    processes: ProcessGroup,
-    console: Console,
-) -> list[tuple[Sequence[Example], Sequence[Example]]]:
-    """Each run's examples and development examples; lines say what is read, and what is held out."""
-    for config, given in zip(configs, inputs, strict=True):
-        if given[0] is None and is_large_file(config.train):
-            console.info(f"reading {config.train} ...")
-    examples = [
-        # A run that has no state to go on from starts, and only where there is none.
-        read_data(config, *given, processes, resume=checkpoint is not None)
-        for config, given, checkpoint in zip(configs, inputs, checkpoints, strict=True)
-    ]
-    for config, (train, dev), given in zip(configs, examples, inputs, strict=True):
-        for line in describe_run_data(config, train, dev, given=given[0] is not None):
-            console.info(line)
-        if does_hold_out(config, given[1]):
-            sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
-            console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
-    return examples
+    config: TrainConfig, given: Inputs, processes: ProcessGroup, console: Console, *, resume: bool
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """A run's examples and development examples; lines say what is read, and what is held out."""
+    if given[0] is None and is_large_file(config.train):
+        console.info(f"reading {config.train} ...")
+    train, dev = read_data(config, *given, processes, resume=resume)
+    for line in describe_run_data(config, train, dev, given=given[0] is not None):
+        console.info(line)
+    if does_hold_out(config, given[1]):
+        sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
+        console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
+    return train, dev
 
 
 def _open_backbone(

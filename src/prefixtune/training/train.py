@@ -20,7 +20,7 @@ from prefixtune.training.group import RunGroup
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.opening import Teach, open_runs
 from prefixtune.training.progress import show_training
-from prefixtune.training.runs import TrainResult
+from prefixtune.training.runs import TrainResult, stop_requests
 from prefixtune.utils.console import Console
 
 __all__ = ["Teach", "TrainResult", "train", "train_together"]
@@ -87,7 +87,8 @@ def train(
         opened = open_runs(
             [config], backbone, [(examples, dev_examples)], processes, console, resume=resume, teach=teach, check=check
         )
-        (run,), stop = stack.enter_context(opened)
+        (run,) = stack.enter_context(opened)
+        stop = stack.enter_context(stop_requests())
         for event in run.loop.run(stop):
             run.record(event)
             show(event)
@@ -143,7 +144,8 @@ def train_together(
         opened = open_runs(
             planned, backbone, inputs, processes, Console(quiet=True), resume=resume, together=True, teach=teach
         )
-        runs, stop = stack.enter_context(opened)
+        runs = stack.enter_context(opened)
+        stop = stack.enter_context(stop_requests())
         group = RunGroup(runs[0].loop.backbone)
         for run in runs:
             group.add(run)
