@@ -75,6 +75,7 @@ COMMANDS = {
 _MODULES = {
     **dict.fromkeys(("prepare", "doctor", "env", "install_completion"), "setup"),
     **dict.fromkeys(("push", "pull"), "hub"),
+    "cut": "compose",
 }
 """Commands whose module has another name."""
 _RESUMABLE = ("distill", "evaluate", "length", "lm-eval", "train")

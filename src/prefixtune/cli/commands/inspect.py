@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prefixtune.cli.commands.compose import part_rows
 from prefixtune.cli.common import PathText, print_json
-from prefixtune.cli.composing import part_rows
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.utils.console import Console
