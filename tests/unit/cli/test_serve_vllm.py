@@ -25,7 +25,7 @@ def test_a_python_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("prefixtune.cli.commands.serve_vllm._PROBE_SECONDS", 0.2)
     files = ("--backbone", str(tmp_path), "--prefixes", str(tmp_path), "--train-workers", "0")
     _, printed = run("serve", "--engine", "vllm", "--vllm-python", str(python), *files, code=2)
-    assert "has not answered within 0 seconds" in " ".join(printed.split())
+    assert str(python) in printed
 
 
 def test_the_training_server_has_the_cache_of_vllm(tmp_path: Path) -> None:

@@ -264,24 +264,12 @@ def _check_vllm(python: str) -> None:
     Raises:
         ConfigError: vLLM or the plugin is missing there, or its Python does not answer.
     """
-    try:
-        for module, install in (("vllm", "pip install vllm"), ("prefixtune.interop.vllm.worker_cache", _PLUGIN)):
-            search = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
-            if _run(python, search).returncode:
-                raise ConfigError(f"{python!r} does not find {module.partition('.')[0]}.", hint=install)
-        probe = _run(python, PLUGIN_PROBE)
-        if probe.returncode:
-            last = (probe.stderr.strip().splitlines() or [""])[-1]
-            raise ConfigError(f"the plugin does not load in {python!r}: {last}.", hint=_PLUGIN)
-    except OSError as error:
-        raise ConfigError(f"cannot run {python!r}: {error.strerror}.", hint="name vLLM's Python.") from error
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(
-            f"{python!r} has not answered within {_PROBE_SECONDS:,.0f} seconds.",
-            hint=f"see how long {shlex.join([python, '-c', 'import vllm'])} takes.",
-        ) from error
-
-
-def _run(python: str, code: str) -> subprocess.CompletedProcess[str]:
+    code = f"import importlib.util as u\nassert u.find_spec('vllm'), 'there is no vllm'\n{PLUGIN_PROBE}"
     options: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    return subprocess.run([python, "-c", code], check=False, timeout=_PROBE_SECONDS, **options)
+    try:
+        probe = subprocess.run([python, "-c", code], check=False, timeout=_PROBE_SECONDS, **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"cannot run {python!r}: {error}.", hint="name vLLM's Python: --vllm-python.") from error
+    if probe.returncode:
+        last = (probe.stderr.strip().splitlines() or [""])[-1]
+        raise ConfigError(f"{python!r} cannot start vLLM with prefixes: {last}.", hint=f"pip install vllm; {_PLUGIN}")
