@@ -18,6 +18,7 @@ __all__ = [
     "OUTPUTS_FILE",
     "Evaluation",
     "GroupScores",
+    "groups_to_dict",
     "score_groups",
     "summarize",
     "write_evaluation",
@@ -149,17 +150,22 @@ def summarize(outcome: Evaluation) -> dict[str, Any]:
     """All scores, those of groups too, as JSON."""
     return {
         "scores": {name: {"interval": None} | score.to_dict() for name, score in outcome.scores.items()},
-        "groups": {
-            grouping: {
-                group: {
-                    "num_examples": part.num_examples,
-                    "scores": {name: {"interval": None} | score.to_dict() for name, score in part.scores.items()},
-                }
-                for group, part in groups.items()
-            }
-            for grouping, groups in outcome.groups.items()
-        },
+        "groups": groups_to_dict(outcome.groups),
         "left_out": outcome.left_out,
         "num_cut": outcome.num_truncated,
         "num_unended": outcome.num_unended,
+    }
+
+
+def groups_to_dict(scored: Mapping[str, Mapping[str, GroupScores]]) -> dict[str, Any]:
+    """The scores of groups, as JSON."""
+    return {
+        grouping: {
+            group: {
+                "num_examples": part.num_examples,
+                "scores": {name: {"interval": None} | score.to_dict() for name, score in part.scores.items()},
+            }
+            for group, part in groups.items()
+        }
+        for grouping, groups in scored.items()
     }

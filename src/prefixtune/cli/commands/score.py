@@ -143,7 +143,7 @@ def _score_texts(
         PrefixError: A name is unknown, a metric cannot be computed here, or the outputs do not fit the examples.
     """
     from prefixtune.evaluation.metrics import Unavailable, randomize
-    from prefixtune.evaluation.records import score_groups
+    from prefixtune.evaluation.records import groups_to_dict, score_groups
 
     draws: dict[str, Any] = {"samples": options.samples, "seed": options.seed}
     level = _LEVEL if options.intervals else None
@@ -155,16 +155,7 @@ def _score_texts(
             "protocol": protocol,
         }
         if groups := score_groups(first, examples):
-            result["groups"] = {
-                grouping: {
-                    group: {
-                        "num_examples": part.num_examples,
-                        "scores": {name: score.to_dict() for name, score in part.scores.items()},
-                    }
-                    for group, part in parts.items()
-                }
-                for grouping, parts in groups.items()
-            }
+            result["groups"] = groups_to_dict(groups)
         for other in others:
             result["against"] = {
                 "hypotheses": options.against,
