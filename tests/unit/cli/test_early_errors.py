@@ -95,6 +95,7 @@ MISTAKES = [
     ("tasks --jsn", "--json"),
     ("env --jsn", "--json"),
     ("data nowhere.jsonl --backbone model", "nowhere.jsonl"),
+    ("lm-eval --tsks x", "--tasks"),
     ("config schema sevre", "sevre"),
     ("--install-completion --shell bsh", "bsh"),
 ]

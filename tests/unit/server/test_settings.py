@@ -45,11 +45,9 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
 
 
 def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, 'prot = 1\nnum_slots = "many"\nmax_texts = 0\ndeadline = nan\ncors_origins = ["a.example"]\n'
-    )
+    path = write(tmp_path, 'num_slots = "many"\nmax_texts = 0\ndeadline = nan\ncors_origins = ["a.example"]\n')
     message = refusal(path, {"PREFIXTUNE_SERVE_PORT": "eighty", "PREFIXTUNE_SERVE_HOTS": "x"}, dtype="flaot32")
-    names = ("prot", "num_slots", "max_texts", "deadline", "cors_origins", "SERVER_PORT", "SERVER_HOTS", "flaot32")
+    names = ("num_slots", "max_texts", "deadline", "cors_origins", "SERVER_PORT", "SERVER_HOTS", "flaot32")
     assert [name for name in names if name.replace("SERVER", "PREFIXTUNE_SERVE") not in message] == []
 
 
