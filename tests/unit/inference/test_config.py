@@ -75,7 +75,7 @@ def test_words_around_the_target_are_taken_off(
 def test_options_of_classification_are_checked(tiny_backbone: Callable[..., Any]) -> None:
     backbone = tiny_backbone("llama")
     for option in ({"batch_size": 0}, {"batchsize": 1}, {"config": {"on_too_long": "cot"}}):
-        with pytest.raises(ConfigError, match="batch_?size|on_too_long"):
+        with pytest.raises(ConfigError, match=r"batch_?size|on_too_long"):
             classify(backbone, ["a"], labels=["x", "y"], **option)
     alone, several = (
         classify(backbone, ["a", "bc"], labels=["x", "y"], config=GenerateConfig(batch_size=size)) for size in (1, 2)
