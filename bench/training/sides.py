@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.peft_setup import model_folder, silence_peft
 from bench.results import DifferenceError
-from bench.training.steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer, pad_pairs
+from bench.training.steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
@@ -61,17 +61,15 @@ class PeftSide:
 
     def __init__(self, backbone_name: str, dtype: str, prefix_length: int) -> None:
         from peft import PrefixTuningConfig, get_peft_model
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         silence_peft()
         folder = model_folder(backbone_name)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
-        loader = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
-        self.model = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         config = PrefixTuningConfig(
-            task_type="SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM",
+            task_type="CAUSAL_LM",
             num_virtual_tokens=prefix_length,
             prefix_projection=True,
             encoder_hidden_size=BOTTLENECK_SIZE,
@@ -95,9 +93,6 @@ class PeftSide:
     def collate(self, batch: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         """Ids, mask and labels of a right-padded batch."""
         pairs = [(group.prompt, target) for group in batch for target in group.targets]
-        if self.is_encoder_decoder:
-            config = self.model.config
-            return pad_pairs(pairs, pad_id=config.pad_token_id, decoder_start_id=config.decoder_start_token_id)
         width = max(len(prompt) + len(target) for prompt, target in pairs)
         ids = torch.full((len(pairs), width), self.pad_id)
         mask = torch.zeros(len(pairs), width, dtype=torch.long)
@@ -129,8 +124,7 @@ class PeftSide:
 
     def positions(self, batch: Sequence[TokenizedExample]) -> int:
         """See `Side`."""
-        inputs = self.collate(batch)
-        return sum(inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in inputs)
+        return self.collate(batch)["input_ids"].numel()
 
 
 class OurSide:
@@ -190,9 +184,7 @@ class OurSide:
 
     def positions(self, batch: Sequence[TokenizedExample]) -> int:
         """See `Side`."""
-        return sum(
-            ids.numel() for row in self.rows(batch) for ids in (row.input_ids, row.decoder_input_ids) if ids is not None
-        )
+        return sum(row.input_ids.numel() for row in self.rows(batch))
 
 
 def kv_width(backbone: Backbone) -> int:

@@ -1,4 +1,4 @@
-"""A training step as every side of a comparison takes it: its time, its peak memory, and padded pairs.
+"""A training step as every side of a comparison takes it: its time and its peak memory.
 
 Needs no library but torch: a peer imports it in an environment of its own.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -76,39 +76,6 @@ def set_weights(side: Trained, values: Iterable[Tensor]) -> None:
     for weight, value in zip(side.weights(), values, strict=True):
         weight.copy_(value)
     side.optimizer.state.clear()
-
-
-def pad_pairs(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    pad_id: int,
-    decoder_start_id: int,
-    mask_decoder: bool = False,
-) -> dict[str, Tensor]:
-    """Pairs of source and target for an encoder-decoder, one row each, as transformers' `DataCollatorForSeq2Seq` pads.
-
-    Padding is on the right, and -100 in the labels.
-
-    Args:
-        pairs: Token ids; a target's with its end token.
-        pad_id: Id of the padding.
-        decoder_start_id: The decoder's first input.
-        mask_decoder: Add a mask for the decoder. The collator adds none, since no real position attends to the padding
-            after it.
-    """
-    masks = {"decoder_attention_mask": _pad([[1] * len(target) for _, target in pairs], 0)} if mask_decoder else {}
-    return {
-        "input_ids": _pad([source for source, _ in pairs], pad_id),
-        "attention_mask": _pad([[1] * len(source) for source, _ in pairs], 0),
-        "decoder_input_ids": _pad([[decoder_start_id, *target[:-1]] for _, target in pairs], pad_id),
-        "labels": _pad([target for _, target in pairs], -100),
-        **masks,
-    }
-
-
-def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
 @torch.no_grad()
