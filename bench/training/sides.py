@@ -1,8 +1,7 @@
 """The two sides of the comparison, each with its own training step: PEFT's prefix tuning and this project's.
 
 Both take the same pairs, average the loss over the target tokens, clip the gradient and update the prefix's MLP with
-AdamW: the same parameters for a decoder-only model; for an encoder-decoder PEFT has a prefix in the decoder only. Each
-side prepares its own tensors, since that is part of its step.
+AdamW. Each side prepares its own tensors, since that is part of its step.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ class Side(Trained, Protocol):
 
 
 class PeftSide:
-    """PEFT as its users run it: one right-padded row per pair, labels -100 where there is no loss.
-
-    For an encoder-decoder it has a prefix in the decoder's self-attention only.
-    """
+    """PEFT as its users run it: one right-padded row per pair, labels -100 where there is no loss."""
 
     def __init__(self, backbone_name: str, dtype: str, prefix_length: int) -> None:
         from peft import PrefixTuningConfig, get_peft_model

@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ __all__ = ["LENGTH_FILE", "LengthResult", "Point", "choose", "curve_lengths", "f
 
 
 LENGTH_FILE, FIGURE_NAME = "length.json", "length"
-MOST_ENDS = 16
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def _measure_run(
     assert dev is not None
     folder = Path(config.output)
     prefix = load_prefix(folder / PREFIX_FILE)
-    wanted = curve_lengths(prefix.prefix_length, lengths, example_ends(prefix.header))
+    wanted = curve_lengths(prefix.prefix_length, lengths)
     by_source: dict[int, Array] = {}
     for index, length in enumerate(wanted):
 
@@ -197,11 +195,11 @@ def _with_loss(prefix: Prefix, points: Sequence[Point]) -> Prefix:
 # --- the curve -------------------------------------------------------------------------------------------------------
 
 
-def curve_lengths(longest: int, wanted: Sequence[int] = (), ends: Sequence[int] = ()) -> list[int]:
-    """The lengths of a curve: those that are wanted, or 1, 2, 3, 4, 6, 8, 12 and so on with `ends`; and the longest.
+def curve_lengths(longest: int, wanted: Sequence[int] = ()) -> list[int]:
+    """The lengths of a curve: those that are wanted, or 1, 2, 3, 4, 6, 8, 12 and so on; and the longest.
 
-    >>> curve_lengths(20, ends=[7, 13])
-    [1, 2, 3, 4, 6, 7, 8, 12, 13, 16, 20]
+    >>> curve_lengths(20)
+    [1, 2, 3, 4, 6, 8, 12, 16, 20]
 
     Raises:
         ConfigError: One is longer than the prefix, or they are too many.
@@ -216,17 +214,8 @@ def curve_lengths(longest: int, wanted: Sequence[int] = (), ends: Sequence[int] 
             f"lengths has {len(wanted)} numbers, but at most {MOST_LENGTHS} are measured.", hint="choose fewer."
         )
     powers = [2**power for power in range(longest.bit_length())]
-    usual = {*powers, *(3 * power // 2 for power in powers[1:]), *ends[:MOST_ENDS]}
+    usual = {*powers, *(3 * power // 2 for power in powers[1:])}
     return sorted({*(wanted or (length for length in usual if 1 <= length < longest)), longest})
-
-
-def example_ends(header: Mapping[str, Any]) -> list[int]:
-    """Where the examples end that a prefix started from: lengths at which no example is cut; empty: none is known."""
-    start = header.get("initialization")
-    lengths = start.get("lengths") if isinstance(start, Mapping) and start.get("kind") == "examples" else None
-    if not isinstance(lengths, Sequence) or not all(isinstance(length, int) for length in lengths):
-        return []
-    return list(accumulate(lengths))
 
 
 def sum_by_source(losses: torch.Tensor, examples: Sequence[TokenizedExample]) -> Array:
