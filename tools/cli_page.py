@@ -27,7 +27,7 @@ line, `error: ...`, and usually a second one with the next step, `hint: ...`; no
 | code | meaning |
 |---|---|
 | 0 | good |
-| 1 | a check (`doctor`, `inspect`), a job, an upload or a run of a study failed; or a bug, with its traceback |
+| 1 | a check (`doctor`, `inspect`), a job or an upload failed; or a bug, with its traceback |
 | 2 | a mistake: an option, a file, the data, the backbone |
 | 130 | interrupted; where a run was in progress, the hint tells how to go on |
 

@@ -58,7 +58,7 @@ def test_events_and_the_curve_as_json(arguments: list[str], tmp_path: Path) -> N
     assert events[-1]["event"] == "result"
     assert Path(events[-1]["path"]).is_file()
     assert not err
-    # A finished study gives its curve again, and measures only what is new.
+    # A finished run gives its curve again.
     again, _ = run(
         "length", "--resume", "--output", str(tmp_path / "run"), "--json", "--samples", "50", "--lengths", "4"
     )
