@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -39,16 +40,11 @@ def has_postgres() -> bool:
 
 
 class Postgres:
-    """A Postgres of its own, run by a user other than root.
+    """A Postgres of its own, run by a user other than root, in a folder that this user may enter."""
 
-    Args:
-        folder: Where its data is.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.port, self._data, self._user = free_port(), folder / "postgres", ""
-        self._bin = _postgres_folder()
-        self._data.mkdir()
+    def __init__(self) -> None:
+        self.port, self._user, self._bin = free_port(), "", _postgres_folder()
+        self._data = Path(tempfile.mkdtemp(prefix="prefixtune-postgres-"))
         if os.geteuid() == 0:
             self._user = "postgres"
             shutil.chown(self._data, self._user)
@@ -76,6 +72,11 @@ class Postgres:
     def stop(self) -> None:
         """Stop it at once, as a power cut would."""
         self._run("pg_ctl", "-D", str(self._data), "-m", "immediate", "-w", "stop")
+
+    def close(self) -> None:
+        """Stop it, and remove its data."""
+        self.stop()
+        shutil.rmtree(self._data, ignore_errors=True)
 
 
 class Http:

@@ -23,18 +23,16 @@ SECONDS = float(os.environ.get("STRESS_SECONDS", "30"))
 def test_jobs_survive_kills(database: str, tmp_path: Path) -> None:
     if database == "postgres" and not has_postgres():
         pytest.skip("there is no Postgres; on Debian: apt install postgresql")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)  # Postgres runs as another user
     model = make_model(tmp_path / "tiny-chat")
     plan = Plan(jobs=JOBS, kills=KILLS, workers=3 if database == "postgres" else 1, outage_seconds=SECONDS)
     quiet = Kills(Plan(jobs=JOBS, kills=0, outage_seconds=0.0), model, tmp_path / "quiet").run()
     assert quiet.faults == []
-    postgres = Postgres(tmp_path) if database == "postgres" else None
+    postgres = Postgres() if database == "postgres" else None
     try:
         outcome = Kills(plan, model, tmp_path / "killed", postgres).run()
     finally:
         if postgres is not None:
-            postgres.stop()
+            postgres.close()
     print(outcome.kills, outcome.events, [job["status"] for job in outcome.jobs])
     assert outcome.faults == []
     assert sum(outcome.kills.values()) >= plan.kills
