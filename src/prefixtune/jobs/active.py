@@ -24,8 +24,6 @@ _SAVE_SECONDS = 1.0
 _SAVE_SHARE = 20
 """A state is saved after this many times as long as saving takes."""
 _PROGRESS_SECONDS = 0.5
-_SMOOTHING = 0.2
-"""Weight of the last step in the seconds that computing a step takes."""
 _LOCK = ".lock"
 
 
@@ -64,11 +62,8 @@ class ActiveJob:
         steps = [event for event in run.events if event["event"] == "step"]
         self._trained_tokens = sum(event["target_tokens"] for event in steps)
         self._loss: float | None = steps[-1]["loss_per_token"] if steps else None
-        # Of this worker's steps: computing the next one will take as long as the last ones; evaluations and states are
-        # the same for all of them.
-        self._num_timed, self._step_seconds, self._other_seconds = 0, 0.0, 0.0
-        self._saved, self._save_seconds = time.monotonic(), 0.0
-        self._stepped = self._saved
+        self._opened = self._saved = time.monotonic()
+        self._save_seconds = 0.0
         self._told_progress = 0.0
         self._begun_at = self.step
         self._got_further = False
@@ -111,10 +106,6 @@ class ActiveJob:
 
     def _record_step(self, event: Event) -> None:
         now, step = time.monotonic(), event["step"]
-        self._stepped = now
-        weight = _SMOOTHING if self._num_timed else 1.0
-        self._step_seconds += weight * (event["seconds"] - self._step_seconds)
-        self._num_timed += 1
         self._trained_tokens += event["target_tokens"]
         self._loss = event["loss_per_token"]
         every = -(-self.total_steps // _MOST_STEPS_TOLD)
@@ -145,9 +136,9 @@ class ActiveJob:
         )
 
     def _seconds_left(self) -> float | None:
-        if not self._num_timed:
-            return None
-        return (self.total_steps - self.step) * (self._step_seconds + self._other_seconds / self._num_timed)
+        """By what the steps of this worker took, with their evaluations and states."""
+        taken = self.step - self._begun_at
+        return (self.total_steps - self.step) * (time.monotonic() - self._opened) / taken if taken else None
 
     def _record_evaluation(self, event: Event) -> None:
         step = event["step"]
@@ -177,7 +168,6 @@ class ActiveJob:
             self.run.loop.save()
             self._save_seconds = time.monotonic() - started
             self._note_saved()
-        self._other_seconds += time.monotonic() - self._stepped
 
     def _note_saved(self) -> None:
         self._saved = time.monotonic()
@@ -193,5 +183,5 @@ class ActiveJob:
         """
         self.run.loop.save()
         # When it goes on is not known.
-        self._num_timed = 0
+        self._begun_at = self.step
         self._write_progress()
