@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from collections import Counter
 
 from prefixtune.errors import PrefixError
@@ -19,11 +18,7 @@ from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.folder import ENDING
 from prefixtune.utils.locks import claim_folder
 
-__all__ = ["clear_ended", "clear_folder", "forget_oldest", "sweep"]
-
-
-_ABANDONED_SECONDS = 3600.0
-"""A job's folder that was not queued for this long was left by a kill."""
+__all__ = ["clear_ended", "clear_folder", "forget_oldest"]
 
 
 def clear_ended(data: DataFolder, jobs: JobQueue) -> list[str]:
@@ -32,28 +27,11 @@ def clear_ended(data: DataFolder, jobs: JobQueue) -> list[str]:
     Raises:
         QueueUnavailableError: The database cannot be reached.
     """
-    statuses = jobs.statuses([job_id for job_id in _job_ids(data) if data.job(job_id).inputs.exists()])
+    with_inputs: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        with_inputs = [one for one in os.listdir(data.jobs) if is_job_id(one) and data.job(one).inputs.exists()]
+    statuses = jobs.statuses(with_inputs)
     return [job_id for job_id, status in statuses.items() if status in ENDED and clear_folder(data.job(job_id), status)]
-
-
-def sweep(data: DataFolder, jobs: JobQueue) -> list[str]:
-    """Remove the folders of jobs that were never queued, as where a server was killed in between; returns their ids.
-
-    Those that a worker has begun stay, whatever this database knows.
-
-    Raises:
-        QueueUnavailableError: The database cannot be reached.
-    """
-    old = []
-    for job_id in _job_ids(data):
-        folder = data.job(job_id)
-        with contextlib.suppress(OSError):
-            if time.time() - folder.root.stat().st_mtime > _ABANDONED_SECONDS and not folder.events.exists():
-                old.append(job_id)
-    removed = sorted(set(old) - jobs.statuses(old).keys())
-    for job_id in removed:
-        remove_job_folder(data, job_id)
-    return removed
 
 
 def clear_folder(folder: JobFolder, status: JobStatus) -> bool:
@@ -82,13 +60,6 @@ def clear_folder(folder: JobFolder, status: JobStatus) -> bool:
                 shutil.rmtree(folder.inputs)
             return True
     return False
-
-
-def _job_ids(data: DataFolder) -> list[str]:
-    """The jobs that have a folder."""
-    with contextlib.suppress(FileNotFoundError):
-        return [name for name in os.listdir(data.jobs) if is_job_id(name)]
-    return []
 
 
 def forget_oldest(data: DataFolder, jobs: JobQueue, files: FileStore, keep: int) -> list[str]:

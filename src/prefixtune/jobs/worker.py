@@ -28,8 +28,6 @@ from prefixtune.prefix.folder import Signature
 __all__ = ["run_worker"]
 
 
-_DATABASE_SECONDS = 60.0
-"""How long a database that is not there yet is waited for, such as one that starts at the same time."""
 _RETRY_SECONDS = 1.0
 _OFTEN_SECONDS, _SELDOM_SECONDS = 3.0, 600.0
 _log = logging.getLogger("prefixtune.jobs")
@@ -47,7 +45,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
 
     Raises:
         PrefixError: The backbone cannot be loaded, the data folder cannot be written, or the database cannot be
-            reached at the start.
+            reached at the start: whoever starts the worker starts it again.
     """
     from prefixtune.backbone.load import check_loadable
 
@@ -56,10 +54,9 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
     url = config.database_url or data.database_url
     _lower_priority(config)
     _make_folders(data)
+    migrate(url)
     with contextlib.ExitStack() as stack:
-        jobs = _open_queue(url, stop)
-        if jobs is None:
-            return
+        jobs = JobQueue(url)
         stack.callback(jobs.close)
         _work(config, data, url, jobs, stop, stack)
 
@@ -70,7 +67,7 @@ def _work(
     # These load torch, which takes a while: wrong options are reported before.
     from prefixtune.backbone.identity import backbone_identity
     from prefixtune.jobs.publish import publish, tidy
-    from prefixtune.jobs.retention import clear_ended, forget_oldest, sweep
+    from prefixtune.jobs.retention import clear_ended, forget_oldest
     from prefixtune.jobs.trainer import Trainer
 
     prefixes, files = Path(config.prefixes).absolute(), FileStore(data)
@@ -103,8 +100,6 @@ def _work(
         clear_ended(data, jobs)
 
     def look_seldom() -> None:
-        for job_id in sweep(data, jobs):
-            _log_event("job_folder_removed", job=job_id)
         for job_id in forget_oldest(data, jobs, files, config.keep_jobs):
             _log_event("job_deleted", job=job_id)
 
@@ -153,28 +148,6 @@ def _make_folders(data: DataFolder) -> None:
             f"the data folder {str(data.root)!r} cannot be made: {error.strerror or error}.",
             hint="choose another --data-folder.",
         ) from error
-
-
-def _open_queue(url: str, stop: threading.Event) -> JobQueue | None:
-    """The queue, once its database is there; None: the worker is to end before.
-
-    Raises:
-        QueueUnavailableError: It was not there for too long.
-    """
-    deadline = time.monotonic() + _DATABASE_SECONDS
-    is_away = False
-    while not stop.is_set():
-        try:
-            migrate(url)
-            return JobQueue(url)
-        except QueueUnavailableError as error:
-            if time.monotonic() >= deadline:
-                raise
-            if not is_away:
-                _log_event("database_away", logging.WARNING, reason=error.message)
-            is_away = True
-        stop.wait(_RETRY_SECONDS)
-    return None
 
 
 def _load(config: WorkerConfig) -> Any:
