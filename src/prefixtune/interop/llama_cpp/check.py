@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KeyNeededError", "NotInEffectError", "check", "main"]
+__all__ = ["NotInEffectError", "check", "main"]
 
 
 _TIMEOUT = 600.0
@@ -27,10 +27,6 @@ _MIN_DIFFERENCE = 0.02
 
 class NotInEffectError(Exception):
     """The server does not answer with the prefix; the message says what was seen."""
-
-
-class KeyNeededError(Exception):
-    """The server answers only clients with its API key, so nothing is known of the prefix."""
 
 
 def check(
@@ -56,7 +52,6 @@ def check(
         What was seen, one line each.
 
     Raises:
-        KeyNeededError: The server wants another key.
         NotInEffectError: The file was not restored whole, a request did not find it, or it changes nothing.
     """
     url = url.rstrip("/")
@@ -120,8 +115,7 @@ def _post(url: str, body: Mapping[str, Any], headers: Mapping[str, str], timeout
             answer = json.load(reply)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            found = "refuses this one" if "Authorization" in headers else "got none"
-            raise KeyNeededError(f"the server wants a key, and {found}: give --api-key or LLAMA_API_KEY.") from error
+            raise NotInEffectError("the server wants a key: give --api-key or LLAMA_API_KEY.") from error
         raise NotInEffectError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:300]}") from error
     except (OSError, ValueError) as error:
         raise NotInEffectError(f"{url} cannot be reached: {error}") from error
@@ -152,9 +146,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = json.loads(Path(options.export).read_text(encoding="utf-8"))
     try:
         lines = check(options.url, facts, slot=options.slot, text=options.text, api_key=options.api_key)
-    except KeyNeededError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except NotInEffectError as error:
         print(f"error: the prefix is not in effect: {error}", file=sys.stderr)
         return 1
