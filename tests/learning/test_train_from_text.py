@@ -17,6 +17,10 @@ EXAMPLES = [Example(f"name : {name}", (f"It is {name}.",)) for name in ("Ann", "
 TEXT = "Say what the name is, in one line."
 
 
+class Stopped(Exception):
+    pass
+
+
 @pytest.mark.parametrize(("length", "positions"), [(0, len(TEXT)), (6, 6)])
 def test_a_run_from_a_text_learns_and_resumes(
     length: int,
@@ -42,10 +46,15 @@ def test_a_run_from_a_text_learns_and_resumes(
     assert result.prefix.header["initialization"]["file"] == "prompt.txt"
     assert result.prefix.header["initialization"]["tokens"] == len(TEXT)
 
-    train(config_for("half", **options, save_every=3).replace(max_steps=3), backbone=backbone, examples=EXAMPLES)
-    longer = train(config_for("half", **options, save_every=3), backbone=backbone, examples=EXAMPLES, resume=True)
-    assert longer.prefix is not None
-    assert longer.prefix.prefix_length == positions
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 3:
+            raise Stopped
+
+    half = config_for("half", **options)
+    with pytest.raises(Stopped):
+        train(half, backbone=backbone, examples=EXAMPLES, on_event=stop)
+    resumed = train(half, backbone=backbone, examples=EXAMPLES, resume=True)
+    assert resumed.prefix.equal(result.prefix)
 
 
 def test_a_missing_file_stops_before_anything_is_written(
