@@ -320,8 +320,7 @@ class TrainConfig(Config):
         if self.prefix_length == 0 and not has_length:
             yield ("prefix_length",), f"prefix_length is 0, but must be at least 1: {start}, which has no length"
         if self.initialization == "examples" and not count:
-            names = "init_examples", "prefix_length"
-            yield names, f"{start}, but both init_examples and prefix_length are 0"
+            yield ("init_examples", "prefix_length"), f"{start}, but both init_examples and prefix_length are 0"
         if "none" in self.report_to and len(self.report_to) > 1:
             yield ("report_to",), "report_to names 'none' and others"
 
