@@ -52,26 +52,15 @@ def test_options_of_chats_are_refused_with_what_to_do_instead(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "name"),
     [
-        ({"questions": "self", "limit": 2}, "limit is 2, but a run whose questions are made"),
-        ({"questions": "q.jsonl", "form": "prompt"}, "form is 'prompt', but a document"),
-        ({"questions": "self", "test": "self"}, "test is 'self', but held-out questions are read from a file"),
-        ({"questions": "q.jsonl", "init_text": "a b"}, "init_text is 'a b', but a start from the document itself"),
-        ({"questions": "self", "kinds": ("paraphrase", "list")}, "kinds has paraphrase without fact"),
+        ({"questions": "self", "test": "self"}, "test"),
+        ({"questions": "self", "kinds": ("paraphrase", "list")}, "kinds"),
     ],
 )
-def test_what_a_document_does_not_use_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_what_a_document_does_not_use_is_refused(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
         DistillConfig(document="doc.txt", **options)
-    assert message in caught.value.message
-
-
-def test_a_text_to_start_from_goes_with_a_start_from_words_and_with_a_teacher(of_prompt: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="init_text is 'a b', but a start from the prompt itself"):
-        DistillConfig(data="inputs.jsonl", init_text="a b", **of_prompt)
-    assert DistillConfig(data="inputs.jsonl", init_text="a b", initialization="words", **of_prompt).init_text == "a b"
-    assert DistillConfig(data="inputs.jsonl", init_text="a b", teacher="t").init_text == "a b"
 
 
 def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt: dict[str, Any]) -> None:
