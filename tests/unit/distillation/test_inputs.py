@@ -60,7 +60,7 @@ def test_options_of_chats_are_refused_with_what_to_do_instead(
 )
 def test_what_a_document_does_not_use_is_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        DistillConfig(document="doc.txt", **options)
+        DistillConfig(document="doc.txt", questions="self", **options)
 
 
 def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt: dict[str, Any]) -> None:
