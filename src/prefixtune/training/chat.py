@@ -34,13 +34,6 @@ def read_template(config: TrainConfig) -> str:
     return text
 
 
-def _no_template() -> ConfigError:
-    return ConfigError(
-        "system is given, but there is no chat template that could write it.",
-        hint="give one (--chat-template model, or FILE).",
-    )
-
-
 def choose_template(
     config: TrainConfig, backbone: Backbone, *, for_labels: bool = False, has_messages: bool = False
 ) -> str:
@@ -54,12 +47,9 @@ def choose_template(
     template = read_template(config)
     chats = backbone.kind == "decoder" and not for_labels
     if template and not chats:
-        what = (
-            "labels are learned from texts" if for_labels else f"{backbone.name!r} reads a source and writes a target"
-        )
         raise ConfigError(
-            f"chat_template is {config.chat_template!r}, but {what}, not chats.",
-            hint="leave chat_template out, or take a decoder-only model.",
+            f"chat_template is {config.chat_template!r}, but only decoder-only models read chats, and for no labels.",
+            hint="leave chat_template out.",
         )
     if template == MODEL_TEMPLATE and not has_chat_template(backbone):
         raise ConfigError(
@@ -69,5 +59,8 @@ def choose_template(
     if own and chats and has_messages and has_chat_template(backbone):
         template = MODEL_TEMPLATE
     if config.system and not template:
-        raise _no_template()
+        raise ConfigError(
+            "system is given, but there is no chat template that could write it.",
+            hint="give one (--chat-template model, or FILE).",
+        )
     return template

@@ -10,7 +10,7 @@ from prefixtune.data.forms import FORMS, Form, describe_data
 from prefixtune.data.tasks.records import example_form
 from prefixtune.data.tokenized import TokenizedDataset
 from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 
 __all__ = ["check_form", "check_texts_alone", "describe_run_data", "describe_windows", "settle_form"]
@@ -19,8 +19,7 @@ __all__ = ["check_form", "check_texts_alone", "describe_run_data", "describe_win
 def settle_form(config: TrainConfig, examples: Sequence[ExampleLike] | None = None) -> TrainConfig:
     """The configuration with the form of its training data, and the task that this belongs to.
 
-    Only the first row is read. A configuration that names templates or another task, or whose data are wrong, stays as
-    it is: what is wrong is said when the data are read, together with all else.
+    Only the first row is read. A configuration that names templates or another task stays as it is.
 
     Args:
         config: The run.
@@ -28,10 +27,7 @@ def settle_form(config: TrainConfig, examples: Sequence[ExampleLike] | None = No
     """
     if config.task != "records" or config.source or config.target:
         return config
-    try:
-        form = _find_form(config, examples)
-    except PrefixError:
-        return config
+    form = _find_form(config, examples)
     if form is None:
         return config
     return config.replace(task=form.task, form=form.name, **(_text_format(config) if form.name == "text" else {}))

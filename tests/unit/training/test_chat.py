@@ -60,7 +60,7 @@ def test_the_models_own_template_is_for_data_with_messages(default_backbone: Any
     ("options", "kind", "says"),
     [
         ({"chat_template": "model"}, "llama", "has none"),
-        ({"chat_template": "FILE"}, "t5", "reads a source and writes a target"),
+        ({"chat_template": "FILE"}, "t5", "only decoder-only models"),
         ({"system": "Be short."}, "llama", "no chat template that could write it"),
     ],
 )
