@@ -80,8 +80,8 @@ def read_data(
     """
     if not resume and processes.is_main:
         check_unused(Path(config.output))
-    train = limit_targets(_training_examples(config, examples), config.limit)
-    dev = limit_targets(_development_examples(config, dev_examples), config.dev_limit)
+    train: Sequence[Example] = limit_targets(_training_examples(config, examples), config.limit)
+    dev: Sequence[Example] = limit_targets(_development_examples(config, dev_examples), config.dev_limit)
     if does_hold_out(config, dev_examples):
         train, dev = _hold_out(config, train)
     if config.patience and not dev:

@@ -120,8 +120,9 @@ def open_runs(
             data = data if teach is None else teach(config, loaded, data)
             loops.append(_build_loop(config, data, stored, loaded, processes))
         _stand_beside(loops, others)
-        for loop in loops if check is not None else ():
-            check(loop)
+        if check is not None:
+            for loop in loops:
+                check(loop)
         check_steps(loops, checkpoints)
         stack.enter_context(gradient_checkpointing(loaded.model, configs[0].gradient_checkpointing))
         # Checkpoints are dropped one by one: each may be as large as the model.

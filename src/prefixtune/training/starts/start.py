@@ -58,16 +58,7 @@ def check_lengths(actual: Mapping[Site, int], wanted: Mapping[Site, int]) -> Non
         ConfigError: Its sites or lengths are others.
     """
     if actual != wanted:
-        by_name = len(actual.keys() | wanted.keys()) > 1
-        has, runs = _spell(actual, by_name), _spell(wanted, by_name)
-        is_longer = max(actual.values(), default=0) > max(wanted.values(), default=0)
-        cut = ", or cut the prefix: `prefixtune cut FILE --length P`" if is_longer else ""
         raise ConfigError(
-            f"the prefix to start from has length {has}, but {'sites' if by_name else 'prefix_length'} is {runs}.",
-            hint=f"set {'sites' if by_name else 'prefix_length'} to {has}{cut}.",
+            f"the prefix to start from has length {spell_lengths(actual)}, but the run has {spell_lengths(wanted)}.",
+            hint=f"set prefix_length, or sites, to {spell_lengths(actual)}, or cut the prefix first.",
         )
-
-
-def _spell(lengths: Mapping[Site, int], by_name: bool) -> str:
-    """Lengths as the options `prefix_length`, of one site, and `sites` take them."""
-    return spell_lengths(lengths) if by_name else ",".join(map(str, lengths.values()))

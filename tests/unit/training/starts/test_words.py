@@ -67,11 +67,8 @@ def test_another_prefix_is_checked(tiny_backbone: Any, random_prefix: Any):
     other = random_prefix(backbone, 4).to(torch.bfloat16)
     start = from_prefix(backbone, other, 4)
     assert start.equal(other.to(torch.float32))
-    with pytest.raises(ConfigError, match="has length 4, but prefix_length is 6") as error:
-        from_prefix(backbone, other, 6)
-    assert error.value.hint == "set prefix_length to 4."
-    with pytest.raises(ConfigError, match="has length 4, but prefix_length is 3") as error:
-        from_prefix(backbone, other, 3)
-    assert error.value.hint == "set prefix_length to 4, or cut the prefix: `prefixtune cut FILE --length P`."
+    for length in (3, 6):
+        with pytest.raises(ConfigError, match=f"decoder=4.*decoder={length}"):
+            from_prefix(backbone, other, length)
     with pytest.raises(BackboneError, match=r"2 KV heads x 8.*2 KV heads x 16"):
         from_prefix(tiny_backbone("qwen3"), other, 4)
