@@ -442,7 +442,7 @@ def test_a_run_may_start_from_another_prefix(
         assert encoder.bake().equal(start)
         about = {"kind": "prefix", "file": "start.safetensors", "hash": content_hash(start), "lengths": {"decoder": 4}}
         assert found.description == about
-    with pytest.raises(ConfigError, match="decoder=4.*decoder=3"):
+    with pytest.raises(ConfigError, match=r"decoder=4.*decoder=3"):
         build_encoder(config.replace(prefix_length=3), backbone)
 
 
@@ -462,11 +462,11 @@ def test_a_run_from_another_prefix_has_its_length(
     # Named sites without a length of their own have that of the prefix, too.
     encoder, _ = build_encoder(config.replace(sites="encoder,decoder=2,cross"), backbone)
     assert encoder.bake().equal(start)
-    with pytest.raises(ConfigError, match="encoder=4,decoder=2,cross=3.*cross=1"):
+    with pytest.raises(ConfigError, match=r"encoder=4,decoder=2,cross=3.*cross=1"):
         build_encoder(config.replace(sites="encoder,decoder,cross=1"), backbone)
     # Without sites a run trains all of the backbone's, as ever.
     save_prefix(path, Prefix({"decoder": start.layers["decoder"]}))
-    with pytest.raises(ConfigError, match="decoder=2.*encoder=0,decoder=2,cross=0"):
+    with pytest.raises(ConfigError, match=r"decoder=2.*encoder=0,decoder=2,cross=0"):
         build_encoder(config, backbone)
     encoder, _ = build_encoder(config.replace(sites="decoder"), backbone)
     assert encoder.bake().sites == ("decoder",)
