@@ -36,7 +36,6 @@ __all__ = [
     "TrainData",
     "count_steps",
     "does_hold_out",
-    "held_out_rows",
     "is_large_file",
     "optimizer_steps",
     "plan_steps",
@@ -109,36 +108,24 @@ def does_hold_out(config: TrainConfig, dev_examples: Sequence[ExampleLike] | Non
     return bool(config.hold_out) and not config.dev and dev_examples is None
 
 
-def held_out_rows(train: Sequence[Example], share: float, seed: int) -> list[bool]:
-    """Which examples a run holds out of training: a share of the sources, one at least, with all their targets.
-
-    Args:
-        train: The examples of at least two sources.
-        share: Of the sources, above 0 and below 1.
-        seed: The run's.
-    """
-    sources, ids = distinct_sources(train), source_ids(train)
-    count = min(max(1, round(share * len(sources))), len(sources) - 1)
-    drawn = random.Random(f"{seed}/hold_out").sample(range(len(sources)), count)
-    held = {ids[sources[index]] for index in drawn}
-    return [one in held for one in ids]
-
-
 def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
     """Divide the examples into those to train on and a share of the sources, with all their targets, to develop with.
 
     Raises:
         DataError: There is only one source.
     """
-    sources = distinct_sources(train)
+    sources, ids = distinct_sources(train), source_ids(train)
     if len(sources) < 2:
         raise DataError(
             f"hold_out is {config.hold_out:g}, but there is only one training source.",
             hint="give more data or a development file, or set hold_out to 0.",
         )
-    held = held_out_rows(train, config.hold_out, config.seed)
-    dev = limit_targets(list(itertools.compress(train, held)), config.dev_limit)
-    return [example for example, is_held in zip(train, held, strict=True) if not is_held], dev
+    count = min(max(1, round(config.hold_out * len(sources))), len(sources) - 1)
+    drawn = random.Random(f"{config.seed}/hold_out").sample(range(len(sources)), count)
+    held = {ids[sources[index]] for index in drawn}
+    dev = [example for one, example in zip(ids, train, strict=True) if one in held]
+    left = [example for one, example in zip(ids, train, strict=True) if one not in held]
+    return left, limit_targets(dev, config.dev_limit)
 
 
 def _task_kind(config: TrainConfig) -> TaskKind:

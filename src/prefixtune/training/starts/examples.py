@@ -170,7 +170,7 @@ def plan_examples(
     by_site: dict[Site, int] = {
         site: sum(lengths) if site in sites else site_lengths[site] or _DECODER_LENGTH for site in site_lengths
     }
-    description = dict(stored) if stored is not None else _describe(config, chosen, lengths)
+    description = dict(stored) if stored is not None else _describe(chosen, lengths)
     return ExamplePlan(tuple(chosen), lengths, by_site, description, is_resumed=stored is not None)
 
 
@@ -266,33 +266,18 @@ def _check_chosen(
     Raises:
         DataError: Fewer than asked for fit, or none.
     """
-    if not candidates:
+    wanted = max(config.init_examples, 1)
+    if len(chosen) < wanted or room < wanted:
+        lengths = sorted(len(example.row) for example in candidates) or [0]
+        where = f"prefix_length {room}" if is_limited else f"the {room} positions of {backbone.name!r}"
         raise DataError(
-            "no training example fits the model's positions whole, so the prefix cannot start from one.",
-            hint="raise max_length, or start from words (initialization = 'words').",
+            f"init_examples is {config.init_examples}, but {len(chosen)} of {len(candidates)} training examples fit "
+            f"{where}: they take {lengths[0]} to {lengths[-1]} tokens each.",
+            hint="ask for fewer, raise prefix_length or max_length, or start from words.",
         )
-    if is_limited and room < config.init_examples:
-        raise DataError(
-            f"init_examples is {config.init_examples}, but there are {room} positions for them.",
-            hint="raise prefix_length, or start from fewer examples.",
-        )
-    if len(chosen) >= max(config.init_examples, 1):
-        return
-    lengths = sorted(len(example.row) for example in candidates)
-    where = f"prefix_length {room}" if is_limited else f"the {room} positions of {backbone.name!r}"
-    if not chosen:
-        raise DataError(
-            f"no training example fits {where}: they take {lengths[0]} to {lengths[-1]} tokens.",
-            hint=f"set prefix_length to at least {lengths[0]}, or to 0 and init_examples to their number.",
-        )
-    raise DataError(
-        f"init_examples is {config.init_examples}, but only {len(chosen)} of the chosen fit {where}: they take "
-        f"{lengths[0]} to {lengths[-1]} tokens each.",
-        hint=f"set init_examples to at most {len(chosen)}, or give a prefix_length that they are brought to.",
-    )
 
 
-def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], lengths: Sequence[int]) -> dict[str, Any]:
+def _describe(chosen: Sequence[SolvedExample], lengths: Sequence[int]) -> dict[str, Any]:
     """What the header says of a start."""
     return {
         "kind": "examples",
@@ -300,8 +285,6 @@ def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], lengths: Seq
         "tokens": [len(example.row) for example in chosen],
         "lengths": list(lengths),
         "prefix_length": sum(lengths),
-        # Their numbers count what was left to train on.
-        **({"held_out": {"share": config.hold_out, "seed": config.seed}} if config.hold_out and not config.dev else {}),
     }
 
 

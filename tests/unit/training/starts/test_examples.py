@@ -65,10 +65,8 @@ def test_as_many_as_fit_a_length(backbone: Any, tmp_path: Path):
 
 def test_a_length_that_none_fits_is_refused(backbone: Any, tmp_path: Path):
     config = run(tmp_path, initialization="examples", prefix_length=3)
-    least = min(lengths(backbone))
-    with pytest.raises(DataError, match=rf"no training example fits prefix_length 3: they take {least} to") as caught:
+    with pytest.raises(DataError, match=rf"prefix_length 3: they take {min(lengths(backbone))} to"):
         tokenize(config, backbone, EXAMPLES, ())
-    assert f"at least {least}" in caught.value.hint
 
 
 def test_more_examples_than_there_are_is_refused_before_the_model_loads(tmp_path: Path, no_backbone_loads: None):
