@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,8 +126,8 @@ class JobsClient:
         self._ask("DELETE", f"/{kind}/{quote(name, safe='')}")
 
     def create(self, request: dict[str, Any]) -> JobView:
-        """Ask for a training."""
-        return self._one(JobView, "POST", _JOBS, json=request)
+        """Ask for a training, again if need be: by its key the server makes it once."""
+        return self._one(JobView, "POST", _JOBS, json=request, headers={"Idempotency-Key": secrets.token_hex(16)})
 
     def job(self, job_id: str) -> JobView:
         """One job."""
@@ -175,7 +176,7 @@ class JobsClient:
             raise self._foreign() from error
 
     def _ask(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON of an answer; a question is asked again while the server is away."""
+        """The JSON of an answer; a question, or what has a key, is asked again while the server is away."""
         import httpx2
 
         end = time.monotonic() + self._patience
@@ -191,7 +192,11 @@ class JobsClient:
                 raise self._foreign() from error
             else:
                 status = response.status_code
-            if method != "GET" or (status and status not in _AWAY) or time.monotonic() > end:
+            if (
+                not (method == "GET" or "headers" in options)
+                or (status and status not in _AWAY)
+                or time.monotonic() > end
+            ):
                 hint = "does --url name a server of `prefixtune serve`?" if not status else ""
                 hint = "give a key with --key, or in the variable PREFIXTUNE_API_KEY." if status == 401 else hint
                 raise RequestError(message, hint=hint)

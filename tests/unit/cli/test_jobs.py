@@ -287,6 +287,14 @@ def test_a_change_is_not_asked_for_again(jobs: Jobs, server: FakeServer) -> None
     assert len(server.sent(f"POST /fine_tuning/jobs/{JOB['id']}/cancel")) == 1
 
 
+def test_a_job_is_asked_for_again_as_the_same_one(jobs: Jobs, server: FakeServer) -> None:
+    server.on("POST /fine_tuning/jobs", as_error(503, "away"), as_json(JOB))
+    jobs("create", FILE["id"])
+    keys = [headers["Idempotency-Key"] for method, _, headers, _ in server.asked if method == "POST"]
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+
+
 def test_without_a_server(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.close()
     monkeypatch.setattr("prefixtune.cli.commands.jobs._ASK_SECONDS", 0.0)
