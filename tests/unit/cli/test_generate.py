@@ -190,7 +190,7 @@ def test_options_are_checked_with_the_prefixs_own_before_the_backbone_loads(
     assert message in error(capsys, "text", "--prefix", prefixes[0], *words)
 
 
-@pytest.mark.parametrize("method", ["prefix", "top"])
+@pytest.mark.parametrize("method", ["prefix", "full"])
 def test_a_run_of_any_method_generates(
     method: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,7 +218,7 @@ def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
     settings = {"max_steps": 2, "learning_rate": 0.1, "dtype": "float32", "device": "cpu", "task": "classification"}
     label_words = ",".join(f"{label}={word}" for label, word in words.items())
     train(
-        backbone=str(model), examples=examples, method="top", output=str(tmp_path / "run"), progress=False,
+        backbone=str(model), examples=examples, method="full", output=str(tmp_path / "run"), progress=False,
         label_words=label_words, **settings,
     )  # fmt: skip
     tuned, form = load_tuned(tmp_path / "run" / "weights.safetensors", device="cpu")
