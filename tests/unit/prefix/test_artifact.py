@@ -83,12 +83,6 @@ def test_the_header_says_where_it_belongs(path: Path, llama: Any):
     assert (header["task"], header["license"], header["dtype"]) == ("toy", "CC0", "float32")
 
 
-def test_any_safetensors_reader_sees_plain_tensors(path: Path, prefix: Prefix):
-    with safe_open(path, "pt") as handle:
-        assert sorted(handle.keys()) == [f"decoder.{n}.{part}" for n in range(3) for part in ("key", "value")]
-        assert torch.equal(handle.get_tensor("decoder.2.value"), prefix.layers["decoder"][2][1])
-
-
 def test_more_than_ten_layers_keep_their_order(tmp_path: Path):
     layers = tuple((torch.full((1, 2, 3), float(n)), torch.full((1, 2, 3), -float(n))) for n in range(12))
     prefix = Prefix({"decoder": layers})

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.compose import average, concatenate, cut, interpolate
 from prefixtune.prefix.composition import MAX_PARTS, content_hash
 from prefixtune.prefix.prefix import Head, Prefix
@@ -117,14 +116,6 @@ def test_joined_parts_of_parts_are_one_list_in_order() -> None:
     mean = average([a, _prefix(3, 9)])
     (entry, _) = concatenate([mean, c]).header["composition"]["parts"]
     assert entry["composition"] == {"mode": "average", "hashes": [content_hash(a), content_hash(_prefix(3, 9))]}
-
-
-def test_a_composed_prefix_is_stored_and_read_again(tmp_path: Any) -> None:
-    joined = concatenate([_prefix(3, 1), _prefix(2, 2)])
-    read = read_artifact(save_prefix(tmp_path / "joined.safetensors", joined))
-    assert read.equal(joined)
-    assert read.header["composition"] == joined.header["composition"]
-    assert read.header["prefix_length"] == {"decoder": 5}
 
 
 def test_the_widest_dtype_is_kept() -> None:
@@ -235,17 +226,6 @@ def test_a_made_up_composition_in_a_header_does_no_harm() -> None:
 
 
 # --- number by number ------------------------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_joined_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("it was joined")
-
-    monkeypatch.setattr("prefixtune.prefix.compose.join", refuse)
-    with pytest.raises(ConfigError, match="would have 65 parts"):
-        concatenate([_prefix(1)] * 65, Rotation("none"))
-    with pytest.raises(ConfigError, match="both classify"):
-        concatenate([_with_head(_prefix(1), "a", "b")] * 2)
 
 
 def test_blends_are_weighted_sums() -> None:
