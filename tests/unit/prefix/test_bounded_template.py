@@ -71,7 +71,7 @@ def test_marks_of_the_assistants_turns_change_nothing() -> None:
 def test_a_header_with_a_template_that_cannot_be_used() -> None:
     with pytest.raises(CheckpointError, match="No filter named 'join'"):
         read_text_format({"text_format": {"chat_template": "{{ messages | join }}"}})
-    with pytest.raises(CheckpointError, match="at most 16,384"):
+    with pytest.raises(CheckpointError, match="chat_template"):
         read_text_format({"text_format": {"chat_template": "x" * 16385}})
     stored = read_text_format({"text_format": {"chat_template": "{{ messages[0].content }}"}})
     assert stored is not None
