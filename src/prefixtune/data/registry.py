@@ -49,7 +49,6 @@ class Task:
         formats: The endings of the files that are read, each also with `.gz`.
         release: The names of the files in the original release.
         takes_columns: Whether source and target may name columns (templates).
-        max_source_length: Tokens of a source that the paper's models read; 0: all. For users and presets.
         read_all: If some entries of a file are not examples (they have no good text): path -> every entry, with None
             for those.
         merges: Rows of equal sources are one example.
@@ -67,18 +66,8 @@ class Task:
     formats: tuple[str, ...] = FORMATS
     release: Release = field(default_factory=dict)
     takes_columns: bool = False
-    max_source_length: int = 0
     read_all: Callable[[Path], list[Example | None]] | None = None
     merges: bool = False
-
-    @property
-    def targets_hint(self) -> str:
-        """What to do about data without targets."""
-        if self.takes_columns:
-            return "name the target column (--target), or a file with references."
-        names = [name for name in self.release.get("test", ()) if "*" not in name]
-        example = f", such as {names[0]}" if names else ""
-        return f"name the file with references{example}."
 
 
 def read_task(
@@ -259,7 +248,6 @@ _SUMMARIES: dict[str, Any] = {
     "decoding": _SUMMARY,
     "metrics": ("rouge_1", "rouge_2", "rouge_l"),
     "protocol": "summarization",
-    "max_source_length": 512,
 }
 
 TASKS: dict[str, Task] = {

@@ -142,17 +142,12 @@ def evaluate(
     return dataclasses.replace(outcome, num_truncated=len(truncated))
 
 
-def check_examples(
-    examples: Sequence[Example],
-    protocol: str = "plain",
-    hint: str = "name the target column, or a file with references.",
-) -> None:
+def check_examples(examples: Sequence[Example], protocol: str = "plain") -> None:
     """Refuse examples that cannot be scored, before any decoding.
 
     Args:
         examples: To evaluate on.
         protocol: As in `evaluate`.
-        hint: What to do about an example without a target.
 
     Raises:
         DataError: There is no example, or one has no target, or under this protocol no reference.
@@ -161,7 +156,10 @@ def check_examples(
         raise DataError("there is no example to evaluate on.", hint="check the file.")
     for number, example in enumerate(examples, start=1):
         if not any(target.strip() for target in example.targets):
-            raise DataError(f"example {number} ({example.source[:60]!r}) has no target.", hint=hint)
+            raise DataError(
+                f"example {number} ({example.source[:60]!r}) has no target.",
+                hint="name the target column (--target), or a file with references.",
+            )
         if not any(text.strip() for text in references_of(example, protocol)):
             raise DataError(
                 f"the references of example {number} ({example.source[:60]!r}) by the protocol {protocol!r} are blank "

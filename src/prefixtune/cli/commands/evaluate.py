@@ -192,7 +192,7 @@ def _read_examples(
     examples = examples[: options.limit or None]
     if form is not None:
         console.info(describe_data(form, examples, options.data, first_row))
-    check_examples(examples, TASKS[name].protocol, TASKS[name].targets_hint)
+    check_examples(examples, TASKS[name].protocol)
     return name, columns, examples
 
 

@@ -86,7 +86,7 @@ def score(options: ScoreOptions) -> int:
     names = [name for name in (options.hypotheses, options.against) if name is not None]
     systems = [_outputs_of_examples(console, options, name, examples) for name in names]
     examples = examples[: options.limit or None]
-    check_examples(examples, options.protocol or TASKS[options.task].protocol, TASKS[options.task].targets_hint)
+    check_examples(examples, options.protocol or TASKS[options.task].protocol)
     kind = TASKS[options.task].kind
     check_metrics(options.metrics, METRICS if kind == "generation" else _LABEL_METRICS[kind])
     if kind == "generation":

@@ -45,8 +45,6 @@ def _lines(task: Task) -> Iterator[tuple[str, str]]:
     yield "scores", f"{', '.join(task.metrics)} (protocol: {task.protocol})"
     if task.groups:
         yield "groups", ", ".join(task.groups)
-    if task.max_source_length:
-        yield "source", f"cut to {task.max_source_length} tokens in the paper"
     for name, methods in _methods(task).items():
         yield "preset", f"{name}: {', '.join(methods)}"
 
@@ -68,7 +66,6 @@ def _as_json(task: Task) -> dict[str, Any]:
         "metrics": list(task.metrics),
         "protocol": task.protocol,
         "groups": list(task.groups),
-        "max_source_length": task.max_source_length,
         "presets": {
             name: {method: preset(name, task.name, method) for method in methods}
             for name, methods in _methods(task).items()
