@@ -8,8 +8,7 @@ prefixes of one length are averaged.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from numbers import Real
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, short_repr
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, short_repr
 from prefixtune.prefix.composition import check_count, describe_parts, lead_header
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import SITES, Site, describe
@@ -139,28 +138,13 @@ def interpolate(prefixes: Sequence[Prefix], weights: Sequence[float], *, names: 
     """
     names = check_joinable(prefixes, names)
     _check_labels(prefixes)
-    weights = _as_numbers(weights)
-    if len(weights) != len(prefixes):
-        raise ConfigError(f"{len(weights)} weights for {len(prefixes)} prefixes.", hint="give one for each.")
-    if not all(map(math.isfinite, weights)) or not abs(sum(weights) - 1) <= 1e-6:
+    are_numbers = isinstance(weights, Sequence) and all(isinstance(one, Real) for one in weights)
+    if not are_numbers or len(weights) != len(prefixes) or not abs(sum(weights) - 1) <= 1e-6:
         raise ConfigError(
-            f"the weights {', '.join(f'{w:g}' for w in weights)} add up to {sum(weights):g}, but must to 1.",
+            f"the weights are {short_repr(weights)}, but must be {len(prefixes)} numbers with sum 1.",
             hint="divide each by their sum.",
         )
-    return _blend(prefixes, weights, names, "interpolate")
-
-
-def _as_numbers(weights: object) -> list[float]:
-    """Weights as floats.
-
-    Raises:
-        ConfigError: They are something else.
-    """
-    numbers: list[Any] = list(weights) if isinstance(weights, Iterable) else [weights]
-    for number in numbers:
-        if not isinstance(number, Real):
-            raise ConfigError(f"a weight is {describe_value(number)}, but must be a number.", hint="write 0.5.")
-    return [float(number) for number in numbers]
+    return _blend(prefixes, [float(weight) for weight in weights], names, "interpolate")
 
 
 def _blend(prefixes: Sequence[Prefix], weights: Sequence[float], names: Sequence[str], mode: str) -> Prefix:
