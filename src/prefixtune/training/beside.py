@@ -34,15 +34,14 @@ __all__ = [
     "find_files",
     "load_others",
     "move_hidden",
-    "read_others",
 ]
 
 
 SELF = "self"
 """The runs that train together."""
 
-MAX_FILES, MAX_NUMBERS = 256, 2**29
-"""Most files of a folder, and most numbers that they hold together (2 GiB in float32)."""
+MAX_FILES = 256
+"""Most files of a folder."""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -57,13 +56,8 @@ def find_files(beside: str, output: str) -> list[Path | str]:
     folder = Path(beside)
     if not folder.is_dir() or (folder / PREFIX_FILE).is_file():
         return [beside]
-    try:
-        files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-        runs = sorted(path for path in folder.glob(f"*/{PREFIX_FILE}") if not path.parent.name.startswith("."))
-    except OSError as error:
-        raise CheckpointError(
-            f"{beside!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
-        ) from error
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    runs = sorted(path for path in folder.glob(f"*/{PREFIX_FILE}") if not path.parent.name.startswith("."))
     own = Path(output).resolve()
     found: list[Path | str] = [*files, *(path for path in runs if path.parent.resolve() != own)]
     if not found:
@@ -79,34 +73,15 @@ def find_files(beside: str, output: str) -> list[Path | str]:
     return found
 
 
-def read_others(config: TrainConfig) -> list[tuple[str, Prefix]]:
-    """Read the prefixes that are to stand beside, each with its path, as far as that needs no backbone.
-
-    Raises:
-        BackboneError: They are of different backbones.
-        CheckpointError: One cannot be read, or there is none, or they are too many.
-    """
-    others: list[tuple[str, Prefix]] = []
-    for path in find_files(config.beside, config.output):
-        prefix = load_prefix(path)
-        others.append((str(path), prefix))
-        if sum(other.num_parameters for _, other in others) > MAX_NUMBERS:
-            raise CheckpointError(
-                f"the prefixes of {config.beside!r} hold more than {MAX_NUMBERS:,} numbers together.",
-                hint="put fewer into the folder.",
-            )
-    check_joinable([prefix for _, prefix in others], [repr(path) for path, _ in others])
-    return others
-
-
 def load_others(config: TrainConfig, backbone: Backbone) -> list[Prefix]:
-    """The prefixes that are to stand beside, checked against the backbone, in float32 on its device.
+    """Read the prefixes that are to stand beside, checked against the backbone, in float32 on its device.
 
     Raises:
         BackboneError: One was trained for another backbone, or the backbone's keys cannot be turned on.
-        PrefixError: As `read_others`.
+        CheckpointError: One cannot be read, or there is none, or they are too many.
     """
-    others = read_others(config)
+    others = [(str(path), load_prefix(path)) for path in find_files(config.beside, config.output)]
+    check_joinable([prefix for _, prefix in others], [repr(path) for path, _ in others])
     for path, prefix in others:
         try:
             load_prefix(prefix, backbone)
