@@ -56,9 +56,7 @@ def test_wrong_folders(tmp_path: Path, names: list[str], why: str) -> None:
         find_documents(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("content", "why"), [(b"  \n", r"the document .* is empty"), (b"a\0b", "byte 0x00"), (b"\xff\xfe\xfa", "UTF-")]
-)
+@pytest.mark.parametrize(("content", "why"), [(b"  \n", "is empty"), (b"a\0b", "byte 0x00"), (b"\xff\xfe\xfa", "UTF-")])
 def test_documents_that_are_no_text(tmp_path: Path, content: bytes, why: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=why):

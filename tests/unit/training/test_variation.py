@@ -125,7 +125,7 @@ def test_processes_share_the_same_groups(
         assert own[1::2] == second
 
 
-def test_a_run_says_how_it_trains_and_that_its_patience_is_useless(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_run_says_how_it_trains(train: Callable[..., Any], tmp_path: Path) -> None:
     from prefixtune.training.progress import show_training
     from prefixtune.utils.console import Console
 
@@ -136,11 +136,5 @@ def test_a_run_says_how_it_trains_and_that_its_patience_is_useless(train: Callab
             show(first)
         return shown.getvalue()
 
-    dev = [pt.Example("n : z", ("zz it is.",))]
     text = message(output=str(tmp_path / "a"), nested=True, prefix_dropout=0.1)
     assert "starts from words, P = 2, every length trains, 10% of it hidden at a time; 4 targets" in text
-    assert "patience" not in text
-    text = message(output=str(tmp_path / "b"), dev_examples=dev, patience=2, eval_every=3)
-    assert "patience 2 cannot stop it, with 2 evaluations in all" in text
-    text = message(output=str(tmp_path / "c"), dev_examples=dev, patience=2, eval_every=2)
-    assert "patience" not in text
