@@ -76,7 +76,7 @@ def test_files_that_hold_no_template(tmp_path: Path) -> None:
     for content in (b"", b"{% for m in messages %}", b"{{ messages | join }}", b"x" * 20000, b"\xff\xfe\xff"):
         path = tmp_path / "bad.jinja"
         path.write_bytes(content)
-        with pytest.raises(PrefixError, match="template|bad"):
+        with pytest.raises(PrefixError, match=r"template|bad"):
             read_template(TrainConfig(chat_template=str(path)))
     with pytest.raises(ConfigError, match="is no file"):
         read_template(TrainConfig(chat_template=str(tmp_path / "none.jinja")))
