@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -77,11 +78,18 @@ class JobsClient:
         url: Where its interface is, such as `http://127.0.0.1:8000/v1`.
         key: Sent with each request; empty: none.
         patience: Seconds in which a question is asked again while the server is away.
+
+    Raises:
+        ConfigError: The address is none.
     """
 
     def __init__(self, url: str, key: str, patience: float) -> None:
         import httpx2
 
+        if not re.match(r"https?://[^@/?#]+(/[^?#]*)?$", url):
+            raise ConfigError(
+                "--url must be an address of http or https, without a key in it.", hint="http://127.0.0.1:8000/v1, say."
+            )
         self.url, self._patience = url.rstrip("/"), patience
         # Proxies of the environment are for other machines.
         is_here = httpx2.URL(url).host in ("localhost", "127.0.0.1", "::1")

@@ -62,13 +62,6 @@ class JobsOptions(OutputOptions):
         (), description="NAME=VALUE, a further field of the request's object `prefixtune`, as in prefix_length=20"
     )
 
-    @field_validator("url")
-    @classmethod
-    def _check_url(cls, url: str) -> str:
-        if not re.match(r"https?://[^@/?#]+(/[^?#]*)?$", url):
-            raise ValueError("must be an address of http or https, without a key in it")
-        return url
-
     @field_validator("option")
     @classmethod
     def _check_option(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
