@@ -124,6 +124,7 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
     from prefixtune.training.artifact import load_weights
     from prefixtune.training.folder import WEIGHTS_FILE
 
+    header: Mapping[str, Any]
     row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
     try:
         row["file_bytes"] = path.stat().st_size
