@@ -342,6 +342,13 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
         model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ConfigError, match="labels"):
         PrefixModel(tiny_backbone("bart"), settings())(ids)
+    own = tiny_backbone("llama")
+    own.model.__class__ = type("OwnDecoder", (type(own.model),), {})
+    with pytest.raises(ConfigError, match="OwnDecoder"):
+        PrefixModel(own, settings())(ids)
+    model._is_replica = True
+    with pytest.raises(ConfigError, match="DataParallel"):
+        model(ids)
     llama.model.lm_head.weight.requires_grad_(True)
     with pytest.raises(ConfigError, match="weights"):
         PrefixModel(llama)
