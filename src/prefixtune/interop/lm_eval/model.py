@@ -171,7 +171,8 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         asked = []
-        for _, context, tokens in requests:
+        for request in requests:
+            context, tokens = request[1:]
             # Nothing is computed at the last token.
             room = self.max_length + (1 - len(tokens) if self.backend == "causal" else 0)
             if len(tokens) > self.max_length:
@@ -184,9 +185,9 @@ class PrefixLM(HFLM):  # type: ignore[misc]
             results = score_continuations(
                 self.backbone, asked, batch_size=self.batch_size, on_batch=lambda scored: bar.update(len(scored))
             )
-        for (arguments, _, _), result in zip(requests, results, strict=True):
-            if arguments is not None:
-                self.cache_hook.add_partial("loglikelihood", arguments, result)
+        for request, result in zip(requests, results, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], result)
         return results
 
     def _keep_right(self, source: str, prompt: Sequence[int], room: int) -> list[int]:
