@@ -19,7 +19,7 @@ A message says what failed, the value got, what is allowed, and in `hint` the ne
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     "BackboneError",
@@ -31,7 +31,6 @@ __all__ = [
     "RequestError",
     "TrainingError",
     "causes",
-    "check_all",
     "describe_value",
     "did_you_mean",
     "first_line",
@@ -164,22 +163,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (isinstance(one, RuntimeError) and "can't allocate memory" in str(one))
         for one in causes(error)
     )
-
-
-def check_all(checks: Iterable[Callable[[], object]]) -> None:
-    """Run every check, so that all mistakes are reported at once.
-
-    Raises:
-        PrefixError: The only mistake, as it is; of several, a `ConfigError` that lists them.
-    """
-    found: list[PrefixError] = []
-    for check in checks:
-        try:
-            check()
-        except PrefixError as error:
-            found.append(error)
-    if len(found) == 1:
-        raise found[0]
-    if found:
-        hints = dict.fromkeys(error.hint for error in found if error.hint)
-        raise ConfigError(" ".join(error.message for error in found), hint=" ".join(hints))
