@@ -13,6 +13,6 @@ def test_a_mixed_load_has_no_fault_and_fair_shares(tmp_path: Path) -> None:
     assert sum(tally.done.values()) > 50
     assert tally.left > 0
     # Six times the connections, and about the same share; less where other work keeps the callers from asking.
-    assert tally.busy.keys() == {"heavy"}
+    assert not tally.busy
     shares = [tally.tokens[name] for name in ("heavy", "light", "other")]
     assert min(shares) > 0.4 * max(shares), tally

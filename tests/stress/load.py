@@ -76,7 +76,7 @@ def put_load(folder: Path, *, seconds: float, prefixes: int, connections: int) -
     names = [f"p{index}" for index in range(prefixes)]
     for seed, name in enumerate(names):
         make_prefix(backbone, stored / f"{name}.safetensors", seed, task="records")
-    keys = write_keys(folder / "serve.toml", num_slots=4, max_queue=80)
+    keys = write_keys(folder / "serve.toml", num_slots=4, max_queue=300)
     server = LiveServer(model, stored, "--config", str(folder / "serve.toml"))
     try:
         server.wait()
