@@ -33,14 +33,13 @@ def _endpoints(document: Schema) -> Iterator[str]:
     yield "| | path | |\n|---|---|---|"
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            yield f"| {method.upper()} | [`{path}`](#{_slug(method, path)}) | {_text(operation['summary'])} |"
+            yield f"| {method.upper()} | [`{path}`](#{_slug(method, path)}) | {_summary(operation)} |"
 
 
 def _path(path: str, methods: Schema) -> Iterator[str]:
     for method, operation in methods.items():
         yield f"### {method.upper()} {path}"
-        yield f"{operation['summary']}."
-        yield operation.get("description", "")
+        yield operation["description"]
         parameters = [p for p in operation.get("parameters", ()) if p["in"] == "query"]
         if parameters:
             rows = [f"| `{p['name']}` | {_type(p['schema'])} | {_text(p.get('description', ''))} |" for p in parameters]
@@ -60,6 +59,10 @@ def _path(path: str, methods: Schema) -> Iterator[str]:
                     yield f"```json\n{json.dumps(content['example'], indent=2, ensure_ascii=False)}\n```"
         rows = [f"| {status} | {_response(response)} |" for status, response in operation["responses"].items()]
         yield "\n".join(["| status | response |", "|---|---|", *rows])
+
+
+def _summary(operation: Schema) -> str:
+    return _text(operation["description"].partition("\n\n")[0].rstrip("."))
 
 
 def _response(response: Schema) -> str:

@@ -69,6 +69,7 @@ def with_routes(*, pages: bool = True, has_engine: bool = True) -> FastAPI:
         version=__version__,
         description=DESCRIPTION,
         default_response_class=JsonAnswer,
+        responses={"4XX": {"description": "An error, in OpenAI's shape."}},
         generate_unique_id_function=lambda route: route.name,
         **options,
     )
