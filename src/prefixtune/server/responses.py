@@ -164,7 +164,7 @@ def _explain(error: RequestValidationError) -> ApiError:
     for fault in faults:
         text = "unknown field" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
         # Of a field that takes several types, only the first fault is told.
-        told.setdefault(_param(fault["loc"], first["type"]), text)
+        told.setdefault(_param(fault["loc"], fault["type"]), text)
     sentences = [f"{name}: {text}" if name else text for name, text in list(told.items())[:_MAX_FAULTS]]
     code = "unknown_field" if first["type"] == "extra_forbidden" else None
     return bad_request(f"{'; '.join(sentences)}.", next(iter(told)) or None, code)
