@@ -21,6 +21,7 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 _StopString = Annotated[str, Field(min_length=1, max_length=256)]
+_MOST_UNKNOWN = 100
 _LIMITED = ("max_tokens", "max_completion_tokens", "min_tokens")
 _SMALLEST_TOP_P = 1e-9
 """What a `top_p` of 0 means: the likeliest token alone reaches it."""
@@ -46,6 +47,9 @@ class Body(Part):
     @classmethod
     def _check_text(cls, body: Any) -> Any:
         if isinstance(body, dict):
+            if cls.model_config.get("extra") == "forbid" and len(body.keys() - cls.model_fields.keys()) > _MOST_UNKNOWN:
+                # pydantic would collect them all.
+                raise bad_request("the body has very many unknown fields.", code="unknown_field")
             try:
                 json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
             except (ValueError, RecursionError):
