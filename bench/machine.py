@@ -5,6 +5,9 @@ Needs no library but torch: a peer of the comparison imports it in an environmen
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import shlex
 import sys
@@ -38,6 +41,30 @@ def describe() -> dict[str, Any]:
 def command_line() -> str:
     """The command that runs this process, with a Python that is named without its folder."""
     return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+
+
+def reset_peak_memory() -> bool:
+    """Start the peak of memory again from the present size; False if the system cannot (only Linux can)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        # Freed memory goes back to the system; otherwise it would count for the next measurement.
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return True
+    return False
+
+
+def peak_memory_mib() -> float | None:
+    """The most memory that this process has taken, in MiB, since the last `reset_peak_memory`; None: unknown.
+
+    Main memory, not that of a GPU; it includes Python and the libraries.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    return None
 
 
 def resident_mib() -> float | None:

@@ -31,7 +31,7 @@ import torch
 
 from bench import data
 from bench.data import Data
-from bench.machine import resident_mib
+from bench.machine import reset_peak_memory, resident_mib
 from bench.results import FOLDER, DifferenceError, Figure, Log, Results, run_benchmark
 from bench.serving.sides import (
     PREFIX_LENGTH,
@@ -54,7 +54,6 @@ from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.training.starts.words import from_words
-from prefixtune.utils.machine import reset_peak_memory
 
 SEED = 0
 # requests, tokens in, tokens out, prefixes in the store

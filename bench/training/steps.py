@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bench.machine import resident_mib
-from prefixtune.utils.machine import peak_memory_mib, reset_peak_memory
+from bench.machine import peak_memory_mib, reset_peak_memory, resident_mib
 
 BOTTLENECK_SIZE = 512
 LEARNING_RATE = 5e-4

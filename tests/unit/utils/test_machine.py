@@ -9,8 +9,9 @@ import platform
 import pytest
 import torch
 
+from bench.machine import peak_memory_mib, reset_peak_memory
 from prefixtune import __version__
-from prefixtune.utils.machine import describe_machine, peak_memory_mib, reset_peak_memory, versions
+from prefixtune.utils.machine import describe_machine, versions
 
 MIB = 2**20
 
