@@ -229,7 +229,7 @@ def _evaluate(
             kind=task.kind,
             labels=None if artifact.weights is None else labels,
             protocol=task.protocol,
-            metrics=metrics,
+            metrics=metrics if task.kind == "generation" else None,
             intervals=options.intervals,
             resume_file=Path(options.output) / DECODED_FILE if options.output else None,
             on_batch=bar.update,
