@@ -22,7 +22,6 @@ from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.kv_cache import lazy_zeros
-from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.decoding import newline_tokens
@@ -501,36 +500,6 @@ def test_a_request_given_up_frees_its_slot_before_the_next_step(llama: Backbone,
     assert not engine.busy
 
 
-@pytest.mark.parametrize(("prompt_logprobs", "new"), [(None, NEW), (2, NEW), (2, 0)])
-def test_a_text_with_which_the_model_fails_fails_alone(
-    prompt_logprobs: int | None, new: int, llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
-):
-    # Within its prompt, or where that is short, at its first decode.
-    rules = {"temperature": 0.9, "seed": 3, "prompt_logprobs": prompt_logprobs, "max_new_tokens": new}
-    asked = requests(llama, **rules)
-    asked.append(Request(asked[0].prompt, asked[0].prefix, asked[0].sampling, n=3))
-    expected = Engine(llama).run(asked)
-    forward = ModelRunner.forward
-
-    def fail(self: ModelRunner, decodes: Any, prefills: Any) -> torch.Tensor:
-        logits = forward(self, decodes, prefills)
-        for work in (*decodes, *prefills):
-            if work.sequence.request is asked[1] and (work.sequence.num_computed_tokens >= 8 or work in decodes):
-                raise RuntimeError("out of luck")
-        return logits
-
-    monkeypatch.setattr(ModelRunner, "forward", fail)
-    found = Engine(llama, EngineConfig(num_slots=4, prefill_tokens=8)).run(asked)
-    assert [output.error for output in found[1]] == ["RuntimeError: out of luck"]
-    for number, texts in enumerate(found):
-        for output, one in zip(texts, expected[number], strict=True):
-            if number != 1:
-                assert (ids(output), output.finish_reason) == (ids(one), one.finish_reason)
-                assert [token.id for token in output.prompt_tokens] == [token.id for token in one.prompt_tokens]
-                got, wanted = ([token.logprob for token in text.prompt_tokens[1:]] for text in (output, one))
-                assert got == pytest.approx(wanted, abs=1e-4)
-
-
 def test_a_text_whose_token_cannot_be_decoded_fails_alone(
     llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -726,3 +695,18 @@ def test_several_texts_of_a_prompt_with_nan_all_fail(llama: Backbone, random_ids
     sampling = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
     (outputs,) = Engine(llama).run([Request(tuple(random_ids(6)), bad, sampling, n=2)])
     assert [output.finish_reason for output in outputs] == ["error", "error"]
+
+
+def test_a_step_that_fails_ends_its_texts_and_no_later_ones(
+    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
+):
+    asked = requests(llama)
+    engine = Engine(llama, EngineConfig(num_slots=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "forward", lambda *_: 1 / 0)
+        for request in asked:
+            engine.add(request)
+        failed = engine.step()
+    assert [(output.finish_reason, "ZeroDivisionError" in output.error) for output in failed] == [("error", True)] * 3
+    found = by_text(finish(engine))
+    assert found == {(request.id, 0): alone(llama, request) for request in asked[3:]}

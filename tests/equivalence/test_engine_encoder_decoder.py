@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from engine_runs import ENCODER_DECODERS_OF_THE_ZOO, alone, ids
 from patching import replace_everywhere
 from prefixtune.attention.compute import relative_bias
-from prefixtune.attention.forward import forward_with_backend, run_encoder
+from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.prefix.prefix import Prefix
@@ -273,37 +272,6 @@ def test_a_source_that_cannot_be_read_fails_alone(made: Any, requests: Any, monk
     found = [texts[0] for texts in Engine(backbone, EngineConfig(num_slots=3)).run(asked)]
     assert found[1].finish_reason == "error"
     assert "no room" in found[1].error
-    assert [ids(output) for n, output in enumerate(found) if n != 1] == [
-        row for n, row in enumerate(expected) if n != 1
-    ]
-
-
-def test_a_text_with_which_the_model_fails_fails_alone(made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch):
-    backbone = made("bart")
-    asked = requests(backbone)
-    expected = [alone(backbone, request) for request in asked]
-    forward, whole = ModelRunner.forward, forward_with_backend
-    failed: list[int] = []
-
-    def fail(self: ModelRunner, decodes: Any, prefills: Any) -> torch.Tensor:
-        logits = forward(self, decodes, prefills)
-        if any(work.sequence.request is asked[1] for work in decodes):
-            failed.append(len(decodes))
-            raise RuntimeError("out of luck")
-        return logits
-
-    def fail_first(*arguments: Any) -> torch.Tensor:
-        if not failed:
-            failed.append(0)
-            raise RuntimeError("at once")
-        return whole(*arguments)
-
-    monkeypatch.setattr(ModelRunner, "forward", fail)
-    # Before any source has its keys and values.
-    replace_everywhere(monkeypatch, forward_with_backend, fail_first)
-    found = [texts[0] for texts in Engine(backbone, EngineConfig(num_slots=3)).run(asked)]
-    assert failed[0] == 0
-    assert found[1].error == "RuntimeError: out of luck"
     assert [ids(output) for n, output in enumerate(found) if n != 1] == [
         row for n, row in enumerate(expected) if n != 1
     ]

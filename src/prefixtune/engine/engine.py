@@ -281,8 +281,8 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Compute one step; returns its outputs.
 
-        A sequence whose prefix cannot be made readable, for which memory does not suffice, with which the model fails
-        or whose logits are not finite, ends with `error`; the others go on.
+        A sequence whose prefix cannot be made readable, for which memory does not suffice or whose logits are not
+        finite, ends with `error`; the others go on. If the model fails, all sequences of the step do.
         """
         outputs = self._end_cancelled()
         with self._lock:
@@ -300,14 +300,16 @@ class Engine:
         decodes = self._try_each(decodes, self.runner.reserve, outputs)
         prefills = self._try_each(prefills, self.runner.reserve, outputs)
         self.batch_size = len(decodes) + len(prefills)
-        scheduled, logits = self._forward(decodes, prefills, outputs)
+        scheduled = [*decodes, *prefills]
         if not scheduled:
             return outputs
         try:
+            logits = self.runner.forward(decodes, prefills)
             sampled = [work.sequence for work in scheduled if work.needs_logits]
             tokens = sample(logits[: len(sampled)], sampled, self.backbone.eos_id) if sampled else []
             broken = _add_prompt_logprobs(logits[len(sampled) :], scheduled)
         except Exception as error:
+            _log.exception("a step failed, and with it its sequences")
             return outputs + [self._fail(work.sequence, error) for work in scheduled]
         ended = [work.sequence for work in scheduled if work.is_last and not work.needs_logits]
         for work in scheduled:
@@ -318,30 +320,6 @@ class Engine:
         outputs += [self._finish(sequence, "length") for sequence in ended if sequence not in broken]
         pairs = zip(sampled, tokens, strict=True)
         return outputs + [self._append(sequence, token) for sequence, token in pairs if sequence not in broken]
-
-    def _forward(
-        self, decodes: list[ScheduledSequence], prefills: list[ScheduledSequence], outputs: list[SequenceOutput]
-    ) -> tuple[list[ScheduledSequence], Float[Tensor, "W V"]]:
-        """The step's logits, as `ModelRunner.forward` gives them, and of which sequences; one that fails ends alone."""
-        if not decodes and not prefills:
-            return [], torch.empty(0, self.vocab_size)
-        try:
-            return [*decodes, *prefills], self.runner.forward(decodes, prefills)
-        except Exception:
-            _log.exception("a step failed; its sequences are computed one by one")
-        after_last: list[Tensor] = []
-        in_prompts: list[Tensor] = []
-
-        def compute(work: ScheduledSequence) -> None:
-            # What the failed step wrote is written again.
-            one = [work]
-            logits = self.runner.forward(one, []) if work in decodes else self.runner.forward([], one)
-            count = int(work.needs_logits)
-            after_last.append(logits[:count])
-            in_prompts.append(logits[count : count + work.num_prompt_logits])
-
-        computed = self._try_each([*decodes, *prefills], compute, outputs)
-        return computed, torch.cat([*after_last, *in_prompts]) if computed else torch.empty(0, self.vocab_size)
 
     def _share_prompts(self) -> None:
         """Let sequences have what was computed of their prompt for another one of their request."""
