@@ -123,7 +123,7 @@ def _fields(request: Request) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
 @settings(
-    max_examples=30,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,

@@ -252,9 +252,10 @@ def _check_divisors(divisors: Sequence[int | float]) -> None:
     """
     scaled = [Fraction(str(abs(divisor))) * 10**_DECIMALS for divisor in divisors if divisor]
     multiple = math.lcm(*(number.numerator for number in scaled))
-    # 1.25 counts as 125: the zeros behind it cost nothing.
-    digits = int(str(multiple).rstrip("0"))
-    if digits > _MAX_DIVISOR or any(number.denominator > 1 for number in scaled):
+    # 1.25, which is 1,250,000,000 here, counts as 125.
+    for _ in range(_DECIMALS):
+        multiple = multiple if multiple % 10 else multiple // 10
+    if multiple > _MAX_DIVISOR or any(number.denominator > 1 for number in scaled):
         raise RequestError(
             f"the numbers at multipleOf in the JSON schema have a least common multiple above {_MAX_DIVISOR:,} "
             f"(without its decimal point), or more than {_DECIMALS} decimals.",

@@ -32,13 +32,6 @@ def test_the_cheapest_common_length(lengths: list[int], holes: int):
     assert cost(found) == min(cost(common) for common in (0, *lengths))
 
 
-def test_even_texts_stay_together_and_a_far_longer_one_goes_by_itself():
-    assert shared_length([90, 100, 110], rows=3) == 110
-    assert shared_length([90, 100, 5000], rows=3) == 100
-    # One text in a high slot: the empty ones before it are not computed.
-    assert shared_length([400], rows=32) == 0
-
-
 def make(num_slots: int = 3, max_length: int = 1000) -> KVCache:
     return KVCache(SHAPES, num_slots, max_length, torch.float32, torch.device("cpu"))
 

@@ -203,17 +203,6 @@ def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
     assert len(tokens(other.wait())) == 4
 
 
-def test_a_callback_may_submit_more_requests(worker: EngineWorker):
-    last = Ear()
-
-    def chain(output: SequenceOutput) -> None:
-        if output.finish_reason:
-            worker.submit(Request((2,), sampling=SHORT), last)
-
-    worker.submit(Request((1,), sampling=SHORT), chain)
-    assert last.reason == "length"
-
-
 @pytest.mark.parametrize("name", ["share_prompt", "clear"])
 def test_callers_do_not_wait_while_slots_are_copied_or_wiped(
     name: str, worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
@@ -253,7 +242,7 @@ def test_callers_do_not_wait_while_slots_are_copied_or_wiped(
 # --- crashes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, SystemExit, KeyError])
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
 def test_a_crash_ends_all_requests_and_serving_goes_on(kind: type[BaseException], llama: Any):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
         ears = [Ear(2) for _ in range(3)]
