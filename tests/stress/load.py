@@ -26,6 +26,7 @@ from live_server import LiveServer, make_model, make_prefix
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.server.auth import hash_key, new_key
 
@@ -60,7 +61,8 @@ def expected_texts(backbone: Backbone, folder: Path, names: Sequence[str]) -> di
     pairs = [(name, prompt) for index, name in enumerate(names) for prompt in (SOURCES[index % len(SOURCES)], LONG)]
     prefixes = {name: load_prefix(folder / f"{name}.safetensors", backbone) for name in names}
     prompts = [backbone.encode(prompt) for _, prompt in pairs]
-    outputs = generate_ids(backbone, prompts, [prefixes[name] for name, _ in pairs], max_new_tokens=max(LENGTHS))
+    config = GenerateConfig(max_new_tokens=max(LENGTHS), batch_size=32)
+    outputs = generate_ids(backbone, prompts, [prefixes[name] for name, _ in pairs], config=config)
     texts = {}
     for pair, prompt, ids in zip(pairs, prompts, outputs, strict=True):
         # Decoded after the prompt's last tokens: alone, a first word may lose its space.
