@@ -210,7 +210,7 @@ def test_hostile_files_are_refused_and_leave_nothing(
 
 @pytest.mark.parametrize(
     "name",
-    ["..%2fevil", "%2e%2e%2f%2e%2e%2fevil", ".hidden", "a%00b", "a%20b", "x" * 200, "..", "a%5cb", "%C3%A9", "-%0a"],
+    ["..%2fevil", "%2e%2e%2f%2e%2e%2fevil", ".hidden", "a%00b", "a%20b", "x" * 200, "..", "a%5cb", "%C3%A9"],
 )
 def test_names_cannot_leave_the_folder(server: LiveServer, folder: Path, good: bytes, name: str) -> None:
     before = sorted(path for path in folder.rglob("*"))

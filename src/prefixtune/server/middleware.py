@@ -128,7 +128,8 @@ def _limited(receive: Receive, limit: int) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > limit:
-            raise HTTPException(413, f"the body is larger than {limit:,} bytes.")
+            # The rest of it is not read.
+            raise HTTPException(413, f"the body is larger than {limit:,} bytes.", headers={"Connection": "close"})
         return message
 
     return receive_and_count
