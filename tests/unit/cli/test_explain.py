@@ -109,12 +109,6 @@ def test_without_data_what_needs_it_is_left_out(folder: Path, tmp_path: Path) ->
     assert "Nearest real text</h2>" in html
 
 
-def test_only_some_views(folder: Path, tmp_path: Path) -> None:
-    words = ["--views", "nearest,attention", "--output", str(tmp_path / "page.html"), "--json", "--device", "cpu"]
-    found = json.loads(run("explain", str(folder / "a.safetensors"), *words)[0])
-    assert list(found["views"]) == ["attention", "nearest"]
-
-
 def test_a_stopped_run_keeps_the_views_that_are_done(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,19 +237,6 @@ def test_follow_says_what_became_of_it(status: str, jobs: Jobs, server: FakeServ
     assert ("jobs resume" in err) == (status == "paused")
 
 
-@pytest.mark.parametrize("action", ["cancel", "pause", "resume"])
-def test_changes_a_job(action: str, jobs: Jobs, server: FakeServer) -> None:
-    server.on(f"POST /fine_tuning/jobs/{JOB['id']}/{action}", as_json({**JOB, "status": "queued"}))
-    assert json.loads(jobs(action, JOB["id"], "--json")[0])["status"] == "queued"
-
-
-def test_deletes_results_and_files(jobs: Jobs, server: FakeServer) -> None:
-    server.on("DELETE /models/cats%2Bdogs", as_json({"id": "cats+dogs", "deleted": True}))
-    server.on(f"DELETE /files/{FILE['id']}", as_json({"id": FILE["id"], "deleted": True}))
-    assert "cats+dogs is deleted" in jobs("delete", "cats+dogs")[1]
-    assert json.loads(jobs("delete", FILE["id"], "--json")[0]) == {"id": FILE["id"], "deleted": True}
-
-
 def test_an_upload_that_cannot_be_trained_on(jobs: Jobs, server: FakeServer, rows: Path) -> None:
     server.on("POST /files", as_json({**FILE, "status": "error", "status_details": "row 7,001 has no answer"}))
     out, err = jobs("upload", str(rows), code=1)

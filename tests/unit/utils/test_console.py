@@ -81,11 +81,6 @@ def test_a_text_from_elsewhere_does_not_steer_the_terminal(
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [shown] * 3
 
 
-def test_spaces_of_other_languages_stay(stream: io.StringIO) -> None:
-    Console(stream=stream).info("12\u202f000\u00a0\u20ac\u3000\u3042")
-    assert stream.getvalue() == "12\u202f000\u00a0\u20ac\u3000\u3042\n"
-
-
 def test_the_work_goes_on_when_nobody_reads_its_messages(capsys: pytest.CaptureFixture[str]) -> None:
     class Gone(io.StringIO):
         def write(self, _: str) -> int:
@@ -130,14 +125,6 @@ def test_a_resumed_run_counts_its_own_time(stream: io.StringIO) -> None:
     assert stream.getvalue() == "train: 51/100 (51 %), loss 0.1961, tokens/s 1,234, 4:05 left\n"
 
 
-def test_unknown_total_and_no_work(stream: io.StringIO) -> None:
-    clock = Clock()
-    console = Console(stream=stream, clock=clock)
-    run(console, clock, total=None, seconds=1, steps=3)
-    run(console, clock, total=None, seconds=1, steps=0)
-    assert stream.getvalue() == "train: 3, loss 3.333, tokens/s 1,234, 0:03 taken\n"
-
-
 def test_no_closing_line_after_an_error(stream: io.StringIO) -> None:
     def interrupted() -> None:
         with Console(stream=stream).progress("train", 10) as progress:
@@ -165,24 +152,6 @@ def test_a_terminal_gets_a_bar(terminal: Terminal, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == "a result\n"
 
 
-def test_no_color(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    Console(stream=terminal).error("bad", "better")
-    assert "\x1b[1;31merror: \x1b[0m" in terminal.getvalue()
-    monkeypatch.setenv("NO_COLOR", "1")
-    plain = Terminal()
-    Console(stream=plain).error("bad", "better")
-    assert "31m" not in plain.getvalue()
-    assert "36m" not in plain.getvalue()
-
-
-def test_a_dumb_terminal_gets_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "dumb")
-    console = Console(stream=terminal)
-    assert not console.live
-    run(console, Clock(), total=3, seconds=1, steps=3)
-    assert terminal.getvalue().startswith("train: 3/3 (100 %)")
-
-
 def test_table_in_a_log(stream: io.StringIO) -> None:
     rows = [["prefix [P=10]", 0.6512345, 120_000], ["none", None, 3]]
     Console(stream=stream).table("Scores", ["method", "BLEU", "tokens"], rows)
@@ -192,11 +161,6 @@ def test_table_in_a_log(stream: io.StringIO) -> None:
         "prefix [P=10]  0.6512  120,000",
         "none                         3",
     ]
-
-
-def test_a_wide_table_is_not_broken_in_a_log(stream: io.StringIO) -> None:
-    Console(stream=stream).table("", ["text", "more"], [["x" * 300, "y"]])
-    assert len(stream.getvalue().splitlines()) == 2
 
 
 def test_figures() -> None:
