@@ -241,7 +241,7 @@ def test_a_path_that_exists_is_not_looked_for_on_the_hub(
     with pytest.raises(ConfigError, match="is no repository of the hub"):
         Prefix.from_pretrained("me/pubs", revision="v2")
     assert fake_hub.calls == []
-    with pytest.raises(PrefixError, match=r"no file or folder 'me/none' here, and on the hub: .*no such repository"):
+    with pytest.raises(PrefixError, match="me/none"):
         Prefix.from_pretrained("me/none")
 
 

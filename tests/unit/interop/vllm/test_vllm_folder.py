@@ -38,18 +38,15 @@ def test_a_prefix_is_found_and_read_again_when_its_file_changes(
     assert folder.all() == {}
 
 
-def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, random_prefix: Make, tiny_backbone: Make):
+def test_files_that_are_not_served(folder: PrefixFolder, random_prefix: Make, tiny_backbone: Make):
     path = folder.settings.prefixes
-    backbone = load_backbone(model_folder, dtype="float32", device="cpu")
     (path / "cut.safetensors").write_bytes((path / "pubs.safetensors").read_bytes()[:-9])
-    save(backbone, random_prefix(backbone, 3), path / "infix.safetensors", placement="infix")
     wide = tiny_backbone("llama", num_hidden_layers=2)
     save(wide, random_prefix(wide, 3), path / "shallow.safetensors")
     (path / "link.safetensors").symlink_to("/etc/hostname")
     (path / "folder.safetensors").mkdir()
     reasons = {
         "cut": "not a complete prefix",
-        "infix": "placement",
         "shallow": "shapes",
         "link": "out of the folder",
         "folder": "not a regular file",

@@ -97,9 +97,7 @@ def ask(app: FakeVLLM, method: str, path: str, body: Any = None, **options: Any)
     """A request through the middleware."""
 
     async def served(scope: Any, receive: Any, reply: Any) -> None:
-        path, _, query = scope["path"].partition("?")
-        scope = {**scope, "path": path, "query_string": query.encode(), "app": SimpleNamespace(state=app.state)}
-        await PrefixMiddleware(app)(scope, receive, reply)
+        await PrefixMiddleware(app)({**scope, "app": SimpleNamespace(state=app.state)}, receive, reply)
 
     headers = {} if body is None else {"content-length": str(len(body))}
     return asyncio.run(send(served, method, path, body, headers={**headers, **options.pop("headers", {})}, **options))
