@@ -94,12 +94,10 @@ class ScoreRecorder:
 
     Attributes:
         scores: How each layer that ran makes its scores.
-        shapes: The (query heads, KV heads, key size, value size) that there are.
     """
 
     def __init__(self) -> None:
         self.scores: dict[tuple[Site, int], ScoreOptions] = {}
-        self.shapes: set[tuple[int, int, int, int]] = set()
 
     def attend(
         self,
@@ -111,5 +109,4 @@ class ScoreRecorder:
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Record; what is returned has the right shape only."""
         self.scores[layer] = scores
-        self.shapes.add((query.shape[1], key.shape[1], query.shape[3], value.shape[3]))
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])

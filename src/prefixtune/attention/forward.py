@@ -85,9 +85,12 @@ def forward_with_prefixes(
         BackboneError: A prefix does not fit the model.
     """
     rows = [prefixes] if prefixes is None or isinstance(prefixes, Prefix) else list(prefixes)
-    _check_prefix_count(len(rows), input_ids.shape[0], packing, source_rows is not None)
-    _check_packing(model, layout, packing, len(rows), input_ids.shape[0], attention_mask)
-    _check_decoder_inputs(model, layout, decoder_input_ids, decoder_attention_mask, source_rows)
+    if (decoder_input_ids is None) == (layout.kind == "encoder-decoder"):
+        raise ConfigError(
+            f"{type(model).__name__} is of kind {layout.kind!r}: decoder_input_ids go with an encoder-decoder only.",
+            hint="give them to an encoder-decoder, and to no other model.",
+        )
+    _check_rows(model, layout, len(rows), input_ids.shape[0], packing, attention_mask, source_rows is not None)
     for prefix in rows:
         if prefix is not None:
             check_fits(prefix, layout.geometry, type(model).__name__)
@@ -120,46 +123,21 @@ def forward_with_prefixes(
         return model(encoder_outputs=encoded, attention_mask=mask[source_rows], **call)
 
 
-def _check_prefix_count(count: int, batch: int, packing: Packing | None, shared_sources: bool) -> None:
-    if packing is not None and packing.prefix_index is not None:
-        last = max(packing.prefix_index or (0,))
-        if last >= count:
-            raise ConfigError(
-                f"{count} prefixes, but a group's prefix index is {last}.",
-                hint="give as many prefixes as the packing counts, from 0.",
-            )
-    elif count not in (1, batch) or (shared_sources and count > 1):
-        raise ConfigError(
-            f"{count} prefixes for {batch} rows.", hint="give one for all rows, or one (or None) per row."
-        )
-
-
-def _check_packing(
-    model: Any, layout: Layout, packing: Packing | None, num_prefixes: int, batch: int, mask: Tensor | None
+def _check_rows(
+    model: Any, layout: Layout, count: int, batch: int, packing: Packing | None, mask: Tensor | None, shares: bool
 ) -> None:
     if packing is None:
-        return
-    if mask is not None or (num_prefixes > 1 and packing.prefix_index is None) or batch > 1:
+        if count not in (1, batch) or (shares and count > 1):
+            raise ConfigError(
+                f"{count} prefixes for {batch} rows.", hint="give one for all rows, or one (or None) per row."
+            )
+    elif mask is not None or count <= max(packing.prefix_index or (0,)) or batch > 1:
         raise ConfigError(
-            "a packed row is a batch of its own, without a mask, with one prefix or with a prefix index.",
+            "a packed row is a batch of its own, without a mask, with as many prefixes as its packing counts.",
             hint="use a padded batch.",
         )
-    if layout.kind != "decoder" and not layout.packable:
+    elif layout.kind != "decoder" and not layout.packable:
         raise ConfigError(f"{type(model).__name__} takes no packed rows.", hint="use `collate`, which pads them.")
-
-
-def _check_decoder_inputs(
-    model: Any, layout: Layout, ids: Tensor | None, mask: Tensor | None, source_rows: Tensor | None
-) -> None:
-    if (ids is None) == (layout.kind == "encoder-decoder"):
-        raise ConfigError(
-            f"{type(model).__name__} is of kind {layout.kind!r}: decoder_input_ids go with an encoder-decoder only.",
-            hint="give them to an encoder-decoder, and to no other model.",
-        )
-    if ids is None and (mask is not None or source_rows is not None):
-        raise ConfigError(
-            "decoder_attention_mask and source_rows go with decoder_input_ids.", hint="leave them out for this model."
-        )
 
 
 def _build_injection(

