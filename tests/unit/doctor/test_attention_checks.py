@@ -16,7 +16,6 @@ from doctor_checks import (
     GRADIENTS,
     GREEDY,
     LAYERS,
-    LOADING,
     MIXED,
     OWN,
     PACKING,
@@ -201,24 +200,3 @@ def test_attention_that_is_not_the_models_own(tiny_backbone: Make, monkeypatch: 
     patch_attention(monkeypatch, attend_changed_at("encoder", change))
     assert failed(backbone).keys() == {OWN}
     assert backbone.model.config._attn_implementation == ATTENTION
-
-
-def test_an_encoder_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone("bert")
-    patch_attention(monkeypatch, attend_changed_at("encoder", drop_prefix))
-    assert failed(backbone).keys() == {LOADING, LAYERS, GRADIENTS}
-
-
-def test_an_encoder_whose_training_mode_drops(tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("bert")
-    backbone.model.encoder.layer[1].output.dropout.p = 0.1
-    assert failed(backbone).keys() == {EVALUATION}
-
-
-@pytest.mark.parametrize("name", ["bart", "bert"])
-def test_another_attention_function_in_other_kinds(name: str, tiny_backbone: Make) -> None:
-    backbone = tiny_backbone(name)
-    backbone.model.set_attn_implementation("eager")
-    faults = failed(backbone)
-    assert faults.keys() == {REGISTRY}
-    assert "no layer attends" in faults[REGISTRY]

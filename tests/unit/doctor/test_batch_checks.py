@@ -25,7 +25,6 @@ from doctor_checks import (
 )
 from patching import replace_everywhere
 from prefixtune.attention.forward import forward_with_prefixes
-from prefixtune.attention.injection import batch_prefixes
 from prefixtune.attention.kernels import packed_attention
 from prefixtune.attention.masks import extend_mask
 from prefixtune.attention.packing import Group, Packing
@@ -104,16 +103,6 @@ def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.M
     backbone = tiny_backbone("bert")
     patch_attention(monkeypatch, attend_changed_at("encoder", see_everything))
     assert failed(backbone).keys() == {LOADING, OWN, PADDING, MIXED}
-
-
-def test_an_encoder_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = batch_prefixes
-
-    def turned(prefixes: Any, *args: Any) -> Any:
-        return stack(list(prefixes)[::-1], *args)
-
-    replace_everywhere(monkeypatch, batch_prefixes, turned)
-    assert MIXED in failed(tiny_backbone("bert"))
 
 
 class RoundingHead(torch.nn.Linear):

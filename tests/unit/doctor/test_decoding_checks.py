@@ -95,19 +95,6 @@ def test_generation_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: py
     assert "0 of 3 outputs differ" in faults[GENERATION]
 
 
-def test_generation_that_drops_the_prefilled_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import DynamicCache
-
-    prefilled = prefilled_cache
-
-    def empty(*args: Any, **options: Any) -> Any:
-        _, visible = prefilled(*args, **options)
-        return DynamicCache(), visible
-
-    replace_everywhere(monkeypatch, prefilled_cache, empty)
-    assert GREEDY in failed(tiny_backbone("llama"))
-
-
 def test_a_cache_that_is_lost_between_steps(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
     make = to_generation_config
