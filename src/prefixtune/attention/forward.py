@@ -131,7 +131,12 @@ def _check_rows(
             raise ConfigError(
                 f"{count} prefixes for {batch} rows.", hint="give one for all rows, or one (or None) per row."
             )
-    elif mask is not None or count <= max(packing.prefix_index or (0,)) or batch > 1:
+    elif (
+        mask is not None
+        or batch > 1
+        or not (count == 1 or packing.prefix_index)
+        or count <= max(packing.prefix_index or (0,))
+    ):
         raise ConfigError(
             "a packed row is a batch of its own, without a mask, with as many prefixes as its packing counts.",
             hint="use a padded batch.",
