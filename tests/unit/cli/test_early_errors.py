@@ -48,13 +48,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TRAIN = "train --backbone model --train rows.jsonl --source name --target text --output run "
 MISTAKES = [
     ("train --task e2e --train nowhere.csv", "nowhere.csv"),
-    (TRAIN.replace("--backbone model", "--backbone ./nowhere"), "nowhere"),
-    (TRAIN + "--init-prefix nowhere.safetensors", "nowhere.safetensors"),
     (TRAIN + "--resume", "run"),
     (TRAIN + "--config nowhere.toml", "nowhere.toml"),
     ("train --together nowhere.toml", "nowhere.toml"),
     (TRAIN.replace("--source name", "--source nam"), "nam"),
-    (TRAIN + "--prompt-format Say", "{source}"),
     (TRAIN + "--device gpu", "gpu"),
     (TRAIN + "--patience 3", "patience"),
     (TRAIN + "--preset papper", "papper"),
@@ -73,7 +70,7 @@ MISTAKES = [
     ("chat --prefix nowhere.safetensors", "nowhere.safetensors"),
     ("compose p.safetensors nowhere.safetensors --output new.safetensors", "nowhere.safetensors"),
     ("cut nowhere.safetensors --length 1 --output new.safetensors", "nowhere.safetensors"),
-    ("distill --backbone model --document nowhere.txt --questions rows.jsonl --output run", "nowhere.txt"),
+    ("distill --backbone model --document nowhere.txt --questions nothere.jsonl --output run", ".jsonl"),
     ("explain nowhere.safetensors", "nowhere.safetensors"),
     ("length --backbone model --train rows.jsonl", "--dev"),
     ("evaluate --prefix nowhere.safetensors --data rows.jsonl", "nowhere.safetensors"),
