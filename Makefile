@@ -119,11 +119,11 @@ bench-one: $(VENV)/.tested  ## one text at a time, against transformers and llam
 stress: $(VENV)/.tested  ## kill servers and workers while jobs train, on SQLite and Debian's Postgres; a mixed load (STRESS_KILLS=200 STRESS_JOBS=40 STRESS_SECONDS=60)
 	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/stress $(PYTEST_ARGS)
 
-e2e: $(VENV)/.installed  ## train on E2E as for docs/LOG.md (35 minutes on two cores) and score the test set
+e2e: $(VENV)/.installed  ## train on E2E (35 minutes on two cores) and score the test set
 	$(BIN)/prefixtune prepare
 	$(BIN)/prefixtune train --task e2e --train $(E2E_TRAIN) --dev $(E2E_DEV) --dev-limit 800 --output runs/e2e \
 		--max-steps 900 --eval-every 450 --warmup-steps 50 --init-text "Describe the restaurant in one sentence:" \
-		--reparameterization residual $(E2E_ARGS)
+		$(E2E_ARGS)
 	$(BIN)/prefixtune evaluate --prefix runs/e2e/prefix.safetensors --data $(E2E_TEST) --batch-size 32 \
 		--outputs runs/e2e/test.txt
 

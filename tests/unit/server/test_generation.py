@@ -19,7 +19,9 @@ from prefixtune.sampling.grammar import Grammar, GrammarState
 from prefixtune.server.api import prompting
 
 
-def test_a_request_that_fails_fails_alone(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     app, state = make_server()
     runner = state.worker.engine.runner
     forward = runner.forward
@@ -31,20 +33,14 @@ def test_a_request_that_fails_fails_alone(make_server: Callable[..., Any], monke
 
     monkeypatch.setattr(runner, "forward", failing)
 
-    async def both() -> list[Response]:
-        return list(
-            await asyncio.gather(
-                *(
-                    send(app, "POST", "/v1/completions", completion(model=name, stream=s))
-                    for name in "ab"
-                    for s in (False, True)
-                )
-            )
-        )
+    async def one_after_the_other() -> list[Response]:
+        return [
+            await send(app, "POST", "/v1/completions", completion(model=name, stream=stream))
+            for name in "ba"
+            for stream in (False, True)
+        ]
 
-    good, good_stream, bad, bad_stream = asyncio.run(both())
-    assert good.status == 200
-    assert good_stream.body.endswith(b"data: [DONE]\n\n")
+    bad, bad_stream, good, good_stream = asyncio.run(one_after_the_other())
     assert (bad.status, bad.code) == (500, "engine_error")
     # The status of a stream was sent: the error is its last event.
     assert bad_stream.status == 200
@@ -52,6 +48,8 @@ def test_a_request_that_fails_fails_alone(make_server: Callable[..., Any], monke
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_error"
     assert bad_stream.ended
     assert b"/srv" not in bad.body + bad_stream.body
+    assert good.status == 200
+    assert good_stream.body.endswith(b"data: [DONE]\n\n")
 
 
 class _Complex(Grammar):

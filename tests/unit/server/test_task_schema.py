@@ -18,7 +18,6 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("webnlg", "", {"triples": TRIPLES}, {"references": ["x"]}),
     ("dart", "", {"triples": TRIPLES}, {"references": ["x"]}),
     ("summarization", "", {"document": "Two\nlines, {braces} and all."}, {"summary": "x"}),
-    ("xsum", "", {"document": "Two\nlines."}, {"summary": "x"}),
     ("summarization", "{title}: {body}", {"title": "A", "body": "b\nc"}, {"summary": "x"}),
     ("records", "{name} is {food}, {{sic}}", {"name": " Aromi", "food": 3}, {}),
     ("records", "question", {"question": "Who?\nYou?"}, {}),
