@@ -14,7 +14,7 @@ from command_line import run
 from live_server import make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.cli.conversation import Answer, Conversation
+from prefixtune.cli.conversation import Conversation
 from prefixtune.data.chat import chat_format
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
@@ -72,25 +72,6 @@ def test_the_model_reads_the_whole_conversation(model: Path, answer_to: Callable
     assert first == {"text": "Hello", "output": answer_to("Hello"), "prefix": None, "stopped": False, "room": None}
     assert second["output"] == answer_to("Hello", first["output"].strip(), "Who are you?")
     assert again == first
-
-
-def test_answers_may_be_as_long_as_the_longest_target_of_records(
-    model: Path, backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits: list[int] = []
-
-    def ask(self: Conversation, *_: Any) -> Answer:
-        limits.append(self.decoding(self.prefixes.get(self.name)).max_new_tokens)
-        return Answer("", stopped=False, room=None)
-
-    monkeypatch.setattr(Conversation, "ask", ask)
-    files = []
-    for seed, (task, longest) in enumerate((("records", 700), ("records", 62), ("e2e", 700))):
-        facts = {"task": task, "text_format": asdict(TextFormat(longest_target=longest))}
-        files += ["--prefix", make_prefix(backbone, tmp_path / f"{seed}.safetensors", seed, **facts)]
-    lines = "a\n/prefix 1\nb\n/prefix 2\nc\n/prefix none\nd\n"
-    run("chat", "--backbone", str(model), *map(str, files), "--device", "cpu", "--json", stdin=lines)
-    assert limits == [700, 512, 100, 512]
 
 
 def test_prefixes_are_switched(

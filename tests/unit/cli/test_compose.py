@@ -74,14 +74,6 @@ def test_joined_files_have_both_and_say_so(folder: Path, capsys: pytest.CaptureF
     assert "1.25" in shown
 
 
-def test_the_order_of_the_files_is_the_order_of_the_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compose", "style.safetensors", "manual.safetensors", "--output", "both.safetensors"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.index("style.safetensors") < shown.index("manual.safetensors")
-    first = read_artifact("style.safetensors")
-    assert read_artifact("both.safetensors")[:3].equal(first)
-
-
 def test_modes_with_numbers(folder: Path) -> None:
     manual, mood = read_artifact("manual.safetensors"), read_artifact("mood.safetensors")
     files = "compose manual.safetensors mood.safetensors"
@@ -130,17 +122,6 @@ def test_a_backbone_that_is_named_comes_before_what_the_files_say(folder: Path, 
     assert read_artifact("both.safetensors").equal(concatenate([style, manual]))
 
 
-def test_the_same_content_twice_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_prefix("copy.safetensors", read_artifact("manual.safetensors"))
-    assert (
-        main(["compose", "manual.safetensors", "style.safetensors", "copy.safetensors", "--output", "x.safetensors"])
-        == 0
-    )
-    assert "copy.safetensors has the content of manual.safetensors, which counts twice" in capsys.readouterr().err
-    assert main(["compose", "manual.safetensors", "style.safetensors", "--output", "y.safetensors"]) == 0
-    assert "twice" not in capsys.readouterr().err
-
-
 def test_positions_that_are_added_to_the_input_are_said_to_be_an_approximation(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,7 +154,6 @@ def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("manual.safetensors gpt2.safetensors", "KV heads"),
         ("manual.safetensors long.safetensors", "take 160 positions, but the model has 160"),
         ("manual.safetensors style.safetensors --mode average", "decoder 4 positions"),
-        ("manual.safetensors mood.safetensors --mode average --backbone x", "needs no --backbone"),
         ("none.safetensors nothing.safetensors", "none.safetensors"),
     ],
 )
@@ -181,14 +161,6 @@ def test_what_does_not_belong_together_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str, said: str
 ) -> None:
     assert said in _error(f"compose {command} --output x.safetensors", capsys)
-
-
-def test_a_cut_to_the_whole_length_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "needs no --backbone" in _error(
-        "cut manual.safetensors --length 2 --backbone x --output x.safetensors", capsys
-    )
-    error = _error("cut manual.safetensors --length 4 --output x.safetensors", capsys)
-    assert "has 4 positions, and cannot be cut to 4" in error
 
 
 def test_a_prefix_is_not_cut_away_from_its_adapter(

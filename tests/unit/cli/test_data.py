@@ -45,8 +45,3 @@ def test_characters_that_steer_a_terminal_are_not_shown(words: list[str], tmp_pa
     assert "not used: \ufffd[2J" in shown
     assert "b\ufffd[31mad 1" in shown
     assert "\x1b" not in shown
-
-
-def test_one_step_is_an_epoch(words: list[str]) -> None:
-    assert "; 2 steps are an epoch" in command_line.run(*words)[0]
-    assert "; 1 step is an epoch" in command_line.run(*words, "--batch-size", "100")[0]

@@ -1,9 +1,8 @@
-"""`prefixtune evaluate`: how data is read with a trained prefix, what is said of wrong data, and its tables."""
+"""`prefixtune evaluate`: how data is read with a trained prefix, what is said of wrong data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,3 @@ def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(tmp_path: Pa
     out, err = run(*words, "--form", "question")
     assert "max_new_tokens" in out
     assert "questions and answers" in err
-
-
-def test_groups_have_as_many_digits_as_the_whole(
-    tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any
-) -> None:
-    tiny_models("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    data = tmp_path / "test.csv"
-    data.write_text("mr,ref\nname[A],A is a pub.\n")
-    words = ("--task", "e2e", "--data", str(data), "--backbone", str(tmp_path / "model"), "--metrics", "ter")
-    out, _ = run("evaluate", *words, "--num-beams", "1", "--min-new-tokens", "1", "--max-new-tokens", "1")
-    whole = next(line.split()[1] for line in out.splitlines() if line.startswith("ter"))
-    group = out.split("by attributes")[1].split()
-    assert len(whole.partition(".")[2]) == 4
-    assert group[-1] == whole

@@ -1,4 +1,4 @@
-"""`prefixtune explain`: the page, the figures and the JSON that it writes; what it refuses, and what a stop leaves."""
+"""`prefixtune explain`: the page, the figures and the JSON that it writes; what a stop leaves."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
 from prefixtune.explain.view import SHOWS, TITLES, View
-from prefixtune.prefix.artifact import read_artifact, save_prefix
-from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.starts.words import from_words
 
@@ -86,27 +85,6 @@ def test_data_of_joined_prefixes_are_read_as_the_joined_one_reads_them(folder: P
     assert found[0]["task"] == "records"
     assert found[0]["prefix_length"] == {"decoder": 5}
     assert found[0]["views"]["loss"]["labels"] == found[1]["views"]["loss"]["labels"]
-
-
-def test_prefixes_that_cannot_be_joined_are_refused_before_the_model_loads(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("prefixtune.backbone.load.load_backbone", lambda *_, **__: pytest.fail("it was loaded"))
-    long = tmp_path / "long.safetensors"
-    save_prefix(long, concatenate([read_artifact(folder / "a.safetensors")] * 60))
-    joined = "+".join([str(long)] * 3)
-    _, err = run("explain", joined, "--output", str(tmp_path / "page.html"), code=2)
-    assert "540" in err
-
-
-def test_without_data_what_needs_it_is_left_out(folder: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    out, _ = run("explain", str(folder / "b.safetensors"), "--output", str(page), "--corpus", "100", "--device", "cpu")
-    assert "left out: there is no data to compute a loss on; give --data." in out
-    html = page.read_text()
-    assert "Loss with parts left out is left out" in html
-    assert "<h2" in html
-    assert "Nearest real text</h2>" in html
 
 
 def test_a_stopped_run_keeps_the_views_that_are_done(

@@ -95,11 +95,6 @@ def test_a_missing_extra_says_the_install_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_a_file(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(trained, "--to", "llama.cpp", "--output", trained) == 2
-    assert "which is a file" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("target", ["llama.cpp", "onnx"])
 @pytest.mark.parametrize("name", ["config.toml", "prefix.safetensors", "README.md"])
 def test_a_run_is_not_written_over(

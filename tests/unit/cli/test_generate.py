@@ -143,21 +143,6 @@ def test_what_cannot_be_joined_is_said_before_the_model_loads(
         assert str(most) in capsys.readouterr().err
 
 
-def test_a_header_without_a_rotation_gets_none_by_joining(
-    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path
-) -> None:
-    header = make_header(backbone, task="records")
-    old = {name: value for name, value in header.items() if name != "rotation"}
-    for name, facts in (("new", header), ("old", old)):
-        save_prefix(tmp_path / f"{name}.safetensors", Prefix(random_prefix(backbone, 2).layers, facts))
-    path = str(tmp_path / "{}.safetensors")
-    assert "rotation" not in read_prefix("+".join([path.format("old")] * 2)).header
-    joined = read_prefix(f"{path.format('old')}+{path.format('new')}")
-    assert joined.header["rotation"] == header["rotation"]
-    parts = [load_prefix(path.format(name), backbone) for name in ("old", "new")]
-    assert joined.to(backbone.dtype).equal(concatenate(parts, backbone.rotation))
-
-
 def test_blank_lines_have_empty_results(
     prefixes: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

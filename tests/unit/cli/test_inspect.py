@@ -52,18 +52,6 @@ def test_a_folder_is_listed_and_broken_files_have_their_reason(
     assert "cut.safetensors" in rows["cut.safetensors"]["error"]
 
 
-def test_the_list_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "loop.safetensors").unlink()
-    (folder / "cut.safetensors").unlink()
-    assert main(["inspect", str(folder)]) == 0
-    shown = capsys.readouterr().out
-    for text in ("3 of 3 files", "tiny-llama", "e2e", "encoder 3, cross 5"):
-        assert text in shown
-    (folder / "cut.safetensors").write_bytes(b"cut")
-    assert main(["inspect", str(folder)]) == 1
-    assert "cut.safetensors" in capsys.readouterr().out
-
-
 def test_runs_of_other_methods_are_listed(
     folder: Path, tiny_backbone: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

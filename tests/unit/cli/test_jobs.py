@@ -196,11 +196,6 @@ def test_mistakes_are_seen_before_anything_is_sent(
     assert server.asked == []
 
 
-def test_a_file_that_is_gone(jobs: Jobs, server: FakeServer, rows: Path) -> None:
-    assert "gone.jsonl" in jobs("create", "gone.jsonl", code=2)[1]
-    assert server.sent("POST /files") == []
-
-
 @pytest.mark.parametrize("url", ["ftp://here/v1", "here:8000", "http://me:secret@here/v1", "http://here/v1?key=1", ""])
 def test_an_address_that_is_none(url: str) -> None:
     _, err = run("jobs", "--url", url, code=2)
@@ -235,13 +230,6 @@ def test_follow_says_what_became_of_it(status: str, jobs: Jobs, server: FakeServ
     assert f"{JOB['id']} is {status}" in err
     assert ("row 7\ufffd[2J is wrong" in err) == (status == "failed")
     assert ("jobs resume" in err) == (status == "paused")
-
-
-def test_an_upload_that_cannot_be_trained_on(jobs: Jobs, server: FakeServer, rows: Path) -> None:
-    server.on("POST /files", as_json({**FILE, "status": "error", "status_details": "row 7,001 has no answer"}))
-    out, err = jobs("upload", str(rows), code=1)
-    assert out == f"{FILE['id']}\n"
-    assert "row 7,001 has no answer" in err
 
 
 # --- what a server may do ---------------------------------------------------------------------------------------------

@@ -67,13 +67,6 @@ def test_events_and_the_curve_as_json(arguments: list[str], tmp_path: Path) -> N
     assert curve[-1]["loss"] == [event for event in events if event["event"] == "length"][-1]["loss"]
 
 
-def test_the_usual_length_is_64() -> None:
-    out, _ = run("length", "--train", "a", "--dev", "b", "--print-config")
-    assert "prefix_length = 64\n" in out
-    assert "nested = true\n" in out
-    assert 'output = "runs/length"\n' in out
-
-
 def test_examples_or_a_prefix_to_start_from_have_their_own_length() -> None:
     for start in (("--init-examples", "4"), ("--init-prefix", "p.safetensors"), ("--initialization", "examples")):
         out, _ = run("length", "--train", "a", "--dev", "b", *start, "--print-config")

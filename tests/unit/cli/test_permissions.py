@@ -25,22 +25,14 @@ CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2
 
 READ = [
     "inspect closed",
-    "inspect unread.safetensors",
     "generate --prefix unread.safetensors a",
-    "generate --run closed a",
     "generate --data closed/rows.jsonl",
-    "generate --backbone closed/model a",
-    "evaluate --data closed/rows.jsonl",
     "train --train unread.jsonl --backbone model",
     "train --resume --output closed",
-    "train --config unread.toml",
     "distill --backbone model --questions self --document closed/x.txt",
     "data closed/rows",
-    "convert closed out.safetensors --to prefixtune",
     "compose p.safetensors unread.safetensors --output out.safetensors",
-    "report closed",
     "demo --output closed",
-    "doctor closed",
     "serve --backbone model --prefixes closed",
     "jobs create closed/x --model m --url http://127.0.0.1:9/v1",
 ]
@@ -48,10 +40,7 @@ WRITE = [
     "train --train rows.jsonl --backbone model --output closed/x",
     "evaluate --data rows.jsonl --backbone model --output closed/x",
     "cut p.safetensors --length 2 --output closed/x.safetensors",
-    "convert p.safetensors closed/x --to peft",
     "export p.safetensors --to llama.cpp --output closed/x",
-    "explain p.safetensors --output closed/x.html",
-    "config schema train --output closed/x.json",
     "pull me/x closed/x.safetensors",
 ]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from command_line import call
-from made_up_runs import evaluation, training
+from made_up_runs import evaluation
 from prefixtune.errors import ConfigError, DataError, PrefixError
 
 
@@ -22,18 +22,6 @@ def test_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "<h1>Notices &amp; more</h1>" in page.read_text(encoding="utf-8")
     assert [path.name for path in page.parent.iterdir()] == ["out.html"]
     assert str(page) in capsys.readouterr().out
-
-
-def test_warns_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, page = training(tmp_path / "run", end=False), tmp_path / "out.html"
-    run(folder, "--output", page)
-    assert "warning: " in capsys.readouterr().err
-    run(folder, "--output", page, "--quiet", "--json")
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    result = json.loads(shown.out)
-    assert result["html"] == str(page)
-    assert len(result["warnings"]) == 1
 
 
 def test_figures_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

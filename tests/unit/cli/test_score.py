@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 
 from command_line import call
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.evaluation.metrics import METRICS, Unavailable
 
 ITEMS = [
     {"mr": "name[Aromi]", "references": ["Aromi is a pub.", "There is a pub called Aromi."]},
@@ -131,25 +128,6 @@ def test_intervals_and_a_second_system(
     assert "approximate randomization" in shown
 
 
-@pytest.mark.parametrize("fails", [0, 1])
-def test_a_metric_that_one_system_lacks_is_left_out_of_both(
-    references: str, hypotheses: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fails: int
-):
-    calls = iter(range(2))
-
-    def measure(texts: Any) -> Any:
-        if next(calls) == fails:
-            raise Unavailable("java stopped", "try again")
-        return METRICS["ter"].measure(texts)
-
-    monkeypatch.setitem(METRICS, "chrf", dataclasses.replace(METRICS["chrf"], measure=measure))
-    options = ("--task", "e2e", "--protocol", "plain", "--references", references, "--samples", "20")
-    result = run_json(capsys, *options, "--hypotheses", hypotheses, "--against", hypotheses)
-    assert result["left_out"] == {"chrf": "java stopped; try again"}
-    for part in (result["scores"], result["against"]["scores"], result["against"]["comparison"]):
-        assert list(part) == ["bleu", "ter"]
-
-
 def test_the_first_examples_alone_are_scored(
     references: str, hypotheses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -207,12 +185,6 @@ def test_without_java_default_metrics_are_left_out_and_asked_ones_refused(
     assert capsys.readouterr().err == ""
     with pytest.raises(ConfigError):
         run(*options, "--metrics", "bleu,meteor")
-
-
-@pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")
-def test_the_official_metrics_come_by_default(references: str, hypotheses: str, capsys: pytest.CaptureFixture[str]):
-    result = run_json(capsys, "--task", "e2e", "--hypotheses", hypotheses, "--references", references)
-    assert list(result["scores"]) == ["bleu", "nist", "meteor", "rouge_l", "cider"]
 
 
 def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from command_line import run_apart, start
+from command_line import run_apart
 from prefixtune.cli.main import main
 from prefixtune.errors import PrefixError
 
@@ -53,12 +53,6 @@ def test_a_full_disk_is_one_line() -> None:
 
 
 @needs_posix
-def test_results_that_nobody_wants_are_not_printed() -> None:
-    closed = subprocess.run(["sh", "-c", 'exec "$0" -m prefixtune tasks >&- 2>&-', sys.executable])
-    assert closed.returncode == 0
-
-
-@needs_posix
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_no_character_stops_a_command(encoding: str, folder: Path) -> None:
     environment = {"PYTHONIOENCODING": encoding}
@@ -67,19 +61,6 @@ def test_no_character_stops_a_command(encoding: str, folder: Path) -> None:
     if encoding == "ascii":
         out, _ = run_apart("inspect", str(folder), code=1, environment=environment)
         assert r"\u65e5\u672c.safetensors" in out
-
-
-def test_a_name_that_is_no_utf_8_is_shown_with_a_mark(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(folder)]) == 1
-    assert "caf\ufffd.safetensors" in capsys.readouterr().out
-
-
-def test_what_is_piped_in_is_utf_8_in_every_locale() -> None:
-    process = start("generate", environment={"PYTHONIOENCODING": "latin-1"})
-    process.stdin.buffer.write("caf\xe9\n".encode("latin-1"))  # type: ignore[union-attr]
-    _, err = process.communicate()
-    assert "stdin, line 1" in err
-    assert process.returncode == 2
 
 
 def test_with_json_no_library_logs_on_stderr(
