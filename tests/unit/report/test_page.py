@@ -16,7 +16,6 @@ import pytest
 from contrast import contrast
 from made_up_runs import evaluation, examples, five_runs, measure, training, write, write_lines
 from prefixtune.errors import DataError
-from prefixtune.pages import figures
 from prefixtune.report import compose, read_results, save_figures, to_html
 
 NASTY = (
@@ -203,13 +202,6 @@ def test_outputs_are_sampled_evenly_and_bounded(tmp_path: Path, monkeypatch: pyt
     assert Page(page_of(tmp_path / "two")).text().count("empty") == 50
 
 
-def test_the_backbone_is_the_one_that_the_log_names(tmp_path: Path) -> None:
-    log = training(tmp_path) / "events.jsonl"
-    log.write_text(log.read_text().replace('"event": "start"', '"event": "start", "backbone": "my-model"', 1))
-    assert read_results(tmp_path).config["backbone"] == "my-model"
-    assert "smollm2-135m" not in page_of(tmp_path)
-
-
 # --- the page as such ------------------------------------------------------------------------------------------------
 
 
@@ -284,18 +276,6 @@ def test_colors_have_enough_contrast(number: int, tmp_path: Path) -> None:
             assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
     for series in range(8):
         assert contrast(colors[f"s{series}"], colors["sheet"]) >= 3, series
-
-
-def test_figures_use_the_colors_of_the_page(tmp_path: Path) -> None:
-    page = page_of(*five_runs(tmp_path))
-    root = re.findall(r":root \{(.*?)\}", page, flags=re.S)[0]
-    colors = {color: name for name, color in re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+);", root)}
-    assert {color: colors[color] for color in figures.VARIABLES if colors[color] != "page"} == figures.VARIABLES
-    for chart in re.findall(r'<svg class="chart".*?</svg>', page, flags=re.S):
-        # A color that is not a variable would stay as it is in dark mode.
-        drawn = set(re.findall(r'(?:fill|stroke)="([^"]*)"', chart))
-        assert drawn <= {f"var(--{name})" for name in figures.VARIABLES.values()} | {"none"}
-        assert "style=" not in chart
 
 
 # --- figures as files ------------------------------------------------------------------------------------------------

@@ -47,13 +47,10 @@ def refusal(make: Any, *arguments: Any, **values: Any) -> str:
     ("values", "named"),
     [
         ({"servings": 0}, ["servings", "0"]),
-        ({"servings": "x"}, ["servings", "'x'"]),
-        ({"servings": 2.5}, ["servings", "2.5"]),
         ({"rate": math.nan}, ["rate", "nan"]),
         ({"servings": 10**5000}, ["servings"]),
         ({"oven": "gaz"}, ["oven", "'gaz'", "electric"]),
         ({"steps": [1, "a"]}, ["steps.1", "'a'"]),
-        ({"names": {"a": 1}}, ["names"]),
         ({"stop": ["\ud800"]}, ["stop", "surrogates"]),
         ({"vegan": True, "oven": "gas"}, ["vegan", "'gas'"]),
         ({"serving": 3}, ["serving", "'servings'"]),

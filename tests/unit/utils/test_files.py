@@ -83,14 +83,6 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-def test_a_temporary_file_does_not_depend_on_the_process(tmp_path: Path) -> None:
-    with atomic_path(tmp_path / "a") as one, atomic_path(tmp_path / "a") as other:
-        assert one != other
-        one.write_text("1")
-        other.write_text("2")
-    assert (tmp_path / "a").read_text() == "1"
-
-
 def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
     code = """
 with atomic_path(Path(sys.argv[1])) as temporary:

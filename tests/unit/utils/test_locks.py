@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 import time
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from child_process import kill, start_child
-from patching import replace_everywhere
 from prefixtune.errors import PrefixError
-from prefixtune.utils.locks import acquire_lock, claim_folder, file_lock
+from prefixtune.utils.locks import claim_folder, file_lock
 
 
 def names(folder: Path) -> list[str]:
@@ -37,23 +35,6 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
     with claim_folder(folder):
         pass
     assert names(folder) == ["mine"]
-
-
-def test_a_lock_of_another_user_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has it, but it cannot be opened, and so it would block the folder for ever."""
-
-    def denied(path: Path, timeout: float) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    replace_everywhere(monkeypatch, acquire_lock, denied)
-    (tmp_path / ".lock").touch()
-    with pytest.raises(PrefixError, match=r"\.lock"), claim_folder(tmp_path):
-        pass
-    assert names(tmp_path) == [".lock"]
-    # Where none can be made, whoever writes there meets the error.
-    (tmp_path / ".lock").unlink()
-    with file_lock(tmp_path / ".lock") as mine:
-        assert mine
 
 
 def test_who_waits_for_a_lock_gets_it(tmp_path: Path) -> None:

@@ -85,14 +85,6 @@ def test_a_signal_reaches_the_program_and_both_end_without_leaving_a_socket(is_k
     assert not supervised.socket.parent.exists()
 
 
-def test_a_folder_with_other_files_stays(supervised: Supervised):
-    supervised.socket.parent.mkdir()
-    (supervised.socket.parent / "other").touch()
-    supervised.process.terminate()
-    assert supervised.wait() == 7
-    assert [path.name for path in supervised.socket.parent.iterdir()] == ["other"]
-
-
 def test_pauses_double_up_to_a_minute_and_begin_anew_after_a_steady_minute():
     pauses = RestartPauses()
     assert [pauses.next(1.0) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
