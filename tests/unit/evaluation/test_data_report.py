@@ -123,17 +123,6 @@ def test_labels(look: Callable[..., DataReport]) -> None:
     assert [part.is_label for part in by_head.example] == [False]
 
 
-def test_labels_that_the_first_rows_do_not_have_are_no_mistake_of_the_file(look: Callable[..., DataReport]) -> None:
-    rows = [{"text": f"t{n}", "label": "bad" if n < 6 else "good"} for n in range(9)]
-    with pytest.raises(DataError, match=r"in the first 5 rows of .*: all examples have the label 'bad'") as caught:
-        look(rows, max_rows=5)
-    assert caught.value.hint.startswith("read all rows: --rows 0; ")
-    assert look(rows, max_rows=8).labels == {"bad": 6, "good": 2}
-    with pytest.raises(DataError) as caught:
-        look(rows[:5])
-    assert "--rows" not in caught.value.hint
-
-
 @pytest.mark.parametrize(
     ("task", "row", "count"),
     [
@@ -168,18 +157,6 @@ def test_overlap_with_a_test_file(look: Callable[..., DataReport], tmp_path: Pat
     report = look(rows_of(ROWS), test=str(test))
     assert report.overlap is not None
     assert (report.overlap["count"], report.overlap["num_examples"]) == (1, 2)
-
-
-def test_a_folder_is_compared_with_its_own_test_file(model: Callable[[str], str], tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(ROWS)), encoding="utf-8")
-    (data / "test.jsonl").write_text('{"source": "new", "target": "q"}\n', encoding="utf-8")
-    for columns in ({}, {"source": "source", "target": "target"}):
-        config = pt.TrainConfig(train=str(data), backbone=model("llama"), prefix_length=3, **columns)
-        overlap = report_data(config, test=str(data)).overlap
-        assert overlap is not None
-        assert (overlap["count"], overlap["num_examples"]) == (0, 1)
 
 
 def test_texts_are_measured_whole_and_nothing_of_them_is_cut(

@@ -94,11 +94,6 @@ def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, fake_outputs
     assert not outcome.scores["ter"].higher_is_better
 
 
-def test_without_names_the_protocol_says_which(model: Any, fake_outputs: Make):
-    fake_outputs(SAID)
-    assert [*evaluate(model, EXAMPLES, config=CONFIG, metrics=None).scores] == ["bleu", "chrf", "ter"]
-
-
 def test_outputs_are_what_generation_gives(model: Any, prefix: Any):
     outcome = evaluate(model, EXAMPLES, prefix, config=CONFIG)
     assert list(outcome.outputs) == generate(model, [e.source for e in EXAMPLES], prefix, config=CONFIG)
@@ -136,16 +131,6 @@ def test_a_group_scores_as_if_it_were_all_there_is(model: Any, fake_outputs: Mak
             assert found.scores.keys() == alone.keys()
             for metric, score in alone.items():
                 assert found.scores[metric].score == pytest.approx(score.score, rel=1e-9)
-
-
-def test_intervals_hold_the_score_and_come_on_request(model: Any, fake_outputs: Make):
-    fake_outputs(SAID)
-    for name, score in evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True).scores.items():
-        assert score.interval is not None
-        low, high = score.interval
-        assert low <= score.score <= high, name
-        assert low < high
-    assert evaluate(model, EXAMPLES, config=CONFIG).scores["bleu"].interval is None
 
 
 def test_unknown_names_are_reported_before_anything_is_decoded(model: Any, fake_outputs: Make):
@@ -221,43 +206,6 @@ def test_dart_is_scored_against_the_official_references():
     assert references_of(example, "dart") == ["official", "texts"]
     assert references_of(example, "plain") == ["plain"]
     assert references_of(Example("a", ("plain",)), "dart") == ["plain"]
-
-
-def test_blank_official_references_are_reported_before_anything_is_decoded(model: Any, fake_outputs: Make):
-    requests = fake_outputs()
-    blank = Example("a", ("A text.",), {"official_references": ["", " "]})
-    with pytest.raises(
-        DataError, match=r"the references of example 1 \('a'\) by the protocol 'dart' are blank"
-    ) as caught:
-        evaluate(model, [blank], config=CONFIG, protocol="dart")
-    assert "official references" in caught.value.hint
-    assert requests == []
-    assert evaluate(model, [blank], config=CONFIG).outputs
-
-
-def test_a_metric_that_one_group_does_not_allow_is_left_out_of_the_grouping(
-    model: Any, fake_outputs: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    whole = METRICS["nist"]
-
-    def picky(texts: Any) -> Any:
-        if len(texts.hypotheses) < 3:
-            raise Unavailable("there are too few", "take more")
-        return whole.measure(texts)
-
-    fake_outputs(SAID)
-    monkeypatch.setitem(METRICS, "nist", dataclasses.replace(whole, measure=picky))
-    outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=["bleu", "nist"])
-    names = {grouping: {tuple(part.scores) for part in parts.values()} for grouping, parts in outcome.groups.items()}
-    # Seven examples: of two groups, each has three or more; of three, some have two.
-    assert names == {"parity": {("bleu", "nist")}, "rest": {("bleu",)}}
-    write_evaluation(tmp_path, outcome, EXAMPLES, {})
-    assert read_results(tmp_path).evaluation
-
-
-def test_the_time_of_labels_is_measured(model: Any):
-    examples = [Example("good", ("yes",)), Example("bad", ("no",))]
-    assert evaluate(model, examples, kind="classification").seconds > 0
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
@@ -377,15 +325,6 @@ def test_a_broken_resume_file_is_reported_before_anything_is_decoded(
     with pytest.raises(PrefixError, match=says) as error:
         evaluate(model, EXAMPLES[:2], config=CONFIG, resume_file=kept, on_batch=batches.append)
     assert error.value.hint
-    assert batches == []
-
-
-def test_a_path_that_cannot_be_written_is_reported_before_anything_is_decoded(model: Any, tmp_path: Path):
-    (tmp_path / "file").write_text("no folder")
-    batches: list[int] = []
-    kept = tmp_path / "file" / "decoded.jsonl"
-    with pytest.raises(PrefixError, match=r"cannot write .*file/decoded\.jsonl"):
-        evaluate(model, EXAMPLES[:2], config=CONFIG, resume_file=kept, on_batch=batches.append)
     assert batches == []
 
 

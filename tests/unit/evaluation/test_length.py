@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,20 +108,6 @@ def test_a_stopped_curve_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "run" / "length.json").exists()
     result = study(backbone, tmp_path, lengths=(2, 4), resume=True)
     assert result.points == whole.points
-
-
-def test_ctrl_c_stops_a_curve_between_batches(backbone: Any, tmp_path: Path) -> None:
-    """As the signal does: the first one sets an event, which is looked at after each batch."""
-    import signal
-
-    def interrupt(index: int, *_: int) -> None:
-        if index == 1:
-            signal.raise_signal(signal.SIGINT)
-
-    assert threading.current_thread() is threading.main_thread()
-    with pytest.raises(KeyboardInterrupt, match="saved"):
-        study(backbone, tmp_path, on_point=interrupt)
-    assert study(backbone, tmp_path, resume=True).folder == tmp_path / "run"
 
 
 def points(losses: dict[int, float], noise: float, count: int = 200) -> list[Point]:

@@ -64,28 +64,6 @@ def test_a_missing_training_set_is_not_compared(tmp_path: Path, monkeypatch: pyt
     assert training_examples(TrainConfig(train=path, source="name")) is None
 
 
-def test_evaluate_warns_whatever_names_the_prefix(
-    tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_models("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    test = write(tmp_path / "test.jsonl", ["Bo", "Zed"])
-    config = TrainConfig(
-        train=write(tmp_path / "train.jsonl", ["Ann", "Bo"]),
-        source="name",
-        target="text",
-        backbone=str(tmp_path / "model"),
-        device="cpu",
-        max_steps=1,
-        output=str(tmp_path / "run"),
-    )
-    train(config, progress=False)
-    for named in (("--prefix", "run"), ("--prefix", "run/prefix.safetensors"), ("--run", "run")):
-        words = ["evaluate", named[0], str(tmp_path / named[1]), "--data", test, "--target", "text"]
-        assert main([*words, "--max-new-tokens", "2", "--device", "cpu", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["overlap"]["count"] == 1, named
-
-
 def test_evaluate_joins_prefixes_and_knows_the_training_set_of_each(
     tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
