@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from prefixtune.backbone.backbone import Backbone, fingerprint
-from prefixtune.backbone.devices import choose_dtype
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.quiet import quiet_transformers
-from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.errors import BackboneError
 from prefixtune.prefix.fingerprint import fingerprints_match, sample_weights
 from prefixtune.prefix.geometry import LayerShape
 
@@ -39,14 +36,6 @@ def test_the_geometry_is_found_by_running_it(family: str, backbone: Any):
     assert backbone.hidden_size == 32
     assert backbone.max_positions == 160
     assert family in repr(backbone)
-
-
-def test_every_try_to_reach_the_hub_stays_quiet():
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    before = logger.isEnabledFor(logging.WARNING)
-    with quiet_transformers():
-        assert not logger.isEnabledFor(logging.WARNING)
-    assert logger.isEnabledFor(logging.WARNING) is before
 
 
 def test_it_comes_frozen_and_without_dropout(backbone: Any):
@@ -170,12 +159,6 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path):
         load_backbone(folder)
 
 
-def test_a_broken_gguf_file_is_reported(tmp_path: Path):
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(BackboneError, match="cannot load the backbone"):
-        load_backbone(tmp_path / "broken.gguf")
-
-
 def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("eos_token")
@@ -189,18 +172,6 @@ def test_the_embedded_backbone_must_be_prepared(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(BackboneError, match="not prepared on this machine") as error:
         load_backbone()
     assert "prefixtune prepare" in error.value.hint
-
-
-def test_dtype_and_device_are_checked(folder: Path):
-    with pytest.raises(ConfigError, match="unknown dtype 'bfloat61'") as error:
-        load_backbone(folder, dtype="bfloat61")
-    assert error.value.hint == "did you mean 'bfloat16'?"
-    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
-        load_backbone(folder, device="gpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no CUDA"):
-            load_backbone(folder, device="cuda")
-    assert choose_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
 # --- checkpoints that lack weights -----------------------------------------------------------------------------------

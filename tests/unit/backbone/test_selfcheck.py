@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -59,18 +58,6 @@ def test_sound_models_pass_quickly(name: str, tiny_models: Make) -> None:
     assert time.monotonic() - began < 5
     assert found.passed
     assert found.difference < 1e-4 < found.effect
-
-
-@pytest.mark.parametrize("name", ["deepseek_v3", "lfm2", "stablelm", "t5gemma", "longt5-local"])
-def test_peculiar_models_pass(name: str, tiny_tokenizer: Any) -> None:
-    backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
-    assert selfcheck.compare(backbone.model, backbone.layout).passed
-
-
-@pytest.mark.parametrize("name", ["llama", "bart", "bert"])
-def test_half_precision_passes(name: str, tiny_models: Make) -> None:
-    backbone = Backbone.from_model(tiny_models(name).to(torch.bfloat16), None, name)
-    assert selfcheck.compare(backbone.model, backbone.layout).passed
 
 
 def test_a_type_is_checked_once(cache: Path, runs: list[str], tiny_models: Make) -> None:
@@ -147,15 +134,6 @@ def test_a_prefix_without_gradient_is_refused(cache: Path, tiny_models: Make, mo
     replace_everywhere(monkeypatch, batch_prefixes, cut)
     with pytest.raises(BackboneError, match="no gradient reaches it"):
         Backbone.from_model(tiny_models("bert"), None, "bert")
-
-
-def test_an_error_on_the_way_is_one_line(cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **options: Any) -> Any:
-        raise RuntimeError("shapes differ\nand more of it")
-
-    replace_everywhere(monkeypatch, prefilled_cache, broken)
-    with pytest.raises(BackboneError, match=r"cannot run with a prefix: shapes differ$|shapes differ Hint"):
-        Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
 
 
 # --- types that ended in tracebacks or wrong numbers -----------------------------------------------------------------
@@ -242,32 +220,3 @@ def test_two_threads_use_a_deberta_with_prefixes_of_their_own(
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(run, prefixes * 20))
     assert all(torch.allclose(one, wanted[n % 3], atol=1e-6) for n, one in enumerate(found))
-
-
-def test_a_call_in_another_thread_meets_a_hook_that_torch_has_half_registered(
-    enclosing_tokenizer: Any, random_prefix: Callable[..., Any]
-) -> None:
-    backbone = Backbone.from_model(make_model("deberta-v2", enclosing_tokenizer), enclosing_tokenizer, "deberta")
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        wanted = backbone.hidden_states(ids)
-    found: list[Any] = []
-
-    def plain() -> None:
-        with torch.no_grad():
-            found.append(backbone.model(ids).last_hidden_state)
-
-    with ThreadPoolExecutor(1) as pool:
-
-        class Between(OrderedDict[int, bool]):
-            """Another thread uses the model after a hook was registered, and before it is known to take keywords."""
-
-            def __setitem__(self, key: int, value: bool) -> None:
-                pool.submit(plain).result(60)
-                super().__setitem__(key, value)
-
-        backbone.model.encoder.layer[0].attention.self._forward_pre_hooks_with_kwargs = Between()
-        with torch.no_grad():
-            backbone.hidden_states(ids, prefixes=random_prefix(backbone, 3))
-    assert len(found) == 1
-    assert torch.allclose(found[0], wanted, atol=1e-6)

@@ -57,12 +57,6 @@ def test_one_dead_layer_of_a_model_whose_logits_hardly_move(
     assert GRADIENTS in faults
 
 
-def test_no_line_without_gradient_checkpointing(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone("gpt2")
-    monkeypatch.setattr(type(backbone.model), "supports_gradient_checkpointing", False)
-    assert CHECKPOINTING not in [c.name for c in examine(backbone)]
-
-
 def test_another_attention_function(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("llama")
     backbone.model.set_attn_implementation("sdpa")
@@ -78,19 +72,6 @@ def test_one_layer_with_another_attention_function(tiny_backbone: Make, monkeypa
     layer = backbone.model.model.layers[1]
     monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states), None))
     assert "not every layer" in failed(backbone)[REGISTRY]
-
-
-def test_a_layer_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def patched(module: nn.Module, *args: Any, prefix_injection: Any = None, **kwargs: Any) -> Any:
-        if prefix_injection is not None and prefix_injection.layers and prefix_injection.layer_of[module][1] == 1:
-            prefix_injection = None
-        return attend(module, *args, prefix_injection=prefix_injection, **kwargs)
-
-    backbone = tiny_backbone("llama")
-    patch_attention(monkeypatch, patched)
-    faults = failed(backbone)
-    assert {LAYERS, GRADIENTS, ROUTES, GREEDY} <= faults.keys()
-    assert "too little in layers 1" in faults[LAYERS]
 
 
 def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:

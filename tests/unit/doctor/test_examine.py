@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from doctor_checks import (
     ALL,
@@ -18,7 +15,6 @@ from doctor_checks import (
     GREEDY,
     LAYERS,
     LOADING,
-    MIXED,
     OF_DECODERS_ONLY,
     OF_GENERATION,
     OWN,
@@ -32,10 +28,9 @@ from doctor_checks import (
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.cli.main import main
 from prefixtune.doctor.examine import examine
 from prefixtune.errors import BackboneError, ConfigError
-from zoo import make_model, make_tokenizer
+from zoo import make_model
 
 Make = Callable[..., Any]
 
@@ -79,26 +74,6 @@ def test_peculiar_decoders_pass(name: str, left_out: set[str], tiny_tokenizer: A
 def test_peculiar_encoder_decoders_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -> None:
     backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
     assert passing(backbone) == [n for n in ALL if n not in left_out | OF_DECODERS_ONLY]
-
-
-def test_a_tokenizer_without_an_end_token(tiny_models: Make) -> None:
-    tokenizer = make_tokenizer(enclosing=True)
-    backbone = Backbone.from_model(tiny_models("bert"), tokenizer, "bert")
-    tokenizer.eos_token = None
-    assert MIXED in passing(backbone)
-
-
-def test_unused_weights_are_listed(
-    tiny_models: Make, enclosing_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    transformers.BertForMaskedLM(tiny_models("bert").config).save_pretrained(tmp_path)
-    enclosing_tokenizer.save_pretrained(tmp_path)
-    main(["doctor", str(tmp_path), "--device", "cpu", "--quiet"])
-    assert "weights of the checkpoint are not used: cls.predictions." in capsys.readouterr().out
-    main(["doctor", str(tmp_path), "--device", "cpu", "--quiet", "--json"])
-    unused = json.loads(capsys.readouterr().out)["unused_weights"]
-    assert "cls.predictions.transform.dense.weight" in unused
-    assert all(name.startswith("cls.") for name in unused)
 
 
 @pytest.mark.parametrize(

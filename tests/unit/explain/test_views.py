@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +12,6 @@ import torch
 
 import prefixtune as pt
 from prefixtune.attention.compute import prefix_from_tokens
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_examples
 from prefixtune.data.windows import TEXT_FORMAT
 from prefixtune.errors import DataError
@@ -25,9 +22,7 @@ from prefixtune.explain.controls import random_like, shuffled
 from prefixtune.explain.description import UNRELATED, description_view
 from prefixtune.explain.explain import explain
 from prefixtune.explain.losses import row_losses
-from prefixtune.explain.nearest import _Neighbours, cosines, nearest_view
-from prefixtune.explain.subject import Limits
-from prefixtune.explain.view import SHOWS, TITLES
+from prefixtune.explain.nearest import cosines, nearest_view
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.prefix.text_format import TextFormat
 
@@ -159,13 +154,6 @@ def test_a_label_that_the_prefix_does_not_know_is_refused(make: Make) -> None:
             make("llama", examples=[pt.Example("a", ("x",)), pt.Example("b", ("z",))], header={"labels": labels})
 
 
-def test_time_ends_a_view_and_says_so(make: Make) -> None:
-    subject = dataclasses.replace(make("llama", seconds=1e-9))
-    view = loss_view(subject)
-    assert view.numbers["positions"] == []
-    assert "time is over" in view.notes[0]
-
-
 # --- nearest text -----------------------------------------------------------------------------------------------------
 
 
@@ -209,23 +197,6 @@ def test_a_description_takes_no_room_from_rows_of_training_length(make: Make, wi
     assert limited["unrelated"]["loss"] == pytest.approx(free["unrelated"]["loss"])
 
 
-def test_an_answer_to_the_chat_question_ends_with_its_turn(make: Make, tiny_models: Make, tiny_tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    backbone = Backbone.from_model(tiny_models("llama", max_position_embeddings=512), tokenizer, "tiny-llama")
-    subject = make(backbone, examples=())
-    whole = description_view(subject).numbers["descriptions"]["bare"]["chat"]["text"]
-    # Now the model ends its turn where it wrote the middle letter.
-    head = backbone.model.lm_head.weight
-    with torch.no_grad():
-        head[tokenizer.pad_token_id] = 1.01 * head[backbone.encode(whole[len(whole) // 2])[0]]
-    ended = description_view(subject).numbers["descriptions"]["bare"]["chat"]["text"]
-    assert ended == whole[: whole.index(whole[len(whole) // 2])].strip() != whole
-
-
 def test_without_room_for_a_question_there_is_no_description(make: Make) -> None:
     assert "no question fits" in description_view(make("llama", length=110)).left_out
 
@@ -233,25 +204,8 @@ def test_without_room_for_a_question_there_is_no_description(make: Make) -> None
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def test_all_views_are_json_and_say_what_they_cannot_show(make: Make, wide: Any) -> None:
-    subject = make(wide)
-    views = list(explain(subject.backbone, subject.prefix, subject.examples, limits=Limits(rows=3)))
-    assert [view.name for view in views] == list(TITLES)
-    for view in views:
-        assert json.loads(json.dumps(view.to_dict(), allow_nan=False))
-        assert view.left_out or view.to_dict()["shows"] == SHOWS[view.name]
-    assert not any(view.left_out for view in views)
-
-
 def test_views_that_need_data_are_left_out_by_name(make: Make, wide: Any) -> None:
     subject = make(wide, examples=())
     views = {view.name: view for view in explain(subject.backbone, subject.prefix)}
     assert {name for name, view in views.items() if "--data" in view.left_out} == {"attention", "loss"}
     assert "--data" in views["description"].notes[0]
-
-
-def test_a_token_that_a_text_has_many_times_is_one_neighbour() -> None:
-    found = _Neighbours(1)
-    cosine = torch.tensor([[0.9] * 7 + [0.8, 0.7]])
-    found.add(cosine, [("data", (token, token)) for token in ["the"] * 7 + ["cat", "dog"]])
-    assert [near["token"] for near in found.describe()[0]["nearest"]] == ["the", "cat", "dog"]

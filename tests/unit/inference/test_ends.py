@@ -14,7 +14,7 @@ from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.inference.prompts import prepare_prompts
-from prefixtune.inference.streaming import stream, stream_ids
+from prefixtune.inference.streaming import stream_ids
 
 
 def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Callable[..., list[int]]) -> None:
@@ -43,21 +43,6 @@ def test_a_special_token_may_be_a_stop_string(tiny_backbone: Callable[..., Any])
     config = GenerateConfig(stop=["b", "<s>", "<x>"])
     assert prepare_prompts(backbone, ["x"], [None], config).ends == ((bos,),)
     assert prepare_prompts(backbone, ["x"], [None], GenerateConfig()).ends == ((),)
-
-
-@pytest.mark.parametrize(
-    ("texts", "says"),
-    [
-        ([[{"role": "assistant", "content": "Hi"}]], "message 1 of conversation 1 is the assistant's"),
-        ([[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]], "must end with the user's"),
-        ([[]], "has no message"),
-    ],
-)
-def test_what_is_no_conversation(tiny_backbone: Callable[..., Any], texts: Any, says: str) -> None:
-    with pytest.raises(RequestError, match=says):
-        generate(tiny_backbone("llama"), texts)
-    with pytest.raises(RequestError, match=says):
-        list(stream(tiny_backbone("llama"), texts[0]))
 
 
 def test_a_conversation_without_a_template_anywhere(tiny_backbone: Callable[..., Any]) -> None:
