@@ -59,10 +59,6 @@ def test_time_grows_with_the_length_and_not_with_its_square(work: str, text: str
     assert long < max(10 * short, 0.25), f"{short:.4f} s, then {long:.4f} s"
 
 
-def test_blanks_in_a_row_are_read_at_once() -> None:
-    assert seconds(join_lines, "a" + " " * 400_000 + "b") < 1
-
-
 @pytest.mark.parametrize(
     ("text", "joined"),
     [

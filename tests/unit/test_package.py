@@ -1,4 +1,4 @@
-"""The package as a whole: its exports, a quick import, and tests that are all run."""
+"""The package as a whole: a quick import, and tests that are all run."""
 
 from __future__ import annotations
 
@@ -8,21 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-import prefixtune as pt
-
 ROOT = Path(__file__).resolve().parents[2]
-
-
-CONFIGS = ("EngineConfig", "GenerateConfig", "ServeConfig", "TrainConfig")
-
-
-def test_exports_are_few_names_and_the_configurations() -> None:
-    assert len(set(pt.__all__) - set(CONFIGS)) <= 14
-    assert set(CONFIGS) <= set(pt.__all__)
-    for name in pt.__all__:
-        assert getattr(pt, name) is not None
-    # Functions, not modules of the same name.
-    assert all(callable(getattr(pt, name)) for name in ("train", "generate", "evaluate", "load_backbone"))
 
 
 def test_importing_is_quick_and_configurations_need_no_extra() -> None:
@@ -33,10 +19,6 @@ def test_importing_is_quick_and_configurations_need_no_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_an_unknown_name_is_an_attribute_error() -> None:
-    assert not hasattr(pt, "no_such_name")
 
 
 def test_the_readme_names_every_extra() -> None:

@@ -111,13 +111,11 @@ MESSAGES = {
     "a missing prefix": ("CheckpointError", "missing.safetensors"),
     "a hub id, offline": ("ConfigError", "nobody/such-prefix"),
     "load: a number": ("ConfigError", ""),
-    "load: a mistyped option": ("ConfigError", "num_beams"),
     "load: no template": ("RequestError", ""),
     "load: a number as messages": ("RequestError", ""),
     "save_prefix: the wrong way round": ("ConfigError", ""),
     "one text": ("RequestError", ""),
     "a mistyped option": ("ConfigError", "num_beams"),
-    "a number as stop": ("ConfigError", "stop"),
     "evaluate: a number": ("DataError", "3"),
     "a number as text format": ("ConfigError", ""),
     "Example: a number": ("DataError", ""),
@@ -127,8 +125,6 @@ MESSAGES = {
     "classify: one text": ("RequestError", ""),
     "Engine: a wrong option": ("ConfigError", "num_slots"),
     "Request: a text": ("RequestError", ""),
-    "TrainConfig: lr": ("ConfigError", "lr"),
-    "ServeConfig: a mistyped option": ("ConfigError", "port"),
 }
 """Calls that are wrong: the error's class, and what its text must name."""
 
