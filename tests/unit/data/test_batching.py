@@ -48,11 +48,6 @@ def test_a_long_source_is_truncated_at_its_end_and_keeps_the_rest_of_the_prompt(
     assert encoding.num_truncated == 1
 
 
-def test_a_source_that_just_fits_is_not_truncated(llama: Any):
-    assert encode(llama, Example("abcdefg", ("xyz",)), max_length=12).num_truncated == 0
-    assert encode(llama, Example("abcdefgh", ("xyz",)), max_length=12).num_truncated == 1
-
-
 def test_the_prefix_takes_its_positions(llama: Any):
     limit = llama.max_positions
     fits = Example("a" * (limit - 10 - 1 - 4), ("xyz",))

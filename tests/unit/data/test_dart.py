@@ -76,13 +76,7 @@ def test_json_lines_and_xml_give_the_same(tmp_path: Path):
     [
         ("a.json", json.dumps([release(("e2e", " "))]), "has no text"),
         ("a.json", json.dumps([release(("e2e", "x")), release()]), "item 2: 'annotations'"),
-        ("a.json", json.dumps([release(("e2e", "x"), triples=())]), "item 1: 'triples'"),
         ("a.json", json.dumps([release(("e2e", "x"), triples=[["a", "b", None]])]), "triple 1"),
-        (
-            "a.json",
-            '[{"tripleset": [["a", "b", "c"]], "annotations": [{"text": NaN, "source": "x"}]}]',
-            "item 1 of 'ann",
-        ),
         ("a.jsonl", '{"text": "x"}', "line 1: there is no column 'triples'"),
         ("a.jsonl", '{"triples": [["a", "b", "c"]], "references": ["x"], "sources": "y"}', "'sources'"),
     ],
@@ -113,15 +107,3 @@ def test_the_whole_set(shared_data: Path, part: str, entries: int, references: i
         assert all(target and "\n" not in target for target in example.targets)
         assert "source" in example.groups
         assert len(example.fields.get("official_references", ())) == (3 if part == "test" else 0)
-
-
-def test_the_development_set_written_as_the_releases_json_reads_the_same(shared_data: Path, tmp_path: Path):
-    examples = read_task("dart", shared_data / "dart", split="dev")
-    entries = [
-        release(*zip(e.fields["sources"], e.fields["references"], strict=True), triples=e.fields["triples"])
-        for e in examples
-    ]
-    write(tmp_path / "dart-v1.1.1-full-dev.json", json.dumps(entries))
-    from_release = read_task("dart", tmp_path, split="dev")
-    assert from_release == examples
-    assert [example.groups for example in from_release] == [example.groups for example in examples]

@@ -38,15 +38,11 @@ def test_a_value_may_hold_commas_and_the_order_is_kept():
     ("mr", "says"),
     [
         ("", "malformed"),
-        ("Blue Spice", "malformed"),
         ("name[Blue Spice", "malformed"),
-        ("name[Blue Spice],", "malformed"),
         ("name[a] eatType[pub]", "comma"),
-        ("name[a]]", "comma"),
         ("name[ ]", "empty"),
         ("name[a], name[b]", "given twice"),
         ("eattype[pub]", "did you mean 'eatType'"),
-        ("[pub]", "unknown attribute ''"),
     ],
 )
 def test_a_malformed_meaning_representation_is_refused(mr: str, says: str):
@@ -109,10 +105,7 @@ def test_files_may_have_the_columns_of_the_hubs_sets(tmp_path: Path, name: str, 
     [
         ("a.csv", "meaning_representation,human\nname[B],x\n", "line 2: no column 'references' or 'ref'"),
         ("a.csv", 'mr,ref\nname[B],"two\nlines"\nBlue,y\n', "line 4: meaning representation 'Blue'"),
-        ("a.csv", "meaning,ref\nname[B],x\n", "line 2: 'mr'"),
         ("a.csv", "mr,ref\nname[B], \n", "line 2: 'ref'"),
-        ("a.jsonl", '{"mr": 3}', "line 1: 'mr'"),
-        ("a.jsonl", '{"mr": "name[B]", "references": []}', "line 1: no column"),
         ("a.jsonl", '{"mr": "name[B]", "references": ["x", null]}', "line 1: 'references'"),
         ("a.jsonl", '{"mr": "name[B]", "references": ["\\ud83d"]}', "surrogate"),
         ("a.json", "[]", r"allowed: \.csv, \.jsonl"),

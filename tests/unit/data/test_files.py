@@ -49,15 +49,12 @@ def test_rows_are_read_plain_and_gzipped_with_and_without_a_byte_order_mark(
     [
         ("a.csv", "name\nCafé\n".encode("latin-1"), "a.csv, line 2: byte 0xe9"),
         ("a.csv", "name\nx\n".encode("utf-16"), "a.csv, line 1: byte 0xff"),
-        ("a.csv", "name\nx\n".encode("utf-16-le"), "a.csv, line 1: byte 0x00"),
-        ("a.csv.gz", b"name\nx\n", "a.csv.gz is a broken gzip file"),
         ("a.csv.gz", gzip.compress(b"name\nx\n", mtime=0)[:-9], "a.csv.gz is a broken gzip file"),
         ("a.csv", b"name,text\nx,y\nAromi,Eat, go.\n", "a.csv, line 3 has 3 fields"),
         ("a.csv", b'name\n"x\n', "a.csv, line 2"),
         ("a.csv", b"name,name\nx,y\n", "a.csv, line 1"),
         ("a.csv", b"name,text\n", "a.csv has no rows"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "a.json, line 2"),
-        ("a.json", b'{"text": "a"}', "a.json holds a JSON object"),
         ("a.json", b'{"text": "a",\n "b": }', "a.json, line 2, column 7"),
         ("a.jsonl", b'{"a": 1}\n' * 7000 + b'{"a"\n{}', "a.jsonl, line 7001, column 5"),
         ("a.jsonl", b'{"a": 1}\n\n[]\n', "a.jsonl, line 3 holds a JSON list"),
@@ -87,15 +84,6 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError) as raised:
         read_file(tmp_path / "a.parquet")
     assert "prefixtune[datasets]" in raised.value.hint
-
-
-def test_a_wrong_row_far_down_is_named_when_it_is_reached(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"a": "x"}\n' * 7_000 + b"\xff\n")
-    stream = iter_file(path)
-    assert sum(1 for _, _row in zip(range(7_000), stream, strict=False)) == 7_000
-    with pytest.raises(DataError, match=r"a\.jsonl, line 7001: byte 0xff"):
-        next(stream)
 
 
 def test_a_stream_holds_one_row_of_the_file_in_memory_and_a_row_has_an_end(
@@ -147,15 +135,10 @@ XML = (
 @pytest.mark.parametrize(
     ("task", "name", "text"),
     [
-        ("tagging", "a.jsonl", '{"tokens": ["The", "Owl"], "tags": ["O", "B-X"]}\n'),
-        ("tagging", "a.json", '[{"tokens": ["The", "Owl"], "tags": ["O", "B-X"]}]'),
         ("tagging", "a.conll", "The O\nOwl B-X\n\nHello O\n"),
         ("e2e", "a.csv", 'mr,ref\n"name[A], food[B]",x\n'),
-        ("e2e", "a.jsonl", '{"mr": "name[A], food[B]", "references": ["x"]}\n'),
-        ("webnlg", "a.jsonl", TRIPLES),
         ("webnlg", "a.xml", XML),
         ("dart", "a.jsonl", TRIPLES),
-        ("dart", "a.xml", XML),
         ("scitldr", "a.jsonl", '{"document": "d", "references": ["x"]}\n'),
     ],
 )
@@ -164,15 +147,6 @@ def test_every_task_reads_from_standard_input_what_it_reads_from_a_file(
 ) -> None:
     piped(text.encode())
     assert read_task(task, "-") == read_task(task, write(tmp_path / name, text))
-
-
-def test_a_task_names_standard_input_that_is_wrong(piped: Callable[[bytes], None]) -> None:
-    piped(b"The O\nOwl\n")
-    with pytest.raises(DataError, match=r"^stdin, line 2 is 'Owl' alone"):
-        read_task("tagging", "-")
-    piped(b"mr,ref\n")
-    with pytest.raises(DataError, match=r"^stdin is not XML"):
-        read_task("webnlg", "-")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")

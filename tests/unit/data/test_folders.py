@@ -72,12 +72,6 @@ def test_a_file_is_read_whole_whatever_the_split(tmp_path: Path):
         sources(path, "tets")
 
 
-def test_ones_own_records_in_a_folder(tmp_path: Path):
-    (tmp_path / "test.csv").write_text("q,a\nx,y\n")
-    (example,) = read_task("records", tmp_path, source="q", target="a", split="test")
-    assert (example.source, example.targets) == ("x", ("y",))
-
-
 def test_a_task_says_whether_it_takes_columns(tmp_path: Path):
     for task in TASKS.values():
         with pytest.raises((ConfigError, DataError)) as caught:

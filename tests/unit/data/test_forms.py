@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -138,21 +137,6 @@ def test_equal_sources_of_one_turn_are_merged_and_conversations_and_texts_are_no
     assert texts == [Example("", ("x",))] * 2
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.json", '[{"prompt": "Hi", "completion": "Hello."}]'),
-        ("a.csv", "prompt,completion\nHi,Hello.\n"),
-        ("a.tsv", "prompt\tcompletion\nHi\tHello.\n"),
-        ("a.jsonl.gz", '{"prompt": "Hi", "completion": "Hello."}\n'),
-    ],
-)
-def test_a_form_in_every_kind_of_file(name: str, text: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    assert read_task("records", path) == [Example("Hi", ("Hello.",), messages=HI)]
-
-
 def test_a_form_in_a_folder(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         jsonl(tmp_path / f"{split}.jsonl", {"prompt": split, "completion": "x"})
@@ -175,9 +159,7 @@ def test_two_readings_are_refused_with_the_choices_and_one_can_be_named(tmp_path
     [
         {"Prompt": "x", "Completion": "y"},
         {"prompt": "x", "chosen": "y", "rejected": "z"},
-        {"input_ids": [1, 2]},
         {},
-        {f"c{number}": 1 for number in range(500)},
     ],
 )
 def test_no_form_says_what_there_is(row: Row, tmp_path: Path) -> None:
@@ -215,29 +197,19 @@ for _ in range(500):
     "row",
     [
         chat(USER),
-        chat(SYSTEM),
         chat(ASSISTANT),
-        chat(USER, USER, ASSISTANT),
-        chat(USER, ASSISTANT, SYSTEM, USER, ASSISTANT),
-        chat(USER, {**ASSISTANT, "content": " \n"}),
         chat(USER, {"role": "assistant"}),
         chat({"role": "tool", "content": "x"}),
         chat(USER, {"role": "assistant", "tool_calls": [{"id": 1}]}),
         chat({"role": "user", "content": [IMAGE]}, ASSISTANT),
-        chat({"role": 3, "content": "x"}),
-        chat({"role": "user", "content": 3}),
         chat(USER, {**ASSISTANT, "weight": 0}),
         chat(USER, {**ASSISTANT, "reasoning_content": "Hm."}),
         chat({**USER, "images": ["a.png"]}, ASSISTANT),
-        chat("Hi"),
         chat(NESTED),
-        chat(),
-        {"messages": None},
         {"messages": "Hi"},
         {"messages": "[" * 9000},
         {"messages": [USER, ASSISTANT], "tools": [{"name": "x"}]},
         {"prompt": "x", "completion": "y"},
-        {"message": [USER, ASSISTANT]},
     ],
 )
 def test_a_wrong_row_of_chats_is_named_in_one_line(row: Row, tmp_path: Path) -> None:
@@ -252,20 +224,14 @@ def test_a_wrong_row_of_chats_is_named_in_one_line(row: Row, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("good", "bad", "named"),
     [
-        ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, "completion"),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, "completion"),
         ({"prompt": "a", "completion": "b"}, {"prompt": ["a"], "completion": "b"}, "prompt"),
-        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": []}, "completion"),
         ({"prompt": "a", "completion": "b"}, {"prompt": " ", "completion": "b"}, "prompt"),
         ({"instruction": "a", "output": "b"}, {"instruction": "a", "input": {}, "output": "b"}, "input"),
-        ({"conversations": [HUMAN, GPT]}, {"conversations": [GPT]}, "conversation"),
         ({"conversations": [HUMAN, GPT]}, {"conversations": [{"from": "human"}]}, "conversations"),
         ({"question": "a", "answers": {"text": ["b"]}}, {"question": "a", "answers": {"text": []}}, "answers"),
-        ({"question": "a", "answer": "b"}, {"question": "a", "answer": {"begin": 3}}, "answer"),
         ({"text": "x"}, {"text": ""}, "text"),
-        ({"text": "x"}, {"text": ["x"]}, "text"),
         ({"text": "x", "label": "a"}, {"text": "x", "label": 0.5}, "0.5"),
-        ({"text": "x", "label": "a"}, {"text": "x"}, "label"),
         ({"source": "x", "target": "a"}, {"source": "x"}, "target"),
     ],
 )
@@ -299,17 +265,11 @@ FLIGHTS = '[{"from": "Rome", "to": "Oslo"}]'
             (Message("system", "Answer in French."), *HI),
             ("Hello. ",),
         ),
-        (
-            {"system": " ", "prompt": "Hi", "completion": [ASSISTANT]},
-            HI,
-            ("Hello. ",),
-        ),
         # As a cell of a table holds them.
         ({"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, HI, ("Hello. ",)),
         ({"prompt": json.dumps([HUMAN]), "completion": "Hello."}, HI, ("Hello.",)),
         # A text about a list.
         ({"prompt": '[{"a": 1}]', "completion": "x"}, (Message("user", '[{"a": 1}]'),), ("x",)),
-        ({"prompt": "[{", "completion": "x"}, (Message("user", "[{"),), ("x",)),
         ({"prompt": "Who?", "completion": '[{"role": "CEO"}]'}, (Message("user", "Who?"),), ('[{"role": "CEO"}]',)),
         ({"prompt": FLIGHTS, "completion": "x"}, (Message("user", FLIGHTS),), ("x",)),
     ],

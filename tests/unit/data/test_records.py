@@ -22,11 +22,7 @@ WANTED = [("Aromi is Italian", ("Eat.",)), ("Mill is French", ("Go, eat.",))]
     ("name", "text"),
     [
         ("a.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n"),
-        ("a.jsonl.gz", "\n".join(map(json.dumps, ROWS))),
-        ("a.json", json.dumps(ROWS, indent=1)),
-        ("a.csv", 'name,food,text\nAromi,Italian,Eat.\nMill,French,"Go, eat."\n'),
         ("a.csv.gz", 'name,food,text\r\nAromi,Italian,Eat.\r\n,,\r\nMill,French,"Go, eat."'),
-        ("a.TSV", "name\tfood\ttext\nAromi\tItalian\tEat.\nMill\tFrench\tGo, eat.\n"),
         ("v1.2.tsv.gz", "\ufeffname\tfood\ttext\nAromi\tItalian\tEat.\nMill\tFrench\tGo, eat.\n"),
     ],
 )
@@ -87,17 +83,11 @@ def test_a_malformed_template_is_refused_before_the_file_is_read(template: str, 
     [
         ("a.csv", "question,a\nx,y\n", "line 2: there is no column 'q'"),
         ("a.csv", "q,a\nx,y\n ,y\n", "line 3: 'q'"),
-        ("a.tsv", "q\ta\nx\t\n", "line 2: 'a'"),
         ("a.jsonl", '{"q": "x", "a": "y"}\n\n{"q": "x"}\n', "line 3: there is no column 'a'"),
         ("a.jsonl", '{"q": null, "a": "y"}', "line 1: column 'q'"),
         ("a.jsonl", '{"q": ["x"], "a": "y"}', "column 'q'"),
-        ("a.jsonl", '{"q": "x", "a": {"b": 1}}', "column 'a'"),
-        ("a.jsonl", '{"q": "x", "a": []}', "'a'"),
         ("a.jsonl", '{"q": "x", "a": ["y", ""]}', "'a'"),
         ("a.jsonl", '{"q": "x", "a": [["y"]]}', "column 'a'"),
-        ("a.json", '[{"q": "x", "a": "y"}, 3]', "item 2"),
-        ("online.json", '[{"q": "x",\n"a" "y"}]', "line 2, column 5"),
-        ("a.json", "[]", "no rows"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):

@@ -17,10 +17,8 @@ from prefixtune.errors import ConfigError, DataError
     ("task", "name", "text"),
     [
         ("summarization", "a.jsonl", '{"document": "It rained.\\nA lot. ", "summary": "Rain.", "id": "7"}'),
-        ("summarization", "a.json", '[{"document": "It rained.\\nA lot. ", "summary": "Rain."}]'),
         ("summarization", "a.jsonl", '{"article": "It rained. \\n A lot.", "highlights": " Rain. ", "id": "7"}'),
         ("summarization", "a.csv", 'id,document,summary\n7,"It rained.\r\nA lot.",Rain.\n'),
-        ("summarization", "a.tsv", "article\thighlights\nIt rained. A lot.\tRain.\n"),
     ],
 )
 def test_the_well_known_columns_need_no_names(tmp_path: Path, task: str, name: str, text: str):
@@ -48,12 +46,10 @@ def test_equal_documents_stay_apart(tmp_path: Path):
     [
         ("summarization", "a.csv", "text,summary\nx,y\n", "no column 'document' or 'article'"),
         ("summarization", "a.csv", "document,summary\nx,y\n , y\n", "line 3: 'document' gives an empty text"),
-        ("summarization", "a.source", "x\n", r"allowed: \.jsonl, \.json, \.csv, \.tsv"),
         ("scitldr", "a.jsonl", '{"text": "x", "target": ["y"]}', "no column 'document' or 'source'"),
         ("scitldr", "a.jsonl", '{"source": ["x"], "summary": ["y"]}', "no column 'references' or 'target'"),
         ("scitldr", "a.jsonl", '{"source": ["x", 3], "target": ["y"]}', "'source' holds 3; text is needed"),
         ("scitldr", "a.jsonl", '{"source": ["x"], "target": "y"}', "'target' is 'y'; a list"),
-        ("scitldr", "a.csv", "source,target\nx,y\n", r"allowed: \.jsonl, \.json"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, task: str, name: str, text: str, says: str):
