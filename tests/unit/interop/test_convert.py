@@ -95,15 +95,6 @@ def test_cartridges_and_half_precision(ours: Path, tmp_path: Path, prefix: Prefi
     assert load_prefix(tmp_path / "half.safetensors").equal(prefix.to(torch.bfloat16))
 
 
-def test_a_backbone_that_is_named_goes_into_the_file(
-    prefix: Prefix, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bare, named = save_prefix(tmp_path / "bare.safetensors", Prefix(prefix.layers)), tmp_path / "named.safetensors"
-    made = convert(capsys, bare, named, "--to", "prefixtune", "--backbone", model)
-    assert made["backbone"] == str(model)
-    assert {"backbone", "rotation"} <= load_prefix(named).header.keys()
-
-
 def test_mistakes_end_with_2(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, adapter = tmp_path / "out.safetensors", export_peft(prefix, tmp_path / "adapter")
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")

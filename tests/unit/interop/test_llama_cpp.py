@@ -82,23 +82,6 @@ def test_placeholders_follow_from_the_numbers(tiny_backbone: Make, random_prefix
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder(tiny_backbone: Make, random_prefix: Make, tmp_path: Path) -> None:
-    backbone = tiny_backbone("llama")
-    header = {"task": "e2e", "placement": "front", "text_format": {"prompt": " it's {source}:", "target": "{target}"}}
-    prefix = dataclasses.replace(random_prefix(backbone, 5), header=header)
-    facts = export_llama_cpp(prefix, backbone, tmp_path / "out", name="pubs", state_version=3)
-    names = ["README.md", "ask.json", "check.py", "export.json", "pubs.bin"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert json.loads((tmp_path / "out/export.json").read_text()) == facts
-    assert (facts["prefix_length"], facts["state_version"]) == (5, 3)
-    tokens = placeholders_for(prefix, backbone)
-    assert (tmp_path / "out/pubs.bin").read_bytes() == encode_file(rows_of(prefix, backbone), tokens, version=3)
-    asked = json.loads((tmp_path / "out/ask.json").read_text())
-    assert (asked["prompt"], asked["id_slot"], asked["temperature"]) == ([*tokens, " it's ...:"], 0, 0)
-    assert '{"filename": "pubs.bin"}' in (tmp_path / "out/README.md").read_text()
-    assert (tmp_path / "out/check.py").read_text() == Path(llama_cpp_check.__file__).read_text()
-
-
 def test_model_types_that_were_not_compared_are_refused(
     tiny_backbone: Make, random_prefix: Make, tmp_path: Path
 ) -> None:

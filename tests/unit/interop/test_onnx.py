@@ -17,7 +17,7 @@ import torch
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.onnx import export as target
-from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
+from prefixtune.interop.onnx.run import generate, past_names
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.text_format import TextFormat
 
@@ -67,15 +67,6 @@ def test_without_a_prefix_the_past_is_empty() -> None:
 def test_a_text_ends_at_any_end_token() -> None:
     facts = {**FACTS, "end_ids": [8, 6]}
     assert generate(Graph(), facts, PREFIX, [[1, 2, 6], [4]], max_new_tokens=3) == [[7], [5]]
-
-
-def test_a_step_goes_on_to_the_next_token() -> None:
-    ids, mask = pad([[1, 2], [3]], 0)
-    state = start(FACTS, PREFIX, mask)
-    logits = step(Graph(), state, ids)
-    assert logits.shape == (2, 2, 12)
-    assert state.positions.tolist() == [[6], [5]]
-    assert state.mask.sum(axis=1).tolist() == [7, 6]
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,6 @@ from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.header import read_outline
 from prefixtune.prefix.prefix import Head, Prefix
-from prefixtune.prefix.tensor_file import is_unread
 from prefixtune.training.checkpoint import load_state, save_state
 
 
@@ -159,34 +156,6 @@ def test_a_truncated_file_is_refused(share: float, path: Path):
     assert "truncated" in error.value.hint
 
 
-@pytest.mark.parametrize("num_free", [0, 1])
-def test_a_file_is_not_broken_where_no_more_can_be_opened(num_free: int, path: Path):
-    resource = pytest.importorskip("resource", reason="only POSIX limits open files")
-    # It is read twice at once: by safetensors, and by torch.
-    load_prefix(path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    held = [os.open(path, os.O_RDONLY)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 10, hard))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                held.append(os.open(path, os.O_RDONLY))
-        for _ in range(num_free):
-            os.close(held.pop())
-        with pytest.raises(CheckpointError) as error:
-            load_prefix(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for descriptor in held:
-            os.close(descriptor)
-    assert is_unread(error.value)
-    load_prefix(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError) as error:
-        load_prefix(path)
-    assert not is_unread(error.value)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_refused(bad: float, path: Path, prefix: Prefix, tmp_path: Path):
     def poison(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -227,12 +196,10 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: P
     ("change", "reported"),
     [
         (lambda t: {**t, "lm_head.weight": torch.zeros(2)}, "'lm_head.weight'"),
-        (lambda t: {**t, "decoder.3.bias": torch.zeros(2)}, "'decoder.3.bias'"),
         (lambda t: {**t, "decoder.0.key": torch.zeros(2, 4, 8, dtype=torch.int64)}, "'decoder.0.key' of type"),
         (lambda t: {**t, "decoder.0.key": torch.zeros(2, 4, 8).to(torch.float8_e4m3fn)}, "of type torch.float8_e4m3fn"),
         (lambda t: {**t, "head.weight": torch.zeros(2, 8).to(torch.float8_e5m2), "head.bias": torch.zeros(2)}, "head"),
         (lambda t: {k: v for k, v in t.items() if k != "decoder.1.value"}, "lacks some layers of site 'decoder'"),
-        (lambda t: {k: v for k, v in t.items() if not k.startswith("decoder.1.")}, "lacks some layers"),
         (lambda t: {**t, "decoder.0.key": t["decoder.0.key"][:, :2].contiguous()}, "site 'decoder'"),
         (lambda t: {k: v[:, :2].contiguous() for k, v in t.items()}, "prefix length {'decoder': 4}"),
         (lambda _: {}, "no site"),

@@ -77,20 +77,6 @@ def test_no_flipped_bit_is_read(kept: tuple[Path, Callable[[Path], Any]]):
         assert broken[header:] == whole[header:], (place, bit)
 
 
-def test_a_damaged_file_is_not_served(tmp_path: Path, llama: Any, prefix: Prefix):
-    path = save_prefix(tmp_path / "p.safetensors", prefix)
-    broken = bytearray(path.read_bytes())
-    broken[-1] ^= 1
-    path.write_bytes(broken)
-    store = PrefixStore(tmp_path, llama)
-    with pytest.raises(CheckpointError, match="damaged"):
-        store.get("p")
-    assert "damaged" in store.refused["p"]
-    (tmp_path / "up").write_bytes(broken)
-    with pytest.raises(CheckpointError, match=r"not accepted: .*damaged"):
-        store.put("q", tmp_path / "up")
-
-
 def test_the_checksum_is_that_of_the_documentation(tmp_path: Path, prefix: Prefix):
     path = save_prefix(tmp_path / "p.safetensors", prefix, dtype=torch.bfloat16)
     with safe_open(path, "pt") as handle:
@@ -139,20 +125,15 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
     ("text", "reported"),
     [
         ('{"format_version": 2, "training": {"dev_loss": 1e999}}', "JSON"),
-        ('{"format_version": 2, "training": {"dev_loss": NaN}}', "JSON"),
-        ('{"format_version": 2, "training": {"dev_loss": -Infinity}}', "JSON"),
         ('{"format_version": 2, "license": "\\ud800"}', "JSON"),
         ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "nests too deeply"),
         ('{"format_version": 2, "long": "' + "a" * 2**20 + '"}', "bytes, but may take 1,048,576"),
         ('{"format_version": ' + "9" * 5000 + "}", "JSON"),
-        ('{"format_version": 2, "backbone": "gpt2"}', "backbone"),
         ('{"format_version": 2, "backbone": {"name": 3}}', "backbone.name"),
         ('{"format_version": 2, "task": ["toy"]}', "task"),
         ('{"format_version": 2, "text_format": {"prompt": null, "end": 7}}', "text format"),
         ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a", 2]}}', "labels.names"),
-        ('{"format_version": 2, "labels": {"kind": "tagging"}}', "labels.by"),
         ('{"format_version": 2, "placement": "infix"}', "placement"),
-        ('{"format_version": 2, "composition": null}', "composition"),
         ('{"format_version": 2, "job": {"id": "a"}}', "job.owner"),
         ('{"format_version": 1}', "format version is 1"),
     ],

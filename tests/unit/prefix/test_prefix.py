@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,16 +61,6 @@ def test_slicing_keeps_positions_and_header(prefix: Prefix):
         # While testing, the annotation would refuse it first.
         inspect.unwrap(Prefix.__getitem__)(prefix, 1)  # type: ignore[arg-type]
     assert "prefix[2:3]" in error.value.hint
-
-
-def test_casting_gives_another_prefix(prefix: Prefix):
-    half = prefix.to(torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    assert half.num_bytes * 2 == prefix.num_bytes
-    assert half.header == prefix.header
-    assert prefix.dtype == torch.float32
-    assert not half.equal(prefix)
-    assert half.equal(prefix.to(torch.bfloat16))
 
 
 def test_detaching_copies():
@@ -144,8 +133,3 @@ def test_the_flat_layout_is_layer_then_key_then_head():
     assert first_key[:, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert first_value[:, 0].tolist() == [[6, 7, 8], [9, 10, 11]]
     assert second_key[:, 0].tolist() == [[12, 13, 14], [15, 16, 17]]
-
-
-def test_shapes_in_signatures_are_checked_while_testing():
-    with pytest.raises(jaxtyping.TypeCheckError):
-        unflatten(torch.zeros(3), [LayerShape(1, 1, 2)])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.errors import CheckpointError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.rotation import PairTurns, Rotation
 
@@ -61,14 +61,6 @@ def test_a_header_gives_the_same_rotation() -> None:
     assert Rotation.from_header({"positions": "none"}) == Rotation("none")
 
 
-def test_another_number_of_layers_or_a_smaller_head_is_refused() -> None:
-    with pytest.raises(ConfigError, match="2 layers at site 'decoder', but the prefix has 3"):
-        ROTATION.turn(_prefix(3, layers=3), 1)
-    wide = Rotation("rotary", {"decoder": (PairTurns((0,), (5,), (1.0,)), None)})
-    with pytest.raises(ConfigError, match="keys of 5 numbers"):
-        wide.turn(_prefix(3), 1)
-
-
 def test_a_rotation_is_checked_against_a_prefix_before_anything_is_turned() -> None:
     ROTATION.check(_prefix(3).geometry)
     Rotation("none").check(_prefix(3).geometry)
@@ -80,8 +72,8 @@ def test_a_rotation_is_checked_against_a_prefix_before_anything_is_turned() -> N
 
 
 def test_rotations_that_turn_alike_are_the_same() -> None:
-    def rotation(first: tuple[int, ...], second: tuple[int, ...], *frequencies: float, most: int = 4096) -> Rotation:
-        return Rotation("rotary", {"decoder": (PairTurns(first, second, frequencies), None)}, most)
+    def rotation(first: tuple[int, ...], second: tuple[int, ...], *frequencies: float) -> Rotation:
+        return Rotation("rotary", {"decoder": (PairTurns(first, second, frequencies), None)}, 4096)
 
     one = rotation((0, 1), (2, 3), 1.0, 1e-6)
     assert not one.differs_in(one)
@@ -89,39 +81,26 @@ def test_rotations_that_turn_alike_are_the_same() -> None:
     for same in (rotation((0, 1), (2, 3), 1.000001, 2e-6), rotation((0,), (2,), 1.0), rotation((2,), (0,), -1.0)):
         assert not one.differs_in(same)
     assert one.differs_in(rotation((0, 1), (2, 3), 1.00001, 1e-6)) == "a frequency of layer 0"
-    assert one.differs_in(rotation((0, 1), (3, 2), 1.0, 1e-6)) == "the numbers that turn together of layer 0"
-    assert one.differs_in(rotation((0, 1), (2, 3), 1.0, 1e-6, most=8192)) == "max_positions (4096 and 8192)"
-    assert one.differs_in(Rotation("none", max_positions=4096)) == "positions (rotary and none)"
-    longer = Rotation("rotary", {"decoder": (*one.layers["decoder"], None)}, 4096)
-    assert one.differs_in(longer) == "the number of layers"
 
 
 @pytest.mark.parametrize(
     "value",
     [
         [],
-        {},
         {"positions": "spiral"},
         {"positions": "rotary"},
         {"positions": "rotary", "layers": {"decoder": [None, None]}},
         {"positions": "none", "layers": {"decoder": [0]}, "turns": [TURNS]},
-        {"positions": "absolute", "layers": {"decoder": [0]}, "turns": [TURNS]},
         {"positions": "rotary", "max_positions": 0},
-        {"positions": "rotary", "max_positions": True},
-        {"positions": "rotary", "turns": {}},
-        {"positions": "rotary", "turns": [3]},
-        {"positions": "rotary", "turns": [{"first": [0]}]},
         {"positions": "rotary", "turns": [{"first": [0], "second": [0], "frequencies": [1.0]}]},
         {"positions": "rotary", "turns": [{"first": [0], "second": [-1], "frequencies": [1.0]}]},
         {"positions": "rotary", "turns": [{"first": [], "second": [], "frequencies": []}]},
         {"positions": "rotary", "turns": [{"first": [0], "second": [10**9], "frequencies": [1.0]}]},
         {"positions": "rotary", "turns": [{"first": [0], "second": [1], "frequencies": [1e9]}]},
-        {"positions": "rotary", "turns": [{"first": [0], "second": [1], "frequencies": ["1"]}]},
         {"positions": "rotary", "turns": [{"first": [0], "second": [1], "frequencies": [1.0, 2.0]}]},
         {"positions": "rotary", "layers": {"decoder": [0]}},
         {"positions": "rotary", "layers": {"decoder": [None] * 5000}},
         {"positions": "rotary", "layers": {"middle": [None]}},
-        {"positions": "rotary", "layers": [None]},
     ],
 )
 def test_a_header_that_was_made_up_is_refused_in_words(value: Any) -> None:

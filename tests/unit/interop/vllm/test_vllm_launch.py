@@ -14,27 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from command_line import run
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE, write_template
-from prefixtune.interop.vllm.launch import vllm_arguments
 from prefixtune.server.settings import ServeConfig
-
-
-def test_the_command_line(tmp_path: Path):
-    arguments = vllm_arguments(
-        model="model",
-        prefixes=tmp_path,
-        model_id="base",
-        max_length=512,
-        chat_template=tmp_path / "t.jinja",
-        more=("--x", "1"),
-    )
-    assert arguments[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
-    assert arguments[-2:] == ["--x", "1"]
-    flags = dict(zip(arguments[2::2], arguments[3::2], strict=True))
-    assert flags["--served-model-name"] == "base"
-    assert flags["--max-model-len"] == "512"
-    assert "--max-num-seqs" not in flags
-    transfer = json.loads(flags["--kv-transfer-config"])
-    assert transfer["kv_connector_extra_config"] == {"prefixes": str(tmp_path), "cache_mib": 1024}
 
 
 def render(template: str, **variables: Any) -> str:

@@ -12,7 +12,6 @@ import pytest
 from fake_vllm import model_config
 from prefixtune.errors import ConfigError
 from prefixtune.interop.vllm.model import (
-    check_cache_updates,
     check_kv_cache,
     geometry_of,
     heads_of_rank,
@@ -113,11 +112,3 @@ def test_keys_that_turn_otherwise_in_a_longer_context_are_refused(settings: dict
     with pytest.raises(ConfigError, match="with more than 4,096 positions") as caught:
         geometry_of(model_config(hf_text_config=config, max_model_len=4097))
     assert "--max-model-len 4096" in caught.value.hint
-
-
-def test_a_backend_must_be_able_to_fill_the_cache():
-    able = SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=print))
-    check_cache_updates({"layers.0": able})
-    with pytest.raises(ConfigError, match=r"of 'layers\.1': SimpleNamespace has no do_kv_cache_update") as caught:
-        check_cache_updates({"layers.0": able, "layers.1": SimpleNamespace(impl=SimpleNamespace())})
-    assert "--attention-backend" in caught.value.hint

@@ -28,12 +28,6 @@ def test_several_processes_share_a_secret(several: dict[str, int], tmp_path: Pat
     assert Settings.from_vllm(config).secret == b"shared"
 
 
-def test_no_more_prefixes_are_joined_than_a_file_may_have_parts(tmp_path: Path):
-    assert Settings.from_vllm(vllm_config(tmp_path, max_joined_prefixes=64)).max_joined_prefixes == 64
-    with pytest.raises(ConfigError, match="max_joined_prefixes is 65"):
-        Settings.from_vllm(vllm_config(tmp_path, max_joined_prefixes=65))
-
-
 def test_all_wrong_settings_are_reported(tmp_path: Path):
     more = {"raw_completions": 1, "max_joined_prefixes": 0, "on_too_long": "ignore"}
     with pytest.raises(ConfigError, match="kv_load_failure_policy"):
