@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,20 +45,6 @@ def test_it_runs(name: str, model: Path, tmp_path: Path) -> None:
 def test_one_folder_is_enough_for_two_that_learn_capitals(model: Path, tmp_path: Path) -> None:
     for name in ("serve_and_ask", "to_llama_cpp"):
         assert EXPECTED[name][1] in run_example(name, tmp_path, STEPS="2", BACKBONE=str(model))
-
-
-def test_every_script_says_what_it_needs() -> None:
-    core = {"prefixtune", "transformers", *sys.stdlib_module_names}
-    for name in NAMES:
-        script = ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
-        nodes = list(ast.walk(script))
-        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-        words = {node.value for node in nodes if isinstance(node, ast.Constant)}
-        needed = {module.partition(".")[0] for module in imported} - core
-        needed |= {f"prefixtune[{extra}]" for extra in ("serve", "lora") if extra in words}
-        says = (ast.get_docstring(script) or "").partition("Needs ")[2]
-        assert set(re.findall(r"`(.+?)`", says)) == needed, name
 
 
 def test_every_script_is_short_and_tested() -> None:

@@ -337,21 +337,6 @@ def test_half_precision_and_flash_attention(
         assert runtime.load(file) is None
 
 
-@torch.no_grad()
-def test_keys_that_are_not_interleaved_are_seen(
-    make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
-) -> None:
-    backbone, path = make("llama")
-    prefix, prompt = random_prefix(backbone, 7, seed=1), random_ids(9)
-    runtime, file = run(path), tmp_path / "prefix.bin"
-    plain = [tuple(part.transpose(0, 1).flatten(1).detach() for part in pair) for pair in prefix.layers["decoder"]]
-    version = version_of(runtime, tmp_path)
-    file.write_bytes(encode_file(plain, [1] * 7, version=version, kv_type="f32", transposed=True))
-    assert runtime.load(file) == [1] * 7
-    wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]
-    assert float((runtime.decode(prompt, 7) - wanted).abs().max()) > 0.1
-
-
 # --- the server -------------------------------------------------------------------------------------------------------
 
 

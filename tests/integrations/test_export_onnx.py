@@ -105,16 +105,6 @@ def test_a_joined_prefix(tiny_backbone: Make, random_prefix: Make, random_ids: M
     assert generate(exported.run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
 
 
-def test_a_window_that_holds_every_position_hides_nothing(
-    tiny_backbone: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
-) -> None:
-    backbone = tiny_backbone("mistral", sliding_window=64, max_position_embeddings=64, num_hidden_layers=2)
-    exported = Exported(backbone, random_prefix(backbone, LENGTH), tmp_path)
-    prompts, most = [random_ids(n, seed) for seed, n in enumerate((9, 4))], 64 - LENGTH - 9
-    expected = generate_ids(backbone, prompts, [exported.prefix] * 2, config=GenerateConfig(max_new_tokens=most))
-    assert generate(exported.run, exported.facts, exported.past, prompts, max_new_tokens=most) == expected
-
-
 def test_without_its_past_the_graph_is_the_bare_backbone(exported: Exported, random_ids: Make) -> None:
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1))]
     expected = generate_ids(exported.backbone, prompts, [None] * 2, config=GenerateConfig(max_new_tokens=NEW))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -124,11 +123,3 @@ def test_a_prefix_is_not_ignored_in_silence(base: Path, tmp_path: Path) -> None:
     for arguments in ({"name_or_path": adapter}, {"name_or_path": base, "adapter": adapter}):
         with pytest.raises(BackboneError, match="prefixtune convert"):
             load_backbone(**arguments, device="cpu")
-
-
-def test_a_missing_peft_is_named(make_lora: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_lora("lora")
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match="needs peft") as error:
-        load_backbone(folder, device="cpu")
-    assert error.value.hint == "pip install 'prefixtune[lora]'."

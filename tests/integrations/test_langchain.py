@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import langchain_openai
 import openai
 import pytest
-from langchain_core.output_parsers import StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate
-from pydantic import BaseModel, Field
 
 from live_server import MODEL, LiveServer, generate_alone, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
@@ -75,52 +70,3 @@ def test_langchain_completes_and_chats_whole_and_in_pieces(
     assert [chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata] == [20]
     with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
         talker.bind(tools=[{"type": "function", "function": {"name": "f"}}]).invoke(messages)
-
-
-@pytest.fixture
-def options(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """How LangChain's clients call the server."""
-    monkeypatch.setenv("LANGSMITH_TRACING", "false")
-    return {"base_url": f"{server.url}/v1", "api_key": "unused", "max_retries": 0, "temperature": 0, "max_tokens": 20}
-
-
-def test_langchain_is_asynchronous_and_many_at_once(
-    backbone: Any, folder: Path, options: dict[str, Any], server: LiveServer
-) -> None:
-    model = langchain_openai.ChatOpenAI(model="facts", stream_usage=True, **options)
-    questions = [f"Hello {letter}!" for letter in "abcdefgh"]
-    expected = [
-        generate_alone(
-            backbone, folder / "prefixes", backbone.encode(f"[user]{text}</s>[assistant]"), "facts", max_new_tokens=20
-        )
-        for text in questions
-    ]
-
-    async def everything() -> tuple[list[str], list[str], list[str]]:
-        whole = [answer.content for answer in await model.abatch(questions)]
-        pieces = ["".join([chunk.content async for chunk in model.astream(text)]) for text in questions]
-        chain = ChatPromptTemplate.from_messages([("human", "Hello {letter}!")]) | model | StrOutputParser()
-        return whole, pieces, await chain.abatch([{"letter": letter} for letter in "abcdefgh"])
-
-    assert asyncio.run(everything()) == (expected, expected, expected)
-    assert [answer.content for answer in model.batch(questions)] == expected
-    server.until(lambda: not server.get("/v1/status")[1]["running"], 5)
-
-
-def test_langchains_structured_output_follows_the_schema(options: dict[str, Any]) -> None:
-    class Pub(BaseModel):
-        """A pub."""
-
-        name: str = Field(max_length=8)
-        stars: Literal[1, 2, 3]
-        open: bool
-
-    model = langchain_openai.ChatOpenAI(model="facts", **{**options, "max_tokens": 400, "temperature": 1}, seed=2)
-    for method in ("json_schema", "json_mode"):
-        structured = model.with_structured_output(Pub, method=method, include_raw=True)
-        answer = structured.invoke("Hello!")
-        assert isinstance(json.loads(answer["raw"].content), dict)
-        # Any object is JSON, but not this one.
-        assert (method == "json_mode") or isinstance(answer["parsed"], Pub)
-    with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
-        model.with_structured_output(Pub, method="function_calling").invoke("Hello!")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import gzip
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prefixtune.data import read_task, resolve_task
 from prefixtune.data.files import read_file
 from prefixtune.data.tasks.records import read_records
 from prefixtune.errors import DataError
@@ -57,25 +55,10 @@ def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
         read_records(path, "name")
 
 
-def test_tokens_and_tags_are_a_form_of_parquet_too(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"tokens": [["The", "Owl"]], "tags": [["O", "B-X"]]}), path)
-    task = resolve_task("records", path)[0]
-    assert [(example.source, example.targets) for example in read_task(task, path)] == [("The Owl", ("O B-X",))]
-
-
 def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(DataError, match=r"a\.parquet"):
         read_file(tmp_path / "a.parquet")
-
-
-def test_parquet_may_be_gzipped(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet")
-    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
-    assert [row.values for row in read_file(tmp_path / "a.parquet.gz")] == [
-        row.values for row in read_file(tmp_path / "a.parquet")
-    ]
 
 
 def test_an_uploaded_file_to_train_on(tmp_path: Path) -> None:

@@ -43,19 +43,6 @@ def save_splits(folder: Path, **splits: list[dict[str, Any]]) -> Path:
             ("One.", "Two."),
         ),
         (
-            "e2e",
-            [{"meaning_representation": MR, "target": text, "references": []} for text in ("One.", "Two.")],
-            "name : Aromi | Type : pub",
-            ("One.", "Two."),
-        ),
-        (
-            "e2e",
-            [{"meaning_representation": MR, "target": "One.", "references": ["One.", "Two."]}],
-            "name : Aromi | Type : pub",
-            ("One.", "Two."),
-        ),
-        ("e2e", [{"mr": MR, "ref": "One."}, {"mr": MR, "ref": "Two."}], "name : Aromi | Type : pub", ("One.", "Two.")),
-        (
             "webnlg",
             [
                 {
@@ -88,14 +75,7 @@ def save_splits(folder: Path, **splits: list[dict[str, Any]]) -> Path:
             "A : title : B | A : year : C",
             ("One.", "Two."),
         ),
-        (
-            "dart",
-            [{"tripleset": [["A", "TITLE", "B"]], "target": "One.", "references": [], "target_sources": ["e2e"]}],
-            "A : title : B",
-            ("One.",),
-        ),
         ("summarization", [{"document": "It rained.\n", "summary": "Rain.", "id": "1"}], "It rained.", ("Rain.",)),
-        ("summarization", [{"article": "It rained.", "highlights": "Rain ."}], "It rained.", ("Rain .",)),
         ("scitldr", [{"source": ["We", "learn."], "target": ["A.", "B."], "paper_id": "1"}], "We learn.", ("A.", "B.")),
     ],
 )

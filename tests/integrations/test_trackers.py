@@ -179,37 +179,3 @@ def read_records(path: Path) -> Iterator[bytes]:
         if kind in (1, 4):  # A whole record, or the last part of one.
             yield parts
             parts = b""
-
-
-def test_two_runs_in_one_program(tmp_path: Path) -> None:
-    """Runs that train together: each is a tracked run of its own, and the user's own runs go on."""
-    code = """
-import sys, mlflow, wandb
-import prefixtune as pt
-from prefixtune.backbone.backbone import Backbone
-from prefixtune.training.train import train_together
-from zoo import make_model, make_tokenizer
-tokenizer = make_tokenizer()
-backbone = Backbone.from_model(make_model("llama", tokenizer, 0), tokenizer, "tiny")
-examples = [pt.Example(f"n : {letter}", (f"{letter} it is.",)) for letter in "abcd"]
-configs = [
-    pt.TrainConfig(prefix_length=2, init_text="ab", max_steps=steps, output=f"{sys.argv[1]}/r{steps}", report_to="all")
-    for steps in (2, 3)
-]
-train_together(configs, backbone=backbone, examples=[examples, examples])
-assert mlflow.active_run() is None and wandb.run is None
-"""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root / "tests")])}
-    words = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    with sqlite3.connect(tmp_path / "r2" / "trackio" / "prefixtune.db") as database:
-        rows = database.execute("SELECT run_name, step FROM metrics WHERE instr(metrics, 'train/loss')").fetchall()
-    database.close()
-    assert sorted(rows) == [("r2", 1), ("r2", 2), ("r3", 1), ("r3", 2), ("r3", 3)]
-    assert not (tmp_path / "r3" / "trackio").exists()
-    for name in ("r2", "r3"):
-        assert len(list((tmp_path / name / "wandb").glob("offline-run-*"))) == 1
-        assert len(list((tmp_path / name / "tensorboard").glob("events*"))) == 1
-        assert len(list((tmp_path / name / "mlflow").glob("*/*/metrics"))) == 1

@@ -193,20 +193,6 @@ def test_the_same_again_from_cached_blocks(server: Server):
             assert server.complete(model, PROMPTS[1]).choices[0].text == server.expected(model, ids)
 
 
-def test_several_prompts_and_texts(server: Server):
-    prompts = [server.backbone.encode(text) for text in PROMPTS[:3]]
-    reply = server.complete("p37", prompts)
-    assert [choice.text for choice in reply.choices] == [server.expected("p37", ids) for ids in prompts]
-    assert reply.usage.prompt_tokens == sum(map(len, prompts))
-    _, response = server.post(
-        "/v1/completions", {"model": "p37", "prompt": PROMPTS[0], "max_tokens": 3, "return_token_ids": True}
-    )
-    assert response["choices"][0]["prompt_token_ids"] == prompts[0]
-    twice = server.complete("p37", PROMPTS[0], n=2, temperature=0.5, seed=1)
-    assert len(twice.choices) == 2
-    assert twice.usage.prompt_tokens == len(prompts[0])
-
-
 def test_streams(server: Server):
     ids = server.backbone.encode(PROMPTS[0])
     options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -325,20 +311,6 @@ def test_a_job_trained_beside_vllm_is_served_at_once(server: Server):
     assert server.complete("buses", "Bus 7 goes to").choices[0].text == written
     assert server.client.models.delete("buses").deleted
     assert "buses" not in {model.id for model in server.client.models.list().data}
-
-
-def test_what_is_not_there_and_what_is_broken(server: Server):
-    with pytest.raises(openai.NotFoundError):
-        server.complete("p11", "Hello")
-    (server.folder / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
-    try:
-        with pytest.raises(openai.InternalServerError):
-            server.complete("broken", "Hello")
-        listed = {model.id: model for model in server.client.models.list().data}
-        assert listed["p37"].prefix_length == 37
-        assert set(listed) == {BASE, *server.prefixes}
-    finally:
-        (server.folder / "broken.safetensors").unlink()
 
 
 def test_a_prefix_that_cannot_be_loaded_fails_alone(server: Server):

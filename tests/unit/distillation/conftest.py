@@ -1,5 +1,5 @@
 """The fixtures of a small document."""
 
-from small_document import backbone, options, unanswered, write_rows
+from small_document import backbone, write_rows
 
-__all__ = ["backbone", "options", "unanswered", "write_rows"]
+__all__ = ["backbone", "write_rows"]

@@ -41,10 +41,6 @@ def test_the_end_of_a_target_is_counted_in_it(backbone: Backbone, target: str, c
         assert closing_tokens(with_llama_2_tokenizer(backbone), wording, ["Ashby"]) == [count]
 
 
-def test_no_questions_have_no_answers(backbone: Backbone) -> None:
-    assert answer_questions(Teacher(backbone, "t"), [], [], WORDING, answer_length=4, batch_size=2) == []
-
-
 def test_an_answer_that_was_cut_has_no_end(backbone: Backbone) -> None:
     whole, cut = encode_taught(
         backbone, [Question("Where?", "Ashby", ended=ended) for ended in (True, False)], WORDING, 4

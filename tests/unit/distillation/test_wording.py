@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import chat_format
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.distill import distill
 from prefixtune.distillation.wording import check_view, choose_wording, in_view
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import TextFormat
@@ -117,29 +115,6 @@ def test_a_model_whose_other_layers_get_nothing_of_a_text_in_view_is_refused(nam
 def test_a_model_with_attention_alone_reads_a_text_in_view(name: str, tiny_tokenizer: Any) -> None:
     windows = {"sliding_window": 32} if name.startswith("gemma") else {}
     check_view(Backbone.from_model(make_model(name, tiny_tokenizer, **windows), tiny_tokenizer, name))
-
-
-def test_who_has_a_text_in_view_is_checked_before_anything_is_made(
-    options: dict[str, Any], tiny_tokenizer: Any
-) -> None:
-    hybrid = Backbone.from_model(make_model("lfm2", tiny_tokenizer), tiny_tokenizer, "lfm2")
-    with pytest.raises(ConfigError, match="does not read all of a text that is in view"):
-        distill(backbone=hybrid, **options)
-    assert not Path(options["output"]).exists()
-
-
-def test_documents_that_cannot_train_together_are_refused_before_anything_is_made(
-    options: dict[str, Any], tiny_backbone: Callable[..., Any], tmp_path: Path
-) -> None:
-    alone = tiny_backbone("llama", max_position_embeddings=512)
-    alone = dataclasses.replace(alone, layout=dataclasses.replace(alone.layout, packable=False))
-    (tmp_path / "docs").mkdir()
-    for name in ("owl", "fox"):
-        (tmp_path / "docs" / f"{name}.txt").write_text("The Owl goes to Ashby from platform B.")
-    own = {**options, "document": str(tmp_path / "docs"), "questions": "self", "test": ""}
-    with pytest.raises(ConfigError, match=r"beside is 'self', but .* reads no packed rows"):
-        distill(backbone=alone, beside="self", **own)
-    assert not Path(options["output"]).exists()
 
 
 def test_the_bare_model_is_asked_as_without_a_system_message(backbone: Backbone) -> None:

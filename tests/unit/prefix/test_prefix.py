@@ -1,4 +1,4 @@
-"""The prefix as a value: shapes, slicing, casting, the flat layout, and what is refused."""
+"""The prefix as a value: shapes, slicing, the flat layout, and what is refused."""
 
 from __future__ import annotations
 

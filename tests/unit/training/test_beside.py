@@ -158,18 +158,6 @@ def test_a_kill_between_the_saves_of_a_step_is_an_error(
         together("again", resume=True)
 
 
-def test_states_of_different_steps_are_refused(together: Callable[..., Any], tmp_path: Path) -> None:
-    def stop(event: Any) -> None:
-        if event["event"] == "step" and event["step"] == 6:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        together("again", on_event=stop)
-    (tmp_path / "again/f/state.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="different steps"):
-        together("again", resume=True)
-
-
 @pytest.mark.parametrize("order", [(0, 1), (0, 2, 1)])
 def test_runs_are_not_resumed_beside_others(together: Callable[..., Any], order: tuple[int, ...]) -> None:
     together("runs")

@@ -1,11 +1,8 @@
-"""The folder of a run: damaged logs, and two runs at once."""
+"""The folder of a run: damaged logs, and its lock."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.utils.locks import claim_folder
 
@@ -54,27 +50,6 @@ def test_a_damaged_log_is_named_with_a_hint(
     assert [event["step"] for event in train(resume=True).events if event["event"] == "step"] == [3]
 
 
-def test_an_empty_log_can_be_resumed(
-    train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
-) -> None:
-    train_until(2)
-    (tmp_path / "run" / "events.jsonl").write_bytes(b"")
-    assert train(resume=True).steps == 3
-
-
-def test_a_log_that_cannot_be_read_or_written(
-    train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
-) -> None:
-    log = tmp_path / "run" / "events.jsonl"
-    train_until(2)
-    log.unlink()
-    log.mkdir()
-    with pytest.raises(CheckpointError, match=r"cannot read '.*events\.jsonl': Is a directory"):
-        train(resume=True)
-    log.rmdir()
-    assert train(resume=True).steps == 3
-
-
 def test_a_run_locks_its_folder_to_its_end(train: Callable[..., Any], tmp_path: Path) -> None:
     messages: list[str] = []
 
@@ -87,33 +62,6 @@ def test_a_run_locks_its_folder_to_its_end(train: Callable[..., Any], tmp_path: 
     assert len(messages) > 3
     with claim_folder(tmp_path / "run"):
         pass
-
-
-def test_two_runs_in_one_folder(train: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = """
-import sys, time
-from pathlib import Path
-from prefixtune.utils.locks import claim_folder
-with claim_folder(Path(sys.argv[1])):
-    print("ready", flush=True)
-    time.sleep(600)
-"""
-    folder = tmp_path / "run"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, env=environment)
-    try:
-        assert other.stdout is not None
-        other.stdout.readline()
-        with pytest.raises(PrefixError, match=rf"run' is in use by process {other.pid} "):
-            train()
-        words = ["train", "--train", "missing.csv", "--task", "e2e", "--output", str(folder), "--quiet"]
-        assert main(words) == 2
-        assert f"'{folder}' is in use by process {other.pid}" in " ".join(capsys.readouterr().err.split())
-    finally:
-        other.kill()
-        other.communicate()
-    assert train().steps == 3
-    assert not list(folder.glob(".*"))
 
 
 def test_a_run_names_the_backbone_that_it_was_given(

@@ -88,15 +88,6 @@ def test_a_closed_run_is_resumed(backbone: Any, examples: list[pt.Example], tmp_
     assert _kinds(events, "run") == ["resume", "step", "evaluation", "save", "end"]
 
 
-def test_one_that_joins_while_others_train(backbone: Any, open_one: Callable[..., Run]) -> None:
-    group = RunGroup(backbone)
-    group.add(open_one("first", max_steps=3))
-    events = _train(group, steps=1)
-    group.add(open_one("second", max_steps=3))
-    events += _train(group)
-    assert _kinds(events, "first") == _kinds(events, "second")
-
-
 def test_an_error_ends_only_the_run_that_it_comes_from(
     backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,20 +104,6 @@ def test_an_error_ends_only_the_run_that_it_comes_from(
     assert [(run, type(error)) for run, error in group.failed] == [(bad, ZeroDivisionError)]
     assert _kinds(events, "good")[-1] == "end"
     assert "end" not in _kinds(events, "bad")
-
-
-def test_an_error_that_is_not_caught_ends_the_group(
-    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> Any:
-        raise ZeroDivisionError
-
-    run = open_one("run")
-    monkeypatch.setattr(run.loop, "apply", fail)
-    group = RunGroup(backbone)
-    group.add(run)
-    with pytest.raises(ZeroDivisionError):
-        _train(group)
 
 
 def test_a_pass_that_takes_too_much_is_computed_apart(
@@ -199,54 +176,6 @@ def test_a_large_batch_is_computed_in_parts_with_the_same_gradients(
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_alone_has_no_larger_passes_than_several(
-    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own, sizes = loop_module.batch_loss, []
-
-    def measured(backbone: Any, prefix: Any, batch: Any) -> Any:
-        sizes.append(batch.input_ids.numel())
-        return own(backbone, prefix, batch)
-
-    replace_everywhere(monkeypatch, own, measured)
-    monkeypatch.setattr(group_module, "_positions_at_once", lambda backbone: 40)
-    many = [pt.Example(f"n : {letter}", (f"{letter} it is.",)) for letter in "abcdefghijklmnop"]
-    group = RunGroup(backbone)
-    group.add(open_one("run", batch_size=16, examples=many, dev_examples=many, eval_every=1))
-    _train(group, steps=1)
-    assert len(sizes) > 8
-    assert max(sizes) <= 40
-
-
-def test_one_that_takes_too_much_alone_fails(
-    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    large, small = open_one("large", batch_size=8), open_one("small")
-    own = loop_module.forward_backward
-
-    def limited(backbone: Any, steps: Any) -> None:
-        if any(step.prefix_leaf is prefixes["large"] for step in steps):
-            raise MemoryError
-        own(backbone, steps)
-
-    prefixes: dict[str, Any] = {}
-    prepare = large.loop.prepare
-
-    def prepared(batches: Any) -> Any:
-        step = prepare(batches)
-        prefixes["large"] = step.prefix_leaf
-        return step
-
-    monkeypatch.setattr(large.loop, "prepare", prepared)
-    replace_everywhere(monkeypatch, own, limited)
-    group = RunGroup(backbone, (Exception,))
-    group.add(large)
-    group.add(small)
-    events = _train(group)
-    assert [run for run, _ in group.failed] == [large]
-    assert _kinds(events, "small")[-1] == "end"
-
-
 def test_a_stop_saves_all_runs(backbone: Any, open_one: Callable[..., Run]) -> None:
     group = RunGroup(backbone)
     for name in ("one", "other"):
@@ -263,9 +192,3 @@ def test_a_stop_saves_all_runs(backbone: Any, open_one: Callable[..., Run]) -> N
 def test_what_concerns_other_runs_is_refused(open_one: Callable[..., Run], fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields)).partition("_")[0]):
         open_one("run", **fields)
-
-
-def test_more_threads_take_larger_passes(backbone: Any, monkeypatch: pytest.MonkeyPatch):
-    for threads, positions in ((1, 192), (2, 1024)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert group_module._positions_at_once(backbone) == positions

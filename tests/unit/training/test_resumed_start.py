@@ -24,11 +24,8 @@ def stop(event: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"initialization": "text", "prefix_length": 0},
         {"initialization": "text", "prefix_length": 3, "compaction": "match"},
-        {"initialization": "text", "prefix_length": 3, "reparameterization": "mlp"},
         {"initialization": "text", "prefix_length": 3, "compaction": "cut"},
-        {"initialization": "prefix", "prefix_length": 2},
         {"initialization": "prefix", "prefix_length": 0},
     ],
     ids=lambda options: "-".join(map(str, options.values())),

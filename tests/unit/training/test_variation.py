@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -123,18 +121,3 @@ def test_processes_share_the_same_groups(
     for own, first, second in zip(together, groups(0, 2), groups(1, 2), strict=True):
         assert own[0::2] == first
         assert own[1::2] == second
-
-
-def test_a_run_says_how_it_trains(train: Callable[..., Any], tmp_path: Path) -> None:
-    from prefixtune.training.progress import show_training
-    from prefixtune.utils.console import Console
-
-    def message(**options: Any) -> str:
-        first, *_ = train(6, **options).events
-        shown = io.StringIO()
-        with contextlib.redirect_stderr(shown), show_training(Console()) as show:
-            show(first)
-        return shown.getvalue()
-
-    text = message(output=str(tmp_path / "a"), nested=True, prefix_dropout=0.1)
-    assert "starts from words, P = 2, every length trains, 10% of it hidden at a time; 4 targets" in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +16,6 @@ from prefixtune.interop.vllm.model import (
     heads_of_rank,
 )
 from prefixtune.prefix.geometry import LayerShape
-
-Make = Callable[..., Any]
 
 
 @pytest.mark.parametrize(("heads", "ranks"), [(8, 1), (8, 2), (8, 8), (2, 4), (1, 2), (3, 3)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from prefixtune.training.data import tokenize
 from prefixtune.training.presets import preset
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.starts.examples import farthest_first, from_examples
-from prefixtune.training.train import train_together
 
 EXAMPLES = [pt.Example(f"n : {word}", (f"{word} it is.",)) for word in ("a", "bcd", "ef", "ghijkl", "m")]
 
@@ -182,18 +180,6 @@ def test_an_example_and_others_of_its_source_do_not_see_its_block(backbone: Any,
     assert data.dev.examples[0].hidden == ()
 
 
-def test_runs_that_train_together_start_from_their_own_examples(tiny_backbone: Any, tmp_path: Path):
-    backbone = tiny_backbone("llama")
-    configs = [run(tmp_path / name, init_examples=count, seed=count) for name, count in (("a", 1), ("b", 3))]
-    together = train_together(configs, backbone=backbone, examples=[EXAMPLES, EXAMPLES])
-    for config, result in zip(configs, together, strict=True):
-        alone = pt.train(config.replace(output=f"{config.output}-alone"), backbone=backbone, examples=EXAMPLES)
-        assert result.prefix.prefix_length == alone.prefix.prefix_length
-        for (key, value), (k, v) in zip(result.prefix.layers["decoder"], alone.prefix.layers["decoder"], strict=True):
-            assert torch.allclose(key, k, atol=1e-3)
-            assert torch.allclose(value, v, atol=1e-3)
-
-
 def test_compacted_examples_keep_evenly_spaced_positions_each(backbone: Any, tmp_path: Path):
     config = run(tmp_path, init_examples=2, prefix_length=11)
     data = tokenize(config, backbone, EXAMPLES, ())
@@ -337,11 +323,6 @@ def test_held_out_targets_are_as_many_as_dev_limit_says(backbone: Any, tmp_path:
 def test_the_only_source_cannot_be_held_out(tmp_path: Path, no_backbone_loads: None):
     with pytest.raises(DataError, match=r"hold_out is 0.1, but there is only one training source"):
         pt.train(run(tmp_path / "run", hold_out=0.1), examples=EXAMPLES[:1])
-
-
-def test_without_holding_out_nothing_changes(backbone: Any, tmp_path: Path, train: Callable[..., Any]):
-    result = train(2)
-    assert result.events[0]["num_dev_targets"] == 0
 
 
 @pytest.mark.parametrize("task", ["records", "e2e", "summarization"])
