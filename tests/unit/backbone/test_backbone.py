@@ -159,6 +159,12 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path):
         load_backbone(folder)
 
 
+def test_a_broken_gguf_file_is_reported(tmp_path: Path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(BackboneError, match="cannot load the backbone"):
+        load_backbone(tmp_path / "broken.gguf")
+
+
 def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("eos_token")
