@@ -110,7 +110,7 @@ def test_nothing_is_trained_on_what_another_method_left(method: str, train: Call
     ("options", "rows", "name"),
     [
         ({"system": "Be short."}, [{"source": "Where?", "target": "Near."}], "system"),
-        ({"initialization": "examples"}, [{"text": "the pub is near"}, {"text": "far"}], "initialization"),
+        ({"initialization": "examples"}, [{"text": "the pub is near"}, {"text": "far"}], "init_examples"),
         ({"init_prefix": "FILE", "prefix_length": 4}, [{"prompt": "a", "completion": "b"}], "prefix_length"),
         ({"init_prefix": "FILE", "sites": "cross=3"}, [{"prompt": "a", "completion": "b"}], "cross"),
         ({"classifier": "head", "method": "lora"}, [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}], "lora"),
