@@ -23,11 +23,6 @@ def _messages(folder: JobFolder) -> list[str]:
     return [event.message for event in JobEvents(folder).read().events]
 
 
-def test_nothing_happened_yet(folder: JobFolder) -> None:
-    assert JobEvents(folder).read().events == []
-    assert JobEvents(folder).progress() is None
-
-
 def test_events_come_in_order_with_their_figures(folder: JobFolder) -> None:
     writer = JobEvents(folder)
     writer.add("The job is queued.")

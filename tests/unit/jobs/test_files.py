@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
-import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -145,19 +141,6 @@ def test_what_a_process_cannot_read_in_time_or_memory_is_an_error(put: Put, monk
     assert "could not be read to its end" in put(rows(100), "a.jsonl").status_details
 
 
-def test_checks_end_when_the_store_is_closed(
-    put: Put, store: FileStore, folder: DataFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
-    monkeypatch.setattr(file_check, "_COMMAND", "import time; time.sleep(60)")
-    threading.Timer(0.2, store.close).start()
-    began = time.monotonic()
-    with pytest.raises(FileRefusedError) as caught:
-        put(rows(100), "rows.jsonl")
-    assert (caught.value.code, time.monotonic() - began < 20) == ("stopped", True)
-    assert [*folder.files_of("ann").iterdir()] == []
-
-
 def test_a_small_file_that_unpacks_to_gigabytes_is_refused_in_little_memory(put: Put) -> None:
     line = gzip.compress(b"x" * 2**20)
     # Members of gzip that follow each other are one file.
@@ -226,18 +209,6 @@ def test_a_result_is_written_once_whoever_writes_it(store: FileStore, folder: Da
     # Results are no uploads, which are counted.
     with store.open_upload("ann", "a.jsonl", "fine-tune", limits=FileLimits(max_files=1)):
         pass
-
-
-def test_a_full_disk_leaves_nothing(put: Put, folder: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("prefixtune.jobs.stored_file.os.rename", fail)
-        with pytest.raises(OSError, match="No space left"):
-            put(rows(1), "a.jsonl")
-    assert names(folder) == []
-    put(rows(1), "a.jsonl")
 
 
 _CHILD = """

@@ -44,23 +44,6 @@ def test_a_file_is_copied_where_links_fail(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_text() == "row"
 
 
-def test_the_file_behind_a_symbolic_link_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "data").write_text("row")
-    (tmp_path / "link").symlink_to("data")
-    data, job_id = DataFolder(tmp_path / "root"), new_job_id()
-    make_job_folder(
-        data, job_id, {"train": (tmp_path / "link", ".jsonl"), "start": (tmp_path / "link", ".safetensors")}
-    )
-    (tmp_path / "link").unlink()
-    path, copy = find_input(data.job(job_id), "train"), find_input(data.job(job_id), "start")
-    assert path is not None
-    assert copy is not None
-    assert not path.is_symlink()
-    assert path.samefile(tmp_path / "data")
-    assert not copy.is_symlink()
-    assert copy.read_text() == "row"
-
-
 def test_the_prefix_to_go_on_from_stays_when_its_file_is_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

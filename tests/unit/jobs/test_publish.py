@@ -25,7 +25,7 @@ from prefixtune.jobs.publish import publish, published_by, tidy
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.folder import FolderBusyError, change_folder
-from prefixtune.prefix.header import JobOrigin, job_origin
+from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import TrainLoop
@@ -146,21 +146,6 @@ def test_a_prefix_that_is_too_large_is_not_published(
     assert names(prefixes) == []
 
 
-def test_a_full_disk_leaves_nothing_half_written(
-    run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("prefixtune.prefix.artifact.save_file", fail)
-        with pytest.raises(PrefixError, match="No space left"):
-            publish(JOB, run, backbone, prefixes, files)
-    assert names(prefixes) == []
-    publish(JOB, run, backbone, prefixes, files)
-    assert names(prefixes) == ALL
-
-
 def test_a_folder_that_others_change_for_long_is_left_alone(
     run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,20 +178,6 @@ def test_files_appear_together_the_result_last(
     assert moved == ["support.step-6.safetensors", "support.step-8.safetensors", "support.step-10.safetensors", ALL[0]]
     publish(JOB, run, backbone, prefixes, files)
     assert names(prefixes) == ALL
-
-
-def test_checkpoints_that_stayed_without_their_result_make_room(
-    run: Path, backbone: Any, prefixes: Path, files: FileStore
-) -> None:
-    prefix, earlier = read_artifact(run / "prefix.safetensors"), JOB.model_copy(update={"id": f"ftjob-{'c' * 24}"})
-    # Their results were deleted by hand: the server takes the checkpoints with it.
-    for step, job in ((6, OTHER), (8, earlier)):
-        header = {**prefix.header, "job": JobOrigin(job.id, job.owner, step).to_header()}
-        save_prefix(prefixes / f"support.step-{step}.safetensors", Prefix(prefix.layers, header))
-    publish(JOB, run, backbone, prefixes, files)
-    # The names of other owners' files are theirs.
-    assert published_by(prefixes / "support.step-6.safetensors") == OTHER.id
-    assert published_by(prefixes / "support.step-8.safetensors") == JOB.id
 
 
 class Statuses(JobQueue):

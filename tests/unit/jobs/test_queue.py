@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -53,48 +52,12 @@ def test_a_job_is_found_as_it_was_added(queue: JobQueue) -> None:
     assert len([*queue.iterate()]) == 1
 
 
-def test_cancelled_jobs_are_not_read_to_find_those_that_wait(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(5):
-        queue.cancel(added(queue))
-    paused = added(queue, "paused")
-    queue.pause(paused)
-    waits = added(queue, "waits")
-    asked: list[str] = []
-    own = JobQueue._list
-
-    def note(queue: JobQueue, **query: Any) -> Any:
-        asked.extend(query["workflow_ids"])
-        return own(queue, **query)
-
-    monkeypatch.setattr(JobQueue, "_list", note)
-    assert {(one.id, one.status) for one in queue.unfinished()} == {(waits, "queued"), (paused, "paused")}
-    assert sorted(asked) == sorted([waits, paused])
-
-
 def test_two_unfinished_jobs_cannot_have_one_name(queue: JobQueue) -> None:
     first = added(queue)
     with pytest.raises(RequestError, match="'one'"):
         added(queue, owner="bob")
     queue.cancel(first)
     added(queue, owner="bob")
-
-
-def claim(queue: JobQueue, job_id: str, token: str, **values: Any) -> None:
-    """Leave a job as a worker's claim does."""
-    change = queue._table.update().where(queue._table.c.workflow_uuid == job_id)
-    with queue._client._sys_db.engine.begin() as connection:
-        connection.execute(change.values(**{"status": "PENDING", "owner_xid": token, "executor_id": "one", **values}))
-
-
-def test_a_claim_pauses_its_own_job_only(queue: JobQueue) -> None:
-    made = added(queue)
-    # Nobody has claimed it.
-    assert queue.pause(made, "first").status == "queued"
-    claim(queue, made, "second")
-    assert queue.pause(made, "first").status == "running"
-    assert queue.standings([made])[made] == ("running", "second")
-    assert queue.pause(made, "second").status == "paused"
-    assert queue.standings([made])[made] == ("paused", "")
 
 
 def test_a_paused_job_is_resumed_and_keeps_its_name(queue: JobQueue) -> None:

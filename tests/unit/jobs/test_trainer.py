@@ -238,19 +238,6 @@ def test_what_is_cancelled_at_its_last_step_is_not_published(serve: Callable[[],
     assert service.published == []
 
 
-def test_a_worker_that_ends_saves_and_the_next_one_goes_on(serve: Callable[[], Service], data: DataFolder) -> None:
-    first, job = serve(), make_job(data, config=LONG)
-    future = first.submit(job)
-    wait_until(lambda: first.step(job) > 2)
-    first.end()
-    assert not future.done()
-    reached = first.step(job)
-    second = serve()
-    second.submit(job)
-    wait_until(lambda: second.step(job) > reached)
-    assert f"Training goes on at step {reached}/100000." in messages(data, job)
-
-
 def test_a_job_that_another_worker_still_holds_is_waited_for(serve: Callable[[], Service], data: DataFolder) -> None:
     service, job = serve(), make_job(data)
     with hold_folder(data.job(job.id)):
@@ -279,14 +266,6 @@ def test_a_full_disk_pauses_and_what_is_trained_is_kept(
     assert "disk" in messages(data, job)[-1]
     service.on_publish = lambda: None
     assert service.submit(job).result(60).steps == 6
-
-
-def test_a_folder_that_is_away_pauses(serve: Callable[[], Service], data: DataFolder, tmp_path: Path) -> None:
-    service, job = serve(), make_job(data)
-    data.root.rename(tmp_path / "elsewhere")
-    assert isinstance(service.submit(job).exception(30), JobPausedError)
-    (tmp_path / "elsewhere").rename(data.root)
-    assert service.submit(job).result(60)
 
 
 def test_a_job_that_kills_its_worker_each_time_ends(serve: Callable[[], Service], data: DataFolder) -> None:
