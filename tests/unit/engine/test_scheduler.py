@@ -75,18 +75,6 @@ def test_first_come_first_served_within_a_tenant():
     assert served == asked
 
 
-def test_the_lowest_free_slot_is_taken():
-    scheduler = Scheduler(3, 64)
-    first = [make(number=n) for n in range(3)]
-    scheduler.add(first)
-    scheduler.admit()
-    assert [s.slot for s in first] == [0, 1, 2]
-    scheduler.release(first[2])
-    scheduler.release(first[0])
-    scheduler.add([make(number=3)])
-    assert [s.slot for s in scheduler.admit()] == [0]
-
-
 # --- prompts in pieces -----------------------------------------------------------------------------------------------
 
 

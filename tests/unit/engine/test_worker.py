@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 import weakref
@@ -135,18 +134,6 @@ def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
         assert tokens(waiting.outputs) == tokens(late.outputs) == []
 
 
-def test_a_request_that_has_ended_is_not_kept_for_its_deadline(worker: EngineWorker):
-    first, second = Ear(), Ear()
-    # The thread that delivers outputs keeps the last callback until the next.
-    for ear in (first, second):
-        worker.submit(Request((1,), sampling=SHORT), ear, deadline=PATIENCE)
-        assert ear.reason == "length"
-    callback = weakref.ref(first)
-    del first, ear
-    gc.collect()
-    assert callback() is None
-
-
 # --- callers ---------------------------------------------------------------------------------------------------------
 
 
@@ -168,22 +155,6 @@ def test_a_callback_that_raises_gets_no_more_outputs_and_harms_no_other(worker: 
     assert worker.healthy
 
 
-def test_a_callback_that_raises_late_leaves_another_request_of_its_id_alone(worker: EngineWorker):
-    ended, go, second = threading.Event(), threading.Event(), Ear()
-
-    def late(output: SequenceOutput) -> None:
-        if output.finish_reason is not None:
-            ended.set()
-            assert go.wait(PATIENCE)
-            raise RuntimeError("the caller is broken")
-
-    worker.submit(Request((1,), sampling=SHORT, id="same"), late)
-    assert ended.wait(PATIENCE)
-    worker.submit(Request((2,), sampling=LONG, id="same"), second)
-    go.set()
-    assert second.reason == "length"
-
-
 def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
     let_go = threading.Event()
     slow = Ear()
@@ -201,42 +172,6 @@ def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
     assert worker.drain(PATIENCE)
     assert len(tokens(slow.wait())) == 100
     assert len(tokens(other.wait())) == 4
-
-
-@pytest.mark.parametrize("name", ["share_prompt", "clear"])
-def test_callers_do_not_wait_while_slots_are_copied_or_wiped(
-    name: str, worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
-):
-    touch = getattr(worker.engine.runner, name)
-    began, go = threading.Event(), threading.Event()
-
-    def slowly(*sequences: Any) -> None:
-        began.set()
-        assert go.wait(PATIENCE)
-        touch(*sequences)
-
-    monkeypatch.setattr(worker.engine.runner, name, slowly)
-    ear, other = Ear(2), Ear()
-    worker.submit(Request((1, 2, 3), sampling=LONG, n=2, id="a"), ear)
-    if name == "clear":
-        assert ear.began.wait(PATIENCE)
-        worker.cancel("a")
-    assert began.wait(PATIENCE)
-
-    def call() -> None:
-        worker.submit(Request((1,), sampling=SHORT, id="b"), other)
-        worker.cancel("nobody")
-        worker.snapshot()
-
-    caller = threading.Thread(target=call)
-    caller.start()
-    caller.join(PATIENCE / 4)
-    waits = caller.is_alive()
-    go.set()
-    caller.join()
-    assert not waits
-    assert other.reason == "length"
-    assert ear.reason in ("cancelled", "length")
 
 
 # --- crashes ---------------------------------------------------------------------------------------------------------
@@ -326,26 +261,6 @@ def test_the_slots_of_a_failed_engine_are_gone_before_there_are_new_ones(llama: 
         assert ear.reason == "error"
         wait_until(lambda: worker.healthy)
         assert left == [None]
-
-
-def test_a_worker_can_be_closed_while_its_engine_is_broken(llama: Any, monkeypatch: pytest.MonkeyPatch):
-    worker = EngineWorker(Engine(llama))
-
-    def never(*_: Any) -> Engine:
-        raise MemoryError
-
-    def crash() -> list[SequenceOutput]:
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr(worker_module, "Engine", never)
-    worker.engine.step = crash  # type: ignore[method-assign]
-    ear = Ear()
-    worker.submit(Request((1,), sampling=LONG), ear)
-    assert ear.reason == "error"
-    began = time.monotonic()
-    worker.close(PATIENCE)
-    assert time.monotonic() - began < PATIENCE / 2
-    assert not any(thread.is_alive() for thread in worker._threads)
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
