@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
 
 
@@ -34,28 +31,6 @@ def test_a_prefix_larger_than_the_cache_is_refused(tmp_path: Path, save: Any, ll
     store = PrefixStore(tmp_path, llama, max_bytes=2000)
     assert store.names() == ["small"]
     assert "bytes" in store.refused["large"]
-
-
-def test_thousands_of_files_and_a_small_cache(tmp_path: Path, save: Any, llama: Any):
-    original = save("n0000", length=1)
-    for index in range(1, 2000):
-        os.link(original, tmp_path / f"n{index:04}.safetensors")
-    began = time.monotonic()
-    one = PrefixStore(tmp_path, llama, max_bytes=2**20)
-    seconds = time.monotonic() - began
-    # 0.4 s were measured with one thread.
-    assert seconds < 8
-    assert len(one.names()) == 2000
-    size = one.get("n0000").num_bytes
-    store = PrefixStore(tmp_path, llama, max_bytes=20 * size)
-    for index in range(0, 2000, 10):
-        store.get(f"n{index:04}")
-        assert store.stats.bytes <= 20 * size
-    assert (store.stats.evictions, store.stats.loaded, store.stats.known) == (180, 20, 2000)
-    began = time.monotonic()
-    store.names()
-    # Nothing changed: no file is read.
-    assert time.monotonic() - began < 4
 
 
 def test_many_threads_at_once(tmp_path: Path, save: Any, llama: Any):
@@ -86,16 +61,3 @@ def test_many_threads_at_once(tmp_path: Path, save: Any, llama: Any):
         thread.join()
     assert not errors
     assert len(store.names()) == 8
-
-
-def test_many_threads_that_request_one_prefix_read_it_once(tmp_path: Path, save: Any, llama: Any):
-    save("p")
-    store = PrefixStore(tmp_path, llama)
-    prefixes: list[Prefix] = []
-    threads = [threading.Thread(target=lambda: prefixes.append(store.get("p"))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({id(prefix) for prefix in prefixes}) == 1
-    assert (store.stats.misses, store.stats.hits) == (1, 7)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -59,13 +58,6 @@ def test_the_labels_are_classifys(server: Any, backbone: Any, name: str) -> None
         assert item["num_classes"] == len(item["probs"])
     (one,) = asyncio.run(send(server[0], "POST", "/classify", {"model": name, "input": TEXTS[2]})).json["data"]
     assert one["probs"] == pytest.approx(response["data"][2]["probs"], abs=1e-5)
-
-
-def test_the_bare_backbone_chooses_from_labels(server: Any, backbone: Any) -> None:
-    body = {"model": "tiny", "input": TEXTS, "labels": ["yes", "no", "perhaps"]}
-    response = asyncio.run(send(server[0], "POST", "/classify", body)).json
-    expected = classify(backbone, TEXTS, labels=["yes", "no", "perhaps"])
-    assert [item["label"] for item in response["data"]] == [one.label for one in expected]
 
 
 def test_tags_are_those_of_tag(server: Any, backbone: Any) -> None:
@@ -189,52 +181,13 @@ def test_many_labels_are_scored_in_parts(server: Any, backbone: Any) -> None:
     assert max(sizes) <= max(16, max(len(f" {text} ") for text in TEXTS[:2])) + 10
 
 
-def test_a_large_response_is_written_in_a_thread_of_its_own_and_bounded(
-    server: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_probabilities_of_a_response_are_bounded(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"model": "tags", "input": TEXTS}
-    small = asyncio.run(send(server[0], "POST", "/classify", body)).json["data"]
-    threads: set[str] = set()
-    predictions = EncodedTexts.predictions
-
-    def noted(*arguments: Any) -> Any:
-        threads.add(threading.current_thread().name)
-        return predictions(*arguments)
-
-    monkeypatch.setattr(EncodedTexts, "predictions", noted)
-    monkeypatch.setattr("prefixtune.server.api.classify._FEW_PROBABILITIES", 10)
-    assert asyncio.run(send(server[0], "POST", "/classify", body)).json["data"] == small
-    assert threading.main_thread().name not in threads
     # 14 words, each with two tags.
     monkeypatch.setattr("prefixtune.server.api.classify._MOST_PROBABILITIES", 27)
     response = asyncio.run(send(server[0], "POST", "/classify", body))
     assert (response.status, response.code) == (400, "too_many_probabilities")
     assert "28" in response.json["error"]["message"]
-
-
-def test_a_forced_stop_answers_what_waits(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    app, state = server
-    begun, release = threading.Event(), threading.Event()
-
-    def busy(_: Any) -> None:
-        begun.set()
-        assert release.wait(20)
-
-    async def stop() -> list[Any]:
-        state.worker.call(busy)
-        assert await asyncio.to_thread(begun.wait, 20)
-        waiting = [
-            asyncio.ensure_future(send(app, "POST", "/classify", {"model": "head", "input": "x"})) for _ in range(2)
-        ]
-        while not state.worker._calls:
-            await asyncio.sleep(0.01)
-        await asyncio.to_thread(state.worker.close, 0.0)
-        release.set()
-        return list(await asyncio.gather(*waiting))
-
-    for response in asyncio.run(stop()):
-        assert (response.status, response.code) == (503, "engine_unavailable")
-        assert "retry-after" in response.headers
 
 
 def test_a_text_is_at_most_as_long_as_the_server_allows(make_server: Callable[..., Any]) -> None:

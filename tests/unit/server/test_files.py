@@ -6,7 +6,6 @@ import asyncio
 import errno
 import json
 import os
-import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 
 from asgi_client import Response, bearer, send
 from openai_client import ask
-from prefixtune.jobs.files import FileStore, Upload
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
@@ -86,20 +84,6 @@ def test_the_file_may_come_before_its_purpose_and_in_any_pieces(app: Any, tmp_pa
     assert asyncio.run(work()).json()["prefixtune"]["rows"] == 50
 
 
-def test_a_wrong_row_is_named_and_its_file_is_kept_for_reading(app: Any, tmp_path: Path) -> None:
-    rows = ROWS.replace(b'"a29"', b"29, ")
-
-    async def work(client: openai.AsyncOpenAI) -> None:
-        made = await client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
-        assert made.status == "error"
-        assert made.status_details is not None
-        assert made.status_details.startswith("rows.jsonl, line 30, column")
-        assert str(tmp_path) not in made.status_details
-        assert (await client.files.content(made.id)).content == rows
-
-    ask(app, work)
-
-
 @pytest.mark.parametrize(
     "body",
     [
@@ -112,14 +96,6 @@ def test_a_wrong_row_is_named_and_its_file_is_kept_for_reading(app: Any, tmp_pat
 )  # fmt: skip
 def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path, body: bytes) -> None:
     assert post(app, body).status == 400
-    assert stored(tmp_path) == []
-
-
-def test_other_content_types_are_refused(app: Any, tmp_path: Path) -> None:
-    response = asyncio.run(send(app, "POST", "/v1/files", {"purpose": "fine-tune"}))
-    assert (response.status, response.code) == (415, "unsupported_media_type")
-    headers = {"content-type": "multipart/form-data"}
-    assert asyncio.run(send(app, "POST", "/v1/files", PURPOSE + FILE + END, headers=headers)).status == 400
     assert stored(tmp_path) == []
 
 
@@ -177,40 +153,6 @@ def test_a_full_disk_leaves_nothing(app: Any, tmp_path: Path, monkeypatch: pytes
     assert post(app, PURPOSE + FILE + END).status == 200
 
 
-def test_no_other_request_waits_for_a_slow_disk(app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, began = threading.Event(), threading.Event()
-    append = Upload._append
-
-    def slow(upload: Upload, data: bytes) -> None:
-        began.set()
-        assert release.wait(20)
-        append(upload, data)
-
-    async def work() -> tuple[Response, Response]:
-        kind = f"multipart/form-data; boundary={BOUNDARY}"
-        sending = asyncio.ensure_future(
-            send(app, "POST", "/v1/files", PURPOSE + FILE + END, headers={"content-type": kind})
-        )
-        assert await asyncio.to_thread(began.wait, 20)
-        other = await send(app, "GET", "/v1/files")
-        release.set()
-        return other, await sending
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Upload, "_append", slow)
-        other, made = asyncio.run(work())
-    assert (other.status, other.json["data"], made.status) == (200, [], 200)
-
-
-def test_nothing_is_made_before_the_first_upload(app: Any, tmp_path: Path) -> None:
-    assert asyncio.run(send(app, "GET", "/v1/files")).json == {
-        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False,
-    }  # fmt: skip
-    for path in ("/v1/files/file-1", "/v1/files/..%2f..", f"/v1/files/file-{'0' * 24}"):
-        assert asyncio.run(send(app, "GET", path)).status == 404
-    assert not (tmp_path / "data").exists()
-
-
 def preview(app: Any, data: bytes, filename: str, purpose: str = "fine-tune") -> Any:
     made = post(app, part("purpose", purpose.encode()) + part("file", data, filename=filename) + END).json
     response = asyncio.run(send(app, "GET", f"/v1/files/{made['id']}/preview"))
@@ -259,25 +201,6 @@ def test_a_preview_of_very_long_conversations(make_server: Callable[..., Any], m
     alone = preview(app, data.splitlines()[0], "chats.jsonl")
     assert alone["cuts"] == "The conversations are too long to be measured here."
     assert len(alone["examples"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("data", "name", "purpose"), [(ROWS, "rows.jsonl", "fine-tune"), (b"Owls fly.", "owls.txt", "document")]
-)
-def test_a_preview_of_a_file_that_is_deleted_meanwhile(
-    data: bytes, name: str, purpose: str, app: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    get = FileStore.get
-
-    def get_and_delete(store: FileStore, *asked: Any) -> Any:
-        stored = get(store, *asked)
-        store.delete(*asked)
-        return stored
-
-    made = post(app, part("purpose", purpose.encode()) + part("file", data, filename=name) + END).json
-    monkeypatch.setattr(FileStore, "get", get_and_delete)
-    response = asyncio.run(send(app, "GET", f"/v1/files/{made['id']}/preview"))
-    assert (response.status, response.code) == (404, "file_not_found")
 
 
 def test_previews_of_what_has_no_examples(app: Any) -> None:

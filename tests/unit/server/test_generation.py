@@ -1,11 +1,9 @@
-"""The engine's part of a request: failures, deadlines, disconnects, and lengths."""
+"""The engine's part of a request: failures, deadlines, and lengths."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +11,6 @@ import pytest
 import torch
 
 from asgi_client import Response, completion, send, texts_when_done
-from prefixtune.engine.request import SequenceOutput
-from prefixtune.errors import RequestError
-from prefixtune.sampling.grammar import Grammar, GrammarState
-from prefixtune.server.api import prompting
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
@@ -52,43 +46,6 @@ def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
     assert good_stream.body.endswith(b"data: [DONE]\n\n")
 
 
-class _Complex(Grammar):
-    """Becomes too complex at a text's second token."""
-
-    def __init__(self) -> None:
-        pass
-
-    def start(self) -> GrammarState:
-        return _ComplexState()
-
-
-class _ComplexState(GrammarState):
-    def __init__(self) -> None:
-        self.finished, self.count = False, 0
-
-    def allowed(self, vocab_size: int) -> torch.Tensor:
-        return torch.ones(vocab_size, dtype=torch.bool)
-
-    def accept(self, token: int) -> None:
-        self.count += 1
-        if self.count == 2:
-            raise RequestError("too many items.", hint="use a simpler schema.")
-
-
-def test_a_schema_that_becomes_too_complex_is_400(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, _ = make_server()
-    monkeypatch.setattr(prompting, "compile_json_schema", lambda *_: _Complex())
-    body = completion(model="tiny", response_format={"type": "json_object"})
-    whole = asyncio.run(send(app, "POST", "/v1/completions", body))
-    assert (whole.status, whole.code) == (400, "invalid_schema")
-    stream = asyncio.run(send(app, "POST", "/v1/completions", {**body, "stream": True}))
-    last = json.loads(stream.body.decode().strip().split("\n\n")[-1].removeprefix("data: "))
-    assert last == whole.json
-    assert last["error"]["param"] == "response_format"
-
-
 def test_when_the_engine_fails_its_requests_get_503_and_later_ones_are_served(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,31 +70,6 @@ def test_when_the_engine_fails_its_requests_get_503_and_later_ones_are_served(
     assert state.worker.engine is not engine
 
 
-def test_a_forced_stop_answers_what_waits_for_the_tokenizer(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, state = make_server()
-    begun, release = threading.Event(), threading.Event()
-    encode = prompting.encode_prompts
-
-    def slowly(*arguments: Any) -> Any:
-        begun.set()
-        assert release.wait(20)
-        return encode(*arguments)
-
-    monkeypatch.setattr(prompting, "encode_prompts", slowly)
-
-    async def stop() -> list[Response]:
-        waiting = [asyncio.ensure_future(send(app, "POST", "/v1/completions", completion())) for _ in range(3)]
-        assert await asyncio.to_thread(begun.wait, 20)
-        await asyncio.to_thread(state.close)
-        release.set()
-        return list(await asyncio.gather(*waiting))
-
-    responses = asyncio.run(stop())
-    assert [response.status for response in responses] == [503] * 3
-
-
 def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
     app, state = make_server(deadline=0.1)
     response = asyncio.run(send(app, "POST", "/v1/completions", completion(max_tokens=450, n=4)))
@@ -145,35 +77,6 @@ def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
     # OpenAI's client would try twice more by itself.
     assert response.headers["x-should-retry"] == "false"
     assert texts_when_done(state) == 0
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_disconnected_client_frees_its_slots(make_server: Callable[..., Any], stream: bool) -> None:
-    app, state = make_server()
-
-    async def leave() -> Response:
-        disconnected = asyncio.Event()
-        running = asyncio.ensure_future(
-            send(
-                app,
-                "POST",
-                "/v1/completions",
-                completion(max_tokens=500, n=4, stream=stream),
-                disconnected=disconnected,
-            )
-        )
-        while not state.worker.snapshot().running:
-            await asyncio.sleep(0.005)
-        disconnected.set()
-        return await running
-
-    response = asyncio.run(leave())
-    assert not response.ended
-    assert texts_when_done(state) == 0
-    metrics = state.metrics.render().decode()
-    assert 'prefixtune_texts_total{finished="gone",prefix="a"} 4.0' in metrics
-    if not stream:
-        assert 'prefixtune_requests_total{route="/v1/completions",status="499"} 1.0' in metrics
 
 
 def test_lengths_fit_the_positions(make_server: Callable[..., Any]) -> None:
@@ -207,30 +110,3 @@ def test_unknown_token_ids_are_refused(make_server: Callable[..., Any]) -> None:
         response = asyncio.run(send(app, "POST", "/v1/completions", completion(**{param: value})))
         error = response.json["error"]
         assert (response.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
-
-
-def test_all_texts_of_a_request_share_its_deadline(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, state = make_server(deadline=3.0)
-    encode = type(state.backbone).encode_sources
-    deadlines: list[float] = []
-
-    def slowly(*arguments: Any) -> Any:
-        time.sleep(0.5)
-        return encode(*arguments)
-
-    def submit(request: Any, on_output: Any, deadline: float) -> None:
-        deadlines.append(deadline)
-        on_output(SequenceOutput(request.id, 0, (), "", "length"))
-
-    monkeypatch.setattr(type(state.backbone), "encode_sources", slowly)
-    monkeypatch.setattr(state.worker, "submit", submit)
-    few = asyncio.run(send(app, "POST", "/v1/completions", completion(model="tiny", prompt=["x", "y"])))
-    assert few.status == 200
-    # The engine gets what tokenizing left of the time.
-    assert len(deadlines) == 2
-    assert all(seconds <= 2.0 for seconds in deadlines)
-    many = asyncio.run(send(app, "POST", "/v1/completions", completion(model="tiny", prompt=["x"] * 8)))
-    assert (many.status, many.code) == (504, "deadline_exceeded")
-    assert len(deadlines) == 2

@@ -93,22 +93,6 @@ def test_every_endpoint_writes_as_the_composed_file_does(
     assert texts(ask(app, "/v1/completions", {"model": "a+b", "prompt": "hello", **short})) == [swapped]
 
 
-def test_joined_and_single_prefixes_share_a_batch(
-    make_server: Callable[..., Any], backbone: Any, composed: Callable[..., Prefix]
-) -> None:
-    app, state = make_server()
-    names = ["a", "a+b", "b", "b+a"]
-
-    async def send_all() -> list[Response]:
-        bodies = [completion(model=name, max_tokens=40) for name in names]
-        return list(await asyncio.gather(*(send(app, "POST", "/v1/completions", body) for body in bodies)))
-
-    written = [texts(response)[0] for response in asyncio.run(send_all())]
-    assert max(state.worker.snapshot().batch_sizes) == 4
-    for name, text in zip(names, written, strict=True):
-        assert [text] == generate(backbone, ["hello"], composed(*name.split("+")), max_new_tokens=40), name
-
-
 def test_a_join_is_computed_once_and_outside_the_event_loop(
     make_server: Callable[..., Any], joins: list[threading.Thread]
 ) -> None:
@@ -252,16 +236,6 @@ def test_names_with_a_plus(make_server: Callable[..., Any], tmp_path: Path) -> N
     assert "not a valid name" in state.store.refused["a+b"]
     answer = ask(app, "/v1/completions", completion(model="a+b"))
     assert (answer.status, answer.json["model"]) == (200, "a+b")
-
-
-@pytest.mark.parametrize("most", [1, 2])
-def test_the_number_of_parts_is_bounded(make_server: Callable[..., Any], most: int) -> None:
-    app, _ = make_server(max_joined_prefixes=most)
-    for body in (completion(model="a+b+c"), completion(model="tiny", prefixes=["a", "b", "c"])):
-        refused = ask(app, "/v1/completions", body)
-        assert (refused.status, refused.code) == (400, "too_many_prefixes")
-    assert ask(app, "/v1/completions", completion(model="a+b")).status == (400 if most == 1 else 200)
-    assert ask(app, "/v1/completions", completion(model="tiny", prefixes=["a"])).json["model"] == "a"
 
 
 def test_a_backbone_whose_keys_cannot_be_turned_serves_single_prefixes(

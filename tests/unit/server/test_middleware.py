@@ -30,17 +30,3 @@ def test_details_of_an_unexpected_error_are_only_in_the_log(
     (record,) = caplog.records
     assert "a secret" in str(record.exc_info)
     assert texts_when_done(state) == 0
-
-
-def test_a_page_of_an_allowed_origin_may_read_an_unexpected_error(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, state = make_server(cors_origins=("https://a.example",))
-
-    def fail(*_: Any) -> Any:
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(state.catalog, "check_access", fail)
-    headers = {"origin": "https://a.example"}
-    response = asyncio.run(send(app, "POST", "/v1/completions", completion(), headers=headers))
-    assert (response.status, response.headers["access-control-allow-origin"]) == (500, "https://a.example")

@@ -47,16 +47,6 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(
     assert download(app, "hers", "boss").status == 404
 
 
-def test_without_keys_every_result_is_downloaded(
-    make_server: Callable[..., Any], backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
-) -> None:
-    app, _ = make_server()
-    header = {**make_header(backbone), "job": {"id": "ftjob-1", "owner": "ann"}}
-    save_prefix(tmp_path / "prefixes" / "hers.safetensors", Prefix(random_prefix(backbone, 4, 3).layers, header))
-    assert download(app, "hers").status == 200
-    assert download(app, "a").status == 403
-
-
 @pytest.mark.parametrize("path", ["/v1/models/{}", "/v1/tasks/{}"])
 def test_to_look_at_joined_prefixes_counts_as_a_request(make_server: Callable[..., Any], path: str) -> None:
     """They are joined for it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import shutil
 from collections.abc import Callable, Coroutine
@@ -16,9 +15,7 @@ import pytest
 import openai_client
 from asgi_client import bearer, completion, send
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.errors import PrefixError
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.folder import change_folder
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
@@ -168,23 +165,6 @@ def test_a_result_is_deleted_with_its_checkpoints(make_server: Callable[..., Any
         ask(app, key, lambda client: client.models.delete("hers"))
 
 
-def test_the_jobs_own_copies_of_its_checkpoints_go_with_its_result(
-    make_server: Callable[..., Any], publish: Any
-) -> None:
-    app, state = make_server(keys=KEYS)
-    job_id = f"ftjob-{'1' * 24}"
-    publish("hers", job_id=job_id)
-    publish("hers.step-2", step=2, job_id=job_id)
-    folder = state.training.folder.job(job_id)
-    copies = folder.run / "checkpoints"
-    copies.mkdir(parents=True)
-    (folder.run / "events.jsonl").touch()
-    ask(app, "ann", lambda client: client.models.delete("hers.step-2"))
-    assert copies.exists()
-    ask(app, "ann", lambda client: client.models.delete("hers"))
-    assert [path.name for path in folder.run.iterdir()] == ["events.jsonl"]
-
-
 @pytest.mark.parametrize("method", ["DELETE", "PUT"])
 def test_an_admin_takes_a_results_checkpoints_with_it(
     make_server: Callable[..., Any], publish: Any, tmp_path: Path, method: str
@@ -209,34 +189,6 @@ def test_an_admin_takes_a_results_checkpoints_with_it(
     assert not any(one.exists() for one in gone)
     assert other.exists()
     assert not copies.exists()
-
-
-def test_an_upload_succeeds_though_a_checkpoint_stays_which_the_next_one_removes(
-    make_server: Callable[..., Any],
-    publish: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    app, state = make_server(keys=KEYS)
-    # Another replica has just published them: nobody has looked yet.
-    publish("hers")
-    left = publish("hers.step-2", step=2)
-    body = (tmp_path / "prefixes" / "a.safetensors").read_bytes()
-
-    def upload() -> int:
-        return asyncio.run(send(app, "PUT", "/v1/models/hers", body, headers=bearer("boss"))).status
-
-    def fail(self: Any, name: str) -> None:
-        raise PrefixError(f"cannot remove {name!r}.") from OSError(errno.EIO, "a bad block")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(type(state.store), "delete", fail)
-        assert upload() == 200
-    assert left.exists()
-    assert [record.message for record in caplog.records].count("checkpoint_not_removed") == 1
-    assert upload() == 200
-    assert not left.exists()
 
 
 def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., Any], tmp_path: Path) -> None:
@@ -276,28 +228,6 @@ def test_a_result_that_is_not_served_can_be_deleted(make_server: Callable[..., A
     assert not path.exists()
 
 
-def test_a_folder_that_cannot_be_changed_is_said(
-    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, _ = make_server(keys=KEYS)
-    path = publish("hers")
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    with monkeypatch.context() as patched:
-        patched.setattr("pathlib.Path.unlink", fail)
-        response = asyncio.run(send(app, "DELETE", "/v1/models/hers", headers=bearer("ann")))
-    assert (response.status, response.code) == (507, "storage_failed")
-    assert str(path.parent) not in response.body.decode()
-    # Others publish.
-    monkeypatch.setattr("prefixtune.server.models.store._LOCK_SECONDS", 0.1)
-    with change_folder(path.parent, 1.0):
-        response = asyncio.run(send(app, "DELETE", "/v1/models/hers", headers=bearer("ann")))
-        assert (response.status, response.code) == (503, "busy")
-    assert ask(app, "ann", text("hers")).model == "hers"
-
-
 def test_a_new_result_answers_before_the_folder_is_looked_at(make_server: Callable[..., Any], publish: Any) -> None:
     app, _ = make_server(keys=KEYS)
     publish("hers")
@@ -308,30 +238,6 @@ def test_a_new_result_answers_before_the_folder_is_looked_at(make_server: Callab
     for name in ("../hers", "x/y", ".hers", "h" * 5000, "a\0b"):
         with pytest.raises(openai.APIStatusError):
             ask(app, "bob", text(name))
-
-
-def test_a_new_result_is_there_for_admins_and_for_its_deletion(
-    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, _ = make_server(keys=KEYS)
-    boss = bearer("boss")
-    for name, method, path, status in (
-        ("one", "GET", "/v1/models/one/file", 200),
-        ("three", "DELETE", "/v1/models/three", 200),
-    ):
-        publish(name)
-        assert asyncio.run(send(app, method, path, headers=boss)).status == status
-    publish("four")
-    assert "four" in listed(app, "boss")
-    # Its checkpoints go with it, as its file says whose they are.
-    removed = list[str]()
-    monkeypatch.setattr(
-        "prefixtune.server.training.remove_checkpoints", lambda folder: removed.append(folder.root.name)
-    )
-    job_id = f"ftjob-{'a' * 24}"
-    publish("five", job_id=job_id)
-    assert asyncio.run(send(app, "DELETE", "/v1/models/five", headers=bearer("ann"))).status == 200
-    assert removed == [job_id]
 
 
 def test_a_page_of_another_origin_may_delete(make_server: Callable[..., Any]) -> None:

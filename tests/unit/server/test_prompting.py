@@ -1,17 +1,16 @@
-"""Prompts: the prefix's text format, long sources, earlier messages, and turns at the tokenizer."""
+"""Prompts: the prefix's text format, long sources, and earlier messages."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from asgi_client import Response, completion, send
+from asgi_client import completion, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
@@ -84,24 +83,3 @@ def test_a_prefix_with_an_invalid_text_format_is_not_served(
     response = asyncio.run(send(app, "POST", "/v1/completions", completion(model="bad")))
     assert (response.status, response.code) == (503, "model_not_served")
     assert "1,500 times" in state.store.refused["bad"]
-
-
-def test_who_waits_for_the_tokenizer_may_leave_and_is_told_at_the_deadline(make_server: Callable[..., Any]) -> None:
-    app, state = make_server(deadline=0.3)
-    release = threading.Event()
-
-    async def wait() -> list[Response]:
-        disconnected = asyncio.Event()
-        busy = state.tokenizer_thread.submit(release.wait, 20)
-        leaving = send(app, "POST", "/v1/completions", completion(), disconnected=disconnected)
-        waiting = [asyncio.ensure_future(one) for one in (leaving, send(app, "POST", "/v1/completions", completion()))]
-        await asyncio.sleep(0.1)
-        disconnected.set()
-        answers = list(await asyncio.gather(*waiting))
-        release.set()
-        assert busy.result()
-        return answers
-
-    left, late = asyncio.run(wait())
-    assert (left.status, late.code) == (0, "deadline_exceeded")
-    assert state.gate.count == 0

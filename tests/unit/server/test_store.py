@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
-from prefixtune.errors import CheckpointError, PrefixError, RequestError
-from prefixtune.prefix.artifact import save_prefix
+from prefixtune.errors import RequestError
 from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
@@ -44,13 +40,6 @@ def test_names_headers_and_prefixes(tmp_path: Path, save: Any, llama: Any, rando
     assert (store.stats.hits, store.stats.misses, store.stats.bytes) == (1, 1, prefix.num_bytes)
 
 
-def test_an_empty_folder_is_made(tmp_path: Path, llama: Any):
-    store = PrefixStore(tmp_path / "to" / "be" / "made", llama)
-    assert store.names() == []
-    with pytest.raises(RequestError, match="there is no prefix 'x'"):
-        store.get("x")
-
-
 def test_what_changed_is_found(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
     save("goes")
     save("stays")
@@ -63,16 +52,6 @@ def test_what_changed_is_found(tmp_path: Path, save: Any, llama: Any, random_pre
     assert seed_of(store.get("comes"), llama, random_prefix) == 5
     with pytest.raises(RequestError):
         store.get("goes")
-
-
-def test_a_file_that_is_gone_is_gone_at_once(tmp_path: Path, save: Any, llama: Any):
-    path = save("p")
-    store = PrefixStore(tmp_path, llama)
-    store.get("p")
-    path.unlink()
-    with pytest.raises(RequestError):
-        store.get("p")
-    assert (store.names(), store.stats.bytes) == ([], 0)
 
 
 def test_a_replaced_file_counts_for_new_requests_only(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
@@ -149,44 +128,6 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: A
     store.get("good")
 
 
-def test_a_disk_that_fails_for_a_moment_refuses_nothing(
-    tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch
-):
-    save("p")
-    store = PrefixStore(tmp_path, llama)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError(24, "Too many open files")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", fail)
-        with pytest.raises(PrefixError, match="Too many open files"):
-            store.get("p")
-    assert store.refused == {}
-    store.get("p")
-
-
-def test_a_copy_that_cannot_be_read_now_refuses_nothing(
-    tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch
-):
-    source = save("p")
-    store = PrefixStore(tmp_path, llama)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError(24, "Too many open files")
-
-    with monkeypatch.context() as patch:
-        # Where a whole file is read; its copy has been made.
-        patch.setattr("prefixtune.prefix.tensor_file.open", fail, raising=False)
-        for use in (lambda: store.get("p"), lambda: store.put("q", source)):
-            with pytest.raises(PrefixError, match=r"cannot read .* now") as error:
-                use()
-            assert not isinstance(error.value, CheckpointError)
-            assert str(tmp_path) not in str(error.value)
-    assert store.refused == {}
-    store.get("p")
-
-
 def test_put_adds_and_replaces_a_file(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
     store = PrefixStore(tmp_path / "store", llama)
     source = save("upload", 1)
@@ -196,46 +137,6 @@ def test_put_adds_and_replaces_a_file(tmp_path: Path, save: Any, llama: Any, ran
     store.put("p", save("upload", 2))
     assert seed_of(store.get("p"), llama, random_prefix) == 2
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["p.safetensors"]
-
-
-def test_put_refuses_what_does_not_fit_and_changes_nothing(
-    tmp_path: Path, save: Any, llama: Any, random_prefix: Any, tiny_backbone: Any
-):
-    folder = tmp_path / "store"
-    save("p", 1, folder=folder)
-    store = PrefixStore(folder, llama)
-    before = (folder / "p.safetensors").read_bytes()
-    other = tiny_backbone("gpt2")
-    wrong = save_prefix(tmp_path / "w.safetensors", Prefix(random_prefix(other, 2).layers, make_header(other)))
-    nan = save("nan")
-    nan.write_bytes(nan.read_bytes()[:-4] + struct.pack("<f", float("nan")))
-    for source in (wrong, nan, save("lora", adapter="x")):
-        with pytest.raises(CheckpointError, match="not accepted") as error:
-            store.put("p", source)
-        assert str(tmp_path) not in str(error.value)
-    with pytest.raises(PrefixError):
-        store.put("p", tmp_path / "missing")
-    assert [path.name for path in folder.iterdir()] == ["p.safetensors"]
-    assert (folder / "p.safetensors").read_bytes() == before
-    assert seed_of(store.get("p"), llama, random_prefix) == 1
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch):
-    folder = tmp_path / "store"
-    save("p", 1, folder=folder)
-    store = PrefixStore(folder, llama)
-    before = (folder / "p.safetensors").read_bytes()
-
-    def half(source: Any, target: Any) -> None:
-        Path(target).write_bytes(Path(source).read_bytes()[:50])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shutil, "copyfile", half)
-    with pytest.raises(PrefixError, match="No space left") as error:
-        store.put("p", save("upload", 2))
-    assert str(tmp_path) not in str(error.value)
-    assert (folder / "p.safetensors").read_bytes() == before
-    assert [path.name for path in folder.iterdir()] == ["p.safetensors"]
 
 
 def test_the_folder_is_changed_by_one_at_a_time(tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch):

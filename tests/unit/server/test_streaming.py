@@ -1,4 +1,4 @@
-"""Streams: clients that disconnect or do not read, and silence."""
+"""Streams: silence."""
 
 from __future__ import annotations
 
@@ -8,22 +8,10 @@ from typing import Any
 
 import pytest
 
-from asgi_client import Response, completion, send, texts_when_done
+from asgi_client import Response, completion, send
 from prefixtune.engine.request import SequenceOutput
 
 WAITING = b": waiting\n\n"
-
-
-def test_a_client_that_disconnected_before_the_first_byte_holds_nothing(make_server: Callable[..., Any]) -> None:
-    app, state = make_server()
-
-    async def leave() -> None:
-        disconnected = asyncio.Event()
-        disconnected.set()
-        await send(app, "POST", "/v1/completions", completion(max_tokens=500, stream=True), disconnected=disconnected)
-
-    asyncio.run(leave())
-    assert texts_when_done(state) == 0
 
 
 def test_a_silent_stream_sends_keep_alive_comments(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -22,14 +21,6 @@ from prefixtune.server.training import Training
 from prefixtune.server.training_worker import TrainingWorker, start_worker
 from prefixtune.utils.supervise import RestartPauses
 
-# Ends, while what it has started holds its output.
-LEAVING = """
-import os, subprocess, sys
-left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open(os.environ["STARTS"], "a").write(f"{left.pid}\\n")
-print("said", flush=True)
-sys.exit(3)
-"""
 # A worker that notes its start, and lives as long as its parent.
 LIVING = """
 import os, sys
@@ -105,25 +96,6 @@ def test_a_worker_is_started_when_a_job_waits_and_stops_with_the_server(supervis
     assert supervised.events() == ["worker_started", "worker_ended"]
 
 
-def test_a_worker_whose_child_holds_its_output_is_started_again(supervised: Supervised) -> None:
-    worker = supervised.start(LEAVING, lambda: True)
-    until(lambda: len(supervised.pids()) >= 2, 30)
-    died = supervised.of("worker_died")[0]
-    assert (died["code"], died["reason"]) == (3, "said")
-    began = time.monotonic()
-    worker.stop(10.0)
-    assert time.monotonic() - began < 10.0
-    assert not supervised.of("worker_killed")
-    for pid in supervised.pids():
-        os.kill(pid, signal.SIGKILL)
-
-
-def test_jobs_that_wait_at_the_start_are_found(supervised: Supervised) -> None:
-    supervised.jobs.set()
-    supervised.start(LIVING)
-    until(supervised.pids)
-
-
 def test_a_worker_that_is_killed_is_started_again(supervised: Supervised) -> None:
     supervised.jobs.set()
     supervised.start(LIVING)
@@ -153,15 +125,6 @@ def test_one_that_cannot_start_is_reported_with_its_reason(supervised: Supervise
     supervised.start("import sys; print('error: there is no backbone.', file=sys.stderr); sys.exit(2)")
     until(lambda: len(supervised.of("worker_died")) >= 2)
     assert supervised.of("worker_died")[0]["reason"] == "error: there is no backbone."
-
-
-def test_a_command_that_does_not_exist_is_an_error_and_no_end_of_the_server(supervised: Supervised) -> None:
-    supervised.jobs.set()
-    worker = TrainingWorker(["/nowhere/python"], {}, supervised.jobs.is_set)
-    supervised.workers.append(worker)
-    worker.start()
-    until(lambda: supervised.of("worker_failed"))
-    assert supervised.of("worker_failed")[0]["reason"] == "No such file or directory"
 
 
 def test_a_database_that_is_away_is_looked_at_again(supervised: Supervised) -> None:
@@ -242,14 +205,6 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
         assert getattr(read, name) == getattr(config, name)
     assert (read.threads, read.nice, read.idle_seconds) == (3, 7, config.train_idle_seconds)
     assert read.prefixes == str(tmp_path)
-
-
-def test_no_database_is_made_to_look_for_jobs(tmp_path: Path) -> None:
-    training = Training(ServeConfig(data_folder=str(tmp_path / "data")), is_open=True)
-    assert not training.has_jobs()
-    assert not training.is_used
-    assert list(tmp_path.iterdir()) == []
-    training.close()
 
 
 def test_it_notices_that_the_server_was_killed(supervised: Supervised) -> None:
