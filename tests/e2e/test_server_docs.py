@@ -34,13 +34,6 @@ def server(folder: Path) -> Iterator[LiveServer]:
     assert server.stop() == 0
 
 
-@pytest.fixture(scope="module")
-def server_without_keys(folder: Path) -> Iterator[LiveServer]:
-    server = LiveServer(folder / MODEL, folder / "prefixes")
-    yield server.wait()
-    assert server.stop() == 0
-
-
 @pytest.fixture
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser = Browser(tmp_path_factory.mktemp("profile"))
@@ -102,46 +95,6 @@ def test_asks_for_a_key(browser: Browser, server: LiveServer) -> None:
     assert visible(browser, "#key-form")
     browser.value("document.getElementById('key').value = 'pt-me'; document.querySelector('#key-form button').click()")
     shows_all(browser, server)
-
-
-@pytest.mark.parametrize("width", [400, 1280])
-def test_is_not_wider_than_the_window(width: int, browser: Browser, server: LiveServer) -> None:
-    open_with_key(browser, server, width=width)
-    assert try_out(browser, "chat") == "404"
-    assert visible(browser, ".response-col_description")
-    assert not visible(browser, ".response-col_links")
-    assert browser.value("document.documentElement.scrollWidth") == width
-
-
-def test_follows_the_color_scheme(browser: Browser, server: LiveServer) -> None:
-    def colors(selector: str) -> tuple[str, str]:
-        style = f"getComputedStyle(document.querySelector('{selector}'))"
-        return browser.value(f"{style}.backgroundColor"), browser.value(f"{style}.color")
-
-    open_with_key(browser, server, scheme="light")
-    assert browser.value("document.documentElement.className") == ""
-    light = colors(".swagger-ui"), colors("#key")
-    open_with_key(browser, server, scheme="dark")
-    assert colors("html")[0] == colors(".swagger-ui")[0] == "rgb(28, 32, 34)"
-    dark = colors(".swagger-ui"), colors("#key")
-    assert all(before != after for before, after in zip(light, dark, strict=True))
-    # The page changes with the system.
-    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
-    browser.until("document.documentElement.className === ''")
-    assert (colors(".swagger-ui"), colors("#key")) == light
-
-
-def test_a_key_has_one_entry(browser: Browser, server: LiveServer) -> None:
-    open_with_key(browser, server)
-    assert [visible(browser, name) for name in ("#key-form", ".auth-wrapper", ".authorization__btn")] == [1, 0, 0]
-
-
-def test_without_keys_there_is_no_entry(browser: Browser, server_without_keys: LiveServer) -> None:
-    browser.open(f"{server_without_keys.url}/docs")
-    shows_all(browser, server_without_keys)
-    assert [visible(browser, name) for name in ("#key-form", ".auth-wrapper", ".authorization__btn")] == [0, 0, 0]
-    assert try_out(browser, "list_models") == "200"
-    assert browser.complaints() == []
 
 
 def test_only_the_page_and_its_files_need_no_key(server: LiveServer) -> None:

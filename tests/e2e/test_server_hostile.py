@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -117,17 +116,6 @@ def test_an_endless_body_ends_at_its_limit(server: LiveServer) -> None:
         received = until_closed(connection)
     assert b" 413 " in received[:20] or received == b""
     assert is_served(server)
-
-
-def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
-    body = json.dumps({"model": "mine", "prompt": "a", "max_tokens": 2}).encode()
-    complete = b"POST /v1/completions HTTP/1.1\r\n" + HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
-    nothing = b"GET /none HTTP/1.1\r\n" + HEAD + b"\r\n"
-    last = b"GET /healthz HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n"
-    with connect(server) as connection:
-        connection.sendall((complete + nothing) * 20 + last)
-        received = until_closed(connection)
-    assert re.findall(rb"HTTP/1\.1 (\d+)", received) == [b"200", b"404"] * 20 + [b"200"]
 
 
 def test_abandoned_streams_leave_nothing_behind(server: LiveServer) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from live_server import MODEL, LiveServer, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.encoding import encode_prompts
-from prefixtune.inference.generate import generate
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.server.auth import hash_key
 
@@ -59,15 +57,6 @@ def server(folder: Path) -> Iterator[LiveServer]:
     yield server
     assert server.stop() == 0
     assert not [line for line in server.lines if line["level"] == "error"]
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path) -> str:
-    """What `generate` makes of the source."""
-    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
-    prefix = load_prefix(folder / "prefixes" / "mine.safetensors", backbone)
-    (text,) = generate(backbone, [USER[0]["content"]], prefix, max_new_tokens=12)
-    return text
 
 
 def client(server: LiveServer, key: str = "me", **options: Any) -> openai.OpenAI:
@@ -209,31 +198,6 @@ def test_models_and_errors_are_of_the_clients_types(server: LiveServer) -> None:
 
 
 # --- the asynchronous client ------------------------------------------------------------------------------------------
-
-
-def test_the_asynchronous_client_gets_the_same(server: LiveServer, target: str) -> None:
-    async def stream(pieces: AsyncIterator[Any]) -> str:
-        return "".join([chunk.choices[0].delta.content or "" async for chunk in pieces])
-
-    async def everything() -> list[str]:
-        options: dict[str, Any] = {"base_url": f"{server.url}/v1", "api_key": "pt-me", "max_retries": 0}
-        async with openai.AsyncOpenAI(**options) as client:
-            assert [model.id async for model in client.models.list()] == [MODEL, "mine"]
-            completions = [client.completions.create(prompt=USER[0]["content"], **GREEDY) for _ in range(4)]
-            chats = [client.chat.completions.create(messages=USER, **GREEDY) for _ in range(4)]
-            streams = [await client.chat.completions.create(messages=USER, stream=True, **GREEDY) for _ in range(4)]
-            texts = [answer.choices[0].text for answer in await asyncio.gather(*completions)]
-            texts += [answer.choices[0].message.content or "" for answer in await asyncio.gather(*chats)]
-            texts += await asyncio.gather(*map(stream, streams))
-            # Leaving a stream ends its texts.
-            async with await client.completions.create(stream=True, **LONG) as abandoned:
-                await anext(aiter(abandoned))
-            with pytest.raises(openai.NotFoundError, match="nomine"):
-                await client.completions.create(**{**GREEDY, "model": "nomine"}, prompt="a")
-        return texts
-
-    assert set(asyncio.run(everything())) == {target}
-    server.until(lambda: not server.get("/v1/status", key="pt-me")[1]["running"], 5)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -97,14 +97,6 @@ def test_without_a_key_the_page_asks_for_one(browser: Browser, server: LiveServe
     assert browser.value("localStorage.length + document.cookie.length") == 0
 
 
-def test_a_key_sees_how_many_prefixes_it_has(browser: Browser, server: LiveServer) -> None:
-    for key, words in (("pt-me", f"4 prefixes on {MODEL}"), ("pt-few", "1 prefix on ")):
-        browser.open(f"{server.url}/healthz")
-        browser.value(f"sessionStorage.setItem('key', '{key}')")
-        browser.open(f"{server.url}/")
-        browser.until(f"document.getElementById('server').textContent.startsWith('{words}')")
-
-
 def test_outputs_are_side_by_side_and_the_servers(page: Browser, server: LiveServer) -> None:
     choose(page, "pubs", "other-pubs", MODEL)
     page.until("document.querySelectorAll('#inputs input').length === 8")
@@ -209,28 +201,6 @@ def test_generated_text_is_never_executed(page: Browser) -> None:
     assert "<img src=x" in next(iter(outputs(page).values()))
     assert page.value("window.attacked") is None
     assert page.value("document.querySelectorAll('.output img, .output script').length") == 0
-
-
-@pytest.mark.parametrize("width", [360, 768, 1280])
-def test_never_wider_than_the_window(page: Browser, server: LiveServer, width: int) -> None:
-    page.open(f"{server.url}/", width=width)
-    page.until("document.querySelectorAll('#models input').length === 5")
-    choose(page, "pubs", "other-pubs", MODEL)
-    page.value("document.getElementById('max_tokens').value = '60'")
-    write(page)
-    assert page.value("[document.documentElement.scrollWidth, document.documentElement.clientWidth]") == [width, width]
-
-
-def test_dark_mode_is_dark_and_legible(page: Browser, server: LiveServer) -> None:
-    shades = {}
-    for scheme in ("light", "dark"):
-        page.open(f"{server.url}/", scheme=scheme)
-        shades[scheme] = page.value(
-            "['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name]"
-            ".match(/\\d+/g).map(Number).reduce((sum, part) => sum + part))"
-        )
-    assert shades["light"][0] > 600 > 150 > shades["dark"][0]
-    assert shades["light"][1] < 150 < 600 < shades["dark"][1]
 
 
 def test_the_keyboard_is_enough(page: Browser) -> None:
