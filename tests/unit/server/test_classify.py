@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,31 @@ def test_the_probabilities_of_a_response_are_bounded(server: Any, monkeypatch: p
     response = asyncio.run(send(server[0], "POST", "/classify", body))
     assert (response.status, response.code) == (400, "too_many_probabilities")
     assert "28" in response.json["error"]["message"]
+
+
+def test_a_forced_stop_answers_what_waits(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, state = server
+    begun, release = threading.Event(), threading.Event()
+
+    def busy(_: Any) -> None:
+        begun.set()
+        assert release.wait(20)
+
+    async def stop() -> list[Any]:
+        state.worker.call(busy)
+        assert await asyncio.to_thread(begun.wait, 20)
+        waiting = [
+            asyncio.ensure_future(send(app, "POST", "/classify", {"model": "head", "input": "x"})) for _ in range(2)
+        ]
+        while not state.worker._calls:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(state.worker.close, 0.0)
+        release.set()
+        return list(await asyncio.gather(*waiting))
+
+    for response in asyncio.run(stop()):
+        assert (response.status, response.code) == (503, "engine_unavailable")
+        assert "retry-after" in response.headers
 
 
 def test_a_text_is_at_most_as_long_as_the_server_allows(make_server: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 from asgi_client import send
 from openai_client import ask
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.errors import CheckpointError
+from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.executor import Executor
 from prefixtune.jobs.inputs import find_input
@@ -227,6 +227,23 @@ def test_jobs_are_listed_in_pages_and_by_metadata(make_server: Callable[..., Any
             ask(app, partial(listed, **query))
 
 
+def test_a_job_is_paused_resumed_and_cancelled(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state), own={"name": "mine"})
+    assert ask(app, lambda client: client.fine_tuning.jobs.pause(job.id)).status == "paused"
+    with pytest.raises(openai.BadRequestError, match="is paused; only a job that is queued or running can be paused"):
+        ask(app, lambda client: client.fine_tuning.jobs.pause(job.id))
+    # A paused job keeps its name.
+    assert refusal(app, upload(state), own={"name": "mine"}).code == "name_taken"
+    assert ask(app, lambda client: client.fine_tuning.jobs.resume(job.id)).status == "queued"
+    assert ask(app, lambda client: client.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
+    for action in ("cancel", "pause", "resume"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(app, partial(act, job.id, action))
+        assert caught.value.code == "job_ended"
+    create(app, upload(state), own={"name": "mine"})
+
+
 def test_events_are_streamed_until_the_job_stands_still(make_server: Callable[..., Any]) -> None:
     app, state = make_server()
     job = create(app, upload(state))
@@ -422,6 +439,24 @@ def test_a_wrong_request_leaves_nothing(
     error = refusal(app, upload(state), **more)
     assert (error.status_code, error.param, error.code) == (status, param, code)
     assert left(state) == ([], [])
+
+
+def test_trackers_are_allowed_by_the_servers_owner_and_installed(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server(trackers="trackio,wandb")
+    file = upload(state)
+    other = refusal(app, file, integrations=[{"type": "wandb"}, {"type": "mlflow"}])
+    assert (other.status_code, other.param, other.code) == (400, "integrations[1].type", "tracker_not_allowed")
+    assert "'trackers'" in other.message
+    monkeypatch.setattr(job_creation, "check_installed", partial(_refuse_all, "missing"))
+    missing = refusal(app, file, integrations=[{"type": "wandb"}])
+    assert (missing.status_code, missing.code) == (400, "tracker_not_installed")
+    assert left(state) == ([], [])
+
+
+def _refuse_all(message: str, _: list[str]) -> None:
+    raise ConfigError(message)
 
 
 def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> None:

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from asgi_client import Response, completion, send, texts_when_done
+from prefixtune.errors import RequestError
+from prefixtune.sampling.grammar import Grammar, GrammarState
+from prefixtune.server.api import prompting
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
@@ -44,6 +47,43 @@ def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
     assert b"/srv" not in bad.body + bad_stream.body
     assert good.status == 200
     assert good_stream.body.endswith(b"data: [DONE]\n\n")
+
+
+class _Complex(Grammar):
+    """Becomes too complex at a text's second token."""
+
+    def __init__(self) -> None:
+        pass
+
+    def start(self) -> GrammarState:
+        return _ComplexState()
+
+
+class _ComplexState(GrammarState):
+    def __init__(self) -> None:
+        self.finished, self.count = False, 0
+
+    def allowed(self, vocab_size: int) -> torch.Tensor:
+        return torch.ones(vocab_size, dtype=torch.bool)
+
+    def accept(self, token: int) -> None:
+        self.count += 1
+        if self.count == 2:
+            raise RequestError("too many items.", hint="use a simpler schema.")
+
+
+def test_a_schema_that_becomes_too_complex_is_400(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, _ = make_server()
+    monkeypatch.setattr(prompting, "compile_json_schema", lambda *_: _Complex())
+    body = completion(model="tiny", response_format={"type": "json_object"})
+    whole = asyncio.run(send(app, "POST", "/v1/completions", body))
+    assert (whole.status, whole.code) == (400, "invalid_schema")
+    stream = asyncio.run(send(app, "POST", "/v1/completions", {**body, "stream": True}))
+    last = json.loads(stream.body.decode().strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last == whole.json
+    assert last["error"]["param"] == "response_format"
 
 
 def test_when_the_engine_fails_its_requests_get_503_and_later_ones_are_served(
