@@ -66,7 +66,7 @@ class TrainConfig(Config):
     )
     attention: Literal["sdpa", "flex", "eager"] = _backbone(
         "sdpa",
-        description="what computes attention: sdpa (torch's fused functions; on a CPU compiled code), flex (torch's "
+        description="what computes attention: sdpa (torch's fused functions), flex (torch's "
         "flex_attention: on a GPU a packed row in one call; not measured yet), eager (matrix products)",
     )
     adapter: str = _backbone("", description="folder of a LoRA adapter (PEFT) to load into the backbone first")
