@@ -23,7 +23,7 @@ P = 4
 
 
 def subject_of(backbone: Any, prefix: Prefix, rows: list[TokenizedExample]) -> Subject:
-    return Subject(backbone, prefix, TextFormat(), (), tuple(rows), None, {}, None, "", Limits(batch_size=2))
+    return Subject(backbone, prefix, TextFormat(), (), tuple(rows), None, {}, Limits(batch_size=2))
 
 
 def rows_of(random_ids: Make) -> list[TokenizedExample]:
