@@ -40,7 +40,7 @@ test: $(VENV)/.tested  ## the tests of the package and its server (fetches the d
 	$(BIN)/prefixtune prepare
 	$(PYTEST) --durations 30 --durations-min 2 $(PYTEST_ARGS)
 
-test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the tests with PEFT, TRL, torchao, datasets, ONNX, OpenVINO, llama.cpp (1 GB more)
+test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the official scores in full; the tests with PEFT, TRL, torchao, datasets, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
 	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations tests/golden/test_interop.py $(PYTEST_ARGS)
 

@@ -66,7 +66,7 @@ def compute() -> dict[str, Any]:
     found = scores("e2e", outputs, references, "e2e", "bleu nist rouge_l cider")
     found |= scores("webnlg", *texts(webnlg, webnlg_items), "webnlg", "bleu bleu_sound", parts)
     found |= scores("dart", *texts(dart, dart), "dart", "bleu bleu_sound")
-    # TER is slow: of some items. All of them, and METEOR, are in tests/equivalence/test_official_scores.py.
+    # TER is slow: of some items. All of them, and METEOR, are in tests/integrations/test_official_scores.py.
     found |= scores("webnlg 1/10", *texts(webnlg[::10], webnlg_items[::10]), "webnlg", "ter")
     found |= scores("dart 1/20", *texts(dart[::20], dart[::20]), "dart", "ter")
     found |= scores("plain", outputs[:200], references[:200], "plain", "bleu chrf exact_match")
