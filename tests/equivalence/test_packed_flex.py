@@ -128,7 +128,7 @@ def test_gradients_are_those_of_group_by_group(seed: int, site: Site, dense: lis
 
 def test_each_position_sees_what_it_should():
     packing = Packing((Group(0, 2, (2, 1)), Group(5, 1, (2,), hidden=(0,))), prefix_index=(0, 1))
-    sees = packed_mask_mod(packing, "decoder", (1, 2), (0, 1), 3, False, torch.device("cpu"))
+    sees = packed_mask_mod(packing, "decoder", (1, 2), (0, 1), 3, torch.device("cpu"))
     zero = torch.tensor(0)
     found = [
         "".join(".x"[bool(sees(zero, zero, torch.tensor(q), torch.tensor(k)))] for k in range(11)) for q in range(8)
@@ -148,10 +148,10 @@ def test_each_position_sees_what_it_should():
 def test_blocks_that_nobody_sees_are_left_out():
     groups = tuple(Group(256 * index, 100, (100, 56)) for index in range(4))
     packing, device = Packing(groups), torch.device("cpu")
-    mask = packed_block_mask(packing, "decoder", (128,), (0,) * 4, None, False, device)
+    mask = packed_block_mask(packing, "decoder", (128,), (0,) * 4, None, device)
     # Of 8 x 9 blocks: the prefix, one's own, and the one before it in the same group.
     assert int(mask.to_dense().sum()) == 8 + 8 + 4
-    assert packed_block_mask(packing, "decoder", (128,), (0,) * 4, None, False, device) is mask
+    assert packed_block_mask(packing, "decoder", (128,), (0,) * 4, None, device) is mask
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart", "t5"])
