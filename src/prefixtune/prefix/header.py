@@ -33,6 +33,8 @@ _TENSORS_BYTES = 2**18
 """Longest table of tensors, in bytes; it has about a hundred per tensor."""
 _RESERVE = 2**12
 """Bytes that a header may grow by while its prefix is trained."""
+_DEPTH = 16
+"""How deep objects and lists may be nested in a header."""
 
 
 class _Part(BaseModel):
@@ -97,10 +99,17 @@ def parse_header(text: str) -> dict[str, Any]:
         # `loads` reads numbers such as 1e999 as infinity, and takes half a surrogate pair.
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("it nests too deeply") from None
+        raise ValueError(f"it nests more than {_DEPTH} levels") from None
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
+    if _is_deeper(value, _DEPTH):
+        raise ValueError(f"it nests more than {_DEPTH} levels")
     return value
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(item, levels - 1) for item in inner)
 
 
 def check_version(header: Mapping[str, Any], what: str) -> None:

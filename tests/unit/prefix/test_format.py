@@ -126,7 +126,8 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
     [
         ('{"format_version": 2, "training": {"dev_loss": 1e999}}', "JSON"),
         ('{"format_version": 2, "license": "\\ud800"}', "JSON"),
-        ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "nests too deeply"),
+        ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "nests more than 16 levels"),
+        ('{"format_version": 2, "deep": ' + "[" * 17 + "]" * 17 + "}", "nests more than 16 levels"),
         ('{"format_version": 2, "long": "' + "a" * 2**20 + '"}', "bytes, but may take 1,048,576"),
         ('{"format_version": ' + "9" * 5000 + "}", "JSON"),
         ('{"format_version": 2, "backbone": {"name": 3}}', "backbone.name"),
