@@ -222,6 +222,11 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
                     f"{location} has {len(cells)} fields; the header has {len(columns)}: {', '.join(columns)}.",
                     hint=f'put a field that contains the separator, {separator!r}, in quotes, "like this".',
                 )
+            elif separator == "\t" and any(_holds_rows(cell, n, len(columns) - 1) for n, cell in enumerate(cells)):
+                raise DataError(
+                    f"{location}: a field that starts with a quote goes on over several rows.",
+                    hint='write a quote at the start of a field as """, or use JSON lines.',
+                )
             else:
                 yield location, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
@@ -229,6 +234,18 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
             f"{name}, line {line + 1}: {error}.",
             hint='end a field that starts with " with "; double quotes inside it; use JSON lines for long texts.',
         ) from error
+
+
+def _holds_rows(cell: str, index: int, last: int) -> bool:
+    r"""Whether a cell looks like several rows between two quotes that are text; `last` is the last column's index.
+
+    >>> _holds_rows("Wow\tgood\nFine\tgood\nBad", 0, 1), _holds_rows("two\nlines", 0, 1)
+    (True, False)
+    """
+    tabs = [line.count("\t") for line in cell.split("\n")]
+    # In a table of one column nothing tells a row from a line; a line that begins with a tab is indented.
+    looks_so = last > 0 and len(tabs) > 1 and "\n\t" not in cell
+    return looks_so and (tabs[0], tabs[-1]) == (last - index, index) and set(tabs[1:-1]) <= {last}
 
 
 def _stdin_format(formats: Sequence[str]) -> str:

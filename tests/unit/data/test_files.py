@@ -53,6 +53,8 @@ def test_rows_are_read_plain_and_gzipped_with_and_without_a_byte_order_mark(
         ("a.csv", b"name,text\nx,y\nAromi,Eat, go.\n", "a.csv, line 3 has 3 fields"),
         ("a.csv", b'name\n"x\n', "a.csv, line 2"),
         ("a.csv", b"name,name\nx,y\n", "a.csv, line 1"),
+        ("a.tsv", b'text\tlabel\n"Wow\tgood\nFine\tgood\nBad"\tbad\n', "a.tsv, line 2"),
+        ("a.tsv", b'label\ttext\ngood\t"Wow\nbad\tNo\ngood\tFine"\n', "a.tsv, line 2"),
         ("a.csv", b"name,text\n", "a.csv has no rows"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "a.json, line 2"),
         ("a.json", b'{"text": "a",\n "b": }', "a.json, line 2, column 7"),
