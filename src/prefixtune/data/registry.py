@@ -159,7 +159,7 @@ def form_that_fits(
 def _chosen(name: str, source: str | None, form: str) -> Task:
     """The task of that name; a form is refused that is unknown, or where there is none to choose."""
     for value, known in ((name, TASKS), (form, FORMS)):
-        if value and value not in known:
+        if value not in known and (value or known is TASKS):
             what = "form" if known is FORMS else "task"
             raise ConfigError(f"there is no {what} {value!r}.", hint=did_you_mean(value, known))
     if form and (name not in ("records", FORMS[form].task) or source is not None):

@@ -136,6 +136,7 @@ GOOD = entry([LEADER], [("good", "x")])
     ("name", "text", "says"),
     [
         ("a.xml", benchmark(GOOD)[:-40], "not XML: no element found: line 9"),
+        ("a.xml", benchmark(GOOD).replace("UTF-8", "none"), "not XML: unknown encoding"),
         ("a.xml", benchmark(entry([["a", "b"]], [("good", "x")])), r"entry 1: triple 'a \| b' has 2 parts"),
         ("a.xml", benchmark(entry([LEADER], [("toFix", "x")])), "has no text whose comment is 'good'"),
         ("a.jsonl", '{"triple": []}', "line 1: there is no column 'triples'; there are: triple"),
@@ -168,6 +169,8 @@ def test_the_task_decodes_and_scores_as_the_paper_does(tmp_path: Path):
     assert set(example.groups) == set(task.groups)
     with pytest.raises(ConfigError, match="takes no source"):
         read_task("webnlg", path, target="x")
+    with pytest.raises(ConfigError, match="there is no task ''"):
+        read_task("", path)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def read_benchmark(path: Path) -> list[Record]:
                 if element.tag == "entry":
                     records.append(_entry(element, f"{name}, entry {len(records) + 1}", language))
                     element.clear()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError) as error:  # of an encoding that is not known: LookupError
         raise DataError(f"{name} is not XML: {error}.", hint="copy or download the file again.") from error
     if not records:
         raise DataError(
