@@ -86,7 +86,8 @@ _FACTS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("config", "initialization"), (dict,)),
 }
 
-_MAY_CHANGE = ("backbone", "output", "save_every", "device", "dtype", "shard")
+_REPORTING = ("report_to", "project", "run_name")
+_MAY_CHANGE = ("backbone", "output", "save_every", "device", "dtype", "shard", *_REPORTING)
 """Options that may differ when a run is resumed; the weights and the dtype that result are compared by themselves."""
 
 

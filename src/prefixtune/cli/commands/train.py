@@ -21,7 +21,7 @@ __all__ = ["train"]
 class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
     """The options of `prefixtune train`."""
 
-    resume: bool = Field(False, description="go on with the run in --output; with more --max-steps it is extended")
+    resume: bool = Field(False, description="go on with the run in --output")
     together: TextList = Field(
         (),
         description="TOML or YAML files, each of a run with its own output: trained at once, sharing every pass over "
