@@ -117,18 +117,19 @@ def test_images_and_sounds_of_unused_columns_are_not_decoded(tmp_path: Path):
     # Decoding would fail: there is no such image, and no program for sounds here.
     damaged = {"bytes": b"\xffno image", "path": "a.png"}
     row = {"prompt": "Hi", "completion": "Hello.", "photo": damaged, "sound": damaged, "photos": [damaged] * 2}
-    data = datasets.Dataset.from_list([{**row, "scan": {"page": damaged}, "facts": '{"size": 1}'}])
+    data = datasets.Dataset.from_list([{**row, "scan": {"page": damaged, "size": "[1]"}, "facts": '{"size": 1}'}])
     media = {
         "photo": datasets.Image(),
         "sound": datasets.Audio(),
         "photos": datasets.List(datasets.Image()),
-        "scan": {"page": datasets.Image()},
+        "scan": {"page": datasets.Image(), "size": datasets.Json()},
         "facts": datasets.Json(),
     }
     data.cast(datasets.Features({**data.features, **media})).save_to_disk(str(tmp_path / "set"))
     (example,) = read_task("records", tmp_path / "set")
     assert (example.source, example.targets) == ("Hi", ("Hello.",))
     assert example.fields["facts"] == {"size": 1}
+    assert example.fields["scan"]["size"] == [1]
 
 
 def test_values_are_those_of_the_same_table_as_parquet(tmp_path: Path):

@@ -192,10 +192,12 @@ def _load_from_hub(name: str, configuration: str | None, revision: str | None) -
 
 
 def _with_class_names(feature: Any, value: Any) -> Any:
-    """A value with class names instead of class numbers, alone or in a list; and JSON as what it says."""
+    """A value with class names instead of class numbers, and JSON as what it says; also within lists and objects."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
         return [_with_class_names(inner, item) for item in value]
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {name: _with_class_names(feature.get(name), item) for name, item in value.items()}
     if isinstance(value, str) and type(feature).__name__ == "Json":
         return json.loads(value)
     if isinstance(value, int) and hasattr(feature, "int2str"):
