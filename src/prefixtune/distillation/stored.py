@@ -45,7 +45,17 @@ def source_digest(config: DistillConfig, job: Job, student: Backbone) -> str:
     settings = {name: getattr(config, name) for name in (*_SETTINGS, *_SETTINGS_OF_QUESTIONS)}
     asked = [[question.question, question.answer] for question in (*job.questions, *job.test)]
     facts = [settings, job.text, asked, len(job.questions), student.fingerprint, student.dtype_name]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([*facts, *_teacher_files(config.teacher)]).encode()).hexdigest()
+
+
+def _teacher_files(teacher: str) -> list[tuple[str, int, str]]:
+    """Name, size and a hash of the last megabyte of a teacher's files of weights, where it is on this machine."""
+    path, found = Path(teacher), list[tuple[str, int, str]]()
+    for part in [] if not teacher else [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with open(part, "rb") as file:
+            file.seek(max(part.stat().st_size - 2**20, 0))
+            found.append((part.name, part.stat().st_size, hashlib.sha256(file.read()).hexdigest()))
+    return found
 
 
 def write_prepared(folder: Path, digest: str, prepared: Prepared) -> None:

@@ -41,9 +41,10 @@ def test_damaged_questions_are_named(tmp_path: Path, damaged: str) -> None:
 
 
 def test_the_digest_tells_texts_questions_teachers_and_backbones_apart(
-    backbone: Backbone, tiny_backbone: Callable[..., Any]
+    backbone: Backbone, tiny_backbone: Callable[..., Any], tmp_path: Path
 ) -> None:
     config = DistillConfig(document="doc.txt", questions="q.jsonl", teacher="one")
+    trained, weights = config.replace(teacher=str(tmp_path)), tmp_path / "weights.safetensors"
     job = Job("", Path("run"), "doc.txt", "The Owl.", (Question("Where?"),), ())
     rounded = Backbone.from_model(copy.deepcopy(backbone.model).bfloat16(), backbone.tokenizer, backbone.name)
     digests = [
@@ -55,6 +56,7 @@ def test_the_digest_tells_texts_questions_teachers_and_backbones_apart(
         source_digest(config.replace(answer_length=9), job, backbone),
         source_digest(config, job, tiny_backbone("llama", max_position_embeddings=512, seed=1)),
         source_digest(config, job, rounded),
+        *(source_digest(trained, job, backbone) for some in (b"1", b"2") if weights.write_bytes(some)),
     ]
     assert len(set(digests)) == len(digests)
     assert source_digest(config.replace(max_steps=7), job, backbone) == digests[0]
