@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.quantization import is_quantized
 from prefixtune.errors import ConfigError
@@ -127,15 +128,20 @@ def check_given(config: TrainConfig, backbone: Backbone) -> None:
             f"the backbone {backbone.name!r} is not as it was loaded: an earlier run trained weights of it.",
             hint="load it again, for each such run.",
         )
-    trains = bool(backbone.adapter_parameters)
+    trains, model = bool(backbone.adapter_parameters), backbone.model
+    # Some models compute attention by `eager` alone, whatever is asked for.
+    attends_so = not getattr(model, "_supports_sdpa", True) or ATTENTIONS[config.attention] == (
+        model.config._attn_implementation
+    )
     differs = {
         "dtype": config.dtype not in ("auto", backbone.dtype_name),
         "device": config.device not in ("auto", device.type, str(device)),
-        "quantize": bool(config.quantize) and not is_quantized(backbone.model),
+        "attention": config.attention != TrainConfig.default("attention") and not attends_so,
+        "quantize": bool(config.quantize) and not is_quantized(model),
         "adapter": bool(config.adapter) and backbone.adapter is None,
         "train_adapter": config.train_adapter and not trains,
         "adapter_rank": config.adapter_rank > 0 and not trains,
-        "shard": config.shard and not is_sharded(backbone.model),
+        "shard": config.shard and not is_sharded(model),
     }
     if faults := [f"{name} is {getattr(config, name)!r}" for name, is_so in differs.items() if is_so]:
         raise ConfigError(

@@ -53,6 +53,7 @@ def test_adapters_are_refused_in_all_runs_alike() -> None:
     ("values", "message"),
     [
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+        ({"attention": "eager"}, "attention is 'eager'"),
         ({"quantize": "int8"}, "quantize is 'int8'"),
         ({"adapter": "folder"}, "adapter is 'folder'"),
         ({"adapter_rank": 4}, "adapter_rank is 4"),
