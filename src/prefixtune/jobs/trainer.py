@@ -19,7 +19,7 @@ from pathlib import Path
 
 from prefixtune.attention.injection import interrupting
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import PrefixError
+from prefixtune.errors import PrefixError, is_out_of_memory
 from prefixtune.jobs.active import ActiveJob, hold_folder
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.executor import ClaimLostError, JobFailedError, JobPausedError
@@ -161,6 +161,8 @@ class Trainer:
             if total:
                 events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
 
+        # It may have been cancelled, and its folder cleared, while another one trained.
+        check()
         # Missing where a disk is not mounted, say.
         folder.inputs.stat()
         with contextlib.ExitStack() as holding:
@@ -187,7 +189,15 @@ class Trainer:
                 with contextlib.suppress(OSError):
                     _forget_attempts(folder)
                 raise
-            result = self._publish(claim.job, folder.run, backbone)
+            try:
+                result = self._publish(claim.job, folder.run, backbone)
+            except Exception as error:
+                if is_foreseen(error) and not is_out_of_memory(error):
+                    raise
+                # What a job that fails has trained is removed, and this is no fault of the job.
+                _log.error("not_published", extra={"fields": {"job": claim.job.id}}, exc_info=error)
+                reason = "the new model could not be stored, for a reason that the service's log has"
+                raise JobPausedError(reason) from error
             for message, key in (
                 (f"The new model is served as {claim.job.name!r}.", "published"),
                 ("The job has succeeded.", "succeeded"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -181,6 +182,14 @@ def test_an_error_that_was_not_foreseen_fails(
     assert messages(data, job)[-1].startswith("The job has failed")
 
 
+def test_what_is_trained_is_kept_whatever_goes_wrong_at_its_end(serve: Callable[[], Service], data: DataFolder) -> None:
+    service, job = serve(), make_job(data)
+    service.on_publish = lambda: {}["a mistake"]
+    assert isinstance(service.submit(job).exception(30), JobPausedError)
+    service.on_publish = lambda: None
+    assert service.submit(job).result(60).steps == 6
+
+
 # --- leaving ----------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +221,16 @@ def test_a_job_that_is_cancelled_or_deleted_is_left(
     service.says[job.id] = status
     assert is_lost(future)
     assert service.submit(make_job(data, "next")).result(60)
+
+
+def test_a_job_that_was_cancelled_before_its_turn_is_left_without_a_word(
+    serve: Callable[[], Service], data: DataFolder
+) -> None:
+    service, job = serve(), make_job(data)
+    shutil.rmtree(data.job(job.id).inputs)
+    service.says[job.id] = "cancelled"
+    assert is_lost(service.submit(job))
+    assert messages(data, job) == []
 
 
 def test_a_claim_that_another_one_followed_is_left(serve: Callable[[], Service], data: DataFolder) -> None:
