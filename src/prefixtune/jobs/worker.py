@@ -92,18 +92,21 @@ def _work(
     _log_event("worker_ready", worker_name=executor.name, process=os.getpid(), backbone=identity)
     settled: dict[str, Signature] = {}
 
-    def look_often() -> None:
+    def take_over() -> None:
         for worker in executor.take_over(jobs):
             _log_event("worker_taken_over", worker_name=worker)
+
+    def take_back() -> None:
         for name in tidy(jobs, prefixes, settled):
             _log_event("result_removed", model=name)
-        clear_ended(data, jobs)
 
-    def look_seldom() -> None:
+    def forget() -> None:
         for job_id in forget_oldest(data, jobs, files, config.keep_jobs):
             _log_event("job_deleted", job=job_id)
 
-    chores = [(_OFTEN_SECONDS, look_often), (_SELDOM_SECONDS, look_seldom)]
+    # Apart, so that one that fails each time hinders no other.
+    often = (take_over, take_back, lambda: clear_ended(data, jobs))
+    chores = [*((_OFTEN_SECONDS, chore) for chore in often), (_SELDOM_SECONDS, forget)]
     ended = threading.Event()
     stack.callback(ended.set)
     threading.Thread(target=_run_chores, args=(chores, ended), name="prefixtune-chores", daemon=True).start()
