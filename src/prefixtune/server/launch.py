@@ -48,8 +48,7 @@ def run(config: ServeConfig, console: Console) -> int:
     """Serve until a signal stops it; returns the exit code.
 
     Raises:
-        ConfigError: The folder of prefixes is missing or cannot be read, the data folder belongs to another database,
-            or the address is in use.
+        ConfigError: The folder of prefixes is missing or cannot be read, or the address is in use.
         BackboneError: The model cannot be loaded or served.
     """
     folder = Path(config.prefixes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from prefixtune.distillation.config import SELF
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError, RequestError
 from prefixtune.jobs.folder import JobFolder
-from prefixtune.jobs.inputs import InputName, find_input, has_inputs, make_job_folder
+from prefixtune.jobs.inputs import InputName, find_input, has_inputs, make_job_folder, remove_job_folder
 from prefixtune.jobs.job import Job, JobState, new_job_id
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
@@ -273,11 +272,13 @@ def _add(context: RequestContext, queue: JobQueue, job: Job, inputs: _Inputs) ->
         raise _no_file("training_file", job.training_file) from None
     except PrefixError as error:
         raise storage_error(error, "the data folder") from None
-    # Whatever happens now, the folder stays: another server may have queued the job for the same request, or this one
-    # without an answer of the database. Without a job, workers remove it later.
+    # Where the database goes away now, the folder stays: the job may have been queued without an answer.
     try:
         queue.add(job)
     except RequestError:
+        # With a key, another server may have queued the same job.
+        if not context.request.headers.get("idempotency-key"):
+            remove_job_folder(training.folder, job.id)
         raise _name_taken(job) from None
 
 
@@ -298,8 +299,6 @@ def _make_folder(context: RequestContext, job: Job, links: Mapping[InputName, tu
         if not has_inputs(folder, links):
             message = "the header Idempotency-Key is that of an earlier request, which asked for another job."
             raise bad_request(message, code="idempotency_key_reused", hint="use a new key.") from None
-        # New again for those who remove folders without a job.
-        os.utime(folder.root)
 
 
 def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
