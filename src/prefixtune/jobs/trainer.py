@@ -113,7 +113,7 @@ class Trainer:
             idle_seconds: Time without a job after which it ends; 0: it never does.
 
         Raises:
-            PrefixError: The backbone cannot be loaded.
+            PrefixError: The backbone cannot be loaded, or the data folder is not that of the jobs.
         """
         busy = time.monotonic()
         while not stop.is_set():
@@ -123,6 +123,12 @@ class Trainer:
                 if idle_seconds and time.monotonic() - busy >= idle_seconds:
                     return
                 continue
+            if not self._data.jobs.is_dir():
+                # No job's fault: each one that is claimed here would be paused.
+                raise PrefixError(
+                    f"there is no folder of jobs {str(self._data.jobs)!r}, though jobs wait.",
+                    hint="check that its disk is mounted, and --data-folder.",
+                )
             self._backbone = self._backbone or self._load()
             self._serve(claim, self._backbone, stop)
             busy = time.monotonic()
@@ -163,7 +169,7 @@ class Trainer:
 
         # It may have been cancelled, and its folder cleared, while another one trained.
         check()
-        # Missing where a disk is not mounted, say.
+        # A job whose files are gone is paused.
         folder.inputs.stat()
         with contextlib.ExitStack() as holding:
             while not holding.enter_context(hold_folder(folder)):

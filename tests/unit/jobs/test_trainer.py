@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from prefixtune.errors import PrefixError
 from prefixtune.jobs import active, trainer
 from prefixtune.jobs.active import hold_folder
 from prefixtune.jobs.events import JobEvents, Progress
@@ -184,7 +185,7 @@ def test_an_error_that_was_not_foreseen_fails(
 
 def test_what_is_trained_is_kept_whatever_goes_wrong_at_its_end(serve: Callable[[], Service], data: DataFolder) -> None:
     service, job = serve(), make_job(data)
-    service.on_publish = lambda: {}["a mistake"]
+    service.on_publish = lambda: [][0]
     assert isinstance(service.submit(job).exception(30), JobPausedError)
     service.on_publish = lambda: None
     assert service.submit(job).result(60).steps == 6
@@ -285,6 +286,15 @@ def test_a_full_disk_pauses_and_what_is_trained_is_kept(
     assert "disk" in messages(data, job)[-1]
     service.on_publish = lambda: None
     assert service.submit(job).result(60).steps == 6
+
+
+def test_a_worker_without_the_folder_of_jobs_ends_and_pauses_none(data: DataFolder) -> None:
+    job, never = make_job(data), cast(Any, None)
+    data.jobs.rename(data.root / "elsewhere")
+    worker = Trainer(data, load=never, publish=never, standing=never)
+    threading.Thread(target=worker.submit, args=(job, "1"), daemon=True).start()
+    with pytest.raises(PrefixError, match="folder of jobs"):
+        worker.work(threading.Event())
 
 
 def test_a_job_that_kills_its_worker_each_time_ends(serve: Callable[[], Service], data: DataFolder) -> None:
