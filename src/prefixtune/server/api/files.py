@@ -90,7 +90,8 @@ def _store(context: RequestContext, form: FormData) -> StoredFile:
             return upload.finish()
     except FileRefusedError as error:
         status = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "stopped": 503}.get(error.code, 403)
-        raise ApiError(status, f"{error.message} {error.hint}", code=error.code, param="file") from None
+        hint = f"{error.hint[:1].upper()}{error.hint[1:]}"
+        raise ApiError(status, f"{error.message} {hint}".rstrip(), code=error.code, param="file") from None
 
 
 @router.get("/v1/files")
