@@ -43,8 +43,8 @@ __all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy"]
 METRICS_FILE = "step_metrics.csv"
 """What the file of a job's metrics is called, as OpenAI calls it."""
 _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "seconds")
-_LOCK_SECONDS = 2.0
-"""Nobody has the folder's lock for long; training waits meanwhile, and whoever does not get it tries again later."""
+_LOCK_SECONDS = 30.0
+"""Nobody has the folder's lock for longer than an upload takes to reach the disk; whoever does not get it is paused."""
 
 
 def publish(
