@@ -235,10 +235,9 @@ def _trace(model: Any, name: str) -> list[AttentionCall]:
 def _is_causal(model: Any) -> bool:
     """Whether changing a later token changes nothing at earlier ones."""
     size = model.get_input_embeddings().weight.shape[0]
-    first = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
-    second = first.clone()
-    second[0, -1] = size // 2
-    one, other = model(input_ids=first)[0][:, :-1], model(input_ids=second)[0][:, :-1]
+    rows = torch.zeros(2, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
+    rows[1, -1] = size // 2
+    one, other = model(input_ids=rows)[0][:, :-1]
     return bool(torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max())))
 
 

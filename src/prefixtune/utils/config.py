@@ -182,7 +182,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"cannot read the configuration {str(path)!r}: {error.strerror}.", hint="check the path."
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # YAML's own tags (!!int, !!bool, !!timestamp) fail with any of these.
         reason = " ".join(str(error).split()).removesuffix(".")
         raise ConfigError(
             f"{str(path)!r} is not {'YAML' if is_yaml else 'TOML'}: {reason}.",
