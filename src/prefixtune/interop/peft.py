@@ -130,7 +130,9 @@ def _read_shapes(config: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple
     sizes = {name: config.get(name) for name in (*_SIZES, "num_frozen_tokens") if name in config}
     try:
         positions, layers, heads, width = (int(config[name]) for name in _SIZES)
-        fits = min(positions, layers, heads) > 0 and width % heads == 0 and flat.shape == (positions, layers * 2 * width)
+        fits = (
+            min(positions, layers, heads) > 0 and width % heads == 0 and flat.shape == (positions, layers * 2 * width)
+        )
         fits &= flat.is_floating_point() and 0 <= int(config.get("num_frozen_tokens", 0)) <= positions
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
         fits = False

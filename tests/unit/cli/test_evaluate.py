@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from command_line import call, run
-from prefixtune.errors import DataError
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 
@@ -31,3 +31,10 @@ def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(tmp_path: Pa
     out, err = run(*words, "--form", "question")
     assert "max_new_tokens" in out
     assert "questions and answers" in err
+
+
+@pytest.mark.parametrize("option", [("--metrics", "bleu"), ("--instruction", "Go on.")])
+def test_texts_alone_are_not_generated(option: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "one two"}\n')
+    with pytest.raises(ConfigError, match=option[0]):
+        call("evaluate", "--data", str(tmp_path / "texts.jsonl"), *option)

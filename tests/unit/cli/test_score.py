@@ -210,6 +210,13 @@ def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         run(*options, write(tmp_path / "short.txt", "O\n"))
 
 
+def test_options_for_texts_are_refused_for_labels(tmp_path: Path):
+    labels = write(tmp_path / "labels.jsonl", '{"text": "good", "label": "yes"}\n')
+    outputs = write(tmp_path / "outputs.txt", "yes\n")
+    with pytest.raises(ConfigError, match="--against"):
+        run("--hypotheses", outputs, "--references", labels, "--against", outputs)
+
+
 def test_outputs_may_be_of_all_entries_also_of_those_without_a_good_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -192,6 +192,12 @@ def _read_examples(
     examples = examples[: options.limit or None]
     if form is not None:
         console.info(describe_data(form, examples, options.data, first_row))
+        given = [options.flag(name) for name in ("metrics", "shots", "instruction") if getattr(options, name)]
+        if form.name == "text" and given:
+            raise ConfigError(
+                f"{', '.join(given)}: not for texts alone, whose perplexity is measured.",
+                hint="leave it out, or name a source and a target (--source, --target).",
+            )
     check_examples(examples, TASKS[name].protocol)
     return name, columns, examples
 

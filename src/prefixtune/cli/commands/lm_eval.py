@@ -13,7 +13,7 @@ from prefixtune.cli.common import print_json
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_with_prefixes
 from prefixtune.cli.options import OutputOptions, command, json_option
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
@@ -149,13 +149,17 @@ def lm_eval(options: LmEvalOptions) -> int:
         tracker.save_results_aggregated(results=results, samples=samples or None)
         for task, rows in samples.items():
             tracker.save_results_samples(task_name=task, samples=rows)
-        console.info(f"lm-eval's files: {options.output}")
     if options.as_json:
         print_json(json.loads(json.dumps(results, default=handle_non_serializable)))
     else:
         print(make_table(results))
         if results.get("groups"):
             print(make_table(results, "groups"))
+    if options.output:
+        # lm-eval itself goes on without files that it cannot write.
+        if not any(Path(options.output).rglob(f"results_{tracker.date_id}.json")):
+            raise PrefixError(f"lm-eval could not write into {options.output!r}.", hint="choose another folder.")
+        console.info(f"lm-eval's files: {options.output}")
     return 0
 
 

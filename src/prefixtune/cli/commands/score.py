@@ -23,6 +23,7 @@ __all__ = ["score"]
 
 _LEVEL = 0.95
 _LABEL_METRICS = {"classification": ("accuracy", "macro_f1"), "tagging": ("span_f1", "accuracy")}
+_FOR_TEXTS = ("against", "intervals", "protocol", "samples", "seed")
 
 
 class ScoreOptions(CommandOptions):
@@ -92,6 +93,10 @@ def score(options: ScoreOptions) -> int:
     if kind == "generation":
         result = _score_texts(options, examples, systems)
     else:
+        given = [name for name in _FOR_TEXTS if getattr(options, name) != options.default(name)]
+        if given:
+            flags = ", ".join(map(options.flag, given))
+            raise ConfigError(f"{flags}: for texts, but the task {options.task!r} is {kind}.", hint="leave it out.")
         result = _score_labels(options, examples, systems[0], kind)
     result.update(num_examples=len(examples), task=options.task)
     for name, reason in result.get("left_out", {}).items():
