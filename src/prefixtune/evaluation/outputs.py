@@ -1,7 +1,8 @@
-"""The outputs of any system, read from a file: plain lines, or JSON lines (`.jsonl`) with the key `output`."""
+"""The outputs of any system, read from a file: plain lines, or JSON lines with the key `output`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ class Output(NamedTuple):
 
 
 def read_outputs(path: Path) -> list[Output]:
-    """The outputs of a file: its lines, also blank ones, or of `.jsonl` (or standard input) the values of `output`.
+    """The outputs of a file: its lines, also blank ones, or of JSON lines the values of `output`.
 
     Raises:
         DataError: It cannot be read, or a row has no output.
@@ -39,8 +40,12 @@ def read_outputs(path: Path) -> list[Output]:
         text = whole_text(file, shown(path), MAX_FILE_BYTES)
     if not text:
         raise empty_file(path, "one output")
-    if path.name.lower().removesuffix(".gz").endswith(".jsonl") or text.lstrip().startswith('{"output":'):
-        return [_as_output(row) for row in json_lines(text.split("\n"), shown(path))]
+    if path.name.lower().removesuffix(".gz").endswith(".jsonl") or _is_row(text.lstrip().partition("\n")[0]):
+        rows = list(json_lines(text.split("\n"), shown(path)))
+        if all(type(values.get("number")) is int for _, values in rows):
+            # An evaluation decodes by length, and writes `decoded.jsonl` in that order.
+            rows.sort(key=lambda row: row[1]["number"])
+        return [_as_output(row) for row in rows]
     # Only "\n" ends a line; the one after the last line adds no empty output.
     return [Output(line.removesuffix("\r")) for line in text.removesuffix("\n").split("\n")]
 
@@ -58,6 +63,14 @@ def check_sources(outputs: Sequence[Output], examples: Sequence[Example]) -> Non
                 f"the references has {short_repr(example.source)}.",
                 hint="name the references that these outputs are for; or leave out the key 'source', if they are.",
             )
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line is a JSON object with an output."""
+    try:
+        return line.startswith("{") and "output" in json.loads(line)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _as_output(row: LocatedRow) -> Output:

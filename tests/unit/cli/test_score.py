@@ -87,6 +87,10 @@ def test_json_lines_on_standard_input(
     wanted = run_json(capsys, *options, "--hypotheses", hypotheses)
     monkeypatch.setattr(sys, "stdin", io.StringIO(as_lines([{"output": text} for text in OUTPUTS])))
     assert run_json(capsys, *options, "--hypotheses=-") == wanted
+    # As evaluations write them.
+    rows = [{"number": number, "output": text} for number, text in enumerate(OUTPUTS)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(as_lines([rows[2], rows[0], rows[1]])))
+    assert run_json(capsys, *options, "--hypotheses=-") == wanted
 
 
 def test_texts_that_are_json_are_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
