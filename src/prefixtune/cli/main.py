@@ -78,7 +78,7 @@ _MODULES = {
     "cut": "compose",
 }
 """Commands whose module has another name."""
-_RESUMABLE = ("distill", "evaluate", "length", "lm-eval", "train")
+_RESUMABLE = ("distill", "evaluate", "length", "train")
 _GO_ON = "what was stored is kept: the same command goes on, with --resume if it has that option."
 _LESS_MEMORY = (
     "lower what the command has of --batch-size, --max-length, --decode-batch and --max-new-tokens; train with "

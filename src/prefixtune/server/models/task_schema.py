@@ -21,7 +21,7 @@ __all__ = ["FieldKind", "TaskField", "TaskSchema", "task_decoding", "task_schema
 
 
 _WHERE = "the request"
-_SUMMARIZATION_TASKS = ("summarization", "xsum", "scitldr")
+_SUMMARIZATION_TASKS = ("summarization", "scitldr")
 
 FieldKind = Literal["line", "text", "attributes", "triples"]
 """How a page asks for a field: one line, a longer text, a meaning representation, or triples."""
