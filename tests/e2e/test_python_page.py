@@ -41,7 +41,7 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 8
     for block in blocks:
         short = block.replace("max_steps=20", "max_steps=2").replace("max_new_tokens=24", "max_new_tokens=4")
         exec(compile(short, str(PAGE), "exec"), names)

@@ -48,6 +48,7 @@ __all__ = [
 _WRITTEN = ("data_folder", "figures", "output", "outputs", "prefixes")
 """Fields that name what is written: one with `~` in front would be made, and not be missing as an input is."""
 _MOST_FAULTS = 50
+_MOST_CHARACTERS = 2**20
 
 _T = TypeVar("_T")
 _PartT = TypeVar("_PartT", bound="Config")
@@ -176,7 +177,10 @@ def _read_file(path: Path) -> dict[str, Any]:
 
     is_yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise ValueError(f"it has more than {_MOST_CHARACTERS:,} characters")
         values = yaml.safe_load(text) if is_yaml else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(
