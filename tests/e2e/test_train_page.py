@@ -350,6 +350,7 @@ def test_what_the_server_refuses_is_said(page: Browser) -> None:
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_never_wider_than_the_window(browser: Browser, server: LiveServer, width: int) -> None:
     page = open_page(browser, server, width=width)
+    start(page, f"wide{width}")
     give(page, f"{'long' * 30}.md", f"{'word' * 50} " * 20)
     page.until("!document.getElementById('start').disabled", SECONDS)
     page.value("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
