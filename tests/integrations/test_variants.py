@@ -123,10 +123,10 @@ def test_a_run_goes_on_as_quantized_as_it_began(folder: Path, tmp_path: Path) ->
     options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "output": str(tmp_path / "run"), "max_steps": 1}
     rounded = load_backbone(folder, device="cpu", quantize="int8")
     pt.train(TrainConfig(**options), backbone=rounded, examples=EXAMPLES)
-    longer = {"resume": True, "output": options["output"], "max_steps": 2, "examples": EXAMPLES}
-    with pytest.raises(ConfigError, match="was quantized, but not now"):
-        pt.train(**longer)
-    assert pt.train(**longer, backbone=load_backbone(folder, device="cpu", quantize="int8")).events
+    again = {"resume": True, "output": options["output"], "examples": EXAMPLES}
+    with pytest.raises(ConfigError, match="quantize"):
+        pt.train(**again)
+    assert pt.train(**again, backbone=load_backbone(folder, device="cpu", quantize="int8")).events
 
 
 def test_a_prefix_and_an_adapter_train_together(
