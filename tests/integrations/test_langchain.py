@@ -68,5 +68,5 @@ def test_langchain_completes_and_chats_whole_and_in_pieces(
     assert len(chunks) > 10
     assert "".join(chunk.content for chunk in chunks) == said
     assert [chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata] == [20]
-    with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
+    with pytest.raises(openai.BadRequestError, match="tools"):
         talker.bind(tools=[{"type": "function", "function": {"name": "f"}}]).invoke(messages)
