@@ -44,7 +44,7 @@ METRICS_FILE = "step_metrics.csv"
 """What the file of a job's metrics is called, as OpenAI calls it."""
 _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "seconds")
 _LOCK_SECONDS = 30.0
-"""Nobody has the folder's lock for longer than an upload takes to reach the disk; whoever does not get it is paused."""
+"""An upload holds the lock of the folder until it is on the disk. A job that does not get it in time is paused."""
 
 
 def publish(
