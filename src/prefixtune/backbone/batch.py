@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from prefixtune.attention.packing import Packing
 from prefixtune.backbone.soft_labels import SoftLabels
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "send"]
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,48 @@ class Batch:
         ids = self.input_ids if self.decoder_input_ids is None else self.decoder_input_ids
         return int(ids.shape[1])
 
-    def inputs(self, device: torch.device) -> dict[str, Any]:
-        """The arguments of `Backbone.forward`, on a device."""
+    def inputs(self, device: torch.device, **more: Tensor) -> dict[str, Any]:
+        """The arguments of `Backbone.forward`, on a device; further tensors go along in the same transfer."""
         names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "source_rows")
-        given = {name: getattr(self, name) for name in names}
-        tensors = {name: value.to(device) for name, value in given.items() if value is not None}
-        return {**tensors, "packing": self.packing, **({} if self.hidden is None else {"hidden": self.hidden})}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        hidden = {} if self.hidden is None else {"hidden": self.hidden}
+        return {**send({**given, **more}, device), "packing": self.packing, **hidden}
 
-    def weights(self, reduction: str, num_targets: int, num_tokens: int) -> Float[Tensor, " N"]:
+    def weights(
+        self, reduction: str, num_targets: int, num_tokens: int, device: torch.device | None = None
+    ) -> Float[Tensor, " N"]:
         """Each label's weight in the loss.
 
         Args:
             reduction: `sentence`: a target's losses are summed, and targets averaged; `token`: tokens are averaged.
             num_targets: Targets of the whole optimizer step.
             num_tokens: Labels of the whole optimizer step.
+            device: Where the weights are to be; None: where torch makes tensors.
         """
         total = num_targets if reduction == "sentence" else num_tokens
-        return torch.full((len(self.labels),), 1.0 / total)
+        return torch.full((len(self.labels),), 1.0 / total, device=device)
+
+
+def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors on a device; on a GPU in one transfer from pinned memory, for which nothing waits."""
+    if device.type != "cuda" or all(tensor.device == device for tensor in tensors.values()):
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return _split(_join(tensors.values()).pin_memory().to(device, non_blocking=True), tensors)
+
+
+def _by_size(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of the largest elements first, so that each begins where its elements may."""
+    return sorted(tensors, key=lambda tensor: -tensor.element_size())
+
+
+def _join(tensors: Iterable[Tensor]) -> UInt8[Tensor, " _N"]:
+    """The bytes of all tensors."""
+    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in _by_size(tensors)])
+
+
+def _split(joined: UInt8[Tensor, " _N"], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `_join` made one of, as views of it."""
+    ordered = _by_size(tensors.values())
+    pieces = joined.split([tensor.numel() * tensor.element_size() for tensor in ordered])
+    made = {id(like): piece.view(like.dtype).view(like.shape) for like, piece in zip(ordered, pieces, strict=True)}
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}

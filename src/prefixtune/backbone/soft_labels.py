@@ -12,19 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["TOP_K", "SoftLabels", "soft_losses"]
+__all__ = ["TOP_K", "SoftLabels"]
 
 
 TOP_K = 20
 """How many of the teacher's tokens are kept for a label."""
-_ROWS = 16
-"""Rows converted to float32 at a time, as in `backbone.loss`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,44 +82,25 @@ class SoftLabels:
         """On a device."""
         return SoftLabels(self.ids.to(device), self.log_probs.to(device))
 
+    def losses(self, logits: Float[Tensor, "N V"], rows: slice, slopes: Tensor | None) -> Float[Tensor, " _N"]:
+        """The divergence of some rows from the student's logits there, in nats.
 
-class _SoftLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+        Args:
+            logits: The student's, one row per label.
+            rows: Which.
+            slopes: Where the gradient by the logits goes; None: it is not wanted.
+        """
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        losses = torch.empty(len(ids), dtype=dtype, device=logits.device)
-        # Kept in the logits' dtype, as in `backbone.loss`; the logits themselves are not.
-        slopes = torch.empty_like(logits) if context.needs_input_grad[0] else None
-        for first in range(0, len(ids), _ROWS):
-            rows = slice(first, first + _ROWS)
-            chosen, wanted = ids[rows].long(), log_probs[rows].to(dtype)
-            logarithms = torch.log_softmax(logits[rows], dim=-1, dtype=dtype)
-            # A certain label fills its row's other places with itself: log q of the others must not count it.
-            rest = logarithms.scatter(1, chosen, -torch.inf).logsumexp(dim=-1, keepdim=True)
-            student = torch.cat([logarithms.gather(1, chosen), rest], dim=1)
-            probabilities = wanted.exp()
-            losses[rows] = torch.where(probabilities != 0, probabilities * (wanted - student), 0.0).sum(dim=1)
-            if slopes is not None:
-                # d KL / d logit_j: q_j - p_j for a kept token; q_j (1 - p_rest / q_rest) for any other.
-                share = torch.where(probabilities[:, -1:] > 0, (wanted[:, -1:] - rest).exp(), 0.0)
-                student_probs = logarithms.exp()
-                kept = student_probs.gather(1, chosen) * share - probabilities[:, :-1]
-                slopes[rows] = (student_probs * (1 - share)).scatter_add_(1, chosen, kept)
-        context.save_for_backward(slopes)
-        return losses
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (slopes,) = context.saved_tensors
-        return slopes * gradients[0][:, None].to(slopes.dtype), None, None
-
-
-def soft_losses(logits: Float[Tensor, "N V"], labels: SoftLabels) -> Float[Tensor, " N"]:
-    """The divergence of each label's distribution from the student's, in nats, in float32 (float64 stays).
-
-    Args:
-        logits: The student's, one row per label.
-        labels: The teacher's, on the same device.
-    """
-    losses: Tensor = _SoftLosses.apply(logits, labels.ids, labels.log_probs)  # type: ignore[no-untyped-call]
-    return losses
+        chosen, wanted = self.ids[rows].long(), self.log_probs[rows].to(dtype)
+        logarithms = torch.log_softmax(logits[rows], dim=-1, dtype=dtype)
+        # A certain label fills its row's other places with itself: log q of the others must not count it.
+        rest = logarithms.scatter(1, chosen, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        student = torch.cat([logarithms.gather(1, chosen), rest], dim=1)
+        probabilities = wanted.exp()
+        if slopes is not None:
+            # d KL / d logit_j: q_j - p_j for a kept token; q_j (1 - p_rest / q_rest) for any other.
+            share = torch.where(probabilities[:, -1:] > 0, (wanted[:, -1:] - rest).exp(), 0.0)
+            student_probs = logarithms.exp()
+            kept = student_probs.gather(1, chosen) * share - probabilities[:, :-1]
+            slopes[rows] = (student_probs * (1 - share)).scatter_add_(1, chosen, kept)
+        return torch.where(probabilities != 0, probabilities * (wanted - student), 0.0).sum(dim=1)

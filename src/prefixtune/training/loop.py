@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class PendingStep:
         num_tokens: Labels of the step, in all processes.
         join: Puts what stands beside in this step around the prefix, in each of some lengths.
         scale: What gradients are computed larger by, so that none is too small for float16; `apply` divides by it.
-        loss: The loss of this process's part; `apply` sums it over the processes.
+        losses: Of this process's batches, where they were computed: nothing waits for them until `apply`.
     """
 
     started: float
@@ -130,7 +130,12 @@ class PendingStep:
     num_tokens: int
     join: Callable[[Sequence[Prefix]], list[Prefix]] = list
     scale: float = 1.0
-    loss: float = 0.0
+    losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """The loss of this process's part."""
+        return float(sum(torch.stack(self.losses).tolist())) if self.losses else 0.0
 
     def prefixes(self, index: int) -> list[Prefix | None]:
         """What is in front of the rows of a batch: one prefix, or as many as its packing counts through."""
@@ -141,7 +146,7 @@ class PendingStep:
 
     def reset(self) -> None:
         """Forget what a pass that failed has computed."""
-        self.loss = 0.0
+        self.losses.clear()
         for tensor in [] if self.prefix_leaf is None else self.prefix_leaf.stored_tensors():
             tensor.grad = None
 
@@ -154,18 +159,20 @@ def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
         prefixes = [prefix for step in active for prefix in step.prefixes(index)]
         batch = batches[0] if len(active) == 1 else join(batches)
         losses = batch_loss(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
-        weights = [step.weights[index].to(losses.device) for step in active]
+        weights = [step.weights[index] for step in active]
         weighted = losses * torch.cat(weights)
         sums = [part.sum() for part in weighted.split([len(part) for part in weights])]
         torch.stack([part * step.scale for step, part in zip(active, sums, strict=True)]).sum().backward()
         for step, part in zip(active, sums, strict=True):
-            step.loss += float(part.detach())
+            step.losses.append(part.detach())
 
 
 def _gradient_scale(dtype: torch.dtype, weights: Sequence[Tensor]) -> float:
     """A power of two that brings the largest weight of a label in the loss near 1, where they are float16's."""
+    if dtype != torch.float16:
+        return 1.0
     largest = max((float(part.max()) for part in weights), default=0.0)
-    if dtype != torch.float16 or not 0 < largest < 1:
+    if not 0 < largest < 1:
         return 1.0
     return float(2 ** math.floor(-math.log2(largest)))
 
@@ -356,7 +363,7 @@ class TrainLoop:
         # Every row's gradient gathers at the leaf; then it flows back through the encoder once.
         prefix = None if self.encoder is None else self.encoder()
         weights = [
-            batch.weights(self.config.loss_reduction, num_targets, num_tokens) * float(counts)
+            batch.weights(self.config.loss_reduction, num_targets, num_tokens, self.backbone.device) * float(counts)
             for batch, counts in batches
         ]
         return PendingStep(
@@ -387,14 +394,14 @@ class TrainLoop:
         Raises:
             TrainingError: Loss or gradient is not finite; no parameter was moved.
         """
-        step.loss, stops = self.processes.all_reduce(step.loss, float(stop.is_set()))
+        loss, stops = self.processes.all_reduce(step.loss, float(stop.is_set()))
         if stops:
             self.stopped = True
             stop.set()
         norm = self._backward_through_encoder(step)
-        if not (math.isfinite(step.loss) and math.isfinite(norm)):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"the loss is {step.loss} and the gradient's norm {norm} at step {self.state.step + 1}; the state of "
+                f"the loss is {loss} and the gradient's norm {norm} at step {self.state.step + 1}; the state of "
                 f"the last good save is kept in {str(Path(self.config.output))!r}.",
                 hint="start again in another --output with a lower learning rate "
                 f"(now {self.config.peak_learning_rate:g}), or with --dtype float32.",
@@ -408,8 +415,8 @@ class TrainLoop:
         return {
             "event": "step",
             "step": self.state.step,
-            "loss": step.loss,
-            "loss_per_token": step.loss * per_token,
+            "loss": loss,
+            "loss_per_token": loss * per_token,
             "lr": rate,
             "grad_norm": norm,
             "target_tokens": step.num_tokens,
