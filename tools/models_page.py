@@ -40,16 +40,16 @@ KINDS = {
 
 INTRODUCTION = """# Models
 
-Which types of model carry a prefix. Each row is a tiny model of that type with random weights, examined with the checks
-of `prefixtune doctor`: the prefix reaches every attention layer and gets a gradient there; padding, batching and
-caching change no number; generation uses the prefix.
+Which types of model carry a prefix. Each row is a tiny model of that type with random weights, examined with the five
+comparisons of `prefixtune doctor` (a gradient reaches every layer's prefix; injected = prefilled; padded = alone;
+packed = alone; cached = recomputed), and by generating from it.
 
 | verdict | meaning |
 |---|---|
-| works | every check passes |
-| works, but | every check passes; the note says what is missing or done in another way |
+| works | every comparison passes |
+| works, but | every comparison passes; the note says what is missing or done in another way |
 | refused | a prefix would not reach its attention correctly: loading stops with the message in the note |
-| wrong, traceback | a check fails, or loading stops with an unexpected error: a fault of this project |
+| wrong, traceback | a comparison fails, or an unexpected error stops it: a fault of this project |
 | not built | no tiny model of it could be made; the self-check decides when one is loaded |
 | absent | the installed transformers has no such type |
 
@@ -63,11 +63,11 @@ than the model's original length, 4,096 positions. A prefix is used with texts u
 included, and this is also the limit of the engine and of `prefixtune serve`, with and without a prefix. The bare
 model takes longer texts in `generate`; elsewhere a batch with texts on both sides of the limit is refused.
 
-A model gets a quick self-check when it is first loaded: cached decoding with a prefix is compared with full
-recomputation, and a gradient must reach every layer's prefix. It takes about eight calls on a few tokens. A pass is
-stored in the cache folder (`$PREFIXTUNE_HOME`) for this type, configuration, dtype, device, attention kernel and these
-versions; a model that fails is refused with the reason. `PREFIXTUNE_SELF_CHECK=0` turns the check off, for users who
-have checked the model with `prefixtune doctor`."""
+The same five comparisons are made when a type of model is first loaded, on a few tokens and in float32 (a model of more
+than two billion parameters in half precision, a quantized one, and one that is spread over devices: in its own dtype,
+with a wider tolerance). A pass is stored in the cache folder (`$PREFIXTUNE_HOME`) for this type, configuration, device,
+attention kernel and these versions; a model that fails is refused with the differences. `PREFIXTUNE_SELF_CHECK=0` turns
+the check off; `prefixtune doctor` shows the differences and their tolerances."""
 
 
 def models_page(results: Sequence[Result]) -> str:

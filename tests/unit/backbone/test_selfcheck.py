@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
-from prefixtune.attention.injection import Injection, batch_prefixes
-from prefixtune.attention.registry import ATTENTION
 from prefixtune.backbone import selfcheck
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.examine import examine
 from prefixtune.errors import BackboneError
-from tiny_config import tiny_config
-from zoo import make_model, random_model
+from zoo import make_model
 
 Make = Callable[..., Any]
 
@@ -40,24 +34,13 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The model types that were compared."""
     compared: list[str] = []
-    compare = selfcheck.compare
 
     def watched(model: Any, layout: Any) -> Any:
         compared.append(model.config.model_type)
-        return compare(model, layout)
+        return examine(model, layout)
 
-    monkeypatch.setattr(selfcheck, "compare", watched)
+    monkeypatch.setattr(selfcheck, "examine", watched)
     return compared
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bart", "t5", "bert", "modernbert"])
-def test_sound_models_pass_quickly(name: str, tiny_models: Make) -> None:
-    backbone = Backbone.from_model(tiny_models(name), None, name)
-    began = time.monotonic()
-    found = selfcheck.compare(backbone.model, backbone.layout)
-    assert time.monotonic() - began < 5
-    assert found.passed
-    assert found.difference < 1e-4 < found.effect
 
 
 def test_a_type_is_checked_once(cache: Path, runs: list[str], tiny_models: Make) -> None:
@@ -67,21 +50,23 @@ def test_a_type_is_checked_once(cache: Path, runs: list[str], tiny_models: Make)
     (note,) = (cache / "checked").iterdir()
     facts = json.loads(note.read_text())
     assert facts["model_type"] == "gpt2"
-    assert {"transformers", "torch", "prefixtune", "attention", "dtype", "device"} <= facts.keys()
+    assert {"transformers", "torch", "prefixtune", "attention", "device"} <= facts.keys()
 
 
 def test_what_matters_is_checked_anew(cache: Path, runs: list[str], tiny_models: Make) -> None:
     Backbone.from_model(tiny_models("llama"), None, "llama")
-    Backbone.from_model(tiny_models("llama").to(torch.bfloat16), None, "llama")
     Backbone.from_model(tiny_models("llama"), None, "llama", attention="eager")
     Backbone.from_model(tiny_models("llama", num_hidden_layers=2), None, "llama")
     Backbone.from_model(tiny_models("llama", seed=1), None, "llama")
-    assert runs == ["llama"] * 4
+    Backbone.from_model(tiny_models("llama").to(torch.bfloat16), None, "llama")
+    assert runs == ["llama"] * 3
 
 
 def test_it_can_be_turned_off(cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(selfcheck.SWITCH, "0")
     Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
+    monkeypatch.delenv(selfcheck.SWITCH)
+    Backbone.from_model(tiny_models("gpt2"), None, "gpt2", self_check=False)
     assert not runs
 
 
@@ -105,35 +90,10 @@ def test_a_cache_that_drops_the_prefix_is_refused_each_time(
 
     replace_everywhere(monkeypatch, prefilled_cache, wrong)
     for _ in range(2):
-        with pytest.raises(BackboneError, match=r"'llama'.* cached decoding in a padded batch differs") as error:
+        with pytest.raises(BackboneError, match=r"'llama'.*cached = recomputed") as error:
             Backbone.from_model(tiny_models("llama"), None, "llama")
     assert f"{selfcheck.SWITCH}=0" in error.value.hint
     assert not (cache / "checked").exists()
-
-
-def test_a_cache_that_keeps_the_values_of_texts_alone_is_seen(tiny_tokenizer: Any) -> None:
-    """DiffLlama attends to each half of the cached values, repeated, as a text's prefix is; a trained one is not."""
-    backbone = Backbone.from_model(make_model("llama", tiny_tokenizer), tiny_tokenizer, "llama")
-    model = random_model(transformers.AutoModelForCausalLM, tiny_config("diffllama", tiny_tokenizer))
-    layers = {layer.self_attn: ("decoder", index) for index, layer in enumerate(model.model.layers)}
-    layout = replace(backbone.layout, layer_of=layers)
-    model.set_attn_implementation(ATTENTION)
-    assert not selfcheck.compare(model, layout).passed
-    checks = examine(Backbone(model, tiny_tokenizer, "diffllama", layout, "unknown"))
-    assert "injected = prefilled" in [check.name for check in checks if not check.passed]
-
-
-def test_a_prefix_without_gradient_is_refused(cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = batch_prefixes
-
-    def cut(*args: Any) -> Any:
-        made = stack(*args)
-        layers = {site: [(k.detach(), v.detach()) for k, v in pairs] for site, pairs in made.layers.items()}
-        return Injection(made.layer_of, layers, made.prefix_mask)
-
-    replace_everywhere(monkeypatch, batch_prefixes, cut)
-    with pytest.raises(BackboneError, match="no gradient reaches it"):
-        Backbone.from_model(tiny_models("bert"), None, "bert")
 
 
 # --- types that ended in tracebacks or wrong numbers -----------------------------------------------------------------
@@ -169,7 +129,7 @@ def test_a_decoder_without_a_head_is_refused(tiny_models: Make) -> None:
 )
 def test_deberta_carries_prefixes(name: str, changes: dict[str, Any], enclosing_tokenizer: Any) -> None:
     backbone = Backbone.from_model(make_model(name, enclosing_tokenizer, **changes), enclosing_tokenizer, name)
-    assert [check.detail for check in examine(backbone) if not check.passed] == []
+    assert [str(one) for one in examine(backbone.model, backbone.layout) if not one.passed] == []
 
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2"])

@@ -1,140 +1,372 @@
-"""All checks pass on sound backbones; what is left out, reported and restored."""
+"""The five comparisons: sound models pass all that apply to them, and faults are found by those that should."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface
 
-from doctor_checks import (
-    ALL,
-    CHECKPOINTING,
-    GENERATION,
-    GREEDY,
-    LAYERS,
-    LOADING,
-    OF_DECODERS_ONLY,
-    OF_GENERATION,
-    OWN,
-    PACKING,
-    ROUTES,
-    WINDOW,
-    failed,
-    make_barely_moved_model,
-    passing,
-)
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
+from prefixtune.attention.forward import forward_with_prefixes
+from prefixtune.attention.injection import Injection, batch_prefixes, current_injection
+from prefixtune.attention.kernels import packed_attention
+from prefixtune.attention.masks import cached_prefix_slots, extend_mask
+from prefixtune.attention.packing import Group, Packing
+from prefixtune.attention.registry import ATTENTION, attend
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.doctor import examine as examine_module
 from prefixtune.doctor.examine import examine
-from prefixtune.errors import BackboneError, ConfigError
-from zoo import make_model
+from tiny_config import tiny_config
+from zoo import make_model, random_model
 
 Make = Callable[..., Any]
+
+GRADIENT = "a gradient reaches every layer's prefix"
+PREFILLED = "injected = prefilled"
+PADDED = "padded = alone"
+PACKED = "packed = alone"
+CACHED = "cached = recomputed"
+ALL = [GRADIENT, PREFILLED, PADDED, PACKED, CACHED]
+
+
+def failed(backbone: Any) -> set[str]:
+    """The names of the comparisons that fail."""
+    return {found.name for found in examine(backbone.model, backbone.layout) if not found.passed}
+
+
+def patch_attention(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
+    """Register another attention function under this project's name, for the length of a test."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION, function)
+
+
+def attend_changed_at(site: str, change: Callable[[dict[str, Any]], None]) -> Callable[..., Any]:
+    """The attention function, with the arguments changed at one site; packed rows are left alone."""
+
+    def patched(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        # In steps with a cache the prefix travels beside the call.
+        injection = kwargs.get("prefix_injection") or current_injection.get()
+        arguments = {"query": query, "key": key, "value": value, "attention_mask": mask, **kwargs}
+        if injection is not None and injection.packing is None and injection.layer_of.get(module, ("",))[0] == site:
+            change(arguments)
+        return attend(module, **arguments)
+
+    return patched
+
+
+def drop_prefix(arguments: dict[str, Any]) -> None:
+    injection = arguments.get("prefix_injection")
+    if injection is None or injection.recorded_kv is None:
+        arguments["prefix_injection"] = Injection({})
+
+
+def see_everything(arguments: dict[str, Any]) -> None:
+    arguments["attention_mask"] = torch.ones(
+        1, 1, arguments["query"].shape[2], arguments["key"].shape[2], dtype=torch.bool
+    )
+
+
+# --- sound models ----------------------------------------------------------------------------------------------------
 
 
 # tests/unit/tools/test_models_page.py examines every type.
 @pytest.mark.parametrize(
     ("name", "left_out"),
     [
-        ("llama", {WINDOW}),
+        ("llama", set()),
         ("mistral", set()),
-        ("t5", OF_DECODERS_ONLY | {WINDOW}),
-        ("bert", OF_DECODERS_ONLY | OF_GENERATION | {WINDOW}),
-        ("modernbert", OF_DECODERS_ONLY | OF_GENERATION),
-    ],
-)
-def test_every_kind_passes(name: str, left_out: set[str], tiny_backbone: Make) -> None:
-    assert passing(tiny_backbone(name)) == [name for name in ALL if name not in left_out]
-
-
-@pytest.mark.parametrize(
-    ("name", "left_out"),
-    [
-        ("deepseek_v3", {ROUTES, WINDOW}),  # generation injects
-        ("lfm2", {ROUTES, PACKING, WINDOW}),  # rows are padded besides
-        ("stablelm", {CHECKPOINTING, WINDOW}),  # the prefix travels beside the call
+        ("deepseek_v3", {PREFILLED}),  # generation injects
+        ("lfm2", {PREFILLED, PACKED}),  # rows are padded besides
+        ("stablelm", set()),  # the prefix travels beside the call
         ("gemma3n_text", set()),  # layers share a prefix
+        ("bart", {PREFILLED}),
+        ("t5", {PREFILLED}),
+        ("longt5-local", {PREFILLED, PACKED}),  # the encoder attends through code of its own
+        ("bert", {PREFILLED, PACKED, CACHED}),
+        ("modernbert", {PREFILLED, PACKED, CACHED}),
     ],
 )
-def test_peculiar_decoders_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -> None:
+def test_sound_models_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -> None:
     backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
-    assert passing(backbone) == [n for n in ALL if n not in left_out]
+    found = examine(backbone.model, backbone.layout)
+    assert [one.name for one in found] == [one for one in ALL if one not in left_out]
+    assert all(one.passed and one.difference < 1e-4 and not one.error for one in found)
 
 
 @pytest.mark.parametrize(
-    ("name", "left_out"),
-    [
-        ("t5gemma", {PACKING}),  # windows in encoder and decoder
-        ("longt5-local", {PACKING, WINDOW, CHECKPOINTING}),  # the encoder attends through code of its own
-    ],
+    ("name", "dtype"), [("gpt2", torch.float16), *((name, torch.bfloat16) for name in ("mistral", "t5", "bert"))]
 )
-def test_peculiar_encoder_decoders_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -> None:
-    backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
-    assert passing(backbone) == [n for n in ALL if n not in left_out | OF_DECODERS_ONLY]
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("gpt2", torch.float16), *((name, torch.bfloat16) for name in ("mistral", "bart", "bert"))]
-)
-def test_half_precision_passes(name: str, dtype: torch.dtype, tiny_models: Make, tiny_tokenizer: Any) -> None:
-    checks = examine(Backbone.from_model(tiny_models(name).to(dtype), tiny_tokenizer, name))
-    assert [c for c in checks if not c.passed] == []
-    assert OWN not in [c.name for c in checks]
-
-
-def test_other_lengths_and_seeds_pass(tiny_backbone: Make) -> None:
-    assert failed(tiny_backbone("llama"), prefix_length=1, seed=1) == {}
-
-
-def test_small_weights_are_met_with_stronger_prefixes(tiny_models: Make, tiny_tokenizer: Any) -> None:
-    model = tiny_models("llama")
-    for name, parameter in model.named_parameters():
-        if "o_proj" in name:
-            parameter.data.mul_(1e-3)
-    checks = examine(Backbone.from_model(model, tiny_tokenizer, "weak"))
-    assert [c for c in checks if not c.passed] == []
-    assert "strength 1)" not in next(c.detail for c in checks if c.name == LAYERS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["Bart", "Pegasus"])
-def test_sound_models_whose_logits_hardly_move_pass(name: str, dtype: torch.dtype, tiny_tokenizer: Any) -> None:
-    backbone = Backbone.from_model(make_barely_moved_model(name).to(dtype), tiny_tokenizer, name)
-    assert LAYERS in passing(backbone)
+def test_half_precision_is_examined_in_float32(
+    name: str, dtype: torch.dtype, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.from_model(tiny_models(name).to(dtype), None, name)
+    before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in backbone.model.state_dict().items()}
+    assert all(one.difference < 1e-4 for one in examine(backbone.model, backbone.layout))
+    after = backbone.model.state_dict()
+    assert all(after[key].data_ptr() == where for key, (where, _) in before.items())
+    assert all(torch.equal(after[key], tensor) for key, (_, tensor) in before.items())
+    # Without the memory for it, in its own dtype.
+    monkeypatch.setattr(examine_module, "_MOST_BYTES", 0)
+    found = examine(backbone.model, backbone.layout)
+    assert all(one.passed for one in found)
+    assert max(one.difference for one in found) > 1e-4
 
 
 def test_nothing_is_left_changed(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("llama")
+    weight = backbone.model.model.norm.weight.requires_grad_()
     torch.manual_seed(3)
     before = torch.get_rng_state()
     weights = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-    first = examine(backbone)
+    first = examine(backbone.model, backbone.layout)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.is_grad_enabled()
-    assert not backbone.model.training
+    assert weight.grad is None
     assert all(torch.equal(tensor, weights[name]) for name, tensor in backbone.model.state_dict().items())
-    assert examine(backbone) == first
-
-
-def test_works_where_gradients_are_off(tiny_backbone: Make) -> None:
     with torch.no_grad():
-        assert failed(tiny_backbone("gpt2")) == {}
+        assert examine(backbone.model, backbone.layout) == first
 
 
-@pytest.mark.parametrize(("name", "length"), [("gpt2", 0), ("gpt2", 135), ("bart", 159)])
-def test_a_length_that_leaves_no_room_is_refused(name: str, length: int, tiny_backbone: Make) -> None:
-    with pytest.raises(ConfigError, match="prefix_length"):
-        examine(tiny_backbone(name), prefix_length=length)
-
-
-def test_an_error_is_a_failed_check(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_a_failed_comparison(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **options: Any) -> Any:
-        raise BackboneError("no cache today.\nmore of it", hint="wait.")
+        raise ValueError("no cache today.\nmore of it")
 
+    backbone = tiny_backbone("gpt2")
     replace_everywhere(monkeypatch, prefilled_cache, broken)
-    faults = failed(tiny_backbone("gpt2"))
-    assert faults.keys() == {LOADING, ROUTES, GENERATION, GREEDY}
-    assert set(faults.values()) == {"BackboneError: no cache today."}
+    assert failed(backbone) == {PREFILLED, CACHED}
+    assert examine(backbone.model, backbone.layout)[1].error == "ValueError: no cache today."
+    monkeypatch.setattr(backbone.model, "forward", broken)
+    (found,) = examine(backbone.model, backbone.layout)
+    assert not found.passed
+
+
+# --- faults of attention ---------------------------------------------------------------------------------------------
+
+
+def barely_moved_model(tokenizer: Any) -> Any:
+    """An encoder-decoder as transformers makes it, whose encoder hardly matters to the logits."""
+    tokens = {f"{part}_token_id": getattr(tokenizer, f"{part}_token_id") for part in ("bos", "eos", "pad")}
+    sizes = {"encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 2}
+    more = {"vocab_size": len(tokenizer), "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    start = {"decoder_start_token_id": tokenizer.bos_token_id, "forced_eos_token_id": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(**tokens, **sizes, **more, **start))
+
+
+@pytest.mark.parametrize(("site", "number"), [("encoder", 2), ("decoder", 0), ("cross", 1)])
+def test_one_dead_layer_of_a_model_whose_logits_hardly_move(
+    site: str, number: int, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        injection = kwargs.get("prefix_injection") or current_injection.get()
+        if injection is not None and injection.layers and injection.layer_of[module] == (site, number):
+            kwargs["prefix_injection"] = Injection({})
+        return attend(module, *args, **kwargs)
+
+    backbone = Backbone.from_model(barely_moved_model(tiny_tokenizer), tiny_tokenizer, "bart")
+    assert failed(backbone) == set()
+    patch_attention(monkeypatch, patched)
+    assert GRADIENT in failed(backbone)
+
+
+def test_another_attention_function(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    backbone.model.set_attn_implementation("sdpa")
+    assert GRADIENT in failed(backbone)
+
+
+def test_one_layer_with_another_attention_function(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("llama")
+    layer = backbone.model.model.layers[1]
+    monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states), None))
+    assert GRADIENT in failed(backbone)
+
+
+def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = batch_prefixes
+
+    def detached(*args: Any) -> Any:
+        made = stack(*args)
+        # The last slot's keys of every layer get no gradient; the values all do.
+        layers = {
+            site: [(torch.cat([k[:, :, :-1], k[:, :, -1:].detach()], dim=2), v) for k, v in pairs]
+            for site, pairs in made.layers.items()
+        }
+        return replace(made, layers=layers)
+
+    replace_everywhere(monkeypatch, batch_prefixes, detached)
+    assert failed(tiny_backbone("gpt2")) == {GRADIENT}
+    assert failed(tiny_backbone("bert")) == {GRADIENT}
+
+
+def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packed_attention
+
+    def cut(packing: Any, site: str, prefix_kv_by_group: Any, *args: Any) -> Any:
+        detached = [None if kv is None else (kv[0].detach(), kv[1]) for kv in prefix_kv_by_group]
+        return packed(packing, site, detached, *args)
+
+    replace_everywhere(monkeypatch, packed_attention, cut)
+    assert failed(tiny_backbone("llama")) == {GRADIENT}
+    assert failed(tiny_backbone("t5")) == {GRADIENT}
+
+
+def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(arguments: dict[str, Any]) -> None:
+        if arguments["prefix_injection"] is not None and arguments["prefix_injection"].layers:
+            see_everything(arguments)
+
+    backbone = tiny_backbone("llama")
+    patch_attention(monkeypatch, attend_changed_at("decoder", lambda a: "prefix_injection" in a and change(a)))
+    assert {PREFILLED, PADDED, PACKED, CACHED} <= failed(backbone)
+
+
+@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
+def test_a_dead_site(site: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("t5")
+    patch_attention(monkeypatch, attend_changed_at(site, drop_prefix))
+    assert GRADIENT in failed(backbone)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_that_sees_the_future(name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone(name)
+    patch_attention(monkeypatch, attend_changed_at("decoder", see_everything))
+    assert {PADDED, PACKED, CACHED} <= failed(backbone)
+
+
+def test_a_relative_bias_that_is_shifted(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pad = nn.functional.pad
+
+    def shifted(tensor: torch.Tensor, sizes: tuple[int, ...], *args: Any, **options: Any) -> torch.Tensor:
+        return pad(tensor, sizes[::-1] if len(sizes) == 2 else sizes, *args, **options)
+
+    backbone = tiny_backbone("t5")
+    monkeypatch.setattr(torch.nn.functional, "pad", shifted)
+    assert {PADDED, CACHED} <= failed(backbone)
+
+
+# --- faults of batches -----------------------------------------------------------------------------------------------
+
+
+def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = extend_mask
+
+    def blind(mask: Any, visible: Any, prefix_length: int, key: Any, queries: int) -> Any:
+        return extend(mask, None, prefix_length, key, queries)
+
+    replace_everywhere(monkeypatch, extend_mask, blind)
+    assert failed(tiny_backbone("llama")) == {PADDED}
+
+
+def test_padded_text_that_is_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = forward_with_prefixes
+
+    def unmasked(model: Any, layout: Any, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return forward(model, layout, input_ids, None, **kwargs)
+
+    replace_everywhere(monkeypatch, forward_with_prefixes, unmasked)
+    assert failed(tiny_backbone("llama")) == {PADDED}
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("site", ["encoder", "cross"])
+def test_padded_sources_that_are_seen(
+    site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone(name)
+    patch_attention(monkeypatch, attend_changed_at(site, see_everything))
+    assert {PADDED, CACHED} <= failed(backbone)
+
+
+def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("bert")
+    patch_attention(monkeypatch, attend_changed_at("encoder", see_everything))
+    assert failed(backbone) == {PADDED}
+
+
+def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaky(self: Group, window: int | None = None) -> torch.Tensor:
+        count = self.stop - self.start
+        return torch.ones(count, count, dtype=torch.bool).tril()
+
+    monkeypatch.setattr(Group, "mask", leaky)
+    assert failed(tiny_backbone("llama")) == {PACKED}
+
+
+def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Packing.sizes
+
+    def turned(self: Packing, site: str) -> Any:
+        ours, theirs = sizes(self, site)
+        return (ours, theirs[::-1]) if site == "cross" else (ours, theirs)
+
+    monkeypatch.setattr(Packing, "sizes", turned)
+    assert failed(tiny_backbone("bart")) == {PACKED}
+
+
+# --- faults of caches ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_with_another_rows_prefix(
+    dtype: torch.dtype, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled = prefilled_cache
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        cache, visible = prefilled(*args, **options)
+        for layer in cache.layers:
+            if layer.is_initialized and layer.values.shape[0] > 1:
+                layer.values[-1] = layer.values[2]
+        return cache, visible
+
+    replace_everywhere(monkeypatch, prefilled_cache, wrong)
+    assert failed(Backbone.from_model(tiny_models("llama").to(dtype), None, "llama")) == {PREFILLED, CACHED}
+
+
+def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_everywhere(monkeypatch, cached_prefix_slots, lambda count: contextlib.nullcontext())
+    assert failed(tiny_backbone("mistral")) == {PREFILLED, CACHED}
+    assert failed(tiny_backbone("llama")) == set()
+
+
+def test_a_window_that_hides_the_prefix_injected(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = extend_mask
+
+    def windowed(mask: Any, visible: Any, prefix_length: int, key: Any, queries: int) -> Any:
+        whole = extend(mask, visible, prefix_length, key, queries)
+        columns = torch.arange(key.shape[2])[None, :]
+        rows = torch.arange(queries)[:, None] + prefix_length
+        return whole & (rows - columns < 4)
+
+    replace_everywhere(monkeypatch, extend_mask, windowed)
+    assert {PREFILLED, PACKED} <= failed(tiny_backbone("mistral"))
+
+
+def test_a_site_that_is_dead_in_generation_only(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(arguments: dict[str, Any]) -> None:
+        if "prefix_injection" not in arguments:
+            drop_prefix(arguments)
+
+    backbone = tiny_backbone("bart")
+    patch_attention(monkeypatch, attend_changed_at("cross", change))
+    assert failed(backbone) == {CACHED}
+
+
+def test_a_cache_that_keeps_the_values_of_texts_alone(tiny_tokenizer: Any) -> None:
+    """DiffLlama attends to each half of the cached values, repeated, as a text's prefix is; a trained one is not."""
+    backbone = Backbone.from_model(make_model("llama", tiny_tokenizer), tiny_tokenizer, "llama")
+    model = random_model(transformers.AutoModelForCausalLM, tiny_config("diffllama", tiny_tokenizer))
+    layers = {layer.self_attn: ("decoder", index) for index, layer in enumerate(model.model.layers)}
+    model.set_attn_implementation(ATTENTION)
+    found = examine(model, replace(backbone.layout, layer_of=layers))
+    assert PREFILLED in {one.name for one in found if not one.passed}
