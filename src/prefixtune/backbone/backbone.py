@@ -240,13 +240,10 @@ class Backbone:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise RequestError(
-                    f"text {number} holds half a surrogate pair at position {error.start}, which is no character.",
-                    hint="write UTF-8 text.",
-                ) from error
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)[
-            "input_ids"
-        ]
+                what = f"text {number} holds half a surrogate pair at position {error.start}, which is no character."
+                raise RequestError(what, hint="write UTF-8 text.") from error
+        encoded = self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
@@ -303,6 +300,8 @@ class Backbone:
         adapter: Any = None,
         train_adapter: bool = False,
         attention: str = "sdpa",
+        samples: str = "",
+        self_check: bool = True,
     ) -> Backbone:
         """Freeze a model that is already in memory and read it.
 
@@ -313,6 +312,8 @@ class Backbone:
             adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
             train_adapter: Leave the LoRA layers trainable.
             attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
+            samples: Of the weights before they were quantized (see `fingerprint.sample`); empty: they were not.
+            self_check: Compare the ways in which prefixes are used, if this type was not checked before.
 
         Raises:
             BackboneError: It cannot have a prefix, or fails the self-check; the message says why.
@@ -328,11 +329,10 @@ class Backbone:
         stored = getattr(model, "generation_config", None)
         if stored is not None:
             # How an encoder-decoder's output begins belongs to the model; its generation configuration wins.
+            names = ("decoder_start_token_id", "forced_bos_token_id")
             begins = {
-                name: token
-                for part in (model.config, stored)
-                for name in ("decoder_start_token_id", "forced_bos_token_id")
-                if (token := getattr(part, name, None)) is not None
+                name: token if (token := getattr(stored, name, None)) is not None else getattr(model.config, name, None)
+                for name in names
             }
             model.generation_config = GenerationConfig(**begins)
         layout = probe(model, attention)
@@ -341,8 +341,9 @@ class Backbone:
                 f"{type(model).__name__} has no output head: it generates no text.",
                 hint="load it by transformers' class with a head (...ForCausalLM or ...ForConditionalGeneration).",
             )
-        check_once(model, layout, attention)
-        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry), adapter)
+        if self_check:
+            check_once(model, layout, attention)
+        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry, samples), adapter)
 
 
 def silence_dropout(model: torch.nn.Module) -> None:
@@ -353,13 +354,15 @@ def silence_dropout(model: torch.nn.Module) -> None:
     """
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         # Some layers look their rate up when they are called. (One such rate scales the output in evaluation mode too.)
-        for attribute, value in list(vars(config).items()):
-            if isinstance(value, float) and "drop" in attribute and attribute != "moe_token_dropout":
-                setattr(config, attribute, 0.0)
+        _zero(config, "drop")
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for attribute, value in list(vars(module).items()):
-            dropped = ("drop" in attribute and attribute != "moe_token_dropout") or attribute == "jitter_noise"
-            if isinstance(value, float) and dropped:
-                setattr(module, attribute, 0.0)
+        _zero(module, "drop", "jitter_noise")
+
+
+def _zero(owner: Any, *parts: str) -> None:
+    """Set the rates of a module or configuration to zero whose names hold one of these."""
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, float) and name != "moe_token_dropout" and any(part in name for part in parts):
+            setattr(owner, name, 0.0)

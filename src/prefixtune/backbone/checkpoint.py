@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, did_you_mean, first_line
 
-__all__ = ["auto_class", "find_checkpoint", "no_config_error", "read_checkpoint", "read_tokenizer"]
+__all__ = ["auto_class", "find_checkpoint", "read_checkpoint", "read_tokenizer", "reading"]
 
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
+_SHOWN = 5
+"""Most weights that an error names."""
 
 
 def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
@@ -39,14 +43,13 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
             )
         return str(folder), {**safe, "local_files_only": True}
     path = Path(name)
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise BackboneError(f"there is no GGUF file {name!r}.", hint="check the path.")
+    if name.endswith(".gguf") and path.is_file():
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
-    if path.is_dir():
+    if (path / "config.json").is_file():
         return str(path), {**safe, "local_files_only": True}
-    if path.exists() or name.startswith((".", "/", "~")):
-        raise BackboneError(f"{name!r} is neither a folder of a model nor a .gguf file.", hint="check the path.")
+    if path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        hint = "give a folder with config.json, safetensors weights and a tokenizer."
+        raise BackboneError(f"{name!r} is neither a folder of a model nor a .gguf file.", hint=hint)
     suggestion = did_you_mean(name.lower(), PRETRAINED)
     # The hub has old models without an owner, such as gpt2; none of them resembles an embedded one.
     if "/" not in name and suggestion.startswith("did you mean"):
@@ -56,74 +59,80 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
     return name, safe
 
 
-def read_checkpoint(
-    name: str, source: str, options: Mapping[str, Any], dtype: torch.dtype, spread: Mapping[str, Any]
-) -> tuple[Any, Any, tuple[str, ...]]:
-    """Read a model and its tokenizer.
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """While the block reads a backbone's files, nothing is printed, and one error says what is wrong with them."""
+    with quiet_transformers():
+        try:
+            yield
+        except _UNREADABLE as error:
+            raise BackboneError(
+                f"cannot load the backbone {name!r}: {first_line(error)}",
+                hint="give a hub id, a .gguf file, a folder with config.json, safetensors weights and a tokenizer, or "
+                f"one of {', '.join(PRETRAINED)}.",
+            ) from error
+
+
+def read_tokenizer(name: str, source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Read a model's configuration and its tokenizer, not its weights.
 
     Args:
         name: The backbone's, for messages.
-        source: What `find_checkpoint` found, with its options.
+        source: What `find_checkpoint` found.
+        options: With it.
+
+    Raises:
+        BackboneError: One of them cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with reading(name):
+        config = AutoConfig.from_pretrained(source, **options)
+        return config, AutoTokenizer.from_pretrained(source, **options)
+
+
+def read_checkpoint(
+    name: str, source: str, options: Mapping[str, Any], dtype: torch.dtype, place: Mapping[str, Any]
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """Read a model and its tokenizer; all of the model's weights must be there.
+
+    A missing pooler is left out: an encoder's hidden states are used, never its pooler's output.
+
+    Args:
+        name: As in `read_tokenizer`.
+        source: See there.
         options: See there.
         dtype: Of the weights.
-        spread: Options that spread the model over devices; empty: none.
+        place: Options that say where the weights are read to; empty: to the CPU.
 
     Returns:
         The model, its tokenizer, and the names of the checkpoint's weights that the model does not use.
 
     Raises:
-        BackboneError: It cannot be read, or lacks weights.
+        BackboneError: It cannot be read; or weights are missing or have another shape, which transformers would fill at
+            random.
     """
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        config = _read_config(name, source, options)
-        try:
-            auto = auto_class(config)
-            model, unused = _load_model(auto, name, source, {"dtype": dtype, **spread, **options})
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except _UNREADABLE as error:
-            raise BackboneError(
-                f"cannot load the backbone {name!r}: {first_line(error)}",
-                hint="check that its folder holds config.json, safetensors weights and a tokenizer.",
-            ) from error
-    return model, tokenizer, unused
-
-
-def read_tokenizer(name: str, source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Read a model's configuration and its tokenizer, not its weights; the arguments are those of `read_checkpoint`.
-
-    Raises:
-        BackboneError: One of them cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        config = _read_config(name, source, options)
-        try:
-            return config, AutoTokenizer.from_pretrained(source, **options)
-        except _UNREADABLE as error:
-            raise BackboneError(
-                f"cannot load the tokenizer of {name!r}: {first_line(error)}",
-                hint="check that its folder holds config.json and a tokenizer.",
-            ) from error
-
-
-def _read_config(name: str, source: str, options: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source, **options)
-    except _UNREADABLE as error:
-        raise no_config_error(name, first_line(error)) from error
-
-
-def no_config_error(name: str, reason: str) -> BackboneError:
-    """The error for a backbone of which not even the configuration can be read."""
-    return BackboneError(
-        f"cannot load the backbone {name!r}: {reason}",
-        hint=f"give a hub id, a folder with config.json, a .gguf file, or one of {', '.join(PRETRAINED)}.",
-    )
+    config, tokenizer = read_tokenizer(name, source, options)
+    # So weights of other shapes are named in the loading information, not in an error of many lines.
+    strict: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype}
+    with reading(name):
+        load = functools.partial(auto_class(config).from_pretrained, source, **strict, **place, **options)
+        model, report = load()
+        missing = sorted(report["missing_keys"])
+        no_pooler = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+        if no_pooler and missing and all("pooler" in key.split(".") for key in missing):
+            model, report = load(add_pooling_layer=False)
+            missing = sorted(report["missing_keys"])
+    other = sorted(report["mismatched_keys"])
+    faults = [*missing, *(f"{key} ({list(here)} instead of {list(wanted)})" for key, here, wanted in other)]
+    if faults:
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise BackboneError(
+            f"the checkpoint of {name!r} lacks weights of {type(model).__name__}, which would be filled at random: "
+            f"{', '.join(faults[:_SHOWN])}{more}.",
+            hint="get the whole checkpoint, with the config.json that it was stored with.",
+        )
+    return model, tokenizer, tuple(sorted(report["unexpected_keys"]))
 
 
 def auto_class(config: Any) -> Any:
@@ -141,49 +150,3 @@ def auto_class(config: Any) -> Any:
         # Some encoders (BERT) can be built as decoders too, but were not trained as such.
         return transformers.AutoModel
     return transformers.AutoModelForCausalLM
-
-
-def _load_model(auto: Any, name: str, source: str, options: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """Load a model, and check that the checkpoint holds all of its weights.
-
-    A missing pooler is left out: an encoder's hidden states are used, never its pooler's output.
-
-    Returns:
-        The model, and the names of the checkpoint's weights that it does not use.
-
-    Raises:
-        BackboneError: Weights are missing or have another shape; transformers would fill them at random.
-    """
-
-    def load(**more: Any) -> tuple[Any, Mapping[str, Any]]:
-        # So weights of other shapes are named in the loading information, not in an error of many lines.
-        strict: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(source, **strict, **options, **more)
-        return loaded
-
-    model, report = load()
-    missing = sorted(report["missing_keys"])
-    no_pooler = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
-    if no_pooler and missing and all("pooler" in key.split(".") for key in missing):
-        model, report = load(add_pooling_layer=False)
-        missing = sorted(report["missing_keys"])
-    faults = []
-    if missing:
-        faults.append(f"missing: {_some(missing)}")
-    other = [
-        f"{key} ({list(here)} instead of {list(wanted)})" for key, here, wanted in sorted(report["mismatched_keys"])
-    ]
-    if other:
-        faults.append(f"of another shape: {_some(other)}")
-    if faults:
-        raise BackboneError(
-            f"the checkpoint of {name!r} does not hold all weights of {type(model).__name__}, which would be filled at "
-            f"random: {'; '.join(faults)}.",
-            hint="get the whole checkpoint, with the config.json that it was stored with.",
-        )
-    return model, tuple(sorted(report["unexpected_keys"]))
-
-
-def _some(names: Sequence[str], count: int = 5) -> str:
-    """The first few names."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

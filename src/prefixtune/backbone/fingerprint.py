@@ -14,11 +14,16 @@ from prefixtune.errors import BackboneError
 from prefixtune.prefix.fingerprint import sample_weights
 from prefixtune.prefix.geometry import Geometry
 
-__all__ = ["fingerprint", "weights"]
+__all__ = ["fingerprint", "sample", "weights"]
 
 
-def fingerprint(model: Any, geometry: Geometry) -> str:
+def fingerprint(model: Any, geometry: Geometry, samples: str = "") -> str:
     """Identify a model by its shape and by sampled weights, which match in every dtype.
+
+    Args:
+        model: Of transformers.
+        geometry: What `probe` found.
+        samples: Of the weights before they were rounded (see `sample`); empty: they were not.
 
     Returns:
         `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
@@ -37,9 +42,14 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
         **_adapter_facts(model),
     }
     shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"{shape}:{samples or sample(model)}"
+
+
+def sample(model: Any) -> str:
+    """256 weights spread over all parameters, as a fingerprint has them."""
     named = dict(weights(model))
     sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
-    return f"{shape}:{sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])}"
+    return sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])
 
 
 def _adapter_facts(model: Any) -> Mapping[str, Any]:

@@ -17,13 +17,17 @@ __all__ = [
     "ADAPTER_CONFIG",
     "adapter_config",
     "add_adapter",
-    "check_adapter_files",
-    "check_lora",
+    "base_model_name",
+    "check_adapter",
     "has_adapter",
     "import_peft",
     "is_adapter",
     "load_adapter",
 ]
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file in which PEFT describes an adapter."""
 
 
 def import_peft() -> Any:
@@ -38,21 +42,19 @@ def import_peft() -> Any:
 
 
 def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
-    """Put a LoRA adapter of PEFT into a model; its files must be safetensors and JSON.
+    """Put a LoRA adapter of PEFT into a model; its files were checked by `check_adapter`.
 
     Returns:
         PEFT's view of the model, which can store the adapter again; the model itself now holds the adapter's layers.
 
     Raises:
-        BackboneError: There is no such adapter, it is a pickle, it lacks weights, or it does not fit.
+        BackboneError: It lacks weights, or does not fit.
     """
     peft = import_peft()
-    folder = Path(path)
-    check_adapter_files(folder)
     try:
-        tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+        tuned = peft.PeftModel.from_pretrained(model, path, is_trainable=trainable, local_files_only=True)
         # PEFT only warns of weights that are missing, and leaves those layers as they were.
-        stored = peft.load_peft_weights(str(folder), device="cpu").keys()
+        stored = peft.load_peft_weights(path, device="cpu").keys()
         missing = sorted(key for key in peft.get_peft_model_state_dict(tuned) if "lora_" in key and key not in stored)
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
         raise BackboneError(
@@ -64,19 +66,6 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
             hint="get the whole adapter, and load its own base model.",
         )
     return tuned
-
-
-def check_adapter_files(folder: Path) -> None:
-    """Refuse a folder that lacks one of an adapter's two files.
-
-    Raises:
-        BackboneError: It does.
-    """
-    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise BackboneError(
-            f"{str(folder)!r} holds no adapter_config.json with adapter_model.safetensors.",
-            hint="give the folder that PEFT's save_pretrained wrote, with safe serialization.",
-        )
 
 
 def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:
@@ -97,8 +86,9 @@ def has_adapter(model: torch.nn.Module) -> bool:
     return any(hasattr(module, "lora_A") for module in model.modules())
 
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""The file in which PEFT describes an adapter."""
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -108,43 +98,51 @@ def adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: There is no such file in the folder, or it is no JSON object.
     """
     path = Path(folder) / ADAPTER_CONFIG
+    hint = "give the folder that PEFT's save_pretrained wrote."
     if not path.is_file():
-        raise CheckpointError(
-            f"{str(folder)!r} holds no {ADAPTER_CONFIG}.", hint="give the folder that PEFT's save_pretrained wrote."
-        )
+        raise CheckpointError(f"{str(folder)!r} holds no {ADAPTER_CONFIG}.", hint=hint)
     try:
         return parse_header(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {error}.", hint="get the adapter again.") from error
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and not a whole model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}.", hint=hint) from error
 
 
 def base_model_name(folder: Path) -> str:
-    """The model that an adapter was trained on, by its configuration."""
-    check_lora(folder)
+    """The model that an adapter was trained on, by its configuration.
+
+    Raises:
+        BackboneError: It names none, or is no LoRA adapter.
+        CheckpointError: Its configuration cannot be read.
+    """
+    _check_kind(folder)
     base = adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise BackboneError(
-            f"the adapter {str(folder)!r} names no base model.",
-            hint="load that model yourself, with adapter=FOLDER (--adapter FOLDER).",
-        )
+        hint = "load that model yourself, with adapter=FOLDER (--adapter FOLDER)."
+        raise BackboneError(f"the adapter {str(folder)!r} names no base model.", hint=hint)
     return base
 
 
-def check_lora(folder: Path) -> None:
-    """Refuse PEFT's other adapters: those in front of the text would be ignored in silence."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return
-    kind = adapter_config(folder).get("peft_type")
-    if kind == "LORA":
-        return
-    hint = "only LORA adapters are part of a backbone."
-    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
-        hint = (
-            "it is a prefix: `prefixtune convert FOLDER prefix.safetensors --to prefixtune`, and load its base model."
+def check_adapter(folder: Path) -> None:
+    """Refuse what is no LoRA adapter in safetensors; a pickle could run code.
+
+    Raises:
+        BackboneError: It is not.
+        CheckpointError: Its configuration cannot be read.
+    """
+    if folder.is_dir():
+        _check_kind(folder)
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise BackboneError(
+            f"{str(folder)!r} holds no adapter_config.json with adapter_model.safetensors.",
+            hint="give the folder that PEFT's save_pretrained wrote, with safe serialization.",
         )
-    raise BackboneError(f"the adapter {str(folder)!r} is of type {kind!r}, not LORA.", hint=hint)
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse PEFT's other adapters: those in front of the text would be ignored in silence."""
+    kind = adapter_config(folder).get("peft_type")
+    if kind != "LORA":
+        hint = "only LORA adapters are part of a backbone."
+        if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+            hint = "it is a prefix: `prefixtune convert FOLDER prefix.safetensors --to prefixtune`."
+        raise BackboneError(f"the adapter {str(folder)!r} is of type {kind!r}, not LORA.", hint=hint)

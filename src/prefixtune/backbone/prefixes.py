@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,22 +76,27 @@ def load_prefix(
         PrefixError: The hub cannot be reached, or has no such file.
     """
     prefix = path if isinstance(path, Prefix) else read_artifact(prefix_file(path))
+    if backbone is None:
+        return prefix
     name = "the prefix" if isinstance(path, Prefix) else repr(str(path))
-    if backbone is not None:
-        backbone = as_backbone(backbone)
-        check_fits(prefix, backbone.geometry, backbone.name)
-        head = prefix.head
-        if head is not None and head.weight.shape[1] != backbone.head_size:
-            raise BackboneError(
-                f"the head in {name} is for hidden states of {head.weight.shape[1]}, but {backbone.name!r} has "
-                f"{backbone.head_size}.",
-                hint="load the backbone that its header names.",
-            )
-        if not allow_other_backbone:
-            _check_fingerprint(prefix.header, backbone, name)
-        elif not _is_trained_for(prefix.header, backbone):
-            return _for_any_weights(prefix)
-    return prefix
+    backbone, origin = as_backbone(backbone), backbone_origin(prefix.header)
+    check_fits(prefix, backbone.geometry, backbone.name)
+    if prefix.head is not None and (width := prefix.head.weight.shape[1]) != backbone.head_size:
+        raise BackboneError(
+            f"the head in {name} is for hidden states of {width}, but {backbone.name!r} has {backbone.head_size}.",
+            hint="load the backbone that its header names.",
+        )
+    if not origin.fingerprint or fingerprints_match(origin.fingerprint, backbone.fingerprint):
+        return prefix
+    if allow_other_backbone:
+        named = {key: value for key, value in prefix.header["backbone"].items() if key != "fingerprint"}
+        return replace(prefix, header={**prefix.header, "backbone": named})
+    raise BackboneError(
+        f"{name} was trained for {origin.name!r} with other weights than {backbone.name!r} "
+        f"(fingerprint {_short(origin.fingerprint)} against {_short(backbone.fingerprint)}).",
+        hint="load the backbone that its header names; if you know that they are close: allow_other_backbone, or "
+        "--allow-other-backbone of `prefixtune generate`, `evaluate` and `export`.",
+    )
 
 
 def named_backbone(prefixes: Sequence[Prefix]) -> str:
@@ -140,29 +145,5 @@ def trained_adapter(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) 
     return adapter
 
 
-def _for_any_weights(prefix: Prefix) -> Prefix:
-    """The same prefix, whose header does not say of which weights it is."""
-    origin = {key: value for key, value in prefix.header["backbone"].items() if key != "fingerprint"}
-    return replace(prefix, header={**prefix.header, "backbone": origin})
-
-
-def _is_trained_for(header: Mapping[str, Any], backbone: Backbone) -> bool:
-    """Whether a header names a backbone's weights, or none."""
-    fingerprint = backbone_origin(header).fingerprint
-    return not fingerprint or fingerprints_match(fingerprint, backbone.fingerprint)
-
-
-def _check_fingerprint(header: Mapping[str, Any], backbone: Backbone, name: str) -> None:
-    if not _is_trained_for(header, backbone):
-        origin = backbone_origin(header)
-        raise BackboneError(
-            f"{name} was trained for {origin.name!r} with other weights than {backbone.name!r} "
-            f"(fingerprint {_short(origin.fingerprint)} against {_short(backbone.fingerprint)}).",
-            hint="load the backbone that its header names; if you know that they are close: allow_other_backbone, or "
-            "--allow-other-backbone of `prefixtune generate`, `evaluate` and `export`.",
-        )
-
-
 def _short(fingerprint: str) -> str:
-    shape, _, samples = fingerprint.partition(":")
-    return f"{shape[:8]}:{samples[:8]}"
+    return ":".join(part[:8] for part in fingerprint.split(":"))

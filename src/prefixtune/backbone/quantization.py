@@ -10,7 +10,7 @@ from torch import nn
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["QUANTIZATIONS", "is_quantized", "quantize"]
+__all__ = ["QUANTIZATIONS", "check_quantization", "is_quantized", "quantize"]
 
 
 QUANTIZATIONS = ("int8", "int4")
@@ -19,10 +19,8 @@ _GROUP = 32
 """Weights that share one scale under int4."""
 
 
-def quantize(model: Any, kind: str) -> None:
-    """Round the linear layers' weights to 8 or 4 bits, in place; the output head, embeddings and activations stay.
-
-    On the CPU torchao keeps 4-bit weights in 8-bit cells: their values are right, the memory is that of int8.
+def check_quantization(kind: str) -> None:
+    """Refuse a quantization that is not known or not possible here.
 
     Raises:
         ConfigError: An unknown kind, or torchao is missing.
@@ -30,13 +28,29 @@ def quantize(model: Any, kind: str) -> None:
     if kind not in QUANTIZATIONS:
         raise ConfigError(f"unknown quantization {kind!r}.", hint=did_you_mean(kind, QUANTIZATIONS))
     with needs_extra("quantize", f"quantize = {kind!r}"):
-        import torchao.quantization as ao
-        from torchao.quantization.granularity import PerGroup
-        from torchao.quantization.quant_primitives import MappingType
+        import torchao  # noqa: F401
+
+
+def quantize(model: Any, kind: str, device: torch.device) -> None:
+    """Round the linear layers' weights to 8 or 4 bits, in place; the output head, embeddings and activations stay.
+
+    Each layer moves to the device when it is rounded, which therefore never holds the whole model. On the CPU torchao
+    keeps 4-bit weights in 8-bit cells: their values are right, the memory is that of int8.
+
+    Args:
+        model: On the CPU, where its weights are mapped from their file.
+        kind: `int8` or `int4`.
+        device: Where the model is to be.
+    """
+    import torchao.quantization as ao
+    from torchao.quantization.granularity import PerGroup
+    from torchao.quantization.quant_primitives import MappingType
+
     if kind == "int8":
         config = ao.Int8WeightOnlyConfig()
-    elif model.device.type == "cuda":
-        config = ao.Int4WeightOnlyConfig(group_size=_GROUP)
+    elif device.type == "cuda":
+        # torch's own kernels; the default format needs a further package.
+        config = ao.Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format="tile_packed_to_4d")
     else:
         four: Any = torch.int4  # type: ignore[attr-defined]
         config = ao.IntxWeightOnlyConfig(
@@ -49,7 +63,8 @@ def quantize(model: Any, kind: str) -> None:
             return False
         return kind == "int8" or module.in_features % _GROUP == 0
 
-    ao.quantize_(model, config, filter_fn=wanted)
+    ao.quantize_(model, config, filter_fn=wanted, device=device)
+    model.to(device)
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -18,20 +18,21 @@ def quiet_transformers() -> Iterator[None]:
 
     # transformers imports torchao where it is installed, and that makes torch warn in its log. The hub's library logs
     # every try; what fails in the end is an error here.
-    loggers = [logging.getLogger(name) for name in ("torch.utils._pytree", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    loggers = {
+        logging.getLogger(name) for name in ("torch.utils._pytree", "torchao", "huggingface_hub", "transformers")
+    }
+    levels = {logger: logger.level for logger in loggers}
+    bars = transformers_logging.is_progress_bar_enabled()
+    for logger in levels:
         logger.setLevel(logging.ERROR)
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
+        # Its reader of GGUF files has a progress bar of its own.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

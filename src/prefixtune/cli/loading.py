@@ -50,15 +50,19 @@ class Artifact:
     header: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load(console: Console, name: str, options: Any, adapter: str | None = None) -> Backbone:
+def load(console: Console, name: str, options: Any, adapter: str | None = None, *, self_check: bool = True) -> Backbone:
     """Load a backbone with the `dtype`, `device` and `quantize` of the options, and report it."""
-    from prefixtune.backbone.load import check_loadable, load_backbone
+    from prefixtune.backbone.load import load_backbone
 
-    check_loadable(name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter)
     with_adapter = f" with the adapter {adapter}" if adapter else ""
     console.info(f"loading {name}{with_adapter} ...")
     backbone = load_backbone(
-        name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter
+        name,
+        dtype=options.dtype,
+        device=options.device,
+        quantize=options.quantize,
+        adapter=adapter,
+        self_check=self_check,
     )
     console.info(f"{backbone!r}")
     return backbone

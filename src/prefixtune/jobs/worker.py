@@ -47,9 +47,11 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         PrefixError: The backbone cannot be loaded, the data folder cannot be written, or the database cannot be
             reached at the start: whoever starts the worker starts it again.
     """
-    from prefixtune.backbone.load import check_loadable
+    from prefixtune.backbone.devices import choose_device, choose_dtype
+    from prefixtune.backbone.load import resolve
 
-    check_loadable(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
+    choose_dtype(config.dtype, choose_device(config.device))
+    resolve(config.backbone, config.quantize)
     data = DataFolder(Path(config.data_folder).absolute())
     url = config.database_url or data.database_url
     _lower_priority(config)

@@ -91,7 +91,7 @@ def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
     monkeypatch.setattr("prefixtune.training.opening.load_backbone", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     config = TrainConfig(backbone=str(folder), shard=True, seed=3, output=str(tmp_path / "run"))
     with pytest.raises(_AskedFor):
         pt.train(config, examples=examples, processes=ProcessGroup(0, 2, "cuda:0"))

@@ -213,7 +213,7 @@ def _find_rotation(
     Raises:
         PrefixError: No backbone is named, it cannot be loaded, or its keys cannot be moved.
     """
-    from prefixtune.backbone.load import check_loadable, load_backbone
+    from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.compose import stored_rotation
     from prefixtune.prefix.header import backbone_origin
@@ -224,9 +224,8 @@ def _find_rotation(
     name = backbone or next((origin for one in prefixes if (origin := backbone_origin(one.header).name)), "")
     if not name:
         raise ConfigError(f"{files[0]!r} does not name its backbone.", hint="name it: --backbone NAME.")
-    check_loadable(name, device="cpu")
     console.info(f"loading {name} ...")
-    loaded = load_backbone(name, dtype="auto", device="cpu")
+    loaded = load_backbone(name, device="cpu")
     for prefix in prefixes:
         load_prefix(prefix, loaded)
     return loaded.rotation

@@ -99,11 +99,10 @@ def _load_backbone(options: ConvertOptions) -> Backbone | None:
     """The backbone of --backbone."""
     if options.backbone is None:
         return None
-    from prefixtune.backbone.load import check_loadable, load_backbone
+    from prefixtune.backbone.load import load_backbone
 
-    check_loadable(options.backbone, device="cpu")
     Console(quiet=options.quiet).info(f"loading {options.backbone} ...")
-    return load_backbone(options.backbone, dtype="auto", device="cpu")
+    return load_backbone(options.backbone, device="cpu")
 
 
 def _describe(prefix: Prefix) -> dict[str, Any]:
