@@ -16,6 +16,7 @@ from prefixtune.data import Example
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
 from prefixtune.inference.generate import generate
 from prefixtune.inference.model import load
+from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.artifact import load_tuned, load_weights
 from prefixtune.training.baselines import Tuning, decoder_layers, freeze_tuned, tune
 from prefixtune.training.config import TrainConfig
@@ -144,6 +145,8 @@ def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokeniz
     frozen = freeze_tuned(tune(backbone, Tuning("adapter", 4)))
     assert {parameter.dtype for parameter in frozen.model.parameters()} == {torch.bfloat16}
     assert not frozen.adapter_parameters
+    # A prefix that is trained on it is not for the model as it was loaded.
+    assert not fingerprints_match(frozen.fingerprint, backbone.fingerprint)
     assert frozen.forward(torch.tensor([random_ids(5)])).logits.dtype == torch.bfloat16
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from prefixtune.attention.layout import Layout
 from prefixtune.doctor.rows import Rows
-from prefixtune.errors import first_line
+from prefixtune.errors import PrefixError, first_line
 
 __all__ = ["Comparison", "examine"]
 
@@ -99,7 +99,8 @@ def examine(model: Any, layout: Layout) -> list[Comparison]:
 
 
 def _failed(name: str, tolerance: float, error: Exception) -> Comparison:
-    return Comparison(name, float("inf"), tolerance, f"{type(error).__name__}: {first_line(error)}")
+    text = error.message if isinstance(error, PrefixError) else f"{type(error).__name__}: {first_line(error)}"
+    return Comparison(name, float("inf"), tolerance, text)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.fingerprint import fingerprint
 from prefixtune.backbone.lora import add_adapter, has_adapter
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
@@ -170,11 +171,15 @@ def load_tuned_weights(backbone: Backbone, tensors: Mapping[str, Tensor]) -> Non
 
 
 def freeze_tuned(backbone: Backbone) -> Backbone:
-    """End the training: the trained parameters take the dtype of the rest, and need no gradient any more."""
+    """End the training: the trained parameters take the dtype of the rest, and need no gradient any more.
+
+    What is trained on the model from now on is for these weights, as its fingerprint then says.
+    """
     for parameter in backbone.adapter_parameters.values():
         parameter.data = parameter.data.to(backbone.dtype)
         parameter.requires_grad_(False)
     for module in backbone.model.modules():
         if isinstance(module, Bottleneck):
             module.to(backbone.dtype)
-    return dataclasses.replace(backbone, compute_dtype=None)
+    tuned = fingerprint(backbone.model, backbone.geometry)
+    return dataclasses.replace(backbone, compute_dtype=None, fingerprint=tuned)

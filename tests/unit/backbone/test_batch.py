@@ -1,0 +1,60 @@
+"""What goes to a GPU in one transfer, and losses in chunks of bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.backbone import batch, loss
+from prefixtune.backbone.loss import head_losses, soft_losses, token_losses
+from prefixtune.backbone.soft_labels import SoftLabels
+
+
+def test_tensors_of_several_dtypes_are_one_and_come_apart_again() -> None:
+    tensors = {
+        "mask": torch.tensor([[True, False, True]]),
+        "ids": torch.arange(6).reshape(2, 3),
+        "soft": torch.randn(5, 3),
+        "none": torch.empty(0, 4, dtype=torch.int64),
+        "soft_ids": torch.arange(5, dtype=torch.int32)[:, None].expand(-1, 2),
+    }
+    joined = batch._join(tensors.values())
+    assert (joined.dtype, joined.dim()) == (torch.uint8, 1)
+    again = batch._split(joined, tensors)
+    assert list(again) == list(tensors)
+    assert all(
+        torch.equal(again[name], tensor) and again[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+    assert batch.send(tensors, torch.device("cpu"))["ids"] is tensors["ids"]
+
+
+@pytest.mark.parametrize("budget", [1, 4 * 11 * 3, 2**20], ids=["one row", "some rows", "all rows"])
+def test_the_chunks_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(7, 4, generator=generator), torch.nn.Linear(4, 11).requires_grad_(False)
+    labels, teacher = torch.arange(7), SoftLabels.from_logits(torch.randn(7, 11, generator=generator), 3)
+
+    def computed() -> list[Any]:
+        found = []
+        for function in (
+            lambda given: token_losses(head(given), labels),
+            lambda given: head_losses(given, head, labels),
+            lambda given: soft_losses(head(given), teacher),
+        ):
+            given = hidden.clone().requires_grad_()
+            losses = function(given)
+            losses.mul(labels + 1).sum().backward()
+            found += [losses.detach(), given.grad]
+        return found
+
+    expected = computed()
+    monkeypatch.setattr(loss, "_CPU_BYTES", budget)
+    torch.testing.assert_close(computed(), expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_label_has_no_loss(grad: bool) -> None:
+    losses = token_losses(torch.empty(0, 5, requires_grad=grad), torch.empty(0, dtype=torch.int64))
+    assert losses.shape == (0,)
