@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,26 +59,28 @@ def disentangled_prefix(
         yield
 
 
+@dataclass(eq=False)
 class _Call:
-    """The hooks of one layer, and what they keep during a call."""
+    """The hooks of one layer, and what they keep during a call.
 
-    def __init__(
-        self,
-        module: Any,
-        prefix_kv: Callable[[nn.Module, int], PrefixKV | None],
-        on_kv: KVCallback,
-        is_active: Callable[[], bool],
-    ) -> None:
-        self.module, self.prefix_kv, self.on_kv, self.is_active = module, prefix_kv, on_kv, is_active
-        self.current: PrefixKV | None = None
-        # The text's projections that have not run yet in this call; later calls project positions, not the text.
-        self.pending: set[str] = set()
-        self.keys: Tensor | None = None
+    Attributes:
+        text: What the layer reads: its projections of anything else are of positions.
+        prefix: What is in front.
+        keys: The text's, until its values are known.
+    """
+
+    module: Any
+    prefix_kv: Callable[[nn.Module, int], PrefixKV | None]
+    on_kv: KVCallback
+    is_active: Callable[[], bool]
+    text: Tensor | None = None
+    prefix: PrefixKV | None = None
+    keys: Tensor | None = None
 
     @property
     def length(self) -> int:
         """P."""
-        return 0 if self.current is None else int(self.current[0].shape[2])
+        return 0 if self.prefix is None else int(self.prefix[0].shape[2])
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         """Lengthen text, mask and distances by P positions in front.
@@ -86,29 +89,26 @@ class _Call:
         """
         if kwargs is None or not self.is_active():
             return None
-        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-        arguments = bound.arguments
-        rows, text_length = arguments["hidden_states"].shape[:2]
-        self.current = self.prefix_kv(module, rows)
-        self.pending = {"in_proj", "key_proj", "value_proj"}
-        length = self.length
-        if not length or self.current is None:
+        arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        del arguments["self"]
+        self.text = arguments["hidden_states"]
+        rows, text_length = self.text.shape[:2]
+        self.prefix = self.prefix_kv(module, rows)
+        if self.prefix is None:
             return None
-        arguments["hidden_states"] = nn.functional.pad(arguments["hidden_states"], (0, 0, length, 0))
-        mask, prefix_mask = arguments["attention_mask"].bool(), self.current[2]
-        columns = mask.new_ones(rows, 1, text_length, length)
-        if prefix_mask is not None:
-            columns = prefix_mask[:, None, None].expand(rows, 1, text_length, length)
-        mask = torch.cat([columns, mask.expand(rows, 1, text_length, text_length)], dim=-1)
-        arguments["attention_mask"] = nn.functional.pad(mask, (0, 0, length, 0), value=True)
+        length = self.length
+        self.text = arguments["hidden_states"] = nn.functional.pad(self.text, (0, 0, length, 0))
+        mask, prefix_mask = arguments["attention_mask"].bool(), self.prefix[2]
+        columns = mask.new_ones(1, 1, 1, length) if prefix_mask is None else prefix_mask[:, None, None]
+        parts = (columns.expand(rows, 1, text_length, -1), mask.expand(rows, 1, text_length, -1))
+        arguments["attention_mask"] = nn.functional.pad(torch.cat(parts, dim=-1), (0, 0, length, 0), value=True)
         if arguments.get("relative_pos") is not None:
             arguments["relative_pos"] = nn.functional.pad(arguments["relative_pos"], (length, 0, length, 0))
-        del arguments["self"]
         return (), dict(arguments)
 
     def in_proj(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Queries, keys and values at once: head by head, and the values without their bias."""
-        if not self._is_pending("in_proj"):
+        if args[0] is not self.text:
             return None
         heads = self.module.num_attention_heads
         queries, keys, values = output.unflatten(-1, (heads, -1)).chunk(3, dim=-1)
@@ -118,32 +118,25 @@ class _Call:
 
     def key_proj(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Keys, which come before the values."""
-        if not self._is_pending("key_proj"):
+        if args[0] is not self.text:
             return None
         self.keys = output.unflatten(-1, (self.module.num_attention_heads, -1))
         return self._with_prefix(self.keys, 0).flatten(-2)
 
     def value_proj(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Values."""
-        if not self._is_pending("value_proj") or self.keys is None:
+        if args[0] is not self.text or self.keys is None:
             return None
-        _, values = self._replace(self.keys, output.unflatten(-1, (self.module.num_attention_heads, -1)))
-        self.keys = None
-        return values.flatten(-2)
+        values = output.unflatten(-1, (self.module.num_attention_heads, -1))
+        return self._replace(self.keys, values)[1].flatten(-2)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Cut the prefix's positions off."""
-        if not self.is_active() or not self.length:
+        if not self.is_active():
             return None
-        context, length = output[0][:, self.length :], self.length
-        self.current = None
-        return (context, None if output[1] is None else output[1][:, :, length:])
-
-    def _is_pending(self, name: str) -> bool:
-        if not self.is_active() or name not in self.pending:
-            return False
-        self.pending.discard(name)
-        return True
+        length = self.length
+        self.text = self.prefix = self.keys = None
+        return output[0][:, length:], None if output[1] is None else output[1][:, :, length:]
 
     def _replace(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Replace the first P keys and values by the prefix's, (B, P + T, H, D); the text's go to the callback."""
@@ -153,7 +146,7 @@ class _Call:
 
     def _with_prefix(self, projected: Tensor, part: int) -> Tensor:
         """Keys (part 0) or values (part 1), the first P of them the prefix's."""
-        if self.current is None or not self.length:
+        if self.prefix is None:
             return projected
-        prefix = self.current[0] if part == 0 else self.current[1]
+        prefix = (self.prefix[0], self.prefix[1])[part]
         return torch.cat([prefix.transpose(1, 2).to(projected), projected[:, self.length :]], dim=1)
