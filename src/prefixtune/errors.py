@@ -13,6 +13,9 @@
 A message says what failed, the value got, what is allowed, and in `hint` the next step. The command line prints
 `error:` and `hint:` and exits with 2; anything that is not a `PrefixError` is a bug and keeps its traceback.
 
+What a message quotes may come from anybody. `PrefixError` itself makes one printable line of bounded length of it, so
+that no value forges a second line or fills a log; `short_repr` shortens a single value.
+
 `PrefixWarning` is for what a user should know though the work goes on.
 """
 
@@ -48,12 +51,24 @@ class PrefixError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _one_line(message)
+        self.hint = _one_line(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} Hint: {self.hint}" if self.hint else self.message
+
+
+_LONGEST_MESSAGE = 4000
+
+
+def _one_line(text: str) -> str:
+    """A message without what is not printable; of one that is too long, its beginning and its end."""
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE // 2]} ... {text[-_LONGEST_MESSAGE // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 class PrefixWarning(UserWarning):
@@ -109,28 +124,32 @@ def describe_value(value: object) -> str:
     """A value of a wrong type, in a few words for a message.
 
     >>> describe_value(3), describe_value("a" * 99), describe_value({"a": 1}), describe_value(None)
-    ('3 (of type int)', "of type str, 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...'", 'of type dict', 'None')
+    ('3 (of type int)', "of type str, 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...", 'of type dict', 'None')
     """
     if value is None:
         return "None"
     kind = type(value).__name__
     if isinstance(value, str):
-        return f"of type {kind}, {value if len(value) <= 40 else value[:40] + '...'!r}"
-    return f"{value!r} (of type {kind})" if isinstance(value, bool | int | float) else f"of type {kind}"
+        return f"of type {kind}, {short_repr(value)}"
+    return f"{short_repr(value)} (of type {kind})" if isinstance(value, bool | int | float) else f"of type {kind}"
 
 
-def short_repr(value: object) -> str:
-    """A value as messages show it: its `repr`, at most 60 characters long.
+def short_repr(value: object, longest: int = 60) -> str:
+    r"""A value as messages show it: its `repr`, which escapes what is not printable, cut to a few characters.
 
-    >>> short_repr("a" * 100)
-    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
+    >>> short_repr("a" * 100), short_repr("a\nerror: b")
+    ("'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...", "'a\\nerror: b'")
+
+    Args:
+        value: Anything, of any size and from anybody.
+        longest: Most characters of the result.
     """
     try:
-        text = repr(value)
-    except ValueError:
+        text = repr(value[: longest + 1] if isinstance(value, str | bytes | list | tuple) else value)
+    except (ValueError, RecursionError):
         # Python refuses to write a number of more than 4,300 digits.
         text = f"a very large {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def first_line(error: BaseException) -> str:
