@@ -27,6 +27,9 @@ class BackboneOptions(CommandOptions):
     quantize: Literal["", "int8", "int4"] = _backbone("", description="quantize the frozen weights (torchao)")
     adapter: str | None = _backbone(None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix")
     allow_other_backbone: bool = _backbone(False, description="accept other weights of the same shapes")
+    chat_template: str = _backbone(
+        "", description="run the prefix's own chat template: a file with its text, or own: as its file has it"
+    )
 
 
 class DecodingOptions(BackboneOptions, GenerateConfig):

@@ -173,12 +173,14 @@ def load_with_prefixes(
     parts = [prefix_files(text) for text in files]
 
     from prefixtune.backbone.prefixes import load_prefix, named_backbone, trained_adapter
+    from prefixtune.prefix.chat_format import allow_named
     from prefixtune.prefix.compose import concatenate
 
     read = {file: load_prefix(file) for names in parts for file in names}
     joined = [_join([read[name] for name in names], names) for names in parts]
     if check is not None:
         check(joined)
+    allow_named(options.chat_template, [prefix.header for prefix in read.values()], remember=True)
     name = options.backbone or named_backbone(list(read.values()))
     adapter = options.adapter or trained_adapter([Path(file) for file in read], list(read.values()))
     backbone = load(console, name, options, adapter)
@@ -238,9 +240,11 @@ def load_artifact(
     """The model, the prefix and the text format of an artifact."""
     if artifact.weights is not None:
         from prefixtune.backbone.devices import choose_device, choose_dtype
+        from prefixtune.prefix.chat_format import allow_named
         from prefixtune.training.artifact import load_tuned
 
         choose_dtype(options.dtype, choose_device(options.device))
+        allow_named(options.chat_template, [artifact.header], remember=True)
         console.info(f"loading {artifact.weights} ...")
         backbone, text_format = load_tuned(
             artifact.weights, name_or_path=options.backbone, dtype=options.dtype, device=options.device

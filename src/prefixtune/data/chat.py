@@ -16,7 +16,7 @@ from typing import NamedTuple
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.examples import Message
 from prefixtune.errors import RequestError
-from prefixtune.prefix.chat_format import render_chat, split_at_last_message, template_hash
+from prefixtune.prefix.chat_format import allow_template, render_chat, split_at_last_message, template_hash
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
 Source = str | Sequence[Message] | Sequence[Mapping[str, str]]
@@ -126,6 +126,8 @@ def chat_format(backbone: Backbone, template: str, system: str = "") -> TextForm
         DataError: The template cannot be stored.
     """
     own = template == MODEL_TEMPLATE
+    # Whoever asks for a format has chosen its template; one that a file holds is read by `read_text_format`.
+    allow_template(template)
     if own and not has_chat_template(backbone):
         raise RequestError(
             f"{backbone.name!r} has no chat template.", hint="give one (--chat-template FILE), or none (none)."

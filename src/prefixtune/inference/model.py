@@ -23,6 +23,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import fit_new_tokens
 from prefixtune.inference.streaming import stream
+from prefixtune.prefix.chat_format import allow_named
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix
@@ -45,6 +46,7 @@ def load(
     prefix: PrefixLike | Sequence[PrefixLike] | None = None,
     *,
     allow_other_backbone: bool = False,
+    chat_template: str | os.PathLike[str] = "",
     **options: Any,
 ) -> Model:
     """Load a frozen model with a prefix in front.
@@ -55,6 +57,8 @@ def load(
         prefix: A `Prefix`, a path, the folder of a run, or `hub:OWNER/NAME`; a list of these is joined, one after the
             other; None: the bare model.
         allow_other_backbone: Take a prefix that was trained for other weights.
+        chat_template: Run the chat template in a prefix's file: a file with its text, or `own`: as it is there. One
+            that was a run's of your own, or that was named before, needs no name.
         **options: Of `load_backbone`, for a name or path: `dtype` (`auto` here: bfloat16 where the hardware is fast at
             it), `device`, `quantize`, `adapter`, ...
 
@@ -68,6 +72,7 @@ def load(
     # Read first: a wrong file is reported at once, before the model loads.
     files = [one if isinstance(one, Prefix) else prefix_file(one) for one in given]
     read = [load_prefix(file) for file in files]
+    allow_named(os.fspath(chat_template), [one.header for one in read])
     if model is None:
         model = named_backbone(read)
     if isinstance(model, str | os.PathLike):

@@ -1,21 +1,87 @@
 """A conversation -> the text that a model reads, by the chat template that a text format names.
 
-It needs a tokenizer's template and special tokens alone, so that other engines write the same text.
+A template is a program. So one that came in a prefix's file is not even compiled before somebody has named it: it is
+the model's own, it was given to `allow_template`, or this user named it once on this machine.
+
+This needs a tokenizer's template and special tokens alone, so that other engines write the same text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import PrefixWarning, RequestError
-from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
+from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, RequestError, short_repr
+from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat, read_text_format
+from prefixtune.utils.files import write_text
+from prefixtune.utils.folders import cache_folder
+
+OWN_TEMPLATE = "own"
+"""Names, among the values of an option, the chat template in the prefix's own file."""
 
 _SENTINEL = "\ue000prefixtune\ue001"
 """A text that stands for the last message; of characters for private use, which no template changes."""
-_HINT = "change the roles or their order, or train with another template (--chat-template FILE)."
+_allowed = {"", MODEL_TEMPLATE}
+"""Templates that may be rendered in this process."""
+
+
+def allow_template(template: str, *, remember: bool = False) -> None:
+    """Let prefixes run under a chat template that the user, or a server's administrator, has named.
+
+    Args:
+        template: Its text.
+        remember: In this user's later processes, too: its digest becomes the name of a file in the cache's folder.
+    """
+    _allowed.add(template)
+    if remember:
+        # If it cannot be written, the user names the template again.
+        with contextlib.suppress(PrefixError, OSError):
+            if not _note(template).exists():
+                write_text(_note(template), template)
+
+
+def allow_named(name: str, headers: Sequence[Mapping[str, Any]], *, remember: bool = False) -> None:
+    """Allow the chat template that an option names.
+
+    Args:
+        name: A file with a Jinja template, or `own`: the ones of the prefixes; empty: none.
+        headers: Of the prefixes.
+        remember: As of `allow_template`.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    if name == OWN_TEMPLATE:
+        formats = filter(None, map(read_text_format, headers))
+        templates = [text_format.chat_template for text_format in formats]
+    else:
+        try:
+            templates = [Path(name).read_text(encoding="utf-8")] if name else []
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the chat template {short_repr(name)} cannot be read: {getattr(error, 'strerror', error)}.",
+                hint=f"name a file with a Jinja template, or {OWN_TEMPLATE}: the one in the prefix's file.",
+            ) from error
+    for template in templates:
+        allow_template(template, remember=remember)
+
+
+def is_allowed(template: str) -> bool:
+    """Whether a text format's chat template may be rendered."""
+    if template not in _allowed:
+        with contextlib.suppress(PrefixError, OSError):
+            if _note(template).is_file():
+                _allowed.add(template)
+    return template in _allowed
+
+
+def _note(template: str) -> Path:
+    """The file that says that this user named a template."""
+    return cache_folder() / "chat_templates" / f"{hashlib.sha256(template.encode('utf-8', 'surrogatepass')).hexdigest()}.jinja"
 
 
 def template_hash(tokenizer: Any) -> str:
@@ -39,31 +105,40 @@ def render_chat(
         add_generation_prompt: Write what opens the assistant's next answer.
 
     Raises:
-        RequestError: The tokenizer has no template, or the template refuses the messages.
+        RequestError: The tokenizer has no template, the template refuses the messages, or nobody has named it.
     """
+    from jinja2 import TemplateError
+
+    own = text_format.chat_template == MODEL_TEMPLATE
+    if not is_allowed(text_format.chat_template):
+        raise RequestError(
+            "the prefix's file holds a chat template of its own, and a template from elsewhere is not run unasked.",
+            hint="read it (`prefixtune inspect FILE --json`) and name it: --chat-template own, or a file with its text; "
+            "of a server: --chat-templates FILE; in Python: load(..., chat_template=...).",
+        )
+    if own:
+        _check_own(tokenizer, text_format)
     conversation = [dict(message) for message in messages]
     if text_format.system and conversation and conversation[0]["role"] != "system":
         conversation.insert(0, {"role": "system", "content": text_format.system})
-    if text_format.chat_template == MODEL_TEMPLATE:
-        return _render_own(tokenizer, text_format, conversation, add_generation_prompt)
-    from prefixtune.prefix.bounded_template import TemplateFault, render_bounded
-
-    variables = {
-        **{str(name): str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
-        "messages": conversation,
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-    }
     try:
-        return render_bounded(text_format.chat_template, variables)
-    except TemplateFault as error:
-        raise _refused("the prefix's chat template", error) from None
+        return str(
+            tokenizer.apply_chat_template(
+                conversation,
+                chat_template=None if own else text_format.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise RequestError(
+            f"the {'model' if own else 'prefix'}'s chat template refuses the messages: {short_repr(str(error), 300)}.",
+            hint="change the roles or their order, or train with another template (--chat-template FILE).",
+        ) from None
 
 
-def _render_own(tokenizer: Any, text_format: TextFormat, messages: list[dict[str, str]], opens: bool) -> str:
-    from jinja2 import TemplateError
-
+def _check_own(tokenizer: Any, text_format: TextFormat) -> None:
+    """Refuse a tokenizer without a template, and warn of another one than the training's."""
     if not getattr(tokenizer, "chat_template", None):
         raise RequestError(
             "the text format names the model's own chat template, but its tokenizer has none.",
@@ -75,17 +150,8 @@ def _render_own(tokenizer: Any, text_format: TextFormat, messages: list[dict[str
             "the model's chat template is not the one that the prefix was trained with: its answers may be worse. Use "
             "the tokenizer of the training.",
             PrefixWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens))
-    except (TemplateError, TypeError, LookupError, AttributeError) as error:
-        raise _refused("the model's chat template", error) from None
-
-
-def _refused(template: str, error: Exception) -> RequestError:
-    reason = " ".join(str(error).split())[:300].rstrip(".")
-    return RequestError(f"{template} refuses the messages: {reason}.", hint=_HINT)
 
 
 def split_at_last_message(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prefixtune.errors import CheckpointError, short_repr
+from prefixtune.prefix.chat_format import is_allowed
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import Geometry
 from prefixtune.prefix.text_format import read_text_format
@@ -290,6 +291,9 @@ def incompatibilities(
         reasons += _faults_of_labels(header.get("labels"), shapes.pop("head.weight", ()), shapes.pop("head.bias", ()))
     elif "head.weight" in shapes or header.get("labels"):
         reasons.append("it classifies, and writes no text")
+    stored = read_text_format(header)
+    if stored is not None and not is_allowed(stored.chat_template):
+        reasons.append("it has a chat template of its own, which was not named (--chat-templates)")
     if header.get("adapter"):
         reasons.append("it was trained together with a LoRA adapter")
     if any(not _TENSOR.fullmatch(tensor) for tensor in shapes):

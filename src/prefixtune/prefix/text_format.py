@@ -123,8 +123,6 @@ class TextFormat:
                 raise DataError(
                     f"text format: {name} repeats a column more than {_MAX_REPEATS} times.", hint="write each once."
                 )
-        if self.chat_template not in ("", MODEL_TEMPLATE):
-            _check_chat_template(self.chat_template)
 
     @property
     def is_chat(self) -> bool:
@@ -247,23 +245,6 @@ def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
         raise CheckpointError(
             f"the header's {error.message}", hint="get the file again, train it again, or upgrade prefixtune."
         ) from error
-
-
-def _check_chat_template(template: str) -> None:
-    """Refuse a template that cannot be rendered within limits.
-
-    Raises:
-        DataError: It is no template, or uses what a stored one may not.
-    """
-    from prefixtune.prefix.bounded_template import TemplateFault, compile_template
-
-    try:
-        compile_template(template)
-    except TemplateFault as error:
-        raise DataError(
-            f"text format: the chat template cannot be used: {error}.",
-            hint="a stored template may loop, compare and trim; another one belongs into the model's tokenizer.",
-        ) from None
 
 
 def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:

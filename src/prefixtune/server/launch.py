@@ -93,10 +93,13 @@ def run(config: ServeConfig, console: Console) -> int:
 def _load(config: ServeConfig, console: Console) -> ServerState:
     # Slow imports: errors of the folder and the address come before them.
     from prefixtune.inference.decoding import newline_tokens
+    from prefixtune.prefix.chat_format import allow_named
     from prefixtune.server.api.models import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState
 
+    for file in config.chat_templates:
+        allow_named(file, ())
     worker = None if config.engine == "none" else _start_engine(config, console)
     backbone = _load_tokenizer(config, console) if worker is None else worker.engine.backbone
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)

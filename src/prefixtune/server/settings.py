@@ -101,6 +101,9 @@ class ServeConfig(Config):
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     backbone_id: str = _model("", description="the bare backbone's model name; empty: the last part of its name")
     prefixes: str = _model("prefixes", min_length=1, description="folder of prefix files, NAME.safetensors")
+    chat_templates: CommaList[str] = _model(
+        (), description="files with the chat templates that prefixes may run besides the backbone's own"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
     device: str = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
     raw_completions: bool = _model(

@@ -8,6 +8,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import has_chat_template
 from prefixtune.data.streams import read_text
 from prefixtune.errors import ConfigError
+from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
 from prefixtune.training.config import TrainConfig
 
@@ -22,7 +23,7 @@ def read_template(config: TrainConfig) -> str:
 
     Raises:
         ConfigError: There is no such file.
-        DataError: It cannot be read, is too large, or holds no template that can be stored.
+        DataError: It cannot be read, or is too large to be stored.
     """
     if config.chat_template in ("", "none", MODEL_TEMPLATE):
         return config.chat_template.replace("none", "")
@@ -30,7 +31,10 @@ def read_template(config: TrainConfig) -> str:
     if not path.exists():
         raise ConfigError(f"chat_template is {config.chat_template!r}, which is no file.", hint=_HINT)
     text = read_text(path, max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
+    # Its length.
     TextFormat(chat_template=text)
+    # Named by the user, so that what the run makes can be used at once.
+    allow_template(text, remember=True)
     return text
 
 
@@ -42,7 +46,7 @@ def choose_template(
     Raises:
         ConfigError: There is no such file, the backbone cannot have the template, or there is a system message and no
             template.
-        DataError: The file holds no template that can be stored.
+        DataError: The file cannot be read, or its template is too large to be stored.
     """
     template = read_template(config)
     chats = backbone.kind == "decoder" and not for_labels

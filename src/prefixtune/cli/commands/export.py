@@ -50,6 +50,7 @@ class ExportOptions(OutputOptions):
     as_json: bool = json_option("the contents of export.json")
 
     quantize: ClassVar[str] = ""
+    chat_template: ClassVar[str] = ""
 
     @field_validator("state_version")
     @classmethod

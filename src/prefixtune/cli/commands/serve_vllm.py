@@ -30,7 +30,7 @@ __all__ = ["PLUGIN_PROBE", "start_vllm"]
 
 
 _PLUGIN = "pip install jaxtyping && pip install --no-deps prefixtune (its other dependencies are not needed there)"
-_CONNECTOR_OPTIONS = ("raw_completions", "earlier_messages", "on_too_long", "max_joined_prefixes")
+_CONNECTOR_OPTIONS = ("raw_completions", "earlier_messages", "on_too_long", "max_joined_prefixes", "chat_templates")
 _USED_BY_VLLM = (
     *("engine", "backbone", "backbone_id", "prefixes", "dtype", "host", "port", "max_length", "num_slots"),
     *("cache_mib", *_CONNECTOR_OPTIONS),

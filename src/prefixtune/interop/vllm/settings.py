@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from prefixtune.errors import ConfigError, short_repr
+from prefixtune.prefix.chat_format import allow_named
 from prefixtune.prefix.composition import MAX_PARTS
 from prefixtune.utils.config import Config
 
@@ -34,6 +35,9 @@ class Settings(Config):
     cache_mib: int = Field(1024, ge=1, description="Most memory for a worker's loaded prefixes, in MiB.")
     max_joined_prefixes: int = Field(
         8, ge=1, le=MAX_PARTS, description="Most prefixes that one request may join; 1: none."
+    )
+    chat_templates: tuple[str, ...] = Field(
+        (), description="Files with the chat templates that prefixes may run besides the model's own."
     )
     allow_other_backbone: bool = Field(False, description="Accept prefixes of a related model with the same shapes.")
     max_body_mib: int = Field(16, ge=1, description="Longest request body that is read, in MiB.")
@@ -73,7 +77,10 @@ class Settings(Config):
         values = {**options, "secret": str(secret or transfer.engine_id).encode()}
         if faults:
             raise ConfigError(f"kv_transfer_config: {'; '.join(faults)}.", hint=cls.hint)
-        return cls(**values)
+        settings = cls(**values)
+        for file in settings.chat_templates:
+            allow_named(file, ())
+        return settings
 
     @field_validator("prefixes", mode="before")
     @classmethod
