@@ -160,8 +160,7 @@ def rewrite_header() -> Callable[..., Path]:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from prefixtune.prefix.header import HEADER_KEY
-    from prefixtune.prefix.tensor_file import metadata_with_checksum
+    from prefixtune.prefix.file import HEADER_KEY, metadata_with_checksum
 
     def rewrite(path: Path, **fields: Any) -> Path:
         with safe_open(path, "pt") as handle:

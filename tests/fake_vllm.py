@@ -17,8 +17,7 @@ import pytest
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE
 from prefixtune.interop.vllm.middleware import PrefixMiddleware
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 
 def vllm_config(folder: Path, policy: str = "fail", **extra: Any) -> Any:

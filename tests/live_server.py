@@ -73,8 +73,7 @@ def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **head
     import torch
 
     from prefixtune.backbone.prefixes import make_header
-    from prefixtune.prefix.artifact import save_prefix
-    from prefixtune.prefix.prefix import Prefix
+    from prefixtune.prefix.prefix import Prefix, save_prefix
 
     generator = torch.Generator().manual_seed(seed)
 

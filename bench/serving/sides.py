@@ -29,8 +29,7 @@ from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.decoding import generate_batch
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix, flatten
+from prefixtune.prefix.prefix import Prefix, flatten, save_prefix
 
 PREFIX_LENGTH = 10
 

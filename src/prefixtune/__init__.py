@@ -48,7 +48,7 @@ _HOMES = {
     "load": "inference.model",
     "load_backbone": "backbone.load",
     "load_prefix": "backbone.prefixes",
-    "save_prefix": "prefix.artifact",
+    "save_prefix": "prefix.prefix",
     "train": "training.train",
 }
 
@@ -62,8 +62,7 @@ if TYPE_CHECKING:
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.inference.generate import generate
     from prefixtune.inference.model import Model, load
-    from prefixtune.prefix.artifact import save_prefix
-    from prefixtune.prefix.prefix import Prefix
+    from prefixtune.prefix.prefix import Prefix, save_prefix
     from prefixtune.server.settings import ServeConfig
     from prefixtune.training.config import TrainConfig
     from prefixtune.training.train import train

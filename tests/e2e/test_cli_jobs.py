@@ -13,7 +13,7 @@ import pytest
 
 from command_line import run
 from live_server import MODEL, LiveServer, make_model
-from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.prefix import read_artifact
 from prefixtune.server.auth import hash_key
 from small_document import DOCUMENT
 from training_jobs import wait_until

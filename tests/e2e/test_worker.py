@@ -18,7 +18,7 @@ from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job
 from prefixtune.jobs.queue import JobQueue
-from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.prefix import read_artifact
 from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
 
 STEPS = 150

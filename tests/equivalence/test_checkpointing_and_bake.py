@@ -13,10 +13,9 @@ from prefixtune.backbone.loss import batch_loss
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.encoder import REPARAMETERIZATIONS, PrefixEncoder
 from prefixtune.prefix.geometry import LayerShape
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 
 def build(backbone: Any, kind: str, start: Any = None) -> PrefixEncoder:

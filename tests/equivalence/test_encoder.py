@@ -16,8 +16,7 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.inference.generate import generate
 from prefixtune.inference.streaming import stream
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.starts.words import from_words
 
 P = 5

@@ -30,10 +30,9 @@ from prefixtune.errors import BackboneError, ConfigError, DataError, PrefixError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.inference.streaming import stream
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.encoder import PrefixEncoder
 from prefixtune.prefix.geometry import LayerShape
-from prefixtune.prefix.prefix import Prefix, unflatten
+from prefixtune.prefix.prefix import Prefix, save_prefix, unflatten
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import evaluation_loss

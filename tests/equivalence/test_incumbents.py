@@ -21,8 +21,8 @@ from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample, encode_examples
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.encoder import PrefixEncoder, fit
+from prefixtune.prefix.prefix import save_prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import evaluation_loss

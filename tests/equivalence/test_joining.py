@@ -21,9 +21,8 @@ from prefixtune.cli.main import main
 from prefixtune.errors import BackboneError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from zoo import exists, make_model
 
 PAIRS = {

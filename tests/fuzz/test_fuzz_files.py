@@ -35,10 +35,9 @@ from prefixtune.data.labels import labels_of
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import PrefixError
 from prefixtune.evaluation.decode import read_decoded
-from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.card import read_evaluations
-from prefixtune.prefix.header import HEADER_KEY, read_outline
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.file import HEADER_KEY
+from prefixtune.prefix.prefix import Prefix, read_artifact, read_outline, save_prefix
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.report import compose, read_results, to_html
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig

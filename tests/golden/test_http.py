@@ -20,8 +20,7 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
 from prefixtune.server.models.store import PrefixStore

@@ -26,9 +26,8 @@ from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.interop.llama_cpp.check import NotInEffectError, check
 from prefixtune.interop.llama_cpp.export import export_llama_cpp, placeholders_for, rows_of
 from prefixtune.interop.llama_cpp.state import KV_TYPES, encode_file
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate, cut
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from zoo import MAX_POSITIONS
 
 Make = Callable[..., Any]

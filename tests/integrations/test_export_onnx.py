@@ -20,8 +20,8 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.onnx import export as target
 from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.prefix import save_prefix
 
 Make = Callable[..., Any]
 

@@ -244,7 +244,7 @@ def test_lm_eval_makes_the_model_by_its_name(
     from importlib.metadata import EntryPoint
 
     from prefixtune.backbone.prefixes import make_header
-    from prefixtune.prefix.artifact import save_prefix
+    from prefixtune.prefix.prefix import save_prefix
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (name, value) = next(iter(project["entry-points"]["lm_eval.models"].items()))

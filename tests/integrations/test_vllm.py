@@ -30,9 +30,8 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.training.starts.words import from_words
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -21,10 +21,8 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.encoder import REPARAMETERIZATIONS
-from prefixtune.prefix.prefix import Prefix, flatten
+from prefixtune.prefix.prefix import Prefix, content_hash, flatten, save_prefix
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.build import build_encoder

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import job_origin
+from prefixtune.prefix.prefix import read_artifact
 from stress.service import Http, Postgres, Service
 from stress.watch import JobWatcher, ServedWatcher
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from prefixtune.errors import CheckpointError
-from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import Signature, list_names, path_of, signature_of
 from prefixtune.prefix.header import job_origin
+from prefixtune.prefix.prefix import read_artifact
 from stress.service import Http
 
 

@@ -83,7 +83,10 @@ def test_an_error_is_one_printable_line_whatever_it_quotes() -> None:
     for quoted in ("a\nerror: forged", "\x1b[2J", "\ud800", "\u2028", "x" * 500_000):
         error = PrefixError(f"the file is for {quoted}.", hint=f"get {quoted} again.")
         for text in (error.message, error.hint, str(error), error.args[0]):
-            assert text.isprintable() and len(text) < 10_000
-        assert len(short_repr(quoted)) <= 60 and short_repr(quoted).isprintable()
+            assert text.isprintable()
+            assert len(text) < 10_000
+        assert len(short_repr(quoted)) <= 60
+        assert short_repr(quoted).isprintable()
         assert len(describe_value(quoted)) <= 80
-    assert short_repr(10**5000) and describe_value(10**5000)
+    assert short_repr(10**5000)
+    assert describe_value(10**5000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prefixtune.errors import ConfigError, describe_value, did_you_mean
-from prefixtune.prefix.artifact import DTYPES
+from prefixtune.prefix.prefix import DTYPES
 
 __all__ = ["choose_device", "choose_dtype"]
 

@@ -12,11 +12,10 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone
 from prefixtune.errors import BackboneError, ConfigError, short_repr
-from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import prefix_file
-from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.prefix import Prefix, check_fits, read_artifact
 
 __all__ = ["PrefixLike", "as_prefix", "load_prefix", "make_header", "named_backbone", "trained_adapter"]
 

@@ -11,8 +11,8 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.prefix.folder import ENDING
-from prefixtune.prefix.header import incompatibilities, read_outline
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, read_outline
+from prefixtune.prefix.serving import incompatibilities
 
 __all__ = ["PrefixValidator"]
 
@@ -43,9 +43,9 @@ class PrefixValidator:
         fingerprint = None if self.allow_other_backbone else self.backbone.fingerprint
         reasons = incompatibilities(outline, self.backbone.geometry, self.backbone.name, fingerprint, classifies=True)
         width = self.backbone.head_size
-        if outline.shapes.get("head.weight", (0, width))[-1:] != (width,):
+        if outline.head is not None and outline.head.weight.shape[1] != width:
             reasons.append(f"its head is not for hidden states of {width} numbers")
-        num_bytes = outline.num_elements * self.backbone.dtype.itemsize
+        num_bytes = outline.num_parameters * self.backbone.dtype.itemsize
         if num_bytes > self.max_bytes:
             reasons.append(f"it takes {num_bytes:,} bytes, but all prefixes together may take {self.max_bytes:,}")
         if reasons:

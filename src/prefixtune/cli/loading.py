@@ -140,13 +140,14 @@ def _join(parts: Sequence[Prefix], names: Sequence[str]) -> Prefix:
     Raises:
         PrefixError: They cannot be joined.
     """
-    from prefixtune.prefix.compose import check_join, concatenate
+    from prefixtune.prefix.compose import check_joinable, concatenate, stored_rotation
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
 
     if len(parts) == 1:
         return parts[0]
-    rotation, _ = check_join(parts, names=names)
+    check_joinable(parts, names)
+    rotation = stored_rotation(parts, names)
     joined = concatenate(parts, rotation or Rotation("none"), names=names)
     header = {name: value for name, value in joined.header.items() if name != "rotation" or rotation is not None}
     return Prefix(joined.layers, header, joined.head)

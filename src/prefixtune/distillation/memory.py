@@ -17,7 +17,7 @@ from prefixtune.distillation.plan import make_plan
 from prefixtune.distillation.teacher import Teacher, load_teacher
 from prefixtune.distillation.wording import check_view, choose_wording
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.prefix import read_artifact
 from prefixtune.training.beside import SELF
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData

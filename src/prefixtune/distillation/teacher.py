@@ -19,9 +19,9 @@ from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.prefix.file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.header import FORMAT_VERSION
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.artifact import load_tuned
 from prefixtune.training.data import TrainData

@@ -24,9 +24,8 @@ from prefixtune.evaluation.metrics.base import Array, ItemStatistics
 from prefixtune.evaluation.metrics.significance import METHOD, Measurement, bootstrap, randomize
 from prefixtune.pages.document import Chart, Series, Table
 from prefixtune.pages.figures import save_figure
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import cut
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.config import MOST_LENGTHS, TrainConfig
 from prefixtune.training.folder import PREFIX_FILE
 from prefixtune.training.loop import TrainLoop

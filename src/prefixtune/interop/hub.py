@@ -13,8 +13,8 @@ from typing import Any
 
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError
-from prefixtune.prefix.card import check_complete, make_card, read_evaluations
-from prefixtune.prefix.hub import FILE, check_repository, download, prefix_file, upload
+from prefixtune.prefix.card import check_complete
+from prefixtune.prefix.hub import FILE, check_repository, download
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_path, check_writable
 
@@ -52,9 +52,9 @@ def push(
             adapter.
         PrefixError: The hub cannot be reached, or refuses.
     """
-    # Read and checked as a whole before anything is sent.
-    card, path = card_of(path, repo_id, evaluation), prefix_file(path)
-    return upload(path, card, repo_id, private=private, revision=revision, token=token, message=message)
+    return load_prefix(path).push_to_hub(
+        repo_id, evaluation=evaluation, private=private, revision=revision, token=token, commit_message=message
+    )
 
 
 def card_of(path: str | Path, repo_id: str, evaluation: Any = None) -> str:
@@ -63,10 +63,10 @@ def card_of(path: str | Path, repo_id: str, evaluation: Any = None) -> str:
     Raises:
         PrefixError: As `push`, but for the hub.
     """
-    prefix = load_prefix(prefix_file(path))
-    check_complete(prefix)
+    prefix = load_prefix(path)
+    check_complete(prefix.header)
     check_repository(repo_id)
-    return make_card(prefix, repo_id, read_evaluations(evaluation, prefix))
+    return prefix.card(repo_id, evaluation)
 
 
 def pull(
@@ -92,7 +92,7 @@ def pull(
     check_writable(output)
     downloaded = download(repo_id, name, revision=revision, token=token)
     prefix = load_prefix(downloaded)
-    check_complete(prefix, output.parent)
+    check_complete(prefix.header, output.parent)
     with atomic_path(output) as temporary:
         shutil.copyfile(downloaded, temporary)
     return prefix

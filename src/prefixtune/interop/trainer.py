@@ -32,8 +32,7 @@ from prefixtune.backbone.loss import token_losses
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.collator import IGNORED, Collator
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.artifact import reparameterization_facts
 from prefixtune.training.checks import check_given, check_gradient_checkpointing
 from prefixtune.training.config import TrainConfig

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from prefixtune.errors import CheckpointError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import Job, checkpoint_name
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.folder import ENDING
-from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.header import JobOrigin, job_origin
+from prefixtune.prefix.prefix import Prefix, read_outline, save_prefix
 from prefixtune.training.folder import Event
 
 if TYPE_CHECKING:
@@ -80,8 +79,8 @@ class CheckpointKeeper:
         if prefix is None:
             return
         training = {**prefix.header["training"], "dev_loss": event.get("loss"), "train_loss": self._train_loss}
-        origin = JobOrigin(self._job.id, self._job.owner, event["step"])
-        header = {**prefix.header, "training": training, "job": origin.to_header()}
+        origin = JobOrigin(id=self._job.id, owner=self._job.owner, step=event["step"])
+        header = {**prefix.header, "training": training, "job": origin.model_dump(exclude_none=True)}
         path = self._folder / f"step-{event['step']}{ENDING}"
         save_prefix(path, Prefix(prefix.layers, header, prefix.head), dtype=loop.config.save_dtype)
         for old in _files(self._folder)[:-KEPT]:

@@ -22,7 +22,7 @@ from prefixtune.jobs.executor import JobFailedError, JobPausedError
 from prefixtune.jobs.files import FileStore, result_file_id
 from prefixtune.jobs.job import Job, JobError, JobResult
 from prefixtune.jobs.queue import JobQueue
-from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.file import is_unread
 from prefixtune.prefix.folder import (
     Signature,
     change_folder,
@@ -31,9 +31,8 @@ from prefixtune.prefix.folder import (
     remove_abandoned_copies,
     signature_of,
 )
-from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.tensor_file import is_unread
+from prefixtune.prefix.header import JobOrigin, job_origin
+from prefixtune.prefix.prefix import Prefix, read_artifact, read_outline, save_prefix
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
 from prefixtune.utils.files import flush_to_disk, fsync, reporting_write_errors, work_folder
 
@@ -118,7 +117,7 @@ def _result(job: Job, run: Path) -> Prefix:
         if is_unread(error):
             raise
         raise _unusable(error, path) from error
-    header = {**prefix.header, "job": JobOrigin(job.id, job.owner).to_header()}
+    header = {**prefix.header, "job": JobOrigin(id=job.id, owner=job.owner).model_dump(exclude_none=True)}
     initialization = header.get("initialization")
     if isinstance(initialization, Mapping) and initialization.get("kind") == "prefix":
         # The name that the owner knows, not that of the job's copy.
@@ -134,7 +133,7 @@ def _check(path: Path, name: str, validator: PrefixValidator) -> None:
         JobFailedError: It cannot be served.
         JobPausedError: It is larger than servers take.
     """
-    if read_outline(path).num_elements * validator.backbone.dtype.itemsize > validator.max_bytes:
+    if read_outline(path).num_parameters * validator.backbone.dtype.itemsize > validator.max_bytes:
         raise JobPausedError(f"the new model is larger than the {validator.max_bytes:,} bytes that servers take")
     try:
         validator.read_header(path)

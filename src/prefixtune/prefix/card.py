@@ -12,23 +12,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from prefixtune.errors import ConfigError, describe_value, short_repr
 from prefixtune.prefix.header import backbone_origin
-from prefixtune.prefix.hub import is_repository
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.markdown import escape_markdown
 
 CARD = "README.md"
 """A card's name in a repository."""
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Embedded backbones, by the hub's names."""
 
 _EVALUATION = "evaluation.json"
 _TRAINING_FACTS = ("steps", "num_targets", "dev_loss", "learning_rate", "seed")
 """What the card repeats of a header's `training`."""
-HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""Embedded backbones, by the hub's names."""
 _PIPELINE_TAGS = {"classification": "text-classification", "tagging": "token-classification"}
 _LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "gpl-3.0", "bsd-3-clause")
 """The usual ones, by the hub's identifiers; it takes others as `other` with a name."""
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _PAGE = """\
 # {name}
 
@@ -46,11 +47,52 @@ pip install prefixtune
 {scores}"""
 
 
-def make_card(prefix: Prefix, repo_id: str, evaluations: Sequence[Mapping[str, Any]] = ()) -> str:
+class Score(BaseModel):
+    """A score of an evaluation.
+
+    Attributes:
+        score: On the metric's own scale.
+        implementation: What computed it.
+        interval: Of 95 %; None: unknown.
+    """
+
+    score: float
+    implementation: str
+    interval: tuple[float, float] | None = None
+
+
+class EvaluationScores(BaseModel):
+    """What a card says of an evaluation, as `evaluation.json` has it."""
+
+    task: str
+    data: str
+    split: str | None = None
+    num_examples: int
+    scores: dict[str, Score]
+
+
+def is_repository(name: str | os.PathLike[str]) -> bool:
+    """Whether a text has the form of a repository's name, `OWNER/NAME`; a path on this machine may have it too.
+
+    >>> is_repository("me/e2e-prefix"), is_repository("./me/prefix"), is_repository("prefix")
+    (True, False, False)
+    """
+    return _REPOSITORY.fullmatch(os.fspath(name)) is not None
+
+
+def make_card(
+    header: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    num_parameters: int,
+    repo_id: str,
+    evaluations: Sequence[EvaluationScores] = (),
+) -> str:
     """The model card: metadata that the hub reads, and a page for people.
 
     Args:
-        prefix: With its header.
+        header: Of the prefix.
+        lengths: Site -> P.
+        num_parameters: How many numbers it stores.
         repo_id: `OWNER/NAME`, for the examples; a folder's name, if it is on this machine.
         evaluations: As `read_evaluations` returns them; none: it was not evaluated.
 
@@ -61,23 +103,24 @@ def make_card(prefix: Prefix, repo_id: str, evaluations: Sequence[Mapping[str, A
 
     if not isinstance(repo_id, str):
         raise ConfigError(f"the repository is {describe_value(repo_id)}, not a text.", hint="write OWNER/NAME.")
-    header = prefix.header
-    task, labels, training = str(header.get("task") or ""), header.get("labels") or {}, header.get("training") or {}
-    tag = _PIPELINE_TAGS.get(str(labels.get("kind")), "text-generation")
-    base_model = _find_base_model(backbone_origin(header).name)
+    task, training, name = str(header.get("task") or ""), header.get("training") or {}, repo_id.rpartition("/")[2]
+    tag = _PIPELINE_TAGS.get(str((header.get("labels") or {}).get("kind")), "text-generation")
+    origin = backbone_origin(header).name
+    # A folder on somebody's machine has no name on the hub.
+    base_model = HUB_NAMES.get(origin, origin if is_repository(origin) and not os.path.exists(origin) else "")
     license_id = re.sub(r"[^a-z0-9.+]+", "-", str(header.get("license") or "").lower()).strip("-")
     results = [
         EvalResult(
             task_type=tag,
-            dataset_type=str(evaluation["task"]),
-            dataset_name=str(evaluation["data"]),
-            dataset_split=evaluation["split"],
+            dataset_type=evaluation.task,
+            dataset_name=evaluation.data,
+            dataset_split=evaluation.split,
             metric_type=metric,
-            metric_value=round(score["score"], 4),
-            metric_name=f"{metric} ({score['implementation']})",
+            metric_value=round(score.score, 4),
+            metric_name=f"{metric} ({score.implementation})",
         )
         for evaluation in evaluations
-        for metric, score in evaluation["scores"].items()
+        for metric, score in evaluation.scores.items()
     ]
     data = ModelCardData(
         base_model=base_model or None,
@@ -88,82 +131,37 @@ def make_card(prefix: Prefix, repo_id: str, evaluations: Sequence[Mapping[str, A
         license_name=None if license_id in _LICENSES else license_id or None,
         pipeline_tag=tag,
         tags=["prefix-tuning", "prefixtune", *([task] if task else [])],
-        model_name=repo_id.rpartition("/")[2] if results else None,
+        model_name=name if results else None,
         eval_results=results or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_make_page(prefix, repo_id, base_model, evaluations)}"
-
-
-_OF_RUN = re.compile(r"adapter(-[0-9]+)?")
-"""An adapter that was trained with the prefix, in its run's folder."""
-
-
-def check_complete(prefix: Prefix, folder: Path | None = None) -> None:
-    """Refuse to publish, or to store elsewhere, a prefix that is of no use by itself.
-
-    Args:
-        prefix: With its header.
-        folder: Where it is to be stored; None: in a repository.
-
-    Raises:
-        ConfigError: It was trained with a LoRA adapter, which would not be found from there.
-    """
-    adapter = str(prefix.header.get("adapter") or "")
-    if not adapter:
-        return
-    if folder is None:
-        raise ConfigError(
-            "the prefix was trained together with a LoRA adapter, and a repository would hold the prefix alone.",
-            hint="upload the run's folder with `hf upload`, and use it from where `hf download` puts it.",
-        )
-    # Any other name is that of a folder of the user's own, which is named again for each use.
-    if _OF_RUN.fullmatch(adapter) and not os.path.isdir(folder / adapter):
-        raise ConfigError(
-            f"the prefix was trained together with the LoRA adapter {short_repr(adapter)}, which is not in "
-            f"{str(folder)!r}.",
-            hint="store it in the run's folder, next to the adapter; or copy the adapter there first.",
-        )
-
-
-def _find_base_model(name: str) -> str:
-    """The backbone's name on the hub; empty: it has none there, as a folder on somebody's machine."""
-    is_on_hub = is_repository(name) and not os.path.exists(name)
-    return HUB_NAMES.get(name, name if is_on_hub else "")
-
-
-def _make_page(prefix: Prefix, repo_id: str, base_model: str, evaluations: Sequence[Mapping[str, Any]]) -> str:
-    name, model = repo_id.rpartition("/")[2], base_model or "the model that its header names"
-    training = prefix.header.get("training") or {}
+    model, file = base_model or "the model that its header names", f"{name}.safetensors"
     facts = {
         "model": model,
-        "task": prefix.header.get("task"),
-        "license": prefix.header.get("license"),
-        "sites": ", ".join(f"{site} (P = {prefix.length(site)})" for site in prefix.sites),
-        "parameters": f"{prefix.num_parameters:,}",
+        "task": header.get("task"),
+        "license": header.get("license"),
+        "sites": ", ".join(f"{site} (P = {length})" for site, length in lengths.items()),
+        "parameters": f"{num_parameters:,}",
         **{key.replace("_", " "): training.get(key) for key in _TRAINING_FACTS},
     }
-    scores = [
-        f"\n## Scores on {_cell(evaluation['data'])} ({evaluation['num_examples']:,} examples)\n\n"
-        "| metric | score | 95 % | by |\n|---|---|---|---|\n"
-        + "".join(f"| {_cell(metric)} | {_format_score(score)} |\n" for metric, score in evaluation["scores"].items())
-        for evaluation in evaluations
-    ]
-    # A folder's name, or a repository's.
-    here, file = "/" not in repo_id, f"{name}.safetensors"
-    return _PAGE.format(
+    is_on_hub = "/" in repo_id
+    page = _PAGE.format(
         name=_cell(name),
         model=_cell(model),
         facts="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items() if value is not None),
-        pull="" if here else f"prefixtune pull {repo_id} {file}\n",
-        file=repo_id if here else file,
-        scores="".join(scores),
+        pull=f"prefixtune pull {repo_id} {file}\n" if is_on_hub else "",
+        file=file if is_on_hub else repo_id,
+        scores="".join(map(_table, evaluations)),
     )
+    return f"---\n{data.to_yaml()}\n---\n\n{page}"
 
 
-def _format_score(score: Mapping[str, Any]) -> str:
-    interval = score["interval"]
-    between = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
-    return f"{score['score']:.4g} | {between} | {_cell(score['implementation'])}"
+def _table(evaluation: EvaluationScores) -> str:
+    lines = [f"\n## Scores on {_cell(evaluation.data)} ({evaluation.num_examples:,} examples)\n\n"]
+    lines.append("| metric | score | 95 % | by |\n|---|---|---|---|\n")
+    for metric, one in evaluation.scores.items():
+        between = f"{one.interval[0]:.4g} to {one.interval[1]:.4g}" if one.interval else ""
+        lines.append(f"| {_cell(metric)} | {one.score:.4g} | {between} | {_cell(one.implementation)} |\n")
+    return "".join(lines)
 
 
 def _cell(value: object) -> str:
@@ -171,16 +169,13 @@ def _cell(value: object) -> str:
     return escape_markdown(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def read_evaluations(given: Any, prefix: Prefix | None = None) -> list[dict[str, Any]]:
-    """The scores that a caller means, each with its task, data, split and number of examples.
+def read_evaluations(given: Any, task: str = "") -> list[EvaluationScores]:
+    """The scores that a caller means.
 
     Args:
         given: None; what `evaluate` returned; `evaluation.json` of `prefixtune evaluate`, its content or its folder; or
             a list of these.
-        prefix: The one that was evaluated.
+        task: Of the prefix that was evaluated.
 
     Raises:
         ConfigError: It cannot be read, or holds no scores.
@@ -188,35 +183,41 @@ def read_evaluations(given: Any, prefix: Prefix | None = None) -> list[dict[str,
     if given is None:
         return []
     if isinstance(given, Sequence) and not isinstance(given, str):
-        return [evaluation for one in given for evaluation in read_evaluations(one, prefix)]
+        return [evaluation for one in given for evaluation in read_evaluations(one, task)]
     try:
         if isinstance(given, str | os.PathLike):
             path = Path(given)
             given = json.loads((path / _EVALUATION if path.is_dir() else path).read_text(encoding="utf-8"))
         elif not isinstance(given, Mapping):
-            given = {
-                "kind": "evaluation",
-                "task": (prefix.header.get("task") if prefix else None) or "generation",
-                "data": "examples",
-                "split": None,
-                "num_examples": len(given.outputs),
-                "scores": {name: score.to_dict() for name, score in given.scores.items()},
-            }
+            scores = {name: score.to_dict() for name, score in given.scores.items()}
+            facts = {"task": task or "generation", "data": "examples", "num_examples": len(given.outputs)}
+            given = {"kind": "evaluation", **facts, "scores": scores}
         if given["kind"] != "evaluation":
             raise ValueError("it is not an evaluation")
-        facts = {name: given[name] for name in ("task", "data", "split")}
-        scores = {str(name): _read_score(score) for name, score in given["scores"].items()}
-        return [{**facts, "num_examples": int(given["num_examples"]), "scores": scores}]
-    except (OSError, LookupError, ArithmeticError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return [EvaluationScores.model_validate(given)]
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ConfigError(
-            f"the evaluation holds no scores: {short_repr(str(error))}.",
+            f"the evaluation holds no scores: {short_repr(reason)}.",
             hint="give what pt.evaluate returned, or the folder that `prefixtune evaluate --output` wrote.",
         ) from error
 
 
-def _read_score(score: Mapping[str, Any]) -> dict[str, Any]:
-    interval = score.get("interval")
-    if interval is not None:
-        low, high = interval
-        interval = [float(low), float(high)]
-    return {"score": float(score["score"]), "implementation": str(score["implementation"]), "interval": interval}
+def check_complete(header: Mapping[str, Any], folder: Path | None = None) -> None:
+    """Refuse to publish, or to store elsewhere, a prefix that is of no use by itself.
+
+    Args:
+        header: Of the prefix.
+        folder: Where it is to be stored; None: in a repository.
+
+    Raises:
+        ConfigError: It was trained with a LoRA adapter, which would not be found from there.
+    """
+    adapter = str(header.get("adapter") or "")
+    # One with a path is a folder of the user's own, which is named again for each use.
+    is_found = folder is not None and (os.sep in adapter or os.path.isdir(folder / adapter) or os.path.isdir(adapter))
+    if adapter and not is_found:
+        raise ConfigError(
+            f"the prefix was trained together with the LoRA adapter {short_repr(adapter)}, which would not be with it.",
+            hint="store it in the run's folder, next to the adapter; or upload that folder with `hf upload`.",
+        )

@@ -81,7 +81,8 @@ def is_allowed(template: str) -> bool:
 
 def _note(template: str) -> Path:
     """The file that says that this user named a template."""
-    return cache_folder() / "chat_templates" / f"{hashlib.sha256(template.encode('utf-8', 'surrogatepass')).hexdigest()}.jinja"
+    digest = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
+    return cache_folder() / "chat_templates" / f"{digest}.jinja"
 
 
 def template_hash(tokenizer: Any) -> str:
@@ -113,8 +114,8 @@ def render_chat(
     if not is_allowed(text_format.chat_template):
         raise RequestError(
             "the prefix's file holds a chat template of its own, and a template from elsewhere is not run unasked.",
-            hint="read it (`prefixtune inspect FILE --json`) and name it: --chat-template own, or a file with its text; "
-            "of a server: --chat-templates FILE; in Python: load(..., chat_template=...).",
+            hint="read it (`prefixtune inspect FILE --json`) and name it: --chat-template own, or a file with its "
+            "text; of a server: --chat-templates FILE; in Python: load(..., chat_template=...).",
         )
     if own:
         _check_own(tokenizer, text_format)

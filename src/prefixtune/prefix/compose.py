@@ -2,7 +2,7 @@
 
 Joined one after the other, the result is what attention sees with all of them in front: each moved on by the lengths
 before it, the text behind all. Values have no position, so that only keys turn (see `rotation`). Number by number,
-prefixes of one length are averaged.
+prefixes of one length are averaged. The header says what the parts were.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ import torch
 from torch import Tensor
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, short_repr
-from prefixtune.prefix.composition import check_count, describe_parts, lead_header
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.prefix.geometry import SITES, Site, describe
+from prefixtune.prefix.geometry import SITES, Site, describe, spell_lengths
 from prefixtune.prefix.header import backbone_origin
-from prefixtune.prefix.prefix import Head, KeyValue, Prefix
+from prefixtune.prefix.prefix import Head, KeyValue, Prefix, content_hash
 from prefixtune.prefix.rotation import Rotation
+
+MAX_PARTS = 64
+"""Most parts of one prefix, those of its parts included."""
+
+_TEMPLATES = ("prompt", "target", "separator", "end", "source", "target_template", "chat_template", "system")
+_LIMITS = ("longest_prompt", "longest_target")
+
+
+# --- one after the other ---------------------------------------------------------------------------------------------
 
 
 def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *, names: Sequence[str] = ()) -> Prefix:
@@ -42,51 +50,25 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
         ConfigError: They cannot be joined: no rotation is known, their adapters do not
             fit, several have a head, they are too many, or nothing is left of the model's positions.
     """
-    rotation, lead = check_join(prefixes, rotation, names=names)
-    if rotation is None:
-        raise ConfigError(
-            "no header says how keys turn with position: the files are older than joining.",
-            hint="pass the backbone's rotation: load_backbone(...).rotation.",
-        )
-    joined = join(prefixes, rotation)
-    names = _named(prefixes, names)
-    header = lead_header(prefixes, lead) | {"rotation": rotation.to_header()}
-    header["composition"] = {"mode": "concatenate", "parts": describe_parts(prefixes, names, nested="concatenate")}
-    return Prefix(joined.layers, header, prefixes[lead].head)
-
-
-def check_join(
-    prefixes: Sequence[Prefix], rotation: Rotation | None = None, *, names: Sequence[str] = ()
-) -> tuple[Rotation | None, int]:
-    """Refuse prefixes that cannot stand one after the other, before anything is computed.
-
-    Args:
-        prefixes: At least one, in order.
-        rotation: The backbone's; None: as the headers have it.
-        names: What to call the parts in messages; none: by number.
-
-    Returns:
-        The rotation (None: it is unknown), and which part the result has its head, task and text format of.
-
-    Raises:
-        PrefixError: As `concatenate`.
-    """
     names = check_joinable(prefixes, names)
-    rotation = rotation or stored_rotation(prefixes, names)
-    total, most = sum(prefix.length() for prefix in prefixes), None if rotation is None else rotation.max_positions
+    rotation = _known(rotation or stored_rotation(prefixes, names))
+    total, most = sum(prefix.length() for prefix in prefixes), rotation.max_positions
     if most is not None and total >= most:
         raise ConfigError(
             f"joined, the prefixes take {total:,} positions, but the model has {most:,}, and the text needs some.",
             hint="join fewer, or cut them: `prefixtune cut FILE --length P`.",
         )
-    check_count(prefixes, "concatenate")
     heads = [number for number, prefix in enumerate(prefixes) if prefix.head is not None or prefix.header.get("labels")]
     if len(heads) > 1:
         raise ConfigError(
             f"{names[heads[0]]} and {names[heads[1]]} both classify, and a prefix has one set of labels.",
             hint="join one prefix that classifies with others that do not.",
         )
-    return rotation, heads[0] if heads else len(prefixes) - 1
+    lead = heads[0] if heads else len(prefixes) - 1
+    parts = _describe_parts(prefixes, names, "concatenate")
+    header = lead_header(prefixes, lead) | {"rotation": rotation.to_header()}
+    header["composition"] = {"mode": "concatenate", "parts": parts}
+    return Prefix(join(prefixes, rotation).layers, header, prefixes[lead].head)
 
 
 def join(prefixes: Sequence[Prefix], rotation: Rotation) -> Prefix:
@@ -115,21 +97,14 @@ def join(prefixes: Sequence[Prefix], rotation: Rotation) -> Prefix:
 # --- number by number ------------------------------------------------------------------------------------------------
 
 
-def average(prefixes: Sequence[Prefix], *, names: Sequence[str] = ()) -> Prefix:
-    """The mean of prefixes of one length, of keys, values and heads; see `interpolate` for what is refused."""
-    names = check_joinable(prefixes, names)
-    _check_labels(prefixes)
-    return _blend(prefixes, [1 / len(prefixes)] * len(prefixes), names, "average")
-
-
-def interpolate(prefixes: Sequence[Prefix], weights: Sequence[float], *, names: Sequence[str] = ()) -> Prefix:
-    """The weighted mean of prefixes of one length, of keys, values and heads.
+def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, *, names: Sequence[str] = ()) -> Prefix:
+    """The mean of prefixes of one length, of keys, values and heads, computed in float32.
 
     Task and text format are those of the last part that has them.
 
     Args:
         prefixes: Of one backbone.
-        weights: One for each, with sum 1; a negative one, or one above 1, goes beyond a part.
+        weights: One for each, with sum 1; a negative one, or one above 1, goes beyond a part. None: equal ones.
         names: What to call the parts in messages and in the header; none: by number.
 
     Raises:
@@ -137,67 +112,52 @@ def interpolate(prefixes: Sequence[Prefix], weights: Sequence[float], *, names: 
         ConfigError: Their lengths or labels differ, or the weights do not fit.
     """
     names = check_joinable(prefixes, names)
-    _check_labels(prefixes)
+    mode = "average" if weights is None else "interpolate"
+    weights = [1 / len(prefixes)] * len(prefixes) if weights is None else weights
     are_numbers = isinstance(weights, Sequence) and all(isinstance(one, Real) for one in weights)
     if not are_numbers or len(weights) != len(prefixes) or not abs(sum(weights) - 1) <= 1e-6:
         raise ConfigError(
             f"the weights are {short_repr(weights)}, but must be {len(prefixes)} numbers with sum 1.",
             hint="divide each by their sum.",
         )
-    return _blend(prefixes, [float(weight) for weight in weights], names, "interpolate")
-
-
-def _blend(prefixes: Sequence[Prefix], weights: Sequence[float], names: Sequence[str], mode: str) -> Prefix:
-    """The weighted sum of prefixes, in float32, and its header."""
-    lengths = [prefix.lengths for prefix in prefixes]
-    for name, other in zip(names, lengths, strict=True):
-        if other != lengths[0]:
+    first = prefixes[0]
+    for name, other in zip(names, prefixes, strict=True):
+        if other.lengths != first.lengths:
             raise ConfigError(
-                f"{names[0]} has {_lengths(lengths[0])} positions, but {name} {_lengths(other)}.",
+                f"{names[0]} has {spell_lengths(first.lengths)} positions, but {name} {spell_lengths(other.lengths)}.",
                 hint="cut the longer one with `prefixtune cut`, or join them with --mode concatenate.",
             )
-    dtype, device = _widest(prefixes), prefixes[0].device
+        if other.header.get("labels") != first.header.get("labels") or _head_shape(other) != _head_shape(first):
+            raise ConfigError(
+                f"{names[0]} and {name} have different labels, or only one has any, so that their heads cannot be "
+                "averaged.",
+                hint="average prefixes of one set of labels.",
+            )
 
-    def total(tensors: Sequence[Tensor]) -> Tensor:
-        parts = [w * tensor.to(device).float() for w, tensor in zip(weights, tensors, strict=True)]
+    def mean(*tensors: Tensor) -> Tensor:
+        parts = [weight * tensor.to(first.device).float() for weight, tensor in zip(weights, tensors, strict=True)]
         return torch.stack(parts).sum(0).to(dtype)
 
+    dtype = _widest(prefixes)
     layers: dict[Site, tuple[KeyValue, ...]] = {
         site: tuple(
-            (total([key for key, _ in layer]), total([value for _, value in layer]))
+            (mean(*(key for key, _ in layer)), mean(*(value for _, value in layer)))
             for layer in zip(*(prefix.layers[site] for prefix in prefixes), strict=True)
         )
-        for site in prefixes[0].sites
+        for site in first.sites
     }
     heads = [prefix.head for prefix in prefixes if prefix.head is not None]
-    head = Head(total([one.weight for one in heads]), total([one.bias for one in heads])) if heads else None
+    head = Head(mean(*(one.weight for one in heads)), mean(*(one.bias for one in heads))) if heads else None
     header = lead_header(prefixes, len(prefixes) - 1)
     rotation = stored_rotation(prefixes, names)
     if rotation is not None and any(prefix.header.get("rotation") is not None for prefix in prefixes):
         header["rotation"] = rotation.to_header()
-    header["composition"] = {"mode": mode, "parts": describe_parts(prefixes, names, weights=weights)}
+    header["composition"] = {"mode": mode, "parts": _describe_parts(prefixes, names, mode, weights)}
     return Prefix(layers, header, head)
 
 
-def _check_labels(prefixes: Sequence[Prefix]) -> None:
-    """Refuse to average heads of different labels.
-
-    Raises:
-        ConfigError: Labels or shapes of heads differ, or only some have a head.
-    """
-    kinds = [
-        (prefix.header.get("labels"), None if prefix.head is None else tuple(prefix.head.weight.shape))
-        for prefix in prefixes
-    ]
-    if any(kind != kinds[0] for kind in kinds):
-        raise ConfigError(
-            "the prefixes have different labels, or only some have any, so that their heads cannot be averaged.",
-            hint="blend prefixes of one set of labels.",
-        )
-
-
-def _lengths(lengths: Mapping[Site, int]) -> str:
-    return ", ".join(f"{site} {length}" for site, length in lengths.items())
+def _head_shape(prefix: Prefix) -> torch.Size | None:
+    return None if prefix.head is None else prefix.head.weight.shape
 
 
 # --- cut -------------------------------------------------------------------------------------------------------------
@@ -234,73 +194,18 @@ def cut(
     if end == "end":
         kept = prefix[:length]
     else:
-        rotation = rotation or stored_rotation([prefix])
-        if rotation is None:
-            raise ConfigError(
-                "the header does not say how keys turn with position: the file is older than joining.",
-                hint="pass the backbone's rotation: load_backbone(...).rotation.",
-            )
+        rotation = _known(rotation or stored_rotation([prefix]))
         kept = rotation.turn(prefix[-length:], -max(0, prefix.length() - length))
-    whole = describe_parts([prefix], [str(prefix.header.get("task") or "the whole")])
-    header = {**_unmeasured(prefix.header), "composition": {"mode": "cut", "at": end, "parts": whole}}
-    return Prefix(kept.layers, header, prefix.head)
-
-
-def _unmeasured(header: Mapping[str, Any]) -> dict[str, Any]:
-    """A header without what was measured of the whole, which its part does not have."""
-    kept = dict(header)
+    header = dict(prefix.header)
+    # What was measured of the whole, its part does not have.
     for name, measured in (("training", ("dev_loss",)), ("initialization", ("prefix_length", "at_most"))):
         if isinstance(header.get(name), Mapping):
-            kept[name] = {key: value for key, value in header[name].items() if key not in measured}
-    return kept
+            header[name] = {key: value for key, value in header[name].items() if key not in measured}
+    parts = _describe_parts([prefix], [str(prefix.header.get("task") or "the whole")], "cut")
+    return Prefix(kept.layers, {**header, "composition": {"mode": "cut", "at": end, "parts": parts}}, prefix.head)
 
 
 # --- what belongs together -------------------------------------------------------------------------------------------
-
-
-def _named(prefixes: Sequence[Prefix], names: Sequence[str]) -> list[str]:
-    return list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
-
-
-def _widest(prefixes: Sequence[Prefix]) -> torch.dtype:
-    """The dtype that holds the numbers of all."""
-    return functools.reduce(torch.promote_types, (prefix.dtype for prefix in prefixes))
-
-
-def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Rotation | None:
-    """How keys turn with position, as the headers say; None: none does.
-
-    Args:
-        prefixes: At least one.
-        names: What to call them in messages; none: by number.
-
-    Raises:
-        CheckpointError: A header has one that cannot be used for its prefix, or two have different ones.
-    """
-    names = _named(prefixes, names)
-    if any(map(_is_unshifted, prefixes)):
-        return Rotation("none")
-    found: list[tuple[str, Rotation]] = []
-    for name, prefix in zip(names, prefixes, strict=True):
-        if prefix.header.get("rotation") is None:
-            continue
-        try:
-            rotation = Rotation.from_header(prefix.header["rotation"])
-            rotation.check(prefix.geometry)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error.message}", hint=error.hint) from error
-        if found and (what := found[0][1].differs_in(rotation)):
-            raise CheckpointError(
-                f"{found[0][0]} and {name} do not agree on how keys turn with position: they differ in {what}.",
-                hint="`prefixtune compose --backbone NAME` finds the rotation by running the backbone.",
-            )
-        found.append((name, rotation))
-    return found[0][1] if found else None
-
-
-def _is_unshifted(prefix: Prefix) -> bool:
-    """Whether the text behind a prefix is not shifted, so that nothing is moved: in encoders."""
-    return set(prefix.sites) != {"decoder"} or backbone_origin(prefix.header).kind == "encoder-decoder"
 
 
 def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> list[str]:
@@ -331,10 +236,54 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
                     f"{other_name} has {describe(other.geometry)}, but {name} {describe(prefix.geometry)}.",
                     hint="compose prefixes of one backbone; `prefixtune inspect FILE` names it.",
                 )
-        if backbone_origin(prefix.header).fingerprint:
+        origin = backbone_origin(prefix.header)
+        if origin.fingerprint:
             known = known or (name, prefix)
-            _check_same_backbone(known[1].header, prefix.header, known[0], name)
+            first = backbone_origin(known[1].header)
+            if not fingerprints_match(first.fingerprint, origin.fingerprint):
+                raise BackboneError(
+                    f"{known[0]} was trained for {first.name!r} and {name} for {origin.name!r}, whose weights differ.",
+                    hint="compose prefixes of one backbone, with the same weights; `prefixtune inspect FILE` names it.",
+                )
     return names
+
+
+def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Rotation | None:
+    """How keys turn with position, as the headers say; None: none does.
+
+    Args:
+        prefixes: At least one.
+        names: What to call them in messages; none: by number.
+
+    Raises:
+        CheckpointError: The first that has one has none that can be used.
+    """
+    if any(
+        set(prefix.sites) != {"decoder"} or backbone_origin(prefix.header).kind == "encoder-decoder"
+        for prefix in prefixes
+    ):
+        # The text behind the prefix is not shifted.
+        return Rotation("none")
+    for name, prefix in zip(_named(prefixes, names), prefixes, strict=True):
+        if prefix.header.get("rotation") is None:
+            continue
+        try:
+            # The others have the same: a fingerprint is of the rotary settings, too.
+            rotation = Rotation.from_header(prefix.header["rotation"])
+            rotation.check(prefix.geometry)
+            return rotation
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error.message}", hint=error.hint) from error
+    return None
+
+
+def _known(rotation: Rotation | None) -> Rotation:
+    if rotation is None:
+        raise ConfigError(
+            "no header says how keys turn with position: the files are older than joining.",
+            hint="pass the backbone's rotation: load_backbone(...).rotation.",
+        )
+    return rotation
 
 
 def _check_prefixes(prefixes: object) -> None:
@@ -350,10 +299,74 @@ def _check_prefixes(prefixes: object) -> None:
         )
 
 
-def _check_same_backbone(one: Mapping[str, Any], other: Mapping[str, Any], name: str, other_name: str) -> None:
-    first, second = backbone_origin(one), backbone_origin(other)
-    if not fingerprints_match(first.fingerprint, second.fingerprint):
-        raise BackboneError(
-            f"{name} was trained for {first.name!r} and {other_name} for {second.name!r}, whose weights differ.",
-            hint="compose prefixes of one backbone, with the same weights; `prefixtune inspect FILE` names it.",
+def _named(prefixes: Sequence[Prefix], names: Sequence[str]) -> list[str]:
+    return list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
+
+
+def _widest(prefixes: Sequence[Prefix]) -> torch.dtype:
+    """The dtype that holds the numbers of all."""
+    return functools.reduce(torch.promote_types, (prefix.dtype for prefix in prefixes))
+
+
+# --- the header ------------------------------------------------------------------------------------------------------
+
+
+def lead_header(prefixes: Sequence[Prefix], lead: int) -> dict[str, Any]:
+    """The header of a composed prefix, but for its parts: what the leading part says, or the next before it that does.
+
+    Task, form and text format go together, so that they come from one part.
+    """
+    order = [prefix.header for prefix in (prefixes[lead], *reversed(prefixes[:lead]), *prefixes[lead + 1 :])]
+    speaking = next((header for header in order if header.get("text_format") is not None), order[0])
+    header: dict[str, Any] = {name: speaking.get(name) for name in ("task", "form", "text_format")}
+    for name in ("backbone", "method"):
+        header[name] = next((one[name] for one in order if one.get(name) is not None), None)
+    if header["text_format"] is not None:
+        # With the longest prompt and target of the parts that write the same text.
+        formats = [one["text_format"] for one in order if isinstance(one.get("text_format"), Mapping)]
+        alike = [one for one in formats if same_templates(one, header["text_format"])]
+        limits = {name: [one.get(name) for one in alike] for name in _LIMITS}
+        header["text_format"] = header["text_format"] | {
+            name: max(values) for name, values in limits.items() if all(type(value) is int for value in values)
+        }
+    header["labels"] = order[0].get("labels") or None
+    license_ = prefixes[0].header.get("license")
+    header["license"] = license_ if all(one.get("license") == license_ for one in order) else None
+    return {name: value for name, value in header.items() if value is not None}
+
+
+def same_templates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two text formats write the same text around a source, whatever lengths they were trained with."""
+    return all((one.get(name) or "") == (other.get(name) or "") for name in _TEMPLATES)
+
+
+def _describe_parts(
+    prefixes: Sequence[Prefix], names: Sequence[str], mode: str, weights: Sequence[float] = ()
+) -> list[Mapping[str, Any]]:
+    """What each part of a composed prefix was; joined ones that are joined again are replaced by their own parts.
+
+    Raises:
+        ConfigError: There are too many.
+    """
+    parts: list[Mapping[str, Any]] = []
+    for number, (prefix, name) in enumerate(zip(prefixes, names, strict=True)):
+        header, earlier = prefix.header, prefix.header.get("composition") or {}
+        # Whoever wrote the file may have made them up.
+        inner = earlier.get("parts") if isinstance(earlier.get("parts"), list) else []
+        inner = [part for part in inner if isinstance(part, Mapping)]
+        if inner and mode == earlier.get("mode") == "concatenate":
+            parts += inner
+            continue
+        entry = {"name": name, "hash": content_hash(prefix), "prefix_length": prefix.lengths}
+        entry |= {key: header.get(key) for key in ("task", "license")}
+        entry |= {key: (header.get("training") or {}).get(key) for key in ("dev_loss", "backbone_dtype")}
+        if weights:
+            entry["weight"] = weights[number]
+        if inner:
+            entry["composition"] = {"mode": earlier.get("mode"), "hashes": [part.get("hash", "") for part in inner]}
+        parts.append({key: value for key, value in entry.items() if value is not None})
+    if len(parts) > MAX_PARTS:
+        raise ConfigError(
+            f"the result would have {len(parts)} parts, but at most {MAX_PARTS} are allowed.", hint="compose fewer."
         )
+    return parts

@@ -200,11 +200,6 @@ class PrefixEncoder(nn.Module):
         prefix: Prefix = self()
         return prefix.to(device="cpu").detach()
 
-    @property
-    def num_trained(self) -> int:
-        """How many parameters are trained."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
 
 def step_sizes(
     shapes: Sequence[LayerShape],

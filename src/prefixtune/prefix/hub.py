@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 from prefixtune import __version__
-from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describe_value
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describe_value, short_repr
+from prefixtune.prefix.card import CARD, is_repository
 
 FILE = "prefix.safetensors"
 """A prefix's name in a repository."""
 
 HUB = "hub:"
 """Marks the name of a repository that is to be downloaded."""
-
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-
-
-def is_repository(name: str | os.PathLike[str]) -> bool:
-    """Whether a text has the form of a repository's name, `OWNER/NAME`; a path on this machine may have it too.
-
-    >>> is_repository("me/e2e-prefix"), is_repository("./me/prefix"), is_repository("prefix")
-    (True, False, False)
-    """
-    return _ID.fullmatch(os.fspath(name)) is not None
 
 
 def repository_of(name: str | os.PathLike[str]) -> str | None:
@@ -86,7 +75,7 @@ def check_repository(repo_id: str) -> None:
         ConfigError: It is none.
     """
     if not isinstance(repo_id, str) or not is_repository(repo_id):
-        raise ConfigError(f"{repo_id!r} is not the name of a repository.", hint="write OWNER/NAME.")
+        raise ConfigError(f"{short_repr(repo_id)} is not the name of a repository.", hint="write OWNER/NAME.")
 
 
 def upload(
@@ -118,8 +107,6 @@ def upload(
         PrefixError: The hub cannot be reached, or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-
-    from prefixtune.prefix.card import CARD
 
     check_repository(repo_id)
     with hub_errors(f"cannot upload to {repo_id!r}"):
@@ -158,67 +145,56 @@ def hub_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def prefix_file(path: str | os.PathLike[str]) -> Path:
+def prefix_file(path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
     """The file that a path, a run's folder or `hub:OWNER/NAME` names; from the hub it is downloaded.
 
-    Raises:
-        CheckpointError: There is nothing of that name, or it is a folder without a prefix.
-        ConfigError: `path` is not a path.
-        PrefixError: The hub cannot be reached, or has no such file.
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise ConfigError(
-            f"the prefix is {describe_value(path)}, but must be a path, hub:OWNER/NAME or a Prefix.",
-            hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
-        )
-    if not os.fspath(path):
-        raise ConfigError("the prefix is '', which names no file.", hint="write . for the current folder.")
-    repository = repository_of(path)
-    if repository is not None:
-        return download(repository)
-    try:
-        return _local_file(Path(path))
-    except OSError as error:
-        raise CheckpointError(
-            f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
-        ) from error
-
-
-def find_pretrained(name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
-    """The file that `from_pretrained` means: as in transformers, a path that exists, else a repository of the hub.
-
     Args:
-        name: A file, a folder that holds one, `OWNER/NAME` or `hub:OWNER/NAME`.
+        path: What names it.
         revision: Of a repository: a branch, a tag or a commit; None: the main branch.
         token: Of the hub; None: the one that `hf auth login` stored.
 
     Raises:
         CheckpointError: There is nothing of that name, or it is a folder without a prefix.
-        ConfigError: `name` is something else, or a revision comes with a path.
+        ConfigError: `path` is not a path, or a revision comes with a path.
         PrefixError: The hub cannot be reached, or has no such file.
     """
-    if isinstance(name, str) and (repository := repository_of(name)) is not None:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ConfigError(
+            f"the prefix is {describe_value(path)}, but must be a path, hub:OWNER/NAME or a Prefix.",
+            hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
+        )
+    if (repository := repository_of(path)) is not None:
         return download(repository, revision=revision, token=token)
-    if isinstance(name, str) and is_repository(name) and not os.path.lexists(name):
-        try:
-            return download(name, revision=revision, token=token)
-        except PrefixError as error:
-            raise type(error)(
-                f"there is no file or folder {name!r} here, and on the hub: {error.message}", hint=error.hint
-            ) from error
     if revision is not None:
         raise ConfigError(
-            f"revision is {revision!r}, but {os.fspath(name)!r} is no repository of the hub.",
+            f"revision is {revision!r}, but {str(path)!r} is no repository of the hub.",
             hint="leave it out, or write OWNER/NAME.",
         )
-    return prefix_file(name)
-
-
-def _local_file(path: Path) -> Path:
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
+    try:
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        found = file.is_file()
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
+        ) from error
+    if not found:
         raise CheckpointError(
             f"there is no file {str(file)!r}.",
             hint="give a file, or the --output folder of a finished training; hub:OWNER/NAME is downloaded.",
         )
     return file
+
+
+def find_pretrained(name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
+    """The file that `from_pretrained` means: as in transformers, a path that exists, else a repository of the hub.
+
+    Arguments and errors are those of `prefix_file`; a bare `OWNER/NAME` is a repository, too.
+    """
+    if not isinstance(name, str) or not is_repository(name) or os.path.lexists(name):
+        return prefix_file(name, revision=revision, token=token)
+    try:
+        return download(name, revision=revision, token=token)
+    except PrefixError as error:
+        raise type(error)(
+            f"there is no file or folder {name!r} here, and on the hub: {error.message}", hint=error.hint
+        ) from error

@@ -10,21 +10,51 @@ Axes: P prefix positions, L layers, H key-value heads, D head size.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.errors import BackboneError, ConfigError, short_repr
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, short_repr
+from prefixtune.prefix.card import CARD, check_complete, make_card, read_evaluations
+from prefixtune.prefix.file import (
+    HEADER_KEY,
+    hash_tensors,
+    metadata_with_checksum,
+    read_table,
+    read_verified,
+    save_file,
+)
 from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, Site, describe
+from prefixtune.prefix.header import backbone_origin, check_header
+from prefixtune.prefix.hub import FILE, find_pretrained, upload
+from prefixtune.utils.files import atomic_path, write_text
 
 KeyValue = tuple[Float[Tensor, "_H _P _Dk"], Float[Tensor, "_H _P _Dv"]]
 """One layer's keys and values: (H, P, D), where H and D may differ between layers."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_READ = (*DTYPES.values(), torch.float64)
+"""Types of a file's tensors; others, such as float8, cannot be computed with."""
+
+_NAME = re.compile(r"(encoder|decoder|cross)\.(\d{1,5})\.(key|value)")
+_HEAD = ("head.weight", "head.bias")
+"""Names of tensors in a file."""
+_AGAIN = "get the file again."
+
+_POSITIONS = {
+    "decoder": "text starts at position P",
+    "encoder-decoder": "text positions are not shifted",
+    "encoder": "text positions are not shifted",
+}
+"""The position convention by kind of model; every artifact records it for each site."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,26 +69,17 @@ class Head:
     weight: Float[Tensor, "C d"]
     bias: Float[Tensor, " C"]
 
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or self.bias.shape != self.weight.shape[:1]:
+            raise ConfigError("a head's weight and bias do not fit.", hint="give (C, d) and (C) for C labels.")
+
     def __call__(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N C"]:
         """Each label's score, in float32."""
         weight, bias = self.weight.to(hidden.device).float(), self.bias.to(hidden.device).float()
         return torch.nn.functional.linear(hidden.float(), weight, bias)
 
-    def to(self, device: torch.device | str | None) -> Head:
-        """The same head on another device."""
-        return Head(self.weight.to(device=device), self.bias.to(device=device))
-
-    def detach(self) -> Head:
-        """A copy that no longer belongs to any computation graph."""
-        return Head(self.weight.detach().clone(), self.bias.detach().clone())
-
-
-def _is_forward_slice(value: object) -> bool:
-    """Whether it is a slice by whole numbers that does not go backwards."""
-    if not isinstance(value, slice):
-        return False
-    bounds = [bound for bound in (value.start, value.stop, value.step) if bound is not None]
-    return all(hasattr(bound, "__index__") for bound in bounds) and (value.step is None or value.step > 0)
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Head:
+        return Head(change(self.weight), change(self.bias))
 
 
 def _is_pair(value: object) -> bool:
@@ -79,7 +100,7 @@ class Prefix:
         head: For classification or tagging through hidden states; None: the model's own tokens are the output.
 
     Raises:
-        ConfigError: An unknown site, no layer, or layers of one site whose lengths differ or whose shapes do not match.
+        ConfigError: An unknown site, no layer, or layers of one site whose lengths differ.
     """
 
     layers: Mapping[Site, tuple[KeyValue, ...]]
@@ -87,17 +108,15 @@ class Prefix:
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        faults = ["it has no site"] if not self.layers else []
         for site, layers in self.layers.items():
-            pairs = isinstance(layers, Sequence) and all(_is_pair(pair) for pair in layers)
-            if site not in SITES:
-                faults.append(f"unknown site {site!r} (allowed: {', '.join(SITES)})")
-            elif not pairs or not layers:
-                faults.append(f"site {site!r} has no layers of (key, value) pairs of (heads, positions, head size)")
-            elif len(lengths := {key.shape[1] for key, _ in layers}) > 1:
-                faults.append(f"the layers of site {site!r} have different lengths {sorted(lengths)}")
-        if faults:
-            raise ConfigError(f"not a prefix: {'; '.join(faults)}.", hint="give (H, P, D) tensors of one P per site.")
+            pairs = site in SITES and isinstance(layers, Sequence) and all(map(_is_pair, layers))
+            if not pairs or len({key.shape[1] for key, _ in layers}) != 1:
+                raise ConfigError(
+                    f"not a prefix: site {short_repr(site)} has no layers of (key, value) pairs of one length.",
+                    hint=f"give (H, P, D) tensors of one P, at a site of {', '.join(SITES)}.",
+                )
+        if not self.layers:
+            raise ConfigError("not a prefix: it has no site.", hint=f"give layers of a site: {', '.join(SITES)}.")
         # Always in one order of sites.
         object.__setattr__(self, "layers", {site: self.layers[site] for site in SITES if site in self.layers})
 
@@ -144,6 +163,16 @@ class Prefix:
         """Every tensor, and the head's."""
         return self.tensors() + ([] if self.head is None else [self.head.weight, self.head.bias])
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name in a file."""
+        named = {
+            f"{site}.{index}.{part}": tensor
+            for site, layers in self.layers.items()
+            for index, pair in enumerate(layers)
+            for part, tensor in zip(("key", "value"), pair, strict=True)
+        }
+        return named | ({} if self.head is None else dict(zip(_HEAD, (self.head.weight, self.head.bias), strict=True)))
+
     @property
     def num_parameters(self) -> int:
         """How many numbers are stored, the head's included.
@@ -174,37 +203,33 @@ class Prefix:
 
         A head keeps its own dtype: it is computed in float32, whatever the model computes in.
         """
-        head = None if self.head is None else self.head.to(device)
-        return self._mapped(lambda tensor: tensor.to(device=device, dtype=dtype), head)
+        return self._mapped(lambda tensor: tensor.to(device=device, dtype=dtype), lambda tensor: tensor.to(device))
 
     def detach(self) -> Prefix:
         """A copy that no longer belongs to any computation graph; each tensor is contiguous."""
-        head = None if self.head is None else self.head.detach()
-        return self._mapped(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), head)
+        return self._mapped(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
 
     def leaves(self) -> Prefix:
         """The same numbers, and the head's, as leaves of a new graph, where gradients gather."""
-        head = self.head
-        leaf = None if head is None else Head(*(t.detach().requires_grad_() for t in (head.weight, head.bias)))
-        return self._mapped(lambda tensor: tensor.detach().requires_grad_(), leaf)
+        return self._mapped(lambda tensor: tensor.detach().requires_grad_())
 
-    def _mapped(self, change: Callable[[Tensor], Tensor], head: Head | None) -> Prefix:
-        """Another prefix, whose keys and values a function makes of these."""
+    def _mapped(self, change: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor] | None = None) -> Prefix:
+        """Another prefix, whose tensors a function makes of these; the head's another one, if given."""
         layers = {site: tuple((change(k), change(v)) for k, v in layers) for site, layers in self.layers.items()}
-        return Prefix(layers, self.header, head)
+        return Prefix(layers, self.header, None if self.head is None else self.head._mapped(head or change))
 
     def __getitem__(self, positions: slice) -> Prefix:
         """Some of its positions: `prefix[:5]` is the first five virtual tokens, at every site and layer.
 
         Raises:
-            ConfigError: Nothing is left, or the index is no slice of whole numbers that goes on.
+            ConfigError: Nothing is left, or the index is no slice that goes on.
         """
-        if not _is_forward_slice(positions):
+        if not isinstance(positions, slice) or (positions.step or 1) < 1:
             raise ConfigError(
                 f"a prefix is sliced by positions, in order, but got {short_repr(positions)}.",
                 hint="write prefix[2:3] for one position.",
             )
-        sliced = self._mapped(lambda tensor: tensor[:, positions], self.head)
+        sliced = self._mapped(lambda tensor: tensor[:, positions], lambda tensor: tensor)
         if min(sliced.length(site) for site in sliced.sites) == 0:
             raise ConfigError(
                 f"slice {positions} of a prefix of length {self.prefix_length} is empty.",
@@ -244,9 +269,6 @@ class Prefix:
             ConfigError: A revision comes with a path, or the hub is switched off.
             PrefixError: The hub cannot be reached, or has no such file.
         """
-        from prefixtune.prefix.artifact import read_artifact
-        from prefixtune.prefix.hub import find_pretrained
-
         return read_artifact(find_pretrained(name, revision=revision, token=token))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, evaluation: Any = None) -> Path:
@@ -264,14 +286,9 @@ class Prefix:
             ConfigError: The evaluation holds no scores, or the prefix needs a LoRA adapter, which is not in the folder.
             PrefixError: A file cannot be written.
         """
-        from prefixtune.prefix.artifact import save_prefix
-        from prefixtune.prefix.card import CARD, check_complete, make_card, read_evaluations
-        from prefixtune.prefix.hub import FILE
-        from prefixtune.utils.files import write_text
-
         folder = Path(save_directory)
-        check_complete(self, folder)
-        card = make_card(self, folder.resolve().name, read_evaluations(evaluation, self))
+        check_complete(self.header, folder)
+        card = self.card(folder.resolve().name, evaluation)
         path = save_prefix(folder / FILE, self, dtype=self.dtype)
         if not (folder / CARD).exists():
             write_text(folder / CARD, card)
@@ -303,23 +320,164 @@ class Prefix:
                 hub is switched off.
             PrefixError: The hub cannot be reached, or refuses.
         """
-        from tempfile import TemporaryDirectory
-
-        from prefixtune.prefix.artifact import save_prefix
-        from prefixtune.prefix.card import check_complete, make_card, read_evaluations
-        from prefixtune.prefix.hub import FILE, upload
-
-        check_complete(self)
-        card = make_card(self, repo_id, read_evaluations(evaluation, self))
+        # Checked as a whole before anything is sent.
+        check_complete(self.header)
+        card = self.card(repo_id, evaluation)
         with TemporaryDirectory() as folder:
             file = save_prefix(Path(folder) / FILE, self, dtype=self.dtype)
             return upload(file, card, repo_id, private=private, revision=revision, token=token, message=commit_message)
+
+    def card(self, repo_id: str, evaluation: Any = None) -> str:
+        """The model card that `push_to_hub` uploads; arguments as there."""
+        evaluations = read_evaluations(evaluation, str(self.header.get("task") or ""))
+        return make_card(self.header, self.lengths, self.num_parameters, repo_id, evaluations)
 
     def __repr__(self) -> str:
         return (
             f"Prefix(P={self.prefix_length}, {describe(self.geometry)}, "
             f"{self.num_parameters:,} parameters, {str(self.dtype).removeprefix('torch.')})"
         )
+
+
+# --- its file ---------------------------------------------------------------------------------------------------------
+
+
+def content_hash(prefix: Prefix) -> str:
+    """`sha256:` and 64 digits of a prefix's tensors: names, types, shapes and bytes; whatever its header says."""
+    return hash_tensors(prefix.named_tensors())
+
+
+def describe_tensors(prefix: Prefix) -> dict[str, Any]:
+    """What a header says of a prefix's tensors."""
+    kind = backbone_origin(prefix.header).kind
+    shifts = kind == "decoder" and prefix.sites == ("decoder",)
+    return {
+        "sites": list(prefix.sites),
+        "prefix_length": prefix.lengths,
+        "positions": {site: _POSITIONS[kind if shifts and site == "decoder" else "encoder"] for site in prefix.sites},
+        "geometry": {
+            site: {
+                "num_layers": len(shapes),
+                "num_kv_heads": [s.num_kv_heads for s in shapes],
+                "head_dim": [s.key_dim for s in shapes],
+            }
+            for site, shapes in prefix.geometry.items()
+        },
+        "dtype": str(prefix.dtype).removeprefix("torch."),
+        **({} if prefix.head is None else {"head": {"num_labels": len(prefix.head.bias)}}),
+    }
+
+
+def read_artifact(path: str | Path) -> Prefix:
+    """Read a prefix, checking everything except whether it fits a model.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, damaged, not a prefix, of an unknown version, or holds NaN or
+            infinity; or its header and its tensors disagree.
+    """
+    tensors, header = read_verified(
+        path, HEADER_KEY, "is a safetensors file, but not a prefix", "give a file that `prefixtune train` wrote."
+    )
+    prefix = _assemble(tensors, header, repr(str(path)))
+    if not prefix.is_finite():
+        raise CheckpointError(f"{str(path)!r} holds NaN or infinity.", hint="get the file again, or train it again.")
+    return prefix
+
+
+def read_outline(path: Path) -> Prefix:
+    """Read and check a prefix without its numbers: its tensors are on the device `meta`.
+
+    Raises:
+        CheckpointError: It is not a complete prefix; the message calls it `it`.
+        OSError: It cannot be read.
+    """
+    return _assemble(*read_table(path, HEADER_KEY), "it")
+
+
+def _assemble(tensors: dict[str, Tensor], header: Mapping[str, Any], what: str) -> Prefix:
+    """The prefix in a file that `what` names; see `read_artifact`."""
+    foreign = next((name for name, tensor in tensors.items() if tensor.dtype not in _READ), "")
+    head = [tensors.pop(name) for name in _HEAD if name in tensors]
+    parts: dict[Site, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if (match := _NAME.fullmatch(name)) is None:
+            foreign = name
+            continue
+        site, layer, part = match.groups()
+        parts.setdefault(cast(Site, site), {}).setdefault(int(layer), {})[part] = tensor
+    if foreign:
+        raise CheckpointError(f"{what} holds {short_repr(foreign)}, which does not belong to a prefix.", hint=_AGAIN)
+    try:
+        layers = {
+            site: tuple((layers[n]["key"], layers[n]["value"]) for n in range(len(layers)))
+            for site, layers in parts.items()
+        }
+        prefix = Prefix(layers, header, Head(*head) if head else None)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{what} lacks tensors, or some do not fit together.", hint=_AGAIN) from error
+    _check_header(prefix, what)
+    for key, fact in describe_tensors(prefix).items():
+        if key in header and header[key] != fact:
+            raise CheckpointError(
+                f"the header of {what} has {key} {short_repr(header[key])}, but its tensors have {short_repr(fact)}.",
+                hint="the file was changed, or written by another program; get it again.",
+            )
+    return prefix
+
+
+def _check_header(prefix: Prefix, what: str) -> None:
+    """Check a prefix's header, and that its head has a row for each label.
+
+    Raises:
+        CheckpointError: Something is wrong.
+    """
+    labels = check_header(prefix.header, what).labels
+    rows = 0 if prefix.head is None else len(prefix.head.bias)
+    if labels is not None and rows != (len(labels.names) if labels.by == "head" else 0):
+        raise CheckpointError(f"{what} cannot be used: its head has not one row for each label.", hint=_AGAIN)
+
+
+def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dtype | str = torch.float32) -> Path:
+    """Store a prefix as one file: the tensors and its header.
+
+    Args:
+        path: Ends with `.safetensors`.
+        prefix: With its header; see `make_header`.
+        dtype: Of keys and values: float32, or bfloat16 for half the size; or its name. A head keeps its own.
+
+    Raises:
+        CheckpointError: The prefix holds NaN, infinity or numbers too large for the dtype, or the path has another
+            ending.
+        ConfigError: An argument is something else.
+        PrefixError: The file cannot be written.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(prefix, Prefix):
+        raise ConfigError(
+            f"path is {describe_value(path)} and prefix {describe_value(prefix)}, but must be a path and a Prefix.",
+            hint="write save_prefix(path, prefix).",
+        )
+    chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
+    if chosen not in _READ:
+        raise ConfigError(f"dtype is {dtype}, which no prefix is stored in.", hint=f"use {', '.join(DTYPES)}.")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{str(path)!r} does not end with .safetensors.", hint=f"write to {path.stem}.safetensors."
+        )
+    stored = prefix.detach().to(chosen, "cpu")
+    if not stored.is_finite():
+        raise CheckpointError(
+            f"the prefix for {str(path)!r} holds NaN or infinity in {chosen}.",
+            hint="store it as bfloat16 or float32, or train it again.",
+        )
+    _check_header(stored, f"the prefix for {str(path)!r}")
+    header, tensors = {**prefix.header, **describe_tensors(stored)}, stored.named_tensors()
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata_with_checksum(HEADER_KEY, header, tensors))
+    return path
+
+
+# --- its layout -------------------------------------------------------------------------------------------------------
 
 
 def unflatten(flat: Float[Tensor, "P S"], shapes: Sequence[LayerShape]) -> tuple[KeyValue, ...]:

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from prefixtune.errors import CheckpointError, ConfigError, short_repr
+from prefixtune.errors import CheckpointError, short_repr
 from prefixtune.prefix.geometry import Geometry, Site
 from prefixtune.prefix.prefix import Prefix
 
@@ -34,11 +34,6 @@ approximation.
 _MAX_LAYERS, _MAX_PAIRS = 4096, 4096
 _Index = Annotated[int, Field(ge=0, le=2 * _MAX_PAIRS)]
 _HINT = "get the file again, or `prefixtune compose --backbone NAME`: the rotation is then found by running it."
-_PROBED, _MAX_ANGLE = 4096, 0.02
-"""Two rotations are the same if no key differs by more than this angle, in radians, after this many positions.
-
-As found in bfloat16 and in float32, those of one model differ by up to 0.012.
-"""
 
 
 @dataclass(frozen=True)
@@ -56,18 +51,8 @@ class PairTurns:
     frequencies: tuple[float, ...]
 
     def __call__(self, keys: Float[Tensor, "*_ P D"], offset: int) -> Float[Tensor, "*_ P D"]:
-        """Keys `offset` positions further on, in their own dtype; computed in float32.
-
-        Raises:
-            ConfigError: A key has fewer numbers than the pairs need.
-        """
+        """Keys `offset` positions further on, in their own dtype; computed in float32."""
         size = keys.shape[-1]
-        if max(*self.first, *self.second) >= size:
-            raise ConfigError(
-                f"keys of {size} numbers cannot turn as the rotation says: it pairs number "
-                f"{max(*self.first, *self.second)}.",
-                hint="use the rotation of the prefix's own backbone.",
-            )
         angles = torch.tensor(self.frequencies, dtype=torch.float64) * offset
         first, second = torch.tensor(self.first), torch.tensor(self.second)
         partner = torch.arange(size).index_copy(0, first, second).index_copy(0, second, first)
@@ -77,11 +62,6 @@ class PairTurns:
         exact = keys.float()
         turned = exact * cos.to(exact) + exact[..., partner.to(keys.device)] * sin.to(exact)
         return turned.to(keys.dtype)
-
-    def frequency_of(self) -> dict[tuple[int, int], float]:
-        """The frequency of each pair, from its smaller index to its larger."""
-        pairs = zip(self.first, self.second, self.frequencies, strict=True)
-        return {(min(i, j), max(i, j)): frequency if i < j else -frequency for i, j, frequency in pairs}
 
 
 @dataclass(frozen=True)
@@ -114,43 +94,9 @@ class Rotation:
         """
         for site in geometry if self.positions == "rotary" else ():
             turns, shapes = self.layers.get(site, ()), geometry[site]
-            if len(turns) != len(shapes):
-                raise CheckpointError(
-                    f"the rotation has {len(turns)} layers at site {site!r}, but the prefix has {len(shapes)}.",
-                    hint=_HINT,
-                )
-            for turn, shape in zip(turns, shapes, strict=True):
-                most = -1 if turn is None else max(*turn.first, *turn.second)
-                if most >= shape.key_dim:
-                    raise CheckpointError(
-                        f"keys of {shape.key_dim} numbers cannot turn as the rotation says: it pairs number {most}.",
-                        hint=_HINT,
-                    )
-
-    def differs_in(self, other: Rotation) -> str:
-        """What is not the same in another rotation, in words; empty: they turn alike.
-
-        Frequencies that were found in another dtype differ a little, and a pair that hardly turns may not be found.
-        """
-        for name in ("positions", "max_positions"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                return f"{name} ({mine} and {theirs})"
-        if {site: len(turns) for site, turns in self.layers.items()} != {
-            site: len(turns) for site, turns in other.layers.items()
-        }:
-            return "the number of layers"
-        span = min(self.max_positions or _PROBED, _PROBED)
-        for site, turns in self.layers.items():
-            for layer, (one, two) in enumerate(zip(turns, other.layers[site], strict=True)):
-                if one == two:
-                    continue
-                mine, theirs = ({} if turn is None else turn.frequency_of() for turn in (one, two))
-                for pair in mine.keys() | theirs.keys():
-                    if abs(mine.get(pair, 0.0) - theirs.get(pair, 0.0)) * span > _MAX_ANGLE:
-                        what = "a frequency" if pair in mine and pair in theirs else "the numbers that turn together"
-                        return f"{what} of layer {layer}"
-        return ""
+            sizes = [0 if turn is None else 1 + max(*turn.first, *turn.second) for turn in turns]
+            if len(sizes) != len(shapes) or any(n > shape.key_dim for n, shape in zip(sizes, shapes, strict=True)):
+                raise CheckpointError(f"the rotation is not that of the prefix's layers at site {site!r}.", hint=_HINT)
 
     def turn(self, prefix: Prefix, offset: int) -> Prefix:
         """A prefix with its keys moved on by some positions; values, header and head stay.
@@ -162,24 +108,18 @@ class Rotation:
             offset: How far; negative: back.
 
         Raises:
-            ConfigError: The prefix has other layers.
+            CheckpointError: The prefix has other layers.
         """
         if offset == 0 or not self.layers:
             return prefix
-        turned = dict(prefix.layers)
-        for site, turns in self.layers.items():
-            if site not in prefix.layers:
-                continue
-            if len(turns) != len(prefix.layers[site]):
-                raise ConfigError(
-                    f"the rotation has {len(turns)} layers at site {site!r}, but the prefix has "
-                    f"{len(prefix.layers[site])}.",
-                    hint="use the rotation of the prefix's own backbone.",
-                )
-            turned[site] = tuple(
+        self.check({site: shapes for site, shapes in prefix.geometry.items() if site in self.layers})
+        turned = {
+            site: tuple(
                 (key if turn is None else turn(key, offset), value)
-                for turn, (key, value) in zip(turns, prefix.layers[site], strict=True)
+                for turn, (key, value) in zip(self.layers.get(site, [None] * len(pairs)), pairs, strict=True)
             )
+            for site, pairs in prefix.layers.items()
+        }
         return Prefix(turned, prefix.header, prefix.head)
 
     def to_header(self) -> dict[str, Any]:
@@ -195,7 +135,10 @@ class Rotation:
         if self.max_positions is not None:
             value["max_positions"] = self.max_positions
         if layers:
-            value |= {"turns": [_turns_to_header(turn) for turn in kinds], "layers": layers}
+            value |= {
+                "turns": [{key: list(part) for key, part in vars(one).items()} for one in kinds],
+                "layers": layers,
+            }
         return value
 
     @classmethod
@@ -206,15 +149,19 @@ class Rotation:
             CheckpointError: It is something else.
         """
         try:
-            return _StoredRotation.model_validate(value).read()
+            stored = _StoredRotation.model_validate(value)
+            kinds = [PairTurns(tuple(one.first), tuple(one.second), tuple(one.frequencies)) for one in stored.turns]
+            layers: dict[Site, tuple[PairTurns | None, ...]] = {
+                site: tuple(None if number is None else kinds[number] for number in numbers)
+                for site, numbers in stored.layers.items()
+            }
+            if (stored.positions == "rotary") != any(turn is not None for turns in layers.values() for turn in turns):
+                raise ValueError(f"its positions are {stored.positions!r}, which its layers do not suit")
         except (ValueError, IndexError) as error:
             raise CheckpointError(
                 f"the header's rotation cannot be used: {short_repr(str(error))}.", hint=_HINT
             ) from error
-
-
-def _turns_to_header(turns: PairTurns) -> dict[str, Any]:
-    return {"first": list(turns.first), "second": list(turns.second), "frequencies": list(turns.frequencies)}
+        return cls(stored.positions, layers, stored.max_positions)
 
 
 class _StoredTurns(BaseModel):
@@ -224,16 +171,12 @@ class _StoredTurns(BaseModel):
     second: list[_Index]
     frequencies: list[Annotated[float, Field(ge=-math.pi, le=math.pi, allow_inf_nan=False)]]
 
-    def read(self) -> PairTurns:
-        """The turns.
-
-        Raises:
-            ValueError: The lists do not fit together.
-        """
-        indices = [*self.first, *self.second]
-        if not len(self.first) == len(self.second) == len(self.frequencies) or len(set(indices)) < len(indices):
+    @model_validator(mode="after")
+    def _check_pairs(self) -> _StoredTurns:
+        indices = {*self.first, *self.second}
+        if not len(self.first) == len(self.second) == len(self.frequencies) == len(indices) / 2:
             raise ValueError("its pairs do not fit together")
-        return PairTurns(tuple(self.first), tuple(self.second), tuple(self.frequencies))
+        return self
 
 
 class _StoredRotation(BaseModel):
@@ -243,21 +186,6 @@ class _StoredRotation(BaseModel):
     max_positions: Annotated[int, Field(ge=1)] | None = None
     turns: list[_StoredTurns] = Field([], max_length=_MAX_LAYERS)
     layers: dict[Site, Annotated[list[_Index | None], Field(max_length=_MAX_LAYERS)]] = {}
-
-    def read(self) -> Rotation:
-        """The rotation.
-
-        Raises:
-            ValueError: Layers name no turns, or do not suit the positions.
-        """
-        kinds = [turns.read() for turns in self.turns]
-        layers: dict[Site, tuple[PairTurns | None, ...]] = {
-            site: tuple(None if number is None else kinds[number] for number in numbers)
-            for site, numbers in self.layers.items()
-        }
-        if (self.positions == "rotary") != any(turn is not None for turns in layers.values() for turn in turns):
-            raise ValueError(f"its positions are {self.positions!r}, which its layers do not suit")
-        return Rotation(self.positions, layers, self.max_positions)
 
 
 def rotary_settings(config: Any) -> dict[str, Mapping[str, Any]]:

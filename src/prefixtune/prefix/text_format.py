@@ -26,8 +26,7 @@ TruncationPolicy = Literal["cut", "error"]
 
 _CHAT_FIELDS = ("chat_template", "template_hash", "system")
 _MAX_TOKEN_CHARS = 256
-_MAX_SEPARATORS = 8
-_MAX_REPEATS = 4
+_MAX_REPEATS = 8
 _MAX_LENGTH = 2**31 - 1
 _Length = Annotated[int, Field(ge=0, le=_MAX_LENGTH)]
 _Template = Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)]
@@ -99,30 +98,22 @@ class TextFormat:
             raise ConfigError(f"text format: {fault['loc'][0]}: {fault['msg']}.", hint=_HINT) from None
 
     def __post_init__(self) -> None:
-        for name, needed in (("prompt", "{source}"), ("target", "{target}")):
+        for name, needed in (("prompt", "source"), ("target", "target"), ("source", ""), ("target_template", "")):
             template = getattr(self, name)
-            count = template.count(needed)
-            if count != 1:
-                what = f"does not contain {needed}" if not count else f"contains {needed} {count:,} times, not once"
+            counts = Counter(_COLUMN.findall(template))
+            if needed and counts[needed] != 1:
                 raise DataError(
-                    f"text format: {name} template {short_repr(template)} {what}.",
-                    hint=f"write {needed} once, where the text belongs.",
+                    f"text format: {name} template {short_repr(template)} has {{{needed}}} {counts[needed]:,} times.",
+                    hint="write it once, where the text belongs.",
                 )
-        count = self.prompt.count("{separator}")
-        if count > _MAX_SEPARATORS:
-            raise DataError(
-                f"text format: prompt template {short_repr(self.prompt)} contains {{separator}} {count:,} times, but "
-                f"at most {_MAX_SEPARATORS} are allowed.",
-                hint="write it once, between source and target.",
-            )
-        if "{source}" in self.separator:
-            raise DataError("text format: the separator contains {source}.", hint="the separator is a token's text.")
-        for name in ("source", "target_template"):
-            counts = Counter(_COLUMN.findall(getattr(self, name)))
             if max(counts.values(), default=0) > _MAX_REPEATS:
                 raise DataError(
-                    f"text format: {name} repeats a column more than {_MAX_REPEATS} times.", hint="write each once."
+                    f"text format: {name} template {short_repr(template)} repeats a column more than {_MAX_REPEATS} "
+                    "times.",
+                    hint="write each once.",
                 )
+        if "{source}" in self.separator:
+            raise DataError("text format: the separator contains {source}.", hint="the separator is a token's text.")
 
     @property
     def is_chat(self) -> bool:

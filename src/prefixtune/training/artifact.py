@@ -18,12 +18,11 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.data.encoding import default_format
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.header import check_header
 from prefixtune.prefix.hub import HUB
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.baselines import Tuning, freeze_tuned, load_tuned_weights, tune, tuned_weights
 from prefixtune.training.checkpoint import TrainState, finite_or_none

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.quantization import is_quantized
 from prefixtune.errors import CheckpointError, ConfigError, first_line
+from prefixtune.prefix.file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.folder import STATE_FILE
 from prefixtune.utils.files import atomic_path

@@ -27,11 +27,10 @@ from prefixtune.data.batching import collate, divide, join
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.order import epoch_batches, take
 from prefixtune.errors import TrainingError
-from prefixtune.prefix.artifact import describe_tensors
 from prefixtune.prefix.encoder import PrefixEncoder
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import check_storable
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, describe_tensors
 from prefixtune.training.artifact import make_run_header, save_artifact
 from prefixtune.training.beside import Beside, check_beside, move_hidden
 from prefixtune.training.checkpoint import (

@@ -64,6 +64,8 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
         PrefixError: The system refuses.
     """
     hint = "free some space or choose another folder; the previous file, if any, is untouched."
+    if "\0" in str(path):
+        raise PrefixError(f"cannot write {str(path)!r}: no name contains a zero.", hint="choose another name.")
     try:
         yield
     except PrefixError:

@@ -12,10 +12,8 @@ import torch
 
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
-from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.composition import content_hash
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, content_hash, read_artifact, save_prefix
 
 
 @pytest.fixture

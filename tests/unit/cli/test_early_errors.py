@@ -12,8 +12,7 @@ import torch
 import prefixtune.backbone.load
 from patching import replace_everywhere
 from prefixtune.cli.main import command_options, main
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 LLAMA = {
     "model_type": "llama",

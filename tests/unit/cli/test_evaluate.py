@@ -11,8 +11,7 @@ import torch
 
 from command_line import call, run
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 
 def save(path: Path, **header: Any) -> str:

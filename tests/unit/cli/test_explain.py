@@ -15,8 +15,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
 from prefixtune.explain.view import SHOWS, TITLES, View
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.starts.words import from_words
 
 TEXT_FORMAT = {"prompt": "{source} =", "target": " {target}", "source": "name", "target_template": "text"}

@@ -13,8 +13,7 @@ import pytest
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 Make = Callable[..., Any]
 

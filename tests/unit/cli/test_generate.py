@@ -22,9 +22,8 @@ from prefixtune.errors import ConfigError
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate as generate_texts
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.artifact import load_tuned
 from prefixtune.training.train import train

@@ -12,8 +12,7 @@ import torch
 
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.artifact import save_weights
 
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from prefixtune.cli.main import main
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32" or (sys.platform != "linux" and os.geteuid() == 0), reason="everything may be read here"

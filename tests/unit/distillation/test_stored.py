@@ -20,7 +20,7 @@ from prefixtune.distillation.inputs import Job
 from prefixtune.distillation.stored import Prepared, read_prepared, source_digest, write_prepared
 from prefixtune.distillation.teacher import Teacher, label_examples, stored_labels
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.prefix.tensor_file import metadata_with_checksum, save_file
+from prefixtune.prefix.file import metadata_with_checksum, save_file
 
 
 def test_work_comes_back_whatever_ends_a_line(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from prefixtune.cli.main import main
 from prefixtune.data.examples import Example, Message
 from prefixtune.evaluation import overlap
 from prefixtune.evaluation.overlap import find_overlap, training_examples
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.prefix import save_prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 

@@ -18,8 +18,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
 from prefixtune.interop.peft import export_peft, import_peft
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.prefix import Head, Prefix, save_prefix
 from zoo import make_model
 
 P = 4

@@ -15,8 +15,7 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
 from prefixtune.errors import ConfigError
 from prefixtune.interop.peft import export_peft
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 Make = Callable[..., Any]
 

@@ -20,8 +20,7 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.interop import hub
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LICENSES = (None, "apache-2.0", "cc-by-4.0", "other")

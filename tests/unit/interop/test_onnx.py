@@ -18,7 +18,7 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.onnx import export as target
 from prefixtune.interop.onnx.run import generate, past_names
-from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import save_prefix
 from prefixtune.prefix.text_format import TextFormat
 
 Make = Callable[..., Any]

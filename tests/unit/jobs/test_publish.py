@@ -23,10 +23,9 @@ from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, check_result_name
 from prefixtune.jobs.publish import publish, published_by, tidy
 from prefixtune.jobs.queue import JobQueue
-from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.header import job_origin
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.train import train

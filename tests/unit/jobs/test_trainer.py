@@ -22,7 +22,7 @@ from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobResult, JobStatus
 from prefixtune.jobs.queue import QueueUnavailableError, Standing
 from prefixtune.jobs.trainer import MAX_ATTEMPTS, Trainer
-from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.prefix import read_artifact
 from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, read_events
 from prefixtune.training.loop import TrainLoop
 from small_document import DOCUMENT

@@ -19,9 +19,7 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.header import read_outline
-from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.prefix import Head, Prefix, read_outline, save_prefix
 from prefixtune.training.checkpoint import load_state, save_state
 
 
@@ -250,7 +248,7 @@ def test_a_failed_write_leaves_the_old_file(path: Path, prefix: Prefix, monkeypa
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("prefixtune.prefix.artifact.save_file", fail)
+    monkeypatch.setattr("prefixtune.prefix.prefix.save_file", fail)
     with pytest.raises(PrefixError, match="No space left on device"):
         save_prefix(path, prefix[:2])
     assert path.read_bytes() == before

@@ -16,7 +16,7 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation.metrics import Score
 from prefixtune.evaluation.records import Evaluation
-from prefixtune.prefix.card import make_card, read_evaluations
+from prefixtune.prefix.card import read_evaluations
 from prefixtune.prefix.prefix import Prefix
 
 SCORES = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
@@ -33,7 +33,7 @@ def prefix(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any])
 
 
 def test_the_hub_reads_it(prefix: Prefix) -> None:
-    text = make_card(prefix, "me/pubs", read_evaluations(EVALUATION))
+    text = prefix.card("me/pubs", EVALUATION)
     card = ModelCard(text)
     assert card.data.base_model == "meta-llama/Llama-3.2-1B"
     assert card.data.base_model_relation == "adapter"
@@ -55,7 +55,7 @@ def test_the_hub_reads_it(prefix: Prefix) -> None:
 
 def test_the_embedded_backbone_has_its_name_of_the_hub(prefix: Prefix) -> None:
     prefix.header["backbone"]["name"] = "smollm2-135m"
-    assert ModelCard(make_card(prefix, "me/pubs")).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert ModelCard(prefix.card("me/pubs")).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.parametrize("name", ["/home/somebody/models", "~/somebody", "somebody", "a/b/somebody", "models/somebody"])
@@ -65,7 +65,7 @@ def test_it_names_no_folder_of_a_machine(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/somebody").mkdir(parents=True)
     prefix.header["backbone"]["name"] = name
-    text = make_card(prefix, "me/pubs")
+    text = prefix.card("me/pubs")
     assert "somebody" not in text
     assert "base_model" not in text
     assert "model-index" not in text
@@ -76,13 +76,13 @@ def test_it_names_no_folder_of_a_machine(
 )
 def test_labels_have_pipelines_of_their_own(prefix: Prefix, kind: str, tag: str) -> None:
     prefix.header["labels"] = {"kind": kind, "by": "words", "names": ["a", "b"]}
-    card = ModelCard(make_card(prefix, "me/pubs", read_evaluations(EVALUATION)))
+    card = ModelCard(prefix.card("me/pubs", EVALUATION))
     assert card.data.pipeline_tag == card.data.eval_results[0].task_type == tag
 
 
 def test_foreign_words_stay_words(prefix: Prefix) -> None:
     prefix.header["task"] = "x | y\n<script>alert(1)</script>\n# a heading"
-    text = ModelCard(make_card(prefix, "me/pubs")).text
+    text = ModelCard(prefix.card("me/pubs")).text
     assert "<script>" not in text
     assert "\n# a heading" not in text
     assert "x \\| y" in text
@@ -91,7 +91,7 @@ def test_foreign_words_stay_words(prefix: Prefix) -> None:
 def test_a_header_makes_no_link_and_no_picture(prefix: Prefix) -> None:
     words = "![a](http://evil/a.png) [b](http://evil) <img src=c> **d** `e` \\[f](http://evil)"
     prefix.header["task"] = prefix.header["training"]["dev_loss"] = words
-    page = MarkdownIt("commonmark").enable("table").render(ModelCard(make_card(prefix, "me/pubs")).text)
+    page = MarkdownIt("commonmark").enable("table").render(ModelCard(prefix.card("me/pubs")).text)
     assert page.count(f"<td>{escape(words)}</td>") == 2
     assert "<img" not in page
     assert "<a " not in page
@@ -99,9 +99,10 @@ def test_a_header_makes_no_link_and_no_picture(prefix: Prefix) -> None:
 
 def test_what_evaluate_returned_goes_into_it(prefix: Prefix) -> None:
     score = Score("accuracy", 0.75, "a test")
-    (evaluation,) = read_evaluations(Evaluation({"accuracy": score}, ("a", "b", "c")), prefix)
-    assert (evaluation["task"], evaluation["num_examples"]) == ("e2e", 3)
-    (result,) = ModelCard(make_card(prefix, "me/pubs", [evaluation])).data.eval_results
+    card = prefix.card("me/pubs", Evaluation({"accuracy": score}, ("a", "b", "c")))
+    assert "(3 examples)" in card
+    (result,) = ModelCard(card).data.eval_results
+    assert result.dataset_type == "e2e"
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("accuracy", 0.75, None)
 
 
@@ -117,5 +118,5 @@ def test_what_evaluate_returned_goes_into_it(prefix: Prefix) -> None:
     ],
 )
 def test_what_holds_no_scores_is_refused(wrong: Any, prefix: Prefix) -> None:
-    with pytest.raises(ConfigError, match="holds no scores"):
-        read_evaluations(wrong, prefix)
+    with pytest.raises(ConfigError):
+        read_evaluations(wrong)

@@ -17,10 +17,8 @@ from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, RequestError
 from prefixtune.inference.model import load
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.chat_format import allow_named, allow_template, is_allowed, render_chat
-from prefixtune.prefix.header import read_outline
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, read_outline, save_prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 
 TALK = [{"role": "user", "content": "Hi"}]
@@ -111,6 +109,7 @@ def test_a_template_that_fails(template: str, llama: Any) -> None:
 
 def test_a_header_keeps_a_template_within_its_length() -> None:
     form = read_text_format({"text_format": {"chat_template": "{{ no template %}"}})
-    assert form is not None and form.is_chat
+    assert form is not None
+    assert form.is_chat
     with pytest.raises(CheckpointError):
         read_text_format({"text_format": {"chat_template": "x" * 16385}})

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.prefix.compose import average, concatenate, cut, interpolate
-from prefixtune.prefix.composition import MAX_PARTS, content_hash
-from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.compose import MAX_PARTS, average, concatenate, cut
+from prefixtune.prefix.prefix import Head, Prefix, content_hash
 from prefixtune.prefix.rotation import PairTurns, Rotation
 
 ROTATION = Rotation("rotary", {"decoder": (PairTurns((0,), (2,), (0.5,)), None)}, 40)
@@ -223,7 +222,7 @@ def test_a_made_up_composition_in_a_header_does_no_harm() -> None:
 
 def test_blends_are_weighted_sums() -> None:
     a, b = (_prefix(3, seed) for seed in (1, 2))
-    mean, mixed = average([a, b]), interpolate([a, b], (0.25, 0.75))
+    mean, mixed = average([a, b]), average([a, b], (0.25, 0.75))
     for x, y, one, two in zip(*(prefix.tensors() for prefix in (a, b, mean, mixed)), strict=True):
         assert torch.allclose(one, (x + y) / 2, atol=1e-6)
         assert torch.allclose(two, 0.25 * x + 0.75 * y, atol=1e-6)
@@ -247,9 +246,9 @@ def test_heads_of_the_same_labels_are_averaged() -> None:
 def test_blends_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="decoder 3 positions, but prefix 2 decoder 4"):
         average([_prefix(3), _prefix(4)])
-    for weights in ((0.5, 0.6), (1.0,), (float("nan"), 1.0), ("a", 1), None):
+    for weights in ((0.5, 0.6), (1.0,), (float("nan"), 1.0), ("a", 1)):
         with pytest.raises(ConfigError, match="2 numbers with sum 1"):
-            interpolate([_prefix(3), _prefix(3)], weights)
+            average([_prefix(3), _prefix(3)], weights)
 
 
 # --- cut -------------------------------------------------------------------------------------------------------------

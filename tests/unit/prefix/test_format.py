@@ -20,9 +20,8 @@ from file_format import checksum_by_hand
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.header import Header, read_outline
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.header import Header
+from prefixtune.prefix.prefix import Prefix, read_outline, save_prefix
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.training.artifact import load_weights, save_weights
 from prefixtune.training.checkpoint import load_state, save_state
@@ -188,7 +187,7 @@ class Refused(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refused())
 import warnings
 warnings.simplefilter("ignore")
-from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.prefix import read_artifact
 print(read_artifact(sys.argv[1]).prefix_length)
 """
     path = save_prefix(tmp_path / "p.safetensors", prefix)

@@ -21,8 +21,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.inference.streaming import stream
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import (
     TextFormat,

@@ -14,8 +14,7 @@ from asgi_client import send
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data.chat import chat_format, encode_chat
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"

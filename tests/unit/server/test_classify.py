@@ -14,8 +14,7 @@ import torch
 from asgi_client import send
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.inference.classify import EncodedTexts, classify, tag
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.prefix import Head, Prefix, save_prefix
 
 TEXTS = ["a b c", "soup", "Aromi is a pub by the river", "x y", "z"]
 

@@ -18,8 +18,7 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.settings import ServeConfig

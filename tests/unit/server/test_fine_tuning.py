@@ -27,8 +27,7 @@ from prefixtune.jobs.executor import Executor
 from prefixtune.jobs.inputs import find_input
 from prefixtune.jobs.job import Job, JobResult
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
-from prefixtune.prefix.artifact import read_artifact, save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.server import training
 from prefixtune.server.api import job_creation
 from prefixtune.server.auth import hash_key

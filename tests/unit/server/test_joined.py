@@ -19,9 +19,8 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
 from prefixtune.server.models import catalog

@@ -13,8 +13,7 @@ import pytest
 
 from asgi_client import Response, bearer, completion, send
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
@@ -76,7 +75,7 @@ def test_a_file_that_cannot_be_read_now_is_asked_for_again(
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patched:
-        patched.setattr("prefixtune.prefix.tensor_file.open", fail, raising=False)
+        patched.setattr("prefixtune.prefix.file.open", fail, raising=False)
         refused = asyncio.run(send(app, "POST", "/v1/completions", completion(model="a")))
     assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "busy", "5")
     assert asyncio.run(send(app, "POST", "/v1/completions", completion(model="a"))).status == 200

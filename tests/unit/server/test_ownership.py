@@ -15,8 +15,7 @@ import pytest
 import openai_client
 from asgi_client import bearer, completion, send
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 

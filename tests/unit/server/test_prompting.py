@@ -13,8 +13,7 @@ import pytest
 from asgi_client import completion, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 
 
 def test_dropped_messages_are_reported(make_server: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:

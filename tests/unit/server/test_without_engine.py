@@ -19,8 +19,7 @@ from prefixtune.backbone.unloaded import load_tokenizer
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.errors import ConfigError
 from prefixtune.jobs.upload import UPLOAD_FOLDER
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.api.models import _UPLOAD_FOLDER
 from prefixtune.server.app import make_app
 from prefixtune.server.launch import _bind, _load

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import save_prefix
 
 
 class Stopped(Exception):

@@ -74,7 +74,7 @@ def compose(options: ComposeOptions) -> int:
         prefixtune compose a.safetensors b.safetensors --mode interpolate --weights 0.7,0.3 --output mix.safetensors
     """
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.compose import average, check_joinable, concatenate, interpolate
+    from prefixtune.prefix.compose import average, check_joinable, concatenate
 
     console = Console(quiet=options.quiet)
     given = list(options.files)
@@ -86,7 +86,7 @@ def compose(options: ComposeOptions) -> int:
         rotation = _find_rotation(console, prefixes, given, options.backbone)
         composed = concatenate(prefixes, rotation, names=given)
     elif options.mode == "interpolate":
-        composed = interpolate(prefixes, options.weights, names=given)
+        composed = average(prefixes, options.weights, names=given)
     else:
         composed = average(prefixes, names=given)
     size = _save(Path(options.output), composed)
@@ -108,8 +108,9 @@ def compose(options: ComposeOptions) -> int:
 
 def _notes(prefixes: list[Prefix], names: tuple[str, ...], rotation: Rotation | None) -> list[str]:
     """What a user should know of the result."""
-    from prefixtune.prefix.composition import content_hash, same_templates
+    from prefixtune.prefix.compose import same_templates
     from prefixtune.prefix.header import backbone_origin
+    from prefixtune.prefix.prefix import content_hash
 
     notes = []
     first_of: dict[str, str] = {}
@@ -182,7 +183,7 @@ def cut(options: CutOptions) -> int:
 
     console = Console(quiet=options.quiet)
     prefix = load_prefix(options.file)
-    check_complete(prefix, Path(options.output).parent)
+    check_complete(prefix.header, Path(options.output).parent)
     check_writable(Path(options.output))
     rotation = None
     if options.cut_from == "start" and options.length < prefix.prefix_length:
@@ -238,8 +239,7 @@ def _save(path: Path, prefix: Prefix) -> int:
     import torch
 
     from prefixtune import __version__
-    from prefixtune.prefix.artifact import save_prefix
-    from prefixtune.prefix.prefix import Prefix
+    from prefixtune.prefix.prefix import Prefix, save_prefix
 
     versions = {"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
     dtype = prefix.dtype if prefix.dtype in (torch.bfloat16, torch.float16) else torch.float32
@@ -249,7 +249,7 @@ def _save(path: Path, prefix: Prefix) -> int:
 
 def part_rows(parts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str | int | float]]]:
     """Columns and rows of a table of a composed prefix's parts."""
-    from prefixtune.prefix.composition import MAX_PARTS
+    from prefixtune.prefix.compose import MAX_PARTS
 
     known = ("name", "prefix_length", "weight", "task", "dev_loss", "hash")
     columns = [name for name in known if any(part.get(name) is not None for part in parts)]

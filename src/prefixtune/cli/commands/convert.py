@@ -64,8 +64,8 @@ def convert(options: ConvertOptions) -> int:
     import torch
 
     from prefixtune.interop.peft import check_adapter_folder, export_peft
-    from prefixtune.prefix.artifact import save_prefix
     from prefixtune.prefix.card import check_complete
+    from prefixtune.prefix.prefix import save_prefix
     from prefixtune.utils.files import check_writable
 
     path, output = _find(options.input), Path(options.output)
@@ -73,7 +73,7 @@ def convert(options: ConvertOptions) -> int:
     # Read now: a wrong file is reported before the model loads.
     prefix = _read(path, format_name, None)
     if options.to == "prefixtune":
-        check_complete(prefix, output.parent)
+        check_complete(prefix.header, output.parent)
     if options.to == "peft":
         check_adapter_folder(output)
     check_writable(output if options.to == "prefixtune" else output / "adapter_config.json")

@@ -218,7 +218,7 @@ def _evaluate(
     from prefixtune.evaluation.decode import DECODED_FILE
     from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.prompting import few_shot_format, instruction_format
-    from prefixtune.prefix.composition import content_hash
+    from prefixtune.prefix.prefix import content_hash
 
     backbone, prefix, text_format = load_artifact(console, options, artifact)
     if options.instruction:

@@ -12,10 +12,12 @@ from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.interop.vllm.joining import check_headers
 from prefixtune.interop.vllm.reference import PrefixPart, PrefixReference
 from prefixtune.interop.vllm.settings import Settings
+from prefixtune.prefix.card import is_repository
 from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.geometry import Geometry
-from prefixtune.prefix.header import backbone_origin, incompatibilities, read_outline
-from prefixtune.prefix.hub import is_repository
+from prefixtune.prefix.header import backbone_origin
+from prefixtune.prefix.prefix import read_outline
+from prefixtune.prefix.serving import incompatibilities
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 
 __all__ = ["PrefixFolder", "ServedPrefix"]
@@ -147,13 +149,12 @@ class PrefixFolder:
                 f"it was trained for {name_of_model!r}, not for {self.hub_id!r} (allow_other_backbone accepts it, see "
                 "docs/serving.md)"
             )
-        num_bytes = outline.num_elements * 4
+        num_bytes = outline.num_parameters * 4
         if num_bytes > self.settings.cache_bytes:
             reasons.append(f"it takes {num_bytes:,} bytes, but all together may take {self.settings.cache_bytes:,}")
         if reasons:
             return f"{'; '.join(reasons)}."
-        length = next(iter(outline.shapes.values()))[1]
         description = str(outline.header.get("description") or outline.header.get("task") or "")
-        reference = PrefixReference((PrefixPart(name, signature[:2], length),))
+        reference = PrefixReference((PrefixPart(name, signature[:2], outline.length()),))
         text_format = read_text_format(outline.header)
         return ServedPrefix(reference, description, signature[0] // 10**9, num_bytes, text_format, outline.header)

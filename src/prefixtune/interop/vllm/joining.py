@@ -9,8 +9,7 @@ import torch
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.interop.vllm.reference import JOINER
-from prefixtune.prefix.compose import check_joinable, join, stored_rotation
-from prefixtune.prefix.composition import lead_header
+from prefixtune.prefix.compose import check_joinable, join, lead_header, stored_rotation
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.rotation import Rotation

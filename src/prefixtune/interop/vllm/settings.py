@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from prefixtune.errors import ConfigError, short_repr
 from prefixtune.prefix.chat_format import allow_named
-from prefixtune.prefix.composition import MAX_PARTS
+from prefixtune.prefix.compose import MAX_PARTS
 from prefixtune.utils.config import Config
 
 __all__ = ["SECRET_VARIABLE", "Settings"]

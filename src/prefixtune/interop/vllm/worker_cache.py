@@ -15,11 +15,10 @@ from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.interop.vllm.joining import join_prefixes
 from prefixtune.interop.vllm.reference import PrefixPart, PrefixReference, version_of
 from prefixtune.interop.vllm.settings import Settings
-from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.file import is_unread
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.geometry import LayerShape
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.tensor_file import is_unread
+from prefixtune.prefix.prefix import Prefix, read_artifact
 
 __all__ = ["KeyValues", "WorkerCache"]
 

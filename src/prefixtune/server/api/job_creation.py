@@ -20,8 +20,8 @@ from prefixtune.jobs.job import Job, JobState, new_job_id
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
 from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
-from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import path_of
+from prefixtune.prefix.prefix import read_artifact
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, forbidden, storage_error, unavailable

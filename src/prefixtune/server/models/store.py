@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.prefix.file import is_unread
 from prefixtune.prefix.folder import (
     FolderBusyError,
     Signature,
@@ -32,9 +33,8 @@ from prefixtune.prefix.folder import (
     signature_of,
     signature_of_open,
 )
-from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.tensor_file import is_unread
+from prefixtune.prefix.header import JobOrigin, job_origin
+from prefixtune.prefix.prefix import Prefix, read_outline
 from prefixtune.server.logs import log
 from prefixtune.utils.files import atomic_path
 

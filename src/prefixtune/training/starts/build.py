@@ -18,10 +18,9 @@ from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.labels import labels_of
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.encoder import PrefixEncoder, fit
 from prefixtune.prefix.geometry import Site
-from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.prefix import Prefix, check_fits, content_hash
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
 from prefixtune.training.starts.start import Start, by_site, check_lengths, lengths_from

@@ -18,7 +18,7 @@ from prefixtune.interop.vllm import worker_cache
 from prefixtune.interop.vllm.folder import PrefixFolder
 from prefixtune.interop.vllm.reference import PrefixReference
 from prefixtune.interop.vllm.worker_cache import WorkerCache
-from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.prefix import read_artifact
 
 Make = Callable[..., Any]
 

@@ -19,7 +19,7 @@ from prefixtune.interop.vllm.folder import PrefixFolder
 from prefixtune.interop.vllm.reference import PrefixPart, PrefixReference
 from prefixtune.interop.vllm.settings import Settings
 from prefixtune.interop.vllm.worker_cache import WorkerCache
-from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.prefix import read_artifact
 
 Make = Callable[..., Any]
 
@@ -102,7 +102,7 @@ def test_a_copy_that_cannot_be_read_now_is_read_again(folder: PrefixFolder, monk
 
     cache, reference = make_cache(folder), reference_of(folder, "pubs")
     with monkeypatch.context() as patched:
-        patched.setattr("prefixtune.prefix.tensor_file.open", fail, raising=False)
+        patched.setattr("prefixtune.prefix.file.open", fail, raising=False)
         with pytest.raises(CheckpointError, match="'pubs' cannot be read now"):
             cache.get(reference)
     assert len(cache.get(reference)) == len(folder.geometry["decoder"])

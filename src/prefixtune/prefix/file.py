@@ -1,27 +1,40 @@
-"""A safetensors file with a checked JSON header and a checksum of all of it: prefixes, and states of training runs."""
+"""A safetensors file with a JSON header and a checksum of all of it: prefixes, trained weights, and states of runs.
+
+`docs/format.md` has the whole schema. What a file holds may come from anybody: it is bounded and checked here, once.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import json
+import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import torch
+from pydantic import BaseModel, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError, PrefixError, causes, first_line
-from prefixtune.prefix.header import check_version, dump_header, parse_header
+from prefixtune.prefix.header import HEADER_BYTES, dump_header, read_header
 
+HEADER_KEY = "prefixtune"
+"""The key of a prefix's header in the file's metadata."""
 _CHECKSUM_KEY = "prefixtune_checksum"
 """The checksum's key in the file's metadata, next to the header that it covers."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of a prefix's tensors; others, such as float8, cannot be computed with."""
+_TENSORS_BYTES = 2**18
+"""Longest table of tensors, in bytes; it has about a hundred per tensor."""
+_AGAIN = "get the file again."
 
 
-class TornFileError(CheckpointError):
-    """A file is truncated, or its checksum does not match: it is damaged, or somebody wrote to it meanwhile."""
+# --- with the tensors -------------------------------------------------------------------------------------------------
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -38,7 +51,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with open(path, "rb"), safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise TornFileError(
+        raise CheckpointError(
             f"{str(path)!r} is not a complete safetensors file: {error}.", hint="it may be truncated; get it again."
         ) from error
     except (OSError, RuntimeError) as error:
@@ -70,29 +83,20 @@ def read_verified(path: str | Path, key: str, otherwise: str, hint: str) -> tupl
     tensors, metadata = read_file(path)
     if key not in metadata:
         raise CheckpointError(f"{str(path)!r} {otherwise}.", hint=hint)
-    header = _read_header(metadata[key], path)
-    if metadata.get(_CHECKSUM_KEY) != _checksum(tensors, metadata[key]):
-        raise TornFileError(
-            f"{str(path)!r} is damaged: its checksum is not the one it was stored with.",
-            hint="get the file again.",
-        )
+    header = read_header(metadata[key], repr(str(path)))
+    if metadata.get(_CHECKSUM_KEY) != hash_tensors(tensors, metadata[key]):
+        raise CheckpointError(f"{str(path)!r} is damaged: its checksum is not the one it was stored with.", hint=_AGAIN)
     return tensors, header
 
 
-def _read_header(text: str, path: str | Path) -> dict[str, Any]:
-    """The header in a file's metadata, of a known version.
+def metadata_with_checksum(key: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """A file's metadata: the header as JSON, with the version of the format, and the checksum of it and of the tensors.
 
     Raises:
-        CheckpointError: It is not a JSON object, or of an unknown version.
+        CheckpointError: The header could not be read again.
     """
-    try:
-        header = parse_header(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"the header of {str(path)!r} cannot be read as a JSON object: {error}.", hint="get the file again."
-        ) from error
-    check_version(header, repr(str(path)))
-    return header
+    text = dump_header(header)
+    return {key: text, _CHECKSUM_KEY: hash_tensors(tensors, text)}
 
 
 def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
@@ -109,8 +113,8 @@ def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, 
         file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
-def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
-    """SHA-256 of the header's text and of every tensor's name, type, shape and bytes, in the order of names."""
+def hash_tensors(tensors: Mapping[str, Tensor], header: str = "") -> str:
+    """SHA-256 of a header's text and of every tensor's name, type, shape and bytes, in the order of names."""
     digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         stored = tensor.detach().cpu().contiguous()
@@ -122,16 +126,49 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """`sha256:` and 64 digits of tensors alone: their names, types, shapes and bytes."""
-    return _checksum(tensors, "")
+# --- without the tensors ----------------------------------------------------------------------------------------------
 
 
-def metadata_with_checksum(key: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """A file's metadata: the header as JSON, with the version of the format, and the checksum of it and of the tensors.
+class _Entry(BaseModel):
+    """A tensor in the file's table."""
+
+    dtype: Literal["F64", "F32", "F16", "BF16"]
+    shape: list[Annotated[int, Field(ge=0, le=2**40, strict=True)]] = Field(max_length=3)
+
+
+_Table = TypeAdapter(dict[str, _Entry])
+
+
+def read_table(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's tensors without their numbers, on the device `meta`, and its header; its checksum is not compared.
+
+    The file is not mapped into memory: one that is truncated meanwhile would end the process.
 
     Raises:
-        CheckpointError: The header could not be read again.
+        CheckpointError: It is not complete, or not of this kind.
+        OSError: It cannot be read.
     """
-    text = dump_header(header)
-    return {key: text, _CHECKSUM_KEY: _checksum(tensors, text)}
+    with open(path, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        start = handle.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(HEADER_BYTES + _TENSORS_BYTES, size - 8):
+            raise _broken(f"its header would take {length} bytes")
+        text = handle.read(length)
+    try:
+        table = json.loads(text)
+        header = str(table.pop("__metadata__")[key])
+        tensors = {
+            name: torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
+            for name, entry in _Table.validate_python(table).items()
+        }
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise _broken("its header is not that of such a file") from error
+    expected = sum(tensor.nbytes for tensor in tensors.values())
+    if expected != size - 8 - length:
+        raise _broken(f"its header announces {expected} bytes, but {size - 8 - length} follow")
+    return tensors, read_header(header, "it")
+
+
+def _broken(what: str) -> CheckpointError:
+    return CheckpointError(f"it is not a complete file: {what}.", hint=_AGAIN)
