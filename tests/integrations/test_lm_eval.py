@@ -27,6 +27,7 @@ from prefixtune.data.examples import Example
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.inference.generate import generate
 from prefixtune.interop.lm_eval.model import PrefixLM
+from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from zoo import make_tokenizer
@@ -272,6 +273,7 @@ def test_a_prefixs_own_chat_template_is_used(tiny_backbone: Any, random_prefix: 
     backbone = tiny_backbone("llama", max_position_embeddings=700)
 
     def trained_with(template: str, system: str = "") -> Prefix:
+        allow_template(template)
         form = TextFormat("{source}", "{target}", chat_template=template, system=system)
         return Prefix(random_prefix(backbone, 2).layers, {"text_format": form.to_dict()})
 
@@ -296,6 +298,7 @@ def test_in_the_format_of_a_chat_prefix_a_context_is_a_users_message(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
+    allow_template(template)
     form = TextFormat("{source}", "{target}", end="</s>", chat_template=template)
     prefix = Prefix(random_prefix(backbone, 4, seed=5).layers, {"text_format": form.to_dict()})
     model = PrefixLM(backbone, prefix, prompt_format="prefix")
@@ -316,6 +319,7 @@ def test_the_end_of_a_prefixs_own_chat_ends_raw_texts(
     texts = [text for (text,) in measure(plain, "made_texts")["answers"]["made_texts"].values()]
     # A letter that it writes is the end of an answer in the template.
     end = next(text[1] for text in texts if len(text) > 1)
+    allow_template(template)
     form = TextFormat("{source}", "{target}", end=end, chat_template=template)
     chat = PrefixLM(backbone, Prefix(made, {"text_format": form.to_dict()}))
     ended = measure(chat, "made_texts")["answers"]["made_texts"]

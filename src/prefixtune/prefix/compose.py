@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 from numbers import Real
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, short_repr
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.prefix.geometry import SITES, Site, describe, spell_lengths
+from prefixtune.prefix.geometry import SITES, Site, describe
 from prefixtune.prefix.header import backbone_origin
-from prefixtune.prefix.prefix import Head, KeyValue, Prefix, content_hash
+from prefixtune.prefix.prefix import KeyValue, Prefix, content_hash, from_named
 from prefixtune.prefix.rotation import Rotation
 
 MAX_PARTS = 64
@@ -120,44 +119,27 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
             f"the weights are {short_repr(weights)}, but must be {len(prefixes)} numbers with sum 1.",
             hint="divide each by their sum.",
         )
-    first = prefixes[0]
-    for name, other in zip(names, prefixes, strict=True):
-        if other.lengths != first.lengths:
-            raise ConfigError(
-                f"{names[0]} has {spell_lengths(first.lengths)} positions, but {name} {spell_lengths(other.lengths)}.",
-                hint="cut the longer one with `prefixtune cut`, or join them with --mode concatenate.",
-            )
-        if other.header.get("labels") != first.header.get("labels") or _head_shape(other) != _head_shape(first):
-            raise ConfigError(
-                f"{names[0]} and {name} have different labels, or only one has any, so that their heads cannot be "
-                "averaged.",
-                hint="average prefixes of one set of labels.",
-            )
-
-    def mean(*tensors: Tensor) -> Tensor:
-        parts = [weight * tensor.to(first.device).float() for weight, tensor in zip(weights, tensors, strict=True)]
-        return torch.stack(parts).sum(0).to(dtype)
-
-    dtype = _widest(prefixes)
-    layers: dict[Site, tuple[KeyValue, ...]] = {
-        site: tuple(
-            (mean(*(key for key, _ in layer)), mean(*(value for _, value in layer)))
-            for layer in zip(*(prefix.layers[site] for prefix in prefixes), strict=True)
+    named = [prefix.named_tensors() for prefix in prefixes]
+    kinds = [
+        ({key: tensor.shape for key, tensor in one.items()}, prefix.header.get("labels"))
+        for one, prefix in zip(named, prefixes, strict=True)
+    ]
+    if (other := next((name for name, kind in zip(names, kinds, strict=True) if kind != kinds[0]), None)) is not None:
+        raise ConfigError(
+            f"{names[0]} and {other} have different lengths or labels, so that they cannot be averaged.",
+            hint="cut the longer one with `prefixtune cut`, or join them with --mode concatenate.",
         )
-        for site in first.sites
+    dtype, device = _widest(prefixes), prefixes[0].device
+    mean = {
+        key: torch.stack([weight * one[key].to(device).float() for weight, one in zip(weights, named, strict=True)])
+        for key in named[0]
     }
-    heads = [prefix.head for prefix in prefixes if prefix.head is not None]
-    head = Head(mean(*(one.weight for one in heads)), mean(*(one.bias for one in heads))) if heads else None
     header = lead_header(prefixes, len(prefixes) - 1)
     rotation = stored_rotation(prefixes, names)
     if rotation is not None and any(prefix.header.get("rotation") is not None for prefix in prefixes):
         header["rotation"] = rotation.to_header()
     header["composition"] = {"mode": mode, "parts": _describe_parts(prefixes, names, mode, weights)}
-    return Prefix(layers, header, head)
-
-
-def _head_shape(prefix: Prefix) -> torch.Size | None:
-    return None if prefix.head is None else prefix.head.weight.shape
+    return from_named({key: tensor.sum(0).to(dtype) for key, tensor in mean.items()}, header)
 
 
 # --- cut -------------------------------------------------------------------------------------------------------------
@@ -220,31 +202,25 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
     if len(names) not in (0, len(prefixes)):
         raise ConfigError(f"{len(names)} names for {len(prefixes)} prefixes.", hint="give one for each, or none.")
     names = _named(prefixes, names)
-    # By site, the first part that has it; and the first one that says of which weights it is.
-    by_site: dict[Site, tuple[str, Prefix]] = {}
-    known: tuple[str, Prefix] | None = None
     for name, prefix in zip(names, prefixes, strict=True):
         if prefix.header.get("adapter"):
             raise ConfigError(
                 f"{name} was trained together with a LoRA adapter, which other prefixes were not made for.",
                 hint="compose prefixes of the plain backbone.",
             )
-        for site, shapes in prefix.geometry.items():
-            other_name, other = by_site.setdefault(site, (name, prefix))
-            if other.geometry[site] != shapes:
-                raise BackboneError(
-                    f"{other_name} has {describe(other.geometry)}, but {name} {describe(prefix.geometry)}.",
-                    hint="compose prefixes of one backbone; `prefixtune inspect FILE` names it.",
-                )
-        origin = backbone_origin(prefix.header)
-        if origin.fingerprint:
-            known = known or (name, prefix)
-            first = backbone_origin(known[1].header)
-            if not fingerprints_match(first.fingerprint, origin.fingerprint):
-                raise BackboneError(
-                    f"{known[0]} was trained for {first.name!r} and {name} for {origin.name!r}, whose weights differ.",
-                    hint="compose prefixes of one backbone, with the same weights; `prefixtune inspect FILE` names it.",
-                )
+    known = [(prefix.geometry, backbone_origin(prefix.header)) for prefix in prefixes]
+    hint = "compose prefixes of one backbone, with the same weights; `prefixtune inspect FILE` names it."
+    for (name, (shapes, origin)), (other, (other_shapes, other_origin)) in combinations(
+        zip(names, known, strict=True), 2
+    ):
+        if any(shapes[site] != other_shapes[site] for site in shapes.keys() & other_shapes.keys()):
+            raise BackboneError(f"{name} has {describe(shapes)}, but {other} {describe(other_shapes)}.", hint=hint)
+        marks = origin.fingerprint, other_origin.fingerprint
+        if all(marks) and not fingerprints_match(*marks):
+            raise BackboneError(
+                f"{name} was trained for {origin.name!r} and {other} for {other_origin.name!r}, whose weights differ.",
+                hint=hint,
+            )
     return names
 
 

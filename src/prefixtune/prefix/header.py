@@ -149,12 +149,11 @@ def parse_header(text: str) -> dict[str, Any]:
         value = json.loads(text)
         # `loads` reads numbers such as 1e999 as infinity, and takes half a surrogate pair.
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        too_deep = _is_deeper(value, _DEPTH)
     except RecursionError:
-        raise ValueError(f"it nests more than {_DEPTH} levels") from None
-    if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
-    if _is_deeper(value, _DEPTH):
-        raise ValueError(f"it nests more than {_DEPTH} levels")
+        too_deep, value = True, None
+    if too_deep or not isinstance(value, dict):
+        raise ValueError(f"it nests more than {_DEPTH} levels" if too_deep else "it is no JSON object")
     return value
 
 
@@ -176,8 +175,7 @@ def read_header(text: str, what: str) -> dict[str, Any]:
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{what} cannot be read: its format version is {short_repr(version)}, but this prefixtune reads "
-            f"{FORMAT_VERSION}.",
+            f"{what} is of format version {short_repr(version)}, but this prefixtune reads {FORMAT_VERSION}.",
             hint="upgrade prefixtune, or get the file again.",
         )
     return header

@@ -139,9 +139,7 @@ def hub_errors(what: str) -> Iterator[None]:
         is_config = isinstance(error, ValueError) or constants.HF_HUB_OFFLINE
         raise (ConfigError if is_config else PrefixError)(
             f"{what}: {textwrap.shorten(str(error), 300) or type(error).__name__}",
-            hint="unset HF_HUB_OFFLINE."
-            if constants.HF_HUB_OFFLINE
-            else "check the names and the connection; private repositories need `hf auth login`.",
+            hint="check the names, the connection and HF_HUB_OFFLINE; private repositories need `hf auth login`.",
         ) from error
 
 

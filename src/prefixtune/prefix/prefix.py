@@ -49,13 +49,6 @@ _HEAD = ("head.weight", "head.bias")
 """Names of tensors in a file."""
 _AGAIN = "get the file again."
 
-_POSITIONS = {
-    "decoder": "text starts at position P",
-    "encoder-decoder": "text positions are not shifted",
-    "encoder": "text positions are not shifted",
-}
-"""The position convention by kind of model; every artifact records it for each site."""
-
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -342,6 +335,30 @@ class Prefix:
 # --- its file ---------------------------------------------------------------------------------------------------------
 
 
+def from_named(named: Mapping[str, Tensor], header: Mapping[str, Any]) -> Prefix:
+    """A prefix of tensors by their names in a file: the reverse of `Prefix.named_tensors`.
+
+    Raises:
+        ConfigError: A name is another one, a tensor is missing, or some do not fit together.
+    """
+    parts: dict[Site, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in named.items():
+        if match := _NAME.fullmatch(name):
+            site, layer, part = match.groups()
+            parts.setdefault(cast(Site, site), {}).setdefault(int(layer), {})[part] = tensor
+        elif name not in _HEAD:
+            raise ConfigError(f"{short_repr(name)} does not belong to a prefix.", hint="name it SITE.LAYER.key.")
+    try:
+        layers = {
+            site: tuple((layers[n]["key"], layers[n]["value"]) for n in range(len(layers)))
+            for site, layers in parts.items()
+        }
+        has_head = any(name in named for name in _HEAD)
+        return Prefix(layers, header, Head(named[_HEAD[0]], named[_HEAD[1]]) if has_head else None)
+    except KeyError as error:
+        raise ConfigError(f"there is no {error} of a layer or of the head.", hint="give all tensors.") from error
+
+
 def content_hash(prefix: Prefix) -> str:
     """`sha256:` and 64 digits of a prefix's tensors: names, types, shapes and bytes; whatever its header says."""
     return hash_tensors(prefix.named_tensors())
@@ -351,10 +368,11 @@ def describe_tensors(prefix: Prefix) -> dict[str, Any]:
     """What a header says of a prefix's tensors."""
     kind = backbone_origin(prefix.header).kind
     shifts = kind == "decoder" and prefix.sites == ("decoder",)
+    position = "text starts at position P" if shifts else "text positions are not shifted"
     return {
         "sites": list(prefix.sites),
         "prefix_length": prefix.lengths,
-        "positions": {site: _POSITIONS[kind if shifts and site == "decoder" else "encoder"] for site in prefix.sites},
+        "positions": dict.fromkeys(prefix.sites, position),
         "geometry": {
             site: {
                 "num_layers": len(shapes),
@@ -394,27 +412,14 @@ def read_outline(path: Path) -> Prefix:
     return _assemble(*read_table(path, HEADER_KEY), "it")
 
 
-def _assemble(tensors: dict[str, Tensor], header: Mapping[str, Any], what: str) -> Prefix:
+def _assemble(tensors: Mapping[str, Tensor], header: Mapping[str, Any], what: str) -> Prefix:
     """The prefix in a file that `what` names; see `read_artifact`."""
-    foreign = next((name for name, tensor in tensors.items() if tensor.dtype not in _READ), "")
-    head = [tensors.pop(name) for name in _HEAD if name in tensors]
-    parts: dict[Site, dict[int, dict[str, Tensor]]] = {}
-    for name, tensor in tensors.items():
-        if (match := _NAME.fullmatch(name)) is None:
-            foreign = name
-            continue
-        site, layer, part = match.groups()
-        parts.setdefault(cast(Site, site), {}).setdefault(int(layer), {})[part] = tensor
-    if foreign:
-        raise CheckpointError(f"{what} holds {short_repr(foreign)}, which does not belong to a prefix.", hint=_AGAIN)
     try:
-        layers = {
-            site: tuple((layers[n]["key"], layers[n]["value"]) for n in range(len(layers)))
-            for site, layers in parts.items()
-        }
-        prefix = Prefix(layers, header, Head(*head) if head else None)
-    except (ConfigError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{what} lacks tensors, or some do not fit together.", hint=_AGAIN) from error
+        prefix = from_named(tensors, header)
+    except ConfigError as error:
+        raise CheckpointError(f"{what} holds no whole prefix: {error.message}", hint=_AGAIN) from error
+    if foreign := {tensor.dtype for tensor in tensors.values()} - set(_READ):
+        raise CheckpointError(f"{what} holds numbers of type {foreign.pop()}.", hint=_AGAIN)
     _check_header(prefix, what)
     for key, fact in describe_tensors(prefix).items():
         if key in header and header[key] != fact:
