@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from prefixtune.engine.config import EngineConfig
-from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, RequestError
+from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
 from prefixtune.report import read_results
 from prefixtune.server.settings import ServeConfig
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.folder import read_events
-from prefixtune.utils.files import write_text
 
 
 @pytest.mark.parametrize("sign", ["", "-"])
@@ -36,13 +35,6 @@ def test_a_whole_number_has_a_bound(kind: Any, value: int) -> None:
 def test_half_a_character_is_no_value_of_a_configuration(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         TrainConfig(**{field: "\ud800"})
-
-
-def test_no_path_has_a_zero(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError):
-        TrainConfig(output="runs/a\0b")
-    with pytest.raises(PrefixError):
-        write_text(tmp_path / "a\0b", "text")
 
 
 @pytest.mark.parametrize("step", ["1e999", "NaN", '"x"', "null", "[" * 5000])

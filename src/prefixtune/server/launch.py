@@ -24,6 +24,7 @@ import uvicorn
 
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.jobs.folder import DataFolder
+from prefixtune.prefix.chat_format import allow_named
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training_worker import STOP_SECONDS, TrainingWorker, start_worker
@@ -93,7 +94,6 @@ def run(config: ServeConfig, console: Console) -> int:
 def _load(config: ServeConfig, console: Console) -> ServerState:
     # Slow imports: errors of the folder and the address come before them.
     from prefixtune.inference.decoding import newline_tokens
-    from prefixtune.prefix.chat_format import allow_named
     from prefixtune.server.api.models import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState

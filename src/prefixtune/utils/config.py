@@ -344,8 +344,6 @@ class Config(Table):
                 item.encode()
             elif isinstance(item, int) and item.bit_length() > 63:
                 raise ValueError("is a whole number of more than 64 bits")
-        if info.field_name in _WRITTEN and isinstance(value, str) and "\0" in value:
-            raise ValueError("contains a zero, which no path can")
         if info.field_name in _WRITTEN and isinstance(value, str) and value.startswith("~"):
             return str(expand_home(value))
         return items if isinstance(value, list | tuple) else items[0]

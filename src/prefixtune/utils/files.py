@@ -46,8 +46,9 @@ def check_writable(path: Path) -> None:
     """Check, before long work, that a file can be written there; makes nothing.
 
     Raises:
-        PrefixError: The path is a folder, a device or a pipe, or its folder cannot be written.
+        PrefixError: The path is a folder, a device or a pipe, no name of a file, or its folder cannot be written.
     """
+    _refuse_nul(path)
     folder = next((parent for parent in Path(path).absolute().parents if os.path.lexists(parent)), Path("/"))
     is_file = not os.path.exists(path) or os.path.isfile(path)
     can_write = os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
@@ -64,8 +65,7 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
         PrefixError: The system refuses.
     """
     hint = "free some space or choose another folder; the previous file, if any, is untouched."
-    if "\0" in str(path):
-        raise PrefixError(f"cannot write {str(path)!r}: no name contains a zero.", hint="choose another name.")
+    _refuse_nul(path)
     try:
         yield
     except PrefixError:
@@ -79,6 +79,11 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
             raise
         cause = OSError(int(code[1]), os.strerror(int(code[1])))
         raise PrefixError(f"cannot write {str(path)!r}: {cause.strerror}.", hint=hint) from cause
+
+
+def _refuse_nul(path: Path) -> None:
+    if "\0" in str(path):
+        raise PrefixError(f"cannot write {str(path)!r}: a name has no NUL character.", hint="choose another name.")
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_an_older_header_refuses_long_sources_as_it_did():
     ],
 )
 def test_what_cannot_be_used_is_refused(stored: Any, reason: str):
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match="text format") as caught:
         read_text_format({"text_format": stored})
     assert reason in caught.value.message
     assert caught.value.hint
@@ -86,10 +86,10 @@ def test_a_file_with_a_hostile_template_is_refused_everywhere(
 ):
     form = {"prompt": prompt, "target": "{target}"}
     made = Prefix(random_prefix(llama, 3).layers, make_header(llama, task="records"))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="text format"):
         save_prefix(tmp_path / "bad.safetensors", Prefix(made.layers, {**made.header, "text_format": form}))
     path = rewrite_header(save_prefix(tmp_path / "bad.safetensors", made), text_format=form)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="text format"):
         load_prefix(path)
     store = PrefixStore(tmp_path, llama)
     assert store.names() == []
@@ -98,7 +98,7 @@ def test_a_file_with_a_hostile_template_is_refused_everywhere(
 
 def test_training_refuses_a_template_that_no_header_may_hold(llama: Any, tmp_path: Path):
     config = TrainConfig(prompt_format="{source}{source}", output=str(tmp_path), max_steps=1)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="2 times"):
         train(config, backbone=llama, examples=[Example("a", ("b",))])
 
 
@@ -125,9 +125,9 @@ def test_few_shot_examples_are_whole_or_refused(llama: Any, place: str):
     shown = [Example("1+1", ("2",)), Example("a", (f"write {place}",))]
     with pytest.raises(DataError, match=r"example 2 \('a'\) contains " + place):
         few_shot_format(TextFormat(), shown, "<s>", "</s>")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="example 2"):
         instruction_format(llama, "Add.", shown)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="the instruction 'Say"):
         instruction_format(llama, f"Say {place}.")
 
 
@@ -173,7 +173,7 @@ def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
     assert [len(ids) for ids in prompts.ids] == [13, 23, 33, 29]
     assert {ids[-1] for ids in prompts.ids} == {llama.tokenizer.bos_token_id}
     assert reported == [[3]]
-    with pytest.warns(PrefixWarning):
+    with pytest.warns(PrefixWarning, match="1 of 4 sources were truncated"):
         outputs = generate(llama, sources, prefix, max_new_tokens=5)
     pieces: list[Any] = []
     assert "".join(stream(llama, sources[3], prefix, max_new_tokens=5, on_cut=pieces.append)) == outputs[3]
@@ -238,33 +238,33 @@ def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama: Any):
     around = len("instruction instruction: #")
     prompts = prepare_prompts(llama, ["abcdef"], [None], GenerateConfig(max_new_tokens=2), form, on_cut=lambda _: None)
     assert llama.decode(prompts.ids[0]) == "instruction instruction: ab#"
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match=f"{around} of them around its source"):
         generate(llama, ["abcdef"], None, text_format=form, max_new_tokens=2, max_total_length=around)
     example = Example("abcdef", ("xy",))
     (kept,) = encode_examples(llama, [example], form, prefix_length=0, max_length=around + 1 + 3).examples
     assert llama.decode(list(kept.prompt)) == "instruction instruction: a#"
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=f"the text around a source takes {around}"):
         encode_examples(llama, [example], form, prefix_length=0, max_length=around + 3)
     labels = Labels("classification", "head", ("xy", "z"))
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="nothing of the example"):
         encode_labelled(llama, [example], labels, form, prefix_length=0, max_length=around)
 
 
 def test_options_win_over_the_header(llama: Any, tmp_path: Path):
     prefix = trained(llama, tmp_path, max_length=50)
     sources = [example.source for example in LONG]
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match="text 4 takes 63 tokens, but max_length 50 allows 33"):
         generate(llama, sources, prefix, max_new_tokens=5, on_too_long="error")
-    with pytest.warns(PrefixWarning):
+    with pytest.warns(UserWarning, match="1 of 4"):
         generate(llama, sources, prefix, max_new_tokens=5, max_total_length=54)
     # Less than in training: what fitted there need not fit.
-    with pytest.warns(PrefixWarning):
+    with pytest.warns(UserWarning, match="2 of 4"):
         generate(llama, sources, prefix, max_new_tokens=5, max_total_length=49)
     # The bare model refuses, unless it is asked to cut.
     longer = ["a" * 2 * (llama.max_positions or 0)]
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match="positions"):
         generate(llama, longer, max_new_tokens=5)
-    with pytest.warns(PrefixWarning):
+    with pytest.warns(UserWarning, match="1 of 1"):
         generate(llama, longer, max_new_tokens=5, on_too_long="cut")
 
 
@@ -297,5 +297,5 @@ def test_labels_by_words_cut_as_training_did(llama: Any, tmp_path: Path):
     (whole,) = encode_prompts(llama, form, [sources[2]])
     kept = llama.decode(cut_prompt(whole, 40 - form.longest_target, 2))
     assert classify(llama, [kept.strip()], prefix)[0].probabilities == pytest.approx(cut[2].probabilities, abs=1e-5)
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match="max_length 40"):
         classify(llama, sources, prefix, on_too_long="error")
