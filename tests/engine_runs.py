@@ -6,8 +6,9 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import Request, SequenceOutput
+from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate_ids
+from prefixtune.inference.prompts import Prompt
 
 DECODERS_OF_THE_ZOO = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe", "starcoder2")
 ENCODER_DECODERS_OF_THE_ZOO = ("umt5", "switch_transformers")
@@ -20,9 +21,11 @@ def ids(output: SequenceOutput) -> list[int]:
 
 
 def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
-    """What `generate_ids` makes of a request by itself."""
+    """What transformers' `generate` makes of a request by itself."""
     config = GenerateConfig(**{"max_new_tokens": request.sampling.max_new_tokens, **options})
-    return generate_ids(backbone, [list(request.prompt)], [request.prefix], config=config)[0]
+    prompt = Prompt(list(request.prompt), request.prefix, config.max_new_tokens)
+    ((_, tokens),) = search(backbone, [prompt], [0], config)
+    return tokens
 
 
 class EvenNumbers:

@@ -54,14 +54,13 @@ packed = alone; cached = recomputed), and by generating from it.
 | absent | the installed transformers has no such type |
 
 A site is an attention with a prefix: the decoder's self-attention, the encoder's, or the decoder's attention to the
-encoder (cross). Rows that are padded instead of packed, and prefixes that are added in every decoding step instead of
-read from the cache, cost time and change no number. A type says how a model attends, not how well it learns. Examine a
+encoder (cross). Rows that are padded instead of packed cost time and change no number. A type says how a model attends, not how well it learns. Examine a
 model of your own with `prefixtune doctor your/model`, which uses its real weights.
 
 LongRoPE (Phi-3, Phi-3.5 and Phi-4-mini with 128k) turns all keys of a text otherwise as soon as the text is longer
 than the model's original length, 4,096 positions. A prefix is used with texts up to that length, its own positions
 included, and this is also the limit of the engine and of `prefixtune serve`, with and without a prefix. The bare
-model takes longer texts in `generate`; elsewhere a batch with texts on both sides of the limit is refused.
+model takes longer texts in `generate`; elsewhere texts on both sides of the limit are refused.
 
 The same five comparisons are made when a type of model is first loaded, on a few tokens and in float32 (a model of more
 than two billion parameters in half precision, a quantized one, and one that is spread over devices: in its own dtype,

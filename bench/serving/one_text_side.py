@@ -56,13 +56,15 @@ def generate(options: argparse.Namespace) -> Answer:
     """This project's `generate`."""
     from prefixtune.backbone.load import load_backbone
     from prefixtune.inference.config import GenerateConfig
-    from prefixtune.inference.generate import generate_ids
+    from prefixtune.inference.generate import write
+    from prefixtune.inference.prompts import Prompt
 
     backbone = load_backbone(options.model, dtype="bfloat16", quantize=options.quantize)
     config = GenerateConfig(max_new_tokens=options.new, min_new_tokens=options.new)
 
     def answer(prompt: list[int], receive: Callable[[list[int]], None]) -> None:
-        generate_ids(backbone, [prompt], [None], config=config, streamer=_Tokens(receive))
+        for _, output in write(backbone, [Prompt(prompt, None, options.new)], config):
+            receive([token.id for token in output.tokens])
 
     return answer
 

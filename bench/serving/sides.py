@@ -27,8 +27,9 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.engine.worker import EngineWorker
+from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.decoding import generate_batch
+from prefixtune.inference.prompts import Prompt
 from prefixtune.prefix.prefix import Prefix, flatten, save_prefix
 
 PREFIX_LENGTH = 10
@@ -83,9 +84,9 @@ class GenerateSide:
 
     def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
         """All requests."""
-        config = GenerateConfig(max_new_tokens=self.new, min_new_tokens=self.new)
-        prefixes, ends = [self.prefix] * len(prompts), [self.backbone.eos_id]
-        return generate_batch(self.backbone, prompts, prefixes, config, None, ends)
+        config = GenerateConfig(max_new_tokens=self.new, min_new_tokens=self.new, batch_size=len(prompts))
+        texts = [Prompt(list(prompt), self.prefix, self.new) for prompt in prompts]
+        return [ids for _, ids in sorted(search(self.backbone, texts, range(len(texts)), config))]
 
 
 class PeftSide:

@@ -25,8 +25,8 @@ from prefixtune.engine.kv_cache import lazy_zeros
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.inference.decoding import newline_tokens
 from prefixtune.inference.generate import generate
+from prefixtune.inference.prompts import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.detokenizer import Detokenizer

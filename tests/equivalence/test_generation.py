@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from patching import replace_everywhere
 from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.engine.request import Token
+from prefixtune.engine.sampler import sample
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
@@ -292,37 +295,26 @@ def test_stops_are_streamed_as_they_are_generated(llama: Any, random_prefix: Any
     assert tried > 10
 
 
-def test_space_before_a_stop_string_is_not_streamed(llama: Any):
-    backbone = scripted(llama, " one two \n<end> three")
-    assert generate(backbone, ["x"], stop=("<end>",)) == ["one two"]
-    assert "".join(stream(backbone, "x", stop=("<end>",))) == "one two"
+def test_space_before_a_stop_string_is_not_streamed(llama: Any, monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, llama, " one two \n<end> three")
+    assert generate(llama, ["x"], stop=("<end>",)) == ["one two"]
+    assert "".join(stream(llama, "x", stop=("<end>",))) == "one two"
 
 
-def scripted(backbone: Any, text: str) -> Backbone:
-    """A backbone that writes a given text."""
+def scripted(monkeypatch: pytest.MonkeyPatch, backbone: Any, text: str) -> None:
+    """Let the engine pick the tokens of a given text."""
     ids = [*backbone.encode(text), backbone.eos_id]
 
-    class Scripted:
-        device, dtype, config = backbone.device, backbone.dtype, backbone.model.config
-        get_output_embeddings = backbone.model.get_output_embeddings
-        get_input_embeddings = backbone.model.get_input_embeddings
-        forward, modules = backbone.model.forward, backbone.model.modules
+    def scripted_sample(logits: Any, sequences: Any, *_: Any) -> list[Token]:
+        return [Token(ids[sequence.num_new_tokens]) for sequence in sequences]
 
-        def generate(self, input_ids: Any, streamer: Any = None, **_: Any) -> Any:
-            if streamer is not None:
-                streamer.put(input_ids)
-                for token in ids:
-                    streamer.put(torch.tensor([token]))
-                streamer.end()
-            return torch.cat([input_ids, torch.tensor([ids])], dim=1)
-
-    return Backbone(Scripted(), backbone.tokenizer, "scripted", backbone.layout, backbone.fingerprint)
+    replace_everywhere(monkeypatch, sample, scripted_sample)
 
 
-def test_a_character_over_several_tokens_is_streamed_whole(llama: Any):
-    backbone = scripted(llama, " ab€é c€ ")
-    assert list(stream(backbone, "x")) == ["a", "b", "€", "é", " c", "€"]
-    assert generate(backbone, ["x"]) == ["ab€é c€"]
+def test_a_character_over_several_tokens_is_streamed_whole(llama: Any, monkeypatch: pytest.MonkeyPatch):
+    scripted(monkeypatch, llama, " ab€é c€ ")
+    assert list(stream(llama, "x")) == ["a", "b", "€", "é", " c", "€"]
+    assert generate(llama, ["x"]) == ["ab€é c€"]
 
 
 def test_a_reader_may_leave_a_stream(llama: Any, random_prefix: Any):
@@ -343,7 +335,7 @@ def test_an_overflow_is_refused_before_any_work(llama: Any, random_prefix: Any, 
     fits = limit - 10 - 100
     done: list[int] = []
     config = GenerateConfig(max_new_tokens=100, batch_size=1)
-    monkeypatch.setattr(llama.model, "generate", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr(llama.model, "forward", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(
         RequestError, match=rf"text 2 needs 10 \(prefix\) \+ {fits + 1} \(text\) \+ 100 \(new\)"
     ) as error:
@@ -399,15 +391,15 @@ def test_the_text_format_comes_from_each_prefix(llama: Any, random_prefix: Any):
     assert asked == [llama.decode(expected[1]).strip()]
 
 
-def test_results_keep_the_order_and_batches_are_reported(llama: Any, random_prefix: Any):
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_results_keep_the_order_and_progress_is_reported(num_beams: int, llama: Any, random_prefix: Any):
     prefix = random_prefix(llama, 3)
     texts = ["long text " * 3, "a", "middle text", "b", "another long text here"]
     done: list[int] = []
-    outputs = generate(
-        llama, texts, prefix, config=GenerateConfig(max_new_tokens=8, batch_size=2), on_batch=done.append
-    )
-    assert outputs == [generate(llama, [text], prefix, max_new_tokens=8)[0] for text in texts]
-    assert done == [2, 4, 5]
+    options = {"max_new_tokens": 8, "num_beams": num_beams}
+    outputs = generate(llama, texts, prefix, batch_size=2, on_batch=done.append, **options)
+    assert outputs == [generate(llama, [text], prefix, **options)[0] for text in texts]
+    assert done == [1, 2, 3, 4, 5]
 
 
 def test_wrong_options_are_reported_all_at_once():

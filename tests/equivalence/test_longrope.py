@@ -12,9 +12,12 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.data.examples import Example
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
 from prefixtune.errors import ConfigError, RequestError
+from prefixtune.evaluation.evaluate import evaluate
+from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.prefix.prefix import Prefix
@@ -60,6 +63,21 @@ def test_losses(
     for front in (prefix, None):
         with pytest.raises(ConfigError, match="original length of 40"):
             batch_loss(phi3, front, collate([*short, *long]))
+
+
+@pytest.mark.parametrize("task", ["classify", "evaluate"])
+def test_labels_of_texts_on_both_sides_are_refused_before_any_work(
+    task: str, phi3: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["x" * 10, "x" * 60]
+    examples = [Example(text, ("yes",)) for text in texts]
+    work = {
+        "classify": lambda: classify(phi3, texts, labels=["yes", "no"], batch_size=1),
+        "evaluate": lambda: evaluate(phi3, examples, kind="classification", batch_size=1),
+    }
+    monkeypatch.setattr(phi3.model, "forward", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(RequestError, match=r"text 2 .* text 1 "):
+        work[task]()
 
 
 def test_a_prefix_is_for_the_original_length(

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
-    from prefixtune.prefix.text_format import TextFormat
 
 __all__ = ["Answer", "Conversation"]
 
@@ -56,16 +55,11 @@ class Conversation:
     @property
     def reads_one_message(self) -> bool:
         """Whether the prefix in use was trained with a text format of its own, which has room for one text."""
-        stored = self._stored_format
-        return stored is not None and not stored.is_chat
-
-    @property
-    def _stored_format(self) -> TextFormat | None:
-        """What the prefix in use was trained with; None: it says nothing, and the backbone's chat template is used."""
         from prefixtune.prefix.text_format import read_text_format
 
         prefix = self.prefixes.get(self.name)
-        return None if prefix is None else read_text_format(prefix.header)
+        stored = None if prefix is None else read_text_format(prefix.header)
+        return stored is not None and not stored.is_chat
 
     def ask(
         self, text: str, on_piece: Callable[[str], object], on_cut: Callable[[Sequence[int]], None] | None = None
@@ -113,22 +107,14 @@ class Conversation:
         self, text: str, on_cut: Callable[[Sequence[int]], None] | None
     ) -> tuple[int | None, Generator[str, None, None]]:
         """The room of the next answer, as in `Answer`, and its stream."""
-        from prefixtune.data.chat import encode_chat, end_ids, special_stops
-        from prefixtune.inference.prompts import fit_new_tokens, limit_new_tokens
-        from prefixtune.inference.streaming import stream, stream_ids
+        from prefixtune.inference.prompts import fit_new_tokens
+        from prefixtune.inference.streaming import stream
 
         prefix = self.prefixes.get(self.name)
         wanted = self.decoding(prefix)
-        conversation = [*self._answered, {"role": "user", "content": text}]
-        if self._stored_format is not None:
-            source = text if self.reads_one_message else conversation
-            config = fit_new_tokens(self.backbone, source, prefix, wanted, None)
-            answer = stream(self.backbone, source, prefix, config=config, on_cut=on_cut)
-        else:
-            ids = encode_chat(self.backbone, conversation)
-            config = limit_new_tokens(self.backbone, len(ids), prefix, wanted)
-            ends = (*end_ids(self.backbone), *special_stops(self.backbone, config.stop))
-            answer = stream_ids(self.backbone, ids, prefix, config=config, ends=ends)
+        source = text if self.reads_one_message else [*self._answered, {"role": "user", "content": text}]
+        config = fit_new_tokens(self.backbone, source, prefix, wanted, None)
+        answer = stream(self.backbone, source, prefix, config=config, on_cut=on_cut)
         return (config.max_new_tokens if config.max_new_tokens < wanted.max_new_tokens else None), answer
 
     @property

@@ -36,11 +36,6 @@ class Labels:
     names: tuple[str, ...]
     words: tuple[str, ...] = ()
 
-    @property
-    def name_of(self) -> dict[str, str]:
-        """Each word's label."""
-        return dict(zip(self.words, self.names, strict=True))
-
     def to_dict(self) -> dict[str, Any]:
         """As stored in an artifact's header."""
         return {"kind": self.kind, "by": self.by, "names": list(self.names), "words": list(self.words)}

@@ -15,7 +15,7 @@ from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import DataError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate_ids, read_output
+from prefixtune.inference.generate import generate_ids, has_ended, read_output
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.detokenizer import text_until_stop
 
@@ -270,7 +270,7 @@ def answer_questions(
     return [
         (
             read_output(backbone, ids, wording.text_format, config),
-            len(ids) < answer_length or any(stop in backbone.decode(ids) for stop in wording.stop),
+            has_ended(backbone, ids, answer_length, config),
         )
         for ids in outputs
     ]

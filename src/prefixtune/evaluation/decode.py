@@ -1,8 +1,7 @@
-"""One output per example, in batches; a file of the outputs so far lets a stopped evaluation continue."""
+"""One output per example; a file of the outputs so far lets a stopped evaluation continue."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.examples import Example, conversation_of
+from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError
-from prefixtune.inference.answers import OTHER_FOLDER, append_rows, digest_facts, model_facts, read_rows
+from prefixtune.evaluation.answers import OTHER_FOLDER, append_rows, digest_facts, model_facts, read_rows
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate
+from prefixtune.inference.generate import read_output, write
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -53,17 +52,12 @@ def decode(
     on_batch: Callable[[int], None] | None,
     on_cut: Callable[[Sequence[int]], None],
 ) -> Decoded:
-    """One output per example; sources of similar length share a batch."""
+    """One output per example; those of a stopped evaluation are kept."""
     if resume_file is not None:
         check_writable(resume_file)
     sources = [example.messages or example.source for example in examples]
-    # Every length is checked, and every truncated source counted, before the first batch.
-    prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
-    order = sorted(
-        range(len(examples)), key=lambda index: sum(len(m.content) for m in conversation_of(examples[index]))
-    )
-    size = config.batch_size
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    # Every length is checked, and every truncated source counted, before any of them is computed.
+    prompts = prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
     rows: list[dict[str, Any]] = []
     digest = ""
     if resume_file is not None:
@@ -72,38 +66,27 @@ def decode(
     outputs: dict[int, str] = {row["number"]: row["output"] for row in rows}
     unended = {row["number"] for row in rows if row.get("ended") is False}
     seconds = sum(row["seconds"] for row in rows)
-    for step, batch in enumerate(batches):
-        if any(index not in outputs for index in batch):
-            batch_config = config if config.seed is None else config.replace(seed=config.seed + step)
-            unended_here: list[int] = []
-            start_time = time.perf_counter()
-            texts = generate(
-                backbone,
-                [sources[index] for index in batch],
-                prefix,
-                text_format=text_format,
-                config=batch_config,
-                on_batch=None if on_batch is None else functools.partial(_add_done, on_batch, step * size, len(batch)),
-                on_cut=lambda _: None,
-                on_unended=unended_here.extend,
-                progress=False,
-            )
+    missing = [number for number in range(len(prompts)) if number not in outputs]
+    new: dict[int, str] = {}
+    ids: dict[int, list[int]] = {number: [] for number in missing}
+    start_time = time.perf_counter()
+    for number, output in write(backbone, prompts, config, missing):
+        ids[number] += [token.id for token in output.tokens]
+        if output.finish_reason is None:
+            continue
+        if output.finish_reason == "length":
+            unended.add(number)
+        new[number] = read_output(backbone, ids[number], prompts[number].text_format, config)
+        outputs[number] = new[number]
+        if len(new) == config.batch_size or len(outputs) == len(prompts):
             elapsed = time.perf_counter() - start_time
-            decoded = dict(zip(batch, texts, strict=True))
-            outputs.update(decoded)
-            unended.update(batch[position] for position in unended_here)
             seconds += elapsed
             if resume_file is not None:
-                _append_decoded(resume_file, digest, decoded, unended, elapsed)
+                _append_decoded(resume_file, digest, new, unended, elapsed)
+            new, start_time = {}, time.perf_counter()
         if on_batch is not None:
-            on_batch(min(len(order), (step + 1) * size))
+            on_batch(len(outputs))
     return Decoded([outputs[index] for index in range(len(examples))], seconds, len(unended))
-
-
-def _add_done(on_batch: Callable[[int], None], before: int, total: int, done: int) -> None:
-    """Report texts of a batch that are done; of the last one, once the batch is saved."""
-    if done < total:
-        on_batch(before + done)
 
 
 def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:

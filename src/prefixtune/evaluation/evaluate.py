@@ -244,14 +244,12 @@ def _evaluate_labels(
             backbone,
             [example.source for example in examples],
             prefix,
-            labels=labels.words if prefix is None else None,
+            labels=labels if prefix is None else None,
             on_cut=on_cut,
             **shared,
         )
         seconds = time.perf_counter() - start_time
         predicted = [prediction.label for prediction in predictions]
-        if prefix is None:
-            predicted = [labels.name_of[word] for word in predicted]
         wanted = [example.targets[0] for example in examples]
         scores = {"accuracy": accuracy(predicted, wanted), "macro_f1": macro_f1(predicted, wanted)}
         return Evaluation(scores, tuple(predicted), seconds=seconds)

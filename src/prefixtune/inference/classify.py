@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,11 +31,11 @@ from prefixtune.data.encoding import (
 )
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, encode_labelled_prompt, labels_of
-from prefixtune.data.truncation import report_truncated
+from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import ConfigError, RequestError, describe_value, short_repr
+from prefixtune.inference.beams import check_finite
 from prefixtune.inference.config import ClassifyConfig
-from prefixtune.inference.decoding import check_finite
-from prefixtune.inference.prompts import check_positions, truncate_prompts
+from prefixtune.inference.prompts import Prompt, check_one_side, check_positions
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import TextFormat
 
@@ -49,8 +49,6 @@ __all__ = [
     "tag",
 ]
 
-
-T = TypeVar("T")
 
 _MOST_SCORED = 4096
 """Tokens of labels' words in one batch: each has a logit for every token of the vocabulary."""
@@ -74,7 +72,7 @@ def classify(
     texts: Sequence[str],
     prefix: PrefixLike | None = None,
     *,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | Labels | None = None,
     text_format: TextFormatLike | None = None,
     config: ClassifyConfig | Mapping[str, Any] | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -88,7 +86,7 @@ def classify(
         texts: Sources, as in training.
         prefix: Trained for classification: a `Prefix`, a path, or a repository of the hub; None: the bare model, by the
             labels' own words.
-        labels: For the bare model: the labels to choose from, each once.
+        labels: For the bare model: the labels to choose from, each once; or `Labels`, whose words it chooses from.
         text_format: The text around a source; None: what the prefix was trained with.
         config: How to batch and truncate: a `ClassifyConfig` (or `GenerateConfig`), or a dict of its fields.
         on_batch: Called after each batch with the number of texts that are done.
@@ -105,19 +103,14 @@ def classify(
     config = ClassifyConfig.from_arguments(config, options)
     check_texts(texts)
     texts = list(texts)
-    is_list = hasattr(labels, "__iter__") and not isinstance(labels, str)
-    if labels is not None and not (is_list and all(isinstance(label, str) for label in labels)):
+    is_list = isinstance(labels, Iterable) and not isinstance(labels, str)
+    if not isinstance(labels, Labels | None) and not (is_list and all(isinstance(label, str) for label in labels)):
         raise ConfigError(f"labels is {describe_value(labels)}, but must be a list of strings.", hint="write [a, b].")
     backbone = as_backbone(backbone)
     loaded = as_prefix(prefix, backbone)
     form = as_text_format(text_format)
     encoded = encode_to_classify(backbone, texts, loaded, labels=labels, text_format=form, config=config, on_cut=on_cut)
-    predictions: list[Prediction] = []
-    for rows in _batches(range(len(texts)), config.batch_size):
-        predictions.extend(one for (one,) in encoded.predict(rows))
-        if on_batch is not None:
-            on_batch(len(predictions))
-    return predictions
+    return [one for (one,) in encoded.predict_all(config, on_batch)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,14 +133,16 @@ class EncodedTexts:
     positions: Sequence[Sequence[int]] = ()
     words: Sequence[tuple[int, ...]] = ()
 
-    def on(self, backbone: Backbone) -> EncodedTexts:
-        """The same for another copy of the model."""
-        return replace(self, backbone=backbone)
-
-    def predict(self, rows: Sequence[int]) -> list[list[Prediction]]:
-        """The labels of some texts, computed in one batch: of each text one, or one for each tagged token."""
-        scores = [self.score(rows, part) for part in self.parts(rows, _MOST_SCORED)]
-        return [self.predictions(torch.cat(of_one, dim=-1)) for of_one in zip(*scores, strict=True)]
+    def predict_all(self, config: ClassifyConfig, on_batch: Callable[[int], None] | None) -> list[list[Prediction]]:
+        """The labels of all texts: of each text one, or one for each tagged token."""
+        predictions: list[list[Prediction]] = []
+        for start in range(0, len(self.prompts), config.batch_size):
+            rows = range(len(self.prompts))[start : start + config.batch_size]
+            scores = zip(*(self.score(rows, part) for part in self.parts(rows, _MOST_SCORED)), strict=True)
+            predictions += [self.predict(row, torch.cat(one, dim=-1)) for row, one in zip(rows, scores, strict=True)]
+            if on_batch is not None:
+                on_batch(len(predictions))
+        return predictions
 
     def parts(self, rows: Sequence[int], max_tokens: int) -> Iterator[slice]:
         """The labels in parts, whose words after all of some texts have at most that many tokens; at least one label.
@@ -163,6 +158,7 @@ class EncodedTexts:
             num_tokens += len(rows) * len(word)
         yield slice(first, len(self.words))
 
+    @torch.inference_mode()
     def score(self, rows: Sequence[int], part: slice = slice(None)) -> list[Float[Tensor, "at labels"]]:
         """The scores of some texts, computed in one batch: of each text a row, or one for each tagged token.
 
@@ -170,21 +166,36 @@ class EncodedTexts:
             rows: The texts.
             part: By words: the labels to score; a head scores all.
         """
-        prompts = [self.prompts[row] for row in rows]
         if self.words:
-            return list(_score_words(self.backbone, self.prefix, prompts, self.words[part])[:, None])
-        positions = [self.positions[row] for row in rows]
-        scores = _score_head(self.backbone, self.prefix, prompts, positions)
-        return list(scores.split([len(at) for at in positions]))
+            words = tuple(self.words[part])
+            batch = collate(self.backbone, [TokenizedExample(tuple(self.prompts[row]), words) for row in rows])
+            losses = batch_loss(self.backbone, self.prefix, batch)
+            total = losses.new_zeros(batch.num_targets).index_add_(0, batch.target_index.to(losses.device), losses)
+            return list(-total.reshape(len(rows), 1, len(words)))
+        if self.prefix is None or self.prefix.head is None:
+            raise ConfigError("the prefix has no head, though its header says so.", hint="get the file again.")
+        places = [tuple(self.positions[row]) for row in rows]
+        examples = [
+            TokenizedExample(tuple(self.prompts[row]), ((0,) * len(at),), at)
+            for row, at in zip(rows, places, strict=True)
+        ]
+        scores = self.prefix.head(hidden_states_at(self.backbone, self.prefix, collate(self.backbone, examples)))
+        return list(scores.split(list(map(len, places))))
 
-    def predictions(self, scores: Float[Tensor, "at labels"]) -> list[Prediction]:
-        """What the scores of all labels say of one text.
+    def predict(self, row: int, scores: Float[Tensor, "at labels"]) -> list[Prediction]:
+        """What the scores of all labels say of a text.
 
         Raises:
             PrefixError: They are not finite.
         """
-        check_finite(scores)
-        return [_predict(row, self.labels.names) for row in scores.float().softmax(-1).tolist()]
+        check_finite(scores, [row] * len(scores))
+        names = self.labels.names
+        shares = scores.float().softmax(-1)
+        best = shares.argmax(-1).tolist()
+        return [
+            Prediction(names[index], dict(zip(names, one, strict=True)))
+            for index, one in zip(best, shares.tolist(), strict=True)
+        ]
 
 
 def encode_to_classify(
@@ -192,7 +203,7 @@ def encode_to_classify(
     texts: Sequence[str],
     prefix: Prefix | None,
     *,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | Labels | None = None,
     text_format: TextFormat | None = None,
     config: ClassifyConfig | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
@@ -204,7 +215,16 @@ def encode_to_classify(
     if prefix is not None:
         check_fits(prefix, backbone.geometry, backbone.name)
     words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
-    prompts = _encode_texts(backbone, texts, prefix, form, words, on_cut)
+    whole = encode_prompts(backbone, form, list(texts)) if texts else []
+    # Room is left for the longest word.
+    longest = max((len(word) for word in words), default=0) if backbone.kind == "decoder" else 0
+    length = 0 if prefix is None else prefix.length()
+    prompts = [
+        truncate_prompt(backbone, form, prompt, prefix_length=length, new_tokens=longest, name=f"text {number}")
+        for number, prompt in enumerate(whole, start=1)
+    ]
+    report_truncated(whole, prompts, on_cut)
+    _check(backbone, prompts, prefix, longest)
     # An encoder's first token stands for the text, a decoder's last one.
     positions = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
     return EncodedTexts(backbone, prefix, chosen, prompts, positions, words)
@@ -223,8 +243,7 @@ def encode_to_tag(
     # A prompt, and the positions of its tokens that are tagged.
     encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
     prompts, positions = [prompt for prompt, _ in encoded], [at for _, at in encoded]
-    nothing_new, prefixes = [0] * len(encoded), [prefix] * len(encoded)
-    check_positions(backbone, prompts, prefixes, nothing_new, hint="shorten the text.")
+    _check(backbone, prompts, prefix, 0)
     return EncodedTexts(backbone, prefix, labels, prompts, positions)
 
 
@@ -235,23 +254,21 @@ def _encode_label_words(backbone: Backbone, form: TextFormat, labels: Labels) ->
     return [tuple(ids) for ids in backbone.encode_targets([form.format_target(word) for word in labels.words])]
 
 
-def _encode_texts(
-    backbone: Backbone,
-    texts: Sequence[str],
-    prefix: Prefix | None,
-    form: TextFormat,
-    words: Sequence[tuple[int, ...]],
-    on_cut: Callable[[Sequence[int]], None] | None,
-) -> list[list[int]]:
-    """Prompts that leave room for the longest label word."""
-    whole = encode_prompts(backbone, form, list(texts)) if texts else []
-    longest = max((len(word) for word in words), default=0) if backbone.kind == "decoder" else 0
-    count = len(whole)
-    prefixes, new_tokens = [prefix] * count, [longest] * count
-    prompts = truncate_prompts(backbone, whole, [form] * count, prefixes, new_tokens)
-    report_truncated(whole, prompts, on_cut)
-    check_positions(backbone, prompts, prefixes, new_tokens, hint="shorten the text.")
-    return prompts
+def _check(backbone: Backbone, prompts: Sequence[list[int]], prefix: Prefix | None, longest: int) -> None:
+    """Refuse texts that are empty or do not fit, or that cannot be labelled together.
+
+    Args:
+        backbone: The model.
+        prompts: Token ids.
+        prefix: In front of them.
+        longest: Tokens of the longest label.
+
+    Raises:
+        RequestError: There is such a text.
+    """
+    checked = [Prompt(prompt, prefix, longest) for prompt in prompts]
+    check_positions(backbone, checked, hint="shorten the text.")
+    check_one_side(backbone, checked)
 
 
 def tag(
@@ -281,7 +298,10 @@ def tag(
         BackboneError: The prefix does not fit the backbone.
     """
     config = ClassifyConfig.from_arguments(config, options)
-    _check_whole_texts(config)
+    if config.max_total_length or config.on_too_long == "cut":
+        raise ConfigError(
+            "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
+        )
     if isinstance(texts, str):
         raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of lists.", hint="write [text.split()].")
     backbone = as_backbone(backbone)
@@ -289,31 +309,16 @@ def tag(
     if loaded is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
     encoded = encode_to_tag(backbone, texts, loaded, text_format=as_text_format(text_format))
-    predictions: list[list[Prediction]] = []
-    for rows in _batches(range(len(texts)), config.batch_size):
-        predictions.extend(encoded.predict(rows))
-        if on_batch is not None:
-            on_batch(len(predictions))
-    return predictions
+    return encoded.predict_all(config, on_batch)
 
 
-def _check_whole_texts(config: ClassifyConfig) -> None:
-    """Refuse to truncate texts that are tagged.
-
-    Raises:
-        ConfigError: The configuration limits or truncates texts.
-    """
-    if config.max_total_length or config.on_too_long == "cut":
-        raise ConfigError(
-            "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
-        )
-
-
-def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] | None) -> Labels:
+def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] | Labels | None) -> Labels:
     """The labels that a prefix was trained with, or for the bare model the requested ones."""
     stored = labels_of(prefix)
     if stored is not None and stored.kind == kind and requested is None:
         return stored
+    if prefix is None and isinstance(requested, Labels):
+        return Labels(kind, "words", requested.names, requested.words)
     if prefix is None and requested:
         names = tuple(requested)
         if (label := first_duplicate(names)) is not None:
@@ -333,39 +338,3 @@ def first_duplicate(labels: Iterable[str]) -> str | None:
     'yes'
     """
     return next((label for label, count in Counter(labels).items() if count > 1), None)
-
-
-def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-@torch.inference_mode()
-def _score_words(
-    backbone: Backbone, prefix: Prefix | None, prompts: Sequence[Sequence[int]], words: Sequence[tuple[int, ...]]
-) -> Float[Tensor, "N labels"]:
-    """The log-probability of each label's word after each prompt."""
-    batch = collate(backbone, [TokenizedExample(tuple(prompt), tuple(words)) for prompt in prompts])
-    losses = batch_loss(backbone, prefix, batch)
-    total = torch.zeros(batch.num_targets, device=losses.device).index_add_(
-        0, batch.target_index.to(losses.device), losses
-    )
-    return -total.reshape(len(prompts), len(words))
-
-
-@torch.inference_mode()
-def _score_head(
-    backbone: Backbone, prefix: Prefix | None, prompts: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
-) -> Float[Tensor, "N labels"]:
-    """The head's scores at every given position of every prompt."""
-    if prefix is None or prefix.head is None:
-        raise ConfigError("the prefix has no head, though its header says so.", hint="get the file again.")
-    examples = [
-        TokenizedExample(tuple(prompt), ((0,) * len(at),), tuple(at))
-        for prompt, at in zip(prompts, positions, strict=True)
-    ]
-    return prefix.head(hidden_states_at(backbone, prefix, collate(backbone, examples)))
-
-
-def _predict(probabilities: Sequence[float], names: Sequence[str]) -> Prediction:
-    best = max(range(len(names)), key=probabilities.__getitem__)
-    return Prediction(names[best], dict(zip(names, probabilities, strict=True)))

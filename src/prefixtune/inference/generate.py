@@ -1,26 +1,35 @@
-"""Generate texts, each with its own prefix, mixed in one batch: greedy, sampling, or beam search."""
+"""Generate texts, each with its own prefix, mixed in one running batch: greedy, sampling, or beam search."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
-from prefixtune.errors import RequestError
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.decoding import generate_batch, seeded
-from prefixtune.inference.prompts import check_requests, prepare_prompts
+from prefixtune.inference.prompts import Prompt, check_requests, newline_tokens, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.sampling.config import SamplingConfig
 from prefixtune.sampling.detokenizer import Detokenizer, text_until_stop
+from prefixtune.sampling.grammar import compile_json_schema
 from prefixtune.utils.console import show_batches
 
-__all__ = ["generate", "generate_ids", "read_output"]
+__all__ = ["generate", "generate_ids", "has_ended", "read_output", "write"]
+
+_PREFILL_TOKENS = 1024
+"""Prompt tokens of a step: more than in a server, where streams wait for them."""
 
 
 def generate(
@@ -74,24 +83,17 @@ def generate(
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, config, as_text_format(text_format), on_cut=on_cut)
     with show_batches("generating", len(texts), on_batch, progress) as show:
-        outputs = generate_ids(
-            backbone,
-            prompts.ids,
-            prefixes,
-            config=config,
-            new_tokens=prompts.new_tokens,
-            ends=prompts.ends,
-            on_batch=show,
-        )
+        outputs = _run(backbone, prompts, config, show)
+    pairs = list(zip(outputs, prompts, strict=True))
     if on_unended is not None:
-        limits = enumerate(zip(outputs, prompts.new_tokens, strict=True))
-        unended = [number for number, (ids, limit) in limits if not _has_ended(backbone, ids, limit, config)]
+        ended = [has_ended(backbone, ids, prompt.new_tokens, config) for ids, prompt in pairs]
+        unended = [number for number, one in enumerate(ended) if not one]
         if unended:
             on_unended(unended)
-    return [read_output(backbone, ids, form, config) for ids, form in zip(outputs, prompts.formats, strict=True)]
+    return [read_output(backbone, ids, prompt.text_format, config) for ids, prompt in pairs]
 
 
-def _has_ended(backbone: Backbone, ids: Sequence[int], limit: int, config: GenerateConfig) -> bool:
+def has_ended(backbone: Backbone, ids: Sequence[int], limit: int, config: GenerateConfig) -> bool:
     """Whether an output ended by itself: by an end token, which is left out of its tokens, or by a stop string."""
     if len(ids) < limit:
         return True
@@ -111,69 +113,126 @@ def generate_ids(
     prefixes: Sequence[Prefix | None],
     *,
     config: GenerateConfig,
-    new_tokens: Sequence[int] | None = None,
     ends: Sequence[Sequence[int]] = (),
-    streamer: Any = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """`generate` on token ids: what follows each prompt, without the end token and padding.
+    """`generate` on token ids: what follows each prompt, without the end token.
 
-    The results are in the order of the prompts. `new_tokens` limits each prompt; None: `config.max_new_tokens` limits
-    all. `ends` are the tokens, besides the tokenizer's end token, at which each text ends.
+    The results are in the order of the prompts. `ends` are the tokens, besides the tokenizer's end token, at which each
+    text ends.
     """
-    limits = [config.max_new_tokens] * len(prompts) if new_tokens is None else new_tokens
-    check_requests(backbone, prompts, prefixes, limits)
     own_ends = [tuple(own) for own in ends] or [()] * len(prompts)
-    texts = [_Text(*fields) for fields in zip(prompts, prefixes, limits, own_ends, strict=True)]
-    shared = [_shared(backbone, number, text) for number, text in enumerate(texts)]
-    order = sorted(range(len(texts)), key=lambda n: (shared[n], len(texts[n].prompt)))
-    results: dict[int, list[int]] = {}
-    with seeded(config.seed, backbone.device):
-        while order:
-            rows = [n for n in order[: config.batch_size] if shared[n] == shared[order[0]]]
-            outputs = _run_batch(backbone, [texts[n] for n in rows], config, streamer)
-            results |= dict(zip(rows, outputs, strict=True))
-            order = order[len(rows) :]
+    made = [
+        Prompt(list(ids), prefix, config.max_new_tokens, own)
+        for ids, prefix, own in zip(prompts, prefixes, own_ends, strict=True)
+    ]
+    check_requests(backbone, made)
+    return _run(backbone, made, config, on_batch)
+
+
+def _run(
+    backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig, on_batch: Callable[[int], None] | None
+) -> list[list[int]]:
+    """The tokens that follow each prompt; `on_batch` gets the number of texts that are done."""
+    results: list[list[int]] = [[] for _ in prompts]
+    done = 0
+    for number, output in write(backbone, prompts, config):
+        results[number] += [token.id for token in output.tokens]
+        if output.finish_reason is not None:
+            done += 1
             if on_batch is not None:
-                on_batch(len(results))
-    return [results[n] for n in range(len(texts))]
+                on_batch(done)
+    return results
 
 
-class _Text(NamedTuple):
-    """A text to generate.
+def write(
+    backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[int, SequenceOutput]]:
+    """What follows prompts, as it is computed: the index of a prompt, and the next piece of its output.
 
-    Attributes:
-        prompt: Token ids.
-        prefix: In front of them.
-        new_tokens: Most tokens to generate.
-        ends: The tokens, besides the tokenizer's end token, at which it ends.
+    The engine writes. transformers' `generate` writes whole outputs where the engine cannot: beams, models that do not
+    compute several texts in one row, and texts that may pass LongRoPE's limit.
+
+    Args:
+        backbone: The frozen model.
+        prompts: Checked.
+        config: How to decode. A text is drawn by the seed and its index.
+        numbers: Indices of the prompts that are wanted; None: all.
+
+    Raises:
+        PrefixError: The logits of a text are not finite, or memory does not suffice for it; the message names it.
+        ConfigError: A JSON schema is asked for where the engine cannot write.
     """
+    wanted = range(len(prompts)) if numbers is None else numbers
+    mixed = [number for number in wanted if not prompts[number].passes(backbone.longrope_limit)]
+    engine = _make_engine(backbone, [prompts[number] for number in mixed], config)
+    apart = [number for number in wanted if engine is None or prompts[number].passes(backbone.longrope_limit)]
+    if apart and config.response_schema:
+        raise ConfigError(
+            f"{backbone.name!r} writes by no JSON schema, as the engine cannot run it here.", hint="leave it out."
+        )
+    if engine is not None:
+        yield from _run_engine(engine, prompts, mixed, config)
+    for number, ids in search(backbone, prompts, apart, config):
+        text = text_until_stop(backbone.decode, ids, config.stop).strip()
+        reason = "stop" if has_ended(backbone, ids, prompts[number].new_tokens, config) else "length"
+        yield number, SequenceOutput(str(number), 0, tuple(map(Token, ids)), text, reason)
 
-    prompt: Sequence[int]
-    prefix: Prefix | None
-    new_tokens: int
-    ends: tuple[int, ...]
+
+def _make_engine(backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig) -> Engine | None:
+    """An engine for these prompts; None: there is none, they ask for beams, or it cannot run the model."""
+    if not prompts or config.num_beams > 1:
+        return None
+    apart = backbone.kind == "encoder-decoder"
+    lengths = [
+        max(len(prompt.ids), prompt.new_tokens) if apart else prompt.prefix_length + len(prompt.ids) + prompt.new_tokens
+        for prompt in prompts
+    ]
+    # Experts that take only so many tokens of a row see one text at a time.
+    num_slots = 1 if backbone.counts_by_row else min(config.batch_size, len(prompts))
+    try:
+        return Engine(backbone, num_slots=num_slots, max_length=max(lengths), prefill_tokens=_PREFILL_TOKENS)
+    except BackboneError:
+        return None
 
 
-def _shared(backbone: Backbone, number: int, text: _Text) -> tuple[int, Sequence[int], int]:
-    """What all texts of a batch have alike; in order, the longest outputs come first."""
-    # One that may become longer than the model's original length is alone: it would turn the keys of the others.
-    limit = backbone.longrope_limit
-    is_alone = limit is not None and len(text.prompt) + text.new_tokens > limit
-    return -text.new_tokens, text.ends, number if is_alone else -1
+def _run_engine(
+    engine: Engine, prompts: Sequence[Prompt], numbers: Sequence[int], config: GenerateConfig
+) -> Iterator[tuple[int, SequenceOutput]]:
+    """What an engine writes; requests are made as there is room for them."""
+    backbone, num_slots = engine.backbone, engine.config.num_slots
+    rules = {name: getattr(config, name) for name in SamplingConfig.model_fields}
+    banned = newline_tokens(backbone) if config.ban_newlines else ()
+    grammar = compile_json_schema(backbone, config.response_schema) if config.response_schema else None
+
+    def request(number: int) -> Request:
+        prompt = prompts[number]
+        limits = {
+            "max_new_tokens": prompt.new_tokens,
+            "min_new_tokens": min(config.min_new_tokens, prompt.new_tokens),
+            "seed": _seed(config.seed, number),
+        }
+        sampling = SamplingParams(**{**rules, **limits}, banned=banned, end_ids=prompt.ends)
+        return Request(tuple(prompt.ids), prompt.prefix, sampling, grammar=grammar, id=str(number))
+
+    waiting = map(request, numbers)
+    while True:
+        for one in itertools.islice(waiting, num_slots - engine.num_waiting):
+            engine.add(one)
+        if not engine.busy:
+            return
+        for output in engine.step():
+            if output.finish_reason == "error":
+                raise PrefixError(
+                    f"text {int(output.request_id) + 1}: {output.error}",
+                    hint="use another prefix, shorten the text, or lower batch_size.",
+                )
+            yield int(output.request_id), output
 
 
-def _run_batch(backbone: Backbone, texts: Sequence[_Text], config: GenerateConfig, streamer: Any) -> list[list[int]]:
-    """What follows each prompt of one batch."""
-    limit = texts[0].new_tokens
-    return generate_batch(
-        backbone,
-        [text.prompt for text in texts],
-        [text.prefix for text in texts],
-        config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit)),
-        streamer,
-        (backbone.eos_id, *texts[0].ends),
-    )
+def _seed(seed: int | None, number: int) -> int | None:
+    """A text's own: of the first one the seed itself, so that a request to the engine with it gives the same text."""
+    return seed if seed is None or number == 0 else random.Random(f"{seed}/{number}").getrandbits(64)
 
 
 def _per_text(

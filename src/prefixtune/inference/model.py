@@ -37,8 +37,6 @@ Messages = Sequence[Mapping[str, str]]
 
 _ANSWER_TOKENS = 512
 """Most tokens of an answer in a chat, unless the caller says otherwise."""
-_OF_THE_CALL = ("config", "on_batch", "on_cut", "on_unended", "progress", "text_format")
-"""Options of `generate` and `stream` that are no fields of `GenerateConfig`."""
 
 
 def load(
@@ -218,8 +216,8 @@ class Model:
         """The options of an answer, which has as many tokens as fit where the caller names no number."""
         if options.get("config") is not None or "max_new_tokens" in options:
             return dict(options)
-        fields = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
-        config = GenerateConfig.from_arguments(None, {"max_new_tokens": _ANSWER_TOKENS, **fields})
+        fields = {name: value for name, value in options.items() if name in GenerateConfig.model_fields}
+        config = GenerateConfig(**{"max_new_tokens": _ANSWER_TOKENS, **fields})
         text_format = as_text_format(options.get("text_format"))
         fitting = fit_new_tokens(self.backbone, source, self.prefix, config, text_format)
         return {**options, **{name: getattr(fitting, name) for name in ("max_new_tokens", "min_new_tokens")}}

@@ -15,31 +15,44 @@ from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
 __all__ = [
-    "Prompts",
+    "Prompt",
+    "check_one_side",
     "check_positions",
     "check_requests",
     "fit_new_tokens",
-    "limit_new_tokens",
+    "newline_tokens",
     "prepare_prompts",
-    "truncate_prompts",
 ]
 
+_AS_IT_IS = TextFormat("{source}", "{target}")
 
-@dataclass(frozen=True)
-class Prompts:
-    """Texts as token ids, checked and truncated.
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A text as token ids, and how its output ends.
 
     Attributes:
-        ids: Of each text.
-        formats: Of each text.
-        new_tokens: Most tokens to generate for each.
-        ends: Of each text: the tokens, besides the tokenizer's end token, at which its output ends.
+        ids: Of the prompt (encoder-decoder: what the encoder reads).
+        prefix: In front of them; None: the bare model.
+        new_tokens: Most tokens to generate.
+        ends: The tokens, besides the tokenizer's end token, at which the output ends.
+        text_format: Of the text; it says where in the output the target is.
     """
 
-    ids: tuple[list[int], ...]
-    formats: tuple[TextFormat, ...]
-    new_tokens: tuple[int, ...]
-    ends: tuple[tuple[int, ...], ...]
+    ids: list[int]
+    prefix: Prefix | None
+    new_tokens: int
+    ends: tuple[int, ...] = ()
+    text_format: TextFormat = _AS_IT_IS
+
+    @property
+    def prefix_length(self) -> int:
+        """P, of the decoder; 0 without a prefix."""
+        return _length(self.prefix)
+
+    def passes(self, limit: int | None) -> bool:
+        """Whether the text may become longer than `limit`, where there is one."""
+        return limit is not None and self.prefix_length + len(self.ids) + self.new_tokens > limit
 
 
 def prepare_prompts(
@@ -50,7 +63,7 @@ def prepare_prompts(
     text_format: TextFormat | None = None,
     *,
     on_cut: Callable[[Sequence[int]], None] | None = None,
-) -> Prompts:
+) -> list[Prompt]:
     """Format, tokenize, and truncate or check all texts of a generation.
 
     Args:
@@ -67,17 +80,24 @@ def prepare_prompts(
         CheckpointError: A prefix's header has an invalid text format.
     """
     formats = _formats(backbone, texts, prefixes, config, text_format)
-    whole = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
-    new_tokens = [
-        _max_new_tokens(backbone, form, prompt, prefix, config)
-        for prompt, form, prefix in zip(whole, formats, prefixes, strict=True)
-    ]
-    ids = truncate_prompts(backbone, whole, formats, prefixes, new_tokens, texts)
-    check_requests(backbone, ids, prefixes, new_tokens)
-    report_truncated(whole, ids, on_cut)
     special = special_stops(backbone, config.stop)
-    ends = tuple((*end_ids(backbone, form), *special) for form in formats)
-    return Prompts(tuple(ids), tuple(formats), tuple(new_tokens), ends)
+    whole = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
+    prompts = []
+    for number, (text, prefix, form, ids) in enumerate(zip(texts, prefixes, formats, whole, strict=True), start=1):
+        new_tokens = _max_new_tokens(backbone, form, ids, prefix, config)
+        kept = truncate_prompt(
+            backbone,
+            form,
+            ids,
+            prefix_length=_length(prefix),
+            new_tokens=new_tokens,
+            name=f"text {number}",
+            source=text,
+        )
+        prompts.append(Prompt(kept, prefix, new_tokens, (*end_ids(backbone, form), *special), form))
+    check_requests(backbone, prompts)
+    report_truncated(whole, [prompt.ids for prompt in prompts], on_cut)
+    return prompts
 
 
 def fit_new_tokens(
@@ -98,21 +118,14 @@ def fit_new_tokens(
     Raises:
         PrefixError: As `prepare_prompts`, but nothing is too long.
     """
-    room, length = _room(backbone, 0, prefix), 0
+    room = _room(backbone, 0, prefix)
     if room is not None and backbone.kind == "decoder":
         (form,) = _formats(backbone, [source], [prefix], config, text_format)
         length = len(encode_prompts(backbone, form, [source])[0])
         kept = form.source_room(length, room, 1) if form.on_too_long == "cut" else None
         if kept is not None:
             length = min(length, kept if form.longest_prompt else min(kept, room - room // 2))
-    return limit_new_tokens(backbone, length, prefix, config)
-
-
-def limit_new_tokens(
-    backbone: Backbone, prompt_tokens: int, prefix: Prefix | None, config: GenerateConfig
-) -> GenerateConfig:
-    """The configuration with no more new tokens than fit behind a prompt; at least one."""
-    room = _room(backbone, prompt_tokens, prefix)
+        room -= length
     most = config.max_new_tokens if room is None else max(1, min(config.max_new_tokens, room))
     return config.replace(max_new_tokens=most, min_new_tokens=min(config.min_new_tokens, most))
 
@@ -125,74 +138,40 @@ def _formats(
     text_format: TextFormat | None,
 ) -> list[TextFormat]:
     """The text format of each text, with the configuration's treatment of long ones."""
-    format_by_prefix = {id(prefix): _format_of(backbone, prefix, text_format) for prefix in prefixes}
-    formats = [
-        format_by_prefix[id(prefix)]
-        if isinstance(text, str) or text_format is not None or _has_format(prefix)
-        else _conversation_format(backbone, format_by_prefix[id(prefix)])
-        for text, prefix in zip(texts, prefixes, strict=True)
-    ]
-    return [form.with_lengths(config.max_total_length, config.on_too_long) for form in formats]
+    known: dict[tuple[int, bool], TextFormat] = {}
+    for text, prefix in zip(texts, prefixes, strict=True):
+        key = id(prefix), isinstance(text, str)
+        if key not in known:
+            form = _format_of(backbone, prefix, text_format, is_text=key[1])
+            known[key] = form.with_lengths(config.max_total_length, config.on_too_long)
+    return [known[id(prefix), isinstance(text, str)] for text, prefix in zip(texts, prefixes, strict=True)]
 
 
-def _format_of(backbone: Backbone, prefix: Prefix | None, text_format: TextFormat | None) -> TextFormat:
-    """The text format of a request; without a prefix, a text is continued as it is."""
-    if prefix is None and text_format is None and backbone.kind == "decoder":
-        return TextFormat("{source}", "{target}")
+def _format_of(
+    backbone: Backbone, prefix: Prefix | None, text_format: TextFormat | None, *, is_text: bool
+) -> TextFormat:
+    """The text format of a request.
+
+    Where none is given or stored, the model's own chat template writes a conversation, and without a prefix a text is
+    continued as it is.
+    """
+    is_free = text_format is None and (prefix is None or prefix.header.get("text_format") is None)
+    if is_free and backbone.kind == "decoder":
+        if not is_text and has_chat_template(backbone):
+            return chat_format(backbone, MODEL_TEMPLATE)
+        if prefix is None:
+            return _AS_IT_IS
     return format_of(backbone, prefix, text_format)
 
 
-def _has_format(prefix: Prefix | None) -> bool:
-    return prefix is not None and prefix.header.get("text_format") is not None
-
-
-def _conversation_format(backbone: Backbone, default: TextFormat) -> TextFormat:
-    """What writes a conversation where no format is stored: the backbone's own chat template, if it has one."""
-    if backbone.kind != "decoder" or not has_chat_template(backbone):
-        return default
-    return chat_format(backbone, MODEL_TEMPLATE)
-
-
-def truncate_prompts(
-    backbone: Backbone,
-    prompts: Sequence[Sequence[int]],
-    formats: Sequence[TextFormat],
-    prefixes: Sequence[Prefix | None],
-    new_tokens: Sequence[int],
-    sources: Sequence[Source] = (),
-) -> list[list[int]]:
-    """Every prompt with its source truncated, if it is too long and its text format allows that.
-
-    Raises:
-        RequestError: It is longer than in training and may not be truncated, or nothing of its source would be left.
-    """
-    return [
-        truncate_prompt(
-            backbone,
-            form,
-            prompt,
-            prefix_length=_length(prefix),
-            new_tokens=most,
-            positions=backbone.max_positions_with(_length(prefix)),
-            name=f"text {number}",
-            source=sources[number - 1] if sources else "",
-        )
-        for number, (prompt, form, prefix, most) in enumerate(
-            zip(prompts, formats, prefixes, new_tokens, strict=True), start=1
-        )
-    ]
-
-
-def check_requests(
-    backbone: Backbone, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], new_tokens: Sequence[int]
-) -> None:
+def check_requests(backbone: Backbone, prompts: Sequence[Prompt]) -> None:
     """Refuse a generation that cannot work.
 
     Raises:
         RequestError: The backbone is an encoder, a prefix has a head, or a prompt is empty or does not fit.
         BackboneError: A prefix does not fit the backbone.
     """
-    for prefix in {id(p): p for p in prefixes if p is not None}.values():
+    for prefix in {id(p.prefix): p.prefix for p in prompts if p.prefix is not None}.values():
         check_fits(prefix, backbone.geometry, backbone.name)
         if prefix.head is not None:
             raise RequestError(
@@ -203,48 +182,66 @@ def check_requests(
             f"{backbone.name!r} is an encoder, which reads text and writes none.",
             hint="use it for classification or tagging, or choose a model that generates.",
         )
-    check_positions(backbone, prompts, prefixes, new_tokens, hint="shorten the text or lower max_new_tokens.")
+    check_positions(backbone, prompts, hint="shorten the text or lower max_new_tokens.")
 
 
-def check_positions(
-    backbone: Backbone,
-    prompts: Sequence[Sequence[int]],
-    prefixes: Sequence[Prefix | None],
-    new_tokens: Sequence[int],
-    *,
-    hint: str,
-) -> None:
+def check_positions(backbone: Backbone, prompts: Sequence[Prompt], *, hint: str) -> None:
     """Refuse prompts that are empty, or need more positions than the backbone has.
 
     Args:
         backbone: The frozen model.
-        prompts: Token ids.
-        prefixes: One per prompt.
-        new_tokens: Tokens after each prompt.
+        prompts: With the tokens that are to follow each.
         hint: What to do if one is too long.
 
     Raises:
         RequestError: There is such a prompt.
     """
     separate = backbone.kind == "encoder-decoder"
-    for number, (prompt, prefix, new) in enumerate(zip(prompts, prefixes, new_tokens, strict=True), start=1):
-        if not prompt:
+    for number, prompt in enumerate(prompts, start=1):
+        count, new = len(prompt.ids), prompt.new_tokens
+        if not count:
             raise RequestError(
                 f"text {number} has no token.", hint="write some text, or use a prompt format with a separator."
             )
-        prefix_positions = backbone.prefix_positions(_length(prefix))
+        taken = backbone.prefix_positions(prompt.prefix_length)
         # An encoder-decoder's start token takes the position that the last token does not.
-        needed = max(len(prompt), new) if separate else prefix_positions + len(prompt) + new
-        limit = backbone.max_positions_with(_length(prefix))
+        needed = max(count, new) if separate else taken + count + new
+        limit = backbone.max_positions_with(prompt.prefix_length)
         if limit is not None and needed > limit:
             of_what = " on either side" if separate else "" if limit == backbone.max_positions else " with a prefix"
-            parts = [] if separate else [f"{prefix_positions} (prefix)"]
-            parts += [f"{len(prompt)} (text)", *([f"{new} (new)"] if new else [])]
+            parts = [] if separate else [f"{taken} (prefix)"]
+            parts += [f"{count} (text)", *([f"{new} (new)"] if new else [])]
             raise RequestError(
                 f"text {number} needs {(' and ' if separate else ' + ').join(parts)} positions, but {backbone.name!r} "
                 f"has {limit}{of_what}.",
                 hint=hint,
             )
+
+
+def check_one_side(backbone: Backbone, prompts: Sequence[Prompt]) -> None:
+    """Refuse texts on both sides of LongRoPE's limit, which are not computed together.
+
+    Raises:
+        RequestError: The message names one of each.
+    """
+    passing = [prompt.passes(backbone.longrope_limit) for prompt in prompts]
+    if len(set(passing)) > 1:
+        raise RequestError(
+            f"text {passing.index(True) + 1} is longer than {backbone.name!r} was trained for at first "
+            f"({backbone.longrope_limit} positions, before LongRoPE), and text {passing.index(False) + 1} is not.",
+            hint="send long and short texts apart.",
+        )
+
+
+def newline_tokens(backbone: Backbone) -> list[int]:
+    """Every token whose text has a line break."""
+    tokens: list[int] | None = backbone.tokenizer_cache.get("newline_tokens")
+    if tokens is None:
+        size = min(backbone.vocab_size, len(backbone.tokenizer))
+        texts = backbone.tokenizer.batch_decode([[token] for token in range(size)])
+        tokens = [token for token, text in enumerate(texts) if "\n" in text or "\r" in text]
+        backbone.tokenizer_cache["newline_tokens"] = tokens
+    return tokens
 
 
 def _max_new_tokens(

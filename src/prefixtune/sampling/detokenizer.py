@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
-
-__all__ = ["Detokenizer", "StopStringCriterion", "ids_until_stop", "text_until_stop"]
+__all__ = ["Detokenizer", "ids_until_stop", "text_until_stop"]
 
 Decode = Callable[[list[int]], str]
 
@@ -51,8 +47,7 @@ class Detokenizer:
         """Add tokens; returns the text that is now certain."""
         if self.stopped:
             return ""
-        # A new list: copies of this object share the old one.
-        self._pending = [*self._pending, *tokens]
+        self._pending.extend(tokens)
         self._decode_pending()
         if self.stopped:
             return self._new_part(self._text)
@@ -64,10 +59,6 @@ class Detokenizer:
             return ""
         self._decode_pending(final=True)
         return self._new_part(self._text)
-
-    def copy(self) -> Detokenizer:
-        """An independent copy, to which other tokens may be added."""
-        return copy.copy(self)
 
     def _decode_pending(self, final: bool = False) -> None:
         """Move the pending tokens into the text, unless they may still be part of a character."""
@@ -119,32 +110,3 @@ def ids_until_stop(decode: Decode, ids: Sequence[int], stop: Sequence[str]) -> l
         if text.stopped:
             return list(ids[:count])
     return list(ids)
-
-
-class StopStringCriterion:
-    """A stopping criterion of transformers: a row ends when its generated text holds a stop string.
-
-    Beam search reorders rows, and guessing adds several tokens at once; so the texts of the last call are kept by
-    their tokens, and a row that continues none of them is decoded as a whole.
-
-    Args:
-        decode: Token ids -> text.
-        stop: Strings that end a text.
-        start: Index of the first generated token in a row.
-    """
-
-    def __init__(self, decode: Decode, stop: Sequence[str], start: int) -> None:
-        self._decode, self._stop, self._start = decode, tuple(stop), start
-        self._texts: dict[tuple[int, ...], Detokenizer] = {}
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Which rows end, (B,)."""
-        rows = [tuple(row) for row in input_ids[:, self._start :].tolist()]
-        self._texts = {row: self._text_of(row) for row in set(rows)}
-        return torch.tensor([self._texts[row].stopped for row in rows], device=input_ids.device)
-
-    def _text_of(self, row: tuple[int, ...]) -> Detokenizer:
-        known = self._texts.get(row[:-1])
-        text = Detokenizer(self._decode, self._stop) if known is None else known.copy()
-        text.add(*row if known is None else row[-1:])
-        return text

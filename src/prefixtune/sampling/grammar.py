@@ -26,7 +26,6 @@ __all__ = [
     "GrammarState",
     "check_json_schema",
     "compile_json_schema",
-    "constrain",
     "import_llguidance",
     "prepare_grammars",
     "read_json_schema",
@@ -321,38 +320,3 @@ def _reason(matcher: Any) -> str:
     lines = str(matcher.get_error()).strip().splitlines()
     reason = f"{lines[0]} {lines[-1].removeprefix('error: ')}" if lines[0].endswith(":") else lines[0]
     return reason.rstrip(".")[:300]
-
-
-def constrain(
-    grammar: Grammar, start: int, eos_id: int, pad_id: int
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A logits processor for transformers: every row's text, from `start` on, follows the grammar.
-
-    Args:
-        grammar: The same for all rows.
-        start: Where the text begins in the ids; scores of tokens before it (a first one that is forced) stay as they
-            are.
-        eos_id: Ends a text.
-        pad_id: What follows in a row that has ended, by its end token or a stop string.
-    """
-    states: list[GrammarState] = []
-
-    def apply(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] < start:
-            return scores
-        if states:
-            for state, token in zip(states, input_ids[:, -1].tolist(), strict=True):
-                state.finished = state.finished or token == eos_id or (token == pad_id and not state.allows(token))
-                if not state.finished:
-                    state.accept(token)
-        else:
-            states.extend(grammar.start() for _ in range(len(scores)))
-        allowed = torch.zeros_like(scores, dtype=torch.bool)
-        for row, state in enumerate(states):
-            if state.finished:
-                allowed[row, eos_id] = True
-            else:
-                allowed[row] = state.allowed(scores.shape[1]).to(scores.device)
-        return scores.masked_fill(~allowed, float("-inf"))
-
-    return apply

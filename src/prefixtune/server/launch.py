@@ -93,7 +93,7 @@ def run(config: ServeConfig, console: Console) -> int:
 
 def _load(config: ServeConfig, console: Console) -> ServerState:
     # Slow imports: errors of the folder and the address come before them.
-    from prefixtune.inference.decoding import newline_tokens
+    from prefixtune.inference.prompts import newline_tokens
     from prefixtune.server.api.models import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState

@@ -9,7 +9,8 @@ import pytest
 
 from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.engine.request import SequenceOutput, Token
+from prefixtune.inference.generate import generate, write
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.prefix import Prefix
 
@@ -39,7 +40,8 @@ def test_words_around_the_target_are_taken_off(
     backbone = tiny_backbone("llama")
     header = {"text_format": {"prompt": "{source}{separator}", "target": "Answer: {target} ."}}
     prefix = Prefix(random_prefix(backbone, 3).layers, header).detach()
-    written = backbone.encode("Answer: yes .")
-    replace_everywhere(monkeypatch, generate_ids, lambda *_, **__: [written])
+    text = "Answer: yes ."
+    written = SequenceOutput("0", 0, tuple(map(Token, backbone.encode(text))), text, "stop")
+    replace_everywhere(monkeypatch, write, lambda *_: iter([(0, written)]))
     assert generate(backbone, ["x"], prefix) == ["yes"]
     assert "".join(stream(backbone, "x", prefix)) == "yes"

@@ -13,8 +13,8 @@ from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.inference.prompts import prepare_prompts
-from prefixtune.inference.streaming import stream_ids
+from prefixtune.inference.prompts import Prompt, prepare_prompts
+from prefixtune.inference.streaming import stream_prompt
 
 
 def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Callable[..., list[int]]) -> None:
@@ -30,7 +30,7 @@ def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Calla
     # In one call, each text has its own.
     assert generate_ids(backbone, prompts, [None] * 3, config=config, ends=ends) == expected
     for prompt, own, ids in zip(prompts, ends, expected, strict=True):
-        assert "".join(stream_ids(backbone, prompt, None, config=config, ends=own)) == backbone.decode(ids).strip()
+        assert "".join(stream_prompt(backbone, Prompt(prompt, None, 12, own), config)) == backbone.decode(ids).strip()
         engine = Engine(backbone, EngineConfig(num_slots=2, max_waiting=4))
         request = Request(tuple(prompt), sampling=SamplingParams(max_new_tokens=12, end_ids=own))
         ((output,),) = engine.run([request])
@@ -41,8 +41,8 @@ def test_a_special_token_may_be_a_stop_string(tiny_backbone: Callable[..., Any])
     backbone = tiny_backbone("llama")
     bos = backbone.tokenizer.bos_token_id
     config = GenerateConfig(stop=["b", "<s>", "<x>"])
-    assert prepare_prompts(backbone, ["x"], [None], config).ends == ((bos,),)
-    assert prepare_prompts(backbone, ["x"], [None], GenerateConfig()).ends == ((),)
+    assert [one.ends for one in prepare_prompts(backbone, ["x"], [None], config)] == [(bos,)]
+    assert [one.ends for one in prepare_prompts(backbone, ["x"], [None], GenerateConfig())] == [()]
 
 
 def test_a_conversation_without_a_template_anywhere(tiny_backbone: Callable[..., Any]) -> None:

@@ -124,7 +124,7 @@ def test_room_for_an_answer_is_counted_as_the_caller_decodes(
         prefix = make_prefix(text_format=trained.to_dict())
         config = fit_new_tokens(backbone, "x" * count, prefix, GenerateConfig(max_new_tokens=512), None)
         prompts = prepare_prompts(backbone, ["x" * count], [prefix], config, on_cut=lambda _: None)
-        assert (len(prompts.ids[0]), config.max_new_tokens) == (kept, left)
+        assert (len(prompts[0].ids), config.max_new_tokens) == (kept, left)
     # The text around is the caller's, too.
     short, around = long[0]["content"][: most - 30], TextFormat("x" * 20 + "{source}", "{target}")
     room = most - 3 - 20 - len(short)
@@ -165,9 +165,13 @@ def test_logits_that_are_not_finite_are_said_to_be(
         lambda: list(model.stream("hello", **FEW)),
         lambda: load(backbone, labelled).classify("hello"),
     ):
-        with pytest.raises(PrefixError, match="logits are not finite") as error:
+        with pytest.raises(PrefixError, match=r"text 1: .*logits are not finite") as error:
             call()
         assert error.value.hint
+    # Of several texts, the one is named.
+    for beams in (1, 2):
+        with pytest.raises(PrefixError, match="text 2: "):
+            generate(backbone, ["hello"] * 3, [None, prefix, None], num_beams=beams, **FEW)
 
 
 def test_a_prefix_with_a_head_writes_no_text(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:

@@ -107,7 +107,7 @@ def test_the_stored_separator_counts(llama: Any, random_prefix: Make):
     header = {"text_format": {"prompt": "{source}{separator}", "target": "{target}", "separator": "#"}}
     prefix = Prefix(random_prefix(llama, 3).layers, header)
     prompts = prepare_prompts(llama, ["ab"], [prefix], GenerateConfig(max_new_tokens=3))
-    assert prompts.ids == (llama.encode("ab#"),)
+    assert [prompt.ids for prompt in prompts] == [llama.encode("ab#")]
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,9 @@ def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
     reported: list[Any] = []
     prompts = prepare_prompts(llama, sources, [prefix] * 4, GenerateConfig(max_new_tokens=5), on_cut=reported.append)
     # What training left whole stays whole. The longest target left the least room, and whatever else is cut gets that.
-    assert prompts.ids == tuple(list(example.prompt) for example in encoding.examples)
-    assert [len(ids) for ids in prompts.ids] == [13, 23, 33, 29]
-    assert {ids[-1] for ids in prompts.ids} == {llama.tokenizer.bos_token_id}
+    assert [prompt.ids for prompt in prompts] == [list(example.prompt) for example in encoding.examples]
+    assert [len(prompt.ids) for prompt in prompts] == [13, 23, 33, 29]
+    assert {prompt.ids[-1] for prompt in prompts} == {llama.tokenizer.bos_token_id}
     assert reported == [[3]]
     with pytest.warns(PrefixWarning, match="1 of 4 sources were truncated"):
         outputs = generate(llama, sources, prefix, max_new_tokens=5)
@@ -199,7 +199,7 @@ def test_what_training_left_whole_is_neither_cut_nor_refused(llama: Any, tmp_pat
         wanted = encode_examples(llama, data, form, **room)
         sources = [example.source for example in data]
         prompts = prepare_prompts(llama, sources, [prefix] * len(data), GenerateConfig(), on_cut=lambda _: None)
-        assert prompts.ids == tuple(list(example.prompt) for example in wanted.examples)
+        assert [prompt.ids for prompt in prompts] == [list(example.prompt) for example in wanted.examples]
         assert evaluate(llama, data, prefix, max_new_tokens=2).num_truncated == wanted.num_truncated
     older = {key: value for key, value in prefix.header["text_format"].items() if key != "longest_prompt"}
     with_older = Prefix(prefix.layers, {**prefix.header, "text_format": older})
@@ -223,8 +223,8 @@ def test_the_backbones_positions_cut_as_in_training(llama: Any, tmp_path: Path):
     for most in (20, 60):
         config = GenerateConfig(max_new_tokens=most)
         prompts = prepare_prompts(llama, sources, [prefix] * 2, config, on_cut=lambda _: None)
-        assert prompts.ids == tuple(list(example.prompt) for example in wanted.examples)
-        assert prompts.new_tokens == (min(most, room), most)
+        assert [prompt.ids for prompt in prompts] == [list(example.prompt) for example in wanted.examples]
+        assert [prompt.new_tokens for prompt in prompts] == [min(most, room), most]
     # The first has fewer positions left than tokens may come; both are written as they would be alone.
     shared: dict[str, Any] = {"max_new_tokens": 60, "min_new_tokens": 60, "on_cut": lambda _: None}
     outputs = generate(llama, sources, prefix, **shared)
@@ -237,7 +237,7 @@ def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama: Any):
     form = TextFormat("instruction instruction: {source}#", "{target}", max_length=28, on_too_long="cut")
     around = len("instruction instruction: #")
     prompts = prepare_prompts(llama, ["abcdef"], [None], GenerateConfig(max_new_tokens=2), form, on_cut=lambda _: None)
-    assert llama.decode(prompts.ids[0]) == "instruction instruction: ab#"
+    assert llama.decode(prompts[0].ids) == "instruction instruction: ab#"
     with pytest.raises(RequestError, match=f"{around} of them around its source"):
         generate(llama, ["abcdef"], None, text_format=form, max_new_tokens=2, max_total_length=around)
     example = Example("abcdef", ("xy",))
@@ -277,8 +277,8 @@ def test_an_encoder_decoder_cuts_the_source_alone(tiny_backbone: Make, tmp_path:
         bart, [LONG[3].source], [prefix], GenerateConfig(max_new_tokens=20), on_cut=lambda _: None
     )
     encoding = encode_examples(bart, LONG, form, prefix_length=2, max_length=30)
-    assert prompts.ids[0] == list(encoding.examples[3].prompt)
-    assert len(prompts.ids[0]) == 30
+    assert prompts[0].ids == list(encoding.examples[3].prompt)
+    assert len(prompts[0].ids) == 30
 
 
 def test_labels_by_words_cut_as_training_did(llama: Any, tmp_path: Path):

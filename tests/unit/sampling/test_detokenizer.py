@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.sampling.detokenizer import Detokenizer, StopStringCriterion, ids_until_stop, text_until_stop
+from prefixtune.sampling.detokenizer import Detokenizer, ids_until_stop, text_until_stop
 
 Decode = Callable[[list[int]], str]
 
@@ -141,36 +140,3 @@ def test_tokens_and_text_end_where_every_prefix_decoded_anew_says(
     counts = [count for count in range(1, len(ids) + 1) if holds(decode, ids[:count], stop)]
     assert ids_until_stop(decode, ids, stop) == (ids[: counts[0]] if counts else ids)
     assert text_until_stop(decode, ids, stop) == cut(decode(ids), stop)
-
-
-@pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-def test_rows_that_beam_search_reorders_end_where_they_hold_a_stop_string(
-    decode: Decode, size: int, data: st.DataObject
-) -> None:
-    """Rows continue any row of the step before, by one token or by several."""
-    tokens = st.integers(0, size - 1) | st.sampled_from(b"abx the" if decode is by_bytes else [0, 1, 2])
-    stop, prompt = data.draw(STOPS), [7, 8]
-    criterion = StopStringCriterion(decode, stop, len(prompt))
-    rows: list[list[int]] = [[]]
-    for _ in range(data.draw(st.integers(1, 8))):
-        count = data.draw(st.sampled_from([1, 1, 1, 2]))
-        parents = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=4))
-        rows = [[*row, *data.draw(st.lists(tokens, min_size=count, max_size=count))] for row in parents]
-        ended = criterion(torch.tensor([[*prompt, *row] for row in rows]), None)
-        assert ended.tolist() == [holds(decode, row, stop) for row in rows]
-
-
-def test_a_row_is_decoded_a_few_tokens_at_a_time() -> None:
-    longest = 0
-
-    def decode(ids: list[int]) -> str:
-        nonlocal longest
-        longest = max(longest, len(ids))
-        return by_bytes(ids)
-
-    criterion, ids = StopStringCriterion(decode, ("###",), 0), list(b"some long text" * 20)
-    for count in range(1, len(ids) + 1):
-        assert criterion(torch.tensor([ids[:count]] * 2), None).tolist() == [False, False]
-    assert longest <= 2

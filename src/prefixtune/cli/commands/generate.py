@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,13 +329,11 @@ def _label(
                     backbone,
                     chosen,
                     prefix,
-                    labels=labels.words if prefix is None else None,
+                    labels=labels if prefix is None else None,
                     text_format=text_format,
                     config=config,
                     on_cut=cut_here.update,
                 )
-                if prefix is None:
-                    classes = [_with_names(result, labels) for result in classes]
                 cut |= {indices[position] for position in cut_here}
                 rows.update(
                     {i: _class_row(texts[i], result, i in cut) for i, result in zip(indices, classes, strict=True)}
@@ -344,16 +341,6 @@ def _label(
             bar.update(len(rows))
     _report_cut(console, cut, len(texts))
     return [rows[index] for index in range(len(texts))]
-
-
-def _with_names(result: Prediction, labels: Labels) -> Prediction:
-    """A choice among the words of labels as one among their names."""
-    name_of = labels.name_of
-    return replace(
-        result,
-        label=name_of[result.label],
-        probabilities={name_of[word]: share for word, share in result.probabilities.items()},
-    )
 
 
 def _texts_by_prefix(prefixes: Sequence[Prefix], num_texts: int) -> Sequence[tuple[Prefix | None, list[int]]]:

@@ -199,8 +199,8 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
     state, max_tokens = context.state, context.state.config.prefill_tokens
     scores: dict[int, list[Tensor]] = {row: [] for row in range(len(encoded.prompts))}
 
-    def score(backbone: Backbone, rows: Sequence[int], part: slice) -> list[Tensor]:
-        return [one.cpu() for one in encoded.on(backbone).score(rows, part)]
+    def score(_: Backbone, rows: Sequence[int], part: slice) -> list[Tensor]:
+        return [one.cpu() for one in encoded.score(rows, part)]
 
     async def score_all() -> None:
         for rows in _batches(encoded, max_tokens):
@@ -240,7 +240,7 @@ def _num_probabilities(encoded: EncodedTexts) -> int:
 
 def _item(encoded: EncodedTexts, index: int, text: str | Sequence[str], scores: Tensor) -> dict[str, Any]:
     """A text of the response."""
-    predictions = encoded.predictions(scores)
+    predictions = encoded.predict(index, scores)
     tags = encoded.labels.kind == "tagging"
     return {"index": index, **(_tagged(_words(text), predictions) if tags else _label(predictions[0]))}
 

@@ -16,7 +16,7 @@ from prefixtune.data.chat import Source, end_ids
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import ConfigError, RequestError
-from prefixtune.inference.decoding import newline_tokens
+from prefixtune.inference.prompts import newline_tokens
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.grammar import Grammar, compile_json_schema
 from prefixtune.server.api.endpoint import RequestContext
