@@ -13,7 +13,7 @@ from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import DTypeName, option_group
 from prefixtune.utils.console import Console
 
-__all__ = ["BackboneOptions", "DecodingOptions", "generate_config", "longest_target", "note_unused"]
+__all__ = ["BackboneOptions", "DecodingOptions", "generate_config", "note_unused", "task_decoding"]
 
 _backbone = option_group("backbone")
 
@@ -58,14 +58,6 @@ def note_unused(console: Console, options: SamplingConfig, config: GenerateConfi
             console.info(f"{' and '.join(given)} {'do' if len(given) > 1 else 'does'} nothing without {needed}")
 
 
-def longest_target(header: Mapping[str, Any]) -> int:
-    """Tokens of the longest target that a prefix of records was trained on; 0: unknown, or texts have no targets."""
-    from prefixtune.prefix.text_format import read_text_format
-
-    stored = None if header.get("form") == "text" else read_text_format(header)
-    return 0 if stored is None else stored.longest_target
-
-
 def generate_config(
     options: DecodingOptions, headers: Sequence[Mapping[str, Any]], task: str | None = None
 ) -> GenerateConfig:
@@ -79,17 +71,39 @@ def generate_config(
     Raises:
         ConfigError: A setting is wrong.
     """
-    from prefixtune.data import TASKS
+    name = task or (headers[0].get("task") if headers else None)
+    return task_decoding(name, headers, options.given(GenerateConfig))
 
-    task_name = task or (headers[0].get("task") if headers else None)
-    values: dict[str, Any] = dict(TASKS[task_name].decoding) if task_name in TASKS else {}
-    if task_name == "records":
-        values["max_new_tokens"] = max([values["max_new_tokens"], *map(longest_target, headers)])
-    flags = options.given(GenerateConfig)
-    if flags.get("temperature", 0) > 0 and "num_beams" not in flags:
+
+def task_decoding(
+    task: object, headers: Sequence[Mapping[str, Any]], given: Mapping[str, Any], *, least: int = 0
+) -> GenerateConfig:
+    """The decoding settings of a task, replaced by those that are given.
+
+    Args:
+        task: Its name; of something else, the defaults are used.
+        headers: Of the prefixes or the trained weights: their longest target counts in records.
+        given: Fields of `GenerateConfig`.
+        least: Tokens of records, at least, and of what is no task; 0: as many as the defaults say.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+    from prefixtune.data import TASKS
+    from prefixtune.prefix.text_format import read_text_format
+
+    values: dict[str, Any] = {"max_new_tokens": least} if least else {}
+    if isinstance(task, str) and task in TASKS:
+        values |= TASKS[task].decoding
+    if task == "records":
+        # Texts have no targets.
+        stored = [read_text_format(header) for header in headers if header.get("form") != "text"]
+        longest = [form.longest_target for form in stored if form is not None]
+        values["max_new_tokens"] = max(values["max_new_tokens"], least, *longest)
+    if given.get("temperature", 0) > 0 and "num_beams" not in given:
         # --temperature asks for sampling, so the task's beam search is dropped.
         values.pop("num_beams", None)
-    values |= flags
-    if "min_new_tokens" not in flags:
+    values |= given
+    if "min_new_tokens" not in given:
         values["min_new_tokens"] = min(values.get("min_new_tokens", 0), values.get("max_new_tokens", 1_000_000))
     return GenerateConfig(**values)

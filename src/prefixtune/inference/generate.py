@@ -14,7 +14,7 @@ from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token
+from prefixtune.engine.request import FinishReason, Request, SamplingParams, SequenceOutput, Token
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
@@ -175,7 +175,7 @@ def write(
         yield from _run_engine(engine, prompts, mixed, config)
     for number, ids in search(backbone, prompts, apart, config):
         text = text_until_stop(backbone.decode, ids, config.stop).strip()
-        reason = "stop" if has_ended(backbone, ids, prompts[number].new_tokens, config) else "length"
+        reason: FinishReason = "stop" if has_ended(backbone, ids, prompts[number].new_tokens, config) else "length"
         yield number, SequenceOutput(str(number), 0, tuple(map(Token, ids)), text, reason)
 
 

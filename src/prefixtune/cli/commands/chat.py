@@ -6,13 +6,13 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.conversation import Conversation
-from prefixtune.cli.decoding import BackboneOptions, longest_target, note_unused
+from prefixtune.cli.decoding import BackboneOptions, note_unused, task_decoding
 from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
@@ -112,18 +112,9 @@ def _names(files: Sequence[str]) -> list[str]:
 
 def _decoding_with(options: ChatOptions, prefix: Prefix | None) -> GenerateConfig:
     """The settings of the prefix's task, replaced by those of the options; beam search cannot stream."""
-    from prefixtune.data import TASKS
-    from prefixtune.inference.config import GenerateConfig
-
-    task = TASKS.get(str(prefix.header.get("task"))) if prefix is not None else None
-    values: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, **(task.decoding if task else {})}
-    if prefix is not None and task is not None and task.name == "records":
-        values["max_new_tokens"] = max(options.max_new_tokens, longest_target(prefix.header))
-    values |= options.given(SamplingConfig)
-    values["min_new_tokens"] = min(values.get("min_new_tokens", 0), values["max_new_tokens"])
-    return GenerateConfig(
-        **{name: value for name, value in values.items() if name not in ("num_beams", "length_penalty")}
-    )
+    header = {} if prefix is None else prefix.header
+    given = {**options.given(SamplingConfig), "num_beams": 1}
+    return task_decoding(header.get("task"), [header], given, least=options.max_new_tokens)
 
 
 class _Terminal:
