@@ -15,7 +15,8 @@ from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import DataError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate_ids, has_ended, read_output
+from prefixtune.inference.generate import complete, generate_ids
+from prefixtune.inference.prompts import Prompt, check_requests
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.detokenizer import text_until_stop
 
@@ -266,11 +267,11 @@ def answer_questions(
     backbone: Backbone = teacher.backbone
     config = GenerateConfig(max_new_tokens=answer_length, stop=wording.stop, batch_size=batch_size)
     prompts = encode_prompts(backbone, wording.text_format, questions)
-    outputs = generate_ids(backbone, prompts, views, config=config, on_batch=on_batch)
-    return [
-        (
-            read_output(backbone, ids, wording.text_format, config),
-            has_ended(backbone, ids, answer_length, config),
-        )
-        for ids in outputs
-    ]
+    form = wording.text_format
+    asked = [Prompt(list(ids), view, answer_length, (), form) for ids, view in zip(prompts, views, strict=True)]
+    check_requests(backbone, asked)
+    answers: list[tuple[str, bool]] = [("", False)] * len(asked)
+    for done, (number, output) in enumerate(complete(backbone, asked, config), start=1):
+        answers[number] = form.extract_target(output.text), output.finish_reason == "stop"
+        on_batch(done)
+    return answers

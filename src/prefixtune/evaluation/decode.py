@@ -13,7 +13,7 @@ from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation.answers import OTHER_FOLDER, append_rows, digest_facts, model_facts, read_rows
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import read_output, write
+from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -68,16 +68,11 @@ def decode(
     seconds = sum(row["seconds"] for row in rows)
     missing = [number for number in range(len(prompts)) if number not in outputs]
     new: dict[int, str] = {}
-    ids: dict[int, list[int]] = {number: [] for number in missing}
     start_time = time.perf_counter()
-    for number, output in write(backbone, prompts, config, missing):
-        ids[number] += [token.id for token in output.tokens]
-        if output.finish_reason is None:
-            continue
+    for number, output in complete(backbone, prompts, config, missing):
         if output.finish_reason == "length":
             unended.add(number)
-        new[number] = read_output(backbone, ids[number], prompts[number].text_format, config)
-        outputs[number] = new[number]
+        outputs[number] = new[number] = prompts[number].text_format.extract_target(output.text)
         if len(new) == config.batch_size or len(outputs) == len(prompts):
             elapsed = time.perf_counter() - start_time
             seconds += elapsed

@@ -239,7 +239,9 @@ def encode_to_tag(
     check_fits(prefix, backbone.geometry, backbone.name)
     for number, tokens in enumerate(texts, start=1):
         if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
-            raise RequestError(f"text {number} is {tokens!r}, not a list of tokens.", hint="write text.split().")
+            raise RequestError(
+                f"text {number} is {short_repr(tokens)}, not a list of tokens.", hint="write text.split()."
+            )
     # A prompt, and the positions of its tokens that are tagged.
     encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
     prompts, positions = [prompt for prompt, _ in encoded], [at for _, at in encoded]
@@ -303,7 +305,9 @@ def tag(
             "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
         )
     if isinstance(texts, str):
-        raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of lists.", hint="write [text.split()].")
+        raise RequestError(
+            f"texts is one string, {short_repr(texts)}, not a list of lists.", hint="write [text.split()]."
+        )
     backbone = as_backbone(backbone)
     loaded = as_prefix(prefix, backbone)
     if loaded is None:
@@ -317,9 +321,10 @@ def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] 
     stored = labels_of(prefix)
     if stored is not None and stored.kind == kind and requested is None:
         return stored
-    if prefix is None and isinstance(requested, Labels):
-        return Labels(kind, "words", requested.names, requested.words)
-    if prefix is None and requested:
+    if isinstance(requested, Labels):
+        if prefix is None:
+            return Labels(kind, "words", requested.names, requested.words)
+    elif prefix is None and requested:
         names = tuple(requested)
         if (label := first_duplicate(names)) is not None:
             raise ConfigError(f"labels has {short_repr(label)} more than once.", hint="give every label once.")

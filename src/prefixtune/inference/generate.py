@@ -14,19 +14,18 @@ from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import FinishReason, Request, SamplingParams, SequenceOutput, Token
+from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token, join_outputs
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt, check_requests, newline_tokens, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.config import SamplingConfig
-from prefixtune.sampling.detokenizer import Detokenizer, text_until_stop
+from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import compile_json_schema
 from prefixtune.utils.console import show_batches
 
-__all__ = ["generate", "generate_ids", "has_ended", "read_output", "write"]
+__all__ = ["complete", "generate", "generate_ids", "write"]
 
 _PREFILL_TOKENS = 1024
 """Prompt tokens of a step: more than in a server, where streams wait for them."""
@@ -82,29 +81,18 @@ def generate(
     backbone = as_backbone(backbone)
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, config, as_text_format(text_format), on_cut=on_cut)
+    results = [""] * len(texts)
+    unended = []
     with show_batches("generating", len(texts), on_batch, progress) as show:
-        outputs = _run(backbone, prompts, config, show)
-    pairs = list(zip(outputs, prompts, strict=True))
-    if on_unended is not None:
-        ended = [has_ended(backbone, ids, prompt.new_tokens, config) for ids, prompt in pairs]
-        unended = [number for number, one in enumerate(ended) if not one]
-        if unended:
-            on_unended(unended)
-    return [read_output(backbone, ids, prompt.text_format, config) for ids, prompt in pairs]
-
-
-def has_ended(backbone: Backbone, ids: Sequence[int], limit: int, config: GenerateConfig) -> bool:
-    """Whether an output ended by itself: by an end token, which is left out of its tokens, or by a stop string."""
-    if len(ids) < limit:
-        return True
-    text = Detokenizer(backbone.decode, config.stop)
-    text.add(*ids)
-    return text.stopped
-
-
-def read_output(backbone: Backbone, ids: list[int], text_format: TextFormat, config: GenerateConfig) -> str:
-    """The target in generated tokens."""
-    return text_format.extract_target(text_until_stop(backbone.decode, ids, config.stop))
+        for done, (number, output) in enumerate(complete(backbone, prompts, config), start=1):
+            results[number] = prompts[number].text_format.extract_target(output.text)
+            if output.finish_reason == "length":
+                unended.append(number)
+            if show is not None:
+                show(done)
+    if unended and on_unended is not None:
+        on_unended(sorted(unended))
+    return results
 
 
 def generate_ids(
@@ -127,22 +115,23 @@ def generate_ids(
         for ids, prefix, own in zip(prompts, prefixes, own_ends, strict=True)
     ]
     check_requests(backbone, made)
-    return _run(backbone, made, config, on_batch)
-
-
-def _run(
-    backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig, on_batch: Callable[[int], None] | None
-) -> list[list[int]]:
-    """The tokens that follow each prompt; `on_batch` gets the number of texts that are done."""
-    results: list[list[int]] = [[] for _ in prompts]
-    done = 0
-    for number, output in write(backbone, prompts, config):
-        results[number] += [token.id for token in output.tokens]
-        if output.finish_reason is not None:
-            done += 1
-            if on_batch is not None:
-                on_batch(done)
+    results: list[list[int]] = [[] for _ in made]
+    for done, (number, output) in enumerate(complete(backbone, made, config), start=1):
+        results[number] = [token.id for token in output.tokens]
+        if on_batch is not None:
+            on_batch(done)
     return results
+
+
+def complete(
+    backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[int, SequenceOutput]]:
+    """`write`, but whole outputs, as they end."""
+    parts: dict[int, list[SequenceOutput]] = {}
+    for number, output in write(backbone, prompts, config, numbers):
+        parts.setdefault(number, []).append(output)
+        if output.finish_reason is not None:
+            yield number, join_outputs(parts.pop(number))
 
 
 def write(
@@ -174,9 +163,11 @@ def write(
     if engine is not None:
         yield from _run_engine(engine, prompts, mixed, config)
     for number, ids in search(backbone, prompts, apart, config):
-        text = text_until_stop(backbone.decode, ids, config.stop).strip()
-        reason: FinishReason = "stop" if has_ended(backbone, ids, prompts[number].new_tokens, config) else "length"
-        yield number, SequenceOutput(str(number), 0, tuple(map(Token, ids)), text, reason)
+        text = Detokenizer(backbone.decode, config.stop)
+        piece = text.add(*ids)
+        ended = text.stopped or len(ids) < prompts[number].new_tokens
+        tokens = tuple(map(Token, ids))
+        yield number, SequenceOutput(str(number), 0, tokens, piece + text.finish(), "stop" if ended else "length")
 
 
 def _make_engine(backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig) -> Engine | None:
@@ -202,7 +193,7 @@ def _run_engine(
     """What an engine writes; requests are made as there is room for them."""
     backbone, num_slots = engine.backbone, engine.config.num_slots
     rules = {name: getattr(config, name) for name in SamplingConfig.model_fields}
-    banned = newline_tokens(backbone) if config.ban_newlines else ()
+    banned = tuple(newline_tokens(backbone) if config.ban_newlines else ())
     grammar = compile_json_schema(backbone, config.response_schema) if config.response_schema else None
 
     def request(number: int) -> Request:
@@ -232,7 +223,7 @@ def _run_engine(
 
 def _seed(seed: int | None, number: int) -> int | None:
     """A text's own: of the first one the seed itself, so that a request to the engine with it gives the same text."""
-    return seed if seed is None or number == 0 else random.Random(f"{seed}/{number}").getrandbits(64)
+    return seed if seed is None or number == 0 else random.Random(f"{seed}/{number}").getrandbits(62)
 
 
 def _per_text(

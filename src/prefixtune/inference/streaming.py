@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
@@ -50,7 +50,7 @@ def stream(
 
 def stream_prompt(backbone: Backbone, prompt: Prompt, config: GenerateConfig) -> Generator[str, None, None]:
     """`stream` of a checked prompt."""
-    pieces = (output.text for _, output in write(backbone, [prompt], config))
+    pieces: Iterator[str] = (output.text for _, output in write(backbone, [prompt], config))
     if any(prompt.text_format.target_words):
         # Words around the target can only be removed from the whole output.
         pieces = iter([prompt.text_format.extract_target("".join(pieces))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from patching import replace_everywhere
 from prefixtune.data import Example, references_of
 from prefixtune.data.encoding import default_format, encode_examples, encode_prompts
 from prefixtune.data.labels import Labels
+from prefixtune.engine.request import SequenceOutput
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.metrics import METRICS, Unavailable, compute
@@ -23,7 +24,7 @@ from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.evaluation.records import Evaluation, summarize, write_evaluation
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate
+from prefixtune.inference.generate import complete, generate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.report import read_results
@@ -54,17 +55,24 @@ def prefix(model: Any, random_prefix: Make) -> Any:
 
 @pytest.fixture
 def fake_outputs(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes the model write these outputs; without any, its own. Returns the list of the texts that it gets."""
+    """Makes the model write these outputs; without any, its own. Returns the list of the texts that are asked for."""
 
-    def install(outputs: dict[str, str] | None = None) -> list[list[str]]:
-        requests: list[list[str]] = []
+    def install(outputs: dict[str, str] | None = None) -> list[int]:
+        asked: list[int] = []
 
-        def count(backbone: Any, texts: list[str], *arguments: Any, **options: Any) -> list[str]:
-            requests.append(list(texts))
-            return [outputs[t] for t in texts] if outputs else generate(backbone, texts, *arguments, **options)
+        def count(
+            backbone: Any, prompts: Any, config: Any, numbers: Any = None
+        ) -> Iterator[tuple[int, SequenceOutput]]:
+            if outputs is not None:
+                for number in numbers:
+                    yield number, SequenceOutput("", 0, (), list(outputs.values())[number], "stop")
+                return
+            for number, output in complete(backbone, prompts, config, numbers):
+                asked.append(number)
+                yield number, output
 
-        replace_everywhere(monkeypatch, generate, count)
-        return requests
+        replace_everywhere(monkeypatch, complete, count)
+        return asked
 
     return install
 
@@ -230,42 +238,40 @@ SAMPLED = CONFIG.replace(temperature=1.0, seed=3)
 def test_a_stopped_evaluation_continues(
     model: Any, prefix: Any, fake_outputs: Make, tmp_path: Path, config: GenerateConfig
 ):
-    requests = fake_outputs()
+    asked = fake_outputs()
     counts: list[int] = []
     whole = evaluate(model, EXAMPLES, prefix, config=config, on_batch=counts.append)
-    assert counts == [2, 4, 6, 7]
-    batches = requests.copy()
-    requests.clear()
+    assert counts == [1, 2, 3, 4, 5, 6, 7]
+    assert list(whole.outputs) == generate(model, [e.source for e in EXAMPLES], prefix, config=config)
+    asked.clear()
     kept = tmp_path / "made" / "decoded.jsonl"
     with pytest.raises(Killed):
         evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept, on_batch=kill_at(4))
-    assert requests == batches[:2]
+    assert len(asked) == 4
     resumed = evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept)
-    assert requests == batches, "a batch was decoded twice, or not at all"
+    assert sorted(asked) == list(range(7)), "a text was decoded twice, or not at all"
     assert resumed.outputs == whole.outputs
     assert resumed.scores == whole.scores
     # What is complete is not decoded again, whatever scores are requested; the time is still that of the decoding.
     again = evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept, metrics=["ter"])
-    assert requests == batches
+    assert len(asked) == 7
     assert again.outputs == whole.outputs
     assert again.seconds == pytest.approx(resumed.seconds, abs=1e-4)
     assert again.seconds > 0
 
 
-@pytest.mark.parametrize(("cut", "batches"), [(1, 0), (2, 1), (20, 1), (200, 2)])
-def test_an_incomplete_last_line_is_decoded_again(
-    model: Any, fake_outputs: Make, tmp_path: Path, cut: int, batches: int
-):
-    requests = fake_outputs()
+@pytest.mark.parametrize(("cut", "texts"), [(1, 0), (2, 1), (200, 2)])
+def test_an_incomplete_last_line_is_decoded_again(model: Any, fake_outputs: Make, tmp_path: Path, cut: int, texts: int):
+    asked = fake_outputs()
     kept = tmp_path / "decoded.jsonl"
     whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept)
     kept.write_bytes(kept.read_bytes()[:-cut])
-    requests.clear()
+    asked.clear()
     assert evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept).outputs == whole.outputs
-    assert len(requests) == batches
-    requests.clear()
+    assert len(asked) == texts
+    asked.clear()
     assert evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept).outputs == whole.outputs
-    assert requests == []
+    assert asked == []
 
 
 def test_outputs_of_another_evaluation_are_refused(
