@@ -239,9 +239,7 @@ def encode_to_tag(
     check_fits(prefix, backbone.geometry, backbone.name)
     for number, tokens in enumerate(texts, start=1):
         if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
-            raise RequestError(
-                f"text {number} is {short_repr(tokens)}, not a list of tokens.", hint="write text.split()."
-            )
+            raise RequestError(f"text {number} is {short_repr(tokens)}, no list of tokens.", hint="write text.split().")
     # A prompt, and the positions of its tokens that are tagged.
     encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
     prompts, positions = [prompt for prompt, _ in encoded], [at for _, at in encoded]
@@ -305,9 +303,7 @@ def tag(
             "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
         )
     if isinstance(texts, str):
-        raise RequestError(
-            f"texts is one string, {short_repr(texts)}, not a list of lists.", hint="write [text.split()]."
-        )
+        raise RequestError(f"texts is one string, {short_repr(texts)}, no list of lists.", hint="write [text.split()].")
     backbone = as_backbone(backbone)
     loaded = as_prefix(prefix, backbone)
     if loaded is None:
