@@ -70,7 +70,7 @@ def test_labels_of_texts_on_both_sides_are_refused_before_any_work(
     task: str, phi3: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["x" * 10, "x" * 60]
-    examples = [Example(text, ("yes",)) for text in texts]
+    examples = [Example(text, (name,)) for text, name in zip(texts, ("yes", "no"), strict=True)]
     work = {
         "classify": lambda: classify(phi3, texts, labels=["yes", "no"], batch_size=1),
         "evaluate": lambda: evaluate(phi3, examples, kind="classification", batch_size=1),

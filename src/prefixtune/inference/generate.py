@@ -174,15 +174,11 @@ def _make_engine(backbone: Backbone, prompts: Sequence[Prompt], config: Generate
     """An engine for these prompts; None: there is none, they ask for beams, or it cannot run the model."""
     if not prompts or config.num_beams > 1:
         return None
-    apart = backbone.kind == "encoder-decoder"
-    lengths = [
-        max(len(prompt.ids), prompt.new_tokens) if apart else prompt.prefix_length + len(prompt.ids) + prompt.new_tokens
-        for prompt in prompts
-    ]
+    longest = max(len(prompt.ids) + prompt.new_tokens + prompt.longest_prefix for prompt in prompts)
     # Experts that take only so many tokens of a row see one text at a time.
     num_slots = 1 if backbone.counts_by_row else min(config.batch_size, len(prompts))
     try:
-        return Engine(backbone, num_slots=num_slots, max_length=max(lengths), prefill_tokens=_PREFILL_TOKENS)
+        return Engine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=_PREFILL_TOKENS)
     except BackboneError:
         return None
 

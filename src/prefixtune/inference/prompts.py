@@ -50,6 +50,11 @@ class Prompt:
         """P, of the decoder; 0 without a prefix."""
         return _length(self.prefix)
 
+    @property
+    def longest_prefix(self) -> int:
+        """P at the site where it is longest."""
+        return 0 if self.prefix is None else max(self.prefix.lengths.values(), default=0)
+
     def passes(self, limit: int | None) -> bool:
         """Whether the text may become longer than `limit`, where there is one."""
         return limit is not None and self.prefix_length + len(self.ids) + self.new_tokens > limit
@@ -208,12 +213,10 @@ def check_positions(backbone: Backbone, prompts: Sequence[Prompt], *, hint: str)
         needed = max(count, new) if separate else taken + count + new
         limit = backbone.max_positions_with(prompt.prefix_length)
         if limit is not None and needed > limit:
-            of_what = " on either side" if separate else "" if limit == backbone.max_positions else " with a prefix"
-            parts = [] if separate else [f"{taken} (prefix)"]
-            parts += [f"{count} (text)", *([f"{new} (new)"] if new else [])]
+            parts = f"{count} (text) and" if separate else f"{taken} (prefix) + {count} (text) +"
+            of_what = "" if limit == backbone.max_positions else " with a prefix"
             raise RequestError(
-                f"text {number} needs {(' and ' if separate else ' + ').join(parts)} positions, but {backbone.name!r} "
-                f"has {limit}{of_what}.",
+                f"text {number} needs {parts} {new} (new) positions, but {backbone.name!r} has {limit}{of_what}.",
                 hint=hint,
             )
 
@@ -249,9 +252,9 @@ def _max_new_tokens(
 ) -> int:
     """Most tokens to generate: no more than fit after a prompt that training did not truncate."""
     room = _room(backbone, len(prompt), prefix)
-    if room is None or len(prompt) > text_format.longest_prompt:
-        return config.max_new_tokens
-    return min(room, config.max_new_tokens) if room > 0 else config.max_new_tokens
+    if room is not None and room > 0 and len(prompt) <= text_format.longest_prompt:
+        return min(room, config.max_new_tokens)
+    return config.max_new_tokens
 
 
 def _room(backbone: Backbone, prompt_tokens: int, prefix: Prefix | None) -> int | None:
