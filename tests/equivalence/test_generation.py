@@ -148,6 +148,19 @@ def test_a_mixed_batch_is_each_row_alone(num_beams: int, batch_size: int, backbo
     assert len({tuple(ids) for ids in together}) == 5
 
 
+@pytest.mark.parametrize("name", ["lfm2", "jamba"])
+def test_models_that_the_engine_cannot_run(name: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+    backbone = tiny_backbone(name)
+    prompts, prefixes = [random_ids(count, count) for count in (7, 3)], [random_prefix(backbone, 4, 1), None]
+    config = GenerateConfig(max_new_tokens=6)
+    outputs = generate_ids(backbone, prompts, prefixes, config=config)
+    assert outputs == [greedy_by_recomputation(backbone, *one, 6) for one in zip(prompts, prefixes, strict=True)]
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 2.0, "seed": 3}
+    (drawn,) = generate(backbone, ["some text"], prefixes[0], **options)
+    assert "".join(stream(backbone, "some text", prefixes[0], **options)) == drawn
+    assert generate(backbone, ["some text"], prefixes[0], **{**options, "seed": 4}) != [drawn]
+
+
 # --- what users set; one family is enough ----------------------------------------------------------------------------
 
 
