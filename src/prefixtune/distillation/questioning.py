@@ -15,10 +15,9 @@ from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import DataError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import complete, generate_ids
+from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import Prompt, check_requests
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.sampling.detokenizer import text_until_stop
 
 __all__ = ["answer_questions", "asking_tokens", "hold_out", "make_questions"]
 
@@ -195,9 +194,9 @@ def _ask(
         batch_size=batch_size,
     )
     backbone = teacher.backbone
-    ids = [backbone.encode(prompt) for *_, prompt in prompts]
-    outputs = generate_ids(backbone, ids, [views[chunk] for chunk, *_ in prompts], config=config)
-    return [text_until_stop(backbone.decode, output, config.stop).strip() for output in outputs]
+    asked = [Prompt(backbone.encode(text), views[chunk], _QUESTION_TOKENS) for chunk, _, text in prompts]
+    check_requests(backbone, asked)
+    return [output.text for _, output in sorted(complete(backbone, asked, config), key=lambda one: one[0])]
 
 
 def _first_question(text: str) -> str:

@@ -22,7 +22,6 @@ from prefixtune.errors import PrefixError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt, newline_tokens
 from prefixtune.sampling.config import LOWEST_TEMPERATURE
-from prefixtune.sampling.detokenizer import ids_until_stop
 from prefixtune.sampling.penalties import penalize, penalizes
 
 __all__ = ["check_finite", "search"]
@@ -32,6 +31,8 @@ def search(
     backbone: Backbone, prompts: Sequence[Prompt], numbers: Sequence[int], config: GenerateConfig
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue prompts in batches: of each its index, and its tokens without the end token.
+
+    A row that has a stop string ends; the tokens behind the string are not cut.
 
     Args:
         backbone: The frozen model.
@@ -81,8 +82,7 @@ def _search_batch(
             **arguments,
         )
     ends = {backbone.eos_id, *prompts[0].ends}
-    found = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, start:].tolist()]
-    return [ids_until_stop(backbone.decode, row, config.stop) for row in found]
+    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, start:].tolist()]
 
 
 def _pad(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

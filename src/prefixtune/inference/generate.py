@@ -164,10 +164,15 @@ def write(
         yield from _run_engine(engine, prompts, mixed, config)
     for number, ids in search(backbone, prompts, apart, config):
         text = Detokenizer(backbone.decode, config.stop)
-        piece = text.add(*ids)
+        pieces: list[str] = []
+        for token in ids:
+            pieces.append(text.add(token))
+            if text.stopped:
+                break
         ended = text.stopped or len(ids) < prompts[number].new_tokens
-        tokens = tuple(map(Token, ids))
-        yield number, SequenceOutput(str(number), 0, tokens, piece + text.finish(), "stop" if ended else "length")
+        tokens = tuple(map(Token, ids[: len(pieces)]))
+        written = "".join([*pieces, text.finish()])
+        yield number, SequenceOutput(str(number), 0, tokens, written, "stop" if ended else "length")
 
 
 def _make_engine(backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig) -> Engine | None:

@@ -10,7 +10,7 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
-from prefixtune.errors import ConfigError, RequestError, describe_value
+from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import write
 from prefixtune.inference.prompts import Prompt, prepare_prompts
@@ -38,9 +38,6 @@ def stream(
     """
     config = GenerateConfig.from_arguments(config, options)
     check_streams(config)
-    several = isinstance(text, list | tuple) and any(isinstance(part, str) for part in text)
-    if several or not isinstance(text, str | list | tuple):
-        raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")
     check_texts([text])
     backbone = as_backbone(backbone)
     prefixes = [as_prefix(prefix, backbone)]

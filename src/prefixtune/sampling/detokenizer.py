@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["Detokenizer", "ids_until_stop", "text_until_stop"]
+__all__ = ["Detokenizer"]
 
 Decode = Callable[[list[int]], str]
 
@@ -93,20 +93,3 @@ class Detokenizer:
         part = text[self._num_returned :]
         self._num_returned = max(self._num_returned, len(text))
         return part
-
-
-def text_until_stop(decode: Decode, ids: Sequence[int], stop: Sequence[str]) -> str:
-    """The text of all tokens up to the first stop string."""
-    text = Detokenizer(decode, stop, verbatim=True)
-    return text.add(*ids) + text.finish()
-
-
-def ids_until_stop(decode: Decode, ids: Sequence[int], stop: Sequence[str]) -> list[int]:
-    """The tokens up to the one that completes a stop string; all of them if none does."""
-    whole, text = Detokenizer(decode, stop), Detokenizer(decode, stop)
-    whole.add(*ids)
-    for count, token in enumerate(ids if whole.stopped else (), start=1):
-        text.add(token)
-        if text.stopped:
-            return list(ids[:count])
-    return list(ids)

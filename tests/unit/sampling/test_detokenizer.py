@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.sampling.detokenizer import Detokenizer, ids_until_stop, text_until_stop
+from prefixtune.sampling.detokenizer import Detokenizer
 
 Decode = Callable[[list[int]], str]
 
@@ -138,5 +138,11 @@ def test_tokens_and_text_end_where_every_prefix_decoded_anew_says(
     tokens = st.integers(0, size - 1) | st.sampled_from(b"abx the" if decode is by_bytes else [0, 1, 2])
     ids, stop = data.draw(st.lists(tokens, max_size=20)), data.draw(STOPS)
     counts = [count for count in range(1, len(ids) + 1) if holds(decode, ids[:count], stop)]
-    assert ids_until_stop(decode, ids, stop) == (ids[: counts[0]] if counts else ids)
-    assert text_until_stop(decode, ids, stop) == cut(decode(ids), stop)
+    text, written, used = Detokenizer(decode, stop, verbatim=True), "", 0
+    for token in ids:
+        written += text.add(token)
+        used += 1
+        if text.stopped:
+            break
+    assert used == (counts[0] if counts else len(ids))
+    assert written + text.finish() == cut(decode(ids), stop)
