@@ -54,8 +54,8 @@ packed = alone; cached = recomputed), and by generating from it.
 | absent | the installed transformers has no such type |
 
 A site is an attention with a prefix: the decoder's self-attention, the encoder's, or the decoder's attention to the
-encoder (cross). Rows that are padded instead of packed cost time and change no number. A type says how a model attends, not how well it learns. Examine a
-model of your own with `prefixtune doctor your/model`, which uses its real weights.
+encoder (cross). Rows that are padded instead of packed cost time and change no number. A type says how a model attends,
+not how well it learns. Examine a model of your own with `prefixtune doctor your/model`, which uses its real weights.
 
 LongRoPE (Phi-3, Phi-3.5 and Phi-4-mini with 128k) turns all keys of a text otherwise as soon as the text is longer
 than the model's original length, 4,096 positions. A prefix is used with texts up to that length, its own positions
