@@ -31,9 +31,8 @@ from prefixtune.training.progress import show_training
 from prefixtune.training.starts.start import lengths_from
 from prefixtune.training.train import TrainResult, train, train_together
 from prefixtune.utils.console import Console
-from prefixtune.utils.files import write_text
+from prefixtune.utils.files import claim_folder, write_text
 from prefixtune.utils.folders import expand_home
-from prefixtune.utils.locks import claim_folder
 
 __all__ = ["DistillResult", "distill", "stored_distillation"]
 

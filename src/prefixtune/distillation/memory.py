@@ -25,8 +25,7 @@ from prefixtune.training.folder import PREFIX_FILE
 from prefixtune.training.opening import open_run
 from prefixtune.training.runs import Run
 from prefixtune.utils.console import Console
-from prefixtune.utils.files import write_text
-from prefixtune.utils.locks import claim_folder
+from prefixtune.utils.files import claim_folder, write_text
 
 __all__ = ["Teachers", "check_student", "open_memory"]
 

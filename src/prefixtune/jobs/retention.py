@@ -16,7 +16,7 @@ from prefixtune.jobs.inputs import remove_job_folder
 from prefixtune.jobs.job import ENDED, Job, JobStatus
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.folder import ENDING
-from prefixtune.utils.locks import claim_folder
+from prefixtune.utils.files import claim_folder
 
 __all__ = ["clear_ended", "clear_folder", "forget_oldest"]
 

@@ -44,8 +44,7 @@ from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.trackers import tracking
 from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
-from prefixtune.utils.files import line_writer
-from prefixtune.utils.locks import claim_folder
+from prefixtune.utils.files import claim_folder, line_writer
 
 __all__ = ["Inputs", "Teach", "open_run", "open_runs", "with_backbone"]
 

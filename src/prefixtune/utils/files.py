@@ -25,6 +25,7 @@ __all__ = [
     "atomic_files",
     "atomic_path",
     "check_writable",
+    "claim_folder",
     "flush_to_disk",
     "fsync",
     "line_writer",
@@ -174,7 +175,8 @@ def _last_byte(descriptor: int) -> bytes:
 def atomic_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, and move its files into `folder` when the block ends without an error.
 
-    They replace files of the same names, in reverse order of their names; other files stay.
+    They replace files of the same names, in reverse order of their names; other files stay. If one cannot be moved,
+    those before it are put back.
 
     Raises:
         PrefixError: The disk is full or the folder cannot be written.
@@ -182,15 +184,42 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     folder = Path(folder)
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with work_folder(folder, "files") as made:
+        with work_folder(folder, "files") as made, work_folder(folder, "replaced") as kept:
             yield made
             names = sorted((p.relative_to(made) for p in made.rglob("*") if p.is_file()), reverse=True)
             names = [name for name in names if name != Path(_LOCK)]
             flush_to_disk(*(made / name for name in names))
-            for name in names:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(made / name, folder / name)
-            fsync(folder)
+            moved: list[Path] = []
+            try:
+                for name in names:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    _keep(folder / name, kept / name)
+                    os.replace(made / name, folder / name)
+                    moved.append(name)
+                fsync(folder)
+            except BaseException:
+                for name in moved:
+                    _put_back(kept / name, folder / name)
+                raise
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Keep a file that is to be replaced under a second name, if there is one."""
+    if path.is_file():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, copy)
+        except OSError:
+            # Not every system has a second name for a file.
+            shutil.copy2(path, copy)
+
+
+def _put_back(copy: Path, path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if copy.exists():
+            os.replace(copy, path)
+        else:
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -205,31 +234,47 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
     remove_abandoned(parent, name)
     for _ in range(_ATTEMPTS):
         made = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
-        try:
-            with file_lock(made / _LOCK) as mine:
+        with file_lock(made / _LOCK) as mine:
+            try:
                 # Another process may remove it as abandoned before it is locked.
                 if mine and made.is_dir():
                     yield made
                     return
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+            finally:
+                _remove(made)
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(parent))
 
 
 def remove_abandoned(parent: Path, name: str) -> int:
     """Remove the work folders that killed processes left; returns how many there were."""
     count = 0
-    # One without a lock has just been made.
-    for lock_file in parent.glob(f".{glob.escape(name)}.*.tmp/{_LOCK}"):
+    for folder in parent.glob(f".{glob.escape(name)}.*.tmp"):
+        # Without its lock it has just been made, or is all but removed; whoever made it makes another one.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            count += 1
+            continue
         lock = None
         # If it cannot be locked, it may be in use.
         with contextlib.suppress(OSError):
-            lock = acquire_lock(lock_file, 0.0)
+            if (folder / _LOCK).exists():
+                lock = acquire_lock(folder / _LOCK, 0.0)
         if lock is not None:
-            shutil.rmtree(lock_file.parent, ignore_errors=True)
+            _remove(folder)
             lock.release()
             count += 1
     return count
+
+
+def _remove(folder: Path) -> None:
+    """Remove a work folder whose lock this process holds; the lock last, so that a kill leaves one to be removed."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush_to_disk(*paths: Path) -> None:
@@ -270,3 +315,31 @@ def fsync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+# --- a folder of one process ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path) -> Iterator[None]:
+    """Reserve a folder for this process while the block runs; it is made if missing.
+
+    If nothing is written to it, folders made here are removed again.
+
+    Raises:
+        PrefixError: Another process uses it, or it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    with reporting_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with file_lock(folder / _LOCK) as acquired:
+            if not acquired:
+                raise PrefixError(
+                    f"{str(folder)!r} is in use by another process.", hint="wait for it, or choose another folder."
+                )
+            yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()

@@ -1,4 +1,4 @@
-"""Locks among processes: of a file, and of a folder that one process uses alone.
+"""Locks among processes.
 
 A lock ends with its process, however that ends, and holds among containers that share a folder.
 """
@@ -17,7 +17,7 @@ from prefixtune.errors import PrefixError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["acquire_lock", "claim_folder", "file_lock"]
+__all__ = ["acquire_lock", "file_lock"]
 
 _PATIENCE = 0.3
 """Seconds that a lock is tried for: the last holder may just be removing its file."""
@@ -76,30 +76,3 @@ def acquire_lock(path: Path, timeout: float) -> BaseFileLock | None:
     except NotImplementedError as error:
         raise OSError(errno.ENOLCK, str(error)) from error
     return lock
-
-
-@contextlib.contextmanager
-def claim_folder(folder: Path) -> Iterator[None]:
-    """Reserve a folder for this process while the block runs; it is made if missing.
-
-    If nothing is written to it, folders made here are removed again.
-
-    Raises:
-        PrefixError: Another process uses it, or it cannot be made.
-    """
-    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PrefixError(f"cannot write {str(folder)!r}: {error.strerror}.", hint="choose another place.") from error
-    try:
-        with file_lock(folder / ".lock") as acquired:
-            if not acquired:
-                raise PrefixError(
-                    f"{str(folder)!r} is in use by another process.", hint="wait for it, or choose another folder."
-                )
-            yield
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError
-from prefixtune.utils.locks import claim_folder
+from prefixtune.utils.files import claim_folder
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"event": "st', b"\x00" * 700, b"[1]"])

@@ -10,7 +10,8 @@ import pytest
 
 from child_process import kill, start_child
 from prefixtune.errors import PrefixError
-from prefixtune.utils.locks import claim_folder, file_lock
+from prefixtune.utils.files import claim_folder
+from prefixtune.utils.locks import file_lock
 
 
 def names(folder: Path) -> list[str]:
