@@ -136,12 +136,13 @@ def _main(words: Sequence[str]) -> int:
             raise
         return 0
     except OSError as error:
-        if error.strerror is None or (error.filename is None and error.errno != errno.ENOSPC):
+        if error.strerror is None:
             raise
         if error.filename is None:
+            # Perhaps of stdout, whose rest cannot be written.
             _discard_output()
-        what = "write" if error.filename is None else f"read or write {str(error.filename)!r}"
-        hint = "free some space." if error.errno == errno.ENOSPC else "check the path and its permissions."
+        what = "read or write" if error.filename is None else f"read or write {str(error.filename)!r}"
+        hint = "free some space." if error.errno == errno.ENOSPC else "check the path, its permissions and the disk."
         return _print_error(f"cannot {what}: {error.strerror}.", hint, PrefixError.__name__, 2, as_json)
     except Exception as error:
         if not is_out_of_memory(error):
