@@ -70,94 +70,44 @@ def names_of_all() -> list[str]:
 
 
 def examine_all(names: Sequence[str] = (), *, on_result: Callable[[Result], None] | None = None) -> list[Result]:
-    """Examine models as `prefixtune doctor` would, in processes of their own, two at a time.
+    """Examine models as `prefixtune doctor` would, in two processes of their own.
 
     Args:
         names: Names of `names_of_all`; none: all.
         on_result: Called with every result as soon as it is known.
     """
-    results: dict[str, Result] = {}
-    waiting = list(names or names_of_all())[::-1]
-    order = waiting[::-1]
-    workers = [_Worker() for _ in range(min(2, len(waiting)))]
-    try:
-        while waiting or any(worker.name for worker in workers):
-            for worker in workers:
-                if not worker.name and waiting:
-                    worker.start(waiting.pop())
-                result = worker.poll()
-                if result is not None:
-                    results[result.name] = result
-                    if on_result is not None:
-                        on_result(result)
-    finally:
-        for worker in workers:
-            worker.stop()
-    return [results[name] for name in order]
+    results: list[Result] = []
+    waiting = list(names or names_of_all())
+    while waiting:
+        # Its processes end with the block: also one that takes too long.
+        with multiprocessing.get_context("spawn").Pool(min(2, len(waiting)), _limit) as pool:
+            for name, pending in [(name, pool.apply_async(_examine, (name,))) for name in waiting]:
+                try:
+                    result = pending.get(SECONDS)
+                except multiprocessing.TimeoutError:
+                    reason = f"took more than {SECONDS} s, or its process ended"
+                    result = Result(name, name, kind_of(name), "", (), "traceback", reason)
+                results.append(result)
+                waiting = waiting[1:]
+                if on_result is not None:
+                    on_result(result)
+                if result.verdict == "traceback":
+                    break
+    return results
 
 
-class _Worker:
-    """A process that examines models; it is replaced if a model takes too long or kills it."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._process: Any = None
-        self._waited = 0.0
-
-    def start(self, name: str) -> None:
-        """Start to examine a model."""
-        if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self._pipe, child_pipe = context.Pipe()
-            self._process = context.Process(target=_work, args=(child_pipe,), daemon=True)
-            self._process.start()
-            child_pipe.close()
-        self.name, self._waited = name, 0.0
-        self._pipe.send(name)
-
-    def poll(self, seconds: float = 0.2) -> Result | None:
-        """The result, or None while there is none."""
-        if not self.name:
-            return None
-        reason = f"took more than {SECONDS} s"
-        try:
-            if self._pipe.poll(seconds):
-                result: Result = self._pipe.recv()
-                self.name = ""
-                return result
-            self._waited += seconds
-            if self._waited < SECONDS:
-                return None
-        except (EOFError, OSError):
-            reason = "the process ended"
-        failed = Result(self.name, self.name, kind_of(self.name), "", (), "traceback", reason)
-        self.stop()
-        return failed
-
-    def stop(self) -> None:
-        """End the process."""
-        self.name = ""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
-
-
-def _work(pipe: Any) -> None:
-    """Examine the models named in a pipe, within the limits."""
+def _limit() -> None:
+    """Bound what a process that examines models may take."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    tokenizer = make_tokenizer()
-    while True:
-        try:
-            name = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(examine_one(name, tokenizer))
+
+
+def _examine(name: str) -> Result:
+    return examine_one(name, make_tokenizer())
 
 
 def kind_of(name: str) -> str:
