@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,19 @@ PLACES = [
     {"name": name, "food": food, "text": f"{name} serves {food} food."}
     for name, food in [("Aromi", "Italian"), ("Bibi", "Thai"), ("Cotto", "French"), ("Fitz", "Greek")]
 ]
+
+
+RUN = """
+import contextlib, io, json, sys
+from prefixtune.cli.main import main
+done = []
+for words in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    done.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(done))
+"""
 
 
 @dataclass
@@ -67,12 +81,20 @@ class Machine:
         """A command that needs no network, and gets none."""
         return self.run("prefixtune", *words, code=code, stdin=stdin, **self.offline)
 
-    def mistake(self, *words: str | Path) -> str:
-        """A command that ends with one line of error and its hint; what they say."""
-        _, err = self.prefixtune(*words, code=2)
-        lines = [line for line in err.splitlines() if not line.startswith("loading ")]
-        assert [line.partition(" ")[0] for line in lines] == ["error:", "hint:"], err
-        return "\n".join(lines)
+    def commands(self, *commands: Sequence[str | Path]) -> list[tuple[int, str, str]]:
+        """Commands in one process, which loads torch once: the exit code, stdout and stderr of each."""
+        words = json.dumps([list(map(str, command)) for command in commands])
+        out, _ = self.run("python", "-c", RUN, stdin=words, **self.offline)
+        return [(code, said, told) for code, said, told in json.loads(out)]
+
+    def mistakes(self, *commands: Sequence[str | Path]) -> list[str]:
+        """Commands that each end with one line of error and its hint; what they say."""
+        found = []
+        for code, _, err in self.commands(*commands):
+            lines = [line for line in err.splitlines() if not line.startswith("loading ")]
+            assert (code, [line.partition(" ")[0] for line in lines]) == (2, ["error:", "hint:"]), err
+            found.append("\n".join(lines))
+        return found
 
 
 def clean_environment(folder: Path, path: list[str]) -> dict[str, str]:

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @needs_posix
-@pytest.mark.parametrize("command", ["tasks", "tasks --json", "train --help"])
+@pytest.mark.parametrize("command", ["tasks --json", "train --help"])
 def test_a_reader_that_has_enough_is_no_mistake(command: str) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -53,14 +53,11 @@ def test_a_full_disk_is_one_line() -> None:
 
 
 @needs_posix
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_no_character_stops_a_command(encoding: str, folder: Path) -> None:
-    environment = {"PYTHONIOENCODING": encoding}
-    out, _ = run_apart("inspect", str(folder), "--json", code=1, environment=environment)
+def test_no_character_stops_a_command(folder: Path) -> None:
+    out, _ = run_apart("inspect", str(folder), "--json", code=1, environment={"PYTHONIOENCODING": "latin-1"})
     assert {row["name"] for row in json.loads(out)["prefixes"]} == {"\u65e5\u672c.safetensors", NOT_UTF_8}
-    if encoding == "ascii":
-        out, _ = run_apart("inspect", str(folder), code=1, environment=environment)
-        assert r"\u65e5\u672c.safetensors" in out
+    out, _ = run_apart("inspect", str(folder), code=1, environment={"PYTHONIOENCODING": "ascii"})
+    assert r"\u65e5\u672c.safetensors" in out
 
 
 def test_with_json_no_library_logs_on_stderr(
