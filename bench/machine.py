@@ -1,7 +1,4 @@
-"""What a figure depends on besides the code: the machine, the versions, and the load by other processes.
-
-Needs no library but torch: a peer of the comparison imports it in an environment of its own.
-"""
+"""What a figure depends on besides the code: the machine, the versions, and the load by other processes."""
 
 from __future__ import annotations
 
@@ -24,18 +21,38 @@ BUSY_CORES = 0.25
 """Cores used by others from which on medians of short steps move."""
 
 
-def describe() -> dict[str, Any]:
+def describe(device: str = "cpu") -> dict[str, Any]:
     """Machine, versions and threads, for the results file."""
+    cpu = {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "bf16_instructions": _has_bf16()}
     return {
-        "machine": {
-            **describe_machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "bf16_instructions": _has_bf16(),
-        },
+        "machine": {**describe_machine(), **cpu, **_describe_gpu(device)},
         "versions": {**versions(), **{name: version(name) for name in ("numpy", "tokenizers")}},
         "threads": torch.get_num_threads(),
         "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("OMP_", "MKL_", "KMP_"))},
     }
+
+
+def _describe_gpu(device: str) -> dict[str, Any]:
+    if not is_gpu(device):
+        return {}
+    facts = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": facts.name,
+        "gpu_memory_gib": round(facts.total_memory / 2**30, 1),
+        "gpu_capability": f"{facts.major}.{facts.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def is_gpu(device: str | torch.device) -> bool:
+    """Whether it is a GPU that torch counts the memory of."""
+    return torch.device(device).type == "cuda"
+
+
+def wait(device: str | torch.device) -> None:
+    """Wait until the device has computed all that it was given."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
 
 
 def command_line() -> str:
@@ -43,35 +60,31 @@ def command_line() -> str:
     return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
-def reset_peak_memory() -> bool:
-    """Start the peak of memory again from the present size; False if the system cannot (only Linux can)."""
+def reset_peak_memory(device: str | torch.device = "cpu") -> None:
+    """Start the peaks of memory again from the present sizes; main memory's only where the system can (Linux)."""
     gc.collect()
+    if is_gpu(device):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError, AttributeError, TypeError):
         # Freed memory goes back to the system; otherwise it would count for the next measurement.
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return True
-    return False
 
 
-def peak_memory_mib() -> float | None:
-    """The most memory that this process has taken, in MiB, since the last `reset_peak_memory`; None: unknown.
+def memory_mib(device: str | torch.device = "cpu", *, peak: bool = False) -> float | None:
+    """Memory that this process has, or the most since `reset_peak_memory`, in MiB; None: unknown.
 
-    Main memory, not that of a GPU; it includes Python and the libraries.
+    Args:
+        device: A GPU: what torch has there for tensors. A CPU: main memory, with Python and its libraries.
+        peak: The most.
     """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
-    return None
-
-
-def resident_mib() -> float | None:
-    """Resident memory of this process, in MiB; None where there is no /proc."""
+    if is_gpu(device):
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
     for line in _lines("/proc/self/status"):
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
+        if line.startswith("VmHWM:" if peak else "VmRSS:"):
+            return int(line.split()[1]) / 2**10
     return None
 
 

@@ -1,4 +1,4 @@
-"""docs/configuration.md and docs/http.md are current, and say what a reader looks for."""
+"""Generated pages are current, and say what a reader looks for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefixtune.training.config import TrainConfig
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("tool", ["config_page", "http_page"])
+@pytest.mark.parametrize("tool", ["config_page", "http_page", "gpu_page"])
 def test_the_page_is_current(tool: str) -> None:
     command = [sys.executable, "-m", f"tools.{tool}", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -6,30 +6,34 @@ AdamW. Each side prepares its own tensors, since that is part of its step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from bench.peft_setup import model_folder, silence_peft
+from bench.machine import memory_mib, reset_peak_memory, wait
+from bench.models import make_backbone, make_model, silence_peft
 from bench.results import DifferenceError
-from bench.training.steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer
-from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
-from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
+from prefixtune.backbone.load import DEFAULT_BACKBONE
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.encoder import PrefixEncoder
 from prefixtune.training.loop import MOST_POSITIONS, PendingStep, forward_backward
 
+BOTTLENECK_SIZE = 512
+LEARNING_RATE = 5e-4
+MAX_GRAD_NORM = 1.0
 TOLERANCE = 1e-4
 TIMES = 2
 
-Gradients: TypeAlias = tuple[float, Tensor, list[Tensor]]
-"""Loss, the flat prefix's gradient, and every parameter's."""
+Gradients: TypeAlias = tuple[float, list[Tensor]]
+"""Loss, and every parameter's gradient."""
 
 VARIANTS = {
     "peft-fp32": ("PEFT", "float32"),
@@ -38,32 +42,94 @@ VARIANTS = {
     "ours-bf16": ("prefixtune", "bfloat16"),
 }
 
-RECOMPUTED = "-recomputed"
-"""Appended to the name of our variant: layers are recomputed in the backward pass."""
 
-
-class Side(Trained, Protocol):
+class Side(Protocol):
     """One way to train a prefix."""
 
-    def site(self) -> nn.Module:
-        """The module whose output is the flat prefix, (P, S) or one such matrix per row."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
 
-    def positions(self, batch: Sequence[TokenizedExample]) -> int:
-        """Text positions that the backbone computes for a batch, padding included."""
+    def backward(self, batch: Sequence[TokenizedExample]) -> float:
+        """Mean loss of the batch's target tokens; adds its gradients to those of the prefix's parameters."""
+
+    def weights(self) -> list[nn.Parameter]:
+        """The MLP's parameters: embedding, first layer's weight and bias, last layer's weight and bias."""
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with the settings of all sides; fused, as transformers' `Trainer` has it by default."""
+    return torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+
+def step(side: Side, batch: Sequence[TokenizedExample]) -> float:
+    """One optimizer step; returns its loss."""
+    side.optimizer.zero_grad(set_to_none=True)
+    loss = side.backward(batch)
+    nn.utils.clip_grad_norm_(side.weights(), MAX_GRAD_NORM)
+    side.optimizer.step()
+    return loss
+
+
+def timed_step(side: Side, batch: Sequence[TokenizedExample]) -> tuple[float, float]:
+    """A step's seconds, and its loss."""
+    device = side.weights()[0].device
+    gc.collect()
+    wait(device)
+    began = time.perf_counter()
+    loss = step(side, batch)
+    wait(device)
+    return time.perf_counter() - began, loss
+
+
+def clone_weights(side: Side) -> list[Tensor]:
+    """A copy of a side's parameters."""
+    return [weight.detach().clone() for weight in side.weights()]
+
+
+@torch.no_grad()
+def set_weights(side: Side, values: Iterable[Tensor]) -> None:
+    """Start a side again, with these parameters and an empty optimizer.
+
+    Raises:
+        DifferenceError: Their shapes differ.
+    """
+    for weight, value in zip(side.weights(), values, strict=True):
+        if weight.shape != value.shape:
+            raise DifferenceError(f"parameters differ in shape: {tuple(value.shape)} and {tuple(weight.shape)}.")
+        weight.copy_(value)
+    side.optimizer.state.clear()
+
+
+def measure_peak(side: Side, batches: Iterable[Sequence[TokenizedExample]]) -> dict[str, float | None]:
+    """The most memory over some steps, and what they add to the loaded model, in MiB: of the side's device."""
+    device = side.weights()[0].device
+    with torch.no_grad():
+        for parameter in side.model.parameters():
+            # Weights may be mapped from their file, and not loaded yet: read from every page.
+            parameter.flatten()[:: 2048 // parameter.element_size()].sum()
+    reset_peak_memory(device)
+    loaded = memory_mib(device)
+    for batch in batches:
+        step(side, batch)
+        gc.collect()
+    peak = memory_mib(device, peak=True)
+    return {"peak_mib": peak, "loaded_mib": loaded, "step_mib": peak - loaded if peak and loaded else None}
+
+
+# --- the sides --------------------------------------------------------------------------------------------------------
 
 
 class PeftSide:
     """PEFT as its users run it: one right-padded row per pair, labels -100 where there is no loss."""
 
-    def __init__(self, backbone_name: str, dtype: str, prefix_length: int) -> None:
+    def __init__(self, model: Any, pad_id: int, prefix_length: int) -> None:
         from peft import PrefixTuningConfig, get_peft_model
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         silence_peft()
-        folder = model_folder(backbone_name)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model, self.pad_id = model, pad_id
         config = PrefixTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=prefix_length,
@@ -75,14 +141,9 @@ class PeftSide:
         self.encoder = self.peft.prompt_encoder["default"]
         self.optimizer = make_optimizer(self.weights())
 
-    def loss(self, batch: Sequence[TokenizedExample]) -> Tensor:
-        """Mean loss over target tokens, as the model computes it from `labels`."""
-        loss: Tensor = self.peft(**self.collate(batch)).loss
-        return loss
-
     def backward(self, batch: Sequence[TokenizedExample]) -> float:
-        """See `Trained`."""
-        loss = self.loss(batch)
+        """See `Side`; the model computes the loss from `labels`."""
+        loss: Tensor = self.peft(**self.collate(batch)).loss
         loss.backward()
         return float(loss.detach())
 
@@ -98,7 +159,8 @@ class PeftSide:
             ids[row, :stop] = torch.tensor(prompt + target)
             mask[row, :stop] = 1
             labels[row, len(prompt) : stop] = torch.tensor(target)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        device = self.model.device
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
     def in_float64(self, batch: Sequence[TokenizedExample]) -> Gradients:
         """Loss and gradients computed in float64."""
@@ -113,40 +175,22 @@ class PeftSide:
         first, _, last = self.encoder.transform
         return [self.encoder.embedding.weight, first.weight, first.bias, last.weight, last.bias]
 
-    def site(self) -> nn.Module:
-        """See `Side`."""
-        encoder: nn.Module = self.encoder
-        return encoder
-
-    def positions(self, batch: Sequence[TokenizedExample]) -> int:
-        """See `Side`."""
-        return self.collate(batch)["input_ids"].numel()
-
 
 class OurSide:
     """This project's step, as `TrainLoop` takes it: packed rows, one pass of the MLP, logits only at labels."""
 
-    def __init__(self, backbone: Backbone, prefix_length: int, embedding_size: int | None = None) -> None:
-        self.backbone = backbone
-        self.model = backbone.model
+    def __init__(self, backbone: Backbone, prefix_length: int) -> None:
+        self.backbone, self.model = backbone, backbone.model
+        # PEFT's embedding is as wide as one layer's keys.
+        shape = backbone.geometry["decoder"][0]
         self.module = PrefixEncoder(
             "mlp",
             backbone.geometry,
             prefix_length,
-            embedding_size=embedding_size or backbone.hidden_size,
+            embedding_size=shape.num_kv_heads * shape.key_dim,
             bottleneck_size=BOTTLENECK_SIZE,
-        )
+        ).to(backbone.device)
         self.optimizer = make_optimizer(self.weights())
-        self.checkpointing: Any = None
-
-    def loss(self, batch: Sequence[TokenizedExample]) -> Tensor:
-        """Mean loss over target tokens."""
-        return self.loss_of(collate(self.backbone, batch))
-
-    def loss_of(self, row: Batch) -> Tensor:
-        """`loss` of a batch of tensors."""
-        losses = batch_loss(self.backbone, self.module(), row)
-        return (losses * row.weights("token", row.num_targets, len(row.labels))).sum()
 
     def rows(self, batch: Sequence[TokenizedExample]) -> list[Batch]:
         """The packed rows of a step, one pass each."""
@@ -154,7 +198,7 @@ class OurSide:
         return [collate(self.backbone, part, share_beginnings=True) for part in parts]
 
     def backward(self, batch: Sequence[TokenizedExample]) -> float:
-        """See `Trained`."""
+        """See `Side`."""
         batches = self.rows(batch)
         num_tokens = sum(len(part.labels) for part in batches)
         prefix = self.module()
@@ -174,33 +218,18 @@ class OurSide:
             for weight in layer.parameters()
         ]
 
-    def site(self) -> Any:
-        """See `Side`."""
-        return self.module.sites["decoder"]
 
-    def positions(self, batch: Sequence[TokenizedExample]) -> int:
-        """See `Side`."""
-        return sum(row.input_ids.numel() for row in self.rows(batch))
-
-
-def kv_width(backbone: Backbone) -> int:
-    """The width of PEFT's embedding: one layer's keys."""
-    shape = backbone.geometry["decoder"][0]
-    return shape.num_kv_heads * shape.key_dim
-
-
-def make_side(variant: str, prefix_length: int, backbone_name: str = DEFAULT_BACKBONE) -> PeftSide | OurSide:
+def make_side(
+    variant: str, prefix_length: int, backbone_name: str = DEFAULT_BACKBONE, device: str = "cpu"
+) -> PeftSide | OurSide:
     """Load a backbone with a trainable prefix, of the same size on both sides."""
+    library, dtype = VARIANTS[variant]
     torch.manual_seed(0)
-    library, dtype = VARIANTS[variant.removesuffix(RECOMPUTED)]
     if library == "PEFT":
-        return PeftSide(backbone_name, dtype, prefix_length)
-    backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")
-    side = OurSide(backbone, prefix_length, kv_width(backbone))
-    # Entered for the side's whole life; the attribute keeps it alive.
-    side.checkpointing = gradient_checkpointing(backbone.model, variant.endswith(RECOMPUTED))
-    side.checkpointing.__enter__()
-    return side
+        model = make_model(backbone_name, dtype, device)
+        pad_id = model.config.pad_token_id
+        return PeftSide(model, model.config.eos_token_id if pad_id is None else pad_id, prefix_length)
+    return OurSide(make_backbone(backbone_name, dtype, device), prefix_length)
 
 
 def num_target_tokens(batch: Sequence[TokenizedExample]) -> int:
@@ -209,19 +238,6 @@ def num_target_tokens(batch: Sequence[TokenizedExample]) -> int:
 
 
 # --- do both compute the same? ---------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def copy_weights(source: Side, target: Side) -> None:
-    """Copy a side's prefix to another, bit for bit.
-
-    Raises:
-        DifferenceError: Their shapes differ.
-    """
-    for old, new in zip(source.weights(), target.weights(), strict=True):
-        if old.shape != new.shape:
-            raise DifferenceError(f"parameters differ in shape: {tuple(old.shape)} and {tuple(new.shape)}.")
-        new.copy_(old)
 
 
 def require_same_backbone(one: PeftSide | OurSide, other: PeftSide | OurSide) -> None:
@@ -240,17 +256,16 @@ def require_same_backbone(one: PeftSide | OurSide, other: PeftSide | OurSide) ->
 
 
 def compare(reference: Side, other: Side, batch: Sequence[TokenizedExample]) -> dict[str, float]:
-    """Relative differences of loss, flat prefix's gradient and all parameters' gradients, at equal parameters."""
-    copy_weights(reference, other)
+    """Relative differences of the loss and of all parameters' gradients, at equal parameters."""
+    set_weights(other, reference.weights())
     return _distances(_gradients(reference, batch), _gradients(other, batch))
 
 
 def _distances(one: Gradients, other: Gradients) -> dict[str, float]:
-    (one_loss, one_flat, one_weights), (other_loss, other_flat, other_weights) = one, other
+    (one_loss, one_weights), (other_loss, other_weights) = one, other
     names = "embedding", "weight_1", "bias_1", "weight_2", "bias_2"
     return {
         "loss": abs(one_loss - other_loss) / abs(one_loss),
-        "prefix_gradient": distance(one_flat, other_flat),
         **{f"{name}_gradient": distance(a, b) for name, a, b in zip(names, one_weights, other_weights, strict=True)},
     }
 
@@ -274,29 +289,16 @@ def require_equal(reference: PeftSide, other: Side, batch: Sequence[TokenizedExa
         wrong = {name: value for name, value in wrong.items() if not others[name] <= TIMES * own[name]}
     if wrong:
         listed = ", ".join(f"{name} by {value:.2e}" for name, value in wrong.items())
-        raise DifferenceError(
-            f"PEFT and prefixtune do not compute the same in float32 (allowed {TOLERANCE:g}): {listed}."
-        )
+        raise DifferenceError(f"PEFT and prefixtune differ in float32 (allowed {TOLERANCE:g}): {listed}.")
     return differences
 
 
 def _gradients(side: Side, batch: Sequence[TokenizedExample]) -> Gradients:
-    flat: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        output.retain_grad()
-        flat.append(output)
-
-    handle = side.site().register_forward_hook(keep)
-    try:
-        loss, copies = gradients(side, batch)
-    finally:
-        handle.remove()
-    gradient = flat[0].grad
-    assert gradient is not None
-    # PEFT computes the prefix once per row.
-    summed = gradient.sum(0) if gradient.dim() == 3 else gradient
-    return loss, summed, copies
+    side.optimizer.zero_grad(set_to_none=True)
+    loss = side.backward(batch)
+    copies = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in side.weights()]
+    side.optimizer.zero_grad(set_to_none=True)
+    return loss, copies
 
 
 def distance(one: Tensor, other: Tensor) -> float:

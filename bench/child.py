@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from bench.results import PeerError
-
-ROOT = Path(__file__).resolve().parents[2]
+from bench.results import ROOT, PeerError
 
 
 class Child:
-    """A process that says when it is ready, and answers each line with a line.
+    """A process that says when it is ready, and answers each line with a line; it sleeps while it is asked nothing.
+
+    Even an idle server may keep a core busy that another side needs.
 
     Args:
         name: Of the side, for people.
@@ -37,7 +38,8 @@ class Child:
             stderr=self._log,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},
+            start_new_session=True,
         )
         self._read()
 
@@ -48,6 +50,7 @@ class Child:
             PeerError: It has ended.
         """
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(value) + "\n")
         self._process.stdin.flush()
         return self._read()
@@ -56,19 +59,25 @@ class Child:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
+            self._signal(signal.SIGSTOP)
             return json.loads(line)
         self._process.wait(60)
         self._log.seek(0)
         lines = self._log.read().strip().splitlines() or ["no message"]
+        self.close()
         raise PeerError(f"{self.name}: {lines[-1]}")
 
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def close(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        """End it, and what it started."""
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)
         try:
-            self._process.wait(30)
+            self._process.communicate(timeout=30)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._signal(signal.SIGKILL)
+            self._process.communicate()
         self._log.close()

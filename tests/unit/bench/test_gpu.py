@@ -1,0 +1,61 @@
+"""`make gpu`'s measurements run on a CPU with a tiny model, and its page says what there is, and what there is not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bench import gpu
+from bench.turns import isolated
+from tools.gpu_page import page
+
+PARTS = {"load", "train", "decode", "prompt"}
+
+
+def test_a_process_of_its_own() -> None:
+    assert isolated(os.getpid) != os.getpid()
+
+
+def test_every_part_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In this process: each new one would load torch again.
+    monkeypatch.setattr(gpu, "isolated", lambda work, *arguments: work(*arguments))
+    monkeypatch.setenv("PREFIXTUNE_SELF_CHECK", "0")
+    file = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--tiny", "--repeats", "1", "--json", str(file)]) == 0
+    results = json.loads(file.read_text(encoding="utf-8"))
+    measured = [row for row in results["summary"] if row["value"] is not None]
+    assert {row["part"] for row in measured} == PARTS
+    assert all(row["value"] > 0 for row in measured)
+    ours = [row for row in measured if row["part"] == "train" and row["what"].endswith("prefixtune")]
+    # Two lengths of the prefix, one target and two of a source.
+    assert len(ours) == 4
+    missing = {row["what"]: row["not_measured"] for row in results["summary"] if row["value"] is None}
+    assert all(missing.values())
+    shown = page(results)
+    assert all(row["what"] in shown for row in results["summary"])
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(plan: gpu.Plan) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(gpu, "isolated", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(gpu, "prompt", fail)
+    file = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--tiny", "--repeats", "1", "--parts", "prompt", "--json", str(file)]) == 0
+    [row] = json.loads(file.read_text(encoding="utf-8"))["summary"]
+    assert (row["part"], row["value"]) == ("prompt", None)
+    assert row["not_measured"]
+
+
+def test_without_a_gpu_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_results_the_page_says_so() -> None:
+    assert "Not measured" in page(None)
