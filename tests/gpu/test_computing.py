@@ -1,0 +1,103 @@
+"""On a device a model computes what attention by hand does, alone and packed; its training follows the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from equivalence.test_handwritten import P, T, gpt2, llama
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.training.train import train
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Relative to the largest number. bfloat16 has 8 bits, and rounds after every operation."""
+
+
+@pytest.fixture
+def examples(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
+    """Sources of one target and of several."""
+    shapes = [(7, (3, 6, 1)), (1, (4,)), (12, (5, 2))]
+    return [
+        TokenizedExample(tuple(random_ids(n, seed=n)), tuple(tuple(random_ids(m, seed=9 * n + m)) for m in targets))
+        for n, targets in shapes
+    ]
+
+
+@pytest.mark.parametrize(("family", "by_hand"), [("llama", llama), ("gpt2", gpt2)])
+def test_a_prefix_is_attention_by_hand(
+    family: str, by_hand: Any, device: str, dtype: str, placed: Any, random_prefix: Any, random_ids: Any
+) -> None:
+    backbone = placed(family, device, dtype)
+    prefix = random_prefix(backbone, P).detach()
+    ids = torch.tensor(random_ids(T))
+    weights = {name: weight.float().cpu() for name, weight in backbone.model.state_dict().items()}
+    rounded = prefix.to(getattr(torch, dtype)).to(torch.float32)
+    expected = by_hand(weights, ids, rounded)
+    found = backbone.forward(ids[None].to(device), prefixes=prefix.to(device)).logits[0].float().cpu()
+    assert float((found - expected).abs().max()) <= TOLERANCE[dtype] * float(expected.abs().max())
+
+
+def test_a_packed_row_is_each_pair_alone(
+    device: str, dtype: str, placed: Any, random_prefix: Any, examples: list[TokenizedExample]
+) -> None:
+    backbone = placed("llama", device, dtype)
+    prefix = random_prefix(backbone, 5).to(device).leaves()
+    together = batch_loss(backbone, prefix, collate(backbone, examples)).float()
+    pairs = [TokenizedExample(example.prompt, (target,)) for example in examples for target in example.targets]
+    alone = torch.cat([batch_loss(backbone, prefix, collate(backbone, [pair])).float() for pair in pairs])
+    assert float((together - alone).abs().max()) <= TOLERANCE[dtype] * float(alone.abs().max())
+    gradients = [torch.autograd.grad(losses.sum(), prefix.tensors()) for losses in (together, alone)]
+    for one, other in zip(*gradients, strict=True):
+        assert float((one - other).norm()) <= 2 * TOLERANCE[dtype] * float(other.norm())
+
+
+def test_training_follows_the_cpu(device: str, placed: Any, tmp_path: Path) -> None:
+    rows = [{"source": f"the pub number {number}", "target": f"a pub, {number}"} for number in range(12)]
+    losses = []
+    for place in ("cpu", device):
+        run = train(
+            backbone=placed("llama", place),
+            examples=rows,
+            output=str(tmp_path / place / str(len(losses))),
+            max_steps=8,
+            prefix_length=4,
+            batch_size=4,
+            progress=False,
+        )
+        losses.append([event["loss"] for event in run.events if event["event"] == "step"])
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+def test_causal_text_has_no_dense_mask(placed: Any, random_prefix: Any) -> None:
+    """The peak of memory grows with the text, not with its square: 2 x, not 4 x."""
+    backbone = placed("llama", "cuda", "bfloat16", max_position_embeddings=65_536)
+    prefix = random_prefix(backbone, 16).detach().to("cuda")
+
+    def peak(length: int, work: Callable[[int], object]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work(length)
+        return torch.cuda.max_memory_allocated() - before
+
+    def read(length: int) -> None:
+        with torch.inference_mode():
+            backbone.hidden_states(torch.ones(1, length, dtype=torch.long, device="cuda"), prefixes=prefix)
+
+    def learn(length: int) -> None:
+        example = TokenizedExample((1,) * (length // 2), ((2,) * (length // 2),))
+        batch_loss(backbone, prefix.leaves(), collate(backbone, [example])).sum().backward()
+
+    for work in (read, learn):
+        work(1024)
+        assert peak(32_768, work) <= 2.5 * peak(16_384, work)

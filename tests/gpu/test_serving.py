@@ -1,0 +1,96 @@
+"""The engine on a device: mixed prefixes are each text alone, and a prompt without room for it harms nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.models import save_model
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import load_backbone
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.errors import RequestError
+
+NEW = 8
+SAMPLING = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW)
+
+
+def recomputed(backbone: Backbone, request: Request) -> list[int]:
+    """The likeliest tokens, each from a pass over the whole text."""
+    ids = list(request.prompt)
+    for _ in range(NEW):
+        row = torch.tensor([ids], device=backbone.device)
+        with torch.inference_mode():
+            logits = backbone.forward(row, prefixes=request.prefix).logits[0, -1].float()
+        logits[backbone.eos_id] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return ids[len(request.prompt) :]
+
+
+def tokens(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    return [[token.id for token in texts[0].tokens] for texts in engine.run(requests)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_batch_of_mixed_prefixes_is_each_text_alone(
+    family: str, device: str, placed: Any, random_prefix: Any, random_ids: Any
+) -> None:
+    backbone = placed(family, device)
+    requests = [
+        Request(
+            tuple(random_ids(length, length)),
+            random_prefix(backbone, P, P).detach().to(device) if P else None,
+            SAMPLING,
+        )
+        for length, P in ((7, 6), (30, 0), (2, 3), (14, 6), (5, 1))
+    ]
+    engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
+    assert tokens(engine, requests) == [recomputed(backbone, request) for request in requests]
+
+
+def test_quantized_weights_are_near_the_full_ones(device: str, tmp_path: Path, random_prefix: Any) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    folder = save_model("tiny", tmp_path / "model")
+    plain, rounded = (load_backbone(folder, device=device, quantize=kind) for kind in ("", "int8"))
+    ids, prefix = torch.tensor([[5, 9, 60, 7]], device=device), random_prefix(plain, 3).detach().to(device)
+    one, other = (backbone.forward(ids, prefixes=prefix).logits.float() for backbone in (plain, rounded))
+    assert 0 < float((one - other).norm() / one.norm()) < 0.1
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Callable[[int], None]]:
+    """A function that leaves this process so many bytes of the GPU; all of it again afterwards."""
+    total = torch.cuda.get_device_properties("cuda").total_memory
+
+    def leave(size: int) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size) / total)
+
+    yield leave
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+def test_a_prompt_without_room_is_refused_and_the_engine_goes_on(
+    placed: Any, random_prefix: Any, little_memory: Any
+) -> None:
+    backbone = placed("llama", "cuda", max_position_embeddings=1_000_000)
+    prefix = random_prefix(backbone, 4).detach().to("cuda")
+    engine = Engine(backbone, EngineConfig(num_slots=2))
+    short, long = Request((5, 6, 7), prefix, SAMPLING), Request((5,) * 900_000, prefix, SAMPLING)
+    [before] = tokens(engine, [short])
+    little_memory(64 * 2**20)
+    try:
+        [[output]] = engine.run([long])
+        assert output.error
+    except RequestError:
+        pass
+    [after] = tokens(engine, [Request(short.prompt, prefix, SAMPLING)])
+    assert after == before
