@@ -36,7 +36,7 @@ def step_seconds(backbone: Backbone, num_texts: int, prefix_length: int, num_pre
         prompt = tuple(range(100 + index, 100 + index + PROMPT_LENGTH))
         engine.add(Request(prompt, prefix, SamplingParams(max_new_tokens=new, min_new_tokens=new)))
     written: dict[str, int] = {}
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < steps:
         began = time.perf_counter()
         outputs = engine.step()

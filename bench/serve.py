@@ -99,8 +99,8 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
     figures += ratio_figures("serve", "", NAMES, ratios, PAIRS)
     for side in ("different", "llama"):
         if side in timings:
-            for what, values in (("first token", timings[side].first), ("between tokens", timings[side].between)):
-                for percentile, value in percentiles(values).items():
+            for what, seen in (("first token", timings[side].first), ("between tokens", timings[side].between)):
+                for percentile, value in percentiles(seen).items():
                     figures.append(Figure("serve", f"{NAMES[side]}, {what}, {percentile}", 1000 * value, "ms"))
     values = {
         "data": name,
