@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a GPU, and skip it where there is none."""
     missing = pytest.mark.skip(reason="torch finds no GPU here")
     for item in items:
-        if item.path.parent.name == "gpu" and "cpu" not in item.name:
+        if getattr(item, "callspec", None) is not None and item.callspec.params.get("device") == "cuda":
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(missing)

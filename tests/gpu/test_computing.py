@@ -39,7 +39,7 @@ def test_a_prefix_is_attention_by_hand(
     weights = {name: weight.float().cpu() for name, weight in backbone.model.state_dict().items()}
     rounded = prefix.to(getattr(torch, dtype)).to(torch.float32)
     expected = by_hand(weights, ids, rounded)
-    found = backbone.forward(ids[None].to(device), prefixes=prefix.to(device)).logits[0].float().cpu()
+    found = backbone.forward(ids[None].to(device), prefixes=prefix.to(device=device)).logits[0].float().cpu()
     assert float((found - expected).abs().max()) <= TOLERANCE[dtype] * float(expected.abs().max())
 
 
@@ -47,7 +47,7 @@ def test_a_packed_row_is_each_pair_alone(
     device: str, dtype: str, placed: Any, random_prefix: Any, examples: list[TokenizedExample]
 ) -> None:
     backbone = placed("llama", device, dtype)
-    prefix = random_prefix(backbone, 5).to(device).leaves()
+    prefix = random_prefix(backbone, 5).to(device=device).leaves()
     together = batch_loss(backbone, prefix, collate(backbone, examples)).float()
     pairs = [TokenizedExample(example.prompt, (target,)) for example in examples for target in example.targets]
     alone = torch.cat([batch_loss(backbone, prefix, collate(backbone, [pair])).float() for pair in pairs])
@@ -80,7 +80,7 @@ def test_training_follows_the_cpu(device: str, placed: Any, tmp_path: Path) -> N
 def test_causal_text_has_no_dense_mask(placed: Any, random_prefix: Any) -> None:
     """The peak of memory grows with the text, not with its square: 2 x, not 4 x."""
     backbone = placed("llama", "cuda", "bfloat16", max_position_embeddings=65_536)
-    prefix = random_prefix(backbone, 16).detach().to("cuda")
+    prefix = random_prefix(backbone, 16).detach().to(device="cuda")
 
     def peak(length: int, work: Callable[[int], object]) -> int:
         torch.cuda.synchronize()

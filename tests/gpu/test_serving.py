@@ -28,7 +28,7 @@ def recomputed(backbone: Backbone, request: Request) -> list[int]:
         row = torch.tensor([ids], device=backbone.device)
         with torch.inference_mode():
             logits = backbone.forward(row, prefixes=request.prefix).logits[0, -1].float()
-        logits[backbone.eos_id] = -torch.inf
+            logits[backbone.eos_id] = -torch.inf
         ids.append(int(logits.argmax()))
     return ids[len(request.prompt) :]
 
@@ -45,7 +45,7 @@ def test_a_batch_of_mixed_prefixes_is_each_text_alone(
     requests = [
         Request(
             tuple(random_ids(length, length)),
-            random_prefix(backbone, P, P).detach().to(device) if P else None,
+            random_prefix(backbone, P, P).detach().to(device=device) if P else None,
             SAMPLING,
         )
         for length, P in ((7, 6), (30, 0), (2, 3), (14, 6), (5, 1))
@@ -58,7 +58,7 @@ def test_quantized_weights_are_near_the_full_ones(device: str, tmp_path: Path, r
     pytest.importorskip("torchao", reason="torchao is not installed")
     folder = save_model("tiny", tmp_path / "model")
     plain, rounded = (load_backbone(folder, device=device, quantize=kind) for kind in ("", "int8"))
-    ids, prefix = torch.tensor([[5, 9, 60, 7]], device=device), random_prefix(plain, 3).detach().to(device)
+    ids, prefix = torch.tensor([[5, 9, 60, 7]], device=device), random_prefix(plain, 3).detach().to(device=device)
     one, other = (backbone.forward(ids, prefixes=prefix).logits.float() for backbone in (plain, rounded))
     assert 0 < float((one - other).norm() / one.norm()) < 0.1
 
@@ -82,7 +82,7 @@ def test_a_prompt_without_room_is_refused_and_the_engine_goes_on(
     placed: Any, random_prefix: Any, little_memory: Any
 ) -> None:
     backbone = placed("llama", "cuda", max_position_embeddings=1_000_000)
-    prefix = random_prefix(backbone, 4).detach().to("cuda")
+    prefix = random_prefix(backbone, 4).detach().to(device="cuda")
     engine = Engine(backbone, EngineConfig(num_slots=2))
     short, long = Request((5, 6, 7), prefix, SAMPLING), Request((5,) * 900_000, prefix, SAMPLING)
     [before] = tokens(engine, [short])
