@@ -86,15 +86,38 @@ def supervise(program: Sequence[str], beside: Sequence[str], socket: str) -> int
     for early in received:
         # There was nobody yet to pass them on to.
         process.send_signal(early)
-    helper = _Helper(beside)
+    helper: subprocess.Popen[bytes] | None = None
+    pauses, began, not_before = RestartPauses(), 0.0, 0.0
     try:
         while (code := process.poll()) is None:
-            helper.keep_running()
+            now = time.monotonic()
+            if helper is not None and (ended := helper.poll()) is not None:
+                helper, pause = None, pauses.next(now - began)
+                not_before = now + pause
+                print(
+                    f"warning: the server for training ended (code {ended}); it is started again in {pause:g} s.",
+                    file=sys.stderr,
+                )
+            elif helper is None and now >= not_before:
+                not_before = now + pauses.SHORTEST
+                # The system may start no process now.
+                with contextlib.suppress(OSError):
+                    helper, began = _start(beside), now
             time.sleep(_POLL_SECONDS)
     finally:
-        helper.stop()
+        if helper is not None:
+            _stop(helper)
         _remove_with_folder(socket)
     return code if code >= 0 else 128 - code
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _remove_with_folder(path: str) -> None:
@@ -102,48 +125,6 @@ def _remove_with_folder(path: str) -> None:
     for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
         with contextlib.suppress(OSError):
             remove(what)
-
-
-class _Helper:
-    """The program beside."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self._command = command
-        self._process: subprocess.Popen[bytes] | None = None
-        self._began = self._not_before = 0.0
-        self._pauses = RestartPauses()
-
-    def keep_running(self) -> None:
-        """Start it if it does not run, and after a growing pause if it ends again and again."""
-        now = time.monotonic()
-        if self._process is None:
-            if now >= self._not_before:
-                self._began = now
-                try:
-                    self._process = _start(self._command)
-                except OSError as error:
-                    self._note_end(now, error.strerror or str(error))
-        elif (code := self._process.poll()) is not None:
-            self._process = None
-            self._note_end(now, f"code {code}")
-
-    def _note_end(self, now: float, reason: str) -> None:
-        pause = self._pauses.next(now - self._began)
-        self._not_before = now + pause
-        print(
-            f"warning: the server for training ended ({reason}); it is started again in {pause:g} s.", file=sys.stderr
-        )
-
-    def stop(self) -> None:
-        """End it."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
