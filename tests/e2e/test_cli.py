@@ -201,7 +201,7 @@ def losses_of_whole_lines(log: Path) -> list[str]:
 
 def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, train_flags: Callable[..., list[str]]) -> None:
     output = folder / "stopped"
-    more = ("--max-steps", "400", "--save-every", "1000")
+    more = ("--max-steps", "120", "--save-every", "1000")
     process = start(*train_flags(output, *more))
     log = output / "events.jsonl"
     deadline = time.monotonic() + 60
@@ -213,9 +213,9 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, train_flags: Callable
     assert "--resume" in err
     assert "Traceback" not in err
     done = len(losses(output))
-    assert 20 <= done < 400
+    assert 20 <= done < 120
     run("train", "--resume", "--output", str(output))
-    assert len(losses(output)) == 400
+    assert len(losses(output)) == 120
 
 
 def test_a_run_is_not_overwritten(trained: Path, train_flags: Callable[..., list[str]]) -> None:
@@ -254,15 +254,15 @@ def test_an_unprepared_backbone_is_not_fetched_unasked(tmp_path: Path) -> None:
 
 
 def test_a_kill_before_the_first_save_can_be_resumed(folder: Path, train_flags: Callable[..., list[str]]) -> None:
-    output, settings = folder / "early", ("--max-steps", "300", "--save-every", "1000")
+    output, settings = folder / "early", ("--max-steps", "60", "--save-every", "1000")
     process = start(*train_flags(output, *settings))
     log = output / "events.jsonl"
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (log.exists() and '"event": "step"' in log.read_text()):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert 0 < log.read_text().count('"event": "step"') < 300
+    assert 0 < log.read_text().count('"event": "step"') < 60
     run("train", "--resume", "--output", str(output))
     run(*train_flags(folder / "early-whole", *settings))
     assert losses(output) == losses(folder / "early-whole")
