@@ -4,9 +4,8 @@
     python -m bench.train --prefix-length 500 --json bench/results/train_long_prefix.json
     python -m bench.train --quick                  # only to see that it works
 
-Sides take turns on the same data and never work at once, and a ratio is the median of the paired ratios. Prints a table,
-and writes every figure with the machine, the versions and the command. Needs `prefixtune prepare` once, and
-PEFT.
+Sides take turns on the same data and never work at once, and a ratio is the median of the paired ratios. Writes every
+figure with the machine, the versions and the command. Needs `prefixtune prepare` once, and PEFT.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from bench.results import DifferenceError
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.load import DEFAULT_BACKBONE
-from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.encoder import PrefixEncoder
