@@ -97,17 +97,7 @@ def collect() -> dict[str, list[Row]]:
         SystemExit: Tests cannot be collected, or name an unknown target.
     """
     collector = Collector()
-    arguments = [
-        "--collect-only",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "",
-        "--rootdir",
-        str(ROOT),
-        str(ROOT / "tests"),
-    ]
+    arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / "tests")]
     with contextlib.redirect_stdout(io.StringIO()) as output:
         status = pytest.main(arguments, plugins=[collector])
     if status != pytest.ExitCode.OK:

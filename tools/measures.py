@@ -2,15 +2,13 @@
 
     python -m tools.measures
 
-A line of code is a line with a token of the language: docstrings, comments and blank lines are not counted, and C++
-counts as well.
+A line of code is a line with a token of the language: docstrings, comments and blank lines are not counted.
 """
 
 from __future__ import annotations
 
 import ast
 import io
-import re
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -63,21 +61,15 @@ def python_lines(source: str) -> int:
     return len(lines)
 
 
-def c_lines(source: str) -> int:
-    """The lines of code of a C or C++ file."""
-    without_blocks = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
-    return sum(bool(line.strip()) and not line.strip().startswith("//") for line in without_blocks.splitlines())
-
-
 def files(*places: Path) -> list[Path]:
-    """The files of code in folders, and those that are named themselves."""
+    """The files of Python in folders, and those that are named themselves."""
     found = [path for place in places for path in (sorted(place.rglob("*")) if place.is_dir() else [place])]
-    return [path for path in found if path.suffix in (".py", ".c", ".cpp", ".h") and path.exists()]
+    return [path for path in found if path.suffix == ".py" and path.exists()]
 
 
 def lines(paths: Iterable[Path]) -> int:
     """The lines of code of all files."""
-    return sum((python_lines if path.suffix == ".py" else c_lines)(path.read_text(encoding="utf-8")) for path in paths)
+    return sum(python_lines(path.read_text(encoding="utf-8")) for path in paths)
 
 
 def long_functions(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
@@ -133,7 +125,7 @@ def main() -> int:
     print(f"{'words of docs, by hand':32}{by_hand:8,}{_WORDS:9,}")
     print(f"{'words of docs, generated':32}{generated:8,}")
     print(f"{'files of src':32}{len(source):8,}{280:9,}")
-    long = sorted((found for path in source if path.suffix == ".py" for found in long_functions(path)), reverse=True)
+    long = sorted((found for path in source for found in long_functions(path)), reverse=True)
     print(f"functions over {LONG} lines of code: {len(long)}")
     for count, where in long:
         print(f"  {count:4} {where}")

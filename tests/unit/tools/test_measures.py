@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from tools.measures import c_lines, long_functions, python_lines
+from tools.measures import long_functions, python_lines
 
 SOURCE = '''"""A docstring.
 
@@ -25,10 +25,6 @@ that is a value"""
 
 def test_docstrings_comments_and_blank_lines_are_no_code() -> None:
     assert python_lines(SOURCE) == 8
-
-
-def test_comments_of_c_are_no_code() -> None:
-    assert c_lines("// one\n\nint a;  // two\n/* three\n four */\nint b;\n") == 2
 
 
 def test_a_long_function_is_found(tmp_path: Path) -> None:
