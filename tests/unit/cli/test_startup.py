@@ -8,43 +8,50 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prefixtune.cli.main import command_options
+
 WATCH = """
 import contextlib, io, json, sys
 from prefixtune.cli.main import main
-codes = []
+seen = []
 for words in json.loads(sys.argv[1]):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
-            codes.append(main(words))
+            code = main(words)
         except SystemExit as stopped:
-            codes.append(stopped.code or 0)
-print(json.dumps([codes, list(sys.modules)]))
+            code = stopped.code or 0
+    seen.append([code, out.getvalue(), list(sys.modules)])
+print(json.dumps(seen))
 """
 
 
-def run_commands(*commands: list[str]) -> tuple[list[int], set[str]]:
-    """The exit codes of commands in one new process, and the modules that they imported."""
+def run_commands(*commands: list[str]) -> list[tuple[int, str, set[str]]]:
+    """Commands in one new process: the exit code, what was printed, and the modules that are imported by then."""
     done = subprocess.run([sys.executable, "-c", WATCH, json.dumps(commands)], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    codes, modules = json.loads(done.stdout)
-    return codes, set(modules)
+    return [(code, printed, set(modules)) for code, printed, modules in json.loads(done.stdout)]
 
 
 def test_help_and_mistakes_need_neither_torch_nor_transformers(tmp_path: Path) -> None:
-    missing = ["--prefix", str(tmp_path / "missing")]
-    mistakes = (["generate", "--max-tokenz", "1", "hello"], ["generate", *missing, "hello"], ["chat", *missing])
-    codes, modules = run_commands(["--help"], ["generate", "--help"], *mistakes)
-    assert codes == [0, 0, 2, 2, 2]
-    assert modules.isdisjoint({"torch", "transformers", "accelerate", "scipy", "pandas", "sklearn", "matplotlib"})
+    missing, names = ["--prefix", str(tmp_path / "missing")], list(command_options())
+    helped = [["--help"], *([name, "--help"] for name in names)]
+    mistakes = [["generate", "--max-tokenz", "1", "hello"], ["generate", *missing, "hello"], ["chat", *missing]]
+    seen = run_commands(*helped, *mistakes)
+    assert [code for code, _, _ in seen] == [0] * len(helped) + [2] * len(mistakes)
+    for name, (_, printed, _) in zip(names, seen[1:], strict=False):
+        assert f"usage: prefixtune {name} " in printed.lower()
+    large = {"torch", "transformers", "accelerate", "scipy", "pandas", "sklearn", "matplotlib"}
+    assert seen[len(helped) - 1][2].isdisjoint({*large, "fastapi", "jinja2", "numpy", "sacrebleu"})
+    assert seen[-1][2].isdisjoint(large)
 
 
 def test_generate_imports_no_part_that_it_does_not_need(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> None:
     folder = tmp_path / "model"
     tiny_models("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
-    codes, modules = run_commands(["generate", "--backbone", str(folder), "--max-new-tokens", "1", "hello"])
-    assert codes == [0]
+    [(code, _, modules)] = run_commands(["generate", "--backbone", str(folder), "--max-new-tokens", "1", "hello"])
+    assert code == 0
     own = {name.split(".")[1] for name in modules if name.startswith("prefixtune.")}
     assert own.isdisjoint({"engine", "training", "evaluation", "server", "report", "jobs", "doctor"})
     other = {"torch._inductor.compile_fx", "transformers.trainer", "peft", "onnx", "pandas", "sklearn", "matplotlib"}
