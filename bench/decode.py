@@ -14,9 +14,9 @@ import time
 from itertools import product
 from statistics import median
 
+from bench.models import make_backbone
 from bench.results import Figure, Log, Results, make_parser, run_benchmark
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import load_backbone
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
@@ -49,7 +49,7 @@ def step_seconds(backbone: Backbone, num_texts: int, prefix_length: int, num_pre
 
 def measure(options: argparse.Namespace, log: Log) -> Results:
     """All figures."""
-    backbone = load_backbone(options.backbone, dtype="bfloat16", device="cpu")
+    backbone = make_backbone(options.backbone, "bfloat16", "cpu")
     rows, figures = [], []
     for texts, length, prefixes in product(options.texts, options.lengths, options.prefixes):
         seconds = step_seconds(backbone, texts, length, prefixes, options.repeats)
@@ -60,13 +60,13 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
     return {"figures": rows}, figures
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write the figures."""
     parser = make_parser(__doc__, "decode", repeats=20, quick=3)
     parser.add_argument("--texts", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 10, 200])
     parser.add_argument("--prefixes", type=int, nargs="+", default=[0], help="how many different ones; 0: one per text")
-    return run_benchmark(parser, measure)
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ import torch
 
 from bench import data
 from bench.child import Child
+from bench.models import make_backbone
 from bench.results import ROOT, DifferenceError, Figure, Log, Results, make_parser, run_benchmark
 from bench.turns import ratio_figures, speed_ratios, take_turns
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.starts.words import from_words
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
     """All sides in turn."""
     settings = QUICK if options.quick else {name: getattr(options, name) for name in QUICK}
     texts, tokens_in, new = settings.values()
-    backbone = load_backbone(options.backbone, dtype="bfloat16", device="cpu")
+    backbone = make_backbone(options.backbone, "bfloat16", "cpu")
     name, examples = data.read()
     prefixes = [
         from_words(backbone, f"Describe in one sentence: {example.source}", PREFIX_LENGTH)
@@ -195,7 +195,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {"p50": median(values), "p99": quantiles(values, n=100, method="inclusive")[98]} if len(values) > 1 else {}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write the figures."""
     parser = make_parser(__doc__, "serve", repeats=7, quick=2)
     parser.add_argument("--texts", type=int, default=32, help="at once (default %(default)s)")
@@ -205,7 +205,7 @@ def main() -> int:
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--llama-python", default=sys.executable, help="a Python whose environment has xllamacpp")
     parser.add_argument("--before", type=Path, help="`src` of another version")
-    return run_benchmark(parser, measure)
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

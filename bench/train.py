@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench import data
 from bench.data import Batch
+from bench.models import make_backbone
 from bench.results import Figure, Log, Results, make_parser, run_benchmark
 from bench.train_sides import (
     VARIANTS,
@@ -38,7 +39,6 @@ from bench.train_sides import (
     timed_step,
 )
 from bench.turns import isolated, ratio_figures, speed_ratios, take_turns
-from prefixtune.backbone.load import load_backbone
 
 SETTINGS = [(16, 4), (32, 8)]
 """(pairs per step, most targets of one source): the defaults of training, and what E2E's 8.6 targets allow."""
@@ -54,7 +54,7 @@ NAMES = {
 def measure(options: argparse.Namespace, log: Log) -> Results:
     """All figures."""
     name, examples = data.read(options.data)
-    backbone = load_backbone(options.backbone, dtype="float32", device="cpu")
+    backbone = make_backbone(options.backbone, "float32", "cpu")
     length, number = options.prefix_length, max(options.repeats + 1, MEMORY_STEPS)
     batches = {
         setting: data.make_batches(backbone, examples, setting, number=number, prefix_length=length)
@@ -159,14 +159,14 @@ def report(result: Mapping[str, Any]) -> list[Figure]:
     return figures
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write the figures."""
     parser = make_parser(__doc__, "train", repeats=7, quick=2)
     parser.add_argument(
         "--data", type=Path, help="E2E training file (default: beside the repository, else the toy set)"
     )
     parser.add_argument("--prefix-length", type=int, default=10, help="default %(default)s")
-    return run_benchmark(parser, measure)
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

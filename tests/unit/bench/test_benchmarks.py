@@ -1,4 +1,4 @@
-"""`make gpu`'s measurements run on a CPU with a tiny model, and its page says what there is, and what there is not."""
+"""The benchmarks run with a tiny model, `make gpu`'s on a CPU, whose page says what there is, and what there is not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu
+from bench import decode, gpu, train
 from bench.turns import isolated
 from tools.gpu_page import page
 
@@ -17,6 +17,16 @@ PARTS = {"load", "train", "decode", "prompt"}
 
 def test_a_process_of_its_own() -> None:
     assert isolated(os.getpid) != os.getpid()
+
+
+def test_training_and_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "isolated", lambda work, *arguments: work(*arguments))
+    options = ["--quick", "--repeats", "1", "--backbone", "tiny", "--json", str(tmp_path / "out.json")]
+    for benchmark, more in ((train, []), (decode, ["--texts", "1", "2", "--lengths", "0", "3"])):
+        assert benchmark.main([*options, *more]) == 0
+        rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["summary"]
+        assert len(rows) >= 4
+        assert all(row["value"] is not None for row in rows)
 
 
 def test_every_part_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
