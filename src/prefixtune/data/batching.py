@@ -63,7 +63,8 @@ def divide(
         most_positions: Tokens of a part, at most, unless a single example has more; 0: nothing is divided.
         share_beginnings: As in `collate`: what is computed once in a part counts once.
     """
-    share_beginnings = share_beginnings and backbone.kind == "decoder" and backbone.layout.packable
+    of_tokens = examples[0].label_positions is None
+    share_beginnings = share_beginnings and of_tokens and backbone.kind == "decoder" and backbone.layout.packable
     groups = _groups(examples, share_beginnings)
     if not most_positions or sum(group.size for group in groups) <= most_positions:
         return [list(examples)]
@@ -115,11 +116,12 @@ class _SharedBeginning:
     def join(self, example: TokenizedExample) -> _SharedBeginning | None:
         """With another example; None: it cannot be, or is no gain: the positions of a group all meet in attention."""
         last = self.examples[-1]
-        if max(len(last.targets), len(example.targets)) > 1 or _sees(last) != _sees(example):
+        sees_alike = (last.hidden, last.visible_length) == (example.hidden, example.visible_length)
+        if max(len(last.targets), len(example.targets)) > 1 or not sees_alike:
             return None
-        if last.label_positions is not None:
-            return None
-        length = min(self.length, len(example.prompt) - 1, _common_length(last.prompt, example.prompt))
+        pairs = enumerate(zip(last.prompt, example.prompt, strict=False))
+        common = next((index for index, (one, other) in pairs if one != other), self.length)
+        length = min(self.length, len(example.prompt) - 1, common)
         count = len(self.examples)
         saved_before = self.length * (count - 1)
         saved = length * count - saved_before
@@ -146,47 +148,29 @@ def _size(example: TokenizedExample) -> int:
     return len(example.prompt) - 1 + sum(map(len, example.targets))
 
 
-def _sees(example: TokenizedExample) -> tuple[tuple[int, ...], int | None]:
-    """What of the prefix is in front of an example."""
-    return example.hidden, example.visible_length
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their start."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
-
-
 def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
     """Sources with labels at some of their positions, for a head."""
     prompts = [example.prompt for example in examples]
-    packing = mask = None
+    packing = mask = hidden = None
     if backbone.layout.packable and backbone.kind == "decoder":
-        starts = list(itertools.accumulate(map(len, prompts[:-1]), initial=0))
+        starts = [0, *itertools.accumulate(map(len, prompts))]
         ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-        packing = Packing(
-            tuple(
-                Group(start, len(example.prompt), (), example.hidden)
-                for start, example in zip(starts, examples, strict=True)
-            )
-        )
+        rows = zip(starts, examples, strict=False)
+        packing = Packing(tuple(Group(start, len(one.prompt), (), one.hidden) for start, one in rows))
     else:
         ids, mask = _pad_rows(prompts, backbone.pad_id)
         starts = [row * ids.shape[1] for row in range(len(prompts))]
-    label_positions = [
-        start + position
-        for start, example in zip(starts, examples, strict=True)
-        for position in example.label_positions or ()
-    ]
+        hidden = _hidden_rows(examples)
+    positions = [start + at for start, one in zip(starts, examples, strict=False) for at in one.label_positions or ()]
     return Batch(
         ids,
-        torch.tensor(label_positions),
+        torch.tensor(positions),
         *_labels(examples),
         packing,
         attention_mask=mask,
         labelled=True,
         visible_lengths=_one_length(examples),
-        hidden=None if packing is not None else _hidden_rows([example.hidden for example in examples]),
+        hidden=hidden,
     )
 
 
@@ -211,54 +195,34 @@ def pack(
         DataError: A prompt is empty: nothing would predict the first token.
     """
     _check_prompts(examples)
-    labels = _labels(examples)
-    soft_labels = _soft_labels(examples)
-    if decoder_start_id is not None:
-        return _pack_encoder_decoder(examples, decoder_start_id, labels, soft_labels)
+    apart = decoder_start_id is not None
     ids: list[int] = []
     groups: list[Group] = []
     label_positions: list[int] = []
-    shared = _groups(examples, share_beginnings)
+    shared = _groups(examples, share_beginnings and not apart)
     for group in shared:
         start, target_lengths = len(ids), []
-        ids.extend(group.examples[0].prompt[: group.length])
+        shared_length = 0 if apart else group.length
+        ids.extend(group.examples[0].prompt[:shared_length])
         for example in group.examples:
-            rest = example.prompt[group.length :]
+            rest = example.prompt[shared_length:] if decoder_start_id is None else (decoder_start_id,)
             for target, spans in zip(example.targets, example.label_spans(), strict=True):
                 first_label = len(ids) + len(rest) - 1
                 label_positions.extend(first_label + offset for span in spans for offset in range(*span))
                 target_lengths.append(len(rest) - 1 + len(target))
                 ids.extend((*rest, *target[:-1]))
-        groups.append(Group(start, group.length, tuple(target_lengths), group.examples[0].hidden))
+        groups.append(Group(start, shared_length, tuple(target_lengths), group.examples[0].hidden))
     lengths, prefix_index = _visible_lengths([group.examples[0] for group in shared])
-    packing = Packing(tuple(groups), None, prefix_index)
-    positions = torch.tensor(label_positions)
-    return Batch(torch.tensor([ids]), positions, *labels, packing, visible_lengths=lengths, soft_labels=soft_labels)
-
-
-def _pack_encoder_decoder(
-    examples: Sequence[TokenizedExample],
-    decoder_start_id: int,
-    labels: tuple[Int[Tensor, " N"], Int[Tensor, " N"]],
-    soft_labels: SoftLabels | None,
-) -> Batch:
-    ids: list[int] = []
-    groups: list[Group] = []
-    label_positions: list[int] = []
-    for example in examples:
-        groups.append(Group(len(ids), 0, tuple(map(len, example.targets)), example.hidden))
-        for target, spans in zip(example.targets, example.label_spans(), strict=True):
-            label_positions.extend(len(ids) + offset for span in spans for offset in range(*span))
-            ids.extend((decoder_start_id, *target[:-1]))
-    lengths, prefix_index = _visible_lengths(examples)
+    sources = tuple(len(example.prompt) for example in examples) if apart else None
+    row = torch.tensor([ids])
     return Batch(
-        torch.tensor([[token for example in examples for token in example.prompt]]),
+        torch.tensor([[token for example in examples for token in example.prompt]]) if apart else row,
         torch.tensor(label_positions),
-        *labels,
-        Packing(tuple(groups), tuple(len(example.prompt) for example in examples), prefix_index),
-        decoder_input_ids=torch.tensor([ids]),
+        *_labels(examples),
+        Packing(tuple(groups), sources, prefix_index),
+        decoder_input_ids=row if apart else None,
         visible_lengths=lengths,
-        soft_labels=soft_labels,
+        soft_labels=_soft_labels(examples),
     )
 
 
@@ -274,37 +238,33 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
         DataError: A prompt is empty: nothing would predict the first token.
     """
     _check_prompts(examples)
+    apart = decoder_start_id is not None
     # What the decoder reads before a target's first label is predicted from its last token.
     pairs = [
         (example.prompt if decoder_start_id is None else (decoder_start_id,), target, spans)
         for example in examples
         for target, spans in zip(example.targets, example.label_spans(), strict=True)
     ]
+    owners = [row for row, example in enumerate(examples) for _ in example.targets]
     ids, mask = _pad_rows([(*context, *target[:-1]) for context, target, _ in pairs], pad_id)
-    width = ids.shape[1]
     label_positions = [
-        row * width + len(context) - 1 + offset
+        row * ids.shape[1] + len(context) - 1 + offset
         for row, (context, _, spans) in enumerate(pairs)
-        for first, stop in spans
-        for offset in range(first, stop)
+        for span in spans
+        for offset in range(*span)
     ]
-    labels = (torch.tensor(label_positions), *_labels(examples))
-    soft_labels = _soft_labels(examples)
-    lengths = _one_length(examples)
-    if decoder_start_id is None:
-        hidden = _hidden_rows([example.hidden for example in examples for _ in example.targets])
-        return Batch(ids, *labels, attention_mask=mask, visible_lengths=lengths, hidden=hidden, soft_labels=soft_labels)
-    sources, source_mask = _pad_rows([example.prompt for example in examples], pad_id)
+    sources, source_mask = _pad_rows([example.prompt for example in examples], pad_id) if apart else (ids, mask)
     return Batch(
         sources,
-        *labels,
+        torch.tensor(label_positions),
+        *_labels(examples),
         attention_mask=source_mask,
-        decoder_input_ids=ids,
-        decoder_attention_mask=mask,
-        source_rows=torch.tensor([row for row, example in enumerate(examples) for _ in example.targets]),
-        visible_lengths=lengths,
-        hidden=_hidden_rows([example.hidden for example in examples]),
-        soft_labels=soft_labels,
+        decoder_input_ids=ids if apart else None,
+        decoder_attention_mask=mask if apart else None,
+        source_rows=torch.tensor(owners) if apart else None,
+        visible_lengths=_one_length(examples),
+        hidden=_hidden_rows(examples if apart else [examples[owner] for owner in owners]),
+        soft_labels=_soft_labels(examples),
     )
 
 
@@ -325,17 +285,15 @@ def join(batches: Sequence[Batch]) -> Batch:
     prefix_index: list[int] = []
     label_positions: list[Tensor] = []
     target_index: list[Tensor] = []
-    width = num_targets = 0
-    num_prefixes = 0
+    width = num_targets = num_prefixes = 0
     for batch in batches:
         packing = batch.packing or Packing(())
-        groups.extend(dataclasses.replace(group, start=group.start + width) for group in packing.groups)
-        sources.extend(packing.sources or ())
-        own_index = packing.prefix_index or (0,) * len(packing.groups)
-        prefix_index.extend(num_prefixes + index for index in own_index)
-        num_prefixes += batch.num_prefixes
+        groups += [dataclasses.replace(group, start=group.start + width) for group in packing.groups]
+        sources += packing.sources or ()
+        prefix_index += [num_prefixes + index for index in packing.prefix_index or (0,) * len(packing.groups)]
         label_positions.append(batch.label_positions + width)
         target_index.append(batch.target_index + num_targets)
+        num_prefixes += batch.num_prefixes
         width, num_targets = width + batch.width, num_targets + batch.num_targets
     decoder_rows = [batch.decoder_input_ids for batch in batches if batch.decoder_input_ids is not None]
     return Batch(
@@ -396,15 +354,10 @@ def _soft_labels(examples: Sequence[TokenizedExample]) -> SoftLabels | None:
 
 def _join_soft_labels(parts: Sequence[SoftLabels | None], labels: Sequence[Int[Tensor, " _N"]]) -> SoftLabels | None:
     """One after the other; where some parts have none, their labels are certain. None: no part has any."""
-    sizes = {part.k for part in parts if part is not None}
-    if not sizes:
-        return None
-    return SoftLabels.cat(
-        [
-            SoftLabels.from_labels(own, max(sizes)) if part is None else part
-            for part, own in zip(parts, labels, strict=True)
-        ]
-    )
+    sizes = [part.k for part in parts if part is not None]
+    pairs = zip(parts, labels, strict=True)
+    whole = [SoftLabels.from_labels(own, max(sizes)) if part is None else part for part, own in pairs] if sizes else []
+    return SoftLabels.cat(whole) if whole else None
 
 
 def _pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "R T"], Int[Tensor, "R T"]]:
@@ -415,9 +368,10 @@ def _pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "
     return ids, mask
 
 
-def _hidden_rows(hidden: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...] | None:
-    """What each row does not see of the prefix; None: every row sees all."""
-    return tuple(hidden) if any(hidden) else None
+def _hidden_rows(examples: Sequence[TokenizedExample]) -> tuple[tuple[int, ...], ...] | None:
+    """What the row of each example does not see of the prefix; None: every row sees all."""
+    hidden = tuple(example.hidden for example in examples)
+    return hidden if any(hidden) else None
 
 
 def _check_prompts(examples: Sequence[TokenizedExample]) -> None:

@@ -1,19 +1,19 @@
 """Conversations -> token ids, by a chat template: what is read before an answer, and where the answers are labels.
 
-A conversation is computed once: its answers are the turns of one packed example. Where the template writes earlier
-answers in another way than the last one (thinking is removed), or tokens join at a border, each turn is an example of
-its own.
+A conversation is rendered up to each answer and with it. Where each of these texts goes on with the one before, the
+last one is tokenized once, and its tokens' characters say where the answers are. Where the template writes earlier
+answers in another way than the last one (thinking is removed), or tokens join at a border, each turn stands alone.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.bounds import bounded
 from prefixtune.data.examples import Message
 from prefixtune.errors import RequestError
 from prefixtune.prefix.chat_format import allow_template, render_chat, split_at_last_message, template_hash
@@ -24,7 +24,7 @@ Source = str | Sequence[Message] | Sequence[Mapping[str, str]]
 
 _OWN = TextFormat("{source}", "{target}", chat_template=MODEL_TEMPLATE)
 _ANSWER, _QUESTION = "\ue000answer\ue001", "\ue000question\ue001"
-"""A text that stands for an answer; of characters for private use, which no template changes."""
+"""A text that stands for a message; of characters for private use, which no template changes."""
 
 
 class Turn(NamedTuple):
@@ -39,48 +39,33 @@ class Turn(NamedTuple):
         return len(self.prompt) + len(self.labels)
 
 
-@dataclass(frozen=True)
-class ConversationTurns:
+class Turns(NamedTuple):
     """The answers of a conversation.
 
     Attributes:
         turns: One per answer of the assistant; the last ones answer the same message where there are several targets.
-            Where one is too long, it is the last of them.
-        num_last: How many of them answer the last message.
-        is_packed: Each turn continues the one before it token by token, so that the whole is computed once.
-        num_turns: Of the whole conversation.
+            Those behind one that is far too long are left out.
+        is_packed: Those up to the first target continue each other token by token, so that all is computed once.
     """
 
     turns: tuple[Turn, ...]
-    num_last: int
     is_packed: bool
-    num_turns: int
+
+
+class _Written(NamedTuple):
+    """What a template writes before an answer, and with it."""
+
+    before: str
+    whole: str
+    answer: str
+
+
+# --- what a model reads ----------------------------------------------------------------------------------------------
 
 
 def has_chat_template(backbone: Backbone) -> bool:
     """Whether the backbone was trained for conversations."""
     return bool(backbone.tokenizer.chat_template)
-
-
-def encode_chat(
-    backbone: Backbone, messages: Sequence[Mapping[str, str]], text_format: TextFormat | None = None
-) -> list[int]:
-    """Token ids of messages with `role` and `content`, up to where the next answer begins.
-
-    They equal those of `tokenizer.apply_chat_template`; the template writes the special tokens, and the tokenizer adds
-    none.
-
-    Args:
-        backbone: Its tokenizer counts.
-        messages: All of them; the last one is the user's.
-        text_format: Names the chat template; None: the backbone's own.
-
-    Raises:
-        RequestError: The template refuses the messages.
-    """
-    text = render_chat(backbone.tokenizer, text_format or _OWN, messages, add_generation_prompt=True)
-    _check_characters(text)
-    return backbone.encode(text)
 
 
 def as_conversation(source: Source) -> list[dict[str, str]]:
@@ -108,6 +93,55 @@ def only_text(source: Source) -> str:
             hint="send the last user message alone, or train with a chat template.",
         )
     return as_conversation(source)[0]["content"]
+
+
+def encode_chat(
+    backbone: Backbone,
+    messages: Sequence[Mapping[str, str]],
+    text_format: TextFormat | None = None,
+    *,
+    positions: int | None = None,
+) -> list[int]:
+    """Token ids of messages with `role` and `content`, up to where the next answer begins.
+
+    They equal those of `tokenizer.apply_chat_template`; the template writes the special tokens, and the tokenizer adds
+    none.
+
+    Args:
+        backbone: Its tokenizer counts.
+        messages: All of them; the last one is the user's.
+        text_format: Names the chat template; None: the backbone's own.
+        positions: Of a conversation that takes more, there are ids enough to refuse it, or to cut its last message
+            (see `data.bounds`); None: there are all.
+
+    Raises:
+        RequestError: The template refuses the messages.
+    """
+    messages = _bounded_messages(backbone, messages, positions)
+    text = render_chat(backbone.tokenizer, text_format or _OWN, messages, add_generation_prompt=True)
+    # All but the length of the last message, which alone may be cut.
+    head = text[: max(len(text) - len(messages[-1]["content"]), 0)]
+    beginning = bounded(backbone, head, positions)
+    return backbone.encode(text if len(beginning) == len(head) else beginning)
+
+
+def lengths_around(backbone: Backbone, text_format: TextFormat, source: Source) -> tuple[int, int]:
+    """Tokens before and after the content of a source's last message.
+
+    Raises:
+        RequestError: The template refuses the messages, or the content is not there once.
+    """
+    before, after = split_at_last_message(backbone.tokenizer, text_format, as_conversation(source))
+    return len(backbone.encode(bounded(backbone, before, backbone.max_positions))), len(backbone.encode(after))
+
+
+def _bounded_messages(
+    backbone: Backbone, messages: Sequence[Mapping[str, str]], positions: int | None
+) -> list[dict[str, str]]:
+    return [{**message, "content": bounded(backbone, message["content"], positions)} for message in messages]
+
+
+# --- the format of a template ----------------------------------------------------------------------------------------
 
 
 def chat_format(backbone: Backbone, template: str, system: str = "") -> TextFormat:
@@ -140,8 +174,38 @@ def chat_format(backbone: Backbone, template: str, system: str = "") -> TextForm
         template_hash=template_hash(backbone.tokenizer) if own else "",
         system=system,
     )
-    end, head = _end_of_turn(backbone, form) or backbone.end, _before_answer(backbone, form)
-    return replace(form, end=end, target=f"{head}{{target}}" if head.strip() and "{target}" not in head else "{target}")
+    head, end = _around_answer(backbone, form)
+    return replace(
+        form,
+        end=end or backbone.end,
+        target=f"{head}{{target}}" if head.strip() and "{target}" not in head else "{target}",
+    )
+
+
+def _around_answer(backbone: Backbone, text_format: TextFormat) -> tuple[str, str]:
+    """What a template writes between prompt and answer, as an output shows it, and the special token after an answer.
+
+    Either is empty where there is none.
+
+    Raises:
+        RequestError: It refuses the messages, or leaves out the question or the answer.
+    """
+    tokenizer, question = backbone.tokenizer, {"role": "user", "content": _QUESTION}
+    before = render_chat(tokenizer, text_format, [question], add_generation_prompt=True)
+    answer = {"role": "assistant", "content": _ANSWER}
+    whole = render_chat(tokenizer, text_format, [question, answer], add_generation_prompt=False)
+    # A template may strip a question, or write it in capitals.
+    for role, is_written in (("user", _QUESTION[0] in before), ("assistant", _ANSWER in whole)):
+        if not is_written:
+            raise RequestError(
+                f"the chat template does not write the message of the role {role!r}.",
+                hint="it gets messages, each with role (system, user or assistant) and content.",
+            )
+    head = whole.removeprefix(before).partition(_ANSWER)[0] if whole.startswith(before) else ""
+    shown = str(tokenizer.decode(backbone.encode(head), skip_special_tokens=True)) if head else ""
+    ids = backbone.encode(whole.rpartition(_ANSWER)[2].lstrip())
+    added = tokenizer.added_tokens_decoder
+    return shown, str(added[ids[0]].content) if ids and ids[0] in added else ""
 
 
 def literal_format(backbone: Backbone, text_format: TextFormat) -> TextFormat:
@@ -162,14 +226,11 @@ def literal_format(backbone: Backbone, text_format: TextFormat) -> TextFormat:
     # In a template braces would be placeholders.
     if any(placeholder in before + after for placeholder in ("{source}", "{separator}")):
         raise RequestError("the chat template writes {source} or {separator}.", hint="use another template.")
-    return replace(
-        text_format,
-        prompt=f"{before}{{source}}{after}",
-        target="{target}",
-        chat_template="",
-        template_hash="",
-        system="",
-    )
+    prompt = f"{before}{{source}}{after}"
+    return replace(text_format, prompt=prompt, target="{target}", chat_template="", template_hash="", system="")
+
+
+# --- where an answer ends --------------------------------------------------------------------------------------------
 
 
 def end_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[int, ...]:
@@ -179,17 +240,25 @@ def end_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[
         backbone: Its tokenizer counts.
         text_format: What the answer is written in; None: the backbone's own chat template, if it has one.
     """
-    if text_format is None:
-        name = end_of_turn(backbone)
-    elif text_format.is_chat or (text_format.end and text_format.end == end_of_turn(backbone)):
-        # A format without a chat template may be the text that one writes (`evaluation.prompting`).
-        name = text_format.end
-    else:
-        name = ""
-    if not name or name == backbone.end:
+    name = end_of_turn(backbone) if text_format is None else text_format.end
+    # A format without a chat template may be the text that one writes (`evaluation.prompting`).
+    if text_format is not None and not text_format.is_chat and name != end_of_turn(backbone):
         return ()
-    ids = backbone.encode(name)
+    ids = backbone.encode(name) if name != backbone.end else []
     return (ids[0],) if len(ids) == 1 else ()
+
+
+def end_of_turn(backbone: Backbone) -> str:
+    """The token after an answer in the backbone's own chat template; empty: none, or the tokenizer's end token."""
+    found: str | None = backbone.tokenizer_cache.get("end_of_turn")
+    if found is None:
+        try:
+            found = _around_answer(backbone, _OWN)[1] if has_chat_template(backbone) else ""
+        except RequestError:
+            found = ""
+        found = "" if found == backbone.end else found
+        backbone.tokenizer_cache["end_of_turn"] = found
+    return found
 
 
 def special_stops(backbone: Backbone, stop: Sequence[str]) -> tuple[int, ...]:
@@ -199,27 +268,21 @@ def special_stops(backbone: Backbone, stop: Sequence[str]) -> tuple[int, ...]:
         backbone: Its tokenizer counts.
         stop: Strings that end a text.
     """
-    if not stop:
-        return ()
-    special: dict[str, int] | None = backbone.tokenizer_cache.get("special_tokens")
-    if special is None:
-        added = getattr(backbone.tokenizer, "added_tokens_decoder", {})
-        special = {token.content: number for number, token in added.items() if token.special}
-        backbone.tokenizer_cache["special_tokens"] = special
+    special = _special_tokens(backbone) if stop else {}
     return tuple(special[string] for string in stop if string in special)
 
 
-def end_of_turn(backbone: Backbone) -> str:
-    """The token after an answer in the backbone's own chat template; empty: none, or the tokenizer's end token."""
-    found: str | None = backbone.tokenizer_cache.get("end_of_turn")
+def _special_tokens(backbone: Backbone) -> dict[str, int]:
+    """The ids of the tokenizer's special tokens, by name."""
+    found: dict[str, int] | None = backbone.tokenizer_cache.get("special_tokens")
     if found is None:
-        try:
-            found = _end_of_turn(backbone, _OWN) if has_chat_template(backbone) else ""
-        except RequestError:
-            found = ""
-        found = "" if found == backbone.end else found
-        backbone.tokenizer_cache["end_of_turn"] = found
+        added = getattr(backbone.tokenizer, "added_tokens_decoder", {})
+        found = {token.content: number for number, token in added.items() if token.special}
+        backbone.tokenizer_cache["special_tokens"] = found
     return found
+
+
+# --- what is learned -------------------------------------------------------------------------------------------------
 
 
 def encode_conversation(
@@ -230,7 +293,7 @@ def encode_conversation(
     *,
     last_only: bool = False,
     limit: int | None = None,
-) -> ConversationTurns:
+) -> Turns:
     """Every answer of a conversation as token ids.
 
     What is before an answer is the messages before it, as `apply_chat_template` writes them with
@@ -242,188 +305,77 @@ def encode_conversation(
         messages: All messages before the targets; the last one is the user's.
         targets: The answers to the last message.
         last_only: Leave out the earlier answers.
-        limit: Positions of a turn: what follows an earlier one that takes more is not encoded.
+        limit: Positions of a turn; of what takes more, there are tokens enough to see that. None: any number.
 
     Raises:
         RequestError: The template refuses the messages.
     """
-    conversation = as_conversation(messages)
+    conversation = _bounded_messages(backbone, as_conversation(messages), limit)
     earlier = [index for index, one in enumerate(conversation) if one["role"] == "assistant" and not last_only]
     answers = [(index, conversation[index]["content"]) for index in earlier]
-    answers += [(len(conversation), target) for target in targets]
-    encoder = _Encoder(backbone)
-    turns = _encode_turns(backbone, text_format, conversation, answers, limit, encoder)
-    if not encoder.is_exact:
-        turns = _encode_turns(backbone, text_format, conversation, answers, limit, _Encoder(backbone, shares=False))
-    following = itertools.pairwise(turns[: len(earlier) + 1])
-    is_packed = all(later.prompt[: turn.length] == turn.prompt + turn.labels for turn, later in following)
-    num_last = len(targets) if len(turns) == len(answers) else 0
-    return ConversationTurns(tuple(turns), num_last, is_packed, len(answers))
-
-
-def lengths_around(backbone: Backbone, text_format: TextFormat, source: Source) -> tuple[int, int]:
-    """Tokens before and after the content of a source's last message.
-
-    Raises:
-        RequestError: The template refuses the messages, or the content is not there once.
-    """
-    before, after = split_at_last_message(backbone.tokenizer, text_format, as_conversation(source))
-    return len(backbone.encode(before)), len(backbone.encode(after))
-
-
-class _Encoder:
-    """Encodes texts of which each begins like one before it; what they share is encoded once.
-
-    A tokenizer splits a text at special tokens first, so that the tokens on their two sides do not depend on each
-    other. What is shared is encoded up to the last special token in it; the rest, after that token.
-
-    Args:
-        backbone: Its tokenizer counts.
-        shares: Whether to do so; else every text is encoded as a whole.
-    """
-
-    def __init__(self, backbone: Backbone, *, shares: bool = True) -> None:
-        self._backbone = backbone
-        added = backbone.tokenizer.added_tokens_decoder if shares and backbone.tokenizer.is_fast else {}
-        self._specials = {token_id: str(token.content) for token_id, token in added.items() if token.special}
-        # The last two texts, each up to its last special token, and their tokens: an answer is sometimes written in
-        # another way once others follow it, and what was before it is then still shared.
-        self._known: deque[tuple[str, list[int]]] = deque(maxlen=2)
-        self._latest: tuple[str, list[int]] = ("", [])
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
-        shared = next((known for known in reversed(self._known) if text.startswith(known[0])), None)
-        ids = self._backbone.encode(text) if shared is None else self._after(text, *shared)
-        self._latest = text, ids
-        last = next((index for index in range(len(ids) - 1, -1, -1) if ids[index] in self._specials), None)
-        if last is not None:
-            name = self._specials[ids[last]]
-            self._known.append((text[: text.rfind(name) + len(name)], ids[: last + 1]))
-        return ids
-
-    def _after(self, text: str, beginning: str, ids: list[int]) -> list[int]:
-        """The tokens of a text with a known beginning, which ends with a special token."""
-        return ids[:-1] + self._backbone.encode(self._specials[ids[-1]] + text[len(beginning) :])
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the tokens of the latest text, and so of what the others share with it, are the tokenizer's own."""
-        text, ids = self._latest
-        return ids == self._backbone.encode(text)
-
-
-def _encode_turns(
-    backbone: Backbone,
-    text_format: TextFormat,
-    conversation: Sequence[Mapping[str, str]],
-    answers: Sequence[tuple[int, str]],
-    limit: int | None,
-    encoder: _Encoder,
-) -> list[Turn]:
-    """The turns of a conversation, up to an earlier one that is too long.
-
-    Args:
-        backbone: Its tokenizer counts.
-        text_format: Names the chat template.
-        conversation: All messages before the last answers.
-        answers: How many messages are before each answer, and its text.
-        limit: As in `encode_conversation`.
-        encoder: What encodes the texts.
-    """
-    turns: list[Turn] = []
+    answers += [(len(conversation), bounded(backbone, target, limit)) for target in targets]
+    written: list[_Written] = []
     for index, answer in answers:
-        turns.append(_encode_turn(backbone, text_format, conversation[:index], answer, encoder))
-        if limit is not None and turns[-1].length > limit and index < len(conversation):
+        written.append(_write(backbone, text_format, conversation[:index], answer))
+        if index < len(conversation) and bounded(backbone, written[-1].before, limit) != written[-1].before:
             break
-    return turns
-
-
-def _encode_turn(
-    backbone: Backbone,
-    text_format: TextFormat,
-    messages: Sequence[Mapping[str, str]],
-    answer: str,
-    encoder: _Encoder,
-) -> Turn:
-    """The tokens before an answer, and its own."""
-    tokenizer = backbone.tokenizer
-    before = render_chat(tokenizer, text_format, messages, add_generation_prompt=True)
-    answered = [*messages, {"role": "assistant", "content": answer}]
-    whole = render_chat(tokenizer, text_format, answered, add_generation_prompt=False)
-    _check_characters(whole)
-    prompt, ids = encoder.encode(before), encoder.encode(whole)
-    # Generation starts after the prompt's own tokens, whatever the tokens of the whole text are.
-    text = whole[len(before) :] if whole.startswith(before) else answer
-    labels = ids[len(prompt) :] if ids[: len(prompt)] == prompt else backbone.encode(text)
     ends = (*end_ids(backbone, text_format), backbone.eos_id)
-    stop = _stop(backbone, labels, set(ends))
-    if stop is None:
-        return Turn(tuple(prompt), (*backbone.encode(text.rstrip()), ends[0]))
-    return Turn(tuple(prompt), tuple(labels[:stop]))
+    chain, others = written[: len(earlier) + 1], written[len(earlier) + 1 :]
+    packed = _encode_chain(backbone, chain, ends)
+    alone = others if packed is not None else written
+    turns = (*(packed or ()), *(turn for one in alone for turn in _encode_chain(backbone, [one], ends) or ()))
+    return Turns(turns, packed is not None)
 
 
-def _stop(backbone: Backbone, labels: Sequence[int], ends: set[int]) -> int | None:
-    """How many tokens of a written answer are generated: up to the end token after its content; None: there is none."""
-
-    def is_blank(first: int, stop: int) -> bool:
-        return not str(backbone.tokenizer.decode(labels[first:stop])).strip()
-
-    found: int | None = None
-    after = len(labels)
-    for index in range(len(labels) - 1, -1, -1):
-        if labels[index] in ends:
-            if not is_blank(index + 1, after):
-                break
-            found = after = index
-    return None if found is None else found + 1
+def _write(backbone: Backbone, text_format: TextFormat, messages: Sequence[Mapping[str, str]], answer: str) -> _Written:
+    tokenizer, answered = backbone.tokenizer, [*messages, {"role": "assistant", "content": answer}]
+    before = render_chat(tokenizer, text_format, messages, add_generation_prompt=True)
+    return _Written(before, render_chat(tokenizer, text_format, answered, add_generation_prompt=False), answer)
 
 
-def _end_of_turn(backbone: Backbone, text_format: TextFormat) -> str:
-    """The special token that a chat template writes after an answer; empty: it writes none.
+def _encode_chain(backbone: Backbone, chain: Sequence[_Written], ends: Sequence[int]) -> list[Turn] | None:
+    """The turns of texts of which each goes on with the one before it, token by token; None: they do not."""
+    *earlier, last = chain
+    is_fast, names = backbone.tokenizer.is_fast, backbone.tokenizer.convert_ids_to_tokens(list(ends))
+    if earlier and not is_fast:
+        return None
+    found = backbone.tokenizer(last.before, add_special_tokens=False, return_offsets_mapping=is_fast, verbose=False)
+    ids, offsets = found["input_ids"], found["offset_mapping"] if is_fast else []
+    stops, special = [stop for _, stop in offsets], set(_special_tokens(backbone).values() if is_fast else ())
 
-    Raises:
-        RequestError: It leaves out the question or the answer.
-    """
+    def last_special(count: int) -> tuple[int, int]:
+        """The last special token of so many; what follows one has the same tokens in any text: texts split there."""
+        index = next((index for index in range(count - 1, 0, -1) if ids[index] in special), 0)
+        return index, offsets[index][0] if index else 0
 
-    def written(question: str) -> str:
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _ANSWER}]
-        return render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=False)
-
-    text = written(_QUESTION)
-    # A template may rewrite the question: strip it, or cut what is not the last message.
-    for role, is_written in (("user", text != written(_QUESTION[::-1])), ("assistant", _ANSWER in text)):
-        if not is_written:
-            raise RequestError(
-                f"the chat template does not write the message of the role {role!r}.",
-                hint="it gets messages, each with role (system, user or assistant) and content.",
-            )
-    after = text.rpartition(_ANSWER)[2]
-    ids = backbone.encode(after.lstrip())
-    added = backbone.tokenizer.added_tokens_decoder
-    return str(added[ids[0]].content) if ids and ids[0] in added else ""
-
-
-def _before_answer(backbone: Backbone, text_format: TextFormat) -> str:
-    """What a chat template writes between the prompt and an answer, as an output shows it; empty: nothing.
-
-    Raises:
-        RequestError: The template refuses the messages.
-    """
-    messages = [{"role": "user", "content": _QUESTION}]
-    before = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=True)
-    messages.append({"role": "assistant", "content": _ANSWER})
-    whole = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=False)
-    head = whole.removeprefix(before).partition(_ANSWER)[0] if whole.startswith(before) else ""
-    return str(backbone.tokenizer.decode(backbone.encode(head), skip_special_tokens=True)) if head else ""
+    turns: list[Turn] = []
+    for one in earlier:
+        whole = _until_end(one.whole, names)
+        count = bisect_right(stops, len(one.before))
+        labels = ids[count : bisect_right(stops, len(whole))]
+        known, start = last_special(count)
+        goes_on = last.before.startswith(whole) and whole.startswith(one.before) and labels and labels[-1] in ends
+        if not goes_on or backbone.encode(one.before[start:]) != ids[known:count]:
+            return None
+        turns.append(Turn(tuple(ids[:count]), tuple(labels)))
+    known, start = last_special(len(ids))
+    whole, rest = _until_end(last.whole, names), ids[known:]
+    follows = whole.startswith(last.before)
+    labels = backbone.encode(whole[start:]) if follows else []
+    if follows and labels[: len(rest)] == rest:
+        labels = labels[len(rest) :]
+    else:
+        # Generation starts after the prompt's own tokens, whatever the tokens of the whole text are.
+        labels = backbone.encode(whole[len(last.before) :] if follows else _until_end(last.answer, names))
+    if not labels or labels[-1] not in ends:
+        text = last.whole[len(last.before) :] if follows else last.answer
+        labels = [*backbone.encode(text.rstrip()), ends[0]]
+    return [*turns, Turn(tuple(ids), tuple(labels))]
 
 
-def _check_characters(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"a message holds half a surrogate pair at position {error.start} of the conversation, which is no "
-            "character.",
-            hint="write UTF-8 text.",
-        ) from error
+def _until_end(text: str, names: Sequence[str]) -> str:
+    """A text up to the token that ends an answer, without the blanks and the further end tokens behind it."""
+    found, rest = text, text.rstrip()
+    while name := next((name for name in names if rest.endswith(name)), ""):
+        found, rest = rest, rest[: -len(name)].rstrip()
+    return found

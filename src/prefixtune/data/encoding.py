@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from prefixtune.attention.injection import interrupt
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.bounds import bounded
 from prefixtune.data.chat import Source, as_conversation, encode_chat, encode_conversation, only_text
-from prefixtune.data.chat_examples import Turns, check_plain, encode_conversations
+from prefixtune.data.chat_examples import TurnsAs, encode_conversation_examples
 from prefixtune.data.examples import Example, check_messages, conversation_of
 from prefixtune.data.tokenized import TokenizedDataset as TokenizedDataset
 from prefixtune.data.tokenized import TokenizedExample as TokenizedExample
-from prefixtune.data.truncation import position_limit, template_lengths
+from prefixtune.data.truncation import fit_source, named_example, position_limit
 from prefixtune.data.windows import DEFAULT_WINDOW, is_text, text_windows
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value, short_repr
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt, read_text_format
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, read_text_format
 
 _PART = 256
-"""Texts that are tokenized between two calls of `interrupt`."""
-_T = TypeVar("_T")
+"""Examples that are tokenized between two calls of `interrupt`."""
 
 
 def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:
@@ -89,21 +88,26 @@ def format_of(backbone: Backbone, prefix: Prefix | None, text_format: TextFormat
     return text_format or stored or default_format(backbone)
 
 
-def encode_prompts(backbone: Backbone, text_format: TextFormat, sources: Sequence[Source]) -> list[list[int]]:
+def encode_prompts(
+    backbone: Backbone, text_format: TextFormat, sources: Sequence[Source], *, positions: int | None = None
+) -> list[list[int]]:
     """Token ids of the text before the targets, or of the text that an encoder reads.
 
     Args:
         backbone: Its tokenizer counts.
         text_format: The text around a source; with a chat template, a text is one user message.
         sources: Texts, or conversations.
+        positions: Most tokens of a prompt that could fit, as `Backbone.max_positions` says, or the engine. Of one that
+            takes more, there are ids enough to cut its source at the end, or to refuse it (see `data.bounds`). None:
+            there are all.
 
     Raises:
         RequestError: A conversation has more than one message, and the format has no chat template; or the template
             refuses it.
     """
     if text_format.is_chat:
-        return [encode_chat(backbone, as_conversation(source), text_format) for source in sources]
-    texts = [only_text(source) for source in sources]
+        return [encode_chat(backbone, as_conversation(source), text_format, positions=positions) for source in sources]
+    texts = [bounded(backbone, only_text(source), positions) for source in sources]
     return backbone.encode_sources([text_format.format_prompt(text, backbone.separator) for text in texts])
 
 
@@ -116,14 +120,12 @@ def encode_pairs(
         RequestError: A chat template refuses an example.
     """
     if text_format.is_chat:
-        found = [
-            encode_conversation(backbone, text_format, conversation_of(example), example.targets[:1], last_only=True)
-            for example in examples
-        ]
-        return [(turns.turns[-1].prompt, turns.turns[-1].labels) for turns in found]
-    prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
-    targets = backbone.encode_targets([text_format.format_target(example.targets[0]) for example in examples])
-    return [(tuple(prompt), tuple(target)) for prompt, target in zip(prompts, targets, strict=True)]
+        chats = [(conversation_of(example), example.targets[:1]) for example in examples]
+        made = [encode_conversation(backbone, text_format, *chat, last_only=True).turns for chat in chats]
+        return [(turn.prompt, turn.labels) for (turn,) in made]
+    solved = [replace(example, targets=example.targets[:1]) for example in examples]
+    plain = _encode_plain(backbone, solved, text_format)
+    return [(tuple(prompt), tuple(target)) for _, prompt, (target,) in plain]
 
 
 def encode_examples(
@@ -134,7 +136,7 @@ def encode_examples(
     prefix_length: int,
     max_length: int = 0,
     on_too_long: TruncationPolicy = "cut",
-    turns: Turns = "packed",
+    turns: TurnsAs = "packed",
 ) -> TokenizedDataset:
     """Turn examples into token ids; sources that do not fit are truncated, targets never.
 
@@ -158,75 +160,58 @@ def encode_examples(
     if not examples:
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
     for number, example in enumerate(examples, start=1):
-        if not example.targets:
-            raise DataError(
-                f"example {number} ({example.source[:60]!r}) has no target.", hint="name the target column."
-            )
+        with named_example(example, number):
+            _check_example(example, text_format)
     limit = position_limit(backbone, prefix_length, max_length)
+    parts: list[TokenizedDataset] = []
     if text_format.is_chat:
-        return encode_conversations(backbone, examples, text_format, limit, on_too_long, turns=turns)
-    for number, example in enumerate(examples, start=1):
-        check_plain(example, number)
-        _check_characters(example, number)
-    prompts = _in_parts(partial(encode_prompts, backbone, text_format), [example.source for example in examples])
-    targets_of_all = [text_format.format_target(target) for example in examples for target in example.targets]
-    target_ids = iter(_in_parts(backbone.encode_targets, targets_of_all))
-    before, after = template_lengths(backbone, text_format)
-    separate = backbone.kind == "encoder-decoder"
-    tokenized: list[TokenizedExample] = []
-    whole: list[Sequence[int]] = []
-    origins: list[int] = []
-    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True), start=1):
-        name = f"example {number} ({example.source[:60]!r})"
-        targets = tuple(tuple(next(target_ids)) for _ in example.targets)
-        longest = max(map(len, targets))
-        if is_text(example) and backbone.kind == "decoder":
-            windows = text_windows(prompt, targets[0], min(limit, max_length or DEFAULT_WINDOW))
-            tokenized += windows
-            whole += [window.prompt for window in windows]
-            origins += [number - 1] * len(windows)
-            continue
-        room = limit if separate else limit - longest
-        if longest > limit or (len(prompt) > room and room <= before + after):
-            raise DataError(
-                f"a target of {name} takes {longest} tokens, but only {limit} positions are there for "
-                f"{'it' if separate else 'source and target'}, and the text around a source takes {before + after}.",
-                hint="shorten it or raise max_length; targets are never truncated.",
-            )
-        if len(prompt) > room and on_too_long == "error":
-            raise DataError(
-                f"{name} takes {len(prompt)} tokens and its longest target {longest}, but {limit} positions are "
-                "allowed.",
-                hint="raise max_length, or set on_too_long = 'cut' to truncate the source.",
-            )
-        tokenized.append(TokenizedExample(tuple(cut_prompt(prompt, room, after)), targets))
-        whole.append(prompt)
-        origins.append(number - 1)
-    dataset = TokenizedDataset.from_prompts(tokenized, whole)
-    return dataset if len(origins) == len(examples) else replace(dataset, origins=tuple(origins))
+        for number, example in enumerate(examples, start=1):
+            interrupt()
+            with named_example(example, number):
+                options = {"on_too_long": on_too_long, "kind": turns}
+                parts.append(encode_conversation_examples(backbone, example, text_format, limit, **options))
+        return TokenizedDataset.of_all(parts)
+    window = min(limit, max_length or DEFAULT_WINDOW)
+    for number, (example, prompt, targets) in enumerate(_encode_plain(backbone, examples, text_format, limit), start=1):
+        with named_example(example, number):
+            if _is_learned_whole(backbone, example):
+                parts.append(TokenizedDataset.of_one(*text_windows(prompt, targets[0], window)))
+            else:
+                kept = fit_source(backbone, text_format, prompt, targets, limit, on_too_long)
+                row = TokenizedExample(kept, tuple(map(tuple, targets)))
+                parts.append(TokenizedDataset.of_one(row, prompt_length=len(prompt)))
+    return TokenizedDataset.of_all(parts)
 
 
-def _check_characters(example: Example, number: int) -> None:
-    """Refuse what no tokenizer takes.
-
-    Raises:
-        DataError: The source or a target holds half a surrogate pair.
-    """
-    for text in (example.source, *example.targets):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"example {number} holds half a surrogate pair at position {error.start} of a text, which is no "
-                "character.",
-                hint="write UTF-8 text.",
-            ) from None
+def _check_example(example: Example, text_format: TextFormat) -> None:
+    """Refuse an example without a target, and a conversation that only a chat template can write."""
+    if not example.targets:
+        raise RequestError("it has no target.", hint="name the target column.")
+    if len(example.messages) > 1 and not text_format.is_chat:
+        what = "a system message" if example.messages[0].role == "system" else "several turns"
+        raise RequestError(
+            f"it has {what}, which needs a chat template, but there is none.",
+            hint="give one (--chat-template FILE, a Jinja template), or take a model that has one.",
+        )
 
 
-def _in_parts(encode: Callable[[Sequence[str]], list[_T]], texts: Sequence[str]) -> list[_T]:
-    """What a function makes of texts, some at a time: other work has its turns between."""
-    found: list[_T] = []
-    for first in range(0, len(texts), _PART):
+def _is_learned_whole(backbone: Backbone, example: Example) -> bool:
+    return is_text(example) and backbone.kind == "decoder"
+
+
+def _encode_plain(
+    backbone: Backbone, examples: Sequence[Example], text_format: TextFormat, limit: int | None = None
+) -> Iterator[tuple[Example, list[int], list[list[int]]]]:
+    """Each example's prompt and targets, not cut yet, some at a time: other work has its turns between."""
+    for first in range(0, len(examples), _PART):
         interrupt()
-        found += encode(texts[first : first + _PART])
-    return found
+        part = examples[first : first + _PART]
+        prompts, targets = [], []
+        for number, example in enumerate(part, start=first + 1):
+            most = None if _is_learned_whole(backbone, example) else limit
+            with named_example(example, number):
+                prompts.append(text_format.format_prompt(bounded(backbone, example.source, limit), backbone.separator))
+                targets += [text_format.format_target(bounded(backbone, target, most)) for target in example.targets]
+        target_ids = iter(backbone.encode_targets(targets))
+        for example, prompt in zip(part, backbone.encode_sources(prompts), strict=True):
+            yield example, prompt, [next(target_ids) for _ in example.targets]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.bounds import bounded
 from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_prompts
 from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.tasks.classification import check_labels, label_names
 from prefixtune.data.tasks.tagging import check_tags, tag_names
-from prefixtune.data.truncation import position_limit, template_lengths
-from prefixtune.errors import ConfigError, DataError, did_you_mean
+from prefixtune.data.truncation import fit_source, named_example, position_limit, template_lengths
+from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy
 
 ClassifierKind = Literal["head", "words"]
 """How labels are predicted: by a trained linear layer, or by the language model's probability of each label's word."""
@@ -66,7 +68,7 @@ def check_known(examples: Iterable[Example], labels: Labels) -> None:
 
 def choose_labels(
     kind: TaskKind,
-    backbone: Backbone,
+    backbone: Backbone | None,
     examples: Sequence[Example],
     dev_examples: Sequence[Example] = (),
     *,
@@ -77,7 +79,8 @@ def choose_labels(
 
     Args:
         kind: `classification` or `tagging`.
-        backbone: Decides between head and words if `by` is `auto`: an encoder gets a head, other models words.
+        backbone: Decides between head and words if `by` is `auto`: an encoder gets a head, other models words. None: it
+            is not known yet, and all that needs none is checked.
         examples: The training examples.
         dev_examples: They may have no other labels.
         by: `auto`, `head` or `words`.
@@ -87,50 +90,20 @@ def choose_labels(
         ConfigError: The backbone does not support `by`, or `words` names an unknown label or gives two labels one word.
         DataError: There are fewer than two labels, or the development examples have others.
     """
-    names = validate_labels(kind, examples, dev_examples, by=by, words=words)
-    if by == "auto":
-        by = "head" if kind == "tagging" or backbone.kind == "encoder" else "words"
-    if by == "head" and backbone.kind == "encoder-decoder":
-        raise ConfigError(
-            f"{backbone.name!r} is an encoder-decoder, on which no head is trained.",
-            hint="use classifier = 'words' for classification; for tagging choose an encoder or a decoder-only model.",
-        )
-    if by == "words" and backbone.kind == "encoder":
-        why = f"{backbone.name!r} is an encoder and writes none"
-        raise ConfigError(f"classifier is 'words', but {why}.", hint="use classifier = 'head'.")
-    if by == "head":
-        return Labels(kind, by, names)
-    return Labels(kind, by, names, _label_words(names, words))
-
-
-def validate_labels(
-    kind: TaskKind,
-    examples: Sequence[Example],
-    dev_examples: Sequence[Example] = (),
-    *,
-    by: ClassifierKind | Literal["auto"] = "auto",
-    words: Mapping[str, str] | None = None,
-) -> tuple[str, ...]:
-    """The names of a run's labels, after every check that needs no backbone.
-
-    Args:
-        kind: As in `choose_labels`, like the other arguments.
-        examples: The training examples.
-        dev_examples: They may have no other labels.
-        by: `auto`, `head` or `words`.
-        words: Label -> its word.
-
-    Raises:
-        ConfigError: Tags by words, or `words` names an unknown label or gives two labels one word.
-        DataError: There are fewer than two labels, or the development examples have others.
-    """
     names = tag_names(examples) if kind == "tagging" else label_names(examples)
     (check_tags if kind == "tagging" else check_labels)(dev_examples, names)
     if by == "words" and kind == "tagging":
         raise ConfigError("classifier is 'words', but tags are too many words.", hint="use classifier = 'head'.")
-    if by != "head":
-        _label_words(names, words)
-    return names
+    chosen = _label_words(names, words) if by != "head" else ()
+    model = "" if backbone is None else backbone.kind
+    if by == "auto":
+        by = "head" if kind == "tagging" or model == "encoder" else "words"
+    if backbone is not None and model == {"head": "encoder-decoder", "words": "encoder"}[by]:
+        raise ConfigError(
+            f"{backbone.name!r} is an {model}, for which classifier = {by!r} is not possible.",
+            hint="use 'head' with an encoder, 'words' with an encoder-decoder (for classification alone).",
+        )
+    return Labels(kind, by, names, chosen if by == "words" else ())
 
 
 def _label_words(names: Sequence[str], words: Mapping[str, str] | None) -> tuple[str, ...]:
@@ -181,56 +154,33 @@ def encode_labelled(
     if not examples:
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
     limit = position_limit(backbone, prefix_length, max_length)
-    template = template_lengths(backbone, text_format)
+    after = template_lengths(backbone, text_format)[1]
     label_ids = {name: index for index, name in enumerate(labels.names)}
-    tagging = labels.kind == "tagging"
-    tokenized: list[TokenizedExample] = []
-    prompts: list[list[int]] = []
+    parts: list[TokenizedDataset] = []
     for number, example in enumerate(examples, start=1):
-        tokens = example.fields.get("tokens") if tagging else None
-        prompt, positions = encode_labelled_prompt(backbone, text_format, example.source, tokens)
-        prompts.append(prompt)
-        if len(prompt) > limit:
-            name = f"example {number} ({example.source[:60]!r})"
-            _check_truncation(name, len(prompt), limit, template, on_too_long)
-            positions = _truncated_positions(positions, len(prompt), limit, template[1], tagging)
-            prompt = cut_prompt(prompt, limit, template[1])
-        names = example.fields["tags"] if tagging else example.targets[:1]
+        tokens = example.fields["tokens"] if labels.kind == "tagging" else None
+        names = example.fields["tags"] if labels.kind == "tagging" else example.targets[:1]
+        with named_example(example, number):
+            prompt, positions = encode_labelled_prompt(backbone, text_format, example.source, tokens, limit)
+            kept = fit_source(backbone, text_format, prompt, (), limit, on_too_long)
+        # Words that are cut off lose their tags; a text's own label may be predicted behind its source, which moves.
+        moved, stop = len(kept) - len(prompt), len(kept) - after
+        if moved and tokens is not None:
+            positions = [position for position in positions if position < stop]
+        elif moved:
+            positions = [position if position < stop else position + moved for position in positions]
         targets = tuple(label_ids[name] for name in names[: len(positions)])
-        tokenized.append(TokenizedExample(tuple(prompt), (targets,), tuple(positions)))
-    return TokenizedDataset.from_prompts(tokenized, prompts)
-
-
-def _check_truncation(
-    name: str, length: int, limit: int, template: tuple[int, int], on_too_long: TruncationPolicy
-) -> None:
-    """Refuse a text that is too long and may not be truncated, or of which nothing would be left."""
-    if on_too_long == "error":
-        raise DataError(
-            f"{name} takes {length} tokens, but {limit} positions are allowed.",
-            hint="raise max_length, or set on_too_long = 'cut' to truncate it.",
-        )
-    if limit <= sum(template):
-        raise DataError(
-            f"the text around {name} takes {sum(template)} tokens, but {limit} positions are allowed, and truncation "
-            "would leave nothing of the example.",
-            hint="raise max_length.",
-        )
-
-
-def _truncated_positions(positions: Sequence[int], length: int, limit: int, after: int, tagging: bool) -> list[int]:
-    """Where labels are predicted in a prompt of `length` tokens that is truncated to `limit`.
-
-    The positions of words that are cut off go. A text's own label may be predicted behind its source, among the
-    `after` last tokens, which move.
-    """
-    if tagging:
-        return [position for position in positions if position < limit - after]
-    return [position if position < limit - after else position - length + limit for position in positions]
+        row = TokenizedExample(kept, (targets,), tuple(positions))
+        parts.append(TokenizedDataset.of_one(row, prompt_length=len(prompt)))
+    return TokenizedDataset.of_all(parts)
 
 
 def encode_labelled_prompt(
-    backbone: Backbone, text_format: TextFormat, source: str, tokens: Sequence[str] | None
+    backbone: Backbone,
+    text_format: TextFormat,
+    source: str,
+    tokens: Sequence[str] | None,
+    max_positions: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """A prompt's token ids, and where its label, or the tag of each of its words, is predicted.
 
@@ -239,36 +189,39 @@ def encode_labelled_prompt(
         text_format: The text around the source.
         source: The text; for tagging its words with a space between.
         tokens: For tagging: the words; None: one label for the whole text.
+        max_positions: As `positions` of `encode_prompts`; words for which no token could fit have no position.
 
     Raises:
         ConfigError: Tagging needs a fast tokenizer, and this backbone has none.
         DataError: The tokenizer makes no token of a word.
     """
     if tokens is None:
-        ids = encode_prompts(backbone, text_format, [source])[0]
+        ids = encode_prompts(backbone, text_format, [source], positions=max_positions)[0]
         return ids, [0 if backbone.kind == "encoder" else len(ids) - 1]
     if not backbone.tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer of {backbone.name!r} does not say which characters its tokens come from.",
             hint="use a model with a fast tokenizer (tokenizer.json) for tagging.",
         )
+    source = bounded(backbone, source, max_positions)
     text = text_format.format_prompt(source, backbone.separator)
     encoding = backbone.tokenizer(
         text, add_special_tokens=backbone.kind != "decoder", return_offsets_mapping=True, verbose=False
     )
-    # The tokens that have characters, in the order of the text, as the words are: so one pass serves all words.
+    # The tokens that have characters, in the order of the text, as the words are.
     spans = [(index, first, last) for index, (first, last) in enumerate(encoding["offset_mapping"]) if last > first]
-    positions, at, start = [], 0, len(text_format.around(backbone.separator)[0])
+    firsts, lasts = [first for _, first, _ in spans], [last for _, _, last in spans]
+    start = len(text_format.around(backbone.separator)[0])
+    positions, end_of_source = [], start + len(source)
     for token in tokens:
         stop = start + len(token)
-        while at < len(spans) and spans[at][2] <= start:
-            at += 1
-        end = at
-        while end < len(spans) and spans[end][1] < stop:
-            end += 1
-        if end == at:
+        if stop > end_of_source:
+            break
+        at, end = bisect_right(lasts, start), bisect_left(firsts, stop)
+        if end <= at:
             raise DataError(
-                f"the tokenizer of {backbone.name!r} makes no token of the word {token!r}.", hint="leave it out."
+                f"the tokenizer of {backbone.name!r} makes no token of the word {short_repr(token)}.",
+                hint="leave it out.",
             )
         positions.append(spans[at if backbone.kind == "encoder" else end - 1][0])
         start = stop + 1

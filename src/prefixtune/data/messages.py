@@ -53,7 +53,7 @@ def parse_messages(value: Any, column: str, location: str) -> list[Message]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise DataError(f"{location}: {column!r} is not JSON: {value[:40]!r}...", hint=_HINT) from None
+            raise DataError(f"{location}: {column!r} is not JSON: {short_repr(value)}.", hint=_HINT) from None
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"{location}: {column!r} is {short_repr(value)}; a list of messages is needed.", hint=_HINT)
     return [
@@ -75,18 +75,14 @@ def split_answer(
     Raises:
         DataError: The roles are in a wrong order, or there is no answer.
     """
-    last = messages[-1]
-    before, answers = (messages[:-1], (last.content,)) if last.role == "assistant" else (messages, ())
-    try:
-        checked = check_messages(before, "the conversation")
-    except DataError as error:
-        raise DataError(f"{location}: {error.message}", hint=error.hint) from None
+    answers = (messages[-1].content,) if messages[-1].role == "assistant" else ()
+    before = check_messages(messages[: len(messages) - len(answers)], f"{location}: the conversation")
     if needs_answer and not answers:
         raise DataError(
             f"{location}: the conversation ends with the user's turn, so there is no answer to learn.",
             hint="add the assistant's answer, or drop the last turn.",
         )
-    return checked, answers
+    return before, answers
 
 
 def _parse_message(message: Any, name: str) -> Message:
@@ -94,8 +90,8 @@ def _parse_message(message: Any, name: str) -> Message:
         message = message._asdict()
     if not isinstance(message, Mapping):
         raise DataError(f"{name} is {describe_value(message)}, not an object.", hint=_HINT)
-    written = message["role"] if "role" in message else message.get("from")
-    content = message.get("value" if "from" in message and "role" not in message else "content")
+    names = ("from", "value") if "role" not in message and "from" in message else ("role", "content")
+    written, content = map(message.get, names)
     role: Any = _ROLES.get(written.lower()) if isinstance(written, str) else None
     if role is None:
         raise DataError(
@@ -108,29 +104,21 @@ def _parse_message(message: Any, name: str) -> Message:
                 f"{name} has the {key} {short_repr(value)}; only texts are read, and every answer is learned alike.",
                 hint="leave such conversations out, or the key.",
             )
-    text = content if isinstance(content, str) else _join_parts(content, name)
-    if not text.strip():
+    # OpenAI's clients write a list of parts: `[{"type": "text", "text": "..."}]`.
+    parts = [_text_of(part, name) for part in content] if isinstance(content, list) else [_text_of(content, name)]
+    if not "".join(parts).strip():
         raise DataError(f"{name} is empty.", hint="write its text, or leave the conversation out.")
-    return Message(role, text)
+    return Message(role, "".join(parts))
 
 
-def _join_parts(content: Any, name: str) -> str:
-    """The text of a list of parts, as OpenAI's clients write them: `[{"type": "text", "text": "..."}]`."""
-    if not isinstance(content, list):
-        raise DataError(f"{name} has {describe_value(content)} as content, not a text.", hint=_HINT)
-    texts = [part if isinstance(part, str) else _text_of(part) for part in content]
-    for text, part in zip(texts, content, strict=True):
-        if text is None:
-            raise DataError(
-                f"{name} holds {describe_value(part)}; only text is read.",
-                hint='leave such conversations out; a part of text is {"type": "text", "text": "..."}.',
-            )
-    return "".join(text for text in texts if text)
-
-
-def _text_of(part: Any) -> str | None:
-    """The text of a part; None: it holds something else."""
-    if not isinstance(part, Mapping) or part.get("type", "text") not in ("text", "input_text", "output_text"):
-        return None
-    text = part.get("text")
-    return text if isinstance(text, str) else None
+def _text_of(part: Any, name: str) -> str:
+    """The text of a message's content, or of a part of it."""
+    text = part
+    if isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text", "output_text"):
+        text = part.get("text")
+    if not isinstance(text, str):
+        raise DataError(
+            f"{name} holds {describe_value(part)}; only text is read.",
+            hint='leave such conversations out; a part of text is {"type": "text", "text": "..."}.',
+        )
+    return text

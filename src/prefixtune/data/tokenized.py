@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefixtune.backbone.soft_labels import SoftLabels
@@ -71,15 +71,24 @@ class TokenizedDataset:
     origins: Sequence[int] = ()
 
     @classmethod
-    def from_prompts(
-        cls, examples: Sequence[TokenizedExample], whole_prompts: Sequence[Sequence[int]]
-    ) -> TokenizedDataset:
-        """The dataset of these examples, whose prompts had the tokens `whole_prompts` before truncation."""
-        lengths = [(len(example.prompt), len(whole)) for example, whole in zip(examples, whole_prompts, strict=True)]
+    def of_one(cls, *rows: TokenizedExample, prompt_length: int = 0) -> TokenizedDataset:
+        """What one example became; with the tokens that its prompt had before it was cut."""
+        kept = max(len(row.prompt) for row in rows)
+        is_cut = kept < prompt_length
+        return cls(rows, int(is_cut), 0 if is_cut else kept)
+
+    @classmethod
+    def of_all(cls, parts: Iterable[TokenizedDataset]) -> TokenizedDataset:
+        """All examples, of what each one became."""
+        parts = list(parts)
+        origins = tuple(index for index, part in enumerate(parts) for _ in part.examples)
         return cls(
-            tuple(examples),
-            sum(kept < whole for kept, whole in lengths),
-            max((whole for kept, whole in lengths if kept == whole), default=0),
+            tuple(row for part in parts for row in part.examples),
+            sum(part.num_truncated for part in parts),
+            max(part.longest_prompt for part in parts),
+            sum(part.num_dropped_turns for part in parts),
+            sum(part.num_unpacked for part in parts),
+            () if len(origins) == len(parts) else origins,
         )
 
     @property
@@ -95,7 +104,8 @@ class TokenizedDataset:
     @property
     def longest_target(self) -> int:
         """Tokens of the longest target, or turn of a conversation; 0 if labels are predicted."""
-        return longest_target(self.examples)
+        rows = (example.label_spans() for example in self.examples if example.label_positions is None)
+        return max((stop - first for spans in rows for target in spans for first, stop in target), default=0)
 
 
 # --- what is asked of all examples -----------------------------------------------------------------------------------
@@ -112,20 +122,9 @@ def turn_counts(examples: Sequence[TokenizedExample]) -> array[int] | None:
     return turns if any(turns) else None
 
 
-def longest_target(examples: Sequence[TokenizedExample]) -> int:
-    """Tokens of the longest target, or turn of a conversation; 0 if labels are predicted."""
-    rows = (example.label_spans() for example in examples if example.label_positions is None)
-    return max((stop - first for spans in rows for target in spans for first, stop in target), default=0)
-
-
 def longest_text(examples: Sequence[TokenizedExample]) -> int:
     """Tokens of the longest prompt with its longest target."""
     return max((len(e.prompt) + max(map(len, e.targets), default=0) for e in examples), default=0)
-
-
-def any_hidden(examples: Sequence[TokenizedExample]) -> bool:
-    """Whether some example does not see all of the prefix."""
-    return any(example.hidden for example in examples)
 
 
 def hash_tokens(examples: Sequence[TokenizedExample], update: Callable[[bytes], None]) -> None:

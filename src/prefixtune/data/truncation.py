@@ -1,14 +1,22 @@
-"""Sources that are too long: how many positions they have, and how they are truncated in training and in use."""
+"""How many positions a text has, and what becomes of one that is too long: in training, in use and in every server.
+
+Two steps. `data.bounds.bounded` lets a tokenizer read no more than could matter; whoever makes token ids of texts
+(`encode_prompts` and `encode_chat`, with `positions`) calls it. `prefix.text_format.cut_prompt` then cuts the ids or
+refuses them: by way of `fit_source` beside the targets of an example, of `truncate_prompt` where tokens are generated.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import Source, lengths_around
-from prefixtune.errors import DataError, PrefixWarning
-from prefixtune.prefix.text_format import TextFormat, fit_ids
+from prefixtune.data.examples import Example
+from prefixtune.errors import DataError, PrefixWarning, RequestError, short_repr
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt, fit_ids
 
 
 def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> int:
@@ -35,9 +43,7 @@ def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> i
 
 
 def template_lengths(backbone: Backbone, text_format: TextFormat, source: Source = "") -> tuple[int, int]:
-    """Tokens before and after a prompt's source: those of the format's template, and special tokens.
-
-    Truncation keeps them, and is refused if it would keep nothing else.
+    """Tokens before and after a prompt's source, which a cut leaves: those of the template, and special tokens.
 
     Args:
         backbone: Its tokenizer counts.
@@ -49,13 +55,43 @@ def template_lengths(backbone: Backbone, text_format: TextFormat, source: Source
     before, after = (len(backbone.encode(text)) for text in text_format.around(backbone.separator))
     if backbone.kind == "decoder":
         return before, after
-    special = set(backbone.tokenizer.all_special_ids)
-    ids = backbone.encode_sources(["a"])[0]
+    special, ids = set(backbone.tokenizer.all_special_ids), backbone.encode_sources(["a"])[0]
+    own = [index for index, token in enumerate(ids) if token not in special]
+    return (before + own[0], after + len(ids) - 1 - own[-1]) if own else (before, after)
 
-    def leading_special(row: Sequence[int]) -> int:
-        return next((count for count, token in enumerate(row) if token not in special), 0)
 
-    return before + leading_special(ids), after + leading_special(ids[::-1])
+def fit_source(
+    backbone: Backbone,
+    text_format: TextFormat,
+    prompt: Sequence[int],
+    targets: Iterable[Sequence[int]],
+    limit: int,
+    on_too_long: TruncationPolicy = "cut",
+    source: Source = "",
+) -> tuple[int, ...]:
+    """A training example's prompt, so that each of its targets fits behind it; a source that is too long is cut.
+
+    Args:
+        backbone: An encoder-decoder reads source and target apart, each with as many positions.
+        text_format: The text around a source.
+        prompt: As `encode_prompts` makes it.
+        targets: They are never cut.
+        limit: As `position_limit` says.
+        on_too_long: `cut` the source at its end, or raise an `error`.
+        source: As for `template_lengths`.
+
+    Raises:
+        RequestError: It is too long and must not be cut, or a target leaves no room for any of its source.
+    """
+    beside = max(map(len, targets), default=0)
+    if beside > limit:
+        raise RequestError(
+            f"a target takes {beside} tokens, but only {limit} positions are there.",
+            hint="shorten it or raise max_length; targets are never cut.",
+        )
+    room = limit if backbone.kind == "encoder-decoder" else limit - beside
+    around = functools.partial(template_lengths, backbone, text_format, source)
+    return tuple(cut_prompt(prompt, room, around, on_too_long=on_too_long, name="its source", beside=beside))
 
 
 def truncate_prompt(
@@ -69,10 +105,7 @@ def truncate_prompt(
     name: str = "the text",
     source: Source = "",
 ) -> list[int]:
-    """A prompt's tokens; a source that is too long is treated as in training.
-
-    If the text format says `error`, a prompt that does not fit the backbone is returned as it is: the caller that
-    computes it refuses it.
+    """A prompt's tokens; a source that is too long is treated as in training (see `prefix.text_format.fit_ids`).
 
     Args:
         backbone: Its tokenizer and positions count.
@@ -115,3 +148,17 @@ def report_truncated(
             PrefixWarning,
             stacklevel=4,
         )
+
+
+@contextlib.contextmanager
+def named_example(example: Example, number: int) -> Iterator[None]:
+    """What is refused within is a fault of this example.
+
+    Raises:
+        DataError: In place of a `RequestError`; it names the example.
+    """
+    try:
+        yield
+    except RequestError as error:
+        name = f"example {number} ({short_repr(example.source)})"
+        raise DataError(f"{name}: {error.message}", hint=error.hint) from None

@@ -21,7 +21,7 @@ from prefixtune.data.examples import Example, TaskKind, merge_examples
 from prefixtune.data.files import iter_file
 from prefixtune.data.folders import locate
 from prefixtune.data.forms import describe_data, iter_form
-from prefixtune.data.labels import ClassifierKind, choose_labels, validate_labels, with_label_words
+from prefixtune.data.labels import ClassifierKind, choose_labels, with_label_words
 from prefixtune.data.registry import TASKS, read_task, resolve_task
 from prefixtune.data.templates import check_template, render, targets_of
 from prefixtune.data.tokenized import TokenizedExample
@@ -330,7 +330,7 @@ def _check_labels(config: TrainConfig, rows: Sequence[Example], kind: TaskKind) 
     """
     by: ClassifierKind | Literal["auto"] = "head" if config.classifier == "head" else "auto"
     try:
-        validate_labels(kind, rows, by=by, words=config.words_by_label)
+        choose_labels(kind, None, rows, by=by, words=config.words_by_label)
     except PrefixError as error:
         raise type(error)(
             f"in the first {len(rows):,} rows of {config.train}: {error.message}",

@@ -238,15 +238,50 @@ def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
         ) from error
 
 
-def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:
-    """A prompt's tokens; where they are more than `room`, the source is cut at its end and the last `ending` ones stay.
+def cut_prompt(
+    ids: Sequence[int],
+    room: int,
+    around: Callable[[], tuple[int, int]],
+    *,
+    on_too_long: TruncationPolicy = "cut",
+    name: str = "the text",
+    beside: int = 0,
+) -> list[int]:
+    """A prompt's tokens; where they are more than `room`, the source in it is cut at its end, or refused.
 
-    >>> cut_prompt([1, 2, 3, 4, 5, 0], 4, 1), cut_prompt([1, 0], 4, 1)
+    This is the one place where something is cut: training calls it with the room that a target leaves, generation with
+    what the tokens to generate leave (`fit_ids`, and `data.truncation.truncate_prompt` for a backbone). The text around
+    the source stays. Targets are never cut.
+
+    >>> cut_prompt([1, 2, 3, 4, 5, 0], 4, lambda: (0, 1)), cut_prompt([1, 0], 4, lambda: (0, 1))
     ([1, 2, 3, 0], [1, 0])
+
+    Args:
+        ids: The prompt's.
+        room: Most tokens of it; below 0, where what is beside it does not fit by itself.
+        around: Returns how many tokens are before and after the source; called only if the source is to be cut.
+        on_too_long: `cut` it, or raise an `error`.
+        name: The text's name in messages.
+        beside: Tokens of a target, or to generate, for messages.
+
+    Raises:
+        RequestError: It is too long and must not be cut, or nothing of its source would stay.
     """
     if len(ids) <= room:
         return list(ids)
-    return [*ids[: room - ending], *ids[len(ids) - ending :]]
+    if on_too_long == "error":
+        raise RequestError(
+            f"{name} takes {len(ids)} tokens, but only {max(room, 0)} are left beside the {beside} of its target.",
+            hint="shorten it, raise max_length, or let on_too_long = 'cut' shorten it.",
+        )
+    before, after = around()
+    if room <= before + after:
+        raise RequestError(
+            f"{name} takes {len(ids)} tokens, {before + after} of them around its source, but the positions leave room "
+            f"for {max(room, 0)} besides {beside} of its target, and a cut would leave nothing of the source.",
+            hint="raise max_length, or shorten the target or max_new_tokens; targets are never cut.",
+        )
+    return [*ids[: room - after], *ids[len(ids) - after :]]
 
 
 def fit_ids(
@@ -259,7 +294,7 @@ def fit_ids(
     apart: bool = False,
     name: str = "the text",
 ) -> list[int]:
-    """A prompt's tokens, with a source that is too long treated as in training.
+    """A prompt's tokens, with a source that is too long treated as in training (see `cut_prompt`).
 
     Where the format says `error`, one that does not fit the model is returned as it is: the caller refuses it.
 
@@ -268,30 +303,16 @@ def fit_ids(
         ids: The prompt's.
         positions: The model's, without those that the prefix takes; None: any number.
         new_tokens: Most tokens that are to be generated.
-        around: Returns how many tokens are before and after the source; called only if a source is to be cut.
+        around: As for `cut_prompt`.
         apart: An encoder reads the source, so that the target takes none of its positions.
         name: The text's name in messages.
 
     Raises:
         RequestError: It is longer than training allowed, and must not be cut; or nothing of its source would stay.
     """
-    room = text_format.source_room(len(ids), positions, new_tokens, apart=apart)
-    if room is None or len(ids) <= room:
+    policy = text_format.on_too_long
+    known = positions if policy == "cut" else None
+    room = text_format.source_room(len(ids), known, new_tokens, apart=apart)
+    if room is None:
         return list(ids)
-    if text_format.on_too_long == "error":
-        allowed = text_format.source_room(len(ids), None, new_tokens, apart=apart)
-        if allowed is not None and len(ids) > allowed:
-            raise RequestError(
-                f"{name} takes {len(ids)} tokens, but max_length {text_format.max_length} allows "
-                f"{max(allowed, text_format.longest_prompt)}.",
-                hint="shorten it, raise max_length, or let on_too_long = 'cut' shorten it.",
-            )
-        return list(ids)
-    before, after = around()
-    if room <= before + after:
-        raise RequestError(
-            f"{name} takes {len(ids)} tokens, {before + after} of them around its source, but the positions leave room "
-            f"for {max(room, 0)} besides {new_tokens} new ones, and a cut would leave nothing of the source.",
-            hint="lower max_new_tokens, or raise max_length.",
-        )
-    return cut_prompt(ids, room, after)
+    return cut_prompt(ids, room, around, on_too_long=policy, name=name, beside=0 if apart else new_tokens)

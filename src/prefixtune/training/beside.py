@@ -17,7 +17,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.data.tokenized import TokenizedExample, any_hidden, longest_text
+from prefixtune.data.tokenized import TokenizedExample, longest_text
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.prefix.compose import check_joinable, join
 from prefixtune.prefix.geometry import Site
@@ -188,7 +188,7 @@ def check_beside(
             f"take {total:,} positions, but {backbone.name!r} has {allowed:,}.",
             hint="lower beside_most or max_length, or choose shorter prefixes.",
         )
-    hides = config.prefix_dropout > 0 or any_hidden(examples)
+    hides = config.prefix_dropout > 0 or any(example.hidden for example in examples)
     if hides and backbone.kind == "encoder-decoder":
         uneven = [lengths for lengths in (own, *others) if lengths.get("encoder", 0) != lengths.get("cross", 0)]
         if uneven:

@@ -17,7 +17,7 @@ from prefixtune.data import TASKS, Example, ExampleLike, as_examples, form_that_
 from prefixtune.data.chat import chat_format
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
-from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
+from prefixtune.data.labels import Labels, choose_labels, encode_labelled, with_label_words
 from prefixtune.data.order import TargetGroup, plan_epoch, take
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens, target_counts, turn_counts
 from prefixtune.errors import ConfigError, DataError
@@ -92,7 +92,7 @@ def read_data(
     if kind == "generation":
         check_no_labels(config)
     else:
-        validate_labels(kind, train, dev, by=config.classifier, words=config.words_by_label)
+        choose_labels(kind, None, train, dev, by=config.classifier, words=config.words_by_label)
     check_example_count(config, train)
     check_texts_alone(config)
     return train, dev

