@@ -168,8 +168,11 @@ def encode_examples(
         for number, example in enumerate(examples, start=1):
             interrupt()
             with named_example(example, number):
-                options = {"on_too_long": on_too_long, "kind": turns}
-                parts.append(encode_conversation_examples(backbone, example, text_format, limit, **options))
+                parts.append(
+                    encode_conversation_examples(
+                        backbone, example, text_format, limit, on_too_long=on_too_long, kind=turns
+                    )
+                )
         return TokenizedDataset.of_all(parts)
     window = min(limit, max_length or DEFAULT_WINDOW)
     for number, (example, prompt, targets) in enumerate(_encode_plain(backbone, examples, text_format, limit), start=1):
