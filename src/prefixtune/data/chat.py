@@ -25,6 +25,8 @@ Source = str | Sequence[Message] | Sequence[Mapping[str, str]]
 _OWN = TextFormat("{source}", "{target}", chat_template=MODEL_TEMPLATE)
 _ANSWER, _QUESTION = "\ue000answer\ue001", "\ue000question\ue001"
 """A text that stands for a message; of characters for private use, which no template changes."""
+_AROUND, _TIMES = 2**18, 4
+"""Characters that a template may write around messages, and how often it may write each of them."""
 
 
 class Turn(NamedTuple):
@@ -118,7 +120,7 @@ def encode_chat(
         RequestError: The template refuses the messages.
     """
     messages = _bounded_messages(backbone, messages, positions)
-    text = render_chat(backbone.tokenizer, text_format or _OWN, messages, add_generation_prompt=True)
+    text = _render(backbone, text_format or _OWN, messages, opens=True)
     # All but the length of the last message, which alone may be cut.
     head = text[: max(len(text) - len(messages[-1]["content"]), 0)]
     beginning = bounded(backbone, head, positions)
@@ -133,6 +135,22 @@ def lengths_around(backbone: Backbone, text_format: TextFormat, source: Source) 
     """
     before, after = split_at_last_message(backbone.tokenizer, text_format, as_conversation(source))
     return len(backbone.encode(bounded(backbone, before, backbone.max_positions))), len(backbone.encode(after))
+
+
+def _render(backbone: Backbone, text_format: TextFormat, messages: Sequence[Mapping[str, str]], *, opens: bool) -> str:
+    """What a template writes, with what opens the next answer or without; no tokenizer reads more than it may write.
+
+    Raises:
+        RequestError: The template refuses the messages, or writes far more than they hold.
+    """
+    text = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=opens)
+    most = _AROUND + _TIMES * sum(len(message["content"]) for message in messages)
+    if len(text) > most:
+        raise RequestError(
+            f"the chat template writes {len(text):,} characters for these messages, but at most {most:,} are read.",
+            hint="use another template.",
+        )
+    return text
 
 
 def _bounded_messages(
@@ -191,9 +209,8 @@ def _around_answer(backbone: Backbone, text_format: TextFormat) -> tuple[str, st
         RequestError: It refuses the messages, or leaves out the question or the answer.
     """
     tokenizer, question = backbone.tokenizer, {"role": "user", "content": _QUESTION}
-    before = render_chat(tokenizer, text_format, [question], add_generation_prompt=True)
-    answer = {"role": "assistant", "content": _ANSWER}
-    whole = render_chat(tokenizer, text_format, [question, answer], add_generation_prompt=False)
+    before = _render(backbone, text_format, [question], opens=True)
+    whole = _render(backbone, text_format, [question, {"role": "assistant", "content": _ANSWER}], opens=False)
     # A template may strip a question, or write it in capitals.
     for role, is_written in (("user", _QUESTION[0] in before), ("assistant", _ANSWER in whole)):
         if not is_written:
@@ -316,8 +333,10 @@ def encode_conversation(
     answers += [(len(conversation), bounded(backbone, target, limit)) for target in targets]
     written: list[_Written] = []
     for index, answer in answers:
-        written.append(_write(backbone, text_format, conversation[:index], answer))
-        if index < len(conversation) and bounded(backbone, written[-1].before, limit) != written[-1].before:
+        before = _render(backbone, text_format, conversation[:index], opens=True)
+        answered = [*conversation[:index], {"role": "assistant", "content": answer}]
+        written.append(_Written(before, _render(backbone, text_format, answered, opens=False), answer))
+        if index < len(conversation) and len(bounded(backbone, before, limit)) < len(before):
             break
     ends = (*end_ids(backbone, text_format), backbone.eos_id)
     chain, others = written[: len(earlier) + 1], written[len(earlier) + 1 :]
@@ -325,12 +344,6 @@ def encode_conversation(
     alone = others if packed is not None else written
     turns = (*(packed or ()), *(turn for one in alone for turn in _encode_chain(backbone, [one], ends) or ()))
     return Turns(turns, packed is not None)
-
-
-def _write(backbone: Backbone, text_format: TextFormat, messages: Sequence[Mapping[str, str]], answer: str) -> _Written:
-    tokenizer, answered = backbone.tokenizer, [*messages, {"role": "assistant", "content": answer}]
-    before = render_chat(tokenizer, text_format, messages, add_generation_prompt=True)
-    return _Written(before, render_chat(tokenizer, text_format, answered, add_generation_prompt=False), answer)
 
 
 def _encode_chain(backbone: Backbone, chain: Sequence[_Written], ends: Sequence[int]) -> list[Turn] | None:

@@ -232,8 +232,15 @@ def test_a_text_of_few_tokens_is_read_on(llama: Any) -> None:
         bounded(few, "half a pair: \ud800", None)
 
 
-def test_what_a_template_writes_is_bounded(llama: Any) -> None:
+def test_what_a_template_writes_is_bounded(llama: Any, tokenized: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     loops = "{% for i in range(900) %}{% for j in range(900) %}{{ none }}{% endfor %}{% endfor %}"
-    form = replace(chat_format(llama, TEMPLATE), chat_template=loops + TEMPLATE)
+    form = chat_format(llama, TEMPLATE)
+    monkeypatch.setattr(llama.tokenizer, "chat_template", loops + TEMPLATE)
+    own = replace(form, chat_template="model", template_hash="")
     with pytest.raises(RequestError):
-        encode_prompts(llama, form, ["Q"])
+        encode_prompts(llama, own, ["Q"])
+    with pytest.raises(DataError):
+        encode_examples(llama, [chat_example([USER, ASSISTANT])], own, prefix_length=0)
+    with pytest.raises(RequestError):
+        chat_format(llama, "model")
+    assert max(tokenized) < 1000
