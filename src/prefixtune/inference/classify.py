@@ -215,10 +215,11 @@ def encode_to_classify(
     if prefix is not None:
         check_fits(prefix, backbone.geometry, backbone.name)
     words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
-    whole = encode_prompts(backbone, form, list(texts)) if texts else []
+    length = 0 if prefix is None else prefix.length()
+    positions = backbone.max_positions_with(length)
+    whole = encode_prompts(backbone, form, list(texts), positions=positions) if texts else []
     # Room is left for the longest word.
     longest = max((len(word) for word in words), default=0) if backbone.kind == "decoder" else 0
-    length = 0 if prefix is None else prefix.length()
     prompts = [
         truncate_prompt(backbone, form, prompt, prefix_length=length, new_tokens=longest, name=f"text {number}")
         for number, prompt in enumerate(whole, start=1)
@@ -241,7 +242,8 @@ def encode_to_tag(
         if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
             raise RequestError(f"text {number} is {short_repr(tokens)}, no list of tokens.", hint="write text.split().")
     # A prompt, and the positions of its tokens that are tagged.
-    encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
+    most = backbone.max_positions_with(prefix.length())
+    encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens, most) for tokens in texts]
     prompts, positions = [prompt for prompt, _ in encoded], [at for _, at in encoded]
     _check(backbone, prompts, prefix, 0)
     return EncodedTexts(backbone, prefix, labels, prompts, positions)

@@ -86,7 +86,10 @@ def prepare_prompts(
     """
     formats = _formats(backbone, texts, prefixes, config, text_format)
     special = special_stops(backbone, config.stop)
-    whole = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
+    whole = [
+        encode_prompts(backbone, form, [text], positions=backbone.max_positions_with(_length(prefix)))[0]
+        for text, form, prefix in zip(texts, formats, prefixes, strict=True)
+    ]
     prompts = []
     for number, (text, prefix, form, ids) in enumerate(zip(texts, prefixes, formats, whole, strict=True), start=1):
         new_tokens = _max_new_tokens(backbone, form, ids, prefix, config)
@@ -126,7 +129,7 @@ def fit_new_tokens(
     room = _room(backbone, 0, prefix)
     if room is not None and backbone.kind == "decoder":
         (form,) = _formats(backbone, [source], [prefix], config, text_format)
-        length = len(encode_prompts(backbone, form, [source])[0])
+        length = len(encode_prompts(backbone, form, [source], positions=room)[0])
         kept = form.source_room(length, room, 1) if form.on_too_long == "cut" else None
         if kept is not None:
             length = min(length, kept if form.longest_prompt else min(kept, room - room // 2))
