@@ -19,9 +19,9 @@ from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
 from prefixtune.attention.rotation import find_rotation
-from prefixtune.backbone.fingerprint import fingerprint
+from prefixtune.backbone.identity import fingerprint
 from prefixtune.backbone.quiet import quiet_transformers
-from prefixtune.backbone.selfcheck import check_once
+from prefixtune.doctor.selfcheck import check_once
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.geometry import BackboneKind, Geometry, describe
 from prefixtune.prefix.rotation import Rotation, longrope_limit

@@ -1,17 +1,24 @@
-"""Tell backbones apart before their weights are read, and where there are none; and name them without their paths."""
+"""Tell backbones apart: by name and configuration before their weights are read, by a fingerprint of them after it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from prefixtune.attention.layout import setting
 from prefixtune.backbone.lora import ADAPTER_CONFIG
 from prefixtune.backbone.packaged import PRETRAINED
 from prefixtune.errors import BackboneError
+from prefixtune.prefix.fingerprint import sample_weights
+from prefixtune.prefix.geometry import Geometry
 
-__all__ = ["backbone_identity", "public_name"]
+__all__ = ["backbone_identity", "fingerprint", "public_name", "sample", "weights"]
 
 
 _LENGTH = 12
@@ -60,3 +67,58 @@ def public_name(name: str, called: str = "") -> str:
     if name in PRETRAINED or not Path(name).exists():
         return name
     return called or os.path.basename(os.path.abspath(name)).removesuffix(".gguf") or "backbone"
+
+
+def fingerprint(model: Any, geometry: Geometry, samples: str = "") -> str:
+    """Identify a model by its shape and by sampled weights, which match in every dtype.
+
+    Args:
+        model: Of transformers.
+        geometry: What `probe` found.
+        samples: Of the weights before they were rounded (see `sample`); empty: they were not.
+
+    Returns:
+        `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
+        spread over all parameters (half of them over a LoRA adapter's, whose scaling counts too), as bfloat16. Compare
+        with `prefix.fingerprint.fingerprints_match`, which allows for rounding.
+    """
+    embeddings = model.get_input_embeddings().weight
+    config = model.config.get_text_config(decoder=True)
+    facts = {
+        "model_type": model.config.model_type,
+        # A prefix holds keys after any rotary embedding, seen through the layers' windows.
+        "rope": getattr(config, "rope_parameters", None),
+        "window": setting(config, "sliding_window"),
+        "embeddings": list(embeddings.shape),
+        "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
+        **_adapter_facts(model),
+    }
+    shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"{shape}:{samples or sample(model)}"
+
+
+def sample(model: Any) -> str:
+    """256 weights spread over all parameters, as a fingerprint has them."""
+    named = dict(weights(model))
+    sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
+    return sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])
+
+
+def _adapter_facts(model: Any) -> Mapping[str, Any]:
+    """What a LoRA adapter's effect depends on besides its weights; empty where there is none."""
+    scalings = [sorted(module.scaling.values()) for module in model.modules() if hasattr(module, "lora_A")]
+    return {"adapter": scalings} if scalings else {}
+
+
+def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, also those that Accelerate keeps on disk or elsewhere until they are needed."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta":
+            yield name, parameter
+            continue
+        owner, _, last = name.rpartition(".")
+        hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+        stored: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
+        if stored is None or last not in stored:
+            raise BackboneError(f"the weight {name!r} cannot be found.", hint="load the model without offloading.")
+        yield name, stored[last]

@@ -1,38 +1,35 @@
-"""Load a backbone: the model and its tokenizer, on a device, quantized or with a LoRA adapter."""
+"""Load a backbone: a model and its tokenizer, on a device, quantized or with a LoRA adapter; or the tokenizer alone."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from prefixtune.attention.layout import Layout
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.checkpoint import find_checkpoint, read_checkpoint
-from prefixtune.backbone.devices import choose_device, choose_dtype
-from prefixtune.backbone.fingerprint import sample
-from prefixtune.backbone.lora import (
-    add_adapter,
-    base_model_name,
-    check_adapter,
-    import_peft,
-    is_adapter,
-    load_adapter,
-)
+from prefixtune.backbone.checkpoint import auto_class, find_checkpoint, read_checkpoint, read_tokenizer
+from prefixtune.backbone.devices import check_quantization, choose_device, choose_dtype
+from prefixtune.backbone.devices import quantize as quantize_weights
+from prefixtune.backbone.identity import sample
+from prefixtune.backbone.lora import add_adapter, base_model_name, check_adapter, import_peft, is_adapter, load_adapter
 from prefixtune.backbone.packaged import DEFAULT as DEFAULT_BACKBONE
-from prefixtune.backbone.quantization import check_quantization
-from prefixtune.backbone.quantization import quantize as quantize_weights
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, describe_value
+from prefixtune.prefix.geometry import BackboneKind
 
 __all__ = [
     "DEFAULT_BACKBONE",
     "BackboneLike",
     "as_backbone",
     "load_backbone",
+    "load_tokenizer",
     "resolve",
+    "without_limits",
 ]
 
 
@@ -125,9 +122,8 @@ def load_backbone(
     weights_dtype = choose_dtype(dtype, target)
     source, options, adapter = resolve(name, quantize, adapter, adapter_rank, train_adapter=train_adapter)
     if quantize and (device_map is not None or adapter is not None or adapter_rank):
-        raise ConfigError(
-            f"quantize = {quantize!r} cannot be combined with device_map or an adapter.", hint="leave one of them out."
-        )
+        what = f"quantize = {quantize!r} cannot be combined with device_map or an adapter."
+        raise ConfigError(what, hint="leave one of them out.")
     place: dict[str, Any] = {}
     if device_map is not None:
         place = {"device_map": device_map, "offload_folder": offload_folder}
@@ -211,3 +207,39 @@ def check_end_token(backbone: Backbone) -> Backbone:
         hint = "set eos_token in its tokenizer_config.json."
         raise BackboneError(f"the tokenizer of {backbone.name!r} has no end-of-sequence token.", hint=hint)
     return backbone
+
+
+def load_tokenizer(name: str, *, limited: bool = True) -> Backbone:
+    """Load the configuration and the tokenizer of a backbone, not its weights.
+
+    What it returns encodes and decodes, and knows its kind and its positions. It computes nothing.
+
+    Args:
+        name: As for `load_backbone`.
+        limited: It has as many positions as the model; otherwise any number, so that nothing is truncated.
+
+    Raises:
+        BackboneError: There is no such model, or its tokenizer has no end token.
+        CheckpointError: It is an adapter whose configuration cannot be read.
+    """
+    base = base_model_name(Path(name)) if is_adapter(Path(name)) else name
+    source, options = find_checkpoint(base)
+    if "gguf_file" in options:
+        raise BackboneError(
+            f"{name!r} is a GGUF file, whose tokenizer is not read without its weights.",
+            hint="give the model's folder or hub id.",
+        )
+    config, tokenizer = read_tokenizer(name, source, options)
+    made = auto_class(config).__name__
+    kind: BackboneKind = "encoder-decoder" if "Seq2Seq" in made else "encoder" if made == "AutoModel" else "decoder"
+    model = SimpleNamespace(config=config, generation_config=SimpleNamespace())
+    backbone = check_end_token(Backbone(model, tokenizer, name, Layout({}, {}, kind), ""))
+    return backbone if limited else without_limits(backbone)
+
+
+def without_limits(backbone: Backbone) -> Backbone:
+    """A backbone's tokenizer, with any number of positions; it computes nothing."""
+    nothing = SimpleNamespace()
+    config = SimpleNamespace(get_text_config=lambda decoder: nothing)
+    model = SimpleNamespace(config=config, generation_config=SimpleNamespace())
+    return Backbone(model, backbone.tokenizer, backbone.name, Layout({}, {}, backbone.kind), "")

@@ -13,17 +13,7 @@ from prefixtune.errors import BackboneError, CheckpointError, first_line
 from prefixtune.prefix.header import parse_header
 from prefixtune.utils.extras import needs_extra
 
-__all__ = [
-    "ADAPTER_CONFIG",
-    "adapter_config",
-    "add_adapter",
-    "base_model_name",
-    "check_adapter",
-    "has_adapter",
-    "import_peft",
-    "is_adapter",
-    "load_adapter",
-]
+__all__ = ["ADAPTER_CONFIG", "adapter_config", "add_adapter", "check_adapter", "has_adapter", "load_adapter"]
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.fingerprint import weights
+from prefixtune.backbone.identity import weights
 from prefixtune.errors import DataError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import line_writer, reporting_write_errors

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.unloaded import load_tokenizer
+from prefixtune.backbone.load import load_tokenizer
 from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.examples import Example, TaskKind, merge_examples
 from prefixtune.data.files import iter_file

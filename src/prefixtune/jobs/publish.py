@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.validation import PrefixValidator
+from prefixtune.backbone.prefixes import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.jobs.checkpoints import checkpoints
 from prefixtune.jobs.executor import JobFailedError, JobPausedError

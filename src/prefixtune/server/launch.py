@@ -150,7 +150,7 @@ def _start_engine(config: ServeConfig, console: Console) -> EngineWorker:
 
 
 def _load_tokenizer(config: ServeConfig, console: Console) -> Backbone:
-    from prefixtune.backbone.unloaded import load_tokenizer
+    from prefixtune.backbone.load import load_tokenizer
 
     console.info(f"loading the tokenizer of {config.backbone} ...")
     return replace(load_tokenizer(config.backbone), name=config.model_id)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.fingerprint import fingerprint
+from prefixtune.backbone.identity import fingerprint
 from prefixtune.backbone.lora import add_adapter, has_adapter
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean

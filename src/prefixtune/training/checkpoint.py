@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.quantization import is_quantized
+from prefixtune.backbone.devices import is_quantized
 from prefixtune.errors import CheckpointError, ConfigError, first_line
 from prefixtune.prefix.file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.fingerprint import fingerprints_match

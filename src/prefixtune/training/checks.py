@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.quantization import is_quantized
+from prefixtune.backbone.devices import is_quantized
 from prefixtune.errors import ConfigError
 from prefixtune.training.beside import SELF
 from prefixtune.training.config import TrainConfig

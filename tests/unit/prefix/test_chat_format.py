@@ -12,8 +12,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from prefixtune.backbone.prefixes import make_header
-from prefixtune.backbone.validation import PrefixValidator
+from prefixtune.backbone.prefixes import PrefixValidator, make_header
 from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, RequestError
 from prefixtune.inference.model import load

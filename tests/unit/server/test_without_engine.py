@@ -13,9 +13,8 @@ import pytest
 
 from asgi_client import send
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.load import load_backbone, load_tokenizer
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.backbone.unloaded import load_tokenizer
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.errors import ConfigError
 from prefixtune.jobs.upload import UPLOAD_FOLDER

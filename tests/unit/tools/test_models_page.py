@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
-from prefixtune.backbone.selfcheck import SWITCH
+from prefixtune.doctor.selfcheck import SWITCH
 from tiny_config import model_types
 from tools.models_page import COMMAND, table
 from tools.models_sweep import FAULTS, examine_one

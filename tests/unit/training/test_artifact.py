@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
-from prefixtune.backbone.validation import PrefixValidator
+from prefixtune.backbone.prefixes import PrefixValidator
 from prefixtune.errors import CheckpointError
 from prefixtune.inference.classify import classify
 

@@ -109,7 +109,7 @@ def _usual_config(context: RequestContext, stored: StoredFile) -> TrainConfig:
 
 
 def _measure(config: TrainConfig, backbone: Backbone, sample: Sequence[Example], stored: StoredFile) -> Measures:
-    from prefixtune.backbone.unloaded import without_limits
+    from prefixtune.backbone.load import without_limits
     from prefixtune.data.registry import TASKS
     from prefixtune.evaluation.data_report import measure_examples
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.validation import PrefixValidator
+from prefixtune.backbone.prefixes import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.prefix.file import is_unread
 from prefixtune.prefix.folder import (

@@ -13,8 +13,8 @@ import torch
 
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
-from prefixtune.backbone import selfcheck
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.doctor import selfcheck
 from prefixtune.doctor.examine import examine
 from prefixtune.errors import BackboneError
 from zoo import make_model
