@@ -97,6 +97,9 @@ def quantize(model: Any, kind: str, device: torch.device) -> None:
         model: On the CPU, where its weights are mapped from their file.
         kind: `int8` or `int4`.
         device: Where the model is to be.
+
+    Raises:
+        ConfigError: It cannot be rounded so there.
     """
     import torchao.quantization as ao
     from torchao.quantization.granularity import PerGroup
@@ -105,6 +108,8 @@ def quantize(model: Any, kind: str, device: torch.device) -> None:
     if kind == "int8":
         config = ao.Int8WeightOnlyConfig()
     elif device.type == "cuda":
+        if model.dtype != torch.bfloat16:
+            raise ConfigError("int4 on a GPU takes weights in bfloat16.", hint="use --dtype bfloat16, or int8.")
         # torch's own kernels; the default format needs a further package.
         config = ao.Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format="tile_packed_to_4d")
     else:
