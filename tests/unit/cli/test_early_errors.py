@@ -74,7 +74,6 @@ MISTAKES = [
     ("push nowhere.safetensors me/x", "nowhere.safetensors"),
     ("pull me/x file/x.safetensors", "file/x.safetensors"),
     ("inspect nowhere.safetensors", "nowhere.safetensors"),
-    ("doctor ./nowhere", "nowhere"),
     ("prepare gpt5", "gpt5"),
     ("demo --output file", "file"),
     ("serve --backbone model --prefixes nowhere", "nowhere"),

@@ -53,6 +53,6 @@ def test_generate_imports_no_part_that_it_does_not_need(tmp_path: Path, tiny_mod
     [(code, _, modules)] = run_commands(["generate", "--backbone", str(folder), "--max-new-tokens", "1", "hello"])
     assert code == 0
     own = {name.split(".")[1] for name in modules if name.startswith("prefixtune.")}
-    assert own.isdisjoint({"training", "evaluation", "server", "report", "jobs", "doctor"})
+    assert own.isdisjoint({"training", "evaluation", "server", "report", "jobs"})
     other = {"torch._inductor.compile_fx", "transformers.trainer", "peft", "onnx", "pandas", "sklearn", "matplotlib"}
     assert modules.isdisjoint({*other, "sacrebleu", "fastapi", "datasets", "wandb", "tensorboard", "llguidance"})
