@@ -1,4 +1,7 @@
-"""Systems that are not Linux: importing, training and generating without what only POSIX has."""
+"""Systems that are not Linux: importing, training and generating without what only POSIX has.
+
+Slow: a process of its own imports every module.
+"""
 
 from __future__ import annotations
 

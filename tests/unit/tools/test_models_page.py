@@ -33,6 +33,7 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
+# Slow: each model is made and compared five times; hrm_text runs its layers many times in each pass.
 @HERE
 @pytest.mark.parametrize("name", [*ZOO, *OTHERS])
 def test_the_verdict_on_a_model_is_current(
