@@ -1,7 +1,7 @@
 """A write, an fsync or a rename fails, the first, the second, ... the last: on disk is old or new, never between.
 
-`faults.py` does it, in a program of its own with a small C library preloaded, so that it fails whoever writes. Slow: each
-of some forty writes of a run fails once, and the run goes on from what is left.
+`faults.py` does it, in a program of its own with a small C library preloaded, so that it fails whoever writes.
+Slow: each of some forty writes of a run fails once, and the run goes on from what is left.
 """
 
 from __future__ import annotations

@@ -20,7 +20,11 @@ def test_a_process_of_its_own() -> None:
 
 
 def test_training_and_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In this process, and little of it: steps in bfloat16 are slow on most processors.
     monkeypatch.setattr(train, "isolated", lambda work, *arguments: work(*arguments))
+    monkeypatch.setattr(train, "QUICK_SETTINGS", [(2, 1)])
+    monkeypatch.setattr(train, "MEMORY_STEPS", 2)
+    monkeypatch.setattr("bench.data.E2E", tmp_path / "none")
     options = ["--quick", "--repeats", "1", "--backbone", "tiny", "--json", str(tmp_path / "out.json")]
     for benchmark, more in ((train, []), (decode, ["--texts", "1", "2", "--lengths", "0", "3"])):
         assert benchmark.main([*options, *more]) == 0
