@@ -271,14 +271,14 @@ def cut_prompt(
         return list(ids)
     if on_too_long == "error":
         raise RequestError(
-            f"{name} takes {len(ids)} tokens, but only {max(room, 0)} are left beside the {beside} of its target.",
+            f"{name} takes {len(ids)} tokens, but only {max(room, 0)} are left beside the {beside} of its answer.",
             hint="shorten it, raise max_length, or let on_too_long = 'cut' shorten it.",
         )
     before, after = around()
     if room <= before + after:
         raise RequestError(
             f"{name} takes {len(ids)} tokens, {before + after} of them around its source, but the positions leave room "
-            f"for {max(room, 0)} besides {beside} of its target, and a cut would leave nothing of the source.",
+            f"for {max(room, 0)} besides {beside} of its answer, and a cut would leave nothing of the source.",
             hint="raise max_length, or shorten the target or max_new_tokens; targets are never cut.",
         )
     return [*ids[: room - after], *ids[len(ids) - after :]]

@@ -169,7 +169,7 @@ def test_a_metric_that_is_not_available_is_left_out_with_the_reason(
 @pytest.mark.parametrize("targets", [(), ("",), (" \n",)])
 def test_an_example_without_a_reference_is_reported(model: Any, fake_outputs: Make, targets: tuple[str, ...]):
     requests = fake_outputs()
-    with pytest.raises(DataError, match=r"example 8 \('nobody'\) has no target"):
+    with pytest.raises(DataError, match="example 8"):
         evaluate(model, [*EXAMPLES, Example("nobody", targets)], config=CONFIG)
     with pytest.raises(DataError, match="no example"):
         evaluate(model, [], config=CONFIG)
