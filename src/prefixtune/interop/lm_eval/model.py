@@ -300,4 +300,6 @@ def _decoding_config(given: Mapping[str, Any], *, stop: tuple[str, ...], max_new
     values = {name: given[name] for name in _SUPPORTED if given.get(name) is not None}
     if given.get("do_sample"):
         values["temperature"] = float(given.get("temperature") or 1.0)
+        # lm-eval seeds torch.
+        values["seed"] = int(torch.randint(2**62, ()))
     return GenerateConfig(**values, stop=stop, max_new_tokens=max_new_tokens)
