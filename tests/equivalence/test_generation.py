@@ -182,6 +182,10 @@ def test_sampling_with_a_seed_is_reproducible(llama: Any, random_prefix: Any):
     torch.manual_seed(6)
     assert generate(llama, TEXTS, prefix, seed=7, **options) == first
     assert generate(llama, TEXTS, prefix, seed=8, **options) != first
+    # Each text draws by itself, whatever runs beside it.
+    same = generate(llama, TEXTS[:1] * 3, prefix, seed=7, **options)
+    assert (same[0], len(set(same))) == (first[0], 3)
+    assert generate(llama, TEXTS[:1] * 3, prefix, seed=7, batch_size=1, **options) == same
 
 
 def test_sampling_from_the_likeliest_alone_is_greedy(llama: Any, random_prefix: Any):
