@@ -10,11 +10,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prefixtune.data.files import read_file
-from prefixtune.data.tasks.records import read_records
+from prefixtune.data import read_task
+from prefixtune.data.files import Record, iter_file
 from prefixtune.errors import DataError
 from prefixtune.jobs.files import FileLimits, FileStore, StoredFile
 from prefixtune.jobs.folder import DataFolder
+
+
+def read_file(path: Path) -> list[Record]:
+    return list(iter_file(path))
 
 
 def write_parquet(path: Path) -> None:
@@ -38,7 +42,7 @@ def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
     assert second == {"name": None, "stars": 2, "texts": [], "day": None, "price": None}
     assert [row.location for row in read_file(path)] == [f"{path}, row 1", f"{path}, row 2"]
     with pytest.raises(DataError, match=r"a\.parquet, row 2: column 'name'"):
-        read_records(path, "name")
+        read_task("records", path, source="name")
 
 
 def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
@@ -50,9 +54,9 @@ def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
     first = read_file(path)[0].values
     assert (first["name"], first["turns"], first["id"]) == ("café", [{"text": "Hi"}], "a")
     # An image that nothing asks for stops no file; one that is to be a text is named.
-    assert [example.source for example in read_records(path, "id")] == ["a", "b"]
+    assert [example.source for example in read_task("records", path, source="id")] == ["a", "b"]
     with pytest.raises(DataError, match=r"a\.parquet, row 2: column 'name'"):
-        read_records(path, "name")
+        read_task("records", path, source="name")
 
 
 def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:

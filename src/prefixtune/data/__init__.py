@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from prefixtune.data.examples import Example, ExampleLike, limit_targets, references_of
 from prefixtune.data.registry import TASKS, Task, form_that_fits, read_all_entries, read_task, resolve_task
-from prefixtune.data.tasks.classification import check_labels, label_names
 from prefixtune.data.tasks.records import as_examples
-from prefixtune.data.tasks.tagging import check_tags, tag_names
 
 __all__ = [
     "TASKS",
@@ -18,14 +16,10 @@ __all__ = [
     "ExampleLike",
     "Task",
     "as_examples",
-    "check_labels",
-    "check_tags",
     "form_that_fits",
-    "label_names",
     "limit_targets",
     "read_all_entries",
     "read_task",
     "references_of",
     "resolve_task",
-    "tag_names",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
-from prefixtune.errors import DataError, describe_value, short_repr
+from prefixtune.errors import DataError, short_repr
 
 TaskKind = Literal["generation", "classification", "tagging"]
 """What a target is: a text, one label, or one tag per token with a space between. It decides how outputs are scored."""
@@ -14,9 +14,6 @@ SplitName = Literal["train", "dev", "test"]
 """A part of a data set."""
 Role = Literal["system", "user", "assistant"]
 """Who speaks in a conversation."""
-
-_ROLES: tuple[str, ...] = get_args(Role)
-_MESSAGE_HINT = 'write {"role": "user", "content": "..."}.'
 
 
 class Message(NamedTuple):
@@ -40,33 +37,34 @@ def check_messages(messages: Any, name: str = "the conversation") -> tuple[Messa
         DataError: They are no such messages, a role comes where another must, one is empty, or the last one is not the
             user's.
     """
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise DataError(f"{name} is {describe_value(messages)}, not a list of messages.", hint=_MESSAGE_HINT)
-    checked = tuple(
-        _as_message(values, f"message {number} of {name}") for number, values in enumerate(messages, start=1)
-    )
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    checked = [_as_message(one, f"message {n} of {name}") for n, one in enumerate(messages, 1)] if is_list else []
     first = 1 if checked and checked[0].role == "system" else 0
     for number, message in enumerate(checked[first:]):
-        wanted = ("user", "assistant")[number % 2]
-        if message.role != wanted:
-            raise DataError(
-                f"message {first + number + 1} of {name} is the {message.role}'s, but must be the {wanted}'s.",
-                hint="write perhaps one system message, then the user's and the assistant's in turns.",
-            )
+        if message.role != ("user", "assistant")[number % 2]:
+            raise _wrong_messages(f"message {first + number + 1} of {name} is the {message.role}'s", "the other's")
     if not checked or checked[-1].role != "user":
-        what = f"ends with the {checked[-1].role}'s message" if checked else "has no message"
-        raise DataError(f"{name} {what}, but must end with the user's.", hint="the answer to it is the target.")
-    return checked
+        ends = f"ends with the {checked[-1].role}'s message" if checked else f"is {short_repr(messages)}"
+        raise _wrong_messages(f"{name} {ends}", "messages that end with the user's")
+    return tuple(checked)
 
 
 def _as_message(values: Any, name: str) -> Message:
     pair = values
     if isinstance(values, Mapping):
-        pair = tuple(values.get(field) for field in Message._fields) if values.keys() == set(Message._fields) else ()
-    role, content = pair if isinstance(pair, (tuple, list)) and len(pair) == len(Message._fields) else (None, None)
-    if role not in _ROLES or not isinstance(content, str) or not content.strip():
-        raise DataError(f"{name} is {short_repr(values)}, not a role and a text.", hint=_MESSAGE_HINT)
+        pair = (values.get("role"), values.get("content")) if values.keys() == {"role", "content"} else ()
+    role, content = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
+    if role not in get_args(Role) or not isinstance(content, str) or not content.strip():
+        raise _wrong_messages(f"{name} is {short_repr(values)}", "a role and a text")
     return Message(cast(Role, role), content)
+
+
+def _wrong_messages(what: str, needed: str) -> DataError:
+    return DataError(
+        f"{what}, but must be {needed}.",
+        hint='write {"role": "user", "content": "..."}: perhaps one of the system, then the user\'s and the '
+        "assistant's in turns.",
+    )
 
 
 @dataclass(frozen=True)
@@ -106,10 +104,8 @@ class Example:
     def __post_init__(self) -> None:
         # As a sequence, a single text would be one target per character.
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
-        if isinstance(targets, Sequence):
-            targets = tuple(targets)
-        texts = (self.source, *(targets if isinstance(targets, tuple) else (None,)))
-        if not all(isinstance(text, str) for text in texts):
+        targets = tuple(targets) if isinstance(targets, Sequence) else (None,)
+        if not all(isinstance(text, str) for text in (self.source, *targets)):
             raise DataError(
                 f"an example has the source {short_repr(self.source)} and the targets {short_repr(self.targets)}, but "
                 "must have texts.",
@@ -117,13 +113,13 @@ class Example:
             )
         if not isinstance(self.groups, Mapping) or not all(isinstance(group, str) for group in self.groups.values()):
             raise DataError(
-                f"the groups of the example {self.source[:60]!r} are {short_repr(self.groups)}, not a dict of texts.",
+                f"the groups of the example {short_repr(self.source)} are {short_repr(self.groups)}, not a dict of "
+                "texts.",
                 hint='write groups={"category": "Food"}.',
             )
         object.__setattr__(self, "targets", targets)
         if self.messages:
-            messages = check_messages(self.messages, f"the conversation {self.source[:60]!r}")
-            object.__setattr__(self, "messages", messages)
+            object.__setattr__(self, "messages", check_messages(self.messages))
 
 
 def chat_example(messages: Any, name: str = "the conversation", **fields: Any) -> Example:
@@ -141,13 +137,13 @@ def chat_example(messages: Any, name: str = "the conversation", **fields: Any) -
     Raises:
         DataError: They are no such messages.
     """
-    if isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 1:
-        last = _as_message(messages[-1], f"message {len(messages)} of {name}")
-        if last.role == "assistant":
-            before = check_messages(messages[:-1], name)
-            return Example(before[-1].content, (last.content,), messages=before, **fields)
-    before = check_messages(messages, name)
-    return Example(before[-1].content, messages=before, **fields)
+    answers: tuple[str, ...] = ()
+    if isinstance(messages, Sequence) and len(messages) > 1:
+        *before, last = messages
+        if (answer := _as_message(last, f"message {len(messages)} of {name}")).role == "assistant":
+            messages, answers = before, (answer.content,)
+    checked = check_messages(messages, name)
+    return Example(checked[-1].content, answers, messages=checked, **fields)
 
 
 ExampleLike = Example | Mapping[str, Any]

@@ -1,40 +1,33 @@
-"""Read a data file as records, with errors that name the file and the line.
+"""Read a data file as rows, with errors that name the file and the line.
 
 Formats: `.jsonl` (one object per line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
-if needed) and `.parquet`, each also gzipped (`.gz`); `-` is standard input, whose format is recognized. A `.json` file
-is read as a whole, everything else row by row. Instead of a file, a set of the `datasets` library may be read (see
-`hub`).
+if needed) and `.parquet`, each also gzipped (`.gz`); of benchmarks also XML and CoNLL (see `benchmark_rows`). `-` is
+standard input, whose format is recognized. A list, XML and CoNLL are read as a whole, everything else row by row.
+Instead of a file, a set of the `datasets` library may be read (see `hub`).
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic_core import from_json
+
+from prefixtune.data.benchmark_rows import conll_rows, xml_rows
 from prefixtune.data.hub import dataset_rows, is_dataset, parquet_rows
-from prefixtune.data.streams import (
-    MAX_FILE_BYTES,
-    MAX_LINE_BYTES,
-    check_exists,
-    empty_file,
-    first_bytes,
-    is_stdin,
-    open_bytes,
-    reading,
-    shown,
-    text_lines,
-    whole_text,
-)
-from prefixtune.errors import DataError, did_you_mean
+from prefixtune.data.streams import is_stdin, open_bytes, reading, shown, text_lines, whole_text
+from prefixtune.errors import DataError, did_you_mean, short_repr
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+CONLL_FORMATS = (".conll", ".bio", ".txt")
+MAX_ROW_CHARS = 2**20
+"""Most characters of text in a row: a text takes some 350 bytes of memory per token until it is cut."""
 LocatedRow = tuple[str, dict[str, Any]]
 """A row's location, for messages, and its values by column."""
 # A pattern such as `\s*\n\s*` needs time quadratic in the blanks of a text; this one matches a run of white space once.
@@ -49,10 +42,33 @@ class Record:
         location: Its place, for messages: `data.csv, line 3` (its first line), or `data.json, item 3` (from 1), or
             `set, row 3` in a set of the `datasets` library.
         values: Column -> value; text in CSV and TSV, any JSON value otherwise.
+
+    Raises:
+        DataError: It holds more than `MAX_ROW_CHARS` characters.
     """
 
     location: str
     values: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if _text_size(self.values) > MAX_ROW_CHARS:
+            raise _long_row(self.location)
+
+
+def _text_size(value: Any) -> int:
+    """The characters of all texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_text_size, value.values()))
+    return sum(map(_text_size, value)) if isinstance(value, list | tuple) else 0
+
+
+def _long_row(location: str) -> DataError:
+    return DataError(
+        f"{location} holds more than {MAX_ROW_CHARS:,} characters (MAX_ROW_CHARS), which is the most for a row.",
+        hint="divide it into several rows, or leave out columns that are not needed.",
+    )
 
 
 def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
@@ -62,39 +78,39 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     '.csv'
 
     Raises:
-        DataError: The ending is none of `formats`, perhaps as there is no such file.
+        DataError: It is a folder, or its ending is none of `formats`, perhaps as there is no such file.
     """
+    check_file(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     ending = suffixes[-1] if suffixes else ""
     if ending not in formats:
-        check_exists(path)
-        ending_text = f"the ending {''.join(path.suffixes[-2:])!r}" if path.suffixes else "no ending"
+        with reading(path):
+            os.stat(path)
         raise DataError(
-            f"{path} has {ending_text}; allowed: {', '.join(formats)}, each with or without .gz.",
+            f"{path} has the ending {ending!r}; allowed: {', '.join(formats)}, each with or without .gz.",
             hint=did_you_mean(ending, formats) if ending else "rename the file, with the ending of its format.",
         )
     return ending
 
 
-def read_file(path: Path, formats: Sequence[str] = FORMATS) -> list[Record]:
-    """All rows of a file, as `iter_file` gives them one at a time.
+def check_file(path: Path) -> None:
+    """Refuse a folder, before its ending is checked.
 
     Raises:
-        PrefixError: As for `iter_file`.
+        DataError: The path is a folder.
     """
-    return list(iter_file(path, formats))
+    if os.path.isdir(path):  # Path.is_dir raises if the parent folder may not be read
+        raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
 
 
 def iter_file(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Record]:
     """The rows of a file, in order and one at a time; blank lines are ignored.
 
-    Only a piece of the file is in memory (of a `.json` file the whole).
-
     Args:
         path: The file, whose ending names its format; `-`: standard input; or a set of the `datasets` library.
-        formats: The allowed endings, of `FORMATS`.
+        formats: The allowed endings.
 
     Raises:
         ConfigError: The `datasets` library is needed and not installed.
@@ -105,7 +121,6 @@ def iter_file(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Record]:
     if is_dataset(path):
         yield from itertools.starmap(Record, dataset_rows(path))
         return
-    check_file(path)
     form = _stdin_format(formats) if is_stdin(path) else file_format(path, formats)
     with reading(path), open_bytes(path) as file:
         yield from iter_rows(file, shown(path), form)
@@ -117,7 +132,8 @@ def iter_rows(file: IO[bytes], name: str, form: str, max_bytes: int | None = Non
     Args:
         file: Its bytes; of Parquet, to be read at any place.
         name: What messages call it.
-        form: One of `FORMATS`, or empty: a table whose fields are separated by tabs, if its header has one, or commas.
+        form: One of `FORMATS` or of the benchmarks', or empty: a table whose fields are separated by tabs, if its
+            header has one, or commas.
         max_bytes: The most that is read of JSON and tables; None: any number of rows, and `MAX_FILE_BYTES` of a list.
 
     Raises:
@@ -126,9 +142,13 @@ def iter_rows(file: IO[bytes], name: str, form: str, max_bytes: int | None = Non
     if form == ".parquet":
         rows = parquet_rows(file, name)
     elif form == ".json":
-        rows = _json_list(whole_text(file, name, max_bytes or MAX_FILE_BYTES), name)
+        rows = _json_list(whole_text(file, name, max_bytes), name)
     elif form == ".jsonl":
         rows = json_lines(text_lines(file, name, max_bytes), name)
+    elif form == ".xml":
+        rows = xml_rows(file, name)
+    elif form in CONLL_FORMATS:
+        rows = conll_rows(whole_text(file, name), name)
     else:
         rows = _table_rows(text_lines(file, name, max_bytes), name, {".csv": ",", ".tsv": "\t"}.get(form, ""))
     is_empty = True
@@ -148,54 +168,31 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[LocatedRow]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             location = f"{name}, line {number}"
-            yield location, _as_object(_parse_json(line.removesuffix("\n"), name, number), location)
+            yield location, _as_object(_parse_json(line, location), location)
 
 
 def _json_list(text: str, name: str) -> Iterator[LocatedRow]:
     """The objects of one JSON list."""
-    if not text.strip():
-        raise empty_file(name)
-    values = _parse_json(text, name, 1)
+    values = _parse_json(text or "[]", name)
     if not isinstance(values, list):
-        raise DataError(
-            f"{name} holds a JSON {_json_type(values)}; a .json file must hold a list of objects.",
-            hint="wrap it in [ ], or name a file with one object a line .jsonl.",
-        )
+        raise wrong_value(name, "the file", values, "a list of objects")
     for number, value in enumerate(values, start=1):
-        location = f"{name}, item {number}"
-        yield location, _as_object(value, location)
+        yield f"{name}, item {number}", _as_object(value, f"{name}, item {number}")
 
 
-def _parse_json(text: str, name: str, first_line: int) -> Any:
-    """The value of a text that starts at this line of a file."""
+def _parse_json(text: str, location: str) -> Any:
     try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no text
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except json.JSONDecodeError as error:
+        return from_json(text)
+    except ValueError as error:
         raise DataError(
-            f"{name}, line {first_line + error.lineno - 1}, column {error.colno}: not JSON: {error.msg}.",
-            hint="a .jsonl file has one object a line, a .json file one list of objects.",
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{name}, line {first_line}: this JSON cannot be read: {error}.", hint="use plain strings and numbers."
+            f"{location}: not JSON: {error}.", hint="a .jsonl file has one object a line, a .json file one list."
         ) from error
 
 
 def _as_object(value: Any, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(
-            f"{location} holds a JSON {_json_type(value)}; an object is needed.",
-            hint='write rows as {"column": value, ...}.',
-        )
+        raise wrong_value(location, "the row", value, "an object")
     return value
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
 
 
 def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[LocatedRow]:
@@ -203,64 +200,61 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
     if not separator:
         first = next(lines, "")
         separator, lines = "\t" if "\t" in first else ",", itertools.chain([first], lines)
+    line = size = 0
+
+    def bounded() -> Iterator[str]:
+        nonlocal size
+        for text in lines:
+            size += len(text)
+            if size > 2 * MAX_ROW_CHARS:  # with quotes that are doubled
+                raise _long_row(f"{name}, line {line + 1}")
+            yield text
+
     # By default a field is shorter than a long document; the limit is the whole program's.
-    csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    csv.field_size_limit(2 * MAX_ROW_CHARS)
+    reader = csv.reader(bounded(), delimiter=separator, strict=True)
     columns: list[str] = []
-    line = 0
     try:
         for cells in reader:
-            location, line = f"{name}, line {line + 1}", reader.line_num
+            location, line, size = f"{name}, line {line + 1}", reader.line_num, 0
             if not any(cell.strip() for cell in cells):
                 continue
             if not columns:
                 columns = [cell.strip() for cell in cells]
-                if len(set(columns)) < len(columns):
-                    raise DataError(f"{location}: two columns have the same name.", hint="rename or drop one of them.")
-            elif len(cells) != len(columns):
+                continue
+            # In a table of tabs, quotes may be text, and what is between them several rows.
+            if len(cells) != len(set(columns)) or (separator == "\t" and any(map(_holds_row, cells))):
                 raise DataError(
-                    f"{location} has {len(cells)} fields; the header has {len(columns)}: {', '.join(columns)}.",
-                    hint=f'put a field that contains the separator, {separator!r}, in quotes, "like this".',
+                    f"{location} has {len(cells)} fields, or several rows in one; the header names {listed(columns)}.",
+                    hint=f"give columns different names; put a field with {separator!r} in quotes; or use JSON lines.",
                 )
-            elif separator == "\t" and any(_holds_rows(cell, n, len(columns) - 1) for n, cell in enumerate(cells)):
-                raise DataError(
-                    f"{location}: a field that starts with a quote goes on over several rows.",
-                    hint='write a quote at the start of a field as """, or use JSON lines.',
-                )
-            else:
-                yield location, dict(zip(columns, cells, strict=True))
+            yield location, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
         raise DataError(
-            f"{name}, line {line + 1}: {error}.",
-            hint='end a field that starts with " with "; double quotes inside it; use JSON lines for long texts.',
+            f"{name}, line {line + 1}: {error}.", hint='end a field that starts with " with "; double quotes inside it.'
         ) from error
 
 
-def _holds_rows(cell: str, index: int, last: int) -> bool:
-    r"""Whether a cell looks like several rows between two quotes that are text; `last` is the last column's index.
-
-    >>> _holds_rows("Wow\tgood\nFine\tgood\nBad", 0, 1), _holds_rows("two\nlines", 0, 1)
-    (True, False)
-    """
-    tabs = [line.count("\t") for line in cell.split("\n")]
-    # In a table of one column nothing tells a row from a line; a line that begins with a tab is indented.
-    looks_so = last > 0 and len(tabs) > 1 and "\n\t" not in cell
-    return looks_so and (tabs[0], tabs[-1]) == (last - index, index) and set(tabs[1:-1]) <= {last}
+def _holds_row(cell: str) -> bool:
+    return "\t" in cell and "\n" in cell
 
 
 def _stdin_format(formats: Sequence[str]) -> str:
-    """The format of standard input, by its first characters: `.jsonl`, `.json`, `.parquet`, or a table (empty).
+    """The format of standard input, by its first characters; empty: a table.
 
     Raises:
         DataError: It is none of `formats`.
     """
-    form = recognize_format(first_bytes(Path("-")))
-    if (form or ".csv") not in formats:
+    path = Path("-")
+    with reading(path), open_bytes(path) as file:
+        form = recognize_format(file.read(2**12))
+    if not form:
+        form = next((one for one in formats if one not in (".jsonl", ".json", ".parquet")), "text")
+    if form not in formats:
         raise DataError(
-            f"stdin holds {form or 'a table, or text'}; allowed: {', '.join(formats)}.",
-            hint="save it as a file of one of these formats.",
+            f"stdin holds {form}; allowed: {', '.join(formats)}.", hint="save it as a file of one of these formats."
         )
-    return form
+    return "" if form == ".csv" else form
 
 
 def recognize_format(start: bytes) -> str:
@@ -272,38 +266,40 @@ def recognize_format(start: bytes) -> str:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.startswith(b"PAR1"):
         return ".parquet"
-    if text.startswith((b"{", b"[")):
-        return ".jsonl" if text.startswith(b"{") else ".json"
-    return ""
+    return {b"{": ".jsonl", b"[": ".json"}.get(text[:1], "")
 
 
-def task_format(path: Path, formats: Sequence[str], own: str) -> str:
-    """The format of a file by its ending, and of standard input by its beginning; empty: a set of the hub's library.
+def listed(columns: Iterable[Any]) -> str:
+    """Names of columns as messages list them.
+
+    >>> listed(["text", "label"]), listed([])
+    ('text, label', 'none')
+    """
+    names = [str(name)[:40] for name in columns]
+    more = f", ... ({len(names)} in all)" if len(names) > 12 else ""
+    return (", ".join(names[:12]) or "none") + more
+
+
+def wrong_value(location: str, column: str, value: Any, needed: str) -> DataError:
+    """The error of a value in a row.
 
     Args:
-        path: The file; `-`: standard input; or a set of the `datasets` library.
-        formats: The endings that the task reads.
-        own: The format of standard input that is neither JSON nor Parquet.
-
-    Raises:
-        DataError: It is a folder, cannot be read, or has another ending.
+        location: Of its row.
+        column: Its column.
+        value: What is there.
+        needed: What should be, as in `a list of texts`.
     """
-    if is_dataset(path):
-        return ""
-    if is_stdin(path):
-        return recognize_format(first_bytes(path)) or own
-    check_file(path)
-    return file_format(path, formats)
+    return DataError(
+        f"{location}: {short_repr(column)} is {short_repr(value)}; {needed} is needed.", hint="correct or drop it."
+    )
 
 
-def check_file(path: Path) -> None:
-    """Refuse a folder, before its ending is checked.
-
-    Raises:
-        DataError: The path is a folder.
-    """
-    if os.path.isdir(path):  # Path.is_dir raises if the parent folder may not be read
-        raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
+def missing_column(location: str, columns: Iterable[str], values: Iterable[Any]) -> DataError:
+    """The error of a row that has none of some columns."""
+    return DataError(
+        f"{location}: there is no column {' or '.join(map(short_repr, columns))}; there are: {listed(values)}.",
+        hint="rename the column, or name it, where the task takes --source and --target.",
+    )
 
 
 def join_lines(text: str) -> str:
@@ -327,5 +323,5 @@ def one_line(value: Any, column: str, location: str) -> str:
     """
     text = join_lines(value) if isinstance(value, str) else ""
     if not text:
-        raise DataError(f"{location}: {column!r} holds {value!r}; text is needed.", hint="write it, or drop the row.")
+        raise wrong_value(location, column, value, "text")
     return text

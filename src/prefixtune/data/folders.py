@@ -8,10 +8,11 @@ library lists the names of its splits.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefixtune.data.hub import dataset_splits, is_dataset, split_path
+from prefixtune.data.streams import reading
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 
 #: Split -> the names that it may have.
@@ -48,36 +49,48 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Relea
         return _locate_in_dataset(path, split)
     if not os.path.isdir(path):
         return path
-    found = {name: match for name in SPLITS if (match := _find(path, list(_patterns(name, formats, release))))}
+    with reading(path):
+        found = {name: match for name in SPLITS if (match := _find(path, _patterns(name, formats, release)))}
     if split in found:
         return found[split]
-    hint = f"it has: {', '.join(found)}." if found else "name a file in it."
-    if split is not None:
-        patterns = ", ".join(_patterns(split, formats, release))
-        raise DataError(f"{path} is a folder without a {split} set; looked for {patterns}.", hint=hint)
-    reads_folders = any(pattern.endswith("/") for patterns in release.values() for pattern in patterns)
-    if found or not reads_folders:
-        raise DataError(f"{path} is a folder; a split or a file is needed.", hint=hint)
-    return path
+    if split is None and not found and any(name.endswith("/") for names in release.values() for name in names):
+        return path
+    tried = f" without a {split} set; looked for {', '.join(_patterns(split, formats, release))}" if split else ""
+    raise DataError(
+        f"{path} is a folder{tried or '; a split or a file is needed'}.",
+        hint=f"it has: {', '.join(found)}." if found else "name a file in it.",
+    )
+
+
+def files_in(path: Path, formats: Sequence[str]) -> list[Path]:
+    """The files at a path: itself, or all in a folder that a task reads, by name.
+
+    Raises:
+        DataError: The folder has none.
+    """
+    if is_dataset(path) or not os.path.isdir(path):
+        return [path]
+    endings = tuple(f"{ending}{zipped}" for ending in formats for zipped in ("", ".gz"))
+    with reading(path):
+        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(endings))
+    if not files:
+        raise DataError(f"{path} is a folder without files of {' or '.join(formats)}.", hint="name a file.")
+    return files
 
 
 def _locate_in_dataset(path: Path, split: str | None) -> Path:
     names = dataset_splits(path)
     wanted = SPLITS[split] if split else names[:1] if len(names) == 1 else ()
-    for name in wanted:
-        if name in names:
-            return split_path(path, name)
-    if not names:
-        return path
+    name = next((name for name in wanted if name in names), None)
+    if name is not None or not names:
+        return path if name is None else split_path(path, name)
     what = f"no {split} set" if split else "several splits"
     raise DataError(f"{path} has {what}.", hint=f"it has: {', '.join(names)}.")
 
 
-def _patterns(split: str, formats: Sequence[str], release: Release) -> Iterator[str]:
-    for name in SPLITS[split]:
-        for ending in formats:
-            yield from (f"{name}{ending}", f"{name}{ending}.gz")
-    yield from release.get(split, ())
+def _patterns(split: str, formats: Sequence[str], release: Release) -> list[str]:
+    named = [f"{name}{ending}{end}" for name in SPLITS[split] for ending in formats for end in ("", ".gz")]
+    return [*named, *release.get(split, ())]
 
 
 def _find(folder: Path, patterns: Sequence[str]) -> Path | None:

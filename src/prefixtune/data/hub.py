@@ -47,18 +47,8 @@ def dataset_splits(path: Path | str) -> tuple[str, ...]:
         ConfigError: The `datasets` library is needed and not installed.
         DataError: The set cannot be found or read.
     """
-    if str(path).startswith(HUB):
-        name, configuration, split, revision = _address(str(path))
-        return () if split else tuple(_load_from_hub(name, configuration, revision))
-    if os.path.isfile(os.path.join(path, _DATASET_INFO)):
-        return ()
-    try:
-        names = json.loads((Path(path) / _DATASET_DICT).read_text(encoding="utf-8"))["splits"]
-        return tuple(map(str, names))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{Path(path) / _DATASET_DICT} cannot be read: {error}.", hint="save the set again with save_to_disk."
-        ) from error
+    data = _load(path)
+    return tuple(data) if isinstance(data, dict) else ()
 
 
 def split_path(path: Path | str, split: str) -> Path:
@@ -68,19 +58,11 @@ def split_path(path: Path | str, split: str) -> Path:
     'hub:GEM/e2e_nlg@test'
     >>> split_path("hub:GEM/e2e_nlg#v1", "test").as_posix()
     'hub:GEM/e2e_nlg@test#v1'
-
-    Raises:
-        DataError: The split's folder is missing.
     """
-    if str(path).startswith(HUB):
-        name, mark, revision = str(path).partition("#")
-        return Path(f"{name}@{split}{mark}{revision}")
-    if not is_dataset(folder := Path(path) / split):
-        raise DataError(
-            f"{path} names the split {split!r}, but {folder} is not a folder of a saved set.",
-            hint="copy the whole folder again, or save the set again with save_to_disk.",
-        )
-    return folder
+    if not str(path).startswith(HUB):
+        return Path(path) / split
+    name, mark, revision = str(path).partition("#")
+    return Path(f"{name}@{split}{mark}{revision}")
 
 
 def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -91,24 +73,13 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: The set cannot be found or read, has no rows, or has several splits; of a damaged one, raised when
             the row is reached.
     """
-    if splits := dataset_splits(path):
-        raise DataError(
-            f"{path} has {len(splits)} splits: {', '.join(splits)}; one is needed.",
-            hint=f"name one, as in {split_path(path, splits[0]).as_posix()}.",
-        )
-    if str(path).startswith(HUB):
-        name, configuration, split, revision = _address(str(path))
-        splits_by_name = _load_from_hub(name, configuration, revision)
-        if split not in splits_by_name:
-            raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(splits_by_name)}.")
-        data = splits_by_name[split]
-    else:
-        with _reporting(str(path)):
-            data = _library().load_from_disk(str(path))
+    data = _load(path)
+    if isinstance(data, dict):
+        raise DataError(f"{path} has several splits: {', '.join(data)}; one is needed.", hint="name one of them.")
     if not len(data):
         raise DataError(f"{path} has no rows; at least one is needed.", hint="check how the set was made.")
     features = data.features
-    with _reporting(str(path)):
+    with _reporting(path):
         # In this format the library decodes nothing, and a format that the set was saved with does not count.
         rows = (row for batch in data.with_format("arrow").iter(_BATCH) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
@@ -137,7 +108,7 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, An
 
 
 @contextlib.contextmanager
-def _reporting(name: str) -> Iterator[None]:
+def _reporting(name: Path | str) -> Iterator[None]:
     """While the block runs, the libraries' errors, which are of many types, become one line that names the set."""
     try:
         yield
@@ -169,26 +140,20 @@ def _as_json(value: Any) -> Any:
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
-def _address(path: str) -> tuple[str, str | None, str | None, str | None]:
-    """The parts of `hub:NAME[:CONFIGURATION][@SPLIT][#REVISION]`."""
-    address, _, revision = path.removeprefix(HUB).partition("#")
-    rest, _, split = address.partition("@")
-    name, _, configuration = rest.partition(":")
-    if not name.strip("/ "):
-        raise ConfigError(f"{path!r} names no set.", hint="write hub:OWNER/NAME, as in hub:EdinburghNLP/xsum.")
-    return name, configuration or None, split or None, revision or None
-
-
-def _library() -> Any:
+def _load(path: Path | str) -> Any:
+    """A set, or one split of it: `hub:NAME[:CONFIGURATION][@SPLIT][#REVISION]`, or a folder."""
     with needs_extra("datasets", "this set", ", or export the set as JSON lines"):
         import datasets
-    return datasets
-
-
-def _load_from_hub(name: str, configuration: str | None, revision: str | None) -> Any:
-    address = f"{HUB}{name}{f':{configuration}' if configuration else ''}{f'#{revision}' if revision else ''}"
-    with _reporting(address):
-        return _library().load_dataset(name, configuration, revision=revision)
+    with _reporting(path):
+        if not str(path).startswith(HUB):
+            return datasets.load_from_disk(str(path))
+        address, _, revision = str(path).removeprefix(HUB).partition("#")
+        address, _, split = address.partition("@")
+        name, _, configuration = address.partition(":")
+        data = datasets.load_dataset(name, configuration or None, revision=revision or None)
+        if split and split not in data:
+            raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(data)}.")
+        return data[split] if split else data
 
 
 def _with_class_names(feature: Any, value: Any) -> Any:

@@ -11,8 +11,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.bounds import bounded
 from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_prompts
 from prefixtune.data.examples import Example, TaskKind
-from prefixtune.data.tasks.classification import check_labels, label_names
-from prefixtune.data.tasks.tagging import check_tags, tag_names
+from prefixtune.data.tasks.label_names import check_labels, label_names
 from prefixtune.data.truncation import fit_source, named_example, position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 from prefixtune.prefix.prefix import Prefix
@@ -62,8 +61,7 @@ def check_known(examples: Iterable[Example], labels: Labels) -> None:
     Raises:
         DataError: There is one; the message names it and the nearest known one.
     """
-    check = check_labels if labels.kind == "classification" else check_tags
-    check(examples, labels.names)
+    check_labels(examples, labels.names, labels.kind)
 
 
 def choose_labels(
@@ -90,8 +88,8 @@ def choose_labels(
         ConfigError: The backbone does not support `by`, or `words` names an unknown label or gives two labels one word.
         DataError: There are fewer than two labels, or the development examples have others.
     """
-    names = tag_names(examples) if kind == "tagging" else label_names(examples)
-    (check_tags if kind == "tagging" else check_labels)(dev_examples, names)
+    names = label_names(examples, kind)
+    check_labels(dev_examples, names, kind)
     if by == "words" and kind == "tagging":
         raise ConfigError("classifier is 'words', but tags are too many words.", hint="use classifier = 'head'.")
     chosen = _label_words(names, words) if by != "head" else ()

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.examples import Example, TaskKind
-from prefixtune.data.files import FORMATS, iter_file, join_lines
-from prefixtune.data.folders import Release, locate
-from prefixtune.data.forms import FORMS, Form, file_form, read_form
-from prefixtune.data.tasks.classification import read_classification
-from prefixtune.data.tasks.dart import DART_FORMATS, dart_entries, read_dart
-from prefixtune.data.tasks.e2e import E2E_FORMATS, read_e2e
-from prefixtune.data.tasks.records import read_records
-from prefixtune.data.tasks.summarization import SCITLDR_FORMATS, read_scitldr, read_summaries
-from prefixtune.data.tasks.tagging import TAGGING_FORMATS, read_tagging, untagged_example
-from prefixtune.data.tasks.webnlg import WEBNLG_FORMATS, read_webnlg, webnlg_entries
-from prefixtune.data.templates import render
-from prefixtune.data.toy.classification import make_toy_labels
-from prefixtune.data.toy.skills import SKILLS, make_skill
-from prefixtune.data.toy.table_to_text import make_toy
-from prefixtune.data.toy.tagging import make_toy_tags
+from prefixtune.data.examples import Example, TaskKind, merge_examples
+from prefixtune.data.files import CONLL_FORMATS, FORMATS, Record, iter_file
+from prefixtune.data.folders import Release, files_in, locate
+from prefixtune.data.forms import FORMS, TEMPLATES, Form, detect_form, file_form, make_example
+from prefixtune.data.streams import shown
+from prefixtune.data.tasks.e2e import E2E_FORMATS, e2e_example
+from prefixtune.data.tasks.scitldr import SCITLDR_FORMATS, scitldr_example
+from prefixtune.data.tasks.triples import DART_FORMATS, WEBNLG_FORMATS, dart_example, webnlg_examples
+from prefixtune.data.templates import check_template
+from prefixtune.data.toy import TOYS
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 
-_PARTS = ("train", "held_out")
-_SKILL_PARTS = ("train", "dev", "held_out")
+Reader = Callable[[Iterable[Record]], list[Example | None]]
+"""Rows -> their examples, or None where a row has no good text."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Task:
     Attributes:
         name: As in a configuration.
         description: One line for users.
-        read: (path) -> examples; with columns (path, source template, target template) -> examples.
+        read: Of benchmarks; None: it is made here, or its rows have a form.
         decoding: Fields of `GenerateConfig` by name; copy it before changing it.
         kind: What a target is.
         parts: Of a set that is made here: the names that are used instead of a path, the training part first.
@@ -48,15 +42,13 @@ class Task:
             reported.
         formats: The endings of the files that are read, each also with `.gz`.
         release: The names of the files in the original release.
-        takes_columns: Whether source and target may name columns (templates).
-        read_all: If some entries of a file are not examples (they have no good text): path -> every entry, with None
-            for those.
+        form: Of its rows, whose columns source and target may name (templates); None: it has a format of its own.
         merges: Rows of equal sources are one example.
     """
 
     name: str
     description: str
-    read: Callable[..., list[Example]]
+    read: Reader | None
     decoding: dict[str, Any]
     kind: TaskKind = "generation"
     parts: tuple[str, ...] = ()
@@ -65,9 +57,13 @@ class Task:
     groups: tuple[str, ...] = ()
     formats: tuple[str, ...] = FORMATS
     release: Release = field(default_factory=dict)
-    takes_columns: bool = False
-    read_all: Callable[[Path], list[Example | None]] | None = None
+    form: Form | None = None
     merges: bool = False
+
+    @property
+    def takes_columns(self) -> bool:
+        """Whether source and target may name columns."""
+        return self.form is not None
 
 
 def read_task(
@@ -103,20 +99,28 @@ def read_task(
         DataError: The file or one of its rows is wrong; or the folder has no such split, or several and none was
             named.
     """
-    chosen = _chosen(task, source, form)
-    # A part of a set made here is not a path, even if a folder has its name.
-    file = Path(path) if chosen.parts else locate(Path(path), split, chosen.formats, chosen.release)
-    if not chosen.takes_columns:
-        if source is not None or target is not None:
-            raise ConfigError(
-                f"task {task!r} has its own format and takes no source or target template.",
-                hint="leave them out, or use a task that reads your own columns, such as 'records'.",
-            )
-        return chosen.read(file)
-    if not _has_form(task, source, target):
-        return chosen.read(file, source, target)
-    found, _ = file_form(file, form=form, needs_targets=needs_targets)
-    return read_form(file, found, needs_targets=needs_targets)
+    chosen = _chosen(task, source, target, form)
+    if chosen.parts:
+        # A part of a set made here is not a path, even if a folder has its name.
+        return _part(chosen, str(path))
+    records = _records(chosen, path, split)
+    if chosen.read is not None:
+        found = [example for example in chosen.read(records) if example is not None]
+        if not found:
+            raise DataError(f"{shown(path)} has no text that counts.", hint="check that it is complete.")
+        return merge_examples(found) if chosen.merges else found
+    one_form, needed = chosen.form or TEMPLATES, task != "records" or target is not None
+    if _has_form(task, source, target):
+        first = next(records)
+        one_form, needed = (
+            detect_form(first.values, first.location, form=form, needs_targets=needs_targets),
+            needs_targets,
+        )
+        records = itertools.chain([first], records)
+    options: dict[str, Any] = {"needs_targets": needed, "templates": (source, target)}
+    examples = (make_example(record, one_form, **options) for record in records)
+    # Each row of a named task counts, as in the published figures of test sets.
+    return merge_examples(examples) if one_form.task == "records" else list(examples)
 
 
 def resolve_task(
@@ -137,7 +141,7 @@ def resolve_task(
         ConfigError: As for `read_task`.
         DataError: Likewise; only the first row is read.
     """
-    chosen = _chosen(task, source, form)
+    chosen = _chosen(task, source, target, form)
     if not _has_form(task, source, target):
         return task, None, ()
     file = locate(Path(path), split, chosen.formats, chosen.release)
@@ -156,8 +160,12 @@ def form_that_fits(
     return form
 
 
-def _chosen(name: str, source: str | None, form: str) -> Task:
-    """The task of that name; a form is refused that is unknown, or where there is none to choose."""
+def _chosen(name: str, source: str | None, target: str | None, form: str) -> Task:
+    """The task of that name; what does not go with it is refused.
+
+    Raises:
+        ConfigError: The task or the form is unknown, a template is malformed or has no use, or the form has none.
+    """
     for value, known in ((name, TASKS), (form, FORMS)):
         if value not in known and (value or known is TASKS):
             what = "form" if known is FORMS else "task"
@@ -165,12 +173,36 @@ def _chosen(name: str, source: str | None, form: str) -> Task:
     if form and (name not in ("records", FORMS[form].task) or source is not None):
         what = f"the task {name!r} has its own" if source is None else f"source names the columns: {source!r}"
         raise ConfigError(f"form is {form!r}, but {what}.", hint="leave one of the two out.")
+    given = [template for template in (source, target) if template is not None]
+    if given and not TASKS[name].takes_columns:
+        raise ConfigError(
+            f"task {name!r} has its own format and takes no source or target template.",
+            hint="leave them out, or use a task that reads your own columns, such as 'records'.",
+        )
+    if name == "records" and source is None and target is not None:
+        raise ConfigError(f"target is {target!r}, but there is no source.", hint="give both, or leave target out.")
+    for template in given:
+        check_template(template)
     return TASKS[name]
 
 
 def _has_form(task: str, source: str | None, target: str | None) -> bool:
     """Whether the form of the data is recognized by their columns."""
     return task == "records" and source is None and target is None
+
+
+def _part(task: Task, name: str) -> list[Example]:
+    if name not in task.parts:
+        raise ConfigError(
+            f"task {task.name!r} is made here, not read: its path is one of {', '.join(task.parts)}; got {name!r}.",
+            hint=did_you_mean(name, task.parts),
+        )
+    return TOYS[task.name]()[task.parts.index(name)]
+
+
+def _records(task: Task, path: Path | str, split: str | None) -> Iterator[Record]:
+    located = locate(Path(path), split, task.formats, task.release)
+    return itertools.chain.from_iterable(iter_file(file, task.formats) for file in files_in(located, task.formats))
 
 
 def read_sources(task: str, path: Path, source: str) -> list[str]:
@@ -185,15 +217,12 @@ def read_sources(task: str, path: Path, source: str) -> list[str]:
         ConfigError: The template is malformed.
         DataError: The file or one of its rows is wrong.
     """
-    chosen = TASKS[task]
-    if chosen.kind == "tagging":
-        return [untagged_example(record, source).source for record in iter_file(path)]
-    texts = [render(source, record.values, record.location) for record in iter_file(path)]
-    return [join_lines(text) for text in texts] if chosen.protocol == "summarization" else texts
+    form = TASKS[task].form or TEMPLATES
+    return [make_example(record, form, templates=(source, None)).source for record in iter_file(path)]
 
 
 def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
-    """Every entry of a file, with None for those that `read_task` leaves out; empty if the task leaves none out.
+    """Every entry of a benchmark's file, with None for those that `read_task` leaves out; of other tasks none.
 
     Args:
         task: A name of `TASKS`.
@@ -201,54 +230,29 @@ def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -
         split: As in `read_task`.
     """
     chosen = TASKS[task]
-    if chosen.read_all is None:
-        return []
-    return chosen.read_all(locate(Path(path), split, chosen.formats, chosen.release))
+    return chosen.read(_records(chosen, path, split)) if chosen.read is not None and not chosen.merges else []
 
 
-def _toy_reader(
-    name: str, make: Callable[[], Sequence[list[Example]]], parts: tuple[str, ...] = _PARTS
-) -> Callable[[Path], list[Example]]:
-    """The reader of a set that is made here."""
-
-    def read(path: Path) -> list[Example]:
-        if str(path) not in parts:
-            raise ConfigError(
-                f"task {name!r} is made here, not read: its path is one of {', '.join(parts)}; got {str(path)!r}.",
-                hint=did_you_mean(str(path), parts),
-            )
-        return make()[parts.index(str(path))]
-
-    return read
+def _each(make: Callable[[Record], Example | None]) -> Reader:
+    return lambda records: [make(record) for record in records]
 
 
-# For labels and tags that are generated as text: greedily, on one line.
-_LABEL: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 16, "ban_newlines": True}
-_TAGS: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 200, "ban_newlines": True}
-_ANSWER: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 32, "ban_newlines": True}
-_TEXT: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 100}
 # Li & Liang 2021. Table to text: beam 5, 5 to 100 new tokens; summaries: beam 6, 11 to 62; no line breaks.
-_TABLE: dict[str, Any] = {
-    "num_beams": 5,
-    "min_new_tokens": 5,
-    "max_new_tokens": 100,
-    "ban_newlines": True,
-    "length_penalty": 1.0,
-}
-_SUMMARY: dict[str, Any] = {
-    "num_beams": 6,
-    "min_new_tokens": 11,
-    "max_new_tokens": 62,
-    "ban_newlines": True,
-    "length_penalty": 0.8,
-}
-_LABEL_METRICS = ("accuracy", "macro_f1")
-_TAG_METRICS = ("span_f1", "accuracy")
-_SUMMARIES: dict[str, Any] = {
-    "decoding": _SUMMARY,
-    "metrics": ("rouge_1", "rouge_2", "rouge_l"),
-    "protocol": "summarization",
-}
+_LINE: dict[str, Any] = {"ban_newlines": True}
+_TABLE = {"num_beams": 5, "min_new_tokens": 5, "max_new_tokens": 100, "length_penalty": 1.0, **_LINE}
+_SUMMARY = {"num_beams": 6, "min_new_tokens": 11, "max_new_tokens": 62, "length_penalty": 0.8, **_LINE}
+_TEXT: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 100}
+_ROUGE, _ACCURACY, _SPANS = ("rouge_1", "rouge_2", "rouge_l"), ("accuracy", "macro_f1"), ("span_f1", "accuracy")
+_SUMMARIES: dict[str, Any] = {"decoding": _SUMMARY, "metrics": _ROUGE, "protocol": "summarization"}
+_TRIPLES: dict[str, Any] = {"decoding": _TABLE, "metrics": ("bleu", "meteor", "ter")}
+# Labels and tags that are generated as text.
+_LABELS: dict[str, Any] = {"decoding": {"num_beams": 1, "max_new_tokens": 16, **_LINE}, "metrics": _ACCURACY}
+_LABELS["kind"] = "classification"
+_TAGS: dict[str, Any] = {"decoding": {"num_beams": 1, "max_new_tokens": 200, **_LINE}, "metrics": _SPANS}
+_TAGS["kind"] = "tagging"
+_EXACT: dict[str, Any] = {"decoding": {"num_beams": 1, "max_new_tokens": 32, **_LINE}, "metrics": ("exact_match",)}
+_PARTS = ("train", "held_out")
+_ANY = "JSON lines, JSON, CSV, TSV or Parquet"
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -256,26 +260,19 @@ TASKS: dict[str, Task] = {
         Task(
             "e2e",
             "E2E NLG: restaurant descriptions; the release's CSV, or JSON lines",
-            read_e2e,
+            _each(e2e_example),
             _TABLE,
             metrics=("bleu", "nist", "meteor", "rouge_l", "cider"),
             protocol="e2e",
             merges=True,
             groups=("attributes",),
             formats=E2E_FORMATS,
-            release={
-                "train": ("trainset.csv",),
-                "dev": ("devset.csv",),
-                "test": ("testset_w_refs.csv", "testset.csv"),
-            },
+            release={"train": ("trainset.csv",), "dev": ("devset.csv",), "test": ("testset_w_refs.csv", "testset.csv")},
         ),
         Task(
             "webnlg",
             "WebNLG challenge 2017: texts about triples; the release's XML, or JSON lines",
-            read_webnlg,
-            _TABLE,
-            read_all=webnlg_entries,
-            metrics=("bleu", "meteor", "ter"),
+            webnlg_examples,
             protocol="webnlg",
             groups=("category", "seen", "triples"),
             formats=WEBNLG_FORMATS,
@@ -284,99 +281,74 @@ TASKS: dict[str, Task] = {
                 "dev": ("dev/",),
                 "test": ("test/testdata_with_lex.xml", "testdata_with_lex.xml"),
             },
+            **_TRIPLES,
         ),
         Task(
             "dart",
             "DART: texts about triples of many tables; the release's JSON and XML, or JSON lines",
-            read_dart,
-            _TABLE,
-            read_all=dart_entries,
-            metrics=("bleu", "meteor", "ter"),
+            _each(dart_example),
             protocol="dart",
             groups=("triples", "source"),
             formats=DART_FORMATS,
             release={
-                split: (f"dart-*-full-{split}.json", f"dart-*-full-{split}.xml") for split in ("train", "dev", "test")
+                part: (f"dart-*-full-{part}.json", f"dart-*-full-{part}.xml") for part in ("train", "dev", "test")
             },
+            **_TRIPLES,
         ),
         Task(
             "summarization",
-            "documents and summaries: JSON lines, JSON, CSV, TSV or Parquet, columns document and summary (or article "
-            "and highlights) unless named",
-            read_summaries,
-            takes_columns=True,
+            f"documents and summaries: {_ANY}, columns document and summary (or article and highlights) unless named",
+            None,
+            form=FORMS["document"],
             **_SUMMARIES,
         ),
         Task(
             "scitldr",
             "SciTLDR: one-sentence summaries of abstracts; the release's JSON lines (SciTLDR-A)",
-            read_scitldr,
+            _each(scitldr_example),
             formats=SCITLDR_FORMATS,
             **_SUMMARIES,
         ),
         Task(
             "records",
-            "your own data: JSON lines, JSON, CSV, TSV or Parquet, whose columns say what they are (chats, prompts, "
-            "instructions, texts, ...) or are named by templates",
-            read_records,
+            f"your own data: {_ANY}, whose columns say what they are (chats, prompts, instructions, texts, ...) or are "
+            "named by templates",
+            None,
             _TEXT,
             merges=True,
-            takes_columns=True,
-        ),
-        Task(
-            "toy",
-            "a small night-train board, made here to try things on",
-            _toy_reader("toy", make_toy),
-            _TEXT,
-            parts=_PARTS,
+            form=TEMPLATES,
         ),
         Task(
             "classification",
-            "a text and its label: JSON lines, JSON, CSV, TSV or Parquet, columns text and label unless named",
-            read_classification,
-            _LABEL,
-            "classification",
-            metrics=_LABEL_METRICS,
-            takes_columns=True,
-        ),
-        Task(
-            "toy_labels",
-            "messages to a night-train office and their departments, made here",
-            _toy_reader("toy_labels", make_toy_labels),
-            _LABEL,
-            "classification",
-            parts=_PARTS,
-            metrics=_LABEL_METRICS,
+            f"a text and its label: {_ANY}, columns text and label unless named",
+            None,
+            form=FORMS["label"],
+            **_LABELS,
         ),
         Task(
             "tagging",
             "tokens and their BIO tags: JSON lines, JSON, Parquet, or CoNLL files of one token a line",
-            read_tagging,
-            _TAGS,
-            "tagging",
-            metrics=_TAG_METRICS,
-            formats=TAGGING_FORMATS,
-            takes_columns=True,
+            None,
+            formats=(".jsonl", ".json", ".parquet", *CONLL_FORMATS),
+            form=FORMS["tags"],
+            **_TAGS,
         ),
-        Task(
-            "toy_tags",
-            "messages to a night-train office with trains, stations, times and coaches, made here",
-            _toy_reader("toy_tags", make_toy_tags),
-            _TAGS,
-            "tagging",
-            parts=_PARTS,
-            metrics=_TAG_METRICS,
-        ),
+        Task("toy", "a small night-train board, made here to try things on", None, _TEXT, parts=_PARTS),
+        Task("toy_labels", "messages to an office and their departments, made here", None, parts=_PARTS, **_LABELS),
+        Task("toy_tags", "messages to an office with spans to be tagged, made here", None, parts=_PARTS, **_TAGS),
         *(
             Task(
                 f"toy_{name}",
-                f"short questions with one exact answer ({name}), made here to see what a prefix can learn",
-                _toy_reader(f"toy_{name}", partial(make_skill, name), _SKILL_PARTS),
-                _ANSWER,
-                parts=_SKILL_PARTS,
-                metrics=("exact_match",),
+                f"{title}, made here: one exact answer",
+                None,
+                parts=("train", "dev", "held_out"),
+                **_EXACT,
             )
-            for name in SKILLS
+            for name, title in (
+                ("mapping", "letters replaced by a rule"),
+                ("base", "sums in base 7"),
+                ("copy", "texts"),
+            )
         ),
     )
 }

@@ -17,9 +17,9 @@ from typing import IO, cast
 
 from prefixtune.errors import DataError, did_you_mean
 
-MAX_FILE_BYTES = 2**32
-"""Most bytes of a file that is read as a whole, after decompression."""
-MAX_LINE_BYTES = 2**26
+MAX_FILE_BYTES = 2**30
+"""Most bytes of what is read as a whole, after decompression: standard input, a pipe, a JSON list, XML, a text."""
+MAX_LINE_BYTES = 2**23
 """Most bytes of a line."""
 GZIP_MAGIC = b"\x1f\x8b"
 """The first bytes of a gzip file."""
@@ -27,7 +27,7 @@ STDIN = "-"
 """The path that means standard input."""
 
 _piped: dict[object, bytes] = {}
-"""What was read of standard input, by its stream, and of pipes, by their paths: they are read once."""
+"""What was read of standard input, by its stream, and of pipes, by their paths: they can be read once."""
 
 
 def is_stdin(path: Path | str) -> bool:
@@ -44,16 +44,6 @@ def shown(path: Path | str) -> str:
     return "stdin" if is_stdin(path) else str(path)
 
 
-def check_exists(path: Path) -> None:
-    """Refuse a path where there is nothing.
-
-    Raises:
-        DataError: Nothing is there, or it may not be looked at.
-    """
-    with reading(path):
-        os.stat(path)
-
-
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """While the block runs, errors of reading a file become one line that names it.
@@ -68,52 +58,49 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(
             f"{path} does not exist.", hint=hint if hint.startswith("did you mean") else "check the path."
         ) from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{shown(path)} is a broken gzip file: {error}.", hint="copy or download it again.") from error
     except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{shown(path)} cannot be read: {reason}.", hint="check its permissions.") from error
+        raise DataError(f"{shown(path)} cannot be read: {reason}.", hint="name a file that you may read.") from error
 
 
 def open_bytes(path: Path) -> IO[bytes]:
     """A file's bytes, decompressed if its name ends with `.gz` (or what is piped is gzipped).
 
-    What is piped is kept in memory, to be read again. To be used within `reading`.
+    What is piped is kept in memory: the form of data is recognized before they are read. To be used within `reading`.
     """
-    if not _is_piped(path):
+    if not is_stdin(path) and not stat.S_ISFIFO(os.stat(path).st_mode):
         return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else open(path, "rb")
     key: object = sys.stdin if is_stdin(path) else path
     if key not in _piped:
-        _piped[key] = _read_stdin() if is_stdin(path) else path.read_bytes()
+        with contextlib.nullcontext(_stdin()) if is_stdin(path) else open(path, "rb") as pipe:
+            _piped[key] = read_bytes(pipe, shown(path))
     file = io.BytesIO(_piped[key])
     return cast(IO[bytes], gzip.open(file)) if _piped[key].startswith(GZIP_MAGIC) else file
 
 
-def _is_piped(path: Path) -> bool:
-    """Whether a path means standard input or a pipe: a named one, or `<(...)` of a shell."""
-    return is_stdin(path) or stat.S_ISFIFO(os.stat(path).st_mode)
-
-
-def _read_stdin() -> bytes:
+def _stdin() -> IO[bytes]:
     if sys.stdin is None or sys.stdin.isatty():
         raise DataError(
             "'-' means standard input, but nothing is piped into this command.",
             hint="write `... < FILE`, `cat FILE | ...`, or the file's name.",
         )
     # A program that runs this one within itself may replace standard input by a text.
-    return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    return getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode())
 
 
-def first_bytes(path: Path) -> bytes:
-    """The beginning of a file.
+def read_bytes(file: IO[bytes], name: str, max_bytes: int | None = None) -> bytes:
+    """All bytes of an open file.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: There are more than `max_bytes`; None: than `MAX_FILE_BYTES`.
     """
-    with reading(path), open_bytes(path) as file:
-        return file.read(2**12)
+    limit = MAX_FILE_BYTES if max_bytes is None else max_bytes
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise _too_large(name, limit)
+    return data
 
 
 def text_lines(file: IO[bytes], name: str, max_bytes: int | None = None) -> Iterator[str]:
@@ -154,24 +141,20 @@ def read_text(path: Path, *, max_bytes: int | None = None, needed: str = "one ro
     Raises:
         DataError: The file is missing, a folder, unreadable, empty, too large or not UTF-8.
     """
-    limit = MAX_FILE_BYTES if max_bytes is None else max_bytes
     with reading(path), open_bytes(path) as file:
-        text = whole_text(file, shown(path), limit)
+        text = whole_text(file, shown(path), max_bytes)
     if not text.strip():
         raise empty_file(path, needed)
     return text
 
 
-def whole_text(file: IO[bytes], name: str, max_bytes: int) -> str:
-    """The text of a file.
+def whole_text(file: IO[bytes], name: str, max_bytes: int | None = None) -> str:
+    """The text of an open file.
 
     Raises:
-        DataError: It holds more, or is not UTF-8.
+        DataError: It holds more than `max_bytes`, or is not UTF-8.
     """
-    data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise _too_large(name, max_bytes)
-    return _decode(data, name, 1)
+    return _decode(read_bytes(file, name, max_bytes), name, 1)
 
 
 def _decode(data: bytes, name: str, line: int) -> str:
@@ -192,7 +175,9 @@ def _decode(data: bytes, name: str, line: int) -> str:
 
 
 def _too_large(name: str, max_bytes: int) -> DataError:
-    return DataError(f"{name} holds more than {max_bytes:,} bytes.", hint="split the file.")
+    return DataError(
+        f"{name} holds more than {max_bytes:,} bytes.", hint="split it, or save rows as a file of JSON lines."
+    )
 
 
 def empty_file(path: Path | str, needed: str = "one row") -> DataError:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prefixtune.data.files import Record
-from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
+from prefixtune.data.files import Record, missing_column, wrong_value
+from prefixtune.errors import ConfigError, DataError, short_repr
 
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -27,22 +27,12 @@ def check_template(template: str) -> tuple[str, ...]:
     Raises:
         ConfigError: A brace is not closed or not opened, or no column is named.
     """
-    if "{" not in template and "}" not in template:
-        columns = [template] if template.strip() else []
-    else:
-        columns = []
-        for part in _PART.finditer(template):
-            if part[0] in ("{", "}") or part[1] == "":
-                raise ConfigError(
-                    f"template {template!r}: {part[0]!r} at position {part.start()} names no column.",
-                    hint="write {column}, and {{ or }} for a literal brace.",
-                )
-            if part[1] is not None:
-                columns.append(part[1])
-    if not columns:
+    parts = list(_PART.finditer(template))
+    columns = [part[1] for part in parts if part[1] is not None] if parts else [template if template.strip() else ""]
+    if not columns or not all(columns) or any(part[0] in ("{", "}") for part in parts):
         raise ConfigError(
-            f"template {template!r} names no column; at least one is needed.",
-            hint="write a column's name, or text with {column} in it.",
+            f"the template {short_repr(template)} names no column, or has a brace that is not closed or not opened.",
+            hint="write a column's name, or text with {column} in it; {{ and }} are literal braces.",
         )
     return tuple(columns)
 
@@ -64,14 +54,19 @@ def render(template: str, record: Mapping[str, Any], location: str) -> str:
         ConfigError: The template is malformed.
         DataError: A column is missing or has no text, or the result is empty.
     """
-    columns = check_template(template)
-    texts = {column: _as_text(_column(record, column, location), column, location) for column in columns}
+    texts: dict[str, str] = {}
+    for column in check_template(template):
+        if column not in record:
+            raise missing_column(location, [column], record)
+        texts[column] = _as_text(record[column], column, location)
     if template in texts:
         text = texts[template].strip()
     else:
         text = _PART.sub(lambda part: part[0][0] if part[1] is None else texts[part[1]], template).strip()
     if not text:
-        raise DataError(f"{location}: {template!r} gives an empty text.", hint="fill the column, or drop the row.")
+        raise DataError(
+            f"{location}: {short_repr(template)} gives an empty text.", hint="fill the column, or drop the row."
+        )
     return text
 
 
@@ -86,16 +81,8 @@ def targets_of(template: str, record: Record) -> list[str]:
     if not isinstance(values, list):
         return [render(template, record.values, record.location)]
     if not values:
-        raise DataError(
-            f"{record.location}: {template!r} is an empty list.", hint="give at least one target, or drop the row."
-        )
+        raise wrong_value(record.location, template, values, "at least one target")
     return [render(template, {template: value}, record.location) for value in values]
-
-
-def _column(record: Mapping[str, Any], column: str, location: str) -> Any:
-    if column not in record:
-        raise DataError(f"{location}: there is no column {column!r}.", hint=did_you_mean(column, map(str, record)))
-    return record[column]
 
 
 def _as_text(value: Any, column: str, location: str) -> str:
@@ -103,7 +90,4 @@ def _as_text(value: Any, column: str, location: str) -> str:
         return "true" if value else "false"
     if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    raise DataError(
-        f"{location}: column {column!r} holds {short_repr(value)}; text, a number or a truth value is allowed.",
-        hint="fill it in, or name another column; a list is a target's alone.",
-    )
+    raise wrong_value(location, column, value, "text, a number or a truth value")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.files import FORMATS, Record, read_file
+from prefixtune.data.files import FORMATS, Record, iter_file
 from prefixtune.data.streams import read_text
 from prefixtune.errors import DataError, describe_value
 
@@ -126,7 +126,7 @@ def read_questions(path: Path) -> list[Question]:
     """
     questions: list[Question] = []
     first: str | None = None
-    for record in read_file(path):
+    for record in iter_file(path):
         question = _text(record.values, "question", record.location)
         if question is None:
             raise DataError(

@@ -20,10 +20,9 @@ from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.examples import Example, TaskKind, merge_examples
 from prefixtune.data.files import iter_file
 from prefixtune.data.folders import locate
-from prefixtune.data.forms import describe_data, iter_form
+from prefixtune.data.forms import TEMPLATES, describe_data, make_example
 from prefixtune.data.labels import ClassifierKind, choose_labels, with_label_words
 from prefixtune.data.registry import TASKS, read_task, resolve_task
-from prefixtune.data.templates import check_template, render, targets_of
 from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.data.truncation import template_lengths
 from prefixtune.data.windows import TEXT_FORMAT, is_text
@@ -300,21 +299,11 @@ def _read(config: TrainConfig, path: str, most: int, split: str) -> _Data:
         return _Data(examples, True, f"{path}: read as task {task}: {len(examples):,} examples", chosen.kind)
     every = iter_file(locate(Path(path), split, chosen.formats, chosen.release))
     records = itertools.islice(every, most) if most else every
-    if found is not None:
-        # As training refuses them.
-        rows = iter_form(records, found, needs_targets=split == "train" or found.task != "records")
-    else:
-        for template in filter(None, (source, target)):
-            check_template(template)
-        rows = (
-            Example(
-                render(source or "", record.values, record.location),
-                tuple(targets_of(target, record)) if target else (),
-                record.values,
-            )
-            for record in records
-        )
-    kept = list(rows)
+    # As training refuses them.
+    needed = target is not None if found is None else split == "train" or found.task != "records"
+    kept = [
+        make_example(record, found or TEMPLATES, needs_targets=needed, templates=(source, target)) for record in records
+    ]
     is_whole = next(every, None) is None
     title = f"{path}: read by templates: {len(kept):,} rows"
     if found is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from data_files import write
 from prefixtune.data import TASKS, read_task
-from prefixtune.data.tasks.e2e import linearize, parse_mr, read_e2e
+from prefixtune.data.tasks.e2e import linearize, parse_mr
 from prefixtune.errors import ConfigError, DataError
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "e2e"
@@ -35,27 +35,24 @@ def test_a_value_may_hold_commas_and_the_order_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("mr", "says"),
-    [
-        ("", "malformed"),
-        ("name[Blue Spice", "malformed"),
-        ("name[a] eatType[pub]", "comma"),
-        ("name[ ]", "empty"),
-        ("name[a], name[b]", "given twice"),
-        ("eattype[pub]", "did you mean 'eatType'"),
-    ],
+    "mr", ["", "name[Blue Spice", "name[a] eatType[pub]", "name[ ]", "name[a], name[b]", "[a]", "name[a]; near[b]"]
 )
-def test_a_malformed_meaning_representation_is_refused(mr: str, says: str):
-    with pytest.raises(DataError, match=says):
+def test_a_malformed_meaning_representation_is_refused(mr: str) -> None:
+    with pytest.raises(DataError):
         parse_mr(mr)
 
 
-def test_csv_groups_equal_meanings_in_order_and_cleans_references(tmp_path: Path):
+def test_an_unknown_attribute_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(DataError, match="did you mean 'eatType'"):
+        parse_mr("eattype[pub]")
+
+
+def test_csv_groups_equal_meanings_in_order_and_cleans_references(tmp_path: Path) -> None:
     path = write(
         tmp_path / "train.csv",
         'mr,ref\n"name[B]","  One, two.\nThree. "\n"name[A]",Four.\n' + '"name[B]","Say ""five""."\n' * 2,
     )
-    first, second = read_e2e(path)
+    first, second = read_task("e2e", path)
     assert first.source == "name : B"
     assert first.targets == ("One, two. Three.", 'Say "five".', 'Say "five".')
     assert first.fields == {"mr": "name[B]"}
@@ -65,7 +62,7 @@ def test_csv_groups_equal_meanings_in_order_and_cleans_references(tmp_path: Path
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_test_csv_without_references(tmp_path: Path, encoding: str):
     path = write(tmp_path / "testset.csv", '"MR"\r\n"near[Café Rouge], name[A]"\r\n\r\nname[B]\r\n', encoding)
-    assert [(example.source, example.targets) for example in read_e2e(path)] == [
+    assert [(example.source, example.targets) for example in read_task("e2e", path)] == [
         ("near : Café Rouge | name : A", ()),
         ("name : B", ()),
     ]
@@ -77,8 +74,8 @@ def test_json_lines_and_gzip_give_the_same(tmp_path: Path):
     plain = write(tmp_path / "dev.jsonl", text)
     zipped = tmp_path / "dev.jsonl.gz"
     zipped.write_bytes(gzip.compress(text.encode()))
-    assert read_e2e(plain) == read_e2e(zipped)
-    assert [example.targets for example in read_e2e(plain)] == [("One.", "Two."), ("Three.",)]
+    assert read_task("e2e", plain) == read_task("e2e", zipped)
+    assert [example.targets for example in read_task("e2e", plain)] == [("One.", "Two."), ("Three.",)]
 
 
 @pytest.mark.parametrize(
@@ -94,35 +91,34 @@ def test_json_lines_and_gzip_give_the_same(tmp_path: Path):
     ],
 )
 def test_files_may_have_the_columns_of_the_hubs_sets(tmp_path: Path, name: str, text: str):
-    (example,) = read_e2e(write(tmp_path / name, text))
+    (example,) = read_task("e2e", write(tmp_path / name, text))
     assert (example.source, example.targets, example.fields) == ("name : B", ("One.", "Two."), {"mr": "name[B]"})
     bare = write(tmp_path / "bare.csv", "meaning_representation\nname[B]\n")
-    assert read_e2e(bare)[0].targets == ()
+    assert read_task("e2e", bare)[0].targets == ()
 
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.csv", "meaning_representation,human\nname[B],x\n", "line 2: no column 'references' or 'ref'"),
-        ("a.csv", 'mr,ref\nname[B],"two\nlines"\nBlue,y\n', "line 4: meaning representation 'Blue'"),
+        ("a.csv", "meaning,ref\nname[B],x\n", "line 2: 'mr'"),
+        ("a.csv", 'mr,ref\nname[B],"two\nlines"\nBlue,y\n', "line 4: .*'Blue'"),
         ("a.csv", "mr,ref\nname[B], \n", "line 2: 'ref'"),
         ("a.jsonl", '{"mr": "name[B]", "references": ["x", null]}', "line 1: 'references'"),
-        ("a.jsonl", '{"mr": "name[B]", "references": ["\\ud83d"]}', "surrogate"),
-        ("a.json", "[]", r"allowed: \.csv, \.jsonl"),
+        ("a.jsonl", '{"mr": "name[B]", "references": []}', "line 1: 'references'"),
+        ("a.jsonl", '{"mr": "name[B]", "references": ["\\ud83d"]}', "line 1"),
+        ("a.json", "[]", r"\.csv, \.jsonl"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):
+def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str) -> None:
     path = tmp_path / name
     path.write_bytes(text.encode())
     with pytest.raises(DataError, match=says) as caught:
-        read_e2e(path)
+        read_task("e2e", path)
     assert str(path) in str(caught.value)
-    assert caught.value.hint
 
 
-def test_the_task_reads_and_decodes_as_the_paper_says(tmp_path: Path):
+def test_the_task_decodes_as_the_paper_says_and_takes_no_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "mr,ref\nname[B],x\n")
-    assert read_task("e2e", path) == read_e2e(path)
     assert TASKS["e2e"].decoding == {
         "num_beams": 5,
         "min_new_tokens": 5,
@@ -130,7 +126,7 @@ def test_the_task_reads_and_decodes_as_the_paper_says(tmp_path: Path):
         "ban_newlines": True,
         "length_penalty": 1.0,
     }
-    with pytest.raises(ConfigError, match="takes no source"):
+    with pytest.raises(ConfigError):
         read_task("e2e", path, source="{mr}")
     with pytest.raises(ConfigError, match="did you mean 'e2e'"):
         read_task("e2", path)
@@ -141,7 +137,7 @@ def test_the_task_reads_and_decodes_as_the_paper_says(tmp_path: Path):
     ("part", "meanings", "pairs"), [("train", 4862, 42061), ("dev", 547, 4672), ("test", 630, 4693)]
 )
 def test_the_whole_set(part: str, meanings: int, pairs: int):
-    examples = read_e2e(DATA / f"{part}.jsonl.gz")
+    examples = read_task("e2e", DATA / f"{part}.jsonl.gz")
     assert len(examples) == meanings == len({example.source for example in examples})
     assert sum(len(example.targets) for example in examples) == pairs
     for example in examples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import json
 import os
 import sys
 import tracemalloc
@@ -16,9 +17,13 @@ from typing import Any
 import pytest
 
 from data_files import write
-from prefixtune.data import read_task, streams
-from prefixtune.data.files import iter_file, read_file
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.data import as_examples, files, read_task, resolve_task, streams
+from prefixtune.data.files import Record, iter_file
+from prefixtune.errors import ConfigError, DataError, PrefixError
+
+
+def read_file(path: Path, *formats: Any) -> list[Record]:
+    return list(iter_file(path, *formats))
 
 
 def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
@@ -32,7 +37,7 @@ def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
         ("a.csv", '\n,\n name,"price, EUR"\r\nAromi,"1,50"\n\n', [{"name": "Aromi", "price, EUR": "1,50"}]),
         ("a.csv", 'name,text\nBibi,"Eat;\ngo. ""é"""', [{"name": "Bibi", "text": 'Eat;\ngo. "é"'}]),
         ("a.csv", f"a,b\n{'x' * 300_000},y\u2028\n", [{"a": "x" * 300_000, "b": "y\u2028"}]),
-        ("a.tsv", 'code\tname\n"a\n\tb"\t"x, y"\n', [{"code": "a\n\tb", "name": "x, y"}]),
+        ("a.tsv", 'code\tname\n"a\nb"\t"x, y"\n', [{"code": "a\nb", "name": "x, y"}]),
         ("a.jsonl", '{"name": "é\u2028"}\n\n{"name": [1]}\r\n', [{"name": "é\u2028"}, {"name": [1]}]),
         ("a.json", ' [{"a": 1},\n{"b": null}]', [{"a": 1}, {"b": None}]),
     ],
@@ -52,16 +57,18 @@ def test_rows_are_read_plain_and_gzipped_with_and_without_a_byte_order_mark(
         ("a.csv.gz", gzip.compress(b"name\nx\n", mtime=0)[:-9], "a.csv.gz is a broken gzip file"),
         ("a.csv", b"name,text\nx,y\nAromi,Eat, go.\n", "a.csv, line 3 has 3 fields"),
         ("a.csv", b'name\n"x\n', "a.csv, line 2"),
-        ("a.csv", b"name,name\nx,y\n", "a.csv, line 1"),
+        ("a.csv", b"name,name\nx,y\n", "a.csv, line 2"),
         ("a.tsv", b'text\tlabel\n"Wow\tgood\nFine\tgood\nBad"\tbad\n', "a.tsv, line 2"),
         ("a.tsv", b'label\ttext\ngood\t"Wow\nbad\tNo\ngood\tFine"\n', "a.tsv, line 2"),
         ("a.csv", b"name,text\n", "a.csv has no rows"),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "a.json, line 2"),
-        ("a.json", b'{"text": "a",\n "b": }', "a.json, line 2, column 7"),
-        ("a.jsonl", b'{"a": 1}\n' * 7000 + b'{"a"\n{}', "a.jsonl, line 7001, column 5"),
-        ("a.jsonl", b'{"a": 1}\n\n[]\n', "a.jsonl, line 3 holds a JSON list"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "line 2"),
+        ("a.json", b'{"text": "a",\n "b": }', "line 2 column 7"),
+        ("a.json", b'{"text": "a"}', "a.json: 'the file'"),
+        ("a.jsonl", b'{"a": 1}\n' * 7000 + b'{"a"\n{}', "a.jsonl, line 7001"),
+        ("a.jsonl", b'{"a": 1}\n\n[]\n', "a.jsonl, line 3: 'the row' is []"),
+        ("a.jsonl", b'{"a": "\\ud83d"}', "a.jsonl, line 1"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1"),
-        ("a.xlsx", b"PK", "'.xlsx'; allowed: .jsonl, .json, .csv, .tsv, .parquet"),
+        ("a.xlsx", b"PK", ".jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line_that_names_its_place(
@@ -101,8 +108,41 @@ def test_a_stream_holds_one_row_of_the_file_in_memory_and_a_row_has_an_end(
     tracemalloc.stop()
     assert peak < 8e6
     monkeypatch.setattr(streams, "MAX_LINE_BYTES", 2**10)
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz, line 1 has more than 1,024 bytes"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz, line 1"):
         read_file(path)
+
+
+LONG = "x " * 600_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", json.dumps({"text": "a"}) + "\n" + json.dumps({"text": LONG})),
+        ("a.jsonl", json.dumps({"text": "a"}) + "\n" + json.dumps({"messages": [{"role": "user", "content": LONG}]})),
+        ("a.csv", f"text\na\n{LONG}\n"),
+        ("a.csv", "text\na\n" + '"' + "x\n" * 1_500_000),
+        ("a.json", json.dumps([{"text": "a"}, {"text": LONG}])),
+    ],
+)
+def test_a_row_that_is_too_long_is_refused_with_its_place(name: str, text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=r"a\.\w+, (line|item) [23].*MAX_ROW_CHARS"):
+        read_file(path)
+
+
+def test_the_bound_of_rows_is_that_of_dicts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_CHARS", 10)
+    with pytest.raises(DataError, match="example 2"):
+        as_examples([{"text": "short"}, {"text": "not so short"}])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that fails to be read")
+def test_a_read_error_is_one_line(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.csv", "a.parquet", "a.xml"):
+        (tmp_path / name).symlink_to("/proc/self/mem")
+        with pytest.raises(PrefixError, match=name):
+            read_task("webnlg" if name == "a.xml" else "records", tmp_path / name)
 
 
 @pytest.fixture
@@ -152,15 +192,20 @@ def test_every_task_reads_from_standard_input_what_it_reads_from_a_file(
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
-@pytest.mark.parametrize("data", [b'{"a": "1"}\n', gzip.compress(b'{"a": "1"}\n', mtime=0)], ids=["plain", "gzip"])
-def test_a_pipe_can_be_read_twice(tmp_path: Path, data: bytes) -> None:
+def test_a_pipe_is_read_after_its_form_was_recognized(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     os.mkfifo(path)
     with ThreadPoolExecutor() as writer:
-        written = writer.submit(path.write_bytes, data)
-        for _ in range(2):
-            assert [row.values for row in iter_file(path)] == [{"a": "1"}]
-        assert written.result() == len(data)
+        writer.submit(path.write_bytes, gzip.compress(b'{"text": "a"}\n', mtime=0))
+        assert resolve_task("records", path)[0] == "records"
+        assert read_task("records", path)[0].targets == ("a",)
+
+
+def test_what_is_piped_has_a_bound(piped: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_FILE_BYTES", 10)
+    piped(b'{"text": "aaaa"}\n')
+    with pytest.raises(DataError, match="stdin"):
+        read_task("records", "-")
 
 
 def test_standard_input_that_is_wrong_is_named(piped: Callable[[bytes], None]) -> None:
@@ -169,5 +214,5 @@ def test_standard_input_that_is_wrong_is_named(piped: Callable[[bytes], None]) -
         with pytest.raises(DataError, match=f"^{reported}"):
             read_file(Path("-"))
     piped(b"a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"^stdin holds a table, or text; allowed: \.jsonl, \.json"):
+    with pytest.raises(DataError, match=r"^stdin .*\.jsonl, \.json"):
         read_file(Path("-"), (".jsonl", ".json"))

@@ -12,7 +12,7 @@ from data_files import write
 from prefixtune.data import as_examples, read_task
 from prefixtune.data.examples import Example, Message
 from prefixtune.data.files import iter_file
-from prefixtune.data.forms import FORMS, describe_data, file_form, iter_form
+from prefixtune.data.forms import FORMS, describe_data, file_form, make_example
 from prefixtune.data.registry import TASKS, form_that_fits, resolve_task
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
@@ -110,7 +110,7 @@ def test_a_form_is_recognized_by_its_columns(
     assert read_task("records", path, needs_targets=True) == [expected]
     assert read_task("records", path, form=form) == [expected]
     assert as_examples([row]) == [expected]
-    assert list(iter_form(iter_file(path), FORMS[form])) == [expected]
+    assert [make_example(record, FORMS[form]) for record in iter_file(path)] == [expected]
     if form != "tags":
         assert set(read_task("records", path)[0].fields) == set(row)
 

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_files import write
-from prefixtune.data import TASKS, Example, check_tags, read_task, tag_names
-from prefixtune.data.tasks.tagging import read_tagging, tagged
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.data import TASKS, read_task
+from prefixtune.errors import DataError
 
 ROWS = [
     {"tokens": ["The", "Grey", "Wolf", "left"], "tags": ["O", "B-TRAIN", "I-TRAIN", "O"]},
@@ -35,7 +34,7 @@ LINES = "The O\nGrey B-TRAIN\nWolf I-TRAIN\nleft O\n\nWestport B-STATION\n! O\n"
 )
 def test_every_format_gives_the_same(tmp_path: Path, name: str, text: str):
     path = write(tmp_path / name, text)
-    examples = read_tagging(path)
+    examples = read_task("tagging", path)
     assert [(example.source, example.targets) for example in examples] == [
         ("The Grey Wolf left", ("O B-TRAIN I-TRAIN O",)),
         ("Westport !", ("B-STATION O",)),
@@ -43,7 +42,6 @@ def test_every_format_gives_the_same(tmp_path: Path, name: str, text: str):
     assert [dict(example.fields) for example in examples] == [
         {name: tuple(values) for name, values in row.items()} for row in ROWS
     ]
-    assert read_task("tagging", path) == examples
     assert TASKS["tagging"].kind == "tagging"
 
 
@@ -52,22 +50,22 @@ def test_other_columns_may_be_named(tmp_path: Path):
     (example,) = read_task("tagging", path, source="words", target="ner")
     assert dict(example.fields) == {"tokens": ("Hello",), "tags": ("O",)}
     lines = write(tmp_path / "a.conll", LINES)
-    with pytest.raises(ConfigError, match="no named columns"):
-        read_tagging(lines, target="ner")
+    with pytest.raises(DataError, match="'ner'"):
+        read_task("tagging", lines, target="ner")
 
 
 def test_each_sentence_stays_its_own_example(tmp_path: Path):
-    assert len(read_tagging(write(tmp_path / "a.txt", "Hello O\n\nHello O\n"))) == 2
+    assert len(read_task("tagging", write(tmp_path / "a.txt", "Hello O\n\nHello O\n"))) == 2
 
 
 @pytest.mark.parametrize("text", ["Late O\n#fail O\n# O\n", "#fail\tO\nLate\tO\n#\tB-X\n# to be checked\n"])
 def test_a_token_may_start_with_a_number_sign(tmp_path: Path, text: str):
-    (example,) = read_tagging(write(tmp_path / "a.txt", text))
+    (example,) = read_task("tagging", write(tmp_path / "a.txt", text))
     assert sorted(example.fields["tokens"]) == ["#", "#fail", "Late"]
 
 
 def test_i_may_begin_a_span_as_in_older_files(tmp_path: Path):
-    (example,) = read_tagging(write(tmp_path / "a.txt", "Westport I-STATION\nOldbridge B-STATION\n"))
+    (example,) = read_task("tagging", write(tmp_path / "a.txt", "Westport I-STATION\nOldbridge B-STATION\n"))
     assert example.fields["tags"] == ("I-STATION", "B-STATION")
 
 
@@ -77,10 +75,10 @@ def test_what_is_written_is_read_or_refused(tmp_path_factory: pytest.TempPathFac
     tokens, tags = [token for token, _ in pairs], [tag for _, tag in pairs]
     write(path, json.dumps({"tokens": tokens, "tags": tags}))
     if any(token.split() != [token] for token in tokens):
-        with pytest.raises(DataError, match=r"line 1: token .* white space"):
-            read_tagging(path)
+        with pytest.raises(DataError, match=r"line 1: 'tokens' is .* white space"):
+            read_task("tagging", path)
         return
-    (example,) = read_tagging(path)
+    (example,) = read_task("tagging", path)
     assert example.source.split() == tokens
     assert example.targets[0].split() == tags
 
@@ -88,42 +86,21 @@ def test_what_is_written_is_read_or_refused(tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        (
-            "a.jsonl",
-            '{"tokens": ["a"], "tags": ["O"]}\n{"tokens": ["a", "b"], "tags": ["O"]}',
-            "line 2: 2 tokens but 1",
-        ),
-        ("a.jsonl", '{"words": ["a"], "tags": ["O"]}', "line 1: there is no column 'tokens'; there are: words, tags"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n{"tokens": ["a", "b"], "tags": ["O"]}', "line 2: 'tags'"),
+        ("a.jsonl", '{"words": ["a"], "tags": ["O"]}', "line 1 has the columns words, tags"),
         ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}', "line 1: 'tokens' is 'a b'; a list"),
-        ("a.jsonl", '{"tokens": ["10\\u00a0000"], "tags": ["O"]}', "line 1: token"),
-        ("a.jsonl", '{"tokens": ["a"], "tags": ["NN"]}', "line 1: tag 'NN' of 'a'"),
-        ("a.txt", "a O\n\nb\n", "line 3 is 'b' alone; a token and a tag are needed"),
-        ("a.txt", "a O\nNew York\tB-X\n", "line 2: token 'New York'"),
-        ("a.txt", "# one\na S-X\n", "line 2: tag 'S-X' of 'a'"),
-        ("a.conll", "\n", "is empty"),
-        ("a.csv", "a,b", r"allowed: \.jsonl, \.json, \.parquet, \.conll, \.bio, \.txt"),
+        ("a.jsonl", '{"tokens": ["10\\u00a0000"], "tags": ["O"]}', "line 1: 'tokens'"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": ["NN"]}', "line 1: 'tags' is 'NN'"),
+        ("a.txt", "a O\n\nb\n", "line 3"),
+        ("a.txt", "a O\n\nb O\nNew York\tB-X\n", "line 3: 'tokens' is 'New York'"),
+        ("a.txt", "# one\na S-X\n", "line 2: 'tags' is 'S-X'"),
+        ("a.conll", "\n", "a.conll has no rows"),
+        ("a.csv", "a,b", r"\.jsonl, \.json, \.parquet, \.conll, \.bio, \.txt"),
     ],
 )
 def test_a_wrong_sentence_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):
     path = write(tmp_path / name, text)
     with pytest.raises(DataError, match=says) as caught:
-        read_tagging(path)
+        read_task("tagging", path)
     assert str(path) in str(caught.value)
-    assert caught.value.hint
     assert "\n" not in str(caught.value)
-
-
-def test_the_names_are_whole_pairs_after_o():
-    examples = [tagged(["a", "b"], ["B-Y", "O"]), tagged(["a"], ["I-X-2"])]
-    assert tag_names(iter(examples)) == ("O", "B-X-2", "I-X-2", "B-Y", "I-Y")
-    with pytest.raises(DataError, match="no span"):
-        tag_names([tagged(["a"], ["O"])])
-    with pytest.raises(DataError, match=r"example 2 \('x'\) has no tags"):
-        tag_names([tagged(["a"], ["B-X"]), Example("x", ("O",))])
-
-
-def test_an_unknown_tag_is_named_with_the_nearest_known_one():
-    names = tag_names([tagged(["a"], ["B-STATION"])])
-    check_tags([tagged(["a", "b"], ["B-STATION", "I-STATION"])], names)
-    with pytest.raises(DataError, match=r"tag 'B-STATIN' of example 2 \('b'\) is not one of the 3 .*mean 'B-STATION'"):
-        check_tags([tagged(["a"], ["O"]), tagged(["b"], ["B-STATIN"])], names)

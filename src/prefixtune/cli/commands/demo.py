@@ -63,7 +63,7 @@ def demo(options: DemoOptions) -> int:
     """
     from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.packaged import prepare as prepare_backbone
-    from prefixtune.data.toy.table_to_text import make_toy
+    from prefixtune.data.toy import make_toy
     from prefixtune.report import loss_plot
     from prefixtune.utils.files import write_text
 

@@ -164,7 +164,7 @@ def _read_data(options: GenerateOptions, console: Console, headers: Sequence[Map
     """
     from prefixtune.data.files import FORMATS, iter_file
     from prefixtune.data.folders import locate
-    from prefixtune.data.forms import describe_data, file_form, iter_form
+    from prefixtune.data.forms import describe_data, file_form, make_example
     from prefixtune.data.registry import read_sources
     from prefixtune.data.templates import check_template
 
@@ -176,7 +176,7 @@ def _read_data(options: GenerateOptions, console: Console, headers: Sequence[Map
         console.info(f"{options.data}: read as in training, by {template!r}: {len(sources):,} rows")
         return [*sources]
     form, row = file_form(path, form=options.form, needs_targets=False)
-    examples = list(iter_form(iter_file(path), form))
+    examples = [make_example(record, form) for record in iter_file(path)]
     console.info(describe_data(form, examples, options.data, row))
     return [example.messages or example.source or example.targets[0] for example in examples]
 

@@ -1,48 +1,18 @@
-"""The user's own data: a table of records, and two templates that make a source and a target of each record.
-
-Equal sources are merged into one example, in order of first appearance, with all their targets in order; the example's
-`fields` is the first of the records. Sources and targets lose their outer white space; inner line breaks stay.
-"""
+"""Examples that a caller gives as a list, of `Example`s or of dicts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefixtune.data.examples import Example, ExampleLike, check_messages, merge_examples
-from prefixtune.data.files import Record, iter_file
-from prefixtune.data.forms import Form, detect_form, make_example
-from prefixtune.data.templates import check_template, render, targets_of
-from prefixtune.errors import ConfigError, DataError, describe_value
+from prefixtune.data.files import Record, listed
+from prefixtune.data.forms import TEMPLATES, Form, detect_form, make_example
+from prefixtune.errors import DataError, describe_value
 
 _FIELDS = frozenset(("source", "target", "targets", "fields", "groups", "messages"))
 """What a dict of an example's fields may have."""
 _HINT = 'write {"source": "...", "target": "..."}; `prefixtune.data.as_examples` takes templates for other records.'
-
-
-def read_records(path: Path, source: str | None, target: str | None = None) -> list[Example]:
-    """Read a file of records (see `files.FORMATS`).
-
-    Args:
-        path: The file.
-        source: Template of the source.
-        target: Template of the target; the name of a column that holds a list gives several targets; None if the data
-            is only for generation.
-
-    Returns:
-        One example for each distinct source.
-
-    Raises:
-        ConfigError: A template is malformed.
-        DataError: The file or one of its rows is wrong; the message names file and line.
-    """
-    if source is None:
-        raise ConfigError(f"target is {target!r}, but there is no source.", hint="give both, or leave target out.")
-    for template in (source, target):
-        if template is not None:
-            check_template(template)
-    return merge_examples(_render_all(iter_file(path), source, target))
 
 
 def as_examples(
@@ -67,7 +37,7 @@ def as_examples(
         examples: `Example`s or dicts. With a template `source`, a dict is a record. Without, it has the fields of an
             `Example` (`source`, `target` or `targets`, perhaps `fields`, `groups` and `messages`); or it is a row of
             one of the forms of `forms`, such as `{"messages": [...]}`, and so are all others.
-        source: Template of the source; equal sources of records are merged, as in `read_records`.
+        source: Template of the source; equal sources of records are merged, as in a file.
         target: Template of the target.
         what: What messages call an example.
         form: The form that rows must have; empty: any that fits.
@@ -78,20 +48,19 @@ def as_examples(
         DataError: It is not a list of these, or one of them is wrong.
     """
     _check_list(examples, what)
-    rows = [dict(example) for example in examples if isinstance(example, Mapping)]
+    rows = [Record(f"{what} {n}", dict(one)) for n, one in enumerate(examples, start=1) if isinstance(one, Mapping)]
     if source is not None and len(rows) == len(examples):
-        records = (Record(f"{what} {number}", row) for number, row in enumerate(rows, start=1))
-        return merge_examples(_render_all(records, source, target))
-    rows_form = example_form(examples, what, form=form)
-
-    def convert(example: Any, location: str) -> Example:
-        if isinstance(example, Example):
-            return example
-        if rows_form is None or not isinstance(example, Mapping) or (not form and _has_fields(example)):
-            return _as_example(example, location)
-        return make_example(Record(location, dict(example)), rows_form, needs_targets=needs_targets)
-
-    return [convert(example, f"{what} {number}") for number, example in enumerate(examples, start=1)]
+        options: dict[str, Any] = {"needs_targets": target is not None, "templates": (source, target)}
+        return merge_examples(make_example(row, TEMPLATES, **options) for row in rows)
+    rows_form, left = example_form(examples, what, form=form), iter(rows)
+    made: list[Example] = []
+    for number, example in enumerate(examples, start=1):
+        row = next(left) if isinstance(example, Mapping) else None
+        if row is not None and rows_form is not None and (form or not _has_fields(row.values)):
+            made.append(make_example(row, rows_form, needs_targets=needs_targets))
+        else:
+            made.append(example if isinstance(example, Example) else _as_example(example, f"{what} {number}"))
+    return made
 
 
 def example_form(examples: Sequence[Any], what: str = "example", *, form: str = "") -> Form | None:
@@ -143,13 +112,6 @@ def _as_example(values: Any, location: str) -> Example:
         fields.setdefault("source", messages[-1].content if messages else None)
         return Example(**fields)
     except TypeError:
-        raise DataError(f"{location} has the keys {', '.join(map(str, values))}.", hint=_HINT) from None
+        raise DataError(f"{location} has the keys {listed(values)}.", hint=_HINT) from None
     except DataError as error:
         raise DataError(f"{location}: {error.message}", hint=error.hint) from None
-
-
-def _render_all(records: Iterable[Record], source: str, target: str | None) -> Iterator[Example]:
-    """The example of each record."""
-    for record in records:
-        text = render(source, record.values, record.location)
-        yield Example(text, () if target is None else tuple(targets_of(target, record)), record.values)

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from prefixtune.data import TASKS
+from prefixtune.data import TASKS, toy
 from prefixtune.data.files import join_lines, one_line
-from prefixtune.data.tasks import dart, e2e, webnlg
-from prefixtune.data.tasks.triples import check_triples
+from prefixtune.data.tasks import e2e
+from prefixtune.data.tasks.triples import check_triples, linearize_dart, linearize_webnlg
 from prefixtune.data.templates import check_template, render
-from prefixtune.data.toy import table_to_text as toy
 from prefixtune.errors import ConfigError, DataError
 
 __all__ = ["FieldKind", "TaskField", "TaskSchema", "task_decoding", "task_schema_of"]
@@ -148,9 +147,9 @@ _TASK_SCHEMAS = {
             _linearize_e2e,
         ),
         TaskSchema(
-            "webnlg", (TaskField("triples", "triples", _EXAMPLE_TRIPLES),), _linearize_triples(webnlg.linearize)
+            "webnlg", (TaskField("triples", "triples", _EXAMPLE_TRIPLES),), _linearize_triples(linearize_webnlg)
         ),
-        TaskSchema("dart", (TaskField("triples", "triples", _EXAMPLE_TRIPLES),), _linearize_triples(dart.linearize)),
+        TaskSchema("dart", (TaskField("triples", "triples", _EXAMPLE_TRIPLES),), _linearize_triples(linearize_dart)),
         TaskSchema(
             "toy",
             tuple(TaskField(name, "line", value) for name, value in _TOY_EXAMPLE.items()),

@@ -1,0 +1,209 @@
+"""Rows whose columns are named: templates, merging, labels, summaries, and the error for a wrong row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_files import write
+from prefixtune.data import TASKS, as_examples, read_task
+from prefixtune.data.templates import render
+from prefixtune.errors import ConfigError, DataError
+
+ROWS = [{"name": "Aromi", "food": "Italian", "text": "Eat."}, {"name": "Mill", "food": "French", "text": "Go, eat."}]
+WANTED = [("Aromi is Italian", ("Eat.",)), ("Mill is French", ("Go, eat.",))]
+
+
+def test_a_file_and_a_list_give_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path / "v1.2.tsv.gz", "\ufeffname\tfood\ttext\nAromi\tItalian\tEat.\nMill\tFrench\tGo, eat.\n")
+    examples = read_task("records", path, source="{name} is {food}", target="text")
+    assert [(example.source, example.targets) for example in examples] == WANTED
+    assert [example.fields for example in examples] == ROWS
+    assert as_examples(ROWS, "{name} is {food}", "text") == examples
+
+
+def test_equal_sources_become_one_example_with_all_targets_in_order(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        '{"q": "b", "a": ["1", "2"], "n": 0}\n{"q": "a", "a": "3"}\n{"q": " b ", "a": ["1", 4]}\n',
+    )
+    first, second = read_task("records", path, source="q", target="a")
+    assert (first.source, first.targets, first.fields["n"]) == ("b", ("1", "2", "1", "4"), 0)
+    assert (second.source, second.targets) == ("a", ("3",))
+
+
+def test_without_a_target_there_are_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "q,target\nx,1\ny,2\n")
+    assert [(one.source, one.targets) for one in read_task("records", path, source="q")] == [("x", ()), ("y", ())]
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "text"),
+    [
+        ("{a}", {"a": "{b}", "b": "no"}, "{b}"),
+        ("{{{a}}} }}{{", {"a": "x"}, "{x} }{"),
+        ("{a.b} {a[0]} {a!r:>9}", {"a.b": "1", "a[0]": "2", "a!r:>9": "3"}, "1 2 3"),
+        ("{customer rating}: {n}, {ok}", {"customer rating": "high", "n": 2.5, "ok": True}, "high: 2.5, true"),
+        ("a b", {"a b": "  two\nlines "}, "two\nlines"),
+        ("\\1 {a}", {"a": "\\g<0>"}, "\\1 \\g<0>"),
+    ],
+)
+def test_only_whole_columns_are_replaced(template: str, record: dict[str, Any], text: str) -> None:
+    assert render(template, record, "line 1") == text
+    with pytest.raises(DataError):
+        render("{a.__class__}", record, "line 1")
+
+
+@pytest.mark.parametrize("template", ["{a", "a}", "{}", "{a} {", "", "  ", "{{a}}", "{a{b}}"])
+def test_a_malformed_template_is_refused_before_the_file_is_read(template: str, tmp_path: Path) -> None:
+    for task in ("records", "classification", "summarization"):
+        for source, target in ((template, None), ("a", template)):
+            with pytest.raises(ConfigError):
+                read_task(task, tmp_path / "missing.csv", source=source, target=target)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "question,a\nx,y\n", "line 2: there is no column 'q'"),
+        ("a.csv", "q,a\nx,y\n ,y\n", "line 3: 'q'"),
+        ("a.jsonl", '{"q": "x", "a": "y"}\n\n{"q": "x"}\n', "line 3: there is no column 'a'"),
+        ("a.jsonl", '{"q": null, "a": "y"}', "line 1: 'q'"),
+        ("a.jsonl", '{"q": ["x"], "a": "y"}', "'q'"),
+        ("a.jsonl", '{"q": "x", "a": ["y", ""]}', "'a'"),
+        ("a.jsonl", '{"q": "x", "a": [["y"]]}', "'a'"),
+        ("a.jsonl", '{"q": "x", "a": []}', "'a'"),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str) -> None:
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=says) as caught:
+        read_task("records", path, source="q", target="a")
+    assert str(path) in str(caught.value)
+
+
+def test_what_a_message_shows_of_a_row_is_short(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps({"x" * 900_000: ["y" * 900_000]}))
+    for options in ({}, {"source": "x" * 900_000}, {"source": "q"}):
+        with pytest.raises(DataError) as caught:
+            read_task("records", path, **options)
+        assert len(str(caught.value)) < 1500
+
+
+def test_a_target_alone_is_refused_and_nothing_at_all_is_recognized(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "q,a\nx,y\n")
+    with pytest.raises(ConfigError):
+        read_task("records", path, target="a")
+    with pytest.raises(DataError, match=r"a\.csv, line 2 has the columns q, a"):
+        read_task("records", path)
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_have_columns_of_their_names_or_templates_and_each_row_stays(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\nFine.,good\nFine.,good\nFine.,bad\n")
+    assert [one.targets for one in read_task("classification", path)] == [("good",), ("good",), ("bad",)]
+    path = write(tmp_path / "b.csv", "premise,hypothesis,gold,side\nIt rains.,It is wet.,yes,a\n")
+    for source, target, wanted in (
+        ("{premise} => {hypothesis}", "gold", ("It rains. => It is wet.", ("yes",))),
+        ("premise", "{side}/{gold}", ("It rains.", ("a/yes",))),
+    ):
+        (example,) = read_task("classification", path, source=source, target=target)
+        assert (example.source, example.targets) == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [('"yes"', "yes"), ('" very good "', "very good"), ("3", "3"), ("true", "true"), ('["only"]', "only")],
+)
+def test_a_label_is_the_text_that_json_writes(tmp_path: Path, value: str, label: str) -> None:
+    path = write(tmp_path / "a.jsonl", f'{{"text": "x", "label": {value}}}')
+    assert read_task("classification", path)[0].targets == (label,)
+
+
+@pytest.mark.parametrize("label", ['["a", "b"]', "[]", "2.5", "[2.5]", '" "', "null"])
+def test_what_is_no_label_is_named_with_its_line(tmp_path: Path, label: str) -> None:
+    path = write(tmp_path / "a.jsonl", f'{{"text": "x", "label": "y"}}\n{{"text": "x", "label": {label}}}')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: 'label'"):
+        read_task("classification", path)
+
+
+# --- summaries -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"document": "It rained.\\nA lot. ", "summary": "Rain.", "id": "7"}'),
+        ("a.jsonl", '{"article": "It rained. \\n A lot.", "highlights": " Rain. ", "id": "7"}'),
+        ("a.csv", 'id,document,summary\n7,"It rained.\r\nA lot.",Rain.\n'),
+    ],
+)
+def test_the_columns_of_well_known_summaries_need_no_names(tmp_path: Path, name: str, text: str) -> None:
+    (example,) = read_task("summarization", write(tmp_path / name, text))
+    assert (example.source, example.targets) == ("It rained. A lot.", ("Rain.",))
+
+
+def test_columns_of_summaries_may_be_named_and_equal_documents_stay_apart(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"title": "Weather", "body": "It rained.", "short": ["Rain.", "Wet\\nday."]}')
+    (example,) = read_task("summarization", path, source="{title}: {body}", target="short")
+    assert (example.source, example.targets) == ("Weather: It rained.", ("Rain.", "Wet day."))
+    assert example.fields["title"] == "Weather"
+    path = write(tmp_path / "a.csv", "document,summary\nx,a\nx,b\n")
+    assert [example.targets for example in read_task("summarization", path)] == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "says"),
+    [
+        ("summarization", "a.csv", "text,summary\nx,y\n", "line 2 has the columns text, summary"),
+        ("summarization", "a.csv", "document,summary\nx,y\n , y\n", "line 3: 'document'"),
+        ("scitldr", "a.jsonl", '{"text": "x", "target": ["y"]}', "no column 'document' or 'source'"),
+        ("scitldr", "a.jsonl", '{"source": ["x"], "summary": ["y"]}', "no column 'references' or 'target'"),
+        ("scitldr", "a.jsonl", '{"source": ["x", 3], "target": ["y"]}', "'source' is 3"),
+        ("scitldr", "a.jsonl", '{"source": ["x"], "target": "y"}', "'target' is 'y'"),
+    ],
+)
+def test_a_wrong_row_of_summaries_is_named(tmp_path: Path, task: str, name: str, text: str, says: str) -> None:
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=says) as caught:
+        read_task(task, path)
+    assert str(path) in str(caught.value)
+
+
+def test_scitldr_as_released_and_as_json_lines(tmp_path: Path) -> None:
+    released = {"source": ["We learn.", " It works.\n"], "target": ["Learning works.", "It learns."], "paper_id": "x"}
+    lines: dict[str, Any] = {"id": "x", "document": "We learn. It works.", "references": released["target"]}
+    one = read_task("scitldr", write(tmp_path / "a.jsonl", json.dumps(released)))
+    other = read_task("scitldr", write(tmp_path / "b.jsonl", json.dumps(lines)))
+    assert one == other
+    assert (one[0].source, one[0].targets) == ("We learn. It works.", ("Learning works.", "It learns."))
+    assert (one[0].fields["paper_id"], other[0].fields["id"]) == ("x", "x")
+
+
+def test_summaries_are_decoded_and_scored_as_in_the_paper() -> None:
+    for name in ("summarization", "scitldr"):
+        task = TASKS[name]
+        assert task.decoding == {
+            "num_beams": 6,
+            "min_new_tokens": 11,
+            "max_new_tokens": 62,
+            "ban_newlines": True,
+            "length_penalty": 0.8,
+        }
+        assert (task.metrics, task.protocol) == (("rouge_1", "rouge_2", "rouge_l"), "summarization")
+
+
+@pytest.mark.parametrize(("part", "documents"), [("train", 1992), ("dev", 619), ("test", 618)])
+def test_the_whole_set(shared_data: Path, part: str, documents: int) -> None:
+    examples = read_task("scitldr", shared_data / "scitldr", split=part)
+    assert len(examples) == documents
+    assert all(example.targets and "\n" not in "".join((example.source, *example.targets)) for example in examples)
+    if part == "train":
+        assert sum(len(example.targets) for example in examples) == 1992
+    (first, *_) = read_task("summarization", shared_data / "scitldr" / f"{part}.jsonl.gz", target="references")
+    assert first == examples[0]

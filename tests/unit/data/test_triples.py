@@ -1,0 +1,258 @@
+"""WebNLG and DART: linearizations, the releases' XML and JSON, JSON lines, groups, and what is left out or refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape, quoteattr
+
+import pytest
+
+from data_files import write
+from prefixtune.data import TASKS, benchmark_rows, read_all_entries, read_task
+from prefixtune.data.tasks.triples import linearize_dart, linearize_webnlg
+from prefixtune.errors import DataError
+
+AIRPORT = ["Aarhus_Airport", "cityServed", '"Aarhus, Denmark"']
+LEADER = ["Aarhus", "leaderName", "Jacob_Bundsgaard"]
+JOINED = ["Mars Hill College", "JOINED", "1973"]
+PLACE = ["Mars Hill College", "LOCATION", "Mars Hill, North Carolina"]
+
+
+def entry(triples: list[list[str]], texts: list[tuple[str, str]], category: str = "Airport", eid: str = "Id1") -> str:
+    """An entry as the challenge writes it."""
+    inner = "".join(f"<mtriple>{escape(' | '.join(triple))}</mtriple>" for triple in triples)
+    original = inner.replace("mtriple", "otriple").replace("cityServed", "originalName")
+    lex = "".join(f'<lex comment="{comment}" lid="Id1">{escape(text)}</lex>\n' for comment, text in texts)
+    return (
+        f'<entry category={quoteattr(category)} eid="{eid}" size="{len(triples)}">\n'
+        f"<originaltripleset>{original}</originaltripleset>\n<modifiedtripleset>\n{inner}\n</modifiedtripleset>\n"
+        f"{lex}</entry>\n"
+    )
+
+
+def benchmark(*entries: str) -> str:
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<benchmark>\n<entries>\n{"".join(entries)}</entries></benchmark>\n'
+
+
+def release(*annotations: tuple[str, str], triples: Any = (JOINED, PLACE)) -> dict[str, Any]:
+    """An entry of DART's JSON."""
+    return {
+        "tripleset": list(triples),
+        "subtree_was_extended": False,
+        "annotations": [{"source": source, "text": text} for source, text in annotations],
+    }
+
+
+def test_linearizations_are_the_authors() -> None:
+    assert linearize_webnlg([("A", "cityServed", "B"), ("A", "country", "C")]) == (
+        " | A : cityServed : B | A : country : C"
+    )
+    assert linearize_dart([("A", "[TITLE]", "B C"), ("A", "Year Won", "")]) == "A : [title] : B C | A : year won : "
+
+
+def test_the_tasks_are_decoded_and_scored_as_in_the_paper() -> None:
+    for name in ("webnlg", "dart"):
+        task = TASKS[name]
+        assert task.decoding == TASKS["e2e"].decoding
+        assert (task.metrics, task.protocol) == (("bleu", "meteor", "ter"), name)
+
+
+# --- WebNLG ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.xml", "a.xml.gz"])
+def test_the_challenges_xml(tmp_path: Path, name: str) -> None:
+    texts = [("good", "Aarhus  &\n serves."), ("toFix", "Aarhs."), ("good", " “It” serves Århus. "), ("good", " ")]
+    path = write(
+        tmp_path / name,
+        benchmark(entry([AIRPORT, LEADER], texts), entry([LEADER], [("toFix", "x")], "Food"), entry([LEADER], [])),
+    )
+    first, second = read_task("webnlg", path)
+    assert first.source == (
+        ' | Aarhus_Airport : cityServed : "Aarhus, Denmark" | Aarhus : leaderName : Jacob_Bundsgaard'
+    )
+    assert first.targets == ("Aarhus  & serves.", "“It” serves Århus.")
+    assert first.groups == {"triples": "2", "category": "Airport"}
+    assert (first.fields["eid"], first.fields["triples"]) == ("Id1", (tuple(AIRPORT), tuple(LEADER)))
+    # The second has no good text and is left out; the third has none at all, and is there to generate for.
+    assert (second.source, second.targets) == (" | Aarhus : leaderName : Jacob_Bundsgaard", ())
+    assert [one is None for one in read_all_entries("webnlg", path)] == [False, True, False]
+
+
+def test_json_lines_give_the_same_as_xml(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"category": "Airport", "triples": [AIRPORT], "references": ["One.", "Two."], "comments": ["good", "toFix"]},
+        {"category": "Artist", "triples": [LEADER, AIRPORT], "references": ["Three."]},
+    ]
+    lines = write(tmp_path / "a.jsonl.gz", "\n".join(map(json.dumps, rows)))
+    entries = (
+        entry([AIRPORT], [("good", "One."), ("toFix", "Two.")]),
+        entry([LEADER, AIRPORT], [("", "Three.")], "Artist"),
+    )
+    from_lines, from_xml = (
+        read_task("webnlg", lines),
+        read_task("webnlg", write(tmp_path / "a.xml", benchmark(*entries))),
+    )
+    assert from_lines == from_xml
+    assert [example.targets for example in from_xml] == [("One.",), ("Three.",)]
+    assert [example.groups for example in from_lines] == [example.groups for example in from_xml]
+    assert [example.groups["seen"] for example in from_xml] == ["seen", "unseen"]
+    assert [example.fields["seen"] for example in from_xml] == [True, False]
+
+
+def test_a_set_of_seen_categories_only_is_not_split_by_them(tmp_path: Path) -> None:
+    row = {"category": "Food", "triples": [LEADER], "references": ["x"]}
+    # The last ones are of a later release, whose training set has other categories.
+    for categories in (["Food"], ["Airport", "Artist", "Company"]):
+        rows = [{**row, "category": category} for category in categories]
+        path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(one) for one in rows))
+        assert all("seen" not in example.groups for example in read_task("webnlg", path))
+    write(path, json.dumps({**row, "seen": False}))
+    assert read_task("webnlg", path)[0].groups["seen"] == "unseen"
+    write(path, json.dumps({"triples": [LEADER], "references": ["x"]}))
+    assert read_task("webnlg", path)[0].groups == {"triples": "1"}
+
+
+def test_the_releases_folders(tmp_path: Path) -> None:
+    for part, text in (("train", "Train"), ("dev", "Dev")):
+        for number in (2, 1):
+            name = f"{part}/{number}triples/{number}triples_Airport_{part}.xml"
+            write(tmp_path / name, benchmark(entry([LEADER] * number, [("good", f"{text} {number}.")])))
+    write(tmp_path / "test/testdata_with_lex.xml", benchmark(entry([LEADER], [("good", "Test.")], "Artist")))
+    write(tmp_path / "test/testdata_no_lex.xml", benchmark(entry([LEADER], [], "Artist")))
+
+    def texts(split: str | None, folder: Path = tmp_path) -> list[str]:
+        return [example.targets[0] for example in read_task("webnlg", folder, split=split)]
+
+    assert texts("train") == texts(None, tmp_path / "train") == ["Train 1.", "Train 2."]
+    assert texts("dev") == ["Dev 1.", "Dev 2."]
+    assert texts("test") == ["Test."]
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path, tmp_path / "empty"):
+        with pytest.raises(DataError, match="folder"):
+            read_task("webnlg", folder)
+
+
+def test_texts_in_several_languages_are_refused(tmp_path: Path) -> None:
+    # As the Russian release of 2020 has them.
+    text = benchmark(entry([LEADER], [("good", "One."), ("good", "Два.")]))
+    both = text.replace("<lex", '<lex lang="en"', 1).replace("<lex comment", '<lex lang="ru" comment', 1)
+    with pytest.raises(DataError, match=r"both\.xml, entry 1"):
+        read_task("webnlg", write(tmp_path / "both.xml", both))
+    for language in ("ru", ""):
+        same = write(tmp_path / "one.xml", text.replace("<lex", f'<lex lang="{language}"'))
+        assert read_task("webnlg", same)[0].targets == ("One.", "Два.")
+
+
+def test_an_entity_from_outside_is_never_opened_and_xml_has_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = write(tmp_path / "secret.txt", "secret")
+    text = f'<!DOCTYPE x [<!ENTITY out SYSTEM "{secret.as_uri()}">]><benchmark><entry>&out;</entry></benchmark>'
+    with pytest.raises(DataError, match="undefined entity"):
+        read_task("webnlg", write(tmp_path / "a.xml", text))
+    monkeypatch.setattr(benchmark_rows, "MAX_XML_BYTES", 100)
+    with pytest.raises(DataError, match=r"b\.xml\.gz"):
+        read_task("webnlg", write(tmp_path / "b.xml.gz", benchmark(GOOD)))
+
+
+# --- DART ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_releases_json(tmp_path: Path) -> None:
+    entries = [
+        release(("WikiSQL_lily", " One,\ntwo. "), ("WikiSQL_lily", "Three.")),
+        release(("webnlg", " "), ("e2e", "Four.")),
+        release(("webnlg", "")),
+        release(("webnlg", "Five."), ("e2e", "Six.")),
+    ]
+    path = write(tmp_path / "dart-v1.1.1-full-train.json", json.dumps(entries, indent=1))
+    examples = read_task("dart", path)
+    # The third has no text; equal triples stay apart.
+    assert [example.targets for example in examples] == [("One, two.", "Three."), ("Four.",), ("Five.", "Six.")]
+    assert {example.source for example in examples} == {
+        "Mars Hill College : joined : 1973 | Mars Hill College : location : Mars Hill, North Carolina"
+    }
+    assert [example.groups.get("source") for example in examples] == ["WikiSQL_lily", "e2e", None]
+    assert examples[0].fields["subtree_was_extended"] is False
+    assert read_task("dart", tmp_path, split="train") == examples
+
+
+def test_darts_json_lines_and_xml_give_the_same(tmp_path: Path) -> None:
+    row = {"triples": [JOINED, PLACE], "references": ["One."], "sources": ["webnlg"]}
+    official = {**row, "official_references_3": ["one .", "", ""]}
+    lines = write(tmp_path / "a.jsonl", json.dumps(official))
+    xml = write(tmp_path / "a.xml", benchmark(entry([JOINED, PLACE], [("webnlg", "One."), ("webnlg", "")], "MISC")))
+    (from_lines,), (from_xml,) = read_task("dart", lines), read_task("dart", xml)
+    assert from_lines == from_xml
+    assert from_lines.groups == from_xml.groups == {"triples": "2", "source": "webnlg"}
+    assert from_lines.fields["official_references"] == ["one .", "", ""]
+    assert "official_references" not in from_xml.fields
+
+
+# --- wrong files, and the real ones ----------------------------------------------------------------------------------
+
+GOOD = entry([LEADER], [("good", "x")])
+TRIPLE = '{"triples": [["a", "b", "c"]]'
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "says"),
+    [
+        ("webnlg", "a.xml", benchmark(GOOD)[:-40], "line 9"),
+        ("webnlg", "a.xml", benchmark(GOOD).replace("UTF-8", "none"), "not XML"),
+        ("webnlg", "a.xml", benchmark(entry([["a", "b"]], [("good", "x")])), "entry 1: 'input'"),
+        ("webnlg", "a.xml", benchmark(entry([LEADER], [("toFix", "x")])), "no text"),
+        ("webnlg", "a.jsonl", '{"triple": []}', "line 1: there is no column 'triples'"),
+        ("webnlg", "a.jsonl", '{"triples": [["a", "b"]]}', "'triples'"),
+        ("webnlg", "a.jsonl", TRIPLE + ', "references": ["x"], "comments": []}', "'comments'"),
+        ("webnlg", "a.jsonl", TRIPLE + ', "references": ["x"], "seen": "no"}', "'seen'"),
+        ("dart", "a.json", json.dumps([release(("e2e", " "))]), "no text"),
+        ("dart", "a.json", json.dumps([release(("e2e", "x")), release()]), "item 2: 'annotations'"),
+        ("dart", "a.json", json.dumps([release(("e2e", "x"), triples=[["a", "b", None]])]), "'tripleset'"),
+        ("dart", "a.jsonl", '{"text": "x"}', "line 1: there is no column 'triples'"),
+        ("dart", "a.jsonl", TRIPLE + ', "references": ["x"], "sources": "y"}', "'sources'"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_place(tmp_path: Path, task: str, name: str, text: str, says: str) -> None:
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=says) as caught:
+        read_task(task, path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "entries", "good", "left_out"), [("train", 6940, 18102 - 77, 5), ("dev", 872, 2268 - 10, 1)]
+)
+def test_webnlgs_training_and_development_sets(
+    shared_data: Path, part: str, entries: int, good: int, left_out: int
+) -> None:
+    examples = read_task("webnlg", shared_data / "webnlg2017", split=part)
+    assert len(examples) == entries - left_out
+    assert sum(len(example.targets) for example in examples) == good
+    assert all("seen" not in example.groups for example in examples)
+
+
+def test_webnlgs_test_set(shared_data: Path) -> None:
+    examples = read_task("webnlg", shared_data / "webnlg2017", split="test")
+    assert len(examples) == 1862
+    assert sum(len(example.targets) for example in examples) == 4928
+    assert Counter(example.groups["seen"] for example in examples) == {"seen": 971, "unseen": 891}
+    assert Counter(example.groups["category"] for example in examples)["Artist"] == 213
+    assert {example.groups["triples"] for example in examples} == set("1234567")
+    assert set(examples[0].groups) == set(TASKS["webnlg"].groups)
+
+
+@pytest.mark.parametrize(("part", "entries", "references"), [("dev", 2768, 6980), ("test", 5097, 12551)])
+def test_darts_sets(shared_data: Path, part: str, entries: int, references: int) -> None:
+    examples = read_task("dart", shared_data / "dart", split=part)
+    assert len(examples) == entries
+    assert sum(len(example.targets) for example in examples) == references
+    for example in examples:
+        assert "\n" not in example.source
+        assert all(target and "\n" not in target for target in example.targets)
+        assert set(example.groups) == set(TASKS["dart"].groups)
+        assert len(example.fields.get("official_references", ())) == (3 if part == "test" else 0)
