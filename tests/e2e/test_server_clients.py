@@ -17,7 +17,7 @@ from live_server import MODEL, LiveServer, generate_alone, make_model, make_pref
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS
-from prefixtune.data.tasks.e2e import linearize
+from prefixtune.data.benchmarks import linearize_e2e
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.text_format import read_text_format
 
@@ -233,7 +233,7 @@ def test_a_stream_that_the_client_closes_stops_the_engine(server: LiveServer, cl
 def test_a_tasks_output_is_that_of_generate(server: LiveServer, backbone: Any, folder: Path) -> None:
     prefix = load_prefix(folder / "prefixes" / "pubs.safetensors", backbone)
     greedy = {"max_new_tokens": 60, "min_new_tokens": 5, "ban_newlines": True}
-    (expected,) = generate(backbone, [linearize(MR)], prefix, **greedy)
+    (expected,) = generate(backbone, [linearize_e2e(MR)], prefix, **greedy)
     status, answer, _ = server.post("/v1/tasks/pubs", {"mr": MR, "max_tokens": 60})
     assert status == 200
     assert answer["output"] == expected
@@ -243,7 +243,7 @@ def test_a_tasks_output_is_that_of_generate(server: LiveServer, backbone: Any, f
     # The task's own length by default.
     assert server.post("/v1/tasks/pubs", {"mr": MR})[1]["usage"]["completion_tokens"] == 100
     # The bare backbone on the very same text.
-    (bare,) = generate(backbone, [linearize(MR)], None, text_format=read_text_format(prefix.header), **greedy)
+    (bare,) = generate(backbone, [linearize_e2e(MR)], None, text_format=read_text_format(prefix.header), **greedy)
     other = server.post(f"/v1/tasks/{MODEL}", {"mr": MR, "format_of": "pubs", "max_tokens": 60})[1]
     assert other["output"] == bare != expected
 

@@ -41,7 +41,7 @@ def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
     assert first == {"name": "Aromi", "stars": 1, "texts": ["Eat.", "Go."], "day": "2024-02-29", "price": "1.50"}
     assert second == {"name": None, "stars": 2, "texts": [], "day": None, "price": None}
     assert [row.location for row in read_file(path)] == [f"{path}, row 1", f"{path}, row 2"]
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: column 'name'"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: 'name'"):
         read_task("records", path, source="name")
 
 
@@ -55,7 +55,7 @@ def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
     assert (first["name"], first["turns"], first["id"]) == ("café", [{"text": "Hi"}], "a")
     # An image that nothing asks for stops no file; one that is to be a text is named.
     assert [example.source for example in read_task("records", path, source="id")] == ["a", "b"]
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: column 'name'"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: 'name'"):
         read_task("records", path, source="name")
 
 

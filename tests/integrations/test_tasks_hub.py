@@ -109,7 +109,7 @@ def test_a_set_whose_form_is_recognized(tmp_path: Path):
     (example,) = read_task("records", folder, split="dev", needs_targets=True)
     assert (example.source, example.targets, len(example.messages)) == ("Hi", ("Hello.",), 3)
     wrong = save(tmp_path / "wrong", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}])
-    with pytest.raises(DataError, match="wrong, row 2: column 'completion'"):
+    with pytest.raises(DataError, match="wrong, row 2: 'completion'"):
         read_task("records", wrong, needs_targets=True)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.data.benchmarks import parse_mr
 from prefixtune.data.files import iter_file, join_lines
-from prefixtune.data.tasks.e2e import parse_mr
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import PrefixError, did_you_mean
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS

@@ -7,8 +7,8 @@ nothing about models. Importing this package needs no backbone; `encoding`, `lab
 from __future__ import annotations
 
 from prefixtune.data.examples import Example, ExampleLike, limit_targets, references_of
+from prefixtune.data.given import as_examples
 from prefixtune.data.registry import TASKS, Task, form_that_fits, read_all_entries, read_task, resolve_task
-from prefixtune.data.tasks.records import as_examples
 
 __all__ = [
     "TASKS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from prefixtune.errors import DataError, short_repr
 
@@ -85,21 +85,10 @@ class Example:
     """
 
     source: str
-    targets: tuple[str, ...] = ()
+    targets: Sequence[str] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
     groups: Mapping[str, str] = field(default_factory=dict, compare=False)
-    messages: tuple[Message, ...] = ()
-
-    if TYPE_CHECKING:  # What `__post_init__` takes is more than what it stores.
-
-        def __init__(
-            self,
-            source: str,
-            targets: str | Sequence[str] = (),
-            fields: Mapping[str, Any] = ...,
-            groups: Mapping[str, str] = ...,
-            messages: Sequence[Message | tuple[str, str] | Mapping[str, str]] = (),
-        ) -> None: ...
+    messages: Sequence[Message] = ()
 
     def __post_init__(self) -> None:
         # As a sequence, a single text would be one target per character.
@@ -156,7 +145,7 @@ def references_of(example: Example, protocol: str) -> list[str]:
     return list(official or example.targets)
 
 
-def conversation_of(example: Example) -> tuple[Message, ...]:
+def conversation_of(example: Example) -> Sequence[Message]:
     """The messages of an example; where it has none, its source is the user's.
 
     >>> conversation_of(Example("Hi"))
@@ -165,12 +154,12 @@ def conversation_of(example: Example) -> tuple[Message, ...]:
     return example.messages or (Message("user", example.source),)
 
 
-def source_key(example: Example) -> tuple[str, tuple[Message, ...]] | None:
+def source_key(example: Example) -> tuple[str, Sequence[Message]] | None:
     """Equal for examples of one source: the same text, after the same messages; None: it has none, and is its own."""
     return (example.source, example.messages) if example.source else None
 
 
-def merge_key(example: Example) -> tuple[str, tuple[Message, ...]] | None:
+def merge_key(example: Example) -> tuple[str, Sequence[Message]] | None:
     """Equal for examples that are merged; None: it is not merged, as a conversation of several turns, or a text."""
     has_turns = any(message.role == "assistant" for message in example.messages)
     return None if has_turns else source_key(example)

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from pydantic_core import from_json
 
+from prefixtune.data.benchmark_rows import is_tag
 from prefixtune.data.examples import Example, Message
-from prefixtune.data.files import Record, iter_file, join_lines, listed, wrong_value
+from prefixtune.data.files import Record, join_lines, listed, missing_column, wrong_value
 from prefixtune.data.messages import parse_messages, split_answer
 from prefixtune.data.streams import shown
-from prefixtune.data.tasks.tagging import tagged_example
 from prefixtune.data.templates import render, targets_of
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 
@@ -117,22 +117,6 @@ def fitting_forms(row: Mapping[str, Any]) -> list[Form]:
     fitting = [one for one in FORMS.values() if one.fits(row)]
     # A text is a whole example only where nothing else is one.
     return [one for one in fitting if one.name != "text"] or fitting
-
-
-def file_form(path: Path, *, form: str = "", needs_targets: bool = True) -> tuple[Form, Mapping[str, Any]]:
-    """The form of a file, and its first row.
-
-    Args:
-        path: A file, `-` for standard input, or a set of the `datasets` library.
-        form: As for `detect_form`, like the other.
-        needs_targets: Likewise.
-
-    Raises:
-        ConfigError: As for `detect_form` and `iter_file`.
-        DataError: Likewise.
-    """
-    first = next(iter_file(path))
-    return detect_form(first.values, first.location, form=form, needs_targets=needs_targets), first.values
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -301,8 +285,40 @@ def _label(record: Record, form: Form, columns: Sequence[Sequence[str]], needs_t
 
 
 def _tags(record: Record, form: Form, columns: Sequence[Sequence[str]], needs_targets: bool) -> Example:
-    (tokens, *_), (tags, *_) = columns
-    return tagged_example(record, tokens, tags if needs_targets or record.values.get(tags) else None)
+    """Tokens and their tags in the BIO scheme; `I-TYPE` may also begin a span, as in older files."""
+    (source, *_), (target, *_) = columns
+    tokens = _strings(record, source, "tokens without white space", lambda token: token.split() == [token])
+    if not needs_targets and not record.values.get(target):
+        return Example(" ".join(tokens), (), {"tokens": tuple(tokens)})
+    tags = _strings(record, target, "tags of the BIO scheme (O, B-TYPE or I-TYPE)", is_tag)
+    if len(tokens) != len(tags):
+        raise wrong_value(record.location, target, tags, f"a list of {len(tokens)} tags, one for each token,")
+    return tagged(tokens, tags)
+
+
+def _strings(record: Record, column: str, what: str, fits: Callable[[str], bool]) -> list[str]:
+    """The texts of a column, each of which fits."""
+    if column not in record.values:
+        raise missing_column(record.location, (column,), record.values)
+    values: Any = record.values[column]
+    if not isinstance(values, list) or not values:
+        raise wrong_value(record.location, column, values, f"a list of {what}")
+    for value in values:
+        if not isinstance(value, str) or not fits(value):
+            raise wrong_value(record.location, column, value, f"a list of {what}")
+    return values
+
+
+def tagged(tokens: Sequence[str], tags: Sequence[str]) -> Example:
+    """The example of one sentence.
+
+    >>> example = tagged(["The", "Grey", "Wolf"], ["O", "B-TRAIN", "I-TRAIN"])
+    >>> example.source, example.targets
+    ('The Grey Wolf', ('O B-TRAIN I-TRAIN',))
+    >>> example.fields["tags"]
+    ('O', 'B-TRAIN', 'I-TRAIN')
+    """
+    return Example(" ".join(tokens), (" ".join(tags),), {"tokens": tuple(tokens), "tags": tuple(tags)})
 
 
 _ABOUT = ("input", "context", "system")

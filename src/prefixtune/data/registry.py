@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefixtune.data.benchmarks import dart_example, e2e_example, scitldr_example, webnlg_examples
 from prefixtune.data.examples import Example, TaskKind, merge_examples
 from prefixtune.data.files import CONLL_FORMATS, FORMATS, Record, iter_file
 from prefixtune.data.folders import Release, files_in, locate
-from prefixtune.data.forms import FORMS, TEMPLATES, Form, detect_form, file_form, make_example
+from prefixtune.data.forms import FORMS, TEMPLATES, Form, detect_form, make_example
 from prefixtune.data.streams import shown
-from prefixtune.data.tasks.e2e import E2E_FORMATS, e2e_example
-from prefixtune.data.tasks.scitldr import SCITLDR_FORMATS, scitldr_example
-from prefixtune.data.tasks.triples import DART_FORMATS, WEBNLG_FORMATS, dart_example, webnlg_examples
 from prefixtune.data.templates import check_template
 from prefixtune.data.toy import TOYS
 from prefixtune.errors import ConfigError, DataError, did_you_mean
@@ -144,9 +142,9 @@ def resolve_task(
     chosen = _chosen(task, source, target, form)
     if not _has_form(task, source, target):
         return task, None, ()
-    file = locate(Path(path), split, chosen.formats, chosen.release)
-    found, row = file_form(file, form=form, needs_targets=needs_targets)
-    return found.task, found, tuple(map(str, row))
+    first = next(_records(chosen, path, split))
+    found = detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
+    return found.task, found, tuple(map(str, first.values))
 
 
 def form_that_fits(
@@ -266,7 +264,7 @@ TASKS: dict[str, Task] = {
             protocol="e2e",
             merges=True,
             groups=("attributes",),
-            formats=E2E_FORMATS,
+            formats=(".csv", ".jsonl"),
             release={"train": ("trainset.csv",), "dev": ("devset.csv",), "test": ("testset_w_refs.csv", "testset.csv")},
         ),
         Task(
@@ -275,7 +273,7 @@ TASKS: dict[str, Task] = {
             webnlg_examples,
             protocol="webnlg",
             groups=("category", "seen", "triples"),
-            formats=WEBNLG_FORMATS,
+            formats=(".xml", ".jsonl"),
             release={
                 "train": ("train/",),
                 "dev": ("dev/",),
@@ -289,7 +287,7 @@ TASKS: dict[str, Task] = {
             _each(dart_example),
             protocol="dart",
             groups=("triples", "source"),
-            formats=DART_FORMATS,
+            formats=(".xml", ".json", ".jsonl"),
             release={
                 part: (f"dart-*-full-{part}.json", f"dart-*-full-{part}.xml") for part in ("train", "dev", "test")
             },
@@ -306,7 +304,7 @@ TASKS: dict[str, Task] = {
             "scitldr",
             "SciTLDR: one-sentence summaries of abstracts; the release's JSON lines (SciTLDR-A)",
             _each(scitldr_example),
-            formats=SCITLDR_FORMATS,
+            formats=(".jsonl", ".json"),
             **_SUMMARIES,
         ),
         Task(

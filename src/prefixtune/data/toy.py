@@ -18,7 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from prefixtune.data.examples import Example
-from prefixtune.data.tasks.tagging import tagged
+from prefixtune.data.forms import tagged
 
 _Value = TypeVar("_Value")
 

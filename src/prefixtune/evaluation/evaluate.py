@@ -13,9 +13,9 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.encoding import TextFormatLike, as_text_format, default_format
 from prefixtune.data.examples import Example, ExampleLike, TaskKind, has_messages, references_of
+from prefixtune.data.given import as_examples
+from prefixtune.data.label_names import label_names
 from prefixtune.data.labels import Labels, check_known, labels_of
-from prefixtune.data.tasks.label_names import label_names
-from prefixtune.data.tasks.records import as_examples
 from prefixtune.data.windows import is_text
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.evaluation.decode import Decoded, decode

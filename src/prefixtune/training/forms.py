@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example, ExampleLike, form_that_fits, resolve_task
 from prefixtune.data.forms import FORMS, Form, describe_data
-from prefixtune.data.tasks.records import example_form
+from prefixtune.data.given import example_form
 from prefixtune.data.tokenized import TokenizedDataset
 from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
 from prefixtune.errors import ConfigError

@@ -10,7 +10,7 @@ import pytest
 
 from data_files import write
 from prefixtune.data import TASKS, read_task
-from prefixtune.data.tasks.e2e import linearize, parse_mr
+from prefixtune.data.benchmarks import linearize_e2e, parse_mr
 from prefixtune.errors import ConfigError, DataError
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "e2e"
@@ -18,12 +18,12 @@ SPICE = "name[Blue Spice], eatType[coffee shop], area[city centre]"
 
 
 def test_linearization_is_the_authors():
-    assert linearize(SPICE) == "name : Blue Spice | Type : coffee shop | area : city centre"
+    assert linearize_e2e(SPICE) == "name : Blue Spice | Type : coffee shop | area : city centre"
     every = (
         "name[The Vaults], eatType[pub], food[Fast food], priceRange[more than £30], customer rating[5 out of 5], "
         "area[riverside], familyFriendly[yes], near[Café Adriatic]"
     )
-    assert linearize(every) == (
+    assert linearize_e2e(every) == (
         "name : The Vaults | Type : pub | food : Fast food | price : more than £30 | customer rating : 5 out of 5 | "
         "area : riverside | family friendly : yes | near : Café Adriatic"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from prefixtune.data import Example
-from prefixtune.data.tasks.label_names import check_labels, label_names
-from prefixtune.data.tasks.tagging import tagged
+from prefixtune.data.forms import tagged
+from prefixtune.data.label_names import check_labels, label_names
 from prefixtune.errors import DataError
 
 

@@ -12,8 +12,8 @@ import torch
 
 import prefixtune as pt
 from prefixtune.data import Example
+from prefixtune.data.forms import tagged
 from prefixtune.data.labels import choose_labels, encode_labelled, encode_labelled_prompt, labels_of
-from prefixtune.data.tasks.tagging import tagged
 from prefixtune.errors import ConfigError, DataError, RequestError
 from prefixtune.inference.classify import classify, tag
 from prefixtune.prefix.encoder import HeadEncoder

@@ -12,7 +12,7 @@ import pytest
 
 from data_files import write
 from prefixtune.data import TASKS, benchmark_rows, read_all_entries, read_task
-from prefixtune.data.tasks.triples import linearize_dart, linearize_webnlg
+from prefixtune.data.benchmarks import linearize_dart, linearize_webnlg
 from prefixtune.errors import DataError
 
 AIRPORT = ["Aarhus_Airport", "cityServed", '"Aarhus, Denmark"']

@@ -164,8 +164,8 @@ def _read_data(options: GenerateOptions, console: Console, headers: Sequence[Map
     """
     from prefixtune.data.files import FORMATS, iter_file
     from prefixtune.data.folders import locate
-    from prefixtune.data.forms import describe_data, file_form, make_example
-    from prefixtune.data.registry import read_sources
+    from prefixtune.data.forms import describe_data, make_example
+    from prefixtune.data.registry import read_sources, resolve_task
     from prefixtune.data.templates import check_template
 
     path = locate(Path(options.data), None, FORMATS, {})
@@ -175,7 +175,8 @@ def _read_data(options: GenerateOptions, console: Console, headers: Sequence[Map
         sources = read_sources(task, path, template)
         console.info(f"{options.data}: read as in training, by {template!r}: {len(sources):,} rows")
         return [*sources]
-    form, row = file_form(path, form=options.form, needs_targets=False)
+    _, form, row = resolve_task("records", path, form=options.form, needs_targets=False)
+    assert form is not None
     examples = [make_example(record, form) for record in iter_file(path)]
     console.info(describe_data(form, examples, options.data, row))
     return [example.messages or example.source or example.targets[0] for example in examples]

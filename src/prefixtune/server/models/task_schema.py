@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from prefixtune.data import TASKS, toy
+from prefixtune.data.benchmarks import ATTRIBUTES, check_triples, linearize_dart, linearize_e2e, linearize_webnlg
 from prefixtune.data.files import join_lines, one_line
-from prefixtune.data.tasks import e2e
-from prefixtune.data.tasks.triples import check_triples, linearize_dart, linearize_webnlg
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import ConfigError, DataError
 
@@ -117,7 +116,7 @@ def _template_schema(task: str, template: str) -> TaskSchema | None:
 
 
 def _linearize_e2e(record: Mapping[str, Any]) -> str:
-    return e2e.linearize(one_line(record["mr"], "mr", _WHERE))
+    return linearize_e2e(one_line(record["mr"], "mr", _WHERE))
 
 
 def _linearize_triples(linearize: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
@@ -141,7 +140,7 @@ _TASK_SCHEMAS = {
                     "mr",
                     "attributes",
                     "name[The Vaults], eatType[pub], priceRange[cheap], area[riverside]",
-                    tuple(e2e.ATTRIBUTES),
+                    tuple(ATTRIBUTES),
                 ),
             ),
             _linearize_e2e,

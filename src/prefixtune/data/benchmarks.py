@@ -1,29 +1,140 @@
-"""Sets of triples (subject, property, object) -> a text: WebNLG and DART.
+"""Rows of the benchmarks -> examples: E2E, WebNLG, DART and SciTLDR, as released, as JSON lines, and of the hub.
 
-WebNLG (challenge 2017, Gardent et al.) is read from the release's XML, JSON lines `{"category", "triples",
-"references"}`, and the hub's sets (`modified_triple_sets` with `lex`, or `input` with `target` and `references`). Only
-texts whose comment is `good` (or that have none) are read, as the authors of prefix-tuning do; an entry that has texts,
-but no good one, is left out.
+E2E NLG (Novikova et al. 2017) describes restaurants from attribute-value pairs. Rows have `mr` and `ref` (the release's
+CSV; only `mr` in the test set without references), `mr` and `references` (JSON lines), or `meaning_representation` with
+`human_reference`, or with `target` and `references` (the hub). Names of columns may be in either case. References keep
+their words and case; in the data that the authors of prefix-tuning released, texts are also tokenized, as in `city
+centre .`, but BLEU's tokenizer expects the original spelling.
 
-DART (Nan et al. 2021) is read from the release's JSON (`{"tripleset", "annotations": [{"source", "text"}]}`) and XML,
-JSON lines `{"triples", "references", "sources"}`, and the hub's sets. An entry with empty texts only is left out (the
-release has one). The references that the official scorer uses, if a row has them (`official_references_3`), are in the
-field `official_references`.
+WebNLG (challenge 2017, Gardent et al.) and DART (Nan et al. 2021) are texts about sets of triples (subject, property,
+object). Rows are those of the XML (see `benchmark_rows`), `{"category", "triples", "references"}` or, of DART,
+`{"triples", "references", "sources"}`, DART's JSON (`{"tripleset", "annotations": [{"source", "text"}]}`), or the
+hub's. Of WebNLG only texts whose comment is `good` (or that have none) are read, as the authors of prefix-tuning do; an
+entry that has texts, but no good one, is left out. Of DART an entry with empty texts only is left out (the release has
+one). The references that its official scorer uses, if a row has them (`official_references_3`), are in the field
+`official_references`. Each entry is an example of its own, although many have equal triples: the published scores count
+them all.
 
-Each entry is an example of its own, although many have equal triples: the published scores count them all. Texts become
-one line, without outer white space.
+SciTLDR (SciTLDR-A, Cachola et al. 2020): abstracts (`source`, a list of sentences, or `document`) and their summaries
+(`target` or `references`).
+
+Texts become one line, without outer white space, because generation for these tasks bans line breaks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import Record, join_lines, missing_column, one_line, wrong_value
-from prefixtune.errors import DataError
+from prefixtune.errors import DataError, did_you_mean, short_repr
 
-WEBNLG_FORMATS, DART_FORMATS = (".xml", ".jsonl"), (".xml", ".json", ".jsonl")
+
+def _texts_in(record: Record, names: Sequence[str]) -> list[str] | None:
+    """The texts of the first of these columns that is filled; None: there is no such column."""
+    present = [name for name in names if name in record.values]
+    if not present:
+        return None
+    # GEM's training rows have an empty list of references and one target.
+    column = next((name for name in present if record.values[name] not in (None, [])), present[0])
+    value = record.values[column]
+    texts = value if isinstance(value, list) and value else [value]
+    return [one_line(text, column, record.location) for text in texts]
+
+
+# --- E2E and SciTLDR -------------------------------------------------------------------------------------------------
+
+#: The eight attributes of E2E -> their names in the linearization (the authors': four are renamed).
+ATTRIBUTES = {
+    "name": "name",
+    "eatType": "Type",
+    "food": "food",
+    "priceRange": "price",
+    "customer rating": "customer rating",
+    "area": "area",
+    "familyFriendly": "family friendly",
+    "near": "near",
+}
+_PAIR = re.compile(r"([^\[\],]*)\[([^\[\]]*)\]\s*(?:,|$)")
+
+
+def parse_mr(mr: str) -> dict[str, str]:
+    """The attributes of a meaning representation, in its order.
+
+    >>> parse_mr("name[Blue Spice], eatType[coffee shop]")
+    {'name': 'Blue Spice', 'eatType': 'coffee shop'}
+
+    Raises:
+        DataError: The text is malformed, or an attribute is unknown, empty or given twice.
+    """
+    values: dict[str, str] = {}
+    position = 0
+    while position < len(mr) or not values:
+        pair = _PAIR.match(mr, position)
+        attribute, value = ("", "") if pair is None else (pair[1].strip(), pair[2].strip())
+        if pair is None or not value or attribute in values:
+            raise DataError(
+                f"meaning representation {short_repr(mr)} is malformed from {short_repr(mr[position:])} on; each "
+                "attribute has one value.",
+                hint="write it as name[Blue Spice], eatType[pub], area[riverside].",
+            )
+        if attribute not in ATTRIBUTES:
+            raise DataError(
+                f"meaning representation {short_repr(mr)} has the unknown attribute {short_repr(attribute)}.",
+                hint=did_you_mean(attribute, ATTRIBUTES),
+            )
+        values[attribute] = value
+        position = pair.end()
+    return values
+
+
+def linearize_e2e(mr: str) -> str:
+    """A meaning representation as the model reads it (the authors' linearization; the order is kept).
+
+    >>> linearize_e2e("name[The Vaults], eatType[pub], priceRange[more than £30], familyFriendly[yes]")
+    'name : The Vaults | Type : pub | price : more than £30 | family friendly : yes'
+
+    Raises:
+        DataError: As `parse_mr`.
+    """
+    return " | ".join(f"{ATTRIBUTES[attribute]} : {value}" for attribute, value in parse_mr(mr).items())
+
+
+def e2e_example(record: Record) -> Example:
+    """The example of a row; `fields` is `{"mr": the original text}`, and the group `attributes` their number.
+
+    Raises:
+        DataError: The meaning representation is malformed, or columns of references are there and none is filled.
+    """
+    row = Record(record.location, {name.lower(): value for name, value in record.values.items()})
+    mr = row.values.get("mr", row.values.get("meaning_representation"))
+    if not isinstance(mr, str):
+        raise wrong_value(row.location, "mr", mr, "text")
+    try:
+        source, groups = linearize_e2e(mr.strip()), {"attributes": str(len(parse_mr(mr.strip())))}
+    except DataError as error:
+        raise DataError(f"{row.location}: {error.message}", hint=error.hint) from error
+    texts = _texts_in(row, ("references", "ref", "human_reference", "target"))
+    return Example(source, texts or (), {"mr": mr.strip()}, groups)
+
+
+def scitldr_example(record: Record) -> Example:
+    """The example of a row, with all of its summaries; `fields` is the row.
+
+    Raises:
+        DataError: A column is missing or has no text.
+    """
+    columns = ("document", "source"), ("references", "target")
+    document, summaries = (_texts_in(record, names) for names in columns)
+    if document is None or summaries is None:
+        raise missing_column(record.location, columns[0 if document is None else 1], record.values)
+    return Example(" ".join(document), summaries, record.values)
+
+
+# --- triples ---------------------------------------------------------------------------------------------------------
+
 Triple = tuple[str, str, str]
 #: The categories of the training set of 2017, and those of its test set alone. Later releases train on more of them.
 SEEN_CATEGORIES = (
@@ -32,7 +143,6 @@ SEEN_CATEGORIES = (
 )
 UNSEEN_CATEGORIES = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician")
 _TRIPLES = ("triples", "tripleset", "input", "modified_triple_sets")
-_TEXTS = ("lex", "annotations")
 
 
 class _Text(NamedTuple):
@@ -167,36 +277,24 @@ def _texts(record: Record, comment: str) -> list[_Text] | None:
         record: The row.
         comment: The key that says something about an object's text.
     """
-    values, location = record.values, record.location
-    column = next((name for name in _TEXTS if name in values), None)
-    if column is not None:
-        texts = [_commented(item, comment, column, location) for item in _objects(values[column])]
-        if not texts:
-            raise wrong_value(location, column, values[column], "a list of at least one object")
-        return [text for text in texts if text.text]
-    if "references" not in values and "target" not in values:
-        return None
-    # GEM's training rows have an empty list of references and one target.
-    references = values.get("references") or [values.get("target")]
-    if not isinstance(references, list):
-        raise wrong_value(location, "references", references, "a list of texts")
-    return [_Text(one_line(text, "references", location)) for text in references]
-
-
-def _objects(value: Any) -> list[Any]:
-    """A list of objects; or, as in some sets of the hub, an object of lists."""
-    if isinstance(value, dict):
+    column = next((name for name in ("lex", "annotations") if name in record.values), None)
+    if column is None:
+        texts = _texts_in(record, ("references", "target"))
+        return None if texts is None else [_Text(text) for text in texts]
+    value = record.values[column]
+    if isinstance(value, dict):  # of the hub: an object of lists
         lists = {key: items for key, items in value.items() if isinstance(items, list)}
-        return [dict(zip(lists, items, strict=False)) for items in zip(*lists.values(), strict=False)]
-    return value if isinstance(value, list) else []
-
-
-def _commented(item: Any, comment: str, column: str, location: str) -> _Text:
-    """An object of a text; in XML, what is said about it is always the comment."""
-    said = item.get(comment, item.get("comment")) if isinstance(item, dict) else None
-    if not isinstance(said, str) or not isinstance(item.get("text"), str):
-        raise wrong_value(location, column, item, f"an object with texts under {comment!r} and 'text'")
-    return _Text(join_lines(item["text"]), said, str(item.get("lang") or ""))
+        value = [dict(zip(lists, items, strict=False)) for items in zip(*lists.values(), strict=False)]
+    if not isinstance(value, list) or not value:
+        raise wrong_value(record.location, column, value, "a list of at least one object")
+    found: list[_Text] = []
+    for item in value:
+        # In XML, what is said about it is always the comment.
+        said = item.get(comment, item.get("comment")) if isinstance(item, dict) else None
+        if not isinstance(said, str) or not isinstance(item.get("text"), str):
+            raise wrong_value(record.location, column, item, f"an object with texts under {comment!r} and 'text'")
+        found.append(_Text(join_lines(item["text"]), said, str(item.get("lang") or "")))
+    return [text for text in found if text.text]
 
 
 def _strings(record: Record, column: str) -> list[str]:
