@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.cli.loading import split_joined
 from prefixtune.data.benchmarks import parse_mr
 from prefixtune.data.files import iter_file, join_lines
 from prefixtune.data.templates import check_template, render
-from prefixtune.errors import PrefixError, did_you_mean
+from prefixtune.errors import ConfigError, PrefixError, did_you_mean
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
+from prefixtune.training.config import TrainConfig
 
 SIZE = 50_000
 """Characters of the short text; the long one has four times as many."""
@@ -68,6 +70,19 @@ def test_time_grows_with_the_length_and_not_with_its_square(work: str, text: str
 )  # fmt: skip
 def test_line_breaks_become_one_space_each(text: str, joined: str) -> None:
     assert join_lines(text) == joined
+
+
+def test_a_name_of_many_parts_is_refused_at_once() -> None:
+    begun = time.perf_counter()
+    with pytest.raises(ConfigError):
+        split_joined("+".join("a" * 100_000))
+    assert time.perf_counter() - begun < 2
+
+
+def test_a_path_with_a_zero_is_a_wrong_value() -> None:
+    for options in ({"output": "a\0b"}, {"train": "a\0b"}, {"sites": "a\0b"}):
+        with pytest.raises(ConfigError):
+            TrainConfig(**options)
 
 
 def test_a_header_of_many_columns_is_read_at_once(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 DEFAULT_BACKBONE = "smollm2-135m"
+_MOST_JOINED = 64
+"""Prefixes that one --prefix joins, at most."""
 _MOST_PLUSES = 64
 """Signs + in the name of one file or folder that are looked for."""
 
@@ -81,14 +83,15 @@ def split_joined(text: str) -> list[str]:
     """
     pieces = text.split("+")
     names: list[str] = []
-    while pieces:
+    while pieces and len(names) <= _MOST_JOINED:
         lengths = range(min(len(pieces), _MOST_PLUSES + 1), 1, -1)
         length = next((n for n in lengths if os.path.lexists("+".join(pieces[:n]))), 1)
         names.append("+".join(pieces[:length]))
         pieces = pieces[length:]
-    if "" in names:
+    if "" in names or len(names) > _MOST_JOINED:
         raise ConfigError(
-            f"--prefix is {short_repr(text)}, which names no file.", hint="as in a+b, with one + between names."
+            f"--prefix is {short_repr(text)}, which names no file, or too many.",
+            hint=f"as in a+b, with one + between names, of which {_MOST_JOINED} at most.",
         )
     return names
 

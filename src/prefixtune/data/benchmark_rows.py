@@ -20,7 +20,7 @@ from typing import IO, Any
 from xml.etree import ElementTree
 
 from prefixtune.data.streams import read_bytes
-from prefixtune.errors import DataError, short_repr
+from prefixtune.errors import DataError
 
 MAX_XML_BYTES = 2**27
 """Most bytes of XML, which takes many times their memory."""
@@ -90,10 +90,7 @@ def conll_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             tokens, tags = [], []
         elif not cells[0].startswith("#") or (len(cells) == width and is_tag(cells[-1])):
             if len(cells) < 2:
-                raise DataError(
-                    f"{name}, line {number} is {short_repr(cells[0])} alone; a token and a tag are needed.",
-                    hint="separate the columns by tabs or by spaces; a blank line ends a sentence.",
-                )
+                raise DataError(f"{name}, line {number} is one word.", hint="write a token and a tag on each line.")
             first = first if tokens else number
             tokens.append(cells[0])
             tags.append(cells[-1])

@@ -57,6 +57,7 @@ ATTRIBUTES = {
     "familyFriendly": "family friendly",
     "near": "near",
 }
+_SHAPE = "write each attribute once, as in name[Blue Spice], eatType[pub], area[riverside]."
 _PAIR = re.compile(r"([^\[\],]*)\[([^\[\]]*)\]\s*(?:,|$)")
 
 
@@ -75,16 +76,9 @@ def parse_mr(mr: str) -> dict[str, str]:
         pair = _PAIR.match(mr, position)
         attribute, value = ("", "") if pair is None else (pair[1].strip(), pair[2].strip())
         if pair is None or not value or attribute in values:
-            raise DataError(
-                f"meaning representation {short_repr(mr)} is malformed from {short_repr(mr[position:])} on; each "
-                "attribute has one value.",
-                hint="write it as name[Blue Spice], eatType[pub], area[riverside].",
-            )
+            raise DataError(f"{short_repr(mr)} is malformed from {short_repr(mr[position:])} on.", hint=_SHAPE)
         if attribute not in ATTRIBUTES:
-            raise DataError(
-                f"meaning representation {short_repr(mr)} has the unknown attribute {short_repr(attribute)}.",
-                hint=did_you_mean(attribute, ATTRIBUTES),
-            )
+            raise DataError(f"there is no attribute {short_repr(attribute)}.", hint=did_you_mean(attribute, ATTRIBUTES))
         values[attribute] = value
         position = pair.end()
     return values
@@ -226,10 +220,7 @@ def webnlg_examples(records: Iterable[Record]) -> list[Example | None]:
             texts = [text._replace(comment=comment) for text, comment in zip(texts, comments, strict=True)]
         languages |= {text.language for text in texts} - {""}
         if len(languages) > 1:
-            raise DataError(
-                f"{record.location}: the texts so far are in the languages {', '.join(sorted(languages))}.",
-                hint="keep the texts of one language: remove those with another `lang`.",
-            )
+            raise wrong_value(record.location, "lang", sorted(languages), "one language for all texts")
         good = [text.text for text in texts if text.comment in ("good", "")]
         fields = {**record.values, "triples": triples, **({} if seen is None else {"seen": seen})}
         example = Example(linearize_webnlg(triples), good, fields, groups)

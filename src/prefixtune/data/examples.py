@@ -60,11 +60,7 @@ def _as_message(values: Any, name: str) -> Message:
 
 
 def _wrong_messages(what: str, needed: str) -> DataError:
-    return DataError(
-        f"{what}, but must be {needed}.",
-        hint='write {"role": "user", "content": "..."}: perhaps one of the system, then the user\'s and the '
-        "assistant's in turns.",
-    )
+    return DataError(f"{what}, but must be {needed}.", hint='write {"role": "user", "content": "..."}, in turns.')
 
 
 @dataclass(frozen=True)
@@ -95,17 +91,13 @@ class Example:
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
         targets = tuple(targets) if isinstance(targets, Sequence) else (None,)
         if not all(isinstance(text, str) for text in (self.source, *targets)):
-            raise DataError(
-                f"an example has the source {short_repr(self.source)} and the targets {short_repr(self.targets)}, but "
-                "must have texts.",
-                hint='write Example("source", ("target",)).',
+            what = (
+                f"the source {short_repr(self.source)}, or one of the targets {short_repr(self.targets)}, is no text."
             )
+            raise DataError(what, hint='write Example("source", ("target",)).')
         if not isinstance(self.groups, Mapping) or not all(isinstance(group, str) for group in self.groups.values()):
-            raise DataError(
-                f"the groups of the example {short_repr(self.source)} are {short_repr(self.groups)}, not a dict of "
-                "texts.",
-                hint='write groups={"category": "Food"}.',
-            )
+            what = f"the groups of {short_repr(self.source)} are {short_repr(self.groups)}, not a dict of texts."
+            raise DataError(what, hint='write groups={"category": "Food"}.')
         object.__setattr__(self, "targets", targets)
         if self.messages:
             object.__setattr__(self, "messages", check_messages(self.messages))

@@ -31,6 +31,7 @@ MAX_ROW_CHARS = 2**20
 LocatedRow = tuple[str, dict[str, Any]]
 """A row's location, for messages, and its values by column."""
 # A pattern such as `\s*\n\s*` needs time quadratic in the blanks of a text; this one matches a run of white space once.
+_WRONG = "correct the row, or leave it out."
 _WHITE_SPACE = re.compile(r"\s+")
 
 
@@ -65,10 +66,8 @@ def _text_size(value: Any) -> int:
 
 
 def _long_row(location: str) -> DataError:
-    return DataError(
-        f"{location} holds more than {MAX_ROW_CHARS:,} characters (MAX_ROW_CHARS), which is the most for a row.",
-        hint="divide it into several rows, or leave out columns that are not needed.",
-    )
+    what = f"{location} holds more than {MAX_ROW_CHARS:,} characters (files.MAX_ROW_CHARS), the most for one row."
+    return DataError(what, hint="divide it into several rows, or leave out columns that are not needed.")
 
 
 def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
@@ -88,10 +87,7 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     if ending not in formats:
         with reading(path):
             os.stat(path)
-        raise DataError(
-            f"{path} has the ending {ending!r}; allowed: {', '.join(formats)}, each with or without .gz.",
-            hint=did_you_mean(ending, formats) if ending else "rename the file, with the ending of its format.",
-        )
+        raise DataError(f"{path} does not end with {', '.join(formats)}.", hint=did_you_mean(ending, formats))
     return ending
 
 
@@ -185,7 +181,7 @@ def _parse_json(text: str, location: str) -> Any:
         return from_json(text)
     except ValueError as error:
         raise DataError(
-            f"{location}: not JSON: {error}.", hint="a .jsonl file has one object a line, a .json file one list."
+            f"{location}: not JSON: {error}.", hint="write one object a line, or in .json a list."
         ) from error
 
 
@@ -224,15 +220,11 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
                 continue
             # In a table of tabs, quotes may be text, and what is between them several rows.
             if len(cells) != len(set(columns)) or (separator == "\t" and any(map(_holds_row, cells))):
-                raise DataError(
-                    f"{location} has {len(cells)} fields, or several rows in one; the header names {listed(columns)}.",
-                    hint=f"give columns different names; put a field with {separator!r} in quotes; or use JSON lines.",
-                )
+                what = f"{location} has {len(cells)} fields, or several rows in one; the header has {listed(columns)}."
+                raise DataError(what, hint=f"put a field with {separator!r} in quotes, or use JSON lines.")
             yield location, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
-        raise DataError(
-            f"{name}, line {line + 1}: {error}.", hint='end a field that starts with " with "; double quotes inside it.'
-        ) from error
+        raise DataError(f"{name}, line {line + 1}: {error}.", hint='double a " within a field in quotes.') from error
 
 
 def _holds_row(cell: str) -> bool:
@@ -251,9 +243,7 @@ def _stdin_format(formats: Sequence[str]) -> str:
     if not form:
         form = next((one for one in formats if one not in (".jsonl", ".json", ".parquet")), "text")
     if form not in formats:
-        raise DataError(
-            f"stdin holds {form}; allowed: {', '.join(formats)}.", hint="save it as a file of one of these formats."
-        )
+        raise DataError(f"stdin holds {form}; allowed: {', '.join(formats)}.", hint="convert it to one of these.")
     return "" if form == ".csv" else form
 
 
@@ -289,17 +279,13 @@ def wrong_value(location: str, column: str, value: Any, needed: str) -> DataErro
         value: What is there.
         needed: What should be, as in `a list of texts`.
     """
-    return DataError(
-        f"{location}: {short_repr(column)} is {short_repr(value)}; {needed} is needed.", hint="correct or drop it."
-    )
+    return DataError(f"{location}: {short_repr(column)} is {short_repr(value)}; {needed} is needed.", hint=_WRONG)
 
 
 def missing_column(location: str, columns: Iterable[str], values: Iterable[Any]) -> DataError:
     """The error of a row that has none of some columns."""
-    return DataError(
-        f"{location}: there is no column {' or '.join(map(short_repr, columns))}; there are: {listed(values)}.",
-        hint="rename the column, or name it, where the task takes --source and --target.",
-    )
+    what = f"{location}: there is no column {' or '.join(map(short_repr, columns))}; there are: {listed(values)}."
+    return DataError(what, hint="rename the column, or name it, as with --source and --target.")
 
 
 def join_lines(text: str) -> str:

@@ -42,9 +42,7 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Relea
         DataError: The folder has no such split, or has several and none was named.
     """
     if split is not None and split not in SPLITS:
-        raise ConfigError(
-            f"split is {split!r}, but must be one of {', '.join(SPLITS)}.", hint=did_you_mean(split, SPLITS)
-        )
+        raise ConfigError(f"there is no split {split!r}.", hint=did_you_mean(split, SPLITS))
     if is_dataset(path):
         return _locate_in_dataset(path, split)
     if not os.path.isdir(path):

@@ -95,16 +95,11 @@ def detect_form(row: Mapping[str, Any], location: str, *, form: str = "", needs_
     fitting = [] if form else fitting_forms(row)
     fitting = fitting or [one for one in known if one.fits(row, needs_targets=needs_targets)]
     if len(fitting) > 1:
-        raise ConfigError(
-            f"{location} can be read as {', or as '.join(f'{one.title} ({one.signature})' for one in fitting)}.",
-            hint=f"choose one: {' or '.join(f'--form {one.name}' for one in fitting)}.",
-        )
+        what = f"{location} can be read as {', or as '.join(f'{one.title} ({one.signature})' for one in fitting)}."
+        raise ConfigError(what, hint=f"choose one: {' or '.join(f'--form {one.name}' for one in fitting)}.")
     if not fitting:
-        raise DataError(
-            f"{location} has the columns {listed(row)}; forms that are recognized: "
-            f"{'; '.join(one.signature for one in known)}.",
-            hint="rename the columns, or name them, as in --source '{name} is {food}' --target text.",
-        )
+        what = f"{location} has the columns {listed(row)}; known are: {'; '.join(one.signature for one in known)}."
+        raise DataError(what, hint="rename the columns, or name them, as in --source question --target answer.")
     return fitting[0]
 
 
@@ -138,11 +133,8 @@ def make_example(
     """
     columns = [(template,) if template else group for template, group in zip(templates, form.columns, strict=False)]
     if not any(templates) and not form.fits(record.values, needs_targets=needs_targets):
-        raise DataError(
-            f"{record.location} has the columns {listed(record.values)}, but rows of {form.title} need "
-            f"{form.signature}, as those before it.",
-            hint="put each form into a file of its own.",
-        )
+        what = f"{record.location} has the columns {listed(record.values)}, but {form.title} need {form.signature}."
+        raise DataError(what, hint="put rows of each form into a file of their own.")
     return form.make(record, form, columns, needs_targets)
 
 

@@ -84,10 +84,7 @@ def _check_list(examples: Any, what: str) -> None:
         DataError: It is something else.
     """
     if isinstance(examples, str | Mapping) or not (hasattr(examples, "__len__") and hasattr(examples, "__iter__")):
-        raise DataError(
-            f"the {what}s are {describe_value(examples)}, but must be a list of dicts or of Example.",
-            hint='write [{"source": "...", "target": "..."}], or read a file with `prefixtune.data.read_task`.',
-        )
+        raise DataError(f"the {what}s are {describe_value(examples)}, not a list of dicts or of Example.", hint=_HINT)
 
 
 def _has_fields(row: Mapping[str, Any]) -> bool:

@@ -83,8 +83,7 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
         # In this format the library decodes nothing, and a format that the set was saved with does not count.
         rows = (row for batch in data.with_format("arrow").iter(_BATCH) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
-            values = {column: _as_json(_with_class_names(features[column], value)) for column, value in row.items()}
-            yield f"{path}, row {number}", values
+            yield f"{path}, row {number}", {name: _as_json(value, features[name]) for name, value in row.items()}
 
 
 def parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -116,27 +115,35 @@ def _reporting(name: Path | str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DataError(
-            f"{name} cannot be read: {first_line(error).rstrip('.')}.",
-            hint="check its name and the network; of a damaged set, get or save it again.",
+            f"{name} cannot be read: {first_line(error)}", hint="check its name, or get it again."
         ) from error
 
 
-def _as_json(value: Any) -> Any:
-    """A value as in JSON.
+def _as_json(value: Any, feature: Any = None) -> Any:
+    """A value as in JSON, also within lists and objects.
 
     >>> from datetime import date
     >>> _as_json([date(2026, 1, 2), b"a", 1.5])
     ['2026-01-02', 'a', 1.5]
+
+    Args:
+        value: Any value of Arrow.
+        feature: What `datasets` knows about it: names of classes, and that a text is JSON.
     """
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_as_json(item, inner) for item in value]
     if isinstance(value, dict):
-        return {str(key): _as_json(item) for key, item in value.items()}
+        features = feature if isinstance(feature, dict) else {}
+        return {str(name): _as_json(item, features.get(name)) for name, item in value.items()}
     if isinstance(value, bytes):
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             return value.decode()
-        except UnicodeDecodeError:
-            return value
+        return value
+    if isinstance(value, str) and type(feature).__name__ == "Json":
+        return json.loads(value)
+    if isinstance(value, int) and hasattr(feature, "int2str"):
+        return feature.int2str(value) if value >= 0 else None  # -1 means an unlabelled row
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
@@ -154,17 +161,3 @@ def _load(path: Path | str) -> Any:
         if split and split not in data:
             raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(data)}.")
         return data[split] if split else data
-
-
-def _with_class_names(feature: Any, value: Any) -> Any:
-    """A value with class names instead of class numbers, and JSON as what it says; also within lists and objects."""
-    if isinstance(value, list):
-        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        return [_with_class_names(inner, item) for item in value]
-    if isinstance(value, dict) and isinstance(feature, dict):
-        return {name: _with_class_names(feature.get(name), item) for name, item in value.items()}
-    if isinstance(value, str) and type(feature).__name__ == "Json":
-        return json.loads(value)
-    if isinstance(value, int) and hasattr(feature, "int2str"):
-        return feature.int2str(value) if value >= 0 else None  # -1 means an unlabelled row
-    return value

@@ -27,10 +27,7 @@ def label_names(examples: Iterable[Example], kind: TaskKind = "classification") 
         types = sorted({tag[2:] for tag in names} - {""})
         names = ("O", *(f"{position}-{name}" for name in types for position in "BI"))
     if len(names) < 2:
-        raise DataError(
-            f"the labels are {', '.join(map(short_repr, names)) or 'none'}; at least two are needed.",
-            hint="check the file and the target column.",
-        )
+        raise DataError(f"the labels are {short_repr(names)}, but there must be two.", hint="check the target column.")
     return names
 
 
@@ -49,18 +46,14 @@ def check_labels(examples: Iterable[Example], names: Sequence[str], kind: TaskKi
     for number, example in enumerate(examples, start=1):
         for label in _labels(example, number, kind):
             if label not in names:
-                raise DataError(
-                    f"label {short_repr(label)} of example {number} is not one of the {len(names)} known labels.",
-                    hint=did_you_mean(label, names),
-                )
+                what = f"label {short_repr(label)} of example {number} is not known."
+                raise DataError(what, hint=did_you_mean(label, names))
 
 
 def _labels(example: Example, number: int, kind: TaskKind) -> Sequence[str]:
     labels = example.fields.get("tags") if kind == "tagging" else example.targets
     if not isinstance(labels, tuple) or (kind == "classification" and len(labels) != 1):
         needed = "one label" if kind == "classification" else "tags"
-        raise DataError(
-            f"example {number} ({short_repr(example.source)}) must have {needed}.",
-            hint="name the column that holds the label, with target.",
-        )
+        where = f"example {number} ({short_repr(example.source)})"
+        raise DataError(f"{where} must have {needed}.", hint="name their column with --target.")
     return labels

@@ -16,7 +16,7 @@ from prefixtune.data.forms import FORMS, TEMPLATES, Form, detect_form, make_exam
 from prefixtune.data.streams import shown
 from prefixtune.data.templates import check_template
 from prefixtune.data.toy import TOYS
-from prefixtune.errors import ConfigError, DataError, did_you_mean
+from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
 Reader = Callable[[Iterable[Record]], list[Example | None]]
 """Rows -> their examples, or None where a row has no good text."""
@@ -46,8 +46,8 @@ class Task:
 
     name: str
     description: str
-    read: Reader | None
-    decoding: dict[str, Any]
+    read: Reader | None = None
+    decoding: dict[str, Any] = field(default_factory=lambda: {"num_beams": 1, "max_new_tokens": 100})
     kind: TaskKind = "generation"
     parts: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ("bleu",)
@@ -110,10 +110,8 @@ def read_task(
     one_form, needed = chosen.form or TEMPLATES, task != "records" or target is not None
     if _has_form(task, source, target):
         first = next(records)
-        one_form, needed = (
-            detect_form(first.values, first.location, form=form, needs_targets=needs_targets),
-            needs_targets,
-        )
+        one_form = detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
+        needed = needs_targets
         records = itertools.chain([first], records)
     options: dict[str, Any] = {"needs_targets": needed, "templates": (source, target)}
     examples = (make_example(record, one_form, **options) for record in records)
@@ -167,18 +165,17 @@ def _chosen(name: str, source: str | None, target: str | None, form: str) -> Tas
     for value, known in ((name, TASKS), (form, FORMS)):
         if value not in known and (value or known is TASKS):
             what = "form" if known is FORMS else "task"
-            raise ConfigError(f"there is no {what} {value!r}.", hint=did_you_mean(value, known))
+            raise ConfigError(f"there is no {what} {short_repr(value)}.", hint=did_you_mean(value, known))
     if form and (name not in ("records", FORMS[form].task) or source is not None):
-        what = f"the task {name!r} has its own" if source is None else f"source names the columns: {source!r}"
+        what = f"the task {name!r} has its own" if source is None else f"source is {short_repr(source)}"
         raise ConfigError(f"form is {form!r}, but {what}.", hint="leave one of the two out.")
     given = [template for template in (source, target) if template is not None]
     if given and not TASKS[name].takes_columns:
-        raise ConfigError(
-            f"task {name!r} has its own format and takes no source or target template.",
-            hint="leave them out, or use a task that reads your own columns, such as 'records'.",
-        )
+        raise ConfigError(f"task {name!r} has columns of its own.", hint="leave out source and target.")
     if name == "records" and source is None and target is not None:
-        raise ConfigError(f"target is {target!r}, but there is no source.", hint="give both, or leave target out.")
+        raise ConfigError(
+            f"target is {short_repr(target)}, but there is no source.", hint="give both, or leave target out."
+        )
     for template in given:
         check_template(template)
     return TASKS[name]
@@ -191,10 +188,7 @@ def _has_form(task: str, source: str | None, target: str | None) -> bool:
 
 def _part(task: Task, name: str) -> list[Example]:
     if name not in task.parts:
-        raise ConfigError(
-            f"task {task.name!r} is made here, not read: its path is one of {', '.join(task.parts)}; got {name!r}.",
-            hint=did_you_mean(name, task.parts),
-        )
+        raise ConfigError(f"task {task.name!r} has no part {short_repr(name)}.", hint=did_you_mean(name, task.parts))
     return TOYS[task.name]()[task.parts.index(name)]
 
 
@@ -239,18 +233,19 @@ def _each(make: Callable[[Record], Example | None]) -> Reader:
 _LINE: dict[str, Any] = {"ban_newlines": True}
 _TABLE = {"num_beams": 5, "min_new_tokens": 5, "max_new_tokens": 100, "length_penalty": 1.0, **_LINE}
 _SUMMARY = {"num_beams": 6, "min_new_tokens": 11, "max_new_tokens": 62, "length_penalty": 0.8, **_LINE}
-_TEXT: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 100}
 _ROUGE, _ACCURACY, _SPANS = ("rouge_1", "rouge_2", "rouge_l"), ("accuracy", "macro_f1"), ("span_f1", "accuracy")
 _SUMMARIES: dict[str, Any] = {"decoding": _SUMMARY, "metrics": _ROUGE, "protocol": "summarization"}
 _TRIPLES: dict[str, Any] = {"decoding": _TABLE, "metrics": ("bleu", "meteor", "ter")}
 # Labels and tags that are generated as text.
-_LABELS: dict[str, Any] = {"decoding": {"num_beams": 1, "max_new_tokens": 16, **_LINE}, "metrics": _ACCURACY}
-_LABELS["kind"] = "classification"
-_TAGS: dict[str, Any] = {"decoding": {"num_beams": 1, "max_new_tokens": 200, **_LINE}, "metrics": _SPANS}
-_TAGS["kind"] = "tagging"
+_LABEL, _TAG = ({"num_beams": 1, "max_new_tokens": length, **_LINE} for length in (16, 200))
+_LABELS: dict[str, Any] = {"kind": "classification", "decoding": _LABEL, "metrics": _ACCURACY}
+_TAGS: dict[str, Any] = {"kind": "tagging", "decoding": _TAG, "metrics": _SPANS}
 _EXACT: dict[str, Any] = {"decoding": {"num_beams": 1, "max_new_tokens": 32, **_LINE}, "metrics": ("exact_match",)}
-_PARTS = ("train", "held_out")
-_ANY = "JSON lines, JSON, CSV, TSV or Parquet"
+_PARTS, _SKILL_PARTS = ("train", "held_out"), ("train", "dev", "held_out")
+_TABLES = "JSON lines, JSON, CSV, TSV or Parquet"
+_TAGGED = (".jsonl", ".json", ".parquet", *CONLL_FORMATS)
+_TEST_XML = "testdata_with_lex.xml"
+_DART = {part: (f"dart-*-full-{part}.json", f"dart-*-full-{part}.xml") for part in ("train", "dev", "test")}
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -259,7 +254,7 @@ TASKS: dict[str, Task] = {
             "e2e",
             "E2E NLG: restaurant descriptions; the release's CSV, or JSON lines",
             _each(e2e_example),
-            _TABLE,
+            decoding=_TABLE,
             metrics=("bleu", "nist", "meteor", "rouge_l", "cider"),
             protocol="e2e",
             merges=True,
@@ -274,11 +269,7 @@ TASKS: dict[str, Task] = {
             protocol="webnlg",
             groups=("category", "seen", "triples"),
             formats=(".xml", ".jsonl"),
-            release={
-                "train": ("train/",),
-                "dev": ("dev/",),
-                "test": ("test/testdata_with_lex.xml", "testdata_with_lex.xml"),
-            },
+            release={"train": ("train/",), "dev": ("dev/",), "test": (f"test/{_TEST_XML}", _TEST_XML)},
             **_TRIPLES,
         ),
         Task(
@@ -288,65 +279,19 @@ TASKS: dict[str, Task] = {
             protocol="dart",
             groups=("triples", "source"),
             formats=(".xml", ".json", ".jsonl"),
-            release={
-                part: (f"dart-*-full-{part}.json", f"dart-*-full-{part}.xml") for part in ("train", "dev", "test")
-            },
+            release=_DART,
             **_TRIPLES,
         ),
-        Task(
-            "summarization",
-            f"documents and summaries: {_ANY}, columns document and summary (or article and highlights) unless named",
-            None,
-            form=FORMS["document"],
-            **_SUMMARIES,
-        ),
-        Task(
-            "scitldr",
-            "SciTLDR: one-sentence summaries of abstracts; the release's JSON lines (SciTLDR-A)",
-            _each(scitldr_example),
-            formats=(".jsonl", ".json"),
-            **_SUMMARIES,
-        ),
-        Task(
-            "records",
-            f"your own data: {_ANY}, whose columns say what they are (chats, prompts, instructions, texts, ...) or are "
-            "named by templates",
-            None,
-            _TEXT,
-            merges=True,
-            form=TEMPLATES,
-        ),
-        Task(
-            "classification",
-            f"a text and its label: {_ANY}, columns text and label unless named",
-            None,
-            form=FORMS["label"],
-            **_LABELS,
-        ),
-        Task(
-            "tagging",
-            "tokens and their BIO tags: JSON lines, JSON, Parquet, or CoNLL files of one token a line",
-            None,
-            formats=(".jsonl", ".json", ".parquet", *CONLL_FORMATS),
-            form=FORMS["tags"],
-            **_TAGS,
-        ),
-        Task("toy", "a small night-train board, made here to try things on", None, _TEXT, parts=_PARTS),
-        Task("toy_labels", "messages to an office and their departments, made here", None, parts=_PARTS, **_LABELS),
-        Task("toy_tags", "messages to an office with spans to be tagged, made here", None, parts=_PARTS, **_TAGS),
-        *(
-            Task(
-                f"toy_{name}",
-                f"{title}, made here: one exact answer",
-                None,
-                parts=("train", "dev", "held_out"),
-                **_EXACT,
-            )
-            for name, title in (
-                ("mapping", "letters replaced by a rule"),
-                ("base", "sums in base 7"),
-                ("copy", "texts"),
-            )
-        ),
+        Task("summarization", f"documents and summaries: {_TABLES}", form=FORMS["document"], **_SUMMARIES),
+        Task("scitldr", "SciTLDR: abstracts", _each(scitldr_example), formats=(".jsonl", ".json"), **_SUMMARIES),
+        Task("records", f"your own data, by columns or templates: {_TABLES}", form=TEMPLATES, merges=True),
+        Task("classification", f"a text and its label: {_TABLES}", form=FORMS["label"], **_LABELS),
+        Task("tagging", "tokens and BIO tags: rows, or CoNLL files", form=FORMS["tags"], formats=_TAGGED, **_TAGS),
+        Task("toy", "a small night-train board, made here to try things on", parts=_PARTS),
+        Task("toy_labels", "messages to an office and their departments, made here", parts=_PARTS, **_LABELS),
+        Task("toy_tags", "messages to an office with spans to be tagged, made here", parts=_PARTS, **_TAGS),
+        Task("toy_mapping", "letters replaced by a rule, made here", parts=_SKILL_PARTS, **_EXACT),
+        Task("toy_base", "sums in base 7, made here", parts=_SKILL_PARTS, **_EXACT),
+        Task("toy_copy", "words to be copied, made here", parts=_SKILL_PARTS, **_EXACT),
     )
 }

@@ -82,10 +82,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def _stdin() -> IO[bytes]:
     if sys.stdin is None or sys.stdin.isatty():
-        raise DataError(
-            "'-' means standard input, but nothing is piped into this command.",
-            hint="write `... < FILE`, `cat FILE | ...`, or the file's name.",
-        )
+        raise DataError("nothing is piped into this command.", hint="write `... < FILE`, or name the file.")
     # A program that runs this one within itself may replace standard input by a text.
     return getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode())
 
@@ -168,16 +165,11 @@ def _decode(data: bytes, name: str, line: int) -> str:
     if place < 0:
         return text
     line += data.count(b"\n", 0, place)
-    raise DataError(
-        f"{name}, line {line}: byte 0x{data[place]:02x} is not UTF-8; only UTF-8 text is allowed.",
-        hint="save it as UTF-8, or convert it, as in `iconv -f WINDOWS-1252 -t UTF-8`.",
-    )
+    raise DataError(f"{name}, line {line}: byte 0x{data[place]:02x} is not UTF-8.", hint="save the file as UTF-8.")
 
 
 def _too_large(name: str, max_bytes: int) -> DataError:
-    return DataError(
-        f"{name} holds more than {max_bytes:,} bytes.", hint="split it, or save rows as a file of JSON lines."
-    )
+    return DataError(f"{name} holds more than {max_bytes:,} bytes.", hint="split it, or use a file of JSON lines.")
 
 
 def empty_file(path: Path | str, needed: str = "one row") -> DataError:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefixtune.data.files import Record, missing_column, wrong_value
-from prefixtune.errors import ConfigError, DataError, short_repr
+from prefixtune.errors import ConfigError, short_repr
 
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -31,7 +31,7 @@ def check_template(template: str) -> tuple[str, ...]:
     columns = [part[1] for part in parts if part[1] is not None] if parts else [template if template.strip() else ""]
     if not columns or not all(columns) or any(part[0] in ("{", "}") for part in parts):
         raise ConfigError(
-            f"the template {short_repr(template)} names no column, or has a brace that is not closed or not opened.",
+            f"the template {short_repr(template)} names no column, or has a brace that stands alone.",
             hint="write a column's name, or text with {column} in it; {{ and }} are literal braces.",
         )
     return tuple(columns)
@@ -64,9 +64,7 @@ def render(template: str, record: Mapping[str, Any], location: str) -> str:
     else:
         text = _PART.sub(lambda part: part[0][0] if part[1] is None else texts[part[1]], template).strip()
     if not text:
-        raise DataError(
-            f"{location}: {short_repr(template)} gives an empty text.", hint="fill the column, or drop the row."
-        )
+        raise wrong_value(location, template, text, "text")
     return text
 
 

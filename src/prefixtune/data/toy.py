@@ -70,13 +70,8 @@ _SKIES = {
 }
 _HOURS = {"18": "eighteen", "19": "nineteen", "20": "twenty", "21": "twenty-one", "22": "twenty-two"}
 _MINUTES = {"00": "hundred", "15": "fifteen", "30": "thirty", "45": "forty-five"}
-_FARES = dict(
-    zip(
-        ("4", "6", "8", "11", "12", "15", "20", "30"),
-        ("four", "six", "eight", "eleven", "twelve", "fifteen", "twenty", "thirty"),
-        strict=True,
-    )
-)
+_LOW_FARES = {"4": "four", "6": "six", "8": "eight", "11": "eleven", "12": "twelve"}
+_FARES = _LOW_FARES | {"15": "fifteen", "20": "twenty", "30": "thirty"}
 _TRAINS = ("Heron", "Otter", "Badger", "Swan", "Fox", "Owl", "Hare", "Wolf")
 _VALUES: dict[str, tuple[str, ...]] = {
     "train": _TRAINS,

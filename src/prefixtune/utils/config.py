@@ -342,6 +342,8 @@ class Config(Table):
             if isinstance(item, str):
                 # A lone surrogate, possible in JSON and in arguments, cannot be stored.
                 item.encode()
+                if "\0" in item:
+                    raise ValueError("has a NUL character, which no path or text may have")
             elif isinstance(item, int) and item.bit_length() > 63:
                 raise ValueError("is a whole number of more than 64 bits")
         if info.field_name in _WRITTEN and isinstance(value, str) and value.startswith("~"):

@@ -396,10 +396,10 @@ def _stdin_lines() -> list[str]:
         ConfigError: There is no text.
         DataError: A line is too long, or is no UTF-8 text.
     """
-    from prefixtune.data.streams import MAX_FILE_BYTES, STDIN, open_bytes, text_lines
+    from prefixtune.data.streams import STDIN, open_bytes, reading, text_lines
 
-    pieces = text_lines(open_bytes(Path(STDIN)), "stdin", MAX_FILE_BYTES)
-    lines = [line.rstrip("\r\n") for line in pieces]
+    with reading(Path(STDIN)):
+        lines = [line.rstrip("\r\n") for line in text_lines(open_bytes(Path(STDIN)), "stdin")]
     if not any(line.strip() for line in lines):
         raise ConfigError("stdin holds no text.", hint="give one source a line.")
     return lines

@@ -46,7 +46,7 @@ class ScoreOptions(CommandOptions):
         "", description="how texts are prepared (default: the task's)"
     )
     intervals: bool = Field(False, description=f"bootstrap intervals of {_LEVEL:.0%}")
-    samples: int = Field(1000, ge=2, description="draws of intervals and of the test")
+    samples: int = Field(1000, ge=2, le=100_000, description="draws of intervals and of the test")
     seed: int = Field(0, ge=0, description="of the draws")
     split: Literal["", "train", "dev", "test"] = Field("", description="which part, if the references are a folder")
     limit: int = Field(0, ge=0, description="only the first N examples, as `evaluate --limit`; 0: all")
