@@ -44,20 +44,25 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Relea
     if split is not None and split not in SPLITS:
         raise ConfigError(f"there is no split {split!r}.", hint=did_you_mean(split, SPLITS))
     if is_dataset(path):
-        return _locate_in_dataset(path, split)
-    if not os.path.isdir(path):
+        names = dataset_splits(path)
+        if not names or (split is None and len(names) == 1):
+            return split_path(path, names[0]) if names else path
+        found = {
+            one: split_path(path, name) for one, known in SPLITS.items() for name in reversed(known) if name in names
+        }
+    elif os.path.isdir(path):
+        with reading(path):
+            found = {name: match for name in SPLITS if (match := _find(path, _patterns(name, formats, release)))}
+        names = tuple(found)
+        if split is None and not found and any(name.endswith("/") for names in release.values() for name in names):
+            return path
+    else:
         return path
-    with reading(path):
-        found = {name: match for name in SPLITS if (match := _find(path, _patterns(name, formats, release)))}
     if split in found:
         return found[split]
-    if split is None and not found and any(name.endswith("/") for names in release.values() for name in names):
-        return path
-    tried = f" without a {split} set; looked for {', '.join(_patterns(split, formats, release))}" if split else ""
-    raise DataError(
-        f"{path} is a folder{tried or '; a split or a file is needed'}.",
-        hint=f"it has: {', '.join(found)}." if found else "name a file in it.",
-    )
+    tried = f"no {split} set; looked for {', '.join(_patterns(split, formats, release))}" if split else "several splits"
+    hint = f"it has: {', '.join(names)}." if names else "name a file in it."
+    raise DataError(f"{path} is a folder or a set with {tried}.", hint=hint)
 
 
 def files_in(path: Path, formats: Sequence[str]) -> list[Path]:
@@ -74,16 +79,6 @@ def files_in(path: Path, formats: Sequence[str]) -> list[Path]:
     if not files:
         raise DataError(f"{path} is a folder without files of {' or '.join(formats)}.", hint="name a file.")
     return files
-
-
-def _locate_in_dataset(path: Path, split: str | None) -> Path:
-    names = dataset_splits(path)
-    wanted = SPLITS[split] if split else names[:1] if len(names) == 1 else ()
-    name = next((name for name in wanted if name in names), None)
-    if name is not None or not names:
-        return path if name is None else split_path(path, name)
-    what = f"no {split} set" if split else "several splits"
-    raise DataError(f"{path} has {what}.", hint=f"it has: {', '.join(names)}.")
 
 
 def _patterns(split: str, formats: Sequence[str], release: Release) -> list[str]:

@@ -186,15 +186,15 @@ def _targets(record: Record, names: Sequence[str], needed: bool) -> list[str]:
     column = _present(record, names)
     if not needed and not _is_filled(record.values.get(column)):
         return []
-    if column not in record.values:
-        return targets_of(column, record)
+    value = record.values.get(column)
     # Of answers that also say where they begin, as SQuAD's do, the texts.
-    value = record.values[column]
-    values = [
-        one.get("text", one) if isinstance(one, Mapping) else one
-        for one in (value if isinstance(value, list) else [value])
-    ]
-    return targets_of(column, Record(record.location, {column: values if isinstance(value, list) else values[0]}))
+    if isinstance(value, Mapping):
+        value = value.get("text")
+    elif isinstance(value, list):
+        value = [one.get("text") if isinstance(one, Mapping) else one for one in value]
+    else:
+        return targets_of(column, record)
+    return targets_of(column, Record(record.location, {column: value}))
 
 
 def _pair(record: Record, form: Form, columns: Sequence[Sequence[str]], needs_targets: bool) -> Example:
