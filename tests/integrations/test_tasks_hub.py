@@ -163,7 +163,7 @@ def test_splits(tmp_path: Path):
         read_task("summarization", folder)
     only = save_splits(tmp_path / "only", extra=rows["train"])
     assert read_task("summarization", only)[0].source == "train."
-    with pytest.raises(DataError, match=r"has no dev set.*it has: extra"):
+    with pytest.raises(DataError, match="it has: extra"):
         read_task("summarization", only, split="dev")
 
 

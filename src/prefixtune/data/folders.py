@@ -60,7 +60,7 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Relea
         return path
     if split in found:
         return found[split]
-    tried = f"no {split} set; looked for {', '.join(_patterns(split, formats, release))}" if split else "several splits"
+    tried = f"no {split} set: no {', '.join([*SPLITS[split], *release.get(split, ())])}" if split else "several splits"
     hint = f"it has: {', '.join(names)}." if names else "name a file in it."
     raise DataError(f"{path} is a folder or a set with {tried}.", hint=hint)
 

@@ -55,10 +55,10 @@ def test_a_missing_split_is_reported_with_the_names_that_were_tried(tmp_path: Pa
 def test_a_folder_needs_a_split(tmp_path: Path):
     (tmp_path / "train.jsonl").write_text(mr("x"))
     (tmp_path / "devset.csv").write_text(csv("y"))
-    with pytest.raises(DataError, match=r"is a folder; .*has: train, dev"):
+    with pytest.raises(DataError, match="has: train, dev"):
         sources(tmp_path, None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="is a folder; "):
+    with pytest.raises(DataError, match="folder"):
         sources(tmp_path / "empty", None)
 
 

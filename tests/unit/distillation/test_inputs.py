@@ -37,7 +37,7 @@ def test_a_folder_without_a_test_set_holds_nothing_out(
 ) -> None:
     write_rows("data/train.jsonl", [{"question": "a?"}])
     config = DistillConfig(data=str(tmp_path / "data"), test=str(tmp_path / "data"), **of_prompt)
-    with pytest.raises(DataError, match="without a test set"):
+    with pytest.raises(DataError, match="no test set"):
         read_jobs(config, resume=False)
 
 

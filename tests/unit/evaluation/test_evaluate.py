@@ -181,7 +181,7 @@ def test_a_label_that_the_prefix_does_not_know_is_refused(model: Any, random_pre
     prefix = Prefix(random_prefix(model, 3).layers, {"labels": labels}).detach()
     known = [Example("good", ("yes",)), Example("bad", ("no",))]
     assert len(evaluate(model, known, prefix).outputs) == 2
-    with pytest.raises(DataError, match="label 'Yes' of example 3 is not one of the 2 known labels") as caught:
+    with pytest.raises(DataError, match="'Yes' of example 3") as caught:
         evaluate(model, [*known, Example("fine", ("Yes",))], prefix)
     assert "did you mean 'yes'" in caught.value.hint
 
