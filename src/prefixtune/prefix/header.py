@@ -68,6 +68,8 @@ class _Labels(_Part):
     def _check_words(self) -> _Labels:
         if self.by == "words" and len(self.words) != len(self.names):
             raise ValueError(f"there are {len(self.words)} words for {len(self.names)} names")
+        if self.by == "words" and self.kind == "tagging":
+            raise ValueError("tags have no words")
         return self
 
 

@@ -414,12 +414,12 @@ def read_outline(path: Path) -> Prefix:
 
 def _assemble(tensors: Mapping[str, Tensor], header: Mapping[str, Any], what: str) -> Prefix:
     """The prefix in a file that `what` names; see `read_artifact`."""
+    if foreign := {tensor.dtype for tensor in tensors.values()} - set(_READ):
+        raise CheckpointError(f"{what} holds numbers of type {foreign.pop()}.", hint=_AGAIN)
     try:
         prefix = from_named(tensors, header)
     except ConfigError as error:
         raise CheckpointError(f"{what} holds no whole prefix: {error.message}", hint=_AGAIN) from error
-    if foreign := {tensor.dtype for tensor in tensors.values()} - set(_READ):
-        raise CheckpointError(f"{what} holds numbers of type {foreign.pop()}.", hint=_AGAIN)
     _check_header(prefix, what)
     for key, fact in describe_tensors(prefix).items():
         if key in header and header[key] != fact:

@@ -135,7 +135,7 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
         ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a", 2]}}', "labels.names"),
         ('{"format_version": 2, "placement": "infix"}', "placement"),
         ('{"format_version": 2, "job": {"id": "a"}}', "job.owner"),
-        ('{"format_version": 1}', "format version is 1"),
+        ('{"format_version": 1}', "version 1"),
     ],
 )
 def test_headers_that_nobody_can_use_are_refused(

@@ -90,7 +90,7 @@ def test_a_prefix_with_labels_writes_no_text(server: Any) -> None:
 )
 @pytest.mark.parametrize("width", [0, 5])
 def test_files_whose_labels_do_not_fit_are_not_served(
-    server: Any, backbone: Any, random_prefix: Callable[..., Any], labels: Any, width: int
+    server: Any, backbone: Any, random_prefix: Callable[..., Any], rewrite_header: Any, labels: Any, width: int
 ) -> None:
     app, state = server
     size = width or backbone.model.config.hidden_size
@@ -98,8 +98,10 @@ def test_files_whose_labels_do_not_fit_are_not_served(
     if width:
         labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
     head = Head(torch.zeros(3, size), torch.zeros(3))
-    header = make_header(backbone, task="x") | ({} if labels is None else {"labels": labels})
-    save_prefix(state.store.folder / "odd.safetensors", Prefix(prefix.layers, header, head))
+    made = Prefix(prefix.layers, make_header(backbone, task="x"), head)
+    path = save_prefix(state.store.folder / "odd.safetensors", made)
+    if labels is not None:
+        rewrite_header(path, labels=labels)
     assert "odd" in state.store.refused
     assert asyncio.run(send(app, "POST", "/classify", {"model": "odd", "input": "x"})).status == 503
 
