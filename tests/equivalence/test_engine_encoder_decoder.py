@@ -80,7 +80,7 @@ def test_a_long_text_goes_beyond_the_farthest_distance_of_a_bias(made: Any, requ
 def test_the_bias_at_each_distance_is_the_models_own(made: Any):
     backbone = made("t5")
     with torch.no_grad():
-        found = relative_bias(backbone.model, backbone.layout, 40, torch.zeros(1, 1, backbone.model.config.d_model))
+        found = relative_bias(backbone.model, backbone.layout, 40)
         own = backbone.model.get_decoder().block[0].layer[0].SelfAttention.compute_bias(40, 40)
     assert sorted(found) == [0, 1, 2]
     for distance in (0, 1, 17, 39):

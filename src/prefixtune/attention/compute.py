@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from prefixtune.attention.forward import forward_with_backend
-from prefixtune.attention.injection import Injection, injecting_beside
-from prefixtune.attention.kernels import ScoreOptions
+from prefixtune.attention.forward import forward_with_prefixes
+from prefixtune.attention.injection import trace_calls
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
-__all__ = ["ScoreRecorder", "add_noise", "compute_kv", "prefix_from_tokens", "relative_bias"]
+__all__ = ["add_noise", "compute_kv", "prefix_from_tokens", "record_kv", "relative_bias"]
 
 
 @torch.no_grad()
@@ -49,28 +48,35 @@ def add_noise(prefix: Prefix, generator: torch.Generator) -> Prefix:
 
 def compute_kv(model: Any, layout: Layout, **inputs: Tensor) -> Prefix:
     """The keys and values that the model computes for its inputs (one row), differentiable in them, in float32."""
-    recorded_kv: list[tuple[nn.Module, Tensor, Tensor]] = []
-    injection = Injection(layout.layer_of, recorded_kv=recorded_kv)
-    call: dict[str, Any] = {**inputs, "prefix_injection": injection}
+    kv = record_kv(model, layout, **inputs)
+    return Prefix(
+        {
+            site: tuple((kv[site, n][0][0].float(), kv[site, n][1][0].float()) for n in range(len(shapes)))
+            for site, shapes in layout.geometry.items()
+        }
+    )
+
+
+def record_kv(model: Any, layout: Layout, **inputs: Tensor) -> dict[tuple[Site, int], KeyValue]:
+    """Every layer's own keys, (B, H, T, D), and values, (B, H, T, Dv); of one that is repeated, the first time."""
+    call: dict[str, Any] = dict(inputs)
     if layout.kind != "encoder":
         call["use_cache"] = False
-    with injecting_beside(layout, injection):
+    with trace_calls(None if layout.forwards_kwargs else model) as calls:
         model(**call)
-    kv_of: dict[tuple[Site, int], KeyValue] = {}
-    for module, key, value in recorded_kv:
-        layer = layout.layer_of.get(module)
-        if layer is not None:
-            kv_of.setdefault(layer, (key[0].float(), value[0].float()))
-    return Prefix({site: tuple(kv_of[site, n] for n in range(len(shapes))) for site, shapes in layout.geometry.items()})
+    kv: dict[tuple[Site, int], KeyValue] = {}
+    for made in calls:
+        if made.module in layout.layer_of:
+            kv.setdefault(layout.layer_of[made.module], (made.key, made.value))
+    return kv
 
 
-def relative_bias(
-    model: Any, layout: Layout, length: int, encoded: Float[Tensor, "1 S E"]
-) -> dict[int, Float[Tensor, "Hq N"]]:
+@torch.no_grad()
+def relative_bias(model: Any, layout: Layout, length: int) -> dict[int, Float[Tensor, "Hq N"]]:
     """What an encoder-decoder's decoder adds to scores at each distance, from 0 on: by layer, where it adds anything.
 
-    Recorded by running a row of `length` tokens. Beyond `relative_attention_max_distance`, where the model's
-    configuration names one, all distances are alike, so that the row need be no longer.
+    Seen by running a row of `length` tokens. Beyond `relative_attention_max_distance`, where the model's configuration
+    names one, all distances are alike, so that the row need be no longer.
     """
     farthest = getattr(model.config, "relative_attention_max_distance", None)
     count = length if farthest is None else min(length, farthest + 1)
@@ -78,35 +84,14 @@ def relative_bias(
     # A row of one token shows whether there is any bias; in models without one, positions may be few.
     for tokens in (1, count):
         ids = torch.zeros(1, tokens, dtype=torch.long, device=main_device(model))
-        recorder = ScoreRecorder()
-        forward_with_backend(model, layout, ids, torch.arange(tokens, device=ids.device)[None], recorder, None, encoded)
-        for (site, index), scores in recorder.scores.items():
-            if site == "decoder" and scores.position_bias is not None:
+        with trace_calls() as calls:
+            forward_with_prefixes(model, layout, ids[:, :1], decoder_input_ids=ids)
+        for call in calls:
+            site, index = layout.layer_of.get(call.module, ("", 0))
+            bias = call.arguments.get("position_bias")
+            if site == "decoder" and bias is not None:
                 # As the last token sees them.
-                biases[index] = scores.position_bias[0, :, -1].flip(-1)
+                biases[index] = bias[0, :, -1].flip(-1)
         if not biases:
             break
     return biases
-
-
-class ScoreRecorder:
-    """An attention backend that records how layers attend, and does not attend.
-
-    Attributes:
-        scores: How each layer that ran makes its scores.
-    """
-
-    def __init__(self) -> None:
-        self.scores: dict[tuple[Site, int], ScoreOptions] = {}
-
-    def attend(
-        self,
-        layer: tuple[Site, int],
-        query: Float[Tensor, "1 Hq T Dk"],
-        key: Float[Tensor, "1 H S Dk"],
-        value: Float[Tensor, "1 H S Dv"],
-        scores: ScoreOptions,
-    ) -> Float[Tensor, "1 T Hq Dv"]:
-        """Record; what is returned has the right shape only."""
-        self.scores[layer] = scores
-        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])

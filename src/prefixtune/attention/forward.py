@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prefixtune.attention.injection import AttentionBackend, Injection, batch_prefixes, injecting_beside
+from prefixtune.attention.injection import AttentionBackend, Injection, batch_prefixes, injecting_beside, using
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.packing import Packing
@@ -90,7 +91,13 @@ def forward_with_prefixes(
             f"{type(model).__name__} is of kind {layout.kind!r}: decoder_input_ids go with an encoder-decoder only.",
             hint="give them to an encoder-decoder, and to no other model.",
         )
-    _check_rows(model, layout, len(rows), input_ids.shape[0], packing, attention_mask, source_rows is not None)
+    if packing is None:
+        if len(rows) not in (1, len(input_ids)) or (source_rows is not None and len(rows) > 1):
+            raise ConfigError(
+                f"{len(rows)} prefixes for {len(input_ids)} rows.", hint="give one for all, or one a row."
+            )
+    else:
+        _check_packed(model, layout, packing, len(rows), len(input_ids), attention_mask)
     for prefix in rows:
         if prefix is not None:
             check_fits(prefix, layout.geometry, type(model).__name__)
@@ -107,7 +114,8 @@ def forward_with_prefixes(
         # A ready-made 4-D mask stops transformers from building one; the attention function goes by the packing.
         mask = decoder_attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
         if layout.kind == "decoder":
-            call["position_ids"] = _positions_of_packed_row(packing, rows).to(input_ids.device)
+            shifts = packing.shifts([0 if prefix is None else prefix.length() for prefix in rows])
+            call["position_ids"] = (packing.positions() + shifts).to(input_ids.device)
     overrides: dict[str, Tensor] = {}
     if decoder_input_ids is not None:
         call |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
@@ -123,25 +131,16 @@ def forward_with_prefixes(
         return model(encoder_outputs=encoded, attention_mask=mask[source_rows], **call)
 
 
-def _check_rows(
-    model: Any, layout: Layout, count: int, batch: int, packing: Packing | None, mask: Tensor | None, shares: bool
+def _check_packed(
+    model: Any, layout: Layout, packing: Packing, num_prefixes: int, batch: int, mask: Tensor | None
 ) -> None:
-    if packing is None:
-        if count not in (1, batch) or (shares and count > 1):
-            raise ConfigError(
-                f"{count} prefixes for {batch} rows.", hint="give one for all rows, or one (or None) per row."
-            )
-    elif (
-        mask is not None
-        or batch > 1
-        or not (count == 1 or packing.prefix_index)
-        or count <= max(packing.prefix_index or (0,))
-    ):
+    counted = num_prefixes == 1 if packing.prefix_index is None else num_prefixes > max(packing.prefix_index)
+    if mask is not None or batch > 1 or not counted:
         raise ConfigError(
             "a packed row is a batch of its own, without a mask, with as many prefixes as its packing counts.",
             hint="use a padded batch.",
         )
-    elif layout.kind != "decoder" and not layout.packable:
+    if layout.kind != "decoder" and not layout.packable:
         raise ConfigError(f"{type(model).__name__} takes no packed rows.", hint="use `collate`, which pads them.")
 
 
@@ -177,11 +176,6 @@ def _hide(
             mask = mask[source_rows.cpu()]
         masks[site] = mask.to(key.device)
     return replace(injection, prefix_mask=masks)
-
-
-def _positions_of_packed_row(packing: Packing, prefixes: Sequence[Prefix | None]) -> Int[Tensor, "1 T"]:
-    """Positions in a decoder-only model."""
-    return packing.positions() + packing.shifts([0 if prefix is None else prefix.length() for prefix in prefixes])
 
 
 def _positions_of_batch(
@@ -273,29 +267,21 @@ def _override_positions(model: Any, layout: Layout, positions: Mapping[str, Int[
     if not positions or layout.kind != "encoder-decoder":
         yield
         return
-    device = main_device(model)
-    token = overridden_positions.set({site: position.to(device) for site, position in positions.items()})
-    handles = []
-    for site, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
-        embedding = getattr(part, "embed_positions", None)
-        if embedding is not None:
+    given = {site: position.to(main_device(model)) for site, position in positions.items()}
 
-            def override(
-                module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None, *, site: str = site
-            ) -> Any:
-                current = overridden_positions.get({})
-                # While torch registers or removes a hook, another thread's call meets it without keyword arguments.
-                if kwargs is None or site not in current:
-                    return None
-                return args, {**kwargs, "position_ids": current[site]}
+    def override(site: str, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+        current = overridden_positions.get({})
+        # While torch registers or removes a hook, another thread's call meets it without keyword arguments.
+        return None if kwargs is None or site not in current else (args, {**kwargs, "position_ids": current[site]})
 
-            handles.append(embedding.register_forward_pre_hook(override, with_kwargs=True))
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(using(overridden_positions, given))
+        for site, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
+            embedding = getattr(part, "embed_positions", None)
+            if embedding is not None:
+                hook = functools.partial(override, site)
+                stack.callback(embedding.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        overridden_positions.reset(token)
-        for handle in handles:
-            handle.remove()
 
 
 def _check_lengths(model: Any, position_ids: Int[Tensor, "B T"] | None, packing: Packing | None) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixtune.attention.disentangled import PrefixKV, disentangled_prefix, is_disentangled
@@ -17,8 +18,8 @@ from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.attention.layout import Layout
 from prefixtune.attention.masks import causal_mask, extend_mask
 from prefixtune.attention.packing import Packing
-from prefixtune.prefix.geometry import LayerShape, Site
-from prefixtune.prefix.prefix import KeyValue, Prefix
+from prefixtune.prefix.geometry import Site
+from prefixtune.prefix.prefix import Prefix
 
 __all__ = [
     "AttentionBackend",
@@ -32,6 +33,7 @@ __all__ = [
     "observe_attention",
     "to_rows",
     "trace_calls",
+    "using",
 ]
 
 
@@ -61,7 +63,6 @@ class Injection:
         packing: The structure of a packed row; None: an ordinary batch.
         layers_by_prefix: In a packed row whose groups have prefixes of their own: for each prefix what `layers` is for
             one.
-        recorded_kv: A list that takes every layer's own keys and values; None: they are not recorded.
         backend: Keeps all keys and values itself, the prefixes' too, and computes the attention; None: nothing does.
     """
 
@@ -70,7 +71,6 @@ class Injection:
     prefix_mask: Mapping[Site, Tensor | None] = field(default_factory=dict)
     packing: Packing | None = None
     layers_by_prefix: Sequence[Mapping[Site, Sequence[tuple[Tensor, Tensor]]]] = ()
-    recorded_kv: list[tuple[nn.Module, Tensor, Tensor]] | None = None
     backend: AttentionBackend | None = None
 
     def prefix_kv(self, layer: tuple[Site, int]) -> tuple[Tensor, Tensor] | None:
@@ -78,15 +78,12 @@ class Injection:
         site, index = layer
         return self.layers[site][index] if site in self.layers else None
 
-    def prefix_kv_by_group(self, layer: tuple[Site, int]) -> list[tuple[Tensor, Tensor] | None]:
-        """The keys and values in front of each group of a packed row at an attention layer."""
-        if self.packing is None:
-            return []
-        if self.packing.prefix_index is None:
-            return [self.prefix_kv(layer)] * len(self.packing.groups)
+    def packed_prefixes(self, layer: tuple[Site, int]) -> Sequence[tuple[Tensor, Tensor] | None]:
+        """The prefixes that a packed row's groups count through, at an attention layer."""
+        if not self.layers_by_prefix:
+            return [self.prefix_kv(layer)]
         site, index = layer
-        by_prefix = [layers[site][index] if site in layers else None for layers in self.layers_by_prefix]
-        return [by_prefix[prefix] for prefix in self.packing.prefix_index]
+        return [layers[site][index] if site in layers else None for layers in self.layers_by_prefix]
 
     def prepend(
         self,
@@ -97,17 +94,21 @@ class Injection:
         mask: Tensor | None,
         scores: ScoreOptions,
     ) -> tuple[Tensor, Tensor, Tensor | None, ScoreOptions]:
-        """Keys, values, mask and position bias with the prefix of the layer in front; as they were without one."""
+        """Keys, values, mask and position bias with the prefix of the layer in front; as they were without one.
+
+        Fused causal attention in which all rows see their whole prefix is left without a mask.
+        """
         layer = self.layer_of.get(module)
         prefix_kv = None if layer is None else self.prefix_kv(layer)
         if layer is None or prefix_kv is None:
             return key, value, mask, scores
         queries, rows, length = query.shape[2], query.shape[0], prefix_kv[0].shape[2]
-        if mask is None and scores.causal and queries > 1:
-            mask = causal_mask(query)
+        prefix_mask = self.prefix_mask.get(layer[0])
+        plain = prefix_mask is None and scores.fused and scores.position_bias is None
+        if mask is None and scores.causal and queries > 1 and not (plain and attention_observer.get() is None):
+            mask = causal_mask(query, key)
         key = torch.cat([to_rows(prefix_kv[0], rows).to(key), key], dim=2)
         value = torch.cat([to_rows(prefix_kv[1], rows).to(value), value], dim=2)
-        prefix_mask = self.prefix_mask.get(layer[0])
         if prefix_mask is not None:
             prefix_mask = to_rows(prefix_mask, rows).to(key.device)
         if scores.position_bias is not None:
@@ -115,42 +116,24 @@ class Injection:
         return key, value, extend_mask(mask, prefix_mask, length, key, queries), scores
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """One call of the attention function, as `trace_calls` sees it.
 
     Attributes:
         module: The attention layer.
+        key: The keys that it attends to.
+        value: The values that it gets.
+        mask: What it was given to hide positions.
         got_injection: Whether the argument that holds the prefix reached the layer.
-        key: The keys they attend to.
-        value: The values they get.
-        extra_arguments: Names of the other arguments that held a number, a tensor or the like.
-        mask_adds_weights: Whether the mask adds to scores, beyond hiding positions.
+        arguments: The other arguments.
     """
 
     module: nn.Module
-    got_injection: bool
     key: Tensor
     value: Tensor
-    extra_arguments: frozenset[str]
-    mask_adds_weights: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        module: nn.Module,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        injection: Injection | None,
-        arguments: Mapping[str, Any],
-    ) -> AttentionCall:
-        """What one call says of its layer; `injection` and `arguments` as the layer got them."""
-        extra = frozenset(name for name, value in arguments.items() if not isinstance(value, bool | str | None))
-        weights = False
-        if mask is not None and mask.is_floating_point():
-            weights = bool(((mask != 0) & (mask > 0.5 * torch.finfo(mask.dtype).min)).any())
-        return cls(module, injection is not None, key, value, extra, weights)
+    mask: Tensor | None = None
+    got_injection: bool = False
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
 
 traced_calls: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.ContextVar("traced_calls", default=None)
@@ -166,6 +149,16 @@ interruption: contextvars.ContextVar[Callable[[], object] | None] = contextvars.
 
 
 @contextlib.contextmanager
+def using(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    """While the block runs, a variable has a value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+@contextlib.contextmanager
 def trace_calls(model: nn.Module | None = None) -> Iterator[list[AttentionCall]]:
     """While the block runs, every call of the attention function is added to the list that it yields.
 
@@ -173,42 +166,26 @@ def trace_calls(model: nn.Module | None = None) -> Iterator[list[AttentionCall]]
         model: Also trace the calls of its disentangled attention, which is not in a layout yet.
     """
     calls: list[AttentionCall] = []
-    token = traced_calls.set(calls)
-    no_prefix = Injection({})
-    injection_token = current_injection.set(no_prefix) if model is not None else None
-    try:
-        with _inject_disentangled([] if model is None else model.modules(), no_prefix):
-            yield calls
-    finally:
-        traced_calls.reset(token)
-        if injection_token is not None:
-            current_injection.reset(injection_token)
+    # Without prefixes, any layer does.
+    everywhere = None if model is None else Injection(dict.fromkeys(model.modules(), ("encoder", 0)))
+    with using(traced_calls, calls), contextlib.nullcontext() if everywhere is None else injecting(everywhere):
+        yield calls
 
 
-@contextlib.contextmanager
-def observe_attention(observer: AttentionObserver) -> Iterator[None]:
+def observe_attention(observer: AttentionObserver) -> contextlib.AbstractContextManager[None]:
     """While the block runs, `observer` is called before each layer attends; in a packed row, for each of its groups.
 
     The engine's rows, generation, whose cache holds the prefix, and disentangled attention are not observed.
     """
-    token = attention_observer.set(observer)
-    try:
-        yield
-    finally:
-        attention_observer.reset(token)
+    return using(attention_observer, observer)
 
 
-@contextlib.contextmanager
-def interrupting(function: Callable[[], object]) -> Iterator[None]:
+def interrupting(function: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
     """While the block runs, `function` is called before each layer attends; what it raises ends the call of the model.
 
     Other long work in the block calls it by `interrupt`.
     """
-    token = interruption.set(function)
-    try:
-        yield
-    finally:
-        interruption.reset(token)
+    return using(interruption, function)
 
 
 def interrupt() -> None:
@@ -223,12 +200,8 @@ def injecting(injection: Injection) -> Iterator[None]:
 
     For generation, whose loop passes no argument of ours on. An argument of a call takes precedence.
     """
-    token = current_injection.set(injection)
-    try:
-        with _inject_disentangled(injection.layer_of, injection):
-            yield
-    finally:
-        current_injection.reset(token)
+    with using(current_injection, injection), _inject_disentangled(injection):
+        yield
 
 
 def injecting_beside(layout: Layout, injection: Injection) -> contextlib.AbstractContextManager[None]:
@@ -237,7 +210,7 @@ def injecting_beside(layout: Layout, injection: Injection) -> contextlib.Abstrac
 
 
 @contextlib.contextmanager
-def _inject_disentangled(modules: Iterable[nn.Module], injection: Injection) -> Iterator[None]:
+def _inject_disentangled(injection: Injection) -> Iterator[None]:
     """While the block runs, layers of disentangled attention have the prefix in front too."""
 
     def prefix_kv(module: nn.Module, rows: int) -> PrefixKV | None:
@@ -251,15 +224,13 @@ def _inject_disentangled(modules: Iterable[nn.Module], injection: Injection) -> 
     def on_kv(module: nn.Module, key: Tensor, value: Tensor) -> None:
         calls = traced_calls.get()
         if calls is not None:
-            calls.append(AttentionCall(module, False, key, value, frozenset()))
-        if injection.recorded_kv is not None:
-            injection.recorded_kv.append((module, key, value))
+            calls.append(AttentionCall(module, key, value))
 
     def is_active() -> bool:
         return current_injection.get() is injection
 
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module in injection.layer_of:
             if is_disentangled(module):
                 stack.enter_context(disentangled_prefix(module, prefix_kv, on_kv, is_active))
         yield
@@ -285,44 +256,27 @@ def batch_prefixes(prefixes: Sequence[Prefix | None], layout: Layout, dtype: tor
     prefix_mask: dict[Site, Tensor | None] = {}
     for site, shapes in layout.geometry.items():
         lengths = [0 if prefix is None else prefix.length(site) for prefix in prefixes]
-        longest = max(lengths)
-        if longest == 0:
+        if not any(lengths):
             continue
-        rows = [
-            _zeros(shapes, longest, dtype, device)
-            if prefix is None or length == 0
-            else [_padded(pair, longest - length, dtype, device) for pair in prefix.layers[site]]
-            for prefix, length in zip(prefixes, lengths, strict=True)
-        ]
-        layers[site] = [
-            (torch.stack([row[index][0] for row in rows]), torch.stack([row[index][1] for row in rows]))
-            for index in range(len(shapes))
-        ]
-        prefix_mask[site] = _mask_of(lengths, device)
+        layers[site] = []
+        for index, shape in enumerate(shapes):
+            rows = [
+                (torch.zeros(shape.num_kv_heads, 0, shape.key_dim), torch.zeros(shape.num_kv_heads, 0, shape.value_dim))
+                if prefix is None or length == 0
+                else prefix.layers[site][index]
+                for prefix, length in zip(prefixes, lengths, strict=True)
+            ]
+            key, value = (_stack([tensor.to(device, dtype) for tensor in side]) for side in zip(*rows, strict=True))
+            layers[site].append((key, value))
+        ends, longest = torch.tensor(lengths, device=device)[:, None], max(lengths)
+        every = min(lengths) == longest
+        prefix_mask[site] = None if every else torch.arange(longest, device=device)[None] >= longest - ends
     return Injection(layout.layer_of, layers, prefix_mask)
 
 
-def _zeros(shapes: Sequence[LayerShape], length: int, dtype: torch.dtype, device: Any) -> list[KeyValue]:
-    return [
-        (
-            torch.zeros(shape.num_kv_heads, length, shape.key_dim, dtype=dtype, device=device),
-            torch.zeros(shape.num_kv_heads, length, shape.value_dim, dtype=dtype, device=device),
-        )
-        for shape in shapes
-    ]
-
-
-def _padded(pair: KeyValue, missing: int, dtype: torch.dtype, device: Any) -> KeyValue:
-    """A layer's keys and values, `missing` zero positions in front."""
-    key, value = pair[0].to(device, dtype), pair[1].to(device, dtype)
-    if not missing:
-        return key, value
-    return nn.functional.pad(key, (0, 0, missing, 0)), nn.functional.pad(value, (0, 0, missing, 0))
-
-
-def _mask_of(lengths: Sequence[int], device: Any) -> Bool[Tensor, "B P"] | None:
-    """Which slots are real where prefixes of these lengths are padded in front; None: all are."""
-    longest = max(lengths)
-    if all(length == longest for length in lengths):
-        return None
-    return torch.arange(longest, device=device)[None, :] >= longest - torch.tensor(lengths, device=device)[:, None]
+def _stack(rows: Sequence[Float[Tensor, "H _P D"]]) -> Float[Tensor, "B H P D"]:
+    """Rows of several lengths, padded in front."""
+    if len(rows) == 1:
+        return rows[0][None]
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([nn.functional.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])

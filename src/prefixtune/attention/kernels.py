@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixtune.attention.masks import causal_mask
-from prefixtune.attention.packed_flex import add_prefixes, packed_block_mask
-from prefixtune.attention.packing import Packing
-from prefixtune.prefix.geometry import Site
 
 __all__ = [
     "AttentionKernel",
     "ScoreOptions",
     "attention_weights",
+    "causal_attention",
     "eager_attention",
+    "flex_functions_on",
     "grouped_attention",
-    "packed_attention",
     "plain_attention",
 ]
 
 
 AttentionKernel = Literal["sdpa", "eager", "flex"]
-"""Torch's fused functions (flash among them where the mask allows), matrix products, or torch's flex_attention."""
+"""Torch's fused functions (flash among them where the mask allows), and flex_attention for packed rows on accelerators;
+matrix products; or flex_attention for packed rows everywhere."""
 
 
 _SMALL_GROUP = 512
@@ -61,46 +60,10 @@ class ScoreOptions:
     causal: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def from_call(
-        cls,
-        module: nn.Module,
-        query: Float[Tensor, "B Hq T Dk"],
-        position_bias: Tensor | None,
-        softcap: float | None,
-        s_aux: Tensor | None,
-        kernel: AttentionKernel,
-        arguments: Mapping[str, Any],
-    ) -> ScoreOptions:
-        """What a layer's call of the attention function asks of the scores."""
-        causal = arguments.get("is_causal")
-        return cls(
-            arguments.get("scaling") or query.shape[-1] ** -0.5,
-            position_bias,
-            softcap,
-            s_aux,
-            kernel,
-            _window(module, arguments),
-            getattr(module, "is_causal", True) if causal is None else causal,
-            arguments,
-        )
-
     @property
     def fused(self) -> bool:
         """Whether torch's fused function computes it."""
-        return self.kernel == "sdpa" and self.softcap is None and self.sinks is None
-
-
-def _window(module: nn.Module, arguments: Mapping[str, Any]) -> int | None:
-    """How many of the nearest positions a layer sees; None: all.
-
-    Some models have it in their mask alone, in whose place packed rows and the engine put their own.
-    """
-    if "sliding_window" in arguments:
-        window: int | None = arguments["sliding_window"]
-        return window
-    named = module.config if type(module).__name__ == "PhimoeAttention" else module
-    return getattr(named, "sliding_window", None) or None
+        return self.kernel != "eager" and self.softcap is None and self.sinks is None
 
 
 def plain_attention(
@@ -111,7 +74,18 @@ def plain_attention(
     mask: Tensor | None,
     scores: ScoreOptions,
 ) -> Float[Tensor, "B T Hq Dv"]:
-    """Attention of an ordinary batch. Without a mask, causal attention sees no later position."""
+    """Attention of an ordinary batch. Without a mask, causal attention sees no later position.
+
+    The last query then sees the last key: what is in front of the T last keys is visible to all.
+    """
+    if (
+        scores.fused
+        and mask is None
+        and scores.position_bias is None
+        and scores.causal
+        and key.shape[2] > query.shape[2] > 1
+    ):
+        return causal_attention(query, key, value, scores.scale).transpose(1, 2).contiguous()
     if scores.fused:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -120,10 +94,27 @@ def plain_attention(
         fused, _ = sdpa_attention_forward(module, query, key, value, mask, position_bias=bias, **scores.arguments)
         return fused
     if mask is None and scores.causal and query.shape[2] > 1:
-        mask = causal_mask(query)
-    flex = scores.kernel == "flex" and supports_flex(scores, query, key, value)
-    out = (call_flex_attention if flex else eager_attention)(query, key, value, mask, scores)
-    return out.transpose(1, 2).contiguous()
+        mask = causal_mask(query, key)
+    return eager_attention(query, key, value, mask, scores).transpose(1, 2).contiguous()
+
+
+def causal_attention(
+    query: Float[Tensor, "B Hq T Dk"],
+    key: Float[Tensor, "B H S Dk"],
+    value: Float[Tensor, "B H S Dv"],
+    scale: float,
+    dense: bool | None = None,
+) -> Float[Tensor, "B Hq T Dv"]:
+    """Attention of the last T of S positions, each to itself and to all before it; with a mask on a CPU alone."""
+    if query.device.type == "cpu" if dense is None else dense:
+        bias = causal_mask(query, key)
+    else:
+        # Loads torch's compiler, which takes a second.
+        from torch.nn.attention.bias import causal_lower_right
+
+        bias = causal_lower_right(query.shape[2], key.shape[2])
+    grouped = query.shape[1] != key.shape[1]
+    return nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=grouped)
 
 
 def eager_attention(
@@ -160,153 +151,65 @@ def attention_weights(
     return weights.softmax(-1)
 
 
-def supports_flex(scores: ScoreOptions, *inputs: Tensor) -> bool:
-    """Whether flex_attention computes it: it has no sinks, and on the CPU no gradients."""
-    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return scores.sinks is None and not (learning and inputs[0].device.type == "cpu")
-
-
-def call_flex_attention(
+def flex_attention(
     query: Float[Tensor, "B Hq T Dk"],
     key: Float[Tensor, "B H S Dk"],
     value: Float[Tensor, "B H S Dv"],
-    mask: Tensor | None,
+    block_mask: Any,
     scores: ScoreOptions,
 ) -> Float[Tensor, "B Hq T Dv"]:
-    """Attention by torch's flex_attention: the same scores as `eager_attention`."""
-    shape = (*query.shape[:3], key.shape[2])
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-    parts = [part for part in (scores.position_bias, mask) if part is not None]
-    score_mod = _score_mod(scores.softcap, sum(parts[1:], parts[0]).expand(shape) if parts else None)
-    out: Tensor = flex_attention_on(query.device.type)(
-        query, key, value, score_mod=score_mod, scale=scores.scale, enable_gqa=query.shape[1] != key.shape[1]
+    """Attention by torch's flex_attention, to what a block mask shows: the same scores as `eager_attention`."""
+    attend, _ = flex_functions_on(query.device.type)
+    score_mod = _score_mod(scores.softcap, scores.position_bias)
+    grouped = query.shape[1] != key.shape[1]
+    out: Tensor = attend(
+        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scores.scale, enable_gqa=grouped
     )
     return out
 
 
-def packed_flex_attention(
-    packing: Packing,
-    site: Site,
-    prefix_kv_by_group: Sequence[tuple[Tensor, Tensor] | None],
-    query: Float[Tensor, "1 Hq T Dk"],
-    key: Float[Tensor, "1 H S Dk"],
-    value: Float[Tensor, "1 H S Dv"],
-    scores: ScoreOptions,
-) -> Float[Tensor, "1 T Hq Dv"]:
-    """`packed_attention` by torch's flex_attention, in one call, with the prefixes' keys and values in it once."""
-    key, value, lengths, owners = add_prefixes(prefix_kv_by_group, key, value)
-    block_mask = packed_block_mask(packing, site, lengths, owners, scores.window, query.device)
-    bias = scores.position_bias
-    score_mod = _score_mod(scores.softcap, None if bias is None else nn.functional.pad(bias, (sum(lengths), 0)))
-    grouped = query.shape[1] != key.shape[1]
-    out: Tensor = flex_attention_on(query.device.type)(
-        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scores.scale, enable_gqa=grouped
-    )
-    return out.transpose(1, 2).contiguous()
-
-
 def _score_mod(cap: float | None, added: Tensor | None) -> Callable[..., Tensor] | None:
     """What flex_attention does to scores: a soft cap, then something to add."""
-    # Lambdas, since nothing may wrap what torch is to trace.
-    if cap is None:
-        return None if added is None else lambda score, b, h, q, k: score + added[b, h, q, k]
-    if added is None:
-        return lambda score, b, h, q, k: torch.tanh(score / cap) * cap
-    return lambda score, b, h, q, k: torch.tanh(score / cap) * cap + added[b, h, q, k]
+
+    @no_type_check  # torch traces it
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        capped = score if cap is None else torch.tanh(score / cap) * cap
+        return capped if added is None else capped + added[b, h, q, k]
+
+    return None if cap is None and added is None else score_mod
 
 
 @functools.cache
-def flex_attention_on(device_type: str) -> Callable[..., Any]:
-    """Torch's flex_attention; compiled on accelerators, which is what it is for."""
-    from torch.nn.attention.flex_attention import flex_attention
+def flex_functions_on(device_type: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Torch's flex_attention and create_block_mask; compiled on accelerators, once for rows of any length."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if device_type != "cpu":
-        compiled: Callable[..., Any] = torch.compile(flex_attention)
-        return compiled
-
-    def uncompiled(*args: Any, **kwargs: Any) -> Any:
-        with warnings.catch_warnings():
-            # It is not compiled on purpose: compiling for a CPU takes minutes and gains nothing.
-            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-            return flex_attention(*args, **kwargs)
-
-    return uncompiled
-
-
-def packed_attention(
-    packing: Packing,
-    site: Site,
-    prefix_kv_by_group: Sequence[tuple[Tensor, Tensor] | None],
-    query: Float[Tensor, "1 Hq T Dk"],
-    key: Float[Tensor, "1 H S Dk"],
-    value: Float[Tensor, "1 H S Dv"],
-    scores: ScoreOptions,
-    observe: Callable[..., None] | None = None,
-) -> Float[Tensor, "1 T Hq Dv"]:
-    """Attention of a packed row; nothing is computed across groups.
-
-    Args:
-        packing: The row's groups.
-        site: Where.
-        prefix_kv_by_group: The prefix in front of each group, (1, H, P, D) keys and values; None: no prefix.
-        query: Of the whole row, as are keys and values.
-        key: See there.
-        value: See there.
-        scores: How scores are made; a position bias is that of the whole row, and zero at the prefix.
-        observe: Called for each group, as an `AttentionObserver` that knows the layer.
-    """
-    prefixes = (tensor for pair in prefix_kv_by_group if pair is not None for tensor in pair)
-    if scores.kernel == "flex" and observe is None and supports_flex(scores, query, key, value, *prefixes):
-        return packed_flex_attention(packing, site, prefix_kv_by_group, query, key, value, scores)
-    lengths = [0 if kv is None else kv[0].shape[2] for kv in prefix_kv_by_group]
-    masks = packing.masks(site, lengths, scores.window, query.dtype, query.device)
-    # `split` and `squeeze`, not slices and indices: their backward passes write each gradient once.
-    num_queries, num_keys = packing.sizes(site)
-    split = query.split(num_queries, dim=2), key.split(num_keys, dim=2), value.split(num_keys, dim=2)
-    outputs = []
-    row, column = 0, 0
-    for prefix_kv, length, mask, group_query, group_key, group_value in zip(
-        prefix_kv_by_group, lengths, masks, *split, strict=True
-    ):
-        queries, keys = group_query.shape[2], group_key.shape[2]
-        if prefix_kv is not None:
-            group_key = torch.cat([prefix_kv[0].to(key), group_key], dim=2)
-            group_value = torch.cat([prefix_kv[1].to(value), group_value], dim=2)
-        bias = scores.position_bias
-        if bias is not None:
-            bias = nn.functional.pad(bias[..., row : row + queries, column : column + keys], (length, 0))
-        if observe is not None:
-            wide = None if mask is None else mask[None, None]
-            observe(length, group_query, group_key, group_value, wide, replace(scores, position_bias=bias), row)
-        row, column = row + queries, column + keys
-        if scores.fused:
-            outputs.append(grouped_attention(group_query, group_key, group_value, mask, bias, scores.scale))
-        else:
-            wide = None if mask is None else mask[None, None]
-            options = replace(scores, position_bias=bias)
-            outputs.append(eager_attention(group_query, group_key, group_value, wide, options)[0])
-    # Some models view the output as one row, so it must be contiguous in this order.
-    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0).contiguous()
+        return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+    # It is not compiled on purpose: compiling for a CPU takes minutes and gains nothing.
+    warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+    return flex_attention, create_block_mask
 
 
 def grouped_attention(
     query: Float[Tensor, "1 Hq T Dk"],
     key: Float[Tensor, "1 H S Dk"],
     value: Float[Tensor, "1 H S Dv"],
-    mask: Float[Tensor, "T S"] | None,
+    mask: Float[Tensor, "_T S"] | None,
     position_bias: Float[Tensor, "1 Hq T S"] | None,
     scale: float,
 ) -> Float[Tensor, "Hq T Dv"]:
-    """Attention of one group; both the mask and the position bias are added to the scores."""
+    """Attention of one group; both the mask and the position bias are added to the scores.
+
+    The mask is that of T queries, or of those of all query heads of a KV head, one head after the other.
+    """
     heads, queries, kv_heads = query.shape[1], query.shape[2], key.shape[1]
     # Query heads that share a KV head are rows of one product, so that keys are never repeated: (1, H, Hq/H * T, Dk).
     rows = query.reshape(1, kv_heads, -1, query.shape[-1])
+    added = mask if mask is None or mask.shape[0] == rows.shape[2] else mask.repeat(heads // kv_heads, 1)
     if position_bias is not None:
-        bias = position_bias.to(query.dtype) if mask is None else position_bias.to(query.dtype) + mask
-        added: Tensor | None = bias.reshape(kv_heads, -1, key.shape[2])
-    else:
-        added = None if mask is None else mask.repeat(heads // kv_heads, 1)
+        bias = position_bias.to(query.dtype).reshape(kv_heads, -1, key.shape[2])
+        added = bias if added is None else bias + added
     small = queries <= _SMALL_GROUP and query.dtype != torch.float32 and query.device.type == "cpu"
     if small:
         # Scores and softmax in float32, as the fused kernel does: rounded scores would blur the gradient.

@@ -60,9 +60,10 @@ def make_additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def causal_mask(query: Tensor) -> Bool[Tensor, "1 1 T T"]:
-    """Each of T positions sees itself and what is before it."""
-    return query.new_ones(1, 1, query.shape[2], query.shape[2], dtype=torch.bool).tril()
+def causal_mask(query: Tensor, key: Tensor) -> Bool[Tensor, "1 1 T S"]:
+    """Each of T positions, which are the last of S, sees itself and what is before it."""
+    queries, keys = query.shape[2], key.shape[2]
+    return query.new_ones(1, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
 def extend_mask(

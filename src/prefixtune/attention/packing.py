@@ -2,13 +2,15 @@
 
 A group is one source with its targets. For a decoder-only model both are in one row. For an encoder-decoder the
 sources are in the encoder's row and the targets in the decoder's, and each group's targets see their own source.
+
+`sees` is the rule. The masks of single groups and the function that flex_attention takes are both made of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["Group", "Packing"]
+__all__ = ["Group", "Packing", "Visibility", "sees"]
+
+_FAR = 2**30
+"""A text position that no window hides, and minus that, a first one that hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +44,47 @@ class Group:
     hidden: tuple[int, ...] = ()
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of the source and of each target."""
+        return (self.source_length, *self.target_lengths)
+
+    @property
     def stop(self) -> int:
         """Where the last target ends in the row."""
-        return self.start + self.source_length + sum(self.target_lengths)
+        return self.start + sum(self.lengths)
 
-    def positions(self) -> Int[Tensor, " N"]:
-        """Text positions: each target continues where the source ends."""
-        targets = [torch.arange(length) + self.source_length for length in self.target_lengths]
-        return torch.cat([torch.arange(self.source_length), *targets])
 
-    def mask(self, window: int | None = None) -> Bool[Tensor, "N N"]:
-        """Which position (row) sees which (column).
+class Visibility(NamedTuple):
+    """What decides who sees whom, in a row in front of which all prefixes stand, one after the other.
 
-        Args:
-            window: Only the nearest `window` text positions are visible; None: all.
-        """
-        lengths = torch.tensor([self.source_length, *self.target_lengths])
-        part = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        visible = (part[None, :] == 0) | (part[None, :] == part[:, None])
-        visible = visible.tril()
-        if window is not None:
-            position = self.positions()
-            visible &= position[:, None] - position[None, :] < window
-        return visible
+    Attributes:
+        queries: Of each query: its group, its part of the group (0: the source), its place in the row, the first text
+            position that its window shows, and its prefix, as -1 minus the prefix's number. At sites where all of a
+            group see each other, parts and places are 0.
+        keys: Of each key: its group, part, place and text position, as for queries, and a column of `hidden`. A
+            prefix's keys have as their group what queries have as their prefix.
+        hidden: For each group, which positions of its prefix it does not see, and False in the last column; None: it
+            sees them all.
+    """
+
+    queries: Int[Tensor, "5 N"]
+    keys: Int[Tensor, "5 S"]
+    hidden: Bool[Tensor, "G P"] | None
+
+
+@no_type_check  # torch traces it
+def sees(visibility: Visibility, query: Tensor, key: Tensor) -> Tensor:
+    """Whether a query sees a key, both given by their places, as booleans: the rule of packed rows.
+
+    A group sees its prefix, but for positions that are hidden from it; its source sees what is before it in the source,
+    and each target that, the source, and what is before it in the target; with a window, of the text the nearest alone.
+    """
+    queries, keys, hidden = visibility
+    group = keys[0, key]
+    visible = (group == queries[0, query]) | (group == queries[4, query])
+    visible = visible & ((keys[1, key] == 0) | (keys[1, key] == queries[1, query]))
+    visible = visible & (keys[2, key] <= queries[2, query]) & (keys[3, key] >= queries[3, query])
+    return visible if hidden is None else visible & ~hidden[queries[0, query], keys[4, key]]
 
 
 @dataclass(frozen=True)
@@ -80,72 +103,112 @@ class Packing:
     prefix_index: tuple[int, ...] | None = None
     cache: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Which prefix is in front of each group."""
+        return (0,) * len(self.groups) if self.prefix_index is None else self.prefix_index
+
     def positions(self, site: Site = "decoder") -> Int[Tensor, "1 T"]:
         """Text positions of the row, without the prefix's shift; of the encoder's row for the site `encoder`."""
         if site == "encoder":
-            return torch.cat([torch.arange(length) for length in self.sources or ()])[None]
-        return torch.cat([group.positions() for group in self.groups])[None]
+            return _count(self.sources or ())[None]
+        # Each target continues where the source ends.
+        firsts = [
+            0 if part == 0 else group.source_length for group in self.groups for part in range(len(group.lengths))
+        ]
+        lengths = [length for group in self.groups for length in group.lengths]
+        return (_count(lengths) + _repeat(firsts, lengths))[None]
 
     def shifts(self, lengths: Sequence[int]) -> Int[Tensor, "1 T"]:
         """How far the prefix before each position of the row moves it, for prefixes of these lengths."""
-        prefix_index = self.prefix_index or (0,) * len(self.groups)
-        sizes = torch.tensor([group.stop - group.start for group in self.groups])
-        return torch.repeat_interleave(torch.tensor([lengths[index] for index in prefix_index]), sizes)[None]
+        return _repeat([lengths[owner] for owner in self.owners], self.sizes("decoder")[0])[None]
 
     def sizes(self, site: Site) -> tuple[list[int], list[int]]:
         """Per group, how many queries and how many keys it has at a site."""
-        own = [group.stop - group.start for group in self.groups]
+        own = [sum(group.lengths) for group in self.groups]
         sources = list(self.sources or ())
         return {"decoder": (own, own), "encoder": (sources, sources), "cross": (own, sources)}[site]
 
-    def masks(
-        self,
-        site: Site,
-        prefix_lengths: Sequence[int],
-        window: int | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Sequence[Float[Tensor, "N S"] | None]:
-        """Per group, a mask (N, P + S) to add to scores, computed once per row. None: everything is visible.
+    def visibility(self, site: Site, prefix_lengths: Sequence[int], window: int | None) -> Visibility:
+        """What `sees` goes by, on the CPU.
 
         Args:
             site: Where.
-            prefix_lengths: P before each group.
-            window: Only the nearest `window` text positions are visible; None: all.
-            dtype: Of the masks.
-            device: Where they are.
+            prefix_lengths: P of each prefix in front.
+            window: Of a decoder's own text, only the nearest `window` positions are visible; None: all.
         """
-        if site != "decoder" and not any(group.hidden for group in self.groups):
-            return [None] * len(self.groups)
-        key = (site, tuple(prefix_lengths), window, dtype, device)
-        if key not in self.cache:
-            self.cache[key] = [
-                None if visible is None else _additive(visible, dtype).to(device)
-                for visible in self._visible(site, prefix_lengths, window)
-            ]
-        masks: list[Tensor | None] = self.cache[key]
+        own, others = (self._facts(site, sizes) for sizes in self.sizes(site))
+        first = torch.full_like(own[3], -_FAR) if window is None or site != "decoder" else own[3] - window + 1
+        prefix = -1 - torch.tensor(self.owners, dtype=torch.long)
+        hidden = torch.zeros(len(self.groups), max((0, *prefix_lengths)) + 1, dtype=torch.bool)
+        if site in (("decoder",) if self.sources is None else ("encoder", "cross")):
+            for row, group, owner in zip(hidden, self.groups, self.owners, strict=True):
+                row[[place for place in group.hidden if place < prefix_lengths[owner]]] = True
+        columns = _count(prefix_lengths)
+        numbers = -1 - _repeat(range(len(prefix_lengths)), prefix_lengths)
+        fronts = torch.stack([numbers, *(torch.full_like(columns, fact) for fact in (0, -1, _FAR)), columns])
+        texts = torch.cat([others, torch.full_like(others[:1], hidden.shape[1] - 1)])
+        return Visibility(
+            torch.stack([*own[:3], first, prefix[own[0]]]),
+            torch.cat([fronts, texts], dim=1),
+            hidden if bool(hidden.any()) else None,
+        )
+
+    def masks(
+        self, site: Site, prefix_lengths: Sequence[int], window: int | None, like: Tensor, repeats: int
+    ) -> Sequence[Float[Tensor, "N S"] | None]:
+        """Per group, a mask to add to the scores of its prefix and its keys; None: everything is visible.
+
+        Computed once per row.
+
+        Args:
+            site: Where.
+            prefix_lengths: See `visibility`.
+            window: See there.
+            like: Of the masks' dtype and device.
+            repeats: How many times the queries are repeated, one repetition after the other.
+        """
+        name = ("masks", site, tuple(prefix_lengths), window, like.dtype, like.device, repeats)
+        if name not in self.cache:
+            visibility = self.visibility(site, prefix_lengths, window)
+            self.cache[name] = [None] * len(self.groups)
+            if site == "decoder" or visibility.hidden is not None:
+                self.cache[name] = [
+                    torch.zeros(visible.shape, dtype=like.dtype)
+                    .masked_fill_(~visible, float("-inf"))
+                    .repeat(repeats, 1)
+                    .to(like.device)
+                    for visible in self._visible(site, prefix_lengths, visibility)
+                ]
+        masks: list[Tensor | None] = self.cache[name]
         return masks
 
-    def hides_at(self, site: Site) -> bool:
-        """Whether `Group.hidden` is of this site."""
-        return site in (("decoder",) if self.sources is None else ("encoder", "cross"))
-
     def _visible(
-        self, site: Site, prefix_lengths: Sequence[int], window: int | None
-    ) -> Iterator[Bool[Tensor, "N S"] | None]:
-        """Per group, which query (row) sees which of the prefix's positions and keys (column); None: all."""
-        hides = self.hides_at(site)
-        for group, length, queries, keys in zip(self.groups, prefix_lengths, *self.sizes(site), strict=True):
-            hidden = [position for position in group.hidden if position < length] if hides else []
-            if site != "decoder" and not hidden:
-                yield None
-                continue
-            text = group.mask(window) if site == "decoder" else torch.ones(queries, keys, dtype=torch.bool)
-            visible = nn.functional.pad(text, (length, 0), value=True)
-            visible[:, hidden] = False
-            yield visible
+        self, site: Site, prefix_lengths: Sequence[int], visibility: Visibility
+    ) -> Iterator[Bool[Tensor, "N S"]]:
+        """Per group, which of its queries sees which position of its prefix and which of its keys."""
+        rows, columns = (torch.arange(facts.shape[1]) for facts in visibility[:2])
+        prefixes, texts = columns.split([sum(prefix_lengths), len(columns) - sum(prefix_lengths)])
+        by_prefix = prefixes.split(list(prefix_lengths))
+        queries, keys = self.sizes(site)
+        for owner, group_rows, group_texts in zip(self.owners, rows.split(queries), texts.split(keys), strict=True):
+            group_columns = torch.cat([by_prefix[owner], group_texts])
+            yield sees(visibility, group_rows[:, None], group_columns[None])
+
+    def _facts(self, site: Site, sizes: Sequence[int]) -> Int[Tensor, "4 N"]:
+        """Of each position of a row: its group, its part, its place and its text position."""
+        group = _repeat(range(len(sizes)), sizes)
+        if site != "decoder":
+            return nn.functional.pad(group[None], (0, 0, 0, 3))
+        parts = [part for group in self.groups for part in range(len(group.lengths))]
+        part = _repeat(parts, [length for group in self.groups for length in group.lengths])
+        return torch.stack([group, part, torch.arange(len(group)), self.positions()[0]])
 
 
-def _additive(visible: Bool[Tensor, "N S"], dtype: torch.dtype) -> Float[Tensor, "N S"]:
-    """A mask to add to scores: 0 where a position is visible, minus infinity elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+def _repeat(values: Sequence[int], counts: Sequence[int]) -> Int[Tensor, " N"]:
+    return torch.repeat_interleave(torch.tensor(values, dtype=torch.long), torch.tensor(counts, dtype=torch.long))
+
+
+def _count(lengths: Sequence[int]) -> Int[Tensor, " N"]:
+    """0, 1, 2, ... of each length, one after the other."""
+    return torch.cat([torch.arange(0), *map(torch.arange, lengths)])

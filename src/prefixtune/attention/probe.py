@@ -6,17 +6,17 @@ in a configuration. A model that cannot have a prefix is refused here, with the 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prefixtune.attention.cache import cache_argument, growing_cache
 from prefixtune.attention.injection import AttentionCall, Injection, trace_calls
-from prefixtune.attention.kernels import AttentionKernel
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.registry import ATTENTIONS, register
@@ -33,6 +33,8 @@ _SUPPORTED_ARGUMENTS = frozenset(
     | {"use_cache", "output_attentions", "output_hidden_states", "return_dict", "deterministic", "layer_idx"}
 )
 """Arguments of the attention function that are computed, or that change nothing about it."""
+_CACHE_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError)
+"""What a model raises that keeps more than keys and values, in a cache of its own."""
 
 
 def probe(model: Any, attention: str = "sdpa") -> Layout:
@@ -56,63 +58,101 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
     try:
         with torch.no_grad():
-            calls = _choose_attention(model, name, attention)
-            return (
-                _encoder_decoder(model, name, calls) if model.config.is_encoder_decoder else _stack(model, name, calls)
-            )
+            run = _run(model, name, attention)
+            return _encoder_decoder(model, name, run) if model.config.is_encoder_decoder else _stack(model, name, run)
     except PrefixError:
         raise
     except Exception as error:
-        raise BackboneError(
-            f"{name} fails on a few tokens: {first_line(error)}", hint="choose another backbone."
-        ) from error
+        raise BackboneError(f"{name} fails on a few tokens: {first_line(error)}", hint=_HINT) from error
 
 
-def _set_attention(model: Any, attention: AttentionKernel) -> None:
-    if not getattr(model, "_supports_sdpa", True):
-        # Its own layers (sparse encoders, routers) know only masks to be added, and not all mark causality.
-        attention = "eager"
-    model.set_attn_implementation(ATTENTIONS[attention])
+class _Run(NamedTuple):
+    """What was seen in one small pass.
+
+    Attributes:
+        calls: Every call of the attention function.
+        logits: The model's outputs: of a row, of the same with another last token, and of one that is padded.
+        cache: What kept the keys and values; None: the model cannot have it filled beforehand.
+    """
+
+    calls: list[AttentionCall]
+    logits: Tensor
+    cache: Any
 
 
-def _choose_attention(model: Any, name: str, attention: AttentionKernel) -> list[AttentionCall]:
-    """Let a model use this project's attention function; returns its calls in one small forward pass.
+def _run(model: Any, name: str, attention: str) -> _Run:
+    """Run a few tokens with the model's own attention and with this project's, which stays chosen.
 
     Raises:
-        BackboneError: It does not run on token ids alone, or does not compute the same with the new function.
+        BackboneError: It does not run on token ids alone, does more in its attention than is computed here, or does not
+            compute the same with the new function.
     """
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise BackboneError(
-            f"{name} reads {model.main_input_name}, not token ids.", hint="choose a model that reads text."
-        )
+        raise BackboneError(f"{name} reads {model.main_input_name}, not token ids.", hint=_HINT)
+    inputs = _inputs(model)
+    no_cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
     try:
-        before = _plain_logits(model)
+        before = model(**inputs, **no_cache)[0]
     except Exception as error:
         # Whatever it needs besides token ids, or finds wrong with its configuration.
-        raise BackboneError(
-            f"{name} does not run on token ids alone: {first_line(error)}", hint="choose another backbone."
-        ) from error
+        raise BackboneError(f"{name} does not run on token ids alone: {first_line(error)}", hint=_HINT) from error
     try:
-        _set_attention(model, attention)
+        # Layers of its own (sparse encoders, routers) know only masks to be added, and not all mark causality.
+        known = attention if getattr(model, "_supports_sdpa", True) else "eager"
+        model.set_attn_implementation(ATTENTIONS[known])
     except (ValueError, ImportError) as error:
         raise BackboneError(f"{name} cannot take another attention function: {error}", hint=_HINT) from error
-    calls = _trace(model, name)
-    for call in calls:
-        unknown = call.extra_arguments - _SUPPORTED_ARGUMENTS
-        if unknown:
-            raise BackboneError(
-                f"{name} attends with {', '.join(sorted(unknown))}, which this attention function does not compute.",
-                hint="choose another backbone.",
-            )
-    _check_values(calls, name)
-    after = _plain_logits(model)
+    run = _trace(model, name, inputs, no_cache)
+    for call in run.calls:
+        extra = {name for name, value in call.arguments.items() if not isinstance(value, bool | str | None)}
+        if unknown := extra - _SUPPORTED_ARGUMENTS:
+            raise BackboneError(f"{name} attends with {', '.join(sorted(unknown))}, unknown here.", hint=_HINT)
+    _check_values(run.calls, name)
+    before, after = (_of_real_tokens(logits, inputs) for logits in (before, run.logits))
     if not float((after - before).norm()) <= 0.05 * float(before.norm()):
         raise BackboneError(
-            f"{name} computes something else once another attention function is chosen: some of its layers attend "
-            "through code of their own, with masks of their own.",
+            f"{name} computes something else with another attention function: layers attend by code of their own.",
             hint=_HINT,
         )
-    return calls
+    return run
+
+
+def _inputs(model: Any) -> dict[str, Tensor]:
+    """A row, the same with another last token, and one that is padded.
+
+    The encoder and the decoder get different numbers of tokens, which tells their calls apart.
+    """
+    ids = torch.zeros(3, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
+    ids[:, 1::2] = 1
+    ids[1, -1] = model.get_input_embeddings().weight.shape[0] // 2
+    mask = torch.ones_like(ids)
+    mask[2, -2:] = 0
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids, "attention_mask": mask}
+    source = {"input_ids": ids[:, :_ENCODER_TOKENS], "attention_mask": mask[:, :_ENCODER_TOKENS]}
+    return {**source, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+
+
+def _of_real_tokens(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    mask = inputs.get("decoder_attention_mask", inputs["attention_mask"])
+    # A funnel shortens its text.
+    return logits[mask.bool()].float() if logits.shape[:2] == mask.shape else logits.float()
+
+
+def _trace(model: Any, name: str, inputs: dict[str, Tensor], no_cache: dict[str, Any]) -> _Run:
+    """One pass with this project's attention: into a cache that forgets nothing, if the model takes it."""
+    if no_cache and not model.config.is_encoder_decoder:
+        cache = growing_cache(model)
+        with trace_calls(model) as calls, contextlib.suppress(*_CACHE_ERRORS):
+            given = {cache_argument(model): cache, "use_cache": True}
+            return _Run(calls, model(**inputs, **given, prefix_injection=Injection({}))[0], cache)
+    with trace_calls(model) as calls:
+        try:
+            return _Run(calls, model(**inputs, **no_cache, prefix_injection=Injection({}))[0], None)
+        except Exception as error:
+            raise BackboneError(
+                f"{name} does not pass arguments on to its attention: {first_line(error)}", hint=_HINT
+            ) from error
 
 
 def _check_values(calls: Sequence[AttentionCall], name: str) -> None:
@@ -121,21 +161,19 @@ def _check_values(calls: Sequence[AttentionCall], name: str) -> None:
     for call in calls:
         values = values_of.setdefault((call.module, call.key.data_ptr()), call.value)
         if not torch.equal(values, call.value):
-            raise BackboneError(
-                f"{name} attends twice in a layer, to different values of the same keys: a prefix has one value for a "
-                "key.",
-                hint="choose another backbone.",
-            )
+            raise BackboneError(f"{name} attends twice in a layer, to different values of the same keys.", hint=_HINT)
 
 
-def _stack(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
+def _stack(model: Any, name: str, run: _Run) -> Layout:
     """The layout of a model with one stack of layers: an encoder or a decoder-only model."""
-    layers, types = _layers(model, calls), _layer_types(model)
-    forwards_kwargs = _forwards_kwargs(calls)
-    if not _is_causal(model):
-        layer_of, shapes, notes = _number_layers("encoder", calls, layers, types, name)
-        return Layout({"encoder": shapes}, layer_of, "encoder", False, forwards_kwargs, notes=notes)
-    layer_of, shapes, notes = _number_layers("decoder", calls, layers, types, name)
+    calls, layers, types = run.calls, _layers(model, run.calls), _layer_types(model)
+    forwards_kwargs = all(call.got_injection for call in calls)
+    # Whether changing a later token changes nothing at earlier ones.
+    one, other = run.logits[:2, :-1].float()
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max())):
+        layer_of, firsts, notes = _number_layers("encoder", calls, layers, types, name)
+        return Layout({"encoder": _shapes(firsts)}, layer_of, "encoder", False, forwards_kwargs, notes=notes)
+    layer_of, firsts, notes = _number_layers("decoder", calls, layers, types, name)
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise BackboneError(f"{name} takes no position_ids, so that its text cannot start at position P.", hint=_HINT)
     _check_causal(model, calls, name)
@@ -144,43 +182,27 @@ def _stack(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
     if mixing:
         _check_padding(model, name)
     # A mask with weights that a model computes from its values covers the text alone.
-    weighted = any(call.mask_adds_weights for call in calls)
+    weighted = any(_adds_weights(call.mask) for call in calls)
     packable = not mixing and "chunked_attention" not in types and not weighted
-    # Prefix slots in the cache would shift the borders of chunks.
-    cache_layers = None if not packable else _cache_layers(model, len(shapes))
     repeats = len(calls) > len({call.module for call in calls})
+    # Prefix slots in the cache would shift the borders of chunks; a repeated layer has several entries in it.
+    cache_layers = None if run.cache is None or not packable or repeats else _cache_layers(run.cache, firsts)
+    shapes = _shapes(firsts)
     return Layout({"decoder": shapes}, layer_of, "decoder", packable, forwards_kwargs, cache_layers, notes, repeats)
 
 
-def _forwards_kwargs(calls: Sequence[AttentionCall]) -> bool:
-    """Whether an argument of the model's call reaches every attention layer."""
-    return all(call.got_injection for call in calls)
-
-
-def _plain_logits(model: Any) -> Tensor:
-    """The model's output for the real tokens of a small padded batch."""
-    ids = torch.zeros(2, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
-    ids[:, 1::2] = 1
-    mask = torch.ones_like(ids)
-    mask[1, -2:] = 0
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if model.config.is_encoder_decoder:
-        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-    if "use_cache" in inspect.signature(type(model).forward).parameters:
-        inputs["use_cache"] = False
-    logits: Tensor = model(**inputs)[0]
-    # A funnel shortens its text.
-    return logits[mask.bool()].float() if logits.shape[:2] == mask.shape else logits.float()
+def _adds_weights(mask: Tensor | None) -> bool:
+    """Whether a mask adds to scores, beyond hiding positions."""
+    if mask is None or not mask.is_floating_point():
+        return False
+    return bool(((mask != 0) & (mask > 0.5 * torch.finfo(mask.dtype).min)).any())
 
 
 def _check_causal(model: Any, calls: Sequence[AttentionCall], name: str) -> None:
     """Refuse a decoder whose attention relies on a mask that is left out where there is no padding."""
     left_out = model.config._attn_implementation == ATTENTIONS["sdpa"]
     if left_out and not all(getattr(call.module, "is_causal", True) for call in calls):
-        raise BackboneError(
-            f"the decoder of {name} does not mark its attention as causal: without padding it would see what follows.",
-            hint=_HINT,
-        )
+        raise BackboneError(f"the decoder of {name} does not mark its attention as causal.", hint=_HINT)
 
 
 def _check_padding(model: Any, name: str) -> None:
@@ -206,39 +228,7 @@ def _check_padding(model: Any, name: str) -> None:
     except (RuntimeError, KeyError, AttributeError):
         same = False
     if not same:
-        raise BackboneError(
-            f"{name} lets padding or the order of rows change what follows, so that texts and beams cannot share a "
-            "batch.",
-            hint=_HINT,
-        )
-
-
-def _trace(model: Any, name: str) -> list[AttentionCall]:
-    """Every attention call of one small forward pass."""
-    # The encoder and the decoder get different numbers of tokens, which tells their calls apart.
-    decoder = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
-    inputs: dict[str, Any] = {"input_ids": decoder}
-    if model.config.is_encoder_decoder:
-        inputs = {"input_ids": decoder[:, :_ENCODER_TOKENS], "decoder_input_ids": decoder}
-    if "use_cache" in inspect.signature(type(model).forward).parameters:
-        inputs["use_cache"] = False
-    with trace_calls(model) as calls:
-        try:
-            model(**inputs, prefix_injection=Injection({}))
-        except Exception as error:
-            raise BackboneError(
-                f"{name} does not pass arguments on to its attention: {first_line(error)}", hint=_HINT
-            ) from error
-    return calls
-
-
-def _is_causal(model: Any) -> bool:
-    """Whether changing a later token changes nothing at earlier ones."""
-    size = model.get_input_embeddings().weight.shape[0]
-    rows = torch.zeros(2, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
-    rows[1, -1] = size // 2
-    one, other = model(input_ids=rows)[0][:, :-1]
-    return bool(torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max())))
+        raise BackboneError(f"{name} lets padding or the order of rows change what follows.", hint=_HINT)
 
 
 def _layer_types(model: Any) -> Sequence[str]:
@@ -262,8 +252,11 @@ def _layers(part: nn.Module, calls: Sequence[AttentionCall]) -> list[nn.Module]:
 
 def _number_layers(
     site: Site, calls: Sequence[AttentionCall], layers: Sequence[nn.Module], types: Sequence[str], name: str
-) -> tuple[dict[nn.Module, tuple[Site, int]], tuple[LayerShape, ...], tuple[str, ...]]:
+) -> tuple[dict[nn.Module, tuple[Site, int]], list[AttentionCall], tuple[str, ...]]:
     """Number the attention layers of a site; layers that share an earlier one's keys get its number.
+
+    Returns:
+        Each layer's number, the call of each number's first layer, and notes for a user.
 
     Raises:
         BackboneError: A layer attends through code of its own.
@@ -278,33 +271,27 @@ def _number_layers(
             hint=_HINT,
         )
     layer_of: dict[nn.Module, tuple[Site, int]] = {}
-    shapes: list[LayerShape] = []
-    index_of: dict[tuple[int, int], int] = {}
-    shared = 0
+    firsts: dict[tuple[int, int], AttentionCall] = {}
     for call in calls:
-        if call.module in layer_of:
-            continue
         storage = (call.key.data_ptr(), call.value.data_ptr())
-        if storage in index_of:
-            shared += 1
-        else:
-            index_of[storage] = len(shapes)
-            heads, key_dim = int(call.key.shape[1]), int(call.key.shape[3])
-            shapes.append(LayerShape(heads, key_dim, int(call.value.shape[3])))
-        layer_of[call.module] = (site, index_of[storage])
+        if call.module not in layer_of:
+            firsts.setdefault(storage, call)
+            layer_of[call.module] = (site, list(firsts).index(storage))
     notes = []
     if len(calls) > len(attending):
         most = max(Counter(call.module for call in calls).values())
         notes.append(f"one {site} layer is run {most} times, each time with the same prefix")
     if untraced:
-        kinds = sorted({types[n] for n in untraced})
-        notes.append(
-            f"prefix at the attention layers only: {len(layers) - len(untraced)} of {len(layers)} "
-            f"(the others: {', '.join(kinds)})"
-        )
-    if shared:
+        kinds = ", ".join(sorted({types[n] for n in untraced}))
+        count = len(layers) - len(untraced)
+        notes.append(f"prefix at the attention layers only: {count} of {len(layers)} (the others: {kinds})")
+    if shared := len(layer_of) - len(firsts):
         notes.append(f"{shared} layers share the keys and values of earlier ones, and so their prefix")
-    return layer_of, tuple(shapes), tuple(notes)
+    return layer_of, list(firsts.values()), tuple(notes)
+
+
+def _shapes(calls: Sequence[AttentionCall]) -> tuple[LayerShape, ...]:
+    return tuple(LayerShape(call.key.shape[1], call.key.shape[3], call.value.shape[3]) for call in calls)
 
 
 def _has_no_attention(kind: str) -> bool:
@@ -312,40 +299,21 @@ def _has_no_attention(kind: str) -> bool:
     return any(word in kind for word in ("mamba", "linear", "conv", "recurrent", "ssm", "rwkv", "moe", "mlp"))
 
 
-def _cache_layers(model: Any, count: int) -> tuple[int, ...] | None:
-    """Index of each layer's keys and values in the cache; None where the cache keeps something else.
-
-    Args:
-        model: The model.
-        count: How many layers have keys and values of their own.
-    """
-    cache = growing_cache(model)
-    ids = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
-    with trace_calls() as calls:
-        try:
-            model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
-        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
-            # It keeps more than keys and values, in a cache of its own.
-            return None
-    indices: list[int] = []
-    storages: set[int] = set()
-    for call in calls:
-        if call.key.data_ptr() in storages:
-            continue
-        storages.add(call.key.data_ptr())
-        index = getattr(call.module, "layer_idx", len(indices))
+def _cache_layers(cache: Any, calls: Sequence[AttentionCall]) -> tuple[int, ...] | None:
+    """Index of each call's keys and values in a cache; None where the cache keeps something else."""
+    indices = [getattr(call.module, "layer_idx", number) for number, call in enumerate(calls)]
+    for index, call in zip(indices, calls, strict=True):
         layer = cache.layers[index] if index < len(cache.layers) else None
-        keys: Tensor | None = getattr(layer, "keys", None)
-        values: Tensor | None = getattr(layer, "values", None)
-        if keys is None or values is None or not (torch.equal(keys, call.key) and torch.equal(values, call.value)):
-            return None
-        indices.append(index)
-    # A layer that is run several times has as many entries in the cache.
-    return tuple(indices) if len(indices) == count else None
+        for name, tensor in (("keys", call.key), ("values", call.value)):
+            kept = getattr(layer, name, None)
+            if kept is None or not torch.equal(kept, tensor):
+                return None
+    return tuple(indices)
 
 
-def _encoder_decoder(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
+def _encoder_decoder(model: Any, name: str, run: _Run) -> Layout:
     """The layout of an encoder-decoder: every site at which all layers can have a prefix."""
+    calls = run.calls
     encoder, decoder = model.get_encoder(), model.get_decoder()
     in_encoder = set(encoder.modules())
     encoder_calls = [call for call in calls if call.module in in_encoder]
@@ -363,19 +331,20 @@ def _encoder_decoder(model: Any, name: str, calls: Sequence[AttentionCall]) -> L
     notes: list[str] = []
     for site, (part, site_calls) in sites.items():
         try:
-            numbered, shapes, site_notes = _number_layers(site, site_calls, _layers(part, site_calls), (), name)
+            numbered, firsts, site_notes = _number_layers(site, site_calls, _layers(part, site_calls), (), name)
         except BackboneError:
             notes.append(f"no site {site!r}: its layers attend through code of their own")
             continue
         layer_of |= numbered
-        geometry[site] = shapes
+        geometry[site] = _shapes(firsts)
         notes.extend(site_notes)
     if not geometry:
         raise BackboneError(f"{name} attends through code of its own: a prefix would not reach it.", hint=_HINT)
     positions = _takes_positions(encoder, encoder_calls) and _takes_positions(decoder, self_calls)
-    windows = any("sliding_window" in call.extra_arguments for call in encoder_calls)
+    windows = any(call.arguments.get("sliding_window") is not None for call in encoder_calls)
     packable = len(geometry) == len(sites) and positions and not windows
-    return Layout(geometry, layer_of, "encoder-decoder", packable, _forwards_kwargs(calls), notes=tuple(notes))
+    forwards_kwargs = all(call.got_injection for call in calls)
+    return Layout(geometry, layer_of, "encoder-decoder", packable, forwards_kwargs, notes=tuple(notes))
 
 
 def _takes_positions(part: Any, calls: Sequence[AttentionCall]) -> bool:
@@ -383,4 +352,4 @@ def _takes_positions(part: Any, calls: Sequence[AttentionCall]) -> bool:
     embedding = getattr(part, "embed_positions", None)
     if embedding is not None:
         return "position_ids" in inspect.signature(type(embedding).forward).parameters
-    return bool(calls) and all("position_bias" in call.extra_arguments for call in calls)
+    return bool(calls) and all(call.arguments.get("position_bias") is not None for call in calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
@@ -16,8 +17,10 @@ from prefixtune.attention.injection import (
     interrupt,
     traced_calls,
 )
-from prefixtune.attention.kernels import AttentionKernel, ScoreOptions, packed_attention, plain_attention
+from prefixtune.attention.kernels import AttentionKernel, ScoreOptions, plain_attention
 from prefixtune.attention.masks import make_additive_mask, make_mask
+from prefixtune.attention.packed import packed_attention
+from prefixtune.errors import BackboneError
 
 __all__ = ["ATTENTION", "ATTENTIONS", "register"]
 
@@ -40,7 +43,7 @@ def register() -> None:
     for kernel, name in ATTENTIONS.items():
         if name not in AttentionInterface():
             AttentionInterface.register(name, attend if name == ATTENTION else functools.partial(attend, kernel=kernel))
-            AttentionMaskInterface.register(name, make_mask if name == ATTENTION else make_additive_mask)
+            AttentionMaskInterface.register(name, make_additive_mask if kernel == "eager" else make_mask)
 
 
 def attend(
@@ -68,26 +71,50 @@ def attend(
     if query.dtype != value.dtype:
         # Under autocast, rotary embeddings leave queries and keys in float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
-    scores = ScoreOptions.from_call(module, query, position_bias, softcap, s_aux, kernel, kwargs)
+    causal = kwargs.get("is_causal")
+    scores = ScoreOptions(
+        kwargs.get("scaling") or query.shape[-1] ** -0.5,
+        position_bias,
+        softcap,
+        s_aux,
+        kernel,
+        _window(module, kwargs),
+        getattr(module, "is_causal", True) if causal is None else causal,
+        kwargs,
+    )
     calls = traced_calls.get()
     if calls is not None:
         arguments = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux, **kwargs}
-        calls.append(AttentionCall.of(module, key, value, attention_mask, prefix_injection, arguments))
+        calls.append(AttentionCall(module, key, value, attention_mask, prefix_injection is not None, arguments))
+    if attention_mask is None and scores.causal and 1 < query.shape[2] < key.shape[2]:
+        raise BackboneError(
+            f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} positions, without a mask: a static "
+            "cache, which this attention function does not take.",
+            hint="leave out cache_implementation.",
+        )
     if injection is None:
         return plain_attention(module, query, key, value, attention_mask, scores), None
-    if injection.recorded_kv is not None:
-        injection.recorded_kv.append((module, key, value))
     if injection.backend is not None:  # the engine keeps all keys and values
         return injection.backend.attend(injection.layer_of[module], query, key, value, scores), None
     observer = attention_observer.get()
     if injection.packing is not None:  # training: one row, many groups
         layer = injection.layer_of[module]
-        prefix_kv_by_group = injection.prefix_kv_by_group(layer)
         observe = None if observer is None else functools.partial(observer, layer)
-        return packed_attention(
-            injection.packing, layer[0], prefix_kv_by_group, query, key, value, scores, observe
-        ), None
+        prefixes = injection.packed_prefixes(layer)
+        return packed_attention(injection.packing, layer[0], prefixes, query, key, value, scores, observe), None
     prefixed = injection.prepend(module, query, key, value, attention_mask, scores)
     if observer is not None and module in injection.layer_of:
         observer(injection.layer_of[module], prefixed[0].shape[2] - key.shape[2], query, *prefixed, 0)
     return plain_attention(module, query, *prefixed), None
+
+
+def _window(module: nn.Module, arguments: Mapping[str, Any]) -> int | None:
+    """How many of the nearest positions a layer sees; None: all.
+
+    Some models have it in their mask alone, in whose place packed rows and the engine put their own.
+    """
+    if "sliding_window" in arguments:
+        window: int | None = arguments["sliding_window"]
+        return window
+    named = module.config if type(module).__name__ == "PhimoeAttention" else module
+    return getattr(named, "sliding_window", None) or None

@@ -99,7 +99,7 @@ def load_backbone(
         train_adapter: Leave the adapter trainable, to be trained together with a prefix.
         adapter_rank: Add a new LoRA adapter of this rank to the model, to be trained together with a prefix; 0: none.
         attention: What computes the attention once the prefix is in front: `sdpa` (torch's fused functions), `flex`
-            (torch's flex_attention) or `eager` (matrix products, to compare with).
+            (flex_attention for packed rows on a CPU, too) or `eager` (matrix products, to compare with).
         seed: Of a new adapter's weights.
         self_check: Compare the ways in which prefixes are used, if this type of model was not checked before.
 

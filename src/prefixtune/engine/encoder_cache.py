@@ -96,7 +96,7 @@ class EncoderCache:
         # A query sees a slot's prefix and all of its source.
         spans = [QuerySpan(s.slot, self._lengths[s.slot] - 1, 1, 0) for s in sequences]
         new_sources = [NewSource(source.shape[1], targets[key]) for key, source in sources.items()]
-        decoder.bias_by_layer = self._distance_bias(decoder.kv_cache.capacity, self._placeholder)
+        decoder.bias_by_layer = self._distance_bias(decoder.kv_cache.capacity)
         cross = SlotAttention(self.kv_cache, spans, ())
         row = torch.cat(list(sources.values()), dim=1) if sources else self._placeholder
         return EncoderAttention(decoder, cross, new_sources), row
@@ -112,9 +112,9 @@ class EncoderCache:
         # A failed step may have written a source whose length is known.
         self.kv_cache.wipe(slot, self._lengths.pop(slot, 0))
 
-    def _distance_bias(self, capacity: int, encoded: Float[Tensor, "1 1 E"]) -> dict[int, Float[Tensor, "Hq N"]]:
+    def _distance_bias(self, capacity: int) -> dict[int, Float[Tensor, "Hq N"]]:
         """Per layer, the decoder's bias by distance, for as many distances as slots have positions."""
         if capacity > self._bias_length:
-            self._bias_by_layer = relative_bias(self.backbone.model, self.backbone.layout, capacity, encoded)
+            self._bias_by_layer = relative_bias(self.backbone.model, self.backbone.layout, capacity)
             self._bias_length = capacity if self._bias_by_layer else UNBOUNDED
         return self._bias_by_layer

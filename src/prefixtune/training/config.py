@@ -66,8 +66,8 @@ class TrainConfig(Config):
     )
     attention: Literal["sdpa", "flex", "eager"] = _backbone(
         "sdpa",
-        description="what computes attention: sdpa (torch's fused functions), flex (torch's "
-        "flex_attention: on a GPU a packed row in one call; not measured yet), eager (matrix products)",
+        description="what computes attention: sdpa (torch's fused functions; for packed rows on a GPU its "
+        "flex_attention), flex (flex_attention for packed rows on a CPU, too), eager (matrix products)",
     )
     adapter: str = _backbone("", description="folder of a LoRA adapter (PEFT) to load into the backbone first")
     train_adapter: bool = _backbone(False, description="train the loaded adapter together with the prefix")

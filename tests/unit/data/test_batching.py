@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from prefixtune.attention.packing import sees
 from prefixtune.data import Example
 from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample, encode_examples, encode_prompts
@@ -86,7 +88,8 @@ def test_a_packed_row_opens_each_target_with_the_sources_last_token():
     assert batch.target_index.tolist() == [0, 0, 1, 2, 2]
     assert batch.packing.positions().tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     assert batch.num_targets == 3
-    first = batch.packing.groups[0].mask()
+    rows = torch.arange(5)
+    first = sees(batch.packing.visibility("decoder", [0], None), rows[:, None], rows[None])
     assert first.int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -94,7 +97,7 @@ def test_a_packed_row_opens_each_target_with_the_sources_last_token():
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
-    windowed = batch.packing.groups[0].mask(window=2)
+    windowed = sees(batch.packing.visibility("decoder", [0], 2), rows[:, None], rows[None])
     assert windowed.int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],

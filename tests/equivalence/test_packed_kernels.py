@@ -1,0 +1,279 @@
+"""Attention of a packed row, in one call and group by group, against a brute force: outputs, gradients, and models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+
+from patching import replace_everywhere
+from prefixtune.attention.kernels import (
+    AttentionKernel,
+    ScoreOptions,
+    causal_attention,
+    eager_attention,
+    flex_functions_on,
+)
+from prefixtune.attention.packed import block_mask, packed_attention, uses_flex
+from prefixtune.attention.packing import Group, Packing, sees
+from prefixtune.attention.registry import ATTENTIONS
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.data.batching import pack
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.prefix.geometry import Site
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+SITES: tuple[Site, ...] = ("decoder", "cross", "encoder")
+
+
+def make_packing(draw: random.Random, site: Site, num_prefixes: int) -> Packing:
+    groups: list[Group] = []
+    for _ in range(draw.randint(1, 5)):
+        source = draw.choice([0, 1, 7, 30]) if site == "decoder" else 0
+        targets = [draw.choice([1, 3, 17]) for _ in range(draw.randint(0 if source else 1, 4))]
+        hidden = draw.choice([(), (), (0, 3)])
+        groups.append(Group(groups[-1].stop if groups else 0, source, tuple(targets), hidden))
+    index = tuple(draw.randrange(num_prefixes) for _ in groups) if num_prefixes > 1 else None
+    sources = None if site == "decoder" else tuple(draw.choice([1, 5, 40]) for _ in groups)
+    return Packing(tuple(groups), sources, index)
+
+
+def brute_visibility(packing: Packing, site: Site, lengths: list[int], window: int | None) -> list[list[bool]]:
+    """Which query of a row sees which key, as the groups' own descriptions say it."""
+    owners = packing.prefix_index or (0,) * len(packing.groups)
+    hides = site in (("decoder",) if packing.sources is None else ("encoder", "cross"))
+    prefix_keys = [(number, place) for number, length in enumerate(lengths) for place in range(length)]
+
+    def positions(of_keys: bool) -> list[tuple[int, int, int]]:
+        """Group, part and text position of each place."""
+        if site == "encoder" or (site == "cross" and of_keys):
+            return [
+                (number, 0, place) for number, length in enumerate(packing.sources or ()) for place in range(length)
+            ]
+        return [
+            (number, part, place + (group.source_length if part else 0))
+            for number, group in enumerate(packing.groups)
+            for part, length in enumerate((group.source_length, *group.target_lengths))
+            for place in range(length)
+        ]
+
+    def sees_text(query: tuple[int, int, int], key: tuple[int, int, int]) -> bool:
+        if query[0] != key[0] or site != "decoder":
+            return query[0] == key[0]
+        distance = query[2] - key[2]
+        return key[1] in (0, query[1]) and distance >= 0 and (window is None or distance < window)
+
+    return [
+        [
+            owners[query[0]] == number and not (hides and place in packing.groups[query[0]].hidden)
+            for number, place in prefix_keys
+        ]
+        + [sees_text(query, key) for key in positions(True)]
+        for query in positions(False)
+    ]
+
+
+class Case:
+    """A row with random groups, prefixes and rules."""
+
+    def __init__(self, seed: int, site: Site) -> None:
+        draw, self.generator = random.Random(f"{seed} {site}"), torch.Generator().manual_seed(seed)
+        self.site: Site = site
+        lengths = draw.sample([4, 5, 10, 33], draw.choice([0, 1, 1, 3]))
+        self.packing = make_packing(draw, site, len(lengths))
+        queries, keys = (sum(counts) for counts in self.packing.sizes(site))
+        bias = self.numbers(1, HEADS, queries, keys) if seed % 4 == 1 else None
+        self.rules: dict[str, Any] = {
+            "window": draw.choice([None, 4, 20]) if site == "decoder" else None,
+            "softcap": draw.choice([None, 2.0]),
+            "position_bias": bias,
+        }
+        self.row = [self.numbers(1, heads, n, DIM) for heads, n in ((HEADS, queries), (KV_HEADS, keys))]
+        self.row.append(self.numbers(1, KV_HEADS, keys, DIM))
+        self.prefixes = [(self.numbers(1, KV_HEADS, n, DIM), self.numbers(1, KV_HEADS, n, DIM)) for n in lengths]
+
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def compute(self, kernel: Any, row: list[Tensor], prefixes: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if kernel == "brute":
+            return self.brute_force(row, prefixes, ScoreOptions(0.3, kernel="eager", **self.rules))
+        scores = ScoreOptions(0.3, kernel=kernel, **self.rules)
+        return packed_attention(self.packing, self.site, prefixes or [None], *row, scores)
+
+    def brute_force(self, row: list[Tensor], prefixes: list[tuple[Tensor, Tensor]], scores: ScoreOptions) -> Tensor:
+        """All keys for all queries, hidden one by one."""
+        key, value = (torch.cat([*(pair[n] for pair in prefixes), row[n + 1]], dim=2) for n in range(2))
+        lengths = [pair[0].shape[2] for pair in prefixes]
+        mask = torch.tensor(brute_visibility(self.packing, self.site, lengths, scores.window))
+        if scores.position_bias is not None:
+            scores = replace(scores, position_bias=F.pad(scores.position_bias, (sum(lengths), 0)))
+        return eager_attention(row[0], key, value, mask[None, None], scores).transpose(1, 2)
+
+    def gradients(self, kernel: Any) -> list[Tensor]:
+        row = [tensor.clone().requires_grad_() for tensor in self.row]
+        prefixes = [(key.clone().requires_grad_(), value.clone().requires_grad_()) for key, value in self.prefixes]
+        out = self.compute(kernel, row, prefixes)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        inputs = [*row, *(tensor for pair in prefixes for tensor in pair)]
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs, materialize_grads=True)]
+
+
+@pytest.fixture
+def dense(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What stands in for flex_attention on a GPU: the same functions of scores and masks, with gradients."""
+    calls: list[int] = []
+    _, create = flex_functions_on("cpu")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        calls.append(1)
+        block_mask, score_mod = options["block_mask"], options["score_mod"]
+        heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+        key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
+        scores = query @ key.transpose(2, 3) * options["scale"]
+        places = torch.meshgrid(*map(torch.arange, (1, heads, queries, keys)), indexing="ij")
+        if score_mod is not None:
+            scores = score_mod(scores, *places)
+        visible = block_mask.mask_mod(*places)
+        # Blocks that are left out are those that nobody sees.
+        blocks = F.interpolate(block_mask.to_dense().float(), scale_factor=128)[..., :queries, :keys].bool()
+        assert not bool((visible & ~blocks).any())
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
+
+    replace_everywhere(monkeypatch, flex_functions_on, lambda device_type: (attend, create))
+    # With gradients, too.
+    replace_everywhere(monkeypatch, uses_flex, lambda scores, *inputs: scores.kernel == "flex")
+    return calls
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("seed", range(6))
+def test_the_rule_is_what_the_groups_say(seed: int, site: Site):
+    case = Case(seed, site)
+    lengths, window = [pair[0].shape[2] for pair in case.prefixes] or [0], case.rules["window"]
+    visibility = case.packing.visibility(site, lengths, window)
+    rows, columns = (torch.arange(facts.shape[1]) for facts in visibility[:2])
+    assert sees(visibility, rows[:, None], columns[None]).tolist() == brute_visibility(
+        case.packing, site, lengths, window
+    )
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_row_at_once_is_the_brute_force(seed: int, site: Site, assert_same: Any):
+    case = Case(seed, site)
+    with torch.no_grad():
+        found = case.compute("flex", case.row, case.prefixes)
+        assert_same(found, case.compute("brute", case.row, case.prefixes))
+
+
+@pytest.mark.parametrize("kernel", ["flex", "eager", "sdpa"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("seed", range(6))
+def test_gradients_are_those_of_the_brute_force(seed: int, site: Site, kernel: str, dense: list[int]):
+    case = Case(seed, site)
+    found = case.gradients(kernel)
+    assert len(dense) == (kernel == "flex")
+    # Of a single key, the softmax has no gradient.
+    for one, other in zip(found, case.gradients("brute"), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_rows_of_any_length_are_compiled_once(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, but that what torch makes of the functions is run as it is."""
+    counters = [CompileCounter(), CompileCounter()]
+    compiled = [
+        torch.compile(function, dynamic=True, backend=counter)
+        for function, counter in zip(flex_functions_on("cpu"), counters, strict=True)
+    ]
+    replace_everywhere(monkeypatch, flex_functions_on, lambda device_type: compiled)
+    with torch.no_grad():
+        for length in (40, 300, 70, 520):
+            prefix = torch.randn(1, KV_HEADS, 5 + length // 10, DIM)
+            groups = (Group(0, length, (7, 9)), Group(length + 16, 3, (length,)))
+            row = [torch.randn(1, heads, groups[-1].stop, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+            packed_attention(Packing(groups), "decoder", [(prefix, prefix)], *row, ScoreOptions(0.3, kernel="flex"))
+    assert [counter.frame_count for counter in counters] == [1, 1]
+
+
+def test_on_an_accelerator_a_row_is_one_call_without_a_mask(monkeypatch: pytest.MonkeyPatch):
+    calls: list[dict[str, Any]] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        calls.append({"keys": key.shape[2], **options})
+        return query
+
+    replace_everywhere(monkeypatch, flex_functions_on, lambda device_type: (attend, lambda *args, **kwargs: "blocks"))
+    row = [torch.empty(1, heads, 12, DIM, device="meta") for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    prefix = torch.empty(1, KV_HEADS, 5, DIM, device="meta")
+    packing = Packing((Group(0, 2, (3,)), Group(5, 7, ())))
+    packed_attention(packing, "decoder", [(prefix, prefix)], *row, ScoreOptions(0.3))
+    (call,) = calls
+    assert call["keys"] == 12 + 5
+    assert call["block_mask"] == "blocks"
+    assert call["score_mod"] is None
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_attention_behind_a_prefix_is_the_brute_force(dtype: torch.dtype, dense: bool):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, length, DIM, generator=generator).to(dtype)
+        for heads, length in ((HEADS, 9), (KV_HEADS, 14), (KV_HEADS, 14))
+    )
+    mask = torch.tensor([[column <= row + 5 for column in range(14)] for row in range(9)])[None, None]
+    expected = eager_attention(query.float(), key.float(), value.float(), mask, ScoreOptions(0.3))
+    found = causal_attention(query, key, value, 0.3, dense)
+    assert torch.allclose(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_blocks_that_nobody_sees_are_left_out():
+    groups = tuple(Group(256 * index, 100, (100, 56)) for index in range(4))
+    packing, device = Packing(groups), torch.device("cpu")
+    mask = block_mask(packing, "decoder", [128], None, device)
+    # Of 8 x 9 blocks: the prefix, one's own, and the one before it in the same group.
+    assert int(mask.to_dense().sum()) == 8 + 8 + 4
+    assert block_mask(packing, "decoder", [128], None, device) is mask
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bart", "t5"])
+def test_a_model_learns_the_same(
+    name: str,
+    tiny_models: Callable[..., Any],
+    tiny_tokenizer: Any,
+    random_prefix: Any,
+    random_ids: Any,
+    dense: list[int],
+    assert_same: Any,
+):
+    losses = []
+    kinds: tuple[AttentionKernel, ...] = ("sdpa", "flex")
+    for attention in kinds:
+        backbone = Backbone.from_model(tiny_models(name), tiny_tokenizer, name, attention="eager")
+        backbone.model.set_attn_implementation(ATTENTIONS[attention])
+        prefix = random_prefix(backbone, 5)
+        batch = pack(
+            [
+                TokenizedExample(
+                    tuple(random_ids(source, seed=source)),
+                    tuple(tuple(random_ids(count, seed=100 * source + count)) for count in targets),
+                )
+                for source, targets in ((7, (3, 6, 1)), (1, (4,)), (12, (5, 2)))
+            ],
+            decoder_start_id=backbone.decoder_start_id if backbone.layout.kind == "encoder-decoder" else None,
+        )
+        dense.clear()
+        loss = batch_loss(backbone, prefix, batch)
+        assert bool(dense) == (attention == "flex")
+        losses.append([loss.detach(), *torch.autograd.grad(loss.mean(), prefix.tensors())])
+    assert_same(*losses)
