@@ -12,7 +12,7 @@ from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.injection import trace_calls
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.prefix.geometry import Site
-from prefixtune.prefix.prefix import KeyValue, Prefix
+from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["add_noise", "compute_kv", "prefix_from_tokens", "record_kv", "relative_bias"]
 
@@ -57,14 +57,14 @@ def compute_kv(model: Any, layout: Layout, **inputs: Tensor) -> Prefix:
     )
 
 
-def record_kv(model: Any, layout: Layout, **inputs: Tensor) -> dict[tuple[Site, int], KeyValue]:
+def record_kv(model: Any, layout: Layout, **inputs: Tensor) -> dict[tuple[Site, int], tuple[Tensor, Tensor]]:
     """Every layer's own keys, (B, H, T, D), and values, (B, H, T, Dv); of one that is repeated, the first time."""
     call: dict[str, Any] = dict(inputs)
     if layout.kind != "encoder":
         call["use_cache"] = False
     with trace_calls(None if layout.forwards_kwargs else model) as calls:
         model(**call)
-    kv: dict[tuple[Site, int], KeyValue] = {}
+    kv: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}
     for made in calls:
         if made.module in layout.layer_of:
             kv.setdefault(layout.layer_of[made.module], (made.key, made.value))

@@ -99,15 +99,13 @@ def block_mask(
     """What flex_attention goes by: made once for all layers with the same; arguments as for `Packing.visibility`."""
     name = ("blocks", site, tuple(prefix_lengths), window, device)
     if name not in packing.cache:
-        queries, keys, hidden = (_to(facts, device) for facts in packing.visibility(site, prefix_lengths, window))
-        here = Visibility(queries, keys, hidden)
+        queries, keys, hidden = packing.visibility(site, prefix_lengths, window)
+        here = Visibility(_to(queries, device), _to(keys, device), None if hidden is None else _to(hidden, device))
         create, sizes = flex_functions_on(device.type)[1], (queries.shape[1], keys.shape[1])
         # A lambda, since nothing may wrap what torch is to trace.
         packing.cache[name] = create(lambda b, h, q, k: sees(here, q, k), None, None, *sizes, device=device)
     return packing.cache[name]
 
 
-def _to(facts: Tensor | None, device: torch.device) -> Tensor | None:
-    if facts is None or device.type != "cuda":
-        return facts if facts is None else facts.to(device)
-    return facts.pin_memory().to(device, non_blocking=True)
+def _to(facts: Tensor, device: torch.device) -> Tensor:
+    return facts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else facts.to(device)

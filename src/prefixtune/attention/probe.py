@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prefixtune.attention.cache import cache_argument, growing_cache
 from prefixtune.attention.injection import AttentionCall, Injection, trace_calls
+from prefixtune.attention.kernels import AttentionKernel
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.registry import ATTENTIONS, register
@@ -50,7 +51,8 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
             computed here, or fails on a few tokens.
     """
     register()
-    if attention not in ATTENTIONS:
+    kernel = next((kernel for kernel in ATTENTIONS if kernel == attention), None)
+    if kernel is None:
         flash = " flash kernels are used through 'sdpa', where the mask allows;" if "flash" in attention else ""
         raise ConfigError(
             f"unknown attention {attention!r}.", hint=f"{flash} {did_you_mean(attention, ATTENTIONS)}".strip()
@@ -58,7 +60,7 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
     try:
         with torch.no_grad():
-            run = _run(model, name, attention)
+            run = _run(model, name, kernel)
             return _encoder_decoder(model, name, run) if model.config.is_encoder_decoder else _stack(model, name, run)
     except PrefixError:
         raise
@@ -80,7 +82,7 @@ class _Run(NamedTuple):
     cache: Any
 
 
-def _run(model: Any, name: str, attention: str) -> _Run:
+def _run(model: Any, name: str, attention: AttentionKernel) -> _Run:
     """Run a few tokens with the model's own attention and with this project's, which stays chosen.
 
     Raises:
@@ -98,8 +100,8 @@ def _run(model: Any, name: str, attention: str) -> _Run:
         raise BackboneError(f"{name} does not run on token ids alone: {first_line(error)}", hint=_HINT) from error
     try:
         # Layers of its own (sparse encoders, routers) know only masks to be added, and not all mark causality.
-        known = attention if getattr(model, "_supports_sdpa", True) else "eager"
-        model.set_attn_implementation(ATTENTIONS[known])
+        own = ATTENTIONS[attention if getattr(model, "_supports_sdpa", True) else "eager"]
+        model.set_attn_implementation(own)
     except (ValueError, ImportError) as error:
         raise BackboneError(f"{name} cannot take another attention function: {error}", hint=_HINT) from error
     run = _trace(model, name, inputs, no_cache)

@@ -8,6 +8,7 @@ every layer's keys at offset n must be those at offset 0, turned in one of the w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -126,8 +127,8 @@ def _possible_turns(model: Any, size: int) -> Iterator[PairTurns]:
         for begin in {0, size - 2 * pairs} if 2 * pairs <= size else ():
             half = [(begin + n, begin + pairs + n) for n in range(pairs)]
             interleaved = [(begin + 2 * n, begin + 2 * n + 1) for n in range(pairs)]
-            for way in (half, interleaved):
-                turning = [(*pair, frequency) for pair, frequency in zip(way, frequencies, strict=True) if frequency]
+            for way, sign in itertools.product((half, interleaved), (1, -1)):
+                turning = [(*pair, sign * speed) for pair, speed in zip(way, frequencies, strict=True) if speed]
                 if turning:
                     yield PairTurns(*zip(*turning, strict=True))
 
