@@ -210,8 +210,6 @@ def restrictions(backbone: Backbone) -> list[str]:
     notes = list(layout.notes)
     if not layout.packable and layout.kind != "encoder":
         notes.append("rows are padded, not packed")
-    if not layout.forwards_kwargs:
-        notes.append("no gradient checkpointing")
     return notes
 
 

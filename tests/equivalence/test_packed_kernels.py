@@ -197,7 +197,7 @@ def test_rows_of_any_length_are_not_compiled_again(monkeypatch: pytest.MonkeyPat
     ]
     replace_everywhere(monkeypatch, flex_functions_on, lambda device_type: compiled)
     with torch.no_grad():
-        for length in (40, 300, 170, 520, 230):
+        for length in (200, 520, 300):
             prefix = torch.randn(1, KV_HEADS, 5 + length // 10, DIM)
             groups = (Group(0, length, (7, 9)), Group(length + 16, 3, (length,)))
             row = [torch.randn(1, heads, groups[-1].stop, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]

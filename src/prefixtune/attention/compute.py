@@ -62,7 +62,7 @@ def record_kv(model: Any, layout: Layout, **inputs: Tensor) -> dict[tuple[Site, 
     call: dict[str, Any] = dict(inputs)
     if layout.kind != "encoder":
         call["use_cache"] = False
-    with trace_calls(None if layout.forwards_kwargs else model) as calls:
+    with trace_calls(model) as calls:
         model(**call)
     kv: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}
     for made in calls:
@@ -84,7 +84,7 @@ def relative_bias(model: Any, layout: Layout, length: int) -> dict[int, Float[Te
     # A row of one token shows whether there is any bias; in models without one, positions may be few.
     for tokens in (1, count):
         ids = torch.zeros(1, tokens, dtype=torch.long, device=main_device(model))
-        with trace_calls() as calls:
+        with trace_calls(model) as calls:
             forward_with_prefixes(model, layout, ids[:, :1], decoder_input_ids=ids)
         for call in calls:
             site, index = layout.layer_of.get(call.module, ("", 0))

@@ -2,8 +2,8 @@
 
 Two routes, which must agree (see `tests/equivalence`):
 
-- *injected*: the attention function in transformers' registry gets the prefixes as an argument of the call, puts each
-  row's own keys and values in front and widens the mask. Gradients flow through it, under checkpointing too.
+- *injected*: the attention function in transformers' registry finds the prefixes in a context variable, puts each row's
+  own keys and values in front and widens the mask. Gradients flow through it, under checkpointing too.
 - *prefilled* (`cache`): for generation with decoder-only models, the prefix is a cache that is already filled, so that
   a decode step costs no more.
 
@@ -26,7 +26,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prefixtune.attention.injection import AttentionBackend, Injection, batch_prefixes, injecting_beside, using
+from prefixtune.attention.injection import (
+    AttentionBackend,
+    Injection,
+    batch_prefixes,
+    current_injection,
+    injecting,
+    using,
+)
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.packing import Packing
@@ -104,7 +111,7 @@ def forward_with_prefixes(
     injection = _build_injection(rows, layout, main_device(model), packing)
     if hidden is not None:
         injection = _hide(injection, layout, hidden, source_rows)
-    call: dict[str, Any] = {**kwargs, "prefix_injection": injection}
+    call: dict[str, Any] = dict(kwargs)
     if layout.kind != "encoder":
         call["use_cache"] = False
     if packing is None:
@@ -122,11 +129,11 @@ def forward_with_prefixes(
         if packing is not None:
             overrides = {"encoder": packing.positions("encoder")[0], "decoder": packing.positions("decoder")[0]}
     _check_lengths(model, call.get("position_ids"), packing)
-    with injecting_beside(layout, injection), _override_positions(model, layout, overrides):
+    with injecting(injection), _override_positions(model, layout, overrides):
         if source_rows is None:
             return model(input_ids=input_ids, attention_mask=mask, **call)
         encoder = model.get_encoder()
-        encoded = encoder(input_ids=input_ids, attention_mask=mask, prefix_injection=injection, return_dict=True)
+        encoded = encoder(input_ids=input_ids, attention_mask=mask, return_dict=True)
         encoded.last_hidden_state = encoded.last_hidden_state[source_rows]
         return model(encoder_outputs=encoded, attention_mask=mask[source_rows], **call)
 
@@ -224,7 +231,7 @@ def forward_with_backend(
     injection = Injection(layout.layer_of, backend=backend)
     # A ready-made 4-D mask stops transformers from building one.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    call: dict[str, Any] = {"attention_mask": mask, "use_cache": False, "prefix_injection": injection}
+    call: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
     if logits_to_keep is not None:
         call["logits_to_keep"] = logits_to_keep
     if layout.kind == "encoder-decoder":
@@ -236,7 +243,7 @@ def forward_with_backend(
         call["encoder_outputs"].router_logits = None
     else:
         call |= {"input_ids": input_ids, "position_ids": position_ids}
-    with injecting_beside(layout, injection), _override_positions(model, layout, {"decoder": position_ids[0]}):
+    with injecting(injection), _override_positions(model, layout, {"decoder": position_ids[0]}):
         logits: Tensor = model(**call).logits
     return logits
 
@@ -246,13 +253,9 @@ def run_encoder(
 ) -> Float[Tensor, "1 S E"]:
     """The hidden states of a source in an encoder-decoder's encoder, with the prefix in front at the site `encoder`."""
     injection = batch_prefixes([prefix], layout, model.dtype, main_device(model))
-    with injecting_beside(layout, injection):
-        output = model.get_encoder()(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            prefix_injection=injection,
-            return_dict=True,
-        )
+    with injecting(injection):
+        mask = torch.ones_like(input_ids)
+        output = model.get_encoder()(input_ids=input_ids, attention_mask=mask, return_dict=True)
     encoded: Tensor = output.last_hidden_state
     return encoded
 
@@ -320,7 +323,7 @@ def gradient_checkpointing(model: Any, enabled: bool = True) -> Iterator[None]:
     # transformers 5.24 renamed the switch.
     names = ("activation_checkpointing", "gradient_checkpointing")
     name = next(name for name in names if hasattr(model, f"{name}_enable"))
-    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    getattr(model, f"{name}_enable")({"use_reentrant": False, "context_fn": _recompute_with_prefixes})
     # It also hooks the embeddings so that their output takes gradients, and forgets the hooks: not needed here.
     model.disable_input_require_grads()
     for layer in layers:
@@ -330,3 +333,11 @@ def gradient_checkpointing(model: Any, enabled: bool = True) -> Iterator[None]:
     finally:
         getattr(model, f"{name}_disable")()
         model.eval()
+
+
+def _recompute_with_prefixes() -> tuple[
+    contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]
+]:
+    """A layer's forward pass, as it is; and its repetition in the backward pass, with the prefixes that it had."""
+    injection = current_injection.get()
+    return contextlib.nullcontext(), contextlib.nullcontext() if injection is None else injecting(injection)

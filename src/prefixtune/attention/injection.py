@@ -27,7 +27,6 @@ __all__ = [
     "Injection",
     "batch_prefixes",
     "injecting",
-    "injecting_beside",
     "interrupt",
     "interrupting",
     "observe_attention",
@@ -124,7 +123,6 @@ class AttentionCall(NamedTuple):
         key: The keys that it attends to.
         value: The values that it gets.
         mask: What it was given to hide positions.
-        got_injection: Whether the argument that holds the prefix reached the layer.
         arguments: The other arguments.
     """
 
@@ -132,7 +130,6 @@ class AttentionCall(NamedTuple):
     key: Tensor
     value: Tensor
     mask: Tensor | None = None
-    got_injection: bool = False
     arguments: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -159,16 +156,14 @@ def using(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trace_calls(model: nn.Module | None = None) -> Iterator[list[AttentionCall]]:
-    """While the block runs, every call of the attention function is added to the list that it yields.
+def trace_calls(model: nn.Module) -> Iterator[list[AttentionCall]]:
+    """While the block runs, every call of a model's attention is added to the list that it yields.
 
-    Args:
-        model: Also trace the calls of its disentangled attention, which is not in a layout yet.
+    The model need not have been probed; what is injected in the block is traced, too.
     """
     calls: list[AttentionCall] = []
-    # Without prefixes, any layer does.
-    everywhere = None if model is None else Injection(dict.fromkeys(model.modules(), ("encoder", 0)))
-    with using(traced_calls, calls), contextlib.nullcontext() if everywhere is None else injecting(everywhere):
+    # Without prefixes, any number of a layer does.
+    with using(traced_calls, calls), injecting(Injection(dict.fromkeys(model.modules(), ("encoder", 0)))):
         yield calls
 
 
@@ -196,17 +191,12 @@ def interrupt() -> None:
 
 @contextlib.contextmanager
 def injecting(injection: Injection) -> Iterator[None]:
-    """While the block runs, every call of the model has these prefixes in front.
+    """While the block runs, every call of the model has these prefixes in front, and carries what else is given.
 
-    For generation, whose loop passes no argument of ours on. An argument of a call takes precedence.
+    Calls of other threads are not concerned.
     """
     with using(current_injection, injection), _inject_disentangled(injection):
         yield
-
-
-def injecting_beside(layout: Layout, injection: Injection) -> contextlib.AbstractContextManager[None]:
-    """`injecting`, where a model does not forward the argument of a call that holds the prefixes; else nothing."""
-    return contextlib.nullcontext() if layout.forwards_kwargs else injecting(injection)
 
 
 @contextlib.contextmanager

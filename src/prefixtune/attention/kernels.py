@@ -78,13 +78,7 @@ def plain_attention(
 
     The last query then sees the last key: what is in front of the T last keys is visible to all.
     """
-    if (
-        scores.fused
-        and mask is None
-        and scores.position_bias is None
-        and scores.causal
-        and key.shape[2] > query.shape[2] > 1
-    ):
+    if mask is None and scores.causal and key.shape[2] > query.shape[2] > 1:
         return causal_attention(query, key, value, scores.scale).transpose(1, 2).contiguous()
     if scores.fused:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -93,8 +87,7 @@ def plain_attention(
         fused: Tensor
         fused, _ = sdpa_attention_forward(module, query, key, value, mask, position_bias=bias, **scores.arguments)
         return fused
-    if mask is None and scores.causal and query.shape[2] > 1:
-        mask = causal_mask(query, key)
+    mask = causal_mask(query, key) if mask is None and scores.causal else mask
     return eager_attention(query, key, value, mask, scores).transpose(1, 2).contiguous()
 
 

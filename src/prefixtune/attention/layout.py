@@ -23,8 +23,6 @@ class Layout:
         layer_of: Attention module -> its (site, index); layers that share keys and values have the same.
         kind: `decoder`, `encoder` or `encoder-decoder`.
         packable: Whether rows may be packed: only attention mixes positions, and positions can be set from outside.
-        forwards_kwargs: Whether an argument of the model's call reaches every attention layer. Where it does not, the
-            prefix is passed by a context variable, and layers cannot be recomputed in the backward pass.
         cache_layers: Index of each decoder layer's keys and values in the model's cache; None: they cannot be put there
             beforehand, so that generation injects them.
         notes: What a user should know, such as sites that are not available and why.
@@ -35,7 +33,6 @@ class Layout:
     layer_of: Mapping[nn.Module, tuple[Site, int]]
     kind: BackboneKind = "decoder"
     packable: bool = True
-    forwards_kwargs: bool = True
     cache_layers: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     repeats: bool = False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.attention.cache import cache_argument, growing_cache
-from prefixtune.attention.injection import AttentionCall, Injection, trace_calls
+from prefixtune.attention.injection import AttentionCall, trace_calls
 from prefixtune.attention.kernels import AttentionKernel
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.masks import positions_from_mask
@@ -104,13 +104,18 @@ def _run(model: Any, name: str, attention: AttentionKernel) -> _Run:
         model.set_attn_implementation(own)
     except (ValueError, ImportError) as error:
         raise BackboneError(f"{name} cannot take another attention function: {error}", hint=_HINT) from error
-    run = _trace(model, name, inputs, no_cache)
+    run = _trace(model, inputs, no_cache)
+    values_of: dict[tuple[nn.Module, int], Tensor] = {}
     for call in run.calls:
+        # A prefix has one value for a key.
+        if not torch.equal(values_of.setdefault((call.module, call.key.data_ptr()), call.value), call.value):
+            raise BackboneError(f"{name} attends twice in a layer, to different values of the same keys.", hint=_HINT)
         extra = {name for name, value in call.arguments.items() if not isinstance(value, bool | str | None)}
         if unknown := extra - _SUPPORTED_ARGUMENTS:
             raise BackboneError(f"{name} attends with {', '.join(sorted(unknown))}, unknown here.", hint=_HINT)
-    _check_values(run.calls, name)
-    before, after = (_of_real_tokens(logits, inputs) for logits in (before, run.logits))
+    mask = inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
+    # A funnel shortens its text.
+    before, after = (x[mask].float() if x.shape[:2] == mask.shape else x.float() for x in (before, run.logits))
     if not float((after - before).norm()) <= 0.05 * float(before.norm()):
         raise BackboneError(
             f"{name} computes something else with another attention function: layers attend by code of their own.",
@@ -135,46 +140,25 @@ def _inputs(model: Any) -> dict[str, Tensor]:
     return {**source, "decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
-def _of_real_tokens(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    mask = inputs.get("decoder_attention_mask", inputs["attention_mask"])
-    # A funnel shortens its text.
-    return logits[mask.bool()].float() if logits.shape[:2] == mask.shape else logits.float()
-
-
-def _trace(model: Any, name: str, inputs: dict[str, Tensor], no_cache: dict[str, Any]) -> _Run:
+def _trace(model: Any, inputs: dict[str, Tensor], no_cache: dict[str, Any]) -> _Run:
     """One pass with this project's attention: into a cache that forgets nothing, if the model takes it."""
     if no_cache and not model.config.is_encoder_decoder:
         cache = growing_cache(model)
         with trace_calls(model) as calls, contextlib.suppress(*_CACHE_ERRORS):
             given = {cache_argument(model): cache, "use_cache": True}
-            return _Run(calls, model(**inputs, **given, prefix_injection=Injection({}))[0], cache)
+            return _Run(calls, model(**inputs, **given)[0], cache)
     with trace_calls(model) as calls:
-        try:
-            return _Run(calls, model(**inputs, **no_cache, prefix_injection=Injection({}))[0], None)
-        except Exception as error:
-            raise BackboneError(
-                f"{name} does not pass arguments on to its attention: {first_line(error)}", hint=_HINT
-            ) from error
-
-
-def _check_values(calls: Sequence[AttentionCall], name: str) -> None:
-    """Refuse a layer that attends twice with the same keys, to different values: a prefix has one value for a key."""
-    values_of: dict[tuple[nn.Module, int], Tensor] = {}
-    for call in calls:
-        values = values_of.setdefault((call.module, call.key.data_ptr()), call.value)
-        if not torch.equal(values, call.value):
-            raise BackboneError(f"{name} attends twice in a layer, to different values of the same keys.", hint=_HINT)
+        return _Run(calls, model(**inputs, **no_cache)[0], None)
 
 
 def _stack(model: Any, name: str, run: _Run) -> Layout:
     """The layout of a model with one stack of layers: an encoder or a decoder-only model."""
     calls, layers, types = run.calls, _layers(model, run.calls), _layer_types(model)
-    forwards_kwargs = all(call.got_injection for call in calls)
     # Whether changing a later token changes nothing at earlier ones.
     one, other = run.logits[:2, :-1].float()
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max())):
         layer_of, firsts, notes = _number_layers("encoder", calls, layers, types, name)
-        return Layout({"encoder": _shapes(firsts)}, layer_of, "encoder", False, forwards_kwargs, notes=notes)
+        return Layout({"encoder": _shapes(firsts)}, layer_of, "encoder", False, notes=notes)
     layer_of, firsts, notes = _number_layers("decoder", calls, layers, types, name)
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise BackboneError(f"{name} takes no position_ids, so that its text cannot start at position P.", hint=_HINT)
@@ -190,7 +174,7 @@ def _stack(model: Any, name: str, run: _Run) -> Layout:
     # Prefix slots in the cache would shift the borders of chunks; a repeated layer has several entries in it.
     cache_layers = None if run.cache is None or not packable or repeats else _cache_layers(run.cache, firsts)
     shapes = _shapes(firsts)
-    return Layout({"decoder": shapes}, layer_of, "decoder", packable, forwards_kwargs, cache_layers, notes, repeats)
+    return Layout({"decoder": shapes}, layer_of, "decoder", packable, cache_layers, notes, repeats)
 
 
 def _adds_weights(mask: Tensor | None) -> bool:
@@ -345,8 +329,7 @@ def _encoder_decoder(model: Any, name: str, run: _Run) -> Layout:
     positions = _takes_positions(encoder, encoder_calls) and _takes_positions(decoder, self_calls)
     windows = any(call.arguments.get("sliding_window") is not None for call in encoder_calls)
     packable = len(geometry) == len(sites) and positions and not windows
-    forwards_kwargs = all(call.got_injection for call in calls)
-    return Layout(geometry, layer_of, "encoder-decoder", packable, forwards_kwargs, notes=tuple(notes))
+    return Layout(geometry, layer_of, "encoder-decoder", packable, notes=tuple(notes))
 
 
 def _takes_positions(part: Any, calls: Sequence[AttentionCall]) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from prefixtune.attention.injection import (
     AttentionCall,
-    Injection,
     attention_observer,
     current_injection,
     interrupt,
@@ -53,7 +52,6 @@ def attend(
     value: Float[Tensor, "Bk H S Dv"],
     attention_mask: Tensor | None,
     *,
-    prefix_injection: Injection | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -67,7 +65,7 @@ def attend(
     to the text.
     """
     interrupt()
-    injection = prefix_injection if prefix_injection is not None else current_injection.get()
+    injection = current_injection.get()
     if query.dtype != value.dtype:
         # Under autocast, rotary embeddings leave queries and keys in float32.
         query, key = query.to(value.dtype), key.to(value.dtype)
@@ -85,7 +83,7 @@ def attend(
     calls = traced_calls.get()
     if calls is not None:
         arguments = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux, **kwargs}
-        calls.append(AttentionCall(module, key, value, attention_mask, prefix_injection is not None, arguments))
+        calls.append(AttentionCall(module, key, value, attention_mask, arguments))
     if attention_mask is None and scores.causal and 1 < query.shape[2] < key.shape[2]:
         raise BackboneError(
             f"{type(module).__name__} got {key.shape[2]} keys for {query.shape[2]} positions, without a mask: a static "

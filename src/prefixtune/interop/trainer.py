@@ -34,7 +34,7 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.collator import IGNORED, Collator
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.artifact import reparameterization_facts
-from prefixtune.training.checks import check_given, check_gradient_checkpointing
+from prefixtune.training.checks import check_given
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
 from prefixtune.training.folder import PREFIX_FILE
@@ -295,9 +295,8 @@ class PrefixModel(nn.Module):
         """Recompute layers in the backward pass.
 
         Raises:
-            ConfigError: The backbone would lose the prefix, or an option of it is not supported.
+            ConfigError: An option of it is not supported.
         """
-        check_gradient_checkpointing(self.backbone)
         if (activation_checkpointing_kwargs or {}).get("use_reentrant") or every_n_layers != 1 or offload:
             raise ConfigError(
                 "gradient checkpointing recomputes every layer here, without reentrance or offloading.",

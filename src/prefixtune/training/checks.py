@@ -17,7 +17,6 @@ from prefixtune.training.trackers import check_installed
 __all__ = [
     "check_generates",
     "check_given",
-    "check_gradient_checkpointing",
     "check_hidden_positions",
     "check_no_labels",
     "check_options",
@@ -147,19 +146,6 @@ def check_given(config: TrainConfig, backbone: Backbone) -> None:
         raise ConfigError(
             f"the backbone {backbone.name!r} is used as it was loaded, which was otherwise: {'; '.join(faults)}.",
             hint="leave these options out, or give them to load_backbone.",
-        )
-
-
-def check_gradient_checkpointing(backbone: Backbone) -> None:
-    """Refuse it for a backbone whose layers, when they are recomputed, would lose the prefix.
-
-    Raises:
-        ConfigError: The backbone forwards no argument of its call to its attention.
-    """
-    if not backbone.layout.forwards_kwargs:
-        raise ConfigError(
-            f"{backbone.name!r} forwards no argument to its attention: recomputed layers would lose the prefix.",
-            hint="train without gradient checkpointing.",
         )
 
 

@@ -20,7 +20,6 @@ from prefixtune.training.beside import SELF, Beside, load_others
 from prefixtune.training.checkpoint import Checkpoint, read_checkpoint
 from prefixtune.training.checks import (
     check_given,
-    check_gradient_checkpointing,
     check_hidden_positions,
     check_options,
     check_together,
@@ -229,8 +228,7 @@ def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) 
     """Refuse, before anything is tokenized, what a backbone cannot do.
 
     Raises:
-        ConfigError: It reads no packed rows, so that several runs cannot share a pass, or gradient checkpointing would
-            lose the prefix.
+        ConfigError: It reads no packed rows, so that several runs cannot share a pass.
     """
     if together and not backbone.layout.packable:
         raise ConfigError(
@@ -239,8 +237,6 @@ def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) 
         )
     check_hidden_positions(config, backbone)
     check_form(config, backbone)
-    if config.gradient_checkpointing:
-        check_gradient_checkpointing(backbone)
 
 
 def _build_loop(

@@ -16,10 +16,10 @@ from transformers import AttentionInterface
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
 from prefixtune.attention.forward import forward_with_prefixes
-from prefixtune.attention.injection import Injection, batch_prefixes, current_injection
-from prefixtune.attention.kernels import packed_attention
+from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, using
 from prefixtune.attention.masks import cached_prefix_slots, extend_mask
-from prefixtune.attention.packing import Group, Packing
+from prefixtune.attention.packed import packed_attention
+from prefixtune.attention.packing import Packing, Visibility, sees
 from prefixtune.attention.registry import ATTENTION, attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor import examine as examine_module
@@ -51,20 +51,18 @@ def attend_changed_at(site: str, change: Callable[[dict[str, Any]], None]) -> Ca
     """The attention function, with the arguments changed at one site; packed rows are left alone."""
 
     def patched(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        # In steps with a cache the prefix travels beside the call.
-        injection = kwargs.get("prefix_injection") or current_injection.get()
+        injection = current_injection.get()
         arguments = {"query": query, "key": key, "value": value, "attention_mask": mask, **kwargs}
         if injection is not None and injection.packing is None and injection.layer_of.get(module, ("",))[0] == site:
             change(arguments)
-        return attend(module, **arguments)
+        with using(current_injection, arguments.pop("injection", injection)):
+            return attend(module, **arguments)
 
     return patched
 
 
 def drop_prefix(arguments: dict[str, Any]) -> None:
-    injection = arguments.get("prefix_injection")
-    if injection is None or injection.recorded_kv is None:
-        arguments["prefix_injection"] = Injection({})
+    arguments["injection"] = Injection({})
 
 
 def see_everything(arguments: dict[str, Any]) -> None:
@@ -166,10 +164,11 @@ def test_one_dead_layer_of_a_model_whose_logits_hardly_move(
     site: str, number: int, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        injection = kwargs.get("prefix_injection") or current_injection.get()
+        injection = current_injection.get()
         if injection is not None and injection.layers and injection.layer_of[module] == (site, number):
-            kwargs["prefix_injection"] = Injection({})
-        return attend(module, *args, **kwargs)
+            injection = Injection({})
+        with using(current_injection, injection):
+            return attend(module, *args, **kwargs)
 
     backbone = Backbone.from_model(barely_moved_model(tiny_tokenizer), tiny_tokenizer, "bart")
     assert failed(backbone) == set()
@@ -210,8 +209,8 @@ def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: p
 def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = packed_attention
 
-    def cut(packing: Any, site: str, prefix_kv_by_group: Any, *args: Any) -> Any:
-        detached = [None if kv is None else (kv[0].detach(), kv[1]) for kv in prefix_kv_by_group]
+    def cut(packing: Any, site: str, prefixes: Any, *args: Any) -> Any:
+        detached = [None if kv is None else (kv[0].detach(), kv[1]) for kv in prefixes]
         return packed(packing, site, detached, *args)
 
     replace_everywhere(monkeypatch, packed_attention, cut)
@@ -221,11 +220,11 @@ def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: py
 
 def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(arguments: dict[str, Any]) -> None:
-        if arguments["prefix_injection"] is not None and arguments["prefix_injection"].layers:
+        if current_injection.get().layers:
             see_everything(arguments)
 
     backbone = tiny_backbone("llama")
-    patch_attention(monkeypatch, attend_changed_at("decoder", lambda a: "prefix_injection" in a and change(a)))
+    patch_attention(monkeypatch, attend_changed_at("decoder", change))
     assert {PREFILLED, PADDED, PACKED, CACHED} <= failed(backbone)
 
 
@@ -294,11 +293,14 @@ def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.M
 
 
 def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaky(self: Group, window: int | None = None) -> torch.Tensor:
-        count = self.stop - self.start
-        return torch.ones(count, count, dtype=torch.bool).tril()
+    rule = sees
 
-    monkeypatch.setattr(Group, "mask", leaky)
+    def leaky(visibility: Visibility, *places: Any) -> Any:
+        keys = visibility.keys.clone()
+        keys[1] = 0
+        return rule(visibility._replace(keys=keys), *places)
+
+    replace_everywhere(monkeypatch, sees, leaky)
     assert failed(tiny_backbone("llama")) == {PACKED}
 
 
@@ -354,7 +356,7 @@ def test_a_window_that_hides_the_prefix_injected(tiny_backbone: Make, monkeypatc
 
 def test_a_site_that_is_dead_in_generation_only(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(arguments: dict[str, Any]) -> None:
-        if "prefix_injection" not in arguments:
+        if arguments["query"].shape[2] == 1:
             drop_prefix(arguments)
 
     backbone = tiny_backbone("bart")
