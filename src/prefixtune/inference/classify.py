@@ -216,8 +216,8 @@ def encode_to_classify(
         check_fits(prefix, backbone.geometry, backbone.name)
     words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
     length = 0 if prefix is None else prefix.length()
-    positions = backbone.max_positions_with(length)
-    whole = encode_prompts(backbone, form, list(texts), positions=positions) if texts else []
+    most = backbone.max_positions_with(length)
+    whole = encode_prompts(backbone, form, list(texts), positions=most) if texts else []
     # Room is left for the longest word.
     longest = max((len(word) for word in words), default=0) if backbone.kind == "decoder" else 0
     prompts = [
