@@ -168,26 +168,19 @@ def resolve(
     Raises:
         PrefixError: There is no such backbone or adapter, none to train, or a library that it needs is missing.
     """
+    new = f"a new one of rank {adapter_rank}" if adapter_rank else None
+    adapters = [str(one) for one in (name if is_adapter(Path(name)) else None, adapter, new) if one is not None]
+    if len(adapters) > 1 or (train_adapter and not adapters):
+        raise ConfigError(
+            f"a backbone has one adapter{' to train' * train_adapter}, but here is {' and '.join(adapters) or 'none'}.",
+            hint="give a LoRA adapter as the backbone or as adapter (--adapter FOLDER), or train a new one "
+            "(adapter_rank, --adapter-rank 8).",
+        )
     base = name
     if is_adapter(Path(name)):
-        if adapter is not None:
-            raise ConfigError(
-                f"{name!r} is a LoRA adapter itself, but adapter = {str(adapter)!r} names another one.",
-                hint="merge one of them into its base model first.",
-            )
         base, adapter = base_model_name(Path(name)), name
     if adapter is not None:
         check_adapter(Path(adapter))
-        if adapter_rank:
-            raise ConfigError(
-                f"adapter = {str(adapter)!r} and adapter_rank = {adapter_rank}, but a backbone has one adapter.",
-                hint="leave adapter_rank out; train_adapter trains the stored adapter further.",
-            )
-    if train_adapter and adapter is None and not adapter_rank:
-        raise ConfigError(
-            "train_adapter is True, but there is no adapter.",
-            hint="name one (adapter, --adapter FOLDER), or train a new one (adapter_rank, --adapter-rank 8).",
-        )
     if quantize:
         with quiet_transformers():
             check_quantization(quantize)
@@ -222,24 +215,23 @@ def load_tokenizer(name: str, *, limited: bool = True) -> Backbone:
         BackboneError: There is no such model, or its tokenizer has no end token.
         CheckpointError: It is an adapter whose configuration cannot be read.
     """
-    base = base_model_name(Path(name)) if is_adapter(Path(name)) else name
-    source, options = find_checkpoint(base)
+    source, options = find_checkpoint(base_model_name(Path(name)) if is_adapter(Path(name)) else name)
     if "gguf_file" in options:
-        raise BackboneError(
-            f"{name!r} is a GGUF file, whose tokenizer is not read without its weights.",
-            hint="give the model's folder or hub id.",
-        )
+        what = f"{name!r} is a GGUF file, whose tokenizer is not read without its weights."
+        raise BackboneError(what, hint="give the model's folder or hub id.")
     config, tokenizer = read_tokenizer(name, source, options)
     made = auto_class(config).__name__
     kind: BackboneKind = "encoder-decoder" if "Seq2Seq" in made else "encoder" if made == "AutoModel" else "decoder"
-    model = SimpleNamespace(config=config, generation_config=SimpleNamespace())
-    backbone = check_end_token(Backbone(model, tokenizer, name, Layout({}, {}, kind), ""))
+    backbone = check_end_token(_unloaded(config, tokenizer, name, kind))
     return backbone if limited else without_limits(backbone)
 
 
 def without_limits(backbone: Backbone) -> Backbone:
     """A backbone's tokenizer, with any number of positions; it computes nothing."""
-    nothing = SimpleNamespace()
-    config = SimpleNamespace(get_text_config=lambda decoder: nothing)
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace())
+    return _unloaded(config, backbone.tokenizer, backbone.name, backbone.kind)
+
+
+def _unloaded(config: Any, tokenizer: Any, name: str, kind: BackboneKind) -> Backbone:
     model = SimpleNamespace(config=config, generation_config=SimpleNamespace())
-    return Backbone(model, backbone.tokenizer, backbone.name, Layout({}, {}, backbone.kind), "")
+    return Backbone(model, tokenizer, name, Layout({}, {}, kind), "")

