@@ -71,16 +71,23 @@ def evaluation_loss(
 
     Of a batch at most `most_positions` tokens are computed at once, as in `TrainLoop`.
     """
-    total, count = 0.0, 0.0
+    sums: list[Tensor] = []
+    labels = 0
     batches = epoch_batches(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None)
     for target_groups in _divided(backbone, batches, most_positions * processes.size):
         batch, counts = _local_batch(backbone, target_groups, processes)
         losses = batch_loss(backbone, prefix, batch)
         if counts:
-            total += float(losses.sum())
-            count += len(batch.labels)
-    total, count = processes.all_reduce(total, count)
+            sums.append(losses.sum())
+            labels += len(batch.labels)
+    # Once, at the end, for what a GPU computes meanwhile.
+    total, count = processes.all_reduce(_total(sums), float(labels))
     return total / count
+
+
+def _total(losses: Sequence[Tensor]) -> float:
+    """The sum of losses, wherever they were computed, in float64."""
+    return float(sum(torch.stack(list(losses)).tolist())) if losses else 0.0
 
 
 def _divided(
@@ -134,7 +141,7 @@ class PendingStep:
     @property
     def loss(self) -> float:
         """The loss of this process's part."""
-        return float(sum(torch.stack(self.losses).tolist())) if self.losses else 0.0
+        return _total(self.losses)
 
     def prefixes(self, index: int) -> list[Prefix | None]:
         """What is in front of the rows of a batch: one prefix, or as many as its packing counts through."""
