@@ -126,13 +126,15 @@ def make_example(
         record: The row.
         form: Of its file.
         needs_targets: A row without a target is refused.
-        templates: Of the source and the target, instead of the form's columns.
+        templates: Of the source and the target, instead of the form's columns; an empty one: there is no target.
 
     Raises:
         DataError: The row is wrong, or has another form.
     """
-    columns = [(template,) if template else group for template, group in zip(templates, form.columns, strict=False)]
-    if not any(templates) and not form.fits(record.values, needs_targets=needs_targets):
+    columns = [
+        group if template is None else (template,) for template, group in zip(templates, form.columns, strict=False)
+    ]
+    if tuple(templates) == (None, None) and not form.fits(record.values, needs_targets=needs_targets):
         what = f"{record.location} has the columns {listed(record.values)}, but {form.title} need {form.signature}."
         raise DataError(what, hint="put rows of each form into a file of their own.")
     return form.make(record, form, columns, needs_targets)

@@ -210,7 +210,7 @@ def read_sources(task: str, path: Path, source: str) -> list[str]:
         DataError: The file or one of its rows is wrong.
     """
     form = TASKS[task].form or TEMPLATES
-    return [make_example(record, form, templates=(source, None)).source for record in iter_file(path)]
+    return [make_example(record, form, templates=(source, "")).source for record in iter_file(path)]
 
 
 def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
