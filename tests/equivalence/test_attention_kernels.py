@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import ConfigError
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 
@@ -78,3 +78,9 @@ def test_an_unknown_kernel_is_refused(with_kernel: Make) -> None:
     with pytest.raises(ConfigError, match="flash_attention_2") as error:
         with_kernel("llama", "flash_attention_2")
     assert "sdpa" in error.value.hint
+
+
+def test_a_static_cache_without_a_mask_is_refused(with_kernel: Make, random_ids: Make) -> None:
+    backbone = with_kernel("llama", "sdpa")
+    with pytest.raises(BackboneError):
+        backbone.model.generate(torch.tensor([random_ids(7, 1)]), cache_implementation="static", max_new_tokens=3)

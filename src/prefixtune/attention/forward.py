@@ -155,10 +155,10 @@ def _build_injection(
     prefixes: Sequence[Prefix | None], layout: Layout, device: torch.device, packing: Packing | None
 ) -> Injection:
     """Prefixes in float32 until a layer casts them: so the gradients of a row's groups add up in float32 too."""
-    if packing is not None and packing.prefix_index is not None:
+    if packing is not None:
         by_prefix = [batch_prefixes([prefix], layout, torch.float32, device).layers for prefix in prefixes]
         return Injection(layout.layer_of, packing=packing, layers_by_prefix=by_prefix)
-    return replace(batch_prefixes(prefixes, layout, torch.float32, device), packing=packing)
+    return batch_prefixes(prefixes, layout, torch.float32, device)
 
 
 def _hide(

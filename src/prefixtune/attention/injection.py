@@ -60,8 +60,7 @@ class Injection:
         layers: Site -> per layer, keys and values of shape (B or 1, H, P, D).
         prefix_mask: Site -> which prefix slots are real, (B, P); None: all are.
         packing: The structure of a packed row; None: an ordinary batch.
-        layers_by_prefix: In a packed row whose groups have prefixes of their own: for each prefix what `layers` is for
-            one.
+        layers_by_prefix: In a packed row, what `layers` is in a batch, for each prefix.
         backend: Keeps all keys and values itself, the prefixes' too, and computes the attention; None: nothing does.
     """
 
@@ -79,8 +78,6 @@ class Injection:
 
     def packed_prefixes(self, layer: tuple[Site, int]) -> Sequence[tuple[Tensor, Tensor] | None]:
         """The prefixes that a packed row's groups count through, at an attention layer."""
-        if not self.layers_by_prefix:
-            return [self.prefix_kv(layer)]
         site, index = layer
         return [layers[site][index] if site in layers else None for layers in self.layers_by_prefix]
 

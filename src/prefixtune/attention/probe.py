@@ -142,7 +142,8 @@ def _inputs(model: Any) -> dict[str, Tensor]:
 
 def _trace(model: Any, inputs: dict[str, Tensor], no_cache: dict[str, Any]) -> _Run:
     """One pass with this project's attention: into a cache that forgets nothing, if the model takes it."""
-    if no_cache and not model.config.is_encoder_decoder:
+    takes_cache = cache_argument(model) in inspect.signature(type(model).forward).parameters
+    if takes_cache and not model.config.is_encoder_decoder:
         cache = growing_cache(model)
         with trace_calls(model) as calls, contextlib.suppress(*_CACHE_ERRORS):
             given = {cache_argument(model): cache, "use_cache": True}
