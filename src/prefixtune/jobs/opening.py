@@ -93,13 +93,4 @@ class _Reporting(Console):
     def progress(self, title: str, total: int | None, *, start: int = 0) -> Iterator[Progress]:
         """Report the progress of the block."""
         self._on_progress(title, start, total)
-        yield _Part(title, total, self._on_progress)
-
-
-class _Part:
-    def __init__(self, title: str, total: int | None, on_progress: OnProgress) -> None:
-        self._title, self._total, self._on_progress = title, total, on_progress
-
-    def update(self, step: int, **figures: object) -> None:
-        """Report it."""
-        self._on_progress(self._title, step, self._total)
+        yield Progress(lambda step, figures: self._on_progress(title, step, total))

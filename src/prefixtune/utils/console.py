@@ -10,7 +10,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich import box
 from rich import console as rich_console
@@ -27,8 +27,16 @@ SECONDS = 15.0
 """Without a terminal: between two lines."""
 
 
-class Progress(Protocol):
-    """The progress of a piece of work."""
+class Progress:
+    """The progress of a piece of work.
+
+    Args:
+        show: Takes the steps done, and all figures.
+    """
+
+    def __init__(self, show: Callable[[int, dict[str, Figure]], None]) -> None:
+        self._show = show
+        self._figures: dict[str, Figure] = {}
 
     def update(self, step: int, **figures: Figure) -> None:
         """Show the progress.
@@ -37,6 +45,8 @@ class Progress(Protocol):
             step: Steps done so far, counted from the start of the work.
             figures: Figures to show, such as `loss=2.31, tokens_per_second=1200`; shown until replaced.
         """
+        self._figures |= figures
+        self._show(step, self._figures)
 
 
 class Console:
@@ -72,13 +82,16 @@ class Console:
             start: Steps done before, when work is resumed.
         """
         if self.quiet:
-            yield _Silent()
+            yield Progress(lambda step, figures: None)
         elif self.live:
             with _bar(self._out) as bar:
-                yield _Live(bar, bar.add_task(title, total=total, completed=start, figures=""))
+                task = bar.add_task(title, total=total, completed=start, figures="")
+                yield Progress(
+                    lambda step, figures: bar.update(task, completed=step, figures="  ".join(_list(figures)))
+                )
         else:
             lines = _Lines(self._print, self._clock, title, total, start)
-            yield lines
+            yield Progress(lines.show)
             lines.close()
 
     def table(
@@ -238,24 +251,8 @@ def _bar(out: rich_console.Console) -> rich_progress.Progress:
     )
 
 
-def _list_figures(figures: dict[str, Figure]) -> list[str]:
+def _list(figures: dict[str, Figure]) -> list[str]:
     return [f"{name.replace('_per_second', '/s').replace('_', ' ')} {format_figure(figures[name])}" for name in figures]
-
-
-class _Silent:
-    def update(self, step: int, **figures: Figure) -> None:
-        pass
-
-
-class _Live:
-    def __init__(self, bar: rich_progress.Progress, task: rich_progress.TaskID) -> None:
-        self._bar = bar
-        self._task = task
-        self._figures: dict[str, Figure] = {}
-
-    def update(self, step: int, **figures: Figure) -> None:
-        self._figures.update(figures)
-        self._bar.update(self._task, completed=step, figures="  ".join(_list_figures(self._figures)))
 
 
 class _Lines:
@@ -274,9 +271,9 @@ class _Lines:
         self._last_step: int | None = None
         self._figures: dict[str, Figure] = {}
 
-    def update(self, step: int, **figures: Figure) -> None:
-        self._step = step
-        self._figures.update(figures)
+    def show(self, step: int, figures: dict[str, Figure]) -> None:
+        """Write a line, if the last one was some time ago."""
+        self._step, self._figures = step, figures
         if self._clock() - self._last_time >= SECONDS:
             self._line()
 
@@ -290,7 +287,7 @@ class _Lines:
         parts = [f"{self._title}: {self._step:,}"]
         if self._total:
             parts[0] += f"/{self._total:,} ({100 * self._step / self._total:.0f} %)"
-        parts += _list_figures(self._figures)
+        parts += _list(self._figures)
         if self._total and done > 0 and self._step < self._total:
             parts.append(f"{format_seconds(elapsed / done * (self._total - self._step))} left")
         else:
