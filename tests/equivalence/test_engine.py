@@ -18,10 +18,8 @@ from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data.encoding import encode_prompts
-from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.kv_cache import lazy_zeros
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
@@ -87,26 +85,80 @@ def test_a_mixed_running_batch_is_each_text_alone(name: str, made: Any, requests
     assert {texts[0].finish_reason for texts in found} <= {"length", "stop"}
 
 
-@pytest.mark.parametrize("call", [40, 10_000])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_a_far_longer_text_may_be_attended_to_by_itself(
-    name: str, call: int, made: Any, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+def by_brute_force(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    first_queries: torch.Tensor,
+    first_keys: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+) -> torch.Tensor:
+    """What FlashAttention's function for many texts says that it computes, number by number."""
+    assert enable_gqa
+    assert {tensor.dtype for tensor in (first_queries, first_keys, seqused_k, block_table)} == {torch.int32}
+    assert most_queries == int(first_queries.diff().max())
+    assert most_keys == int(seqused_k.max())
+    assert first_keys.diff().tolist() == seqused_k.tolist()
+    out = torch.full((*query.shape[:2], value.shape[3]), float("nan"))
+    for text, length in enumerate(seqused_k.tolist()):
+        first, last = first_queries[text : text + 2].tolist()
+        keys, values = (part[block_table[text].long()].flatten(0, 1)[:length] for part in (key, value))
+        for row in range(first, last):
+            position = length - (last - row)
+            seen = [at for at in range(position + 1) if window_size[0] < 0 or position - at <= window_size[0]]
+            for head in range(query.shape[1]):
+                of_head = head // (query.shape[1] // key.shape[2])
+                weights = (keys[seen, of_head] @ query[row, head] * scale).softmax(-1)
+                out[row, head] = weights @ values[seen, of_head]
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "bart"])
+def test_attention_by_pages_is_attention_text_by_text(
+    name: str, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prefixtune.engine.attention.CALL_OVERHEAD", call)
+    """The road of a GPU, on a CPU: tables of pages, and places in them."""
     backbone = made(name)
-    asked = [*requests(backbone), Request(tuple(random_ids(120, 9)), None, SamplingParams(max_new_tokens=NEW))]
+    # In a window, a prefix would be hidden: these go text by text.
+    bare = name in ("mistral", "bart")
+    asked = [Request(r.prompt, None if bare else r.prefix, r.sampling) for r in requests(backbone)]
     expected = [alone(backbone, request) for request in asked]
-    seen = []
-    original = SlotAttention.__post_init__
+    calls = 0
 
-    def spy(step: SlotAttention) -> None:
-        original(step)
-        seen.append((bool(step.alone), bool(step.common_length)))
+    def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return by_brute_force(*args, **kwargs)
 
-    monkeypatch.setattr(SlotAttention, "__post_init__", spy)
-    found = Engine(backbone, EngineConfig(num_slots=8)).run(asked)
-    assert [ids(texts[0]) for texts in found] == expected
-    assert any(by_itself and together for by_itself, together in seen) == (call < 100)
+    monkeypatch.setattr("prefixtune.engine.model_runner.page_size", lambda _: 4)
+    monkeypatch.setattr("prefixtune.engine.attention.varlen_attention", lambda: watch)
+    monkeypatch.setattr("prefixtune.engine.attention._PAGED_DTYPES", (torch.float32,))
+    engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
+    for cache in engine.runner.caches:
+        for buffer in (*cache.keys, *cache.values):
+            buffer.fill_(float("nan"))
+    assert [ids(texts[0]) for texts in engine.run(asked)] == expected
+    assert calls > NEW
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "t5"])
+def test_nothing_is_read_that_no_text_wrote(name: str, made: Any, requests: Any):
+    backbone = made(name)
+    asked = requests(backbone)
+    if name == "t5":
+        asked = [Request(request.prompt, None, request.sampling) for request in asked]
+    engine = Engine(backbone, EngineConfig(num_slots=4, prefill_tokens=7))
+    for cache in engine.runner.caches:
+        for buffer in (*cache.keys, *cache.values):
+            buffer.fill_(float("nan"))
+    assert [ids(texts[0]) for texts in engine.run(asked)] == [alone(backbone, request) for request in asked]
 
 
 def test_slots_that_ended_leave_holes_which_change_nothing(llama: Backbone, requests: Any):
@@ -171,41 +223,42 @@ def pool(made: Any, random_ids: Any, random_prefix: Any) -> Callable[..., Any]:
     asked=st.lists(one_request, min_size=1, max_size=9),
     num_slots=st.integers(1, 4),
     prefill_tokens=st.sampled_from([1, 3, 8, 64]),
-    call=st.sampled_from([2, 300]),
+    positions=st.sampled_from([60, 10_000]),
 )
 def test_any_schedule_gives_what_each_text_gives_alone(
     name: str,
     asked: list[dict[str, Any]],
     num_slots: int,
     prefill_tokens: int,
-    call: int,
+    positions: int,
     made: Any,
     pool: Any,
 ):
+    backbone = made(name)
+    each = sum(shape.size for shape in backbone.geometry["decoder"]) * backbone.dtype.itemsize
     with pytest.MonkeyPatch.context() as patch:
-        # Slots so short at first that they must grow while texts run.
-        patch.setattr("prefixtune.engine.kv_cache.INITIAL_CAPACITY", 4)
-        patch.setattr("prefixtune.engine.attention.CALL_OVERHEAD", call)
-        engine = Engine(made(name), EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
-        outputs, cancelled, expected = [], {}, {}
-        for number, one in enumerate(asked):
-            for _ in range(one["wait"]):
-                outputs += engine.step()
-            text, prefix, written = pool(name, one["prompt"], one["prefix"])
-            sampling = SamplingParams(max_new_tokens=one["new"])
-            engine.add(Request(text, prefix, sampling, n=one["n"], tenant=one["tenant"], id=f"r{number}"))
-            for index in range(one["n"]):
-                expected[f"r{number}", index] = written[: one["new"]]
-            if one["cancelled_after"] is not None:
-                cancelled[f"r{number}"] = one["cancelled_after"]
-        steps = 0
-        while engine.busy:
-            for request, after in cancelled.items():
-                if after == steps:
-                    engine.cancel(request)
+        # In little memory, texts wait for one another.
+        patch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each)
+        engine = Engine(backbone, EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
+    outputs, cancelled, expected = [], {}, {}
+    for number, one in enumerate(asked):
+        for _ in range(one["wait"]):
             outputs += engine.step()
-            steps += 1
-            assert steps < 1000
+        text, prefix, written = pool(name, one["prompt"], one["prefix"])
+        sampling = SamplingParams(max_new_tokens=one["new"])
+        engine.add(Request(text, prefix, sampling, n=one["n"], tenant=one["tenant"], id=f"r{number}"))
+        for index in range(one["n"]):
+            expected[f"r{number}", index] = written[: one["new"]]
+        if one["cancelled_after"] is not None:
+            cancelled[f"r{number}"] = one["cancelled_after"]
+    steps = 0
+    while engine.busy:
+        for request, after in cancelled.items():
+            if after == steps:
+                engine.cancel(request)
+        outputs += engine.step()
+        steps += 1
+        assert steps < 1000
     ended = [(output.request_id, output.index, output.finish_reason) for output in outputs if output.finish_reason]
     assert sorted(ended[n][:2] for n in range(len(ended))) == sorted(expected), "every text ends once"
     found = by_text(outputs)
@@ -215,10 +268,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
             assert found[request, index] == whole[: len(found[request, index])]
         else:
             assert found[request, index] == whole
-    assert engine.num_running == engine.num_waiting == 0
-    assert all(
-        float(buffer.abs().max()) == 0 for buffer in (*engine.runner.kv_cache.keys, *engine.runner.kv_cache.values)
-    )
+    assert engine.num_running == engine.num_waiting == engine.runner.caches[0].used_bytes == 0
 
 
 def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any, requests: Any):
@@ -569,31 +619,6 @@ def test_no_token_left_to_choose_fails_that_text_alone(llama: Backbone, requests
     assert ids(found[1][0]) == alone(llama, two)
 
 
-def test_memory_that_does_not_suffice_fails_the_text_that_needs_it(
-    llama: Backbone, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("prefixtune.engine.kv_cache.INITIAL_CAPACITY", 16)
-    few = SamplingParams(max_new_tokens=4)
-    small, long = Request(requests(llama)[3].prompt, None, few), Request(tuple(random_ids(100)), None, few)
-    engine = Engine(llama, EngineConfig(num_slots=2))
-    made = 0
-
-    def scarce(*arguments: Any) -> torch.Tensor:
-        nonlocal made
-        made += 1
-        # The first layers' buffers can still be made.
-        if made > 2:
-            raise MemoryError
-        return lazy_zeros(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("prefixtune.engine.kv_cache.lazy_zeros", scarce)
-        (short,), (failed,) = engine.run([small, long])
-    assert failed.finish_reason == "error"
-    assert ids(short) == alone(llama, small), short.error
-    assert [ids(output) for (output,) in engine.run([small, long])] == [alone(llama, r) for r in (small, long)]
-
-
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -626,7 +651,7 @@ def test_what_cannot_be_served_is_refused_before_any_work(
     with pytest.raises(BackboneError):
         Engine(tiny_backbone("bert"))
     with pytest.raises(ConfigError, match=r"num_slots.*prefill_tokens"):
-        EngineConfig(num_slots=0, prefill_tokens=0)
+        EngineConfig(num_slots=0, prefill_tokens=-1)
 
 
 def test_a_decoder_only_models_requests_are_not_tokenized(

@@ -26,10 +26,16 @@ class EngineConfig(Config):
         "without the prefix); 0: the backbone's limit",
     )
     prefill_tokens: int = _engine(
-        256,
-        ge=1,
+        0,
+        ge=0,
         description="most prompt tokens computed in a step while other texts are being generated: bounds how long a "
-        "long prompt delays them; if none is, four times as many",
+        "long prompt delays them; if none is, four times as many; 0: 256 on a CPU, 2048 on a GPU",
+    )
+    kv_cache_mib: int = _engine(
+        0,
+        ge=0,
+        description="memory for keys and values of all running texts, in MiB; a text that finds no room waits; 0: half "
+        "of what is free on a CPU, 0.8 of it on a GPU",
     )
     max_waiting: int = _engine(
         10_000, ge=1, description="texts that may wait for a slot; a request beyond them is refused"

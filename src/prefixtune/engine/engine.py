@@ -10,8 +10,10 @@ prompt with its encoder when the request gets a slot. Sequences of one request s
         for output in engine.step():
             print(output.text)
 
-`add` and `cancel` may be called from any thread; `step` from one at a time. Only a step touches slots, without the lock
-that callers wait for: copying and wiping them can take a while.
+`add` and `cancel` may be called from any thread; `step` from one at a time. Only a step touches keys and values.
+
+Memory for keys and values is taken once, at the start. A request waits until there is room for all that it may need;
+one that never fits is refused. So no step runs out of it.
 
 In float32 a greedy text is the same alone and in any mix, token for token. In bfloat16, sums round differently when a
 product has other rows as well, which may decide a close choice between two tokens differently.
@@ -21,9 +23,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -58,10 +60,10 @@ _PROMPT_LOGITS_BYTES = 2**27
 """Of the logits (as float32) of prompts whose log-probabilities are wanted, in one step."""
 _CONTEXT_TOKENS = 4
 """Tokens of a prompt with which the first generated tokens are decoded."""
+_CPU_PREFILL_TOKENS, _GPU_PREFILL_TOKENS = 256, 2048
+"""Of prompts in a step, where nothing else is said."""
 
 _log = logging.getLogger(__name__)
-
-S = TypeVar("S", TokenSequence, ScheduledSequence)
 
 
 class Engine:
@@ -74,13 +76,14 @@ class Engine:
 
     Attributes:
         backbone: The model that runs.
-        max_length: Most positions of a text (see `EngineConfig`).
+        max_length: Most positions of a text (see `EngineConfig`); no more than memory has room for.
+        prefill_tokens: Most prompt tokens of a step beside running texts.
         vocab_size: Tokens that the model can read.
         batch_size: Sequences of which the last step computed something.
 
     Raises:
         BackboneError: The model generates no text, cannot compute several texts in one row, or is on several devices.
-        ConfigError: A wrong option, something that is no backbone, or more slots than memory has room for or than
+        ConfigError: A wrong option, something that is no backbone, no memory for keys and values, or more slots than
             tokens of a row go to one expert.
     """
 
@@ -95,11 +98,15 @@ class Engine:
         # Beyond a LongRoPE limit a text would turn the keys of all others in its row.
         limits = (self.config.max_length, backbone.max_positions, backbone.longrope_limit)
         self.max_length = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
-        self.runner = ModelRunner(backbone, self.config.num_slots, self.max_length)
+        cache_bytes = self.config.kv_cache_mib * 2**20
+        self.runner = ModelRunner(backbone, self.config.num_slots, self.max_length, cache_bytes)
         self._has_encoder = backbone.kind == "encoder-decoder"
+        self.max_length = min(self.max_length, *(cache.num_positions for cache in self.runner.caches))
         self.vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
         max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self.vocab_size))
-        self.scheduler = Scheduler(self.config.num_slots, self.config.prefill_tokens, max_prompt_logits)
+        on_cpu = backbone.device.type == "cpu"
+        self.prefill_tokens = self.config.prefill_tokens or (_CPU_PREFILL_TOKENS if on_cpu else _GPU_PREFILL_TOKENS)
+        self.scheduler = Scheduler(self.config.num_slots, self.prefill_tokens, max_prompt_logits)
         self.batch_size = 0
         self._sequences: dict[str, list[TokenSequence]] = {}
         self._lock = threading.Lock()
@@ -112,29 +119,23 @@ class Engine:
 
         Raises:
             EngineFull: Too many texts wait.
-            ContextLengthError: It needs more positions than a slot has.
+            ContextLengthError: It needs more positions than the model has, or more than memory has room for.
             RequestError: It has tokens that the model does not have or more texts than may wait, or its id is in use.
             BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
         """
         self._check(request)
+        limit = self.config.max_waiting
         with self._lock:
-            self._check_queue(request)
-        sequences = [self._sequence(request, index) for index in range(request.n)]
-        with self._lock:
-            # Another thread may have been faster.
-            self._check_queue(request)
+            if request.id in self._sequences:
+                raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
+            waiting = self.scheduler.num_waiting
+            if waiting + request.n > limit:
+                raise EngineFull(
+                    f"{waiting:,} texts wait for a slot already; at most {limit:,} may wait.", hint="try again later."
+                )
+            sequences = [self._sequence(request, index) for index in range(request.n)]
             self._sequences[request.id] = sequences
             self.scheduler.add(sequences)
-
-    def _check_queue(self, request: Request) -> None:
-        """Refuse a request whose id is in use, or for which the queue has no room; the lock is held."""
-        if request.id in self._sequences:
-            raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
-        waiting, limit = self.scheduler.num_waiting, self.config.max_waiting
-        if waiting + request.n > limit:
-            raise EngineFull(
-                f"{waiting:,} texts wait for a slot already; at most {limit:,} may wait.", hint="try again later."
-            )
 
     def _check(self, request: Request) -> None:
         """Refuse what the engine cannot run; in a step, it could fail other requests."""
@@ -156,6 +157,13 @@ class Engine:
                 hint="leave prompt_logprobs out, or use a decoder-only model.",
             )
         self.check_length(len(request.prompt), request.prefix_length, request.sampling.max_new_tokens)
+        for needed, cache in zip(self.runner.positions(request), self.runner.caches, strict=True):
+            if needed > cache.num_positions:
+                raise ContextLengthError(
+                    f"the request needs {needed:,} positions of keys and values, but memory has room for "
+                    f"{cache.num_positions:,}.",
+                    hint="shorten the text, use a shorter prefix, or raise kv_cache_mib.",
+                )
         tokens = (*request.prompt, *request.sampling.banned, *request.sampling.logit_bias)
         unknown = [token for token in tokens if not 0 <= token < self.vocab_size]
         if unknown:
@@ -186,7 +194,7 @@ class Engine:
         return self.max_length - prefix_length - prompt_tokens + 1
 
     def check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
-        """Refuse a request that needs more positions than a slot has.
+        """Refuse a request that needs more positions than a text may have.
 
         Raises:
             ContextLengthError: It does.
@@ -218,11 +226,9 @@ class Engine:
         return bool(self._sequences)
 
     @property
-    def max_cache_bytes(self) -> int:
-        """Memory of keys and values, in bytes, if texts of `max_length` are in all slots."""
-        runner = self.runner
-        caches = [runner.kv_cache, *([runner.encoder_cache.kv_cache] if runner.encoder_cache else [])]
-        return self.max_length * sum(cache.bytes_per_position for cache in caches)
+    def cache_bytes(self) -> int:
+        """Memory for keys and values of all running texts."""
+        return sum(cache.num_bytes for cache in self.runner.caches)
 
     @property
     def num_running(self) -> int:
@@ -271,46 +277,47 @@ class Engine:
                 outputs.setdefault((output.request_id, output.index), []).append(output)
         return [[join_outputs(outputs[request.id, index]) for index in range(request.n)] for request in requests]
 
-    def free(self) -> None:
-        """Give the memory of the slots back; the engine computes nothing afterwards."""
-        del self.runner
-
     # --- a step -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[SequenceOutput]:
         """Compute one step; returns its outputs.
 
-        A sequence whose prefix cannot be made readable, for which memory does not suffice or whose logits are not
-        finite, ends with `error`; the others go on. If the model fails, all sequences of the step do.
+        A text whose logits are not finite ends with `error`, and the others go on. If the model fails, all running
+        texts end so.
+
+        Raises:
+            Exception: The model has failed on a GPU, whose state is unknown then: no later step would work.
         """
         outputs = self._end_cancelled()
         with self._lock:
-            admitted = self.scheduler.admit()
-        self._try_each(admitted, self.runner.load_prefix, outputs)
-        if self._has_encoder:
-            # Before it reads a source again, for a sequence that got its slot after others of its request.
-            self._share_prompts()
-        with self._lock:
-            to_encode = self.scheduler.sequences_to_encode()
-        self._try_each(to_encode, self.runner.encode, outputs)
-        self._share_prompts()
-        with self._lock:
-            decodes, prefills = self.scheduler.schedule()
-        decodes = self._try_each(decodes, self.runner.reserve, outputs)
-        prefills = self._try_each(prefills, self.runner.reserve, outputs)
-        self.batch_size = len(decodes) + len(prefills)
-        scheduled = [*decodes, *prefills]
-        if not scheduled:
-            return outputs
+            admitted = self.scheduler.admit(self.runner.take_room)
         try:
-            logits = self.runner.forward(decodes, prefills)
-            sampled = [work.sequence for work in scheduled if work.needs_logits]
-            tokens = sample(logits[: len(sampled)], sampled, self.backbone.eos_id) if sampled else []
-            broken = _add_prompt_logprobs(logits[len(sampled) :], scheduled)
+            self._compute(admitted, outputs)
         except Exception as error:
-            _log.exception("a step failed, and with it its sequences")
-            return outputs + [self._fail(work.sequence, error) for work in scheduled]
+            if self.backbone.device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            _log.exception("a step failed, and with it the running texts")
+            reason = f"{type(error).__name__}: {error}"
+            outputs += [self._finish(s, "error", error=reason) for s in list(self.scheduler.running)]
+        return outputs
+
+    def _compute(self, admitted: Sequence[TokenSequence], outputs: list[SequenceOutput]) -> None:
+        """What the model does in a step; `outputs` has what became certain, if it fails."""
+        for sequence in admitted:
+            self.runner.load_prefix(sequence)
+        # For those that got their slots after others of their request.
+        self._share_prompts()
+        for sequence in self.scheduler.sequences_to_encode():
+            self.runner.encode(sequence)
+        scheduled = self.scheduler.schedule()
+        self.batch_size = len(scheduled)
+        if not scheduled:
+            return
+        logits = self.runner.forward(scheduled)
+        sampled = [work.sequence for work in scheduled if work.needs_logits]
+        tokens = sample(logits[: len(sampled)], sampled, self.backbone.eos_id) if sampled else []
+        broken = _add_prompt_logprobs(logits[len(sampled) :], scheduled)
         ended = [work.sequence for work in scheduled if work.is_last and not work.needs_logits]
         for work in scheduled:
             work.sequence.num_computed_tokens += work.num_tokens
@@ -318,26 +325,14 @@ class Engine:
         outputs += [self._finish(sequence, "error", error=NOT_FINITE) for sequence in broken]
         self._share_prompts()
         outputs += [self._finish(sequence, "length") for sequence in ended if sequence not in broken]
-        pairs = zip(sampled, tokens, strict=True)
-        return outputs + [self._append(sequence, token) for sequence, token in pairs if sequence not in broken]
+        for sequence, token in zip(sampled, tokens, strict=True):
+            if sequence not in broken:
+                outputs.append(self._append(sequence, token))
 
     def _share_prompts(self) -> None:
         """Let sequences have what was computed of their prompt for another one of their request."""
-        with self._lock:
-            pairs = self.scheduler.shared_prompts()
-        for sequence, computed in pairs:
+        for sequence, computed in self.scheduler.shared_prompts():
             self.runner.share_prompt(sequence, computed)
-
-    def _try_each(self, items: Sequence[S], action: Callable[[S], None], outputs: list[SequenceOutput]) -> list[S]:
-        """Do something for each sequence; one for which it fails ends. Returns the others."""
-        done = []
-        for item in items:
-            try:
-                action(item)
-                done.append(item)
-            except Exception as error:
-                outputs.append(self._fail(item if isinstance(item, TokenSequence) else item.sequence, error))
-        return done
 
     def _append(self, sequence: TokenSequence, token: Token | str | RequestError) -> SequenceOutput:
         """Append a sampled token to its sequence, which ends if that fails, or if there is none, as `sample` says."""
@@ -350,7 +345,7 @@ class Engine:
         except RequestError as error:
             return replace(self._finish(sequence, "error", error=error.message), refused=True)
         except Exception as error:
-            return self._fail(sequence, error)
+            return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
     def _extend(self, sequence: TokenSequence, token: Token) -> SequenceOutput:
         """As `_append`, but raises what fails."""
@@ -379,43 +374,24 @@ class Engine:
         text: str = "",
         error: str = "",
     ) -> SequenceOutput:
+        """End a sequence: its room, its slot and, with the last one of a request, the request's id are free."""
         request_id = sequence.request.id
-        self._clear(sequence)
         with self._lock:
-            self._release(sequence, reason)
-            if all(other.finish_reason for other in self._sequences.get(request_id, ())):
-                self._sequences.pop(request_id, None)
+            sequence.finish_reason = reason
+            self.runner.give_room_back(sequence)
+            self.scheduler.release(sequence)
+            if all(other.finish_reason for other in self._sequences[request_id]):
+                del self._sequences[request_id]
                 self._cancelled.pop(request_id, None)
-        prompt_tokens = () if reason == "error" else sequence.take_prompt_tokens()
+        prompt_tokens = sequence.take_prompt_tokens() if reason in ("stop", "length") else ()
         return SequenceOutput(request_id, sequence.index, tokens, text, reason, error, prompt_tokens=prompt_tokens)
-
-    def _fail(self, sequence: TokenSequence, error: Exception) -> SequenceOutput:
-        return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
-
-    def _clear(self, sequence: TokenSequence) -> None:
-        """Leave nothing of a sequence in its slot."""
-        if sequence.slot >= 0:
-            self.runner.clear(sequence)
-
-    def _release(self, sequence: TokenSequence, reason: FinishReason) -> None:
-        """Mark a sequence as ended and free its slot, which is cleared; the lock is held."""
-        sequence.finish_reason = reason
-        self.scheduler.release(sequence)
 
     def _end_cancelled(self) -> list[SequenceOutput]:
         """End the sequences of cancelled requests."""
         with self._lock:
             cancelled = dict(self._cancelled)
             sequences = [s for name in cancelled for s in self._sequences[name] if s.finish_reason is None]
-        for sequence in sequences:
-            self._clear(sequence)
-        with self._lock:
-            for sequence in sequences:
-                self._release(sequence, cancelled[sequence.request.id])
-            # Their ids are in use until here.
-            for request_id in cancelled:
-                del self._sequences[request_id], self._cancelled[request_id]
-        return [SequenceOutput(s.request.id, s.index, (), "", cancelled[s.request.id]) for s in sequences]
+        return [self._finish(sequence, cancelled[sequence.request.id]) for sequence in sequences]
 
 
 def _add_prompt_logprobs(logits: Float[Tensor, "R V"], scheduled: Sequence[ScheduledSequence]) -> list[TokenSequence]:
@@ -463,7 +439,7 @@ def _check_generates(backbone: Backbone) -> None:
         )
     if backbone.layout.repeats:
         raise BackboneError(
-            f"{backbone.name!r} runs a layer several times in one pass, for which a slot has no room.",
+            f"{backbone.name!r} runs a layer several times in one pass, for which a text's keys have no room.",
             hint="use `generate`, which batches whole requests.",
         )
     # A GPU is named by its number or its device; what the CPU or the disk keeps runs on the GPU, too.
@@ -471,6 +447,6 @@ def _check_generates(backbone: Backbone) -> None:
     devices = {str(part).rpartition(":")[2] for part in parts} - {"cpu", "disk"}
     if len(devices) > 1:
         raise BackboneError(
-            f"{backbone.name!r} is on {len(devices)} devices, but the slots are on one.",
+            f"{backbone.name!r} is on {len(devices)} devices, but keys and values are on one.",
             hint="use `generate`, or load the model on one device.",
         )

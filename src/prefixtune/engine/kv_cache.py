@@ -1,150 +1,146 @@
-"""Keys and values of running sequences: one buffer per layer, one slot per sequence, written in place.
+"""Keys and values of running texts: one pool per layer, whose size is fixed at the start.
 
-A prefix is copied into a slot's first positions, and the sequence's tokens follow. A freed slot is wiped: its old
-content must not reach another sequence, not even as NaN behind a mask.
-
-All slots are as long as the longest text needed so far. On a CPU that costs little: positions that were never written
-take no memory.
+A text has a run of neighbouring positions, as many as it may ever need: its prefix, its prompt and its new tokens. So
+its keys are a view of the pool, nothing grows or moves while it runs, and what it may take is known before it starts.
+On a CPU the pool takes memory only where it was written. What a text did not write, it never reads.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
-import sys
+import bisect
+import contextlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["UNBOUNDED", "KVCache", "lazy_zeros"]
+__all__ = ["CUDA_PAGE", "KVCache", "bytes_per_position", "free_memory"]
 
 
-UNBOUNDED = 2**31
-"""Positions of a slot whose content is limited elsewhere."""
-INITIAL_CAPACITY = 256
-"""Positions of a slot at first; doubled when a sequence needs more."""
+CUDA_PAGE = 256
+"""Positions of a page, of which FlashAttention's tables of pages want a multiple."""
 
 
 class KVCache:
-    """Keys and values of all slots.
+    """Keys and values of all running texts at one site.
 
     Args:
-        shapes: The layers of a site.
-        num_slots: Sequences at once.
-        max_length: Most positions of a slot.
+        shapes: The layers of the site.
+        num_positions: Of all texts together.
         dtype: Of keys and values.
         device: Of keys and values.
         site: The attention whose keys and values these are.
+        page: Runs begin and end at multiples of so many positions.
 
     Attributes:
-        capacity: Positions that each slot has now.
-        keys: Per layer, (slots, H, capacity, Dk).
-        values: Per layer, (slots, H, capacity, Dv).
+        num_positions: Whole pages only.
+        keys: Per layer, (N, H, Dk).
+        values: Per layer, (N, H, Dv).
 
     Raises:
-        ConfigError: Memory has no room for so many slots.
+        ConfigError: Memory has no room for it, or it has no whole page.
     """
 
     def __init__(
         self,
         shapes: Sequence[LayerShape],
-        num_slots: int,
-        max_length: int,
+        num_positions: int,
         dtype: torch.dtype,
         device: torch.device,
         site: Site = "decoder",
+        page: int = 1,
     ) -> None:
-        self.shapes, self.num_slots, self.max_length, self.site = tuple(shapes), num_slots, max_length, site
-        self.dtype, self.device = dtype, device
-        self.capacity = 0
-        self.keys: list[Float[Tensor, "S H C Dk"]] = []
-        self.values: list[Float[Tensor, "S H C Dv"]] = []
+        self.site, self.page, self.num_positions = site, page, num_positions // page * page
+        self.bytes_per_position = bytes_per_position(shapes, dtype)
+        size = self.num_positions * self.bytes_per_position / 2**30
+        hint = "set another kv_cache_mib."
+        if not self.num_positions:
+            raise ConfigError(f"memory for keys and values has no room for {page} positions.", hint=hint)
         try:
-            self.reserve(1)
-        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-            size = min(max_length, INITIAL_CAPACITY) * self.bytes_per_position
-            raise ConfigError(
-                f"there is no room for the {size / 2**30:,.1f} GiB of {num_slots:,} slots.", hint="lower num_slots."
-            ) from error
+            self.keys: list[Float[Tensor, "N H Dk"]] = [
+                torch.empty(self.num_positions, shape.num_kv_heads, shape.key_dim, dtype=dtype, device=device)
+                for shape in shapes
+            ]
+            self.values: list[Float[Tensor, "N H Dv"]] = [
+                torch.empty(self.num_positions, shape.num_kv_heads, shape.value_dim, dtype=dtype, device=device)
+                for shape in shapes
+            ]
+        # Torch's own of a CPU, and its error of a GPU.
+        except RuntimeError as error:
+            raise ConfigError(f"there is no room for {size:,.1f} GiB of keys and values.", hint=hint) from error
+        # Runs, by their start; neighbours are one.
+        self._free = [range(self.num_positions)]
 
-    def reserve(self, length: int) -> None:
-        """Let every slot have at least `length` positions; their content stays.
+    def take(self, length: int) -> range | None:
+        """A run of positions that nobody has, at least `length`; None: there is no room now."""
+        size = -(-length // self.page) * self.page
+        for index, free in enumerate(self._free):
+            if len(free) >= size:
+                rest = free[size:]
+                self._free[index : index + 1] = [rest] if rest else []
+                return free[:size]
+        return None
 
-        Raises:
-            RequestError: It is more than `max_length`.
-        """
-        if length > self.max_length:
-            raise RequestError(
-                f"{length} positions are needed, but a slot has at most {self.max_length}.",
-                hint="shorten the text, or lower max_new_tokens.",
-            )
-        if length <= self.capacity:
-            return
-        old, new = self.capacity, min(self.max_length, max(INITIAL_CAPACITY, 2 * self.capacity, length))
-        # If memory does not suffice, some buffers are longer than others: all hold `old` positions at least.
-        for dim, buffers in (("key_dim", self.keys), ("value_dim", self.values)):
-            for layer, shape in enumerate(self.shapes):
-                size = (self.num_slots, shape.num_kv_heads, new, getattr(shape, dim))
-                buffer = lazy_zeros(size, self.dtype, self.device)
-                if old:
-                    self._copy_used(buffers[layer], buffer, old)
-                    buffers[layer] = buffer
-                else:
-                    buffers.append(buffer)
-        self.capacity = new
+    def give_back(self, run: range) -> None:
+        """Let others have a run."""
+        index = bisect.bisect(self._free, run.start, key=lambda free: free.start)
+        before, after = self._free[:index], self._free[index:]
+        if before and before[-1].stop == run.start:
+            run = range(before.pop().start, run.stop)
+        if after and after[0].start == run.stop:
+            run = range(run.start, after.pop(0).stop)
+        self._free = [*before, run, *after]
 
-    def _copy_used(self, source: Float[Tensor, "S H C D"], target: Float[Tensor, "S H C2 D"], length: int) -> None:
-        """Copy the first positions of all slots; on a CPU without the zeros of free ones, which take no memory."""
-        if self.device.type != "cpu":
-            target[:, :, :length] = source[:, :, :length]
-            return
-        for slot in range(self.num_slots):
-            if source[slot].any():
-                target[slot, :, :length] = source[slot, :, :length]
-
-    def put(self, slot: int, prefix: Prefix) -> None:
-        """Copy a prefix into a slot's first positions."""
-        length = prefix.length(self.site)
-        self.reserve(length)
+    def put(self, run: range, prefix: Prefix) -> None:
+        """Copy a prefix to the first positions of a run."""
+        place = slice(run.start, run.start + prefix.length(self.site))
         for layer, (key, value) in enumerate(prefix.layers.get(self.site, ())):
-            self.keys[layer][slot, :, :length] = key.to(self.device)
-            self.values[layer][slot, :, :length] = value.to(self.device)
+            self.keys[layer][place] = key.to(self.keys[layer].device).transpose(0, 1)
+            self.values[layer][place] = value.to(self.values[layer].device).transpose(0, 1)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy a slot's first positions into another slot."""
+    def copy(self, source: range, target: range, length: int) -> None:
+        """Copy the first positions of a run to another one."""
         for buffer in (*self.keys, *self.values):
-            buffer[target, :, :length] = buffer[source, :, :length]
-
-    def wipe(self, slot: int, length: int) -> None:
-        """Set a slot's first positions to zero."""
-        for buffer in (*self.keys, *self.values):
-            buffer[slot, :, :length] = 0
+            buffer[target.start : target.start + length] = buffer[source.start : source.start + length]
 
     @property
     def num_bytes(self) -> int:
-        """Size of the buffers, in bytes; on a CPU, they take memory only where they were written."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in (*self.keys, *self.values))
+        """Size of the pool."""
+        return self.num_positions * self.bytes_per_position
 
     @property
-    def bytes_per_position(self) -> int:
-        """What one more position of every slot takes, in bytes."""
-        return self.num_slots * sum(shape.size for shape in self.shapes) * self.dtype.itemsize
+    def used_bytes(self) -> int:
+        """What running texts have of it."""
+        return (self.num_positions - sum(map(len, self._free))) * self.bytes_per_position
 
 
-def lazy_zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not `empty`, as masked values must be finite; on a CPU, they take memory when they are first written."""
-    if device.type != "cpu":
-        return torch.zeros(size, dtype=dtype, device=device)
-    num_bytes = math.prod(size) * dtype.itemsize
-    if sys.platform == "win32":
-        memory = mmap.mmap(-1, num_bytes)
-    else:
-        # A shared one would take memory where it is read, too.
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(*size)
+def bytes_per_position(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
+    """What one position takes in all layers, in bytes."""
+    return sum(shape.size for shape in shapes) * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take; on a CPU without the system's own word for it, half of the machine's."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    limits = [2**63]
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits[1:] = [int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024]
+    # Of a container.
+    with contextlib.suppress(OSError, ValueError):
+        most, used = (
+            int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
+        )
+        limits.append(max(0, most - used))
+    return min(limits)

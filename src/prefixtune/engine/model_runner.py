@@ -1,128 +1,172 @@
-"""Runs the model for sequences in slots: their prefixes, their prompts, and the forward pass of a step."""
+"""Runs the model for texts that have their keys and values in pools: their prefixes, prompts, and next tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.attention import QuerySpan, SlotAttention
+from prefixtune.engine.attention import PagedSpans, Span, StepAttention, page_size
 from prefixtune.engine.encoder_cache import EncoderCache
-from prefixtune.engine.kv_cache import UNBOUNDED, KVCache
+from prefixtune.engine.kv_cache import KVCache, bytes_per_position, free_memory
+from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
+from prefixtune.prefix.geometry import Site
 
 __all__ = ["ModelRunner"]
 
 
+_CPU_SHARE, _GPU_SHARE = 0.5, 0.8
+"""Of free memory, for keys and values, where nothing else is said."""
+
+
 class ModelRunner:
-    """A frozen model and the keys and values of all slots.
+    """A frozen model, and the keys and values of all running texts.
 
     Args:
         backbone: The model, decoder-only or encoder-decoder.
-        num_slots: Sequences that run at once.
-        max_length: Most positions of a slot. An encoder-decoder's slots are not limited here: the engine limits source
-            and output, where prefixes do not count.
+        num_texts: Texts that run at once.
+        max_length: Most positions of a text.
+        cache_bytes: Memory for keys and values; 0: a share of what is free, but no more than all texts can need.
 
     Attributes:
-        kv_cache: Keys and values of prefixes, prompts and texts (of an encoder-decoder's decoder).
+        caches: Keys and values of prefixes, prompts and texts (of an encoder-decoder's decoder); and of sources.
         encoder_cache: What an encoder-decoder's decoder sees of sources; None: a decoder-only model.
+
+    Raises:
+        ConfigError: Memory has no room for the keys and values.
     """
 
-    def __init__(self, backbone: Backbone, num_slots: int, max_length: int) -> None:
+    def __init__(self, backbone: Backbone, num_texts: int, max_length: int, cache_bytes: int = 0) -> None:
         self.backbone = backbone
         has_encoder = backbone.kind == "encoder-decoder"
-        length = UNBOUNDED if has_encoder else max_length
-        self.kv_cache = KVCache(backbone.geometry["decoder"], num_slots, length, backbone.dtype, backbone.device)
-        self.encoder_cache = EncoderCache(backbone, num_slots) if has_encoder else None
+        sites: tuple[Site, ...] = ("decoder", "cross") if has_encoder else ("decoder",)
+        device, dtype = backbone.device, backbone.dtype
+        page = page_size(device)
+        per_position = sum(bytes_per_position(backbone.geometry[site], dtype) for site in sites)
+        num_positions = cache_bytes // per_position
+        if not cache_bytes:
+            share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
+            # Prefixes do not count in an encoder-decoder's length.
+            most = num_texts * (2 if has_encoder else 1) * (max_length + page)
+            num_positions = min(int(free_memory(device) * share) // per_position, most)
+        self.caches = [
+            KVCache(backbone.geometry[site], num_positions, dtype, device, site=site, page=page) for site in sites
+        ]
+        self.encoder_cache = EncoderCache(backbone, self.caches[1]) if has_encoder else None
+
+    def positions(self, request: Request) -> tuple[int, ...]:
+        """How many positions a text of a request needs of each pool."""
+        # The last token needs none; without new tokens, the prompt's last one does.
+        new = max(1, request.sampling.max_new_tokens) - 1
+        if self.encoder_cache is None:
+            return (request.prefix_length + len(request.prompt) + new,)
+        prefix = request.prefix
+        return (request.prefix_length + 1 + new, len(request.prompt) + (prefix.length("cross") if prefix else 0))
+
+    def take_room(self, sequence: TokenSequence) -> bool:
+        """Reserve all that a text may need; False: there is no room now, and nothing is reserved."""
+        runs: list[range] = []
+        for cache, length in zip(self.caches, self.positions(sequence.request), strict=True):
+            run = cache.take(length)
+            if run is None:
+                for taken, other in zip(runs, self.caches, strict=False):
+                    other.give_back(taken)
+                return False
+            runs.append(run)
+        sequence.runs = tuple(runs)
+        return True
+
+    def give_room_back(self, sequence: TokenSequence) -> None:
+        """Let others have the room of a text that has ended."""
+        for cache, run in zip(self.caches, sequence.runs, strict=False):
+            cache.give_back(run)
+        sequence.runs = ()
+        if self.encoder_cache is not None:
+            self.encoder_cache.forget(sequence)
 
     def load_prefix(self, sequence: TokenSequence) -> None:
-        """Copy a sequence's prefix into its slot."""
+        """Copy a text's prefix to its first positions."""
         if sequence.request.prefix is not None:
-            self.kv_cache.put(sequence.slot, sequence.request.prefix)
+            self.caches[0].put(sequence.runs[0], sequence.request.prefix)
 
     def encode(self, sequence: TokenSequence) -> None:
-        """Let the encoder read a sequence's source."""
+        """Let the encoder read a text's source."""
         if self.encoder_cache is None:
             raise RuntimeError("a decoder-only model has no encoder")
         self.encoder_cache.encode(sequence)
         sequence.num_unencoded = 0
 
     def share_prompt(self, sequence: TokenSequence, computed: TokenSequence) -> None:
-        """Copy what was computed of the prompt for another sequence of the same request."""
+        """Copy what was computed of the prompt for another text of the same request."""
         if self.encoder_cache is not None:
             self.encoder_cache.share(sequence, computed)
             sequence.num_unencoded = 0
             return
-        # Without the prompt's last token: each sequence samples its own next token after it.
+        # Without the prompt's last token: each text samples its own next token after it.
         sequence.num_computed_tokens = sequence.num_input_ids - 1
         sequence.prompt_tokens = computed.prompt_tokens
         length = sequence.request.prefix_length + sequence.num_computed_tokens
-        self.kv_cache.copy(computed.slot, sequence.slot, length)
+        self.caches[0].copy(computed.runs[0], sequence.runs[0], length)
 
-    def reserve(self, scheduled: ScheduledSequence) -> None:
-        """Let the slots grow if the scheduled tokens need it."""
-        sequence = scheduled.sequence
-        self.kv_cache.reserve(sequence.request.prefix_length + sequence.num_computed_tokens + scheduled.num_tokens)
-
-    def forward(
-        self, decodes: Sequence[ScheduledSequence], prefills: Sequence[ScheduledSequence]
-    ) -> Float[Tensor, "W V"]:
-        """Compute the scheduled tokens in one row; if that fails, it may be done again, or in parts.
+    def forward(self, scheduled: Sequence[ScheduledSequence]) -> Float[Tensor, "W V"]:
+        """Compute the scheduled tokens in one row; texts with one token come first.
 
         Returns:
-            The logits after each sequence's last token that needs them; then those after the tokens of prompts whose
+            The logits after each text's last token that needs them; then those after the tokens of prompts whose
             log-probabilities are wanted.
         """
         ids: list[int] = []
         positions: list[int] = []
+        places: list[int] = []
         last_indices: list[int] = []
         prompt_indices: list[int] = []
         spans = []
-        for scheduled in (*decodes, *prefills):
-            sequence, count = scheduled.sequence, scheduled.num_tokens
+        for work in scheduled:
+            sequence, count = work.sequence, work.num_tokens
             first, prefix_length = sequence.num_computed_tokens, sequence.request.prefix_length
             start = prefix_length + first
-            prompt_indices.extend(range(len(ids), len(ids) + scheduled.num_prompt_logits))
+            prompt_indices.extend(range(len(ids), len(ids) + work.num_prompt_logits))
             ids.extend(sequence.token_ids[first : first + count])
             position = start if self.encoder_cache is None else first
             positions.extend(range(position, position + count))
-            spans.append(QuerySpan(sequence.slot, start, count, prefix_length))
-            if scheduled.needs_logits:
+            place = sequence.runs[0].start + start
+            places.extend(range(place, place + count))
+            spans.append(Span(sequence.runs[0], start, count, prefix_length))
+            if work.needs_logits:
                 last_indices.append(len(ids) - 1)
-        wanted = torch.tensor([*last_indices, *prompt_indices] or [len(ids) - 1], device=self.backbone.device)
-        slot_attention = SlotAttention(self.kv_cache, spans[: len(decodes)], spans[len(decodes) :])
-        backend: AttentionBackend = slot_attention
+        sequences = [work.sequence for work in scheduled]
+        wanted = [*last_indices, *prompt_indices] or [len(ids) - 1]
+        spans_by_cache = [spans, *([self.encoder_cache.spans(sequences)] if self.encoder_cache else [])]
+        page = self.caches[0].page
+        pages = [PagedSpans.numbers(of_one, page) for of_one in spans_by_cache if page > 1]
+        row, at, to, kept, *tables = _moved([ids, positions, places, wanted, *chain(*pages)], self.backbone.device)
+        attentions = []
+        for number, (cache, of_one) in enumerate(zip(self.caches, spans_by_cache, strict=True)):
+            paged = PagedSpans.of(of_one, tables[4 * number : 4 * number + 4]) if tables else None
+            attentions.append(StepAttention(cache, of_one, to if number == 0 else None, paged))
+        backend: AttentionBackend = attentions[0]
         encoded = None
         if self.encoder_cache is not None:
-            sequences = [scheduled.sequence for scheduled in decodes]
-            backend, encoded = self.encoder_cache.attention(slot_attention, sequences)
-        logits_to_keep = wanted if self.backbone.supports_logits_to_keep else None
+            backend, encoded = self.encoder_cache.attention(attentions[0], attentions[1], sequences)
+        logits_to_keep = kept if self.backbone.supports_logits_to_keep else None
         with self.backbone.autocast():
             logits = forward_with_backend(
-                self.backbone.model,
-                self.backbone.layout,
-                torch.tensor([ids], device=self.backbone.device),
-                torch.tensor([positions], device=self.backbone.device),
-                backend,
-                logits_to_keep,
-                encoded,
+                self.backbone.model, self.backbone.layout, row[None], at[None], backend, logits_to_keep, encoded
             )[0]
-        if self.encoder_cache is not None:
-            self.encoder_cache.computed([scheduled.sequence for scheduled in decodes])
         # Where every token has its own, as in a decoder's step, they are not copied.
         every = len(last_indices) == len(ids) and not prompt_indices
-        return logits if logits_to_keep is not None or every else logits[wanted]
+        return logits if logits_to_keep is not None or every else logits[kept]
 
-    def clear(self, sequence: TokenSequence) -> None:
-        """Leave nothing of a sequence in its slot."""
-        # A failed step may have written behind the computed tokens.
-        length = sequence.request.prefix_length + len(sequence.token_ids)
-        self.kv_cache.wipe(sequence.slot, min(length, self.kv_cache.capacity))
-        if self.encoder_cache is not None:
-            self.encoder_cache.wipe(sequence.slot)
+
+def _moved(numbers: Sequence[Sequence[int]], device: torch.device) -> Sequence[Int[Tensor, " _"]]:
+    """Lists of numbers as tensors on a device, in one transfer that nobody waits for."""
+    whole = torch.tensor(list(chain(*numbers)), pin_memory=device.type == "cuda")
+    return whole.to(device, non_blocking=True).split(list(map(len, numbers)))

@@ -171,7 +171,7 @@ class SequenceOutput:
         text: The new text, as far as later tokens can no longer change it.
         finish_reason: None: the sequence goes on.
         error: What went wrong, if `finish_reason` is `error`.
-        engine_crashed: The whole engine failed, not this request: it may be sent again.
+        engine_crashed: The engine has failed, with all requests; it computes nothing any more.
         refused: The request is at fault: its grammar became too complex. `error` is then for its sender.
         prompt_tokens: In the first output, if `prompt_logprobs` were requested: the prompt's tokens.
     """

@@ -1,12 +1,16 @@
-"""Logits -> the next token of each sequence, by its own sampling parameters."""
+"""Logits -> the next token of each text, by its own sampling parameters: all texts at once, and one transfer.
+
+A seed decides a text: each draws its own random numbers, and what they choose depends on its own scores alone.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,10 +25,11 @@ __all__ = ["NOT_FINITE", "prompt_logprobs", "sample"]
 
 NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or its values too large."
 """Why there is no token."""
+_ALL_BANNED = "every token is banned."
 _BLOCK = 256
 """Weights of which a sum is drawn before one of them is."""
-_ROUNDING = 1e-5
-"""Of exponentials in float32, relatively, with a margin."""
+_LIKELIEST = 1024
+"""Tokens of which one is drawn on a CPU, if no other can be: sorting all of them takes long there."""
 _LOGPROBS_BYTES = 2**24
 """Of a prompt's log-probabilities that are computed at once."""
 
@@ -32,74 +37,197 @@ _LOGPROBS_BYTES = 2**24
 def sample(
     logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int
 ) -> list[Token | str | RequestError]:
-    """The next token of every sequence, or why there is none; the other sequences are unaffected.
+    """The next token of every text, or why there is none; the other texts are unaffected.
 
-    Why: a sentence, or an error where the request is at fault, as its grammar became too complex. Plain greedy
-    sequences are decided together; the others one by one, in float32.
+    Why: a sentence, or an error where the request is at fault, as its grammar became too complex.
 
     Args:
-        logits: One row per sequence.
-        sequences: The sequences.
+        logits: One row per text.
+        sequences: The texts.
         eos_id: The token that ends a text.
     """
-    too_short = [row for row, s in enumerate(sequences) if s.num_new_tokens < s.request.sampling.min_new_tokens]
-    allowed = logits
-    if too_short:
-        allowed = logits.clone()
-        allowed[too_short, eos_id] = float("-inf")
-        for row in too_short:
-            # A tokenizer may have more tokens than its model has scores.
-            ends = [token for token in sequences[row].request.sampling.end_ids if 0 <= token < logits.shape[1]]
-            allowed[row, ends] = float("-inf")
-    tokens: list[Token | str | RequestError] = []
-    best = allowed.max(dim=-1)
-    rows = zip(sequences, best.values.tolist(), best.indices.tolist(), strict=True)
-    for row, (sequence, score, token) in enumerate(rows):
-        params = sequence.request.sampling
-        if not math.isfinite(score):
+    forced = [s.forced_bos_id is not None and s.num_new_tokens == 0 for s in sequences]
+    changed = [row for row, s in enumerate(sequences) if not forced[row] and _changes_scores(s)]
+    random = [row for row, s in enumerate(sequences) if not forced[row] and s.request.sampling.temperature > 0]
+    best = logits.max(dim=-1)
+    is_finite, has_any, ids = best.values.isfinite(), torch.ones_like(best.indices, dtype=torch.bool), best.indices
+    refused: dict[int, RequestError] = {}
+    if changed or random:
+        rows = sorted({*changed, *random})
+        at = _on(rows, logits.device)
+        scores = logits[at].float()
+        for place, row in enumerate(rows):
+            if row in changed:
+                try:
+                    scores[place] = _change(scores[place], sequences[row], eos_id)
+                except RequestError as error:
+                    refused[row] = error
+        highest = scores.max(dim=-1)
+        has_any[at], ids[at] = highest.values.isfinite(), highest.indices
+        if random:
+            places = _on([rows.index(row) for row in random], logits.device)
+            ids[at[places]] = _draw(scores[places] - highest.values[places, None], [sequences[row] for row in random])
+    for row, sequence in enumerate(sequences):
+        if forced[row]:
+            ids[row] = sequence.forced_bos_id
+    found = _read(ids, is_finite, has_any, logits, [s.request.sampling for s in sequences])
+    return [refused.get(row, token) for row, token in enumerate(found)]
+
+
+def _on(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers on a device, without waiting for it."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _changes_scores(sequence: TokenSequence) -> bool:
+    """Whether the scores of its next token are changed."""
+    params = sequence.request.sampling
+    return sequence.grammar is not None or sequence.num_new_tokens < params.min_new_tokens or has_rules(params)
+
+
+def _change(scores: Float[Tensor, " V"], sequence: TokenSequence, eos_id: int) -> Float[Tensor, " V"]:
+    """The scores of one text by its rules and its grammar.
+
+    Raises:
+        RequestError: The grammar became too complex.
+    """
+    params = sequence.request.sampling
+    if sequence.num_new_tokens < params.min_new_tokens:
+        # A tokenizer may have more tokens than its model has scores.
+        scores[[eos_id, *(token for token in params.end_ids if token < len(scores))]] = float("-inf")
+    if has_rules(params):
+        if sequence.rules is None:
+            # An encoder-decoder may repeat its source.
+            prompt = sequence.request.prompt if sequence.decoder_start_id is None else ()
+            sequence.rules = LogitRules(params, prompt, len(scores), scores.device)
+        scores = sequence.rules.apply(scores, sequence.token_ids, sequence.num_input_ids)
+    if sequence.grammar is not None:
+        allowed = sequence.grammar.allowed(len(scores)).to(scores.device, non_blocking=True)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores
+
+
+@dataclass(frozen=True, eq=False)
+class _Limits:
+    """Of which tokens each text draws one, (B, 1) each."""
+
+    top_k: Int[Tensor, "B 1"]
+    top_p: Float[Tensor, "B 1"]
+    min_p: Float[Tensor, "B 1"]
+
+
+def _draw(scores: Float[Tensor, "B V"], sequences: Sequence[TokenSequence]) -> Int[Tensor, " B"]:
+    """Sample each text's token within its top_k, top_p and min_p, with its own random numbers.
+
+    Args:
+        scores: In float32, the highest of a text 0.
+        sequences: The texts.
+    """
+    # Sums of many small weights are computed in float64, which Apple's GPUs lack.
+    device = torch.device("cpu") if scores.device.type == "mps" else scores.device
+    size, params = scores.shape[1], [s.request.sampling for s in sequences]
+    temperatures = _on([max(one.temperature, LOWEST_TEMPERATURE) for one in params], device, torch.float32)
+    scaled = scores.to(device) / temperatures[:, None]
+    limited = [0 < one.top_k < size or one.top_p < 1 or one.min_p > 0 for one in params]
+    # A text draws as many numbers as it needs, whatever the others do.
+    first = _on([s.random.random() for s in sequences], device, torch.float64)
+    drawn = torch.zeros(len(sequences), dtype=torch.long, device=device)
+    free = [row for row, is_limited in enumerate(limited) if not is_limited]
+    if free:
+        at = _on(free, device)
+        second = _on([sequences[row].random.random() for row in free], device, torch.float64)
+        drawn[at] = _draw_of_all(scaled[at].exp(), first[at], second)
+    bound = [row for row, is_limited in enumerate(limited) if is_limited]
+    if bound:
+        at = _on(bound, device)
+        limits = _Limits(
+            _on([[params[row].top_k or size] for row in bound], device).clamp(max=size),
+            _on([[params[row].top_p] for row in bound], device, torch.float64),
+            _on([[params[row].min_p] for row in bound], device, torch.float64),
+        )
+        drawn[at] = _draw_of_likeliest(scaled[at], limits, first[at])
+    return drawn.to(scores.device)
+
+
+def _draw_of_all(
+    weights: Float[Tensor, "B V"], first: Float[Tensor, " B"], second: Float[Tensor, " B"]
+) -> Int[Tensor, " B"]:
+    """An index, as often as its share of the weights: first a block of them, then one within it."""
+    blocks = F.pad(weights, (0, -weights.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    block = _pick(blocks.sum(-1, dtype=torch.float64), first)
+    within = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
+    return block * _BLOCK + _pick(within.double(), second)
+
+
+def _draw_of_likeliest(scores: Float[Tensor, "B V"], limits: _Limits, drawn: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """An index of those that the limits leave, as often as its share of their weights."""
+    size = scores.shape[1]
+    count = min(size, _LIKELIEST) if scores.device.type == "cpu" else size
+    totals = scores.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    while True:
+        values, indices = scores.topk(count) if count < size else scores.sort(dim=-1, descending=True, stable=True)
+        weights = values.double().exp()
+        # All that are as likely as the k-th one stay.
+        in_k = values >= values.gather(1, (limits.top_k - 1).clamp(max=count - 1))
+        kept_totals = torch.where(limits.top_k < size, (weights * in_k).sum(-1, keepdim=True), totals)
+        # The first that reaches p stays.
+        in_p = (weights.cumsum(-1) - weights < limits.top_p * kept_totals) | (limits.top_p >= 1)
+        kept = in_k & in_p & (weights >= limits.min_p) & (weights > 0)
+        # On a CPU: whether further ones could stay, too.
+        if count == size or not bool(kept[:, -1].any()):
+            break
+        count = size
+    # In the order of likelihood, or of their ids if the limits need none.
+    ids = torch.where(limits.top_p < 1, torch.arange(count, device=scores.device), indices)
+    order = ids.masked_fill(~kept, size).argsort(dim=-1, stable=True)
+    return indices.gather(1, order.gather(1, _pick((weights * kept).gather(1, order), drawn)[:, None]))[:, 0]
+
+
+def _pick(weights: Float[Tensor, "B N"], drawn: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """The index at which this share of the weights' sum, in [0, 1), is reached; never one without weight."""
+    cumulative = weights.cumsum(-1)
+    totals = cumulative[:, -1:].contiguous()
+    index = torch.searchsorted(cumulative, totals * drawn[:, None], right=True)
+    last = torch.searchsorted(cumulative, totals)
+    # Of numbers that are not finite, there is none.
+    return torch.minimum(index, last).clamp(max=weights.shape[1] - 1)[:, 0]
+
+
+def _read(
+    ids: Int[Tensor, " W"],
+    is_finite: Bool[Tensor, " W"],
+    has_any: Bool[Tensor, " W"],
+    logits: Float[Tensor, "W V"],
+    params: Sequence[SamplingParams],
+) -> list[Token | str]:
+    """All that is wanted of a step, in one transfer."""
+    columns = [ids[:, None].int(), is_finite[:, None].int(), has_any[:, None].int()]
+    wanted = [row for row, one in enumerate(params) if one.logprobs is not None]
+    most = min(max((params[row].logprobs or 0 for row in wanted), default=0), logits.shape[1])
+    if wanted:
+        at = _on(wanted, logits.device)
+        logprobs = logits[at].float().log_softmax(-1)
+        top = logprobs.topk(most)
+        numbers = torch.cat([logprobs.gather(1, ids[at][:, None]), top.values], dim=1)
+        # Floats travel as the integers of their bits.
+        extra = torch.zeros(len(params), 1 + 2 * most, dtype=torch.int32, device=logits.device)
+        extra[at] = torch.cat([numbers.view(torch.int32), top.indices.int()], dim=1)
+        columns.append(extra)
+    table = torch.cat(columns, dim=1).cpu()
+    floats = table[:, 3:].contiguous().view(torch.float32).tolist()
+    tokens: list[Token | str] = []
+    for one, floats_of, (token, finite, any_left, *numbers_of) in zip(params, floats, table.tolist(), strict=True):
+        if not finite:
             tokens.append(NOT_FINITE)
-        elif sequence.forced_bos_id is not None and sequence.num_new_tokens == 0:
-            tokens.append(_with_logprobs(sequence.forced_bos_id, logits[row], params))
-        elif sequence.grammar is None and _is_plain_greedy(params):
+        elif not any_left:
+            tokens.append(_ALL_BANNED)
+        elif one.logprobs is None:
             tokens.append(Token(token))
         else:
-            try:
-                tokens.append(_sample_one(logits[row], allowed[row], sequence))
-            except RequestError as error:
-                tokens.append(error)
+            top_ids, values = numbers_of[1 + most :], floats_of[1:]
+            likeliest = tuple(zip(top_ids[: one.logprobs], values[: one.logprobs], strict=False))
+            tokens.append(Token(token, floats_of[0], likeliest))
     return tokens
-
-
-def _is_plain_greedy(params: SamplingParams) -> bool:
-    """Whether the likeliest token is all that is needed."""
-    return params.temperature == 0 and params.logprobs is None and not has_rules(params)
-
-
-def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:
-    params = sequence.request.sampling
-    scores = allowed.float().clone()
-    if has_rules(params):
-        scores = _rules(sequence, scores).apply(scores, sequence.token_ids, sequence.num_input_ids)
-    if sequence.grammar is not None:
-        scores.masked_fill_(~sequence.grammar.allowed(len(scores)).to(scores.device), float("-inf"))
-    best = scores.max(dim=-1)
-    if not math.isfinite(float(best.values)):
-        return "every token is banned."
-    token = int(best.indices)
-    if params.temperature > 0:
-        scaled = (scores - best.values) / max(params.temperature, LOWEST_TEMPERATURE)
-        # Sums of many small weights are computed in float64, which Apple's GPUs lack.
-        token = _draw(scaled.cpu() if scaled.device.type == "mps" else scaled, sequence)
-    return _with_logprobs(token, logits, params)
-
-
-def _rules(sequence: TokenSequence, scores: Float[Tensor, " V"]) -> LogitRules:
-    """A sequence's rules; made for its first token."""
-    if sequence.rules is None:
-        # An encoder-decoder may repeat its source.
-        prompt = sequence.request.prompt if sequence.decoder_start_id is None else ()
-        sequence.rules = LogitRules(sequence.request.sampling, prompt, len(scores), scores.device)
-    return sequence.rules
 
 
 def prompt_logprobs(
@@ -121,59 +249,3 @@ def prompt_logprobs(
         top = logprobs.topk(min(num_top, logprobs.shape[-1]))
         for logprob, ids, values in zip(chosen.tolist(), top.indices.tolist(), top.values.tolist(), strict=True):
             yield logprob, tuple(zip(ids, values, strict=True))
-
-
-def _with_logprobs(token: int, logits: Float[Tensor, " V"], params: SamplingParams) -> Token:
-    """A token with the requested log-probabilities."""
-    if params.logprobs is None:
-        return Token(token)
-    logprobs = logits.float().log_softmax(-1)
-    top = logprobs.topk(min(params.logprobs, len(logprobs)))
-    top_logprobs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return Token(token, float(logprobs[token]), top_logprobs)
-
-
-def _draw(scores: Float[Tensor, " V"], sequence: TokenSequence) -> int:
-    """Sample within top_k, top_p and min_p, with one of the sequence's own random numbers.
-
-    Args:
-        scores: In float32, the highest of them 0; may be overwritten.
-        sequence: The sequence.
-    """
-    params = sequence.request.sampling
-    if not 0 < params.top_k < len(scores) and params.top_p == 1 and params.min_p == 0:
-        return _pick_of_many(scores.exp_(), sequence)
-    if 0 < params.top_k < len(scores):
-        candidates = (scores >= scores.topk(params.top_k).values[-1]).nonzero().flatten()
-        weights = scores[candidates].double().exp()
-        total = weights.sum()
-    else:
-        rough = scores.exp()
-        total = rough.sum(dtype=torch.float64)
-        # All tokens below this together have less than 1 - p, so none of them is among the likeliest that reach p.
-        floor = float(total) * (1 - params.top_p) / len(scores)
-        candidates = ((rough >= floor * (1 - _ROUNDING)) & (rough > 0)).nonzero().flatten()
-        weights = scores[candidates].double().exp()
-    if params.top_p < 1:
-        weights, order = weights.sort(descending=True, stable=True)
-        # The first that reaches p stays.
-        count = int((weights.cumsum(-1) - weights < params.top_p * total).sum())
-        weights, candidates = weights[:count], candidates[order[:count]]
-    if params.min_p > 0:
-        likely = weights >= params.min_p * weights.max()
-        weights, candidates = weights[likely], candidates[likely]
-    return int(candidates[_pick(weights, sequence.random.random())])
-
-
-def _pick_of_many(weights: Float[Tensor, " V"], sequence: TokenSequence) -> int:
-    """An index, as often as its share of the weights: first a block of them, then one within it."""
-    blocks = F.pad(weights, (0, -len(weights) % _BLOCK)).view(-1, _BLOCK)
-    block = _pick(blocks.sum(-1, dtype=torch.float64), sequence.random.random())
-    return block * _BLOCK + _pick(blocks[block].double(), sequence.random.random())
-
-
-def _pick(weights: Float[Tensor, " N"], drawn: float) -> int:
-    """The index at which this share of the weights' sum, in [0, 1), is reached; never one without weight."""
-    cumulative = weights.cumsum(-1)
-    index = torch.searchsorted(cumulative, float(cumulative[-1]) * drawn, right=True)
-    return min(int(index), int(torch.searchsorted(cumulative, float(cumulative[-1]))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from prefixtune.engine.sequence import TokenSequence
@@ -76,32 +76,38 @@ class Scheduler:
             self.waiting.setdefault(sequence.request.tenant, deque()).append(sequence)
             self.num_waiting += 1
 
-    def admit(self) -> list[TokenSequence]:
-        """Assign free slots to waiting sequences; returns those that got one."""
+    def admit(self, take_room: Callable[[TokenSequence], bool] = lambda _: True) -> list[TokenSequence]:
+        """Assign free slots to waiting sequences; returns those that got one.
+
+        Args:
+            take_room: Reserves memory for a sequence. If there is none now, this sequence and all behind it wait.
+        """
         admitted = []
         while self.free_slots and self.waiting:
             # The first of those with the fewest slots.
             tenant = min(self.waiting, key=self._slots_held.__getitem__)
+            sequence = self.waiting[tenant][0]
+            if not take_room(sequence):
+                break
             queue = self.waiting.pop(tenant)
-            sequence = queue.popleft()
+            queue.popleft()
             self.num_waiting -= 1
             if queue:
                 self.waiting[tenant] = queue
-            # The lowest free slot: used slots stay close together.
             sequence.slot = heapq.heappop(self.free_slots)
             self._slots_held[tenant] += 1
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
 
-    def schedule(self) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
-        """The next step's work: decodes (one token each), by slot, and prefills (pieces of prompts), the oldest first.
+    def schedule(self) -> list[ScheduledSequence]:
+        """The next step's work: decodes (one token each), then prefills (pieces of prompts), the oldest first.
 
         Up to half of the prompt tokens of a step go to the oldest prompt; the rest to the shortest prompts first, which
         need not wait behind long ones.
         """
         ready = [s for s in self.running if not s.num_unencoded]
-        decodes = sorted((s for s in ready if s.num_uncomputed == 1), key=lambda s: s.slot)
+        decodes = [s for s in ready if s.num_uncomputed == 1]
         # Of sequences with one prompt, the first computes it, and the others wait for it (see `shared_prompts`).
         first_of_request = {s.request.id: s for s in reversed(ready) if s.num_uncomputed > 1}
         prefills = [s for s in ready if first_of_request.get(s.request.id) is s]
@@ -118,20 +124,19 @@ class Scheduler:
                 logits_budget -= more
             counts[sequence] += more
             budget -= more
-        return [ScheduledSequence(s, 1) for s in decodes], [
-            ScheduledSequence(s, count) for s, count in counts.items() if count
-        ]
+        pieces = [ScheduledSequence(s, count) for s, count in counts.items() if count]
+        return [ScheduledSequence(s, 1) for s in decodes] + pieces
 
     def shared_prompts(self) -> list[tuple[TokenSequence, TokenSequence]]:
         """Pairs of one request: a sequence whose prompt is not computed yet, and one whose prompt is."""
         computed: dict[str, TokenSequence] = {}
         uncomputed = []
         for sequence in self.running:
-            if sequence.num_unencoded or sequence.num_uncomputed > 1:
-                if sequence.request.n > 1:
+            if sequence.request.n > 1:
+                if sequence.num_unencoded or sequence.num_uncomputed > 1:
                     uncomputed.append(sequence)
-            elif sequence.num_computed_tokens >= sequence.num_input_ids - 1:
-                computed.setdefault(sequence.request.id, sequence)
+                elif sequence.num_computed_tokens >= sequence.num_input_ids - 1:
+                    computed.setdefault(sequence.request.id, sequence)
         return [(s, computed[s.request.id]) for s in uncomputed if s.request.id in computed]
 
     def sequences_to_encode(self) -> list[TokenSequence]:

@@ -49,8 +49,9 @@ class TokenSequence:
         decoder_start_id: The first token of an encoder-decoder's decoder, whose encoder reads the prompt; None: a
             decoder-only model, which continues the prompt.
         forced_bos_id: The first token to generate, whatever the scores; None: there is none.
-        slot: Where its keys and values are; -1: it has no slot yet.
-        num_computed_tokens: Of `token_ids`: how many have their keys and values in the slot.
+        slot: The number of its place in the running batch; -1: it waits.
+        runs: Where its keys and values are in the pools: its own, and those of an encoder-decoder's source.
+        num_computed_tokens: Of `token_ids`: how many have their keys and values there.
         num_unencoded: Prompt tokens that the encoder has still to read.
         token_ids: The input (the prompt, or `decoder_start_id`), then the generated tokens without the end token.
         num_input_ids: Length of that input.
@@ -68,6 +69,7 @@ class TokenSequence:
     decoder_start_id: int | None = None
     forced_bos_id: int | None = None
     slot: int = -1
+    runs: tuple[range, ...] = ()
     num_computed_tokens: int = 0
     num_unencoded: int = field(init=False)
     token_ids: list[int] = field(init=False)

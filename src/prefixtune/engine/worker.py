@@ -1,87 +1,62 @@
-"""An engine that runs in a thread of its own; callers submit requests and get their outputs through a callback.
+"""The torch engine in a thread of its own; callers submit requests and get their outputs through a callback.
 
-Callbacks run in a second thread, so that a slow one never delays the computing. If the engine itself fails, its
-requests end with `error`, a new engine is created, and the worker goes on.
+Callbacks run in a second thread, so that a slow one never delays the computing. If the engine itself fails, all
+requests end with `error`, and the worker accepts no more: whoever runs it ends the process, which a supervisor starts
+again.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import logging
+import math
 import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.engine.base import Receive, Snapshot
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SequenceOutput
-from prefixtune.engine.sequence import RunningSequence
 
-__all__ = ["EngineWorker", "Snapshot"]
+__all__ = ["EngineWorker"]
 
 
 _log = logging.getLogger(__name__)
-_LONGEST_PAUSE = 5.0
-"""Seconds between attempts to restart a failed engine."""
 
 R = TypeVar("R")
-OnOutput = Callable[[SequenceOutput], None]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What the engine is doing now, and its counters.
-
-    Attributes:
-        running: The sequences that have a slot, by slot.
-        waiting: How many sequences wait for a slot.
-        steps: Steps computed so far.
-        tokens: Tokens generated so far.
-        batch_sizes: Sequences computed in a step -> number of such steps.
-        restarts: How often the engine failed and was restarted.
-        failed_callbacks: How often a callback raised an error.
-    """
-
-    running: tuple[RunningSequence, ...]
-    waiting: int
-    steps: int
-    tokens: int
-    batch_sizes: Mapping[int, int]
-    restarts: int
-    failed_callbacks: int
 
 
 @dataclass(eq=False)
 class _Submission:
-    """A request that has not ended: its callback, and which of its sequences go on."""
+    """A request that has not ended: its callback, which of its sequences go on, and when it must be done."""
 
-    number: int
-    on_output: OnOutput
+    receive: Receive
     unfinished: set[int]
+    deadline: float
     callback_failed: bool = False
 
 
 class EngineWorker:
-    """Runs an engine until it is closed. May be used from any thread.
+    """Runs an engine until it is closed or fails (see `base.Engine`). May be used from any thread.
 
     Args:
         engine: The worker's alone from now on.
+
+    Attributes:
+        on_failure: Called, in a thread of the worker, after the engine has failed and all requests know it.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.on_failure: Callable[[], None] = lambda: None
         self._submissions: dict[str, _Submission] = {}
-        # When, which submission, and its id: of those that ended too, so that nothing else of them is kept here.
-        self._deadlines: list[tuple[float, int, str]] = []
-        self._numbers = itertools.count()
-        self._accepting, self._closing, self._restarting = True, False, False
-        self._steps = self._tokens = self._restarts = self._failed_callbacks = 0
+        self._accepting, self._closing, self._failed = True, False, False
+        self._steps = self._tokens = self._failed_callbacks = 0
         self._batch_sizes: Counter[int] = Counter()
         # Guards all of the above. Acquired before the engine's own lock, never after it.
         self._changed = threading.Condition()
@@ -98,33 +73,14 @@ class EngineWorker:
 
     # --- for callers --------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, on_output: OnOutput, deadline: float | None = None) -> None:
-        """Submit a request.
-
-        Args:
-            request: The request.
-            on_output: Called with all its outputs, in order, from a thread of the worker. A slow one delays the outputs
-                of other requests; if it raises, the request is cancelled.
-            deadline: Seconds from now until the request must be done; then its sequences end with `timeout`.
-
-        Raises:
-            EngineFull: Too many texts wait, the worker is closing, or the engine is restarting: try again later.
-            RequestError: The engine refuses it.
-            BackboneError: Its prefix does not fit the backbone.
-        """
+    def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
+        """Submit a request (see `base.Engine`)."""
         with self._changed:
-            if not self._accepting:
-                raise EngineFull(
-                    "the engine is being closed and accepts no more requests.", hint="use another replica."
-                )
-            if self._restarting:
-                raise EngineFull("the engine is restarting.", hint="try again later.")
+            self._check_accepting()
             # Refuses an id in use, so that no entry is overwritten below.
             self.engine.add(request)
-            number = next(self._numbers)
-            self._submissions[request.id] = _Submission(number, on_output, set(range(request.n)))
-            if deadline is not None:
-                heapq.heappush(self._deadlines, (time.monotonic() + deadline, number, request.id))
+            end = math.inf if deadline is None else time.monotonic() + deadline
+            self._submissions[request.id] = _Submission(receive, set(range(request.n)), end)
             self._changed.notify_all()
 
     def call(self, work: Callable[[Backbone], R]) -> Future[R]:
@@ -134,15 +90,21 @@ class EngineWorker:
             work: Called with the engine's backbone, in the engine's thread. Of several, one is called before each step.
 
         Raises:
-            EngineFull: The worker is closing.
+            EngineFull: The worker is closing or has failed.
         """
         future: Future[R] = Future()
         with self._changed:
-            if not self._accepting:
-                raise EngineFull("the engine is being closed and accepts no more work.", hint="use another replica.")
+            self._check_accepting()
             self._calls.append((future, work))
             self._changed.notify_all()
         return future
+
+    def _check_accepting(self) -> None:
+        """Refuse work that would never be done; the lock is held."""
+        if self._failed:
+            raise EngineFull("the engine has failed and accepts no more requests.", hint="start it again.")
+        if not self._accepting:
+            raise EngineFull("the engine is being closed and accepts no more requests.", hint="use another replica.")
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request; its sequences end with `cancelled`. Unknown ids are ignored."""
@@ -174,10 +136,7 @@ class EngineWorker:
         """Cancel what still runs, and stop; waits at most `timeout` seconds for a step or for slow callbacks."""
         with self._changed:
             self._accepting, self._closing = False, True
-            while self._calls:
-                future, _ = self._calls.popleft()
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(EngineFull("the engine is being closed.", hint="use another replica."))
+            self._refuse_calls("the engine is being closed.")
             for request_id in self._submissions:
                 self.engine.cancel(request_id)
             self._changed.notify_all()
@@ -192,10 +151,22 @@ class EngineWorker:
     def __exit__(self, *details: object) -> None:
         self.close()
 
+    def _refuse_calls(self, why: str) -> None:
+        """End the waiting calls; the lock is held."""
+        while self._calls:
+            future, _ = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineFull(why, hint="use another replica."))
+
     @property
     def healthy(self) -> bool:
-        """Whether requests are computed: both threads are alive, and the engine is not restarting."""
-        return not self._restarting and all(thread.is_alive() for thread in self._threads)
+        """Whether requests are computed: the engine has not failed, and both threads are alive."""
+        return not self._failed and all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has failed."""
+        return self._failed
 
     @property
     def num_unfinished(self) -> int:
@@ -211,27 +182,20 @@ class EngineWorker:
                 steps=self._steps,
                 tokens=self._tokens,
                 batch_sizes=dict(sorted(self._batch_sizes.items())),
-                restarts=self._restarts,
                 failed_callbacks=self._failed_callbacks,
             )
 
     # --- the two threads ----------------------------------------------------------------------------------------------
 
     def _compute(self) -> None:
-        while self._wait_for_work():
-            self._do_call()
-            if not self.engine.busy:
-                continue
-            try:
-                outputs = self.engine.step()
-            except BaseException as error:
-                _log.exception("the engine failed; it is restarted.")
-                failure = type(error).__name__
-            else:
-                self._record_step(outputs)
-                continue
-            # After the handler: the error holds what the step computed with.
-            self._restart(failure)
+        try:
+            while self._wait_for_work():
+                self._do_call()
+                if self.engine.busy:
+                    self._record_step(self.engine.step())
+        except BaseException as error:
+            _log.exception("the engine failed")
+            self._fail(type(error).__name__)
         self._outputs.put(None)
 
     def _do_call(self) -> None:
@@ -253,7 +217,7 @@ class EngineWorker:
         """Wait until there is something to compute; False: the worker ends."""
         with self._changed:
             while True:
-                if self._closing and (self._restarting or not self.engine.busy):
+                if self._closing and not self.engine.busy:
                     return False
                 self._cancel_expired()
                 if self.engine.busy or self._calls:
@@ -263,20 +227,9 @@ class EngineWorker:
     def _cancel_expired(self) -> None:
         """Cancel the requests whose deadline has passed; the lock is held."""
         now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            entry = heapq.heappop(self._deadlines)
-            if self._is_unfinished(entry):
-                self.engine.cancel(entry[2], "timeout")
-        # Entries of requests that ended in time are dropped before they pile up.
-        if len(self._deadlines) > 2 * len(self._submissions) + 100:
-            self._deadlines = list(filter(self._is_unfinished, self._deadlines))
-            heapq.heapify(self._deadlines)
-
-    def _is_unfinished(self, entry: tuple[float, int, str]) -> bool:
-        """Whether the submission of a deadline has not ended; its id may be in use again. The lock is held."""
-        _, number, request_id = entry
-        submission = self._submissions.get(request_id)
-        return submission is not None and submission.number == number
+        for request_id, submission in self._submissions.items():
+            if submission.deadline <= now:
+                self.engine.cancel(request_id, "timeout")
 
     def _record_step(self, outputs: list[SequenceOutput]) -> None:
         with self._changed:
@@ -299,30 +252,16 @@ class EngineWorker:
                 del self._submissions[output.request_id]
         self._outputs.put((submission, output))
 
-    def _restart(self, failure: str) -> None:
-        """End all requests and create a new engine."""
-        message = f"the engine failed and was restarted ({failure}): send the request again."
+    def _fail(self, failure: str) -> None:
+        """End all requests, and accept no more."""
         with self._changed:
-            self._restarting = True
-            self._restarts += 1
+            self._failed, self._accepting = True, False
             for request_id, submission in list(self._submissions.items()):
                 for index in sorted(submission.unfinished):
-                    self._enqueue(SequenceOutput(request_id, index, (), "", "error", message, engine_crashed=True))
+                    error = f"the engine failed ({failure})."
+                    self._enqueue(SequenceOutput(request_id, index, (), "", "error", error, engine_crashed=True))
+            self._refuse_calls("the engine failed.")
             self._changed.notify_all()
-        # There may be no room for the slots of both.
-        self.engine.free()
-        pause = 0.05
-        while not self._closing:
-            try:
-                engine = Engine(self.engine.backbone, self.engine.config)
-            except Exception:
-                _log.exception("the engine cannot be restarted yet.")
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-                continue
-            with self._changed:
-                self.engine, self._restarting = engine, False
-            return
 
     def _deliver(self) -> None:
         while (item := self._outputs.get()) is not None:
@@ -333,7 +272,7 @@ class EngineWorker:
             if submission.callback_failed:
                 continue
             try:
-                submission.on_output(output)
+                submission.receive(output)
             except BaseException:
                 _log.exception("the callback of request %s failed; the request is cancelled.", output.request_id)
                 submission.callback_failed = True
@@ -342,3 +281,5 @@ class EngineWorker:
                     # If it has ended, its id may be another's.
                     if self._submissions.get(output.request_id) is submission:
                         self.cancel(output.request_id)
+        if self._failed:
+            self.on_failure()

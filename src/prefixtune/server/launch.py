@@ -1,7 +1,8 @@
 """Start and stop a server: load the model, listen, serve, and shut down in good order.
 
 After the first SIGTERM or SIGINT new requests get 503 and `/readyz` says so; running ones may finish within a limit;
-then the process exits with 0. A second signal ends it at once.
+then the process exits with 0. A second signal ends it at once. If the engine fails, its requests get 503, and the
+process exits with 1.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def run(config: ServeConfig, console: Console) -> int:
             if training_worker is not None:
                 training_worker.stop(0.0 if server.force_exit else STOP_SECONDS)
             state.close()
-    log("stopped")
-    return 0
+    failed = state.has_engine and state.worker.failed
+    log("stopped", level=logging.ERROR if failed else logging.INFO)
+    # A supervisor starts it again: on a GPU, nothing works any more in this process.
+    return 1 if failed else 0
 
 
 def _load(config: ServeConfig, console: Console) -> ServerState:
@@ -135,14 +138,15 @@ def _start_engine(config: ServeConfig, console: Console) -> EngineWorker:
         num_slots=config.num_slots,
         max_length=config.max_length,
         prefill_tokens=config.prefill_tokens,
+        kv_cache_mib=config.kv_cache_mib,
         # As many as the gate ever admits.
         max_waiting=config.num_slots + config.max_queue,
     )
     # Callers see this name: it must not be a path.
     engine = Engine(replace(backbone, name=config.model_id), engine_config)
     console.info(
-        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, would take "
-        f"{engine.max_cache_bytes / 2**30:.1f} GiB of memory besides the model"
+        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, have up to "
+        f"{engine.cache_bytes / 2**30:.1f} GiB of memory besides the model"
     )
     # Made for the first JSON schema, it would stop all streams for a second.
     prepare_grammars(engine.backbone)
@@ -255,6 +259,10 @@ class GracefulServer(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal stops it."""
         self.loop = asyncio.get_running_loop()
+        if self.state.has_engine:
+            self.state.worker.on_failure = self._stop_soon
+            if self.state.worker.failed:
+                self._start_stopping()
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -262,7 +270,12 @@ class GracefulServer(uvicorn.Server):
         if self.loop is None or self.stopping is not None:
             self.should_exit = self.force_exit = True
             return
-        self.loop.call_soon_threadsafe(self._start_stopping)
+        self._stop_soon()
+
+    def _stop_soon(self) -> None:
+        """Start the shutdown, from any thread."""
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._start_stopping)
 
     def _start_stopping(self) -> None:
         if self.stopping is None:

@@ -158,7 +158,6 @@ class _EngineCollector:
                 "Texts computed in steps; divided by steps: the mean batch.",
                 _num_texts(snapshot.batch_sizes),
             ),
-            ("engine_restarts", "How often the engine failed and restarted.", snapshot.restarts),
             ("prefix_cache_hits", "Requested prefixes that were in memory.", cache.hits),
             ("prefix_cache_misses", "Requested prefixes that had to be read or joined.", cache.misses),
             ("prefix_cache_evictions", "Prefixes removed from memory to make room.", cache.evictions),

@@ -140,9 +140,15 @@ class ServeConfig(Config):
     max_length: _Number = _engine(
         0, description="most positions of a text, prefix included; 0: as many as the backbone has"
     )
-    prefill_tokens: _Size = _engine(
-        256,
-        description="most prompt tokens computed in a step beside running texts; four times as many if none is running",
+    prefill_tokens: _Number = _engine(
+        0,
+        description="most prompt tokens computed in a step beside running texts; four times as many if none is "
+        "running; 0: 256 on a CPU, 2048 on a GPU",
+    )
+    kv_cache_mib: _Number = _engine(
+        0,
+        description="memory for keys and values of all running texts, in MiB; a text that finds no room waits; 0: half "
+        "of what is free on a CPU, 0.8 of it on a GPU",
     )
     cache_mib: _Size = _engine(1024, description="memory for loaded prefixes, in MiB")
 

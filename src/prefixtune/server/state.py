@@ -80,7 +80,7 @@ class ServerState:
 
     @property
     def engine(self) -> Engine:
-        """The running engine; a new one after a failure."""
+        """The torch engine."""
         return self.worker.engine
 
     async def drain(self, seconds: float) -> bool:

@@ -1,6 +1,9 @@
-"""Slots: how far texts are attended to together, growing, and wiping."""
+"""The pool of keys and values: runs, and what they take of memory."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -8,86 +11,146 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.engine.attention import CALL_OVERHEAD, shared_length
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.kv_cache import KVCache
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.kv_cache import KVCache, free_memory
+from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
+from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
 
 SHAPES = (LayerShape(2, 4, 3), LayerShape(1, 8, 8))
+CPU = torch.device("cpu")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=12), st.integers(0, 5))
-def test_the_cheapest_common_length(lengths: list[int], holes: int):
-    rows = len(lengths) + holes
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=40), st.sampled_from([1, 4]))
+def test_runs_never_overlap_and_all_room_comes_back(asked: list[tuple[int, int]], page: int):
+    cache = KVCache(SHAPES, 100, torch.float32, CPU, page=page)
+    held: list[range] = []
+    for length, leaving in asked:
+        run = cache.take(length)
+        if run is None:
+            # No gap is so long.
+            taken = sorted(position for one in held for position in one)
+            gaps = [b - a - 1 for a, b in zip([-1, *taken], [*taken, 100], strict=True)]
+            assert max(gaps) < -(-length // page) * page
+        else:
+            assert len(run) >= length
+            assert run.start % page == len(run) % page == 0
+            held.append(run)
+        assert len({position for one in held for position in one}) == sum(map(len, held))
+        assert cache.used_bytes == sum(map(len, held)) * cache.bytes_per_position
+        if leaving < len(held):
+            cache.give_back(held.pop(leaving))
+    for run in held:
+        cache.give_back(run)
+    assert cache.used_bytes == 0
+    assert cache.take(100) == range(100)
 
-    def cost(common: int) -> int:
-        alone = sum(n + CALL_OVERHEAD for n in lengths if n > common)
-        return alone + (rows * common + CALL_OVERHEAD if common else 0)
 
-    found = shared_length(lengths, rows)
-    assert found in (0, *lengths)
-    assert cost(found) == min(cost(common) for common in (0, *lengths))
-
-
-def make(num_slots: int = 3, max_length: int = 1000) -> KVCache:
-    return KVCache(SHAPES, num_slots, max_length, torch.float32, torch.device("cpu"))
-
-
-def prefix(length: int) -> Prefix:
-    pairs = (
-        (torch.randn(s.num_kv_heads, length, s.key_dim), torch.randn(s.num_kv_heads, length, s.value_dim))
-        for s in SHAPES
+def test_a_prefix_and_a_copy_are_where_their_runs_are():
+    cache = KVCache(SHAPES, 50, torch.float32, CPU)
+    pairs = tuple(
+        (torch.randn(s.num_kv_heads, 5, s.key_dim), torch.randn(s.num_kv_heads, 5, s.value_dim)) for s in SHAPES
     )
-    return Prefix({"decoder": tuple(pairs)})
+    first, second = cache.take(8), cache.take(9)
+    assert first is not None
+    assert second is not None
+    cache.put(second, Prefix({"decoder": pairs}))
+    cache.copy(second, first, 4)
+    for layer, (key, value) in enumerate(pairs):
+        for run, length in ((second, 5), (first, 4)):
+            place = slice(run.start, run.start + length)
+            assert torch.equal(cache.keys[layer][place], key.transpose(0, 1)[:length])
+            assert torch.equal(cache.values[layer][place], value.transpose(0, 1)[:length])
 
 
-def test_growing_keeps_what_is_there_and_wiping_leaves_nothing():
-    cache, given_prefix = make(), prefix(5)
-    cache.put(1, given_prefix)
-    before = cache.capacity
-    cache.reserve(before + 1)
-    assert cache.capacity == 2 * before
-    for number, (key, value) in enumerate(given_prefix.layers["decoder"]):
-        assert torch.equal(cache.keys[number][1, :, :5], key)
-        assert torch.equal(cache.values[number][1, :, :5], value)
-        assert cache.keys[number].shape == (3, SHAPES[number].num_kv_heads, 2 * before, SHAPES[number].key_dim)
-    assert cache.num_bytes == 3 * 2 * before * sum(shape.size for shape in SHAPES) * 4
-    cache.wipe(1, 5)
-    assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
-
-
-def test_slots_grow_to_the_longest_text_and_no_further():
-    cache = make(max_length=300)
-    cache.reserve(257)
-    assert cache.capacity == 300
-    with pytest.raises(RequestError, match="301 positions"):
-        cache.reserve(301)
-
-
-def test_more_slots_than_memory_has_room_for():
-    shapes = (LayerShape(4, 64, 64),)
-    with pytest.raises(ConfigError, match=r"no room for the 488,281,250\.0 GiB of 1,000,000,000,000 slots") as error:
-        KVCache(shapes, 10**12, 256, torch.float32, torch.device("cpu"))
-    assert error.value.hint == "lower num_slots."
+def test_more_than_memory_has_room_for_is_refused():
+    with pytest.raises(ConfigError) as error:
+        KVCache((LayerShape(4, 64, 64),), 10**15, torch.float32, CPU)
+    assert error.value.hint
+    with pytest.raises(ConfigError):
+        KVCache(SHAPES, 3, torch.float32, CPU, page=4)
     with pytest.raises(ConfigError, match="num_slots"):
         EngineConfig(num_slots=65_537)
 
 
+def test_memory_that_is_free_is_not_more_than_there_is():
+    assert 0 < free_memory(CPU) <= psutil.virtual_memory().total
+
+
 def test_a_long_text_takes_memory_for_itself_alone():
-    """Slots become as long as the longest text, in memory that only written positions take."""
-    cache = KVCache((LayerShape(4, 64, 64),), 32, 20_000, torch.float32, torch.device("cpu"))
-    process, mib = psutil.Process(), 2**20
-    cache.put(1, Prefix({"decoder": ((torch.ones(4, 200, 64), torch.ones(4, 200, 64)),)}))
+    """A text of 8,192 positions beside 31 short ones: what is there, in the pool's books and in the process."""
+    shape = LayerShape(4, 64, 64)
+    cache = KVCache((shape,), 32 * 8192, torch.float32, CPU)
+    process = psutil.Process()
+    lengths = [100] * 20 + [8192] + [200] * 11
+    needed = sum(lengths) * shape.size * 4
     before = process.memory_info().rss
-    cache.reserve(8_000)
-    cache.reserve(20_000)
-    cache.keys[0][0, :, :8_000] = 1.0
-    assert cache.num_bytes == 20_000 * cache.bytes_per_position > 1_000 * mib
-    assert process.memory_info().rss - before < 64 * mib
-    # What reads a free slot, behind a mask, takes none either.
-    assert not cache.values[0][2:12].any()
-    assert cache.keys[0][1, :, :200].all()
-    assert process.memory_info().rss - before < 64 * mib
+    for length in lengths:
+        run = cache.take(length)
+        assert run is not None
+        cache.keys[0][run.start : run.stop] = 1.0
+        cache.values[0][run.start : run.stop] = 1.0
+    assert needed <= cache.used_bytes <= 1.3 * needed
+    assert process.memory_info().rss - before <= 1.3 * needed + 2**22
+    assert cache.num_bytes > 20 * needed
+
+
+def scarce(backbone: Any, positions: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
+    """An engine with room for so many positions."""
+    each = sum(shape.size for site in ("decoder", "cross") for shape in backbone.geometry.get(site, ()))
+    monkeypatch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each * 4)
+    return Engine(backbone, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_text_waits_for_room_and_what_never_fits_is_refused(
+    name: str, tiny_backbone: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
+):
+    backbone = tiny_backbone(name)
+    engine = scarce(backbone, 60, monkeypatch, num_slots=8)
+    assert [cache.num_positions for cache in engine.runner.caches] == [60] * len(engine.runner.caches)
+    few = SamplingParams(max_new_tokens=11, min_new_tokens=11)
+    asked = [Request((1, 2, 3) * 5, None, few) for _ in range(7)]
+    expected = Engine(backbone).run([asked[0]])[0][0].tokens
+    for request in asked:
+        engine.add(request)
+    most, found = 0, []
+    while engine.busy:
+        found += [token for output in engine.step() for token in output.tokens]
+        most = max(most, engine.num_running)
+        assert all(cache.used_bytes <= cache.num_bytes for cache in engine.runner.caches)
+    # 25 positions each of an encoder-less model, 15 and 11 of the other.
+    assert most == (2 if name == "llama" else 4)
+    assert len(found) == 7 * 11
+    assert sorted(token.id for token in found) == sorted(token.id for token in expected * 7)
+    assert all(cache.used_bytes == 0 for cache in engine.runner.caches)
+    with pytest.raises(ContextLengthError):
+        engine.add(Request((1,) * 61, None, few))
+    with pytest.raises(ContextLengthError):
+        engine.add(Request((1,), random_prefix(backbone, 61), few))
+    assert not engine.busy
+
+
+def test_the_pool_has_the_size_that_is_said(tiny_backbone: Any):
+    engine = Engine(tiny_backbone("llama"), kv_cache_mib=1)
+    (cache,) = engine.runner.caches
+    assert 2**20 - cache.bytes_per_position < engine.cache_bytes <= 2**20
+    # No more than all texts can ever need.
+    few = Engine(tiny_backbone("llama"), num_slots=2, max_length=50)
+    assert few.cache_bytes <= 2 * 51 * cache.bytes_per_position
+    assert few.max_length == 50
+
+
+def test_a_containers_own_limit_counts(monkeypatch: pytest.MonkeyPatch):
+    texts = {
+        "meminfo": "MemAvailable: 4000 kB\n",
+        "memory.max": "3000000",
+        "memory.current": "1000000",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: texts[self.name])
+    assert free_memory(CPU) == 2_000_000
+    texts["memory.max"] = "max"
+    assert free_memory(CPU) == 4_096_000

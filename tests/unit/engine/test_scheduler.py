@@ -24,7 +24,7 @@ def make(tenant: str = "", prompt: int = 1, number: int = 0) -> TokenSequence:
 
 def work_off(scheduler: Scheduler) -> None:
     """Compute a step, in thought."""
-    for work in (piece for pieces in scheduler.schedule() for piece in pieces):
+    for work in scheduler.schedule():
         work.sequence.num_computed_tokens += work.num_tokens
 
 
@@ -75,6 +75,14 @@ def test_first_come_first_served_within_a_tenant():
     assert served == asked
 
 
+def test_a_text_that_finds_no_room_waits_and_those_behind_it_too():
+    scheduler = Scheduler(4, 64)
+    scheduler.add([make("one", prompt=9, number=1), make("one", number=2), make("two", number=3)])
+    assert scheduler.admit(lambda sequence: len(sequence.request.prompt) < 9) == []
+    assert scheduler.num_waiting == 3
+    assert [s.request.id for s in scheduler.admit()] == ["one-1", "two-3", "one-2"]
+
+
 # --- prompts in pieces -----------------------------------------------------------------------------------------------
 
 
@@ -84,12 +92,13 @@ def test_running_texts_are_not_held_up_by_prompts():
     scheduler.add([*writing, make(prompt=1000, number=9)])
     scheduler.admit()
     for _ in range(5):
-        decodes, prefills = scheduler.schedule()
-        assert [work.sequence for work in decodes] == writing
-        assert sum(work.num_tokens for work in prefills) == 16
-        assert not any(work.needs_logits for work in prefills)
-        for work in prefills:
-            work.sequence.num_computed_tokens += work.num_tokens
+        work = scheduler.schedule()
+        decodes, prefills = work[:3], work[3:]
+        assert [one.sequence for one in decodes] == writing
+        assert sum(one.num_tokens for one in prefills) == 16
+        assert not any(one.needs_logits for one in prefills)
+        for one in prefills:
+            one.sequence.num_computed_tokens += one.num_tokens
 
 
 def test_a_short_prompt_passes_a_long_one_which_goes_on():
@@ -98,7 +107,7 @@ def test_a_short_prompt_passes_a_long_one_which_goes_on():
     long, short = make(prompt=1000, number=1), make(prompt=6, number=2)
     scheduler.add([long, short])
     scheduler.admit()
-    _, prefills = scheduler.schedule()
+    prefills = scheduler.schedule()
     assert {work.sequence: work.num_tokens for work in prefills} == {long: 10, short: 6}
     assert [work.needs_logits for work in prefills] == [False, True]
 

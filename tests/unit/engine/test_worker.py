@@ -1,16 +1,16 @@
-"""The engine in a thread of its own: news in order, deadlines, crashes, slow callers, and an orderly end."""
+"""The engine in a thread of its own: news in order, deadlines, failures, slow callers, and an orderly end."""
 
 from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from prefixtune.engine import worker as worker_module
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput
@@ -174,15 +174,16 @@ def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
     assert len(tokens(other.wait())) == 4
 
 
-# --- crashes ---------------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
-def test_a_crash_ends_all_requests_and_serving_goes_on(kind: type[BaseException], llama: Any):
+def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(kind: type[BaseException], llama: Any):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
+        told = threading.Event()
+        worker.on_failure = told.set
         ears = [Ear(2) for _ in range(3)]
-        broken = worker.engine
-        step = broken.step
+        step = worker.engine.step
         steps = 0
 
         def crash() -> list[SequenceOutput]:
@@ -192,7 +193,7 @@ def test_a_crash_ends_all_requests_and_serving_goes_on(kind: type[BaseException]
                 raise kind("broken")
             return step()
 
-        broken.step = crash  # type: ignore[method-assign]
+        worker.engine.step = crash  # type: ignore[method-assign]
         for number, ear in enumerate(ears):
             worker.submit(Request((1, number), sampling=LONG, n=2), ear)
         for ear in ears:
@@ -200,67 +201,54 @@ def test_a_crash_ends_all_requests_and_serving_goes_on(kind: type[BaseException]
             assert [(output.finish_reason, output.engine_crashed) for output in ends] == [("error", True)] * 2
             assert sorted(output.index for output in ends) == [0, 1]
             assert kind.__name__ in ends[0].error
-        wait_until(lambda: worker.healthy)
-        assert worker.engine is not broken
-        again = Ear()
-        worker.submit(Request((1, 0), sampling=SHORT), again)
-        assert again.reason == "length"
-        (expected,) = Engine(llama).run([Request((1, 0), sampling=SHORT)])[0]
-        assert tokens(again.outputs) == [token.id for token in expected.tokens]
-        assert worker.snapshot().restarts == 1
-
-
-def test_an_engine_that_cannot_be_made_anew_at_once_is_tried_again(llama: Any, monkeypatch: pytest.MonkeyPatch):
-    tries = threading.Semaphore(0)
-    allowed = threading.Event()
-
-    def scarce(*args: Any) -> Engine:
-        tries.release()
-        if not allowed.is_set():
-            raise MemoryError
-        return Engine(*args)
-
-    with EngineWorker(Engine(llama)) as worker:
-        monkeypatch.setattr(worker_module, "Engine", scarce)
-        ear = Ear()
-
-        def crash() -> list[SequenceOutput]:
-            raise RuntimeError("broken")
-
-        worker.engine.step = crash  # type: ignore[method-assign]
-        worker.submit(Request((1,), sampling=LONG), ear)
-        assert ear.reason == "error"
-        assert tries.acquire(timeout=PATIENCE)
+        assert told.wait(PATIENCE)
+        assert worker.failed
         assert not worker.healthy
         with pytest.raises(EngineFull):
-            worker.submit(Request((1,), sampling=SHORT), ear)
-        allowed.set()
-        wait_until(lambda: worker.healthy)
-        again = Ear()
-        worker.submit(Request((1,), sampling=SHORT), again)
-        assert again.reason == "length"
+            worker.submit(Request((1,), sampling=SHORT), Ear())
+        with pytest.raises(EngineFull):
+            worker.call(lambda backbone: backbone)
+        assert worker.drain(PATIENCE)
 
 
-def test_the_slots_of_a_failed_engine_are_gone_before_there_are_new_ones(llama: Any, monkeypatch: pytest.MonkeyPatch):
-    with EngineWorker(Engine(llama)) as worker:
-        cache = weakref.ref(worker.engine.runner.kv_cache)
-        left = []
+def test_a_model_that_fails_on_a_cpu_ends_the_running_texts_alone(llama: Any, monkeypatch: pytest.MonkeyPatch):
+    with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
+        forward, broken = worker.engine.runner.forward, threading.Event()
 
-        def make(*args: Any) -> Engine:
-            left.append(cache())
-            return Engine(*args)
+        def failing(scheduled: Any) -> Any:
+            if broken.is_set():
+                broken.clear()
+                raise RuntimeError("broken")
+            return forward(scheduled)
 
-        def fail(*_: Any) -> Any:
-            slots = worker.engine.runner.kv_cache.keys
-            raise MemoryError(len(slots))
+        monkeypatch.setattr(worker.engine.runner, "forward", failing)
+        broken.set()
+        ears = [Ear() for _ in range(3)]
+        with worker._changed:
+            for number, ear in enumerate(ears):
+                worker.submit(Request((1, number), sampling=SHORT), ear)
+        assert [ear.reason for ear in ears] == ["error", "error", "length"]
+        assert not ears[0].outputs[-1].engine_crashed
+        assert worker.healthy
 
-        monkeypatch.setattr(worker_module, "Engine", make)
-        worker.engine.step = fail  # type: ignore[method-assign]
+
+@pytest.mark.parametrize(("kind", "survives"), [(RuntimeError, False), (torch.OutOfMemoryError, True)])
+def test_a_model_that_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
+    kind: type[Exception], survives: bool, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
+    with EngineWorker(Engine(backbone)) as worker:
+
+        def failing(_: Any) -> Any:
+            raise kind("device-side assert")
+
+        monkeypatch.setattr(worker.engine.runner, "forward", failing)
+        monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
         ear = Ear()
-        worker.submit(Request((1,), sampling=LONG), ear)
+        worker.submit(Request((1,), sampling=SHORT), ear)
         assert ear.reason == "error"
-        wait_until(lambda: worker.healthy)
-        assert left == [None]
+        assert ear.outputs[-1].engine_crashed == (not survives)
+        assert worker.failed == (not survives)
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
@@ -328,7 +316,7 @@ def test_a_snapshot_shows_who_shares_the_batch(llama: Any, random_prefix: Any):
         now = worker.snapshot()
         shown = [(t.slot, t.request_id, t.tenant, t.prefix_name, t.prompt_tokens, t.new_tokens) for t in now.running]
         assert shown == [(0, "a", "one", "e2e", 3, 5), (1, "b", "two", "", 2, 5)]
-        assert (now.waiting, now.steps, now.tokens, now.restarts) == (2, 5, 10, 0)
+        assert (now.waiting, now.steps, now.tokens) == (2, 5, 10)
         assert now.batch_sizes == {2: 5}
         go.set()
         for ear in ears:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.prefix.prefix import Prefix, save_prefix
@@ -53,7 +52,11 @@ def make_server(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
         folders = {"prefixes": str(folder), "data_folder": str(tmp_path / "data")}
         config = ServeConfig(**{"backbone": "tiny", **folders, "num_slots": 4, **options})
         engine = Engine(
-            backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue, max_length=config.max_length)
+            backbone,
+            num_slots=4,
+            max_waiting=4 + config.max_queue,
+            max_length=config.max_length,
+            prefill_tokens=config.prefill_tokens,
         )
         state = ServerState(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
         states.append(state)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
+
+import pytest
+
+from prefixtune.utils.console import Console
 
 
 def test_the_first_signal_drains_and_the_second_ends_the_process(make_server: Callable[..., Any]) -> None:
@@ -27,3 +33,33 @@ def test_the_first_signal_drains_and_the_second_ends_the_process(make_server: Ca
         return seen
 
     assert asyncio.run(signals()) == [(True, False, False), (True, True, True)]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_server_whose_engine_fails_exits_with_1(
+    fails: bool, make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixtune.engine.request import Request
+    from prefixtune.server import launch
+
+    _, state = make_server(port=0)
+
+    def broken() -> Any:
+        raise RuntimeError("broken")
+
+    def end() -> None:
+        if fails:
+            monkeypatch.setattr(state.worker.engine, "step", broken)
+            state.worker.submit(Request((1,)), lambda output: None)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "_load", lambda *_: state)
+    monkeypatch.setattr(launch, "configure_logging", lambda *_: None)
+    monkeypatch.setattr(launch, "start_worker", lambda *_: None)
+    timer = threading.Timer(0.5, end)
+    timer.start()
+    try:
+        assert launch.run(state.config, Console(quiet=True)) == int(fails)
+    finally:
+        timer.join()

@@ -196,7 +196,7 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
         ApiError: The time is over, or the engine accepts no work.
         ClientDisconnect: The client disconnected.
     """
-    state, max_tokens = context.state, context.state.config.prefill_tokens
+    state, max_tokens = context.state, context.state.engine.prefill_tokens
     scores: dict[int, list[Tensor]] = {row: [] for row in range(len(encoded.prompts))}
 
     def score(_: Backbone, rows: Sequence[int], part: slice) -> list[Tensor]:

@@ -335,7 +335,7 @@ def _failure(context: RequestContext, output: SequenceOutput) -> ApiError:
     failure = engine_error(context, output.error)
     if output.engine_crashed:
         return unavailable(
-            "the engine failed and is restarting; send the request again.", "engine_failed", retry_after=1
+            "the engine failed and the server stops; send the request again later.", "engine_failed", retry_after=1
         )
     return failure
 

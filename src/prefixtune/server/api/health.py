@@ -40,7 +40,7 @@ async def is_ready(request: Request) -> Response:
 
 def _health(state: ServerState, *, ready: bool) -> Response:
     if state.has_engine and not state.worker.healthy:
-        return json_response({"status": "the engine is restarting"}, 503)
+        return json_response({"status": "the engine has failed"}, 503)
     if ready and state.draining:
         return json_response({"status": "shutting down"}, 503)
     return json_response({"status": "ok"})

@@ -1,0 +1,72 @@
+"""What every engine offers: requests in, pieces of text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from prefixtune.engine.request import Request, SequenceOutput
+from prefixtune.engine.sequence import RunningSequence
+
+__all__ = ["Engine", "Receive", "Snapshot"]
+
+
+Receive = Callable[[SequenceOutput], None]
+"""Takes a request's outputs, in order, in a thread of the engine."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What an engine is doing now, and its counters.
+
+    Attributes:
+        running: The sequences that have a slot, by slot.
+        waiting: How many sequences wait for a slot.
+        steps: Steps computed so far.
+        tokens: Tokens generated so far.
+        batch_sizes: Sequences computed in a step -> number of such steps.
+        failed_callbacks: How often a callback raised an error.
+    """
+
+    running: tuple[RunningSequence, ...]
+    waiting: int
+    steps: int
+    tokens: int
+    batch_sizes: Mapping[int, int]
+    failed_callbacks: int
+
+
+class Engine(Protocol):
+    """Generates text for many requests at once. May be used from any thread.
+
+    A request is token ids, a prefix, sampling parameters and a tenant. Who uses an engine knows nothing else of it.
+    """
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are computed; once it is false, it stays so."""
+
+    def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
+        """Submit a request.
+
+        Args:
+            request: The request.
+            receive: Called with all its outputs. A slow one delays the outputs of other requests; if it raises, the
+                request is cancelled.
+            deadline: Seconds from now until the request must be done; then its sequences end with `timeout`.
+
+        Raises:
+            EngineFull: Too many texts wait, or the engine is closing or has failed.
+            RequestError: The engine refuses it.
+            BackboneError: Its prefix does not fit the backbone.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request; its sequences end with `cancelled`. Unknown ids are ignored."""
+
+    def snapshot(self) -> Snapshot:
+        """What the engine is doing now, and its counters."""
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Cancel what still runs, and stop within so many seconds."""
