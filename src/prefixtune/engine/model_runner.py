@@ -169,4 +169,5 @@ class ModelRunner:
 def _moved(numbers: Sequence[Sequence[int]], device: torch.device) -> Sequence[Int[Tensor, " _"]]:
     """Lists of numbers as tensors on a device, in one transfer that nobody waits for."""
     whole = torch.tensor(list(chain(*numbers)), pin_memory=device.type == "cuda")
-    return whole.to(device, non_blocking=True).split(list(map(len, numbers)))
+    parts: Sequence[Tensor] = whole.to(device, non_blocking=True).split(list(map(len, numbers)))
+    return parts

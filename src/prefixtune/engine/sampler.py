@@ -68,7 +68,7 @@ def sample(
             places = _on([rows.index(row) for row in random], logits.device)
             ids[at[places]] = _draw(scores[places] - highest.values[places, None], [sequences[row] for row in random])
     for row, sequence in enumerate(sequences):
-        if forced[row]:
+        if forced[row] and sequence.forced_bos_id is not None:
             ids[row] = sequence.forced_bos_id
     found = _read(ids, is_finite, has_any, logits, [s.request.sampling for s in sequences])
     return [refused.get(row, token) for row, token in enumerate(found)]
