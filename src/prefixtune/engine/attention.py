@@ -148,12 +148,13 @@ class StepAttention:
             value_view = value.narrow(2, span.run.start, span.stop)
             if plain and number < self.num_single and (window is None or span.stop - span.prefix_length <= window):
                 out = F.scaled_dot_product_attention(one_by_one[number], key_view, value_view, scale=scores.scale)
-                outputs.append(out.reshape(1, heads, -1))
+                outputs.append(out)
             else:
                 rows = query[:, :, first : first + span.count]
-                outputs.append(self._attend_span(rows, key_view, value_view, span, scores, window, bias))
+                out = self._attend_span(rows, key_view, value_view, span, scores, window, bias)
+                outputs.append(out.unflatten(1, (kv_heads, -1)))
             first += span.count
-        return torch.cat(outputs)[None]
+        return torch.cat(outputs).flatten(1, 2)[None]
 
     def _attend_span(
         self,

@@ -6,7 +6,6 @@ A seed decides a text: each draws its own random numbers, and what they choose d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or it
 _ALL_BANNED = "every token is banned."
 _BLOCK = 256
 """Weights of which a sum is drawn before one of them is."""
-_LIKELIEST = 1024
-"""Tokens of which one is drawn on a CPU, if no other can be: sorting all of them takes long there."""
+_ROUNDING = 1e-5
+"""Of exponentials in float32, relatively, with a margin."""
 _LOGPROBS_BYTES = 2**24
 """Of a prompt's log-probabilities that are computed at once."""
 
@@ -107,15 +106,6 @@ def _change(scores: Float[Tensor, " V"], sequence: TokenSequence, eos_id: int) -
     return scores
 
 
-@dataclass(frozen=True, eq=False)
-class _Limits:
-    """Of which tokens each text draws one, (B, 1) each."""
-
-    top_k: Int[Tensor, "B 1"]
-    top_p: Float[Tensor, "B 1"]
-    min_p: Float[Tensor, "B 1"]
-
-
 def _draw(scores: Float[Tensor, "B V"], sequences: Sequence[TokenSequence]) -> Int[Tensor, " B"]:
     """Sample each text's token within its top_k, top_p and min_p, with its own random numbers.
 
@@ -140,12 +130,7 @@ def _draw(scores: Float[Tensor, "B V"], sequences: Sequence[TokenSequence]) -> I
     bound = [row for row, is_limited in enumerate(limited) if is_limited]
     if bound:
         at = _on(bound, device)
-        limits = _Limits(
-            _on([[params[row].top_k or size] for row in bound], device).clamp(max=size),
-            _on([[params[row].top_p] for row in bound], device, torch.float64),
-            _on([[params[row].min_p] for row in bound], device, torch.float64),
-        )
-        drawn[at] = _draw_of_likeliest(scaled[at], limits, first[at])
+        drawn[at] = _draw_of_likeliest(scaled[at], [params[row] for row in bound], first[at])
     return drawn.to(scores.device)
 
 
@@ -159,28 +144,52 @@ def _draw_of_all(
     return block * _BLOCK + _pick(within.double(), second)
 
 
-def _draw_of_likeliest(scores: Float[Tensor, "B V"], limits: _Limits, drawn: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """An index of those that the limits leave, as often as its share of their weights."""
-    size = scores.shape[1]
-    count = min(size, _LIKELIEST) if scores.device.type == "cpu" else size
-    totals = scores.exp().sum(-1, keepdim=True, dtype=torch.float64)
-    while True:
-        values, indices = scores.topk(count) if count < size else scores.sort(dim=-1, descending=True, stable=True)
-        weights = values.double().exp()
+def _draw_of_likeliest(
+    scores: Float[Tensor, "B V"], params: Sequence[SamplingParams], drawn: Float[Tensor, " B"]
+) -> Int[Tensor, " B"]:
+    """An index of those within each text's limits, as often as its share of their weights."""
+    size, device = scores.shape[1], scores.device
+    top_p, min_p = (_on([[getattr(one, name)] for one in params], device, torch.float64) for name in ("top_p", "min_p"))
+    weights = scores.exp()
+    totals = weights.sum(-1, keepdim=True, dtype=torch.float64)
+    # All tokens below this together have less than 1 - p, so none of them is among the likeliest that reach p.
+    lowest = torch.maximum(totals * (1 - top_p) / size, min_p) * (1 - _ROUNDING)
+    possible = (weights > 0) & (weights >= lowest)
+    limits = [one.top_k or size for one in params]
+    if min(limits) < size:
+        top_k = _on([[min(limit, size)] for limit in limits], device)
+        most = max(limit for limit in limits if limit < size)
+        kth = scores.topk(most).values.gather(1, (top_k - 1).clamp(max=most - 1))
         # All that are as likely as the k-th one stay.
-        in_k = values >= values.gather(1, (limits.top_k - 1).clamp(max=count - 1))
-        kept_totals = torch.where(limits.top_k < size, (weights * in_k).sum(-1, keepdim=True), totals)
+        possible &= (scores >= kth) | (top_k == size)
+    indices, exist = _indices(possible)
+    weights = scores.gather(1, indices).double().exp() * exist
+    if min(limits) < size:
+        totals = torch.where(top_k < size, weights.sum(-1, keepdim=True), totals)
+    order = torch.arange(indices.shape[1], device=device).expand_as(indices)
+    if any(one.top_p < 1 for one in params):
+        order = torch.where(top_p < 1, weights.argsort(dim=-1, descending=True, stable=True), order)
+        weights = weights.gather(1, order)
         # The first that reaches p stays.
-        in_p = (weights.cumsum(-1) - weights < limits.top_p * kept_totals) | (limits.top_p >= 1)
-        kept = in_k & in_p & (weights >= limits.min_p) & (weights > 0)
-        # On a CPU: whether further ones could stay, too.
-        if count == size or not bool(kept[:, -1].any()):
-            break
-        count = size
-    # In the order of likelihood, or of their ids if the limits need none.
-    ids = torch.where(limits.top_p < 1, torch.arange(count, device=scores.device), indices)
-    order = ids.masked_fill(~kept, size).argsort(dim=-1, stable=True)
-    return indices.gather(1, order.gather(1, _pick((weights * kept).gather(1, order), drawn)[:, None]))[:, 0]
+        weights = weights * ((weights.cumsum(-1) - weights < top_p * totals) | (top_p == 1))
+    picked = _pick(weights * (weights >= min_p), drawn)
+    return indices.gather(1, order.gather(1, picked[:, None]))[:, 0]
+
+
+def _indices(possible: Bool[Tensor, "B V"]) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"]]:
+    """Where each row is true, in order, and which of these columns exist for it.
+
+    On a GPU, for whose count the host would wait, all columns.
+    """
+    if possible.device.type != "cpu":
+        return torch.arange(possible.shape[1], device=possible.device).expand_as(possible), possible
+    counts = possible.sum(-1, keepdim=True)
+    columns = possible.nonzero()[:, 1]
+    exist = torch.arange(max(1, int(counts.max()))) < counts
+    indices = torch.zeros(exist.shape, dtype=torch.long)
+    # Both are in the order of rows.
+    indices[exist] = columns
+    return indices, exist
 
 
 def _pick(weights: Float[Tensor, "B N"], drawn: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
