@@ -22,7 +22,7 @@ from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_
 from prefixtune.engine.kv_cache import CUDA_PAGE, KVCache
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["EncoderAttention", "NewSource", "PagedSpans", "Span", "StepAttention", "page_size"]
+__all__ = ["EncoderAttention", "Span", "StepAttention", "page_numbers", "page_size"]
 
 
 @dataclass(frozen=True)
@@ -47,48 +47,20 @@ class Span:
         return self.start + self.count
 
 
-@dataclass(frozen=True, eq=False)
-class PagedSpans:
+def page_numbers(spans: Sequence[Span], page: int) -> list[list[int]]:
     """The texts of a step as FlashAttention takes them.
 
-    Attributes:
-        first_queries: Where each text's tokens begin in the row, and its end.
-        first_keys: The same of all that they see.
-        lengths: How many positions each text has, the new ones too.
-        table: The pages of each text.
-        most_queries: Most tokens of a text.
-        most_keys: Most positions of a text.
+    Where each text's tokens begin in the row, and its end; the same of all that they see; how many positions each text
+    has; and its pages, for each text as many as the longest one has: what is behind its last page is not read.
     """
-
-    first_queries: Int[Tensor, " B1"]
-    first_keys: Int[Tensor, " B1"]
-    lengths: Int[Tensor, " B"]
-    table: Int[Tensor, "B N"]
-    most_queries: int
-    most_keys: int
-
-    @staticmethod
-    def numbers(spans: Sequence[Span], page: int) -> list[list[int]]:
-        """What the tensors hold, to be moved to the device with other numbers of a step."""
-        most = max(-(-span.stop // page) for span in spans)
-        return [
-            [0, *accumulate(span.count for span in spans)],
-            [0, *accumulate(span.stop for span in spans)],
-            [span.stop for span in spans],
-            # Behind a text's last page, where nothing is read, it is repeated.
-            [
-                span.run.start // page + min(number, len(span.run) // page - 1)
-                for span in spans
-                for number in range(most)
-            ],
-        ]
-
-    @classmethod
-    def of(cls, spans: Sequence[Span], tensors: Sequence[Int[Tensor, " _"]]) -> PagedSpans:
-        """From the `numbers` of these spans, on the device."""
-        first_queries, first_keys, lengths, table = (tensor.int() for tensor in tensors)
-        most_queries, most_keys = max(span.count for span in spans), max(span.stop for span in spans)
-        return cls(first_queries, first_keys, lengths, table.view(len(spans), -1), most_queries, most_keys)
+    most = max(-(-span.stop // page) for span in spans)
+    last = [span.run.stop // page - 1 for span in spans]
+    return [
+        [0, *accumulate(span.count for span in spans)],
+        [0, *accumulate(span.stop for span in spans)],
+        [span.stop for span in spans],
+        [min(span.run.start // page + n, end) for span, end in zip(spans, last, strict=True) for n in range(most)],
+    ]
 
 
 @dataclass(eq=False)
@@ -99,14 +71,14 @@ class StepAttention:
         kv_cache: The pool.
         spans: The texts, in the order of the row; those with one token come first.
         places: Where in the pool each token of the row goes; None: nothing is written.
-        paged: For attention in one call; None: text by text.
+        pages: The `page_numbers` of the spans, for attention in one call; none: text by text.
         bias_by_layer: Per layer, what is added to the scores by distance; the last one holds for all larger distances.
     """
 
     kv_cache: KVCache
     spans: Sequence[Span]
     places: Int[Tensor, " T"] | None
-    paged: PagedSpans | None = None
+    pages: Sequence[Int[Tensor, " _"]] = ()
     bias_by_layer: Mapping[int, Float[Tensor, "Hq N"]] = field(default_factory=dict)
     _masks: dict[object, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, repr=False)
 
@@ -181,7 +153,7 @@ class StepAttention:
     ) -> bool:
         """Whether FlashAttention makes these scores; in a window it would hide the prefix."""
         return (
-            self.paged is not None
+            len(self.pages) > 0
             and scores.fused
             and bias is None
             and query.dtype in _PAGED_DTYPES
@@ -198,23 +170,22 @@ class StepAttention:
         window: int | None,
     ) -> Float[Tensor, "1 T Hq D"]:
         """All texts in one call, without a mask."""
-        paged, pages = self.paged, (-1, self.kv_cache.page)
-        varlen = varlen_attention()
-        assert paged is not None
+        varlen, by_page = varlen_attention(), (-1, self.kv_cache.page)
         assert varlen is not None
+        first_queries, first_keys, lengths, table = self.pages
         out: Tensor = varlen(
             query[0].transpose(0, 1),
-            keys.unflatten(0, pages),
-            values.unflatten(0, pages),
-            paged.first_queries,
-            paged.first_keys,
-            paged.most_queries,
-            paged.most_keys,
+            keys.unflatten(0, by_page),
+            values.unflatten(0, by_page),
+            first_queries,
+            first_keys,
+            max(span.count for span in self.spans),
+            max(span.stop for span in self.spans),
             scale=scores.scale,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=True,
-            seqused_k=paged.lengths,
-            block_table=paged.table,
+            seqused_k=lengths,
+            block_table=table.view(len(self.spans), -1),
         )
         return out[None]
 
@@ -263,19 +234,6 @@ def _mask_and_bias(
     return mask, bias
 
 
-@dataclass(frozen=True)
-class NewSource:
-    """An encoded source whose cross-attention keys and values a step computes.
-
-    Attributes:
-        length: Its positions in the row of sources.
-        target: Where they go in the pool.
-    """
-
-    length: int
-    target: int
-
-
 @dataclass(eq=False)
 class EncoderAttention:
     """Attention of one step of an encoder-decoder's decoder.
@@ -283,12 +241,12 @@ class EncoderAttention:
     Attributes:
         decoder: Attention to the texts' own positions.
         cross: Attention to their sources; its spans end where a source ends.
-        new_sources: The sources of the row, in order.
+        new_sources: Of the row, in order: how many positions each has, and where they go in the pool.
     """
 
     decoder: StepAttention
     cross: StepAttention
-    new_sources: Sequence[NewSource]
+    new_sources: Sequence[tuple[int, int]]
 
     def attend(
         self,
@@ -304,9 +262,8 @@ class EncoderAttention:
             return self.decoder.attend(layer, query, key, value, scores)
         keys, values = self.cross.kv_cache.keys[index], self.cross.kv_cache.values[index]
         first = 0
-        for source in self.new_sources:
-            row, place = slice(first, first + source.length), slice(source.target, source.target + source.length)
-            keys[place] = key[0, :, row].transpose(0, 1)
-            values[place] = value[0, :, row].transpose(0, 1)
-            first += source.length
+        for length, target in self.new_sources:
+            keys[target : target + length] = key[0, :, first : first + length].transpose(0, 1)
+            values[target : target + length] = value[0, :, first : first + length].transpose(0, 1)
+            first += length
         return self.cross.read(index, query, scores, None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.attention import EncoderAttention, NewSource, Span, StepAttention
+from prefixtune.engine.attention import EncoderAttention, Span, StepAttention
 from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.sequence import TokenSequence
 
@@ -72,7 +72,7 @@ class EncoderCache:
         if self._placeholder is None:
             raise RuntimeError("no source was encoded")
         new = {s: self._new_sources.pop(s) for s in sequences if s in self._new_sources}
-        targets = [NewSource(e.shape[1], s.runs[1].start + _length(s) - e.shape[1]) for s, e in new.items()]
+        targets = [(e.shape[1], s.runs[1].start + _length(s) - e.shape[1]) for s, e in new.items()]
         longest = max(span.stop for span in decoder.spans)
         decoder.bias_by_layer = self._distance_bias(longest, self._placeholder)
         row = torch.cat(list(new.values()), dim=1) if new else self._placeholder

@@ -144,11 +144,6 @@ class Engine:
                 f"the request is {describe_value(request)}, not a Request.",
                 hint="write Request(tuple(engine.backbone.encode(text)), prefix).",
             )
-        if request.n > self.config.max_waiting:
-            raise RequestError(
-                f"n is {request.n:,}, but at most {self.config.max_waiting:,} texts may wait for a slot.",
-                hint="lower n, or raise max_waiting.",
-            )
         if request.prefix is not None:
             load_prefix(request.prefix, self.backbone)
         if self._has_encoder and request.sampling.prompt_logprobs is not None:
@@ -202,16 +197,13 @@ class Engine:
         # Without new tokens the prompt's last one takes a position all the same.
         if max(1, new_tokens) <= self.available_tokens(prompt_tokens, prefix_length):
             return
-        if self._has_encoder:
-            needed = f"{prompt_tokens} (text) and {new_tokens} (new) positions"
-            limit = f"the limit is {self.max_length} on either side"
-        else:
-            needed = f"{prefix_length} (prefix) + {prompt_tokens} (text) + {new_tokens} (new) positions"
-            limit = f"the limit is {self.max_length}"
+        prefix, side = ("", " on either side") if self._has_encoder else (f"{prefix_length} (prefix), ", "")
         if self.max_length == self.backbone.longrope_limit:
-            limit += " (the model's original length, before LongRoPE)"
+            side += " (the model's original length, before LongRoPE)"
         raise ContextLengthError(
-            f"the request needs {needed}, but {limit}.", hint="shorten the text or lower max_new_tokens."
+            f"the request needs {prefix}{prompt_tokens} (text) and {new_tokens} (new) positions, but the limit is "
+            f"{self.max_length}{side}.",
+            hint="shorten the text or lower max_new_tokens.",
         )
 
     def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.attention import PagedSpans, Span, StepAttention, page_size
+from prefixtune.engine.attention import Span, StepAttention, page_numbers, page_size
 from prefixtune.engine.encoder_cache import EncoderCache
 from prefixtune.engine.kv_cache import KVCache, bytes_per_position, free_memory
 from prefixtune.engine.request import Request
@@ -146,12 +146,12 @@ class ModelRunner:
         wanted = [*last_indices, *prompt_indices] or [len(ids) - 1]
         spans_by_cache = [spans, *([self.encoder_cache.spans(sequences)] if self.encoder_cache else [])]
         page = self.caches[0].page
-        pages = [PagedSpans.numbers(of_one, page) for of_one in spans_by_cache if page > 1]
+        pages = [page_numbers(of_one, page) for of_one in spans_by_cache if page > 1]
         row, at, to, kept, *tables = _moved([ids, positions, places, wanted, *chain(*pages)], self.backbone.device)
         attentions = []
         for number, (cache, of_one) in enumerate(zip(self.caches, spans_by_cache, strict=True)):
-            paged = PagedSpans.of(of_one, tables[4 * number : 4 * number + 4]) if tables else None
-            attentions.append(StepAttention(cache, of_one, to if number == 0 else None, paged))
+            own = [table.int() for table in tables[4 * number : 4 * number + 4]]
+            attentions.append(StepAttention(cache, of_one, to if number == 0 else None, own))
         backend: AttentionBackend = attentions[0]
         encoded = None
         if self.encoder_cache is not None:

@@ -20,21 +20,17 @@ class RunningSequence:
     Attributes:
         slot: Its slot.
         request_id: The request's id.
-        index: Which of the request's n sequences.
         tenant: The request's tenant.
         prefix_name: The name of its prefix; empty: unknown, or there is no prefix.
         prompt_tokens: Tokens of the prompt.
-        num_computed_tokens: Tokens of prompt and text computed so far.
         new_tokens: Tokens generated so far.
     """
 
     slot: int
     request_id: str
-    index: int
     tenant: str
     prefix_name: str
     prompt_tokens: int
-    num_computed_tokens: int
     new_tokens: int
 
 
@@ -110,15 +106,7 @@ class TokenSequence:
 
     def snapshot(self) -> RunningSequence:
         """What it is at now."""
-        request, num_prompt_tokens = self.request, len(self.request.prompt)
-        encoded = num_prompt_tokens - self.num_unencoded + self.num_new_tokens
+        request = self.request
         return RunningSequence(
-            slot=self.slot,
-            request_id=request.id,
-            index=self.index,
-            tenant=request.tenant,
-            prefix_name=request.prefix_name,
-            prompt_tokens=num_prompt_tokens,
-            num_computed_tokens=self.num_computed_tokens if self.decoder_start_id is None else encoded,
-            new_tokens=self.num_new_tokens,
+            self.slot, request.id, request.tenant, request.prefix_name, len(request.prompt), self.num_new_tokens
         )

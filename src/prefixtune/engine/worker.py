@@ -48,6 +48,7 @@ class EngineWorker:
         engine: The worker's alone from now on.
 
     Attributes:
+        failed: Whether the engine has failed.
         on_failure: Called, in a thread of the worker, after the engine has failed and all requests know it.
     """
 
@@ -55,7 +56,7 @@ class EngineWorker:
         self.engine = engine
         self.on_failure: Callable[[], None] = lambda: None
         self._submissions: dict[str, _Submission] = {}
-        self._accepting, self._closing, self._failed = True, False, False
+        self._accepting, self._closing, self.failed = True, False, False
         self._steps = self._tokens = self._failed_callbacks = 0
         self._batch_sizes: Counter[int] = Counter()
         # Guards all of the above. Acquired before the engine's own lock, never after it.
@@ -101,7 +102,7 @@ class EngineWorker:
 
     def _check_accepting(self) -> None:
         """Refuse work that would never be done; the lock is held."""
-        if self._failed:
+        if self.failed:
             raise EngineFull("the engine has failed and accepts no more requests.", hint="start it again.")
         if not self._accepting:
             raise EngineFull("the engine is being closed and accepts no more requests.", hint="use another replica.")
@@ -161,12 +162,7 @@ class EngineWorker:
     @property
     def healthy(self) -> bool:
         """Whether requests are computed: the engine has not failed, and both threads are alive."""
-        return not self._failed and all(thread.is_alive() for thread in self._threads)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the engine has failed."""
-        return self._failed
+        return not self.failed and all(thread.is_alive() for thread in self._threads)
 
     @property
     def num_unfinished(self) -> int:
@@ -255,7 +251,7 @@ class EngineWorker:
     def _fail(self, failure: str) -> None:
         """End all requests, and accept no more."""
         with self._changed:
-            self._failed, self._accepting = True, False
+            self.failed, self._accepting = True, False
             for request_id, submission in list(self._submissions.items()):
                 for index in sorted(submission.unfinished):
                     error = f"the engine failed ({failure})."
@@ -281,5 +277,5 @@ class EngineWorker:
                     # If it has ended, its id may be another's.
                     if self._submissions.get(output.request_id) is submission:
                         self.cancel(output.request_id)
-        if self._failed:
+        if self.failed:
             self.on_failure()

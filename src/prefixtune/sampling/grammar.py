@@ -6,9 +6,10 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from fractions import Fraction
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -227,37 +228,26 @@ def check_json_schema(schema: str | Mapping[str, Any]) -> str:
         )
     if _depth(text) > _MAX_DEPTH:
         raise RequestError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep.", hint="use $defs and $ref.")
-    parts = [part for part in _parts(json.loads(text)) if isinstance(part, dict)]
-    _check_divisors([part["multipleOf"] for part in parts if type(part.get("multipleOf")) in (int, float)])
+    _check_divisors(text)
     return text
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """A JSON value and all values within it."""
-    yield value
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _parts(part)
-
-
-def _check_divisors(divisors: Sequence[int | float]) -> None:
+def _check_divisors(schema: str) -> None:
     """Refuse large ones.
 
-    A number may have to be a multiple of several, wherever they stand in the schema (`allOf`, `$ref`): of their least
-    common multiple at the most.
+    A number may have to be a multiple of several, wherever they stand in the schema (`allOf`, `$ref`).
 
     Raises:
-        RequestError: Their least common multiple is too large, or one has too many decimals.
+        RequestError: Their product is too large, or one has too many decimals.
     """
-    scaled = [Fraction(str(abs(divisor))) * 10**_DECIMALS for divisor in divisors if divisor]
-    multiple = math.lcm(*(number.numerator for number in scaled))
-    # 1.25, which is 1,250,000,000 here, counts as 125.
-    for _ in range(_DECIMALS):
-        multiple = multiple if multiple % 10 else multiple // 10
-    if multiple > _MAX_DIVISOR or any(number.denominator > 1 for number in scaled):
+    # Within a string, a backslash would stand before the second quotation mark.
+    found = {Decimal(number).normalize() for number in re.findall(r'"multipleOf":(-?[\d.eE+-]+)', schema)}
+    # 1.25 counts as 125.
+    product = math.prod(abs(int(number.scaleb(max(0, -int(number.as_tuple().exponent))))) for number in found if number)
+    if product > _MAX_DIVISOR or any(abs(number.adjusted()) > _DECIMALS for number in found):
         raise RequestError(
-            f"the numbers at multipleOf in the JSON schema have a least common multiple above {_MAX_DIVISOR:,} "
-            f"(without its decimal point), or more than {_DECIMALS} decimals.",
+            f"the numbers at multipleOf in the JSON schema have a product above {_MAX_DIVISOR:,} (without decimal "
+            f"points), or more than {_DECIMALS} decimals.",
             hint="leave multipleOf out, and check the numbers yourself.",
         )
 
