@@ -268,7 +268,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
             assert found[request, index] == whole[: len(found[request, index])]
         else:
             assert found[request, index] == whole
-    assert engine.num_running == engine.num_waiting == engine.runner.caches[0].used_bytes == 0
+    assert len(engine.running_sequences()) == engine.num_waiting == engine.runner.caches[0].used_bytes == 0
 
 
 def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any, requests: Any):

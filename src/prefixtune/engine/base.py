@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,17 +24,15 @@ class Snapshot:
         running: The sequences that have a slot, by slot.
         waiting: How many sequences wait for a slot.
         steps: Steps computed so far.
+        texts: Sequences computed in them, one after the other; divided by steps: the mean batch.
         tokens: Tokens generated so far.
-        batch_sizes: Sequences computed in a step -> number of such steps.
-        failed_callbacks: How often a callback raised an error.
     """
 
     running: tuple[RunningSequence, ...]
     waiting: int
     steps: int
+    texts: int
     tokens: int
-    batch_sizes: Mapping[int, int]
-    failed_callbacks: int
 
 
 class Engine(Protocol):

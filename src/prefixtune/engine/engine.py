@@ -223,11 +223,6 @@ class Engine:
         return sum(cache.num_bytes for cache in self.runner.caches)
 
     @property
-    def num_running(self) -> int:
-        """Sequences that have a slot."""
-        return len(self.scheduler.running)
-
-    @property
     def num_waiting(self) -> int:
         """Sequences that wait for a slot."""
         return self.scheduler.num_waiting

@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -57,13 +57,10 @@ class EngineWorker:
         self.on_failure: Callable[[], None] = lambda: None
         self._submissions: dict[str, _Submission] = {}
         self._accepting, self._closing, self.failed = True, False, False
-        self._steps = self._tokens = self._failed_callbacks = 0
-        self._batch_sizes: Counter[int] = Counter()
+        self._steps = self._texts = self._tokens = 0
         # Guards all of the above. Acquired before the engine's own lock, never after it.
         self._changed = threading.Condition()
-        self._outputs: queue.SimpleQueue[tuple[_Submission, SequenceOutput] | threading.Event | None] = (
-            queue.SimpleQueue()
-        )
+        self._outputs: queue.SimpleQueue[tuple[_Submission, SequenceOutput] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._compute, name="prefixtune-engine", daemon=True),
             threading.Thread(target=self._deliver, name="prefixtune-outputs", daemon=True),
@@ -113,26 +110,6 @@ class EngineWorker:
             self.engine.cancel(request_id)
             self._changed.notify_all()
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Accept no more requests, and wait until all are done and all outputs are delivered.
-
-        Returns:
-            Whether that took no more than `timeout` seconds.
-        """
-        end = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            self._accepting = False
-            if not self._changed.wait_for(lambda: not self._submissions, timeout):
-                return False
-        delivered = threading.Event()
-        self._outputs.put(delivered)
-        while not delivered.wait(0.02):
-            if end is not None and time.monotonic() > end:
-                return False
-            if not self._threads[1].is_alive():
-                break
-        return True
-
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what still runs, and stop; waits at most `timeout` seconds for a step or for slow callbacks."""
         with self._changed:
@@ -177,8 +154,7 @@ class EngineWorker:
                 waiting=self.engine.num_waiting,
                 steps=self._steps,
                 tokens=self._tokens,
-                batch_sizes=dict(sorted(self._batch_sizes.items())),
-                failed_callbacks=self._failed_callbacks,
+                texts=self._texts,
             )
 
     # --- the two threads ----------------------------------------------------------------------------------------------
@@ -231,7 +207,7 @@ class EngineWorker:
         with self._changed:
             if self.engine.batch_size:
                 self._steps += 1
-                self._batch_sizes[self.engine.batch_size] += 1
+                self._texts += self.engine.batch_size
             for output in outputs:
                 self._tokens += len(output.tokens)
                 self._enqueue(output)
@@ -261,9 +237,6 @@ class EngineWorker:
 
     def _deliver(self) -> None:
         while (item := self._outputs.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
             submission, output = item
             if submission.callback_failed:
                 continue
@@ -273,7 +246,6 @@ class EngineWorker:
                 _log.exception("the callback of request %s failed; the request is cancelled.", output.request_id)
                 submission.callback_failed = True
                 with self._changed:
-                    self._failed_callbacks += 1
                     # If it has ended, its id may be another's.
                     if self._submissions.get(output.request_id) is submission:
                         self.cancel(output.request_id)

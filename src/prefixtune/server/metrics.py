@@ -6,7 +6,7 @@ Labels are bounded: routes by their patterns, and prefixes by number; the rest c
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -153,17 +153,9 @@ class _EngineCollector:
             yield GaugeMetricFamily(f"prefixtune_{name}", help_text, float(value))
         for name, help_text, count in (
             ("steps", "Steps computed.", snapshot.steps),
-            (
-                "step_texts",
-                "Texts computed in steps; divided by steps: the mean batch.",
-                _num_texts(snapshot.batch_sizes),
-            ),
+            ("step_texts", "Texts computed in steps; divided by steps: the mean batch.", snapshot.texts),
             ("prefix_cache_hits", "Requested prefixes that were in memory.", cache.hits),
             ("prefix_cache_misses", "Requested prefixes that had to be read or joined.", cache.misses),
             ("prefix_cache_evictions", "Prefixes removed from memory to make room.", cache.evictions),
         ):
             yield CounterMetricFamily(f"prefixtune_{name}", help_text, float(count))
-
-
-def _num_texts(batch_sizes: Mapping[int, int]) -> int:
-    return sum(size * steps for size, steps in batch_sizes.items())

@@ -120,7 +120,7 @@ def test_a_text_waits_for_room_and_what_never_fits_is_refused(
     most, found = 0, []
     while engine.busy:
         found += [token for output in engine.step() for token in output.tokens]
-        most = max(most, engine.num_running)
+        most = max(most, len(engine.running_sequences()))
         assert all(cache.used_bytes <= cache.num_bytes for cache in engine.runner.caches)
     # 25 positions each of an encoder-less model, 15 and 11 of the other.
     assert most == (2 if name == "llama" else 4)
