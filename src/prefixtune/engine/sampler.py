@@ -48,17 +48,18 @@ def sample(
     forced = [s.forced_bos_id is not None and s.num_new_tokens == 0 for s in sequences]
     changed = [row for row, s in enumerate(sequences) if not forced[row] and _changes_scores(s)]
     random = [row for row, s in enumerate(sequences) if not forced[row] and s.request.sampling.temperature > 0]
-    best = logits.max(dim=-1)
+    allowed = _without_ends(logits, sequences, eos_id)
+    best = allowed.max(dim=-1)
     is_finite, has_any, ids = best.values.isfinite(), torch.ones_like(best.indices, dtype=torch.bool), best.indices
     refused: dict[int, RequestError] = {}
     if changed or random:
         rows = sorted({*changed, *random})
         at = _on(rows, logits.device)
-        scores = logits[at].float()
+        scores = allowed[at].float()
         for place, row in enumerate(rows):
             if row in changed:
                 try:
-                    scores[place] = _change(scores[place], sequences[row], eos_id)
+                    scores[place] = _change(scores[place], sequences[row])
                 except RequestError as error:
                     refused[row] = error
         highest = scores.max(dim=-1)
@@ -80,20 +81,34 @@ def _on(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None 
 
 def _changes_scores(sequence: TokenSequence) -> bool:
     """Whether the scores of its next token are changed."""
-    params = sequence.request.sampling
-    return sequence.grammar is not None or sequence.num_new_tokens < params.min_new_tokens or has_rules(params)
+    return sequence.grammar is not None or has_rules(sequence.request.sampling)
 
 
-def _change(scores: Float[Tensor, " V"], sequence: TokenSequence, eos_id: int) -> Float[Tensor, " V"]:
+def _without_ends(
+    logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int
+) -> Float[Tensor, "W V"]:
+    """The scores, without those of tokens that would end a text too early."""
+    # A tokenizer may have more tokens than its model has scores.
+    ends = [
+        (row, token)
+        for row, s in enumerate(sequences)
+        if s.num_new_tokens < s.request.sampling.min_new_tokens
+        for token in (eos_id, *s.request.sampling.end_ids)
+        if token < logits.shape[1]
+    ]
+    if not ends:
+        return logits
+    rows, tokens = zip(*ends, strict=True)
+    return logits.index_put((_on(rows, logits.device), _on(tokens, logits.device)), logits.new_tensor(float("-inf")))
+
+
+def _change(scores: Float[Tensor, " V"], sequence: TokenSequence) -> Float[Tensor, " V"]:
     """The scores of one text by its rules and its grammar.
 
     Raises:
         RequestError: The grammar became too complex.
     """
     params = sequence.request.sampling
-    if sequence.num_new_tokens < params.min_new_tokens:
-        # A tokenizer may have more tokens than its model has scores.
-        scores[[eos_id, *(token for token in params.end_ids if token < len(scores))]] = float("-inf")
     if has_rules(params):
         if sequence.rules is None:
             # An encoder-decoder may repeat its source.
