@@ -99,7 +99,7 @@ def _without_ends(
     if not ends:
         return logits
     rows, tokens = zip(*ends, strict=True)
-    return logits.index_put((_on(rows, logits.device), _on(tokens, logits.device)), logits.new_tensor(float("-inf")))
+    return logits.index_put((_on(rows, logits.device), _on(tokens, logits.device)), logits.new_full((), float("-inf")))
 
 
 def _change(scores: Float[Tensor, " V"], sequence: TokenSequence) -> Float[Tensor, " V"]:
