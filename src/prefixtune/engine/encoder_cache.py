@@ -74,7 +74,7 @@ class EncoderCache:
         new = {s: self._new_sources.pop(s) for s in sequences if s in self._new_sources}
         targets = [(e.shape[1], s.runs[1].start + _length(s) - e.shape[1]) for s, e in new.items()]
         longest = max(span.stop for span in decoder.spans)
-        decoder.bias_by_layer = self._distance_bias(longest, self._placeholder)
+        decoder.bias_by_layer = self._distance_bias(longest)
         row = torch.cat(list(new.values()), dim=1) if new else self._placeholder
         return EncoderAttention(decoder, cross, targets), row
 
@@ -86,11 +86,11 @@ class EncoderCache:
         """Keep nothing of a text that has ended."""
         self._new_sources.pop(sequence, None)
 
-    def _distance_bias(self, length: int, encoded: Float[Tensor, "1 1 E"]) -> dict[int, Float[Tensor, "Hq N"]]:
+    def _distance_bias(self, length: int) -> dict[int, Float[Tensor, "Hq N"]]:
         """Per layer, the decoder's bias by distance, for as many distances as there are, and for more later."""
         if length > self._bias_length:
             self._bias_length = max(_FIRST_BIAS_LENGTH, 2 * length)
-            self._bias_by_layer = relative_bias(self.backbone.model, self.backbone.layout, self._bias_length, encoded)
+            self._bias_by_layer = relative_bias(self.backbone.model, self.backbone.layout, self._bias_length)
         return self._bias_by_layer
 
 

@@ -65,8 +65,9 @@ def sample(
         highest = scores.max(dim=-1)
         has_any[at], ids[at] = highest.values.isfinite(), highest.indices
         if random:
-            places = _on([rows.index(row) for row in random], logits.device)
-            ids[at[places]] = _draw(scores[places] - highest.values[places, None], [sequences[row] for row in random])
+            places = [rows.index(row) for row in random]
+            below = _rows(scores.sub_(highest.values[:, None]), places)
+            ids[_on(random, logits.device)] = _draw(below, [sequences[row] for row in random])
     for row, sequence in enumerate(sequences):
         if forced[row] and sequence.forced_bos_id is not None:
             ids[row] = sequence.forced_bos_id
@@ -77,6 +78,11 @@ def sample(
 def _on(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers on a device, without waiting for it."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _rows(tensor: Float[Tensor, "B _"], rows: Sequence[int]) -> Float[Tensor, "R _"]:
+    """Some rows, in order; not copied if they are all."""
+    return tensor if len(rows) == len(tensor) else tensor[_on(rows, tensor.device)]
 
 
 def _changes_scores(sequence: TokenSequence) -> bool:
@@ -125,14 +131,14 @@ def _draw(scores: Float[Tensor, "B V"], sequences: Sequence[TokenSequence]) -> I
     """Sample each text's token within its top_k, top_p and min_p, with its own random numbers.
 
     Args:
-        scores: In float32, the highest of a text 0.
+        scores: In float32, the highest of a text 0; overwritten.
         sequences: The texts.
     """
     # Sums of many small weights are computed in float64, which Apple's GPUs lack.
     device = torch.device("cpu") if scores.device.type == "mps" else scores.device
     size, params = scores.shape[1], [s.request.sampling for s in sequences]
     temperatures = _on([max(one.temperature, LOWEST_TEMPERATURE) for one in params], device, torch.float32)
-    scaled = scores.to(device) / temperatures[:, None]
+    scaled = scores.to(device).div_(temperatures[:, None])
     limited = [0 < one.top_k < size or one.top_p < 1 or one.min_p > 0 for one in params]
     # A text draws as many numbers as it needs, whatever the others do.
     first = _on([s.random.random() for s in sequences], device, torch.float64)
@@ -141,11 +147,11 @@ def _draw(scores: Float[Tensor, "B V"], sequences: Sequence[TokenSequence]) -> I
     if free:
         at = _on(free, device)
         second = _on([sequences[row].random.random() for row in free], device, torch.float64)
-        drawn[at] = _draw_of_all(scaled[at].exp(), first[at], second)
+        drawn[at] = _draw_of_all(_rows(scaled, free).exp_(), first[at], second)
     bound = [row for row, is_limited in enumerate(limited) if is_limited]
     if bound:
         at = _on(bound, device)
-        drawn[at] = _draw_of_likeliest(scaled[at], [params[row] for row in bound], first[at])
+        drawn[at] = _draw_of_likeliest(_rows(scaled, bound), [params[row] for row in bound], first[at])
     return drawn.to(scores.device)
 
 
