@@ -80,6 +80,12 @@ def test_labels_of_texts_on_both_sides_are_refused_before_any_work(
         work[task]()
 
 
+def test_texts_alone_are_read_in_windows_of_the_original_length(phi3: Backbone) -> None:
+    texts = [Example("", ("x" * count,)) for count in (10, 3 * LIMIT)]
+    whole = evaluate(phi3, texts, max_total_length=2 * LIMIT)
+    assert whole.scores == evaluate(phi3, texts, max_total_length=LIMIT).scores
+
+
 def test_a_prefix_is_for_the_original_length(
     phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]]
 ) -> None:

@@ -50,7 +50,8 @@ def evaluate_texts(
         examples: Texts as their only targets, without sources.
         prefix: In front; None: the bare model.
         text_format: None: the prefix's, else the token that begins texts and the text.
-        max_length: Positions of a window; 0: those of the text format, else 512. Never more than the model has.
+        max_length: Positions of a window; 0: those of the text format, else 512. Never more than the model has, or had
+            before LongRoPE.
         intervals: Also compute bootstrap intervals over texts.
         on_batch: Called with the number of texts done so far.
 
@@ -66,9 +67,13 @@ def evaluate_texts(
     stored = None if prefix is None else read_text_format(prefix.header)
     chosen = (text_format or stored or TEXT_FORMAT).with_lengths(max_length)
     length = 0 if prefix is None else prefix.length("decoder")
-    window = min(position_limit(backbone, length, chosen.max_length), chosen.max_length or DEFAULT_WINDOW)
+    longest = chosen.max_length
+    if backbone.longrope_limit is not None:
+        # A longer window would turn the keys of the shorter ones in its batch.
+        longest = min(longest or DEFAULT_WINDOW, backbone.longrope_limit)
+    window = min(position_limit(backbone, length, longest), longest or DEFAULT_WINDOW)
     tokenized = [
-        encode_examples(backbone, [example], chosen, prefix_length=length, max_length=chosen.max_length).examples
+        encode_examples(backbone, [example], chosen, prefix_length=length, max_length=longest).examples
         for example in examples
     ]
     counts = [len(windows) for windows in tokenized]
