@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import RequestError
 
-_CHARACTERS = 8
+_CHARACTERS = 6
 """Of a token, more than in most texts; where a text has more, a longer beginning is tried."""
 _MARGIN = 64
 """Tokens that a beginning may have more than the whole text has there, as it ends within a word."""
