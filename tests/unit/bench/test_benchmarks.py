@@ -20,7 +20,7 @@ def test_a_process_of_its_own() -> None:
 
 
 def test_training_and_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In this process, and little of it: steps in bfloat16 are slow on most processors.
+    # Slow, as PEFT is imported; in this process, and with little data.
     monkeypatch.setattr(train, "isolated", lambda work, *arguments: work(*arguments))
     monkeypatch.setattr(train, "QUICK_SETTINGS", [(2, 1)])
     monkeypatch.setattr(train, "MEMORY_STEPS", 2)
