@@ -28,7 +28,7 @@ from statistics import median
 
 from bench.child import Child
 from bench.machine import memory_mib, reset_peak_memory, wait
-from bench.models import SHAPES, make_backbone, save_model
+from bench.models import SHAPES, cache_mib, make_backbone, save_model
 from bench.results import Figure, Log, PeerError, Results, make_parser, run_benchmark
 from bench.serve import PREFIX_LENGTH, SCRIPT, SEARCHED, save_prefixes
 from bench.serve_side import SIDES, make_side_parser, timed
@@ -134,7 +134,7 @@ def decode(plan: Plan, engine: str, texts: int) -> list[Figure]:
             side = Child("vllm", [sys.executable, SCRIPT, *words, "--vllm-python", plan.vllm_python], SEARCHED)
             stack.callback(side.close)
         else:
-            answer = SIDES[engine](make_side_parser().parse_args(words))
+            answer = SIDES[engine](make_side_parser().parse_args([*words, "--small-cache"]))
         draw, speeds, first = random.Random(texts), [], []
         for _ in range(plan.repeats + 1):
             prompts = [[draw.randrange(3, 256) for _ in range(PROMPT_LENGTH)] for _ in range(texts)]
@@ -165,7 +165,10 @@ def prompt(plan: Plan) -> list[Figure]:
     ids = tuple(draw.randrange(3, 256) for _ in range(length))
     reset_peak_memory(plan.device)
     loaded, began = memory_mib(plan.device) or 0.0, time.perf_counter()
-    engine = Engine(backbone, EngineConfig(num_slots=1, max_length=length + PREFIX_LENGTH + 8))
+    positions = length + PREFIX_LENGTH + 8
+    # Room for this prompt, and not for as much as there is.
+    room_mib = cache_mib(backbone, 1, positions)
+    engine = Engine(backbone, EngineConfig(num_slots=1, max_length=positions, kv_cache_mib=room_mib))
     [[output]] = engine.run([Request(ids, prefix, SamplingParams(max_new_tokens=1))])
     wait(plan.device)
     name = f"{plan.model}, {length:,} tokens"

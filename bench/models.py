@@ -74,6 +74,12 @@ def make_backbone(name: str, dtype: str, device: str) -> Backbone:
     return Backbone.from_model(make_model(name, dtype, device), make_tokenizer(), name)
 
 
+def cache_mib(backbone: Backbone, texts: int, positions: int) -> int:
+    """The memory that an engine needs for the keys and values of so many texts of so many positions."""
+    each = sum(shape.size for shape in backbone.geometry["decoder"])
+    return texts * positions * each * backbone.dtype.itemsize // 2**20 + 1
+
+
 def make_tokenizer() -> Any:
     """A tokenizer of a token per byte, for models that nobody reads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

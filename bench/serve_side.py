@@ -32,14 +32,16 @@ START_SECONDS = 600
 
 def engine(options: argparse.Namespace) -> Answer:
     """This project's engine."""
-    from bench.models import make_backbone
+    from bench.models import cache_mib, make_backbone
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.engine.config import EngineConfig
     from prefixtune.engine.engine import Engine
     from prefixtune.engine.request import Request, SamplingParams
 
     backbone = make_backbone(options.model, options.dtype, options.device)
-    engine = Engine(backbone, EngineConfig(num_slots=options.texts, max_length=options.max_length))
+    # An earlier version, as `--before` runs it, has no such option.
+    sizes = {"kv_cache_mib": cache_mib(backbone, options.texts, options.max_length)} if options.small_cache else {}
+    engine = Engine(backbone, EngineConfig(num_slots=options.texts, max_length=options.max_length, **sizes))
     sampling = SamplingParams(max_new_tokens=options.new, min_new_tokens=options.new)
     # p0.safetensors, p1.safetensors, ...
     files = sorted(Path(options.prefixes).glob("p*.safetensors"), key=lambda path: int(path.stem[1:]))
@@ -196,6 +198,7 @@ def make_side_parser() -> argparse.ArgumentParser:
     parser.add_argument("--texts", type=int, default=1, help="at once")
     parser.add_argument("--max-length", type=int, default=512, help="most positions of a text")
     parser.add_argument("--prefixes", default="", help="their folder")
+    parser.add_argument("--small-cache", action="store_true", help="memory for keys and values of just these texts")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
