@@ -312,7 +312,7 @@ class Backbone:
             adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
             train_adapter: Leave the LoRA layers trainable.
             attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
-            samples: Of the weights before they were quantized (see `fingerprint.sample`); empty: they were not.
+            samples: Of the weights before they were quantized (see `identity.sample`); empty: they were not.
             self_check: Compare the ways in which prefixes are used, if this type was not checked before.
 
         Raises:
