@@ -270,7 +270,8 @@ def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
             tokenizer.init_kwargs.pop(leftover, None)
         # Its weights are plain now; with traces of GGUF transformers refuses to save it.
         model.hf_quantizer = None
-        vars(model.config).pop("quantization_config", None)
+        for leftover in ("quantization_config", "_model_name_or_path"):
+            vars(model.config).pop(leftover, None)
         model.config.name_or_path = item.name
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
