@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from patching import replace_everywhere
+from prefixtune.attention.injection import Injection
 from prefixtune.attention.kernels import (
     AttentionKernel,
     ScoreOptions,
@@ -224,9 +225,17 @@ def test_on_an_accelerator_a_row_is_one_call_without_a_mask(monkeypatch: pytest.
     assert call["score_mod"] is None
 
 
-@pytest.mark.parametrize("dense", [False, True])
+def test_on_an_accelerator_causal_text_behind_a_prefix_has_no_mask():
+    query, key = (torch.empty(2, heads, 12, DIM, device="meta") for heads in (HEADS, KV_HEADS))
+    prefix, module = torch.empty(1, KV_HEADS, 5, DIM, device="meta"), nn.Linear(1, 1)
+    injection = Injection({module: ("decoder", 0)}, {"decoder": [(prefix, prefix)]})
+    keys, _, mask, _ = injection.prepend(module, query, key, key, None, ScoreOptions(0.3))
+    assert keys.shape[2] == 12 + 5
+    assert mask is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_causal_attention_behind_a_prefix_is_the_brute_force(dtype: torch.dtype, dense: bool):
+def test_causal_attention_behind_a_prefix_is_the_brute_force(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, heads, length, DIM, generator=generator).to(dtype)
@@ -234,7 +243,7 @@ def test_causal_attention_behind_a_prefix_is_the_brute_force(dtype: torch.dtype,
     )
     mask = torch.tensor([[column <= row + 5 for column in range(14)] for row in range(9)])[None, None]
     expected = eager_attention(query.float(), key.float(), value.float(), mask, ScoreOptions(0.3))
-    found = causal_attention(query, key, value, 0.3, dense)
+    found = causal_attention(query, key, value, 0.3)
     assert torch.allclose(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.03)
 
 

@@ -92,7 +92,7 @@ class Injection:
     ) -> tuple[Tensor, Tensor, Tensor | None, ScoreOptions]:
         """Keys, values, mask and position bias with the prefix of the layer in front; as they were without one.
 
-        Fused causal attention in which all rows see their whole prefix is left without a mask.
+        On an accelerator, fused causal attention in which all rows see their whole prefix is left without a mask.
         """
         layer = self.layer_of.get(module)
         prefix_kv = None if layer is None else self.prefix_kv(layer)
@@ -101,7 +101,8 @@ class Injection:
         queries, rows, length = query.shape[2], query.shape[0], prefix_kv[0].shape[2]
         prefix_mask = self.prefix_mask.get(layer[0])
         plain = prefix_mask is None and scores.fused and scores.position_bias is None
-        if mask is None and scores.causal and queries > 1 and not (plain and attention_observer.get() is None):
+        unmasked = plain and query.device.type != "cpu" and attention_observer.get() is None
+        if mask is None and scores.causal and queries > 1 and not unmasked:
             mask = causal_mask(query, key)
         key = torch.cat([to_rows(prefix_kv[0], rows).to(key), key], dim=2)
         value = torch.cat([to_rows(prefix_kv[1], rows).to(value), value], dim=2)

@@ -96,16 +96,12 @@ def causal_attention(
     key: Float[Tensor, "B H S Dk"],
     value: Float[Tensor, "B H S Dv"],
     scale: float,
-    dense: bool | None = None,
 ) -> Float[Tensor, "B Hq T Dv"]:
-    """Attention of the last T of S positions, each to itself and to all before it; with a mask on a CPU alone."""
-    if query.device.type == "cpu" if dense is None else dense:
-        bias = causal_mask(query, key)
-    else:
-        # Loads torch's compiler, which takes a second.
-        from torch.nn.attention.bias import causal_lower_right
+    """Attention of the last T of S positions, each to itself and to all before it, without a mask on a GPU."""
+    # Loads torch's compiler, which takes a second.
+    from torch.nn.attention.bias import causal_lower_right
 
-        bias = causal_lower_right(query.shape[2], key.shape[2])
+    bias = causal_lower_right(query.shape[2], key.shape[2])
     grouped = query.shape[1] != key.shape[1]
     return nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=grouped)
 

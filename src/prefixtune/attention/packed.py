@@ -22,6 +22,9 @@ from prefixtune.prefix.geometry import Site
 
 __all__ = ["block_mask", "packed_attention", "uses_flex"]
 
+_SMALL_HEAD = 16
+"""Numbers of a head's key or value, below which torch compiles no flex_attention."""
+
 
 def packed_attention(
     packing: Packing,
@@ -86,11 +89,11 @@ def packed_attention(
 
 
 def uses_flex(scores: ScoreOptions, *inputs: Tensor) -> bool:
-    """Whether flex_attention computes a packed row: it has no sinks, and on a CPU no gradients."""
-    if scores.kernel == "eager" or scores.sinks is not None:
+    """Whether flex_attention computes a packed row: it has no sinks and no small heads, and on a CPU no gradients."""
+    if scores.kernel == "eager" or scores.sinks is not None or min(tensor.shape[-1] for tensor in inputs) < _SMALL_HEAD:
         return False
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return inputs[0].device.type != "cpu" or (scores.kernel == "flex" and not learning)
+    return inputs[0].device.type not in ("cpu", "mps") or (scores.kernel == "flex" and not learning)
 
 
 def block_mask(
