@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,22 +102,22 @@ def read_task(
     if chosen.parts:
         # A part of a set made here is not a path, even if a folder has its name.
         return _part(chosen, str(path))
-    records = _records(chosen, path, split)
-    if chosen.read is not None:
-        found = [example for example in chosen.read(records) if example is not None]
-        if not found:
-            raise DataError(f"{shown(path)} has no text that counts.", hint="check that it is complete.")
-        return merge_examples(found) if chosen.merges else found
-    one_form, needed = chosen.form or TEMPLATES, task != "records" or target is not None
-    if _has_form(task, source, target):
-        first = next(records)
-        one_form = detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
-        needed = needs_targets
-        records = itertools.chain([first], records)
-    options: dict[str, Any] = {"needs_targets": needed, "templates": (source, target)}
-    examples = (make_example(record, one_form, **options) for record in records)
+    with contextlib.closing(_records(chosen, path, split)) as rows:
+        if chosen.read is not None:
+            found = [example for example in chosen.read(rows) if example is not None]
+            if not found:
+                raise DataError(f"{shown(path)} has no text that counts.", hint="check that it is complete.")
+            return merge_examples(found) if chosen.merges else found
+        one_form, needed = chosen.form or TEMPLATES, task != "records" or target is not None
+        records: Iterator[Record] = rows
+        if _has_form(task, source, target):
+            first = next(rows)
+            one_form = detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
+            needed, records = needs_targets, itertools.chain([first], rows)
+        options: dict[str, Any] = {"needs_targets": needed, "templates": (source, target)}
+        examples = [make_example(record, one_form, **options) for record in records]
     # Each row of a named task counts, as in the published figures of test sets.
-    return merge_examples(examples) if one_form.task == "records" else list(examples)
+    return merge_examples(examples) if one_form.task == "records" else examples
 
 
 def resolve_task(
@@ -140,7 +141,8 @@ def resolve_task(
     chosen = _chosen(task, source, target, form)
     if not _has_form(task, source, target):
         return task, None, ()
-    first = next(_records(chosen, path, split))
+    with contextlib.closing(_records(chosen, path, split)) as rows:
+        first = next(rows)
     found = detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
     return found.task, found, tuple(map(str, first.values))
 
@@ -192,9 +194,11 @@ def _part(task: Task, name: str) -> list[Example]:
     return TOYS[task.name]()[task.parts.index(name)]
 
 
-def _records(task: Task, path: Path | str, split: str | None) -> Iterator[Record]:
+def _records(task: Task, path: Path | str, split: str | None) -> Generator[Record]:
+    """The rows of a file, or of a folder's files; to be closed, as an error would leave a file open."""
     located = locate(Path(path), split, task.formats, task.release)
-    return itertools.chain.from_iterable(iter_file(file, task.formats) for file in files_in(located, task.formats))
+    for file in files_in(located, task.formats):
+        yield from iter_file(file, task.formats)
 
 
 def read_sources(task: str, path: Path, source: str) -> list[str]:
