@@ -18,6 +18,7 @@ from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data.encoding import encode_prompts
+from prefixtune.engine.attention import StepAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.model_runner import ModelRunner
@@ -137,7 +138,8 @@ def test_attention_by_pages_is_attention_text_by_text(
         calls += 1
         return by_brute_force(*args, **kwargs)
 
-    monkeypatch.setattr("prefixtune.engine.model_runner.page_size", lambda _: 4)
+    monkeypatch.setattr("prefixtune.engine.model_runner.PAGE", 4)
+    monkeypatch.setattr("prefixtune.engine.model_runner.attends_by_pages", lambda _: True)
     monkeypatch.setattr("prefixtune.engine.attention.varlen_attention", lambda: watch)
     monkeypatch.setattr("prefixtune.engine.attention._PAGED_DTYPES", (torch.float32,))
     engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
@@ -148,17 +150,29 @@ def test_attention_by_pages_is_attention_text_by_text(
     assert calls > NEW
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "t5"])
-def test_nothing_is_read_that_no_text_wrote(name: str, made: Any, requests: Any):
+@pytest.mark.parametrize("overhead", [-10_000, 10_000])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "bart"])
+def test_texts_side_by_side_are_attended_to_together_or_alone(
+    name: str, overhead: int, made: Any, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefixtune.engine.attention._CALL_OVERHEAD", overhead)
+    monkeypatch.setattr("prefixtune.engine.model_runner.PAGE", 8)
     backbone = made(name)
-    asked = requests(backbone)
-    if name == "t5":
+    asked = [*requests(backbone), Request(tuple(random_ids(60, 9)), None, SamplingParams(max_new_tokens=NEW))]
+    if name == "bart":
         asked = [Request(request.prompt, None, request.sampling) for request in asked]
-    engine = Engine(backbone, EngineConfig(num_slots=4, prefill_tokens=7))
-    for cache in engine.runner.caches:
-        for buffer in (*cache.keys, *cache.values):
-            buffer.fill_(float("nan"))
-    assert [ids(texts[0]) for texts in engine.run(asked)] == [alone(backbone, request) for request in asked]
+    together = 0
+    original = StepAttention.__post_init__
+
+    def spy(step: StepAttention) -> None:
+        nonlocal together
+        original(step)
+        together += len(step.together)
+
+    monkeypatch.setattr(StepAttention, "__post_init__", spy)
+    found = Engine(backbone, EngineConfig(num_slots=8)).run(asked)
+    assert [ids(texts[0]) for texts in found] == [alone(backbone, request) for request in asked]
+    assert (together > 0) == (overhead > 0)
 
 
 def test_slots_that_ended_leave_holes_which_change_nothing(llama: Backbone, requests: Any):
@@ -224,6 +238,7 @@ def pool(made: Any, random_ids: Any, random_prefix: Any) -> Callable[..., Any]:
     num_slots=st.integers(1, 4),
     prefill_tokens=st.sampled_from([1, 3, 8, 64]),
     positions=st.sampled_from([60, 10_000]),
+    page=st.sampled_from([4, 256]),
 )
 def test_any_schedule_gives_what_each_text_gives_alone(
     name: str,
@@ -231,12 +246,14 @@ def test_any_schedule_gives_what_each_text_gives_alone(
     num_slots: int,
     prefill_tokens: int,
     positions: int,
+    page: int,
     made: Any,
     pool: Any,
 ):
     backbone = made(name)
     each = sum(shape.size for shape in backbone.geometry["decoder"]) * backbone.dtype.itemsize
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefixtune.engine.model_runner.PAGE", page)
         # In little memory, texts wait for one another.
         patch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each)
         engine = Engine(backbone, EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
@@ -269,6 +286,8 @@ def test_any_schedule_gives_what_each_text_gives_alone(
         else:
             assert found[request, index] == whole
     assert len(engine.running_sequences()) == engine.num_waiting == engine.runner.caches[0].used_bytes == 0
+    (cache,) = engine.runner.caches
+    assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
 
 
 def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any, requests: Any):

@@ -1,14 +1,14 @@
 """Attention of a step: tokens of many texts, in one row, attend to their own keys and values.
 
-On a CPU, and for scores that fused kernels do not make, text by text, over views of the pool. On CUDA, all texts in one
-call of FlashAttention, by a table of each text's pages.
+Text by text, over views of the pool; on a CPU, texts whose runs are alike and lie side by side in one call. On CUDA,
+all texts in one call of FlashAttention, by a table of each text's pages.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_attention
-from prefixtune.engine.kv_cache import CUDA_PAGE, KVCache
+from prefixtune.engine.kv_cache import KVCache
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["EncoderAttention", "Span", "StepAttention", "page_numbers", "page_size"]
+__all__ = ["EncoderAttention", "Span", "StepAttention", "attends_by_pages", "page_numbers"]
+
+_CALL_OVERHEAD = 300
+"""Cost of a call of attention on a CPU, besides the positions that it reads, in such positions."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,50 @@ def page_numbers(spans: Sequence[Span], page: int) -> list[list[int]]:
     has; and its pages, for each text as many as the longest one has: what is behind its last page is not read.
     """
     most = max(-(-span.stop // page) for span in spans)
-    last = [span.run.stop // page - 1 for span in spans]
+    last = [-(-span.run.stop // page) - 1 for span in spans]
     return [
         [0, *accumulate(span.count for span in spans)],
         [0, *accumulate(span.stop for span in spans)],
         [span.stop for span in spans],
         [min(span.run.start // page + n, end) for span, end in zip(spans, last, strict=True) for n in range(most)],
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Together:
+    """Texts with one token each whose runs are alike and lie side by side, perhaps with others between them.
+
+    Attributes:
+        first: Where in the pool the first run begins.
+        size: Positions from one run to the next.
+        count: How many runs, those between them too.
+        length: Positions of the longest text.
+        rows: The texts' rows in the step.
+        at: Which of the runs are theirs.
+    """
+
+    first: int
+    size: int
+    count: int
+    length: int
+    rows: Int[Tensor, " B"]
+    at: Int[Tensor, " B"]
+
+    @classmethod
+    def find(cls, spans: Sequence[Span], page: int) -> Iterator[_Together]:
+        """All such texts for which one call costs less than one for each."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, span in enumerate(spans):
+            size = -(-len(span.run) // page) * page
+            groups.setdefault((size, span.run.start % size), []).append(row)
+        for (size, _), rows in groups.items():
+            starts = [spans[row].run.start for row in rows]
+            first, length = min(starts), max(spans[row].stop for row in rows)
+            count = (max(starts) - first) // size + 1
+            alone = sum(spans[row].stop + _CALL_OVERHEAD for row in rows)
+            if len(rows) > 1 and count * length + _CALL_OVERHEAD <= alone:
+                at = torch.tensor([(start - first) // size for start in starts])
+                yield cls(first, size, count, length, torch.tensor(rows), at)
 
 
 @dataclass(eq=False)
@@ -85,6 +125,10 @@ class StepAttention:
     def __post_init__(self) -> None:
         counts = [span.count for span in self.spans]
         self.num_single = next((number for number, count in enumerate(counts) if count > 1), len(counts))
+        self.together: list[_Together] = []
+        if self.kv_cache.keys[0].device.type == "cpu":
+            self.together = list(_Together.find(self.spans[: self.num_single], self.kv_cache.page))
+        self.alone = {*range(len(counts))} - {row for group in self.together for row in group.rows.tolist()}
 
     def attend(
         self,
@@ -111,22 +155,62 @@ class StepAttention:
         heads, kv_heads = query.shape[1], keys.shape[1]
         key, value = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         # Query heads that share a KV head are rows of one product, so that keys are never repeated.
-        singles = query[0, :, : self.num_single].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))[:, None]
-        one_by_one = singles.unbind()
-        plain = scores.fused and bias is None and not (query.dtype != torch.float32 and query.device.type == "cpu")
-        outputs, first = [], 0
+        grouped = query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))
+        out = query.new_empty(*grouped.shape[:3], values.shape[2])
+        plain = scores.fused and bias is None
+        for group in self.together if plain else ():
+            out[group.rows] = self._attend_together(grouped[group.rows], keys, values, scores.scale, window, group)
+        plain = plain and not (query.dtype != torch.float32 and query.device.type == "cpu")
+        alone, first = self.alone if scores.fused and bias is None else range(len(self.spans)), 0
         for number, span in enumerate(self.spans):
-            key_view = key.narrow(2, span.run.start, span.stop)
-            value_view = value.narrow(2, span.run.start, span.stop)
-            if plain and number < self.num_single and (window is None or span.stop - span.prefix_length <= window):
-                out = F.scaled_dot_product_attention(one_by_one[number], key_view, value_view, scale=scores.scale)
-                outputs.append(out)
-            else:
-                rows = query[:, :, first : first + span.count]
-                out = self._attend_span(rows, key_view, value_view, span, scores, window, bias)
-                outputs.append(out.unflatten(1, (kv_heads, -1)))
+            if number in alone:
+                key_view = key.narrow(2, span.run.start, span.stop)
+                value_view = value.narrow(2, span.run.start, span.stop)
+                if plain and number < self.num_single and (window is None or span.stop - span.prefix_length <= window):
+                    row = grouped[None, first]
+                    out[first] = F.scaled_dot_product_attention(row, key_view, value_view, scale=scores.scale)[0]
+                else:
+                    rows = query[:, :, first : first + span.count]
+                    found = self._attend_span(rows, key_view, value_view, span, scores, window, bias)
+                    out[first : first + span.count] = found.unflatten(1, (kv_heads, -1))
             first += span.count
-        return torch.cat(outputs).flatten(1, 2)[None]
+        return out.flatten(1, 2)[None]
+
+    def _attend_together(
+        self,
+        query: Float[Tensor, "B H G D"],
+        keys: Float[Tensor, "N H D"],
+        values: Float[Tensor, "N H Dv"],
+        scale: float,
+        window: int | None,
+        group: _Together,
+    ) -> Float[Tensor, "B H G Dv"]:
+        """Texts whose runs lie side by side, in one call; what is between them is computed as well, and dropped."""
+        name = (group, window)
+        if name not in self._masks:
+            self._masks[name] = self._mask_together(group, window, query.dtype), None
+        whole = query.new_zeros(group.count, *query.shape[1:]).index_copy_(0, group.at, query)
+        runs = slice(group.first, group.first + group.count * group.size)
+        key, value = (
+            part[runs].unflatten(0, (group.count, group.size))[:, : group.length].transpose(1, 2)
+            for part in (keys, values)
+        )
+        mask = self._masks[name][0]
+        return F.scaled_dot_product_attention(whole, key, value, attn_mask=mask, scale=scale)[group.at]
+
+    def _mask_together(self, group: _Together, window: int | None, dtype: torch.dtype) -> Float[Tensor, "R 1 1 S"]:
+        """Each text sees its own positions; in a window, the nearest ones and its prefix."""
+        spans = [self.spans[row] for row in group.rows.tolist()]
+        stops = torch.ones(group.count, dtype=torch.long)
+        prefixes = torch.zeros(group.count, dtype=torch.long)
+        stops[group.at] = torch.tensor([span.stop for span in spans])
+        prefixes[group.at] = torch.tensor([span.prefix_length for span in spans])
+        columns = torch.arange(group.length)
+        visible = columns < stops[:, None]
+        if window is not None:
+            visible &= (stops[:, None] - 1 - columns < window) | (columns < prefixes[:, None])
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+        return mask[:, None, None]
 
     def _attend_span(
         self,
@@ -203,9 +287,9 @@ def varlen_attention() -> Callable[..., Any] | None:
     return varlen_attn if "block_table" in inspect.signature(varlen_attn).parameters else None
 
 
-def page_size(device: torch.device) -> int:
-    """Positions of a page where texts are attended to in one call; 1: they are not."""
-    return CUDA_PAGE if device.type == "cuda" and varlen_attention() is not None else 1
+def attends_by_pages(device: torch.device) -> bool:
+    """Whether all texts are attended to in one call, by a table of their pages."""
+    return device.type == "cuda" and varlen_attention() is not None
 
 
 def _mask_and_bias(

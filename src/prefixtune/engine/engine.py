@@ -363,9 +363,10 @@ class Engine:
     ) -> SequenceOutput:
         """End a sequence: its room, its slot and, with the last one of a request, the request's id are free."""
         request_id = sequence.request.id
+        # Without the lock, for which callers wait: wiping can take a while.
+        self.runner.give_room_back(sequence)
         with self._lock:
             sequence.finish_reason = reason
-            self.runner.give_room_back(sequence)
             self.scheduler.release(sequence)
             if all(other.finish_reason for other in self._sequences[request_id]):
                 del self._sequences[request_id]

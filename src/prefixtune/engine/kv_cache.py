@@ -2,13 +2,16 @@
 
 A text has a run of neighbouring positions, as many as it may ever need: its prefix, its prompt and its new tokens. So
 its keys are a view of the pool, nothing grows or moves while it runs, and what it may take is known before it starts.
-On a CPU the pool takes memory only where it was written. What a text did not write, it never reads.
+On a CPU the pool takes memory only where it was written. What a text leaves is wiped: it must not reach another one,
+not even as NaN behind a mask.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +24,12 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["CUDA_PAGE", "KVCache", "bytes_per_position", "free_memory"]
+__all__ = ["PAGE", "KVCache", "bytes_per_position", "free_memory"]
 
 
-CUDA_PAGE = 256
-"""Positions of a page, of which FlashAttention's tables of pages want a multiple."""
+PAGE = 256
+"""Runs begin at multiples of it: FlashAttention's tables of pages want that, and on a CPU, texts whose runs are alike
+are attended to together."""
 
 
 class KVCache:
@@ -36,16 +40,17 @@ class KVCache:
         num_positions: Of all texts together.
         dtype: Of keys and values.
         device: Of keys and values.
+        num_texts: Of them; on a CPU, each takes no memory behind its run's end, up to the next page.
         site: The attention whose keys and values these are.
-        page: Runs begin and end at multiples of so many positions.
+        page: Runs begin at multiples of so many positions.
 
     Attributes:
-        num_positions: Whole pages only.
+        num_positions: Of all texts together; on a GPU, in whole pages.
         keys: Per layer, (N, H, Dk).
         values: Per layer, (N, H, Dv).
 
     Raises:
-        ConfigError: Memory has no room for it, or it has no whole page.
+        ConfigError: Memory has no room for it, or it has no position.
     """
 
     def __init__(
@@ -54,42 +59,50 @@ class KVCache:
         num_positions: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_texts: int,
         site: Site = "decoder",
-        page: int = 1,
+        page: int = PAGE,
     ) -> None:
-        self.site, self.page, self.num_positions = site, page, num_positions // page * page
+        on_cpu = device.type == "cpu"
+        self.site, self.page = site, page
+        self.num_positions = num_positions if on_cpu else num_positions // page * page
+        length = (num_positions // page + num_texts) * page if on_cpu else self.num_positions
         self.bytes_per_position = bytes_per_position(shapes, dtype)
         size = self.num_positions * self.bytes_per_position / 2**30
         hint = "set another kv_cache_mib."
         if not self.num_positions:
-            raise ConfigError(f"memory for keys and values has no room for {page} positions.", hint=hint)
+            raise ConfigError("memory has no room for keys and values.", hint=hint)
         try:
             self.keys: list[Float[Tensor, "N H Dk"]] = [
-                torch.empty(self.num_positions, shape.num_kv_heads, shape.key_dim, dtype=dtype, device=device)
-                for shape in shapes
+                _zeros((length, shape.num_kv_heads, shape.key_dim), dtype, device) for shape in shapes
             ]
             self.values: list[Float[Tensor, "N H Dv"]] = [
-                torch.empty(self.num_positions, shape.num_kv_heads, shape.value_dim, dtype=dtype, device=device)
-                for shape in shapes
+                _zeros((length, shape.num_kv_heads, shape.value_dim), dtype, device) for shape in shapes
             ]
-        # Torch's own of a CPU, and its error of a GPU.
-        except RuntimeError as error:
+        except (OSError, MemoryError, OverflowError, torch.OutOfMemoryError) as error:
             raise ConfigError(f"there is no room for {size:,.1f} GiB of keys and values.", hint=hint) from error
-        # Runs, by their start; neighbours are one.
-        self._free = [range(self.num_positions)]
+        # Whole pages, by their start; neighbours are one.
+        self._free = [range(length)]
+        self._used = 0
 
     def take(self, length: int) -> range | None:
-        """A run of positions that nobody has, at least `length`; None: there is no room now."""
-        size = -(-length // self.page) * self.page
-        for index, free in enumerate(self._free):
-            if len(free) >= size:
-                rest = free[size:]
-                self._free[index : index + 1] = [rest] if rest else []
-                return free[:size]
+        """A run of so many positions that nobody has; None: there is no room now."""
+        size = self._pages(length)
+        if self._used + length <= self.num_positions:
+            for index, free in enumerate(self._free):
+                if len(free) >= size:
+                    rest = free[size:]
+                    self._free[index : index + 1] = [rest] if rest else []
+                    self._used += length
+                    return free[:length]
         return None
 
-    def give_back(self, run: range) -> None:
-        """Let others have a run."""
+    def give_back(self, run: range, written: int) -> None:
+        """Let others have a run, of which so many positions were written."""
+        for buffer in (*self.keys, *self.values):
+            buffer[run.start : run.start + written] = 0
+        self._used -= len(run)
+        run = range(run.start, run.start + self._pages(len(run)))
         index = bisect.bisect(self._free, run.start, key=lambda free: free.start)
         before, after = self._free[:index], self._free[index:]
         if before and before[-1].stop == run.start:
@@ -97,6 +110,10 @@ class KVCache:
         if after and after[0].start == run.stop:
             run = range(run.start, after.pop(0).stop)
         self._free = [*before, run, *after]
+
+    def _pages(self, length: int) -> int:
+        """Positions of as many pages as hold a run."""
+        return -(-length // self.page) * self.page
 
     def put(self, run: range, prefix: Prefix) -> None:
         """Copy a prefix to the first positions of a run."""
@@ -118,7 +135,7 @@ class KVCache:
     @property
     def used_bytes(self) -> int:
         """What running texts have of it."""
-        return (self.num_positions - sum(map(len, self._free))) * self.bytes_per_position
+        return self._used * self.bytes_per_position
 
 
 def bytes_per_position(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
@@ -144,3 +161,15 @@ def free_memory(device: torch.device) -> int:
         )
         limits.append(max(0, most - used))
     return min(limits)
+
+
+def _zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU, they take memory when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize, **_PRIVATE)
+    return torch.frombuffer(memory, dtype=dtype).view(*size)
+
+
+# A shared one would take memory where it is read, too. Windows knows no such flags.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}

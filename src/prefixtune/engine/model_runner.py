@@ -12,9 +12,9 @@ from torch import Tensor
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.attention import Span, StepAttention, page_numbers, page_size
+from prefixtune.engine.attention import Span, StepAttention, attends_by_pages, page_numbers
 from prefixtune.engine.encoder_cache import EncoderCache
-from prefixtune.engine.kv_cache import KVCache, bytes_per_position, free_memory
+from prefixtune.engine.kv_cache import PAGE, KVCache, bytes_per_position, free_memory
 from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
@@ -49,16 +49,17 @@ class ModelRunner:
         has_encoder = backbone.kind == "encoder-decoder"
         sites: tuple[Site, ...] = ("decoder", "cross") if has_encoder else ("decoder",)
         device, dtype = backbone.device, backbone.dtype
-        page = page_size(device)
+        self._by_pages = attends_by_pages(device)
         per_position = sum(bytes_per_position(backbone.geometry[site], dtype) for site in sites)
         num_positions = cache_bytes // per_position
         if not cache_bytes:
             share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
             # Prefixes do not count in an encoder-decoder's length.
-            most = num_texts * (2 if has_encoder else 1) * (max_length + page)
+            most = num_texts * (2 if has_encoder else 1) * (max_length + PAGE)
             num_positions = min(int(free_memory(device) * share) // per_position, most)
         self.caches = [
-            KVCache(backbone.geometry[site], num_positions, dtype, device, site=site, page=page) for site in sites
+            KVCache(backbone.geometry[site], num_positions, dtype, device, num_texts, site=site, page=PAGE)
+            for site in sites
         ]
         self.encoder_cache = EncoderCache(backbone, self.caches[1]) if has_encoder else None
 
@@ -78,7 +79,7 @@ class ModelRunner:
             run = cache.take(length)
             if run is None:
                 for taken, other in zip(runs, self.caches, strict=False):
-                    other.give_back(taken)
+                    other.give_back(taken, 0)
                 return False
             runs.append(run)
         sequence.runs = tuple(runs)
@@ -86,8 +87,10 @@ class ModelRunner:
 
     def give_room_back(self, sequence: TokenSequence) -> None:
         """Let others have the room of a text that has ended."""
-        for cache, run in zip(self.caches, sequence.runs, strict=False):
-            cache.give_back(run)
+        # A step that failed may have written behind the computed tokens.
+        written = (sequence.request.prefix_length + len(sequence.token_ids), 2**62)
+        for cache, run, length in zip(self.caches, sequence.runs, written, strict=False):
+            cache.give_back(run, min(length, len(run)))
         sequence.runs = ()
         if self.encoder_cache is not None:
             self.encoder_cache.forget(sequence)
@@ -145,8 +148,7 @@ class ModelRunner:
         sequences = [work.sequence for work in scheduled]
         wanted = [*last_indices, *prompt_indices] or [len(ids) - 1]
         spans_by_cache = [spans, *([self.encoder_cache.spans(sequences)] if self.encoder_cache else [])]
-        page = self.caches[0].page
-        pages = [page_numbers(of_one, page) for of_one in spans_by_cache if page > 1]
+        pages = [page_numbers(of_one, self.caches[0].page) for of_one in spans_by_cache if self._by_pages]
         row, at, to, kept, *tables = _moved([ids, positions, places, wanted, *chain(*pages)], self.backbone.device)
         attentions = []
         for number, (cache, of_one) in enumerate(zip(self.caches, spans_by_cache, strict=True)):
