@@ -235,6 +235,18 @@ def test_a_stopped_row_ends_while_others_go_on(llama: Any, random_prefix: Any, r
     assert len(together[0]) < 15
 
 
+def test_a_stop_string_ends_beams(llama: Any, random_prefix: Any, random_ids: Any):
+    prompts, prefixes = [random_ids(5, n) for n in range(3)], [random_prefix(llama, 4, seed) for seed in range(3)]
+    free = generate_ids(llama, prompts, prefixes, config=GenerateConfig(max_new_tokens=12, num_beams=3))
+    stop = plain_pieces(llama.decode(free[0]), 1)[2]
+    config = GenerateConfig(max_new_tokens=12, num_beams=3, stop=(stop,))
+    together = generate_ids(llama, prompts, prefixes, config=config)
+    assert together == [generate_ids(llama, [p], [q], config=config)[0] for p, q in zip(prompts, prefixes, strict=True)]
+    texts = [llama.decode(ids) for ids in together]
+    assert any(text.endswith(stop) for text in texts)
+    assert all(stop not in text[:-1] for text in texts)
+
+
 def test_a_stop_string_counts_in_the_output_alone(llama: Any, random_prefix: Any):
     """The prompt's end and the output's first token together make the stop string: that must not stop anything."""
     text_format, prefix = TextFormat("{source}=", "{target}"), random_prefix(llama, 4, 5)
