@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import ConfigError
+from prefixtune.prefix.geometry import LayerShape
 
-__all__ = ["KV_TYPES", "STATE_VERSIONS", "Rows", "encode_file"]
+__all__ = ["KV_TYPES", "STATE_VERSIONS", "Rows", "check_layout", "encode_file"]
 
 
 STATE_VERSIONS = (2, 3, 4)
@@ -67,6 +68,49 @@ def encode_file(
         else:
             parts += [struct.pack("<iQ", ggml_type, value.shape[1] * dtype.itemsize), _raw(value, dtype)]
     return b"".join(parts)
+
+
+def check_layout(saved: bytes, layers: Sequence[LayerShape]) -> int:
+    """Which version of the layout a build of llama.cpp writes.
+
+    Args:
+        saved: A state that it saved, with a float16 cache and flash attention.
+        layers: The shapes of the model's layers.
+
+    Returns:
+        The version, for `encode_file`.
+
+    Raises:
+        ConfigError: It is none of `STATE_VERSIONS`, or the bytes are laid out in another way than here.
+    """
+    magic, version, num_tokens = struct.unpack_from("<III", saved)
+    start = 12 + 4 * num_tokens
+    if magic == _FILE and version in STATE_VERSIONS and len(saved) >= start + 8:
+        _, count = struct.unpack_from("<II", saved, start)
+        # Both bytes of this number are unlike those of zero, so that only keys and values differ between the two.
+        files = []
+        for number in (0.0, 1.0009765625):
+            rows = (
+                [
+                    (
+                        torch.full((count, s.num_kv_heads * s.key_dim), number),
+                        torch.full((count, s.num_kv_heads * s.value_dim), number),
+                    )
+                    for s in layers
+                ]
+                if count < 2**16
+                else []
+            )
+            files.append(encode_file(rows, [], version=version)[12:] if rows else b"")
+        zeros, ones = (torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files if file)
+        ours = torch.frombuffer(bytearray(saved[start:]), dtype=torch.uint8)
+        if ours.shape == zeros.shape and bool(((ours == zeros) | (zeros != ones)).all()):
+            return version
+    raise ConfigError(
+        f"this build of llama.cpp saves states in another way (version {version}); known are versions "
+        f"{', '.join(map(str, STATE_VERSIONS))}.",
+        hint="install another version of xllamacpp, or use the engine torch.",
+    )
 
 
 def _raw(rows: Tensor, dtype: torch.dtype) -> bytes:
