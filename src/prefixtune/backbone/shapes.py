@@ -19,6 +19,7 @@ from prefixtune.backbone.load import check_end_token
 from prefixtune.backbone.lora import is_adapter
 from prefixtune.errors import BackboneError
 from prefixtune.prefix.fingerprint import sample_weights
+from prefixtune.prefix.geometry import Geometry
 from prefixtune.prefix.rotation import Rotation
 
 __all__ = ["StoredWeights", "load_shapes"]
@@ -55,7 +56,7 @@ def load_shapes(name: str) -> Backbone:
     if one.kind != "decoder":
         raise BackboneError(f"{name!r} is an {one.kind}.", hint="use the engine torch.")
     layers = int(config.num_hidden_layers)
-    geometry = {"decoder": one.geometry["decoder"] * layers}
+    geometry: Geometry = {"decoder": one.geometry["decoder"] * layers}
     layout = replace(one.layout, geometry=geometry, layer_of={}, cache_layers=None)
     sizes = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
     shapes, stored = {name: parameter.shape for name, parameter in model.named_parameters()}, StoredWeights(folder)
@@ -66,8 +67,7 @@ def load_shapes(name: str) -> Backbone:
     rotation = Rotation(
         turn.positions, {site: turns * layers for site, turns in turn.layers.items()}, turn.max_positions
     )
-    vars(backbone)["rotation"] = rotation
-    return check_end_token(backbone)
+    return check_end_token(replace(backbone, known_rotation=rotation))
 
 
 def _one_layer(config: Any) -> Any:
@@ -100,9 +100,9 @@ class StoredWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, "pt")
+            file: Any = safe_open(path, "pt")
             self._files.update(dict.fromkeys(file.keys(), file))
         if not self._files:
             raise BackboneError(f"{str(folder)!r} has no safetensors weights.", hint="get the whole checkpoint.")
@@ -117,7 +117,8 @@ class StoredWeights:
         for key in (name, name.partition(".")[2]):
             if key in self._files:
                 part = self._files[key].get_slice(key)
-                return part[index] if len(part.get_shape()) > 1 else part[:]
+                row: Tensor = part[index] if len(part.get_shape()) > 1 else part[:]
+                return row
         raise BackboneError(f"the checkpoint has no weight {name!r}.", hint="use the engine torch.")
 
     def number(self, name: str, shape: torch.Size, place: int) -> Tensor:

@@ -8,15 +8,34 @@ from typing import Any
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.checkpoint import find_checkpoint
+from prefixtune.backbone.packaged import PRETRAINED, packaged_gguf
 from prefixtune.backbone.shapes import StoredWeights
 from prefixtune.errors import BackboneError
 
-__all__ = ["check_gguf"]
+__all__ = ["check_gguf", "find_gguf"]
 
 
 _ROWS = 64
 _LEAST_CORRELATION = 0.95
 """Of embeddings; four bits leave 0.99, and those of another model have none."""
+
+
+def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
+    """The GGUF file with a backbone's weights, and its quantization.
+
+    Args:
+        given: Its path; empty: that of an embedded backbone.
+        backbone: Its shapes, by `load_shapes`.
+
+    Raises:
+        BackboneError: There is none, or it holds another model.
+    """
+    path = Path(given) if given else packaged_gguf(backbone.name)
+    if path is None:
+        hint = "run `prefixtune prepare --force`." if backbone.name in PRETRAINED else "name the file with --gguf FILE."
+        raise BackboneError(f"llama.cpp needs {backbone.name!r} as a GGUF file.", hint=hint)
+    return path, check_gguf(path, backbone, Path(find_checkpoint(backbone.name)[0]))
 
 
 def check_gguf(path: Path, backbone: Backbone, folder: Path) -> str:

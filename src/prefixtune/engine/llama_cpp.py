@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.base import Receive, Snapshot
+from prefixtune.engine.llama_state import check_layout, encode_file, placeholders_for, rows_of
 from prefixtune.engine.request import (
     ContextLengthError,
     EngineFull,
@@ -35,8 +36,6 @@ from prefixtune.engine.request import (
 )
 from prefixtune.engine.sequence import RunningSequence
 from prefixtune.errors import BackboneError, ConfigError, RequestError
-from prefixtune.interop.llama_cpp.export import placeholders_for, rows_of
-from prefixtune.interop.llama_cpp.state import check_layout, encode_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.utils.extras import needs_extra
@@ -101,7 +100,6 @@ class _Text:
     receive: Receive
     deadline: float
     slot: int = -1
-    num_prompt_tokens: int = 0
     num_new_tokens: int = 0
     ended: FinishReason | None = None
     connection: http.client.HTTPConnection | None = None
@@ -136,6 +134,8 @@ class LlamaCppEngine:
     Attributes:
         backbone: See there.
         max_length: Most positions of a text.
+        failed: llama.cpp's server has ended and could not be started again.
+        on_failure: Called then.
 
     Raises:
         BackboneError: llama.cpp cannot load the file, or cannot use prefixes of this model type.
@@ -154,8 +154,9 @@ class LlamaCppEngine:
         self._slots = [_Slot(number) for number in range(self.config.num_slots)]
         self._waiting: dict[str, deque[_Text]] = {}
         self._texts: dict[str, list[_Text]] = {}
-        self._tokens = self._failed_callbacks = 0
-        self._closing = self._failed = False
+        self.on_failure: Callable[[], None] = lambda: None
+        self.failed = self._closing = False
+        self._tokens = 0
         self._changed = threading.Condition(threading.RLock())
         self._child, self._address = self._start()
         self._version = self._probe()
@@ -169,7 +170,12 @@ class LlamaCppEngine:
     @property
     def healthy(self) -> bool:
         """Whether requests are computed."""
-        return not self._failed and not self._closing and self._child.poll() is None
+        return not self.failed and not self._closing and self._child.poll() is None
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can read."""
+        return self.backbone.vocab_size
 
     @property
     def num_unfinished(self) -> int:
@@ -244,26 +250,18 @@ class LlamaCppEngine:
                     RunningSequence(
                         text.slot,
                         text.request.id,
-                        text.index,
                         text.request.tenant,
                         text.request.prefix_name,
                         len(text.request.prompt),
-                        text.num_prompt_tokens + text.num_new_tokens,
                         text.num_new_tokens,
                     )
                     for text in running
                 ),
                 waiting=self._num_waiting,
                 steps=0,
+                texts=0,
                 tokens=self._tokens,
-                batch_sizes={},
-                failed_callbacks=self._failed_callbacks,
             )
-
-    def drain(self, timeout: float | None = None) -> bool:
-        """Wait until all requests are done; whether that took no more than `timeout` seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._texts, timeout)
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what still runs, and stop."""
@@ -335,7 +333,6 @@ class LlamaCppEngine:
             text.receive(output)
         except Exception:
             _log.exception("the callback of request %s failed; the request is cancelled.", text.request.id)
-            self._failed_callbacks += 1
             text.ended = text.ended or "cancelled"
 
     # --- a slot's thread ----------------------------------------------------------------------------------------------
@@ -393,7 +390,6 @@ class LlamaCppEngine:
                         f"llama.cpp did not use the prefix: {cached} of {len(placeholders)} positions.",
                         hint="send the request again.",
                     )
-                text.num_prompt_tokens = len(request.prompt)
                 if event["stop"]:
                     reason = "stop" if event["stop_type"] == "eos" else "length"
                     break
@@ -517,7 +513,7 @@ class LlamaCppEngine:
         with self._post(path, body) as response:
             return json.loads(response.read())
 
-    def _stream(self, text: _Text, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    def _stream(self, text: _Text, body: Mapping[str, Any]) -> Generator[Mapping[str, Any]]:
         """The events of a completion."""
         with self._post("/completion", body, text) as response:
             for line in response:
@@ -595,7 +591,7 @@ class LlamaCppEngine:
                     for text in list(texts):
                         if text.deadline <= now:
                             self._interrupt(text, "timeout")
-                if self._child.poll() is not None and not self._failed:
+                if self._child.poll() is not None and not self.failed:
                     self._restart()
                 self._changed.wait(_PATIENCE)
 
@@ -609,14 +605,15 @@ class LlamaCppEngine:
                 self._end(text, "error", error=message, crashed=True)
         for slot in self._slots:
             slot.state = ""
-        if self.restarts:
-            self._failed = True
-            return
-        self.restarts += 1
         try:
+            if self.restarts:
+                raise BackboneError("llama.cpp's server has ended twice.", hint="start the server again.")
+            self.restarts += 1
             self._child, self._address = self._start()
-        except BackboneError:
-            self._failed = True
+        except BackboneError as error:
+            _log.error("%s", error)
+            self.failed = True
+            self.on_failure()
 
 
 def _states_folder(version: str) -> Path:

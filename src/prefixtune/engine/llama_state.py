@@ -1,4 +1,4 @@
-"""The bytes of llama.cpp's saved sequence states.
+"""A prefix as llama.cpp takes it: the bytes of its saved sequence states.
 
 Layout, little-endian: magic, version, number of tokens, tokens, cells. Cells: number of streams; the number of cells
 and per cell its position, the number of its sequences and these; whether values are transposed; number of layers; from
@@ -8,6 +8,8 @@ version 4 on whether keys and values are rotated; then every layer's keys, then 
 
 from __future__ import annotations
 
+import hashlib
+import random
 import struct
 from collections.abc import Sequence
 
@@ -15,10 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.errors import ConfigError
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["KV_TYPES", "STATE_VERSIONS", "Rows", "check_layout", "encode_file"]
+__all__ = ["KV_TYPES", "STATE_VERSIONS", "check_layout", "encode_file", "placeholders_for", "rows_of"]
 
 
 STATE_VERSIONS = (2, 3, 4)
@@ -30,6 +34,52 @@ Rows = tuple[Float[Tensor, "P _K"], Float[Tensor, "P _V"]]
 """One layer's keys and values as llama.cpp stores them: one row per position, head after head."""
 
 _FILE = 0x67677371
+
+
+LAYOUTS = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False, "gpt2": False}
+"""Model types that were compared with llama.cpp -> whether its conversion interleaves the two rotated halves."""
+
+
+def rows_of(prefix: Prefix, backbone: Backbone) -> list[Rows]:
+    """A prefix's keys and values in llama.cpp's order.
+
+    Where the conversion to GGUF interleaves the two halves of a head that are rotated against each other (`llama`), so
+    are the keys here: index 2i + s there is index s * D/2 + i here. Values are not.
+
+    Raises:
+        BackboneError: The model type was not compared with llama.cpp.
+    """
+    model_type = str(backbone.model.config.model_type)
+    if model_type not in LAYOUTS:
+        raise BackboneError(
+            f"{backbone.name!r} is of model type {model_type!r}, whose keys were never compared with llama.cpp's; "
+            f"compared were {', '.join(LAYOUTS)}.",
+            hint="use `prefixtune serve`, or another target.",
+        )
+    rows = []
+    for key, value in prefix.layers["decoder"]:
+        if LAYOUTS[model_type]:
+            key = key.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)
+        rows.append((_as_rows(key), _as_rows(value)))
+    return rows
+
+
+def _as_rows(tensor: Float[Tensor, "H P D"]) -> Float[Tensor, "P _HD"]:
+    return tensor.detach().transpose(0, 1).flatten(1).float().cpu()
+
+
+def placeholders_for(prefix: Prefix, backbone: Backbone) -> list[int]:
+    """P ordinary token ids that stand for this prefix; the same at every export.
+
+    They depend on the prefix's numbers, so a slot with another prefix of this length is not mistaken for this one.
+    """
+    digest = hashlib.sha256()
+    for tensor in prefix.tensors():
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    special = set(backbone.tokenizer.all_special_ids) | set(getattr(backbone.tokenizer, "added_tokens_decoder", {}))
+    size = min(len(backbone.tokenizer), int(backbone.model.get_input_embeddings().weight.shape[0]))
+    ordinary = [token_id for token_id in range(size) if token_id not in special]
+    return random.Random(digest.digest()).choices(ordinary, k=prefix.prefix_length)
 
 
 def encode_file(
@@ -105,7 +155,7 @@ def check_layout(saved: bytes, layers: Sequence[LayerShape]) -> int:
         zeros, ones = (torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files if file)
         ours = torch.frombuffer(bytearray(saved[start:]), dtype=torch.uint8)
         if ours.shape == zeros.shape and bool(((ours == zeros) | (zeros != ones)).all()):
-            return version
+            return int(version)
     raise ConfigError(
         f"this build of llama.cpp saves states in another way (version {version}); known are versions "
         f"{', '.join(map(str, STATE_VERSIONS))}.",
