@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,8 @@ __all__ = ["LlamaCppConfig", "LlamaCppEngine"]
 
 _log = logging.getLogger(__name__)
 _DEFAULT_LENGTH = 4096
-_START_SECONDS = 600
+_SECONDS = 600
+"""Until llama.cpp's server has answered, or written its next token."""
 _CONTEXT_TOKENS = 4
 """Tokens of a prompt with which the first generated tokens are decoded."""
 _MOST_STATES = 64
@@ -472,9 +473,11 @@ class LlamaCppEngine:
             text=True,
         )
         assert child.stdout is not None
-        address = child.stdout.readline().strip()
+        with child.stdout:
+            address = child.stdout.readline().strip()
         if not address:
             child.kill()
+            child.wait()
             raise BackboneError(
                 f"llama.cpp cannot load {str(self.gguf)!r}.", hint="check that it is a whole GGUF file of a model."
             )
@@ -491,23 +494,26 @@ class LlamaCppEngine:
             self._child.kill()
             self._child.wait()
 
-    def _post(self, path: str, body: Mapping[str, Any], text: _Text | None = None) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection(*self._address, timeout=_START_SECONDS)
-        if text is not None:
-            text.connection = connection
-            if text.ended is not None:
-                raise OSError("it was cancelled")
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            content = response.read(2**16)
-            connection.close()
-            try:
-                message = str(json.loads(content)["error"]["message"])
-            except (ValueError, KeyError, TypeError):
-                message = f"status {response.status}"
-            raise RequestError(f"llama.cpp refuses it: {message}", hint="see its message.")
-        return response
+    @contextlib.contextmanager
+    def _post(
+        self, path: str, body: Mapping[str, Any], text: _Text | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Ask llama.cpp's server; its answer can be read while the block runs.
+
+        Raises:
+            RequestError: It refuses.
+            OSError: It cannot be reached, or the text was interrupted.
+        """
+        with contextlib.closing(http.client.HTTPConnection(*self._address, timeout=_SECONDS)) as connection:
+            if text is not None:
+                text.connection = connection
+                if text.ended is not None:
+                    raise InterruptedError("it was interrupted")
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            with connection.getresponse() as response:
+                if response.status != http.HTTPStatus.OK:
+                    raise RequestError(f"llama.cpp refuses it: {_message(response.read(2**16))}.", hint="see why.")
+                yield response
 
     def _ask(self, path: str, body: Mapping[str, Any]) -> Any:
         with self._post(path, body) as response:
@@ -605,6 +611,7 @@ class LlamaCppEngine:
                 self._end(text, "error", error=message, crashed=True)
         for slot in self._slots:
             slot.state = ""
+        self._stop_child()
         try:
             if self.restarts:
                 raise BackboneError("llama.cpp's server has ended twice.", hint="start the server again.")
@@ -626,3 +633,11 @@ def _states_folder(version: str) -> Path:
         if total > _CACHE_BYTES:
             path.unlink(missing_ok=True)
     return folder
+
+
+def _message(content: bytes) -> str:
+    """What an error says."""
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return "no reason is given"
