@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.engine.llama_state import KV_TYPES, encode_file, placeholders_for, rows_of
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.interop.llama_cpp.check import NotInEffectError, check
-from prefixtune.interop.llama_cpp.export import export_llama_cpp, placeholders_for, rows_of
-from prefixtune.interop.llama_cpp.state import KV_TYPES, encode_file
+from prefixtune.interop.llama_cpp.export import export_llama_cpp
 from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from zoo import MAX_POSITIONS

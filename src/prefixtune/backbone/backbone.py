@@ -47,6 +47,7 @@ class Backbone:
             the weights.
         tokenizer_cache: Facts about the tokenizer that other modules computed and keep here.
         unused_weights: Names of the checkpoint's weights for which the model has no use, such as another task's head.
+        known_rotation: How its keys turn, where the weights to find out are not there; None: it is found out.
     """
 
     model: Any
@@ -58,6 +59,7 @@ class Backbone:
     compute_dtype: torch.dtype | None = None
     tokenizer_cache: dict[str, Any] = field(default_factory=dict, repr=False)
     unused_weights: tuple[str, ...] = field(default=(), repr=False)
+    known_rotation: Rotation | None = field(default=None, repr=False)
 
     @property
     def geometry(self) -> Geometry:
@@ -84,7 +86,9 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return main_device(self.model)
+        device = main_device(self.model)
+        # A model without weights computes nothing; its prefixes are for an engine elsewhere.
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def hidden_size(self) -> int:
@@ -146,6 +150,8 @@ class Backbone:
         Raises:
             BackboneError: Keys depend on the text's length, or on position in a way that is no turn.
         """
+        if self.known_rotation is not None:
+            return self.known_rotation
         with self.autocast():
             return find_rotation(self.model, self.layout, self.max_positions)
 

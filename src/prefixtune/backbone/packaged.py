@@ -33,11 +33,12 @@ from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_
 from prefixtune.utils.folders import cache_folder
 from prefixtune.utils.locks import file_lock
 
-__all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "prepare", "pretrained_folder"]
+__all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "packaged_gguf", "prepare", "pretrained_folder"]
 
 
 RETRIES = {"PIP_RETRIES": "2", "UV_HTTP_RETRIES": "2"}
 """How often pip and uv ask again, unless the user's environment says otherwise: offline, the command must fail soon."""
+GGUF = "model.gguf"
 MAX_SECONDS = 1800
 """After this time a download is stopped."""
 
@@ -142,6 +143,12 @@ def prepare(
     return final
 
 
+def packaged_gguf(name: str) -> Path | None:
+    """The GGUF file that a packaged model was made from; None: it is missing, or the name is another's."""
+    folder = pretrained_folder(name)
+    return folder / GGUF if folder is not None and (folder / GGUF).is_file() else None
+
+
 def _is_complete(folder: Path, item: Pretrained) -> bool:
     """Tell whether the folder was made from this very GGUF file and still has all its files at full size."""
     try:
@@ -163,6 +170,8 @@ def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: C
         result.mkdir()
         report(f"converting {gguf.name} (once; later loads take about two seconds)")
         convert_gguf(item, gguf, result)
+        # For engines that read it as it is.
+        os.replace(gguf, result / GGUF)
         files = sorted(result.iterdir())
         facts = {"format": FORMAT, "name": item.name, "license": item.license, "gguf_sha256": item.gguf_sha256}
         # Written last: it makes the folder complete.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import Request, SequenceOutput
 from prefixtune.engine.sequence import RunningSequence
 
@@ -41,9 +42,28 @@ class Engine(Protocol):
     A request is token ids, a prefix, sampling parameters and a tenant. Who uses an engine knows nothing else of it.
     """
 
+    on_failure: Callable[[], None]
+    """Called, in a thread of the engine, after it has failed and all requests know it."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model, or its tokenizer and shapes."""
+
+    @property
+    def max_length(self) -> int:
+        """Most positions of a text."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can read."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has failed for good."""
+
     @property
     def healthy(self) -> bool:
-        """Whether requests are computed; once it is false, it stays so."""
+        """Whether requests are computed now."""
 
     def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
         """Submit a request.
@@ -58,6 +78,16 @@ class Engine(Protocol):
             EngineFull: Too many texts wait, or the engine is closing or has failed.
             RequestError: The engine refuses it.
             BackboneError: Its prefix does not fit the backbone.
+        """
+
+    def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
+        """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
+
+    def check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
+        """Refuse a request that needs more positions than a text may have.
+
+        Raises:
+            ContextLengthError: It does.
         """
 
     def cancel(self, request_id: str) -> None:

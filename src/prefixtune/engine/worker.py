@@ -137,6 +137,29 @@ class EngineWorker:
                 future.set_exception(EngineFull(why, hint="use another replica."))
 
     @property
+    def backbone(self) -> Backbone:
+        """The engine's model."""
+        return self.engine.backbone
+
+    @property
+    def max_length(self) -> int:
+        """Most positions of a text."""
+        return self.engine.max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can read."""
+        return self.engine.vocab_size
+
+    def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
+        """As `Engine.available_tokens`."""
+        return self.engine.available_tokens(prompt_tokens, prefix_length)
+
+    def check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
+        """As `Engine.check_length`."""
+        self.engine.check_length(prompt_tokens, prefix_length, new_tokens)
+
+    @property
     def healthy(self) -> bool:
         """Whether requests are computed: the engine has not failed, and both threads are alive."""
         return not self.failed and all(thread.is_alive() for thread in self._threads)

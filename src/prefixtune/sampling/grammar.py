@@ -148,9 +148,11 @@ class Grammar:
     Args:
         make: Makes llguidance's matcher, at the beginning.
         num_tokens: Of the vocabulary.
+        schema: As JSON text.
     """
 
-    def __init__(self, make: Callable[[], Any], num_tokens: int) -> None:
+    def __init__(self, make: Callable[[], Any], num_tokens: int, schema: str) -> None:
+        self.schema = schema
         self._make, self._num_tokens = make, num_tokens
         self._renew()
 
@@ -198,7 +200,9 @@ def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> 
     tokenizer = _tokenizer(backbone)
     parsed = library.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE})
     limits = library.LLParserLimits(**_LIMITS)
-    grammar = Grammar(lambda: library.LLMatcher(tokenizer, parsed, log_level=0, limits=limits), tokenizer.vocab_size)
+    grammar = Grammar(
+        lambda: library.LLMatcher(tokenizer, parsed, log_level=0, limits=limits), tokenizer.vocab_size, text
+    )
     if fault := grammar.fault():
         raise RequestError(
             f"the JSON schema cannot be used: {fault}.",

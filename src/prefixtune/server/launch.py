@@ -34,7 +34,7 @@ from prefixtune.utils.files import check_writable
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
-    from prefixtune.engine.worker import EngineWorker
+    from prefixtune.engine.base import Engine
     from prefixtune.server.state import ServerState
 
 __all__ = ["GracefulServer", "run"]
@@ -103,8 +103,9 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
 
     for file in config.chat_templates:
         allow_named(file, ())
-    worker = None if config.engine == "none" else _start_engine(config, console)
-    backbone = _load_tokenizer(config, console) if worker is None else worker.engine.backbone
+    starts = {"none": _no_engine, "llama.cpp": _start_llama_cpp}
+    worker = starts.get(config.engine, _start_engine)(config, console)
+    backbone = _load_tokenizer(config, console) if worker is None else worker.backbone
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
     state = ServerState(config, backbone, store, worker)
@@ -124,10 +125,10 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     return state
 
 
-def _start_engine(config: ServeConfig, console: Console) -> EngineWorker:
+def _start_engine(config: ServeConfig, console: Console) -> Engine:
     from prefixtune.backbone.load import load_backbone
+    from prefixtune.engine import engine as torch_engine
     from prefixtune.engine.config import EngineConfig
-    from prefixtune.engine.engine import Engine
     from prefixtune.engine.worker import EngineWorker
     from prefixtune.sampling.grammar import prepare_grammars
 
@@ -143,7 +144,7 @@ def _start_engine(config: ServeConfig, console: Console) -> EngineWorker:
         max_waiting=config.num_slots + config.max_queue,
     )
     # Callers see this name: it must not be a path.
-    engine = Engine(replace(backbone, name=config.model_id), engine_config)
+    engine = torch_engine.Engine(replace(backbone, name=config.model_id), engine_config)
     console.info(
         f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, have up to "
         f"{engine.cache_bytes / 2**30:.1f} GiB of memory besides the model"
@@ -151,6 +152,29 @@ def _start_engine(config: ServeConfig, console: Console) -> EngineWorker:
     # Made for the first JSON schema, it would stop all streams for a second.
     prepare_grammars(engine.backbone)
     return EngineWorker(engine)
+
+
+def _no_engine(config: ServeConfig, console: Console) -> None:
+    """A server that takes files and jobs only."""
+
+
+def _start_llama_cpp(config: ServeConfig, console: Console) -> Engine:
+    from prefixtune.backbone.shapes import load_shapes
+    from prefixtune.engine.gguf import find_gguf
+    from prefixtune.engine.llama_cpp import LlamaCppConfig, LlamaCppEngine
+
+    backbone = load_shapes(config.backbone)
+    gguf, quantization = find_gguf(config.gguf, backbone)
+    console.info(f"starting llama.cpp with {gguf.name} ({quantization or 'of unknown quantization'}) ...")
+    engine_config = LlamaCppConfig(
+        num_slots=config.num_slots,
+        max_length=config.max_length,
+        threads=config.threads,
+        max_waiting=config.num_slots + config.max_queue,
+    )
+    engine = LlamaCppEngine(replace(backbone, name=config.model_id), gguf, engine_config)
+    console.info(f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most")
+    return engine
 
 
 def _load_tokenizer(config: ServeConfig, console: Console) -> Backbone:

@@ -20,7 +20,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from prefixtune.engine.worker import EngineWorker
+from prefixtune.engine.base import Engine
 from prefixtune.jobs.job import UNFINISHED
 from prefixtune.server.models.store import PrefixStore
 
@@ -46,7 +46,7 @@ class Metrics:
 
     def __init__(
         self,
-        worker: EngineWorker | None,
+        worker: Engine | None,
         store: PrefixStore,
         *,
         num_slots: int,
@@ -130,7 +130,7 @@ class Metrics:
 class _EngineCollector:
     """What the engine and the store count themselves."""
 
-    def __init__(self, worker: EngineWorker, store: PrefixStore, num_slots: int, draining: Callable[[], bool]) -> None:
+    def __init__(self, worker: Engine, store: PrefixStore, num_slots: int, draining: Callable[[], bool]) -> None:
         self.worker, self.store, self.num_slots, self.draining = worker, store, num_slots, draining
 
     def describe(self) -> list[Metric]:

@@ -93,12 +93,18 @@ class ServeConfig(Config):
 
     hint: ClassVar[str] = "`prefixtune serve --help` explains every option."
 
-    engine: Literal["embedded", "vllm", "none"] = _model(
+    engine: Literal["embedded", "llama.cpp", "vllm", "none"] = _model(
         "embedded",
-        description="what runs the model: this program, vLLM with this program's plugin, or nothing: "
+        description="what runs the model: this program, llama.cpp, vLLM with this program's plugin, or nothing: "
         "the server then only takes files and training jobs",
     )
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
+    gguf: str = _model(
+        "", description="for llama.cpp: the backbone's weights as a .gguf file; empty: that of the embedded backbone"
+    )
+    threads: int = _model(
+        0, ge=0, description="for llama.cpp: threads of the processor; 0: one per core; fewer beside other programs"
+    )
     backbone_id: str = _model("", description="the bare backbone's model name; empty: the last part of its name")
     prefixes: str = _model("prefixes", min_length=1, description="folder of prefix files, NAME.safetensors")
     chat_templates: CommaList[str] = _model(

@@ -7,13 +7,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.engine import DEFAULT_MAX_LENGTH, Engine
+from prefixtune.engine.base import Engine
+from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.auth import Keyring
 from prefixtune.server.limits import Gate, Limits, OpenRequests
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.models.catalog import Catalog
 from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.responses import ApiError
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
 
@@ -41,9 +43,7 @@ class ServerState:
         started: When the server started, in seconds since 1970.
     """
 
-    def __init__(
-        self, config: ServeConfig, backbone: Backbone, store: PrefixStore, worker: EngineWorker | None
-    ) -> None:
+    def __init__(self, config: ServeConfig, backbone: Backbone, store: PrefixStore, worker: Engine | None) -> None:
         self.config, self.backbone, self.store, self._worker = config, backbone, store, worker
         self.has_engine = worker is not None
         self.started = time.time()
@@ -54,7 +54,7 @@ class ServerState:
             config.model_id,
             int(self.started),
             max_joined=config.max_joined_prefixes,
-            max_length=worker.engine.max_length if worker else _max_length(config, backbone),
+            max_length=worker.max_length if worker else _max_length(config, backbone),
             is_open=self.keyring.is_open,
         )
         self.open_requests = OpenRequests()
@@ -73,15 +73,21 @@ class ServerState:
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
 
     @property
-    def worker(self) -> EngineWorker:
+    def worker(self) -> Engine:
         """The engine, in its thread."""
         assert self._worker is not None, "the server has no endpoint that needs an engine"
         return self._worker
 
     @property
-    def engine(self) -> Engine:
-        """The torch engine."""
-        return self.worker.engine
+    def torch_worker(self) -> EngineWorker:
+        """The same, where labels are scored.
+
+        Raises:
+            ApiError: Another engine runs, which writes text only.
+        """
+        if not isinstance(self._worker, EngineWorker):
+            raise ApiError(501, "this server's engine writes text only: it gives no labels.", code="unsupported_engine")
+        return self._worker
 
     async def drain(self, seconds: float) -> bool:
         """Accept no more work, and wait until all requests are answered; False: some were not in time."""

@@ -17,8 +17,8 @@ import torch
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.llama_cpp import check as llama_cpp_check
 from prefixtune.interop.llama_cpp.check import NotInEffectError, check
-from prefixtune.interop.llama_cpp.export import export_llama_cpp, placeholders_for, rows_of
-from prefixtune.interop.llama_cpp.state import encode_file
+from prefixtune.interop.llama_cpp.export import export_llama_cpp
+from prefixtune.engine.llama_state import encode_file, placeholders_for, rows_of
 
 Make = Callable[..., Any]
 

@@ -55,7 +55,7 @@ class ExportOptions(OutputOptions):
     @field_validator("state_version")
     @classmethod
     def _check_state_version(cls, version: int | None) -> int | None:
-        from prefixtune.interop.llama_cpp.state import STATE_VERSIONS
+        from prefixtune.engine.llama_state import STATE_VERSIONS
 
         if version is not None and version not in STATE_VERSIONS:
             raise ValueError(f"is {version}, but must be one of {', '.join(map(str, STATE_VERSIONS))}")

@@ -9,73 +9,23 @@ The backbone must have been converted to a GGUF file by llama.cpp's own tools.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import json
-import random
 import string
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.engine.llama_state import encode_file, placeholders_for, rows_of
 from prefixtune.errors import BackboneError
 from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
-from prefixtune.interop.llama_cpp.state import Rows, encode_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_files
 
-__all__ = ["LAYOUTS", "export_llama_cpp", "placeholders_for", "rows_of"]
+__all__ = ["export_llama_cpp"]
 
 
 _RESOURCES = importlib.resources.files("prefixtune.interop.llama_cpp")
-
-LAYOUTS = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False, "gpt2": False}
-"""Model types that were compared with llama.cpp -> whether its conversion interleaves the two rotated halves."""
-
-
-def rows_of(prefix: Prefix, backbone: Backbone) -> list[Rows]:
-    """A prefix's keys and values in llama.cpp's order.
-
-    Where the conversion to GGUF interleaves the two halves of a head that are rotated against each other (`llama`), so
-    are the keys here: index 2i + s there is index s * D/2 + i here. Values are not.
-
-    Raises:
-        BackboneError: The model type was not compared with llama.cpp.
-    """
-    model_type = str(backbone.model.config.model_type)
-    if model_type not in LAYOUTS:
-        raise BackboneError(
-            f"{backbone.name!r} is of model type {model_type!r}, whose keys were never compared with llama.cpp's; "
-            f"compared were {', '.join(LAYOUTS)}.",
-            hint="use `prefixtune serve`, or another target.",
-        )
-    rows = []
-    for key, value in prefix.layers["decoder"]:
-        if LAYOUTS[model_type]:
-            key = key.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)
-        rows.append((_as_rows(key), _as_rows(value)))
-    return rows
-
-
-def _as_rows(tensor: Float[Tensor, "H P D"]) -> Float[Tensor, "P _HD"]:
-    return tensor.detach().transpose(0, 1).flatten(1).float().cpu()
-
-
-def placeholders_for(prefix: Prefix, backbone: Backbone) -> list[int]:
-    """P ordinary token ids that stand for this prefix; the same at every export.
-
-    They depend on the prefix's numbers, so a slot with another prefix of this length is not mistaken for this one.
-    """
-    digest = hashlib.sha256()
-    for tensor in prefix.tensors():
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    special = set(backbone.tokenizer.all_special_ids) | set(getattr(backbone.tokenizer, "added_tokens_decoder", {}))
-    size = min(len(backbone.tokenizer), int(backbone.model.get_input_embeddings().weight.shape[0]))
-    ordinary = [token_id for token_id in range(size) if token_id not in special]
-    return random.Random(digest.digest()).choices(ordinary, k=prefix.prefix_length)
 
 
 def export_llama_cpp(
@@ -90,12 +40,12 @@ def export_llama_cpp(
     """Write what llama.cpp needs for a prefix, and how to use and check it.
 
     Args:
-        prefix: Trained for a decoder-only model of one of `LAYOUTS`.
+        prefix: Trained for a decoder-only model of one of the types of `engine.llama_state.LAYOUTS`.
         backbone: That model.
         folder: Gets `NAME.bin` (to be restored into a slot), `ask.json`, `check.py`, `export.json` and `README.md`.
         name: The files' name.
-        state_version: The layout's version; see `state.STATE_VERSIONS`.
-        kv_type: The type of the cache that it will be restored into; see `state.KV_TYPES`.
+        state_version: The layout's version; see `engine.llama_state.STATE_VERSIONS`.
+        kv_type: The type of the cache that it will be restored into; see `engine.llama_state.KV_TYPES`.
 
     Returns:
         What `export.json` says.

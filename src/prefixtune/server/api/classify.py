@@ -184,7 +184,7 @@ def _check_lengths(context: RequestContext, encoded: EncodedTexts, model: Served
     if most and longest > most:
         raise bad_request(f"a text has {longest} tokens, but {most} are allowed.", "input", "context_length_exceeded")
     try:
-        state.engine.check_length(longest, model.prefix_length, max(map(len, encoded.words), default=0))
+        state.worker.check_length(longest, model.prefix_length, max(map(len, encoded.words), default=0))
     except ContextLengthError as error:
         raise bad_request(error.message, "input", "context_length_exceeded", hint="shorten the text.") from None
 
@@ -196,7 +196,7 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
         ApiError: The time is over, or the engine accepts no work.
         ClientDisconnect: The client disconnected.
     """
-    state, max_tokens = context.state, context.state.engine.prefill_tokens
+    state, max_tokens = context.state, context.state.torch_worker.engine.prefill_tokens
     scores: dict[int, list[Tensor]] = {row: [] for row in range(len(encoded.prompts))}
 
     def score(_: Backbone, rows: Sequence[int], part: slice) -> list[Tensor]:
@@ -205,7 +205,7 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
     async def score_all() -> None:
         for rows in _batches(encoded, max_tokens):
             for part in encoded.parts(rows, max_tokens):
-                found = await asyncio.wrap_future(state.worker.call(partial(score, rows=rows, part=part)))
+                found = await asyncio.wrap_future(state.torch_worker.call(partial(score, rows=rows, part=part)))
                 for row, one in zip(rows, found, strict=True):
                     scores[row].append(one)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from prefixtune.data.chat import special_stops
 from prefixtune.data.labels import labels_of
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.base import Engine
 from prefixtune.engine.request import (
     ContextLengthError,
     EngineFull,
@@ -22,7 +22,6 @@ from prefixtune.engine.request import (
     SequenceOutput,
     join_outputs,
 )
-from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
 from prefixtune.sampling.grammar import Grammar
 from prefixtune.server.api.endpoint import RequestContext
@@ -69,7 +68,7 @@ class Generation:
         num_tokens: Tokens generated so far.
     """
 
-    worker: EngineWorker
+    worker: Engine
     requests: Sequence[Request]
     model: ServedModel
     deadline: float
@@ -195,7 +194,7 @@ def start_generation(
     if labels_of(model.prefix) is not None:
         message = f"the prefix {model.name!r} gives labels and writes no text."
         raise bad_request(message, "model", "not_a_generator", hint="use /classify.")
-    _check_supported(state.engine, prompts, sampling)
+    _check_supported(state.worker, prompts, sampling)
     context.log_fields |= {"model": model.name, "prompt_tokens": sum(map(len, prompts))}
     if special := special_stops(state.backbone, sampling.stop):
         sampling = sampling.replace(end_ids=(*sampling.end_ids, *special))
@@ -217,7 +216,7 @@ def start_generation(
     try:
         # Before the queue: what can never fit must not be answered with "try again later".
         for one in requests:
-            state.engine.check_length(len(one.prompt), one.prefix_length, one.sampling.max_new_tokens)
+            state.worker.check_length(len(one.prompt), one.prefix_length, one.sampling.max_new_tokens)
     except ContextLengthError as error:
         fewer = ", or join fewer prefixes" if model.parts else ""
         hint = f"shorten the prompt or lower max_tokens{fewer}."
@@ -287,7 +286,7 @@ def _fit_sampling(
         )
     if default is None:
         return sampling
-    fitting = min(default, context.state.engine.available_tokens(prompt_tokens, model.prefix_length))
+    fitting = min(default, context.state.worker.available_tokens(prompt_tokens, model.prefix_length))
     return sampling.replace(max_new_tokens=max(1, sampling.min_new_tokens, fitting))
 
 

@@ -67,7 +67,7 @@ async def tokenize(context: RequestContext, work: Callable[[], T]) -> T:
 
 async def encode_text(context: RequestContext, text: str) -> tuple[int, ...]:
     """Token ids of a text as it is; of one that cannot fit, enough to refuse it."""
-    backbone, positions = context.state.backbone, context.state.engine.max_length
+    backbone, positions = context.state.backbone, context.state.worker.max_length
     return tuple(await tokenize(context, lambda: encode_prompts(backbone, _AS_IT_IS, [text], positions=positions)[0]))
 
 
@@ -87,7 +87,7 @@ async def encode_chat(
     """
     state = context.state
     return await tokenize(
-        context, partial(_apply_chat_template, state.backbone, messages, positions=state.engine.max_length)
+        context, partial(_apply_chat_template, state.backbone, messages, positions=state.worker.max_length)
     )
 
 
@@ -122,7 +122,7 @@ async def _encode_source(
     Raises:
         ApiError: It is longer than in training, and must not be cut.
     """
-    backbone, positions = context.state.backbone, context.state.engine.max_length
+    backbone, positions = context.state.backbone, context.state.worker.max_length
     text_format = text_format.with_lengths(on_too_long=context.state.config.on_too_long)
 
     def encode() -> tuple[list[int], int]:
@@ -224,7 +224,7 @@ async def compile_grammar(context: RequestContext, request: GenerationRequest) -
     """
     if request.json_schema is None:
         return None
-    backbone, param = context.state.engine.backbone, "response_format"
+    backbone, param = context.state.worker.backbone, "response_format"
     try:
         return await tokenize(context, partial(compile_json_schema, backbone, request.json_schema))
     except RequestError as error:

@@ -1,0 +1,45 @@
+"""llama.cpp's server as a child process, which ends with its parent.
+
+Run as `python -m prefixtune.engine.llama_server JSON`. Prints the server's address once the model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+__all__ = ["main"]
+
+
+def main(options: dict[str, Any]) -> None:
+    """Serve until stdin is closed.
+
+    Args:
+        options: `gguf`, `num_slots`, `length` (positions of a slot), `states` (the folder of saved states), `threads`.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = options["gguf"]
+    params.n_parallel = options["num_slots"]
+    params.n_ctx = options["num_slots"] * options["length"]
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
+    params.port, params.verbosity = 0, 0
+    params.slot_save_path = options["states"].rstrip("/") + "/"
+    params.endpoint_slots = True
+    # Without flash attention, values are stored transposed.
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    # A saved state is of one stream, and only a unified cache has one.
+    params.kv_unified = True
+    # Otherwise a restored prefix is cleared again as soon as another slot begins.
+    params.cache_idle_slots, params.cache_ram_mib = False, 0
+    # Texts are never cut, and come token by token.
+    params.ctx_shift, params.warmup = False, True
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,274 @@
+"""llama.cpp as an engine: the default model's weights, written as float16, give the torch engine's tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.packaged import packaged_gguf
+from prefixtune.backbone.shapes import load_shapes
+from prefixtune.engine import Engine
+from prefixtune.engine.gguf import find_gguf
+from prefixtune.engine.llama_cpp import LlamaCppConfig, LlamaCppEngine
+from prefixtune.engine.request import (
+    ContextLengthError,
+    EngineFull,
+    Request,
+    SamplingParams,
+    SequenceOutput,
+    join_outputs,
+)
+from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.sampling.grammar import compile_json_schema
+
+pytest.importorskip("xllamacpp", reason="needs xllamacpp")
+
+NAME = "smollm2-135m"
+FACTS = (
+    "The night train to Stonehill leaves platform B at nineteen fifteen. Anna is the driver. The dog is called Rusty.",
+    "The capital of Narnia is Cair Paravel, and Peter is its king. It snows there for a hundred years.",
+)
+ASKED = (
+    "Question: What is the dog called? Answer:",
+    "Question: Who is the king? Answer:",
+    "The capital of France is",
+    "Once upon a time",
+    "train : Fox | to : Redcliff | time :",
+)
+
+
+def as_float16(source: Path, target: Path) -> Path:
+    """A GGUF file with the same fields, and its matrices in float16."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, numbers.astype(np.float16 if numbers.ndim > 1 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model in float16: 270 MB, written once."""
+    source = packaged_gguf(NAME)
+    if source is None:
+        pytest.skip("needs the default model's GGUF file: `prefixtune prepare --force`")
+    return as_float16(source, tmp_path_factory.mktemp("gguf") / "float16.gguf")
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Backbone:
+    """The default model without its weights."""
+    return load_shapes(NAME)
+
+
+@pytest.fixture(scope="module")
+def torch_backbone() -> Backbone:
+    """The default model in float32."""
+    return load_backbone(NAME, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prefixes(torch_backbone: Backbone) -> list[Prefix]:
+    """What two texts leave in the cache."""
+    ids = [torch.tensor([torch_backbone.encode(text)]) for text in FACTS]
+    return [prefix_from_tokens(torch_backbone.model, torch_backbone.layout, one) for one in ids]
+
+
+@pytest.fixture(scope="module")
+def engine(shapes: Backbone, gguf: Path) -> Iterator[LlamaCppEngine]:
+    """Four slots."""
+    with LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=4, max_length=256, threads=1)) as made:
+        yield made
+
+
+def run(engine: LlamaCppEngine, requests: Sequence[Request]) -> list[list[SequenceOutput]]:
+    """Submit all at once, and wait; per request, its texts."""
+    outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
+    left, done = [sum(request.n for request in requests)], threading.Event()
+
+    def receive(output: SequenceOutput) -> None:
+        outputs.setdefault((output.request_id, output.index), []).append(output)
+        if output.finish_reason is not None:
+            left[0] -= 1
+            if not left[0]:
+                done.set()
+
+    for request in requests:
+        engine.submit(request, receive)
+    assert done.wait(300)
+    return [[join_outputs(outputs[one.id, index]) for index in range(one.n)] for one in requests]
+
+
+def test_shapes_are_those_of_the_loaded_model(shapes: Backbone, torch_backbone: Backbone) -> None:
+    assert shapes.fingerprint == torch_backbone.fingerprint
+    assert shapes.geometry == torch_backbone.geometry
+    assert shapes.rotation == torch_backbone.rotation
+    assert shapes.max_positions == torch_backbone.max_positions
+
+
+def test_mixed_prefixes_give_the_torch_engines_tokens(
+    engine: LlamaCppEngine, torch_backbone: Backbone, prefixes: list[Prefix]
+) -> None:
+    def requests() -> list[Request]:
+        return [
+            Request(tuple(torch_backbone.encode(text)), prefix, SamplingParams(max_new_tokens=24))
+            for text in ASKED
+            for prefix in (*prefixes, None)
+        ]
+
+    wanted = [outputs[0] for outputs in Engine(torch_backbone, num_slots=4).run(requests())]
+    # The second time, slots hold prefixes already.
+    for _ in range(2):
+        found = [outputs[0] for outputs in run(engine, requests())]
+        same = sum(
+            [t.id for t in one.tokens] == [t.id for t in other.tokens] for one, other in zip(found, wanted, strict=True)
+        )
+        assert same >= 0.9 * len(wanted)
+        assert {one.finish_reason for one in found} <= {"stop", "length"}
+
+
+def test_logprobs_stops_seeds_and_several_texts(engine: LlamaCppEngine, torch_backbone: Backbone) -> None:
+    prompt = tuple(torch_backbone.encode(ASKED[3]))
+    greedy = Request(prompt, None, SamplingParams(max_new_tokens=4, logprobs=2))
+    (found,), (wanted,) = run(engine, [greedy])[0], Engine(torch_backbone, num_slots=1).run([greedy])[0]
+    for one, other in zip(found.tokens, wanted.tokens, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=0.02)
+        assert [token for token, _ in one.top_logprobs] == [token for token, _ in other.top_logprobs]
+    sampling = SamplingParams(max_new_tokens=12, temperature=1.0, seed=3, stop=("e",))
+    drawn = [run(engine, [Request(prompt, None, sampling, n=2)])[0] for _ in range(2)]
+    assert [text.text for text in drawn[0]] == [text.text for text in drawn[1]]
+    assert not any("e" in text.text for text in drawn[0])
+
+
+def test_json_schemas_hold(engine: LlamaCppEngine, shapes: Backbone) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance")
+    grammar = compile_json_schema(shapes, {"type": "object", "properties": {"n": {"type": "integer"}}})
+    request = Request(tuple(shapes.encode("JSON:")), None, SamplingParams(max_new_tokens=20), grammar=grammar)
+    assert run(engine, [request])[0][0].text.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "error"),
+    [
+        ({"frequency_penalty": 1.0}, RequestError),
+        ({"min_new_tokens": 2}, RequestError),
+        ({"prompt_logprobs": 1}, RequestError),
+        ({"max_new_tokens": 1000}, ContextLengthError),
+    ],
+)
+def test_what_it_does_not_have_is_refused(
+    engine: LlamaCppEngine, shapes: Backbone, sampling: dict[str, float], error: type[Exception]
+) -> None:
+    request = Request(tuple(shapes.encode("a")), None, SamplingParams(**sampling))
+    with pytest.raises(error):
+        engine.submit(request, lambda output: None)
+
+
+def test_deadlines_and_cancelling(engine: LlamaCppEngine, shapes: Backbone) -> None:
+    found: dict[str, str | None] = {}
+    done = threading.Semaphore(0)
+
+    def receive(output: SequenceOutput) -> None:
+        if output.finish_reason is not None:
+            found[output.request_id] = output.finish_reason
+            done.release()
+
+    long = SamplingParams(max_new_tokens=200, banned=(shapes.eos_id,))
+    late, unwanted = (Request(tuple(shapes.encode("a")), None, long) for _ in range(2))
+    engine.submit(late, receive, deadline=0.3)
+    engine.submit(unwanted, receive)
+    engine.cancel(unwanted.id)
+    assert done.acquire(timeout=20)
+    assert done.acquire(timeout=20)
+    assert found == {late.id: "timeout", unwanted.id: "cancelled"}
+
+
+def test_more_than_may_wait_is_refused(shapes: Backbone, gguf: Path) -> None:
+    config = LlamaCppConfig(num_slots=1, max_length=128, threads=1, max_waiting=1)
+    with LlamaCppEngine(shapes, gguf, config) as engine:
+        long = SamplingParams(max_new_tokens=100, banned=(shapes.eos_id,))
+        for _ in range(2):
+            engine.submit(Request(tuple(shapes.encode("a")), None, long), lambda output: None)
+        last = Request(tuple(shapes.encode("a")), None, long)
+        with pytest.raises(EngineFull):
+            engine.submit(last, lambda output: None)
+
+
+def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) -> None:
+    with LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=1, max_length=128, threads=1)) as engine:
+        failed = threading.Event()
+        engine.on_failure = failed.set
+        ended = threading.Event()
+        outputs: list[SequenceOutput] = []
+
+        def receive(output: SequenceOutput) -> None:
+            outputs.append(output)
+            if output.finish_reason is not None:
+                ended.set()
+
+        request = Request(tuple(shapes.encode("a")), None, SamplingParams(max_new_tokens=100, banned=(shapes.eos_id,)))
+        engine.submit(request, receive)
+        os.kill(engine._child.pid, signal.SIGKILL)
+        assert ended.wait(20)
+        assert outputs[-1].finish_reason == "error"
+        assert outputs[-1].engine_crashed
+        deadline = time.monotonic() + 60
+        while not engine.healthy and time.monotonic() < deadline:
+            time.sleep(0.1)
+        short = Request(tuple(shapes.encode("a")), None, SamplingParams(max_new_tokens=2))
+        assert run(engine, [short])[0][0].finish_reason in ("stop", "length")
+        os.kill(engine._child.pid, signal.SIGKILL)
+        assert failed.wait(20)
+        assert engine.failed
+        assert not engine.healthy
+
+
+def test_files_of_other_models_and_no_files_are_refused(
+    shapes: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF and nothing else")
+    for path in (broken, tmp_path / "none.gguf"):
+        with pytest.raises(BackboneError):
+            find_gguf(str(path), shapes)
+    weights = shapes.model.get_input_embeddings().weight
+    monkeypatch.setattr("prefixtune.engine.gguf.StoredWeights.row", lambda *_: torch.randn(weights.shape[1]))
+    with pytest.raises(BackboneError):
+        find_gguf("", shapes)
+
+
+def test_a_build_that_restores_nothing_is_refused(
+    shapes: Backbone, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = LlamaCppEngine._ask
+
+    def no_restore(self: LlamaCppEngine, path: str, body: dict[str, object]) -> object:
+        return None if path.endswith("action=restore") else ask(self, path, body)
+
+    monkeypatch.setattr(LlamaCppEngine, "_ask", no_restore)
+    with pytest.raises(ConfigError):
+        LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=2, max_length=128, threads=1))
