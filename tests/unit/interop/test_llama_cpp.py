@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from prefixtune.engine.llama_state import encode_file, placeholders_for, rows_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.llama_cpp import check as llama_cpp_check
 from prefixtune.interop.llama_cpp.check import NotInEffectError, check
 from prefixtune.interop.llama_cpp.export import export_llama_cpp
-from prefixtune.engine.llama_state import encode_file, placeholders_for, rows_of
 
 Make = Callable[..., Any]
 

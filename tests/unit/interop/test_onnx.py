@@ -18,6 +18,7 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.onnx import export as target
 from prefixtune.interop.onnx.run import generate, past_names
+from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.prefix.text_format import TextFormat
 
@@ -120,6 +121,7 @@ def test_a_prefix_next_to_an_export_stays(
 ) -> None:
     backbone = tiny_backbone("llama")
     form = TextFormat("{source}", "{target}", chat_template="{{ messages[-1].content }}", end="<pad>")
+    allow_template(form.chat_template)
     prefix = dataclasses.replace(random_prefix(backbone, 3), header={"text_format": form.to_dict()})
     runtime.__version__ = "1.0"  # type: ignore[attr-defined]
     monkeypatch.setattr(target, "_trace", lambda backbone, facts, path: path.write_bytes(b"graph"))

@@ -50,4 +50,4 @@ def test_a_wrong_regular_expression_is_explained() -> None:
         def get_error(self) -> str:
             return "regex parse error:\n    (\n    ^\nerror: unclosed group"
 
-    assert Grammar(Matcher, 1).fault() == "regex parse error: unclosed group"
+    assert Grammar(Matcher, 1, "{}").fault() == "regex parse error: unclosed group"

@@ -131,7 +131,8 @@ def test_texts_are_generated_meanwhile(server: Any) -> None:
     """A batch is labelled between two steps: nobody waits for all of them."""
     app, state = server
     order: list[str] = []
-    step, call = state.engine.step, state.worker.call
+    engine = state.worker.engine
+    step, call = engine.step, state.worker.call
 
     def stepped() -> Any:
         order.append("step")
@@ -144,7 +145,7 @@ def test_texts_are_generated_meanwhile(server: Any) -> None:
 
         return call(noted)
 
-    state.engine.step, state.worker.call = stepped, called
+    engine.step, state.worker.call = stepped, called
     text = {"model": "a", "prompt": "hi", "max_tokens": 480, "temperature": 0}
 
     async def both() -> list[Any]:

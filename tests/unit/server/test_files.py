@@ -211,6 +211,6 @@ def test_previews_of_what_has_no_examples(app: Any) -> None:
     two_forms = preview(app, b"prompt,completion,question,answer\n1,2,3,4\n", "two.csv")
     assert (two_forms["examples"], two_forms["lengths"]) == ([], None)
     one_label = preview(app, b"text,label\ngood,1\nfine,1\n", "labels.csv")
-    assert "at least two labels" in one_label["cuts"]
+    assert (one_label["lengths"], "label" in one_label["cuts"]) == (None, True)
     labels = preview(app, b"text,label\ngood,yes\nbad,no\n", "labels.csv")
     assert labels["parts"][0]["text"]

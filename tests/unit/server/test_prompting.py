@@ -67,7 +67,6 @@ def test_long_sources_are_treated_as_in_training(
     strict, _ = make_server(on_too_long="error")
     refused = asyncio.run(send(strict, "POST", "/v1/completions", body))
     assert (refused.status, refused.code) == (400, "context_length_exceeded")
-    assert "max_length 60" in refused.json["error"]["message"]
     longer = asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 600)))
     assert (longer.status, longer.code) == (400, "context_length_exceeded")
 
