@@ -75,6 +75,7 @@ MISTAKES = [
     ("pull me/x file/x.safetensors", "file/x.safetensors"),
     ("inspect nowhere.safetensors", "nowhere.safetensors"),
     ("prepare gpt5", "gpt5"),
+    ("doctor model --dtype bf16", "--dtype is 'bf16'"),
     ("demo --output file", "file"),
     ("serve --backbone model --prefixes nowhere", "nowhere"),
     ("worker --backbone model --prefixes nowhere", "nowhere"),
