@@ -11,7 +11,7 @@ from torch import nn
 
 from prefixtune.prefix.geometry import BackboneKind, Geometry, Site
 
-__all__ = ["Layout", "main_device", "setting"]
+__all__ = ["Layout", "main_device", "passes_gradients", "setting"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,11 @@ def main_device(model: Any) -> torch.device:
         return torch.device(where)
     device: torch.device = embeddings.weight.device
     return device
+
+
+def passes_gradients(model: nn.Module) -> bool:
+    """Whether gradients pass through a model: torch's product with the 4-bit weights of a GPU has none."""
+    return all(type(weight).__name__ != "Int4TilePackedTo4dTensor" for weight in model.parameters())
 
 
 def setting(config: Any, name: str) -> Any:

@@ -4,7 +4,8 @@ A prefix that is ignored raises no error: training goes on, text comes out. So e
 run on the model itself with random prefixes, and compared with the plainest one: a row alone, computed in full.
 
 It runs in float32, where right and wrong are orders of magnitude apart; a quantized model, one that is spread over
-devices, or one that would take too much memory runs in its own dtype, with a wider tolerance.
+devices, one on MPS, or one whose copy would take more than half of the free memory runs in its own dtype, with a wider
+tolerance.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixtune.attention.layout import Layout, main_device
+from prefixtune.attention.layout import Layout, main_device, passes_gradients
 from prefixtune.doctor.rows import Rows
 from prefixtune.errors import PrefixError, first_line
+from prefixtune.utils.memory import free_memory
 
-__all__ = ["Comparison", "examine"]
+__all__ = ["Comparison", "computes_exactly", "examine"]
 
 
 _GRADIENT = "a gradient reaches every layer's prefix"
@@ -80,7 +82,7 @@ def examine(model: Any, layout: Layout) -> list[Comparison]:
         except Exception as error:
             return [_failed(_GRADIENT, 0.0, error)]
         ways: Mapping[str, tuple[bool, Callable[[], float], float]] = {
-            _GRADIENT: (True, rows.without_gradient, 0.0),
+            _GRADIENT: (passes_gradients(model), rows.without_gradient, 0.0),
             "injected = prefilled": (layout.cache_layers is not None, rows.prefilled, tolerance),
             "padded = alone": (True, rows.padded, tolerance),
             "packed = alone": (layout.packable, rows.packed, tolerance),
@@ -108,12 +110,10 @@ def _failed(name: str, tolerance: float, error: Exception) -> Comparison:
 @contextlib.contextmanager
 def _in_float32(model: nn.Module, device: torch.device) -> Iterator[bool]:
     """While the block runs, half-precision weights are float32; yields whether the model computes in it now."""
-    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type != "meta" for t in half)
-    room = min(_MOST_BYTES, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else _MOST_BYTES
-    if not plain or sum(4 * t.numel() for t in half) > room:
+    if not computes_exactly(model, device):
         yield False
         return
+    half = _half_precision(model)
     stored = [t.data for t in half]
     try:
         for tensor in half:
@@ -122,3 +122,17 @@ def _in_float32(model: nn.Module, device: torch.device) -> Iterator[bool]:
     finally:
         for tensor, data in zip(half, stored, strict=True):
             tensor.data = data
+
+
+def computes_exactly(model: nn.Module, device: torch.device) -> bool:
+    """Whether a model is examined in float32: it is of that dtype, or there is room for copies of its weights."""
+    half = _half_precision(model)
+    if not half:
+        return True
+    # Nobody knows what MPS has left.
+    plain = device.type != "mps" and all(type(t) in (Tensor, nn.Parameter) and t.device.type != "meta" for t in half)
+    return plain and sum(4 * t.numel() for t in half) <= min(_MOST_BYTES, free_memory(device) // 2)
+
+
+def _half_precision(model: nn.Module) -> list[Tensor]:
+    return [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]

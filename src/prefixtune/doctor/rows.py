@@ -38,7 +38,9 @@ class Rows:
         self.model, self.layout, self.device = model, layout, main_device(model)
         generator = torch.Generator().manual_seed(0)
         config = model.config.get_text_config(decoder=True)
-        special = {value for name, value in vars(config).items() if name.endswith("_token_id")}
+        # Some models end a text by any of several tokens.
+        given = [value for name, value in vars(config).items() if name.endswith("_token_id")]
+        special = {token for value in given for token in (value if isinstance(value, list | tuple) else [value])}
         size = model.get_input_embeddings().weight.shape[0]
 
         def draw(length: int) -> list[int]:

@@ -1,7 +1,8 @@
 """The check of a model that is loaded: the doctor's comparisons, once for each type of model.
 
-A pass is remembered in the cache folder, by everything but the weights that it depends on. `PREFIXTUNE_SELF_CHECK=0`
-turns the check off.
+A pass is remembered in the cache folder, by everything but the weights that it depends on. One in half precision, with
+its wide tolerance, counts for what cannot be examined in float32, and for nothing else. `PREFIXTUNE_SELF_CHECK=0` turns
+the check off.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from prefixtune.attention.layout import Layout, main_device
-from prefixtune.doctor.examine import examine
+from prefixtune.doctor.examine import computes_exactly, examine
 from prefixtune.errors import BackboneError, PrefixError
 from prefixtune.utils.files import write_text
 from prefixtune.utils.folders import cache_folder
@@ -40,8 +42,9 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
     if os.environ.get(SWITCH) == "0":
         return
     facts = _facts(model, attention)
-    note = cache_folder() / "checked" / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}.json"
-    if note.is_file():
+    inexact = facts | {"inexact": "yes"}
+    exactly = computes_exactly(model, main_device(model))
+    if _note(facts).is_file() or (not exactly and _note(inexact).is_file()):
         return
     if failed := [str(found) for found in examine(model, layout) if not found.passed]:
         raise BackboneError(
@@ -49,9 +52,15 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
             f"{'; '.join(failed)}.",
             hint=f"choose another backbone; `prefixtune doctor` shows all comparisons, and {SWITCH}=0 loads it anyway.",
         )
+    passed = facts if exactly else inexact
     # Where the folder cannot be written, the check runs each time.
     with contextlib.suppress(PrefixError, OSError):
-        write_text(note, json.dumps(facts, indent=1) + "\n")
+        write_text(_note(passed), json.dumps(passed, indent=1) + "\n")
+
+
+def _note(facts: dict[str, str]) -> Path:
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "checked" / f"{name}.json"
 
 
 def _facts(model: Any, attention: str) -> dict[str, str]:

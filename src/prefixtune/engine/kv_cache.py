@@ -9,12 +9,9 @@ not even as NaN behind a mask.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import math
 import mmap
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -24,7 +21,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["PAGE", "KVCache", "bytes_per_position", "free_memory"]
+__all__ = ["PAGE", "KVCache", "bytes_per_position"]
 
 
 PAGE = 256
@@ -141,26 +138,6 @@ class KVCache:
 def bytes_per_position(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
     """What one position takes in all layers, in bytes."""
     return sum(shape.size for shape in shapes) * dtype.itemsize
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process may still take; on a CPU without the system's own word for it, half of the machine's."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    limits = [2**63]
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits[1:] = [int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024]
-    # Of a container.
-    with contextlib.suppress(OSError, ValueError):
-        most, used = (
-            int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current")
-        )
-        limits.append(max(0, most - used))
-    return min(limits)
 
 
 def _zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

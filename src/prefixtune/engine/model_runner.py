@@ -14,11 +14,12 @@ from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import Span, StepAttention, attends_by_pages, page_numbers
 from prefixtune.engine.encoder_cache import EncoderCache
-from prefixtune.engine.kv_cache import PAGE, KVCache, bytes_per_position, free_memory
+from prefixtune.engine.kv_cache import PAGE, KVCache, bytes_per_position
 from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.prefix.geometry import Site
+from prefixtune.utils.memory import free_memory
 
 __all__ = ["ModelRunner"]
 

@@ -34,7 +34,7 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.collator import IGNORED, Collator
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.artifact import reparameterization_facts
-from prefixtune.training.checks import check_given
+from prefixtune.training.checks import check_given, check_passes_gradients
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
 from prefixtune.training.folder import PREFIX_FILE
@@ -93,6 +93,7 @@ class PrefixModel(nn.Module):
         if faults:
             raise ConfigError(f"{', '.join(faults)}, which is not done here.", hint="use `train`.")
         check_given(config, backbone)
+        check_passes_gradients(backbone)
         self.backbone, self.settings = backbone, config
         self.trained, start = build_encoder(config, backbone)
         self.initialization = start.description

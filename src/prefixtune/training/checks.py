@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from prefixtune.attention.layout import passes_gradients
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import is_quantized
@@ -20,6 +21,7 @@ __all__ = [
     "check_hidden_positions",
     "check_no_labels",
     "check_options",
+    "check_passes_gradients",
     "check_together",
     "no_head",
     "no_solved_examples",
@@ -146,6 +148,19 @@ def check_given(config: TrainConfig, backbone: Backbone) -> None:
         raise ConfigError(
             f"the backbone {backbone.name!r} is used as it was loaded, which was otherwise: {'; '.join(faults)}.",
             hint="leave these options out, or give them to load_backbone.",
+        )
+
+
+def check_passes_gradients(backbone: Backbone) -> None:
+    """Refuse to train on weights that give no gradient.
+
+    Raises:
+        ConfigError: They are of `quantize = "int4"` on a GPU.
+    """
+    if not passes_gradients(backbone.model):
+        raise ConfigError(
+            f"quantize is 'int4', but on a GPU no gradient passes through the 4-bit weights of {backbone.name!r}.",
+            hint="train with quantize = 'int8' (--quantize int8); the prefix also goes with int4 weights afterwards.",
         )
 
 

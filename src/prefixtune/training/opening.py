@@ -22,6 +22,7 @@ from prefixtune.training.checks import (
     check_given,
     check_hidden_positions,
     check_options,
+    check_passes_gradients,
     check_together,
     no_head,
 )
@@ -228,13 +229,14 @@ def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) 
     """Refuse, before anything is tokenized, what a backbone cannot do.
 
     Raises:
-        ConfigError: It reads no packed rows, so that several runs cannot share a pass.
+        ConfigError: It passes no gradients, or reads no packed rows, so that several runs cannot share a pass.
     """
     if together and not backbone.layout.packable:
         raise ConfigError(
             f"{backbone.name!r} reads no packed rows, so that its runs cannot share a pass.",
             hint="train them one after the other.",
         )
+    check_passes_gradients(backbone)
     check_hidden_positions(config, backbone)
     check_form(config, backbone)
 

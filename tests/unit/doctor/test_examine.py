@@ -17,6 +17,7 @@ from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
 from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, using
+from prefixtune.attention.layout import passes_gradients
 from prefixtune.attention.masks import cached_prefix_slots, extend_mask
 from prefixtune.attention.packed import packed_attention
 from prefixtune.attention.packing import Packing, Visibility, sees
@@ -115,6 +116,26 @@ def test_half_precision_is_examined_in_float32(
     found = examine(backbone.model, backbone.layout)
     assert all(one.passed for one in found)
     assert max(one.difference for one in found) > 1e-4
+
+
+def test_several_end_tokens(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama", eos_token_id=[1, 2])
+    assert failed(backbone) == set()
+
+
+def test_copies_take_half_of_the_free_memory_at_most(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models("llama").to(torch.bfloat16)
+    needed = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    for free, exact in ((2 * needed, True), (needed, False)):
+        replace_everywhere(monkeypatch, examine_module.free_memory, lambda device, free=free: free)
+        assert examine_module.computes_exactly(model, torch.device("cpu")) is exact
+        assert not examine_module.computes_exactly(model, torch.device("mps"))
+
+
+def test_without_gradients_the_rest_is_examined(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("llama")
+    replace_everywhere(monkeypatch, passes_gradients, lambda model: False)
+    assert [one.name for one in examine(backbone.model, backbone.layout)] == ALL[1:]
 
 
 def test_nothing_is_left_changed(tiny_backbone: Make) -> None:

@@ -14,6 +14,7 @@ import torch
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.doctor import examine as examine_module
 from prefixtune.doctor import selfcheck
 from prefixtune.doctor.examine import examine
 from prefixtune.errors import BackboneError
@@ -60,6 +61,28 @@ def test_what_matters_is_checked_anew(cache: Path, runs: list[str], tiny_models:
     Backbone.from_model(tiny_models("llama", seed=1), None, "llama")
     Backbone.from_model(tiny_models("llama").to(torch.bfloat16), None, "llama")
     assert runs == ["llama"] * 3
+
+
+def test_a_pass_in_half_precision_stands_for_no_exact_one(
+    cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tiny_models("llama").to(torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(examine_module, "_MOST_BYTES", 0)
+        for _ in range(2):
+            Backbone.from_model(half, None, "llama")
+    assert len(runs) == 1
+    Backbone.from_model(tiny_models("llama"), None, "llama")
+    assert len(runs) == 2
+
+
+def test_an_exact_pass_stands_for_one_in_half_precision(
+    cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Backbone.from_model(tiny_models("llama"), None, "llama")
+    monkeypatch.setattr(examine_module, "_MOST_BYTES", 0)
+    Backbone.from_model(tiny_models("llama").to(torch.bfloat16), None, "llama")
+    assert len(runs) == 1
 
 
 def test_it_can_be_turned_off(cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:

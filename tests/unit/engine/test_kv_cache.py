@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.kv_cache import PAGE, KVCache, free_memory
+from prefixtune.engine.kv_cache import PAGE, KVCache
 from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.memory import free_memory
 
 SHAPES = (LayerShape(2, 4, 3), LayerShape(1, 8, 8))
 CPU = torch.device("cpu")

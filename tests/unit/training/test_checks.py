@@ -13,7 +13,7 @@ import torch
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
-from prefixtune.training.checks import check_given, check_together
+from prefixtune.training.checks import check_given, check_passes_gradients, check_together
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 
@@ -47,6 +47,16 @@ def test_what_runs_cannot_share_is_refused(values: dict[str, Any], message: str)
 def test_adapters_are_refused_in_all_runs_alike() -> None:
     with pytest.raises(ConfigError, match="the run in 'b' has an adapter, but"):
         check_together([TrainConfig(output=name, adapter_rank=2) for name in ("a", "b")])
+
+
+def test_weights_without_gradients_are_refused(tiny_backbone: Callable[..., Any], monkeypatch: Any) -> None:
+    backbone = tiny_backbone("llama")
+    check_passes_gradients(backbone)
+    weight = backbone.model.lm_head.weight
+    kind = type("Int4TilePackedTo4dTensor", (torch.Tensor,), {})
+    monkeypatch.setattr(backbone.model, "parameters", lambda: iter([weight, weight.detach().as_subclass(kind)]))
+    with pytest.raises(ConfigError):
+        check_passes_gradients(backbone)
 
 
 @pytest.mark.parametrize(
