@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,7 +24,7 @@ from prefixtune.attention.kernels import (
     eager_attention,
     flex_functions_on,
 )
-from prefixtune.attention.packed import block_mask, packed_attention, uses_flex
+from prefixtune.attention.packed import block_mask, compiles_on, packed_attention, uses_flex
 from prefixtune.attention.packing import Group, Packing, sees
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
@@ -245,6 +247,19 @@ def test_causal_attention_behind_a_prefix_is_the_brute_force(dtype: torch.dtype)
     expected = eager_attention(query.float(), key.float(), value.float(), mask, ScoreOptions(0.3))
     found = causal_attention(query, key, value, 0.3)
     assert torch.allclose(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("lacking", [None, "triton", "compiler", "capability"])
+def test_where_torch_compiles_nothing_groups_are_used(lacking: str | None, monkeypatch: pytest.MonkeyPatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: (lacking != "triton" or None) if name == "triton" else find(name)
+    )
+    monkeypatch.setattr(shutil, "which", lambda name: None if lacking == "compiler" else name)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (6, 1) if lacking == "capability" else (7, 0)
+    )
+    assert compiles_on.__wrapped__(torch.device("cuda")) is (lacking is None)
 
 
 def test_blocks_that_nobody_sees_are_left_out():

@@ -103,6 +103,14 @@ def causal_attention(
 
     bias = causal_lower_right(query.shape[2], key.shape[2])
     grouped = query.shape[1] != key.shape[1]
+    if grouped:
+        from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+        # Only flash takes groups; without it, torch would compute all scores (float32, GPUs before Ampere).
+        grouped = can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, True))
+        if not grouped:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     return nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scale, enable_gqa=grouped)
 
 

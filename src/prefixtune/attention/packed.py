@@ -1,7 +1,14 @@
-"""Attention of a packed row: in one call on an accelerator, group by group on a CPU, which is faster there."""
+"""Attention of a packed row: in one call on an accelerator that torch compiles for, group by group elsewhere.
+
+On a CPU, groups are faster.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +27,7 @@ from prefixtune.attention.kernels import (
 from prefixtune.attention.packing import Packing, Visibility, sees
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["block_mask", "packed_attention", "uses_flex"]
+__all__ = ["block_mask", "compiles_on", "packed_attention", "uses_flex"]
 
 _SMALL_HEAD = 16
 """Numbers of a head's key or value, below which torch compiles no flex_attention."""
@@ -92,8 +99,18 @@ def uses_flex(scores: ScoreOptions, *inputs: Tensor) -> bool:
     """Whether flex_attention computes a packed row: it has no sinks and no small heads, and on a CPU no gradients."""
     if scores.kernel == "eager" or scores.sinks is not None or min(tensor.shape[-1] for tensor in inputs) < _SMALL_HEAD:
         return False
+    if inputs[0].device.type == "cuda" and not compiles_on(inputs[0].device):
+        return False
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return inputs[0].device.type not in ("cpu", "mps") or (scores.kernel == "flex" and not learning)
+
+
+@functools.cache
+def compiles_on(device: torch.device) -> bool:
+    """Whether torch compiles for a GPU: with Triton, which takes Volta and later ones, and calls a C compiler."""
+    compiler = any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang")))
+    triton = importlib.util.find_spec("triton") is not None
+    return compiler and triton and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def block_mask(
