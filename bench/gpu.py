@@ -1,7 +1,7 @@
 """Measure what only a GPU tells (`make gpu`): loading, a training step, decoding, and the memory of a long prompt.
 
     python -m bench.gpu                                # on a GPU; writes bench/results/gpu.json
-    python -m bench.gpu --device cpu --tiny            # on a CPU in seconds, to see that it works
+    python -m bench.gpu --device cpu --tiny            # on a CPU in seconds, to see that it works: latest.json there
     python -m bench.gpu --models smollm2-135m --parts load,decode
 
 Every part of every model runs in a process of its own; what fails is a line of the table with its reason, and the rest
@@ -29,13 +29,14 @@ from statistics import median
 from bench.child import Child
 from bench.machine import memory_mib, reset_peak_memory, wait
 from bench.models import SHAPES, cache_mib, make_backbone, save_model
-from bench.results import Figure, Log, PeerError, Results, make_parser, run_benchmark
+from bench.results import FOLDER, Figure, Log, PeerError, Results, make_parser, run_benchmark
 from bench.serve import PREFIX_LENGTH, SCRIPT, SEARCHED, save_prefixes
 from bench.serve_side import SIDES, make_side_parser, timed
 from bench.turns import isolated
 from prefixtune.errors import first_line, is_out_of_memory
 
 PROMPT_LENGTH = 64
+OUTPUT = FOLDER / "gpu.json"
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,9 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
             "there is no GPU that torch can use (--device cpu --tiny shows on a CPU that the program works)"
         )
     options.quick = options.tiny or options.quick
+    if options.json == OUTPUT and (options.quick or not options.device.startswith("cuda")):
+        # Nothing for the page.
+        options.json = FOLDER / "latest.json"
     figures: list[Figure] = []
     for model in options.models or (["tiny"] if options.tiny else ["smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"]):
         plan = Plan(options.device, model, repeats=options.repeats, vllm_python=options.vllm_python)

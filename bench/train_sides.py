@@ -202,7 +202,7 @@ class OurSide:
         num_tokens = sum(len(part.labels) for part in batches)
         prefix = self.module()
         leaf = prefix.leaves()
-        weights = [part.weights("token", part.num_targets, num_tokens) for part in batches]
+        weights = [part.weights("token", part.num_targets, num_tokens, self.backbone.device) for part in batches]
         step = PendingStep(0.0, batches, weights, prefix, leaf, 0, num_tokens)
         forward_backward(self.backbone, [step])
         torch.autograd.backward(prefix.stored_tensors(), [tensor.grad for tensor in leaf.stored_tensors()])

@@ -44,8 +44,8 @@ UNMEASURED = "**Not measured.** Nothing of this was run on a GPU yet."
 
 
 def page(results: Mapping[str, Any] | None) -> str:
-    """The page, in Markdown; without results it says so."""
-    if results is None:
+    """The page, in Markdown; without results of a GPU, in full size, it says so."""
+    if results is None or results["quick"] or not results["device"].startswith("cuda"):
         return f"{INTRODUCTION}\n\n{UNMEASURED}\n"
     machine, versions = results["machine"], results["versions"]
     device = (

@@ -48,7 +48,9 @@ def test_every_part_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(ours) == 4
     missing = {row["what"]: row["not_measured"] for row in results["summary"] if row["value"] is None}
     assert all(missing.values())
-    shown = page(results)
+    assert page(results) == page(None)
+    assert page({**results, "device": "cuda"}) == page(None)
+    shown = page({**results, "device": "cuda", "quick": False})
     assert all(row["what"] in shown for row in results["summary"])
 
 
