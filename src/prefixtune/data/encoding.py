@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from prefixtune.attention.injection import interrupt
 from prefixtune.backbone.backbone import Backbone
@@ -21,7 +22,10 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, read_text_format
 
 _PART = 256
-"""Examples that are tokenized between two calls of `interrupt`."""
+"""Examples that one call of a tokenizer reads, at most."""
+_PART_CHARS = 2**20
+"""Characters of several examples that one call of a tokenizer reads, at most."""
+_Item = TypeVar("_Item")
 
 
 def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:
@@ -59,7 +63,7 @@ TextFormatLike = TextFormat | Mapping[str, Any]
 
 
 def as_text_format(text_format: TextFormatLike | None) -> TextFormat | None:
-    """The text format that a caller gave; None: none.
+    """The text format that a caller gave; None: none. Its chat template, too, must have been named to be rendered.
 
     >>> as_text_format({"prompt": "{source} ="}).prompt
     '{source} ='
@@ -107,8 +111,11 @@ def encode_prompts(
     """
     if text_format.is_chat:
         return [encode_chat(backbone, as_conversation(source), text_format, positions=positions) for source in sources]
-    texts = [bounded(backbone, only_text(source), positions) for source in sources]
-    return backbone.encode_sources([text_format.format_prompt(text, backbone.separator) for text in texts])
+    texts = [
+        text_format.format_prompt(bounded(backbone, only_text(source), positions), backbone.separator)
+        for source in sources
+    ]
+    return [ids for part in _in_parts(texts, len) for ids in backbone.encode_sources(part)]
 
 
 def encode_pairs(
@@ -206,15 +213,29 @@ def _encode_plain(
     backbone: Backbone, examples: Sequence[Example], text_format: TextFormat, limit: int | None = None
 ) -> Iterator[tuple[Example, list[int], list[list[int]]]]:
     """Each example's prompt and targets, not cut yet, some at a time: other work has its turns between."""
-    for first in range(0, len(examples), _PART):
+    numbers = itertools.count(1)
+    for part in _in_parts(examples, lambda one: len(one.source) + sum(map(len, one.targets))):
         interrupt()
-        part = examples[first : first + _PART]
         prompts, targets = [], []
-        for number, example in enumerate(part, start=first + 1):
+        for example in part:
             most = None if _is_learned_whole(backbone, example) else limit
-            with named_example(example, number):
+            with named_example(example, next(numbers)):
                 prompts.append(text_format.format_prompt(bounded(backbone, example.source, limit), backbone.separator))
                 targets += [text_format.format_target(bounded(backbone, target, most)) for target in example.targets]
         target_ids = iter(backbone.encode_targets(targets))
         for example, prompt in zip(part, backbone.encode_sources(prompts), strict=True):
             yield example, prompt, [next(target_ids) for _ in example.targets]
+
+
+def _in_parts(items: Iterable[_Item], size: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """The items that one call of a tokenizer reads; `size` counts the characters of one, which may be a part alone."""
+    part: list[_Item] = []
+    room = _PART_CHARS
+    for item in items:
+        if part and (len(part) == _PART or size(item) > room):
+            yield part
+            part, room = [], _PART_CHARS
+        part.append(item)
+        room -= size(item)
+    if part:
+        yield part

@@ -217,9 +217,12 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
                 continue
             if not columns:
                 columns = [cell.strip() for cell in cells]
+                if len(set(columns)) < len(columns):
+                    raise DataError(f"{location}: two columns have the same name.", hint="rename or drop one of them.")
                 continue
             # In a table of tabs, quotes may be text, and what is between them several rows.
-            if len(cells) != len(set(columns)) or (separator == "\t" and any(map(_holds_row, cells))):
+            holds_rows = separator == "\t" and any(_holds_rows(cell, n, len(cells) - 1) for n, cell in enumerate(cells))
+            if len(cells) != len(columns) or holds_rows:
                 what = f"{location} has {len(cells)} fields, or several rows in one; the header has {listed(columns)}."
                 raise DataError(what, hint=f"put a field with {separator!r} in quotes, or use JSON lines.")
             yield location, dict(zip(columns, cells, strict=True))
@@ -227,8 +230,16 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
         raise DataError(f"{name}, line {line + 1}: {error}.", hint='double a " within a field in quotes.') from error
 
 
-def _holds_row(cell: str) -> bool:
-    return "\t" in cell and "\n" in cell
+def _holds_rows(cell: str, index: int, last: int) -> bool:
+    r"""Whether a cell looks like several rows between two quotes that are text; `last` is the last column's index.
+
+    >>> _holds_rows("Wow\tgood\nFine\tgood\nBad", 0, 1), _holds_rows("two\nlines", 0, 1)
+    (True, False)
+    """
+    tabs = [line.count("\t") for line in cell.split("\n")]
+    # In a table of one column nothing tells a row from a line; a line that begins with a tab is indented.
+    looks_so = last > 0 and len(tabs) > 1 and "\n\t" not in cell
+    return looks_so and (tabs[0], tabs[-1]) == (last - index, index) and set(tabs[1:-1]) <= {last}
 
 
 def _stdin_format(formats: Sequence[str]) -> str:

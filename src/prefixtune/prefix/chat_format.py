@@ -36,7 +36,7 @@ def allow_template(template: str, *, remember: bool = False) -> None:
         template: Its text.
         remember: In this user's later processes, too: its digest becomes the name of a file in the cache's folder.
     """
-    _allowed.add(template)
+    _allowed.add(_normal(template))
     if remember:
         # If it cannot be written, the user names the template again.
         with contextlib.suppress(PrefixError, OSError):
@@ -49,18 +49,18 @@ def allow_named(name: str, headers: Sequence[Mapping[str, Any]], *, remember: bo
 
     Args:
         name: A file with a Jinja template, or `own`: the ones of the prefixes; empty: none.
-        headers: Of the prefixes.
+        headers: Of the prefixes; without any, `own` is a file like others.
         remember: As of `allow_template`.
 
     Raises:
         ConfigError: The file cannot be read.
     """
-    if name == OWN_TEMPLATE:
+    if name == OWN_TEMPLATE and headers:
         formats = filter(None, map(read_text_format, headers))
         templates = [text_format.chat_template for text_format in formats]
     else:
         try:
-            templates = [Path(name).read_text(encoding="utf-8")] if name else []
+            templates = [Path(name).read_bytes().decode("utf-8-sig")] if name else []
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"the chat template {short_repr(name)} cannot be read: {getattr(error, 'strerror', error)}.",
@@ -72,16 +72,21 @@ def allow_named(name: str, headers: Sequence[Mapping[str, Any]], *, remember: bo
 
 def is_allowed(template: str) -> bool:
     """Whether a text format's chat template may be rendered."""
-    if template not in _allowed:
+    if _normal(template) not in _allowed:
         with contextlib.suppress(PrefixError, OSError):
             if _note(template).is_file():
-                _allowed.add(template)
-    return template in _allowed
+                _allowed.add(_normal(template))
+    return _normal(template) in _allowed
+
+
+def _normal(template: str) -> str:
+    """A template without what editors change and Jinja does not see: how lines end, and the end of the last one."""
+    return template.replace("\r\n", "\n").removesuffix("\n")
 
 
 def _note(template: str) -> Path:
     """The file that says that this user named a template."""
-    digest = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256(_normal(template).encode("utf-8", "surrogatepass")).hexdigest()
     return cache_folder() / "chat_templates" / f"{digest}.jinja"
 
 
@@ -113,9 +118,10 @@ def render_chat(
     own = text_format.chat_template == MODEL_TEMPLATE
     if not is_allowed(text_format.chat_template):
         raise RequestError(
-            "the prefix's file holds a chat template of its own, and a template from elsewhere is not run unasked.",
+            "the text format has a chat template that nobody has named, and such a template is not run.",
             hint="read it (`prefixtune inspect FILE --json`) and name it: --chat-template own, or a file with its "
-            "text; of a server: --chat-templates FILE; in Python: load(..., chat_template=...).",
+            "text; of a server: --chat-templates FILE; in Python: load(..., chat_template=...). `prefixtune generate "
+            "--prefix FILE --chat-template own TEXT` names it once for all commands.",
         )
     if own:
         _check_own(tokenizer, text_format)

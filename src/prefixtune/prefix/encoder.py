@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.prefix.geometry import Geometry, LayerShape, Site
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix, flatten, unflatten
 
@@ -56,8 +55,6 @@ class SiteEncoder(nn.Module):
         scale: Float[Tensor, " S"] | None = None,
     ) -> None:
         super().__init__()
-        if kind not in REPARAMETERIZATIONS:
-            raise ConfigError(f"unknown reparameterization {kind!r}.", hint=did_you_mean(kind, REPARAMETERIZATIONS))
         self.kind = kind
         self.register_buffer("start", None)
         self.register_buffer("scale", None)
@@ -161,10 +158,6 @@ class PrefixEncoder(nn.Module):
     ) -> None:
         super().__init__()
         lengths = dict.fromkeys(geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
-        if min(lengths.values()) < 1:
-            raise ConfigError(
-                f"prefix_length is {prefix_length}, but must be at least 1.", hint="10 is a usual length."
-            )
         self.kind = kind
         like = like if start is None else start
         self.geometry: dict[Site, tuple[LayerShape, ...]] = dict(geometry)

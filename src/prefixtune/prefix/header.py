@@ -61,7 +61,7 @@ class JobOrigin(_Part):
 class _Labels(_Part):
     kind: Literal["classification", "tagging"]
     by: Literal["head", "words"]
-    names: _Texts
+    names: _Texts = Field(min_length=2)
     words: _Texts = ()
 
     @model_validator(mode="after")

@@ -229,7 +229,8 @@ def _rich_console(stream: TextIO) -> rich_console.Console:
 
 
 def _text(text: str, style: str = "") -> Text:
-    return Text(safe_text(text), style=style)
+    # One line, which no value from elsewhere divides.
+    return Text(safe_text(text).replace("\n", "\\n"), style=style)
 
 
 def _print_line(out: rich_console.Console, text: Text) -> None:

@@ -94,9 +94,17 @@ def test_what_was_named_is_remembered_for_the_user_alone(remember: bool, tmp_pat
 
 def test_a_file_of_templates_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad.jinja").write_bytes(b"\xff\xfe\xff")
-    for name in ("bad.jinja", "none.jinja", "a\0b", "."):
+    for name in (*(str(tmp_path / one) for one in ("bad.jinja", "none.jinja", "a\0b", ".")), "own"):
         with pytest.raises(ConfigError):
-            allow_named(str(tmp_path / name), ())
+            allow_named(name, ())
+
+
+def test_what_editors_change_in_a_file_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_bytes(b"\xef\xbb\xbf{{ messages }}\r\nand\r\n")
+    allow_named(str(tmp_path / "mine.jinja"), ())
+    assert is_allowed("{{ messages }}\nand")
+    assert is_allowed("{{ messages }}\r\nand\n")
+    assert not is_allowed("{{ messages }} and")
 
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"])

@@ -133,6 +133,8 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
         ('{"format_version": 2, "task": ["toy"]}', "task"),
         ('{"format_version": 2, "text_format": {"prompt": null, "end": 7}}', "text format"),
         ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a", 2]}}', "labels.names"),
+        ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": []}}', "labels.names"),
+        ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a"]}}', "labels.names"),
         ('{"format_version": 2, "placement": "infix"}', "placement"),
         ('{"format_version": 2, "job": {"id": "a"}}', "job.owner"),
         ('{"format_version": 1}', "version 1"),

@@ -41,7 +41,7 @@ def test_a_text_from_elsewhere_does_not_steer_the_terminal(
     stream: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     console = Console(stream=stream)
-    evil, shown = "a\x1b[2J\x1b]0;b\x07\u202ec", "a\ufffd[2J\ufffd]0;b\ufffd\ufffdc"
+    evil, shown = "a\x1b[2J\x1b]0;b\x07\u202e\nc", "a\ufffd[2J\ufffd]0;b\ufffd\ufffd\\nc"
     for say in (console.info, console.warn, console.error):
         say(evil)
     assert stream.getvalue() == f"{shown}\nwarning: {shown}\nerror: {shown}\n"

@@ -47,10 +47,12 @@ class ExportOptions(OutputOptions):
         None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix"
     )
     allow_other_backbone: bool = _of_backbone(False, description="accept other weights of the same shapes")
+    chat_template: str = _of_backbone(
+        "", description="run the prefix's own chat template: a file with its text, or own: as its file has it"
+    )
     as_json: bool = json_option("the contents of export.json")
 
     quantize: ClassVar[str] = ""
-    chat_template: ClassVar[str] = ""
 
     @field_validator("state_version")
     @classmethod
