@@ -654,6 +654,7 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         (lambda: Request((1, -1), sampling=few), "-1"),
         (lambda: Request((1,), sampling=SamplingParams(max_new_tokens=3, banned=(10_000,))), "10000"),
         (lambda: Request((1,), n=3, sampling=few), "1 texts wait"),
+        (lambda: Request((1,), n=4, sampling=few), "n is 4"),
         (lambda: Request((1,), id=last.id, sampling=few), "running"),
         (lambda: Request(()), "no token"),
         (lambda: Request((1,), n=0), "n is 0"),

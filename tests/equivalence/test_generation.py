@@ -16,7 +16,8 @@ from prefixtune.engine.request import Token
 from prefixtune.engine.sampler import sample
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.generate import complete, generate, generate_ids
+from prefixtune.inference.prompts import Prompt
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -159,6 +160,13 @@ def test_models_that_the_engine_cannot_run(name: str, tiny_backbone: Any, random
     (drawn,) = generate(backbone, ["some text"], prefixes[0], **options)
     assert "".join(stream(backbone, "some text", prefixes[0], **options)) == drawn
     assert generate(backbone, ["some text"], prefixes[0], **{**options, "seed": 4}) != [drawn]
+    # What is wanted of many texts draws as in a call for all of them.
+    made = [Prompt(random_ids(count, count), None, 12) for count in (3, 9, 5, 7, 4)]
+    config = GenerateConfig(**options, batch_size=2)
+    whole = {number: output.tokens for number, output in complete(backbone, made, config)}
+    for wanted in ([1, 3, 4], [0]):
+        part = {number: output.tokens for number, output in complete(backbone, made, config, wanted)}
+        assert part == {number: whole[number] for number in wanted}
 
 
 # --- what users set; one family is enough ----------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.bounds import bounded
 from prefixtune.data.examples import Message
 from prefixtune.errors import RequestError
+from prefixtune.prefix.bounds import bounded
 from prefixtune.prefix.chat_format import allow_template, render_chat, split_at_last_message, template_hash
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
@@ -114,15 +114,15 @@ def encode_chat(
         messages: All of them; the last one is the user's.
         text_format: Names the chat template; None: the backbone's own.
         positions: Of a conversation that takes more, there are ids enough to refuse it, or to cut its last message
-            (see `data.bounds`); None: there are all.
+            (see `prefix.bounds`); None: there are all.
 
     Raises:
         RequestError: The template refuses the messages.
     """
     messages = _bounded_messages(backbone, messages, positions)
     text = _render(backbone, text_format or _OWN, messages, opens=True)
-    # All but the length of the last message, which alone may be cut.
-    head = text[: max(len(text) - len(messages[-1]["content"]), 0)]
+    # All but the length of the last message, which alone may be cut. Templates may leave out the white space around it.
+    head = text[: max(len(text) - len(messages[-1]["content"].strip()), 0)]
     beginning = bounded(backbone, head, positions)
     return backbone.encode(text if len(beginning) == len(head) else beginning)
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from prefixtune.attention.injection import interrupt
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.bounds import bounded
 from prefixtune.data.chat import Source, as_conversation, encode_chat, encode_conversation, only_text
 from prefixtune.data.chat_examples import TurnsAs, encode_conversation_examples
 from prefixtune.data.examples import Example, check_messages, conversation_of
@@ -18,6 +17,7 @@ from prefixtune.data.tokenized import TokenizedExample as TokenizedExample
 from prefixtune.data.truncation import fit_source, named_example, position_limit
 from prefixtune.data.windows import DEFAULT_WINDOW, is_text, text_windows
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value, short_repr
+from prefixtune.prefix.bounds import bounded
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, read_text_format
 
@@ -102,7 +102,7 @@ def encode_prompts(
         text_format: The text around a source; with a chat template, a text is one user message.
         sources: Texts, or conversations.
         positions: Most tokens of a prompt that could fit, as `Backbone.max_positions` says, or the engine. Of one that
-            takes more, there are ids enough to cut its source at the end, or to refuse it (see `data.bounds`). None:
+            takes more, there are ids enough to cut its source at the end, or to refuse it (see `prefix.bounds`). None:
             there are all.
 
     Raises:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.bounds import bounded
 from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_prompts
 from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.label_names import check_labels, label_names
 from prefixtune.data.truncation import fit_source, named_example, position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
+from prefixtune.prefix.bounds import bounded
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy
 

@@ -97,11 +97,12 @@ class Engine:
         self.backbone = backbone
         # Beyond a LongRoPE limit a text would turn the keys of all others in its row.
         limits = (self.config.max_length, backbone.max_positions, backbone.longrope_limit)
-        self.max_length = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
+        wanted = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
         cache_bytes = self.config.kv_cache_mib * 2**20
-        self.runner = ModelRunner(backbone, self.config.num_slots, self.max_length, cache_bytes)
+        self.runner = ModelRunner(backbone, self.config.num_slots, wanted, cache_bytes)
         self._has_encoder = backbone.kind == "encoder-decoder"
-        self.max_length = min(self.max_length, *(cache.num_positions for cache in self.runner.caches))
+        self.max_length = min(wanted, *(cache.num_positions for cache in self.runner.caches))
+        self._lacks_memory = self.max_length < wanted
         self.vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
         max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self.vocab_size))
         on_cpu = backbone.device.type == "cpu"
@@ -123,8 +124,10 @@ class Engine:
             RequestError: It has tokens that the model does not have or more texts than may wait, or its id is in use.
             BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
         """
-        self._check(request)
+        self.check(request)
         limit = self.config.max_waiting
+        if request.n > limit:
+            raise RequestError(f"n is {request.n:,}, but at most {limit:,} texts may wait.", hint="ask for fewer.")
         with self._lock:
             if request.id in self._sequences:
                 raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
@@ -137,8 +140,12 @@ class Engine:
             self._sequences[request.id] = sequences
             self.scheduler.add(sequences)
 
-    def _check(self, request: Request) -> None:
-        """Refuse what the engine cannot run; in a step, it could fail other requests."""
+    def check(self, request: Request) -> None:
+        """Refuse what the engine cannot run; in a step, it could fail other requests.
+
+        Raises:
+            PrefixError: As `add`.
+        """
         if not isinstance(request, Request):
             raise RequestError(
                 f"the request is {describe_value(request)}, not a Request.",
@@ -198,12 +205,16 @@ class Engine:
         if max(1, new_tokens) <= self.available_tokens(prompt_tokens, prefix_length):
             return
         prefix, side = ("", " on either side") if self._has_encoder else (f"{prefix_length} (prefix), ", "")
-        if self.max_length == self.backbone.longrope_limit:
+        hint = "shorten the text or lower max_new_tokens."
+        if self._lacks_memory:
+            side += " (memory has room for no more keys and values)"
+            hint = "shorten the text, lower max_new_tokens, or raise kv_cache_mib."
+        elif self.max_length == self.backbone.longrope_limit:
             side += " (the model's original length, before LongRoPE)"
         raise ContextLengthError(
             f"the request needs {prefix}{prompt_tokens} (text) and {new_tokens} (new) positions, but the limit is "
             f"{self.max_length}{side}.",
-            hint="shorten the text or lower max_new_tokens.",
+            hint=hint,
         )
 
     def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:

@@ -29,6 +29,8 @@ _BLOCK = 256
 """Weights of which a sum is drawn before one of them is."""
 _ROUNDING = 1e-5
 """Of exponentials in float32, relatively, with a margin."""
+_CACHED_SCORES = 2**18
+"""Of texts whose tokens are chosen together on a CPU."""
 _LOGPROBS_BYTES = 2**24
 """Of a prompt's log-probabilities that are computed at once."""
 
@@ -52,11 +54,14 @@ def sample(
     best = allowed.max(dim=-1)
     is_finite, has_any, ids = best.values.isfinite(), torch.ones_like(best.indices, dtype=torch.bool), best.indices
     refused: dict[int, RequestError] = {}
-    if changed or random:
-        rows = sorted({*changed, *random})
-        at = _on(rows, logits.device)
+    rows = sorted({*changed, *random})
+    # On a CPU, so many at once that their scores stay in its caches.
+    count = max(1, _CACHED_SCORES // logits.shape[1] if logits.device.type == "cpu" else len(rows))
+    for start in range(0, len(rows), count):
+        part = rows[start : start + count]
+        at = _on(part, logits.device)
         scores = allowed[at].float()
-        for place, row in enumerate(rows):
+        for place, row in enumerate(part):
             if row in changed:
                 try:
                     scores[place] = _change(scores[place], sequences[row])
@@ -64,10 +69,10 @@ def sample(
                     refused[row] = error
         highest = scores.max(dim=-1)
         has_any[at], ids[at] = highest.values.isfinite(), highest.indices
-        if random:
-            places = [rows.index(row) for row in random]
+        places = [place for place, row in enumerate(part) if row in random]
+        if places:
             below = _rows(scores.sub_(highest.values[:, None]), places)
-            ids[_on(random, logits.device)] = _draw(below, [sequences[row] for row in random])
+            ids[at[_on(places, logits.device)]] = _draw(below, [sequences[part[place]] for place in places])
     for row, sequence in enumerate(sequences):
         if forced[row] and sequence.forced_bos_id is not None:
             ids[row] = sequence.forced_bos_id
@@ -180,13 +185,18 @@ def _draw_of_likeliest(
     if min(limits) < size:
         top_k = _on([[min(limit, size)] for limit in limits], device)
         most = max(limit for limit in limits if limit < size)
-        kth = scores.topk(most).values.gather(1, (top_k - 1).clamp(max=most - 1))
+        likeliest = scores.topk(most).values
+        kth = likeliest.gather(1, (top_k - 1).clamp(max=most - 1))
         # All that are as likely as the k-th one stay.
-        possible &= (scores >= kth) | (top_k == size)
+        stays = scores >= kth
+        possible &= stays | (top_k == size)
+        # Of the k first, whatever min_p leaves of them, and of those that are as likely as the k-th one.
+        counted = torch.arange(most, device=device) < top_k
+        of_k = (likeliest.double().exp() * counted).sum(-1, keepdim=True)
+        of_k += (stays.sum(-1, keepdim=True) - top_k) * kth.double().exp()
+        totals = torch.where(top_k < size, of_k, totals)
     indices, exist = _indices(possible)
     weights = scores.gather(1, indices).double().exp() * exist
-    if min(limits) < size:
-        totals = torch.where(top_k < size, weights.sum(-1, keepdim=True), totals)
     order = torch.arange(indices.shape[1], device=device).expand_as(indices)
     if any(one.top_p < 1 for one in params):
         order = torch.where(top_p < 1, weights.argsort(dim=-1, descending=True, stable=True), order)

@@ -18,10 +18,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.base import Receive, Snapshot
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SequenceOutput
+from prefixtune.errors import PrefixError
 
 __all__ = ["EngineWorker"]
 
@@ -205,6 +208,10 @@ class EngineWorker:
             result = work(self.engine.backbone)
         except BaseException as error:
             future.set_exception(error)
+            # As in a step of the engine: a GPU that failed computes nothing more.
+            on_gpu = self.backbone.device.type != "cpu"
+            if on_gpu and not isinstance(error, PrefixError | torch.OutOfMemoryError):
+                raise
         else:
             future.set_result(result)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from prefixtune.inference.prompts import Prompt, newline_tokens
 from prefixtune.sampling.config import LOWEST_TEMPERATURE
 from prefixtune.sampling.penalties import penalize, penalizes
 
-__all__ = ["check_finite", "search"]
+__all__ = ["check_finite", "search", "seed_of"]
 
 
 def search(
@@ -38,7 +39,7 @@ def search(
         backbone: The frozen model.
         prompts: All of a call.
         numbers: Indices of those to continue.
-        config: How to decode. A seed is for all of them together.
+        config: How to decode. Each batch has its own seed.
     """
 
     def shared(number: int) -> tuple[int, tuple[int, ...], int]:
@@ -47,11 +48,17 @@ def search(
         prompt = prompts[number]
         return -prompt.new_tokens, prompt.ends, number if prompt.passes(backbone.longrope_limit) else -1
 
-    order = sorted(numbers, key=lambda number: (shared(number), len(prompts[number].ids)))
-    with _seeded(config.seed, backbone.device):
-        for _, same in itertools.groupby(order, shared):
-            while rows := list(itertools.islice(same, config.batch_size)):
-                yield from zip(rows, _search_batch(backbone, prompts, rows, config), strict=True)
+    # What a batch draws depends on all of its texts, so that a part of the texts is computed in the batches of all.
+    computed = range(len(prompts)) if config.temperature > 0 and config.seed is not None else numbers
+    order = sorted(computed, key=lambda number: (shared(number), len(prompts[number].ids)))
+    wanted, batch = set(numbers), itertools.count()
+    for _, same in itertools.groupby(order, shared):
+        while rows := list(itertools.islice(same, config.batch_size)):
+            seed = seed_of(config.seed, next(batch))
+            if not wanted.isdisjoint(rows):
+                with _seeded(seed, backbone.device):
+                    found = _search_batch(backbone, prompts, rows, config)
+                yield from ((row, ids) for row, ids in zip(rows, found, strict=True) if row in wanted)
 
 
 @torch.inference_mode()
@@ -155,6 +162,11 @@ def check_finite(scores: Float[Tensor, "rows V"], texts: Sequence[int]) -> None:
             f"text {texts[broken[0]] + 1}: {NOT_FINITE}",
             hint="use another prefix, or load the model in bfloat16 or float32.",
         )
+
+
+def seed_of(seed: int | None, number: int) -> int | None:
+    """A text's or a batch's own: of the first one the seed itself, as for a request to the engine with it."""
+    return seed if seed is None or number == 0 else random.Random(f"{seed}/{number}").getrandbits(62)
 
 
 @contextlib.contextmanager

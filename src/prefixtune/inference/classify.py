@@ -206,9 +206,13 @@ def encode_to_classify(
     labels: Sequence[str] | Labels | None = None,
     text_format: TextFormat | None = None,
     config: ClassifyConfig | None = None,
+    positions: int | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
 ) -> EncodedTexts:
-    """Texts to classify as token ids; arguments and errors as those of `classify`."""
+    """Texts to classify as token ids; arguments and errors as those of `classify`.
+
+    `positions` are those of a whole text, the prefix included; None: the backbone's.
+    """
     config = config or ClassifyConfig()
     chosen = _labels_for("classification", prefix, labels)
     form = format_of(backbone, prefix, text_format).with_lengths(config.max_total_length, config.on_too_long)
@@ -216,25 +220,35 @@ def encode_to_classify(
         check_fits(prefix, backbone.geometry, backbone.name)
     words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
     length = 0 if prefix is None else prefix.length()
-    most = backbone.max_positions_with(length)
+    most = positions or backbone.max_positions_with(length)
     whole = encode_prompts(backbone, form, list(texts), positions=most) if texts else []
     # Room is left for the longest word.
     longest = max((len(word) for word in words), default=0) if backbone.kind == "decoder" else 0
     prompts = [
-        truncate_prompt(backbone, form, prompt, prefix_length=length, new_tokens=longest, name=f"text {number}")
+        truncate_prompt(
+            backbone, form, prompt, prefix_length=length, new_tokens=longest, positions=most, name=f"text {number}"
+        )
         for number, prompt in enumerate(whole, start=1)
     ]
     report_truncated(whole, prompts, on_cut)
     _check(backbone, prompts, prefix, longest)
     # An encoder's first token stands for the text, a decoder's last one.
-    positions = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
-    return EncodedTexts(backbone, prefix, chosen, prompts, positions, words)
+    places = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
+    return EncodedTexts(backbone, prefix, chosen, prompts, places, words)
 
 
 def encode_to_tag(
-    backbone: Backbone, texts: Sequence[Sequence[str]], prefix: Prefix, *, text_format: TextFormat | None = None
+    backbone: Backbone,
+    texts: Sequence[Sequence[str]],
+    prefix: Prefix,
+    *,
+    text_format: TextFormat | None = None,
+    positions: int | None = None,
 ) -> EncodedTexts:
-    """Lists of tokens to tag as token ids; arguments and errors as those of `tag`."""
+    """Lists of tokens to tag as token ids; arguments and errors as those of `tag`.
+
+    `positions` are those of a whole text, the prefix included; None: the backbone's.
+    """
     labels = _labels_for("tagging", prefix, None)
     form = format_of(backbone, prefix, text_format)
     check_fits(prefix, backbone.geometry, backbone.name)
@@ -242,11 +256,11 @@ def encode_to_tag(
         if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
             raise RequestError(f"text {number} is {short_repr(tokens)}, no list of tokens.", hint="write text.split().")
     # A prompt, and the positions of its tokens that are tagged.
-    most = backbone.max_positions_with(prefix.length())
+    most = positions or backbone.max_positions_with(prefix.length())
     encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens, most) for tokens in texts]
-    prompts, positions = [prompt for prompt, _ in encoded], [at for _, at in encoded]
+    prompts, places = [prompt for prompt, _ in encoded], [at for _, at in encoded]
     _check(backbone, prompts, prefix, 0)
-    return EncodedTexts(backbone, prefix, labels, prompts, positions)
+    return EncodedTexts(backbone, prefix, labels, prompts, places)
 
 
 def _encode_label_words(backbone: Backbone, form: TextFormat, labels: Labels) -> list[tuple[int, ...]]:

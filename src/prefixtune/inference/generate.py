@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token, join_outputs
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.inference.beams import search
+from prefixtune.inference.beams import search, seed_of
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt, check_requests, newline_tokens, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
@@ -145,11 +144,13 @@ def write(
     Args:
         backbone: The frozen model.
         prompts: Checked.
-        config: How to decode. A text is drawn by the seed and its index.
+        config: How to decode. The engine draws a text by the seed and its index; transformers draws a batch
+            by the seed and the batch's index among those of all prompts, whichever are wanted.
         numbers: Indices of the prompts that are wanted; None: all.
 
     Raises:
-        PrefixError: The logits of a text are not finite, or memory does not suffice for it; the message names it.
+        RequestError: Memory does not suffice for a text, which the message names; none is computed then.
+        PrefixError: The logits of a text are not finite, or memory runs out in a step; the message names it.
         ConfigError: A JSON schema is asked for where the engine cannot write.
     """
     wanted = range(len(prompts)) if numbers is None else numbers
@@ -191,7 +192,7 @@ def _make_engine(backbone: Backbone, prompts: Sequence[Prompt], config: Generate
 def _run_engine(
     engine: Engine, prompts: Sequence[Prompt], numbers: Sequence[int], config: GenerateConfig
 ) -> Iterator[tuple[int, SequenceOutput]]:
-    """What an engine writes; requests are made as there is room for them."""
+    """What an engine writes; all requests are checked first, and kept as there is room for them."""
     backbone, num_slots = engine.backbone, engine.config.num_slots
     rules = {name: getattr(config, name) for name in SamplingConfig.model_fields}
     banned = tuple(newline_tokens(backbone) if config.ban_newlines else ())
@@ -202,11 +203,16 @@ def _run_engine(
         limits = {
             "max_new_tokens": prompt.new_tokens,
             "min_new_tokens": min(config.min_new_tokens, prompt.new_tokens),
-            "seed": _seed(config.seed, number),
+            "seed": seed_of(config.seed, number),
         }
         sampling = SamplingParams(**{**rules, **limits}, banned=banned, end_ids=prompt.ends)
         return Request(tuple(prompt.ids), prompt.prefix, sampling, grammar=grammar, id=str(number))
 
+    for number in numbers:
+        try:
+            engine.check(request(number))
+        except RequestError as error:
+            raise RequestError(f"text {number + 1}: {error.message}", hint=error.hint) from None
     waiting = map(request, numbers)
     while True:
         for one in itertools.islice(waiting, num_slots - engine.num_waiting):
@@ -220,11 +226,6 @@ def _run_engine(
                     hint="use another prefix, shorten the text, or lower batch_size.",
                 )
             yield int(output.request_id), output
-
-
-def _seed(seed: int | None, number: int) -> int | None:
-    """A text's own: of the first one the seed itself, so that a request to the engine with it gives the same text."""
-    return seed if seed is None or number == 0 else random.Random(f"{seed}/{number}").getrandbits(62)
 
 
 def _per_text(

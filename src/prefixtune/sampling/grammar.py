@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -239,19 +239,23 @@ def check_json_schema(schema: str | Mapping[str, Any]) -> str:
 def _check_divisors(schema: str) -> None:
     """Refuse large ones.
 
-    A number may have to be a multiple of several, wherever they stand in the schema (`allOf`, `$ref`).
+    A number may have to be a multiple of several, wherever they stand in the schema (`allOf`, `$ref`): of their least
+    common multiple at the most.
 
     Raises:
-        RequestError: Their product is too large, or one has too many decimals.
+        RequestError: Their least common multiple is too large, or one has too many decimals.
     """
     # Within a string, a backslash would stand before the second quotation mark.
-    found = {Decimal(number).normalize() for number in re.findall(r'"multipleOf":(-?[\d.eE+-]+)', schema)}
-    # 1.25 counts as 125.
-    product = math.prod(abs(int(number.scaleb(max(0, -int(number.as_tuple().exponent))))) for number in found if number)
-    if product > _MAX_DIVISOR or any(abs(number.adjusted()) > _DECIMALS for number in found):
+    found = {abs(Fraction(number)) for number in re.findall(r'"multipleOf":(-?[\d.eE+-]+)', schema)}
+    scaled = [number * 10**_DECIMALS for number in found if number]
+    multiple = math.lcm(*(number.numerator for number in scaled))
+    # 1.25, which is 1,250,000,000 here, counts as 125.
+    for _ in range(_DECIMALS):
+        multiple = multiple if multiple % 10 else multiple // 10
+    if multiple > _MAX_DIVISOR or any(number.denominator > 1 for number in scaled):
         raise RequestError(
-            f"the numbers at multipleOf in the JSON schema have a product above {_MAX_DIVISOR:,} (without decimal "
-            f"points), or more than {_DECIMALS} decimals.",
+            f"the numbers at multipleOf in the JSON schema have a least common multiple above {_MAX_DIVISOR:,} "
+            f"(without its decimal point), or more than {_DECIMALS} decimals.",
             hint="leave multipleOf out, and check the numbers yourself.",
         )
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from prefixtune.attention.injection import interrupting
-from prefixtune.data.bounds import bounded
 from prefixtune.data.chat import chat_format, encode_chat, end_ids, literal_format
 from prefixtune.data.encoding import encode_examples, encode_pairs, encode_prompts
 from prefixtune.data.examples import Example, Message, chat_example
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import DataError, PrefixWarning, RequestError
+from prefixtune.prefix.bounds import bounded
 from prefixtune.prefix.text_format import TextFormat
 
 TEMPLATE = (

@@ -15,7 +15,9 @@ from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.kv_cache import PAGE, KVCache
 from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, RequestError
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.memory import free_memory
@@ -128,11 +130,21 @@ def test_a_text_waits_for_room_and_what_never_fits_is_refused(
     assert len(found) == 7 * 11
     assert sorted(token.id for token in found) == sorted(token.id for token in expected * 7)
     assert all(cache.used_bytes == 0 for cache in engine.runner.caches)
-    with pytest.raises(ContextLengthError):
+    with pytest.raises(ContextLengthError) as error:
         engine.add(Request((1,) * 61, None, few))
+    assert "kv_cache_mib" in error.value.hint
     with pytest.raises(ContextLengthError):
         engine.add(Request((1,), random_prefix(backbone, 61), few))
     assert not engine.busy
+
+
+def test_a_lack_of_memory_is_told_before_any_text_is_computed(tiny_backbone: Any, monkeypatch: pytest.MonkeyPatch):
+    backbone, done = tiny_backbone("llama"), []
+    scarce(backbone, 40, monkeypatch)
+    config = GenerateConfig(max_new_tokens=10, batch_size=1)
+    with pytest.raises(RequestError):
+        generate_ids(backbone, [[1], [1] * 35], [None, None], config=config, on_batch=done.append)
+    assert done == []
 
 
 def test_the_pool_has_the_size_that_is_said(tiny_backbone: Any):
@@ -150,8 +162,9 @@ def test_a_containers_own_limit_counts(monkeypatch: pytest.MonkeyPatch):
         "meminfo": "MemAvailable: 4000 kB\n",
         "memory.max": "3000000",
         "memory.current": "1000000",
+        "memory.stat": "file 600000\ninactive_file 500000\n",
     }
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: texts[self.name])
-    assert free_memory(CPU) == 2_000_000
+    assert free_memory(CPU) == 2_500_000
     texts["memory.max"] = "max"
     assert free_memory(CPU) == 4_096_000

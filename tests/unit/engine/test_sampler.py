@@ -48,6 +48,8 @@ LOGITS = [math.log(p) for p in (0.4, 0.05, 0.3, 0.2, 0.05)]
         ({"temperature": 1.0, "min_p": 0.45}, {0: 4 / 9, 2: 3 / 9, 3: 2 / 9}),
         ({"temperature": 0.5, "min_p": 0.5}, {0: 16 / 25, 2: 9 / 25}),
         ({"temperature": 1.0, "top_p": 0.5, "min_p": 0.45}, {0: 4 / 7, 2: 3 / 7}),
+        # Of the four likeliest, 0.4 + 0.3 are less than 0.75; what min_p leaves out counts in their sum.
+        ({"temperature": 1.0, "top_k": 4, "top_p": 0.75, "min_p": 0.3}, {0: 4 / 9, 2: 3 / 9, 3: 2 / 9}),
         ({"temperature": 1.0, "logit_bias": {0: -100, 4: math.log(4)}}, {1: 1 / 15, 2: 6 / 15, 3: 4 / 15, 4: 4 / 15}),
         ({"temperature": 1.0, "banned": (0, 2)}, {1: 1 / 6, 3: 4 / 6, 4: 1 / 6}),
         ({"temperature": 1.0, "min_new_tokens": 1}, {1: 1 / 12, 2: 6 / 12, 3: 4 / 12, 4: 1 / 12}),

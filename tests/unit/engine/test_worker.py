@@ -246,6 +246,26 @@ def test_a_model_that_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
         assert worker.failed == (not survives)
 
 
+@pytest.mark.parametrize(
+    ("kind", "survives"), [(RuntimeError, False), (torch.OutOfMemoryError, True), (RequestError, True)]
+)
+def test_a_call_that_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
+    kind: type[Exception], survives: bool, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
+    with EngineWorker(Engine(backbone)) as worker:
+        failed = threading.Event()
+        worker.on_failure = failed.set
+
+        def failing(_: Any) -> Any:
+            raise kind("device-side assert", **({"hint": "none"} if kind is RequestError else {}))
+
+        monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+        with pytest.raises(kind):
+            worker.call(failing).result(PATIENCE)
+        assert failed.wait(0.5 if survives else PATIENCE) == (not survives)
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ def test_a_large_divisor(by: Any) -> None:
 def test_small_divisors_that_have_a_large_multiple_in_common() -> None:
     check_json_schema({"type": "object", "properties": {"price": divisible(0.01), "number": divisible(1_000)}})
     check_json_schema({"allOf": [divisible(97), divisible(89)]})
+    check_json_schema({"a": divisible(100), "b": divisible(500)})
     # Zero, which no number is a multiple of, hides none of the others.
     parts = [divisible(0), divisible(97), divisible(89), divisible(2)]
     for schema in ({"allOf": parts}, {"$ref": "#/$defs/a", **divisible(991), "$defs": {"a": divisible(997)}}):

@@ -11,6 +11,7 @@ from prefixtune.errors import RequestError
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE
 from prefixtune.interop.vllm.http import APIError
 from prefixtune.interop.vllm.state import ServerState
+from prefixtune.prefix.bounds import bounded
 from prefixtune.prefix.chat_format import render_chat, split_at_last_message
 from prefixtune.prefix.text_format import TextFormat, fit_ids
 
@@ -144,6 +145,8 @@ def tokenize_prompts(
     """
     tokenized, num_cut = [], 0
     for prompt in prompts:
+        if isinstance(prompt, str):
+            prompt = _bounded(state, prompt, "prompt")
         if isinstance(prompt, str) and formatter is not None:
             whole = state.encode(formatter.format(prompt)) if prompt else []
             ids = formatter.fit(whole, prompt) if whole else []
@@ -158,6 +161,18 @@ def tokenize_prompts(
             raise APIError("'prompt' is empty, but must have some text.", "prompt")
         tokenized.append(list(ids))
     return tokenized, num_cut
+
+
+def _bounded(state: ServerState, text: str, field: str) -> str:
+    """A text; of one that cannot fit, as much as is needed to cut or to refuse it.
+
+    Raises:
+        APIError: It holds half a surrogate pair.
+    """
+    try:
+        return bounded(state, text, state.max_positions)
+    except RequestError as error:
+        raise APIError(f"{error.message} {error.hint}", field) from None
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -179,7 +194,7 @@ def chat_prompt(state: ServerState, messages: Any, formatter: Formatter) -> tupl
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "user":
         raise APIError("'messages' must end with a user message.", "messages")
-    source = _message_text(last, "the last message")
+    source = _bounded(state, _message_text(last, "the last message"), "messages")
     is_chat = formatter.text_format.is_chat
     if len(messages) > 1 and not is_chat and state.settings.earlier_messages == "refuse":
         raise APIError(
@@ -193,7 +208,7 @@ def chat_prompt(state: ServerState, messages: Any, formatter: Formatter) -> tupl
             "format. `prefixtune serve --engine vllm` adds one; /v1/completions works.",
             "messages",
         )
-    conversation = [_as_message(message) for message in messages] if is_chat else None
+    conversation = [_as_message(state, message) for message in messages] if is_chat else None
     text = formatter.format(source, conversation)
     ids = state.encode(text)
     if state.encode(state.placeholder_text + text) != [state.placeholder_id, *ids]:
@@ -212,8 +227,8 @@ def _only(source: str) -> Messages:
     return [{"role": "user", "content": source}]
 
 
-def _as_message(message: Any) -> dict[str, str]:
-    """A message as chat templates read it.
+def _as_message(state: ServerState, message: Any) -> dict[str, str]:
+    """A message as chat templates read it, bounded.
 
     Raises:
         APIError: It has another role, or is no text.
@@ -222,7 +237,7 @@ def _as_message(message: Any) -> dict[str, str]:
     role = roles.get(str(message.get("role"))) if isinstance(message, dict) else None
     if role is None:
         raise APIError(f"a message's role must be one of {', '.join(roles)}.", "messages")
-    return {"role": role, "content": _message_text(message, f"the {role}'s message")}
+    return {"role": role, "content": _bounded(state, _message_text(message, f"the {role}'s message"), "messages")}
 
 
 def _message_text(message: dict[str, Any], name: str) -> str:

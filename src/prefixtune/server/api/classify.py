@@ -149,15 +149,18 @@ async def _encode(context: RequestContext, request: ClassifyRequest, model: Serv
         ApiError: A text cannot be labelled.
     """
     backbone, stored = context.state.backbone, labels_of(model.prefix)
+    positions = context.state.worker.max_length
     config = ClassifyConfig(on_too_long=context.state.config.on_too_long)
     cut: list[int] = []
 
     def encode() -> EncodedTexts:
         if model.prefix is not None and stored is not None and stored.kind == "tagging":
-            return encode_to_tag(backbone, [_words(text) for text in request.texts], model.prefix)
+            return encode_to_tag(backbone, [_words(text) for text in request.texts], model.prefix, positions=positions)
         texts = [str(text) for text in request.texts]
         labels = request.labels
-        return encode_to_classify(backbone, texts, model.prefix, labels=labels, config=config, on_cut=cut.extend)
+        return encode_to_classify(
+            backbone, texts, model.prefix, labels=labels, config=config, positions=positions, on_cut=cut.extend
+        )
 
     try:
         encoded = await tokenize(context, encode)

@@ -66,6 +66,12 @@ def test_every_form_of_prompt(app: FakeVLLM, prompt: Any):
     assert response["usage"]["prompt_tokens"] == 100 - 5 * len(wanted)
 
 
+def test_no_more_of_a_prompt_is_tokenized_than_could_fit(app: FakeVLLM):
+    app.state.vllm_config.model_config.max_model_len = 64
+    call(app, "/v1/completions", {"model": "pubs", "prompt": "word " * 20_000})
+    assert 64 < len(app.bodies[0]["prompt"]) < 5_000
+
+
 def test_a_stream_is_changed_piece_by_piece(app: FakeVLLM):
     def piece(index: int, **more: Any) -> bytes:
         usage = {"prompt_tokens": 9, "completion_tokens": index, "total_tokens": 9 + index}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from prefixtune.backbone.backbone import Backbone
+from typing import Protocol
+
 from prefixtune.errors import RequestError
+
+__all__ = ["bounded"]
+
 
 _CHARACTERS = 6
 """Of a token, more than in most texts; where a text has more, a longer beginning is tried."""
@@ -11,15 +15,20 @@ _MARGIN = 64
 """Tokens that a beginning may have more than the whole text has there, as it ends within a word."""
 
 
-def bounded(backbone: Backbone, text: str, positions: int | None) -> str:
+class _Encodes(Protocol):
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+
+def bounded(tokenizer: _Encodes, text: str, positions: int | None) -> str:
     """A text; of one that cannot fit, a beginning that cannot fit either: its tokens are too many, or are cut anyway.
 
-    Every text from outside goes through here before it is tokenized, in training, in inference and in the server: a
+    Every text from outside goes through here before it is tokenized, in training, in inference and in the servers: a
     tokenizer takes a second and 350 MB for a megabyte, and a model's positions hold a small part of it. No number of
     characters per token is safe for all tokenizers (a thousand spaces may be one token), so a beginning is measured.
 
     Args:
-        backbone: Its tokenizer counts.
+        tokenizer: Makes token ids of a text: a backbone, or what a server knows of one.
         text: A source, a message or a target, or a whole prompt.
         positions: Most tokens that could fit; None: any number, so that nothing is too long.
 
@@ -37,7 +46,7 @@ def bounded(backbone: Backbone, text: str, positions: int | None) -> str:
         return text
     size = max(_CHARACTERS * positions, 1024)
     while size < len(text):
-        if len(backbone.encode(text[:size])) > positions + _MARGIN:
+        if len(tokenizer.encode(text[:size])) > positions + _MARGIN:
             return text[:size]
         size *= 2
     return text
