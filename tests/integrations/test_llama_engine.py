@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,10 @@ from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.packaged import packaged_gguf
-from prefixtune.backbone.shapes import load_shapes
+from prefixtune.backbone.shapes import StoredWeights, load_shapes
 from prefixtune.engine import Engine
 from prefixtune.engine.gguf import find_gguf
+from prefixtune.engine.llama_child import LlamaChild
 from prefixtune.engine.llama_cpp import LlamaCppConfig, LlamaCppEngine
 from prefixtune.engine.request import (
     ContextLengthError,
@@ -108,18 +111,17 @@ def engine(shapes: Backbone, gguf: Path) -> Iterator[LlamaCppEngine]:
 def run(engine: LlamaCppEngine, requests: Sequence[Request]) -> list[list[SequenceOutput]]:
     """Submit all at once, and wait; per request, its texts."""
     outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
-    left, done = [sum(request.n for request in requests)], threading.Event()
+    ended = threading.Semaphore(0)
 
     def receive(output: SequenceOutput) -> None:
         outputs.setdefault((output.request_id, output.index), []).append(output)
         if output.finish_reason is not None:
-            left[0] -= 1
-            if not left[0]:
-                done.set()
+            ended.release()
 
     for request in requests:
         engine.submit(request, receive)
-    assert done.wait(300)
+    for _ in range(sum(request.n for request in requests)):
+        assert ended.acquire(timeout=300)
     return [[join_outputs(outputs[one.id, index]) for index in range(one.n)] for one in requests]
 
 
@@ -207,6 +209,102 @@ def test_deadlines_and_cancelling(engine: LlamaCppEngine, shapes: Backbone) -> N
     assert found == {late.id: "timeout", unwanted.id: "cancelled"}
 
 
+def test_prefixes_that_do_not_fit_are_refused_and_hurt_nobody(
+    engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix]
+) -> None:
+    prompt, few = tuple(shapes.encode("a")), SamplingParams(max_new_tokens=2)
+    large = prefixes[0]._mapped(lambda tensor: tensor * 0 + 1e6)
+    foreign = replace(prefixes[0], header={"backbone": {"name": "other", "fingerprint": "1:2:3"}})
+    for prefix, error in ((large, ConfigError), (foreign, BackboneError)):
+        for _ in range(6):
+            with pytest.raises(error):
+                engine.submit(Request(prompt, prefix, few), lambda output: None)
+    assert engine.num_unfinished == 0
+    assert len(run(engine, [Request(prompt, prefixes[0], few) for _ in range(5)])) == 5
+
+
+def test_a_state_that_is_gone_is_written_again(
+    engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix]
+) -> None:
+    request = Request(tuple(shapes.encode(ASKED[0])), prefixes[0], SamplingParams(max_new_tokens=4))
+    wanted = run(engine, [request])[0][0].text
+    for slot in engine._slots:
+        slot.state = None
+    for state in engine._states.values():
+        state.path.unlink()
+    assert run(engine, [replace(request, id="again")])[0][0].text == wanted
+
+
+def test_characters_of_several_tokens(engine: LlamaCppEngine, shapes: Backbone) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance")
+    schema = {"const": "a \U0001f980 \u65e5\u672c"}
+    grammar = compile_json_schema(shapes, schema)
+    request = Request(tuple(shapes.encode("JSON:")), None, SamplingParams(max_new_tokens=40), grammar=grammar)
+    found = run(engine, [request])[0][0]
+    assert found.text == f'"{schema["const"]}"'
+    assert shapes.decode([token.id for token in found.tokens]) == found.text
+    assert found.finish_reason == "stop"
+
+
+def test_lengths(engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix]) -> None:
+    prompt = tuple(shapes.encode(ASKED[0]))
+    most = engine.available_tokens(len(prompt), prefixes[0].length())
+    for length in (0, 1, most):
+        sampling = SamplingParams(max_new_tokens=length, banned=(shapes.eos_id,), logprobs=0)
+        found = run(engine, [Request(prompt, prefixes[0], sampling)])[0][0]
+        assert len(found.tokens) == length
+        assert found.finish_reason == "length"
+        assert not any(token.top_logprobs for token in found.tokens)
+
+
+def test_the_child_refuses_who_has_no_key(engine: LlamaCppEngine) -> None:
+    connection = http.client.HTTPConnection(*engine._child._address)
+    for method, path in (("POST", "/completion"), ("GET", "/slots")):
+        connection.request(method, path, "{}")
+        assert connection.getresponse().status == 401
+        connection.close()
+
+
+def test_a_callback_that_fails_is_not_called_again(engine: LlamaCppEngine, shapes: Backbone) -> None:
+    calls = []
+
+    def receive(output: SequenceOutput) -> None:
+        calls.append(output)
+        raise ValueError
+
+    sampling = SamplingParams(max_new_tokens=60, banned=(shapes.eos_id,))
+    engine.submit(Request(tuple(shapes.encode("a")), None, sampling, n=1), receive)
+    deadline = time.monotonic() + 20
+    while engine.num_unfinished and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(calls) == 1
+    assert calls[0].finish_reason is None
+
+
+def test_what_cannot_start_is_refused(
+    shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError):
+        LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=257))
+    with pytest.raises(BackboneError):
+        LlamaCppEngine(shapes, tmp_path / "none.gguf", LlamaCppConfig(num_slots=1, max_length=64))
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(gguf))
+    with pytest.raises(ConfigError):
+        LlamaCppEngine(shapes, gguf)
+    monkeypatch.setattr(shapes.model.config, "model_type", "other")
+    with pytest.raises(BackboneError):
+        LlamaCppEngine(shapes, gguf)
+
+
+def test_states_go_with_their_engine(
+    shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
+    with LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=1, max_length=64, threads=1)):
+        assert list((tmp_path / "llama.cpp").iterdir())
+    assert not list((tmp_path / "llama.cpp").iterdir())
+
+
 def test_more_than_may_wait_is_refused(shapes: Backbone, gguf: Path) -> None:
     config = LlamaCppConfig(num_slots=1, max_length=128, threads=1, max_waiting=1)
     with LlamaCppEngine(shapes, gguf, config) as engine:
@@ -229,10 +327,12 @@ def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) 
             outputs.append(output)
             if output.finish_reason is not None:
                 ended.set()
+            elif len(outputs) == 1:
+                # In the middle of a text.
+                os.kill(engine._child.pid, signal.SIGKILL)
 
         request = Request(tuple(shapes.encode("a")), None, SamplingParams(max_new_tokens=100, banned=(shapes.eos_id,)))
         engine.submit(request, receive)
-        os.kill(engine._child.pid, signal.SIGKILL)
         assert ended.wait(20)
         assert outputs[-1].finish_reason == "error"
         assert outputs[-1].engine_crashed
@@ -255,6 +355,12 @@ def test_files_of_other_models_and_no_files_are_refused(
     for path in (broken, tmp_path / "none.gguf"):
         with pytest.raises(BackboneError):
             find_gguf(str(path), shapes)
+    row, scale = StoredWeights.row, torch.linspace(1, 1.05, shapes.hidden_size)
+    with monkeypatch.context() as patch:
+        # Trained further.
+        patch.setattr("prefixtune.engine.gguf.StoredWeights.row", lambda *which: row(*which) * scale)
+        with pytest.raises(BackboneError):
+            find_gguf("", shapes)
     weights = shapes.model.get_input_embeddings().weight
     monkeypatch.setattr("prefixtune.engine.gguf.StoredWeights.row", lambda *_: torch.randn(weights.shape[1]))
     with pytest.raises(BackboneError):
@@ -264,11 +370,11 @@ def test_files_of_other_models_and_no_files_are_refused(
 def test_a_build_that_restores_nothing_is_refused(
     shapes: Backbone, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = LlamaCppEngine._ask
+    ask = LlamaChild.ask
 
-    def no_restore(self: LlamaCppEngine, path: str, body: dict[str, object]) -> object:
+    def no_restore(self: LlamaChild, path: str, body: dict[str, object]) -> object:
         return None if path.endswith("action=restore") else ask(self, path, body)
 
-    monkeypatch.setattr(LlamaCppEngine, "_ask", no_restore)
+    monkeypatch.setattr(LlamaChild, "ask", no_restore)
     with pytest.raises(ConfigError):
         LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=2, max_length=128, threads=1))

@@ -17,7 +17,7 @@ from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, did_you_mean, first_line
 
-__all__ = ["auto_class", "find_checkpoint", "read_checkpoint", "read_tokenizer", "reading"]
+__all__ = ["auto_class", "checkpoint_folder", "find_checkpoint", "read_checkpoint", "read_tokenizer", "reading"]
 
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
@@ -57,6 +57,21 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
             f"there is no backbone {name!r}.", hint=f"{suggestion} Other models of the hub are named OWNER/NAME."
         )
     return name, safe
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a backbone's checkpoint; one of the hub is downloaded, or found in the hub's cache.
+
+    Raises:
+        BackboneError: As `find_checkpoint`; or the hub has no such model, or cannot be reached.
+    """
+    source, options = find_checkpoint(name)
+    if options.get("local_files_only"):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    with reading(name):
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
 
 
 @contextlib.contextmanager

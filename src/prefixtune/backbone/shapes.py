@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefixtune.attention.rotation import find_rotation
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.checkpoint import auto_class, find_checkpoint, read_tokenizer, reading
+from prefixtune.backbone.checkpoint import auto_class, checkpoint_folder, find_checkpoint, read_tokenizer, reading
 from prefixtune.backbone.identity import fingerprint
 from prefixtune.backbone.load import check_end_token
 from prefixtune.backbone.lora import is_adapter
@@ -44,7 +44,6 @@ def load_shapes(name: str) -> Backbone:
     if is_adapter(Path(name)):
         raise BackboneError(f"{name!r} is an adapter.", hint="use the engine torch, or merge it into the model.")
     source, options = find_checkpoint(name)
-    folder = Path(source)
     if "gguf_file" in options:
         raise BackboneError(f"{name!r} is a GGUF file.", hint="give the model's folder or hub id, and --gguf.")
     config, tokenizer = read_tokenizer(name, source, options)
@@ -59,7 +58,10 @@ def load_shapes(name: str) -> Backbone:
     geometry: Geometry = {"decoder": one.geometry["decoder"] * layers}
     layout = replace(one.layout, geometry=geometry, layer_of={}, cache_layers=None)
     sizes = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
-    shapes, stored = {name: parameter.shape for name, parameter in model.named_parameters()}, StoredWeights(folder)
+    shapes, stored = (
+        {name: parameter.shape for name, parameter in model.named_parameters()},
+        StoredWeights(checkpoint_folder(name)),
+    )
     samples = sample_weights(sizes, lambda name, place: stored.number(name, shapes[name], place))
     backbone = Backbone(model, tokenizer, name, layout, fingerprint(model, geometry, samples))
     # Found where it can be computed.

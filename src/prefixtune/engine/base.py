@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import Request, SequenceOutput
@@ -44,6 +44,10 @@ class Engine(Protocol):
 
     on_failure: Callable[[], None]
     """Called, in a thread of the engine, after it has failed and all requests know it."""
+
+    @property
+    def lacks(self) -> Mapping[str, Any]:
+        """Sampling parameters that it refuses -> the value that asks for nothing, which it takes."""
 
     @property
     def backbone(self) -> Backbone:

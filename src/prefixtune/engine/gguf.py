@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.checkpoint import find_checkpoint
+from prefixtune.backbone.checkpoint import checkpoint_folder
 from prefixtune.backbone.packaged import PRETRAINED, packaged_gguf
 from prefixtune.backbone.shapes import StoredWeights
 from prefixtune.errors import BackboneError
@@ -35,7 +36,7 @@ def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
     if path is None:
         hint = "run `prefixtune prepare --force`." if backbone.name in PRETRAINED else "name the file with --gguf FILE."
         raise BackboneError(f"llama.cpp needs {backbone.name!r} as a GGUF file.", hint=hint)
-    return path, check_gguf(path, backbone, Path(find_checkpoint(backbone.name)[0]))
+    return path, check_gguf(path, backbone, checkpoint_folder(backbone.name))
 
 
 def check_gguf(path: Path, backbone: Backbone, folder: Path) -> str:
@@ -50,7 +51,7 @@ def check_gguf(path: Path, backbone: Backbone, folder: Path) -> str:
         What the file says of its quantization, such as `Q8_0`.
 
     Raises:
-        BackboneError: It cannot be read; its shapes are others; its embeddings are not the backbone's.
+        BackboneError: It cannot be read; its shapes are others; its embeddings or its norms are not the backbone's.
     """
     import gguf
 
@@ -65,28 +66,45 @@ def check_gguf(path: Path, backbone: Backbone, folder: Path) -> str:
             "width": field[f"{kind}.embedding_length"],
             "KV heads": field.get(f"{kind}.attention.head_count_kv", field[f"{kind}.attention.head_count"]),
         }
-        embeddings = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
-    except (OSError, ValueError, KeyError, StopIteration, IndexError) as error:
+        layers = backbone.geometry["decoder"]
+        wanted = {"layers": len(layers), "width": backbone.hidden_size, "KV heads": layers[0].num_kv_heads}
+        wrong = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
+        if not wrong:
+            wrong = _other_weights(kind, {one.name: one for one in reader.tensors}, backbone, StoredWeights(folder))
+        number = field.get("general.file_type")
+        quantization = "" if number is None else gguf.LlamaFileType(number).name.removeprefix("MOSTLY_")
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise BackboneError(f"{str(path)!r} is no GGUF file of a language model: {error}", hint="check it.") from error
-    layers = backbone.geometry["decoder"]
-    wanted = {"layers": len(layers), "width": backbone.hidden_size, "KV heads": layers[0].num_kv_heads}
-    wrong = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
-    stored, model = StoredWeights(folder), backbone.model
-    own = model.get_input_embeddings().weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is own)
-    if not wrong:
-        places = [index * len(embeddings.data) // _ROWS for index in range(_ROWS)]
-        theirs = torch.from_numpy(gguf.quants.dequantize(embeddings.data[places], embeddings.tensor_type)).flatten()
-        ours = torch.cat([stored.row(name, place).float() for place in places])
-        if theirs.shape != ours.shape or torch.corrcoef(torch.stack([theirs, ours]))[0, 1] < _LEAST_CORRELATION:
-            wrong = ["its embeddings are others"]
     if wrong:
         raise BackboneError(
             f"{str(path)!r} holds another model than {backbone.name!r}: {'; '.join(wrong)}.",
             hint="convert the backbone's own folder to GGUF by llama.cpp's converter.",
         )
-    return (
-        gguf.LlamaFileType(field["general.file_type"]).name.removeprefix("MOSTLY_")
-        if "general.file_type" in field
-        else ""
-    )
+    return quantization
+
+
+def _other_weights(kind: str, tensors: Mapping[str, Any], backbone: Backbone, stored: StoredWeights) -> list[str]:
+    """What tells a file's weights from the backbone's: rows of the embeddings, and the norms, which no file rounds."""
+    import gguf
+
+    numbers, model, wrong = dict(backbone.model.named_parameters()), backbone.model, []
+    own = model.get_input_embeddings().weight
+    name = next(name for name, parameter in numbers.items() if parameter is own)
+    embeddings = tensors["token_embd.weight"]
+    places = [index * len(embeddings.data) // _ROWS for index in range(_ROWS)]
+    theirs = torch.from_numpy(gguf.quants.dequantize(embeddings.data[places], embeddings.tensor_type)).flatten()
+    ours = torch.cat([stored.row(name, place).float() for place in places])
+    if theirs.shape != ours.shape or torch.corrcoef(torch.stack([theirs, ours]))[0, 1] < _LEAST_CORRELATION:
+        wrong.append("its embeddings are others")
+    architecture = next(one for one, known in gguf.MODEL_ARCH_NAMES.items() if known == kind)
+    names = gguf.get_tensor_name_map(architecture, len(backbone.geometry["decoder"]))
+    for name in numbers:
+        other = tensors.get(names.get_name(name, (".weight", ".bias")) or "")
+        if other is None or "norm" not in other.name:
+            continue
+        vector, theirs = stored.row(name, 0), torch.tensor(other.data).float()
+        rounding = max(torch.finfo(vector.dtype).eps, torch.finfo(torch.float16).eps)
+        if theirs.shape != vector.shape or not torch.allclose(theirs, vector.float(), rtol=rounding, atol=1e-6):
+            wrong.append(f"{other.name} is another (the model may have been trained further)")
+            break
+    return wrong

@@ -1,31 +1,43 @@
 """llama.cpp's server as a child process, which ends with its parent.
 
-Run as `python -m prefixtune.engine.llama_server JSON`. Prints the server's address once the model is loaded.
+Run as `python -m prefixtune.engine.llama_server`, with the options as a line of JSON on stdin. Prints the server's
+address once the model is loaded.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from typing import Any
 
 __all__ = ["main"]
 
 
+_SPARE = 8
+"""Positions beyond those of the slots."""
+
+
 def main(options: dict[str, Any]) -> None:
     """Serve until stdin is closed.
 
     Args:
-        options: `gguf`, `num_slots`, `length` (positions of a slot), `states` (the folder of saved states), `threads`.
+        options: `gguf`, `num_slots`, `length` (positions of a slot), `states` (the folder of saved states), `threads`,
+            `token` (without it, requests are refused).
     """
     import xllamacpp
 
+    # Whoever interrupts the parent lets it end its texts.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     params = xllamacpp.CommonParams()
     params.model.path = options["gguf"]
     params.n_parallel = options["num_slots"]
-    params.n_ctx = options["num_slots"] * options["length"]
+    # It ends a text shortly before the cells do.
+    params.n_ctx = options["num_slots"] * options["length"] + _SPARE
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
-    params.port, params.verbosity = 0, 0
+    # Errors only.
+    params.port, params.verbosity = 0, 1
+    params.api_keys, params.ui, params.cors_origins = [options["token"]], False, ""
     params.slot_save_path = options["states"].rstrip("/") + "/"
     params.endpoint_slots = True
     # Without flash attention, values are stored transposed.
@@ -42,4 +54,4 @@ def main(options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.stdin.readline()))

@@ -22,7 +22,7 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["KV_TYPES", "STATE_VERSIONS", "check_layout", "encode_file", "placeholders_for", "rows_of"]
+__all__ = ["KV_TYPES", "STATE_VERSIONS", "check_layout", "encode_file", "is_interleaved", "placeholders_for", "rows_of"]
 
 
 STATE_VERSIONS = (2, 3, 4)
@@ -49,19 +49,28 @@ def rows_of(prefix: Prefix, backbone: Backbone) -> list[Rows]:
     Raises:
         BackboneError: The model type was not compared with llama.cpp.
     """
+    rows, interleaved = [], is_interleaved(backbone)
+    for key, value in prefix.layers["decoder"]:
+        if interleaved:
+            key = key.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)
+        rows.append((_as_rows(key), _as_rows(value)))
+    return rows
+
+
+def is_interleaved(backbone: Backbone) -> bool:
+    """Whether the conversion to GGUF interleaves the two rotated halves.
+
+    Raises:
+        BackboneError: The model type was not compared with llama.cpp.
+    """
     model_type = str(backbone.model.config.model_type)
     if model_type not in LAYOUTS:
         raise BackboneError(
             f"{backbone.name!r} is of model type {model_type!r}, whose keys were never compared with llama.cpp's; "
             f"compared were {', '.join(LAYOUTS)}.",
-            hint="use `prefixtune serve`, or another target.",
+            hint="use the engine torch of `prefixtune serve`, or another target.",
         )
-    rows = []
-    for key, value in prefix.layers["decoder"]:
-        if LAYOUTS[model_type]:
-            key = key.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)
-        rows.append((_as_rows(key), _as_rows(value)))
-    return rows
+    return LAYOUTS[model_type]
 
 
 def _as_rows(tensor: Float[Tensor, "H P D"]) -> Float[Tensor, "P _HD"]:

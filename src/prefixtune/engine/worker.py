@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,12 +51,14 @@ class EngineWorker:
         engine: The worker's alone from now on.
 
     Attributes:
+        lacks: Nothing.
         failed: Whether the engine has failed.
         on_failure: Called, in a thread of the worker, after the engine has failed and all requests know it.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.lacks: Mapping[str, Any] = {}
         self.on_failure: Callable[[], None] = lambda: None
         self._submissions: dict[str, _Submission] = {}
         self._accepting, self._closing, self.failed = True, False, False

@@ -173,7 +173,10 @@ def _start_llama_cpp(config: ServeConfig, console: Console) -> Engine:
         max_waiting=config.num_slots + config.max_queue,
     )
     engine = LlamaCppEngine(replace(backbone, name=config.model_id), gguf, engine_config)
-    console.info(f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most")
+    console.info(
+        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, have "
+        f"{engine.cache_bytes / 2**30:.1f} GiB of memory besides the model (fewer: --num-slots, --max-length)"
+    )
     return engine
 
 

@@ -8,9 +8,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["describe_machine", "versions"]
+__all__ = ["describe_machine", "num_cores", "versions"]
 
 _PACKAGES = ("prefixtune", "torch", "transformers", "safetensors", "sacrebleu", "peft")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine() -> dict[str, str | int | float]:
@@ -21,7 +26,7 @@ def describe_machine() -> dict[str, str | int | float]:
         processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), processor)
     facts: dict[str, str | int | float] = {
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": num_cores(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     with contextlib.suppress(ValueError, OSError, AttributeError):

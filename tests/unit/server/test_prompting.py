@@ -81,3 +81,26 @@ def test_a_prefix_with_an_invalid_text_format_is_not_served(
     response = asyncio.run(send(app, "POST", "/v1/completions", completion(model="bad")))
     assert (response.status, response.code) == (503, "model_not_served")
     assert "1,500 times" in state.store.refused["bad"]
+
+
+def test_a_default_that_the_engine_lacks_is_left_out(
+    make_server: Callable[..., Any],
+    backbone: Any,
+    text_format: dict[str, str],
+    random_prefix: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app, state = make_server()
+    header = make_header(backbone, task="e2e", text_format=text_format)
+    prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
+    save_prefix(state.store.folder / "e2e.safetensors", prefix)
+    submitted: list[Any] = []
+    submit = state.worker.submit
+    monkeypatch.setattr(state.worker, "submit", lambda one, *a, **k: (submitted.append(one), submit(one, *a, **k)))
+    for lacks, least in (({}, 10), ({"min_new_tokens": 0, "presence_penalty": 0.0}, 0)):
+        monkeypatch.setattr(state.worker, "lacks", lacks)
+        asyncio.run(send(app, "POST", "/v1/completions", completion(model="e2e", prompt="a", max_tokens=12)))
+        assert submitted[-1].sampling.min_new_tokens == least
+    for more in ({"min_tokens": 2}, {"presence_penalty": 1.0}):
+        response = asyncio.run(send(app, "POST", "/v1/completions", completion(model="e2e", prompt="a", **more)))
+        assert (response.status, response.json["error"]["param"]) == (400, *more)

@@ -42,6 +42,8 @@ __all__ = [
 
 KEEP_ALIVE_SECONDS = 15.0
 """Seconds without an output after which a stream says that it is alive."""
+_PARAMS = {"min_new_tokens": "min_tokens", "prompt_logprobs": "echo"}
+"""Sampling parameters -> their names in requests, where they differ."""
 _MOST_LOGPROBS = 200_000
 """Log-probabilities of a response: some 5 MB, and one to four seconds of a thread."""
 
@@ -237,7 +239,11 @@ def start_generation(
 
 
 def _check_supported(engine: Engine, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams) -> None:
-    """Refuse tokens that the model does not have, and log-probabilities of a prompt that an encoder reads."""
+    """Refuse what the engine or the model does not have: parameters, tokens, an encoder prompt's log-probabilities."""
+    for name, nothing in engine.lacks.items():
+        if getattr(sampling, name) != nothing:
+            param = _PARAMS.get(name, name)
+            raise bad_request(f"this server's engine has no {param}.", param, "unsupported_field", hint="leave it out.")
     for param, tokens in (("prompt", itertools.chain(*prompts)), ("logit_bias", iter(sampling.logit_bias))):
         for token in tokens:
             if not 0 <= token < engine.vocab_size:

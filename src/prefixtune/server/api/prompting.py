@@ -202,7 +202,8 @@ async def start_targets(
     changes: dict[str, Any] = {}
     if text_format.is_chat:
         changes["end_ids"] = await tokenize(context, partial(end_ids, context.state.backbone, text_format))
-    if request.json_schema is None and "min_tokens" not in request.model_fields_set:
+    lacks = context.state.worker.lacks
+    if request.json_schema is None and "min_tokens" not in request.model_fields_set and "min_new_tokens" not in lacks:
         changes["min_new_tokens"] = min(defaults.get("min_new_tokens", 0), length)
     if defaults.get("ban_newlines"):
         # Takes a while the first time, and is cached.
