@@ -94,7 +94,11 @@ class _State(NamedTuple):
     prefix: Prefix
     path: Path
     placeholders: list[int]
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file, nearly."""
+        return 2 * self.prefix.num_parameters
 
 
 @dataclass(eq=False)
@@ -354,8 +358,8 @@ class LlamaCppEngine:
         ended = []
         with self._changed:
             for text in texts:
-                queue = self._waiting.get(text.request.tenant, ())
-                if isinstance(queue, deque) and text in queue:
+                queue = self._waiting.get(text.request.tenant)
+                if queue is not None and text in queue:
                     queue.remove(text)
                     if not queue:
                         del self._waiting[text.request.tenant]
@@ -397,14 +401,15 @@ class LlamaCppEngine:
                 return
             if (text := slot.text) is None:
                 continue
+            child = self._child
             try:
-                self._run(slot, text)
+                self._run(child, slot, text)
             except Exception as error:
                 slot.state = None
                 if text.ended is not None:
                     self._end(text, text.ended)
                 else:
-                    crashed = isinstance(error, OSError | http.client.HTTPException) and self._child.is_dying()
+                    crashed = isinstance(error, OSError | http.client.HTTPException) and child.is_dying()
                     refused = isinstance(error, Refused) and text.request.grammar is not None
                     if not isinstance(error, RequestError | OSError | http.client.HTTPException):
                         _log.exception("request %s failed", text.request.id)
@@ -416,9 +421,9 @@ class LlamaCppEngine:
                 if self._closing and slot.text is None:
                     return
 
-    def _run(self, slot: _Slot, text: _Text) -> None:
+    def _run(self, child: LlamaChild, slot: _Slot, text: _Text) -> None:
         """Generate a text in a slot."""
-        request, placeholders, child = text.request, [], self._child
+        request, placeholders = text.request, []
         if text.ended is not None or not request.sampling.max_new_tokens:
             self._end(text, text.ended or "length")
             return
@@ -448,9 +453,10 @@ class LlamaCppEngine:
                 if event["stop"]:
                     reason = "stop" if event["stop_type"] == "eos" else "length"
                     break
-                tokens, is_last = self._tokens_of(event, ends, sampling.logprobs, text.num_new_tokens)
-                text.num_new_tokens += len(tokens)
-                self._tokens += len(tokens)
+                count = int(event["tokens_predicted"]) - text.num_new_tokens
+                tokens, is_last = self._tokens_of(event, ends, sampling.logprobs, count)
+                text.num_new_tokens += count
+                self._tokens += count
                 words = pieces.add(*(token.id for token in tokens))
                 if tokens or words:
                     self._deliver(text, SequenceOutput(request.id, text.index, tokens, words))
@@ -462,11 +468,11 @@ class LlamaCppEngine:
         self._end(text, text.ended or reason, pieces.finish())
 
     def _tokens_of(
-        self, event: Mapping[str, Any], ends: set[int], logprobs: int | None, before: int
+        self, event: Mapping[str, Any], ends: set[int], logprobs: int | None, count: int
     ) -> tuple[tuple[Token, ...], bool]:
         """An event's tokens up to one that ends the text, and whether there is one."""
         ids = [int(token) for token in event["tokens"]]
-        if ids and ids[-1] not in ends and (count := int(event.get("tokens_predicted", 0)) - before) > len(ids):
+        if ids and ids[-1] not in ends and count > len(ids):
             # Of a character of several tokens, only the last one is said: those that the tokenizer makes of it. Some
             # tokenizers put a space in front.
             ids = self.backbone.encode(event["content"])[-count:] or ids
@@ -512,19 +518,18 @@ class LlamaCppEngine:
         with self._states_lock:
             state = self._states.get(id(prefix))
             if state is None:
-                state = self._write_state(prefix)
+                path = self._folder / f"{next(self._numbers)}.bin"
+                state = _State(prefix, path, placeholders_for(prefix, self.backbone))
+                self._write(state)
                 self._states[id(prefix)] = state
                 self._drop_states()
             self._states.move_to_end(id(prefix))
             return state
 
-    def _write_state(self, prefix: Prefix) -> _State:
-        placeholders = placeholders_for(prefix, self.backbone)
-        content = encode_file(rows_of(prefix, self.backbone), placeholders, version=self._version)
-        path = self._folder / f"{next(self._numbers)}.bin"
-        with reporting_write_errors(path):
-            path.write_bytes(content)
-        return _State(prefix, path, placeholders, len(content))
+    def _write(self, state: _State) -> None:
+        content = encode_file(rows_of(state.prefix, self.backbone), state.placeholders, version=self._version)
+        with reporting_write_errors(state.path):
+            state.path.write_bytes(content)
 
     def _drop_states(self) -> None:
         """Remove the oldest states beyond the limit, but those that a slot holds and the last one."""
@@ -544,9 +549,7 @@ class LlamaCppEngine:
         try:
             child.ask(action, {"filename": state.path.name})
         except Refused:
-            content = encode_file(rows_of(state.prefix, self.backbone), state.placeholders, version=self._version)
-            with reporting_write_errors(state.path):
-                state.path.write_bytes(content)
+            self._write(state)
             child.ask(action, {"filename": state.path.name})
 
     def _probe(self) -> int:
