@@ -598,6 +598,7 @@ class LlamaCppEngine:
             self._waiting.clear()
         for text in waiting:
             self._end(text, "error", error="llama.cpp's server has ended.", engine_crashed=True)
+        self._child.close()
         try:
             if self.restarts:
                 raise BackboneError("llama.cpp's server has ended twice.", hint="start the server again.")
