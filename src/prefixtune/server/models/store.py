@@ -33,8 +33,9 @@ from prefixtune.prefix.folder import (
     signature_of,
     signature_of_open,
 )
+from prefixtune.prefix.file import HEADER_KEY, read_table
 from prefixtune.prefix.header import JobOrigin, job_origin
-from prefixtune.prefix.prefix import Prefix, read_outline
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.logs import log
 from prefixtune.utils.files import atomic_path
 
@@ -391,7 +392,7 @@ class PrefixStore:
         """The job that made a file that is not served, as far as its header can be read."""
         with contextlib.suppress(OSError, PrefixError):
             check_regular_file(self.folder, name)
-            return job_origin(read_outline(path_of(self.folder, name)).header)
+            return job_origin(read_table(path_of(self.folder, name), HEADER_KEY)[1])
         return None
 
     def _refused(self, name: str, signature: Signature | None, reason: str, origin: JobOrigin | None) -> _File:
