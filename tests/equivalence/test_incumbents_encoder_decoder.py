@@ -162,8 +162,8 @@ def test_decoding_keeps_the_cache(backbone: Any, random_prefix: Any, random_ids:
     for handle in handles:
         handle.remove()
     assert output == greedy_by_forward(backbone, prompt, prefix)
-    # The source is read once, and every written token alone. Beside them, a row of one token stands for what is not read
-    # again, and T5's bias is asked for once.
+    # The source is read once, and every written token alone. Beside them, a row of one token stands for what is not
+    # read again, and T5's bias is asked for once.
     assert [widths[site].count(6) for site in ("encoder", "cross")] == [1, 1]
     assert {*widths["encoder"], *widths["cross"]} == {1, 6}
     assert sorted(widths["decoder"])[:-1] == [1] * (len(widths["decoder"]) - 1)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
-from prefixtune.prefix.file import is_unread
+from prefixtune.prefix.file import HEADER_KEY, is_unread, read_table
 from prefixtune.prefix.folder import (
     FolderBusyError,
     Signature,
@@ -33,7 +33,6 @@ from prefixtune.prefix.folder import (
     signature_of,
     signature_of_open,
 )
-from prefixtune.prefix.file import HEADER_KEY, read_table
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.logs import log
