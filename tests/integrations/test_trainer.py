@@ -200,7 +200,7 @@ def test_labels_are_smoothed_at_the_next_token(tiny_backbone: Make, tmp_path: Pa
 def test_only_the_prefix_is_there_to_a_trainer(tiny_backbone: Make) -> None:
     model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
     assert {name for name, _ in model.named_parameters()} == set(model.state_dict())
-    assert sum(p.numel() for p in model.parameters()) == model.trained.num_trained
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.trained.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     model.train()
     assert model.training
