@@ -389,7 +389,7 @@ class PrefixStore:
 
     def _origin_of(self, name: str) -> JobOrigin | None:
         """The job that made a file that is not served, as far as its header can be read."""
-        with contextlib.suppress(OSError, PrefixError):
+        with contextlib.suppress(OSError, ValueError, PrefixError):
             check_regular_file(self.folder, name)
             return job_origin(read_table(path_of(self.folder, name), HEADER_KEY)[1])
         return None
