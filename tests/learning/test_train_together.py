@@ -153,7 +153,7 @@ def test_a_run_whose_loss_is_not_finite_leaves_the_others(
     def spoil(backbone: Any, steps: Any) -> None:
         own(backbone, steps)
         if len(steps) == 2 and spoil.steps == 3:  # type: ignore[attr-defined]
-            steps[1].loss = float("nan")
+            steps[1].losses = [torch.tensor(float("nan"))]
         spoil.steps += 1  # type: ignore[attr-defined]
 
     spoil.steps = 0  # type: ignore[attr-defined]
