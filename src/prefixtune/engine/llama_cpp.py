@@ -219,6 +219,11 @@ class LlamaCppEngine:
         sizes = (layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.backbone.geometry["decoder"])
         return 2 * self.config.num_slots * self.max_length * sum(sizes)
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._texts)
+
     def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
         """As `Engine.submit`.
 
