@@ -36,8 +36,8 @@ PARTS = {
 INTRODUCTION = """# On a GPU
 
 `make gpu` runs the tests marked `gpu` and measures what only a GPU tells: loading, a training step against PEFT,
-decoding (also by vLLM, if `make gpu GPU_ARGS="--vllm-python PYTHON"` names an environment that has it), and the memory
-of one long prompt. It measures SmolLM2-135M, and models of the shapes of Llama 3.2 1B and Llama 3.1 8B with random
+decoding, and the memory of one long prompt. `make gpu GPU_ARGS="--vllm-python PYTHON"` names an environment with vLLM,
+which then decodes too. It measures SmolLM2-135M, and models of the shapes of Llama 3.2 1B and Llama 3.1 8B with random
 weights, which say something of speed and memory alone. It writes `bench/results/gpu.json` and this page.
 `python -m bench.gpu --device cpu --tiny` runs the same program on a CPU in a minute, to see that it works."""
 UNMEASURED = "**Not measured.** Nothing of this was run on a GPU yet."
