@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import http.client
 import os
 import signal
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,3 +384,11 @@ def test_a_build_that_restores_nothing_is_refused(
     monkeypatch.setattr(LlamaChild, "ask", no_restore)
     with pytest.raises(ConfigError):
         LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=2, max_length=128, threads=1))
+
+
+def test_a_window_that_would_hide_the_prefix_is_refused(shapes: Backbone, gguf: Path) -> None:
+    config = copy.deepcopy(shapes.model.config)
+    config.sliding_window = 64
+    other = dataclasses.replace(shapes, model=SimpleNamespace(config=config))
+    with pytest.raises(BackboneError):
+        LlamaCppEngine(other, gguf, LlamaCppConfig(num_slots=1, max_length=128))

@@ -53,10 +53,11 @@ def load_shapes(name: str) -> Backbone:
         with torch.device("meta"):
             model = auto.from_config(config)
     if one.kind != "decoder":
-        raise BackboneError(f"{name!r} is an {one.kind}.", hint="use the engine torch.")
+        raise BackboneError(f"{name!r} is no decoder, but of kind {one.kind!r}.", hint="use the engine torch.")
     layers = int(config.num_hidden_layers)
     geometry: Geometry = {"decoder": one.geometry["decoder"] * layers}
-    layout = replace(one.layout, geometry=geometry, layer_of={}, cache_layers=None)
+    caches = tuple(range(layers)) if one.layout.cache_layers == (0,) else None
+    layout = replace(one.layout, geometry=geometry, layer_of={}, cache_layers=caches)
     sizes = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
     shapes, stored = (
         {name: parameter.shape for name, parameter in model.named_parameters()},

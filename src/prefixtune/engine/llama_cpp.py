@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.plain_layers import check_plain_layers
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.engine.base import Receive, Snapshot
 from prefixtune.engine.llama_child import LlamaChild, Refused
@@ -172,6 +173,7 @@ class LlamaCppEngine:
             )
         limits = (self.config.max_length or _DEFAULT_LENGTH, backbone.max_positions)
         self.max_length = min(limit for limit in limits if limit)
+        check_plain_layers(backbone, "llama.cpp", self.max_length)
         self.lacks: Mapping[str, Any] = _LACKS
         self.restarts = 0
         # Saved states, the last used one at the end; the prefix is kept, so that its id stays its own.

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.plain_layers import check_plain_layers
 from prefixtune.data.chat import literal_format
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.prefix.rotation import length_dependent_turn
 from prefixtune.training.folder import CONFIG_FILE, PREFIX_FILE
 
 __all__ = [
@@ -64,7 +64,7 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
         )
     check_fits(prefix, backbone.geometry, name)
     check_prefix(prefix, target)
-    _check_layers(backbone, target)
+    check_plain_layers(backbone, target)
 
 
 def check_prefix(prefix: Prefix, target: str) -> None:
@@ -83,46 +83,6 @@ def check_prefix(prefix: Prefix, target: str) -> None:
         raise ConfigError("the prefix has no positions (P = 0).", hint=f"use the backbone alone in {target}.")
     if not prefix.is_finite():
         raise ConfigError("the prefix holds NaN or infinity.", hint="train it again.")
-
-
-def _check_layers(backbone: Backbone, target: str) -> None:
-    shapes = backbone.geometry["decoder"]
-    config = backbone.model.config.get_text_config(decoder=True)
-    if len(set(shapes)) > 1 or shapes[0].key_dim != shapes[0].value_dim:
-        raise BackboneError(
-            f"the layers of {backbone.name!r} differ in KV heads or head sizes; {target} takes equal ones.",
-            hint=_HINT,
-        )
-    window, max_positions = _find_window(config), backbone.max_positions
-    # One that holds every position never takes effect.
-    if window is not None and (max_positions is None or window < max_positions):
-        raise BackboneError(
-            f"{backbone.name!r} has a window of {window or 'some'} positions; in prefixtune the prefix stays visible "
-            f"to every token, in {target} it would leave the window.",
-            hint=_HINT,
-        )
-    turn = length_dependent_turn(config)
-    if turn is not None:
-        raise BackboneError(
-            f"the keys of {backbone.name!r} turn by other frequencies in a longer text (rope_type {turn!r}), which was "
-            f"not compared with {target}.",
-            hint=_HINT,
-        )
-    if backbone.layout.cache_layers != tuple(range(len(shapes))) or config.num_hidden_layers != len(shapes):
-        raise BackboneError(
-            f"the cache of {backbone.name!r} does not hold every layer's own keys and values, so {target} cannot start "
-            "from a prefix in it.",
-            hint=_HINT,
-        )
-
-
-def _find_window(config: Any) -> int | None:
-    """The window of layers that do not see the whole text (0: unknown size); None: all layers see it."""
-    layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    if layer_types is not None:
-        return int(window or 0) if {"sliding_attention", "chunked_attention"} & set(layer_types) else None
-    return None if window is None else int(window)
 
 
 def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
