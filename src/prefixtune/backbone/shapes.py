@@ -58,12 +58,12 @@ def load_shapes(name: str) -> Backbone:
     geometry: Geometry = {"decoder": one.geometry["decoder"] * layers}
     caches = tuple(range(layers)) if one.layout.cache_layers == (0,) else None
     layout = replace(one.layout, geometry=geometry, layer_of={}, cache_layers=caches)
-    sizes = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
     shapes, stored = (
-        {name: parameter.shape for name, parameter in model.named_parameters()},
+        {one: weight.shape for one, weight in model.named_parameters()},
         StoredWeights(checkpoint_folder(name)),
     )
-    samples = sample_weights(sizes, lambda name, place: stored.number(name, shapes[name], place))
+    sizes = [(one, shape.numel()) for one, shape in shapes.items()]
+    samples = sample_weights(sizes, lambda one, place: stored.number(one, shapes[one], place))
     backbone = Backbone(model, tokenizer, name, layout, fingerprint(model, geometry, samples))
     # Found where it can be computed.
     turn = find_rotation(one.model, one.layout, backbone.max_positions)
@@ -76,15 +76,9 @@ def load_shapes(name: str) -> Backbone:
 def _one_layer(config: Any) -> Any:
     """The configuration of a model of one such layer, without what has no part in attention."""
     small = copy.deepcopy(config)
-    for name, size in {
-        "num_hidden_layers": 1,
-        "n_layer": 1,
-        "vocab_size": _SMALL,
-        "intermediate_size": _SMALL,
-        "n_inner": _SMALL,
-    }.items():
-        if hasattr(small, name):
-            setattr(small, name, size)
+    sizes = {"num_hidden_layers": 1, "n_layer": 1, "vocab_size": _SMALL, "intermediate_size": _SMALL, "n_inner": _SMALL}
+    for name in sizes.keys() & vars(small).keys():
+        setattr(small, name, sizes[name])
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(small, name, None)
     if getattr(small, "layer_types", None):

@@ -296,24 +296,13 @@ class LlamaCppEngine:
     def snapshot(self) -> Snapshot:
         """What the engine is doing now, and its counters."""
         with self._changed:
-            running = [text for slot in self._slots if (text := slot.text) is not None]
-            return Snapshot(
-                running=tuple(
-                    RunningSequence(
-                        text.slot,
-                        text.request.id,
-                        text.request.tenant,
-                        text.request.prefix_name,
-                        len(text.request.prompt),
-                        text.num_new_tokens,
-                    )
-                    for text in running
-                ),
-                waiting=self._num_waiting,
-                steps=0,
-                texts=0,
-                tokens=self._tokens,
-            )
+            running = [
+                RunningSequence(text.slot, one.id, one.tenant, one.prefix_name, len(one.prompt), text.num_new_tokens)
+                for slot in self._slots
+                if (text := slot.text) is not None
+                for one in [text.request]
+            ]
+            return Snapshot(tuple(running), self._num_waiting, steps=0, texts=0, tokens=self._tokens)
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what still runs, and stop."""
