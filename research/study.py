@@ -41,7 +41,7 @@ class Study(BaseModel):
 
     Attributes:
         output: The folder of its runs.
-        task: How the data is read and scored, as in `prefixtune tasks`.
+        task: How the data is read and scored, as in `prefixtune data --tasks`.
         train: The training set.
         dev: The development set, by which rates and steps are chosen.
         test: The test set.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from prefixtune.cli.show import print_event, print_json
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.utils.console import Console
 
@@ -31,22 +29,6 @@ def check_metrics(names: Iterable[str], known: Collection[str]) -> None:
         listed = ", ".join(map(repr, unknown))
         hints = [did_you_mean(name, known) for name in unknown]
         raise ConfigError(f"there is no metric {listed} for this task.", hint=" ".join(dict.fromkeys(hints)))
-
-
-def print_json(value: object) -> None:
-    """One JSON value on a line of stdout, at once; with escapes if stdout's encoding lacks a character."""
-    line = json.dumps(value, ensure_ascii=False)
-    try:
-        line.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        line = json.dumps(value)
-    print(line, flush=True)
-
-
-def print_event(event: dict[str, Any]) -> None:
-    """One event of a training as a line of JSON; the training goes on if a reader such as `head` closes the pipe."""
-    with suppress(BrokenPipeError):
-        print_json(event)
 
 
 def show_scores(console: Console, title: str, result: Mapping[str, Any], counted: str) -> None:

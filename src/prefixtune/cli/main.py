@@ -42,13 +42,10 @@ COMMANDS = {
         "distill": "put a document, a long prompt or a teacher into a prefix",
         "length": "find how long a prefix should be: one run, its loss at every length, and the shortest that will do",
         "jobs": "train on a server: upload data, start a job, follow it, pause it, cancel it",
-        "data": "look at data before a run: form, lengths, what would be cut, one example with its labels, duplicates",
-        "tasks": "list the tasks: files, decoding, scores, groups, presets",
-        "config": "write the JSON schema of a configuration, so that editors complete its files",
+        "data": "look at data before a run: form, lengths, what would be cut, an example with labels; list the tasks",
     },
     "Compose": {
-        "compose": "make one prefix of several: joined, averaged, interpolated, or one without another",
-        "cut": "cut a prefix to fewer positions",
+        "compose": "make one prefix of several: joined, averaged or interpolated; or cut one to fewer positions",
     },
     "Use": {
         "generate": "generate with a prefix, from arguments or from lines on stdin",
@@ -65,18 +62,13 @@ COMMANDS = {
     },
     "Share": {
         "inspect": "show a prefix file: header, sizes, norms per layer; or list a folder",
-        "convert": "take a prefix from PEFT, or give one to PEFT",
+        "convert": "take a prefix from PEFT or the Hugging Face hub, or give one to PEFT",
         "push": "upload a prefix to the Hugging Face hub, with a model card made from its header and scores",
-        "pull": "download a prefix from the Hugging Face hub, and check it",
         "export": "write a prefix for llama.cpp, or with its backbone as an ONNX graph",
     },
 }
 """Group -> command -> one line of help."""
-_MODULES = {
-    **dict.fromkeys(("prepare", "doctor", "env", "install_completion"), "setup"),
-    **dict.fromkeys(("push", "pull"), "hub"),
-    "cut": "compose",
-}
+_MODULES = dict.fromkeys(("prepare", "doctor", "env", "install_completion"), "setup")
 """Commands whose module has another name."""
 _RESUMABLE = ("distill", "evaluate", "length", "train")
 _GO_ON = "what was stored is kept: the same command goes on, with --resume if it has that option."
@@ -117,38 +109,45 @@ def _main(words: Sequence[str]) -> int:
     # --json also holds for errors in the arguments themselves.
     as_json = "--json" in [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, words)]
     try:
-        with _shown_warnings(Console(quiet=as_json)), _no_logs() if as_json else contextlib.nullcontext():
+        with _messages(as_json):
             code = run(words)
         sys.stdout.flush()
         return code
-    except PrefixError as error:
-        return _print_error(error.message, error.hint, type(error).__name__, 2, as_json)
-    except KeyboardInterrupt as stopped:
-        hint = "; ".join(filter(None, (str(stopped), _GO_ON if words and words[0] in _RESUMABLE else "")))
-        return _print_error("interrupted.", hint, "Interrupted", 130, as_json)
-    except BrokenPipeError:
-        # The reader, such as `head`, has closed the pipe.
-        _discard_output()
-        return 0
-    except SystemExit as stopped:
-        # rich, which prints the help, turns a closed pipe into this.
-        if not isinstance(stopped.__context__, BrokenPipeError):
-            raise
-        return 0
-    except OSError as error:
-        if error.strerror is None:
-            raise
-        if error.filename is None:
-            # Perhaps of stdout, whose rest cannot be written.
+    except BaseException as error:
+        # rich, which prints the help, turns a pipe that its reader has closed into the end of the program.
+        closed = isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError)
+        if closed or (isinstance(error, OSError) and error.filename is None):
             _discard_output()
-        what = "read or write" if error.filename is None else f"read or write {str(error.filename)!r}"
-        hint = "free some space." if error.errno == errno.ENOSPC else "check the path, its permissions and the disk."
-        return _print_error(f"cannot {what}: {error.strerror}.", hint, PrefixError.__name__, 2, as_json)
-    except Exception as error:
-        if not is_out_of_memory(error):
+        if closed:
+            return 0
+        failure = _failure(error, *words[:1])
+        if failure is None:
             raise
+        if as_json:
+            print(json.dumps(failure), file=sys.stderr)
+        else:
+            Console().error(failure["error"], failure["hint"])
+        return int(failure["exit_code"])
+
+
+def _failure(error: BaseException, command: str = "") -> dict[str, Any] | None:
+    """Why a command failed, as `--json` prints it; None: it is a bug, or the program's end."""
+    kind, code = type(error).__name__, 2
+    if isinstance(error, PrefixError):
+        message, hint = error.message, error.hint
+    elif isinstance(error, KeyboardInterrupt):
+        kind, code, message = "Interrupted", 130, "interrupted."
+        hint = "; ".join(filter(None, (str(error), _GO_ON if command in _RESUMABLE else "")))
+    elif isinstance(error, OSError) and error.strerror is not None:
+        place = "" if error.filename is None else f" {str(error.filename)!r}"
+        kind, message = PrefixError.__name__, f"cannot read or write{place}: {error.strerror}."
+        hint = "free some space." if error.errno == errno.ENOSPC else "check the path, its permissions and the disk."
+    elif is_out_of_memory(error):
+        kind, hint = "OutOfMemoryError", _LESS_MEMORY
         message = f"out of memory: {first_line(error).removesuffix('.')}."
-        return _print_error(message, _LESS_MEMORY, "OutOfMemoryError", 2, as_json)
+    else:
+        return None
+    return {"error": message, "hint": hint, "kind": kind, "exit_code": code}
 
 
 def run(words: Sequence[str]) -> int:
@@ -205,13 +204,11 @@ def build_app(command: str = "") -> App:
 
 def command_options() -> dict[str, type[CommandOptions]]:
     """Command -> its options, in the order of the help; imports all commands."""
-    names = [name for commands in COMMANDS.values() for name in commands]
-    functions = {
-        name: getattr(importlib.import_module(module), function)
-        for name in names
-        for module, function in [_function(name)]
+    functions = {name: _function(name) for commands in COMMANDS.values() for name in commands}
+    return {
+        name: getattr(importlib.import_module(module), function).options
+        for name, (module, function) in functions.items()
     }
-    return {name: function.options for name, function in functions.items()}
 
 
 def _function(command: str) -> tuple[str, str]:
@@ -226,18 +223,13 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _print_error(message: str, hint: str, kind: str, code: int, as_json: bool) -> int:
-    """Print why a command failed on stderr, for people or programs; returns the exit code."""
-    if as_json:
-        print(json.dumps({"error": message, "hint": hint, "kind": kind, "exit_code": code}), file=sys.stderr)
-    else:
-        Console().error(message, hint)
-    return code
-
-
 @contextlib.contextmanager
-def _shown_warnings(console: Console) -> Iterator[None]:
-    """Show this project's own warnings as one line, without the position in the code."""
+def _messages(as_json: bool) -> Iterator[None]:
+    """Show this project's warnings as one line, without the position in the code; with --json, no messages at all.
+
+    Programs read stderr: what libraries log there, such as every try to reach the hub, is left out too.
+    """
+    console = Console(quiet=as_json)
     with warnings.catch_warnings():
         warnings.simplefilter("default", PrefixWarning)
         show = warnings.showwarning
@@ -249,17 +241,11 @@ def _shown_warnings(console: Console) -> Iterator[None]:
                 show(message, category, *rest, **options)
 
         warnings.showwarning = show_plainly
-        yield
-
-
-@contextlib.contextmanager
-def _no_logs() -> Iterator[None]:
-    """Leave out what libraries log on stderr, which a program reads: advice, warnings, every try to reach the hub."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(logging.WARNING if as_json else logging.NOTSET)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ class ConfigOptions(CommandOptions):
 
     config: str = Field(
         "",
-        description='TOML or YAML file (.yaml, .yml) with the options of the groups below, as in dtype = "auto"; '
-        "what the command line says wins over it",
+        description='TOML file with the options of the groups below, as in dtype = "auto"; what the command line says '
+        "wins over it",
     )
     print_config: bool = Field(False, description="print the final configuration as TOML, and do nothing else")
 
@@ -155,7 +155,8 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
         "show_default": extra.get(
             "show_default", name not in options.defaults_elsewhere and default not in _NO_DEFAULT_SHOWN
         ),
-        "negative": None if switch and not _is_own(options, name) else (),
+        # What a file of --config may switch on, the command line can switch off.
+        "negative": None if switch and "group" in extra else (),
         "consume_multiple": extra.get("many", False),
         "allow_repeating": True,
         # A lone - is standard input, and weights may be negative.
@@ -174,11 +175,6 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
     hint: Any = bool if switch else list[text] if several else text
     where = inspect.Parameter.POSITIONAL_ONLY if extra.get("positional") else inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, where, default=default, annotation=Annotated[hint, Parameter(**settings)])
-
-
-def _is_own(options: type[CommandOptions], name: str) -> bool:
-    """Whether a field is the command's own, not one of a configuration that a file may set."""
-    return any(name in owner.__annotations__ for owner in options.__mro__ if issubclass(owner, CommandOptions))
 
 
 def _metavar(kind: Any) -> str:

@@ -43,7 +43,7 @@ A prefix for {model}: keys and values of virtual tokens, put in front of the tex
 
 ```bash
 pip install prefixtune
-{pull}prefixtune generate --prefix {file} "..."
+prefixtune generate --prefix {file} "..."
 ```
 {scores}"""
 
@@ -135,7 +135,7 @@ def make_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    model, file = base_model or "the model that its header names", f"{name}.safetensors"
+    model = base_model or "the model that its header names"
     facts = {
         "model": model,
         "task": header.get("task"),
@@ -144,13 +144,11 @@ def make_card(
         "parameters": f"{num_parameters:,}",
         **{key.replace("_", " "): training.get(key) for key in _TRAINING_FACTS},
     }
-    is_on_hub = "/" in repo_id
     page = _PAGE.format(
         name=_cell(name),
         model=_cell(model),
         facts="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items() if value is not None),
-        pull=f"prefixtune pull {repo_id} {file}\n" if is_on_hub else "",
-        file=file if is_on_hub else repo_id,
+        file=f"hub:{repo_id}" if "/" in repo_id else repo_id,
         scores="".join(map(_table, evaluations)),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{page}"

@@ -55,7 +55,7 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
     if most is not None and total >= most:
         raise ConfigError(
             f"joined, the prefixes take {total:,} positions, but the model has {most:,}, and the text needs some.",
-            hint="join fewer, or cut them: `prefixtune cut FILE --length P`.",
+            hint="join fewer, or cut them: `prefixtune compose FILE --length P`.",
         )
     heads = [number for number, prefix in enumerate(prefixes) if prefix.head is not None or prefix.header.get("labels")]
     if len(heads) > 1:
@@ -127,7 +127,7 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
     if (other := next((name for name, kind in zip(names, kinds, strict=True) if kind != kinds[0]), None)) is not None:
         raise ConfigError(
             f"{names[0]} and {other} have different lengths or labels, so that they cannot be averaged.",
-            hint="cut the longer one with `prefixtune cut`, or join them with --mode concatenate.",
+            hint="cut the longer one with `prefixtune compose FILE --length P`, or join them with --mode concatenate.",
         )
     dtype, device = _widest(prefixes), prefixes[0].device
     mean = {

@@ -24,7 +24,7 @@ HUB = "hub:"
 
 
 def repository_of(name: str | os.PathLike[str]) -> str | None:
-    """The repository that `hub:OWNER/NAME` names; None: the text is a path on this machine.
+    """The repository that `hub:OWNER/NAME` or `hub:OWNER/NAME@REVISION` names; None: it is a path on this machine.
 
     A missing path is not looked up on the hub.
 
@@ -37,7 +37,7 @@ def repository_of(name: str | os.PathLike[str]) -> str | None:
     text = os.fspath(name)
     if not text.startswith(HUB):
         return None
-    repository = text.removeprefix(HUB)
+    repository = text.removeprefix(HUB).partition("@")[0]
     if not is_repository(repository):
         raise ConfigError(
             f"{text!r} is not the name of a repository.", hint="write hub:OWNER/NAME, as in hub:me/e2e-prefix."
@@ -144,7 +144,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 def prefix_file(path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
-    """The file that a path, a run's folder or `hub:OWNER/NAME` names; from the hub it is downloaded.
+    """The file that a path, a run's folder or `hub:OWNER/NAME[@REVISION]` names; from the hub it is downloaded.
 
     Args:
         path: What names it.
@@ -162,7 +162,7 @@ def prefix_file(path: str | os.PathLike[str], *, revision: str | None = None, to
             hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
         )
     if (repository := repository_of(path)) is not None:
-        return download(repository, revision=revision, token=token)
+        return download(repository, revision=revision or os.fspath(path).partition("@")[2] or None, token=token)
     if revision is not None:
         raise ConfigError(
             f"revision is {revision!r}, but {str(path)!r} is no repository of the hub.",

@@ -88,7 +88,7 @@ class TrainConfig(Config):
         "records",
         description="how to read the files: records (your own, recognized by their columns or named by source and "
         "target), e2e, webnlg, dart, summarization, scitldr, classification, tagging, toy, toy_labels, toy_tags, "
-        "toy_copy and more (`prefixtune tasks`)",
+        "toy_copy and more (`prefixtune data --tasks`)",
     )
     form: Literal["", FormName] = _data(
         "",

@@ -50,7 +50,7 @@ def preset(name: str, task: str, method: str = "prefix") -> dict[str, Any]:
     if method not in runs:
         raise ConfigError(
             f"there is no preset {name!r} for the task {task!r} with the method {method!r}.",
-            hint="`prefixtune tasks` names the tasks, and docs/training.md the presets.",
+            hint="`prefixtune data --tasks` names the tasks, and docs/training.md the presets.",
         )
     return dict(runs[method])
 

@@ -1,7 +1,7 @@
 """The base of every configuration: frozen pydantic models whose faults are all named in one `ConfigError`.
 
-A field is written once, with its type, range, choices, default and help. The keys of TOML and YAML files, the options
-of commands, environment variables, Python's keyword arguments, the JSON schema and the documentation come from it.
+A field is written once, with its type, range, choices, default and help. The keys of TOML files, the options of
+commands, environment variables, Python's keyword arguments and the documentation come from it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, ErrorDetails
+from pydantic_core import ErrorDetails
 
 from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean, short_repr
 from prefixtune.utils.folders import expand_home
@@ -40,7 +39,6 @@ __all__ = [
     "Table",
     "TextList",
     "allowed_range",
-    "describe_fault",
     "has_commas",
     "option_group",
 ]
@@ -69,18 +67,10 @@ def _wrap_text(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _OrText:
-    """In the JSON schema, one text too is allowed."""
-
-    @staticmethod
-    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return handler(schema) | {"type": ["array", "string"]}
-
-
-CommaList = Annotated[tuple[_T, ...], BeforeValidator(_split_commas), _OrText]
+CommaList = Annotated[tuple[_T, ...], BeforeValidator(_split_commas)]
 """A list that may be written as one text with commas."""
 
-TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text), _OrText]
+TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text)]
 """One text or several."""
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -118,14 +108,8 @@ def allowed_range(field: FieldInfo) -> str:
     return " and ".join(f"{words[name]} {value}" for name, value in bounds.items())
 
 
-def describe_fault(fault: ErrorDetails, name: str, known: Iterable[str] = ()) -> str:
-    """One fault of a `ValidationError`: the value's name, what pydantic says, and the value.
-
-    Args:
-        fault: From `ValidationError.errors()`.
-        name: How to name the value.
-        known: Names that could be meant by an unknown one.
-    """
+def _describe(fault: ErrorDetails, name: str, known: Iterable[str]) -> str:
+    """One fault of a `ValidationError`: what its source calls the value, what pydantic says, and the value."""
     match fault["type"]:
         case "missing":
             return f"{name} is missing"
@@ -151,7 +135,7 @@ class Layer:
 
     @classmethod
     def from_file(cls, path: str | Path, fields: Collection[str]) -> Layer:
-        """Read a TOML file, or a YAML file (.yaml, .yml).
+        """Read a TOML file.
 
         Raises:
             ConfigError: It cannot be read, or has a key that is none of `fields`.
@@ -173,29 +157,21 @@ class Layer:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    import yaml
-
-    is_yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
             raise ValueError(f"it has more than {_MOST_CHARACTERS:,} characters")
-        values = yaml.safe_load(text) if is_yaml else tomllib.loads(text)
+        return tomllib.loads(text)
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {str(path)!r}: {error.strerror}.", hint="check the path."
         ) from error
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # YAML's own tags (!!int, !!bool, !!timestamp) fail with any of these.
-        reason = " ".join(str(error).split()).removesuffix(".")
+    except (ValueError, RecursionError) as error:
+        reason = str(error).removesuffix(".")
         raise ConfigError(
-            f"{str(path)!r} is not {'YAML' if is_yaml else 'TOML'}: {reason}.",
-            hint='write lines such as dtype = "auto"; or name a YAML file .yaml.',
+            f"{str(path)!r} is not TOML: {reason}.", hint='write lines such as dtype = "auto".'
         ) from error
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"{str(path)!r} must hold keys and values.", hint="write lines such as dtype: auto")
-    return {str(name): value for name, value in (values or {}).items()}
 
 
 class Table(BaseModel):
@@ -238,7 +214,7 @@ class Config(Table):
             for fault in error.errors(include_url=False)[:_MOST_FAULTS]:
                 way = [str(part) for part in fault["loc"]]
                 shown = names.get(way[0], usual)(".".join(way)) if way else ""
-                faults.append(describe_fault(fault, shown, type(self).model_fields if len(way) == 1 else ()))
+                faults.append(_describe(fault, shown, type(self).model_fields if len(way) == 1 else ()))
             raise self.error_class(f"{'; '.join(faults)}.", hint=self.hint) from None
 
     @classmethod
@@ -259,7 +235,7 @@ class Config(Table):
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a TOML or YAML file; `overrides` replace its values.
+        """Read a TOML file; `overrides` replace its values.
 
         Raises:
             ConfigError: The file cannot be read, or a key or value is wrong.
@@ -311,20 +287,6 @@ class Config(Table):
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
-    @classmethod
-    def json_schema(cls) -> dict[str, Any]:
-        """The JSON schema of its files."""
-        schema = cls.model_json_schema()
-        for name, field in cls.model_fields.items():
-            # What `json_schema_extra` says is for the command line.
-            for key in field.json_schema_extra if isinstance(field.json_schema_extra, dict) else ():
-                del schema["properties"][name][key]
-        for name in cls.unused:
-            del schema["properties"][name]
-        for model in (schema, *schema.get("$defs", {}).values()):
-            model["description"] = model["description"].partition("\n")[0]
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with several values together: the fields' names, and a message.

@@ -1,4 +1,4 @@
-"""`prefixtune compose` and `prefixtune cut`: what they write, and that nothing is written where a file is wrong."""
+"""`prefixtune compose`: what they write, and that nothing is written where a file is wrong."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_positions_that_are_added_to_the_input_are_said_to_be_an_approximation(
     assert main(["compose", "gpt2.safetensors", "gpt2b.safetensors", "--output", "both.safetensors"]) == 0
     assert "approximation" in capsys.readouterr().err
     assert (
-        main(["cut", "both.safetensors", "--length", "3", "--from", "start", "--output", "b.safetensors", "--json"])
+        main(["compose", "both.safetensors", "--length", "3", "--from", "start", "--output", "b.safetensors", "--json"])
         == 0
     )
     assert json.loads(capsys.readouterr().out)["exact"] is False
@@ -133,13 +133,15 @@ def test_positions_that_are_added_to_the_input_are_said_to_be_an_approximation(
 
 
 def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cut", "manual.safetensors", "--length", "2", "--output", "short.safetensors", "--json"]) == 0
+    assert main(["compose", "manual.safetensors", "--length", "2", "--output", "short.safetensors", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["prefix_length"], said["from"], said["exact"]) == ({"decoder": 2}, "end", True)
+    assert (said["prefix_length"], said["mode"], said["exact"]) == ({"decoder": 2}, "cut", True)
     manual = read_artifact("manual.safetensors")
     assert read_artifact("short.safetensors").equal(manual[:2])
     assert main(["compose", "style.safetensors", "manual.safetensors", "--output", "both.safetensors"]) == 0
-    assert main(["cut", "both.safetensors", "--length", "4", "--from", "start", "--output", "back.safetensors"]) == 0
+    assert (
+        main(["compose", "both.safetensors", "--length", "4", "--from", "start", "--output", "back.safetensors"]) == 0
+    )
     back = read_artifact("back.safetensors")
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(back.tensors(), manual.tensors(), strict=True))
 
@@ -166,10 +168,10 @@ def test_a_prefix_is_not_cut_away_from_its_adapter(
     manual = read_artifact("manual.safetensors")
     Path("run/adapter-2").mkdir(parents=True)
     save_prefix("run/prefix.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "adapter-2"}))
-    assert _error("cut run --length 2 --output short.safetensors", capsys)
-    assert main(["cut", "run", "--length", "2", "--output", "run/short.safetensors"]) == 0
+    assert _error("compose run --length 2 --output short.safetensors", capsys)
+    assert main(["compose", "run", "--length", "2", "--output", "run/short.safetensors"]) == 0
     # Nor from within the run's folder; a folder of the user's own is named again where the prefix is used.
     monkeypatch.chdir("run")
-    assert _error("cut . --length 2 --output ../short.safetensors", capsys)
+    assert _error("compose . --length 2 --output ../short.safetensors", capsys)
     save_prefix("../own.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "lora/mine"}))
-    assert main(["cut", "../own.safetensors", "--length", "2", "--output", "../short.safetensors"]) == 0
+    assert main(["compose", "../own.safetensors", "--length", "2", "--output", "../short.safetensors"]) == 0

@@ -63,7 +63,6 @@ MISTAKES = [
     ("generate ok a\udcffb", "TEXTS"),
     ("chat --prefix nowhere.safetensors", "nowhere.safetensors"),
     ("compose p.safetensors nowhere.safetensors --output new.safetensors", "nowhere.safetensors"),
-    ("cut nowhere.safetensors --length 1 --output new.safetensors", "nowhere.safetensors"),
     ("distill --backbone model --document nowhere.txt --questions nothere.jsonl --output run", ".jsonl"),
     ("explain nowhere.safetensors", "nowhere.safetensors"),
     ("length --backbone model --train rows.jsonl", "--dev"),
@@ -72,7 +71,6 @@ MISTAKES = [
     ("export p.safetensors --to llama.cpp --output file/x", "file/x"),
     ("convert nowhere out.safetensors --to prefixtune", "nowhere"),
     ("push nowhere.safetensors me/x", "nowhere.safetensors"),
-    ("pull me/x file/x.safetensors", "file/x.safetensors"),
     ("inspect nowhere.safetensors", "nowhere.safetensors"),
     ("prepare gpt5", "gpt5"),
     ("doctor model --dtype bf16", "--dtype is 'bf16'"),
@@ -82,11 +80,9 @@ MISTAKES = [
     ("jobs create nowhere.jsonl --url http://127.0.0.1:9/v1 --model m", "nowhere.jsonl"),
     ("report nowhere", "nowhere"),
     ("score --task e2e --hypotheses file --references nowhere.csv", "nowhere.csv"),
-    ("tasks --jsn", "--json"),
     ("env --jsn", "--json"),
     ("data nowhere.jsonl --backbone model", "nowhere.jsonl"),
     ("lm-eval --tsks x", "--tasks"),
-    ("config schema sevre", "sevre"),
     ("--install-completion --shell bsh", "bsh"),
 ]
 

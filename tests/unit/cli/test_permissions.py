@@ -38,9 +38,8 @@ READ = [
 WRITE = [
     "train --train rows.jsonl --backbone model --output closed/x",
     "evaluate --data rows.jsonl --backbone model --output closed/x",
-    "cut p.safetensors --length 2 --output closed/x.safetensors",
+    "compose p.safetensors --length 2 --output closed/x.safetensors",
     "export p.safetensors --to llama.cpp --output closed/x",
-    "pull me/x closed/x.safetensors",
 ]
 
 

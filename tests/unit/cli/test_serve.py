@@ -13,20 +13,13 @@ from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import ServeConfig
 
 
-@pytest.mark.parametrize("name", ["serve.toml", "serve.yaml"])
-def test_the_printed_configuration_is_that_of_all_sources(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest = hash_key("pt-alice")
-    text = {
-        "serve.toml": f'port = 1\nnum_slots = 1\ndeadline = 1e2\n[keys.alice]\nhash = "{digest}"\n',
-        "serve.yaml": f"port: 1\nnum_slots: 1\ndeadline: 1e2\nkeys:\n  alice:\n    hash: {digest}\n",
-    }[name]
-    (tmp_path / name).write_text(text)
+def test_the_printed_configuration_is_that_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest, path = hash_key("pt-alice"), tmp_path / "serve.toml"
+    path.write_text(f'port = 1\nnum_slots = 1\ndeadline = 1e2\n[keys.alice]\nhash = "{digest}"\n')
     monkeypatch.setenv("PREFIXTUNE_SERVE_NUM_SLOTS", "2")
     monkeypatch.setenv("PREFIXTUNE_SERVE_DTYPE", "float32")
     options = ("--dtype", "bfloat16", "--no-playground", "--cors-origins", "https://a.example,https://b.example")
-    printed, _ = run("serve", "--config", str(tmp_path / name), "--print-config", *options)
+    printed, _ = run("serve", "--config", str(path), "--print-config", *options)
     config = ServeConfig(**tomllib.loads(printed))
     assert config == ServeConfig(
         port=1,

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @needs_posix
-@pytest.mark.parametrize("command", ["tasks --json", "train --help"])
+@pytest.mark.parametrize("command", ["data --tasks --json", "train --help"])
 def test_a_reader_that_has_enough_is_no_mistake(command: str) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -47,7 +47,9 @@ def test_a_reader_that_has_enough_is_no_mistake(command: str) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "wb") as full:
-        process = subprocess.run([sys.executable, "-m", "prefixtune", "tasks"], stdout=full, stderr=subprocess.PIPE)
+        process = subprocess.run(
+            [sys.executable, "-m", "prefixtune", "data", "--tasks"], stdout=full, stderr=subprocess.PIPE
+        )
     assert process.stderr.startswith(b"error: ")
     assert process.returncode == 2
 

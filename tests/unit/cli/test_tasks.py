@@ -1,4 +1,4 @@
-"""`prefixtune tasks` as JSON."""
+"""`prefixtune data --tasks` as JSON."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.training.presets import preset
 
 
-def run(*arguments: str) -> None:
-    assert call("tasks", *arguments) == 0
-
-
 def test_json_holds_what_a_program_needs(capsys: pytest.CaptureFixture[str]):
-    run("--json")
+    assert call("data", "--tasks", "--json") == 0
     tasks: dict[str, Any] = {task["name"]: task for task in json.loads(capsys.readouterr().out)["tasks"]}
     assert list(tasks) == list(TASKS)
     assert tasks["webnlg"]["formats"] == [".xml", ".jsonl"]

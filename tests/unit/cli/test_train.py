@@ -22,8 +22,8 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> TrainConf
 def test_options_win_over_the_file_and_the_file_over_the_preset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run.yaml").write_text("task: e2e\nlearning_rate: 1e-4\nseed: 3\nshard: true\n")
-    arguments = ("--config", tmp_path / "run.yaml", "--preset", "paper", "--seed", "5", "--no-shard")
+    (tmp_path / "run.toml").write_text('task = "e2e"\nlearning_rate = 1e-4\nseed = 3\nshard = true\n')
+    arguments = ("--config", tmp_path / "run.toml", "--preset", "paper", "--seed", "5", "--no-shard")
     values = preset("paper", "e2e") | {"task": "e2e", "learning_rate": 1e-4, "seed": 5}
     assert printed(capsys, *arguments) == TrainConfig(**values)
     assert printed(capsys) == TrainConfig()

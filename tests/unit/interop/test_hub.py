@@ -253,7 +253,7 @@ def test_the_commands(
     assert main(["push", str(artifact), "me/pubs", "--public", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["repo"] == "me/pubs"
     out = tmp_path / "new" / "theirs.safetensors"
-    assert main(["pull", "me/pubs", str(out), "--quiet"]) == 0
+    assert main(["convert", "hub:me/pubs@main", str(out), "--to", "prefixtune", "--quiet"]) == 0
     assert "theirs.safetensors" in capsys.readouterr().out
     assert out.exists()
 

@@ -50,7 +50,7 @@ def test_the_hub_reads_it(prefix: Prefix) -> None:
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     assert "| bleu | 60.33 | 58.52 to 62.13 | sacrebleu 2.6.0 |" in text
     assert f"{prefix.num_parameters:,}" in text
-    assert "prefixtune pull me/pubs pubs.safetensors" in text
+    assert "--prefix hub:me/pubs " in text
 
 
 def test_the_embedded_backbone_has_its_name_of_the_hub(prefix: Prefix) -> None:

@@ -75,19 +75,13 @@ def test_it_is_frozen_and_every_copy_is_validated() -> None:
     assert "servings" in refusal(recipe.replace, servings=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("recipe.toml", 'servings = 4\nrate = 1e-3\noven = "gas"\nsteps = [1, 2]\n'),
-        ("recipe.yaml", "\ufeffservings: 4\nrate: 1e-3\noven: gas\nsteps: [1, 2]\n"),
-    ],
-)
-def test_files_of_both_kinds_are_read_alike(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    assert Recipe.from_file(tmp_path / name) == Recipe(servings=4, rate=1e-3, oven="gas", steps=(1, 2))
-    assert Recipe.from_file(tmp_path / name, servings=5).servings == 5
-    (tmp_path / name).write_text("")
-    assert Recipe.from_file(tmp_path / name) == Recipe()
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('\ufeffservings = 4\nrate = 1e-3\noven = "gas"\nsteps = [1, 2]\n', encoding="utf-8")
+    assert Recipe.from_file(path) == Recipe(servings=4, rate=1e-3, oven="gas", steps=(1, 2))
+    assert Recipe.from_file(path, servings=5).servings == 5
+    path.write_text("")
+    assert Recipe.from_file(path) == Recipe()
 
 
 @pytest.mark.parametrize(
@@ -99,10 +93,7 @@ def test_files_of_both_kinds_are_read_alike(tmp_path: Path, name: str, text: str
         ("a.toml", "nmaes = ['a']"),
         ("a.toml", "servings = 0"),
         ("a.toml", b"\xff\xfe\x00"),
-        ("a.yaml", "servings: !!python/object/apply:os.getcwd []"),
-        ("a.yaml", "[" * 100_000),
-        ("a.yaml", "- servings"),
-        ("nowhere/a.yaml", None),
+        ("nowhere/a.toml", None),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_name(tmp_path: Path, name: str, text: str | bytes | None) -> None:
@@ -155,13 +146,10 @@ def test_faults_in_tables_are_named_with_the_way_to_them() -> None:
         assert part in caught.value.message
 
 
-def test_a_configuration_survives_toml_json_and_its_schema(tmp_path: Path) -> None:
+def test_a_configuration_survives_toml_and_json(tmp_path: Path) -> None:
     recipe = Recipe(servings=7, rate=0.25, names=("ä", 'q"\\\n\x7f'), oven="gas", seed=-1)
     (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.from_file(tmp_path / "recipe.toml") == recipe == Recipe(**recipe.to_dict())
-    properties = Recipe.json_schema()["properties"]
-    assert properties["servings"]["maximum"] == 50
-    assert properties["steps"]["type"] == properties["stop"]["type"] == ["array", "string"]
     assert "Attributes:" in (Recipe.__doc__ or "")
 
 

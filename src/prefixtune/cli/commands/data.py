@@ -31,7 +31,7 @@ class DataOptions(CommandOptions):
     file: str = positional("", description="data to look at: a file, a folder or hub:NAME; none: standard input")
     test: str = Field("", description="a test file: how many of its sources are also in the data?")
     backbone: str = Field("smollm2-135m", description="whose tokens are counted; its weights are not loaded")
-    task: str = Field("records", description="how to read the files (see `prefixtune tasks`)")
+    task: str = Field("records", description="how to read the files (see `prefixtune data --tasks`)")
     form: str = Field("", description="form of the data, where several fit: messages, prompt, instruction, text, ...")
     source: str = Field("", description="column or template of the source, such as '{name} is {food}'")
     target: str = Field("", description="column or template of the target")
@@ -43,6 +43,7 @@ class DataOptions(CommandOptions):
     prefix_length: int = Field(10, ge=0, description="P, which takes positions too")
     batch_size: int = Field(16, ge=1, description="targets per forward pass, for the positions of a step")
     rows: int = Field(100_000, ge=0, description="rows that are read, at most; 0: all")
+    tasks: bool = Field(False, description="list the tasks and presets, and do nothing else")
     sample: int = Field(2_000, ge=1, description="examples that are tokenized, at most, evenly spaced")
     as_json: bool = json_option("all figures")
 
@@ -56,7 +57,12 @@ def data(options: DataOptions) -> int:
     For example:
         prefixtune data chats.jsonl
         prefixtune data train.csv --source "{name} is {food}" --target text --test test.csv
+        prefixtune data --tasks
     """
+    if options.tasks:
+        from prefixtune.cli.tasks import show_tasks
+
+        return show_tasks(options.as_json)
     from prefixtune.evaluation.data_report import report_data
 
     fields = TrainConfig.model_fields.keys() & options.given(DataOptions).keys()

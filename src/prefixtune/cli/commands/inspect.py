@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefixtune.cli.commands.compose import part_rows
+from prefixtune.cli.commands.compose import parts_table
 from prefixtune.cli.common import PathText, print_json
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import CheckpointError, PrefixError
@@ -65,7 +65,7 @@ def inspect(options: InspectOptions) -> int:
     parts = composition.get("parts")
     console.table("header", ["key", "value"], list(_flatten(header)), result=True)
     if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
-        console.table(f"parts, by {str(composition.get('mode'))[:20]}", *part_rows(parts), result=True)
+        console.table(*parts_table(composition.get("mode"), parts), result=True)
     console.table(
         "mean norm of a head's vector",
         ["site", "layer", "key", "value"],

@@ -44,7 +44,7 @@ class LengthOptions(ConfigOptions, OutputOptions, TrainConfig):
     resume: bool = Field(False, description="go on with the run in --output")
     preset: str = Field(
         "",
-        description="hyperparameters such as the paper's (see `prefixtune tasks`); the file and options win over them",
+        description="hyperparameters such as the paper's (see `prefixtune data --tasks`), beneath file and options",
     )
     as_json: bool = json_option("every event and the curve, one a line,")
 

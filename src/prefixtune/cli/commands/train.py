@@ -30,7 +30,7 @@ class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
     )
     preset: str = Field(
         "",
-        description="hyperparameters such as the paper's (see `prefixtune tasks`); the file and options win over them",
+        description="hyperparameters such as the paper's (see `prefixtune data --tasks`), beneath file and options",
     )
     as_json: bool = json_option("every event, one a line,")
 
