@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from prefixtune.attention.layout import Layout, main_device, passes_gradients
 from prefixtune.doctor.rows import Rows
 from prefixtune.errors import PrefixError, first_line
-from prefixtune.utils.memory import free_memory
+from prefixtune.utils.machine import free_memory
 
 __all__ = ["Comparison", "computes_exactly", "examine"]
 

@@ -19,7 +19,7 @@ from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.prefix.geometry import Site
-from prefixtune.utils.memory import free_memory
+from prefixtune.utils.machine import free_memory
 
 __all__ = ["ModelRunner"]
 

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ValidationError
 from prefixtune.errors import ConfigError, describe_value, short_repr
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import backbone_origin
-from prefixtune.utils.markdown import escape_markdown
 
 CARD = "README.md"
 """A card's name in a repository."""
@@ -25,6 +24,8 @@ HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Embedded backbones, by the hub's names."""
 
 _EVALUATION = "evaluation.json"
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#!]|:(?=\w))")
+"""What Markdown would not show as it is."""
 _TRAINING_FACTS = ("steps", "num_targets", "dev_loss", "learning_rate", "seed")
 """What the card repeats of a header's `training`."""
 _PIPELINE_TAGS = {"classification": "text-classification", "tagging": "token-classification"}
@@ -165,7 +166,8 @@ def _table(evaluation: EvaluationScores) -> str:
 
 def _cell(value: object) -> str:
     """A text that may come from anybody, as it is, on one line of a table."""
-    return escape_markdown(f"{value:.6g}" if isinstance(value, float) else str(value))
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
 def read_evaluations(given: Any, task: str = "") -> list[EvaluationScores]:

@@ -28,15 +28,17 @@ SECONDS = 15.0
 
 
 class Progress:
-    """The progress of a piece of work.
+    """The progress of a piece of work; this one is not shown.
 
     Args:
-        show: Takes the steps done, and all figures.
+        title: Names the work.
+        total: Steps of the whole work; None: unknown.
+        start: Steps that were done before, when work is resumed.
     """
 
-    def __init__(self, show: Callable[[int, dict[str, Figure]], None]) -> None:
-        self._show = show
-        self._figures: dict[str, Figure] = {}
+    def __init__(self, title: str, total: int | None, start: int) -> None:
+        self.title, self.total, self.start, self.step = title, total, start, start
+        self.figures: dict[str, Figure] = {}
 
     def update(self, step: int, **figures: Figure) -> None:
         """Show the progress.
@@ -45,8 +47,56 @@ class Progress:
             step: Steps done so far, counted from the start of the work.
             figures: Figures to show, such as `loss=2.31, tokens_per_second=1200`; shown until replaced.
         """
-        self._figures |= figures
-        self._show(step, self._figures)
+        self.step = step
+        self.figures |= figures
+        self.show()
+
+    def show(self) -> None:
+        """Show the step and the figures."""
+
+    @property
+    def described(self) -> list[str]:
+        """The figures in words."""
+        names = {name: name.replace("_per_second", "/s").replace("_", " ") for name in self.figures}
+        return [f"{names[name]} {format_figure(value)}" for name, value in self.figures.items()]
+
+
+class _Bar(Progress):
+    """A moving bar, for terminals."""
+
+    def __init__(self, title: str, total: int | None, start: int, bar: rich_progress.Progress) -> None:
+        super().__init__(title, total, start)
+        self._bar = bar
+        self._task = bar.add_task(title, total=total, completed=start, figures="")
+
+    def show(self) -> None:
+        self._bar.update(self._task, completed=self.step, figures="  ".join(self.described))
+
+
+class _Lines(Progress):
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, title: str, total: int | None, start: int, write: Callable[[str], None]) -> None:
+        super().__init__(title, total, start)
+        self._write = write
+        self._begin = self._last = time.monotonic()
+        self._written = start
+
+    def show(self) -> None:
+        """Write a line, if the last one was some time ago."""
+        if time.monotonic() - self._last >= SECONDS:
+            self.line()
+
+    def line(self) -> None:
+        """Write a line, unless this step has one."""
+        if self.step == self._written:
+            return
+        self._last, self._written = time.monotonic(), self.step
+        done, elapsed = self.step - self.start, self._last - self._begin
+        share = f"/{self.total:,} ({100 * self.step / self.total:.0f} %)" if self.total else ""
+        left = elapsed / done * (self.total - self.step) if self.total and done > 0 else 0
+        time_text = f"{format_seconds(left)} left" if left > 0 else f"{format_seconds(elapsed)} taken"
+        self._write(", ".join([f"{self.title}: {self.step:,}{share}", *self.described, time_text]))
 
 
 class Console:
@@ -57,42 +107,30 @@ class Console:
     Args:
         quiet: Show nothing but errors (and tables that are results).
         stream: Where to print; stderr when left out.
-        clock: Returns seconds that only grow; for tests.
     """
 
-    def __init__(
-        self, *, quiet: bool = False, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.quiet = quiet
-        self._clock = clock
         self._out = _rich_console(sys.stderr if stream is None else stream)
-
-    @property
-    def live(self) -> bool:
-        """Whether progress is a moving bar and not plain lines."""
-        return self._out.is_terminal and not self._out.is_dumb_terminal
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int | None, *, start: int = 0) -> Iterator[Progress]:
-        """Show the progress of the block.
+        """Show the progress of a piece of work while the block runs: a bar on a terminal, plain lines elsewhere.
 
         Args:
-            title: Names the work in a word or two.
-            total: Steps of the whole work; None when unknown.
-            start: Steps done before, when work is resumed.
+            title: Names the work.
+            total: Steps of the whole work; None: unknown.
+            start: Steps that were done before, when work is resumed.
         """
         if self.quiet:
-            yield Progress(lambda step, figures: None)
-        elif self.live:
-            with _bar(self._out) as bar:
-                task = bar.add_task(title, total=total, completed=start, figures="")
-                yield Progress(
-                    lambda step, figures: bar.update(task, completed=step, figures="  ".join(_list(figures)))
-                )
+            yield Progress(title, total, start)
+        elif self._out.is_interactive:
+            with _rich_bar(self._out) as bar:
+                yield _Bar(title, total, start, bar)
         else:
-            lines = _Lines(self._print, self._clock, title, total, start)
-            yield Progress(lines.show)
-            lines.close()
+            lines = _Lines(title, total, start, self._print)
+            yield lines
+            lines.line()
 
     def table(
         self,
@@ -238,7 +276,7 @@ def _print_line(out: rich_console.Console, text: Text) -> None:
     out.print(text, soft_wrap=True, highlight=False)
 
 
-def _bar(out: rich_console.Console) -> rich_progress.Progress:
+def _rich_bar(out: rich_console.Console) -> rich_progress.Progress:
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(bar_width=24),
@@ -250,48 +288,3 @@ def _bar(out: rich_console.Console) -> rich_progress.Progress:
         console=out,
         redirect_stdout=False,  # results printed during the work belong to stdout
     )
-
-
-def _list(figures: dict[str, Figure]) -> list[str]:
-    return [f"{name.replace('_per_second', '/s').replace('_', ' ')} {format_figure(figures[name])}" for name in figures]
-
-
-class _Lines:
-    """Plain lines, for logs and pipes."""
-
-    def __init__(
-        self, write: Callable[[str], None], clock: Callable[[], float], title: str, total: int | None, start: int
-    ) -> None:
-        self._write = write
-        self._clock = clock
-        self._title = title
-        self._total = total
-        self._start = start
-        self._begin = self._last_time = clock()
-        self._step = start
-        self._last_step: int | None = None
-        self._figures: dict[str, Figure] = {}
-
-    def show(self, step: int, figures: dict[str, Figure]) -> None:
-        """Write a line, if the last one was some time ago."""
-        self._step, self._figures = step, figures
-        if self._clock() - self._last_time >= SECONDS:
-            self._line()
-
-    def close(self) -> None:
-        """Write the last step, unless the last line did."""
-        if self._step not in (self._last_step, self._start):
-            self._line()
-
-    def _line(self) -> None:
-        done, elapsed = self._step - self._start, self._clock() - self._begin
-        parts = [f"{self._title}: {self._step:,}"]
-        if self._total:
-            parts[0] += f"/{self._total:,} ({100 * self._step / self._total:.0f} %)"
-        parts += _list(self._figures)
-        if self._total and done > 0 and self._step < self._total:
-            parts.append(f"{format_seconds(elapsed / done * (self._total - self._step))} left")
-        else:
-            parts.append(f"{format_seconds(elapsed)} taken")
-        self._write(", ".join(parts))
-        self._last_time, self._last_step = self._clock(), self._step

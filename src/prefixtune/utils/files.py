@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,10 +34,6 @@ __all__ = [
     "write_text",
 ]
 
-_LOCK = ".lock"
-"""The lock's name in a work folder."""
-_ATTEMPTS = 20
-
 
 # --- can it be written? -----------------------------------------------------------------------------------------------
 
@@ -47,9 +42,8 @@ def check_writable(path: Path) -> None:
     """Check, before long work, that a file can be written there; makes nothing.
 
     Raises:
-        PrefixError: The path is a folder, a device or a pipe, no name of a file, or its folder cannot be written.
+        PrefixError: The path is a folder, a device or a pipe, or its folder cannot be written.
     """
-    _refuse_nul(path)
     folder = next((parent for parent in Path(path).absolute().parents if os.path.lexists(parent)), Path("/"))
     is_file = not os.path.exists(path) or os.path.isfile(path)
     can_write = os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
@@ -65,26 +59,20 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
     Raises:
         PrefixError: The system refuses.
     """
-    hint = "free some space or choose another folder; the previous file, if any, is untouched."
-    _refuse_nul(path)
     try:
         yield
     except PrefixError:
         raise
-    except OSError as error:
-        raise PrefixError(f"cannot write {str(path)!r}: {error.strerror or error}.", hint=hint) from error
     except Exception as error:
         # Libraries in Rust wrap the system's errors in their own.
         code = re.search(r"\(os error (\d{1,4})\)", str(error))
-        if code is None:
+        cause = OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
+        if not isinstance(cause, OSError):
             raise
-        cause = OSError(int(code[1]), os.strerror(int(code[1])))
-        raise PrefixError(f"cannot write {str(path)!r}: {cause.strerror}.", hint=hint) from cause
-
-
-def _refuse_nul(path: Path) -> None:
-    if "\0" in str(path):
-        raise PrefixError(f"cannot write {str(path)!r}: a name has no NUL character.", hint="choose another name.")
+        raise PrefixError(
+            f"cannot write {str(path)!r}: {cause.strerror or cause}.",
+            hint="free some space or choose another folder; the previous file, if any, is untouched.",
+        ) from cause
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -151,21 +139,12 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         PrefixError: It cannot be written.
     """
-    with reporting_write_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            # After a line that a full disk or a kill has cut off.
-            is_cut_off = os.lseek(descriptor, 0, os.SEEK_END) > 0 and _last_byte(descriptor) != b"\n"
-            data = f"{chr(10) if is_cut_off else ''}{line}\n".encode("utf-8", "replace")
-            if os.write(descriptor, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
-
-
-def _last_byte(descriptor: int) -> bytes:
-    os.lseek(descriptor, -1, os.SEEK_END)
-    return os.read(descriptor, 1)
+    with reporting_write_errors(path), open(path, "ab+", buffering=0) as file:
+        # After a line that a full disk or a kill has cut off.
+        is_cut_off = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        data = f"{chr(10) * is_cut_off}{line}\n".encode("utf-8", "replace")
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # --- several files ----------------------------------------------------------------------------------------------------
@@ -173,53 +152,32 @@ def _last_byte(descriptor: int) -> bytes:
 
 @contextlib.contextmanager
 def atomic_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, and move its files into `folder` when the block ends without an error.
+    """Yield a temporary folder, which becomes `folder` when the block ends without an error.
 
-    They replace files of the same names, in reverse order of their names; other files stay. If one cannot be moved,
-    those before it are put back.
+    A new folder is there as a whole or not at all. In one that has files, each of the same name is replaced, in
+    reverse order of their names, and other files stay; a process that is killed in between leaves old and new files,
+    each of them whole.
 
     Raises:
         PrefixError: The disk is full or the folder cannot be written.
     """
     folder = Path(folder)
     with reporting_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with work_folder(folder, "files") as made, work_folder(folder, "replaced") as kept:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # A folder may be another disk than the one above it.
+        with work_folder(folder if folder.is_dir() else folder.parent, folder.name) as made:
             yield made
-            names = sorted((p.relative_to(made) for p in made.rglob("*") if p.is_file()), reverse=True)
-            names = [name for name in names if name != Path(_LOCK)]
-            flush_to_disk(*(made / name for name in names))
-            moved: list[Path] = []
-            try:
-                for name in names:
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    _keep(folder / name, kept / name)
-                    os.replace(made / name, folder / name)
-                    moved.append(name)
-                fsync(folder)
-            except BaseException:
-                for name in moved:
-                    _put_back(kept / name, folder / name)
-                raise
-
-
-def _keep(path: Path, copy: Path) -> None:
-    """Keep a file that is to be replaced under a second name, if there is one."""
-    if path.is_file():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, copy)
-        except OSError:
-            # Not every system has a second name for a file.
-            shutil.copy2(path, copy)
-
-
-def _put_back(copy: Path, path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if copy.exists():
-            os.replace(copy, path)
-        else:
-            path.unlink()
+            files = sorted((path for path in made.rglob("*") if path.is_file()), reverse=True)
+            flush_to_disk(*files)
+            if not folder.is_dir():
+                os.rename(made, folder)
+            else:
+                for path in files:
+                    target = folder / path.relative_to(made)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, target)
+            fsync(folder)
+            fsync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -232,71 +190,39 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
         OSError: It cannot be made.
     """
     remove_abandoned(parent, name)
-    for _ in range(_ATTEMPTS):
-        made = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
-        with file_lock(made / _LOCK) as mine:
-            try:
-                # Another process may remove it as abandoned before it is locked.
-                if mine and made.is_dir():
-                    yield made
-                    return
-            finally:
-                _remove(made)
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(parent))
+    folder = Path(parent) / f".{name}.{secrets.token_hex(8)}.tmp"
+    with file_lock(folder.with_suffix(".lock")):
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path, name: str) -> int:
     """Remove the work folders that killed processes left; returns how many there were."""
     count = 0
     for folder in parent.glob(f".{glob.escape(name)}.*.tmp"):
-        # Without its lock it has just been made, or is all but removed; whoever made it makes another one.
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-            count += 1
-            continue
-        lock = None
+        path = folder.with_suffix(".lock")
         # If it cannot be locked, it may be in use.
         with contextlib.suppress(OSError):
-            if (folder / _LOCK).exists():
-                lock = acquire_lock(folder / _LOCK, 0.0)
-        if lock is not None:
-            _remove(folder)
-            lock.release()
-            count += 1
+            if lock := acquire_lock(path, 0.0):
+                shutil.rmtree(folder, ignore_errors=True)
+                path.unlink()
+                lock.release()
+                count += 1
     return count
 
 
-def _remove(folder: Path) -> None:
-    """Remove a work folder whose lock this process holds; the lock last, so that a kill leaves one to be removed."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != _LOCK:
-                path.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def flush_to_disk(*paths: Path) -> None:
-    """Flush files that libraries wrote to disk, and give them the permissions of any new file.
+    """Flush files that libraries wrote to disk, with their folder's permissions: libraries may make theirs private.
 
     Raises:
         OSError: One cannot be flushed.
     """
     for path in paths:
-        path.chmod(_usual_mode(path.parent))
+        path.chmod(path.parent.stat().st_mode & 0o666)
         fsync(path)
-
-
-def _usual_mode(folder: Path) -> int:
-    """The permissions of a new file; libraries may make theirs readable by the owner only."""
-    # Of its own name: others may work in the folder, too.
-    probe = folder / f".{secrets.token_hex(8)}.tmp"
-    try:
-        probe.touch()
-        return probe.stat().st_mode
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
@@ -333,7 +259,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
     with reporting_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        with file_lock(folder / _LOCK) as acquired:
+        with file_lock(folder / ".lock") as acquired:
             if not acquired:
                 raise PrefixError(
                     f"{str(folder)!r} is in use by another process.", hint="wait for it, or choose another folder."

@@ -1,7 +1,4 @@
-"""Locks among processes.
-
-A lock ends with its process, however that ends, and holds among containers that share a folder.
-"""
+"""Locks among processes: each ends with its process, however that ends, and holds among containers, too."""
 
 from __future__ import annotations
 
@@ -18,44 +15,37 @@ if TYPE_CHECKING:
 
 __all__ = ["acquire_lock", "file_lock"]
 
-_PATIENCE = 0.3
-"""Seconds that a lock is tried for: the last holder may just be removing its file."""
-
 
 @contextlib.contextmanager
-def file_lock(path: Path, timeout: float = _PATIENCE) -> Iterator[bool]:
+def file_lock(path: Path, timeout: float = 0.3) -> Iterator[bool]:
     """Hold a lock file while the block runs; yields whether this process got the lock.
 
     If the file cannot be made or the system has no locks, everybody gets it: the error comes when something is written.
 
     Args:
         path: The file; removed with the lock.
-        timeout: Most seconds to wait; below 0: without limit.
+        timeout: Most seconds to wait, as the last holder may just be removing its file; below 0: without limit.
 
     Raises:
         PrefixError: The file exists and may not be opened, so it is unknown whether it is held.
     """
-    lock, free = None, True
-    try:
-        lock = acquire_lock(path, timeout)
-        free = lock is not None
-    except OSError as error:
-        if isinstance(error, PermissionError) and path.exists():
-            raise PrefixError(
-                f"the lock {str(path)!r} belongs to another user.",
-                hint="delete it if nobody works there, or choose another folder.",
-            ) from error
-        # Another process has just removed the folder.
-        free = not isinstance(error, FileNotFoundError)
-    try:
-        yield free
-    finally:
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = acquire_lock(path, timeout)
+            free = lock is not None
+        except OSError as error:
+            if isinstance(error, PermissionError) and path.exists():
+                raise PrefixError(
+                    f"the lock {str(path)!r} belongs to another user.",
+                    hint="delete it if nobody works there, or choose another folder.",
+                ) from error
+            # Where its folder is missing, another process has just removed that.
+            lock, free = None, not isinstance(error, FileNotFoundError)
         if lock is not None:
+            stack.callback(lock.release)
             # Removed while it is held: a waiting process makes a new file.
-            with contextlib.suppress(OSError):
-                path.unlink()
-            with contextlib.suppress(OSError):
-                lock.release()
+            stack.callback(path.unlink, missing_ok=True)
+        yield free
 
 
 def acquire_lock(path: Path, timeout: float) -> BaseFileLock | None:

@@ -1,4 +1,4 @@
-"""Facts about a measurement: the machine and the versions. Needs no library."""
+"""Facts about the machine: processor, versions, free memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["describe_machine", "num_cores", "versions"]
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["describe_machine", "free_memory", "num_cores", "versions"]
 
 _PACKAGES = ("prefixtune", "torch", "transformers", "safetensors", "sacrebleu", "peft")
 
@@ -24,14 +30,12 @@ def describe_machine() -> dict[str, str | int | float]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), processor)
-    facts: dict[str, str | int | float] = {
+    return {
         "processor": processor,
         "cores": num_cores(),
         "system": f"{platform.system()} {platform.machine()}",
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    return facts
 
 
 def versions() -> dict[str, str]:
@@ -41,3 +45,23 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             installed[name] = version(name)
     return installed
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on a device; for the CPU, within the limit of its container."""
+    if device.type == "cuda":
+        import torch
+
+        free: int = torch.cuda.mem_get_info(device)[0]
+        # What torch keeps of freed tensors, it uses again.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = psutil.virtual_memory().available
+    # Of a container, whose page cache counts as used.
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        most, used, facts = (
+            Path("/sys/fs/cgroup", name).read_text(encoding="ascii")
+            for name in ("memory.max", "memory.current", "memory.stat")
+        )
+        cached = next(line for line in facts.splitlines() if line.startswith("inactive_file ")).split()[1]
+        free = min(free, max(0, int(most) - int(used) + int(cached)))
+    return free

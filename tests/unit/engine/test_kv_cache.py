@@ -20,7 +20,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.memory import free_memory
+from prefixtune.utils.machine import free_memory
 
 SHAPES = (LayerShape(2, 4, 3), LayerShape(1, 8, 8))
 CPU = torch.device("cpu")

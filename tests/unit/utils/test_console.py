@@ -9,25 +9,19 @@ import pytest
 from prefixtune.utils.console import Console, safe_text
 
 
-class Clock:
-    """A clock that the test moves."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def stream() -> io.StringIO:
     return io.StringIO()
 
 
-def run(console: Console, clock: Clock, *, total: int | None, seconds: float, steps: int, start: int = 0) -> None:
-    with console.progress("train", total, start=start) as progress:
-        for step in range(start + 1, steps + 1):
-            clock.now += seconds
-            progress.update(step, loss=10 / step, tokens_per_second=1234.5)
+def run(console: Console, *, total: int, seconds: float) -> None:
+    """Steps that take so many seconds, by a clock that stands still otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: 0.0)
+        with console.progress("train", total) as progress:
+            for step in range(1, total + 1):
+                patch.setattr("time.monotonic", lambda now=step * seconds: now)
+                progress.update(step, loss=10 / step, tokens_per_second=1234.5)
 
 
 def test_messages_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +50,7 @@ def test_the_work_goes_on_when_nobody_reads_its_messages(capsys: pytest.CaptureF
 
     console = Console(stream=Gone())
     console.info("hello")
-    run(console, Clock(), total=10, seconds=100, steps=10)
+    run(console, total=10, seconds=100)
     console.table("", ["a"], [[1]], result=True)
     assert capsys.readouterr().out.split() == ["a", "1"]
 
@@ -66,7 +60,7 @@ def test_quiet_shows_errors_only(stream: io.StringIO, capsys: pytest.CaptureFixt
     console.info("hello")
     console.warn("careful")
     console.table("t", ["a"], [[1]])
-    run(console, Clock(), total=10, seconds=100, steps=10)
+    run(console, total=10, seconds=100)
     console.error("bad")
     assert stream.getvalue() == "error: bad\n"
     console.table("", ["a"], [[1]], result=True)
@@ -74,8 +68,7 @@ def test_quiet_shows_errors_only(stream: io.StringIO, capsys: pytest.CaptureFixt
 
 
 def test_a_long_run_gives_a_line_now_and_then(stream: io.StringIO) -> None:
-    clock = Clock()
-    run(Console(stream=stream, clock=clock), clock, total=100, seconds=1, steps=100)
+    run(Console(stream=stream), total=100, seconds=1)
     lines = stream.getvalue().splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [15, 30, 45, 60, 75, 90, 100]
     assert lines[0] == "train: 15/100 (15 %), loss 0.6667, tokens/s 1,234, 1:25 left"
