@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
+from prefixtune.cli.options import PathText
 from prefixtune.cli.show import print_event, print_json
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.utils.console import Console
 
 __all__ = ["PathText", "check_metrics", "format_score", "print_event", "print_json", "show_scores"]
-
-
-PathText = Annotated[str, Field(min_length=1)]
-"""A path that, left out, means something else: an empty one, as of a shell's variable that is not set, is refused."""
 
 
 def check_metrics(names: Iterable[str], known: Collection[str]) -> None:

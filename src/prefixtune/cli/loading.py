@@ -14,6 +14,7 @@ from prefixtune.utils.console import Console
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.prefix.prefix import Prefix
+    from prefixtune.prefix.rotation import Rotation
     from prefixtune.prefix.text_format import TextFormat
 
 __all__ = [
@@ -130,30 +131,25 @@ def read_prefix(text: str) -> Prefix:
         PrefixError: A file is missing or wrong, or they cannot be joined.
     """
     # A file that is missing is named before torch is imported.
-    names, files = split_joined(text), prefix_files(text)
+    files = prefix_files(text)
 
     from prefixtune.backbone.prefixes import load_prefix
 
-    return _join([load_prefix(file) for file in files], names)
+    return _join([load_prefix(file) for file in files], split_joined(text))
 
 
-def _join(parts: Sequence[Prefix], names: Sequence[str]) -> Prefix:
-    """One prefix of those that a text of --prefix names, without the model, as `read_prefix` says.
+def _join(parts: Sequence[Prefix], names: Sequence[str], rotation: Rotation | None = None) -> Prefix:
+    """One prefix of those that a text of --prefix names.
 
     Raises:
         PrefixError: They cannot be joined.
     """
-    from prefixtune.prefix.compose import check_joinable, concatenate, stored_rotation
-    from prefixtune.prefix.prefix import Prefix
+    from prefixtune.prefix.compose import concatenate, stored_rotation
     from prefixtune.prefix.rotation import Rotation
 
     if len(parts) == 1:
         return parts[0]
-    check_joinable(parts, names)
-    rotation = stored_rotation(parts, names)
-    joined = concatenate(parts, rotation or Rotation("none"), names=names)
-    header = {name: value for name, value in joined.header.items() if name != "rotation" or rotation is not None}
-    return Prefix(joined.layers, header, joined.head)
+    return concatenate(parts, rotation or stored_rotation(parts, names) or Rotation("none"), names=names)
 
 
 def load_with_prefixes(
@@ -178,7 +174,6 @@ def load_with_prefixes(
 
     from prefixtune.backbone.prefixes import load_prefix, named_backbone, trained_adapter
     from prefixtune.prefix.chat_format import allow_named
-    from prefixtune.prefix.compose import concatenate
 
     read = {file: load_prefix(file) for names in parts for file in names}
     joined = [_join([read[name] for name in names], names) for names in parts]
@@ -188,16 +183,8 @@ def load_with_prefixes(
     name = options.backbone or named_backbone(list(read.values()))
     adapter = options.adapter or trained_adapter([Path(file) for file in read], list(read.values()))
     backbone = load(console, name, options, adapter)
-
-    def load_one(file: str) -> Prefix:
-        return load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone)
-
-    return backbone, [
-        load_one(names[0])
-        if len(names) == 1
-        else concatenate([load_one(name) for name in names], backbone.rotation, names=names)
-        for names in parts
-    ]
+    checked = {file: load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone) for file in read}
+    return backbone, [_join([checked[name] for name in names], names, backbone.rotation) for names in parts]
 
 
 def find_artifact(options: Any, file: str | None) -> Artifact:
@@ -211,20 +198,19 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
     Raises:
         ConfigError: The run has neither, or --quantize or --adapter does not go with its weights.
     """
-    from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
-
     if options.run_folder:
+        from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
+
         folder = Path(options.run_folder)
         weights = folder / WEIGHTS_FILE
         if weights.is_file():
-            for name in ("quantize", "adapter"):
-                if getattr(options, name):
-                    raise ConfigError(
-                        f"--{name} is {getattr(options, name)!r}, but {str(weights)!r} holds weights of its own.",
-                        hint=f"leave --{name} out; it goes with a prefix or the bare model.",
-                    )
             from prefixtune.training.artifact import load_weights
 
+            if given := [f"--{name}" for name in ("quantize", "adapter") if getattr(options, name)]:
+                raise ConfigError(
+                    f"{' and '.join(given)} cannot go with {str(weights)!r}, which holds weights of its own.",
+                    hint="leave it out; it goes with a prefix or the bare model.",
+                )
             return Artifact(weights=weights, header=load_weights(weights)[1])
         if not (folder / PREFIX_FILE).is_file():
             raise ConfigError(

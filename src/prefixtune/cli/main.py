@@ -35,7 +35,6 @@ COMMANDS = {
         "prepare": "fetch the default backbone and store it, ready to load without a network",
         "doctor": "check that a backbone carries prefixes correctly; exits with 1 if anything fails",
         "env": "show versions, devices, precision and folders: what a bug report needs",
-        "--install-completion": "complete commands, options and choices by the Tab key, in bash, zsh or fish",
     },
     "Train": {
         "train": "train a prefix and store it as one small file",
@@ -68,8 +67,9 @@ COMMANDS = {
     },
 }
 """Group -> command -> one line of help."""
-_MODULES = dict.fromkeys(("prepare", "doctor", "env", "install_completion"), "setup")
+_MODULES = dict.fromkeys(("prepare", "doctor", "env"), "setup")
 """Commands whose module has another name."""
+_COMPLETION = "complete commands, options and choices by the Tab key, in bash, zsh or fish"
 _RESUMABLE = ("distill", "evaluate", "length", "train")
 _GO_ON = "what was stored is kept: the same command goes on, with --resume if it has that option."
 _LESS_MEMORY = (
@@ -195,10 +195,12 @@ def build_app(command: str = "") -> App:
         group_parameters=Group("Options", sort_key=0),
         default_command=None,
     )
+    groups = {title: Group.create_ordered(title) for title in COMMANDS}
     for title, commands in COMMANDS.items():
-        group = Group.create_ordered(title)
         for name, text in commands.items():
-            app.command(":".join(_function(name)), name=name, help=None if name == command else text, group=group)
+            shown = None if name == command else text
+            app.command(":".join(_function(name)), name=name, help=shown, group=groups[title])
+    app.register_install_completion_command(add_to_startup=False, help=_COMPLETION, group=groups["Start"])
     return app
 
 
@@ -213,7 +215,7 @@ def command_options() -> dict[str, type[CommandOptions]]:
 
 def _function(command: str) -> tuple[str, str]:
     """The module and the name of a command's function."""
-    name = command.strip("-").replace("-", "_")
+    name = command.replace("-", "_")
     return f"prefixtune.cli.commands.{_MODULES.get(name, name)}", name
 
 

@@ -27,7 +27,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "completions"),
     [
         (["exp"], {"explain", "export"}),
-        (["c"], {"chat", "compose", "config", "convert", "cut"}),
+        (["c"], {"chat", "compose", "convert"}),
         (["train", "--learning"], {"--learning-rate"}),
         (["export", "--kv-type", ""], {"f16", "f32", "bf16"}),
         (["doctor", "--quantize", "int"], {"int4", "int8"}),

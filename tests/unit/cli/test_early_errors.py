@@ -83,7 +83,6 @@ MISTAKES = [
     ("env --jsn", "--json"),
     ("data nowhere.jsonl --backbone model", "nowhere.jsonl"),
     ("lm-eval --tsks x", "--tasks"),
-    ("--install-completion --shell bsh", "bsh"),
 ]
 
 

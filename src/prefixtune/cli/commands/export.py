@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.show import show
 from prefixtune.utils.config import DTypeName, option_group
 from prefixtune.utils.console import Console
-
-if TYPE_CHECKING:
-    from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.files import check_writable
 
 __all__ = ["export"]
 
@@ -34,12 +30,10 @@ class ExportOptions(OutputOptions):
     )
     to: Literal["llama.cpp", "onnx"] = Field(description="the runtime")
     output: str = Field(description="folder for the exported files")
-    state_version: int | None = _of_llama_cpp(
-        None, description="layout of the state file, 2, 3 or 4; it depends on the build of llama.cpp (default: 4)"
+    state_version: int = _of_llama_cpp(
+        4, ge=2, le=4, description="layout of the state file; it depends on the build of llama.cpp"
     )
-    kv_type: Literal["f16", "f32", "bf16", ""] = _of_llama_cpp(
-        "", description="type of the server's cache (default: f16)"
-    )
+    kv_type: Literal["f16", "f32", "bf16"] = _of_llama_cpp("f16", description="type of the server's cache")
     backbone: str | None = _of_backbone(None, description="default: the one in the prefix's header")
     dtype: DTypeName = _of_backbone("float32", description="of the loaded backbone; onnx: float32")
     device: str = _of_backbone("cpu", description="auto, cpu, cuda, cuda:0, mps")
@@ -54,22 +48,11 @@ class ExportOptions(OutputOptions):
 
     quantize: ClassVar[str] = ""
 
-    @field_validator("state_version")
-    @classmethod
-    def _check_state_version(cls, version: int | None) -> int | None:
-        from prefixtune.engine.llama_state import STATE_VERSIONS
-
-        if version is not None and version not in STATE_VERSIONS:
-            raise ValueError(f"is {version}, but must be one of {', '.join(map(str, STATE_VERSIONS))}")
-        return version
-
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Options that do not go together, and an output that is no folder."""
+        """Options of llama.cpp for another target."""
         for name in ("state_version", "kv_type") if self.to != "llama.cpp" else ():
             if getattr(self, name) != self.default(name):
                 yield (name, "to"), f"{self.flag(name)} is for llama.cpp, but the target is {self.to}; leave it out"
-        if os.path.exists(self.output) and not os.path.isdir(self.output):
-            yield ("output",), f"--output is {self.output!r}, which is a file; name a folder"
 
 
 @command
@@ -80,17 +63,19 @@ def export(options: ExportOptions) -> int:
         prefixtune export runs/e2e/prefix.safetensors --to llama.cpp --output exported
         prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported
     """
-    from prefixtune.interop.export import MANIFEST, check_folder
-    from prefixtune.utils.files import check_writable
+    from prefixtune.interop.export import check_folder, check_prefix
 
     if options.to == "onnx":
         from prefixtune.interop.onnx.export import export_onnx, require_onnx
 
         require_onnx()
     folder, console = Path(options.output), Console(quiet=options.quiet)
-    check_writable(folder / MANIFEST)
+    target = "ONNX" if options.to == "onnx" else options.to
+    check_writable(folder / "any")
     check_folder(folder)
-    backbone, (prefix,) = load_with_prefixes(console, options, [options.prefix], partial(_check_inputs, options))
+    backbone, (prefix,) = load_with_prefixes(
+        console, options, [options.prefix], lambda prefixes: check_prefix(prefixes[0], target)
+    )
     console.info(f"exporting to {options.to} ...")
     if options.to == "onnx":
         facts = export_onnx(prefix, backbone, folder)
@@ -98,25 +83,11 @@ def export(options: ExportOptions) -> int:
     else:
         from prefixtune.interop.llama_cpp.export import export_llama_cpp
 
-        layout: dict[str, Any] = {"state_version": options.state_version, "kv_type": options.kv_type}
+        # The name stands in the commands of the README and in requests.
+        name = re.sub(r"[^A-Za-z0-9._+-]+", "-", short_name(options.prefix))
         facts = export_llama_cpp(
-            prefix,
-            backbone,
-            folder,
-            # It stands in the commands of the README and in requests.
-            name=re.sub(r"[^A-Za-z0-9._+-]+", "-", short_name(options.prefix)),
-            **{name: value for name, value in layout.items() if value},
+            prefix, backbone, folder, name=name, state_version=options.state_version, kv_type=options.kv_type
         )
         note = f"run {folder / 'check.py'} against the server, which also answers if the prefix is not loaded"
-    if options.as_json:
-        print_json({**facts, "folder": str(folder)})
-    else:
-        print(f"{folder / facts['file']}; {note}")
+    show({**facts, "folder": str(folder)}, f"{folder / facts['file']}; {note}", as_json=options.as_json)
     return 0
-
-
-def _check_inputs(options: ExportOptions, prefixes: Sequence[Prefix]) -> None:
-    from prefixtune.interop.export import check_prefix
-
-    for prefix in prefixes:
-        check_prefix(prefix, "ONNX" if options.to == "onnx" else options.to)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.cli.commands.compose import parts_table
-from prefixtune.cli.common import PathText, print_json
-from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.options import OutputOptions, PathText, command, json_option, positional
+from prefixtune.cli.show import Table, show
 from prefixtune.errors import CheckpointError, PrefixError
-from prefixtune.utils.console import Console
 
 __all__ = ["inspect"]
 
@@ -33,7 +32,7 @@ def inspect(options: InspectOptions) -> int:
     from prefixtune.prefix.hub import prefix_file
 
     if os.path.isdir(options.path):  # Path.is_dir raises if the parent folder may not be read
-        return _list(options, Path(options.path))
+        return _list(Path(options.path), options.as_json)
     path = prefix_file(options.path)
 
     from prefixtune.backbone.prefixes import load_prefix
@@ -55,27 +54,25 @@ def inspect(options: InspectOptions) -> int:
         "parameters": prefix.num_parameters,
         "prefix_length": prefix.lengths,
     }
-    if options.as_json:
-        print_json({"file": str(path), **sizes, "header": prefix.header, "layers": norms})
-        return 0
-    console = Console(quiet=options.quiet)
-    print(f"{path}: {prefix!r}, {sizes['file_bytes']:,} bytes")
-    header = dict(prefix.header)
-    composition = header.pop("composition", {})
+    composition = prefix.header.get("composition") or {}
     parts = composition.get("parts")
-    console.table("header", ["key", "value"], list(_flatten(header)), result=True)
-    if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
-        console.table(*parts_table(composition.get("mode"), parts), result=True)
-    console.table(
-        "mean norm of a head's vector",
-        ["site", "layer", "key", "value"],
-        [[str(n["site"]), str(n["layer"]), f"{n['key_norm']:.3f}", f"{n['value_norm']:.3f}"] for n in norms],
-        result=True,
+    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts)
+    show(
+        {"file": str(path), **sizes, "header": prefix.header, "layers": norms},
+        f"{path}: {prefix!r}, {sizes['file_bytes']:,} bytes",
+        Table("header", ["key", "value"], list(_flatten({**prefix.header, "composition": {}}))),
+        *([parts_table(composition.get("mode"), parts)] if has_parts else []),
+        Table(
+            "mean norm of a head's vector",
+            ["site", "layer", "key", "value"],
+            [[str(n["site"]), str(n["layer"]), f"{n['key_norm']:.3f}", f"{n['value_norm']:.3f}"] for n in norms],
+        ),
+        as_json=options.as_json,
     )
     return 0
 
 
-def _list(options: InspectOptions, folder: Path) -> int:
+def _list(folder: Path, as_json: bool) -> int:
     """List the prefixes of a folder and the runs in it; returns 1 if a file is broken."""
     rows = [_row(folder, path) for path in _artifacts(folder)]
     if not rows:
@@ -83,27 +80,19 @@ def _list(options: InspectOptions, folder: Path) -> int:
             f"{str(folder)!r} holds no prefix and no finished run.",
             hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
         )
-    broken = [row for row in rows if "error" in row]
-    if options.as_json:
-        print_json({"folder": str(folder), "prefixes": rows})
-        return 1 if broken else 0
     good = [
-        [
-            row["name"],
-            row["file_bytes"],
-            row["method"],
-            row["backbone"],
-            _format_lengths(row["prefix_length"]),
-            row["task"],
-        ]
+        [row["name"], row["file_bytes"], row["method"], row["backbone"], _length(row["prefix_length"]), row["task"]]
         for row in rows
         if "error" not in row
     ]
-    console = Console(quiet=options.quiet)
+    broken = [[row["name"], row["error"]] for row in rows if "error" in row]
     columns = ["name", "bytes", "method", "backbone", "length", "task"]
-    console.table(f"{len(good)} of {len(rows)} files in {folder}", columns, good, result=True)
-    if broken:
-        console.table("broken files", ["name", "why"], [[row["name"], row["error"]] for row in broken], result=True)
+    show(
+        {"folder": str(folder), "prefixes": rows},
+        Table(f"{len(good)} of {len(rows)} files in {folder}", columns, good),
+        *([Table("broken files", ["name", "why"], broken)] if broken else []),
+        as_json=as_json,
+    )
     return 1 if broken else 0
 
 
@@ -145,12 +134,8 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
     }
 
 
-def _format_lengths(lengths: Mapping[str, int]) -> str:
-    """A prefix's length at each site.
-
-    >>> _format_lengths({"decoder": 10}), _format_lengths({"encoder": 20, "cross": 5})
-    ('10', 'encoder 20, cross 5')
-    """
+def _length(lengths: Mapping[str, int]) -> str:
+    """A prefix's length; where that of its sites differs, each with its site."""
     if len(set(lengths.values())) == 1:
         return str(next(iter(lengths.values())))
     return ", ".join(f"{site} {length}" for site, length in lengths.items())

