@@ -1,4 +1,4 @@
-"""Paths with a `~`, and where everything is kept that can be made again."""
+"""Paths with a `~`, and the user's folders for what is kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["cache_folder", "expand_home"]
+__all__ = ["cache_folder", "data_folder", "expand_home"]
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
@@ -24,11 +24,26 @@ def cache_folder() -> Path:
     Raises:
         ConfigError: None of these is known.
     """
+    return _folder("", "XDG_CACHE_HOME", "~/.cache")
+
+
+def data_folder() -> Path:
+    """Return the folder for what is kept without being told where: `$PREFIXTUNE_HOME/data`, or the user's data folder.
+
+    Without `PREFIXTUNE_HOME` it is `$XDG_DATA_HOME/prefixtune`, or else `~/.local/share/prefixtune`. Makes nothing.
+
+    Raises:
+        ConfigError: None of these is known.
+    """
+    return _folder("data", "XDG_DATA_HOME", "~/.local/share")
+
+
+def _folder(below: str, variable: str, usual: str) -> Path:
     if home := os.environ.get("PREFIXTUNE_HOME"):
-        return expand_home(home)
-    folder = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        return expand_home(home) / below
+    folder = expand_home(os.environ.get(variable) or usual)
     if str(folder).startswith("~"):
         raise ConfigError(
-            "this user has no home folder, and so no cache folder.", hint="set PREFIXTUNE_HOME to a folder to write to."
+            "this user has no home folder, and so none to write to.", hint="set PREFIXTUNE_HOME to a folder."
         )
     return folder / "prefixtune"

@@ -1,17 +1,14 @@
-"""Paths with a `~`, also of a user who does not exist; and the cache's folder."""
+"""Paths with a `~`, also of a user who does not exist; and the user's folders."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from prefixtune.utils.folders import cache_folder, expand_home
+from prefixtune.utils.folders import cache_folder, data_folder, expand_home
 
 NO_USER = "~no-such-user/prefixes"
-
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="on Windows every user has a home beside the own one")
 
 
 def test_a_user_who_does_not_exist_has_no_home() -> None:
@@ -19,8 +16,11 @@ def test_a_user_who_does_not_exist_has_no_home() -> None:
     assert expand_home(NO_USER) == Path(NO_USER)
 
 
-@pytest.mark.parametrize(("variable", "below"), [("PREFIXTUNE_HOME", ""), ("XDG_CACHE_HOME", "prefixtune")])
-def test_the_cache_may_be_below_any_home(variable: str, below: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_folders_may_be_below_any_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFIXTUNE_HOME", raising=False)
-    monkeypatch.setenv(variable, "~/caches")
-    assert cache_folder() == Path.home() / "caches" / below
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/caches")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert cache_folder() == Path.home() / "caches" / "prefixtune"
+    assert data_folder() == Path.home() / ".local" / "share" / "prefixtune"
+    monkeypatch.setenv("PREFIXTUNE_HOME", "~/all")
+    assert (cache_folder(), data_folder()) == (Path.home() / "all", Path.home() / "all" / "data")

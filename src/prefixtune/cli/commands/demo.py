@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import DEFAULT_BACKBONE
 from prefixtune.cli.options import OutputOptions, command, json_option
+from prefixtune.cli.show import Table, show
 from prefixtune.cli.training import run_training
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
@@ -81,12 +81,9 @@ def demo(options: DemoOptions) -> int:
     result = run_training(console, demo_config(options), backbone=backbone, examples=examples)
     after = _evaluate(console, "held-out tables, after", backbone, held_out, result.prefix)
     loss_plot(result.events, folder / "loss.png", "night-train notices")
-    figures = _figures(folder, backbone, held_out, before, after, result)
+    figures = _figures(backbone, held_out, before, after, result) | {"loss_plot": str(folder / "loss.png")}
     write_text(folder / _MARK, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    if options.as_json:
-        print_json(figures)
-    else:
-        _show(console, figures)
+    show(figures, *_parts(figures), as_json=options.as_json)
     return 0
 
 
@@ -113,12 +110,7 @@ def _evaluate(
 
 
 def _figures(
-    folder: Path,
-    backbone: Backbone,
-    held_out: Sequence[Example],
-    before: Evaluation,
-    after: Evaluation,
-    result: TrainResult,
+    backbone: Backbone, held_out: Sequence[Example], before: Evaluation, after: Evaluation, result: TrainResult
 ) -> dict[str, Any]:
     """Everything that the demo shows, as JSON."""
     assert result.prefix is not None
@@ -137,7 +129,6 @@ def _figures(
         "stored_parameters": result.prefix.num_parameters,
         "file_bytes": result.path.stat().st_size,
         "file": str(result.path),
-        "loss_plot": str(folder / "loss.png"),
         "examples": [
             {"table": example.source, "before": old, "after": new, "reference": example.targets[0]}
             for example, old, new in list(zip(held_out, before.outputs, after.outputs, strict=True))[:4]
@@ -145,22 +136,20 @@ def _figures(
     }
 
 
-def _show(console: Console, figures: Mapping[str, Any]) -> None:
-    """Print the same held-out tables before and after, and the figures."""
+def _parts(figures: Mapping[str, Any]) -> Iterator[Table | str]:
+    """The same held-out tables before and after, and the figures, for people."""
     for example in figures["examples"]:
         rows = [[name, example[name].replace("\n", " ")] for name in ("before", "after", "reference")]
-        console.table(example["table"], ["", "text"], rows, result=True)
+        yield Table(example["table"], ["", "text"], rows)
     count = figures["held_out"]
-    console.table(
-        f"{count} held-out tables",
-        ["", "before", "after"],
-        [
-            ["BLEU (sacrebleu, 13a)", f"{figures['bleu_before']:.2f}", f"{figures['bleu_after']:.2f}"],
-            ["word for word right", f"{figures['exact_before']} of {count}", f"{figures['exact_after']} of {count}"],
-        ],
-        result=True,
-    )
+    scores = [
+        ["BLEU (sacrebleu, 13a)", f"{figures['bleu_before']:.2f}", f"{figures['bleu_after']:.2f}"],
+        ["word for word right", f"{figures['exact_before']} of {count}", f"{figures['exact_after']} of {count}"],
+    ]
+    yield Table(f"{count} held-out tables", ["", "before", "after"], scores)
     share = figures["stored_parameters"] / figures["backbone_parameters"]
-    print(f"parameters: {figures['backbone_parameters']:,} frozen, {figures['trained_parameters']:,} trained,", end=" ")
-    print(f"{figures['stored_parameters']:,} stored ({share:.2%} of the backbone)")
-    print(f"the prefix: {figures['file']} ({figures['file_bytes']:,} bytes); the loss: {figures['loss_plot']}")
+    yield (
+        f"parameters: {figures['backbone_parameters']:,} frozen, {figures['trained_parameters']:,} trained, "
+        f"{figures['stored_parameters']:,} stored ({share:.2%} of the backbone)"
+    )
+    yield f"the prefix: {figures['file']} ({figures['file_bytes']:,} bytes); the loss: {figures['loss_plot']}"
