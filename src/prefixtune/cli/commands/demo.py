@@ -31,7 +31,7 @@ __all__ = ["demo", "demo_config"]
 _INIT_TEXT = "Announce the night train:"
 _MARK = "demo.json"
 """What only a demo writes, as its first file."""
-_FILES = {"config.toml", "events.jsonl", "prefix.safetensors", "state.safetensors", "loss.png", _MARK}
+_FILES = {"config.toml", "events.jsonl", "prefix.safetensors", "state.safetensors", _MARK}
 
 
 class DemoOptions(OutputOptions):
@@ -64,7 +64,6 @@ def demo(options: DemoOptions) -> int:
     from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.packaged import prepare as prepare_backbone
     from prefixtune.data.toy import make_toy
-    from prefixtune.report import loss_plot
     from prefixtune.utils.files import write_text
 
     console = Console(quiet=options.quiet)
@@ -80,8 +79,7 @@ def demo(options: DemoOptions) -> int:
     write_text(folder / _MARK, "{}\n")
     result = run_training(console, demo_config(options), backbone=backbone, examples=examples)
     after = _evaluate(console, "held-out tables, after", backbone, held_out, result.prefix)
-    loss_plot(result.events, folder / "loss.png", "night-train notices")
-    figures = _figures(backbone, held_out, before, after, result) | {"loss_plot": str(folder / "loss.png")}
+    figures = _figures(backbone, held_out, before, after, result)
     write_text(folder / _MARK, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     show(figures, *_parts(figures), as_json=options.as_json)
     return 0
@@ -152,4 +150,4 @@ def _parts(figures: Mapping[str, Any]) -> Iterator[Table | str]:
         f"parameters: {figures['backbone_parameters']:,} frozen, {figures['trained_parameters']:,} trained, "
         f"{figures['stored_parameters']:,} stored ({share:.2%} of the backbone)"
     )
-    yield f"the prefix: {figures['file']} ({figures['file_bytes']:,} bytes); the loss: {figures['loss_plot']}"
+    yield f"the prefix: {figures['file']} ({figures['file_bytes']:,} bytes)"
