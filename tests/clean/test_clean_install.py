@@ -92,7 +92,6 @@ def test_the_demo_is_the_first_command(machine: Machine, demo: tuple[str, str]) 
     assert f"with {machine.name} (93 MB" in err
     assert "word for word right" in out + err
     assert (machine.work / "runs" / "demo" / "prefix.safetensors").stat().st_size < 600_000
-    assert (machine.work / "runs" / "demo" / "loss.png").stat().st_size > 1000
 
 
 @by_uv
@@ -138,7 +137,7 @@ def test_commands_on_files(machine: Machine, prefix: Path) -> None:
     """What converts, exports and scores needs no optional library either."""
     out, _ = machine.prefixtune(*SCORE, "--metrics", "bleu,chrf", "--json")
     assert json.loads(out)["scores"]["bleu"]["score"] == pytest.approx(100)
-    assert "webnlg" in machine.prefixtune("tasks")[0]
+    assert "webnlg" in machine.prefixtune("data", "--tasks")[0]
     machine.prefixtune("convert", prefix, "peft", "--to", "peft")
     assert (machine.work / "peft" / "adapter_config.json").exists()
     machine.prefixtune("convert", "peft", "back.safetensors", "--to", "prefixtune", "--backbone", "smollm2-135m")

@@ -165,15 +165,6 @@ def test_train_as_json_prints_events(folder: Path, train_flags: Callable[..., li
     assert err == ""
 
 
-def test_toml_and_flags_over_it(folder: Path, train_flags: Callable[..., list[str]]) -> None:
-    config = folder / "run.toml"
-    config.write_text('max_steps = 9\nseed = 3\noutput = "elsewhere"\n')
-    run(*train_flags(folder / "toml", "--config", str(config), "--max-steps", "2"))
-    stored = (folder / "toml" / "config.toml").read_text()
-    assert "max_steps = 2" in stored
-    assert "seed = 3" in stored
-
-
 @pytest.fixture(scope="module")
 def whole(folder: Path, train_flags: Callable[..., list[str]]) -> Path:
     """A run that nobody kills."""
@@ -184,22 +175,20 @@ def whole(folder: Path, train_flags: Callable[..., list[str]]) -> Path:
 KILLED = ("--max-steps", "60", "--reparameterization", "mlp", "--bottleneck-size", "16")
 
 
-@pytest.mark.parametrize(("save_every", "steps"), [("7", 20), ("1000", 1)], ids=["late", "before the first save"])
 def test_kill_minus_nine_then_resume_gives_the_same_losses(
-    save_every: str, steps: int, folder: Path, whole: Path, train_flags: Callable[..., list[str]]
+    folder: Path, whole: Path, train_flags: Callable[..., list[str]]
 ) -> None:
-    killed = folder / f"killed-{save_every}"
-    process = start(*train_flags(killed, *KILLED, "--save-every", save_every))
+    killed = folder / "killed"
+    process = start(*train_flags(killed, *KILLED, "--save-every", "7"))
     log = killed / "events.jsonl"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"event": "step"') >= steps):
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"event": "step"') >= 20):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = len(losses_of_whole_lines(log))
-    assert steps <= before < 60, "the run was to be killed on its way"
+    assert 20 <= len(losses_of_whole_lines(log)) < 60, "the run was to be killed on its way"
     _, err = run("train", "--resume", "--output", str(killed))
-    assert steps == 1 or "resuming after step" in err
+    assert "resuming after step" in err
     assert losses(killed) == losses(whole)
     assert load_prefix(killed / "prefix.safetensors").equal(load_prefix(whole / "prefix.safetensors"))
 
@@ -245,16 +234,6 @@ def test_doctor_passes_on_a_good_backbone(model: str) -> None:
     assert report["passed"] is True
     assert len(report["checks"]) == 5
     assert all(check["difference"] <= check["tolerance"] for check in report["checks"])
-
-
-def test_bad_rows_name_file_and_line(folder: Path, model: str) -> None:
-    bad = folder / "bad.jsonl"
-    bad.write_text('{"name": "a", "food": "b", "text": "c"}\n{"name": "a", "fod": "b", "text": "c"}\n')
-    flags = ("--backbone", model, "--train", str(bad), "--source", "{name} {food}", "--target", "text")
-    _, err = run("train", *flags, "--output", str(folder / "never"), code=2)
-    assert "bad.jsonl" in err
-    assert "line 2" in err or ":2" in err
-    assert not (folder / "never").exists()
 
 
 def test_an_unprepared_backbone_is_not_fetched_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,15 +86,17 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("command", "named"), MISTAKES)
-def test_a_mistake_is_reported_before_the_model_loads(
-    command: str, named: str, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_is_reported_before_the_model_loads_and_leaves_no_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command.split()) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "error: " in err
-    assert named in err
+    before = sorted(folder.iterdir())
+    for command, named in MISTAKES:
+        assert main(command.split()) == 2, command
+        out, err = capsys.readouterr()
+        assert out == "", command
+        assert "error: " in err, command
+        assert named in err, command
+        assert sorted(folder.iterdir()) == before, command
 
 
 def test_every_command_has_a_mistake_in_the_table() -> None:
