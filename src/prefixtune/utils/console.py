@@ -28,17 +28,15 @@ SECONDS = 15.0
 
 
 class Progress:
-    """The progress of a piece of work; this one is not shown.
+    """The progress of a piece of work.
 
     Args:
-        title: Names the work.
-        total: Steps of the whole work; None: unknown.
-        start: Steps that were done before, when work is resumed.
+        show: Takes the steps done, and all figures.
     """
 
-    def __init__(self, title: str, total: int | None, start: int) -> None:
-        self.title, self.total, self.start, self.step = title, total, start, start
-        self.figures: dict[str, Figure] = {}
+    def __init__(self, show: Callable[[int, dict[str, Figure]], object]) -> None:
+        self._show = show
+        self._figures: dict[str, Figure] = {}
 
     def update(self, step: int, **figures: Figure) -> None:
         """Show the progress.
@@ -47,56 +45,39 @@ class Progress:
             step: Steps done so far, counted from the start of the work.
             figures: Figures to show, such as `loss=2.31, tokens_per_second=1200`; shown until replaced.
         """
-        self.step = step
-        self.figures |= figures
-        self.show()
-
-    def show(self) -> None:
-        """Show the step and the figures."""
-
-    @property
-    def described(self) -> list[str]:
-        """The figures in words."""
-        names = {name: name.replace("_per_second", "/s").replace("_", " ") for name in self.figures}
-        return [f"{names[name]} {format_figure(value)}" for name, value in self.figures.items()]
+        self._figures |= figures
+        self._show(step, self._figures)
 
 
-class _Bar(Progress):
-    """A moving bar, for terminals."""
-
-    def __init__(self, title: str, total: int | None, start: int, bar: rich_progress.Progress) -> None:
-        super().__init__(title, total, start)
-        self._bar = bar
-        self._task = bar.add_task(title, total=total, completed=start, figures="")
-
-    def show(self) -> None:
-        self._bar.update(self._task, completed=self.step, figures="  ".join(self.described))
-
-
-class _Lines(Progress):
-    """Plain lines, for logs and pipes."""
+class _Lines:
+    """Plain lines about progress, for logs and pipes."""
 
     def __init__(self, title: str, total: int | None, start: int, write: Callable[[str], None]) -> None:
-        super().__init__(title, total, start)
-        self._write = write
+        self._title, self._total, self._start, self._write = title, total, start, write
         self._begin = self._last = time.monotonic()
-        self._written = start
+        self._step = self._written = start
+        self._figures: dict[str, Figure] = {}
 
-    def show(self) -> None:
+    def show(self, step: int, figures: dict[str, Figure]) -> None:
         """Write a line, if the last one was some time ago."""
+        self._step, self._figures = step, figures
         if time.monotonic() - self._last >= SECONDS:
             self.line()
 
     def line(self) -> None:
         """Write a line, unless this step has one."""
-        if self.step == self._written:
+        if self._step == self._written:
             return
-        self._last, self._written = time.monotonic(), self.step
-        done, elapsed = self.step - self.start, self._last - self._begin
-        share = f"/{self.total:,} ({100 * self.step / self.total:.0f} %)" if self.total else ""
-        left = elapsed / done * (self.total - self.step) if self.total and done > 0 else 0
+        self._last, self._written = time.monotonic(), self._step
+        done, elapsed = self._step - self._start, self._last - self._begin
+        share = f"/{self._total:,} ({100 * self._step / self._total:.0f} %)" if self._total else ""
+        left = elapsed / done * (self._total - self._step) if self._total and done > 0 else 0
         time_text = f"{format_seconds(left)} left" if left > 0 else f"{format_seconds(elapsed)} taken"
-        self._write(", ".join([f"{self.title}: {self.step:,}{share}", *self.described, time_text]))
+        self._write(", ".join([f"{self._title}: {self._step:,}{share}", *_describe(self._figures), time_text]))
+
+
+def _describe(figures: dict[str, Figure]) -> list[str]:
+    return [f"{name.replace('_per_second', '/s').replace('_', ' ')} {format_figure(figures[name])}" for name in figures]
 
 
 class Console:
@@ -123,13 +104,16 @@ class Console:
             start: Steps that were done before, when work is resumed.
         """
         if self.quiet:
-            yield Progress(title, total, start)
+            yield Progress(lambda step, figures: None)
         elif self._out.is_interactive:
-            with _rich_bar(self._out) as bar:
-                yield _Bar(title, total, start, bar)
+            with _bar(self._out) as bar:
+                task = bar.add_task(title, total=total, completed=start, figures="")
+                yield Progress(
+                    lambda step, figures: bar.update(task, completed=step, figures="  ".join(_describe(figures)))
+                )
         else:
             lines = _Lines(title, total, start, self._print)
-            yield lines
+            yield Progress(lines.show)
             lines.line()
 
     def table(
@@ -276,7 +260,7 @@ def _print_line(out: rich_console.Console, text: Text) -> None:
     out.print(text, soft_wrap=True, highlight=False)
 
 
-def _rich_bar(out: rich_console.Console) -> rich_progress.Progress:
+def _bar(out: rich_console.Console) -> rich_progress.Progress:
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(bar_width=24),

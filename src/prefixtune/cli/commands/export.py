@@ -51,7 +51,7 @@ class ExportOptions(OutputOptions):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options of llama.cpp for another target."""
         for name in ("state_version", "kv_type") if self.to != "llama.cpp" else ():
-            if getattr(self, name) != self.default(name):
+            if name in self.model_fields_set:
                 yield (name, "to"), f"{self.flag(name)} is for llama.cpp, but the target is {self.to}; leave it out"
 
 

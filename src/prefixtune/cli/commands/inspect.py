@@ -55,8 +55,8 @@ def inspect(options: InspectOptions) -> int:
         "prefix_length": prefix.lengths,
     }
     composition = prefix.header.get("composition") or {}
-    parts = composition.get("parts")
-    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts)
+    parts = composition.get("parts") or []
+    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts) and bool(parts)
     show(
         {"file": str(path), **sizes, "header": prefix.header, "layers": norms},
         f"{path}: {prefix!r}, {sizes['file_bytes']:,} bytes",
