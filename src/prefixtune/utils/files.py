@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def check_writable(path: Path) -> None:
         PrefixError: The path is a folder, a device or a pipe, or its folder cannot be written.
     """
     folder = next((parent for parent in Path(path).absolute().parents if os.path.lexists(parent)), Path("/"))
-    is_file = not os.path.exists(path) or os.path.isfile(path)
+    is_file = True
+    # Asked once: another process may remove it meanwhile. What is not there can be written.
+    with contextlib.suppress(OSError):
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
     can_write = os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
     if not (is_file and os.path.isdir(folder) and can_write):
         reason = f"{str(folder)!r} is no folder to write to" if is_file else "it is no file"
