@@ -31,7 +31,7 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import KeyConfig, ServeConfig
 from prefixtune.server.state import ServerState
 from prefixtune.training.checkpoint import load_state
@@ -179,7 +179,7 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
         num_slots=1,
         keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)},
     )
-    store = PrefixStore(folder, backbone)
+    store = PrefixFolder(folder, backbone)
     state = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
     app, body = make_app(state), other.read_bytes()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,9 +196,6 @@ def test_models_and_errors_are_of_the_clients_types(server: LiveServer) -> None:
         assert error.type == "invalid_request_error"
 
 
-# --- the asynchronous client ------------------------------------------------------------------------------------------
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 ERRORS: list[tuple[str, dict[str, Any], type[openai.APIStatusError], int, str | None, str | None]] = [
@@ -242,27 +238,3 @@ def test_a_client_that_does_not_wait_leaves_nothing(server: LiveServer) -> None:
     with client(server, timeout=0.05) as hasty, pytest.raises(openai.APITimeoutError):
         hasty.completions.create(**{**LONG, "n": 16})
     server.until(lambda: not server.get("/v1/status", key="pt-me")[1]["running"], 5)
-
-
-def test_an_error_in_a_stream_is_the_clients_exception(folder: Path) -> None:
-    server = LiveServer(folder / MODEL, folder / "prefixes", "--deadline", "1", "--num-slots", "2").wait()
-    try:
-        # The first request of a process may take longer than the deadline.
-        one = {**GREEDY, "prompt": "a", "max_tokens": 1}
-        server.until(lambda: server.post("/v1/completions", one)[0] == 200, 30)
-        with client(server) as caller:
-            pieces = caller.completions.create(**{**LONG, "n": 32}, stream=True)
-            started = time.monotonic()
-            next(pieces)
-            with pytest.raises(openai.APIError, match="not done within 1 seconds") as caught:
-                list(pieces)
-            assert time.monotonic() - started < 10
-            assert (caught.value.code, caught.value.type) == ("deadline_exceeded", "server_error")
-            parsed(ErrorObject, caught.value.body)
-            # The same whole: its status says so, and that a retry would take as long.
-            with pytest.raises(openai.InternalServerError) as late:
-                caller.completions.create(**{**LONG, "n": 32})
-            assert late.value.status_code == 504
-            assert late.value.response.headers["x-should-retry"] == "false"
-    finally:
-        assert server.stop() == 0

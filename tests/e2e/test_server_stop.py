@@ -148,7 +148,7 @@ def test_it_does_not_start_without_keys_on_a_public_address(folder: Path) -> Non
 
 
 def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:
-    assert "there is no folder of prefixes" in refusal("--prefixes", str(folder / "none"), "--prefill-tokens", "8")
+    assert "the folder of prefixes" in refusal("--prefixes", str(folder / "none"), "--prefill-tokens", "8")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         # Before the model is looked for.

@@ -68,23 +68,6 @@ def code(answer: tuple[int, Any, dict[str, str]]) -> tuple[int, str]:
     return answer[0], answer[1]["error"]["code"]
 
 
-def test_a_key_sees_and_uses_its_own_models_only(server: LiveServer) -> None:
-    listed = {name: [m["id"] for m in server.get("/v1/models", key=KEYS[name])[1]["data"]] for name in ("alice", "bob")}
-    assert listed == {"alice": [MODEL, "alice-1"], "bob": ["bob-1", "bob-2"]}
-    assert complete(server, KEYS["alice"], "alice-1")[0] == 200
-    # Whether there is such a model or not.
-    for name in ("bob-1", "bob-9", "other"):
-        assert code(complete(server, KEYS["alice"], name)) == (403, "model_not_allowed")
-        assert server.post(f"/v1/tasks/{name}", {"source": "x"}, key=KEYS["alice"])[0] == 403
-        assert server.get(f"/v1/models/{name}", key=KEYS["alice"])[0] == 403
-    missing = complete(server, KEYS["bob"], "bob-3")
-    assert code(missing) == (404, "model_not_found")
-    borrowed = server.post(f"/v1/tasks/{MODEL}", {"source": "x", "format_of": "bob-1"}, key=KEYS["alice"])
-    assert code(borrowed) == (403, "model_not_allowed")
-    assert code(server.get("/metrics", key=KEYS["alice"])) == (403, "metrics_not_allowed")
-    assert server.get("/metrics", key=KEYS["scrape"])[0] == 200
-
-
 def test_tenants_see_their_own_outputs_only(server: LiveServer, backbone: Any, folder: Path) -> None:
     models = {"alice": "alice-1", "bob": "bob-2"}
     prompts = [f"{letter}{index}" for letter in "pq" for index in range(6)]
@@ -208,14 +191,20 @@ def test_hostile_files_are_refused_and_leave_nothing(
     assert server.get("/healthz")[0] == 200
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["..%2fevil", "%2e%2e%2f%2e%2e%2fevil", ".hidden", "a%00b", "a%20b", "x" * 200, "..", "a%5cb", "%C3%A9"],
-)
-def test_names_cannot_leave_the_folder(server: LiveServer, folder: Path, good: bytes, name: str) -> None:
+def test_names_cannot_leave_the_folder(server: LiveServer, folder: Path, good: bytes) -> None:
     before = sorted(path for path in folder.rglob("*"))
-    status, _, _ = put(server, name, good)
-    assert status in (400, 404)
+    for name in (
+        "..%2fevil",
+        "%2e%2e%2f%2e%2e%2fevil",
+        ".hidden",
+        "a%00b",
+        "a%20b",
+        "x" * 200,
+        "..",
+        "a%5cb",
+        "%C3%A9",
+    ):
+        assert put(server, name, good)[0] in (400, 404)
     assert sorted(path for path in folder.rglob("*")) == before
 
 

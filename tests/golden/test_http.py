@@ -23,7 +23,7 @@ from prefixtune.engine.worker import EngineWorker
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import KeyConfig, ServeConfig
 from prefixtune.server.state import ServerState
 from zoo import make_model, make_tokenizer
@@ -404,7 +404,7 @@ class Servers:
                "max_file_mib": 1, **options},
         )  # fmt: skip
         engine = Engine(self.backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue))
-        state = ServerState(config, self.backbone, PrefixStore(folder, self.backbone), EngineWorker(engine))
+        state = ServerState(config, self.backbone, PrefixFolder(folder, self.backbone), EngineWorker(engine))
         self.states.append(state)
         return make_app(state), state
 

@@ -12,18 +12,14 @@ from prefixtune.server import playground
 from prefixtune.server.api import classify, completions, file_preview, files, fine_tuning, health, models, tasks
 from prefixtune.server.middleware import Middleware
 from prefixtune.server.responses import JsonAnswer, handle_errors
-from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
-
-__all__ = ["DESCRIPTION", "make_app", "with_routes"]
-
 
 DESCRIPTION = (
     "One frozen language model and many prefixes. /v1/models, /v1/completions and /v1/chat/completions are OpenAI's; "
     "/v1/tasks takes the fields of a prefix's own task. A name such as manual+style means prefixes that are joined. "
     "Every GET is also a HEAD."
 )
-_ROUTERS = (models.router, files.router, file_preview.router, fine_tuning.router, health.router)
+_ROUTERS = (models.router, files.router, file_preview.router, fine_tuning.router, health.public, health.router)
 _ENGINE_ROUTERS = (completions.router, tasks.router, classify.router, health.engine_router)
 """What a server without an engine does not have."""
 _READABLE_HEADERS = (
@@ -31,8 +27,6 @@ _READABLE_HEADERS = (
     *("x-prefixtune-cut-texts", "x-prefixtune-cut-tokens", "x-prefixtune-dropped-messages"),
 )
 """What pages of other origins may read of a response."""
-_FORM_OVERHEAD = 2**16
-"""Bytes that a form may have besides its file."""
 
 
 def make_app(state: ServerState) -> FastAPI:
@@ -41,13 +35,7 @@ def make_app(state: ServerState) -> FastAPI:
     app = with_routes(pages=config.playground, has_engine=state.has_engine)
     app.state.server = state
     handle_errors(app)
-    app.add_middleware(
-        Middleware,
-        metrics=state.metrics,
-        open_requests=state.open_requests,
-        max_body=lambda path: _max_body(config, path),
-        with_cors=bool(config.cors_origins),
-    )
+    app.add_middleware(Middleware, state=state)
     # The last one is the outermost: pages of other origins may read unexpected errors, too.
     if config.cors_origins:
         app.add_middleware(
@@ -80,12 +68,3 @@ def with_routes(*, pages: bool = True, has_engine: bool = True) -> FastAPI:
         if has_engine:
             app.include_router(playground.start)
     return app
-
-
-def _max_body(config: ServeConfig, path: str) -> int:
-    """Most bytes of a request's body."""
-    if path == "/v1/files":
-        return config.max_file_mib * 2**20 + _FORM_OVERHEAD
-    if path.startswith("/v1/models/"):
-        return config.max_upload_mib * 2**20
-    return config.max_body_kib * 2**10

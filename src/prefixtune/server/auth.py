@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from prefixtune.server.limits import RequestLimit
 from prefixtune.server.settings import KeyConfig
 
-__all__ = ["Caller", "Keyring", "hash_key", "new_key"]
-
 
 def new_key() -> str:
     """A new key: 256 random bits."""

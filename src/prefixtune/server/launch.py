@@ -33,11 +33,8 @@ from prefixtune.utils.console import Console
 from prefixtune.utils.files import check_writable
 
 if TYPE_CHECKING:
-    from prefixtune.backbone.backbone import Backbone
     from prefixtune.engine.base import Engine
     from prefixtune.server.state import ServerState
-
-__all__ = ["GracefulServer", "run"]
 
 
 _FLUSH_SECONDS = 5.0
@@ -53,23 +50,17 @@ def run(config: ServeConfig, console: Console) -> int:
         ConfigError: The folder of prefixes is missing or cannot be read, or the address is in use.
         BackboneError: The model cannot be loaded or served.
     """
-    folder = Path(config.prefixes)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"there is no folder of prefixes {config.prefixes!r}.",
-            hint="create it, and put the prefix files of `prefixtune train` there, as NAME.safetensors.",
-        )
     try:
-        os.scandir(folder).close()
+        os.scandir(config.prefixes).close()
     except OSError as error:
         raise ConfigError(
             f"the folder of prefixes {config.prefixes!r} cannot be read: {error.strerror}.",
-            hint="let the server's user read and enter it.",
+            hint="create it, let the server's user read and enter it, and put the prefix files of `prefixtune train` "
+            "there, as NAME.safetensors.",
         ) from error
     if config.takes_jobs:
-        data = DataFolder(Path(config.data_folder).absolute())
         try:
-            check_writable(data.root / "any")
+            check_writable(DataFolder(Path(config.data_folder).absolute()).root / "any")
         except PrefixError as error:
             # Texts are generated all the same.
             console.warn(f"requests to train will be refused: {error.message}")
@@ -94,19 +85,27 @@ def run(config: ServeConfig, console: Console) -> int:
     return 1 if failed else 0
 
 
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
 def _load(config: ServeConfig, console: Console) -> ServerState:
     # Slow imports: errors of the folder and the address come before them.
+    from prefixtune.backbone.load import load_tokenizer
     from prefixtune.inference.prompts import newline_tokens
     from prefixtune.server.api.models import clear_uploads
-    from prefixtune.server.models.store import PrefixStore
+    from prefixtune.server.prefixes import PrefixFolder
     from prefixtune.server.state import ServerState
 
     for file in config.chat_templates:
         allow_named(file, ())
-    starts = {"none": _no_engine, "llama.cpp": _start_llama_cpp}
-    worker = starts.get(config.engine, _start_engine)(config, console)
-    backbone = _load_tokenizer(config, console) if worker is None else worker.backbone
-    store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
+    worker = None
+    if config.engine == "none":
+        console.info(f"loading the tokenizer of {config.backbone} ...")
+        backbone = replace(load_tokenizer(config.backbone), name=config.model_id)
+    else:
+        worker = (_start_llama_cpp if config.engine == "llama.cpp" else _start_torch)(config, console)
+        backbone = worker.backbone
+    store = PrefixFolder(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
     state = ServerState(config, backbone, store, worker)
     if state.training is not None:
@@ -125,7 +124,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     return state
 
 
-def _start_engine(config: ServeConfig, console: Console) -> Engine:
+def _start_torch(config: ServeConfig, console: Console) -> Engine:
     from prefixtune.backbone.load import load_backbone
     from prefixtune.engine import engine as torch_engine
     from prefixtune.engine.config import EngineConfig
@@ -145,17 +144,10 @@ def _start_engine(config: ServeConfig, console: Console) -> Engine:
     )
     # Callers see this name: it must not be a path.
     engine = torch_engine.Engine(replace(backbone, name=config.model_id), engine_config)
-    console.info(
-        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, have up to "
-        f"{engine.cache_bytes / 2**30:.1f} GiB of memory besides the model"
-    )
+    _report_memory(console, config, engine.max_length, engine.cache_bytes)
     # Made for the first JSON schema, it would stop all streams for a second.
     prepare_grammars(engine.backbone)
     return EngineWorker(engine)
-
-
-def _no_engine(config: ServeConfig, console: Console) -> None:
-    """A server that takes files and jobs only."""
 
 
 def _start_llama_cpp(config: ServeConfig, console: Console) -> Engine:
@@ -173,38 +165,35 @@ def _start_llama_cpp(config: ServeConfig, console: Console) -> Engine:
         max_waiting=config.num_slots + config.max_queue,
     )
     engine = LlamaCppEngine(replace(backbone, name=config.model_id), gguf, engine_config)
-    console.info(
-        f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most, have "
-        f"{engine.cache_bytes / 2**30:.1f} GiB of memory besides the model (fewer: --num-slots, --max-length)"
-    )
+    _report_memory(console, config, engine.max_length, engine.cache_bytes)
     return engine
 
 
-def _load_tokenizer(config: ServeConfig, console: Console) -> Backbone:
-    from prefixtune.backbone.load import load_tokenizer
-
-    console.info(f"loading the tokenizer of {config.backbone} ...")
-    return replace(load_tokenizer(config.backbone), name=config.model_id)
+def _report_memory(console: Console, config: ServeConfig, max_length: int, num_bytes: int) -> None:
+    console.info(
+        f"{config.num_slots} texts at once, of {max_length:,} positions at most, have up to {num_bytes / 2**30:.1f} "
+        "GiB of memory besides the model (fewer: --num-slots, --max-length)"
+    )
 
 
 def _report_start(state: ServerState, console: Console, listener: socket.socket) -> None:
-    config, store = state.config, state.store
-    names, refused = store.names(), store.refused
+    config, names, refused = state.config, state.store.names(), state.store.refused
     for name, reason in list(refused.items())[:_MAX_WARNINGS]:
         console.warn(f"{name} is not served: {reason}")
-    if len(refused) > _MAX_WARNINGS:
-        console.warn(
-            f"{len(refused) - _MAX_WARNINGS} more files are not served; GET /v1/models lists them to an admin key"
-        )
+    if (more := len(refused) - _MAX_WARNINGS) > 0:
+        console.warn(f"{more} more files are not served; GET /v1/models lists them to an admin key")
     if config.model_id in names:
         console.warn(f"the prefix {config.model_id!r} is hidden by the bare backbone; set backbone_id")
     if not config.keys:
         console.warn("no key is configured: only this machine may use the server")
     host = f"[{config.host}]" if ":" in config.host else config.host
-    is_page = config.playground and state.has_engine
     url = config.host if config.socket_file else f"http://{host}:{listener.getsockname()[1]}"
-    console.info(f"serving {len(names)} prefixes on {url}" + (" (open it in a browser)" if is_page else ""))
+    has_page = config.playground and state.has_engine
+    console.info(f"serving {len(names)} prefixes on {url}" + " (open it in a browser)" * has_page)
     log("started", url=url, prefixes=len(names), refused=len(refused), keys=len(config.keys))
+
+
+# --- the address ------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -257,13 +246,15 @@ def _bind_file(path: Path) -> socket.socket:
     return listener
 
 
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
 class GracefulServer(uvicorn.Server):
     """uvicorn, with a shutdown that finishes running requests."""
 
     def __init__(self, state: ServerState, training_worker: TrainingWorker | None = None) -> None:
         from prefixtune.server.app import make_app
 
-        config = state.config
         super().__init__(
             uvicorn.Config(
                 make_app(state),
@@ -274,8 +265,8 @@ class GracefulServer(uvicorn.Server):
                 ws="none",
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=config.max_connections,
-                timeout_keep_alive=math.ceil(config.keep_alive),
+                limit_concurrency=state.config.max_connections,
+                timeout_keep_alive=math.ceil(state.config.keep_alive),
                 timeout_graceful_shutdown=int(_FLUSH_SECONDS),
             )
         )
@@ -289,20 +280,20 @@ class GracefulServer(uvicorn.Server):
         if self.state.has_engine:
             self.state.worker.on_failure = self._stop_soon
             if self.state.worker.failed:
-                self._start_stopping()
+                self._stop_soon()
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal: the first one starts the shutdown, the second one ends the process."""
         if self.loop is None or self.stopping is not None:
             self.should_exit = self.force_exit = True
-            return
-        self._stop_soon()
+        else:
+            self._stop_soon()
 
     def _stop_soon(self) -> None:
         """Start the shutdown, from any thread."""
-        if self.loop is not None:
-            self.loop.call_soon_threadsafe(self._start_stopping)
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._start_stopping)
 
     def _start_stopping(self) -> None:
         if self.stopping is None:
@@ -311,16 +302,11 @@ class GracefulServer(uvicorn.Server):
     async def _stop(self) -> None:
         state = self.state
         try:
-            log("draining", requests=state.open_requests.count, texts=state.gate.count)
+            log("draining", requests=state.num_open, texts=state.gate.count)
             if self.training_worker is not None:
                 self.training_worker.begin_stop()
             if not await state.drain(state.config.drain_seconds):
-                log(
-                    "gave_up",
-                    level=logging.WARNING,
-                    requests=state.open_requests.count,
-                    texts=state.gate.count,
-                )
+                log("gave_up", level=logging.WARNING, requests=state.num_open, texts=state.gate.count)
                 await asyncio.to_thread(state.close)
                 # The responses of the cancelled requests are still sent.
                 await state.drain(_FLUSH_SECONDS)

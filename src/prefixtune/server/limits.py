@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import collections
 import contextlib
 import math
 import time
@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prefixtune.server.responses import too_many_requests
-
-__all__ = ["Gate", "Limits", "OpenRequests", "RequestLimit"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +19,10 @@ class Limits:
     Attributes:
         max_tokens: Most new tokens.
         max_texts: Most texts: prompts times n.
-        max_joined: Most prefixes that are joined.
     """
 
     max_tokens: int
     max_texts: int
-    max_joined: int = 8
 
 
 class RequestLimit:
@@ -76,50 +72,35 @@ class RequestLimit:
 class Gate:
     """Bounds what is inside the server: texts that are prepared, wait or run, or uploads.
 
-    Attributes:
+    A tenant that has some inside already may have as many as there is room left, and no more: one alone fills half,
+    and those who come later always find room.
+
+    Args:
         limit: The bound.
+        shared: Whether there are several tenants.
+
+    Attributes:
         count: How many there are.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 0
+    def __init__(self, limit: int, *, shared: bool = False) -> None:
+        self.limit, self.shared, self.count = limit, shared, 0
+        self._of_tenant = collections.Counter[str]()
 
     @contextlib.contextmanager
-    def admit(self, count: int = 1) -> Iterator[None]:
+    def admit(self, count: int = 1, tenant: str = "") -> Iterator[None]:
         """Count some of them while the block runs.
 
         Raises:
             ApiError: 429: there is no room.
         """
-        if self.count + count > self.limit:
+        own, room = self._of_tenant[tenant], self.limit - self.count
+        if count > room or (self.shared and own and own + count > room):
             raise too_many_requests(f"the queue is full: {self.count} are inside already.", "queue_full", 1.0)
         self.count += count
+        self._of_tenant[tenant] += count
         try:
             yield
         finally:
             self.count -= count
-
-
-class OpenRequests:
-    """Counts the requests that are being answered, whatever they wait for, and knows when all have ended."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request while the block runs."""
-        self.count += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.count -= 1
-            if not self.count:
-                self._idle.set()
-
-    async def wait_until_idle(self) -> None:
-        """Wait until no request is being answered."""
-        await self._idle.wait()
+            self._of_tenant[tenant] -= count

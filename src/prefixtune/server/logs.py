@@ -8,9 +8,6 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-__all__ = ["configure_logging", "log"]
-
-
 _LOG = logging.getLogger("prefixtune.server")
 
 

@@ -22,10 +22,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from prefixtune.engine.base import Engine
 from prefixtune.jobs.job import UNFINISHED
-from prefixtune.server.models.store import PrefixStore
-
-__all__ = ["CONTENT_TYPE", "Metrics"]
-
+from prefixtune.server.prefixes import PrefixFolder
+from prefixtune.server.settings import ServeConfig
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _OTHER = "other"
@@ -37,61 +35,48 @@ class Metrics:
     """All metrics of a server.
 
     Args:
+        config: The server's configuration.
         worker: The engine; None: the server has none.
         store: The prefixes.
-        num_slots: Texts that run at once.
-        max_prefixes: How many prefixes have metrics of their own.
-        draining: Whether the server is shutting down.
+        now: How many requests are open, and whether the server is shutting down.
     """
 
     def __init__(
-        self,
-        worker: Engine | None,
-        store: PrefixStore,
-        *,
-        num_slots: int,
-        max_prefixes: int,
-        draining: Callable[[], bool],
+        self, config: ServeConfig, worker: Engine | None, store: PrefixFolder, now: Callable[[], tuple[int, bool]]
     ) -> None:
         # A creation time for each metric would double the text.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._max_labels, self._labels = max_prefixes, set[str]()
+        self._max_labels, self._labels = config.metric_prefixes, set[str]()
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "prefixtune_requests", "Requests by route and status.", ("route", "status"), registry=registry
-        )
-        self.request_seconds = Histogram(
-            "prefixtune_request_seconds", "Duration of requests.", ("route",), buckets=_SECONDS, registry=registry
-        )
-        self.rejected = Counter(
-            "prefixtune_rejected", "Requests refused: no room, or not allowed.", ("reason",), registry=registry
-        )
-        self._texts = Counter(
-            "prefixtune_texts", "Texts generated, by how they ended.", ("prefix", "finished"), registry=registry
-        )
-        self._prompt_tokens = Counter(
-            "prefixtune_prompt_tokens", "Tokens of prompts, without the prefixes'.", ("prefix",), registry=registry
-        )
-        self._new_tokens = Counter("prefixtune_new_tokens", "Tokens generated.", ("prefix",), registry=registry)
-        self._first = Histogram(
-            "prefixtune_first_token_seconds", "Time to a text's first token.", buckets=_SECONDS, registry=registry
-        )
-        self._gap = Histogram(
-            "prefixtune_token_gap_seconds", "Time between a text's tokens.", buckets=_GAPS, registry=registry
-        )
-        self.uploads = Counter(
-            "prefixtune_uploads", "Files uploaded for training, by status.", ("status",), registry=registry
-        )
-        self.jobs_created = Counter("prefixtune_jobs_created", "Training jobs that were asked for.", registry=registry)
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(f"prefixtune_{name}", help_text, labels, registry=registry)
+
+        def histogram(name: str, help_text: str, *labels: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+            return Histogram(f"prefixtune_{name}", help_text, labels, buckets=buckets, registry=registry)
+
+        self._requests = counter("requests", "Requests by route and status.", "route", "status")
+        self._request_seconds = histogram("request_seconds", "Duration of requests.", "route")
+        self.rejected = counter("rejected", "Requests refused: no room, or not allowed.", "reason")
+        self._texts = counter("texts", "Texts generated, by how they ended.", "prefix", "finished")
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts, without the prefixes'.", "prefix")
+        self._new_tokens = counter("new_tokens", "Tokens generated.", "prefix")
+        self._first = histogram("first_token_seconds", "Time to a text's first token.")
+        self._gap = histogram("token_gap_seconds", "Time between a text's tokens.", buckets=_GAPS)
+        self.uploads = counter("uploads", "Files uploaded for training, by status.", "status")
+        self.jobs_created = counter("jobs_created", "Training jobs that were asked for.")
         self._jobs = Gauge("prefixtune_jobs", "Training jobs that have not ended.", ("status",), registry=registry)
-        self.open_requests = Gauge("prefixtune_open_requests", "Requests being answered.", registry=registry)
-        if worker is not None:
-            registry.register(_EngineCollector(worker, store, num_slots, draining))
+        registry.register(_Collector(config.num_slots, worker, store, now))
         ProcessCollector(registry=registry)
 
     def render(self) -> bytes:
         """All metrics, as Prometheus reads them."""
         return generate_latest(self.registry)
+
+    def request_done(self, route: str, status: int, seconds: float) -> None:
+        """Record a request that was answered."""
+        self._requests.labels(route, status).inc()
+        self._request_seconds.labels(route).observe(seconds)
 
     def count_jobs(self, statuses: Iterable[str]) -> None:
         """Record where the jobs stand that have not ended."""
@@ -99,13 +84,9 @@ class Metrics:
         for status in UNFINISHED:
             self._jobs.labels(status).set(counts[status])
 
-    def first_token(self, seconds: float) -> None:
-        """Record the seconds to a text's first token."""
-        self._first.observe(seconds)
-
-    def next_token(self, seconds: float) -> None:
-        """Record the seconds between two tokens of a text."""
-        self._gap.observe(seconds)
+    def token(self, seconds: float, *, first: bool) -> None:
+        """Record the seconds to a text's first token, or between two of its tokens."""
+        (self._first if first else self._gap).observe(seconds)
 
     def prompt(self, models: Sequence[str], tokens: int) -> None:
         """Record a prompt, for each of the prefixes that are joined for it."""
@@ -119,7 +100,7 @@ class Metrics:
             self._new_tokens.labels(label).inc(tokens)
 
     def _label(self, model: str) -> str:
-        """The model's name, for the first `max_prefixes`: ever new names must not fill the memory."""
+        """The model's name, for the first `metric_prefixes`: ever new names must not fill the memory."""
         if model not in self._labels:
             if len(self._labels) >= self._max_labels:
                 return _OTHER
@@ -127,11 +108,13 @@ class Metrics:
         return model
 
 
-class _EngineCollector:
-    """What the engine and the store count themselves."""
+class _Collector:
+    """What the server, the engine and the folder of prefixes count themselves."""
 
-    def __init__(self, worker: Engine, store: PrefixStore, num_slots: int, draining: Callable[[], bool]) -> None:
-        self.worker, self.store, self.num_slots, self.draining = worker, store, num_slots, draining
+    def __init__(
+        self, num_slots: int, worker: Engine | None, store: PrefixFolder, now: Callable[[], tuple[int, bool]]
+    ) -> None:
+        self.num_slots, self.worker, self.store, self.now = num_slots, worker, store, now
 
     def describe(self) -> list[Metric]:
         """Nothing beforehand: values are read at each scrape."""
@@ -139,23 +122,32 @@ class _EngineCollector:
 
     def collect(self) -> Iterator[Metric]:
         """The current values."""
-        snapshot, cache = self.worker.snapshot(), self.store.stats
-        for name, help_text, value in (
-            ("slots", "Texts that can run at once.", self.num_slots),
-            ("running_texts", "Texts that have a slot: the batch.", len(snapshot.running)),
-            ("waiting_texts", "Texts that wait for a slot.", snapshot.waiting),
-            ("draining", "1 when the server is shutting down.", self.draining()),
+        cache, (num_open, draining) = self.store.stats, self.now()
+        gauges: list[tuple[str, str, float]] = [
+            ("open_requests", "Requests being answered.", num_open),
+            ("draining", "1 when the server is shutting down.", draining),
             ("prefixes", "Prefixes that can be requested.", cache.known),
             ("refused_prefixes", "Files that cannot be served.", cache.refused),
             ("cached_prefixes", "Prefixes in memory.", cache.loaded),
             ("cached_prefix_bytes", "Memory of the prefixes in it.", cache.bytes),
-        ):
-            yield GaugeMetricFamily(f"prefixtune_{name}", help_text, float(value))
-        for name, help_text, count in (
-            ("steps", "Steps computed.", snapshot.steps),
-            ("step_texts", "Texts computed in steps; divided by steps: the mean batch.", snapshot.texts),
+        ]
+        counters: list[tuple[str, str, float]] = [
             ("prefix_cache_hits", "Requested prefixes that were in memory.", cache.hits),
             ("prefix_cache_misses", "Requested prefixes that had to be read or joined.", cache.misses),
             ("prefix_cache_evictions", "Prefixes removed from memory to make room.", cache.evictions),
-        ):
-            yield CounterMetricFamily(f"prefixtune_{name}", help_text, float(count))
+        ]
+        if self.worker is not None:
+            snapshot = self.worker.snapshot()
+            gauges += [
+                ("slots", "Texts that can run at once.", self.num_slots),
+                ("running_texts", "Texts that have a slot: the batch.", len(snapshot.running)),
+                ("waiting_texts", "Texts that wait for a slot.", snapshot.waiting),
+            ]
+            counters += [
+                ("steps", "Steps computed.", snapshot.steps),
+                ("step_texts", "Texts computed in steps; divided by steps: the mean batch.", snapshot.texts),
+            ]
+        for name, help_text, value in gauges:
+            yield GaugeMetricFamily(f"prefixtune_{name}", help_text, float(value))
+        for name, help_text, value in counters:
+            yield CounterMetricFamily(f"prefixtune_{name}", help_text, float(value))

@@ -6,7 +6,6 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,13 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prefixtune.server.limits import OpenRequests
 from prefixtune.server.logs import log
-from prefixtune.server.metrics import Metrics
 from prefixtune.server.responses import ApiError
-
-__all__ = ["Middleware"]
-
+from prefixtune.server.settings import ServeConfig
+from prefixtune.server.state import ServerState
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _SECURITY_HEADERS = {
@@ -35,30 +31,16 @@ _CLIENT_CLOSED_REQUEST = 499
 """In the log and in metrics: the client disconnected before it had its response."""
 _QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/v1/status")
 """Polled all the time; logged only where something is wrong."""
+_FORM_OVERHEAD = 2**16
+"""Bytes that a form may have besides its file."""
 
 
 class Middleware:
-    """An ASGI middleware; the outermost.
+    """An ASGI middleware; the outermost."""
 
-    Args:
-        app: The application.
-        metrics: Counts every request.
-        open_requests: Those that are being answered.
-        max_body: Most bytes of a body, by the path.
-        with_cors: Whether pages of other origins may read the responses.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        metrics: Metrics,
-        open_requests: OpenRequests,
-        *,
-        max_body: Callable[[str], int],
-        with_cors: bool = False,
-    ) -> None:
-        self.app, self.metrics, self.open_requests, self.max_body = app, metrics, open_requests, max_body
-        cors = {"cross-origin-resource-policy": "cross-origin"} if with_cors else {}
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self.app, self.state = app, state
+        cors = {"cross-origin-resource-policy": "cross-origin"} if state.config.cors_origins else {}
         self.headers = {**_SECURITY_HEADERS, **cors}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +55,7 @@ class Middleware:
         # Every GET is also a HEAD, whose body uvicorn does not send.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         app_scope = {**scope, "method": method, "log_fields": log_fields}
-        status = 0
+        status, error = 0, None
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -85,33 +67,23 @@ class Middleware:
                     headers.setdefault(key, value)
             await send(message)
 
-        error: Exception | None = None
-        with self.open_requests.request(), self.metrics.open_requests.track_inprogress():
-            try:
-                await self.app(app_scope, _limited(receive, self.max_body(scope["path"])), send_with_headers)
-            except ClientDisconnect:
-                status = _CLIENT_CLOSED_REQUEST
-            except Exception as unexpected:
-                error = unexpected
-                if not status:
-                    message = f"an internal error; the log has more on request {request_id}."
-                    response = ApiError(500, message, code="internal_error").response()
-                    await response(app_scope, receive, send_with_headers)
-                status = 500
+        self.state.num_open += 1
+        try:
+            await self.app(app_scope, _limited(receive, self.state.config, scope["path"]), send_with_headers)
+        except ClientDisconnect:
+            status = _CLIENT_CLOSED_REQUEST
+        except Exception as unexpected:
+            error = unexpected
+            if not status:
+                message = f"an internal error; the log has more on request {request_id}."
+                response = ApiError(500, message, code="internal_error").response()
+                await response(app_scope, receive, send_with_headers)
+            status = 500
+        finally:
+            self.state.num_open -= 1
         route = app_scope["route"].path_format if "route" in app_scope else "unknown"
-        self._record(scope, route, status or _CLIENT_CLOSED_REQUEST, time.monotonic() - started, log_fields, error)
-
-    def _record(
-        self,
-        scope: Scope,
-        route: str,
-        status: int,
-        seconds: float,
-        log_fields: dict[str, Any],
-        error: Exception | None,
-    ) -> None:
-        self.metrics.requests.labels(route, status).inc()
-        self.metrics.request_seconds.labels(route).observe(seconds)
+        status, seconds = status or _CLIENT_CLOSED_REQUEST, time.monotonic() - started
+        self.state.metrics.request_done(route, status, seconds)
         level = logging.ERROR if status == 500 else logging.INFO
         if route in _QUIET_ROUTES and status < 400:
             level = logging.DEBUG
@@ -119,9 +91,13 @@ class Middleware:
         log("request", level=level, error=error, **line, **log_fields)
 
 
-def _limited(receive: Receive, limit: int) -> Receive:
-    """The messages of a request, as long as its body is not larger than a limit."""
-    size = 0
+def _limited(receive: Receive, config: ServeConfig, path: str) -> Receive:
+    """The messages of a request, as long as its body is not larger than its path allows."""
+    size, limit = 0, config.max_body_kib * 2**10
+    if path == "/v1/files":
+        limit = config.max_file_mib * 2**20 + _FORM_OVERHEAD
+    elif path.startswith("/v1/models/"):
+        limit = config.max_upload_mib * 2**20
 
     async def receive_and_count() -> Message:
         nonlocal size

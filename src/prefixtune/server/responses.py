@@ -12,25 +12,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 
-from prefixtune.errors import DataError, PrefixError, RequestError, causes
-
-__all__ = [
-    "ApiError",
-    "JsonAnswer",
-    "api_error",
-    "bad_request",
-    "forbidden",
-    "handle_errors",
-    "json_response",
-    "json_text",
-    "not_found",
-    "storage_error",
-    "too_many_requests",
-    "unavailable",
-]
-
+from prefixtune.errors import BackboneError, ConfigError, DataError, PrefixError, RequestError, causes
+from prefixtune.prefix.folder import FolderBusyError
 
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {404: "unknown_path", 405: "method_not_allowed", 413: "body_too_large"}
@@ -41,6 +26,20 @@ _MAX_FAULTS = 10
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _FIELD = re.compile(r"(?!(str|int|float|bool)$)[a-z_]+")
 """A field in the place of an error; other parts of it name types."""
+
+
+def json_text(value: Any) -> str:
+    """A value as compact JSON, valid UTF-8 whatever a model generated."""
+    # A model's bytes can give half a surrogate pair, which is not UTF-8.
+    return _ENCODER.encode(value).encode("utf-8", "replace").decode("utf-8")
+
+
+class JsonAnswer(JSONResponse):
+    """A JSON response."""
+
+    def render(self, content: Any) -> bytes:
+        """As `json_text`."""
+        return json_text(content).encode()
 
 
 class ApiError(Exception):
@@ -66,17 +65,16 @@ class ApiError(Exception):
         super().__init__(message)
         # Both may repeat what was sent, however long it was.
         self.message, self.param = _shorten(message), None if param is None else _shorten(param)
-        self.status, self.code = status, code
-        self.headers = dict(headers or {})
+        self.status, self.code, self.headers = status, code, dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The JSON that OpenAI's clients expect."""
         kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
+    def response(self) -> JsonAnswer:
         """The response."""
-        return json_response(self.body(), self.status, self.headers)
+        return JsonAnswer(self.body(), self.status, self.headers)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None, *, hint: str = "") -> ApiError:
@@ -105,7 +103,7 @@ def unavailable(message: str, code: str, *, retry_after: int = 0) -> ApiError:
     return ApiError(503, message, code=code, headers=headers)
 
 
-def storage_error(error: BaseException, folder: str) -> ApiError:
+def storage_error(error: BaseException, folder: str = "a folder of this server") -> ApiError:
     """507: the disk refused something, by an error or its causes; the response names no path."""
     codes = [one.errno for one in causes(error) if isinstance(one, OSError) and one.errno]
     reason = os.strerror(codes[0]) if codes else "unknown reason"
@@ -113,12 +111,16 @@ def storage_error(error: BaseException, folder: str) -> ApiError:
 
 
 def api_error(error: PrefixError) -> ApiError:
-    """An error of this project: 400 where the request is at fault, else 503.
+    """An error of this project: 507 where the disk refuses, 400 where the request is at fault, else 503.
 
-    Only for messages that contain no path: those of the engine, its store, and the tasks.
+    Only for messages that contain no path: those of the engine, the folder of prefixes, and the tasks.
     """
-    if isinstance(error, RequestError | DataError):
+    if any(isinstance(one, OSError) for one in causes(error)):
+        return storage_error(error)
+    if isinstance(error, RequestError | DataError | BackboneError | ConfigError):
         return bad_request(error.message, hint=error.hint)
+    if isinstance(error, FolderBusyError):
+        return unavailable(f"{error.message} Try again later.", "busy", retry_after=5)
     return unavailable(error.message, "not_served")
 
 
@@ -127,15 +129,15 @@ def api_error(error: PrefixError) -> ApiError:
 
 def handle_errors(app: FastAPI) -> None:
     """Answer all errors of an application in OpenAI's shape."""
-    app.add_exception_handler(ApiError, _respond)
-    app.add_exception_handler(PrefixError, _respond)
-    app.add_exception_handler(HTTPException, _respond)
-    app.add_exception_handler(RequestValidationError, _respond)
+    for kind in (ApiError, PrefixError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _respond)
 
 
-async def _respond(request: Request, error: Exception) -> Response:
-    refusal = _refusal(error)
-    request.scope["log_fields"]["refused"] = refusal.code or "invalid_request"
+async def _respond(request: Request, error: Exception) -> JsonAnswer:
+    refusal, log_fields = _refusal(error), request.scope["log_fields"]
+    log_fields["refused"] = refusal.code or "invalid_request"
+    if refusal.status == 507:
+        log_fields.setdefault("storage_error", str(error))
     if refusal.status in (401, 403, 429, 503):
         request.app.state.server.metrics.rejected.labels(refusal.code or "unavailable").inc()
     return refusal.response()
@@ -184,25 +186,3 @@ def _param(place: tuple[int | str, ...], kind: str) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_MESSAGE_LENGTH else f"{text[:_MAX_MESSAGE_LENGTH]} ..."
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-class JsonAnswer(JSONResponse):
-    """What endpoints return that make no response of their own."""
-
-    def render(self, content: Any) -> bytes:
-        """As `json_text`."""
-        return json_text(content).encode()
-
-
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON response."""
-    return Response(json_text(value), status, headers, media_type="application/json")
-
-
-def json_text(value: Any) -> str:
-    """A value as compact JSON, valid UTF-8 whatever a model generated."""
-    # A model's bytes can give half a surrogate pair, which is not UTF-8.
-    return _ENCODER.encode(value).encode("utf-8", "replace").decode("utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from prefixtune.errors import short_repr
 from prefixtune.jobs.config import (
@@ -21,9 +21,6 @@ from prefixtune.jobs.config import (
     KeepJobs,
 )
 from prefixtune.utils.config import CommaList, Config, Layer, Table, option_group
-
-__all__ = ["ENVIRONMENT", "SERVER_LIBRARIES", "KeyConfig", "ServeConfig"]
-
 
 ENVIRONMENT = "PREFIXTUNE_SERVE_"
 """Prefix of the environment variables. Not `PREFIXTUNE_` alone: beside a service called prefixtune, Kubernetes sets
@@ -70,13 +67,6 @@ class KeyConfig(Table):
     max_jobs: _Number = Field(default=10, description="most jobs that wait, run or are paused")
     max_steps: _Size = Field(default=5000, description="most optimizer steps of a job")
     max_prefixes: _Number = Field(default=100, description="most results of its jobs that it keeps")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_table(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping | KeyConfig):
-            raise ValueError("is not a table")
-        return value
 
     @field_validator("hash", mode="before")
     @classmethod
@@ -217,13 +207,6 @@ class ServeConfig(Config):
 
     keys: Mapping[str, KeyConfig] = Field(default={}, description="tables [keys.NAME], only in the file")
 
-    @field_validator("prefixes", mode="before")
-    @classmethod
-    def _check_folder(cls, folder: Any) -> Any:
-        if folder == "":
-            raise ValueError("is empty, but must name a folder")
-        return folder
-
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
@@ -235,7 +218,9 @@ class ServeConfig(Config):
     @field_validator("keys", mode="before")
     @classmethod
     def _check_tables(cls, keys: Any) -> Any:
-        if not isinstance(keys, Mapping):
+        tables = keys.values() if isinstance(keys, Mapping) else [keys]
+        if not all(isinstance(table, Mapping | KeyConfig) for table in tables):
+            # A key may stand here by mistake: the message does not repeat it.
             raise ValueError("must be tables, as in [keys.alice]")
         return keys
 
@@ -257,9 +242,7 @@ class ServeConfig(Config):
         if len({key.hash for key in self.keys.values()}) < len(self.keys):
             yield ("keys",), "two keys have the same hash"
         # vLLM has its own key.
-        if self.keys or self.engine == "vllm":
-            return
-        if not self.is_loopback:
+        if not (self.keys or self.is_loopback or self.engine == "vllm"):
             yield (
                 ("host", "keys", "engine"),
                 f"host is {self.host!r} and no key is configured, so anybody could use the server: without keys "

@@ -11,15 +11,13 @@ from prefixtune.engine.base import Engine
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.auth import Keyring
-from prefixtune.server.limits import Gate, Limits, OpenRequests
+from prefixtune.server.catalog import Catalog
+from prefixtune.server.limits import Gate, Limits
 from prefixtune.server.metrics import Metrics
-from prefixtune.server.models.catalog import Catalog
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.responses import ApiError
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
-
-__all__ = ["ServerState"]
 
 
 class ServerState:
@@ -27,12 +25,12 @@ class ServerState:
 
     Attributes:
         config: The server's configuration.
-        backbone: The model.
+        backbone: The model; without an engine it has no weights.
         store: Its prefixes.
-        has_engine: Whether it generates; without an engine, `backbone` has no weights.
+        has_engine: Whether it generates.
         catalog: The models by name, as a caller may see them.
         keyring: The keys.
-        open_requests: Those that are being answered.
+        num_open: Requests that are being answered, whatever they wait for.
         gate: The texts that are prepared, wait or run.
         limits: What one request may ask for.
         metrics: All metrics.
@@ -43,31 +41,24 @@ class ServerState:
         started: When the server started, in seconds since 1970.
     """
 
-    def __init__(self, config: ServeConfig, backbone: Backbone, store: PrefixStore, worker: Engine | None) -> None:
+    def __init__(self, config: ServeConfig, backbone: Backbone, store: PrefixFolder, worker: Engine | None) -> None:
         self.config, self.backbone, self.store, self._worker = config, backbone, store, worker
         self.has_engine = worker is not None
-        self.started = time.time()
+        self.started, self.num_open = time.time(), 0
+        self.draining = self.closed = False
         self.keyring = Keyring(config.keys)
+        limits = (limit for limit in (config.max_length, backbone.max_positions) if limit)
         self.catalog = Catalog(
             store,
-            backbone,
             config.model_id,
             int(self.started),
             max_joined=config.max_joined_prefixes,
-            max_length=worker.max_length if worker else _max_length(config, backbone),
+            max_length=worker.max_length if worker else min(limits, default=DEFAULT_MAX_LENGTH),
             is_open=self.keyring.is_open,
         )
-        self.open_requests = OpenRequests()
-        self.gate = Gate(config.num_slots + config.max_queue)
-        self.limits = Limits(config.max_tokens, config.max_texts, config.max_joined_prefixes)
-        self.draining = self.closed = False
-        self.metrics = Metrics(
-            worker,
-            store,
-            num_slots=config.num_slots,
-            max_prefixes=config.metric_prefixes,
-            draining=lambda: self.draining,
-        )
+        self.gate = Gate(config.num_slots + config.max_queue, shared=len(config.keys) > 1)
+        self.limits = Limits(config.max_tokens, config.max_texts)
+        self.metrics = Metrics(config, worker, store, lambda: (self.num_open, self.draining))
         self.training = Training(config, is_open=self.keyring.is_open) if config.takes_jobs else None
         # One thread: tokenizers keep settings that several threads would overwrite.
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
@@ -91,13 +82,10 @@ class ServerState:
 
     async def drain(self, seconds: float) -> bool:
         """Accept no more work, and wait until all requests are answered; False: some were not in time."""
-        self.draining = True
-        try:
-            async with asyncio.timeout(seconds):
-                await self.open_requests.wait_until_idle()
-        except TimeoutError:
-            return False
-        return True
+        self.draining, end = True, time.monotonic() + seconds
+        while self.num_open and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return not self.num_open
 
     def close(self) -> None:
         """Stop the engine and the checks of files; what still runs is cancelled."""
@@ -107,9 +95,3 @@ class ServerState:
         self.tokenizer_thread.shutdown(wait=False)
         if self.training is not None:
             self.training.close()
-
-
-def _max_length(config: ServeConfig, backbone: Backbone) -> int:
-    """Most positions of a text, as an engine of the model would have them."""
-    limits = (config.max_length, backbone.max_positions)
-    return min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)

@@ -22,7 +22,7 @@ from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError
 from prefixtune.prefix.header import Header
 from prefixtune.prefix.prefix import Prefix, read_outline, save_prefix
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.training.artifact import load_weights, save_weights
 from prefixtune.training.checkpoint import load_state, save_state
 
@@ -149,7 +149,7 @@ def test_headers_that_nobody_can_use_are_refused(
     assert reported in str(error.value)
     with pytest.raises(CheckpointError):
         read_outline(path)
-    store = PrefixStore(tmp_path, llama)
+    store = PrefixFolder(tmp_path, llama)
     assert store.names() == []
     assert "p" in store.refused
     assert main(["inspect", str(path)]) == 2

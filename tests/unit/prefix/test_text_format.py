@@ -28,7 +28,7 @@ from prefixtune.prefix.text_format import (
     cut_prompt,
     read_text_format,
 )
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 
@@ -91,7 +91,7 @@ def test_a_file_with_a_hostile_template_is_refused_everywhere(
     path = rewrite_header(save_prefix(tmp_path / "bad.safetensors", made), text_format=form)
     with pytest.raises(CheckpointError, match="text format"):
         load_prefix(path)
-    store = PrefixStore(tmp_path, llama)
+    store = PrefixFolder(tmp_path, llama)
     assert store.names() == []
     assert "text format" in store.refused["bad"]
 

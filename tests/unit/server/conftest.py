@@ -14,7 +14,7 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.app import make_app
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
 
@@ -58,7 +58,7 @@ def make_server(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
             max_length=config.max_length,
             prefill_tokens=config.prefill_tokens,
         )
-        state = ServerState(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
+        state = ServerState(config, backbone, PrefixFolder(folder, backbone), EngineWorker(engine))
         states.append(state)
         return make_app(state), state
 

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from asgi_client import bearer, send
+import pytest
+
+from asgi_client import NEVER, bearer, send
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
@@ -53,6 +55,12 @@ def test_the_document_says_which_operations_need_a_key(make_server: Callable[...
             if "right" in operation.get("description", ""):
                 assert weak.code in ("admin_key_needed", "metrics_not_allowed")
     assert "/docs" not in asyncio.run(send(make_server(playground=False)[0], "GET", "/openapi.json")).json["paths"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/tasks/a", "/classify", "/v1/fine_tuning/jobs", "/v1/files"])
+def test_a_key_is_asked_for_before_the_body(make_server: Callable[..., Any], path: str) -> None:
+    app, _ = make_server(keys={"me": KeyConfig(hash=hash_key("pt-me"))})
+    assert asyncio.run(asyncio.wait_for(send(app, "POST", path, NEVER), 5)).code == "invalid_api_key"
 
 
 def test_without_keys_only_this_machine_is_answered(make_server: Callable[..., Any]) -> None:

@@ -6,14 +6,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 
 
 def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path: Path, save: Any, llama: Any):
     for name in "abcd":
         save(name)
-    one = PrefixStore(tmp_path, llama).get("a").num_bytes
-    store = PrefixStore(tmp_path, llama, max_bytes=2 * one + one // 2)
+    one = PrefixFolder(tmp_path, llama).get("a").num_bytes
+    store = PrefixFolder(tmp_path, llama, max_bytes=2 * one + one // 2)
     first = store.get("a")
     store.get("b")
     assert store.get("a") is first
@@ -28,7 +28,7 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path: Path, 
 def test_a_prefix_larger_than_the_cache_is_refused(tmp_path: Path, save: Any, llama: Any):
     save("small", length=1)
     save("large", length=50)
-    store = PrefixStore(tmp_path, llama, max_bytes=2000)
+    store = PrefixFolder(tmp_path, llama, max_bytes=2000)
     assert store.names() == ["small"]
     assert "bytes" in store.refused["large"]
 
@@ -37,8 +37,8 @@ def test_many_threads_at_once(tmp_path: Path, save: Any, llama: Any):
     for index in range(8):
         save(f"p{index}", index)
     spare = save("spare", 9, folder=tmp_path / "elsewhere")
-    one = PrefixStore(tmp_path, llama).get("p0").num_bytes
-    store = PrefixStore(tmp_path, llama, max_bytes=3 * one)
+    one = PrefixFolder(tmp_path, llama).get("p0").num_bytes
+    store = PrefixFolder(tmp_path, llama, max_bytes=3 * one)
     errors: list[BaseException] = []
 
     def request_prefixes(thread: int) -> None:

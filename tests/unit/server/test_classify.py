@@ -106,19 +106,6 @@ def test_files_whose_labels_do_not_fit_are_not_served(
     assert asyncio.run(send(app, "POST", "/classify", {"model": "odd", "input": "x"})).status == 503
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"model": "a", "input": "x"}, "model"), ({"model": "tiny", "input": "x"}, "labels"),
-        ({"model": "head", "input": "x", "labels": ["a", "b"]}, "labels"),
-        ({"model": "head", "input": [["x"]]}, "input"), ({"model": "head", "input": "x " * 600}, "input"),
-    ],
-)  # fmt: skip
-def test_what_is_refused(server: Any, body: dict[str, Any], param: str) -> None:
-    response = asyncio.run(send(server[0], "POST", "/classify", body))
-    assert (response.status, response.json["error"]["param"]) == (400, param)
-
-
 def test_scores_that_are_not_finite_are_an_error_of_the_engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     score = EncodedTexts.score
     monkeypatch.setattr(EncodedTexts, "score", lambda *arguments: [one * torch.nan for one in score(*arguments)])

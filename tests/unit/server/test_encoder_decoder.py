@@ -20,7 +20,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.app import make_app
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
 
@@ -38,7 +38,7 @@ def test_an_encoder_decoder_is_served(
         save_prefix(tmp_path / f"{name}.safetensors", prefixes[name])
     engine = Engine(backbone, EngineConfig(num_slots=4))
     config = ServeConfig(backbone="tiny", prefixes=str(tmp_path))
-    state = ServerState(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
+    state = ServerState(config, backbone, PrefixFolder(tmp_path, backbone), EngineWorker(engine))
     app = make_app(state)
 
     async def send_all() -> list[Response]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections.abc import Callable
 from typing import Any
 
+import openai
 import pytest
 import torch
 
+import openai_client
 from asgi_client import Response, completion, send, texts_when_done
-from prefixtune.errors import RequestError
+from prefixtune.errors import PrefixError, RequestError
 from prefixtune.sampling.grammar import Grammar, GrammarState
 from prefixtune.server.api import prompting
 
@@ -107,6 +110,23 @@ def test_when_the_engine_fails_its_requests_and_later_ones_get_503(
     assert (later.status, later.code) == (503, "engine_unavailable")
 
 
+def test_a_disk_that_is_full_for_the_engine_is_507(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where llama.cpp's state of a prefix is written."""
+    app, state = make_server()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise PrefixError("cannot write '/srv/state'.") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state.worker, "submit", full)
+    for stream in (False, True):
+        response = asyncio.run(send(app, "POST", "/v1/completions", completion(stream=stream)))
+        assert (response.status, response.code) == (507, "storage_failed")
+        assert b"/srv" not in response.body
+    assert state.gate.count == 0
+
+
 def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
     app, state = make_server(deadline=0.1)
     response = asyncio.run(send(app, "POST", "/v1/completions", completion(max_tokens=450, n=4)))
@@ -114,6 +134,16 @@ def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
     # OpenAI's client would try twice more by itself.
     assert response.headers["x-should-retry"] == "false"
     assert texts_when_done(state) == 0
+
+    async def stream(client: openai.AsyncOpenAI) -> openai.APIError:
+        with pytest.raises(openai.APIError) as caught:
+            async for _ in await client.completions.create(**completion(max_tokens=450, n=4), stream=True):
+                pass
+        return caught.value
+
+    # The status was sent: the last event says so.
+    error = openai_client.ask(app, stream)
+    assert (error.code, error.type) == ("deadline_exceeded", "server_error")
 
 
 def test_lengths_fit_the_positions(make_server: Callable[..., Any]) -> None:

@@ -21,10 +21,10 @@ from prefixtune.errors import BackboneError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.server import prefixes
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
-from prefixtune.server.models import catalog
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import KeyConfig, ServeConfig
 from prefixtune.server.state import ServerState
 
@@ -52,7 +52,7 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
         threads.append(threading.current_thread())
         return concatenate(*arguments, **options)
 
-    monkeypatch.setattr(catalog, "concatenate", counted)
+    monkeypatch.setattr(prefixes, "concatenate", counted)
     return threads
 
 
@@ -219,12 +219,6 @@ def test_the_list_of_models_is_unchanged_and_a_join_can_be_looked_up(make_server
     assert (task["id"], task["task"], [field["name"] for field in task["fields"]]) == ("a+b", "records", ["name"])
 
 
-def test_the_bare_backbone_reads_the_text_of_a_join(make_server: Callable[..., Any]) -> None:
-    app, _ = make_server()
-    one, two = ({"source": "x", "format_of": name, "max_tokens": 5} for name in ("a+b", "a"))
-    assert ask(app, "/v1/tasks/tiny", one).json["output"] == ask(app, "/v1/tasks/tiny", two).json["output"]
-
-
 def test_names_with_a_plus(make_server: Callable[..., Any], tmp_path: Path) -> None:
     app, state = make_server(backbone_id="tiny+more")
     # The backbone's own name is one name.
@@ -263,7 +257,7 @@ def encoder_decoder(
         save_prefix(tmp_path / f"{name}.safetensors", Prefix(prefix.layers, make_header(backbone, task="records")))
     engine = Engine(backbone, EngineConfig(num_slots=4))
     config = ServeConfig(backbone="tiny", prefixes=str(tmp_path))
-    state = ServerState(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
+    state = ServerState(config, backbone, PrefixFolder(tmp_path, backbone), EngineWorker(engine))
     yield state
     state.close()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from asgi_client import Response, completion, send
-from prefixtune.server.limits import RequestLimit
+from prefixtune.server.limits import Gate, RequestLimit
 from prefixtune.server.responses import ApiError
 
 
@@ -39,6 +40,22 @@ def test_the_queue_is_bounded(make_server: Callable[..., Any], monkeypatch: pyte
     # What is refused later counts no more, either.
     assert asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 2_000))).status == 400
     assert state.gate.count == 0
+
+
+def test_no_key_fills_the_gate_alone() -> None:
+    gate = Gate(16, shared=True)
+    with contextlib.ExitStack() as inside:
+        for _ in range(8):
+            inside.enter_context(gate.admit(1, "busy"))
+        with pytest.raises(ApiError) as caught:
+            inside.enter_context(gate.admit(1, "busy"))
+        assert caught.value.code == "queue_full"
+        # Whoever has nothing inside finds all that is left.
+        inside.enter_context(gate.admit(6, "other"))
+        inside.enter_context(gate.admit(2, "third"))
+    assert gate.count == 0
+    with gate.admit(16, "one request may be large"):
+        pass
 
 
 def test_requests_per_minute() -> None:

@@ -9,8 +9,8 @@ from prefixtune.server.metrics import Metrics
 
 
 def test_metrics_of_prefixes_are_bounded(make_server: Callable[..., Any]) -> None:
-    _, state = make_server()
-    metrics = Metrics(state.worker, state.store, num_slots=1, max_prefixes=2, draining=lambda: False)
+    _, state = make_server(metric_prefixes=2)
+    metrics = Metrics(state.config, state.worker, state.store, lambda: (0, False))
     for index in range(1000):
         metrics.text_done([f"tenant-{index}"], "stop", 1)
     lines = [line for line in metrics.render().decode().splitlines() if line.startswith("prefixtune_new_tokens_total")]

@@ -20,7 +20,7 @@ def test_details_of_an_unexpected_error_are_only_in_the_log(
     def fail(*_: Any) -> Any:
         raise ValueError("a secret of /srv/models")
 
-    monkeypatch.setattr(state.catalog, "check_access", fail)
+    monkeypatch.setattr(state.catalog, "files", fail)
     with caplog.at_level(logging.ERROR, "prefixtune.server"):
         response = asyncio.run(send(app, "POST", "/v1/completions", completion(), headers={"x-request-id": "mine-1"}))
     assert (response.status, response.code) == (500, "internal_error")

@@ -245,14 +245,3 @@ def test_a_page_of_another_origin_may_delete(make_server: Callable[..., Any]) ->
     response = asyncio.run(send(app, "OPTIONS", "/v1/models/x", headers=headers))
     assert response.status == 200
     assert "DELETE" in response.headers["access-control-allow-methods"]
-
-
-def test_names_that_are_taken(make_server: Callable[..., Any], publish: Any, tmp_path: Path) -> None:
-    _, state = make_server(keys=KEYS)
-    publish("hers")
-    publish("hers.step-2", step=2)
-    (tmp_path / "prefixes" / "broken.safetensors").write_bytes(b"no prefix")
-    publish("new")
-    names = ("a", "hers", "broken", "new", "nothing")
-    assert [name in state.store for name in names] == [True, True, True, True, False]
-    assert {name for name, origin in state.store.origins().items() if origin.step is None} == {"hers", "new"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest
 from prefixtune.server.api.tasks import TaskRequest
@@ -36,12 +35,6 @@ def test_prompts(prompt: Any, prompts: Any) -> None:
     assert completion(prompt=prompt).prompts == prompts
 
 
-@pytest.mark.parametrize("prompt", [None, "", [], ["a", 1], [[1], []], [[1], "a"], {"a": 1}, 3, ["a", ""]])
-def test_invalid_prompts(prompt: Any) -> None:
-    with pytest.raises(ValidationError):
-        completion(prompt=prompt)
-
-
 def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
     plain = completion().sampling(LIMITS)
     assert (plain.temperature, plain.top_p, plain.stop, plain.seed, plain.logprobs) == (1.0, 1.0, (), None, None)
@@ -63,13 +56,6 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
 def test_vllms_top_k_for_all_tokens_and_openais_top_p_of_zero() -> None:
     assert completion(top_k=-1).sampling(LIMITS).top_k == 0
     assert 0 < completion(top_p=0).sampling(LIMITS).top_p < 1e-6
-
-
-def test_texts_are_bounded_over_all_prompts() -> None:
-    assert completion(prompt=["a", "b", "c"], n=2).n == 2
-    with pytest.raises(ApiError) as caught:
-        completion(prompt=["a", "b", "c"], n=3)
-    assert caught.value.param == "n"
 
 
 @pytest.mark.parametrize(
@@ -137,15 +123,6 @@ def test_messages() -> None:
     assert chat(logprobs=True).sampling(LIMITS).logprobs == 0
     assert chat(logprobs=False).sampling(LIMITS).logprobs is None
     assert chat(max_tokens=5, max_completion_tokens=9).sampling(LIMITS).max_new_tokens == 9
-
-
-def test_a_tasks_fields_may_be_beside_the_options() -> None:
-    request = TaskRequest.model_validate({"name": "Aromi", "food": "soup", "max_tokens": 5, "stream": True})
-    request.check_record(("name", "food"))
-    assert request.record == {"name": "Aromi", "food": "soup"}
-    assert request.sampling(LIMITS).max_new_tokens == 5
-    # Greedy by default, unlike a completion.
-    assert request.sampling(LIMITS).temperature == 0
 
 
 def test_columns_with_the_name_of_an_option_are_inside_fields() -> None:

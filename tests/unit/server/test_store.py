@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import RequestError
 from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 
 
 def seed_of(prefix: Prefix, llama: Any, random_prefix: Callable[..., Any]) -> int:
@@ -27,10 +29,10 @@ def test_names_headers_and_prefixes(tmp_path: Path, save: Any, llama: Any, rando
         save(name, index, task="toy", description=f"number {index}")
     (tmp_path / "notes.txt").write_text("not a prefix")
     (tmp_path / ".hidden.safetensors").write_text("not for anyone")
-    store = PrefixStore(tmp_path, llama)
+    store = PrefixFolder(tmp_path, llama)
     assert store.names() == ["Web-NLG_2.final", "e2e"]
     assert ("e2e" in store, "other" in store) == (True, False)
-    assert store.header("e2e")["description"] == "number 0"
+    assert store.file("e2e").header["description"] == "number 0"
     assert store.refused == {}
     assert store.stats.loaded == 0, "the folder was looked through without reading tensors"
     prefix = store.get("Web-NLG_2.final")
@@ -43,7 +45,7 @@ def test_names_headers_and_prefixes(tmp_path: Path, save: Any, llama: Any, rando
 def test_what_changed_is_found(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
     save("goes")
     save("stays")
-    store = PrefixStore(tmp_path, llama)
+    store = PrefixFolder(tmp_path, llama)
     held = store.get("stays")
     (tmp_path / "goes.safetensors").unlink()
     save("comes", 5)
@@ -56,7 +58,7 @@ def test_what_changed_is_found(tmp_path: Path, save: Any, llama: Any, random_pre
 
 def test_a_replaced_file_counts_for_new_requests_only(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
     save("p", 1)
-    store = PrefixStore(tmp_path, llama)
+    store = PrefixFolder(tmp_path, llama)
     sampling = SamplingParams(max_new_tokens=8, min_new_tokens=8)
     old = store.get("p")
     (alone,) = Engine(llama).run([Request((1, 2, 3), old, sampling)])[0]
@@ -78,7 +80,7 @@ def test_a_replaced_file_counts_for_new_requests_only(tmp_path: Path, save: Any,
 
 def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_prefix(tmp_path: Path, save: Any, llama: Any):
     path = save("p", 1)
-    held = PrefixStore(tmp_path, llama).get("p")
+    held = PrefixFolder(tmp_path, llama).get("p")
     before = [tensor.clone() for tensor in held.tensors()]
     # Were the tensors mapped from the file, cutting it short would end this process.
     with open(path, "r+b") as handle:
@@ -86,28 +88,27 @@ def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_prefix(tmp
     assert all(torch.equal(a, b) for a, b in zip(before, held.tensors(), strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", ".p", "../p", "a/b", "/etc/passwd", "a\\b", "a b", "é", "p\n", "p\0", "x" * 129]
-)
-def test_names_that_could_lead_out_of_the_folder_are_refused(name: str, tmp_path: Path, save: Any, llama: Any):
+def test_names_that_could_lead_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: Any):
     (tmp_path / "inside").mkdir()
     save("p")
-    store = PrefixStore(tmp_path / "inside", llama)
+    store = PrefixFolder(tmp_path / "inside", llama)
     source = tmp_path / "p.safetensors"
-    for use in (store.get, store.header, store.delete, lambda name: store.put(name, source)):
-        with pytest.raises(RequestError) as error:
-            use(name)
-        assert str(tmp_path) not in str(error.value)
+    names = ("", ".", "..", ".p", "../p", "a/b", "/etc/passwd", "a\\b", "a b", "é", "p\n", "p\0", "x" * 129)
+    for use in (store.get, store.delete, lambda name: store.put(name, source)):
+        for name in names:
+            with pytest.raises(RequestError) as error:
+                use(name)
+            assert str(tmp_path) not in str(error.value)
     assert list((tmp_path / "inside").iterdir()) == []
     assert source.exists()
 
 
-@pytest.mark.parametrize("name", ["x" * 128, "-", "_a", "1.0", "a..b"])
-def test_names_that_are_allowed(name: str, tmp_path: Path, save: Any, llama: Any):
-    store = PrefixStore(tmp_path / "inside", llama)
-    store.put(name, save("p"))
-    assert store.names() == [name]
-    store.get(name)
+def test_names_that_are_allowed(tmp_path: Path, save: Any, llama: Any):
+    store, source, names = PrefixFolder(tmp_path / "inside", llama), save("p"), ["-", "1.0", "_a", "a..b", "x" * 128]
+    for name in names:
+        store.put(name, source)
+        store.get(name)
+    assert store.names() == names
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: Any):
@@ -119,7 +120,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: A
     (folder / "itself.safetensors").symlink_to("itself.safetensors")
     (folder / "folder.safetensors").mkdir()
     os.mkfifo(folder / "pipe.safetensors")
-    store = PrefixStore(folder, llama)
+    store = PrefixFolder(folder, llama)
     assert store.names() == ["good", "real"]
     assert "leads out" in store.refused["bad"]
     assert "cannot be read" in store.refused["itself"]
@@ -129,7 +130,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: A
 
 
 def test_put_adds_and_replaces_a_file(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
-    store = PrefixStore(tmp_path / "store", llama)
+    store = PrefixFolder(tmp_path / "store", llama)
     source = save("upload", 1)
     store.put("p", source)
     assert source.exists()
@@ -140,8 +141,8 @@ def test_put_adds_and_replaces_a_file(tmp_path: Path, save: Any, llama: Any, ran
 
 
 def test_the_folder_is_changed_by_one_at_a_time(tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefixtune.server.models.store._LOCK_SECONDS", 0.1)
-    store = PrefixStore(tmp_path / "store", llama)
+    monkeypatch.setattr("prefixtune.server.prefixes._LOCK_SECONDS", 0.1)
+    store = PrefixFolder(tmp_path / "store", llama)
     store.put("p", save("upload", 1))
     before = (store.folder / "p.safetensors").read_bytes()
     with change_folder(store.folder, 1.0):
@@ -155,10 +156,28 @@ def test_the_folder_is_changed_by_one_at_a_time(tmp_path: Path, save: Any, llama
     assert list(store.folder.iterdir()) == []
 
 
+def test_a_name_is_deleted_while_it_is_put(tmp_path: Path, save: Any, llama: Any):
+    store, source, done = PrefixFolder(tmp_path / "store", llama), save("upload"), threading.Event()
+
+    def delete() -> None:
+        while not done.is_set():
+            with contextlib.suppress(RequestError):
+                store.delete("p")
+
+    deleting = threading.Thread(target=delete)
+    deleting.start()
+    try:
+        for _ in range(60):
+            store.put("p", source)
+    finally:
+        done.set()
+        deleting.join()
+
+
 def test_delete_removes_the_file_and_leaves_loaded_prefixes(tmp_path: Path, save: Any, llama: Any):
     save("p")
     (tmp_path / "bad.safetensors").write_text("junk")
-    store = PrefixStore(tmp_path, llama)
+    store = PrefixFolder(tmp_path, llama)
     held = store.get("p")
     store.delete("p")
     store.delete("bad")

@@ -22,7 +22,7 @@ from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.api.models import _UPLOAD_FOLDER
 from prefixtune.server.app import make_app
 from prefixtune.server.launch import _bind, _load
-from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
 from prefixtune.utils.console import Console
@@ -41,7 +41,7 @@ def state(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any, 
     (model / "model.safetensors").unlink()
     config = ServeConfig(engine="none", backbone=str(model), prefixes=str(prefixes), data_folder=str(tmp_path / "data"))
     unloaded = load_tokenizer(config.backbone)
-    return ServerState(config, unloaded, PrefixStore(prefixes, unloaded), None)
+    return ServerState(config, unloaded, PrefixFolder(prefixes, unloaded), None)
 
 
 def test_it_lists_results_and_says_that_it_is_well(state: ServerState):

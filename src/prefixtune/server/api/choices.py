@@ -5,22 +5,45 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
 from prefixtune.prefix.target_stream import TargetOffsets
 from prefixtune.prefix.text_format import TextFormat
-
-__all__ = ["ChatChoices", "CompletionChoices"]
-
+from prefixtune.sampling.detokenizer import Detokenizer
 
 _MIN_LOGPROB = -9999.0
 """The logarithm of zero: JSON has no infinity."""
-_MOST_PENDING = 16
-"""Tokens that end within a character, one after the other; a character has four bytes at most."""
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 """A byte, as tokenizers such as LLaMA's write it."""
+
+
+@dataclass
+class _Text:
+    """How far one text is.
+
+    Attributes:
+        pieces: What its tokens add to it.
+        offsets: Where its tokens begin within the target.
+        prompt: What it begins with.
+        num_tokens: Its tokens so far.
+        tokens_end: Characters of them, the prompt included.
+        end: Characters that were returned, the prompt included.
+        begun: Whether some were.
+    """
+
+    pieces: Detokenizer
+    offsets: TargetOffsets | None
+    prompt: str
+    num_tokens: int = 0
+    tokens_end: int = 0
+    end: int = field(init=False)
+    begun: bool = False
+
+    def __post_init__(self) -> None:
+        self.end = len(self.prompt)
 
 
 class CompletionChoices:
@@ -30,6 +53,7 @@ class CompletionChoices:
         backbone: Whose tokens they are.
         text_format: Of which the targets are a part; None: texts are returned as they are.
         prompts: Texts that the texts begin with, the same number of texts with each; None: they do not.
+        n: Texts for each prompt.
     """
 
     id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
@@ -43,18 +67,12 @@ class CompletionChoices:
     ) -> None:
         self.backbone, self.decode = backbone, token_decoder(backbone)
         self.text_format, self.prompts, self.n = text_format, prompts, n
-        self.begun: set[int] = set()
-        self.decode_after = _decoder_after_text(backbone, lambda ids: backbone.decode(list(ids)))
-        self.pieces_of: dict[int, TextPieces] = {}
-        self.text_ends: dict[int, int] = {}
-        self.target_ends: dict[int, int] = {}
-        self.target_offsets: dict[int, TargetOffsets] = {}
+        self.texts: dict[int, _Text] = {}
 
     def whole(self, index: int, output: SequenceOutput, target: str) -> dict[str, Any]:
         """The choice of a whole text."""
-        logprobs = self._target_logprobs(index, target, output, last=True)
-        target = self._prompt(index) + target
-        return {"index": index, "text": target, "logprobs": logprobs, "finish_reason": output.finish_reason}
+        (choice,) = self.pieces(index, output, target)
+        return choice
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         """What precedes the first piece: nothing."""
@@ -62,63 +80,65 @@ class CompletionChoices:
 
     def pieces(self, index: int, output: SequenceOutput, target: str) -> list[dict[str, Any]]:
         """A piece, with the finish reason if it is the last one."""
-        finish_reason = output.finish_reason
-        logprobs = self._target_logprobs(index, target, output, last=finish_reason is not None)
-        if index not in self.begun:
-            self.begun.add(index)
-            target = self._prompt(index) + target
+        text, finish_reason = self._text(index), output.finish_reason
+        logprobs = self._target_logprobs(text, target, output, last=finish_reason is not None)
+        if not text.begun:
+            text.begun, target = True, text.prompt + target
         if not target and logprobs is None and finish_reason is None:
             return []
         return [{"index": index, "text": target, "logprobs": logprobs, "finish_reason": finish_reason}]
 
-    def _target_logprobs(self, index: int, target: str, output: SequenceOutput, *, last: bool) -> dict[str, Any] | None:
+    def _text(self, index: int) -> _Text:
+        if index not in self.texts:
+            # The text of an encoder-decoder follows none.
+            context = _word(self.backbone) if self.backbone.kind == "decoder" else ()
+            self.texts[index] = _Text(
+                Detokenizer(self.backbone.decode, verbatim=True, context=context),
+                None if self.text_format is None else TargetOffsets(self.text_format),
+                "" if self.prompts is None else self.prompts[index // self.n],
+            )
+        return self.texts[index]
+
+    def _target_logprobs(
+        self, text: _Text, target: str, output: SequenceOutput, *, last: bool
+    ) -> dict[str, Any] | None:
         """Logprobs whose offsets count within the target."""
-        logprobs = self._logprobs(index, output)
-        if self.text_format is not None:
-            offsets = self.target_offsets.setdefault(index, TargetOffsets(self.text_format))
-            logprobs = offsets.add(target, logprobs, last=last)
-        self.target_ends[index] = self.target_ends.get(index, len(self._prompt(index))) + len(target)
+        logprobs = self._logprobs(text, output)
+        if text.offsets is not None:
+            logprobs = text.offsets.add(target, logprobs, last=last)
+        text.end += len(target)
         if logprobs is None:
             return None
-        # Of what the tokens add to the text, no more is needed than the offsets.
+        # Only the offsets need what the tokens add to the text.
         logprobs["tokens"] = logprobs.pop("names")
         if last:
             # Tokens of a stop string are behind the text.
-            logprobs["text_offset"] = [min(offset, self.target_ends[index]) for offset in logprobs["text_offset"]]
+            logprobs["text_offset"] = [min(offset, text.end) for offset in logprobs["text_offset"]]
         return logprobs
 
-    def _prompt(self, index: int) -> str:
-        """What a text begins with."""
-        return "" if self.prompts is None else self.prompts[index // self.n]
-
-    def _logprobs(self, index: int, output: SequenceOutput) -> dict[str, list[Any]] | None:
+    def _logprobs(self, text: _Text, output: SequenceOutput) -> dict[str, list[Any]] | None:
         """The names of tokens, what they add to the text (as `tokens`), their logprobs, and where they begin."""
         tokens = [*output.prompt_tokens, *output.tokens]
         if not output.prompt_tokens and not any(token.logprob is not None for token in tokens):
             return None
         names = [self.decode(token.id) for token in tokens]
-        follows_text = self.backbone.kind == "decoder"
-        if output.prompt_tokens or not (follows_text or index in self.text_ends):
+        if output.prompt_tokens or not (self.backbone.kind == "decoder" or text.num_tokens):
             names[0] = _decode(self.backbone, [tokens[0].id])
-        prompt, end = self._prompt(index), self.text_ends.get(index, 0)
-        pieces: list[str] = []
-        offsets: list[int] = []
-        in_prompt = TextPieces(self.backbone, self.decode_after, follows_text=False)
-        for token, name in zip(output.prompt_tokens, names, strict=False):
-            offsets.append(min(end, len(prompt)))
-            piece = in_prompt.add(token.id)
-            # A prompt that was decoded has its special tokens, by name.
-            pieces.append(name if prompt.startswith(name, end) else piece)
-            end += len(pieces[-1])
-        if output.prompt_tokens:
-            end = len(prompt)
-        if index not in self.pieces_of:
-            self.pieces_of[index] = TextPieces(self.backbone, self.decode_after, follows_text=follows_text)
-        for token in output.tokens:
-            offsets.append(end)
-            pieces.append(self.pieces_of[index].add(token.id))
-            end += len(pieces[-1])
-        self.text_ends[index] = end
+        pieces, offsets = list[str](), list[int]()
+        of_prompt = Detokenizer(self.backbone.decode, verbatim=True)
+        for number, (token, name) in enumerate(zip(tokens, names, strict=True)):
+            if number == len(output.prompt_tokens) > 0:
+                text.tokens_end = len(text.prompt)
+            offsets.append(text.tokens_end)
+            if number < len(output.prompt_tokens):
+                offsets[-1] = min(text.tokens_end, len(text.prompt))
+                piece = of_prompt.add(token.id)
+                # A prompt that was decoded has its special tokens, by name.
+                pieces.append(name if text.prompt.startswith(name, text.tokens_end) else piece)
+            else:
+                pieces.append(text.pieces.add(token.id))
+            text.tokens_end += len(pieces[-1])
+        text.num_tokens += len(tokens)
         return {
             "names": names,
             "tokens": pieces,
@@ -137,37 +157,6 @@ class CompletionChoices:
                 name = self.decode(other)
                 by_text[f"token_id:{other}" if name in by_text else name] = _finite(logprob)
         return by_text
-
-
-class TextPieces:
-    """What each token of one text adds to it: nothing if it is a special one, or ends within a character.
-
-    Args:
-        backbone: Whose tokens they are.
-        decode_after: Their text after another one.
-        follows_text: Whether the text follows another one.
-    """
-
-    def __init__(
-        self, backbone: Backbone, decode_after: Callable[[tuple[int, ...]], str], *, follows_text: bool
-    ) -> None:
-        self._backbone, self._decode_after, self._follows_text = backbone, decode_after, follows_text
-        # The last tokens, as long as they end within a character, and how much of their text was returned.
-        self._pending: tuple[int, ...] = ()
-        self._num_returned = 0
-
-    def add(self, token_id: int) -> str:
-        """The new part of the text."""
-        self._pending = (*self._pending, token_id)
-        text = self._decode_after(self._pending) if self._follows_text else self._backbone.decode(list(self._pending))
-        # Of bytes that are no character, not all are decoded again and again.
-        complete = text.rstrip("\ufffd") if len(self._pending) < _MOST_PENDING else text
-        piece = complete[self._num_returned :]
-        self._num_returned = len(complete)
-        if complete == text:
-            self._pending, self._num_returned = (), 0
-            self._follows_text = self._follows_text or bool(text)
-        return piece
 
 
 class ChatChoices:
@@ -226,28 +215,28 @@ class ChatChoices:
 
 
 def token_decoder(backbone: Backbone) -> Callable[[int], str]:
-    """A function: token id -> its text within a text, special tokens by name."""
-    decode = _decoder_after_text(backbone, functools.partial(_decode, backbone))
-    return lambda token_id: decode((token_id,))
-
-
-def _decoder_after_text(backbone: Backbone, decode: Callable[[Sequence[int]], str]) -> Callable[[tuple[int, ...]], str]:
-    """A function: token ids -> their text within a text.
+    """A function: token id -> its text within a text, special tokens by name.
 
     Some tokenizers leave out the white space that a text begins with, so tokens are decoded after another one. Their
     text is cached, as the same tokens come again and again.
     """
-    if "before_token" not in backbone.tokenizer_cache:
-        backbone.tokenizer_cache["before_token"] = backbone.encode("a")
-    before: list[int] = backbone.tokenizer_cache["before_token"]
-    beginning = decode(before)
+    before = _word(backbone)
+    beginning = _decode(backbone, before)
 
     @functools.lru_cache(maxsize=10_000)
-    def decode_after(ids: tuple[int, ...]) -> str:
-        text = decode([*before, *ids])
-        return text[len(beginning) :] if text.startswith(beginning) else decode(list(ids))
+    def decode(token_id: int) -> str:
+        text = _decode(backbone, [*before, token_id])
+        return text[len(beginning) :] if text.startswith(beginning) else _decode(backbone, [token_id])
 
-    return decode_after
+    return decode
+
+
+def _word(backbone: Backbone) -> list[int]:
+    """Tokens of a text that others follow; encoded once, as only the tokenizer's thread may encode later."""
+    if "before_token" not in backbone.tokenizer_cache:
+        backbone.tokenizer_cache["before_token"] = backbone.encode("a")
+    word: list[int] = backbone.tokenizer_cache["before_token"]
+    return word
 
 
 def _bytes_of_part(backbone: Backbone, token_id: int) -> list[int] | None:

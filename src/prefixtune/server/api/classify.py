@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from fastapi import APIRouter, Response
+from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 from torch import Tensor
@@ -30,21 +30,16 @@ from prefixtune.inference.classify import (
     first_duplicate,
 )
 from prefixtune.inference.config import ClassifyConfig
-from prefixtune.server.api.endpoint import GenerationContext, RequestContext
-from prefixtune.server.api.generation import deadline_exceeded, engine_error
+from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router
+from prefixtune.server.api.generation import check_prompt_length, engine_error
 from prefixtune.server.api.prompting import tokenize
 from prefixtune.server.api.protocol import Body, Text, Texts
-from prefixtune.server.api.streaming import run_until_disconnect
+from prefixtune.server.api.streaming import run_in_time
+from prefixtune.server.catalog import ServedModel
 from prefixtune.server.limits import Limits
-from prefixtune.server.models.catalog import ServedModel
-from prefixtune.server.responses import bad_request, json_response, unavailable
+from prefixtune.server.responses import JsonAnswer, bad_request, unavailable
 
-__all__ = ["router"]
-
-
-router = APIRouter()
-_FEW_PROBABILITIES = 5_000
-"""Of a response that is written at once; of others a thread makes it."""
+router = key_router()
 _MOST_PROBABILITIES = 500_000
 """Probabilities of a response: some 12 MB, and two seconds of a thread."""
 
@@ -89,53 +84,46 @@ async def create_classification(request: ClassifyRequest, context: GenerationCon
     if state.config.log_prompts:
         context.log_fields["input"] = request.texts
     _check_kind(request, model)
-    texts = request.texts
     encoded = await _encode(context, request, model)
     num_tokens = sum(map(len, encoded.prompts))
     context.log_fields |= {"model": model.name, "prompt_tokens": num_tokens}
     state.metrics.prompt(model.names, num_tokens)
     scores = await _score(context, encoded)
-    is_large = _num_probabilities(encoded) > _FEW_PROBABILITIES
 
     def respond() -> Response:
-        try:
-            data = [_item(encoded, index, texts[index], one) for index, one in enumerate(scores)]
-        except PrefixError as error:
-            raise engine_error(context, error.message) from None
         body = {
             "id": f"classify-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
             "model": model.name,
-            "data": data,
+            "data": [_item(encoded, index, request.texts[index], one) for index, one in enumerate(scores)],
             "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
         }
-        return json_response(body, headers=context.headers)
+        return JsonAnswer(body, headers=context.headers)
 
-    # Of thousands of words it takes a second.
-    return await run_in_threadpool(respond) if is_large else respond()
+    try:
+        # Of thousands of words it takes a second.
+        return await run_in_threadpool(respond)
+    except PrefixError as error:
+        raise engine_error(context, error.message) from None
 
 
 def _check_kind(request: ClassifyRequest, model: ServedModel) -> None:
     """Refuse a model that gives no labels, and labels or lists of words where there is no use for them."""
-    stored = labels_of(model.prefix)
-    if model.prefix is not None and stored is None:
-        raise bad_request(
-            f"the prefix {model.name!r} generates texts and gives no labels.",
-            "model",
-            "not_a_classifier",
-            hint="use /v1/completions or /v1/tasks, or name a prefix that was trained for classification or tagging.",
-        )
-    if model.prefix is None and not request.labels:
-        raise bad_request(
-            f"{model.name!r} is the bare backbone, which needs labels to choose from.",
-            "labels",
-            hint='give "labels": ["a", "b"], or name a prefix that was trained for classification or tagging.',
-        )
-    if model.prefix is not None and request.labels:
-        raise bad_request(f"the prefix {model.name!r} has labels of its own.", "labels", hint="leave it out.")
+    stored, name = labels_of(model.prefix), repr(model.name)
+    if model.prefix is None:
+        if not request.labels:
+            hint = 'give "labels": ["a", "b"], or name a prefix that was trained for classification or tagging.'
+            message = f"{name} is the bare backbone, which needs labels to choose from."
+            raise bad_request(message, "labels", hint=hint)
+    elif stored is None:
+        hint = "use /v1/completions or /v1/tasks, or name a prefix that was trained for classification or tagging."
+        message = f"the prefix {name} generates texts and gives no labels."
+        raise bad_request(message, "model", "not_a_classifier", hint=hint)
+    elif request.labels:
+        raise bad_request(f"the prefix {name} has labels of its own.", "labels", hint="leave it out.")
     if (stored is None or stored.kind != "tagging") and not all(isinstance(text, str) for text in request.texts):
-        raise bad_request(f"{model.name!r} classifies whole texts.", "input", hint="give texts, not lists of words.")
+        raise bad_request(f"{name} classifies whole texts.", "input", hint="give texts, not lists of words.")
 
 
 def _words(text: str | Sequence[str]) -> list[str]:
@@ -146,50 +134,37 @@ async def _encode(context: RequestContext, request: ClassifyRequest, model: Serv
     """The texts as token ids, in the prefix's text format.
 
     Raises:
-        ApiError: A text cannot be labelled.
+        ApiError: A text cannot be labelled, or is longer than this server allows, though the model could read it.
     """
-    backbone, stored = context.state.backbone, labels_of(model.prefix)
-    positions = context.state.worker.max_length
-    config = ClassifyConfig(on_too_long=context.state.config.on_too_long)
-    cut: list[int] = []
+    backbone, worker, stored = context.state.backbone, context.state.worker, labels_of(model.prefix)
+    config, cut = ClassifyConfig(on_too_long=context.state.config.on_too_long), list[int]()
 
     def encode() -> EncodedTexts:
+        positions = worker.max_length
         if model.prefix is not None and stored is not None and stored.kind == "tagging":
             return encode_to_tag(backbone, [_words(text) for text in request.texts], model.prefix, positions=positions)
-        texts = [str(text) for text in request.texts]
-        labels = request.labels
+        texts, labels = [str(text) for text in request.texts], request.labels
         return encode_to_classify(
             backbone, texts, model.prefix, labels=labels, config=config, positions=positions, on_cut=cut.extend
         )
 
     try:
         encoded = await tokenize(context, encode)
+        longest = max(map(len, encoded.prompts))
+        check_prompt_length(context, longest, "input")
+        worker.check_length(longest, model.prefix_length, max(map(len, encoded.words), default=0))
+    except ContextLengthError as error:
+        raise bad_request(error.message, "input", "context_length_exceeded", hint="shorten the text.") from None
     except (RequestError, ConfigError) as error:
         raise bad_request(error.message, "input", hint=error.hint) from None
-    _check_lengths(context, encoded, model)
-    if (count := _num_probabilities(encoded)) > _MOST_PROBABILITIES:
-        raise bad_request(
-            f"the response would have {count:,} probabilities; at most {_MOST_PROBABILITIES:,} are allowed.",
-            "input",
-            "too_many_probabilities",
-            hint="send fewer texts at once.",
-        )
+    # One for every label, of a text or of each of its words.
+    count = len(encoded.labels.names) * (sum(map(len, encoded.positions)) or len(encoded.prompts))
+    if count > _MOST_PROBABILITIES:
+        message = f"the response would have {count:,} probabilities; at most {_MOST_PROBABILITIES:,} are allowed."
+        raise bad_request(message, "input", "too_many_probabilities", hint="send fewer texts at once.")
     if cut:
         context.headers["x-prefixtune-cut-texts"] = context.log_fields["cut_texts"] = str(len(cut))
     return encoded
-
-
-def _check_lengths(context: RequestContext, encoded: EncodedTexts, model: ServedModel) -> None:
-    """Refuse texts that are longer than this server allows, though the model could read them."""
-    state = context.state
-    longest = max(map(len, encoded.prompts))
-    most = state.config.max_prompt_tokens
-    if most and longest > most:
-        raise bad_request(f"a text has {longest} tokens, but {most} are allowed.", "input", "context_length_exceeded")
-    try:
-        state.worker.check_length(longest, model.prefix_length, max(map(len, encoded.words), default=0))
-    except ContextLengthError as error:
-        raise bad_request(error.message, "input", "context_length_exceeded", hint="shorten the text.") from None
 
 
 async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]:
@@ -199,7 +174,8 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
         ApiError: The time is over, or the engine accepts no work.
         ClientDisconnect: The client disconnected.
     """
-    state, max_tokens = context.state, context.state.torch_worker.engine.prefill_tokens
+    worker = context.state.torch_worker
+    max_tokens = worker.engine.prefill_tokens
     scores: dict[int, list[Tensor]] = {row: [] for row in range(len(encoded.prompts))}
 
     def score(_: Backbone, rows: Sequence[int], part: slice) -> list[Tensor]:
@@ -208,15 +184,12 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
     async def score_all() -> None:
         for rows in _batches(encoded, max_tokens):
             for part in encoded.parts(rows, max_tokens):
-                found = await asyncio.wrap_future(state.torch_worker.call(partial(score, rows=rows, part=part)))
+                found = await asyncio.wrap_future(worker.call(partial(score, rows=rows, part=part)))
                 for row, one in zip(rows, found, strict=True):
                     scores[row].append(one)
 
     try:
-        async with asyncio.timeout(context.remaining):
-            await run_until_disconnect(context.request.receive, score_all())
-    except TimeoutError:
-        raise deadline_exceeded(context) from None
+        await run_in_time(context, score_all())
     except EngineFull as error:
         raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
     return [torch.cat(of_one, dim=-1) for of_one in scores.values()]
@@ -235,25 +208,15 @@ def _batches(encoded: EncodedTexts, max_tokens: int) -> Iterator[list[int]]:
     yield batch
 
 
-def _num_probabilities(encoded: EncodedTexts) -> int:
-    """Of all texts together: one for every label, of a text or of each of its words."""
-    labelled = sum(map(len, encoded.positions)) if encoded.positions else len(encoded.prompts)
-    return labelled * len(encoded.labels.names)
-
-
 def _item(encoded: EncodedTexts, index: int, text: str | Sequence[str], scores: Tensor) -> dict[str, Any]:
     """A text of the response."""
-    predictions = encoded.predict(index, scores)
-    tags = encoded.labels.kind == "tagging"
-    return {"index": index, **(_tagged(_words(text), predictions) if tags else _label(predictions[0]))}
+    found = [_label(one) for one in encoded.predict(index, scores)]
+    if encoded.labels.kind != "tagging":
+        return {"index": index, **found[0]}
+    tokens = [{"token": word, **one} for word, one in zip(_words(text), found, strict=True)]
+    return {"index": index, "label": None, "probs": None, "num_classes": found[0]["num_classes"], "tokens": tokens}
 
 
 def _label(prediction: Prediction) -> dict[str, Any]:
     probabilities = list(prediction.probabilities.values())
     return {"label": prediction.label, "probs": probabilities, "num_classes": len(probabilities)}
-
-
-def _tagged(words: Sequence[str], predictions: Sequence[Prediction]) -> dict[str, Any]:
-    tokens = [{"token": word, **_label(one)} for word, one in zip(words, predictions, strict=True)]
-    num_classes = tokens[0]["num_classes"]
-    return {"label": None, "probs": None, "num_classes": num_classes, "tokens": tokens}

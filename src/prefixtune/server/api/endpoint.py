@@ -1,29 +1,27 @@
 """What comes before and after every handler: who calls, and whether they may.
 
-What a handler enters into the `exit_stack` of its `RequestContext` lasts until the response has been sent, streams
-included. It ends whatever happens: counts go down and the engine's requests are cancelled, even where the client
-disconnected before the first byte.
+The key is looked at before the body is read. What a handler enters into the `exit_stack` of its `RequestContext` lasts
+until the response has been sent, streams included. It ends whatever happens: counts go down and the engine's requests
+are cancelled, even where the client disconnected before the first byte.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from prefixtune.server.auth import Caller
 from prefixtune.server.responses import ApiError, forbidden, unavailable
 from prefixtune.server.state import ServerState
 from prefixtune.server.training import Training
-
-__all__ = ["AdminContext", "GenerationContext", "KeyContext", "MetricsContext", "RequestContext", "TrainingContext"]
-
 
 Right = Literal["key", "admin", "metrics", "train"]
 """What an endpoint needs: any key, or a key with this right."""
@@ -67,7 +65,7 @@ class RequestContext:
         Raises:
             ApiError: 429: there is no room.
         """
-        self.exit_stack.enter_context(self.state.gate.admit(texts))
+        self.exit_stack.enter_context(self.state.gate.admit(texts, self.caller.name))
 
     def count(self) -> None:
         """Count the request against the key's limits, where its endpoint does not.
@@ -90,6 +88,24 @@ class RequestContext:
         return self.state.training
 
 
+class _KeyRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's own handler, which reads the body, once it is known who calls."""
+        answer = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            caller = _authenticate(request)
+            request.scope["caller"], request.scope["log_fields"]["key"] = caller, caller.name
+            return await answer(request)
+
+        return handle
+
+
+def key_router() -> APIRouter:
+    """A router of endpoints that need a key: their handlers take one of the contexts below."""
+    return APIRouter(route_class=_KeyRoute)
+
+
 def _context(right: Right = "key", *, limited: bool = False) -> Any:
     """The dependency of an endpoint.
 
@@ -100,11 +116,9 @@ def _context(right: Right = "key", *, limited: bool = False) -> Any:
 
     async def context(request: Request, _: Annotated[Any, Depends(_BEARER)]) -> AsyncGenerator[RequestContext]:
         state: ServerState = request.app.state.server
-        log_fields: dict[str, Any] = request.scope["log_fields"]
         with ExitStack() as exit_stack:
-            caller = _authenticate(request, state, right)
-            log_fields["key"] = caller.name
-            found = RequestContext(request, state, caller, exit_stack, log_fields)
+            found = RequestContext(request, state, request.scope["caller"], exit_stack, request.scope["log_fields"])
+            _check_right(found, right)
             if limited:
                 if state.draining:
                     raise unavailable("the server is shutting down.", "draining", retry_after=5)
@@ -123,33 +137,46 @@ MetricsContext = Annotated[RequestContext, _context("metrics")]
 TrainingContext = Annotated[RequestContext, _context("train", limited=True)]
 
 
-def _authenticate(request: Request, state: ServerState, right: Right) -> Caller:
-    keyring = state.keyring
-    changes_training = right == "train" and request.method != "GET"
-    if changes_training:
-        _check_origin(request, state)
+def _authenticate(request: Request) -> Caller:
+    """Who calls.
+
+    Raises:
+        ApiError: 401: the key is unknown; 403: there are no keys, and the request may come from elsewhere.
+    """
+    keyring = request.app.state.server.keyring
     if keyring.is_open and not _is_local(request.headers.get("host", "")):
         # The name of another site could point to this machine, and its page would then call the server.
         raise forbidden("without keys, the server answers on localhost only.", "host_not_allowed")
     if keyring.is_open and any(name in request.headers for name in _PROXY_HEADERS):
         # Whoever reaches the proxy would reach the server.
         raise forbidden("without keys, the server answers no proxy; `prefixtune serve --new-key`.", "key_needed")
-    caller = keyring.find(request.headers.get("authorization"))
+    caller: Caller | None = keyring.find(request.headers.get("authorization"))
     if caller is None:
         message = "an API key is needed, as in 'Authorization: Bearer pt-...'; it is missing or unknown."
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-    rules = caller.rules
-    if right == "admin" and not rules.admin:
-        reason = "no key is configured" if keyring.is_open else f"the key {caller.name!r} is not one"
-        raise forbidden(f"an admin key is needed; {reason}.", "admin_key_needed")
-    if right == "metrics" and not (rules.metrics or rules.admin):
-        raise forbidden(f"the key {caller.name!r} may not read the metrics.", "metrics_not_allowed")
-    if changes_training and not rules.train:
-        raise forbidden(f"the key {caller.name!r} may not train.", "training_not_allowed")
     return caller
 
 
-def _check_origin(request: Request, state: ServerState) -> None:
+def _check_right(context: RequestContext, right: Right) -> None:
+    """Refuse what the caller may not do.
+
+    Raises:
+        ApiError: 403.
+    """
+    caller, rules, is_open = context.caller, context.caller.rules, context.state.keyring.is_open
+    if right == "admin" and not rules.admin:
+        reason = "no key is configured" if is_open else f"the key {caller.name!r} is not one"
+        raise forbidden(f"an admin key is needed; {reason}.", "admin_key_needed")
+    if right == "metrics" and not (rules.metrics or rules.admin):
+        raise forbidden(f"the key {caller.name!r} may not read the metrics.", "metrics_not_allowed")
+    if right == "train" and context.request.method != "GET":
+        if is_open:
+            _check_origin(context.request, context.state.config.cors_origins)
+        if not rules.train:
+            raise forbidden(f"the key {caller.name!r} may not train.", "training_not_allowed")
+
+
+def _check_origin(request: Request, allowed: tuple[str, ...]) -> None:
     """Refuse a change that another site's page asks a server without keys for.
 
     A browser sends a form, and a request without a body, without asking the server first.
@@ -158,9 +185,8 @@ def _check_origin(request: Request, state: ServerState) -> None:
         ApiError: 403.
     """
     origin = request.headers.get("origin")
-    if not state.keyring.is_open or origin is None or origin in state.config.cors_origins:
-        return
-    if origin.partition("://")[2].lower() != request.headers.get("host", "").lower():
+    is_own = origin is None or origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
+    if not is_own and origin not in allowed:
         raise forbidden("pages of other sites may not use training here.", "origin_not_allowed")
 
 

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.errors import PrefixError
-from prefixtune.server.api.endpoint import RequestContext, TrainingContext
+from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.files import find_file
 from prefixtune.server.api.prompting import tokenize
 from prefixtune.server.responses import not_found
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["router"]
 
 
-router = APIRouter()
+router = key_router()
 _MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 24, 50, 2_000
 _DOCUMENT_CHARS = 100_000
 """Characters of a document that are tokenized; its other tokens are estimated."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
-from prefixtune.server.api.endpoint import RequestContext, TrainingContext
+from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.paging import After, page_of
 from prefixtune.server.api.streaming import file_stream
 from prefixtune.server.responses import ApiError, bad_request, not_found, storage_error
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["find_file", "router"]
 
 
-router = APIRouter()
+router = key_router()
 _PATH = "/v1/files/{file_id}"
 _MOST_LISTED = 10_000
 _PIECE = 2**20

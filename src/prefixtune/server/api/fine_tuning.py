@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.errors import RequestError
@@ -23,7 +23,7 @@ from prefixtune.jobs.job import ENDED, Job, JobState
 from prefixtune.jobs.publish import published_by
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.prefix.folder import path_of
-from prefixtune.server.api.endpoint import RequestContext, TrainingContext
+from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.job_creation import create_job
 from prefixtune.server.api.paging import After, Limit, list_body, page_of, unknown_after
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
@@ -34,7 +34,7 @@ from prefixtune.server.responses import ApiError, bad_request
 __all__ = ["router"]
 
 
-router = APIRouter()
+router = key_router()
 _JOBS, _JOB = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
 _POLL_SECONDS, _STATUS_SECONDS, _LAST_SECONDS, _KEEP_ALIVE_SECONDS = 0.3, 1.0, 2.0, 15.0
 

@@ -11,39 +11,30 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from prefixtune.jobs.queue import JobQueue
-from prefixtune.server.api.endpoint import KeyContext, MetricsContext
+from prefixtune.server.api.endpoint import KeyContext, MetricsContext, key_router
 from prefixtune.server.metrics import CONTENT_TYPE
-from prefixtune.server.responses import ApiError, json_response
-from prefixtune.server.state import ServerState
-
-__all__ = ["engine_router", "router"]
-
+from prefixtune.server.responses import ApiError, JsonAnswer
 
 _JOBS_SECONDS = 2.0
 """Longest wait for the number of jobs."""
-router = APIRouter()
-engine_router = APIRouter()
-"""For servers with an engine."""
+public, router, engine_router = APIRouter(), key_router(), key_router()
+"""Without a key; with one; for servers with an engine."""
 
 
-@router.get("/healthz")
+@public.get("/healthz")
 async def is_alive(request: Request) -> Response:
     """Whether the engine runs."""
-    return _health(request.app.state.server, ready=False)
+    state = request.app.state.server
+    has_failed = state.has_engine and not state.worker.healthy
+    return JsonAnswer({"status": "the engine has failed"}, 503) if has_failed else JsonAnswer({"status": "ok"})
 
 
-@router.get("/readyz")
+@public.get("/readyz")
 async def is_ready(request: Request) -> Response:
     """Whether requests are accepted."""
-    return _health(request.app.state.server, ready=True)
-
-
-def _health(state: ServerState, *, ready: bool) -> Response:
-    if state.has_engine and not state.worker.healthy:
-        return json_response({"status": "the engine has failed"}, 503)
-    if ready and state.draining:
-        return json_response({"status": "shutting down"}, 503)
-    return json_response({"status": "ok"})
+    if request.app.state.server.draining:
+        return JsonAnswer({"status": "shutting down"}, 503)
+    return await is_alive(request)
 
 
 @router.get("/openapi.json")
@@ -54,7 +45,7 @@ async def show_interface(context: KeyContext) -> Response:
         document["components"].pop("securitySchemes", None)
         for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
             operation.pop("security", None)
-    return json_response(document)
+    return JsonAnswer(document)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -10,33 +10,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from prefixtune.engine.request import SamplingParams
 from prefixtune.server.api.protocol import GenerationRequest, Ids, Part, Text, Texts
 from prefixtune.server.limits import Limits
 from prefixtune.server.responses import bad_request
-
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "OpenAIRequest"]
-
 
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "parallel_tool_calls"),
 }
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "audio": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "web_search_options": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
+_UNSUPPORTED = {
+    *("tools", "tool_choice", "functions", "function_call", "best_of", "echo", "suffix", "audio", "modalities"),
+    *("prediction", "web_search_options", "reasoning_effort", "verbosity"),
 }
-"""Fields that are not supported, each with the values that change nothing."""
+_NEUTRAL: tuple[Any, ...] = (None, False, 1, "", [], "none", "auto", "medium", ["text"])
+"""Values of such a field that change nothing."""
 _MAX_MESSAGES = 2048
 
 
@@ -107,17 +95,10 @@ class OpenAIRequest(GenerationRequest):
         if not isinstance(body, dict):
             return body
         left = {name: value for name, value in body.items() if name not in _IGNORED}
-        for name, neutral in _UNSUPPORTED.items():
-            if name in left and name not in cls.model_fields:
-                value = left.pop(name)
-                if value is not None and value not in neutral:
-                    raise bad_request(f"{name} is not supported.", name, "unsupported_field")
+        for name in sorted(_UNSUPPORTED & left.keys() - cls.model_fields.keys()):
+            if (value := left.pop(name)) is True or value not in _NEUTRAL:
+                raise bad_request(f"{name} is not supported.", name, "unsupported_field")
         return left
-
-    @property
-    def bias(self) -> dict[int, float]:
-        """What is added to the scores of tokens, by token id."""
-        return self.logit_bias or {}
 
     @property
     def json_schema(self) -> dict[str, Any] | None:
@@ -138,6 +119,10 @@ class OpenAIRequest(GenerationRequest):
     def num_prompts(self) -> int:
         """How many prompts there are."""
         return 1
+
+    def sampling(self, limits: Limits, **more: Any) -> SamplingParams:
+        """As `GenerationRequest.sampling`."""
+        return super().sampling(limits, logit_bias=self.logit_bias or {}, **more)
 
     def check(self, limits: Limits) -> None:
         """As `Body.check`."""
@@ -185,15 +170,10 @@ class CompletionRequest(OpenAIRequest):
         """How many prompts there are."""
         return len(self.prompts)
 
-    @property
-    def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to return; None: no logprobs at all."""
-        return self.logprobs
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        """The same for the prompt's tokens."""
-        return self.logprobs if self.echo else None
+    def sampling(self, limits: Limits, **more: Any) -> SamplingParams:
+        """As `GenerationRequest.sampling`."""
+        prompt_logprobs = self.logprobs if self.echo else None
+        return super().sampling(limits, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs, **more)
 
 
 class TextPart(BaseModel):
@@ -252,10 +232,9 @@ class ChatRequest(OpenAIRequest):
         """Most new tokens, if the body says so."""
         return self.max_completion_tokens or self.max_tokens
 
-    @property
-    def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to return; None: no logprobs at all."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def sampling(self, limits: Limits, **more: Any) -> SamplingParams:
+        """As `GenerationRequest.sampling`."""
+        return super().sampling(limits, logprobs=(self.top_logprobs or 0) if self.logprobs else None, **more)
 
     @property
     def conversation(self) -> list[dict[str, str]]:

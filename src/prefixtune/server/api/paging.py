@@ -9,9 +9,6 @@ from fastapi import Query
 
 from prefixtune.server.responses import ApiError, bad_request
 
-__all__ = ["After", "Limit", "list_body", "page_of", "unknown_after"]
-
-
 After = Annotated[str, Query(description="The id of the last item of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Most items.")]
 

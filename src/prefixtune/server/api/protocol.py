@@ -14,15 +14,13 @@ from prefixtune.engine.request import SamplingParams
 from prefixtune.server.limits import Limits
 from prefixtune.server.responses import bad_request
 
-__all__ = ["Body", "GenerationRequest", "Ids", "Part", "Text", "Texts"]
-
-
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 _StopString = Annotated[str, Field(min_length=1, max_length=256)]
 _MOST_UNKNOWN = 100
 _LIMITED = ("max_tokens", "max_completion_tokens", "min_tokens")
+_AS_THEY_ARE = ("temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 _SMALLEST_TOP_P = 1e-9
 """What a `top_p` of 0 means: the likeliest token alone reaches it."""
 
@@ -96,42 +94,20 @@ class GenerationRequest(Body):
         return self.max_tokens
 
     @property
-    def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to return; None: no logprobs at all."""
-        return None
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        """The same for the prompt's tokens."""
-        return None
-
-    @property
-    def bias(self) -> dict[int, float]:
-        """What is added to the scores of tokens, by token id."""
-        return {}
-
-    @property
     def json_schema(self) -> dict[str, Any] | None:
         """The JSON schema that texts follow; None: they follow none."""
         return None
 
-    def sampling(self, limits: Limits) -> SamplingParams:
+    def sampling(self, limits: Limits, **more: Any) -> SamplingParams:
         """How tokens are chosen; the number of new tokens counts only if there is a `length`."""
         return SamplingParams(
             max_new_tokens=limits.max_tokens if self.length is None else self.length,
             min_new_tokens=self.min_tokens,
-            temperature=self.temperature,
             top_p=self.top_p or _SMALLEST_TOP_P,
             top_k=max(0, self.top_k),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=self.bias,
-            seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            logprobs=self.num_logprobs,
-            prompt_logprobs=self.num_prompt_logprobs,
+            **{name: getattr(self, name) for name in _AS_THEY_ARE},
+            **more,
         )
 
     def check(self, limits: Limits) -> None:

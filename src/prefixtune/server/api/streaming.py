@@ -12,13 +12,9 @@ from urllib.parse import quote
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
 
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.responses import ApiError, json_text
-
-__all__ = ["DONE", "KEEP_ALIVE", "event", "event_stream", "file_stream", "run_until_disconnect"]
-
 
 KEEP_ALIVE = format_sse_event(comment="waiting")
 """Sent while there is nothing new: proxies cut silent connections, and clients ignore comments."""
@@ -65,29 +61,39 @@ def file_stream(context: RequestContext, file: IO[bytes], filename: str) -> Stre
     return StreamingResponse(pieces, headers=headers, media_type="application/octet-stream")
 
 
-async def run_until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of some work, which is cancelled when the client disconnects.
+async def run_in_time(context: RequestContext, work: Awaitable[T], *, grace: float = 0.0) -> T:
+    """The result of some work, which is cancelled when the client disconnects or the request's time is over.
 
     Args:
-        receive: Of a request whose body was read.
+        context: The request.
         work: What to do.
+        grace: Seconds more, for work that notices the end of the time itself.
 
     Raises:
+        ApiError: 504.
         ClientDisconnect: The client disconnected.
     """
     working = asyncio.ensure_future(work)
-    disconnected = asyncio.ensure_future(_wait_for_disconnect(receive))
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(context))
     try:
-        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        seconds = context.remaining + grace
+        await asyncio.wait({working, disconnected}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect if disconnected.done() else deadline_exceeded(context)
     finally:
         for task in (working, disconnected):
             task.cancel()
         await asyncio.gather(working, disconnected, return_exceptions=True)
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
+async def _wait_for_disconnect(context: RequestContext) -> None:
+    while (await context.request.receive())["type"] != "http.disconnect":
         pass
+
+
+def deadline_exceeded(context: RequestContext) -> ApiError:
+    """504: the request's time is over."""
+    message = f"the request was not done within {context.state.config.deadline:g} seconds."
+    # A retry, by a client or by a load balancer, would take as long.
+    return ApiError(504, message, code="deadline_exceeded", headers={"x-should-retry": "false"})

@@ -9,30 +9,27 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ConfigDict, Field
 
+from prefixtune.data.encoding import default_format
 from prefixtune.engine.request import SequenceOutput, join_outputs
-from prefixtune.errors import DataError
-from prefixtune.prefix.text_format import TextFormat
-from prefixtune.server.api.endpoint import GenerationContext, KeyContext, RequestContext
-from prefixtune.server.api.generation import Generation, collect_outputs, stream_outputs
-from prefixtune.server.api.prompting import start_targets, tokenize
+from prefixtune.prefix.text_format import TextFormat, read_text_format
+from prefixtune.server.api.endpoint import GenerationContext, KeyContext, RequestContext, key_router
+from prefixtune.server.api.generation import Generation
+from prefixtune.server.api.prompting import start_texts, tokenize
 from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
-from prefixtune.server.models.catalog import ServedModel
-from prefixtune.server.models.task_schema import TaskSchema, task_schema_of
-from prefixtune.server.responses import bad_request, json_response
-
-__all__ = ["router"]
-
+from prefixtune.server.responses import JsonAnswer, bad_request
+from prefixtune.server.task_schema import TaskSchema, task_decoding, task_schema_of
 
 _PATH = "/v1/tasks/{name:path}"
-router = APIRouter()
+router = key_router()
 
 
 class TaskRequest(GenerationRequest):
@@ -85,7 +82,14 @@ async def describe_task(name: str, context: KeyContext) -> dict[str, Any]:
     catalog = context.state.catalog
     if len(catalog.parts(name)) > 1:
         context.count()
-    return catalog.describe_task(name, await run_in_threadpool(catalog.load_header, name, context.caller))
+    header = await run_in_threadpool(catalog.load_header, name, context.caller)
+    schema = task_schema_of(header)
+    return {
+        "id": name,
+        "task": header.get("task"),
+        "fields": schema.describe() if schema else [],
+        "max_tokens": task_decoding(header).get("max_new_tokens"),
+    }
 
 
 @router.post(_PATH, name="do_task")
@@ -99,27 +103,37 @@ async def create_task_output(name: str, request: TaskRequest, context: Generatio
     context.admit(1)
     model = await run_in_threadpool(state.catalog.load, name, context.caller)
     if request.format_of:
-        model = await _with_format_of(context, model, request.format_of)
+        # The same text without the prefix, to compare with.
+        if model.prefix is not None:
+            raise bad_request("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")
+        header = await run_in_threadpool(state.catalog.load_header, request.format_of, context.caller)
+        model = replace(model, header=header)
     schema = task_schema_of(model.header)
     request.check_record(schema.columns if schema else ())
     source = await _source(context, request, schema)
-    text_format = state.catalog.text_format(model.header)
-    generation = await start_targets(context, request, model, text_format, [source])
+    text_format = read_text_format(model.header) or default_format(state.backbone)
+    generation = await start_texts(context, request, model, text_format, [source])
     if state.config.log_prompts:
         context.log_fields["source"] = source
     head = {"id": f"task-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
-    if request.stream:
-        return event_stream(context, _events(context, generation, text_format, source, head))
-    (output,) = await collect_outputs(context, generation)
-    return json_response(_task_output(context, generation, text_format, source, head, output), headers=context.headers)
+    whole = partial(_task_output, generation, text_format, {**head, "object": "task.output", "source": source})
+    if not request.stream:
+        return JsonAnswer(whole(*await generation.collect()), headers=context.headers)
 
+    async def events() -> AsyncGenerator[bytes]:
+        # Words around the target can only be removed from the whole output.
+        in_pieces, outputs = not any(text_format.target_words), list[SequenceOutput]()
+        async for one in generation.outputs():
+            if one is None:
+                yield KEEP_ALIVE
+                continue
+            outputs.append(one[1])
+            if in_pieces and one[1].text:
+                yield event({**head, "object": "task.output.chunk", "delta": one[1].text})
+        yield event(whole(join_outputs(outputs)))
+        yield DONE
 
-async def _with_format_of(context: RequestContext, model: ServedModel, prefix_name: str) -> ServedModel:
-    """The bare backbone with a prefix's header: the same text without the prefix, to compare with."""
-    if model.prefix is not None:
-        raise bad_request("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")
-    header = await run_in_threadpool(context.state.catalog.load_header, prefix_name, context.caller)
-    return ServedModel(model.name, None, header)
+    return event_stream(context, events())
 
 
 async def _source(context: RequestContext, request: TaskRequest, schema: TaskSchema | None) -> str:
@@ -128,45 +142,13 @@ async def _source(context: RequestContext, request: TaskRequest, schema: TaskSch
         return request.source
     if schema is None:
         raise bad_request("this model takes no fields.", "source", hint="give 'source'.")
-    try:
-        return await tokenize(context, partial(schema.source, request.record))
-    except DataError as error:
-        raise bad_request(error.message, hint=error.hint) from None
-
-
-async def _events(
-    context: RequestContext, generation: Generation, text_format: TextFormat, source: str, head: dict[str, Any]
-) -> AsyncGenerator[bytes]:
-    # Words around the target can only be removed from the whole output.
-    in_pieces = not any(text_format.target_words)
-    outputs: list[SequenceOutput] = []
-    async for output in stream_outputs(context, generation):
-        if output is None:
-            yield KEEP_ALIVE
-            continue
-        outputs.append(output)
-        if in_pieces and output.text:
-            yield event({**head, "object": "task.output.chunk", "delta": output.text})
-    yield event(_task_output(context, generation, text_format, source, head, join_outputs(outputs)))
-    yield DONE
+    return await tokenize(context, partial(schema.source, request.record))
 
 
 def _task_output(
-    context: RequestContext,
-    generation: Generation,
-    text_format: TextFormat,
-    source: str,
-    head: dict[str, Any],
-    output: SequenceOutput,
+    generation: Generation, text_format: TextFormat, head: dict[str, Any], output: SequenceOutput
 ) -> dict[str, Any]:
-    target = text_format.extract_target(output.text)
+    target, context = text_format.extract_target(output.text), generation.context
     if context.state.config.log_prompts:
         context.log_fields["outputs"] = [target]
-    return {
-        **head,
-        "object": "task.output",
-        "source": source,
-        "output": target,
-        "finish_reason": output.finish_reason,
-        "usage": generation.usage(),
-    }
+    return {**head, "output": target, "finish_reason": output.finish_reason, "usage": generation.usage()}

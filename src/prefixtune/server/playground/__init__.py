@@ -14,9 +14,6 @@ from fastapi.responses import HTMLResponse
 from prefixtune.server.responses import not_found
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["router", "start"]
-
-
 _SWAGGER_UI = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 _LINK = re.compile(r'<nav id="pages".*</nav>')
 """Between the playground and the page for training, where both are there."""

@@ -5,7 +5,7 @@ The header of a prefix's file names its task and, for a user's own records, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,9 +14,6 @@ from prefixtune.data.benchmarks import ATTRIBUTES, check_triples, linearize_dart
 from prefixtune.data.files import join_lines, one_line
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import ConfigError, DataError
-
-__all__ = ["FieldKind", "TaskField", "TaskSchema", "task_decoding", "task_schema_of"]
-
 
 _WHERE = "the request"
 _SUMMARIZATION_TASKS = ("summarization", "scitldr")
@@ -115,44 +112,29 @@ def _template_schema(task: str, template: str) -> TaskSchema | None:
     return TaskSchema(task, tuple(TaskField(name, kind) for name in columns), linearize)
 
 
-def _linearize_e2e(record: Mapping[str, Any]) -> str:
-    return linearize_e2e(one_line(record["mr"], "mr", _WHERE))
-
-
-def _linearize_triples(linearize: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
+def _triples(linearize: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
     return lambda record: linearize(check_triples(record["triples"], "triples", _WHERE))
 
 
-def _linearize_toy(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str]:
-    return lambda record: toy.linearize({name: one_line(record[name], name, _WHERE) for name in columns})
-
-
-_EXAMPLE_TRIPLES = [["Aarhus", "country", "Denmark"], ["Aarhus", "leaderName", "Jacob_Bundsgaard"]]
-_TOY_EXAMPLE = {"train": "Heron", "to": "Westport", "time": "19:30", "platform": "C", "fare": "8", "sky": "fog"}
-
+_EXAMPLE = "name[The Vaults], eatType[pub], priceRange[cheap], area[riverside]"
+_TRIPLES = TaskField(
+    "triples", "triples", [["Aarhus", "country", "Denmark"], ["Aarhus", "leaderName", "Jacob_Bundsgaard"]]
+)
+_TOY = {"train": "Heron", "to": "Westport", "time": "19:30", "platform": "C", "fare": "8", "sky": "fog"}
 _TASK_SCHEMAS = {
     schema.task: schema
     for schema in (
         TaskSchema(
             "e2e",
-            (
-                TaskField(
-                    "mr",
-                    "attributes",
-                    "name[The Vaults], eatType[pub], priceRange[cheap], area[riverside]",
-                    tuple(ATTRIBUTES),
-                ),
-            ),
-            _linearize_e2e,
+            (TaskField("mr", "attributes", _EXAMPLE, tuple(ATTRIBUTES)),),
+            lambda record: linearize_e2e(one_line(record["mr"], "mr", _WHERE)),
         ),
-        TaskSchema(
-            "webnlg", (TaskField("triples", "triples", _EXAMPLE_TRIPLES),), _linearize_triples(linearize_webnlg)
-        ),
-        TaskSchema("dart", (TaskField("triples", "triples", _EXAMPLE_TRIPLES),), _linearize_triples(linearize_dart)),
+        TaskSchema("webnlg", (_TRIPLES,), _triples(linearize_webnlg)),
+        TaskSchema("dart", (_TRIPLES,), _triples(linearize_dart)),
         TaskSchema(
             "toy",
-            tuple(TaskField(name, "line", value) for name, value in _TOY_EXAMPLE.items()),
-            _linearize_toy(tuple(_TOY_EXAMPLE)),
+            tuple(TaskField(name, "line", value) for name, value in _TOY.items()),
+            lambda record: toy.linearize({name: one_line(record[name], name, _WHERE) for name in _TOY}),
         ),
     )
 }

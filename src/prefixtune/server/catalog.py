@@ -1,0 +1,345 @@
+"""All models by name: the prefixes, those that are joined, and the bare backbone, as far as a caller may use them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from prefixtune.data import TASKS
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError, RequestError
+from prefixtune.prefix.header import JobOrigin, job_origin
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.auth import Caller
+from prefixtune.server.logs import log
+from prefixtune.server.prefixes import PrefixFile, PrefixFolder
+from prefixtune.server.responses import ApiError, bad_request, forbidden, not_found, unavailable
+
+SEPARATOR = "+"
+"""Between the names of joined prefixes; no file's name may have it."""
+_BACKBONE = PrefixFile(None)
+"""What stands for the file of the bare backbone."""
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model that a request names.
+
+    Attributes:
+        name: Its name; of joined prefixes all names, with a + between them.
+        prefix: None for the bare backbone.
+        header: Of the prefix's file, or of the joined prefix.
+        parts: The names of the prefixes that are joined; empty: it is one, or none.
+    """
+
+    name: str
+    prefix: Prefix | None = None
+    header: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that it is counted under."""
+        return self.parts or (self.name,)
+
+    @property
+    def prefix_length(self) -> int:
+        """P, of the decoder; 0 without a prefix."""
+        return 0 if self.prefix is None else self.prefix.length()
+
+
+class Catalog:
+    """The models by name. Methods may wait for the disk, so they are not for the event loop.
+
+    What a job made is its owner's and an admin's, or everybody's where no key is configured; all else goes by the
+    patterns of keys.
+
+    Args:
+        store: The prefixes.
+        backbone_id: The bare backbone's name, which hides a prefix of that name.
+        created: When the server started, in seconds since 1970.
+        max_joined: Most prefixes that are joined.
+        max_length: Most positions of a text, prefix included.
+        is_open: Whether no key is configured.
+    """
+
+    def __init__(
+        self,
+        store: PrefixFolder,
+        backbone_id: str,
+        created: int,
+        *,
+        max_joined: int,
+        max_length: int,
+        is_open: bool = False,
+    ) -> None:
+        self.store, self.backbone_id, self.created = store, backbone_id, created
+        self.max_joined, self.max_length, self.is_open = max_joined, max_length, is_open
+
+    # --- who may do what ----------------------------------------------------------------------------------------------
+
+    def may_copy(self, header: Mapping[str, Any], caller: Caller) -> bool:
+        """Whether the caller may have a prefix, or what is trained from it, by the header of its file.
+
+        Owners and admins may; where there are no keys, everybody.
+        """
+        return self.is_open or self._is_theirs(job_origin(header), caller, nobodys=caller.rules.admin)
+
+    def may_use(self, model: str, caller: Caller) -> bool:
+        """Whether there is such a model, and the caller may use it: of joined prefixes, every one."""
+        with contextlib.suppress(ApiError):
+            self.files((model,) if model == self.backbone_id else model.split(SEPARATOR), caller)
+            return True
+        return False
+
+    def files(self, names: Sequence[str], caller: Caller) -> dict[str, PrefixFile]:
+        """The files of names, all of which the caller may use; they may be files that are not served.
+
+        What a job made for somebody else is answered like a name that there is not.
+
+        Raises:
+            ApiError: 403 or 404.
+        """
+        found = {name: _BACKBONE if name == self.backbone_id else self.store.file(name) for name in names}
+        for name, file in found.items():
+            if not (caller.may_use(name) or (file and self._is_theirs(file.origin, caller))):
+                raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
+        for name, file in found.items():
+            if file is None or not self._is_theirs(file.origin, caller, nobodys=True):
+                raise not_found("model", name)
+        return {name: file for name, file in found.items() if file is not None}
+
+    def _is_theirs(self, origin: JobOrigin | None, caller: Caller, *, nobodys: bool = False) -> bool:
+        if origin is None:
+            return nobodys
+        return self.is_open or caller.rules.admin or origin.owner == caller.name
+
+    # --- getting one --------------------------------------------------------------------------------------------------
+
+    def parts(self, model: str, prefixes: Sequence[str] | None = None) -> tuple[str, ...]:
+        """The names within a model's name, or those of prefixes to join: one or several.
+
+        Raises:
+            ApiError: They cannot be joined, whatever they are.
+        """
+        if prefixes is None:
+            # The name of a backbone may have a +, that of a prefix cannot.
+            names, param = (model,) if model == self.backbone_id else tuple(model.split(SEPARATOR)), "model"
+        elif model in ("", self.backbone_id, SEPARATOR.join(prefixes)):
+            names, param = tuple(prefixes), "prefixes"
+        else:
+            message = f"the model is {model[:128]!r}, but 'prefixes' names others."
+            raise bad_request(message, "model", hint=f"leave it out, or write {self.backbone_id!r}.")
+        if len(names) == 1:
+            return names
+        if len(names) > self.max_joined:
+            message = f"{len(names)} prefixes are named, but this server joins at most {self.max_joined}."
+            raise bad_request(message, param, "too_many_prefixes")
+        if "" in names or self.backbone_id in names or len(set(names)) < len(names):
+            raise bad_request("joined names must be those of prefixes, each once, as in manual+user-42.", param)
+        return names
+
+    def load(self, model: str, caller: Caller, prefixes: Sequence[str] | None = None) -> ServedModel:
+        """The model of that name, with its prefix loaded.
+
+        Args:
+            model: Its name, or those of several prefixes to join, as in `manual+user-42`.
+            caller: Who must be allowed to use all of them.
+            prefixes: The names of the prefixes instead; `model` is then empty, theirs, or the bare backbone's.
+
+        Raises:
+            ApiError: The caller may not use it, there is none, its file is broken, or prefixes cannot be joined.
+        """
+        names, param = self.parts(model, prefixes), "model" if prefixes is None else "prefixes"
+        files = self.files(names, caller)
+        if names == (self.backbone_id,):
+            return ServedModel(self.backbone_id)
+        try:
+            self._check_joined_length(files)
+            prefix = self.store.load(files)
+        except RequestError as error:
+            raise bad_request(error.message, param, "context_length_exceeded", hint=error.hint) from None
+        except (BackboneError, ConfigError) as error:
+            raise bad_request(error.message, param, hint=error.hint) from None
+        except CheckpointError:
+            raise _not_served(SEPARATOR.join(names)) from None
+        except PrefixError:
+            message = f"the file of {SEPARATOR.join(names)!r} cannot be read now; try again later."
+            raise unavailable(message, "busy", retry_after=5) from None
+        return ServedModel(SEPARATOR.join(names), prefix, prefix.header, names if len(names) > 1 else ())
+
+    def _check_joined_length(self, files: Mapping[str, PrefixFile]) -> None:
+        """Refuse prefixes that together leave no room for a text.
+
+        Raises:
+            RequestError: They do.
+        """
+        # A decoder's text follows its prefix; those of an encoder-decoder take none of its positions.
+        if len(files) > 1 and self.store.backbone.kind != "encoder-decoder":
+            length = sum(_length(file) for file in files.values())
+            if length >= self.max_length:
+                message = f"the joined prefixes take {length} positions, but the limit is {self.max_length}, with text."
+                raise RequestError(message, hint="join fewer of them.")
+
+    def load_header(self, model: str, caller: Caller) -> Mapping[str, Any]:
+        """The header of a model's file, or of joined prefixes; empty for the bare backbone.
+
+        Raises:
+            ApiError: As `load`.
+        """
+        names = self.parts(model)
+        if len(names) > 1:
+            return self.load(model, caller).header
+        file = self.files(names, caller)[model]
+        if file.reason:
+            raise _not_served(model)
+        return file.header
+
+    def open_file(self, name: str, caller: Caller) -> BinaryIO:
+        """The file of a prefix, to be read and closed: for the owner of the job that made it, and for admins.
+
+        Raises:
+            ApiError: 403: it is not the caller's; 404: there is none; 503: it cannot be read.
+        """
+        file = self.store.file(name) if caller.rules.admin else self.files((name,), caller)[name]
+        if file is None:
+            raise not_found("model", name)
+        if not (caller.rules.admin or self._is_theirs(file.origin, caller)):
+            raise forbidden(f"the file of {name[:128]!r} is for the owner of its training job only.", "not_the_owner")
+        try:
+            return self.store.open(name, file)
+        except PrefixError:
+            raise _not_served(name) from None
+
+    # --- describing them ----------------------------------------------------------------------------------------------
+
+    def describe_all(self, caller: Caller) -> list[dict[str, Any]]:
+        """The models that a caller may use, the bare backbone first; checkpoints of jobs are left out."""
+        files = {self.backbone_id: _BACKBONE, **{n: f for n, f in self.store.files().items() if n != self.backbone_id}}
+        return [
+            self._describe(name, file)
+            for name, file in files.items()
+            if not file.reason
+            and (caller.may_use(name) if file.origin is None else self._is_theirs(file.origin, caller))
+            and (file.origin is None or file.origin.step is None)
+        ]
+
+    def describe(self, model: str, caller: Caller) -> dict[str, Any]:
+        """A model as `/v1/models` lists it; joined prefixes, which are not listed, too.
+
+        Raises:
+            ApiError: As `load`.
+        """
+        names = self.parts(model)
+        if len(names) == 1:
+            file = self.files(names, caller)[model]
+            if file.reason:
+                raise _not_served(model)
+            return self._describe(model, file)
+        joined = self.load(model, caller)
+        return {
+            **self._model(joined.name, joined.prefix_length),
+            "kind": "joined",
+            "description": f"{len(joined.parts)} prefixes, joined in this order",
+            "task": joined.header.get("task"),
+            "prefix_length": joined.prefix.lengths if joined.prefix else {},
+        }
+
+    def _describe(self, name: str, file: PrefixFile) -> dict[str, Any]:
+        header, origin = file.header, file.origin
+        if file is _BACKBONE:
+            return {**self._model(name), "kind": "backbone", "description": "the bare backbone", "task": None}
+        task, description = header.get("task"), header.get("description")
+        described = {
+            **self._model(name, _length(file)),
+            "kind": "prefix",
+            "description": description or (TASKS[task].description if task in TASKS else "a prefix"),
+            "task": task,
+            **{key: header[key] for key in ("prefix_length", "license") if header.get(key)},
+        }
+        if origin is not None and file.signature is not None:
+            described |= {"created": file.signature[0] // 10**9, "owned_by": origin.owner, "job": origin.id}
+        return described
+
+    def _model(self, name: str, prefix_length: int = 0) -> dict[str, Any]:
+        """What OpenAI's and vLLM's clients read of a model."""
+        takes_room = self.store.backbone.kind == "decoder"
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "prefixtune",
+            "root": name,
+            "parent": None if name == self.backbone_id else self.backbone_id,
+            "max_model_len": max(0, self.max_length - prefix_length) if takes_room else self.max_length,
+        }
+
+    # --- changing them ------------------------------------------------------------------------------------------------
+
+    def delete(self, model: str, caller: Caller) -> JobOrigin | None:
+        """Remove what a job made, a result together with its checkpoints; admins remove any prefix.
+
+        Returns:
+            The job that had made it.
+
+        Raises:
+            ApiError: There is no such model, or it is not the caller's.
+            PrefixError: A file cannot be removed.
+        """
+        origin = self.files((model,), caller)[model].origin
+        if model == self.backbone_id:
+            raise forbidden(f"{model[:128]!r} is the bare backbone, which is not deleted.", "model_not_deletable")
+        if not self._is_theirs(origin, caller, nobodys=caller.rules.admin):
+            raise forbidden(f"{model[:128]!r} was made by no job of this key.", "not_the_owner")
+        # The name itself comes last: if something fails, it can be deleted again.
+        own = None if origin is None or origin.step is not None else origin.id
+        self._remove(*(name for name, one in self._checkpoints(model).items() if one.id == own), model)
+        return origin
+
+    def put(self, name: str, source: Path) -> tuple[bool, JobOrigin | None]:
+        """As the folder's `put`; the checkpoints of a result that is replaced are removed.
+
+        Returns:
+            Whether there was a file of this name, and the job that had made it if that is another one's now.
+
+        Raises:
+            PrefixError: As the folder's `put`, or the folder cannot be read; nothing was changed.
+        """
+        before = self.store.file(name)
+        self.store.put(name, source)
+        now = self.store.file(name)
+        old, new = before.origin if before else None, now.origin if now else None
+        for other, left in self._checkpoints(name).items():
+            # Without a result before, they are what an earlier change has left.
+            if left.id != (new.id if new else None) and (old is None or left.id == old.id):
+                try:
+                    self._remove(other)
+                except PrefixError as error:
+                    # The prefix itself is there.
+                    log("checkpoint_not_removed", level=logging.ERROR, model=other, reason=error.message)
+        return before is not None, old if old != new else None
+
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            # Somebody else may have deleted it.
+            with contextlib.suppress(RequestError):
+                self.store.delete(name)
+
+    def _checkpoints(self, name: str) -> dict[str, JobOrigin]:
+        """The checkpoints that are called after a name, each with its job."""
+        found = self.store.origins().items()
+        return {other: one for other, one in found if other.startswith(f"{name}.step-") and one.step is not None}
+
+
+def _length(file: PrefixFile) -> int:
+    """P, of the decoder, of a file that is served."""
+    length = file.header.get("prefix_length", {}).get("decoder", 0)
+    return int(length)
+
+
+def _not_served(name: str) -> ApiError:
+    # The reason is for admins only: it may name paths and models of whoever made the file.
+    return unavailable(f"the file of {name!r} is not served; /v1/models tells an admin why.", "model_not_served")

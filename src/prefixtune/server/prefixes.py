@@ -1,0 +1,343 @@
+"""A folder of prefixes, NAME.safetensors each, served by name.
+
+A file's status is asked for on each request, and its header is read when that has changed; the file is read and checked
+as a whole when it is first requested. A bad file is reported and not served. Whoever has a prefix keeps it when its
+file is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import PrefixValidator
+from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.file import HEADER_KEY, is_unread, read_table
+from prefixtune.prefix.folder import (
+    Signature,
+    change_folder,
+    check_name,
+    check_regular_file,
+    list_names,
+    path_of,
+    signature_of,
+    signature_of_open,
+)
+from prefixtune.prefix.header import JobOrigin, job_origin
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.files import atomic_path, reporting_write_errors
+
+_log = logging.getLogger(__name__)
+_MAX_REASON_LENGTH = 500
+_LOCK_SECONDS = 10.0
+_Versions = tuple[Signature | None, ...]
+
+
+@dataclass(frozen=True)
+class FolderStats:
+    """What is in memory, how often it was of use, and the files as they were last looked at.
+
+    Attributes:
+        hits: Requested prefixes that were in memory.
+        misses: Those that had to be read, or joined.
+        evictions: Prefixes dropped to make room.
+        bytes: Memory of the prefixes.
+        loaded: How many are in memory.
+        known: Files that can be served.
+        refused: Files that cannot.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    bytes: int
+    loaded: int
+    known: int
+    refused: int
+
+
+@dataclass(frozen=True)
+class PrefixFile:
+    """A file as it was when its header was read.
+
+    Attributes:
+        signature: Differs once the file has changed; None: it could not be read, and is looked at again the next time.
+        header: Empty if it is not served.
+        reason: Why it is not served; empty: it is.
+        origin: The job that made it, if one did.
+    """
+
+    signature: Signature | None
+    header: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    origin: JobOrigin | None = None
+
+
+class PrefixFolder:
+    """Prefixes by name. May be used from any thread; all methods but `stats` may wait for the disk.
+
+    Args:
+        folder: Created if it is missing.
+        backbone: The model that they must fit.
+        max_bytes: Most that all loaded prefixes together may take, in the backbone's dtype.
+
+    Raises:
+        PrefixError: The folder cannot be created or read.
+    """
+
+    def __init__(self, folder: str | Path, backbone: Backbone, *, max_bytes: int = 2**30) -> None:
+        self.folder, self.backbone, self.max_bytes = Path(folder).absolute(), backbone, max_bytes
+        self._validator = PrefixValidator(backbone, max_bytes)
+        self._files: dict[str, PrefixFile] = {}
+        # By the names that are joined, the least recently used first.
+        self._loaded: OrderedDict[tuple[str, ...], tuple[_Versions, Prefix]] = OrderedDict()
+        self._bytes = self._hits = self._misses = self._evictions = 0
+        self._lock, self._reading = threading.Lock(), threading.RLock()
+        with reporting_write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.files()
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    def files(self) -> dict[str, PrefixFile]:
+        """All files by name, sorted, as they are now.
+
+        Raises:
+            PrefixError: The folder cannot be read.
+        """
+        try:
+            names = list_names(self.folder)
+        except OSError as error:
+            message = f"the folder of prefixes cannot be read: {error.strerror}."
+            raise PrefixError(message, hint="check its permissions.") from None
+        found = {name: self.file(name) for name in sorted(names | self._files.keys())}
+        return {name: file for name, file in found.items() if file is not None}
+
+    def names(self) -> list[str]:
+        """The names that can be requested; as `files`."""
+        return [name for name, file in self.files().items() if not file.reason]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The files that are not served, and why; as `files`."""
+        return {name: file.reason for name, file in self.files().items() if file.reason}
+
+    def origins(self) -> dict[str, JobOrigin]:
+        """The files that jobs made, served or not; as `files`."""
+        return {name: file.origin for name, file in self.files().items() if file.origin is not None}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a file of this name, served or not."""
+        return self.file(name) is not None
+
+    def file(self, name: str) -> PrefixFile | None:
+        """The file of a name as it is now, served or not; None: there is none."""
+        # A name from outside must not lead out of the folder.
+        if os.sep in name or "\0" in name or name.startswith("."):
+            return None
+        known, signature = self._files.get(name), signature_of(path_of(self.folder, name))
+        if known is not None and known.signature is not None and known.signature == signature:
+            return known
+        file = self._look(name, signature, known.origin if known is not None else None)
+        with self._lock:
+            if file is None:
+                self._files.pop(name, None)
+            else:
+                self._files[name] = file
+            for names in [names for names in self._loaded if known is not None and name in names]:
+                self._drop(names)
+        return file
+
+    @property
+    def stats(self) -> FolderStats:
+        """What is in memory, and the files as they were last looked at."""
+        refused = sum(bool(file.reason) for file in list(self._files.values()))
+        counts = self._hits, self._misses, self._evictions, self._bytes, len(self._loaded)
+        return FolderStats(*counts, len(self._files) - refused, refused)
+
+    # --- getting one --------------------------------------------------------------------------------------------------
+
+    def get(self, name: str) -> Prefix:
+        """The prefix of a name; see `load`."""
+        return self.load({name: self.file(name)})
+
+    def load(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
+        """A prefix, or several joined in this order, in the backbone's dtype and on its device.
+
+        Args:
+            files: By name, as `file` returned them.
+
+        Raises:
+            RequestError: There is no such prefix; or too many bytes would be joined.
+            CheckpointError: A file is not served, or is broken.
+            ConfigError, BackboneError: They cannot be joined.
+            PrefixError: A file cannot be read now, or was replaced by another owner's.
+        """
+        names, versions = tuple(files), tuple(file.signature if file else None for file in files.values())
+        held = self._held(names, versions)
+        if held is not None:
+            return held
+        # One thread at a time reads or joins: requests for the same prefix at once wait for one result.
+        with self._reading:
+            held = self._held(names, versions)
+            if held is None:
+                held = self._join(files) if len(files) > 1 else self._read(names[0], files[names[0]])
+                self._keep(names, versions, held)
+            return held
+
+    def _held(self, names: tuple[str, ...], versions: _Versions) -> Prefix | None:
+        with self._lock:
+            known, prefix = self._loaded.get(names, ((), None))
+            if prefix is None or known != versions or None in versions:
+                return None
+            self._hits += 1
+            self._loaded.move_to_end(names)
+            return prefix
+
+    def _keep(self, names: tuple[str, ...], versions: _Versions, prefix: Prefix) -> None:
+        with self._lock:
+            self._misses += 1
+            self._drop(names)
+            self._loaded[names] = versions, prefix
+            self._bytes += prefix.num_bytes
+            while self._bytes > self.max_bytes and len(self._loaded) > 1:
+                self._drop(next(iter(self._loaded)))
+                self._evictions += 1
+
+    def _drop(self, names: tuple[str, ...]) -> None:
+        entry = self._loaded.pop(names, None)
+        if entry is not None:
+            self._bytes -= entry[1].num_bytes
+
+    def _read(self, name: str, file: PrefixFile | None) -> Prefix:
+        """A whole file, checked."""
+        if file is None:
+            raise _no_such_prefix(name)
+        if file.reason:
+            raise CheckpointError(f"the prefix {name!r} is not served: {file.reason}", hint="replace its file.")
+        try:
+            prefix = self._validator.load_copy(path_of(self.folder, name), name)
+        except CheckpointError as error:
+            if is_unread(error):
+                _log.warning("the prefix %r cannot be read now: %s", name, error.__cause__ or error)
+                raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from error
+            self._files[name] = self._refused(file.signature, error.message, file.origin)
+            raise
+        if job_origin(prefix.header) != file.origin:
+            raise PrefixError(f"the file of the prefix {name!r} was replaced.", hint="try again.")
+        return prefix
+
+    def _join(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
+        parts = [self.load({name: file}) for name, file in files.items()]
+        size = sum(part.num_bytes for part in parts)
+        if 2 * size > self.max_bytes:
+            message = f"the joined prefixes take {size:,} bytes, but {self.max_bytes // 2:,} are the most."
+            raise RequestError(message, hint="join fewer of them.")
+        # The header numbers the parts: it names no prefix.
+        return concatenate(parts, self.backbone.rotation)
+
+    def open(self, name: str, file: PrefixFile) -> BinaryIO:
+        """A file as it was looked at, to be read and closed; what replaces it meanwhile is not seen.
+
+        Raises:
+            PrefixError: It cannot be read now.
+        """
+        if not file.reason:
+            with contextlib.suppress(OSError):
+                opened = open(path_of(self.folder, name), "rb")  # noqa: SIM115
+                if signature_of_open(opened) == file.signature:
+                    return opened
+                opened.close()
+        raise PrefixError(f"cannot read {name!r} now.", hint="try again later.")
+
+    # --- changing the folder ------------------------------------------------------------------------------------------
+
+    def put(self, name: str, source: str | Path) -> None:
+        """Add a file under a name, or replace the one of that name: checked as a whole, then moved there at once.
+
+        Raises:
+            RequestError: The name is not allowed.
+            CheckpointError: The file is broken or does not fit the backbone; nothing was changed.
+            FolderBusyError: Jobs are being published all the time; nothing was changed.
+            PrefixError: The disk refuses; nothing was changed.
+        """
+        check_name(name)
+        with contextlib.ExitStack() as changing, atomic_path(path_of(self.folder, name)) as temporary:
+            # The copy is checked: nobody else writes to it.
+            shutil.copyfile(source, temporary)
+            try:
+                self._validator.read_header(temporary)
+                self._validator.load(temporary, name)
+            except CheckpointError as error:
+                reason = self._without_paths(error.message.replace(str(temporary), name))
+                raise CheckpointError(f"the file for {name!r} is not accepted: {reason}", hint=error.hint) from error
+            changing.enter_context(change_folder(self.folder, _LOCK_SECONDS))
+
+    def delete(self, name: str) -> None:
+        """Remove a prefix and its file; requests that have it go on.
+
+        Raises:
+            RequestError: There is no such prefix.
+            FolderBusyError: Jobs are being published all the time.
+            PrefixError: The file cannot be removed.
+        """
+        if self.file(name) is None:
+            raise _no_such_prefix(name)
+        path = path_of(self.folder, name)
+        with change_folder(self.folder, _LOCK_SECONDS), reporting_write_errors(path):
+            path.unlink(missing_ok=True)
+
+    # --- one file -----------------------------------------------------------------------------------------------------
+
+    def _look(self, name: str, signature: Signature | None, last: JobOrigin | None) -> PrefixFile | None:
+        """What a file's header says, or why it is not served; whatever it contains, this raises nothing.
+
+        One that is not served and does not say who made it stays whose it was, the `last` one's.
+        """
+        path = path_of(self.folder, name)
+        if signature is None and not os.path.lexists(path):
+            return None
+        try:
+            check_name(name)
+            check_regular_file(self.folder, name)
+            header = json.loads(self._validator.read_header(path))
+            return PrefixFile(signature, header, origin=job_origin(header)) if signature is not None else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return self._refused(None, f"it cannot be read: {getattr(error, 'strerror', None) or error}", last)
+        except PrefixError as error:
+            return self._refused(None if is_unread(error) else signature, error.message, _origin_of(path) or last)
+        except Exception as error:
+            # One bad file must not hide the others.
+            _log.exception("a file in the folder of prefixes cannot be read.")
+            return self._refused(signature, f"it cannot be read: {type(error).__name__}", _origin_of(path) or last)
+
+    def _refused(self, signature: Signature | None, reason: str, origin: JobOrigin | None) -> PrefixFile:
+        return PrefixFile(signature, reason=self._without_paths(reason)[:_MAX_REASON_LENGTH], origin=origin)
+
+    def _without_paths(self, message: str) -> str:
+        """A message without the folder's path, which callers must not see."""
+        return message.replace(f"{self.folder}{os.sep}", "").replace(str(self.folder), "the folder")
+
+
+def _origin_of(path: Path) -> JobOrigin | None:
+    """The job that made a file that is not served, as far as its header can be read."""
+    with contextlib.suppress(OSError, ValueError, PrefixError):
+        return job_origin(read_table(path, HEADER_KEY)[1]) if path.is_file() else None
+    return None
+
+
+def _no_such_prefix(name: str) -> RequestError:
+    return RequestError(f"there is no prefix {name[:128]!r}.", hint="list the names first.")
