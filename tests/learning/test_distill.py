@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-import prefixtune.distillation.distill
-import prefixtune.distillation.memory
-import prefixtune.distillation.phases
+import prefixtune.distillation.distill as distill_module
+import prefixtune.distillation.preparation as module
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.distillation.distill import DistillResult, distill
+from prefixtune.distillation.preparation import Preparation
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.train import train
@@ -43,8 +43,15 @@ def test_a_memory_learns_the_answers(backbone: Backbone, options: dict[str, Any]
     assert held_out["memory"]["loss"] < 0.3 * held_out["bare"]["loss"]
     assert held_out["memory"]["exact"] == 4
     assert held_out["bare"]["exact"] == 0
+    assert held_out["also_trained_on"] == 4
     assert result.report["labels"] == "given answers"
     assert json.loads((result.path.parent / "distill.json").read_text()) == result.report
+    # The header asks as the training did.
+    text_format = read_text_format(result.prefix.header)
+    assert text_format is not None
+    assert (text_format.prompt, text_format.target) == ("Question: {source}\nAnswer:", " {target}\n")
+    with pytest.raises(ConfigError, match="already holds a"):
+        quiet(backbone, **options)
 
 
 def test_a_memory_comes_near_the_model_that_sees_the_document(backbone: Backbone, unanswered: dict[str, Any]) -> None:
@@ -71,13 +78,6 @@ def test_a_memory_that_starts_from_a_prefix_is_as_long(
         quiet(backbone, **{**again, "output": str(tmp_path / "other"), "prefix_length": options["prefix_length"] + 1})
 
 
-def test_the_header_asks_as_the_training_did(backbone: Backbone, options: dict[str, Any]) -> None:
-    (result,) = quiet(backbone, **options)
-    text_format = read_text_format(result.prefix.header)
-    assert text_format is not None
-    assert (text_format.prompt, text_format.target) == ("Question: {source}\nAnswer:", " {target}\n")
-
-
 # --- stopping and resuming -------------------------------------------------------------------------------------------
 
 
@@ -87,9 +87,8 @@ def same(one: DistillResult, other: DistillResult) -> None:
     assert one.report["held_out"] == other.report["held_out"]
 
 
-@pytest.mark.parametrize("where", ["prepare", "label_data", "training", "report"])
 def test_a_killed_distillation_goes_on_to_the_same_memory(
-    backbone: Backbone, unanswered: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    backbone: Backbone, unanswered: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (whole,) = quiet(backbone, **{**unanswered, "output": str(tmp_path / "whole")})
 
@@ -100,25 +99,25 @@ def test_a_killed_distillation_goes_on_to_the_same_memory(
         if event["event"] == "step" and event["step"] == 3:
             raise Killed
 
-    on_event = at_step_3 if where == "training" else None
-    with monkeypatch.context() as patch:
-        if where != "training":
-            patch.setattr(prefixtune.distillation.distill, where, kill)
-        with pytest.raises(Killed):
-            distill(backbone=backbone, progress=False, on_event=on_event, **unanswered)
-    with monkeypatch.context() as patch:
-        if where in ("training", "report"):
-            # Neither answers nor labels are computed again.
-            patch.setattr(prefixtune.distillation.phases, "label_examples", kill)
-            patch.setattr(prefixtune.distillation.phases, "make_questions", kill)
-        (resumed,) = distill(output=unanswered["output"], backbone=backbone, resume=True, progress=False)
-    same(resumed, whole)
-
-
-def test_a_folder_in_use_is_refused_without_resume(backbone: Backbone, options: dict[str, Any]) -> None:
-    quiet(backbone, **options)
-    with pytest.raises(ConfigError, match="already holds a"):
-        quiet(backbone, **options)
+    phases: dict[str, tuple[Any, str]] = {
+        "questions": (module, "write_questions"),
+        "labels": (Preparation, "label"),
+        "report": (distill_module, "describe"),
+    }
+    for where in (*phases, "training"):
+        options = {**unanswered, "output": str(tmp_path / where)}
+        with monkeypatch.context() as patch:
+            if where in phases:
+                patch.setattr(*phases[where], kill)
+            with pytest.raises(Killed):
+                distill(backbone=backbone, progress=False, on_event=None if where in phases else at_step_3, **options)
+        with monkeypatch.context() as patch:
+            if where in ("training", "report"):
+                # Neither answers nor labels are computed again.
+                patch.setattr(module, "label_examples", kill)
+                patch.setattr(Preparation, "_make", kill)
+            (resumed,) = distill(output=options["output"], backbone=backbone, resume=True, progress=False)
+        same(resumed, whole)
 
 
 def test_two_runs_of_one_seed_are_one(backbone: Backbone, options: dict[str, Any], tmp_path: Path) -> None:
@@ -243,7 +242,7 @@ def test_a_teacher_is_let_go_before_the_training(
     tiny_models("llama", max_position_embeddings=512, num_hidden_layers=1).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     loaded: list[weakref.ref[Any]] = []
-    load_teacher = prefixtune.distillation.memory.load_teacher
+    load_teacher = module.load_teacher
 
     def load(*arguments: Any) -> Any:
         teacher = load_teacher(*arguments)
@@ -257,7 +256,7 @@ def test_a_teacher_is_let_go_before_the_training(
             gc.collect()
             left.append(loaded[0]() is not None)
 
-    monkeypatch.setattr(prefixtune.distillation.memory, "load_teacher", load)
+    monkeypatch.setattr(module, "load_teacher", load)
     own = {**unanswered, "teacher": str(folder), "dtype": "float32", "max_steps": 2, "warmup_steps": 0}
     (result,) = distill(backbone=backbone, progress=False, on_event=at_a_step, **own)
     assert result.report["teacher"] == f"{folder} with the document in view"
@@ -278,7 +277,7 @@ def test_a_held_out_question_with_several_answers_is_asked_once(
     assert sum(row["held_out"] for row in rows) == 2
 
 
-def test_another_backbone_does_not_go_on_as_the_teacher(
+def test_neither_another_backbone_nor_another_document_is_gone_on_with(
     backbone: Backbone, unanswered: dict[str, Any], tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kill(*_: Any, **__: Any) -> Any:
@@ -286,77 +285,49 @@ def test_another_backbone_does_not_go_on_as_the_teacher(
 
     with monkeypatch.context() as patch:
         # The answers are there, and the training has not begun.
-        patch.setattr(prefixtune.distillation.distill, "label_data", kill)
+        patch.setattr(Preparation, "label", kill)
         with pytest.raises(Killed):
             quiet(backbone, **unanswered)
     other = tiny_backbone("llama", max_position_embeddings=512, seed=1)
-    with pytest.raises(CheckpointError, match="begun with another"):
+    with pytest.raises(CheckpointError):
         distill(output=unanswered["output"], backbone=other, resume=True, progress=False)
-
-
-def test_fewer_questions_than_asked_for_are_counted_by_kind(
-    backbone: Backbone, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = {**options, "questions": "self", "num_questions": 200, "kinds": ("continuation", "summary"), "test": ""}
-    distill(backbone=backbone, **{**own, "max_steps": 1, "warmup_steps": 0})
-    said = " ".join(capsys.readouterr().err.split())
-    assert "of 200 questions were made (summary " in said
-    assert ", continuation 4)" in said
+    # Nor does another document.
+    Path(unanswered["document"]).write_text(DOCUMENT.replace("Ashby", "Selby"))
+    with pytest.raises(CheckpointError):
+        distill(output=unanswered["output"], backbone=backbone, resume=True, progress=False)
 
 
 def test_a_document_shorter_than_the_memory_is_refused(backbone: Backbone, options: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"prefix_length is 100, but .* has 77 tokens"):
+    with pytest.raises(DataError, match="prefix_length"):
         quiet(backbone, **{**options, "prefix_length": 100})
     assert not Path(options["output"]).exists()
 
 
 def test_a_prompt_with_answered_inputs_and_nothing_held_out(
-    backbone: Backbone, options: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "prompt.txt").write_text("Answer with the name of a town in the north.")
-    own = {**options, "document": "", "questions": "", "test": "", "prompt": str(tmp_path / "prompt.txt")}
-    (result,) = quiet(backbone, **{**own, "data": options["questions"]})
-    assert result.report["questions"] == 4
-    assert "bare" not in result.report["held_out"]
-
-
-def test_an_input_of_a_named_form_may_have_several_answers(
     backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "prompt.txt").write_text("Answer with the name of a town in the north.")
-    inputs = write_rows("inputs.jsonl", ({"prompt": f"Owl {n % 3}", "completion": f"Ashby {n}"} for n in range(6)))
     own = {**options, "document": "", "questions": "", "test": "", "prompt": str(tmp_path / "prompt.txt")}
+    inputs = write_rows("inputs.jsonl", ({"prompt": f"Owl {n % 3}", "completion": f"Ashby {n}"} for n in range(6)))
     (result,) = quiet(backbone, **{**own, "data": inputs, "form": "prompt"})
     assert result.report["questions"] == 6
+    assert "bare" not in result.report["held_out"]
 
 
 def test_of_two_that_begin_in_one_folder_the_second_is_refused(
     backbone: Backbone, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = Path(options["output"]) / "distill.toml"
-    make_plan = prefixtune.distillation.distill.make_plan
 
-    def while_another_begins(*arguments: Any) -> Any:
+    def while_another_begins(*arguments: Any) -> Preparation:
         begun.parent.mkdir()
         begun.write_text("another")
-        return make_plan(*arguments)
+        return Preparation(*arguments)
 
-    monkeypatch.setattr(prefixtune.distillation.distill, "make_plan", while_another_begins)
+    monkeypatch.setattr(distill_module, "Preparation", while_another_begins)
     with pytest.raises(ConfigError, match="already holds a distillation"):
         quiet(backbone, **options)
     assert begun.read_text() == "another"
-
-
-def test_another_document_is_not_gone_on_with(backbone: Backbone, unanswered: dict[str, Any]) -> None:
-    quiet(backbone, **unanswered)
-    Path(unanswered["document"]).write_text(DOCUMENT.replace("Ashby", "Selby"))
-    with pytest.raises(CheckpointError, match="begun with another"):
-        distill(output=unanswered["output"], backbone=backbone, resume=True, progress=False)
-
-
-def test_questions_that_are_also_trained_on_are_counted(backbone: Backbone, options: dict[str, Any]) -> None:
-    (result,) = quiet(backbone, **{**options, "test": options["questions"]})
-    assert result.report["held_out"]["also_trained_on"] == 4
 
 
 def test_nothing_is_written_where_one_of_several_documents_does_not_fit(
@@ -391,15 +362,6 @@ def test_a_text_that_nearly_fills_the_window_is_a_start(
     backbone = tiny_backbone("llama", max_position_embeddings=254)
     (result,) = quiet(backbone, **{**options, "document": str(path), "initialization": "text", "max_steps": 1})
     assert result.prefix.length() == 8
-
-
-def test_a_text_longer_than_a_sliding_window_is_warned_of(
-    tiny_backbone: Callable[..., Any], options: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    backbone = tiny_backbone("mistral", max_position_embeddings=512, sliding_window=32)
-    distill(backbone=backbone, **{**options, "max_steps": 1})
-    said = " ".join(capsys.readouterr().err.split())
-    assert "see 32 tokens back" in said
 
 
 def test_a_document_whose_folder_holds_a_run_is_refused_before_anything_is_made(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -112,9 +111,9 @@ class DistillConfig(TrainConfig):
             yield names, "there is nothing to learn: document, prompt and teacher are all empty"
         if self.document and not self.questions:
             yield ("document", "questions"), "document is given, but no questions (a file, or self)"
-        for name in ("questions",) if not self.document else ("data",):
-            if getattr(self, name):
-                yield (name, "document"), f"{name} is {getattr(self, name)!r}, which goes with {_PARTNERS[name]}"
+        name, partner = ("data", "prompt or teacher") if self.document else ("questions", "document")
+        if getattr(self, name):
+            yield (name, "document"), f"{name} is {getattr(self, name)!r}, which goes with {partner}"
         if not self.document and (self.prompt or self.teacher) and not self.data:
             yield ("data", "prompt", "teacher"), "data is empty, but a prompt or a teacher needs inputs to answer"
         if self.document and self.test == SELF:
@@ -132,25 +131,9 @@ class DistillConfig(TrainConfig):
         """What is put into the prefix."""
         return "document" if self.document else "prompt" if self.prompt else "teacher"
 
-    def run_config(self, output: str, *, text_file: str, prompt_format: str, target_format: str) -> TrainConfig:
-        """The training run of one memory.
-
-        Args:
-            output: Its folder.
-            text_file: The document's or the prompt's file to start from; empty: there is none.
-            prompt_format: The text around a question.
-            target_format: The text around an answer.
-        """
-        values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields}
-        values |= {name: TrainConfig.default(name) for name in self.unused}
-        values |= {"output": output, "prompt_format": prompt_format, "target_format": target_format}
+    @property
+    def training(self) -> TrainConfig:
+        """The training run of each memory, but for its folder, the text that it starts from, and its formats."""
+        values = {name: getattr(self, name) for name in TrainConfig.model_fields if name not in self.unused}
         # The examples are made: each is a question with an answer, whatever the rows were.
-        values |= {"limit": 0, "form": ""}
-        if self.run_name and Path(output) != Path(self.output):
-            values["run_name"] = f"{self.run_name}/{Path(output).name}"
-        if self.initialization == "text":
-            values |= {"init_text": f"@{text_file}"} if text_file else {"initialization": "words"}
-        return TrainConfig(**values)
-
-
-_PARTNERS = {"questions": "document", "data": "prompt or teacher"}
+        return TrainConfig(**{**values, "limit": 0, "form": ""})

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
-from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, check_output, read_jobs
-from prefixtune.distillation.memory import Teachers, check_student
-from prefixtune.distillation.outcome import report, training_seconds
-from prefixtune.distillation.phases import Lesson, label_data, prepare
-from prefixtune.distillation.plan import Plan, make_plan
-from prefixtune.distillation.wording import Wording, choose_wording
+from prefixtune.distillation.inputs import CONFIG_FILE, check_output, read_jobs
+from prefixtune.distillation.memory import Memory
+from prefixtune.distillation.preparation import Preparation
+from prefixtune.distillation.report import describe, read_memory, write_report
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.prefix.geometry import spell_lengths
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData
+from prefixtune.prefix.prefix import Prefix, read_artifact
+from prefixtune.training.beside import SELF
 from prefixtune.training.distributed import is_main_process
-from prefixtune.training.folder import STATE_FILE, Event
-from prefixtune.training.opening import with_backbone
+from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, Event
+from prefixtune.training.opening import open_run, with_backbone
 from prefixtune.training.progress import show_training
-from prefixtune.training.starts.start import lengths_from
+from prefixtune.training.runs import Run
 from prefixtune.training.train import TrainResult, train, train_together
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import claim_folder, write_text
 from prefixtune.utils.folders import expand_home
 
-__all__ = ["DistillResult", "distill", "stored_distillation"]
+__all__ = ["DistillResult", "distill", "open_memory", "stored_distillation"]
 
 _TOGETHER = 8
 """Documents that share a pass over the backbone."""
@@ -114,89 +108,85 @@ def distill(
         stored_distillation(config.output)
     console = Console(quiet=not progress)
     jobs = read_jobs(config, resume=resume)
-    config = _with_lengths(config)
     if backbone is None:
         student = _load(config, console)
     else:
         student = as_backbone(backbone)
         config = with_backbone(config, student)
-    check_student(config, student, jobs)
-    teachers = Teachers(config, student, console)
-    wording = choose_wording(config, student, teachers.text_format())
-    # No name here holds the readers: the teacher is let go before the training.
-    plans = _make_plans(config, jobs, teachers.readers(), wording, console)
+    preparation = Preparation(config, jobs, student, console)
     root = Path(config.output)
     with contextlib.nullcontext() if resume else claim_folder(root):
         if not resume:
             # Another one may have begun there since.
             check_output(root)
             write_text(root / CONFIG_FILE, config.to_toml())
-    lessons = []
-    for plan in plans:
+    for memory in preparation.memories:
         # The training claims the folder itself, afterwards.
-        with claim_folder(plan.job.output):
-            lessons.append(prepare(config, plan, student, teachers.load, wording, console))
-    results = _train(config, lessons, student, teachers, console, on_event, resume=resume)
-    finished = [
-        _finish(config, lesson, student, result, console) for lesson, result in zip(lessons, results, strict=True)
-    ]
+        with claim_folder(memory.job.output):
+            preparation.make_questions(memory)
+    results = _train(config, preparation, student, console, on_event, resume=resume)
+    finished = [_finish(config, *pair, student, console) for pair in zip(preparation.memories, results, strict=True)]
     if resume:
         # A later `resume` without options goes on as this one did.
         write_text(root / CONFIG_FILE, config.to_toml())
     return finished
 
 
-def _with_lengths(config: DistillConfig) -> DistillConfig:
-    """The configuration with the lengths of the prefix to start from, where it gives none."""
-    if config.initialization != "prefix" or config.prefix_length:
-        return config
-    actual = load_prefix(config.init_prefix).lengths
-    lengths = lengths_from(config.site_lengths or dict.fromkeys(actual, 0), actual)
-    return config.replace(prefix_length=max(lengths.values()), sites=spell_lengths(lengths))
+@contextlib.contextmanager
+def open_memory(config: DistillConfig, student: Backbone, console: Console) -> Iterator[Run]:
+    """Make one memory ready to join a `RunGroup`: its questions, answers and labels are made, or read if they are kept.
 
+    Args:
+        config: What is put into the prefix; goes on if the folder of `output` has been begun.
+        student: The backbone of the group.
+        console: Shows the progress; what it raises ends the work, and what is complete by then is kept.
 
-def _make_plans(
-    config: DistillConfig, jobs: Sequence[Job], readers: Sequence[Backbone], wording: Wording, console: Console
-) -> list[Plan]:
-    return [make_plan(config, job, readers, wording, console) for job in jobs]
+    Yields:
+        The run. Once it has ended, `distill.json` in its folder says what it was made of, without a reading of what it
+        knows, for which the model would have to be run again.
+
+    Raises:
+        CheckpointError: The folder's distillation was begun with something else, or a file of it is damaged.
+        ConfigError: A contradiction in the configuration, or there are several documents.
+        DataError: A document or questions cannot be read, or do not fit.
+        BackboneError: The teacher has another tokenizer, or the backbone cannot do the job.
+    """
+    jobs = read_jobs(config, resume=True)
+    if len(jobs) != 1:
+        raise ConfigError(f"{config.document!r} holds {len(jobs)} documents.", hint="give one document.")
+    preparation = Preparation(config, jobs, student, console)
+    (memory,) = preparation.memories
+    path = memory.job.output / PREFIX_FILE
+    with claim_folder(path.parent):
+        write_text(path.parent / CONFIG_FILE, config.to_toml())
+        preparation.make_questions(memory)
+    with open_run(memory.run, student, examples=memory.examples, teach=preparation.label) as run:
+        yield run
+        if run.loop.ended:
+            figures = describe(config, memory, student, read_artifact(path), path, run.events)
+            write_report(memory, {**figures, "memory": path.name})
 
 
 def _load(config: DistillConfig, console: Console) -> Backbone:
     console.info(f"loading {config.backbone} ...")
-    return load_backbone(
-        config.backbone,
-        dtype=config.dtype,
-        device=config.device,
-        quantize=config.quantize,
-        attention=config.attention,
-        adapter=config.adapter or None,
-    )
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("dtype", "device", "quantize", "attention")}
+    return load_backbone(config.backbone, adapter=config.adapter or None, **options)
 
 
 def _train(
     config: DistillConfig,
-    lessons: list[Lesson],
+    preparation: Preparation,
     student: Backbone,
-    teachers: Teachers,
     console: Console,
     on_event: Callable[[Event], None] | None,
     *,
     resume: bool,
 ) -> Iterator[TrainResult]:
     """Train all memories; those of several documents share passes."""
-    waiting = {lesson.run.output: lesson for lesson in lessons}
-
-    def teach(run: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
-        labelled = label_data(config, waiting.pop(run.output), backbone, teachers.load, data, console)
-        if not waiting:
-            teachers.free()
-        return labelled
-
-    size = len(lessons) if config.beside == "self" else _TOGETHER
-    together = student.layout.packable and len(lessons) > 1 and not config.adapter
-    for first in range(0, len(lessons), size if together else 1):
-        group = lessons[first : first + (size if together else 1)]
-        examples = [lesson.examples for lesson in group]
+    memories, size = preparation.memories, _TOGETHER if student.layout.packable and not config.adapter else 1
+    size = len(memories) if config.beside == SELF else size
+    for first in range(0, len(memories), size):
+        group = memories[first : first + size]
         with show_training(console, num_runs=len(group)) as show:
 
             def record(event: Event, show: Callable[[Event], None] = show) -> None:
@@ -204,25 +194,22 @@ def _train(
                 if on_event is not None:
                     on_event(event)
 
-            shared: dict[str, Any] = {"backbone": student, "on_event": record, "teach": teach}
-            if together:
-                results = train_together([lesson.run for lesson in group], examples=examples, resume=resume, **shared)
+            shared: dict[str, Any] = {"backbone": student, "on_event": record, "teach": preparation.label}
+            if len(group) > 1:
+                examples = [memory.examples for memory in group]
+                results = train_together([one.run for one in group], examples=examples, resume=resume, **shared)
             else:
                 begun = (group[0].job.output / STATE_FILE).exists()
-                results = [train(group[0].run, examples=examples[0], resume=begun, progress=False, **shared)]
+                results = [train(group[0].run, examples=group[0].examples, resume=begun, progress=False, **shared)]
         yield from results
 
 
 def _finish(
-    config: DistillConfig,
-    lesson: Lesson,
-    student: Backbone,
-    result: TrainResult,
-    console: Console,
+    config: DistillConfig, memory: Memory, result: TrainResult, student: Backbone, console: Console
 ) -> DistillResult:
     """Report on a memory, and keep the report in its folder."""
     assert result.prefix is not None
-    lesson.seconds["training"] = training_seconds(result.events)
-    figures = report(config, lesson, student, result.prefix, result.path, console)
-    write_text(lesson.job.output / REPORT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    return DistillResult(lesson.job.name, result.prefix, result.path, figures)
+    figures = describe(config, memory, student, result.prefix, result.path, result.events)
+    read_memory(config, memory, student, result.prefix, figures, console)
+    write_report(memory, figures)
+    return DistillResult(memory.job.name, result.prefix, result.path, figures)

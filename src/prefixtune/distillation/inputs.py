@@ -1,31 +1,54 @@
-"""What a distillation reads, checked before any model is loaded: one job per memory."""
+"""What a distillation reads, checked before any model is loaded: documents, prompts, questions; one job per memory."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.examples import SplitName
-from prefixtune.data.folders import locate
-from prefixtune.data.registry import TASKS, form_that_fits, read_task, resolve_task
+from prefixtune.data.examples import Example, SplitName
+from prefixtune.data.files import FORMATS
+from prefixtune.data.registry import form_that_fits, read_task
+from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import SELF, DistillConfig
-from prefixtune.distillation.documents import (
-    Question,
-    find_documents,
-    questions_file,
-    read_document,
-    read_questions,
-)
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.training.beside import SELF as ALL_OTHERS
 from prefixtune.training.folder import check_unused
 from prefixtune.utils.files import check_writable
 
-__all__ = ["CONFIG_FILE", "REPORT_FILE", "Job", "check_output", "read_jobs"]
+__all__ = ["CONFIG_FILE", "Job", "Question", "check_output", "num_asked", "read_jobs"]
 
-CONFIG_FILE, REPORT_FILE = "distill.toml", "distill.json"
+CONFIG_FILE = "distill.toml"
+_TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
+_MOST_BYTES = 2**24
+"""Of a document or a prompt."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a document, or another input.
+
+    Attributes:
+        question: As the model is asked.
+        answer: None: the teacher is to write it.
+        chunk: Which piece of the document it is about, counted from 0.
+        kind: What it asks for, if it was made here; else `given`.
+        about: The sentence or the name that it was made from; empty: it was given, or is about the whole.
+        ended: The answer ends where the target does; False: it was cut at the most tokens of an answer.
+    """
+
+    question: str
+    answer: str | None = None
+    chunk: int = 0
+    kind: str = "given"
+    about: str = ""
+    ended: bool = True
+
+
+def num_asked(questions: Sequence[Question]) -> int:
+    """How many different questions there are: one that has several answers is there with each."""
+    return len({question.question for question in questions})
 
 
 @dataclass(frozen=True)
@@ -64,14 +87,11 @@ def read_jobs(config: DistillConfig, *, resume: bool) -> list[Job]:
     if not resume:
         check_output(Path(config.output))
     check_writable(Path(config.output) / CONFIG_FILE)
-    jobs = _read_documents(config, resume=resume) if config.subject == "document" else [_read_inputs_alone(config)]
-    if config.beside == ALL_OTHERS and (len(jobs) == 1 or config.adapter):
-        why = "an adapter is loaded" if config.adapter else "there is only one document"
-        raise ConfigError(
-            f"beside is 'self', the other documents of this run, but {why}.",
-            hint="name a folder of several documents, or a folder of prefixes as --beside.",
-        )
-    return jobs
+    if config.subject == "document":
+        return _read_documents(config, resume=resume)
+    text = _read_document(Path(config.prompt)) if config.prompt else ""
+    data, test = _read_inputs(config, config.data, "train"), _read_inputs(config, config.test, "test")
+    return [Job("", Path(config.output), config.prompt, text, data[: config.limit or None], test)]
 
 
 def check_output(folder: Path) -> None:
@@ -88,17 +108,12 @@ def check_output(folder: Path) -> None:
         )
 
 
-def _read_inputs_alone(config: DistillConfig) -> Job:
-    """A prompt, or a teacher alone, with its inputs."""
-    text = read_document(Path(config.prompt)) if config.prompt else ""
-    questions = _read_inputs(config, config.data, "train")[: config.limit or None]
-    test = _read_inputs(config, config.test, "test")
-    return Job("", Path(config.output), config.prompt, text, tuple(questions), tuple(test))
+# --- documents --------------------------------------------------------------------------------------------------------
 
 
 def _read_documents(config: DistillConfig, *, resume: bool) -> list[Job]:
     """A document, or those of a folder, each with its questions."""
-    files = find_documents(config.document)
+    files = _find_documents(config.document)
     several = Path(config.document).is_dir()
     jobs: list[Job] = []
     for file in files:
@@ -106,57 +121,113 @@ def _read_documents(config: DistillConfig, *, resume: bool) -> list[Job]:
         if several and not resume:
             check_unused(folder)
         questions, test = (
-            read_questions(questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else []
+            _read_questions(_questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else ()
             for path in (config.questions, config.test)
         )
         name = file.stem if several else ""
-        chosen = tuple(questions[: config.limit or None])
-        jobs.append(Job(name, folder, str(file), read_document(file), chosen, tuple(test)))
+        jobs.append(Job(name, folder, str(file), _read_document(file), questions[: config.limit or None], test))
     _check_answers(config, jobs)
     return jobs
 
 
+def _find_documents(path: str) -> list[Path]:
+    """The document at a path, or those in a folder, by name.
+
+    Raises:
+        DataError: There is none, or two have one name.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        return [root]
+    files = sorted(file for file in root.iterdir() if file.suffix.lower() in _TEXT_ENDINGS and file.is_file())
+    if not files:
+        raise DataError(
+            f"the folder {path!r} has no document: no file that ends with {', '.join(_TEXT_ENDINGS)}.",
+            hint="name a file, or a folder with one text file per document.",
+        )
+    twice = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"the folder {path!r} has two documents of the name {twice[0]!r}.",
+            hint="rename one: each memory gets a folder of its document's name.",
+        )
+    return files
+
+
+def _read_document(path: Path) -> str:
+    return read_text(path, max_bytes=_MOST_BYTES, needed="some words").strip()
+
+
+def _questions_file(path: str, document: Path, several: bool) -> Path:
+    """The file with a document's questions: the one that is named, or in a folder the one of the document's name.
+
+    Raises:
+        DataError: The folder has no such file, or one file is given for several documents.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        if several:
+            raise DataError(
+                f"{path!r} is one file, but there are several documents.",
+                hint="name a folder with a file of questions per document, such as NAME.jsonl for NAME.txt.",
+            )
+        return root
+    files = [root / f"{document.stem}{ending}{end}" for ending in FORMATS for end in ("", ".gz")]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise DataError(
+            f"the folder {path!r} has no questions of {document.name!r}.",
+            hint=f"write {document.stem}.jsonl with rows of question and answer.",
+        )
+    return found
+
+
 def _check_answers(config: DistillConfig, jobs: Sequence[Job]) -> None:
-    """Refuse answers that only some questions have, and a teacher where there are answers."""
-    answered = [job for job in jobs if job.answered]
-    if answered and len(answered) < len(jobs):
-        other = next(job for job in jobs if not job.answered)
+    """Refuse answers that only some questions have, and a teacher where there are answers.
+
+    Raises:
+        ConfigError: Both are there.
+        DataError: Some questions have answers, and others have none.
+    """
+    given = [question for job in jobs for question in job.questions]
+    missing = next((question for question in given if question.answer is None), None)
+    if missing is not None and any(question.answer is not None for question in given):
         raise DataError(
-            f"the questions of {answered[0].name!r} have answers, but those of {other.name!r} have none.",
-            hint="give all questions an answer, or none.",
+            f"some questions have answers, but {missing.question!r} has none.",
+            hint="give all questions an answer, or none: then the teacher writes them.",
         )
-    unanswered = [job for job in answered if any(question.answer is None for question in job.test)]
-    if unanswered:
-        raise DataError(
-            f"the questions have answers, but those of --test ({config.test!r}) have none: nothing could be compared.",
-            hint="give them answers, or leave --test out.",
-        )
-    if answered and config.teacher:
+    if given and missing is None and config.teacher:
         raise ConfigError(
             f"teacher is {config.teacher!r}, but the questions have answers already.",
             hint="leave --teacher out, or give questions without answers.",
         )
 
 
-def _read_inputs(config: DistillConfig, path: str, split: SplitName) -> list[Question]:
-    """The inputs of a file, or of a folder's split, a target of each as its answer.
+# --- questions and inputs ---------------------------------------------------------------------------------------------
 
-    Without a template, their form is recognized.
 
-    Raises:
-        DataError: One has several messages, or is a text alone.
-    """
+def _read_questions(path: Path) -> tuple[Question, ...]:
+    """The questions of a file with `question` and perhaps `answer` or `answers`."""
+    return _as_questions(read_task("records", path, form="question", needs_targets=False), path)
+
+
+def _read_inputs(config: DistillConfig, path: str, split: SplitName) -> tuple[Question, ...]:
+    """The inputs of a file, or of a folder's split; without a template, their form is recognized."""
     if not path:
-        return []
+        return ()
     columns: dict[str, Any] = {"source": config.source or None, "target": config.target or None, "split": split}
     columns["form"] = config.form
     if config.task == "records" and not (config.form or config.source or config.target):
         columns["form"] = form_that_fits(config.task, path, "question", split=split, needs_targets=False)
-    _, form, _ = resolve_task(config.task, path, needs_targets=False, **columns)
-    if form is not None and form.name == "question":
-        task = TASKS[config.task]
-        return read_questions(locate(Path(path), split, task.formats, task.release))
-    examples = read_task(config.task, path, **columns)
+    return _as_questions(read_task(config.task, path, needs_targets=False, **columns), path)
+
+
+def _as_questions(examples: Sequence[Example], path: str | Path) -> tuple[Question, ...]:
+    """Each example's source with each of its targets as the answer; without any, the teacher is to answer.
+
+    Raises:
+        DataError: One has several messages, or is a text alone.
+    """
     for number, example in enumerate(examples, start=1):
         if len(example.messages) > 1 or not example.source:
             what = f"has {len(example.messages)} messages" if example.source else "is a text alone"
@@ -164,4 +235,4 @@ def _read_inputs(config: DistillConfig, path: str, split: SplitName) -> list[Que
                 f"input {number} of {path} {what}; the teacher is asked one question at a time.",
                 hint="give questions: rows with prompt or question, and perhaps an answer.",
             )
-    return [Question(example.source, target) for example in examples for target in (example.targets or (None,))]
+    return tuple(Question(example.source, target) for example in examples for target in (example.targets or (None,)))

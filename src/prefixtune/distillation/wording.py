@@ -1,22 +1,34 @@
-"""How questions are asked, and how a text stands in the model's view before them."""
+"""How questions are asked, how a text stands in the model's view before them, and both as tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.chat import chat_format, end_ids, has_chat_template, literal_format
-from prefixtune.data.encoding import default_format
+from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
+from prefixtune.data.examples import Example
 from prefixtune.distillation.config import DistillConfig
+from prefixtune.distillation.inputs import Question
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
-__all__ = ["Wording", "check_view", "choose_wording", "in_view"]
+__all__ = [
+    "Wording",
+    "check_view",
+    "choose_wording",
+    "count_endings",
+    "encode_questions",
+    "in_view",
+    "without_end",
+    "without_false_ends",
+]
 
 _PLAIN = {
     "document": ("Question: {source}\nAnswer:", " {target}\n"),
@@ -39,8 +51,7 @@ class Wording:
         target: Template of an answer, with `{target}`.
         chat: The text in view is the chat template's system message; otherwise it stands alone, before an empty line.
         tuned: The teacher was trained with this wording, so that it also says where an answer ends.
-        stops: What ends an answer, beside the end token; None: a line break, if the template of an answer ends with
-            one.
+        lines: An answer may have several lines: where a line break follows it, it ends where the next prompt begins.
         bare: Template of a question that no text stands before; empty: `prompt`.
     """
 
@@ -48,7 +59,7 @@ class Wording:
     target: str
     chat: bool = False
     tuned: bool = False
-    stops: tuple[str, ...] | None = None
+    lines: bool = False
     bare: str = ""
 
     @property
@@ -57,21 +68,17 @@ class Wording:
         return TextFormat(self.prompt, self.target)
 
     @property
-    def stop(self) -> tuple[str, ...]:
-        """What ends an answer, beside the end token."""
-        if self.stops is not None:
-            return self.stops
-        return ("\n",) if self.ends_with_line else ()
-
-    @property
     def ends_with_line(self) -> bool:
         """Whether a line break follows every answer."""
         return self.target.endswith("}\n")
 
-    def of_lines(self) -> Wording:
-        """The same for answers of several lines, which end where the next prompt begins, if that begins with words."""
-        head = self.prompt.split("{source}")[0].strip()
-        return replace(self, stops=(f"\n{head}",) if head else ()) if self.ends_with_line else self
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What ends an answer, beside the end token."""
+        head = self.prompt.split("{source}")[0].strip() if self.lines else ""
+        if not self.ends_with_line or (self.lines and not head):
+            return ()
+        return (f"\n{head}",)
 
     def alone(self) -> Wording:
         """The wording of a question with nothing before it: with a chat template, that of the user's turn alone."""
@@ -99,12 +106,16 @@ def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: Te
         ConfigError: A chat template is asked for, and the backbone has none, or one without a system message before a
             text; or its answers end with another token than the backbone's.
     """
-    ask = _ask(config, backbone, teacher_format)
-    if ask == "chat" and not has_chat_template(backbone):
-        raise ConfigError(f"{backbone.name!r} has no chat template.", hint="use --ask plain.")
-    if ask == "teacher" and teacher_format is not None:
+    subject, ask, has_template = config.subject, config.ask, has_chat_template(backbone)
+    tuned = ask == "auto" and subject != "document" and teacher_format is not None
+    if ask == "auto" and subject != "document" and has_template:
+        # No text stands before a teacher's question: any template will do whose answers end where they end here.
+        ask = "chat" if subject == "prompt" or not end_ids(backbone) else "plain"
+    if tuned and teacher_format is not None:
         wording = replace(_single_turn(backbone, teacher_format), tuned=True)
-    elif ask == "chat" and config.subject == "teacher":
+    elif ask == "chat" and not has_template:
+        raise ConfigError(f"{backbone.name!r} has no chat template.", hint="use --ask plain.")
+    elif ask == "chat" and subject == "teacher":
         wording = _single_turn(backbone, chat_format(backbone, MODEL_TEMPLATE))
     elif ask == "chat":
         wording = _chat_wording(backbone)
@@ -112,28 +123,12 @@ def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: Te
         own = default_format(backbone)
         wording = Wording(own.prompt, own.target)
     else:
-        wording = Wording(*_PLAIN["document" if config.subject == "document" else "prompt"])
+        wording = Wording(*_PLAIN["document" if subject == "document" else "prompt"])
     if config.prompt_format:
         wording = replace(wording, prompt=config.prompt_format, bare="")
-    wording = replace(wording, target=config.target_format or wording.target)
     # What an input asks for may have lines; what a document is asked about, and a trained teacher, answers in one.
-    lines = config.subject != "document" and not wording.tuned and not wording.prompt.startswith("{source}")
-    return wording.of_lines() if lines else wording
-
-
-def _ask(
-    config: DistillConfig, backbone: Backbone, teacher_format: TextFormat | None
-) -> Literal["plain", "chat", "teacher"]:
-    """How questions are asked; the default depends on what is learned."""
-    if config.ask != "auto":
-        return config.ask
-    if config.subject == "document":
-        return "plain"
-    if teacher_format is not None:
-        return "teacher"
-    # No text stands before a teacher's question, so that any template will do whose answers end where they end here.
-    ends_here = config.subject == "prompt" or not end_ids(backbone)
-    return "chat" if has_chat_template(backbone) and ends_here else "plain"
+    lines = subject != "document" and not tuned and not wording.prompt.startswith("{source}")
+    return replace(wording, target=config.target_format or wording.target, lines=lines)
 
 
 def _single_turn(backbone: Backbone, text_format: TextFormat) -> Wording:
@@ -210,3 +205,46 @@ def check_view(backbone: Backbone) -> None:
             "positions by something else than attention, as those of state-space models do.",
             hint="choose a backbone with attention alone; or train on questions with answers (`prefixtune train`).",
         )
+
+
+# --- questions as tokens ----------------------------------------------------------------------------------------------
+
+
+def encode_questions(
+    backbone: Backbone, questions: Sequence[Question], wording: Wording, prefix_length: int
+) -> list[TokenizedExample]:
+    """Questions with answers as token ids; a question that is too long is cut as in training."""
+    if not questions:
+        return []
+    examples = [Example(question.question, (question.answer or "",)) for question in questions]
+    return list(encode_examples(backbone, examples, wording.text_format, prefix_length=prefix_length).examples)
+
+
+def count_endings(backbone: Backbone, questions: Sequence[Question], wording: Wording) -> list[int]:
+    """Per question, the tokens that end its target: those of the template's end, and the end token."""
+    answers = [question.answer or "" for question in questions]
+    head, tail = wording.target.split("{target}")
+    if not tail:
+        return [1] * len(answers)
+    whole = backbone.encode_targets([wording.text_format.format_target(answer) for answer in answers])
+    # A tokenizer may join the end with what stands before it, or put a mark in front of a text.
+    open_ended = backbone.encode_targets([f"{head}{answer}" for answer in answers])
+    return [max(len(ids) - len(without), 0) + 1 for ids, without in zip(whole, open_ended, strict=True)]
+
+
+def without_end(example: TokenizedExample, count: int) -> TokenizedExample:
+    """An example of one target without the last `count` labels of it; at least one stays."""
+    (target,), kept = example.targets, max(len(example.targets[0]) - count, 1)
+    soft = tuple(SoftLabels(labels.ids[:kept], labels.log_probs[:kept]) for labels in example.soft_targets)
+    return replace(example, targets=(target[:kept],), soft_targets=soft)
+
+
+def without_false_ends(
+    backbone: Backbone, examples: Sequence[TokenizedExample], questions: Sequence[Question], wording: Wording
+) -> list[TokenizedExample]:
+    """The questions' examples, of which those whose answer was cut have no end to be learned."""
+    counts = count_endings(backbone, questions, wording)
+    return [
+        example if question.ended else without_end(example, count)
+        for example, question, count in zip(examples, questions, counts, strict=True)
+    ]

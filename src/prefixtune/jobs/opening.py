@@ -8,7 +8,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.distillation.config import SELF, DistillConfig
-from prefixtune.distillation.memory import open_memory
+from prefixtune.distillation.distill import open_memory
 from prefixtune.errors import BackboneError, DataError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.inputs import InputName, find_input

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import read_jobs
+from prefixtune.distillation.inputs import Job, read_jobs
 from prefixtune.errors import ConfigError, DataError
 
 
@@ -20,49 +20,120 @@ def of_prompt(tmp_path: Path) -> dict[str, Any]:
     return {"prompt": str(tmp_path / "prompt.txt"), "output": str(tmp_path / "run")}
 
 
+@pytest.fixture
+def documents(tmp_path: Path) -> Callable[..., list[Job]]:
+    """A function: `documents({"owl.txt": b"text"}, questions)` reads the jobs of a folder with these files."""
+
+    def read(files: dict[str, bytes], questions: str = "self", **options: Any) -> list[Job]:
+        (tmp_path / "docs").mkdir()
+        for name, content in files.items():
+            (tmp_path / "docs" / name).write_bytes(content)
+        config = DistillConfig(
+            document=str(tmp_path / "docs"), questions=questions, output=str(tmp_path / "run"), **options
+        )
+        return read_jobs(config, resume=False)
+
+    return read
+
+
+def test_a_folder_has_its_text_files_in_order(documents: Callable[..., list[Job]]) -> None:
+    jobs = documents({"b.md": b"two", "a.txt": b" one\n", "notes.pdf": b"none"})
+    assert [(job.name, job.text, job.output.name) for job in jobs] == [("a", "one", "a"), ("b", "two", "b")]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{}, {"a.txt": b"x", "a.md": b"y"}, {"a.txt": b"  \n"}, {"a.txt": b"a\0b"}, {"a.txt": b"\xff\xfe\xfa"}],
+    ids=["empty folder", "one name twice", "empty", "a zero byte", "no UTF-8"],
+)
+def test_wrong_documents(documents: Callable[..., list[Job]], files: dict[str, bytes]) -> None:
+    with pytest.raises(DataError):
+        documents(files)
+
+
+def test_questions_of_each_document(documents: Callable[..., list[Job]], tmp_path: Path) -> None:
+    asked = tmp_path / "questions"
+    asked.mkdir()
+    (asked / "owl.csv").write_text("question,answer\nWho?,Mira\n")
+    (job,) = documents({"owl.txt": b"The owl."}, str(asked))
+    assert (job.answered, [question.answer for question in job.questions]) == (True, ["Mira"])
+
+
+@pytest.mark.parametrize("questions", ["questions", "questions/owl.csv"], ids=["one is missing", "one for two"])
+def test_questions_that_are_not_of_each_document(
+    documents: Callable[..., list[Job]], tmp_path: Path, questions: str
+) -> None:
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "owl.csv").write_text("question,answer\nWho?,Mira\n")
+    with pytest.raises(DataError):
+        documents({"owl.txt": b"The owl.", "fox.txt": b"The fox."}, str(tmp_path / questions))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"question": "Who?", "answer": "Mira"}, {"question": "When?"}],
+        [{"text": "Who?"}],
+        [{"question": ["Who?"]}],
+        [{"question": "Who?", "answers": [["Mira"]]}],
+    ],
+    ids=["an answer is missing", "no question", "no text", "an answer is no text"],
+)
+def test_wrong_questions(
+    documents: Callable[..., list[Job]], write_rows: Callable[..., str], rows: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(DataError):
+        documents({"owl.txt": b"The owl."}, write_rows("questions/owl.jsonl", rows))
+
+
+def test_each_of_several_answers_is_learned(
+    documents: Callable[..., list[Job]], write_rows: Callable[..., str]
+) -> None:
+    rows = [
+        {"question": "Where?", "answers": ["Ashby", "In Ashby"]},
+        {"question": "How many?", "answers": 24},
+        {"question": "Who?", "answer": ["Mira"]},
+        {"question": "Why?", "answer": None, "answers": ["Rain."]},
+    ]
+    (job,) = documents({"owl.txt": b"The owl."}, write_rows("questions/owl.jsonl", rows))
+    found = [(one.question, one.answer) for one in job.questions]
+    wanted = [("Where?", "Ashby"), ("Where?", "In Ashby"), ("How many?", "24"), ("Who?", "Mira"), ("Why?", "Rain.")]
+    assert found == wanted
+
+
 @pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "completion"), ("source", "target")])
 def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(
     of_prompt: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path, names: tuple[str, str]
 ) -> None:
-    for split in ("train", "test"):
-        write_rows(f"data/{split}.jsonl", [dict(zip(names, (f"a {split}?", "b"), strict=True))])
-    config = DistillConfig(data=str(tmp_path / "data"), test=str(tmp_path / "data"), **of_prompt)
-    (job,) = read_jobs(config, resume=False)
+    data = str(tmp_path / "data")
+    write_rows("data/train.jsonl", [dict(zip(names, ("a train?", "b"), strict=True))])
+    with pytest.raises(DataError):
+        read_jobs(DistillConfig(data=data, test=data, **of_prompt), resume=False)
+    write_rows("data/test.jsonl", [dict(zip(names, ("a test?", "b"), strict=True))])
+    (job,) = read_jobs(DistillConfig(data=data, test=data, **of_prompt), resume=False)
     assert [question.question for question in job.questions] == ["a train?"]
     assert [question.question for question in job.test] == ["a test?"]
 
 
-def test_a_folder_without_a_test_set_holds_nothing_out(
-    of_prompt: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
-) -> None:
-    write_rows("data/train.jsonl", [{"question": "a?"}])
-    config = DistillConfig(data=str(tmp_path / "data"), test=str(tmp_path / "data"), **of_prompt)
-    with pytest.raises(DataError, match="no test set"):
-        read_jobs(config, resume=False)
-
-
-@pytest.mark.parametrize("name", ["chat_template", "system"])
-def test_options_of_chats_are_refused(of_prompt: dict[str, Any], name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        DistillConfig(data="inputs.jsonl", **of_prompt, **{name: "model"})
-
-
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"test": "self"}, "test"), ({"kinds": ("paraphrase", "list")}, "kinds")],
+    [
+        ({"test": "self"}, "test"),
+        ({"kinds": ("paraphrase", "list")}, "kinds"),
+        ({"chat_template": "model"}, "chat_template"),
+        ({"prefix_length": 0}, "prefix_length"),
+        ({"prompt": "p.txt"}, "prompt"),
+        ({"data": "d.jsonl"}, "data"),
+    ],
 )
 def test_what_a_document_does_not_use_is_refused(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        DistillConfig(document="doc.txt", questions="self", **options)
+        DistillConfig(**{"document": "doc.txt", "questions": "self", **options})
 
 
 def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="initialization"):
         DistillConfig(data="inputs.jsonl", **of_prompt, initialization="examples")
-    assert "initialization is 'examples'" in caught.value.message
-    assert "prefix_length" not in caught.value.message
     started = DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p")
     assert (started.initialization, started.prefix_length) == ("prefix", 0)
     assert DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p", prefix_length=5).prefix_length == 5
-    with pytest.raises(ConfigError, match="a memory is to be shorter than its text"):
-        DistillConfig(data="inputs.jsonl", **of_prompt, prefix_length=0)

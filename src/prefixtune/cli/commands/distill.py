@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from prefixtune.distillation.distill import DistillResult
 
 __all__ = ["distill"]
-
-_ROWS = {
-    "bare": "bare model",
-    "in_view": "{subject} in view",
-    "teacher": "teacher",
-    "memory": "memory",
-}
 
 
 class DistillOptions(ConfigOptions, OutputOptions, DistillConfig):
@@ -81,45 +74,36 @@ def distill(options: DistillOptions) -> int:
 
 def _show(console: Console, result: DistillResult) -> None:
     """Print what a memory knows."""
-    figures, held_out = result.report, result.report["held_out"]
-    rows: list[Sequence[float | str | None]] = []
-    for name, title in _ROWS.items():
-        if name in held_out:
-            reading = held_out[name]
-            exact = f"{reading['exact']} of {held_out['questions']}" if "exact" in reading else None
-            title = title.format(subject=figures["subject"])
-            rows.append([title, _figure(reading.get("loss")), exact, _figure(reading.get("kl"))])
-    used = [0, *(index for index in (1, 2, 3) if any(row[index] is not None for row in rows))]
+    figures, held_out, subject = result.report, result.report["held_out"], result.report["subject"]
+    titles = {"bare": "bare model", "in_view": f"{subject} in view", "teacher": "teacher", "memory": "memory"}
+    read = {title: held_out[name] for name, title in titles.items() if name in held_out}
+    columns = {"loss": "loss per token", "exact": "exact answers", "kl": "KL per token"}
+    used = [key for key in columns if any(key in one for one in read.values())]
+    rows = [[title, *(_figure(one, key, held_out["questions"]) for key in used)] for title, one in read.items()]
     if rows:
-        columns = ["held-out questions", "loss per token", "exact answers", "KL per token"]
-        console.table(
-            figures.get("name", ""),
-            [columns[index] for index in used],
-            [[row[index] for index in used] for row in rows],
-            result=True,
-        )
+        names = ["held-out questions", *(columns[key] for key in used)]
+        console.table(figures.get("name", ""), names, rows, result=True)
     if held_out["also_trained_on"]:
         asked = held_out["questions"] or held_out["teacher_answers"]
         print(f"{held_out['also_trained_on']} of {asked} held-out questions are also trained on, in the same words")
     print(f"teacher: {figures['teacher']}; labels: {figures['labels']} ({figures['questions']:,} questions)")
-    if figures["subject"] == "teacher":
+    if subject == "teacher":
         print(f"asked as: {figures['prompt_format']!r}")
     for name, share in figures.get("recovered", {}).items():
-        what = "KL from the teacher" if name == "kl" else f"loss between bare and {figures['subject']} in view"
         if name == "loss" and share > 1:
-            print(f"the memory is better than the {figures['subject']} in view, which the model reads badly")
+            print(f"the memory is better than the {subject} in view, which the model reads badly")
         else:
+            what = "KL from the teacher" if name == "kl" else f"loss between bare and {subject} in view"
             print(f"recovered of the {what}: {share:.0%}")
     text = ""
     if "text_bytes" in figures:
-        text = (
-            f"; the {figures['subject']}'s own keys and values: {figures['text_positions']:,} positions, "
-            f"{figures['text_bytes']:,} bytes"
-        )
+        text = f"{figures['text_positions']:,} positions, {figures['text_bytes']:,} bytes"
+        text = f"; the {subject}'s own keys and values: {text}"
     print(f"{Path(figures['memory'])}: {figures['positions']} positions, {figures['bytes']:,} bytes{text}")
-    times = ", ".join(f"{name} {format_seconds(value)}" for name, value in figures["seconds"].items())
-    print(f"time: {times}")
+    print("time: " + ", ".join(f"{name} {format_seconds(value)}" for name, value in figures["seconds"].items()))
 
 
-def _figure(value: float | None) -> str | None:
-    return None if value is None else f"{value:.3f}"
+def _figure(reading: Mapping[str, Any], key: str, questions: int) -> str | None:
+    if key not in reading:
+        return None
+    return f"{reading[key]} of {questions}" if key == "exact" else f"{reading[key]:.3f}"

@@ -1,25 +1,22 @@
-"""Questions that are made from a document (`--questions self`), and answers that the teacher writes."""
+"""Questions that are made from a document (`--questions self`)."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import encode_prompts
 from prefixtune.distillation.config import KINDS, QuestionKind
-from prefixtune.distillation.documents import Question
-from prefixtune.distillation.teacher import Teacher
-from prefixtune.distillation.wording import Wording
+from prefixtune.distillation.inputs import Question
+from prefixtune.distillation.reader import Progress, Reader
 from prefixtune.errors import DataError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import Prompt, check_requests
-from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["answer_questions", "asking_tokens", "hold_out", "make_questions"]
+__all__ = ["asking_tokens", "hold_out", "make_questions"]
 
 _ROUNDS = 3
 """How often the model is asked again where its questions were unusable or known."""
@@ -36,19 +33,9 @@ _NAME = re.compile(r"\b[A-Z][\w'-]+(?: [A-Z][\w'-]+)*")
 _SUMMARY = ("Summarize the text.", "What is the text about?", "Give the main points of the text.")
 _LIST = ("List what the text says about {name}.", "What is known about {name}?", "Name the facts about {name}.")
 
-Progress = Callable[[int], None]
-
 
 def make_questions(
-    teacher: Teacher,
-    chunks: Sequence[str],
-    views: Sequence[Prefix],
-    *,
-    count: int,
-    kinds: Sequence[QuestionKind],
-    seed: int,
-    batch_size: int,
-    on_batch: Progress,
+    teacher: Reader, chunks: Sequence[str], count: int, kinds: Sequence[QuestionKind], seed: int, on_batch: Progress
 ) -> list[Question]:
     """Questions about a document, no two alike, the same for the same seed.
 
@@ -57,13 +44,11 @@ def make_questions(
     document itself is the answer.
 
     Args:
-        teacher: Who makes them.
+        teacher: Who makes them, with the pieces in view.
         chunks: The document's pieces.
-        views: Each piece in the teacher's view.
         count: Questions to make; fewer where the text gives no more.
         kinds: What they ask for, in equal shares; paraphrases only together with facts.
         seed: Of all choices.
-        batch_size: Texts in one pass.
         on_batch: Called with the number of questions so far.
 
     Raises:
@@ -71,33 +56,27 @@ def make_questions(
     """
     rng = random.Random(f"{seed}/questions")
     made: dict[str, Question] = {}
-
-    def add(question: Question) -> None:
-        key = " ".join(question.question.casefold().split())
-        if 3 <= len(key) <= _MOST_CHARS and any(letter.isalpha() for letter in key):
-            made.setdefault(key, question)
-
     # Facts come before their paraphrases, in whatever order they are named.
     ordered = [kind for kind in KINDS if kind in kinds]
     for number, kind in enumerate(ordered):
         share = count * (number + 1) // len(ordered) - count * number // len(ordered)
         wanted = min(len(made) + share, count)
-        if kind in ("fact", "paraphrase"):
-            for attempt in range(_ROUNDS):
-                known = list(made.values())
-                prompts = _prompts(kind, chunks, known, wanted - len(made), rng)
-                texts = _ask(teacher, prompts, views, f"{seed}{number}{attempt}", batch_size)
-                for (chunk, about, _), text in zip(prompts, texts, strict=True):
-                    add(Question(_first_question(text), None, chunk, kind, about))
-                    if len(made) >= wanted:
-                        break
-                on_batch(len(made))
-        else:
-            for question in _templates(kind, chunks, rng):
-                if len(made) >= wanted:
-                    break
-                add(question)
-        on_batch(len(made))
+        by_model = kind in ("fact", "paraphrase")
+        for attempt in range(_ROUNDS if by_model else 1):
+            if by_model:
+                prompts = _prompts(kind, chunks, list(made.values()), wanted - len(made), rng)
+                texts = _ask(teacher, prompts, int(f"{seed}{number}{attempt}") % 2**31)
+                found = [
+                    Question(_first_question(text), None, chunk, kind, about)
+                    for (chunk, about, _), text in zip(prompts, texts, strict=True)
+                ]
+            else:
+                found = _templates(kind, chunks, rng)
+            for question in found:
+                key = " ".join(question.question.casefold().split())
+                if len(made) < wanted and 3 <= len(key) <= _MOST_CHARS and any(letter.isalpha() for letter in key):
+                    made.setdefault(key, question)
+            on_batch(len(made))
     if not made:
         raise DataError(
             "no question was made from the document.",
@@ -131,28 +110,15 @@ def hold_out(questions: Sequence[Question], seed: int) -> tuple[list[Question], 
     return kept, [question for question in questions if question.about in chosen]
 
 
-def asking_tokens(backbone: Backbone, text: str, kinds: Sequence[QuestionKind]) -> tuple[int, int]:
-    """The most tokens behind a text in view while questions are made of it, and of a question with its given answer.
+def asking_tokens(backbone: Backbone, text: str) -> int:
+    """The most tokens behind a text in view while questions are made of it: of a sentence, and of a question about it.
 
     Args:
         backbone: Whose tokens are counted.
         text: The whole document.
-        kinds: What the questions ask for.
     """
-
-    def longest(texts: Iterable[str]) -> int:
-        return max((len(backbone.encode(text)) for text in texts), default=0)
-
-    sentence = longest(_sentences(text))
-    name = longest({name for name in _NAME.findall(text) if len(name) <= _MOST_CHARS})
-    around = longest([*_SUMMARY, *_LIST, "Summarize what the text says about .", "Continue the text: "])
-    asking = {
-        "fact": sentence + longest([_ABOUT_SENTENCE]) + _QUESTION_TOKENS,
-        "paraphrase": 2 * _QUESTION_TOKENS + longest([_IN_OTHER_WORDS]),
-    }
-    asked = {"fact": _QUESTION_TOKENS, "paraphrase": _QUESTION_TOKENS, "continuation": sentence + around}
-    most = max((asked.get(kind, name + around) for kind in kinds), default=0)
-    return max((asking.get(kind, 0) for kind in kinds), default=0), most
+    parts = (part.strip()[: 2 * _MOST_CHARS] for part in _SENTENCE.split(text))
+    return max(len(backbone.encode(part)) for part in parts) + 2 * _QUESTION_TOKENS
 
 
 def _sentences(chunk: str) -> list[str]:
@@ -172,29 +138,20 @@ def _prompts(
         chosen = [rng.choice(facts) for _ in range(count)] if facts else []
         return [(fact.chunk, fact.about, _IN_OTHER_WORDS.format(question=fact.question)) for fact in chosen]
     pairs = [(index, sentence) for index, chunk in enumerate(chunks) for sentence in _sentences(chunk)]
-    if not pairs:
-        return []
     rng.shuffle(pairs)
-    chosen_pairs = [pairs[index % len(pairs)] for index in range(count)]
+    chosen_pairs = [pairs[index % len(pairs)] for index in range(count if pairs else 0)]
     return [(chunk, sentence, f"{sentence}{_ABOUT_SENTENCE}") for chunk, sentence in chosen_pairs]
 
 
-def _ask(
-    teacher: Teacher, prompts: Sequence[tuple[int, str, str]], views: Sequence[Prefix], seed: str, batch_size: int
-) -> list[str]:
+def _ask(teacher: Reader, prompts: Sequence[tuple[int, str, str]], seed: int) -> list[str]:
     """What the model writes after each prompt, up to the end of the line."""
     if not prompts:
         return []
     config = GenerateConfig(
-        max_new_tokens=_QUESTION_TOKENS,
-        temperature=0.9,
-        top_p=0.95,
-        seed=int(seed) % 2**31,
-        stop=("\n",),
-        batch_size=batch_size,
+        max_new_tokens=_QUESTION_TOKENS, temperature=0.9, top_p=0.95, seed=seed, stop=("\n",), batch_size=teacher.rows
     )
     backbone = teacher.backbone
-    asked = [Prompt(backbone.encode(text), views[chunk], _QUESTION_TOKENS) for chunk, _, text in prompts]
+    asked = [Prompt(backbone.encode(text), teacher.views[chunk], _QUESTION_TOKENS) for chunk, _, text in prompts]
     check_requests(backbone, asked)
     return [output.text for _, output in sorted(complete(backbone, asked, config), key=lambda one: one[0])]
 
@@ -208,7 +165,7 @@ def _first_question(text: str) -> str:
     return text[: text.index("?") + 1].strip() if "?" in text else ""
 
 
-def _templates(kind: QuestionKind, chunks: Sequence[str], rng: random.Random) -> Iterator[Question]:
+def _templates(kind: QuestionKind, chunks: Sequence[str], rng: random.Random) -> list[Question]:
     """Questions without the model's help."""
     found: list[Question] = []
     for index, chunk in enumerate(chunks):
@@ -223,7 +180,7 @@ def _templates(kind: QuestionKind, chunks: Sequence[str], rng: random.Random) ->
             texts = [(template.format(name=name), name) for template in _LIST for name in names]
         found.extend(Question(text, None, index, kind, about) for text, about in texts)
     rng.shuffle(found)
-    yield from found
+    return found
 
 
 def _continuations(index: int, chunk: str) -> Iterator[Question]:
@@ -232,45 +189,5 @@ def _continuations(index: int, chunk: str) -> Iterator[Question]:
         words = sentence.split()
         for share in (3, 2):
             cut = max(2, len(words) // share)
-            yield Question(
-                f"Continue the text: {' '.join(words[:cut])}", " ".join(words[cut:]), index, "continuation", sentence
-            )
-
-
-def answer_questions(
-    teacher: Teacher,
-    questions: Sequence[str],
-    views: Sequence[Prefix | None],
-    wording: Wording,
-    *,
-    answer_length: int,
-    batch_size: int,
-    on_batch: Progress = lambda done: None,
-) -> list[tuple[str, bool]]:
-    """What the teacher answers, greedily, and whether the answer ended by itself; empty where it says nothing.
-
-    Args:
-        teacher: Who answers.
-        questions: As they are asked.
-        views: Per question, what stands before it.
-        wording: The text around questions and answers.
-        answer_length: Most tokens of an answer.
-        batch_size: Questions in one pass.
-        on_batch: Called with the number of answers so far.
-
-    Raises:
-        RequestError: A question does not fit the model's positions with what is in view.
-    """
-    if not questions:
-        return []
-    backbone: Backbone = teacher.backbone
-    config = GenerateConfig(max_new_tokens=answer_length, stop=wording.stop, batch_size=batch_size)
-    prompts = encode_prompts(backbone, wording.text_format, questions)
-    form = wording.text_format
-    asked = [Prompt(list(ids), view, answer_length, (), form) for ids, view in zip(prompts, views, strict=True)]
-    check_requests(backbone, asked)
-    answers: list[tuple[str, bool]] = [("", False)] * len(asked)
-    for done, (number, output) in enumerate(complete(backbone, asked, config), start=1):
-        answers[number] = form.extract_target(output.text), output.finish_reason == "stop"
-        on_batch(done)
-    return answers
+            asked, answer = f"Continue the text: {' '.join(words[:cut])}", " ".join(words[cut:])
+            yield Question(asked, answer, index, "continuation", sentence)

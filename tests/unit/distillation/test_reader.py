@@ -1,4 +1,4 @@
-"""What counts in the report: the tokens that end a target, answers of several lines, answers that were cut."""
+"""What counts for a reader: the tokens that end a target, answers of several lines, answers that were cut."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-import prefixtune.distillation.questioning as questioning
-import prefixtune.distillation.report as module
+import prefixtune.distillation.questions as questions_module
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.distillation.config import QuestionKind
-from prefixtune.distillation.documents import Question
-from prefixtune.distillation.questioning import answer_questions, hold_out, make_questions
-from prefixtune.distillation.report import closing_tokens, encode_taught, read_test
-from prefixtune.distillation.teacher import Teacher
-from prefixtune.distillation.wording import Wording
+from prefixtune.distillation.inputs import Question
+from prefixtune.distillation.questions import hold_out, make_questions
+from prefixtune.distillation.reader import Reader
+from prefixtune.distillation.wording import Wording, count_endings, encode_questions, without_false_ends
 
 WORDING = Wording("Question: {source}\nAnswer:", " {target}\n")
 
@@ -35,75 +33,67 @@ def with_llama_2_tokenizer(backbone: Backbone) -> Backbone:
 
 @pytest.mark.parametrize(("target", "count"), [(" {target}\n", 2), ("{target}", 1), (" {target} !", 3)])
 def test_the_end_of_a_target_is_counted_in_it(backbone: Backbone, target: str, count: int) -> None:
-    wording = Wording("{source}", target)
-    assert closing_tokens(backbone, wording, ["Ashby", "B."]) == [count, count]
+    wording, asked = Wording("{source}", target), [Question("", "Ashby"), Question("", "B.")]
+    assert count_endings(backbone, asked, wording) == [count, count]
     if target != " {target} !":
-        assert closing_tokens(with_llama_2_tokenizer(backbone), wording, ["Ashby"]) == [count]
+        assert count_endings(with_llama_2_tokenizer(backbone), asked[:1], wording) == [count]
 
 
 def test_an_answer_that_was_cut_has_no_end(backbone: Backbone) -> None:
-    whole, cut = encode_taught(
-        backbone, [Question("Where?", "Ashby", ended=ended) for ended in (True, False)], WORDING, 4
-    )
+    asked = [Question("Where?", "Ashby", ended=ended) for ended in (True, False)]
+    whole, cut = without_false_ends(backbone, encode_questions(backbone, asked, WORDING, 4), asked, WORDING)
     assert whole.targets[0][-1] == backbone.eos_id
     assert cut.targets[0] == whole.targets[0][:-2]
     # The tiny model writes no end within so few tokens.
-    ((_, ended),) = answer_questions(
-        Teacher(backbone, "t"), ["Where?"], [None], Wording("{source}", "{target}"), answer_length=3, batch_size=2
-    )
-    assert not ended
+    (answered,) = Reader(backbone, Wording("{source}", "{target}"), [None], 2).answer([Question("Where?")], 3)
+    assert not answered.ended
+
+
+def written(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Let readers answer so; returns what they are asked, with what ends an answer."""
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def answer(self: Reader, questions: list[Question], length: int, on_batch: Any) -> list[Question]:
+        asked.extend((question.question, self.wording.stop) for question in questions)
+        on_batch(len(questions))
+        return [dataclasses.replace(question, answer=answers[question.question]) for question in questions]
+
+    monkeypatch.setattr(Reader, "answer", answer)
+    return asked
 
 
 def test_answers_of_several_lines_can_be_exact(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = {"List?": "Ashby\nDover\nmore", "Where?": "Ashby\nmore", "Who?": "Mira"}
-    stops: dict[str, tuple[str, ...]] = {}
-
-    def answer(_: Any, questions: list[str], *args: Any, **options: Any) -> list[tuple[str, bool]]:
-        stops.update(dict.fromkeys(questions, args[1].stop))
-        return [(written[question], True) for question in questions]
-
-    monkeypatch.setattr(module, "answer_questions", answer)
+    asked = written(monkeypatch, {"List?": "Ashby\nDover\nmore", "Where?": "Ashby\nmore", "Who?": "Mira"})
     test = [Question("List?", "Ashby\nDover"), Question("Where?", "Ashby"), Question("Who?", "Nina")]
-    reading = read_test(Teacher(backbone, "t"), test, [], [None] * 3, [], WORDING, batch_size=2)
-    assert reading.exact == 2
-    assert stops == {"List?": ("\nQuestion:",), "Where?": ("\n",), "Who?": ("\n",)}
+    reader = Reader(backbone, WORDING, [None], 2)
+    assert reader.read(test)["exact"] == 2
+    assert {stop for _, stop in asked} == {("\nQuestion:",)}
+    asked.clear()
+    assert reader.read(test[1:])["exact"] == 1
+    assert {stop for _, stop in asked} == {("\n",)}
 
 
 def test_of_several_answers_to_a_question_any_is_right(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    done: list[int] = []
-
-    def answer(_: Any, questions: list[str], *__: Any, on_batch: Any, **___: Any) -> list[tuple[str, bool]]:
-        asked.extend(questions)
-        on_batch(len(questions))
-        return [("Mira\nStone", True)] * len(questions)
-
-    monkeypatch.setattr(module, "answer_questions", answer)
+    asked = written(monkeypatch, dict.fromkeys(("Who?", "Where?"), "Mira\nStone"))
     test = [Question("Who?", one) for one in ("Nina", "Mira", "Mira\nMoon")] + [Question("Where?", "Ashby")]
-    reading = read_test(Teacher(backbone, "t"), test, [], [None] * 4, [], WORDING, batch_size=2, on_batch=done.append)
-    assert reading.exact == 1
+    assert Reader(backbone, WORDING, [None], 2).read(test)["exact"] == 1
     # Each is answered once.
-    assert sorted(asked) == ["Where?", "Who?"]
-    assert done == [1, 2]
+    assert [question for question, _ in asked] == ["Who?", "Where?"]
 
 
 def make(kinds: tuple[QuestionKind, ...], count: int, backbone: Backbone) -> list[Question]:
     chunks = ["The Owl goes to Ashby. The Fox goes to Dover."]
-    teacher = Teacher(backbone, "t")
-    return make_questions(teacher, chunks, [], count=count, kinds=kinds, seed=1, batch_size=2, on_batch=lambda _: None)
+    return make_questions(Reader(backbone, WORDING, [None], 2), chunks, count, kinds, 1, lambda done: None)
 
 
 def test_paraphrases_are_made_of_facts_in_whatever_order_they_are_named(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = itertools.count()
-    monkeypatch.setattr(questioning, "_ask", lambda _, prompts, *__: [f"Who is {next(numbers)}?" for _ in prompts])
-    one, other = make(("paraphrase", "fact"), 6, backbone), make(("fact", "paraphrase"), 6, backbone)
-    assert (
-        [question.kind for question in one]
-        == [question.kind for question in other]
-        == ["fact"] * 3 + ["paraphrase"] * 3
-    )
+    monkeypatch.setattr(questions_module, "_ask", lambda _, prompts, *__: [f"Who is {next(numbers)}?" for _ in prompts])
+    made = [make(kinds, 6, backbone) for kinds in (("paraphrase", "fact"), ("fact", "paraphrase"))]
+    for questions in made:
+        assert [question.kind for question in questions] == ["fact"] * 3 + ["paraphrase"] * 3
 
 
 def test_held_out_questions_share_no_sentence_and_no_name_with_the_others() -> None:

@@ -1,0 +1,70 @@
+"""What a run's folder keeps: it comes back as it was, and what was made from something else is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.distillation.config import DistillConfig
+from prefixtune.distillation.inputs import Job, Question
+from prefixtune.distillation.preparation import read_questions, sources_of, stage, write_questions
+from prefixtune.errors import CheckpointError
+
+
+def test_a_stage_is_made_once_and_not_from_anything_else(tmp_path: Path) -> None:
+    path, made = tmp_path / "a" / "file.txt", list[str]()
+
+    def make(temporary: Path) -> None:
+        made.append("")
+        temporary.write_text("made")
+
+    keys = [stage(path, {"seed": 1}, make), stage(path, {"seed": 1}, make)]
+    assert (keys[0], len(made), path.read_text()) == (keys[1], 1, "made")
+    with pytest.raises(CheckpointError):
+        stage(path, {"seed": 2}, make)
+    # A kill came between the two files.
+    next(path.parent.glob("*.made_from")).unlink()
+    assert stage(path, {"seed": 2}, make) != keys[0]
+    assert len(made) == 2
+
+
+def test_questions_come_back_whatever_ends_a_line(tmp_path: Path) -> None:
+    questions = [Question(f"Where{mark} is\n it?", f"a{mark}", 1, "fact", "It is.", False) for mark in "\u2028\x85\x0c"]
+    write_questions(tmp_path / "q.jsonl", questions, questions[:1])
+    assert read_questions(tmp_path / "q.jsonl") == (questions, questions[:1])
+
+
+@pytest.mark.parametrize("damaged", ['{"question": "Where?"}\n', "no json\n", "[]\n", ""])
+def test_damaged_questions_are_refused(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "q.jsonl").write_text(damaged)
+    with pytest.raises(CheckpointError):
+        read_questions(tmp_path / "q.jsonl")
+
+
+def test_texts_questions_teachers_and_backbones_are_told_apart(
+    backbone: Backbone, tiny_backbone: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = DistillConfig(document="doc.txt", questions="q.jsonl", teacher="one")
+    trained, weights = config.replace(teacher=str(tmp_path)), tmp_path / "weights.safetensors"
+    job = Job("", Path("run"), "doc.txt", "The Owl.", (Question("Where?"),), ())
+    rounded = Backbone.from_model(copy.deepcopy(backbone.model).bfloat16(), backbone.tokenizer, backbone.name)
+    made = [
+        sources_of(config, job, backbone),
+        sources_of(config, replace(job, text="The Fox."), backbone),
+        sources_of(config, replace(job, questions=(Question("Who?"),)), backbone),
+        sources_of(config, replace(job, questions=(), test=job.questions), backbone),
+        sources_of(config.replace(teacher="other"), job, backbone),
+        sources_of(config.replace(answer_length=9), job, backbone),
+        sources_of(config, job, tiny_backbone("llama", max_position_embeddings=512, seed=1)),
+        sources_of(config, job, rounded),
+        *(sources_of(trained, job, backbone) for some in (b"1", b"2") if weights.write_bytes(some)),
+    ]
+    assert len(set(map(json.dumps, made))) == len(made)
+    assert sources_of(config.replace(max_steps=7), job, backbone) == made[0]
