@@ -31,7 +31,7 @@ from prefixtune.evaluation.prompting import instruction_format
 from prefixtune.evaluation.records import EVALUATION_FILE, write_evaluation
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.artifact import load_tuned
-from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
+from prefixtune.training.run_folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 
 __all__ = ["Cell", "Study", "cells", "main", "run", "sample", "sample_targets"]
 

@@ -230,7 +230,7 @@ def run(work: Path) -> None:
     data.write_text("".join(json.dumps({"s": f"n : {c}", "t": f"{c}{c} it is"}) + "\n" for c in "abcd"))
     # The same tiny model each time.
     with (
-        mock.patch("prefixtune.training.opening.load_backbone", return_value=backbone),
+        mock.patch("prefixtune.training.prepare.load_backbone", return_value=backbone),
         mock.patch("prefixtune.cli.loading.load", return_value=backbone),
     ):
         (work / "train").mkdir()

@@ -41,7 +41,7 @@ SCORE = ("score", "--hypotheses", "said.txt", "--references", "places.jsonl", *D
 TRAIN = ("train", *DATA[2:], "--output", "runs/other", "--max-steps", "1", "--train")
 EXTRAS = {
     "quantize": [("generate", "--prefix", "PREFIX", "--quantize", "int8", "Aromi is Italian")],
-    "lora": [(*TRAIN, "places.jsonl", "--method", "lora"), (*TRAIN, "places.jsonl", "--adapter-rank", "2")],
+    "lora": [(*TRAIN, "places.jsonl", "--method", "lora")],
     "datasets": [(*TRAIN, "hub:someone/something"), (*TRAIN, "places.parquet")],
     "serve": [("serve", "--prefixes", "runs")],
     "llama": [("serve", "--prefixes", "runs", "--engine", "llama.cpp")],

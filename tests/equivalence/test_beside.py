@@ -17,9 +17,11 @@ from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training import beside as beside_module
 from prefixtune.training.beside import Beside, Neighbours
-from prefixtune.training.data import optimizer_steps, tokenize
+from prefixtune.training.data import tokenize
 from prefixtune.training.loop import TrainLoop, forward_backward
+from prefixtune.training.schedule import optimizer_steps
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.variation import vary
 
@@ -61,7 +63,7 @@ def one_after_the_other(backbone: Any, parts: list[Prefix]) -> Prefix:
 
 def loop_of(backbone: Any, others: list[Prefix], tmp_path: Path, **options: Any) -> TrainLoop:
     config = pt.TrainConfig(
-        prefix_length=5, init_text="ab", beside="others", beside_rate=1.0, output=str(tmp_path), batch_size=8, **options
+        prefix_length=5, init_text="ab", beside="others", output=str(tmp_path), batch_size=8, **options
     )
     data = tokenize(config, backbone, EXAMPLES, [])
     encoder, start = build_encoder(config, backbone, examples=data.train.examples)
@@ -70,6 +72,13 @@ def loop_of(backbone: Any, others: list[Prefix], tmp_path: Path, **options: Any)
     return loop
 
 
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others stand beside in every step."""
+    monkeypatch.setattr(beside_module, "BESIDE_RATE", 1.0)
+
+
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral", "gpt2", "bart", "t5", "m2m_100"])
 def test_a_step_is_that_of_a_prefix_joined_by_hand(
     name: str, tiny_backbone: Callable[..., Any], random_prefix: Any, tmp_path: Path, assert_same: Any
@@ -100,6 +109,7 @@ def test_a_step_is_that_of_a_prefix_joined_by_hand(
     assert len(seen) > 1
 
 
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_hidden_positions_and_lengths_are_those_of_the_own_part(
     name: str, tiny_backbone: Callable[..., Any], random_prefix: Any, tmp_path: Path, assert_same: Any
@@ -160,12 +170,12 @@ def visible_losses(backbone: Any, whole: Prefix, kept: list[int], group: Tokeniz
 def test_who_stands_beside_is_drawn_by_seed_and_step(tiny_backbone: Any, random_prefix: Any) -> None:
     backbone = tiny_backbone("gpt2")
     beside = Beside.of_prefixes([random_prefix(backbone, 1).detach()] * 5, backbone.rotation)
-    config = pt.TrainConfig(beside="x", beside_rate=0.6, beside_most=3)
+    config = pt.TrainConfig(beside="x", beside_most=3)
     drawn = [beside.draw(config, step) for step in range(1, 2001)]
     assert drawn == [beside.draw(config, step) for step in range(1, 2001)]
     assert drawn != [beside.draw(config.replace(seed=1), step) for step in range(1, 2001)]
     joined = [each for each in drawn if each != Neighbours()]
-    assert len(joined) / 2000 == pytest.approx(0.6, abs=0.05)
+    assert len(joined) / 2000 == pytest.approx(0.5, abs=0.05)
     counts = [len(each.before) + len(each.after) for each in joined]
     assert [counts.count(number) / len(joined) for number in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.06)
     assert all(len({*each.before, *each.after}) == count for each, count in zip(joined, counts, strict=True))

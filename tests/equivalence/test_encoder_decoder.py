@@ -35,7 +35,7 @@ from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, save_prefix, unflatten
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.loop import evaluation_loss
+from prefixtune.training.score import evaluation_loss
 from prefixtune.training.starts.words import from_words
 from prefixtune.training.train import train
 from zoo import make_tokenizer

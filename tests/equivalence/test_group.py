@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import prefixtune as pt
-from prefixtune.training.group import RunGroup
-from prefixtune.training.opening import open_run
+from prefixtune.training.prepare import prepare
+from prefixtune.training.together import RunGroup
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter} it is.", f"it is {letter * 3}.")) for letter in "abcdef"]
 DEV = [pt.Example("n : z", ("z it is.",))]
@@ -48,14 +48,14 @@ def test_one_that_joins_late_and_is_moved_between_groups(
     with contextlib.ExitStack() as stack:
 
         def join(group: RunGroup, config: pt.TrainConfig) -> Any:
-            run = stack.enter_context(open_run(config, backbone, examples=EXAMPLES, dev_examples=DEV))
+            run = stack.enter_context(prepare(config, backbone, EXAMPLES, DEV, resume=True))
             group.add(run)
             return run
 
         group = RunGroup(backbone)
         join(group, config_for("first", prefix_length=5, batch_size=2, max_steps=4))
         step(group)
-        with open_run(mine, backbone, examples=EXAMPLES, dev_examples=DEV) as run:
+        with prepare(mine, backbone, EXAMPLES, DEV, resume=True) as run:
             group.add(run)
             step(group)
             step(group)

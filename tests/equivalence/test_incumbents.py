@@ -25,7 +25,7 @@ from prefixtune.prefix.encoder import PrefixEncoder, fit
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.loop import evaluation_loss
+from prefixtune.training.score import evaluation_loss
 from prefixtune.training.starts.words import from_words
 from prefixtune.training.train import TrainResult, train
 

@@ -16,7 +16,7 @@ from prefixtune.backbone.loss import batch_loss, token_losses
 from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.order import epoch_batches
-from prefixtune.training.loop import evaluation_loss
+from prefixtune.training.score import evaluation_loss
 
 
 @pytest.fixture

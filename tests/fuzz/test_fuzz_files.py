@@ -44,7 +44,7 @@ from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.training.artifact import load_weights, save_weights
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.folder import read_events
+from prefixtune.training.run_folder import read_events
 
 SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
 SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)

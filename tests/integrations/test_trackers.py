@@ -66,6 +66,7 @@ def run(folder: Path, *, kill_at: int, resume: bool) -> subprocess.CompletedProc
         "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root / "tests")]),
         "HF_TOKEN": "hf_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
         "HOME": str(folder.parent),
+        "TRACKIO_DIR": str(folder / "trackio"),
     }
     words = [sys.executable, "-c", _RUN, str(folder), str(kill_at), "resume" if resume else "new"]
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)

@@ -327,7 +327,7 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
         PrefixModel(llama, settings(method="lora"))
     with pytest.raises(ConfigError, match="encoder"):
         PrefixModel(tiny_backbone("bert"))
-    for change in ({"prefix_dropout": 0.3}, {"adapter_rank": 4}, {"quantize": "int8"}):
+    for change in ({"prefix_dropout": 0.3}, {"quantize": "int8"}):
         with pytest.raises(ConfigError, match=next(iter(change))):
             PrefixModel(llama, settings(**change))
     model = PrefixModel(llama, settings())

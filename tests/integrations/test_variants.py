@@ -129,52 +129,6 @@ def test_a_run_goes_on_as_quantized_as_it_began(folder: Path, tmp_path: Path) ->
     assert pt.train(**again, backbone=load_backbone(folder, device="cpu", quantize="int8")).events
 
 
-def test_a_prefix_and_an_adapter_train_together(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "device": "cpu", "adapter_rank": 2}
-    options |= {"prefix_length": 3, "bottleneck_size": 8, "epochs": 3.0, "batch_size": 2, "learning_rate": 1e-2}
-    config = TrainConfig(**options, output=str(tmp_path / "run"), save_every=1)
-    backbone = load_backbone(folder, device="cpu", adapter_rank=2)
-    before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
-    result = pt.train(config, backbone=backbone, examples=EXAMPLES)
-    moved = {n for n, p in backbone.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == set(backbone.adapter_parameters)
-    num_adapter = sum(p.numel() for p in backbone.adapter_parameters.values())
-    assert result.num_trained > num_adapter > 0
-    assert f"{num_adapter:,} of them in the backbone's adapter" in capsys.readouterr().err
-    stored = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
-    assert stored == [result.prefix.header["adapter"]]
-    again = load_backbone(folder, device="cpu", adapter=tmp_path / "run" / stored[0])
-    loaded = pt.load_prefix(result.path, again)
-    with torch.no_grad():
-        one = again.forward(IDS, prefixes=loaded).logits
-        assert distance(one, backbone.forward(IDS, prefixes=result.prefix).logits) < 1e-5
-    with pytest.raises(BackboneError, match="other weights"):
-        pt.load_prefix(result.path, load_backbone(folder, device="cpu"))
-
-
-def test_training_together_resumes_with_the_same_losses(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "device": "cpu", "adapter_rank": 2}
-    options |= {"prefix_length": 3, "bottleneck_size": 8, "max_steps": 6, "batch_size": 2, "save_every": 3}
-
-    def losses(events: Any) -> list[float]:
-        return [event["loss"] for event in events if event["event"] == "step"]
-
-    whole = losses(pt.train(TrainConfig(**options, output=str(tmp_path / "a")), examples=EXAMPLES).events)
-    config = TrainConfig(**options, output=str(tmp_path / "b"))
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "save" and event["step"] == 3:
-            raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError, match="killed"):
-        pt.train(config, examples=EXAMPLES, on_event=stop)
-    assert losses(pt.train(config, examples=EXAMPLES, resume=True).events) == whole
-
-
 @pytest.mark.parametrize(
     ("library", "extra", "options"),
     [

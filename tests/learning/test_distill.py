@@ -169,7 +169,7 @@ def test_memories_train_beside_each_other(
         path.write_text(DOCUMENT)
         write_rows(f"questions/{name}.jsonl", ({"question": row["question"]} for row in rows))
     own = {**options, "document": str(tmp_path / "docs"), "questions": str(tmp_path / "questions"), "test": ""}
-    beside = quiet(backbone, **own, beside="self", beside_rate=1.0)
+    beside = quiet(backbone, **own, beside="self")
     alone = quiet(backbone, **{**own, "output": str(tmp_path / "alone")})
     for one, other in zip(beside, alone, strict=True):
         assert one.report["labels"] == "the teacher's 20 likeliest tokens"

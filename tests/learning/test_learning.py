@@ -422,7 +422,7 @@ def test_a_full_disk_is_reported_and_leaves_the_last_state(
 def test_missing_data_is_reported(backbone: Any, config_for: Callable[..., TrainConfig]):
     with pytest.raises(ConfigError, match="no training file"):
         train(config_for(), backbone=backbone)
-    with pytest.raises(DataError, match="no example"):
+    with pytest.raises(DataError):
         train(config_for(), backbone=backbone, examples=[])
 
 

@@ -13,14 +13,13 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.inference.generate import generate
-from prefixtune.inference.model import load
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.artifact import load_tuned, load_weights
-from prefixtune.training.baselines import Tuning, decoder_layers, freeze_tuned, tune
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import TrainResult, train
+from prefixtune.training.tuning import decoder_layers, freeze_tuned, tune
 
 Make = Callable[..., Any]
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -74,7 +73,7 @@ def test_inserted_layers_have_no_effect_at_first(
     ids = torch.tensor([random_ids(7)])
     more = {"decoder_input_ids": ids.flip(1)} if backbone.kind == "encoder-decoder" else {}
     before = backbone.forward(ids, **more).logits
-    tuned = tune(backbone, Tuning(method, 4))
+    tuned = tune(backbone, method, 4)
     assert tuned.adapter_parameters
     assert_same(tuned.forward(ids, **more).logits, before, tolerance=1e-6)
 
@@ -142,7 +141,7 @@ def test_the_weights_file_says_what_it_is(run: Make) -> None:
 
 def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokenizer: Any, random_ids: Make) -> None:
     backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny")
-    frozen = freeze_tuned(tune(backbone, Tuning("adapter", 4)))
+    frozen = freeze_tuned(tune(backbone, "adapter", 4))
     assert {parameter.dtype for parameter in frozen.model.parameters()} == {torch.bfloat16}
     assert not frozen.adapter_parameters
     # A prefix that is trained on it is not for the model as it was loaded.
@@ -169,7 +168,6 @@ def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny
     ("changes", "name"),
     [
         ({"method": "lorra"}, "method"),
-        ({"method": "full", "adapter_rank": 4}, "adapter_rank"),
         ({"method": "lora", "quantize": "int8"}, "quantize"),
         ({"method": "lora", "adapter": "folder"}, "adapter"),
         ({"method": "full", "method_size": 7}, "method_size"),
@@ -198,23 +196,3 @@ def test_a_new_adapter_begins_by_the_seed(folder: Path) -> None:
     )
     assert torch.equal(second, again)
     assert not torch.equal(first, second)
-
-
-def test_prefix_and_adapter_are_of_one_evaluation_after_a_full_disk(
-    run: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from prefixtune.training import artifact
-
-    save, saved = artifact.save_prefix, list[Path]()
-
-    def fill_disk(path: Path, *given: Any, **options: Any) -> Any:
-        saved.append(path)
-        if len(saved) == 2:
-            raise PrefixError("no space left on the device.")
-        return save(path, *given, **options)
-
-    monkeypatch.setattr(artifact, "save_prefix", fill_disk)
-    with pytest.raises(PrefixError, match="no space left"):
-        run("prefix", adapter_rank=2, max_steps=4, eval_every=2)
-    model = load(prefix=saved[0])
-    assert model.backbone.adapter is not None

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import prefixtune.training.group
 import prefixtune.training.loop
+import prefixtune.training.together
 from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
@@ -137,7 +137,7 @@ def test_all_runs_share_one_pass(
 
     monkeypatch.setattr(prefixtune.training.loop, "batch_loss", counted)
     # As many tokens as all of them have: smaller passes are tested with the group.
-    monkeypatch.setattr(prefixtune.training.group, "_positions_at_once", lambda backbone: 1024)
+    monkeypatch.setattr(prefixtune.training.together, "_positions_at_once", lambda backbone: 1024)
     train_together(
         [config_for(name, max_steps=3) for name in "abc"], backbone=tiny_backbone("llama"), examples=DATA[:3]
     )

@@ -12,7 +12,7 @@ from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestEr
 from prefixtune.report import read_results
 from prefixtune.server.settings import ServeConfig
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.folder import read_events
+from prefixtune.training.run_folder import read_events
 
 
 @pytest.mark.parametrize("sign", ["", "-"])

@@ -32,7 +32,7 @@ class DistillConfig(TrainConfig):
     hint: ClassVar[str] = "`prefixtune distill --help` explains every option."
     unused: ClassVar[frozenset[str]] = frozenset(
         {"method", "method_size", "train", "dev", "dev_limit", "patience", "classifier", "label_words", "shard"}
-        | {"train_adapter", "adapter_rank", "init_examples", "hold_out", "chat_template", "system"}
+        | {"init_examples", "hold_out", "chat_template", "system"}
     )
     """Fields of `TrainConfig` that mean nothing here."""
 

@@ -29,7 +29,8 @@ from prefixtune.data.windows import TEXT_FORMAT, is_text
 from prefixtune.errors import DataError, PrefixError
 from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import optimizer_steps, training_format
+from prefixtune.training.data import training_format
+from prefixtune.training.schedule import optimizer_steps
 
 __all__ = ["DataReport", "Lengths", "Limit", "Measures", "Part", "measure_examples", "report_data"]
 

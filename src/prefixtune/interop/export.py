@@ -14,7 +14,7 @@ from prefixtune.data.chat import literal_format
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.training.folder import CONFIG_FILE, PREFIX_FILE
+from prefixtune.training.run_folder import CONFIG_FILE, PREFIX_FILE
 
 __all__ = [
     "MANIFEST",

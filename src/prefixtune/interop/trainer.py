@@ -34,10 +34,10 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.collator import IGNORED, Collator
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.artifact import reparameterization_facts
-from prefixtune.training.checks import check_given, check_passes_gradients
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
-from prefixtune.training.folder import PREFIX_FILE
+from prefixtune.training.prepare import check_given, check_passes_gradients
+from prefixtune.training.run_folder import PREFIX_FILE
 from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
 
 __all__ = ["PrefixModel"]
@@ -83,7 +83,7 @@ class PrefixModel(nn.Module):
         if backbone.adapter_parameters:
             raise ConfigError(
                 f"{backbone.name!r} has weights that are to be trained, but only the prefix is trained here.",
-                hint="load it without train_adapter and adapter_rank, or use `train`.",
+                hint="load it without train_adapter and adapter_rank.",
             )
         faults = [
             f"{name} is {getattr(config, name)!r}"

@@ -44,6 +44,7 @@ def open_job(job: Job, folder: JobFolder, backbone: Backbone, on_progress: OnPro
         raise BackboneError(
             "the worker's model has other weights than the server's.", hint="give both the same backbone."
         )
+    opened: contextlib.AbstractContextManager[Run]
     if job.kind == "document":
         opened = open_memory(_memory_config(job, folder, backbone), backbone, _Reporting(on_progress))
     else:

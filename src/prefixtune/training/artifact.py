@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,13 @@ from prefixtune.prefix.header import check_header
 from prefixtune.prefix.hub import HUB
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
-from prefixtune.training.baselines import Tuning, freeze_tuned, load_tuned_weights, tune, tuned_weights
-from prefixtune.training.checkpoint import TrainState, finite_or_none
-from prefixtune.training.config import TrainConfig
+from prefixtune.training.config import DEFAULT_SIZES, TrainConfig
 from prefixtune.training.data import TrainData
-from prefixtune.training.folder import ADAPTER_FOLDER, PREFIX_FILE, WEIGHTS_FILE
+from prefixtune.training.early_stopping import TrainState, finite_or_none
+from prefixtune.training.run_folder import PREFIX_FILE, WEIGHTS_FILE
+from prefixtune.training.tuning import freeze_tuned, load_tuned_weights, tune, tuned_weights
 from prefixtune.training.variation import variation_facts
 from prefixtune.utils.files import atomic_path
-
-__all__ = ["load_tuned", "load_weights", "make_run_header", "reparameterization_facts", "save_artifact", "save_weights"]
-
 
 _WEIGHTS = "prefixtune_weights"
 
@@ -50,9 +46,6 @@ def make_run_header(
         initialization: Where it started, as `build_encoder` describes it.
         state: How far it is.
     """
-    # A LoRA adapter that trains with the prefix is stored next to it, each time under a new name.
-    trains_adapter = config.trains_prefix and bool(backbone.adapter_parameters)
-    adapter = f"{ADAPTER_FOLDER}-{state.step}" if trains_adapter else config.adapter
     header = make_header(
         backbone,
         task=config.task,
@@ -66,7 +59,7 @@ def make_run_header(
             "total_steps": state.total_steps,
             "dev_loss": finite_or_none(state.best_loss),
             "num_targets": data.train.num_targets,
-            **_dataset(config.train),
+            **_hub_dataset(config.train),
             "backbone_dtype": backbone.dtype_name,
             **reparameterization_facts(config),
             "batch_size": config.batch_size,
@@ -75,7 +68,7 @@ def make_run_header(
             "learning_rate": config.peak_learning_rate,
             **variation_facts(config),
         },
-        **({"adapter": adapter} if adapter else {}),
+        **({"adapter": config.adapter} if config.adapter else {}),
         license=config.license,
         made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
@@ -85,10 +78,10 @@ def make_run_header(
     return header
 
 
-def _dataset(train: str) -> dict[str, str]:
+def _hub_dataset(train: str) -> dict[str, str]:
     """The data set of the hub that a run reads; a file on this machine is nobody else's.
 
-    >>> _dataset("hub:GEM/e2e_nlg@train"), _dataset("places.jsonl")
+    >>> _hub_dataset("hub:GEM/e2e_nlg@train"), _hub_dataset("places.jsonl")
     ({'dataset': 'GEM/e2e_nlg'}, {})
     """
     name = re.split("[:@#]", train.removeprefix(HUB))[0]
@@ -106,7 +99,7 @@ def save_artifact(config: TrainConfig, backbone: Backbone, prefix: Prefix | None
 
     Args:
         config: The run.
-        backbone: What it was trained on; holds the weights of another method, or the adapter trained with the prefix.
+        backbone: What it was trained on; of another method, it holds the weights.
         prefix: As baked; None: the method trains the model's own weights.
         header: As `make_run_header` makes it.
 
@@ -116,24 +109,12 @@ def save_artifact(config: TrainConfig, backbone: Backbone, prefix: Prefix | None
     """
     folder = Path(config.output)
     dtype = torch.float32 if config.save_dtype == "float32" else torch.bfloat16
-    if prefix is None:
-        size = Tuning(config.method, config.method_size).size
-        weights = {name: tensor.to(dtype) for name, tensor in tuned_weights(backbone).items()}
-        save_weights(folder / WEIGHTS_FILE, weights, {**header, "method_size": size})
+    if prefix is not None:
+        save_prefix(folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
         return
-    if backbone.adapter_parameters:
-        # The fingerprint is that of the tuned weights.
-        header = {**header, **make_header(backbone.save_adapter(folder / header["adapter"]))}
-    save_prefix(folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
-    if backbone.adapter_parameters:
-        _remove_adapters(folder, but=header["adapter"])
-
-
-def _remove_adapters(folder: Path, *, but: str) -> None:
-    """Remove the adapters of earlier evaluations, which the prefix that is there now does not name."""
-    for path in folder.glob(f"{ADAPTER_FOLDER}*"):
-        if path.name != but and re.fullmatch(rf"{ADAPTER_FOLDER}(-\d+)?", path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    size = config.method_size or DEFAULT_SIZES[config.method]
+    weights = {name: tensor.to(dtype) for name, tensor in tuned_weights(backbone).items()}
+    save_weights(folder / WEIGHTS_FILE, weights, {**header, "method_size": size})
 
 
 # --- the weights of other methods ------------------------------------------------------------------------------------
@@ -187,6 +168,6 @@ def load_tuned(path: str | Path, **options: Any) -> tuple[Backbone, TextFormat]:
             f"{str(path)!r} was trained from {origin['name']!r} with other weights than {backbone.name!r}.",
             hint="load the backbone that its header names.",
         )
-    backbone = tune(backbone, Tuning(header["method"], header["method_size"]))
+    backbone = tune(backbone, header["method"], header["method_size"])
     load_tuned_weights(backbone, tensors)
     return freeze_tuned(backbone), read_text_format(header) or default_format(backbone)

@@ -24,24 +24,13 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.rotation import Rotation
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.folder import PREFIX_FILE
-
-__all__ = [
-    "SELF",
-    "Beside",
-    "Neighbours",
-    "check_beside",
-    "find_files",
-    "load_others",
-    "move_hidden",
-]
-
+from prefixtune.training.run_folder import PREFIX_FILE
 
 SELF = "self"
 """The runs that train together."""
 
-MAX_FILES = 256
-"""Most files of a folder."""
+BESIDE_RATE = 0.5
+"""Share of the steps in which others stand beside."""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -51,7 +40,7 @@ def find_files(beside: str, output: str) -> list[Path | str]:
     """The files that `beside` names: a file, a run, hub:OWNER/NAME, or all files and runs of a folder but `output`.
 
     Raises:
-        CheckpointError: A folder without a prefix, or with too many.
+        CheckpointError: A folder without a prefix.
     """
     folder = Path(beside)
     if not folder.is_dir() or (folder / PREFIX_FILE).is_file():
@@ -65,11 +54,6 @@ def find_files(beside: str, output: str) -> list[Path | str]:
             f"there is no prefix in the folder {beside!r}.",
             hint="name a folder of .safetensors files or of runs, a file, or self (with --together).",
         )
-    if len(found) > MAX_FILES:
-        raise CheckpointError(
-            f"the folder {beside!r} holds {len(found):,} prefixes, but at most {MAX_FILES} stand beside.",
-            hint="put those to be joined with into a folder of their own.",
-        )
     return found
 
 
@@ -78,7 +62,7 @@ def load_others(config: TrainConfig, backbone: Backbone) -> list[Prefix]:
 
     Raises:
         BackboneError: One was trained for another backbone, or the backbone's keys cannot be turned on.
-        CheckpointError: One cannot be read, or there is none, or they are too many.
+        CheckpointError: One cannot be read, or there is none.
     """
     others = [(str(path), load_prefix(path)) for path in find_files(config.beside, config.output)]
     check_joinable([prefix for _, prefix in others], [repr(path) for path, _ in others])
@@ -138,7 +122,7 @@ class Beside:
     def draw(self, config: TrainConfig, step: int) -> Neighbours:
         """Who stands beside in a step, counted from 1: nobody, or one to `beside_most` of the others."""
         rng = random.Random(f"{config.seed}/{step}/beside")
-        if not self.others or rng.random() >= config.beside_rate:
+        if not self.others or rng.random() >= BESIDE_RATE:
             return Neighbours()
         chosen = rng.sample(range(len(self.others)), rng.randint(1, min(config.beside_most, len(self.others))))
         place = rng.randint(0, len(chosen))

@@ -1,87 +1,88 @@
-"""The data of a run: read and checked, then turned into token ids, then put in the order of its steps."""
+"""The data of a run: its files read and checked, then turned into token ids."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
-import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, form_that_fits, limit_targets, read_task
-from prefixtune.data.chat import chat_format
+from prefixtune.data.chat import chat_format, has_chat_template
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
+from prefixtune.data.forms import FORMS
+from prefixtune.data.forms import describe_data as describe_file
+from prefixtune.data.given import example_form
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, with_label_words
-from prefixtune.data.order import TargetGroup, plan_epoch, take
-from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens, target_counts, turn_counts
+from prefixtune.data.registry import resolve_task
+from prefixtune.data.streams import read_text
+from prefixtune.data.tokenized import TokenizedDataset, hash_tokens
+from prefixtune.data.windows import TEXT_FORMAT
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.chat import choose_template
-from prefixtune.training.checks import check_generates, check_no_labels, no_solved_examples
+from prefixtune.prefix.chat_format import allow_template
+from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.distributed import ProcessGroup
-from prefixtune.training.folder import check_unused
-from prefixtune.training.forms import check_texts_alone
 from prefixtune.training.starts.build import resolve_site_lengths
 from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
 from prefixtune.utils.console import Console
 
-__all__ = [
-    "TrainData",
-    "count_steps",
-    "does_hold_out",
-    "is_large_file",
-    "optimizer_steps",
-    "plan_steps",
-    "read_data",
-    "tokenize",
-    "training_format",
-]
-
-
-_LARGE_BYTES = 2**25
-"""Bytes of a file from which on it is said that it is read."""
 _MANY = 20_000
 """Examples from which on it is said that they are tokenized."""
 
 # --- files -> examples -----------------------------------------------------------------------------------------------
 
 
-def read_data(
-    config: TrainConfig,
-    examples: Sequence[ExampleLike] | None,
-    dev_examples: Sequence[ExampleLike] | None,
-    processes: ProcessGroup,
-    *,
-    resume: bool,
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Read a run's files, and refuse what its options do not go with.
+def settle_form(config: TrainConfig, examples: Sequence[ExampleLike] | None = None) -> TrainConfig:
+    """The configuration with the form of its training data, and the task that this belongs to.
+
+    Only the first row is read. A configuration that names templates or another task stays as it is.
 
     Args:
         config: The run.
         examples: To train on; None: `config.train` is read.
+    """
+    if config.task != "records" or config.source or config.target or (examples is None and not config.train):
+        return config
+    if examples is None:
+        form = resolve_task(config.task, config.train, split="train", form=config.form)[1]
+    else:
+        form = example_form(examples, form=config.form)
+    if form is None:
+        return config
+    values = {"task": form.task, "form": form.name}
+    if form.name == "text":
+        values["prompt_format"] = config.prompt_format or TEXT_FORMAT.prompt
+        values["target_format"] = config.target_format or TEXT_FORMAT.target
+    return config.replace(**values)
+
+
+def read_data(
+    config: TrainConfig, examples: Sequence[ExampleLike] | None, dev_examples: Sequence[ExampleLike] | None
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Read a run's files, and refuse what its options do not go with.
+
+    Args:
+        config: The run, as `settle_form` returns it.
+        examples: To train on; None: `config.train` is read.
         dev_examples: To choose the best prefix by; None: `config.dev` is read, if given.
-        processes: Those of the run; the first one checks the folder.
-        resume: The folder may hold a run.
 
     Returns:
         The training and the development examples, as many as are used.
 
     Raises:
-        ConfigError: An option does not go with the data, or the folder holds a run.
+        ConfigError: An option does not go with the data.
         DataError: A file cannot be read.
     """
-    if not resume and processes.is_main:
-        check_unused(Path(config.output))
-    train: Sequence[Example] = limit_targets(_training_examples(config, examples), config.limit)
-    dev: Sequence[Example] = limit_targets(_development_examples(config, dev_examples), config.dev_limit)
-    if does_hold_out(config, dev_examples):
+    train: Sequence[Example] = limit_targets(_read(config, examples, "train"), config.limit)
+    dev: Sequence[Example] = []
+    if dev_examples is not None or config.dev:
+        dev = limit_targets(_read(config, dev_examples, "dev"), config.dev_limit)
+    elif config.hold_out:
         train, dev = _hold_out(config, train)
     if config.patience and not dev:
         raise ConfigError(
@@ -90,22 +91,51 @@ def read_data(
         )
     kind = _task_kind(config)
     if kind == "generation":
-        check_no_labels(config)
+        for name in ("classifier", "label_words"):
+            if getattr(config, name) != config.default(name):
+                raise ConfigError(
+                    f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels: it generates.",
+                    hint="use --task classification (task) for data with labels, or leave it out.",
+                )
     else:
         choose_labels(kind, None, train, dev, by=config.classifier, words=config.words_by_label)
     check_example_count(config, train)
-    check_texts_alone(config)
     return train, dev
 
 
-def is_large_file(path: str) -> bool:
-    """Whether reading a file takes long."""
-    return os.path.isfile(path) and os.path.getsize(path) >= _LARGE_BYTES
+def _task_kind(config: TrainConfig) -> TaskKind:
+    return TASKS[config.task].kind if config.task in TASKS else "generation"
 
 
-def does_hold_out(config: TrainConfig, dev_examples: Sequence[ExampleLike] | None) -> bool:
-    """Whether a share of the training sources becomes the development examples; not where there are some."""
-    return bool(config.hold_out) and not config.dev and dev_examples is None
+def _read(config: TrainConfig, given: Sequence[ExampleLike] | None, split: str) -> Sequence[Example]:
+    """The examples of a file, of a folder's split, or that a caller gave; at least one has a target."""
+    templates, is_train = (config.source or None, config.target or None), split == "train"
+    what = "training" if is_train else "development"
+    examples: Sequence[Example]
+    if given is not None:
+        form: str = config.form if is_train else ""
+        name = "example" if is_train else "development example"
+        examples = as_examples(given, *templates, name, form=form, needs_targets=True)
+        # As those of a file; without a form, the caller has grouped the targets.
+        examples = merge_examples(examples) if config.form and config.task == "records" else examples
+    else:
+        path = config.train if is_train else config.dev
+        parts = TASKS[config.task].parts if config.task in TASKS else ()
+        if not path and config.task in TASKS and not parts:
+            raise ConfigError("no training file is given.", hint="set train (--train FILE).")
+        path = path or (*parts, "")[0]
+        # Development data may have another form.
+        form = config.form if is_train else form_that_fits(config.task, path, config.form, split=split)
+        source, target = templates
+        examples = read_task(
+            config.task, path, source=source, target=target, split=split, form=form, needs_targets=True
+        )
+    if not any(example.targets for example in examples):
+        raise DataError(
+            f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
+            hint="name the column or template of the targets (--target), or give another file.",
+        )
+    return examples
 
 
 def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -128,58 +158,28 @@ def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[E
     return left, limit_targets(dev, config.dev_limit)
 
 
-def _task_kind(config: TrainConfig) -> TaskKind:
-    return TASKS[config.task].kind if config.task in TASKS else "generation"
+def describe_inputs(
+    config: TrainConfig, train: Sequence[Example], dev: Sequence[Example], *, given: tuple[bool, bool] = (False, False)
+) -> list[str]:
+    """One line for each file that was read by its form, and one for what is held out.
 
-
-def _training_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> Sequence[Example]:
-    if examples is not None:
-        return _with_targets(_convert(config, examples, "example"), "training")
-    parts = TASKS[config.task].parts if config.task in TASKS else ()
-    if not config.train and config.task in TASKS and not parts:
-        raise ConfigError("no training file is given.", hint="set train (--train FILE).")
-    return _with_targets(_read(config, config.train or (*parts, "")[0], "train"), "training")
-
-
-def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> Sequence[Example]:
-    if examples is not None:
-        return _with_targets(_convert(config, examples, "development example"), "development")
-    return _with_targets(_read(config, config.dev, "dev"), "development") if config.dev else []
-
-
-def _read(config: TrainConfig, path: str, split: str) -> Sequence[Example]:
-    """The examples of a file, or of a folder's split."""
-    # Development data may have another form.
-    form = config.form if split == "train" else form_that_fits(config.task, path, config.form, split=split)
-    return read_task(
-        config.task,
-        path,
-        source=config.source or None,
-        target=config.target or None,
-        split=split,
-        form=form,
-        needs_targets=True,
-    )
-
-
-def _convert(config: TrainConfig, examples: Sequence[ExampleLike], what: str) -> list[Example]:
-    """The examples that a caller gave."""
-    form = config.form if what == "example" else ""
-    converted = as_examples(examples, config.source or None, config.target or None, what, form=form, needs_targets=True)
-    # As those of a file; without a form, the caller has grouped the targets.
-    return merge_examples(converted) if config.form and config.task == "records" else converted
-
-
-def _with_targets(examples: Sequence[Example], what: str) -> Sequence[Example]:
-    """The examples, at least one of which must have a target."""
-    if not examples:
-        raise DataError(f"the {what} data has no example.", hint="check the file and `limit`.")
-    if not any(example.targets for example in examples):
-        raise DataError(
-            f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
-            hint="name the column or template of the targets (--target), or give another file.",
-        )
-    return examples
+    Args:
+        config: As `settle_form` returns it.
+        train: To train on, in full.
+        dev: To choose the best prefix by.
+        given: Whether these were not read from files.
+    """
+    lines = []
+    if config.form and not given[0]:
+        lines.append(describe_file(FORMS[config.form], train, config.train, train[0].fields))
+        if config.dev and dev and not given[1]:
+            form = form_that_fits(config.task, config.dev, config.form, split="dev")
+            found = resolve_task("records", config.dev, split="dev", form=form)[1]
+            lines.append(describe_file(found or FORMS[config.form], dev, config.dev, dev[0].fields))
+    if config.hold_out and dev and not config.dev and not given[1]:
+        sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
+        lines.append(f"{sources} held out of training to choose the best prefix by (hold_out)")
+    return lines
 
 
 # --- examples -> tokens ----------------------------------------------------------------------------------------------
@@ -241,34 +241,40 @@ def tokenize(
         DataError: An example does not fit, or a template cannot be stored.
     """
     labels = _choose_labels(config, backbone, examples, dev_examples)
+    by_head = labels is not None and labels.by == "head"
     text_format = training_format(
-        config,
-        backbone,
-        for_head=labels is not None and labels.by == "head",
-        for_labels=labels is not None,
-        has_messages=has_messages(examples),
+        config, backbone, for_head=by_head, for_labels=labels is not None, has_messages=has_messages(examples)
     )
     lengths = resolve_site_lengths(config, backbone, stored_start) if config.trains_prefix else {}
+
+    def worded(examples: Sequence[Example]) -> Sequence[Example]:
+        return examples if labels is None else with_label_words(examples, labels)
 
     def encode(examples: Sequence[Example], prefix_length: int) -> TokenizedDataset:
         if console is not None and len(examples) > _MANY:
             console.info(f"tokenizing {len(examples):,} examples ...")
-        return _tokenize(config, backbone, examples, labels, text_format, prefix_length)
+        limits: dict[str, Any] = {
+            "prefix_length": prefix_length,
+            "max_length": config.max_length,
+            "on_too_long": config.on_too_long,
+        }
+        if labels is not None and by_head:
+            return encode_labelled(backbone, examples, labels, text_format, **limits)
+        return encode_examples(backbone, worded(examples), text_format, **limits)
 
     plan = None
     if config.initialization == "examples" and config.trains_prefix:
-        if labels is not None and labels.by == "head":
-            raise no_solved_examples()
-        plan = plan_examples(
-            config,
-            backbone,
-            text_format,
-            examples if labels is None else with_label_words(examples, labels),
-            lengths,
-            stored_start,
-        )
+        if by_head:
+            raise ConfigError(
+                "initialization is 'examples', but a head learns labels, which are no text that an example could end "
+                "with.",
+                hint="use classifier = 'words', or start from words.",
+            )
+        plan = plan_examples(config, backbone, text_format, worded(examples), lengths, stored_start)
         lengths = plan.site_lengths
     train = encode(examples, lengths.get("decoder", 0))
+    if console is not None and config.form == "text" and len(train.examples) > len(examples):
+        console.info(f"long texts are learned in windows: {len(examples):,} texts, {len(train.examples):,} windows")
     if plan is not None:
         train = dataclasses.replace(train, examples=hide_own_blocks(train, examples, plan))
     dev = encode(dev_examples, lengths.get("decoder", 0)) if dev_examples else None
@@ -288,7 +294,11 @@ def _choose_labels(
     kind = _task_kind(config)
     if kind != "generation":
         return choose_labels(kind, backbone, examples, dev_examples, by=config.classifier, words=config.words_by_label)
-    check_generates(config, backbone)
+    if backbone.kind == "encoder":
+        raise ConfigError(
+            f"{backbone.name!r} is an encoder, which reads text and writes none, but task {config.task!r} generates.",
+            hint="use --task classification or tagging, or choose a model that generates.",
+        )
     return None
 
 
@@ -330,25 +340,43 @@ def training_format(
     )
 
 
-def _tokenize(
-    config: TrainConfig,
-    backbone: Backbone,
-    examples: Sequence[Example],
-    labels: Labels | None,
-    text_format: TextFormat,
-    prefix_length: int,
-) -> TokenizedDataset:
-    limits: dict[str, Any] = {
-        "prefix_length": prefix_length,
-        "max_length": config.max_length,
-        "on_too_long": config.on_too_long,
-    }
+def choose_template(
+    config: TrainConfig, backbone: Backbone, *, for_labels: bool = False, has_messages: bool = False
+) -> str:
+    """The chat template of a run, as a text format stores it; empty: source and target are written plainly.
 
-    if labels is not None and labels.by == "head":
-        return encode_labelled(backbone, examples, labels, text_format, **limits)
-    if labels is not None:
-        examples = with_label_words(examples, labels)
-    return encode_examples(backbone, examples, text_format, **limits)
+    Raises:
+        ConfigError: There is no such file, the backbone cannot have the template, or there is a system message and no
+            template.
+        DataError: The file cannot be read, or its template is too large to be stored.
+    """
+    hint = "give a file with a Jinja template, or 'model' or 'none'."
+    template = "" if config.chat_template == "none" else config.chat_template
+    chats = backbone.kind == "decoder" and not for_labels
+    if template and not chats:
+        raise ConfigError(
+            f"chat_template is {template!r}, but only decoder-only models read chats, and for no labels.",
+            hint="leave chat_template out.",
+        )
+    if template == MODEL_TEMPLATE and not has_chat_template(backbone):
+        raise ConfigError(f"chat_template is 'model', but {backbone.name!r} has none.", hint=hint)
+    if template not in ("", MODEL_TEMPLATE):
+        if not Path(template).exists():
+            raise ConfigError(f"chat_template is {template!r}, which is no file.", hint=hint)
+        template = read_text(Path(template), max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
+        # Its length.
+        TextFormat(chat_template=template)
+        # Named by the user, so that what the run makes can be used at once.
+        allow_template(template, remember=True)
+    own = not (config.chat_template or config.prompt_format or config.target_format)
+    if own and chats and has_messages and has_chat_template(backbone):
+        template = MODEL_TEMPLATE
+    if config.system and not template:
+        raise ConfigError(
+            "system is given, but there is no chat template that could write it.",
+            hint="give one (--chat-template model, or FILE).",
+        )
+    return template
 
 
 def _digest(*datasets: TokenizedDataset | None) -> str:
@@ -359,39 +387,3 @@ def _digest(*datasets: TokenizedDataset | None) -> str:
             hash_tokens(dataset.examples, total.update)
         total.update(b"|")
     return total.hexdigest()
-
-
-# --- tokens -> steps -------------------------------------------------------------------------------------------------
-
-
-def plan_steps(
-    config: TrainConfig, examples: Sequence[TokenizedExample], epoch: int
-) -> Iterator[list[list[TargetGroup]]]:
-    """The batches of every optimizer step of an epoch; they depend on the seed and the epoch alone."""
-    batches = plan_epoch(
-        target_counts(examples),
-        turn_counts(examples),
-        batch_size=config.batch_size,
-        targets_per_source=config.targets_per_source,
-        seed=config.seed,
-        epoch=epoch,
-    )
-    while step := list(itertools.islice(batches, config.gradient_accumulation)):
-        yield step
-
-
-def count_steps(config: TrainConfig, examples: Sequence[TokenizedExample]) -> int:
-    """The optimizer steps of an epoch; where conversations make them differ, of the first."""
-    if turn_counts(examples) is not None:
-        return sum(1 for _ in plan_steps(config, examples, epoch=0))
-    # Every batch but the last is full.
-    batches = -(-sum(target_counts(examples)) // config.batch_size)
-    return -(-batches // config.gradient_accumulation)
-
-
-def optimizer_steps(
-    config: TrainConfig, examples: Sequence[TokenizedExample], epoch: int
-) -> Iterator[list[list[TokenizedExample]]]:
-    """The examples of every optimizer step of an epoch, as `plan_steps` plans them."""
-    for step in plan_steps(config, examples, epoch):
-        yield [take(examples, batch) for batch in step]

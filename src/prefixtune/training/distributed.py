@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,9 +17,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from prefixtune.errors import BackboneError, ConfigError
-
-__all__ = ["SINGLE_PROCESS", "ProcessGroup", "init_distributed", "is_main_process", "is_sharded", "shard_model"]
-
 
 T = TypeVar("T")
 
@@ -121,16 +119,12 @@ def _names_several() -> bool:
     """
     size = os.environ.get("WORLD_SIZE") or "1"
     hint = "start it with torchrun or accelerate launch, or unset WORLD_SIZE."
-    if not (size.isascii() and size.isdigit() and len(size) < 10 and int(size)):
+    if not re.fullmatch("[1-9][0-9]{0,8}", size):
         raise ConfigError(f"WORLD_SIZE is {size!r}, but must be a number of processes.", hint=hint)
-    if int(size) == 1 or distributed.is_initialized():
-        return int(size) > 1
-    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise ConfigError(
-            f"WORLD_SIZE is {size}, for a training of several processes, but not set: {', '.join(missing)}.",
-            hint=hint,
-        )
-    return True
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if int(size) > 1 and not distributed.is_initialized() and not all(map(os.environ.get, names)):
+        raise ConfigError(f"WORLD_SIZE is {size}, but {', '.join(names)} are not all set.", hint=hint)
+    return int(size) > 1
 
 
 def shard_model(model: Any) -> None:

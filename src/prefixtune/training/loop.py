@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,91 +23,29 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import collate, divide, join
+from prefixtune.data.batching import join
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.order import epoch_batches, take
+from prefixtune.data.order import take
 from prefixtune.errors import TrainingError
 from prefixtune.prefix.encoder import PrefixEncoder
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import check_storable
 from prefixtune.prefix.prefix import Prefix, describe_tensors
 from prefixtune.training.artifact import make_run_header, save_artifact
-from prefixtune.training.beside import Beside, check_beside, move_hidden
-from prefixtune.training.checkpoint import (
-    Checkpoint,
-    TrainState,
-    check_same_run,
-    finite_or_none,
-    is_over,
-    load_tensors,
-    save_state,
-    state_facts,
-    state_tensors,
-)
+from prefixtune.training.beside import SELF, Beside, check_beside, move_hidden
+from prefixtune.training.checkpoint import Checkpoint, check_same_run, load_tensors, state_facts, state_tensors, store
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, count_steps, plan_steps
+from prefixtune.training.data import TrainData
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
-from prefixtune.training.folder import STATE_FILE, Event
+from prefixtune.training.early_stopping import TrainState
+from prefixtune.training.run_folder import Event
+from prefixtune.training.schedule import count_steps, learning_rate, plan_steps
+from prefixtune.training.score import divided, evaluation_loss, local_batch
 from prefixtune.training.variation import variation_facts, vary
-
-__all__ = ["MOST_POSITIONS", "PendingStep", "TrainLoop", "evaluation_loss", "forward_backward"]
-
 
 MOST_POSITIONS = 8192
 """Most tokens that go through the backbone at once, unless a single example has more: memory does not grow with the
 batches."""
-
-
-@torch.no_grad()
-def evaluation_loss(
-    backbone: Backbone,
-    prefix: Prefix | None,
-    examples: Sequence[TokenizedExample],
-    batch_size: int = 64,
-    processes: ProcessGroup = SINGLE_PROCESS,
-    most_positions: int = 0,
-) -> float:
-    """Mean loss per target token, in nats, over all targets of `examples`; the processes share the work.
-
-    Of a batch at most `most_positions` tokens are computed at once, as in `TrainLoop`.
-    """
-    sums: list[Tensor] = []
-    labels = 0
-    batches = epoch_batches(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None)
-    for target_groups in _divided(backbone, batches, most_positions * processes.size):
-        batch, counts = _local_batch(backbone, target_groups, processes)
-        losses = batch_loss(backbone, prefix, batch)
-        if counts:
-            sums.append(losses.sum())
-            labels += len(batch.labels)
-    # Once, at the end, for what a GPU computes meanwhile.
-    total, count = processes.all_reduce(_total(sums), float(labels))
-    return total / count
-
-
-def _total(losses: Sequence[Tensor]) -> float:
-    """The sum of losses, wherever they were computed, in float64."""
-    return float(sum(torch.stack(list(losses)).tolist())) if losses else 0.0
-
-
-def _divided(
-    backbone: Backbone, batches: Iterable[Sequence[TokenizedExample]], most_positions: int
-) -> Iterator[list[TokenizedExample]]:
-    """The batches, each in as many parts as it takes."""
-    for batch in batches:
-        yield from divide(backbone, batch, most_positions, share_beginnings=True)
-
-
-def _local_batch(
-    backbone: Backbone, target_groups: Sequence[TokenizedExample], processes: ProcessGroup
-) -> tuple[Batch, bool]:
-    """This process's part of a batch, and whether it counts.
-
-    Where a process has no part, it computes something of the others' that counts for nothing: with a split backbone all
-    processes must run the model together.
-    """
-    own = processes.split_between_processes(target_groups)
-    return collate(backbone, own or target_groups[:1], share_beginnings=True), bool(own)
 
 
 @dataclass(eq=False)
@@ -141,7 +79,7 @@ class PendingStep:
     @property
     def loss(self) -> float:
         """The loss of this process's part."""
-        return _total(self.losses)
+        return float(sum(torch.stack(self.losses).tolist())) if self.losses else 0.0
 
     def prefixes(self, index: int) -> list[Prefix | None]:
         """What is in front of the rows of a batch: one prefix, or as many as its packing counts through."""
@@ -149,12 +87,6 @@ class PendingStep:
         if leaf is None:
             return [None]
         return [*self.join([leaf[:length] for length in self.batches[index].visible_lengths] or [leaf])]
-
-    def reset(self) -> None:
-        """Forget what a pass that failed has computed."""
-        self.losses.clear()
-        for tensor in [] if self.prefix_leaf is None else self.prefix_leaf.stored_tensors():
-            tensor.grad = None
 
 
 def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
@@ -213,15 +145,16 @@ class TrainLoop:
     ) -> None:
         self.config, self.backbone, self.data, self.encoder = config, backbone, data, encoder
         self.initialization, self.processes = initialization, processes
-        # The model's own weights that train: a LoRA adapter's, or those of another method; empty otherwise.
-        self.adapter = backbone.adapter_parameters
-        self.trained = [*(() if encoder is None else encoder.parameters()), *self.adapter.values()]
+        # Of another method, the model's own parameters that train.
+        self.weights = {} if config.trains_prefix else backbone.adapter_parameters
+        self.trained = [*(() if encoder is None else encoder.parameters()), *self.weights.values()]
         # One pass over the parameters, where torch's default takes ten; on a GPU it has a quick way of its own.
         fused = all(parameter.device.type == "cpu" for parameter in self.trained) or None
         rate = config.peak_learning_rate
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=config.weight_decay, fused=fused)
         self.steps_per_epoch = count_steps(config, data.train.examples)
-        self.state = TrainState(config.max_steps or max(1, round(config.epochs * self.steps_per_epoch)))
+        total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
+        self.state = TrainState(total_steps, config.patience)
         self.resumed = self.stopped = False
         self.most_positions = MOST_POSITIONS
         self.beside: Beside | None = None
@@ -235,12 +168,7 @@ class TrainLoop:
     @property
     def ended(self) -> bool:
         """Whether all steps are taken, or the patience is used up."""
-        return is_over(self.config, self.state)
-
-    @property
-    def _one_length(self) -> bool:
-        """Whether all groups of a row have prefixes of one length: padded rows, and those with a head."""
-        return not self.backbone.layout.packable or self.data.has_head
+        return self.state.is_over
 
     def bake(self) -> Prefix | None:
         """The prefix as it is now; None: the method has none."""
@@ -259,7 +187,7 @@ class TrainLoop:
         Raises:
             TrainingError: A loss or a gradient is not finite; the last good state is kept.
         """
-        yield from self.first_events()
+        yield self.first_event()
         for batches in self.remaining_steps():
             step = self.prepare(batches)
             forward_backward(self.backbone, [step])
@@ -267,29 +195,25 @@ class TrainLoop:
             yield from self.evaluate_and_save(stop)
         yield from self.last_events()
 
-    def first_events(self) -> Iterator[Event]:
+    def first_event(self) -> Event:
         """What happens before the first step."""
-        step, total_steps = self.state.step, self.state.total_steps
+        step, total_steps, data = self.state.step, self.state.total_steps, self.data
         if self.resumed:
-            yield {"event": "resume", "step": step, "total_steps": total_steps}
-        else:
-            yield self._start_event()
-
-    def _start_event(self) -> Event:
+            return {"event": "resume", "step": step, "total_steps": total_steps}
         prefix = self.bake()
-        stored = list(self.adapter.values()) if prefix is None else prefix.stored_tensors()
+        stored = list(self.weights.values()) if prefix is None else prefix.stored_tensors()
         return {
             "event": "start",
-            "total_steps": self.state.total_steps,
+            "total_steps": total_steps,
             "steps_per_epoch": self.steps_per_epoch,
-            "num_sources": self.data.train.num_sources,
-            "num_targets": self.data.train.num_targets,
-            "num_cut": self.data.train.num_truncated,
-            **self._chat_facts(),
-            "num_dev_targets": 0 if self.data.dev is None else self.data.dev.num_targets,
+            "num_sources": data.train.num_sources,
+            "num_targets": data.train.num_targets,
+            "num_cut": data.train.num_truncated,
+            "num_dropped_turns": data.train.num_dropped_turns,
+            "num_unpacked": data.train.num_unpacked,
+            "num_dev_targets": 0 if data.dev is None else data.dev.num_targets,
             "num_trained": sum(parameter.numel() for parameter in self.trained),
             "num_stored": sum(tensor.numel() for tensor in stored),
-            **self._adapter_facts(),
             "initialization": self.initialization,
             "prefix_length": 0 if prefix is None else prefix.prefix_length,
             **variation_facts(self.config, 0 if self.beside is None else len(self.beside.others)),
@@ -297,17 +221,6 @@ class TrainLoop:
             "dtype": self.backbone.dtype_name,
             "device": str(self.backbone.device),
         }
-
-    def _chat_facts(self) -> dict[str, int]:
-        """How many turns of conversations were left out, and whose turns are computed separately; without zeros."""
-        dataset = self.data.train
-        facts = {"num_dropped_turns": dataset.num_dropped_turns, "num_unpacked": dataset.num_unpacked}
-        return {name: count for name, count in facts.items() if count}
-
-    def _adapter_facts(self) -> dict[str, int]:
-        """How many parameters of a LoRA adapter train with a prefix; empty: none do."""
-        count = sum(parameter.numel() for parameter in self.adapter.values())
-        return {"num_adapter": count} if count and self.encoder is not None else {}
 
     def remaining_steps(self) -> Iterator[list[tuple[Batch, bool]]]:
         """This process's part of the batches of each optimizer step to come, and whether it counts.
@@ -323,41 +236,20 @@ class TrainLoop:
                     return
                 index += 1
                 if index > steps_taken:
-                    batches = [take(examples, batch) for batch in planned]
-                    varied = self._vary(batches, index)
-                    parts = _divided(self.backbone, varied, self.most_positions * self.processes.size)
-                    yield [_local_batch(self.backbone, part, self.processes) for part in parts]
+                    varied = self._vary([take(examples, batch) for batch in planned], index)
+                    parts = divided(self.backbone, varied, self.most_positions * self.processes.size)
+                    yield [local_batch(self.backbone, part, self.processes) for part in parts]
 
     def _vary(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[list[TokenizedExample]]:
         """The batches of a step, with what of the prefix each group sees in it."""
-        varied = vary(self.config, step, batches, self.site_lengths, one_length=self._one_length)
+        # Padded rows, and those with a head, have prefixes of one length.
+        one_length = not self.backbone.layout.packable or self.data.has_head
+        varied = vary(self.config, step, batches, self.site_lengths, one_length=one_length)
         if self.beside is None:
             return varied
         site: Site = "decoder" if self.backbone.kind == "decoder" else "encoder"
         shift = self.beside.shift(self.beside.draw(self.config, step), site)
         return [move_hidden(groups, self.site_lengths.get(site, 0), shift) for groups in varied]
-
-    def stand_beside(self, beside: Beside) -> None:
-        """Let other prefixes stand beside this one in some of the steps.
-
-        Raises:
-            ConfigError: They do not fit.
-        """
-        check_beside(self.config, self.backbone, self.site_lengths, beside.lengths, self.data.train.examples)
-        self.beside = beside
-
-    @torch.no_grad()
-    def current_prefix(self) -> Prefix:
-        """The prefix as it is now, in float32 on its device, for another run."""
-        if self.encoder is None:
-            raise RuntimeError("a method without a prefix stands beside nothing")
-        prefix: Prefix = self.encoder()
-        return prefix
-
-    @property
-    def data_digest(self) -> str:
-        """Tells what the run learns from, and what stands beside it, from any other."""
-        return self.data.digest if self.beside is None else f"{self.data.digest}+{self.beside.digest}"
 
     def prepare(self, batches: Sequence[tuple[Batch, bool]]) -> PendingStep:
         """Prepare an optimizer step: the prefix once for all of its batches, and each label's weight in the loss."""
@@ -372,6 +264,9 @@ class TrainLoop:
             batch.weights(self.config.loss_reduction, num_targets, num_tokens, self.backbone.device) * float(counts)
             for batch, counts in batches
         ]
+        joining: Callable[[Sequence[Prefix]], list[Prefix]] = list
+        if self.beside is not None:
+            joining = partial(self.beside.join, self.beside.draw(self.config, self.state.step + 1))
         return PendingStep(
             started,
             [batch for batch, _ in batches],
@@ -380,15 +275,9 @@ class TrainLoop:
             None if prefix is None else prefix.leaves(),
             num_targets,
             num_tokens,
-            self._joining(),
+            joining,
             _gradient_scale(self.backbone.dtype, weights),
         )
-
-    def _joining(self) -> Callable[[Sequence[Prefix]], list[Prefix]]:
-        """How the prefix is joined with others in the next step."""
-        if self.beside is None:
-            return list
-        return partial(self.beside.join, self.beside.draw(self.config, self.state.step + 1))
 
     def apply(self, step: PendingStep, stop: threading.Event) -> Event:
         """Move the parameters by the gradients of a step.
@@ -412,7 +301,7 @@ class TrainLoop:
                 hint="start again in another --output with a lower learning rate "
                 f"(now {self.config.peak_learning_rate:g}), or with --dtype float32.",
             )
-        rate = self.learning_rate(self.state.step + 1)
+        rate = learning_rate(self.config, self.state.step + 1, self.state.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -433,21 +322,13 @@ class TrainLoop:
         """Sum the gradients over the processes, take them through the encoder, and clip them; returns their norm."""
         # Summed at the prefix: the backward pass through the encoder is the same in every process.
         leaves = [] if step.prefix_leaf is None else step.prefix_leaf.stored_tensors()
-        for tensor in [*leaves, *self.adapter.values()] if step.scale != 1 else ():
+        for tensor in [*leaves, *self.weights.values()] if step.scale != 1 else ():
             if tensor.grad is not None:
                 tensor.grad /= step.scale
-        self.processes.all_reduce_gradients([*leaves, *self.adapter.values()])
+        self.processes.all_reduce_gradients([*leaves, *self.weights.values()])
         if step.prefix is not None:
             torch.autograd.backward(step.prefix.stored_tensors(), [leaf.grad for leaf in leaves])
         return float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf))
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then linear decay to zero; `step` counts from 1."""
-        total_steps, peak = self.state.total_steps, self.config.peak_learning_rate
-        warmup = min(self.config.warmup_steps, total_steps // 2)
-        if step <= warmup:
-            return peak * step / warmup
-        return peak * (total_steps - step + 1) / (total_steps - warmup)
 
     def evaluate_and_save(self, stop: threading.Event) -> Iterator[Event]:
         """After a step: evaluate and save if it is time, or if the run stops here.
@@ -470,34 +351,49 @@ class TrainLoop:
         Raises:
             TrainingError: The development loss is not finite.
         """
-        prefix, state = self.bake(), self.state
+        prefix, state, data = self.bake(), self.state, self.data
         event: Event = {"event": "evaluation", "step": state.step}
-        better = True
-        if self.data.dev is not None:
-            examples, batch_size = self.data.dev.examples, self.config.batch_size
-            most = self.most_positions
-            loss = evaluation_loss(self.backbone, prefix, examples, batch_size, self.processes, most)
+        loss = math.nan
+        if data.dev is not None:
+            examples, size = data.dev.examples, self.config.batch_size
+            loss = evaluation_loss(self.backbone, prefix, examples, size, self.processes, self.most_positions)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the development loss is {loss} at step {state.step}; the best prefix so far is kept.",
                     hint="look for a broken development example, or use --dtype float32.",
                 )
-            better = math.isnan(state.best_loss) or loss < state.best_loss
             event["loss"] = loss
-            state.best_loss = loss if better else state.best_loss
-            state.evals_without_improvement = 0 if better else state.evals_without_improvement + 1
-        if better:
-            state.best_step = state.step
-            if self.processes.is_main:
-                save_artifact(self.config, self.backbone, prefix, self._header())
-        return {**event, "best_loss": finite_or_none(state.best_loss), "best_step": state.best_step}
+        if state.observe(loss) and self.processes.is_main:
+            save_artifact(self.config, self.backbone, prefix, self._header())
+        return {**event, **state.best()}
 
     def last_events(self) -> Iterator[Event]:
         """What happens after the last step; nothing if the run was stopped before it."""
         if self.ended:
-            state = self.state
-            best = {"best_loss": finite_or_none(state.best_loss), "best_step": state.best_step}
-            yield {"event": "end", "step": state.step, **best}
+            yield {"event": "end", "step": self.state.step, **self.state.best()}
+
+    # --- beside others -----------------------------------------------------------------------------------------------
+
+    def stand_beside(self, beside: Beside) -> None:
+        """Let other prefixes stand beside this one in some of the steps.
+
+        Raises:
+            ConfigError: They do not fit.
+        """
+        check_beside(self.config, self.backbone, self.site_lengths, beside.lengths, self.data.train.examples)
+        self.beside = beside
+
+    @torch.no_grad()
+    def current_prefix(self) -> Prefix:
+        """The prefix as it is now, in float32 on its device, for another run."""
+        assert self.encoder is not None, "only prefixes stand beside each other"
+        prefix: Prefix = self.encoder()
+        return prefix
+
+    @property
+    def data_digest(self) -> str:
+        """Tells what the run learns from, and what stands beside it, from any other."""
+        return self.data.digest if self.beside is None else f"{self.data.digest}+{self.beside.digest}"
 
     # --- stopping and resuming ---------------------------------------------------------------------------------------
 
@@ -505,10 +401,11 @@ class TrainLoop:
         """Store the state to resume from."""
         if not self.processes.is_main:
             return
-        save_state(
-            Path(self.config.output) / STATE_FILE,
-            state_tensors(self.encoder, self.adapter, self.optimizer),
+        store(
+            Path(self.config.output),
+            state_tensors(self.encoder, self.weights, self.optimizer),
             state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization),
+            keep_earlier=self.config.beside == SELF,
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -519,6 +416,6 @@ class TrainLoop:
             ConfigError: The state belongs to another backbone or other data.
         """
         check_same_run(checkpoint, self.backbone, self.data_digest)
-        load_tensors(checkpoint, self.encoder, self.adapter, self.optimizer)
-        self.state = TrainState.from_facts(checkpoint.facts, self.state.total_steps)
+        load_tensors(checkpoint, self.encoder, self.weights, self.optimizer)
+        self.state = checkpoint.state(self.state)
         self.resumed = True

@@ -1,19 +1,14 @@
-"""Hyperparameters by preset, task and method: the paper's (Li & Liang 2021, tables 6 and 8), and `quick`.
-
-A preset has values for some fields of `TrainConfig`; the others stay as they are. The paper's models are GPT-2 for
-table-to-text and BART-large for summaries; another backbone may need another learning rate.
-"""
+"""Hyperparameters by preset, task and method, from `presets.toml`: the paper's (Li & Liang 2021), and `quick`."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from prefixtune.errors import ConfigError
-
-__all__ = ["PRESETS", "Preset", "preset", "without_conflicts"]
-
 
 Values = Mapping[str, Any]
 
@@ -29,6 +24,22 @@ class Preset:
 
     description: str
     runs: Mapping[str, Mapping[str, Values]]
+
+
+def _read() -> dict[str, Preset]:
+    text = resources.files("prefixtune.training").joinpath("presets.toml").read_text(encoding="utf-8")
+    presets = {}
+    for name, table in tomllib.loads(text).items():
+        common = table.get("common", {})
+        runs: dict[str, Mapping[str, Values]] = {}
+        for run in table["runs"]:
+            methods = {method: {**common, **values} for method, values in run.items() if method != "tasks"}
+            runs |= dict.fromkeys(run["tasks"], methods)
+        presets[name] = Preset(table["description"], runs)
+    return presets
+
+
+PRESETS: dict[str, Preset] = _read()
 
 
 def preset(name: str, task: str, method: str = "prefix") -> dict[str, Any]:
@@ -93,90 +104,3 @@ def _is_zero(value: Any) -> bool:
         return value is not None and float(value) == 0
     except (TypeError, ValueError):
         return False
-
-
-_COMMON: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "warmup_steps": 0,
-    "max_grad_norm": 1.0,
-    # The paper's batches are pairs drawn one by one.
-    "targets_per_source": 1,
-}
-_SUMMARY: dict[str, Any] = {"max_length": 512}
-
-
-def _run(learning_rate: float, epochs: int, batch_size: int, **more: Any) -> Values:
-    return {
-        **_COMMON,
-        "learning_rate": learning_rate,
-        "epochs": float(epochs),
-        "batch_size": batch_size,
-        **more,
-    }
-
-
-def _prefix(
-    learning_rate: float, epochs: int, batch_size: int, length: int, bottleneck: int = 512, **more: Any
-) -> Values:
-    """A run of the paper's own method. With full data it starts at random, since words made no difference there."""
-    own = {"prefix_length": length, "reparameterization": "mlp", "bottleneck_size": bottleneck}
-    return _run(learning_rate, epochs, batch_size, **{**own, "initialization": "random", **more})
-
-
-def _summaries(runs: Mapping[str, Values]) -> dict[str, Mapping[str, Values]]:
-    """The paper's runs on XSUM, for the other summarization tasks too: it has none on them."""
-    return dict.fromkeys(("summarization", "scitldr"), runs)
-
-
-_GENERATION = (
-    *("e2e", "webnlg", "dart", "summarization", "scitldr", "records"),
-    *("toy", "toy_mapping", "toy_base", "toy_copy"),
-)
-"""The tasks whose targets are texts."""
-_QUICK: Values = {
-    "initialization": "examples",
-    "init_examples": 2,
-    # In bfloat16 a prefix of SmolLM2-135M has 23,040 bytes per position: 1.47 MB.
-    "prefix_length": 64,
-    "prefix_dropout": 0.05,
-    "reparameterization": "scaled",
-    "max_steps": 24,
-    "batch_size": 16,
-    "warmup_steps": 4,
-    # Used where there is no development file.
-    "hold_out": 0.1,
-    "eval_every": 4,
-    "patience": 2,
-    "save_dtype": "bfloat16",
-}
-
-PRESETS: dict[str, Preset] = {
-    "quick": Preset(
-        "for 8 to 200 examples of your own: starts from two of them, takes at most 24 steps, and holds out a tenth "
-        "where there is no development file",
-        {task: {"prefix": _QUICK} for task in _GENERATION},
-    ),
-    "paper": Preset(
-        "the paper's runs on the full training sets; for summaries, those on XSUM",
-        {
-            "e2e": {
-                "prefix": _prefix(8e-5, 5, 10, 5),
-                "full": _run(5e-5, 5, 10),
-                "adapter": _run(5e-5, 5, 5),
-            },
-            "webnlg": {
-                "prefix": _prefix(5e-5, 5, 5, 5),
-                "full": _run(1e-5, 10, 6),
-                "adapter": _run(5e-5, 5, 5),
-            },
-            "dart": {
-                "prefix": _prefix(5e-5, 10, 5, 10),
-                "full": _run(1e-5, 10, 6),
-                "adapter": _run(5e-5, 5, 5),
-            },
-            **_summaries(
-                {"prefix": _prefix(5e-5, 30, 14, 100, 800, **_SUMMARY), "full": _run(3e-5, 5, 18, **_SUMMARY)}
-            ),
-        },
-    ),
-}

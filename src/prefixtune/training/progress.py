@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from prefixtune.training.folder import Event
+from prefixtune.training.run_folder import Event
 from prefixtune.utils.console import Console, Progress
-
-__all__ = ["show_training"]
-
 
 _START_NAMES = {"random": "random numbers", "prefix": "another prefix", "text": "a text", "examples": "solved examples"}
 
@@ -39,55 +36,48 @@ def show_training(console: Console, *, num_runs: int = 1) -> Iterator[Callable[[
                     total = sum(total_steps.values()) or None
                     bar = stack.enter_context(console.progress(title, total, start=sum(steps.values())))
                 steps[run] = event["step"]
-                bar.update(sum(steps.values()), **_step_figures(event, with_speed=num_runs == 1))
+                figures: dict[str, float] = {"loss": round(event["loss_per_token"], 4)}
+                if num_runs == 1:
+                    figures["tokens_per_second"] = round(event["target_tokens"] / max(event["seconds"], 1e-9))
+                bar.update(sum(steps.values()), **figures)
             elif (num_runs == 1 or kind == "evaluation") and (message := _describe(event)):
                 console.info(f"{run}: {message}" if run else message)
 
         yield show
 
 
-def _step_figures(event: Event, *, with_speed: bool) -> dict[str, float]:
-    loss = round(event["loss_per_token"], 4)
-    if not with_speed:
-        return {"loss": loss}
-    return {"loss": loss, "tokens_per_second": round(event["target_tokens"] / max(event["seconds"], 1e-9))}
-
-
 def _describe(event: Event) -> str:
     """What a message says of an event; empty: nothing."""
-    if event["event"] == "start":
-        cut = f", {event['num_cut']} sources truncated to fit" if event["num_cut"] else ""
-        if dropped := event.get("num_dropped_turns"):
-            cut += f", {dropped:,} turns at the end of conversations left out to fit"
-        if unpacked := event.get("num_unpacked"):
-            cut += f", the turns of {unpacked:,} conversations computed separately"
-        adapter = f", {event['num_adapter']:,} of them in the backbone's adapter" if event.get("num_adapter") else ""
-        total, epoch = event["total_steps"], event["steps_per_epoch"]
-        steps = "step reads" if total == 1 else "steps read"
-        share = f", of which {total:,} {steps} {total / epoch:.0%}" if total < epoch else ""
-        targets = f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{share}{cut}"
-        return (
-            f"{_describe_prefix(event)}{targets}; "
-            f"{event['num_trained']:,} parameters train{adapter}, {event['num_stored']:,} are stored; "
-            f"{event['dtype']} on {event['device']}"
-        )
     if event["event"] == "resume":
         return f"resuming after step {event['step']} of {event['total_steps']}"
     if event["event"] == "evaluation" and "loss" in event:
         best = f" (best {event['best_loss']:.4f})"
         return f"step {event['step']}: development loss {event['loss']:.4f} per token{best}"
-    return ""
+    if event["event"] != "start":
+        return ""
+    total, epoch = event["total_steps"], event["steps_per_epoch"]
+    targets = f"{event['num_targets']:,} targets of {event['num_sources']:,} sources"
+    if total < epoch:
+        targets += f", of which {total:,} {'step reads' if total == 1 else 'steps read'} {total / epoch:.0%}"
+    notes = {
+        "num_cut": "{} sources truncated to fit",
+        "num_dropped_turns": "{:,} turns at the end of conversations left out to fit",
+        "num_unpacked": "the turns of {:,} conversations computed separately",
+    }
+    targets = ", ".join([targets, *(text.format(event[name]) for name, text in notes.items() if event.get(name))])
+    counts = f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored"
+    return f"{_describe_prefix(event)}{targets}; {counts}; {event['dtype']} on {event['device']}"
 
 
 def _describe_prefix(event: Event) -> str:
     """The prefix at the start of a run: its length, where it starts, and what varies from step to step."""
-    length, start = event.get("prefix_length", 0), event["initialization"]["kind"]
+    length, start = event.get("prefix_length", 0), event["initialization"]
     if not length:
         return ""
-    source = _START_NAMES.get(start, start)
-    if start == "examples" and (chosen := event["initialization"].get("examples")):
+    source = _START_NAMES.get(start["kind"], start["kind"])
+    if chosen := start.get("examples"):
         source = f"{len(chosen)} {'solved examples' if len(chosen) > 1 else 'solved example'}"
-    if head := event["initialization"].get("head"):
+    if head := start.get("head"):
         source += " and its head" if head == "continued" else ", whose head is for other labels and is left out"
     parts = [f"starts from {source}, P = {length}"]
     if event.get("nested"):

@@ -1,7 +1,7 @@
 """Experiment trackers: the figures of a run in trackio, Weights & Biases, TensorBoard or MLflow.
 
-Each keeps its files in the run's folder, unless its own variables say otherwise. A tracker that fails is left out from
-then on; the training goes on. A resumed run continues the tracked one, which may have a gap or steps twice.
+A tracker that fails is left out from then on; the training goes on. A resumed run continues the tracked one, which may
+have a gap or steps twice.
 """
 
 from __future__ import annotations
@@ -15,28 +15,19 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixtune.errors import ConfigError, first_line
-from prefixtune.training.folder import Event
+from prefixtune.training.run_folder import Event
 from prefixtune.utils.files import write_text
 
 if TYPE_CHECKING:
     from prefixtune.training.loop import TrainLoop
 
-__all__ = ["Tracker", "check_installed", "report", "tracking"]
 
-
-@dataclass(frozen=True)
-class Tracker:
-    """A run in a tracker; any of the functions may raise any error.
-
-    Attributes:
-        log: Takes figures and their step.
-        finish: Writes everything that was logged; takes whether the run failed.
-    """
+class Tracker(NamedTuple):
+    """A run in a tracker: `log` takes figures and their step, `finish` whether the run failed; both may raise."""
 
     log: Callable[[Mapping[str, float], int], Any]
     finish: Callable[[bool], Any]
@@ -86,7 +77,17 @@ def tracking(loop: TrainLoop) -> Iterator[dict[str, Tracker]]:
 
 def report(trackers: dict[str, Tracker], loop: TrainLoop, event: Event) -> None:
     """Tell the trackers of an event."""
-    values = _figures(loop, event) if trackers else {}
+    values: dict[str, float] = {}
+    if event["event"] == "evaluation":
+        values = {f"eval/{name}": event[name] for name in ("loss", "best_loss") if event.get(name) is not None}
+    elif event["event"] == "step":
+        values = {
+            "train/loss": event["loss_per_token"],
+            "train/learning_rate": event["lr"],
+            "train/grad_norm": event["grad_norm"],
+            "train/tokens_per_second": event["target_tokens"] / max(event["seconds"], 1e-9),
+            "train/epoch": event["step"] / loop.steps_per_epoch,
+        }
     for name in list(trackers) if values else ():
         with _leaving_out(name, trackers):
             trackers[name].log(values, event["step"])
@@ -102,35 +103,16 @@ def _leaving_out(name: str, trackers: dict[str, Tracker]) -> Iterator[None]:
         warnings.warn(f"the tracker {name} failed and is left out: {first_line(error)}", RuntimeWarning, stacklevel=4)
 
 
-def _figures(loop: TrainLoop, event: Event) -> dict[str, float]:
-    """The figures of an event; empty: it has none."""
-    if event["event"] == "evaluation":
-        return {f"eval/{name}": event[name] for name in ("loss", "best_loss") if event.get(name) is not None}
-    if event["event"] != "step":
-        return {}
-    return {
-        "train/loss": event["loss_per_token"],
-        "train/learning_rate": event["lr"],
-        "train/grad_norm": event["grad_norm"],
-        "train/tokens_per_second": event["target_tokens"] / max(event["seconds"], 1e-9),
-        "train/epoch": event["step"] / loop.steps_per_epoch,
-    }
-
-
 # --- the four trackers -----------------------------------------------------------------------------------------------
 
 
-def _names(loop: TrainLoop, variable: str = "") -> tuple[str, str]:
-    """The project and the name of a run."""
+def _about(loop: TrainLoop, variable: str) -> tuple[str, str, dict[str, Any]]:
+    """Project, name and configuration of a run, as trackers take it: numbers, texts, and lists as texts."""
     config = loop.config
+    values = config.to_dict().items()
+    flat = {key: value if isinstance(value, int | float | str) else ",".join(map(str, value)) for key, value in values}
     project = config.project or os.environ.get(variable) or "prefixtune"
-    return project, config.run_name or Path(config.output).resolve().name
-
-
-def _hyperparameters(loop: TrainLoop) -> dict[str, Any]:
-    """The run's configuration as trackers take it: numbers, texts, and lists as texts."""
-    values = loop.config.to_dict().items()
-    return {key: value if isinstance(value, int | float | str) else ",".join(map(str, value)) for key, value in values}
+    return project, config.run_name or Path(config.output).resolve().name, flat
 
 
 def _identity(loop: TrainLoop, file: str, make: Callable[[], str]) -> str:
@@ -163,14 +145,14 @@ def _start_wandb(loop: TrainLoop) -> Tracker:
 
     module: Any = wandb
     mode = os.environ.get("WANDB_MODE", "offline")
-    project, name = _names(loop, "WANDB_PROJECT")
+    project, name, values = _about(loop, "WANDB_PROJECT")
     run = module.init(
         project=project,
         name=name,
         id=_identity(loop, "wandb.txt", lambda: secrets.token_hex(4)),
         dir=os.environ.get("WANDB_DIR") or loop.config.output,
         mode=mode,
-        config=_hyperparameters(loop),
+        config=values,
         resume="allow" if loop.resumed and mode == "online" else None,
         # Several runs may be open, also the user's own.
         reinit="create_new",
@@ -182,30 +164,28 @@ def _start_wandb(loop: TrainLoop) -> Tracker:
 
 
 def _start_mlflow(loop: TrainLoop) -> Tracker:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # By default a server that does not answer is asked again for minutes, while training waits.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or (Path(loop.config.output).resolve() / "mlflow").as_uri()
-    if uri.startswith("file:"):
-        # MLflow refuses folders, which it develops no further, without this.
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    usual = {"DISABLE_TELEMETRY": "true", "HTTP_REQUEST_TIMEOUT": "10", "HTTP_REQUEST_MAX_RETRIES": "2"}
+    # MLflow refuses folders, which it develops no further, without this.
+    for variable, value in {**usual, "ALLOW_FILE_STORE": "true"}.items():
+        os.environ.setdefault(f"MLFLOW_{variable}", value)
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or (Path(loop.config.output).resolve() / "mlflow").as_uri()
     client: Any = MlflowClient(tracking_uri=uri)
-    project, name = _names(loop, "MLFLOW_EXPERIMENT_NAME")
+    project, name, values = _about(loop, "MLFLOW_EXPERIMENT_NAME")
 
     def create() -> str:
         found = client.get_experiment_by_name(project)
         experiment = client.create_experiment(project) if found is None else found.experiment_id
-        return str(client.create_run(experiment, run_name=name).info.run_id)
+        run = client.create_run(experiment, run_name=name).info.run_id
+        for key, value in values.items():
+            client.log_param(run, key, str(value)[:500])
+        return str(run)
 
     run = _identity(loop, "mlflow.txt", create)
     client.update_run(run, status="RUNNING")
-    if not loop.resumed:
-        for key, value in _hyperparameters(loop).items():
-            client.log_param(run, key, str(value)[:500])
 
     def log(values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
@@ -215,33 +195,17 @@ def _start_mlflow(loop: TrainLoop) -> Tracker:
 
 
 def _start_trackio(loop: TrainLoop) -> Tracker:
-    from huggingface_hub import constants
-
-    os.environ.setdefault("TRACKIO_DIR", str(Path(loop.config.output).resolve() / "trackio"))
     import trackio
 
     module: Any = trackio
-    project, name = _names(loop)
+    project, name, values = _about(loop, "TRACKIO_PROJECT")
     # trackio ends the run that is current; in a context of its own, there is none.
     context = contextvars.copy_context()
     context.run(module.context_vars.current_run.set, None)
-    before, remote = constants.HF_HUB_OFFLINE, any(map(os.environ.get, ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")))
-    # It prints, and asks the hub for the user's name, wherever a token is stored.
-    constants.HF_HUB_OFFLINE = before or not remote
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            run = context.run(
-                module.init,
-                project=project,
-                name=name,
-                config=_hyperparameters(loop),
-                resume="allow" if loop.resumed else "never",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    resume = "allow" if loop.resumed else "never"
+    quiet: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = context.run(module.init, project=project, name=name, config=values, resume=resume, **quiet)
 
     def finish(failed: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -6,21 +6,18 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike
-from prefixtune.data import Example, ExampleLike
-from prefixtune.training.checks import check_together
+from prefixtune.data import ExampleLike
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup, init_distributed
-from prefixtune.training.folder import Event, stored_config
-from prefixtune.training.group import RunGroup
 from prefixtune.training.loop import TrainLoop
-from prefixtune.training.opening import Teach, open_runs
+from prefixtune.training.prepare import Teach, prepare
 from prefixtune.training.progress import show_training
-from prefixtune.training.runs import TrainResult, stop_requests
+from prefixtune.training.run import TrainResult, stop_requests
+from prefixtune.training.run_folder import Event, stored_config
+from prefixtune.training.together import train_together
 from prefixtune.utils.console import Console
 
 __all__ = ["Teach", "TrainResult", "train", "train_together"]
@@ -80,82 +77,28 @@ def train(
         config = TrainConfig.from_arguments(config, options)
     if isinstance(backbone, str | os.PathLike):
         config, backbone = config.replace(backbone=os.fspath(backbone)), None
+    if resume:
+        stored_config(config.output)
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(config.device)) if processes is None else processes
         console = Console(quiet=not (progress and processes.is_main))
         show = stack.enter_context(show_training(console))
-        opened = open_runs(
-            [config], backbone, [(examples, dev_examples)], processes, console, resume=resume, teach=teach, check=check
-        )
-        (run,) = stack.enter_context(opened)
+        shared: dict[str, Any] = {"resume": resume, "teach": teach, "processes": processes, "console": console}
+        run = stack.enter_context(prepare(config, backbone, examples, dev_examples, **shared, begin=False))
+        if check is not None:
+            check(run.loop)
+        run.begin()
         stop = stack.enter_context(stop_requests())
-        for event in run.loop.run(stop):
-            run.record(event)
+
+        def tell(event: Event) -> None:
             show(event)
-            if on_event is not None and processes.is_main:
+            if on_event is not None and processes is not None and processes.is_main:
                 on_event(event)
-        # A signal in the last step finds a run that is done.
-        if stop.is_set() and (after is not None or not run.loop.ended):
-            raise KeyboardInterrupt("the state is saved")
+
+        result = run.train(stop, tell)
         if after is not None:
+            # A signal in the last step finds a run that is done.
+            if stop.is_set():
+                raise KeyboardInterrupt("the state is saved")
             after(run.loop, stop)
-        return run.result()
-
-
-def train_together(
-    configs: Sequence[TrainConfig | Mapping[str, Any]],
-    *,
-    backbone: Backbone | None = None,
-    examples: Sequence[Sequence[Example] | None] | None = None,
-    dev_examples: Sequence[Sequence[Example] | None] | None = None,
-    resume: bool = False,
-    on_event: Callable[[Event], None] | None = None,
-    processes: ProcessGroup | None = None,
-    teach: Teach | None = None,
-) -> list[TrainResult]:
-    """Train several prefixes at once: the same as one after the other, but every pass over the backbone serves all.
-
-    Each run has its own data, length, start, rate and seed, and its own folder, as if it were trained alone; its
-    gradients are those that it has alone, up to rounding. When a run has taken its steps, or its loss is not finite,
-    the others go on; but those that a broken prefix stands beside (`beside` = "self") can break with it.
-
-    Args:
-        configs: The runs: `TrainConfig`s, or dicts of its fields. They share the backbone and its dtype.
-        backbone: Already loaded; None: the one that they all name is loaded.
-        examples: Per run, already read; None: its `train` is read.
-        dev_examples: Per run, already read; None: its `dev` is read, if it is set.
-        resume: Go on from the states in the folders; a run without a state starts, where there is no artifact yet.
-        on_event: Called with every event, with the run's folder added as `run`; in the first process only.
-        processes: As in `train`.
-        teach: As in `train`, called for each run.
-
-    Raises:
-        ConfigError: The runs cannot share a pass, or one of them is wrong.
-        DataError: The data cannot be read or does not fit.
-        TrainingError: A loss was not finite; the other runs are complete.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the states are saved.
-    """
-    planned = [TrainConfig.from_arguments(config, {}) for config in configs]
-    check_together(planned)
-    none = [None] * len(planned)
-    inputs = list(zip(examples or none, dev_examples or none, strict=True))
-    with contextlib.ExitStack() as stack:
-        processes = stack.enter_context(init_distributed(planned[0].device)) if processes is None else processes
-        opened = open_runs(
-            planned, backbone, inputs, processes, Console(quiet=True), resume=resume, together=True, teach=teach
-        )
-        runs = stack.enter_context(opened)
-        stop = stack.enter_context(stop_requests())
-        group = RunGroup(runs[0].loop.backbone)
-        for run in runs:
-            group.add(run)
-        while group.runs:
-            for run, event in group.step(stop):
-                run.record(event)
-                if on_event is not None and processes.is_main:
-                    on_event({**event, "run": str(Path(run.loop.config.output))})
-        if stop.is_set() and not all(run.loop.ended for run in runs):
-            raise KeyboardInterrupt("the states are saved")
-        if group.failed:
-            raise group.failed[0][1]
-        return [run.result() for run in runs]
+        return result

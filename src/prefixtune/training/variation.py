@@ -12,10 +12,8 @@ from typing import Any
 
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.geometry import Site
+from prefixtune.training.beside import BESIDE_RATE
 from prefixtune.training.config import TrainConfig
-
-__all__ = ["dropped_positions", "nested_lengths", "variation_facts", "vary"]
-
 
 _WHOLE_SHARE = 0.25
 """Nested: share of the groups that are trained with the whole prefix; the others' lengths are drawn."""
@@ -97,7 +95,7 @@ def variation_facts(config: TrainConfig, num_beside: int | None = None) -> dict[
     if config.prefix_dropout:
         facts["prefix_dropout"] = config.prefix_dropout
     if config.beside:
-        facts["beside"] = {"rate": config.beside_rate, "most": config.beside_most}
+        facts["beside"] = {"rate": BESIDE_RATE, "most": config.beside_most}
         if num_beside is not None:
             facts["beside"]["others"] = num_beside
     return facts

@@ -10,8 +10,8 @@ import pytest
 from command_line import call
 from prefixtune.errors import CheckpointError
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.folder import write_config
 from prefixtune.training.presets import preset
+from prefixtune.training.run_folder import write_config
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> TrainConfig:

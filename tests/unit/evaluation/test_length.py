@@ -19,8 +19,8 @@ from prefixtune.evaluation import length as module
 from prefixtune.evaluation.length import Point, choose, curve_lengths, find_length, measure_lengths, sum_by_source
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.data import tokenize
-from prefixtune.training.loop import evaluation_loss
 from prefixtune.training.losses import target_losses
+from prefixtune.training.score import evaluation_loss
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", f"it is {letter}")) for letter in "abcdef"]
 DEV = [pt.Example("n : x", ("xx it is.", "it is x")), pt.Example("n : y", ("yy it is.",)), pt.Example("n : z", ("z",))]

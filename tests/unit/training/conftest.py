@@ -63,4 +63,4 @@ def no_backbone_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("the backbone is loaded")
 
-    monkeypatch.setattr("prefixtune.training.opening.load_backbone", load)
+    monkeypatch.setattr("prefixtune.training.prepare.load_backbone", load)

@@ -128,7 +128,6 @@ def together(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Calla
                 save_every=save,
                 batch_size=4,
                 beside="self",
-                beside_rate=0.8,
                 seed=length,
                 output=str(tmp_path / where / text),
             )
@@ -140,22 +139,30 @@ def together(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Calla
     return run
 
 
-def test_a_kill_between_the_saves_of_a_step_is_an_error(
-    together: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("step", "name"), [(0, "ab"), (2, "ab"), (4, "cde"), (7, "ab"), (5, "f")])
+def test_a_kill_between_the_saves_of_a_step_goes_on_from_the_last_common_one(
+    step: int, name: str, together: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Again after it was resumed, too; a run that has ended by then is as it ended."""
+    whole = together("whole")
     save = TrainLoop.save
 
     def stop(loop: TrainLoop) -> None:
         save(loop)
-        if (loop.state.step, Path(loop.config.output).name) == (2, "ab"):
+        if (loop.state.step, Path(loop.config.output).name) == (step, name):
             raise Stopped
 
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainLoop, "save", stop)
-        with pytest.raises(Stopped):
-            together("again")
-    with pytest.raises(CheckpointError, match="different steps"):
-        together("again", resume=True)
+    for again in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(TrainLoop, "save", stop)
+            with pytest.raises(Stopped):
+                together("again", resume=again)
+        if step == 0:
+            break
+    resumed = together("again", resume=True)
+    for one, other in zip(whole, resumed, strict=True):
+        assert losses(other) == losses(one)
+        assert other.prefix.equal(one.prefix)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (0, 2, 1)])
@@ -186,7 +193,7 @@ def test_self_is_the_others_as_they_are_at_that_step(
     together: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The joined prefix holds the values that the other run's own step used."""
-    from prefixtune.training import group as module
+    from prefixtune.training import together as module
 
     checked = 0
     prepare = module.forward_backward

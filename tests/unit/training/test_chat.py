@@ -12,9 +12,8 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.text_format import read_text_format
-from prefixtune.training.chat import choose_template, read_template
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import training_format
+from prefixtune.training.data import choose_template, training_format
 from prefixtune.training.train import train
 
 TEMPLATE = (
@@ -72,14 +71,15 @@ def test_templates_that_a_backbone_cannot_have(
         choose_template(TrainConfig(**options), tiny_backbone(kind), has_messages=True)
 
 
-def test_files_that_hold_no_template(tmp_path: Path) -> None:
+def test_files_that_hold_no_template(tiny_backbone: Any, tmp_path: Path) -> None:
+    backbone = tiny_backbone("llama")
     for content in (b"", b"x" * 20000, b"\xff\xfe\xff"):
         path = tmp_path / "bad.jinja"
         path.write_bytes(content)
         with pytest.raises(PrefixError, match=r"template|bad"):
-            read_template(TrainConfig(chat_template=str(path)))
+            choose_template(TrainConfig(chat_template=str(path)), backbone)
     with pytest.raises(ConfigError, match="is no file"):
-        read_template(TrainConfig(chat_template=str(tmp_path / "none.jinja")))
+        choose_template(TrainConfig(chat_template=str(tmp_path / "none.jinja")), backbone)
     with pytest.raises(ConfigError, match="chat_template writes all of the text"):
         TrainConfig(chat_template="model", prompt_format="{source}")
     with pytest.raises(ConfigError, match="chat_template is 'none'"):

@@ -12,7 +12,7 @@ import prefixtune as pt
 from prefixtune.cli.main import main
 from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.training.data import count_steps, plan_steps
+from prefixtune.training.schedule import count_steps, plan_steps
 
 
 def test_data_without_a_target_is_refused_before_the_backbone_loads(

@@ -13,12 +13,12 @@ import torch
 
 import prefixtune as pt
 from patching import replace_everywhere
-from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.training import group as group_module
+from prefixtune.errors import PrefixError
 from prefixtune.training import loop as loop_module
-from prefixtune.training.group import RunGroup
-from prefixtune.training.opening import open_run
-from prefixtune.training.runs import Run
+from prefixtune.training import together as group_module
+from prefixtune.training.prepare import prepare
+from prefixtune.training.run import Run
+from prefixtune.training.together import RunGroup
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def open_one(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Itera
             data = {part: fields.pop(part) for part in ("examples", "dev_examples") if part in fields}
             fields = {"max_steps": 3, "prefix_length": 2, "init_text": "ab", "batch_size": 4, **fields}
             config = pt.TrainConfig(output=str(tmp_path / name), **fields)
-            return stack.enter_context(open_run(config, backbone, **{"examples": examples, **data}))
+            return stack.enter_context(prepare(config, backbone, **{"examples": examples, **data}, resume=True))
 
         yield open_named
 
@@ -77,12 +77,12 @@ def test_a_run_that_leaves_goes_on_later(backbone: Any, open_one: Callable[..., 
 def test_a_closed_run_is_resumed(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> None:
     config = pt.TrainConfig(output=str(tmp_path / "run"), max_steps=3, prefix_length=2, init_text="ab", batch_size=4)
     group = RunGroup(backbone)
-    with open_run(config, backbone, examples=examples) as run:
+    with prepare(config, backbone, examples, resume=True) as run:
         group.add(run)
         _train(group, steps=2)
         run.loop.save()
         group.remove(run)
-    with open_run(config, backbone, examples=examples) as run:
+    with prepare(config, backbone, examples, resume=True) as run:
         group.add(run)
         events = _train(group)
     assert _kinds(events, "run") == ["resume", "step", "evaluation", "save", "end"]
@@ -104,32 +104,6 @@ def test_an_error_ends_only_the_run_that_it_comes_from(
     assert [(run, type(error)) for run, error in group.failed] == [(bad, ZeroDivisionError)]
     assert _kinds(events, "good")[-1] == "end"
     assert "end" not in _kinds(events, "bad")
-
-
-def test_a_pass_that_takes_too_much_is_computed_apart(
-    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = loop_module.forward_backward
-
-    def limited(backbone: Any, steps: Any) -> None:
-        own(backbone, steps)
-        if len(steps) > 1:
-            raise MemoryError
-
-    replace_everywhere(monkeypatch, own, limited)
-    group = RunGroup(backbone, (Exception,))
-    for name in ("one", "other"):
-        group.add(open_one(name))
-    apart = _train(group)
-    assert group.failed == []
-    monkeypatch.undo()
-
-    alone = RunGroup(backbone)
-    alone.add(open_one("alone"))
-    expected = [event["loss"] for _, event in _train(alone) if event["event"] == "step"]
-    for name in ("one", "other"):
-        losses = [event["loss"] for of, event in apart if of == name and event["event"] == "step"]
-        assert losses == expected
 
 
 def test_more_runs_take_more_passes_but_no_more_memory(
@@ -186,9 +160,3 @@ def test_a_stop_saves_all_runs(backbone: Any, open_one: Callable[..., Run]) -> N
     assert first == ["start", "start", "step", "save", "step", "save"]
     assert list(group.step(stop)) == []
     assert group.runs == []
-
-
-@pytest.mark.parametrize("fields", [{"beside": "self"}, {"gradient_checkpointing": True}, {"adapter_rank": 2}])
-def test_what_concerns_other_runs_is_refused(open_one: Callable[..., Run], fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(fields)).partition("_")[0]):
-        open_one("run", **fields)

@@ -1,5 +1,1 @@
 """Where a prefix starts: real words, a text, solved examples, another prefix, or random numbers."""
-
-from prefixtune.training.starts.start import Start
-
-__all__ = ["Start"]

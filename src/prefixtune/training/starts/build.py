@@ -19,16 +19,19 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.labels import labels_of
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.encoder import PrefixEncoder, fit
-from prefixtune.prefix.geometry import Site
+from prefixtune.prefix.geometry import Site, spell_lengths
 from prefixtune.prefix.prefix import Prefix, check_fits, content_hash
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
-from prefixtune.training.starts.start import Start, by_site, check_lengths, lengths_from
-from prefixtune.training.starts.text import from_text, read_init_text, text_ids
-from prefixtune.training.starts.words import check_words_fit, from_words
-
-__all__ = ["build_encoder", "from_prefix", "resolve_site_lengths"]
-
+from prefixtune.training.starts.words import (
+    Start,
+    by_site,
+    check_words_fit,
+    from_text,
+    from_words,
+    read_init_text,
+    text_ids,
+)
 
 VALUE_SCALE = 4.0
 """How much larger a step of the values is than one of the keys, with reparameterization `scaled`."""
@@ -46,9 +49,26 @@ def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping
         ConfigError: Its sites or lengths are not those of the run.
     """
     check_fits(prefix, backbone.geometry, backbone.name)
-    wanted = by_site(backbone, prefix_length)
-    check_lengths(prefix.lengths, wanted)
+    _check_lengths(prefix.lengths, by_site(backbone, prefix_length))
     return prefix.to(torch.float32)
+
+
+def lengths_from(wanted: Mapping[Site, int], actual: Mapping[Site, int]) -> dict[Site, int]:
+    """P of each site of a run that starts from a prefix: what the run gives it, or else (0) that of the prefix."""
+    return {site: length or actual.get(site, 0) for site, length in wanted.items()}
+
+
+def _check_lengths(actual: Mapping[Site, int], wanted: Mapping[Site, int]) -> None:
+    """Refuse a start with other positions than the run trains.
+
+    Raises:
+        ConfigError: Its sites or lengths are others.
+    """
+    if actual != wanted:
+        raise ConfigError(
+            f"the prefix to start from has length {spell_lengths(actual)}, but the run has {spell_lengths(wanted)}.",
+            hint=f"set prefix_length, or sites, to {spell_lengths(actual)}, or cut the prefix first.",
+        )
 
 
 def resolve_site_lengths(
@@ -76,7 +96,7 @@ def resolve_site_lengths(
     if config.initialization == "prefix" and not all(lengths.values()):
         known = (stored_start or {}).get("lengths") or load_prefix(config.init_prefix, backbone).lengths
         lengths = lengths_from(lengths, known)
-        check_lengths(known, lengths)
+        _check_lengths(known, lengths)
     missing = [site for site in lengths if site not in backbone.geometry]
     if missing:
         notes = "".join(f" ({note})" for note in backbone.layout.notes)
@@ -158,14 +178,14 @@ def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int])
             hint="train with `prefixtune train`, or start from words.",
         )
     if kind == "words":
-        source = read_init_text(config.init_text)
-        return Start(from_words(backbone, source.text, lengths), {"kind": kind, **source.description})
+        text, description = read_init_text(config.init_text)
+        return Start(from_words(backbone, text, lengths), {"kind": kind, **description})
     if kind == "text":
         return from_text(config, backbone, lengths)
     if kind == "prefix":
         given = load_prefix(config.init_prefix, backbone)
-        description = {"kind": kind, "file": Path(config.init_prefix).name, "hash": content_hash(given)}
-        return Start(from_prefix(backbone, given, lengths), {**description, "lengths": given.lengths})
+        facts = {"file": Path(config.init_prefix).name, "hash": content_hash(given), "lengths": given.lengths}
+        return Start(from_prefix(backbone, given, lengths), {"kind": kind, **facts})
     return Start(None, {"kind": kind})
 
 

@@ -21,9 +21,6 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
-__all__ = ["can_move", "evenly_spaced", "match", "moved", "take"]
-
-
 _QUERIES = 1024
 """Most tokens of the text that are read again for reference queries."""
 _ROW = 256

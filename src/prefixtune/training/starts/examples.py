@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,26 +27,11 @@ from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
 from prefixtune.data.truncation import position_limit
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.prefix.geometry import Site
-from prefixtune.prefix.prefix import KeyValue, Prefix
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.compaction import evenly_spaced, moved, take
-from prefixtune.training.starts.start import Start
-from prefixtune.training.starts.text import read_init_text
-from prefixtune.training.starts.words import from_words
-
-__all__ = [
-    "ExamplePlan",
-    "SolvedExample",
-    "check_example_count",
-    "farthest_first",
-    "from_examples",
-    "hide_own_blocks",
-    "plan_examples",
-    "source_states",
-    "start_from_plan",
-]
-
+from prefixtune.training.starts.words import Start, from_words, read_init_text
 
 MAX_CANDIDATES = 256
 """Training examples that are looked at to choose from, where more are not asked for."""
@@ -112,23 +97,26 @@ def check_example_count(config: TrainConfig, examples: Sequence[Example]) -> Non
     """Refuse more examples to start from than there are, or none beside it, before a backbone loads.
 
     Raises:
-        ConfigError: There are fewer different sources with a target; or there is only one, which leave-one-out hides.
+        ConfigError: There are fewer different sources with a target; or there is only one, which no example of it sees.
     """
-    if config.initialization != "examples" or not examples:
+    if config.initialization != "examples" or not config.trains_prefix:
         return
     available = len(distinct_sources(examples))
-    if available == 1:
-        raise ConfigError(
+    if config.form == "text":
+        fault = "initialization is 'examples', but texts alone are no solved examples."
+    elif available == 1:
+        fault = (
             "every training example is hidden from the whole prefix: there is one training source, and an example does "
-            "not see itself in the prefix, so that nothing would be learned.",
-            hint="give more examples, or start from words.",
+            "not see itself in the prefix, so that nothing would be learned."
         )
-    if available < config.init_examples:
-        raise ConfigError(
+    elif available < config.init_examples:
+        fault = (
             f"init_examples is {config.init_examples}, but there are {available} training examples with different "
-            "sources.",
-            hint=f"set init_examples to at most {available}.",
+            "sources."
         )
+    else:
+        return
+    raise ConfigError(fault, hint="give more examples or a smaller number, or start from words or from a text.")
 
 
 def plan_examples(
@@ -154,24 +142,37 @@ def plan_examples(
         ConfigError: The run gives a length to no site that examples can be at.
         DataError: Fewer examples fit than are asked for, or none.
     """
-    sites = _example_sites(backbone, site_lengths)
+    # Where the model reads sources.
+    readers: tuple[Site, ...] = ("encoder", "cross") if backbone.kind == "encoder-decoder" else ("decoder",)
+    sites = [site for site in readers if site in site_lengths]
+    if not sites:
+        raise ConfigError(
+            f"initialization is 'examples', which are at {' and '.join(readers)} in an encoder-decoder, but sites "
+            f"names {', '.join(site_lengths)}.",
+            hint="add one of them to sites, or start from words.",
+        )
     limits = [site_lengths[site] for site in sites if site_lengths[site]]
-    room = min(limits, default=_most_positions(backbone))
+    # An encoder reads each alone, and gives a prefix no position.
+    most = UNBOUNDED if backbone.kind == "encoder-decoder" else backbone.max_positions or UNBOUNDED
+    room = min(limits, default=most)
     # As many examples as asked for are brought to the positions that the run gives them.
     compacts = bool(limits and config.init_examples)
-    if stored is not None:
-        chosen = _solve(backbone, text_format, examples, _stored_indices(config, stored, len(examples)))
+    if stored is None:
+        chosen = _choose(config, backbone, text_format, examples, room, compacts=compacts)
     else:
-        candidates = _candidates(config, backbone, text_format, examples)
-        order = farthest_first(source_states(backbone, candidates)) if candidates else []
-        chosen = _take(candidates, order, config.init_examples, UNBOUNDED if compacts else room)
-        _check_chosen(config, backbone, candidates, chosen, room, is_limited=bool(limits))
+        chosen = _solve(backbone, text_format, examples, _stored_indices(config, stored, len(examples)))
     lengths = _block_lengths([len(example.row) for example in chosen], room if compacts else UNBOUNDED)
     by_site: dict[Site, int] = {
         site: sum(lengths) if site in sites else site_lengths[site] or _DECODER_LENGTH for site in site_lengths
     }
-    description = dict(stored) if stored is not None else _describe(chosen, lengths)
-    return ExamplePlan(tuple(chosen), lengths, by_site, description, is_resumed=stored is not None)
+    description = stored or {
+        "kind": "examples",
+        "examples": [example.index for example in chosen],
+        "tokens": [len(example.row) for example in chosen],
+        "lengths": list(lengths),
+        "prefix_length": sum(lengths),
+    }
+    return ExamplePlan(tuple(chosen), lengths, by_site, dict(description), is_resumed=stored is not None)
 
 
 def _block_lengths(lengths: Sequence[int], room: int) -> tuple[int, ...]:
@@ -189,28 +190,6 @@ def _block_lengths(lengths: Sequence[int], room: int) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def _example_sites(backbone: Backbone, site_lengths: Mapping[Site, int]) -> list[Site]:
-    """The sites at which examples can be: those where the model reads sources.
-
-    Raises:
-        ConfigError: The run has none of them.
-    """
-    wanted: tuple[Site, ...] = ("encoder", "cross") if backbone.kind == "encoder-decoder" else ("decoder",)
-    sites = [site for site in wanted if site in site_lengths]
-    if not sites:
-        raise ConfigError(
-            f"initialization is 'examples', which are at {' and '.join(wanted)} in an encoder-decoder, but sites names "
-            f"{', '.join(site_lengths)}.",
-            hint="add one of them to sites, or start from words.",
-        )
-    return sites
-
-
-def _most_positions(backbone: Backbone) -> int:
-    """Tokens of examples that could be in front at all; an encoder reads each alone, and gives a prefix no position."""
-    return UNBOUNDED if backbone.kind == "encoder-decoder" else backbone.max_positions or UNBOUNDED
-
-
 def _stored_indices(config: TrainConfig, stored: Mapping[str, Any], available: int) -> list[int]:
     """The examples that a state names.
 
@@ -226,24 +205,6 @@ def _stored_indices(config: TrainConfig, stored: Mapping[str, Any], available: i
     return indices
 
 
-def _candidates(
-    config: TrainConfig, backbone: Backbone, text_format: TextFormat, examples: Sequence[Example]
-) -> list[SolvedExample]:
-    """A random sample of the training examples that fit the run's limits whole, each source once."""
-    indices = distinct_sources(examples)
-    count = max(MAX_CANDIDATES, 2 * config.init_examples)
-    if len(indices) > count:
-        indices = sorted(random.Random(f"{config.seed}/candidates").sample(indices, count))
-    solved = _solve(backbone, text_format, examples, indices)
-    limit = position_limit(backbone, 0, config.max_length)
-    separate = backbone.kind == "encoder-decoder"
-    return [
-        example
-        for example in solved
-        if (max(len(example.prompt), len(example.target)) if separate else len(example.row)) <= limit
-    ]
-
-
 def _solve(
     backbone: Backbone, text_format: TextFormat, examples: Sequence[Example], indices: Sequence[int]
 ) -> list[SolvedExample]:
@@ -252,55 +213,47 @@ def _solve(
     return [SolvedExample(index, *pair) for index, pair in zip(indices, pairs, strict=True)]
 
 
-def _check_chosen(
-    config: TrainConfig,
-    backbone: Backbone,
-    candidates: Sequence[SolvedExample],
-    chosen: Sequence[SolvedExample],
-    room: int,
-    *,
-    is_limited: bool,
-) -> None:
-    """Refuse a choice of too few examples.
-
-    Raises:
-        DataError: Fewer than asked for fit, or none.
-    """
-    wanted = max(config.init_examples, 1)
-    if len(chosen) < wanted or room < wanted:
-        lengths = sorted(len(example.row) for example in candidates) or [0]
-        where = f"prefix_length {room}" if is_limited else f"the {room} positions of {backbone.name!r}"
-        raise DataError(
-            f"init_examples is {config.init_examples}, but {len(chosen)} of {len(candidates)} training examples fit "
-            f"{where}: they take {lengths[0]} to {lengths[-1]} tokens each.",
-            hint="ask for fewer, raise prefix_length or max_length, or start from words.",
-        )
-
-
-def _describe(chosen: Sequence[SolvedExample], lengths: Sequence[int]) -> dict[str, Any]:
-    """What the header says of a start."""
-    return {
-        "kind": "examples",
-        "examples": [example.index for example in chosen],
-        "tokens": [len(example.row) for example in chosen],
-        "lengths": list(lengths),
-        "prefix_length": sum(lengths),
-    }
-
-
 # --- choosing -----------------------------------------------------------------------------------------------------
 
 
-def _take(candidates: Sequence[SolvedExample], order: Iterable[int], count: int, room: int) -> list[SolvedExample]:
-    """The first `count` candidates of an order that fit; one that does not fit what is left is skipped."""
+def _choose(
+    config: TrainConfig,
+    backbone: Backbone,
+    text_format: TextFormat,
+    examples: Sequence[Example],
+    room: int,
+    *,
+    compacts: bool,
+) -> list[SolvedExample]:
+    """Diverse examples out of a random sample of those that fit the run's limits whole, each source once.
+
+    Raises:
+        DataError: Fewer than asked for fit the room, or none.
+    """
+    indices, count = distinct_sources(examples), config.init_examples
+    sample = max(MAX_CANDIDATES, 2 * count)
+    if len(indices) > sample:
+        indices = sorted(random.Random(f"{config.seed}/candidates").sample(indices, sample))
+    limit = position_limit(backbone, 0, config.max_length)
+    # An encoder-decoder reads source and target apart.
+    taken = max if backbone.kind == "encoder-decoder" else sum
+    solved = _solve(backbone, text_format, examples, indices)
+    candidates = [one for one in solved if taken((len(one.prompt), len(one.target))) <= limit]
     chosen: list[SolvedExample] = []
-    for index in order:
-        if count and len(chosen) == count:
-            break
+    left = UNBOUNDED if compacts else room
+    for index in farthest_first(source_states(backbone, candidates)) if candidates else []:
+        # One that does not fit what is left is skipped.
         length = len(candidates[index].row)
-        if length <= room:
+        if length <= left and not (count and len(chosen) == count):
             chosen.append(candidates[index])
-            room -= length
+            left -= length
+    if min(len(chosen), room) < max(count, 1):
+        lengths = sorted(len(example.row) for example in candidates) or [0]
+        raise DataError(
+            f"init_examples is {count}, but {len(chosen)} of {len(candidates)} training examples fit {room} positions "
+            f"(prefix_length, or those of {backbone.name!r}): they take {lengths[0]} to {lengths[-1]} tokens each.",
+            hint="ask for fewer, raise prefix_length or max_length, or start from words.",
+        )
     return chosen
 
 
@@ -369,47 +322,37 @@ def from_examples(backbone: Backbone, rows: Rows, *, lengths: Sequence[int] | No
         kept = take(whole, dict.fromkeys(sites, evenly_spaced(len(row), length)))
         parts.append(moved(backbone, kept, min(begin, 0))[0])
         first += length
-    return Prefix({site: _concatenate([part.layers[site] for part in parts]) for site in sites})
-
-
-def _concatenate(parts: Sequence[Sequence[KeyValue]]) -> tuple[KeyValue, ...]:
-    return tuple(
-        (torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1))
-        for pairs in zip(*parts, strict=True)
-    )
+    joined = {}
+    for site in sites:
+        layers = zip(*(part.layers[site] for part in parts), strict=True)
+        joined[site] = tuple(
+            (torch.cat([k for k, _ in some], 1), torch.cat([v for _, v in some], 1)) for some in layers
+        )
+    return Prefix(joined)
 
 
 def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) -> Start:
     """The start of a run: the examples where the model reads sources, words at an encoder-decoder's decoder.
 
     Raises:
-        DataError: The texts together are longer than the model reads at once.
+        DataError: A text is longer than the model reads at once.
     """
     if plan.is_resumed:
         return Start(None, plan.description, plan.blocks)
     rows = [example.row for example in plan.chosen]
-    _check_positions(backbone, rows)
+    longest, allowed = max(map(len, rows)), backbone.max_positions
+    # With a decoder-only model, that is checked with the texts behind them.
+    if allowed is not None and longest > allowed:
+        raise DataError(
+            f"an example with its target takes {longest} of the {allowed} positions of {backbone.name!r}.",
+            hint="start from words, or leave long examples out.",
+        )
     layers = dict(from_examples(backbone, rows, lengths=plan.lengths).layers)
     if backbone.kind == "encoder-decoder" and "decoder" in plan.site_lengths:
         length = plan.site_lengths["decoder"]
-        words = read_init_text(config.init_text).text
+        words = read_init_text(config.init_text)[0]
         layers["decoder"] = from_words(backbone, words, {"decoder": length}).layers["decoder"]
     return Start(Prefix({site: layers[site] for site in plan.site_lengths}), plan.description, plan.blocks)
-
-
-def _check_positions(backbone: Backbone, rows: Rows) -> None:
-    """Refuse texts that an encoder cannot read; a decoder-only model's are checked with the texts behind them.
-
-    Raises:
-        DataError: They are too long.
-    """
-    length = max(map(len, rows))
-    if backbone.max_positions is not None and length > backbone.max_positions:
-        raise DataError(
-            f"an example with its target takes {length} of the {backbone.max_positions} positions of "
-            f"{backbone.name!r}.",
-            hint="start from words, or leave long examples out.",
-        )
 
 
 def hide_own_blocks(

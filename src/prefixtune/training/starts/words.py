@@ -1,8 +1,14 @@
-"""A start from real words' activations: it matters most with little data (Li & Liang 2021, section 7.4)."""
+"""A start from real words: repeated or cut to P, or a whole text, compacted to P where it is longer.
+
+Real words matter most with little data (Li & Liang 2021, section 7.4).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -10,12 +16,71 @@ from torch import Tensor
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import ConfigError
+from prefixtune.data.streams import read_text
+from prefixtune.errors import BackboneError, ConfigError, DataError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.starts.start import by_site
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.compaction import evenly_spaced, match, moved, take
 
-__all__ = ["check_words_fit", "from_words", "word_ids"]
+_MAX_STORED = 10_000
+"""Characters of a text that a header keeps."""
+MAX_TEXT_BYTES = 2**20
+"""Most bytes of a file that a run starts from."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run's prefix starts from.
+
+    Attributes:
+        prefix: In float32; None: random numbers.
+        description: What the header says of it: its `kind` and more.
+        blocks: By index of a training example that the prefix was made from: the positions `[first, stop)` of its
+            block in the prefix.
+    """
+
+    prefix: Prefix | None
+    description: dict[str, Any]
+    blocks: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+
+def by_site(backbone: Backbone, prefix_length: int | Mapping[Site, int]) -> dict[Site, int]:
+    """P of all sites of a backbone, or of those that are named."""
+    return dict.fromkeys(backbone.geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
+
+
+def read_init_text(init_text: str) -> tuple[str, dict[str, Any]]:
+    """The words or the text of the option `init_text`, and what a header says of it; `@FILE` is that file's content.
+
+    Raises:
+        DataError: The file is missing, empty, too large, or no UTF-8 text.
+    """
+    if not init_text.startswith("@"):
+        if len(init_text) <= _MAX_STORED:
+            return init_text, {"text": init_text}
+        return init_text, {"text": init_text[:_MAX_STORED], "characters": len(init_text)}
+    path = Path(init_text[1:])
+    if path.is_dir() or not init_text[1:]:
+        raise DataError(
+            f"init_text is {init_text!r}, but a file is needed after @.", hint="write it as in --init-text @prompt.txt."
+        )
+    return read_text(path, max_bytes=MAX_TEXT_BYTES, needed="one word"), {"file": path.name}
+
+
+def _ids(backbone: Backbone, text: str) -> list[int]:
+    """The tokens of a text.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    ids = backbone.encode(text)
+    if not ids:
+        raise ConfigError(f"init_text {text[:40]!r} has no token.", hint="give some words, such as the task's name.")
+    return ids
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
 
 
 def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site, int]) -> Prefix:
@@ -36,9 +101,13 @@ def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site,
     """
     lengths = by_site(backbone, prefix_length)
     check_words_fit(backbone, lengths)
+    ids = _ids(backbone, text)
+
+    def row(length: int) -> Int[Tensor, "1 P"]:
+        return torch.tensor([[ids[index % len(ids)] for index in range(length)]], device=backbone.device)
+
     runs = {
-        length: prefix_from_tokens(backbone.model, backbone.layout, word_ids(backbone, text, length))
-        for length in set(lengths.values())
+        length: prefix_from_tokens(backbone.model, backbone.layout, row(length)) for length in set(lengths.values())
     }
     return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
 
@@ -57,13 +126,92 @@ def check_words_fit(backbone: Backbone, lengths: Mapping[Site, int]) -> None:
         )
 
 
-def word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:
-    """The tokens of some words, cycled where they are fewer than `length`, cut where they are more.
+# --- a text ----------------------------------------------------------------------------------------------------------
+
+
+def text_ids(config: TrainConfig, backbone: Backbone) -> list[int]:
+    """The tokens of the text that a run starts from.
 
     Raises:
         ConfigError: The text has no token.
+        DataError: Its file cannot be read; or it has fewer tokens than P.
     """
-    ids = backbone.encode(text)
-    if not ids:
-        raise ConfigError(f"init_text {text!r} has no token.", hint="give some words, such as the task's name.")
-    return torch.tensor([[ids[index % len(ids)] for index in range(length)]], device=backbone.device)
+    text, description = read_init_text(config.init_text)
+    ids = _ids(backbone, text)
+    if len(ids) < config.longest:
+        name = description.get("file") or f"init_text {text[:40]!r}"
+        wanted = f"sites is {config.sites!r}" if config.sites else f"prefix_length is {config.prefix_length}"
+        raise DataError(
+            f"{name} has {len(ids):,} tokens, but {wanted}.",
+            hint="give a smaller --prefix-length (0: as long as the text), or --initialization words, which repeats "
+            "them.",
+        )
+    return ids
+
+
+def from_text(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) -> Start:
+    """The keys and values that the frozen model computes for a text: whole, cut, or compacted to P positions.
+
+    The text is run through the model as one row. Its first P tokens are what `cut` keeps. `stride` keeps the keys and
+    values of P positions of the whole, evenly spaced; `match` chooses positions head by head, and values for them (see
+    `compaction.match`). Where a model's keys turn with the position, the kept ones are turned back by T - P, so that a
+    text behind the prefix, which starts at P, is as far from them as it would be from the whole text.
+
+    Args:
+        config: The run: `init_text`, `compaction`.
+        backbone: The frozen model.
+        lengths: P by site, each at most the text's length T.
+
+    Raises:
+        ConfigError: The text has no token, or more tokens than the model has positions; or its keys turn with the
+            position, but cannot be turned back.
+        DataError: Its file cannot be read; or it has fewer tokens than P.
+    """
+    ids = text_ids(config, backbone)
+    description = {"kind": "text", **read_init_text(config.init_text)[1], "tokens": len(ids)}
+    longest = max(lengths.values())
+    if set(lengths.values()) != {len(ids)}:
+        description["compaction"] = config.compaction
+    cuts = config.compaction == "cut" or len(ids) == longest
+    if not cuts:
+        _check_turns(config, backbone)
+    whole = _compute(backbone, ids[:longest] if cuts else ids)
+    if config.compaction == "match" and "compaction" in description:
+        kept = match(backbone, whole, ids, lengths)
+    elif config.compaction == "stride":
+        kept = take(whole, {site: evenly_spaced(len(ids), length) for site, length in lengths.items()})
+    else:
+        return Start(take(whole, {site: torch.arange(length) for site, length in lengths.items()}), description)
+    # The text behind stands as far from the kept keys as it would behind the whole text.
+    kept, turned = moved(backbone, kept, longest - len(ids))
+    return Start(kept, {**description, "turned_back": -turned} if "compaction" in description else description)
+
+
+def _check_turns(config: TrainConfig, backbone: Backbone) -> None:
+    """Refuse to compact where keys would have to be turned back, but cannot be.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    try:
+        _ = backbone.rotation
+    except BackboneError as error:
+        raise ConfigError(
+            f"compaction {config.compaction!r} cannot turn the kept keys back: {error.message}",
+            hint="give --compaction cut, which reads the text's first P tokens alone.",
+        ) from error
+
+
+def _compute(backbone: Backbone, ids: list[int]) -> Prefix:
+    """The keys and values of a text.
+
+    Raises:
+        ConfigError: It has more tokens than the model has positions.
+    """
+    limit = backbone.max_positions_with(len(ids))
+    if limit is not None and len(ids) > limit:
+        raise ConfigError(
+            f"init_text has {len(ids):,} tokens, but {backbone.name!r} reads at most {limit:,}.",
+            hint="shorten it, or give --compaction cut, which reads its first P tokens alone.",
+        )
+    return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids], device=backbone.device))

@@ -11,7 +11,7 @@ import pytest
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
-from prefixtune.training.starts.text import MAX_TEXT_BYTES, read_init_text
+from prefixtune.training.starts.words import MAX_TEXT_BYTES, read_init_text
 from zoo import MAX_POSITIONS
 
 TEXT = "The Gannet goes to Ashby."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,37 +19,6 @@ from prefixtune.backbone.lora import add_adapter, has_adapter
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 from prefixtune.training.config import DEFAULT_SIZES
-
-__all__ = [
-    "Bottleneck",
-    "Tuning",
-    "freeze_tuned",
-    "load_tuned_weights",
-    "tune",
-    "tuned_weights",
-]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A method and its size.
-
-    Attributes:
-        method: `full`, `adapter` or `lora`.
-        size: The bottleneck's width (`adapter`), or the rank (`lora`); 0: the default.
-
-    Raises:
-        ConfigError: There is no such method.
-    """
-
-    method: str
-    size: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in DEFAULT_SIZES:
-            raise ConfigError(f"unknown method {self.method!r}.", hint=did_you_mean(self.method, DEFAULT_SIZES))
-        if not self.size:
-            object.__setattr__(self, "size", DEFAULT_SIZES[self.method])
 
 
 class Bottleneck(nn.Module):
@@ -79,12 +47,13 @@ class Bottleneck(nn.Module):
         return hidden + added.to(hidden.dtype)
 
 
-def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:
+def tune(backbone: Backbone, method: str, size: int = 0, *, seed: int = 0) -> Backbone:
     """Set a backbone's parameters to train, and insert adapters if the method has some.
 
     Args:
         backbone: It is changed, so it must be used for nothing else.
-        tuning: What trains.
+        method: `full`, `adapter` or `lora`.
+        size: The bottleneck's width (`adapter`), or the rank (`lora`); 0: the default.
         seed: Of new parameters.
 
     Returns:
@@ -92,24 +61,27 @@ def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:
 
     Raises:
         BackboneError: The model has no list of layers to insert adapters in, or has a LoRA adapter already.
+        ConfigError: There is no such method.
     """
-    model, dtype = backbone.model, backbone.dtype
-    if tuning.method == "full":
+    if method not in DEFAULT_SIZES:
+        raise ConfigError(f"unknown method {method!r}.", hint=did_you_mean(method, DEFAULT_SIZES))
+    model, dtype, size = backbone.model, backbone.dtype, size or DEFAULT_SIZES[method]
+    if method == "full":
         model.requires_grad_(True)
-    elif tuning.method == "lora":
+    elif method == "lora":
         if has_adapter(model):
             raise BackboneError(
                 f"{backbone.name!r} holds a LoRA adapter, whose place the new one would take.",
                 hint="merge it into its base model first.",
             )
         with quiet_transformers():
-            add_adapter(model, tuning.size, seed=seed)
+            add_adapter(model, size, seed=seed)
     else:
         layers = decoder_layers(backbone)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for layer in layers:
-                layer.bottleneck = Bottleneck(backbone.hidden_size, tuning.size).to(backbone.device)
+                layer.bottleneck = Bottleneck(backbone.hidden_size, size).to(backbone.device)
                 layer.register_forward_hook(_through_bottleneck)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -155,15 +127,10 @@ def load_tuned_weights(backbone: Backbone, tensors: Mapping[str, Tensor]) -> Non
         BackboneError: Names or shapes differ.
     """
     own = backbone.adapter_parameters
-    wrong = sorted(
-        name
-        for name in own.keys() | tensors.keys()
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
-    )
-    if wrong:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: parameter.shape for name, parameter in own.items()}:
         raise BackboneError(
-            f"the trained weights do not fit {backbone.name!r}: {', '.join(wrong[:3])} "
-            f"({len(wrong)} of {len(own.keys() | tensors.keys())} differ).",
+            f"the trained weights do not fit {backbone.name!r}: names or shapes differ.",
             hint="load the backbone that their header names.",
         )
     for name, parameter in own.items():

@@ -1,0 +1,253 @@
+"""From a configuration to a run that is ready: claim, read, load, tokenize, start, build, and begin or resume."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from prefixtune.attention.forward import gradient_checkpointing
+from prefixtune.attention.layout import passes_gradients
+from prefixtune.attention.registry import ATTENTIONS
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.devices import choose_device, choose_dtype, is_quantized
+from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
+from prefixtune.data import ExampleLike
+from prefixtune.errors import ConfigError
+from prefixtune.training.beside import SELF, Beside, load_others
+from prefixtune.training.checkpoint import read_checkpoint
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import TrainData, describe_inputs, read_data, settle_form, tokenize
+from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup, is_sharded, shard_model
+from prefixtune.training.loop import TrainLoop
+from prefixtune.training.run import Run
+from prefixtune.training.run_folder import EARLIER_STATE_FILE, check_unused
+from prefixtune.training.starts.build import build_encoder
+from prefixtune.training.trackers import check_installed
+from prefixtune.training.tuning import tune
+from prefixtune.utils.config import DTypeName
+from prefixtune.utils.console import Console
+from prefixtune.utils.files import claim_folder
+
+Teach = Callable[[TrainConfig, Backbone, TrainData], TrainData]
+"""Gives a run's tokenized data a teacher's labels; the backbone is the student's."""
+
+_ConfigT = TypeVar("_ConfigT", bound=TrainConfig)
+
+
+def prepare(
+    config: TrainConfig,
+    backbone: BackboneLike | None = None,
+    examples: Sequence[ExampleLike] | None = None,
+    dev_examples: Sequence[ExampleLike] | None = None,
+    *,
+    resume: bool = False,
+    teach: Teach | None = None,
+    processes: ProcessGroup = SINGLE_PROCESS,
+    console: Console | None = None,
+    shares_passes: bool = False,
+    begin: bool = True,
+) -> Run:
+    """Make a run ready to train; leave its folder to others again by `with run:`, or if this fails.
+
+        with prepare(config, backbone, examples) as run, stop_requests() as stop:
+            result = run.train(stop)
+
+    Nothing is written to the folder before the run begins.
+
+    Args:
+        config: The run.
+        backbone: As callers have it; a method that trains weights changes it. None: `config.backbone` is loaded.
+        examples: To train on; None: `config.train` is read.
+        dev_examples: To choose the best prefix by; None: `config.dev` is read, if it is set.
+        resume: Go on from the state in the folder; without one, the run is new.
+        teach: Gives the tokenized data a teacher's labels (`TokenizedExample.soft_targets`).
+        processes: Those that share the work.
+        console: Says what is read and loaded; None: nothing does.
+        shares_passes: Other runs are to share every pass of this one.
+        begin: False: `Run.begin` is called later, when what stands beside the prefix is known.
+
+    Raises:
+        CheckpointError: The state in the folder, or a prefix to start from, is broken.
+        ConfigError: A contradiction in the configuration, with the backbone or with the state; the folder holds a run.
+        DataError: The data cannot be read or does not fit.
+    """
+    console = console or Console(quiet=True)
+    _check_options(config, processes, shares_passes=shares_passes)
+    with contextlib.ExitStack() as stack:
+        config = settle_form(config, examples)
+        # Nobody else may train in the folder meanwhile; refused before anything is read or loaded.
+        if processes.is_main:
+            stack.enter_context(claim_folder(Path(config.output)))
+        checkpoint = None
+        if resume:
+            checkpoint = read_checkpoint(config) or read_checkpoint(config, EARLIER_STATE_FILE)
+        if checkpoint is None and processes.is_main:
+            check_unused(Path(config.output))
+        train, dev = read_data(config, examples, dev_examples)
+        for line in describe_inputs(config, train, dev, given=(examples is not None, dev_examples is not None)):
+            console.info(line)
+        if backbone is None:
+            console.info(f"loading {config.backbone} ...")
+            loaded = load_for(config, processes)
+        else:
+            loaded = as_backbone(backbone)
+            check_given(config, loaded)
+            config = with_backbone(config, loaded)
+        _check_backbone(config, loaded)
+        others = None
+        if config.beside not in ("", SELF):
+            others = Beside.of_prefixes(load_others(config, loaded), loaded.rotation)
+        stored_start = None if checkpoint is None else checkpoint.facts.initialization
+        data = tokenize(config, loaded, train, dev, stored_start=stored_start, console=console)
+        if shares_passes and (data.has_head or not loaded.layout.packable):
+            what = "the run has a head" if data.has_head else f"{loaded.name!r} reads no packed rows"
+            raise ConfigError(f"{what}, so that runs cannot share a pass.", hint="train it separately.")
+        data = data if teach is None else teach(config, loaded, data)
+        loop = _build_loop(config, data, stored_start, loaded, processes)
+        if others is not None:
+            loop.stand_beside(others)
+        stack.enter_context(gradient_checkpointing(loaded.model, config.gradient_checkpointing))
+        run = Run(loop, checkpoint, stack)
+        if begin:
+            run.begin()
+        return run.keep_open()
+
+
+def _check_options(config: TrainConfig, processes: ProcessGroup, *, shares_passes: bool) -> None:
+    """Refuse options that do not go with this machine, these processes or other runs, before anything is read.
+
+    Raises:
+        ConfigError: One does not.
+    """
+    check_installed(config.trackers)
+    if config.shard and (processes.size == 1 or not config.trains_prefix):
+        raise ConfigError(
+            "shard splits a frozen backbone among several processes.",
+            hint="start them with torchrun or accelerate launch, and train a prefix.",
+        )
+    if config.beside == SELF and not shares_passes:
+        raise ConfigError(
+            "beside is 'self', the other runs that train together, but this run trains alone.",
+            hint="give several files to --together, or name a folder of prefixes.",
+        )
+
+
+# --- the backbone ----------------------------------------------------------------------------------------------------
+
+
+def load_for(config: TrainConfig, processes: ProcessGroup = SINGLE_PROCESS) -> Backbone:
+    """The backbone of a run, on the device of this process."""
+    device = processes.device or config.device
+    backbone = load_backbone(
+        config.backbone,
+        dtype=choose_dtype(config.dtype, choose_device(device)),
+        # A split model moves layer by layer from here to the device that computes.
+        device="cpu" if config.shard else device,
+        quantize=config.quantize,
+        attention=config.attention,
+        adapter=config.adapter or None,
+    )
+    if config.shard:
+        shard_model(backbone.model)
+    return backbone
+
+
+def with_backbone(config: _ConfigT, backbone: Backbone) -> _ConfigT:
+    """The configuration of a run on a backbone that was given, which its folder then names."""
+    known = backbone.dtype_name in get_args(DTypeName)
+    return config.replace(backbone=backbone.name, dtype=backbone.dtype_name if known else config.dtype)
+
+
+def check_given(config: TrainConfig, backbone: Backbone) -> None:
+    """Refuse options of loading that a loaded backbone does not follow, all at once, and one whose weights train.
+
+    Raises:
+        ConfigError: There are some; or its weights are not those that were loaded: an earlier run trained them.
+    """
+    if backbone.adapter_parameters:
+        raise ConfigError(
+            f"weights of the backbone {backbone.name!r} are set to train, or were trained by an earlier run.",
+            hint="load it again, for each such run.",
+        )
+    device, model = backbone.device, backbone.model
+    # Some models compute attention by `eager` alone, whatever is asked for.
+    attends_so = not getattr(model, "_supports_sdpa", True) or ATTENTIONS[config.attention] == (
+        model.config._attn_implementation
+    )
+    differs = {
+        "dtype": config.dtype not in ("auto", backbone.dtype_name),
+        "device": config.device not in ("auto", device.type, str(device)),
+        "attention": config.attention != TrainConfig.default("attention") and not attends_so,
+        "quantize": bool(config.quantize) and not is_quantized(model),
+        "adapter": bool(config.adapter) and backbone.adapter is None,
+        "shard": config.shard and not is_sharded(model),
+    }
+    if faults := [f"{name} is {getattr(config, name)!r}" for name, is_so in differs.items() if is_so]:
+        raise ConfigError(
+            f"the backbone {backbone.name!r} is used as it was loaded, which was otherwise: {'; '.join(faults)}.",
+            hint="leave these options out, or give them to load_backbone.",
+        )
+
+
+def check_passes_gradients(backbone: Backbone) -> None:
+    """Refuse to train on weights that give no gradient.
+
+    Raises:
+        ConfigError: They are of `quantize = "int4"` on a GPU.
+    """
+    if not passes_gradients(backbone.model):
+        raise ConfigError(
+            f"quantize is 'int4', but on a GPU no gradient passes through the 4-bit weights of {backbone.name!r}.",
+            hint="train with quantize = 'int8' (--quantize int8); the prefix also goes with int4 weights afterwards.",
+        )
+
+
+def _check_backbone(config: TrainConfig, backbone: Backbone) -> None:
+    """Refuse, before anything is tokenized, what a backbone cannot do.
+
+    Raises:
+        ConfigError: It passes no gradients, cannot hide positions where the prefix is, or does not go on with a text.
+    """
+    check_passes_gradients(backbone)
+    if config.prefix_dropout and backbone.kind == "encoder-decoder" and set(config.site_lengths) == {"decoder"}:
+        raise ConfigError(
+            "prefix_dropout hides positions at the sites encoder and cross of an encoder-decoder, but sites is "
+            f"{config.sites!r}.",
+            hint="train one of these sites, too, or set prefix_dropout to 0.",
+        )
+    if config.form == "text" and backbone.kind != "decoder":
+        raise ConfigError(
+            f"{backbone.name!r} is an {backbone.kind}, which does not go on with a text, but the data is texts alone.",
+            hint="choose a decoder-only model, or give sources and targets.",
+        )
+
+
+# --- what trains -----------------------------------------------------------------------------------------------------
+
+
+def _build_loop(
+    config: TrainConfig,
+    data: TrainData,
+    stored_start: Mapping[str, Any] | None,
+    backbone: Backbone,
+    processes: ProcessGroup,
+) -> TrainLoop:
+    """A loop with what trains in it: an encoder, or the backbone's own weights."""
+    if config.trains_prefix:
+        encoder, start = build_encoder(
+            config,
+            backbone,
+            head_labels=data.head_labels,
+            examples=data.train.examples,
+            plan=data.plan,
+            stored_start=stored_start,
+        )
+        return TrainLoop(config, backbone, data, encoder, start.description, processes)
+    if data.has_head:
+        raise ConfigError(
+            f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
+        )
+    backbone = tune(backbone, config.method, config.method_size, seed=config.seed)
+    return TrainLoop(config, backbone, data, None, {"kind": "backbone"}, processes)

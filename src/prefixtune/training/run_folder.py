@@ -1,0 +1,90 @@
+"""The files of a run's folder, and its log of events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.training.config import TrainConfig
+from prefixtune.utils.files import write_text
+from prefixtune.utils.folders import expand_home
+
+CONFIG_FILE, EVENTS_FILE, STATE_FILE = "config.toml", "events.jsonl", "state.safetensors"
+
+EARLIER_STATE_FILE = "state-before.safetensors"
+"""The state before the last one, of runs that see each other: a kill may come between their saves."""
+
+PREFIX_FILE, WEIGHTS_FILE = "prefix.safetensors", "weights.safetensors"
+"""The artifact of a run: of a prefix, or of a method that trains the model's own weights."""
+
+Event = dict[str, Any]
+"""What happened: `event` is start, resume, step, evaluation, save or end; the rest are figures."""
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        ConfigError: It does.
+    """
+    others = "choose another --output (output), or delete it."
+    if any((folder / name).exists() for name in (STATE_FILE, EARLIER_STATE_FILE)):
+        raise ConfigError(f"{str(folder)!r} already holds a run.", hint=f"go on with --resume (resume=True), {others}")
+    if any((folder / name).exists() for name in (PREFIX_FILE, WEIGHTS_FILE)):
+        raise ConfigError(f"{str(folder)!r} already holds a run, without a state to go on from.", hint=others)
+
+
+def stored_config(output: str | Path) -> Path:
+    """The configuration that the run in a folder was started with.
+
+    Raises:
+        CheckpointError: The folder holds no run.
+    """
+    path = expand_home(output) / CONFIG_FILE
+    states = path.with_name(STATE_FILE), path.with_name(EARLIER_STATE_FILE)
+    if not path.exists() or not any(state.exists() for state in states):
+        raise CheckpointError(
+            f"there is no run to resume in {str(path.parent)!r}.",
+            hint="name its folder with --output (output), or start it without --resume (resume).",
+        )
+    return path
+
+
+def write_config(config: TrainConfig) -> None:
+    """Store the configuration in the run's folder."""
+    write_text(Path(config.output) / CONFIG_FILE, config.to_toml())
+
+
+def write_log(config: TrainConfig, events: Sequence[Event]) -> None:
+    """Replace the log in the run's folder."""
+    write_text(Path(config.output) / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in events))
+
+
+def read_events(path: Path, step: int | None = None) -> list[Event]:
+    """The log's events up to a step, or all; a last line that a kill has cut off is left out.
+
+    Raises:
+        CheckpointError: Another line is damaged.
+    """
+    events: list[Event] = []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}.", hint="check its permissions.") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+            comes_again, reached = event["event"] in ("end", "resume"), int(event.get("step", 0))
+        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise CheckpointError(
+                f"line {number} of {str(path)!r} is no event of a training run: {line[:40]!r}.",
+                hint="delete the file: the run goes on from its state, with a new log.",
+            ) from error
+        if (step is None or reached <= step) and not comes_again:
+            events.append(event)
+    return events
