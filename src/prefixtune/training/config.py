@@ -75,7 +75,8 @@ class TrainConfig(Config):
     )
 
     task: str = _data(
-        "records", description="how to read the files: records (your own), e2e, toy and more (`prefixtune data --tasks`)"
+        "records",
+        description="how to read the files: records (your own), e2e, toy and more (`prefixtune data --tasks`)",
     )
     form: Literal["", FormName] = _data("", description="what your columns are; empty: recognized by the first row")
     train: str = _data("", description="training file, folder with a training set, hub:NAME, or - for standard input")
