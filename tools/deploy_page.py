@@ -23,7 +23,7 @@ from tools.pages import DOCS, ROOT, write_or_check
 PAGE = DOCS / "deploy.md"
 
 TARGETS = {
-    "vLLM": "[serving.md](serving.md#vllm)",
+    "vLLM": "[vllm.md](vllm.md)",
     "llama.cpp": "[export.md](export.md#llamacpp)",
     "ONNX Runtime": "[export.md](export.md#onnx-runtime)",
     "OpenVINO": "[export.md](export.md#openvino)",

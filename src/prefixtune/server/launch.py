@@ -14,7 +14,9 @@ import gc
 import logging
 import math
 import os
+import shlex
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +105,8 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
         console.info(f"loading the tokenizer of {config.backbone} ...")
         backbone = replace(load_tokenizer(config.backbone), name=config.model_id)
     else:
-        worker = (_start_llama_cpp if config.engine == "llama.cpp" else _start_torch)(config, console)
+        starts = {"embedded": _start_torch, "llama.cpp": _start_llama_cpp, "vllm": _start_vllm}
+        worker = starts[config.engine](config, console)
         backbone = worker.backbone
     store = PrefixFolder(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
@@ -166,6 +169,33 @@ def _start_llama_cpp(config: ServeConfig, console: Console) -> Engine:
     )
     engine = LlamaCppEngine(replace(backbone, name=config.model_id), gguf, engine_config)
     _report_memory(console, config, engine.max_length, engine.cache_bytes)
+    return engine
+
+
+def _start_vllm(config: ServeConfig, console: Console) -> Engine:
+    from prefixtune.backbone.checkpoint import checkpoint_folder
+    from prefixtune.backbone.shapes import load_shapes
+    from prefixtune.engine.vllm import VllmConfig, VllmEngine
+
+    try:
+        arguments = tuple(shlex.split(config.vllm_args))
+    except ValueError as error:
+        raise ConfigError(f"vllm_args is {config.vllm_args!r}: {error}.", hint="close every quote.") from error
+    backbone = load_shapes(config.backbone)
+    console.info(f"connecting to vLLM at {config.vllm_url} ..." if config.vllm_url else "starting vLLM ...")
+    engine_config = VllmConfig(
+        str(checkpoint_folder(config.backbone)),
+        num_slots=config.num_slots,
+        max_length=config.max_length,
+        dtype=config.dtype,
+        cache_mib=config.cache_mib,
+        python=config.vllm_python or sys.executable,
+        arguments=arguments,
+        url=config.vllm_url,
+        folder=config.vllm_folder,
+    )
+    engine = VllmEngine(replace(backbone, name=config.model_id), engine_config)
+    console.info(f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most")
     return engine
 
 

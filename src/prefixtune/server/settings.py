@@ -87,8 +87,8 @@ class ServeConfig(Config):
 
     engine: Literal["embedded", "llama.cpp", "vllm", "none"] = _model(
         "embedded",
-        description="what runs the model: this program, llama.cpp, vLLM with this program's plugin, or nothing: "
-        "the server then only takes files and training jobs",
+        description="what runs the model: this program, llama.cpp, vLLM, or nothing: the server then only takes files "
+        "and training jobs",
     )
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     gguf: str = _model(
@@ -96,6 +96,12 @@ class ServeConfig(Config):
     )
     threads: int = _model(
         0, ge=0, description="for llama.cpp: threads of the processor; 0: one per core; fewer beside other programs"
+    )
+    vllm_python: str = _model("", description="for vLLM: the Python of its environment; empty: this one")
+    vllm_args: str = _model("", description='for vLLM: more options, as in --vllm-args="--tensor-parallel-size 2"')
+    vllm_url: str = _model("", description="for vLLM: a server that runs already, in place of a child process")
+    vllm_folder: str = _model(
+        "", description="with vllm_url: the folder that its connector has as `prefixes`, shared with this server"
     )
     backbone_id: str = _model("", description="the bare backbone's model name; empty: the last part of its name")
     prefixes: str = _model("prefixes", min_length=1, description="folder of prefix files, NAME.safetensors")
@@ -237,12 +243,13 @@ class ServeConfig(Config):
                 "engine is 'none' and nothing trains (train_workers is 0, and there is no database_url), so the server "
                 "would do nothing",
             )
-        if self.engine == "vllm" and self.socket_file:
-            yield ("engine", "host"), f"host is {self.host!r}, but vLLM listens on addresses only"
+        if bool(self.vllm_url) != bool(self.vllm_folder):
+            yield ("vllm_url", "vllm_folder"), "vllm_url and vllm_folder belong together"
+        if self.engine == "vllm" and self.quantize:
+            yield ("engine", "quantize"), "quantize is of the engine torch; vLLM loads checkpoints that are quantized"
         if len({key.hash for key in self.keys.values()}) < len(self.keys):
             yield ("keys",), "two keys have the same hash"
-        # vLLM has its own key.
-        if not (self.keys or self.is_loopback or self.engine == "vllm"):
+        if not self.keys and not self.is_loopback:
             yield (
                 ("host", "keys", "engine"),
                 f"host is {self.host!r} and no key is configured, so anybody could use the server: without keys "

@@ -23,7 +23,6 @@ from prefixtune.jobs.config import WORKER_ENVIRONMENT
 from prefixtune.server.logs import log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
-from prefixtune.utils.supervise import RestartPauses
 
 __all__ = ["STOP_SECONDS", "TrainingWorker", "start_worker", "training_threads"]
 
@@ -46,7 +45,8 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
         "backbone": config.backbone,
         "backbone_id": config.backbone_id,
         "dtype": config.dtype,
-        "device": config.device,
+        # With vLLM, a GPU's memory is its own.
+        "device": "cpu" if config.engine == "vllm" and config.device == "auto" else config.device,
         "quantize": config.quantize,
         "data_folder": training.folder.root,
         "prefixes": Path(config.prefixes).absolute(),
@@ -78,6 +78,31 @@ def training_threads(config: ServeConfig) -> int:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class RestartPauses:
+    """The pauses before a worker that died is started again: 1, 2, 4, ... seconds.
+
+    Attributes:
+        SHORTEST: Seconds of the first one.
+        LONGEST: Seconds.
+        STEADY: A worker that lived for so many seconds is started again after the shortest pause.
+    """
+
+    SHORTEST, LONGEST, STEADY = 1.0, 60.0, 60.0
+
+    def __init__(self) -> None:
+        self._pause = 0.0
+
+    def next(self, lasted: float = 0.0) -> float:
+        """The seconds to wait.
+
+        Args:
+            lasted: Seconds that it lived.
+        """
+        is_first = not self._pause or lasted > self.STEADY
+        self._pause = self.SHORTEST if is_first else min(self.LONGEST, 2 * self._pause)
+        return self._pause
 
 
 class TrainingWorker:

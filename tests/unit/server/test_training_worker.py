@@ -18,8 +18,7 @@ from prefixtune.cli.main import main
 from prefixtune.server import training_worker
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
-from prefixtune.server.training_worker import TrainingWorker, start_worker
-from prefixtune.utils.supervise import RestartPauses
+from prefixtune.server.training_worker import RestartPauses, TrainingWorker, start_worker
 
 # A worker that notes its start, and lives as long as its parent.
 LIVING = """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -13,13 +12,11 @@ from pydantic import BeforeValidator, Field
 
 from prefixtune.cli.options import ConfigOptions, command
 from prefixtune.server.settings import SERVER_LIBRARIES, ServeConfig
-from prefixtune.utils.config import Layer, option_group
+from prefixtune.utils.config import Layer
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 
 __all__ = ["ServeOptions", "serve"]
-
-_vllm = option_group("vLLM")
 
 
 def _key_name(value: Any) -> Any:
@@ -36,12 +33,6 @@ class ServeOptions(ConfigOptions, ServeConfig):
         json_schema_extra={"many": [0, 1], "metavar": "[NAME]"},
     )
     quiet: bool = Field(False, description="only errors on stderr; the log on stdout has its level")
-
-    vllm_python: str = _vllm("", description="the Python of the environment with vLLM; empty: this one")
-    vllm_args: str = _vllm("", description='further options of vLLM, as in --vllm-args="--tensor-parallel-size 2"')
-    show_command: bool = _vllm(
-        False, description="print the commands that start vLLM and the server for training, and exit"
-    )
 
     @classmethod
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
@@ -64,16 +55,6 @@ def serve(options: ServeOptions) -> int:
     if "new_key" in options.model_fields_set:
         return _new_key(options.new_key)
     config, console = options.part(ServeConfig), Console(quiet=options.quiet)
-    if config.engine == "vllm":
-        from prefixtune.cli.commands.serve_vllm import start_vllm
-
-        return start_vllm(
-            config,
-            python=options.vllm_python or sys.executable,
-            arguments=options.vllm_args,
-            show_command=options.show_command,
-            console=console,
-        )
     if config.engine == "llama.cpp":
         with needs_extra("llama", "--engine llama.cpp"):
             importlib.import_module("xllamacpp")

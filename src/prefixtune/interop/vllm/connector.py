@@ -1,6 +1,6 @@
 """The KV connector: tells vLLM's scheduler that a prefix's positions are computed, and fills them in its workers.
 
-Named in `--kv-transfer-config`; see docs/serving.md. It writes with the attention layer's own cache update, because
+Named in `--kv-transfer-config`; see docs/vllm.md. It writes with the attention layer's own cache update, because
 only the attention backend knows the layout of a block.
 """
 
@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 from vllm.logger import init_logger
 
-from prefixtune.errors import CheckpointError, ConfigError, PrefixError
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError, short_repr
 from prefixtune.interop.vllm.model import check_cache_updates, check_kv_cache, geometry_of, heads_of_rank
-from prefixtune.interop.vllm.reference import PrefixReference
-from prefixtune.interop.vllm.settings import Settings
-from prefixtune.interop.vllm.worker_cache import KeyValues, WorkerCache
+from prefixtune.interop.vllm.prefix_cache import KeyValues, PrefixCache
+from prefixtune.prefix.reference import PrefixReference
 
 __all__ = ["PrefixConnector"]
 
@@ -76,7 +76,7 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self.settings = Settings.from_vllm(vllm_config)
+        folder, max_bytes = _options(vllm_config.kv_transfer_config)
         shapes = geometry_of(vllm_config.model_config)["decoder"]
         check_kv_cache(vllm_config, kv_cache_config)
         self.block_size = int(vllm_config.cache_config.block_size)
@@ -90,35 +90,29 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
             from vllm.platforms import current_platform
 
             tp_size, tp_rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-            self._prefixes = WorkerCache(
-                self.settings,
-                shapes,
-                heads_of_rank(shapes[0].num_kv_heads, tp_size, tp_rank),
-                torch.device(current_platform.device_type),
-                vllm_config.model_config.dtype,
-            )
+            heads = heads_of_rank(shapes[0].num_kv_heads, tp_size, tp_rank)
+            device = torch.device(current_platform.device_type)
+            self._prefixes = PrefixCache(folder, max_bytes, shapes, heads, device, vllm_config.model_config.dtype)
 
     # --- in the scheduler ---------------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """How many of the prefix's positions vLLM does not have in its own blocks yet.
 
-        Never the last token of the request, which the model itself must compute. A request without text after its
-        prefix did not come from the server, and fails.
+        Never the last token of the request, which the model itself must compute: a request without text after its
+        prefix fails.
         """
-        reference = self._reference_of(request)
+        reference = _reference_of(request)
         num_loadable = 0 if reference is None else min(reference.length, request.num_tokens - 1)
         return max(num_loadable - num_computed_tokens, 0), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note which blocks must be filled."""
-        reference = self._reference_of(request)
+        reference = _reference_of(request)
         if num_external_tokens <= 0 or reference is None:
             return
-        fault = ""
-        if not reference.is_proven:
-            fault = "the request's proof is not this engine's: all servers and engines need one secret"
-        elif reference.length >= request.num_tokens:
+        fault = reference.fault
+        if not fault and reference.length >= request.num_tokens:
             fault = f"the request has {request.num_tokens} tokens, no more than the prefix has positions"
         request_blocks = list(blocks.get_block_ids()[0])
         prefix_blocks = request_blocks[: -(-reference.length // self.block_size)]
@@ -142,9 +136,6 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._kv_cache_manager.evict_blocks(
                 {other for block in failed for other in self._blocks_of_request.get(block, [block])}
             )
-
-    def _reference_of(self, request: Any) -> PrefixReference | None:
-        return PrefixReference.from_kv_transfer_params(request.kv_transfer_params, self.settings.secret)
 
     # --- in a worker --------------------------------------------------------------------------------------------------
 
@@ -199,3 +190,28 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Blocks whose prefix could not be read: vLLM fails their requests, and no others."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+
+def _options(transfer: Any) -> tuple[Path, int]:
+    """The folder of prefixes, and how many bytes of them a worker may keep.
+
+    Raises:
+        ConfigError: An option is unknown, missing or wrong, or vLLM would recompute a prefix that cannot be loaded.
+    """
+    options = dict(transfer.kv_connector_extra_config)
+    folder, mib, faults = options.pop("prefixes", None), options.pop("cache_mib", 1024), []
+    if not isinstance(folder, str) or not Path(folder).is_dir():
+        faults.append(f"prefixes is {short_repr(folder)}, but must be an existing folder")
+    if type(mib) is not int or mib < 1:
+        faults.append(f"cache_mib is {short_repr(mib)}, but must be a whole number of at least 1")
+    faults += [f"there is no option {short_repr(name)}" for name in options]
+    if transfer.kv_load_failure_policy != "fail":
+        # Placeholders would run as ordinary tokens.
+        faults.append("kv_load_failure_policy must be 'fail', or a prefix that cannot be loaded would go unnoticed")
+    if faults:
+        raise ConfigError(f"kv_transfer_config: {'; '.join(faults)}.", hint="see docs/vllm.md.")
+    return Path(str(folder)).absolute(), mib * 2**20
+
+
+def _reference_of(request: Any) -> PrefixReference | None:
+    return PrefixReference.of_request(request.kv_transfer_params, request.cache_salt)

@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 _DRAFTS_WITHOUT_MODEL = (None, "ngram", "ngram_gpu", "suffix")
-_HINT = "serve it with `prefixtune serve --engine embedded`"
+_HINT = "serve it with `prefixtune serve --engine torch`"
 
 
 def geometry_of(model_config: Any) -> Geometry:

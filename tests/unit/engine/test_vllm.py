@@ -1,0 +1,267 @@
+"""The engine vLLM against a stand-in for its server: what is asked, what fails, and what a lost server does."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.engine.request import (
+    ContextLengthError,
+    EngineFull,
+    Request,
+    SamplingParams,
+    SequenceOutput,
+    join_outputs,
+)
+from prefixtune.engine.vllm import VllmConfig, VllmEngine
+from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.prefix.reference import PrefixReference
+
+Make = Callable[..., Any]
+NEW = 6
+
+
+@dataclass
+class FakeServer:
+    """Writes the same tokens behind any prompt; a request whose prefix is no file of the folder fails.
+
+    Attributes:
+        folder: Of the prefixes; None: it has no connector.
+        ids: The tokens that it writes.
+        bodies: What it was asked for.
+        pause: Seconds between tokens.
+        cached: Positions of a prefix that it says it did not compute; None: it does not say.
+        error: Sent in place of the third token.
+    """
+
+    folder: Path | None
+    ids: list[int]
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    pause: float = 0.0
+    cached: int | None = None
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self, port: int = 0) -> None:
+        """Listen."""
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.0"
+
+            def log_message(self, *_: Any) -> None:
+                """Nothing."""
+
+            def do_GET(self) -> None:
+                model = {"id": "served", "max_model_len": 64}
+                self.reply(200, {"data": [model]} if self.path.startswith("/v1") else {})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                reference = PrefixReference.of_request(body.get("kv_transfer_params"), body.get("cache_salt"))
+                if reference is not None and fake.folder is not None:
+                    path = reference.path(fake.folder)
+                    if reference.fault or not path.exists() or PrefixReference.of_file(path) != reference:
+                        self.reply(500, {"error": {"message": "Internal server error"}})
+                        return
+                if not body.get("stream"):
+                    self.reply(200, {"choices": []})
+                    return
+                fake.bodies.append(body)
+                self.send_response(200)
+                self.end_headers()
+                for token in range(body["max_tokens"]):
+                    time.sleep(fake.pause)
+                    choice = {"token_ids": [fake.ids[token]], "finish_reason": None}
+                    if fake.error and token == 2:
+                        self.event({"error": {"message": fake.error}})
+                        return
+                    self.event({"choices": [choice]})
+                details = None if fake.cached is None else {"cached_tokens": fake.cached}
+                self.event({"choices": [], "usage": {"prompt_tokens_details": details}})
+
+            def event(self, content: Any) -> None:
+                self.wfile.write(b"data: " + json.dumps(content).encode() + b"\n\n")
+
+            def reply(self, status: int, content: Any) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(content).encode())
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def fake(tmp_path: Path, backbone: Any) -> Iterator[FakeServer]:
+    fake = FakeServer(tmp_path, backbone.encode("abcdefghijklmnopqrstuvwxyz" * 3))
+    yield fake
+    fake.stop()
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Make) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def engine(fake: FakeServer, backbone: Any, tmp_path: Path) -> Iterator[VllmEngine]:
+    with VllmEngine(backbone, VllmConfig(url=fake.url, folder=str(tmp_path), num_slots=2)) as engine:
+        yield engine
+
+
+def run(engine: VllmEngine, request: Request, deadline: float | None = None) -> SequenceOutput:
+    """Submit it, and wait; its only text."""
+    outputs: list[SequenceOutput] = []
+    ended = threading.Event()
+
+    def receive(output: SequenceOutput) -> None:
+        outputs.append(output)
+        if output.finish_reason is not None:
+            ended.set()
+
+    engine.submit(request, receive, deadline)
+    assert ended.wait(20)
+    return join_outputs(outputs)
+
+
+def ask(engine: VllmEngine, prefix: Any = None, **sampling: Any) -> SequenceOutput:
+    return run(engine, Request((5, 6), prefix, SamplingParams(**{"max_new_tokens": NEW, **sampling})))
+
+
+def test_a_prefix_is_a_file_by_its_hash_and_placeholders(
+    engine: VllmEngine, fake: FakeServer, backbone: Any, random_prefix: Make, tmp_path: Path
+):
+    prefix = random_prefix(backbone, 3)
+    for _ in range(2):
+        assert ask(engine, prefix).text == "abcdef"
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2, "the probe's and this one"
+    assert ask(engine, random_prefix(backbone, 3, seed=1)).finish_reason == "length"
+    assert ask(engine).finish_reason == "length"
+    first, again, other, bare = fake.bodies
+    assert first["prompt"][3:] == [5, 6]
+    assert first["kv_transfer_params"] == again["kv_transfer_params"] != other["kv_transfer_params"]
+    assert len({first["cache_salt"], again["cache_salt"], other["cache_salt"]}) == 2
+    assert bare["prompt"] == [5, 6]
+    assert not {"kv_transfer_params", "cache_salt"} & bare.keys()
+    # A file that is gone is written again.
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    assert ask(engine, prefix).text == "abcdef"
+    engine.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_asked(engine: VllmEngine, fake: FakeServer, backbone: Any):
+    found = ask(
+        engine,
+        temperature=0.5,
+        seed=1,
+        min_new_tokens=2,
+        banned=(9,),
+        logit_bias={8: 2.0},
+        end_ids=tuple(backbone.encode("e")),
+    )
+    assert (found.text, found.finish_reason) == ("abcd", "stop")
+    (body,) = fake.bodies
+    assert body["model"] == "served"
+    assert body["logit_bias"] == {"8": 2.0, "9": -100.0}
+    assert body["stop_token_ids"] == sorted({backbone.eos_id, *backbone.encode("e")})
+    assert (body["temperature"], body["min_tokens"], body["ignore_eos"]) == (0.5, 2, True)
+    assert 0 <= body["seed"] < 2**32
+    assert ask(engine, stop=("cd",)).text == "ab"
+
+
+def test_what_cannot_be_asked(engine: VllmEngine):
+    for sampling, error in (({"prompt_logprobs": 1}, RequestError), ({"max_new_tokens": 63}, ContextLengthError)):
+        with pytest.raises(error):
+            ask(engine, **sampling)
+    assert engine.num_unfinished == 0
+
+
+def test_failures_of_one_text(engine: VllmEngine, fake: FakeServer, backbone: Any, random_prefix: Make):
+    fake.error = "KV load failed"
+    found = ask(engine)
+    assert (found.finish_reason, found.engine_crashed) == ("error", False)
+    # It computed the placeholders.
+    fake.error, fake.cached = "", 2
+    assert ask(engine, random_prefix(backbone, 3)).finish_reason == "error"
+    fake.cached, fake.pause = None, 0.2
+    began = time.monotonic()
+    long = SamplingParams(max_new_tokens=50)
+    assert run(engine, Request((5,), None, long), deadline=0.3).finish_reason == "timeout"
+    assert time.monotonic() - began < 5
+    assert engine.healthy
+
+
+def test_one_that_nobody_waits_for_is_cancelled_even_before_its_first_token(engine: VllmEngine, fake: FakeServer):
+    fake.pause = 30.0
+    reasons: dict[str, str | None] = {}
+    requests = [Request((5,), None, SamplingParams(max_new_tokens=2)) for _ in range(3)]
+    for request in requests:
+        engine.submit(request, lambda output: reasons.update({output.request_id: output.finish_reason}))
+    assert engine.snapshot().waiting == 1
+    for request in requests:
+        engine.cancel(request.id)
+    end = time.monotonic() + 10
+    while engine.num_unfinished and time.monotonic() < end:
+        time.sleep(0.02)
+    assert set(reasons.values()) == {"cancelled"}
+
+
+def test_a_server_that_goes_away_and_comes_back(engine: VllmEngine, fake: FakeServer):
+    port = fake.server.server_port
+    fake.stop()
+    end = time.monotonic() + 20
+    while engine.healthy and time.monotonic() < end:
+        time.sleep(0.05)
+    with pytest.raises(EngineFull):
+        ask(engine)
+    fake.start(port)
+    while not engine.healthy and time.monotonic() < end:
+        time.sleep(0.05)
+    assert ask(engine).text == "abcdef"
+    assert not engine.failed
+
+
+def test_a_server_without_the_connector_or_the_folder_is_refused(fake: FakeServer, backbone: Any, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    for folder, reads, error in (
+        (tmp_path, None, BackboneError),
+        (tmp_path / "elsewhere", tmp_path, BackboneError),
+        (tmp_path / "none", tmp_path, ConfigError),
+    ):
+        fake.folder = reads
+        with pytest.raises(error):
+            VllmEngine(backbone, VllmConfig(url=fake.url, folder=str(folder)))
+    url = fake.url
+    fake.stop()
+    with pytest.raises(BackboneError):
+        VllmEngine(backbone, VllmConfig(url=url, folder=str(tmp_path)))
+    fake.start()
+
+
+def test_a_python_without_vllm_is_refused(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
+    with pytest.raises(BackboneError):
+        VllmEngine(backbone, VllmConfig("tiny"))
+    assert not list((tmp_path / "vllm").iterdir())
