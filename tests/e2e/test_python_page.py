@@ -42,9 +42,13 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
     assert len(blocks) == 8
+    shorter = {"rows, max_steps=20": "rows, max_steps=2, batch_size=2", "max_steps=20": "max_steps=2"}
+    shorter |= {"max_new_tokens=24": "max_new_tokens=4", 'metrics=["bleu"]': 'metrics=["bleu"], max_new_tokens=4'}
+    shorter |= {'name Costa")': 'name Costa", max_new_tokens=4)'}
     for block in blocks:
-        short = block.replace("max_steps=20", "max_steps=2").replace("max_new_tokens=24", "max_new_tokens=4")
-        exec(compile(short, str(PAGE), "exec"), names)
+        for long, short in shorter.items():
+            block = block.replace(long, short)
+        exec(compile(block, str(PAGE), "exec"), names)
     assert names["theirs"].equal(names["model"].prefix)
     card = ModelCard.load(hub / "me" / "bookings-prefix" / "README.md")
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"

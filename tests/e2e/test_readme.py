@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import prefixtune as pt
 from prefixtune.cli.main import build_app, command_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,10 +66,14 @@ def test_the_python_blocks_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    generate = pt.generate
+    monkeypatch.setattr(pt, "load_backbone", lambda *_, **__: default_backbone)
+    monkeypatch.setattr(pt, "generate", lambda *given, **named: generate(*given, **{**named, "max_new_tokens": 8}))
     for block in blocks(page, "python"):
         if "lm_eval" in block:
             continue  # An extra: tests/integrations/test_lm_eval.py.
-        exec(compile(block.replace("max_steps=20", "max_steps=3"), str(page), "exec"), {})
+        short = block.replace("max_steps=20", "max_steps=2, batch_size=2")
+        exec(compile(short, str(page), "exec"), {})
         if "runs/trains" in block:
             assert (tmp_path / "runs" / "trains" / "prefix.safetensors").stat().st_size < 600_000
     assert capsys.readouterr().out.strip()
