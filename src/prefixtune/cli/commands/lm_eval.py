@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from prefixtune.cli.common import print_json
+from prefixtune.cli.common import show
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_with_prefixes
 from prefixtune.cli.options import OutputOptions, command, json_option
@@ -17,9 +17,7 @@ from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
-
-if TYPE_CHECKING:
-    from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.files import check_writable
 
 __all__ = ["lm_eval"]
 
@@ -28,6 +26,7 @@ class LmEvalOptions(BackboneOptions, OutputOptions):
     """The options of `prefixtune lm-eval`."""
 
     tasks: CommaList[str] = Field(
+        min_length=1,
         description="lm-eval's tasks, groups or tags, with * and ? as wildcards, or a task's YAML file",
         json_schema_extra={"metavar": "NAMES"},
     )
@@ -61,13 +60,6 @@ class LmEvalOptions(BackboneOptions, OutputOptions):
     confirm_run_unsafe_code: bool = Field(False, description="allow tasks that run the code that the model writes")
     as_json: bool = json_option("the results")
 
-    @field_validator("tasks")
-    @classmethod
-    def _check_tasks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if not names:
-            raise ValueError("names no task")
-        return names
-
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options that do not go together."""
         yield from super().conflicts()
@@ -100,11 +92,9 @@ def lm_eval(options: LmEvalOptions) -> int:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable, make_table
 
-        from prefixtune.interop.lm_eval.model import PrefixLM
-    from prefixtune.utils.files import check_writable
-
+        from prefixtune.interop.lm_eval.model import PrefixLM, check_writes
     if options.output:
-        check_writable(Path(options.output) / "results.json")
+        check_writable(Path(options.output) / "any")
     manager = TaskManager(include_path=options.include_path)
     matched = {name: [name] if Path(name).is_file() else manager.match_tasks([name]) for name in options.tasks}
     if unknown := [name for name, found in matched.items() if not found]:
@@ -114,7 +104,7 @@ def lm_eval(options: LmEvalOptions) -> int:
         )
     console = Console(quiet=options.quiet)
     files = [options.prefix] if options.prefix else []
-    backbone, prefixes = load_with_prefixes(console, options, files, _check_prefixes)
+    backbone, prefixes = load_with_prefixes(console, options, files, lambda read: [check_writes(one) for one in read])
     model = PrefixLM(
         backbone,
         next(iter(prefixes), None),
@@ -149,22 +139,15 @@ def lm_eval(options: LmEvalOptions) -> int:
         tracker.save_results_aggregated(results=results, samples=samples or None)
         for task, rows in samples.items():
             tracker.save_results_samples(task_name=task, samples=rows)
-    if options.as_json:
-        print_json(json.loads(json.dumps(results, default=handle_non_serializable)))
-    else:
-        print(make_table(results))
-        if results.get("groups"):
-            print(make_table(results, "groups"))
+    show(
+        json.loads(json.dumps(results, default=handle_non_serializable)),
+        make_table(results),
+        *([make_table(results, "groups")] if results.get("groups") else []),
+        as_json=options.as_json,
+    )
     if options.output:
         # lm-eval itself goes on without files that it cannot write.
         if not any(Path(options.output).rglob(f"results_{tracker.date_id}.json")):
             raise PrefixError(f"lm-eval could not write into {options.output!r}.", hint="choose another folder.")
         console.info(f"lm-eval's files: {options.output}")
     return 0
-
-
-def _check_prefixes(prefixes: Sequence[Prefix]) -> None:
-    from prefixtune.interop.lm_eval.model import check_writes
-
-    for prefix in prefixes:
-        check_writes(prefix)
