@@ -94,8 +94,6 @@ def _tables(name: str, options: type[CommandOptions]) -> Iterator[str]:
         parameter, bounds = argument.parameter, allowed_range(field)
         value = ", ".join(f"`{choice}`" for choice in argument.get_choices() or ()) or parameter.metavar or ""
         default = f"`{argument.field_info.default}`" if parameter.show_default else "required" * field.is_required()
-        if isinstance(parameter.show_default, str):
-            default = parameter.show_default
         cells = ["`, `".join(argument.names).join("``"), f"{value} {bounds}".strip(), default, field.description or ""]
         row = " | ".join(cell.replace("|", "\\|") for cell in cells)
         title = parameter.group[0].name  # type: ignore[index]

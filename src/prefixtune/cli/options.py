@@ -152,9 +152,7 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
         if extra.get("positional")
         else [options.flag(name), *(f"--{alias}" for alias in extra.get("aliases", ()))],
         "help": " ".join([field.description or "", *([f"({', '.join(notes)})"] if notes else [])]),
-        "show_default": extra.get(
-            "show_default", name not in options.defaults_elsewhere and default not in _NO_DEFAULT_SHOWN
-        ),
+        "show_default": name not in options.defaults_elsewhere and default not in _NO_DEFAULT_SHOWN,
         # What a file of --config may switch on, the command line can switch off.
         "negative": None if switch and "group" in extra else (),
         "consume_multiple": extra.get("many", False),
@@ -163,7 +161,7 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
         "allow_leading_hyphen": name in _WITH_HYPHEN and "many" not in extra,
     }
     if not switch:
-        settings["converter"] = _list_texts if several else _last_text
+        settings["converter"] = functools.partial(_texts, several)
         metavar = "A,B,..." if has_commas(field) else _metavar(item)
         settings["metavar"] = "CHOICE" if choices else extra.get("metavar", metavar)
         default = list(map(str, default or ())) if several else str(default)
@@ -182,12 +180,10 @@ def _metavar(kind: Any) -> str:
     return {int: "N", float: "X"}.get(kinds[0], "TEXT")
 
 
-def _last_text(_: Any, tokens: Sequence[Token]) -> str:
-    return tokens[-1].value
-
-
-def _list_texts(_: Any, tokens: Sequence[Token]) -> list[str]:
-    return [token.value for token in tokens]
+def _texts(several: bool, _: Any, tokens: Sequence[Token]) -> str | list[str]:
+    """What the command line has for an option: all texts of a list, else the last one."""
+    texts = [token.value for token in tokens]
+    return texts if several else texts[-1]
 
 
 def _extra(field: FieldInfo) -> Mapping[str, Any]:
