@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from command_line import run_apart
 from prefixtune.cli.main import main
 from prefixtune.errors import PrefixError
 
@@ -55,11 +55,17 @@ def test_a_full_disk_is_one_line() -> None:
 
 
 @needs_posix
-def test_no_character_stops_a_command(folder: Path) -> None:
-    out, _ = run_apart("inspect", str(folder), "--json", code=1, environment={"PYTHONIOENCODING": "latin-1"})
-    assert {row["name"] for row in json.loads(out)["prefixes"]} == {"\u65e5\u672c.safetensors", NOT_UTF_8}
-    out, _ = run_apart("inspect", str(folder), code=1, environment={"PYTHONIOENCODING": "ascii"})
-    assert r"\u65e5\u672c.safetensors" in out
+def test_no_character_stops_a_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(encoding: str, *words: str) -> str:
+        out = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
+        monkeypatch.setattr("sys.argv", ["prefixtune", *words])
+        assert main() == 1
+        return out.getvalue().decode(encoding)
+
+    rows = json.loads(shown("latin-1", "inspect", str(folder), "--json"))["prefixes"]
+    assert {row["name"] for row in rows} == {"\u65e5\u672c.safetensors", NOT_UTF_8}
+    assert r"\u65e5\u672c.safetensors" in shown("ascii", "inspect", str(folder))
 
 
 def test_with_json_no_library_logs_on_stderr(
