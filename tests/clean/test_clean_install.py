@@ -37,7 +37,7 @@ for module in pkgutil.walk_packages(prefixtune.__path__, "prefixtune."):
 print(json.dumps(missing))
 """
 DATA = ("--task", "records", "--source", "{name} is {food}", "--target", "text")
-SCORE = ("score", "--hypotheses", "said.txt", "--references", "places.jsonl", *DATA)
+SCORE = ("evaluate", "--outputs", "said.txt", "--data", "places.jsonl", *DATA)
 TRAIN = ("train", *DATA[2:], "--output", "runs/other", "--max-steps", "1", "--train")
 EXTRAS = {
     "quantize": [("generate", "--prefix", "PREFIX", "--quantize", "int8", "Aromi is Italian")],
@@ -121,9 +121,10 @@ def test_train_generate_evaluate_inspect_report(machine: Machine, prefix: Path) 
     out, _ = machine.prefixtune("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "Aromi is Italian")
     assert json.loads(out)["output"]
     evaluate = ("evaluate", "--prefix", prefix, "--data", "places.jsonl", "--target", "text", "--max-new-tokens", "4")
-    out, _ = machine.prefixtune(*evaluate, "--outputs", "runs/places/outputs.txt", "--json")
+    out, _ = machine.prefixtune(*evaluate, "--output", "runs/places/test", "--json")
     assert json.loads(out)["num_examples"] == len(PLACES)
-    assert len((machine.work / "runs" / "places" / "outputs.txt").read_text(encoding="utf-8").splitlines()) == 4
+    written = (machine.work / "runs" / "places" / "test" / "outputs.jsonl").read_text(encoding="utf-8")
+    assert len(written.splitlines()) == len(PLACES)
     out, _ = machine.prefixtune("inspect", prefix)
     assert "smollm2-135m" in out
     machine.prefixtune("report", "runs/places", "--output", "places.html")

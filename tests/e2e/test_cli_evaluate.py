@@ -107,7 +107,7 @@ def test_mistakes_are_reported_before_the_model_loads(
     for more, says in (
         (("--split", "tset"), "tset"),
         (("--split", "test", "--metrics", "blue"), "blue"),
-        (("--split", "test", "--outputs", str(tmp_path)), "cannot write"),
+        (("--split", "test", "--output", str(tmp_path / "file" / "x")), "file"),
         (("--split", "test", "--output", str(tmp_path / "file")), "file"),
         (("--split", "test", "--batch-size", "0"), "--batch-size"),
         (("--split", "test", "--shots", "7", "--train", data), "--shots"),

@@ -464,9 +464,9 @@ def test_altered_folders(folder: Path, chosen: tuple[str, Any]) -> None:
 def test_outputs_to_score(folder: Path, data: bytes, ending: str) -> None:
     write(folder / "refs.jsonl", b'{"name": "a", "text": "Eat at Aromi."}\n{"name": "b", "text": "Go to Bibi."}\n')
     path = write(folder / f"out{ending}", data)
-    command = f"score --task records --source name --target text --metrics bleu --references {folder / 'refs.jsonl'}"
+    command = f"evaluate --task records --source name --target text --metrics bleu --data {folder / 'refs.jsonl'}"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert main([*command.split(), "--hypotheses", str(path), "--json"]) in (0, 2)
+        assert main([*command.split(), "--outputs", str(path), "--json"]) in (0, 2)
 
 
 ADAPTER = json.dumps({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "base_model_name_or_path": "gpt2"})

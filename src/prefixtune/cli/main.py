@@ -53,8 +53,7 @@ COMMANDS = {
         "worker": "train what servers are asked for, one worker per device",
     },
     "Measure": {
-        "evaluate": "decode for every example of a file and score the outputs",
-        "score": "score texts of any system against a data set's references",
+        "evaluate": "decode for every example of a file and score the outputs; or score outputs of any system",
         "lm-eval": "measure a backbone with prefixes on the tasks of lm-eval, the evaluation harness",
         "report": "make one page of runs and evaluations, to look at",
         "explain": "show what a prefix does and says: attention, losses without its parts, nearest text, its own words",

@@ -22,7 +22,7 @@ from prefixtune.utils.config import Config, Layer, allowed_range, has_commas
 
 __all__ = ["CommandOptions", "ConfigOptions", "OutputOptions", "command", "json_option", "positional"]
 
-_WITH_HYPHEN = ("train", "dev", "data", "references", "test", "hypotheses", "against", "weights")
+_WITH_HYPHEN = ("train", "dev", "data", "test", "outputs", "against", "weights")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
 
 

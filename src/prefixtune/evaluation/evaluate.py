@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,23 +11,22 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.encoding import TextFormatLike, as_text_format, default_format
-from prefixtune.data.examples import Example, ExampleLike, TaskKind, has_messages, references_of
+from prefixtune.data.examples import Example, ExampleLike, TaskKind, has_messages
 from prefixtune.data.given import as_examples
 from prefixtune.data.label_names import label_names
 from prefixtune.data.labels import Labels, check_known, labels_of
 from prefixtune.data.windows import is_text
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.evaluation.decode import Decoded, decode
+from prefixtune.evaluation.decode import decode
 from prefixtune.evaluation.language import evaluate_texts
-from prefixtune.evaluation.metrics import accuracy, macro_f1, measure, metric_names, span_f1
-from prefixtune.evaluation.records import Evaluation, score_groups
+from prefixtune.evaluation.scores import check_examples, check_metrics, score_outputs
 from prefixtune.inference.classify import classify, tag
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat
+from prefixtune.results import Evaluation
 from prefixtune.utils.console import show_batches
 
-__all__ = ["check_examples", "check_kind", "evaluate"]
+__all__ = ["check_kind", "evaluate"]
 
 
 def evaluate(
@@ -81,16 +79,13 @@ def evaluate(
         ConfigError: `resume_file` holds the outputs of another evaluation; a metric or the protocol is unknown;
             intervals of labels or tags; the prefix is for something else; or an argument is of a wrong type.
     """
-    decoding = GenerateConfig.from_arguments(config, options)
-    examples = as_examples(examples)
-    chosen_format = as_text_format(text_format)
+    decoding, examples = GenerateConfig.from_arguments(config, options), as_examples(examples)
+    shape = as_text_format(text_format)
+    check_metrics(metrics, protocol=protocol)
     check_examples(examples, protocol)
-    try:
-        names = metric_names(protocol, metrics)
-    except ValueError as error:
-        raise ConfigError(f"{error}.", hint="choose another name.") from error
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
+    labels = _labels(labels, prefix, kind, examples, intervals=intervals)
     truncated: list[int] = []
 
     def note_truncated(indices: Sequence[int]) -> None:
@@ -98,74 +93,31 @@ def evaluate(
         if on_cut is not None:
             on_cut(indices)
 
-    if labels is not None and prefix is not None:
-        raise ConfigError("labels are given, but a prefix has its own.", hint="leave them out.")
-    labels = labels or labels_of(prefix)
-    check_kind(kind, labelled=labels is not None, intervals=intervals, has_prefix=prefix is not None)
-    if labels is not None:
-        check_known(examples, labels)
-    if labels is None and kind != "generation":
-        names_of_examples = label_names(examples)
-        labels = Labels(kind, "words", names_of_examples, names_of_examples)
-    predicts_texts = labels is None and all(is_text(example) for example in examples)
+    start, num_unended = time.perf_counter(), 0
     with show_batches("evaluating", len(examples), on_batch, progress) as show:
+        work: dict[str, Any] = {"text_format": shape, "config": decoding, "on_batch": show}
         if labels is not None:
-            outcome = _evaluate_labels(
-                backbone, examples, prefix, labels, chosen_format, decoding, show, note_truncated
-            )
-        elif predicts_texts:
-            outcome = evaluate_texts(
-                backbone,
-                examples,
-                prefix,
-                chosen_format,
-                max_length=decoding.max_total_length,
-                intervals=intervals,
-                on_batch=show,
+            outputs = _predict(backbone, examples, prefix, labels, on_cut=note_truncated, **work)
+            seconds = time.perf_counter() - start
+        elif all(map(is_text, examples)):
+            length = decoding.max_total_length
+            return evaluate_texts(
+                backbone, examples, prefix, shape, max_length=length, intervals=intervals, on_batch=show
             )
         else:
-            if prefix is None and chosen_format is None and not has_messages(examples):
+            if prefix is None and shape is None and not has_messages(examples):
                 # As a prefix would read them; alone, the model would go on with the source.
-                chosen_format = default_format(backbone)
-            decoded = decode(
-                backbone,
-                examples,
-                prefix,
-                chosen_format,
-                decoding,
-                resume_file=None if resume_file is None else Path(resume_file),
-                on_batch=show,
-                on_cut=note_truncated,
+                work["text_format"] = default_format(backbone)
+            file = None if resume_file is None else Path(resume_file)
+            outputs, seconds, num_unended = decode(
+                backbone, examples, prefix, resume_file=file, on_cut=note_truncated, **work
             )
-    if labels is None and not predicts_texts:
-        outcome = _score_texts(decoded, examples, protocol, names, intervals=intervals)
-    return dataclasses.replace(outcome, num_truncated=len(truncated))
-
-
-def check_examples(examples: Sequence[Example], protocol: str = "plain") -> None:
-    """Refuse examples that cannot be scored, before any decoding.
-
-    Args:
-        examples: To evaluate on.
-        protocol: As in `evaluate`.
-
-    Raises:
-        DataError: There is no example, or one has no target, or under this protocol no reference.
-    """
-    if not examples:
-        raise DataError("there is no example to evaluate on.", hint="check the file.")
-    for number, example in enumerate(examples, start=1):
-        if not any(target.strip() for target in example.targets):
-            raise DataError(
-                f"example {number} ({example.source[:60]!r}) has no target.",
-                hint="name the target column (--target), or a file with references.",
-            )
-        if not any(text.strip() for text in references_of(example, protocol)):
-            raise DataError(
-                f"the references of example {number} ({example.source[:60]!r}) by the protocol {protocol!r} are blank "
-                "(official_references_3).",
-                hint="fill in the official references of its row, or leave that column out.",
-            )
+    outcome = (
+        score_outputs(outputs, examples, protocol=protocol, metrics=metrics, intervals=intervals)
+        if labels is None
+        else score_outputs(outputs, examples, kind=labels.kind)
+    )
+    return outcome.with_facts(seconds=seconds, num_truncated=len(truncated), num_unended=num_unended)
 
 
 def check_kind(kind: TaskKind, *, labelled: bool, intervals: bool, has_prefix: bool = False) -> None:
@@ -191,83 +143,45 @@ def check_kind(kind: TaskKind, *, labelled: bool, intervals: bool, has_prefix: b
         raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
+def _labels(
+    given: Labels | None, prefix: Prefix | None, kind: TaskKind, examples: Sequence[Example], *, intervals: bool
+) -> Labels | None:
+    """What is predicted: the labels that are given, the prefix's, or those of the examples; None: texts are written."""
+    if given is not None and prefix is not None:
+        raise ConfigError("labels are given, but a prefix has its own.", hint="leave them out.")
+    labels = given or labels_of(prefix)
+    check_kind(kind, labelled=labels is not None, intervals=intervals, has_prefix=prefix is not None)
+    if labels is not None:
+        check_known(examples, labels)
+        return labels
+    if kind == "generation":
+        return None
+    names = label_names(examples)
+    return Labels(kind, "words", names, names)
 
 
-def _score_texts(
-    decoded: Decoded,
-    examples: Sequence[Example],
-    protocol: str,
-    metrics: Sequence[str] | None,
-    *,
-    intervals: bool,
-) -> Evaluation:
-    references = [references_of(example, protocol) for example in examples]
-    left_out: dict[str, str] = {}
-    try:
-        measured = measure(decoded.outputs, references, protocol=protocol, metrics=metrics, left_out=left_out)
-    except ValueError as error:
-        raise DataError(f"the outputs cannot be scored: {error}.", hint="check the references.") from error
-    level = 0.95 if intervals else None
-    return Evaluation(
-        {name: measurement.to_score(level=level) for name, measurement in measured.items()},
-        tuple(decoded.outputs),
-        score_groups(measured, examples),
-        left_out,
-        decoded.seconds,
-        num_unended=decoded.num_unended,
-    )
-
-
-# --- labels and tags -------------------------------------------------------------------------------------------------
-
-
-def _evaluate_labels(
+def _predict(
     backbone: Backbone,
     examples: Sequence[Example],
     prefix: Prefix | None,
     labels: Labels,
-    text_format: TextFormat | None,
-    decoding: GenerateConfig,
-    on_batch: Callable[[int], None] | None,
+    *,
     on_cut: Callable[[Sequence[int]], None],
-) -> Evaluation:
-    """Accuracy and macro F1 of labels; span F1 and accuracy of tags."""
-    shared: dict[str, Any] = {
-        "text_format": text_format,
-        "config": decoding,
-        "on_batch": on_batch,
-    }
-    start_time = time.perf_counter()
+    **work: Any,
+) -> list[str]:
+    """The label of each example, or its tags with a space between."""
     if labels.kind == "classification":
-        predictions = classify(
-            backbone,
-            [example.source for example in examples],
-            prefix,
-            labels=labels if prefix is None else None,
-            on_cut=on_cut,
-            **shared,
-        )
-        seconds = time.perf_counter() - start_time
-        predicted = [prediction.label for prediction in predictions]
-        wanted = [example.targets[0] for example in examples]
-        scores = {"accuracy": accuracy(predicted, wanted), "macro_f1": macro_f1(predicted, wanted)}
-        return Evaluation(scores, tuple(predicted), seconds=seconds)
+        own = labels if prefix is None else None
+        sources = [example.source for example in examples]
+        predictions = classify(backbone, sources, prefix, labels=own, on_cut=on_cut, **work)
+        return [prediction.label for prediction in predictions]
     if prefix is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
-    tagged = tag(backbone, [_field(example, "tokens") for example in examples], prefix, **shared)
-    seconds = time.perf_counter() - start_time
-    predicted_tags = [[prediction.label for prediction in row] for row in tagged]
-    wanted_tags = [_field(example, "tags") for example in examples]
-    flat = [name for row in predicted_tags for name in row], [name for row in wanted_tags for name in row]
-    scores = {"span_f1": span_f1(predicted_tags, wanted_tags), "accuracy": accuracy(*flat)}
-    return Evaluation(scores, tuple(" ".join(row) for row in predicted_tags), seconds=seconds)
-
-
-def _field(example: Example, name: str) -> Sequence[str]:
-    if name not in example.fields:
-        raise DataError(
-            f"the example {example.source[:60]!r} has no {name}.", hint="read the file with the task 'tagging'."
-        )
-    values: Sequence[str] = example.fields[name]
-    return values
+    for example in examples:
+        if not {"tokens", "tags"} <= example.fields.keys():
+            raise DataError(
+                f"the example {example.source[:60]!r} has no tokens and tags.",
+                hint="read the file with the task 'tagging'.",
+            )
+    tagged = tag(backbone, [example.fields["tokens"] for example in examples], prefix, **work)
+    return [" ".join(prediction.label for prediction in row) for row in tagged]

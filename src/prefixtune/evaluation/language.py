@@ -21,14 +21,14 @@ from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation.metrics.base import Array, ItemStatistics
 from prefixtune.evaluation.metrics.significance import Measurement
-from prefixtune.evaluation.records import Evaluation, score_groups
+from prefixtune.evaluation.scores import LEVEL, score_groups
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
+from prefixtune.results import Evaluation
 from prefixtune.training.losses import target_losses
 
-__all__ = ["TEXT_METRICS", "evaluate_texts"]
+__all__ = ["evaluate_texts"]
 
-TEXT_METRICS = ("perplexity", "bits_per_byte")
 _BATCH_SIZE = 4
 """Windows in a pass: each may have hundreds of labels."""
 
@@ -72,12 +72,9 @@ def evaluate_texts(
         # A longer window would turn the keys of the shorter ones in its batch.
         longest = min(longest or DEFAULT_WINDOW, backbone.longrope_limit)
     window = min(position_limit(backbone, length, longest), longest or DEFAULT_WINDOW)
-    tokenized = [
-        encode_examples(backbone, [example], chosen, prefix_length=length, max_length=longest).examples
-        for example in examples
-    ]
-    counts = [len(windows) for windows in tokenized]
-    ends = np.cumsum(counts, dtype=np.int64)
+    limits: dict[str, int] = {"prefix_length": length, "max_length": longest}
+    tokenized = [encode_examples(backbone, [example], chosen, **limits).examples for example in examples]
+    ends = np.cumsum([len(windows) for windows in tokenized], dtype=np.int64)
 
     def report(windows: int) -> None:
         if on_batch is not None:
@@ -87,33 +84,24 @@ def evaluate_texts(
     sums = np.add.reduceat(rows, np.concatenate([[0], ends[:-1]]).astype(np.int64), axis=0)
     num_bytes = np.array([[len(example.targets[0].encode())] for example in examples], dtype=float)
     values = np.concatenate([sums, num_bytes], axis=1)
-    measured = {
-        name: _measure(title, values, total, f"{what}, windows of {window} positions")
-        for name, (title, total, what) in zip(
-            TEXT_METRICS,
-            (
-                ("perplexity", _perplexity, "exp of the mean loss per token, the end token included"),
-                ("bits per byte", _bits_per_byte, "summed loss in bits per byte of UTF-8"),
-            ),
-            strict=True,
-        )
+    metrics: dict[str, tuple[str, Callable[[Array], float], str]] = {
+        "perplexity": ("perplexity", _perplexity, "exp of the mean loss per token, the end token included"),
+        "bits_per_byte": ("bits per byte", _bits_per_byte, "summed loss in bits per byte of UTF-8"),
     }
-    level = 0.95 if intervals else None
+    measured = {
+        name: Measurement(
+            title, False, ItemStatistics(values, total, f"prefixtune: {how}, windows of {window} positions")
+        )
+        for name, (title, total, how) in metrics.items()
+    }
+    level = LEVEL if intervals else None
     return Evaluation(
-        {name: one.to_score(level=level) for name, one in measured.items()},
-        tuple(f"perplexity {_perplexity(row):.3f} of {int(row[1]):,} tokens" for row in values),
-        score_groups(measured, examples),
+        scores={name: one.to_score(level=level) for name, one in measured.items()},
+        outputs=tuple(f"perplexity {_perplexity(row):.3f} of {int(row[1]):,} tokens" for row in values),
+        num_examples=len(examples),
+        groups=score_groups(measured, examples),
         seconds=time.perf_counter() - begun,
     )
-
-
-def _measure(title: str, values: Array, total: Callable[[Array], float], implementation: str) -> Measurement:
-    statistics = ItemStatistics(values, total, f"prefixtune: {implementation}")
-    return Measurement(title, False, statistics, lambda items: _measure_part(statistics, items))
-
-
-def _measure_part(statistics: ItemStatistics, items: Sequence[int]) -> ItemStatistics:
-    return ItemStatistics(statistics.values[list(items)], statistics.total, statistics.implementation)
 
 
 def _perplexity(sums: Array) -> float:

@@ -6,16 +6,15 @@ sources, with a bootstrap interval and paired approximate randomization.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.encoding import TokenizedExample
@@ -39,8 +38,7 @@ __all__ = ["LENGTH_FILE", "LengthResult", "Point", "choose", "curve_lengths", "f
 LENGTH_FILE, FIGURE_NAME = "length.json", "length"
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(BaseModel):
     """A length on the curve.
 
     Attributes:
@@ -56,31 +54,47 @@ class Point:
     prefix_length: int
     loss: float
     interval: tuple[float, float]
-    difference: float
-    difference_interval: tuple[float, float]
-    p_value: float
-    num_bytes: int
+    difference: float = 0.0
+    difference_interval: tuple[float, float] = (0.0, 0.0)
+    p_value: float = 1.0
+    num_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class LengthResult:
-    """What measuring the lengths of a run leaves.
+class LengthResult(BaseModel):
+    """What measuring the lengths of a run leaves, as in `length.json`.
 
     Attributes:
-        points: The curve, from the shortest.
+        backbone: Its name.
+        prefix_length: Of the whole.
         best: The length with the lowest loss.
         chosen: The shortest whose loss is not significantly higher than the best one's.
-        path: The artifact, cut to it.
+        file: The name of the artifact that is cut to it, in the run's folder.
+        significance: A length is worse than the best where the p-value of their difference is below this.
+        test: The name of the test.
+        samples: Its draws.
         num_sources: Development sources that were compared.
-        folder: Of the run; has the curve as JSON and as a picture.
+        num_targets: Their targets.
+        lengths: The curve, from the shortest.
+        config: Of the run.
     """
 
-    points: tuple[Point, ...]
+    backbone: str
+    prefix_length: int
     best: int
     chosen: int
-    path: Path
+    file: str
+    significance: float
+    test: str = METHOD
+    samples: int
     num_sources: int
-    folder: Path
+    num_targets: int
+    lengths: list[Point]
+    config: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Of the artifact that is cut to the chosen length."""
+        return Path(self.config["output"]) / self.file
 
 
 def find_length(
@@ -90,7 +104,7 @@ def find_length(
     significance: float = 0.05,
     samples: int = 1000,
     resume: bool = False,
-    on_point: Callable[[int, int, int], None] | None = None,
+    on_length: Callable[[int], None] | None = None,
     **arguments: Any,
 ) -> LengthResult:
     """Train one nested prefix, measure its loss at several lengths, and cut it to the shortest that is good enough.
@@ -101,7 +115,7 @@ def find_length(
         significance: A length is worse than the best where the p-value of their difference is below this.
         samples: Draws of the bootstrap and of the randomization.
         resume: Go on with the run in `config.output`, and measure its curve.
-        on_point: Called while a length is measured, with its index, how many there are, and the share done in percent.
+        on_length: Called with each length before it is measured.
         **arguments: For `train`, such as `examples`, `dev_examples`, `backbone` and `on_event`.
 
     Raises:
@@ -113,7 +127,7 @@ def find_length(
     found: list[LengthResult] = []
 
     def measure(loop: TrainLoop, stop: threading.Event) -> None:
-        found.append(_measure_run(loop, stop, lengths, significance, samples, on_point))
+        found.append(_measure_run(loop, stop, lengths, significance, samples, on_length))
 
     def check(loop: TrainLoop) -> None:
         curve_lengths(max(loop.site_lengths.values()), lengths)
@@ -150,25 +164,23 @@ def _measure_run(
     lengths: Sequence[int],
     significance: float,
     samples: int,
-    on_point: Callable[[int, int, int], None] | None,
+    on_length: Callable[[int], None] | None,
 ) -> LengthResult:
     """The curve of a run that has ended, as files in its folder."""
-    config, dev = loop.config, loop.data.dev
+    config, dev, backbone = loop.config, loop.data.dev, loop.backbone
     assert dev is not None
     folder = Path(config.output)
     prefix = load_prefix(folder / PREFIX_FILE)
-    wanted = curve_lengths(prefix.prefix_length, lengths)
+
+    def check_stop(done: int) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt("the run is saved")
+
     by_source: dict[int, Array] = {}
-    for index, length in enumerate(wanted):
-
-        def report(done: int, index: int = index) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt("the run is saved")
-            if on_point is not None:
-                on_point(index, len(wanted), 100 * done // max(1, dev.num_targets))
-
-        backbone = loop.backbone
-        losses = target_losses(backbone, prefix[:length], dev.examples, config.batch_size, report)
+    for length in curve_lengths(prefix.prefix_length, lengths):
+        if on_length is not None:
+            on_length(length)
+        losses = target_losses(backbone, prefix[:length], dev.examples, config.batch_size, check_stop)
         by_source[length] = sum_by_source(losses, dev.examples)
     points = measure_lengths(by_source, prefix, samples=samples, seed=config.seed)
     best, chosen = choose(points, significance)
@@ -177,9 +189,20 @@ def _measure_run(
         prefix if chosen == prefix.prefix_length else _with_loss(cut(prefix, chosen), points),
         dtype=prefix.dtype,
     )
-    result = LengthResult(tuple(points), best, chosen, path, len(dev.examples), folder)
-    facts = describe(result, config, prefix, significance, samples, dev.num_targets)
-    write_text(folder / LENGTH_FILE, json.dumps(facts, indent=1) + "\n")
+    result = LengthResult(
+        backbone=prefix.header["backbone"]["name"],
+        prefix_length=prefix.prefix_length,
+        best=best,
+        chosen=chosen,
+        file=path.name,
+        significance=significance,
+        samples=samples,
+        num_sources=len(dev.examples),
+        num_targets=dev.num_targets,
+        lengths=points,
+        config=config.to_dict(),
+    )
+    write_text(folder / LENGTH_FILE, result.model_dump_json(indent=1) + "\n")
     save_figure(draw_curve(result), folder / FIGURE_NAME)
     return result
 
@@ -240,24 +263,24 @@ def measure_lengths(
     for length in sorted(measured):
         one, values = measured[length], by_source[length]
         paired = _measurement(np.stack([values[:, 0] - by_source[best][:, 0], values[:, 1]], axis=1))
-        same = length == best
-        points.append(
-            Point(
-                length,
-                one.score,
-                bootstrap(one, samples=samples, seed=seed),
-                0.0 if same else paired.score,
-                (0.0, 0.0) if same else bootstrap(paired, samples=samples, seed=seed),
-                1.0 if same else randomize(one, measured[best], samples=samples, seed=seed).p_value,
-                prefix[:length].num_bytes,
-            )
+        point = Point(
+            prefix_length=length,
+            loss=one.score,
+            interval=bootstrap(one, samples=samples, seed=seed),
+            num_bytes=prefix[:length].num_bytes,
         )
+        if length != best:
+            test = randomize(one, measured[best], samples=samples, seed=seed)
+            span = bootstrap(paired, samples=samples, seed=seed)
+            changes = {"difference": paired.score, "difference_interval": span, "p_value": test.p_value}
+            point = point.model_copy(update=changes)
+        points.append(point)
     return points
 
 
 def _measurement(values: Array) -> Measurement:
     statistics = ItemStatistics(values, lambda sums: float(sums[0] / sums[1]), "development loss in nats per token")
-    return Measurement("loss", False, statistics, lambda items: statistics)
+    return Measurement("loss", False, statistics)
 
 
 def choose(points: Sequence[Point], significance: float = 0.05) -> tuple[int, int]:
@@ -267,47 +290,14 @@ def choose(points: Sequence[Point], significance: float = 0.05) -> tuple[int, in
     return best.prefix_length, min(good)
 
 
-def describe(
-    result: LengthResult, config: TrainConfig, prefix: Prefix, significance: float, samples: int, num_targets: int
-) -> dict[str, Any]:
-    """The result as JSON."""
-    return {
-        "backbone": prefix.header["backbone"]["name"],
-        "prefix_length": prefix.prefix_length,
-        "best": result.best,
-        "chosen": result.chosen,
-        "file": result.path.name,
-        "significance": significance,
-        "test": METHOD,
-        "samples": samples,
-        "num_sources": result.num_sources,
-        "num_targets": num_targets,
-        "lengths": [asdict(point) for point in result.points],
-        "config": config.to_dict(),
-    }
-
-
 def draw_curve(result: LengthResult) -> Chart:
     """The curve as a picture."""
+    points = [(point.prefix_length, point.loss) for point in result.lengths]
+    chosen = f"p = {result.chosen}, not significantly worse than the best"
     series = [
-        Series(
-            "first p positions",
-            [(point.prefix_length, point.loss) for point in result.points],
-            0,
-            [point.interval for point in result.points],
-        ),
-        Series(
-            f"p = {result.chosen}, not significantly worse than the best",
-            [(point.prefix_length, point.loss) for point in result.points if point.prefix_length == result.chosen],
-            1,
-        ),
+        Series("first p positions", points, 0, [point.interval for point in result.lengths]),
+        Series(chosen, [(length, loss) for length, loss in points if length == result.chosen], 1),
     ]
-    return Chart(
-        "Development loss over the length of the prefix",
-        f"Loss per token with 95 % intervals at {len(result.points)} lengths; the best is {result.best}, and the "
-        f"shortest that is not significantly worse {result.chosen}.",
-        series,
-        "prefix length p",
-        "development loss, nats per token",
-        Table("", []),
-    )
+    text = f"Loss per token with 95 % intervals at {len(points)} lengths; the best is {result.best}; {chosen}."
+    title, y_label = "Development loss over the length of the prefix", "development loss, nats per token"
+    return Chart(title, text, series, "prefix length p", y_label, Table("", []))

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import LocatedRow, check_file, json_lines
+from prefixtune.data.registry import read_all_entries
 from prefixtune.data.streams import MAX_FILE_BYTES, empty_file, open_bytes, reading, shown, whole_text
 from prefixtune.errors import DataError, short_repr
 
-__all__ = ["Output", "check_sources", "read_outputs"]
+__all__ = ["Output", "outputs_of", "read_outputs"]
 
 
 class Output(NamedTuple):
@@ -50,19 +51,39 @@ def read_outputs(path: Path) -> list[Output]:
     return [Output(line.removesuffix("\r")) for line in text.removesuffix("\n").split("\n")]
 
 
-def check_sources(outputs: Sequence[Output], examples: Sequence[Example]) -> None:
-    """Refuse outputs that name another source than the example at their place; white space does not count.
+def outputs_of(examples: Sequence[Example], path: Path, *, task: str, data: str, split: str, limit: int) -> list[str]:
+    """The outputs of a file, one for each example, or for the first ones.
+
+    Args:
+        examples: All that were read.
+        path: Of the outputs: as many as examples, as `limit`, or as the data has entries, also without a reference.
+        task: Of the examples.
+        data: Their file.
+        split: Its part; empty: there is one.
+        limit: How many are scored; 0: all.
 
     Raises:
-        DataError: One does.
+        DataError: Their number is another one, they are rows without outputs, or one names the source of another
+            example.
     """
-    for number, (output, example) in enumerate(zip(outputs, examples, strict=True), start=1):
+    outputs, chosen = read_outputs(path), examples[: limit or None]
+    if len(outputs) not in (len(chosen), len(examples)):
+        entries = read_all_entries(task, data, split=split or None)
+        if len(outputs) != len(entries):
+            raise DataError(
+                f"{str(path)!r} has {len(outputs):,} outputs, but {data!r} has {len(examples):,} examples.",
+                hint="write one output for each distinct source, in order; --limit N takes the first ones.",
+            )
+        outputs = [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]
+    for number, (output, example) in enumerate(zip(outputs, chosen, strict=False), start=1):
+        # White space does not count.
         if output.source is not None and output.source.split() != example.source.split():
             raise DataError(
                 f"{output.location}: the output is for the source {short_repr(output.source)}, but example {number} of "
                 f"the references has {short_repr(example.source)}.",
                 hint="name the references that these outputs are for; or leave out the key 'source', if they are.",
             )
+    return [output.text for output in outputs[: len(chosen)]]
 
 
 def _is_row(line: str) -> bool:

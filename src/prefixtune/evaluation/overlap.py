@@ -6,49 +6,21 @@ Two sources are equal if they differ only in white space.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefixtune.data.examples import Example, conversation_of, limit_targets
 from prefixtune.data.folders import locate
 from prefixtune.data.registry import TASKS, read_task
 from prefixtune.data.streams import is_stdin
 from prefixtune.prefix.hub import HUB
+from prefixtune.results import Overlap
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["MAX_TRAINING_BYTES", "Overlap", "find_overlap", "training_examples"]
+__all__ = ["MAX_TRAINING_BYTES", "find_overlap", "training_examples"]
 
 
 MAX_TRAINING_BYTES = 2**26
 """Largest training set that is read again for the comparison, which takes a few seconds."""
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How many test sources are also in another set.
-
-    Attributes:
-        count: How many.
-        total: All of them.
-        train: The name of the other set.
-    """
-
-    count: int
-    total: int
-    train: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        share = round(self.count / self.total, 4) if self.total else 0.0
-        return {"count": self.count, "share": share, "num_examples": self.total, "train": self.train}
-
-    def __str__(self) -> str:
-        share = self.count / max(self.total, 1)
-        return (
-            f"{self.count:,} of {self.total:,} test sources ({share:.1%}) are also in the training set "
-            f"{self.train!r}: the scores say less about new texts"
-        )
 
 
 def find_overlap(examples: Sequence[Example], training: Sequence[Example], train: str) -> Overlap:
@@ -58,7 +30,8 @@ def find_overlap(examples: Sequence[Example], training: Sequence[Example], train
     1
     """
     known = set(map(_key, training))
-    return Overlap(sum(_key(example) in known for example in examples), len(examples), train)
+    count = sum(_key(example) in known for example in examples)
+    return Overlap(count=count, num_examples=len(examples), train=train)
 
 
 def training_examples(config: TrainConfig) -> list[Example] | None:

@@ -71,10 +71,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values, of which empty ones are left out; with `what`, the main figure of each system."""
+    """Names with their values, of which empty ones are left out."""
 
-    items: Sequence[tuple[str, str | Value]]
-    what: str = ""
+    items: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,6 @@ class Column:
     values: Sequence[Value]
     small: str = ""
     numeric: bool = True
-    begins_group: bool = False
 
 
 def texts(name: str, values: Iterable[object]) -> Column:
@@ -100,11 +98,10 @@ def numbers(name: str, values: Iterable[Number | None], write: Callable[[Any], s
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first `num_headers` columns name the row."""
+    """A table whose first column names the row."""
 
     caption: str
     columns: Sequence[Column]
-    num_headers: int = 1
 
     @property
     def rows(self) -> list[tuple[Value, ...]]:
@@ -174,7 +171,7 @@ class HeatMap:
 class Outputs:
     """Examples with the output of each system, None where a system has none: a sample, and the others.
 
-    An example has an `index`, a `source`, `references`, and `groups` (kind of group -> the one that it belongs to).
+    An example has a `number`, a `source`, `references`, and `groups` (kind of group -> the one that it belongs to).
     """
 
     systems: Sequence[str]

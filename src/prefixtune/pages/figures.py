@@ -175,11 +175,11 @@ def draw(chart: Picture) -> Any:
     height += 0.22 * math.ceil(len(names) / columns) * (len(names) > 1)
     figure = Figure(figsize=(WIDTH, min(height, 100)), layout="constrained")
     axes = figure.add_subplot()
-    several = sum(series.kind in ("marked", "dots") for series in drawn)
+    several = sum(series.kind == "dots" for series in drawn)
     handles: dict[str, Any] = {}
     for index, series in enumerate(drawn):
-        # Error bars at the same point would hide each other.
-        shift = index - (several - 1) / 2 if series.ranges and several > 1 else 0.0
+        # Dots in the same row would hide each other.
+        shift = index - (several - 1) / 2 if several > 1 else 0.0
         handles[series.name] = _draw_series(axes, series, shift, several)
     axes.set_xlabel(_label(chart.x_label), loc="right")
     if chart.rows:
@@ -230,8 +230,6 @@ def _label(text: str, most: int = 44) -> str:
 
 def _draw_series(axes: Any, series: Series, shift: float, several: int) -> Any:
     """Draw one series, and return what stands for it in a legend."""
-    from matplotlib.transforms import ScaledTranslation
-
     look = {"color": COLORS[series.style % len(COLORS)], "linestyle": DASHES[series.style % len(DASHES)]}
     x, y = zip(*spread_out(series.points, MOST_POINTS), strict=True)
     if series.kind == "faint":
@@ -246,8 +244,7 @@ def _draw_series(axes: Any, series: Series, shift: float, several: int) -> Any:
     if series.kind == "dots":
         y = tuple(row + shift / (several + 1) for row in y)
         return axes.errorbar(x, y, xerr=_distances(x, ends), **look | {"linestyle": "none"})
-    moved = axes.transData + ScaledTranslation(5 * shift / 72, 0, axes.figure.dpi_scale_trans)
-    return axes.errorbar(x, y, yerr=_distances(y, ends), transform=moved, **look)
+    return axes.errorbar(x, y, yerr=_distances(y, ends), **look)
 
 
 def _distances(values: Sequence[Number], ends: Sequence[Sequence[Number]]) -> list[list[Number]]:
@@ -269,20 +266,10 @@ def _set_line_axes(axes: Any, chart: Chart) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         return
-    is_log = values[0] > 0 and values[-1] >= 10 * values[0]
-    axes.set_xscale("log" if is_log else "linear")
+    axes.set_xscale("log" if values[0] > 0 and values[-1] >= 10 * values[0] else "linear")
     axes.minorticks_off()
-    at = [math.log(value) if is_log else float(value) for value in values]
-    width = (at[-1] - at[0]) or 1.0
-    limits = at[0] - 0.07 * width, at[-1] + 0.07 * width
-    axes.set_xlim(*map(math.exp, limits) if is_log else limits)
-    texts, free_from = [], -math.inf
-    for value, position in zip(values, at, strict=True):
-        # Where values are close, only the first gets its number.
-        share, half = (position - at[0]) / width, 0.014 * len(short(value)) + 0.006
-        texts.append(short(value) if share - half >= free_from else "")
-        free_from = share + half if texts[-1] else free_from
-    axes.set_xticks(values, texts)
+    axes.margins(x=0.07)
+    axes.set_xticks(values, map(short, values))
 
 
 def _limits(series: Sequence[Series], axis: int) -> tuple[Number, Number]:

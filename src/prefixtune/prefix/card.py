@@ -5,25 +5,24 @@ It is made from the prefix's header and, where it was evaluated, its scores, in 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from prefixtune.errors import ConfigError, describe_value, short_repr
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import backbone_origin
+from prefixtune.results import EVALUATION_FILE, Evaluation
 
 CARD = "README.md"
 """A card's name in a repository."""
 HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Embedded backbones, by the hub's names."""
 
-_EVALUATION = "evaluation.json"
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#!]|:(?=\w))")
 """What Markdown would not show as it is."""
 _TRAINING_FACTS = ("steps", "num_targets", "dev_loss", "learning_rate", "seed")
@@ -49,30 +48,6 @@ prefixtune generate --prefix {file} "..."
 {scores}"""
 
 
-class Score(BaseModel):
-    """A score of an evaluation.
-
-    Attributes:
-        score: On the metric's own scale.
-        implementation: What computed it.
-        interval: Of 95 %; None: unknown.
-    """
-
-    score: float
-    implementation: str
-    interval: tuple[float, float] | None = None
-
-
-class EvaluationScores(BaseModel):
-    """What a card says of an evaluation, as `evaluation.json` has it."""
-
-    task: str
-    data: str
-    split: str | None = None
-    num_examples: int
-    scores: dict[str, Score]
-
-
 def is_repository(name: str | os.PathLike[str]) -> bool:
     """Whether a text has the form of a repository's name, `OWNER/NAME`; a path on this machine may have it too.
 
@@ -87,7 +62,7 @@ def make_card(
     lengths: Mapping[Site, int],
     num_parameters: int,
     repo_id: str,
-    evaluations: Sequence[EvaluationScores] = (),
+    evaluations: Sequence[Evaluation] = (),
 ) -> str:
     """The model card: metadata that the hub reads, and a page for people.
 
@@ -155,7 +130,7 @@ def make_card(
     return f"---\n{data.to_yaml()}\n---\n\n{page}"
 
 
-def _table(evaluation: EvaluationScores) -> str:
+def _table(evaluation: Evaluation) -> str:
     lines = [f"\n## Scores on {_cell(evaluation.data)} ({evaluation.num_examples:,} examples)\n\n"]
     lines.append("| metric | score | 95 % | by |\n|---|---|---|---|\n")
     for metric, one in evaluation.scores.items():
@@ -170,7 +145,7 @@ def _cell(value: object) -> str:
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
-def read_evaluations(given: Any, task: str = "") -> list[EvaluationScores]:
+def read_evaluations(given: Any, task: str = "") -> list[Evaluation]:
     """The scores that a caller means.
 
     Args:
@@ -188,20 +163,16 @@ def read_evaluations(given: Any, task: str = "") -> list[EvaluationScores]:
     try:
         if isinstance(given, str | os.PathLike):
             path = Path(given)
-            given = json.loads((path / _EVALUATION if path.is_dir() else path).read_text(encoding="utf-8"))
-        elif not isinstance(given, Mapping):
-            scores = {name: score.to_dict() for name, score in given.scores.items()}
-            facts = {"task": task or "generation", "data": "examples", "num_examples": len(given.outputs)}
-            given = {"kind": "evaluation", **facts, "scores": scores}
-        if given["kind"] != "evaluation":
-            raise ValueError("it is not an evaluation")
-        return [EvaluationScores.model_validate(given)]
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            text = (path / EVALUATION_FILE if path.is_dir() else path).read_text(encoding="utf-8")
+            return [Evaluation.model_validate_json(text)]
+        found = Evaluation.model_validate(given)
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ConfigError(
             f"the evaluation holds no scores: {short_repr(reason)}.",
             hint="give what pt.evaluate returned, or the folder that `prefixtune evaluate --output` wrote.",
         ) from error
+    return [found.with_facts(task=found.task or task or "generation", data=found.data or "examples")]
 
 
 def check_complete(header: Mapping[str, Any], folder: Path | None = None) -> None:

@@ -1,6 +1,6 @@
 """Reports: the results of runs and evaluations as one HTML page, and figures as files.
 
-    files -> results -> compose (systems, charts, details) -> pages' document, page (template) and figures
+    files -> run -> compose (systems, charts, details) -> pages' document, page (template) and figures
 
 Reads JSON and TOML files. Knows nothing of models, and runs nothing.
 """
@@ -8,8 +8,7 @@ Reads JSON and TOML files. Knows nothing of models, and runs nothing.
 from __future__ import annotations
 
 from prefixtune.pages.page import save_figures, to_html
-from prefixtune.report.charts import loss_plot, smooth
 from prefixtune.report.compose import compose
-from prefixtune.report.results import read_results
+from prefixtune.report.run import read_results
 
-__all__ = ["compose", "loss_plot", "read_results", "save_figures", "smooth", "to_html"]
+__all__ = ["compose", "read_results", "save_figures", "to_html"]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from prefixtune.pages.document import NUM_STYLES, Chart, Column, Section, Series, Table, numbers, texts
-from prefixtune.pages.figures import COLORS, QUIET, draw, matplotlib_style
 from prefixtune.pages.format import count, fixed, metric_name, natural, spread_out, words
-from prefixtune.report.results import Run, losses_of
+from prefixtune.report.run import Run, losses_of
 from prefixtune.report.systems import System, best_values
-from prefixtune.utils.files import atomic_path
 
-__all__ = ["groups_section", "loss_plot", "losses_section", "run_series", "smooth"]
+__all__ = ["groups_section", "losses_section", "smooth"]
 
 
 MOST_PARTS = 60
@@ -48,8 +45,8 @@ def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping
     series = []
     for system in systems:
         scores = [(row, score) for row, name in enumerate(drawn) if (score := system.score(main, (kind, name)))]
-        dots = [(score.score or 0.0, row) for row, score in scores]
-        spans = [score.interval or (score.score or 0.0, score.score or 0.0) for _, score in scores]
+        dots = [(score.score, row) for row, score in scores]
+        spans = [score.interval or (score.score, score.score) for _, score in scores]
         if dots:
             series.append(Series(system.name, dots, system.style, spans, "dots"))
     title = f"{metric_name(main)} by {_title(kind)}"
@@ -67,7 +64,7 @@ def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping
 
 def losses_section(systems: Sequence[System]) -> Section | None:
     """Training and development loss: of a single run in one chart; of several, all runs in each of two charts."""
-    trained = [system for system in systems if run_series(system.run.events)]
+    trained = [system for system in systems if _run_series(system.run.events)]
     if not trained:
         return None
     # The development loss is per token.
@@ -80,7 +77,7 @@ def losses_section(systems: Sequence[System]) -> Section | None:
     return Section("Losses", [charts])
 
 
-def run_series(events: Sequence[Mapping[str, Any]], key: str = "loss") -> list[Series]:
+def _run_series(events: Sequence[Mapping[str, Any]], key: str = "loss") -> list[Series]:
     """The curves of one run: training loss, the same smoothed, development loss; those that it has."""
     steps, losses = losses_of(events, "step", key)
     development = list(zip(*losses_of(events, "evaluation"), strict=True))
@@ -93,7 +90,7 @@ def run_series(events: Sequence[Mapping[str, Any]], key: str = "loss") -> list[S
 
 
 def _single_chart(name: str, run: Run, key: str, unit: str) -> Chart:
-    series = run_series(run.events, key)
+    series = _run_series(run.events, key)
     text = f"{unit} over the optimizer steps of 1 run."
     development = dict(next((each.points for each in series if each.name == "development"), []))
     if development:
@@ -144,35 +141,3 @@ def smooth(values: Sequence[float]) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1
         result.append(total / weight)
     return result
-
-
-def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw training and development loss over the steps, and save the picture as PNG.
-
-    Losses that are not finite are left out, and of a step that was done twice (after resuming) the later one counts.
-
-    Args:
-        events: Of these, `{"event": "step", "step": 1, "loss": 3.2}` gives the training loss and
-            `{"event": "evaluation", "step": 50, "loss": 2.1}` the development loss; others are ignored.
-        path: The PNG file, written atomically.
-        title: Above the picture.
-
-    Raises:
-        PrefixError: The file cannot be written.
-    """
-    series = run_series(events)
-    with matplotlib_style(), atomic_path(path) as temporary:
-        figure = draw(Chart("", "", series, STEP, "loss", Table("", [])))
-        (axes,) = figure.axes
-        axes.set_title("", loc="left")
-        axes.set_title(title, wrap=True)
-        axes.set_ylabel("loss")
-        for each in series:
-            if each.name == "development":
-                best = min(each.points, key=lambda point: point[1])
-                note = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "color": COLORS[1]}
-                axes.annotate(f"{best[1]:.3g}", best, **note)
-        if not series:
-            axes.text(0.5, 0.5, "no losses recorded", ha="center", va="center", transform=axes.transAxes, color=QUIET)
-        figure.set_size_inches(8, 4.5)
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})  # equal runs give equal files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from prefixtune.pages.document import Block, Document, Facts, Section, Text
 from prefixtune.pages.format import count, metric_name, signed
 from prefixtune.report.charts import groups_section, losses_section
 from prefixtune.report.details import outputs_section, settings_section
-from prefixtune.report.results import Evaluation, Run
+from prefixtune.report.run import Run
 from prefixtune.report.systems import System, main_metric, scores_section
 
 __all__ = ["compose"]
@@ -56,7 +57,7 @@ def _same_data(runs: Sequence[Run]) -> list[list[Run]]:
     """Evaluations of the same examples together, in the order of the first of each group."""
     groups: list[list[Run]] = []
     for run in runs:
-        same = next((group for group in groups if _on_same_data(group[0].evaluation, run.evaluation)), None)
+        same = next((group for group in groups if _on_same_data(group[0], run)), None)
         if same is None:
             groups.append([run])
         else:
@@ -64,12 +65,14 @@ def _same_data(runs: Sequence[Run]) -> list[list[Run]]:
     return groups
 
 
-def _on_same_data(one: Evaluation | None, other: Evaluation | None) -> bool:
+def _on_same_data(run: Run, second: Run) -> bool:
     """Whether two were scored on the same examples: by their sources, or by the file's name where none are stored."""
+    one, other = run.evaluation, second.evaluation
     if one is None or other is None or one.task != other.task or one.num_examples != other.num_examples:
         return False
-    if one.outputs and other.outputs:
-        return [(o.source, o.references) for o in one.outputs] == [(o.source, o.references) for o in other.outputs]
+    if run.outputs and second.outputs:
+        first, then = ([(row.source, row.references) for row in each.outputs] for each in (run, second))
+        return first == then
     return (one.data, one.split) == (other.data, other.split)
 
 
@@ -117,8 +120,10 @@ def _warnings(run: Run) -> Iterator[str]:
         if not any(event.get("event") == "end" for event in run.events):
             yield "the log has no end; the run was stopped, or still goes on."
         return
-    yield from (f"no finite {metric_name(key)}." for key, score in evaluation.scores.items() if score.score is None)
-    if evaluation.overlap is not None and str(evaluation.overlap):
+    for key, score in evaluation.scores.items():
+        if not math.isfinite(score.score):
+            yield f"no finite {metric_name(key)}."
+    if evaluation.overlap is not None and evaluation.overlap.count:
         yield f"{evaluation.overlap}."
     if not evaluation.scores:
         yield "no scores."
@@ -139,7 +144,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _difference(systems: Sequence[System], main: str) -> str:
     """The second's main score minus the first's, where there are two."""
-    scores = [score.score for system in systems if (score := system.score(main)) and score.score is not None]
+    scores = [score.score for system in systems if (score := system.score(main))]
     if len(systems) != 2 or len(scores) != 2:
         return ""
     decimals = 4 if max(map(abs, scores)) < 1 else 2

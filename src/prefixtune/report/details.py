@@ -7,8 +7,9 @@ from typing import Any
 
 from prefixtune.pages.document import Block, Facts, Outputs, Section, Table, Text, texts
 from prefixtune.pages.format import MISSING, plain, spread_out
-from prefixtune.report.results import Output, Run
+from prefixtune.report.run import Run
 from prefixtune.report.systems import System
+from prefixtune.results import OutputRow
 
 __all__ = ["outputs_section", "settings_section"]
 
@@ -17,16 +18,16 @@ MOST_SYSTEMS, SAMPLE, MOST_OTHERS = 6, 20, 1_000
 """Systems and examples in the open, and further examples, that a page has at most: a browser has to open it."""
 
 
-_Item = tuple[Output, list[str | None]]
+_Item = tuple[OutputRow, list[str | None]]
 """An example, and the output of each system."""
 
 
 def outputs_section(systems: Sequence[System]) -> Section | None:
     """The outputs of each system, side by side."""
     chosen = [
-        (system.name, {output.index: output for output in system.evaluation.outputs})
+        (system.name, {output.number: output for output in system.run.outputs})
         for system in systems
-        if system.evaluation is not None and system.evaluation.outputs
+        if system.run.outputs
     ]
     if not chosen:
         return None
@@ -44,7 +45,7 @@ def outputs_section(systems: Sequence[System]) -> Section | None:
     return Section("Outputs", blocks)
 
 
-def _item(index: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> _Item:
+def _item(index: int, chosen: Sequence[tuple[str, Mapping[int, OutputRow]]]) -> _Item:
     """An example's outputs; the output of a system whose source at this index is another one is left out."""
     example = next(outputs[index] for _, outputs in chosen if index in outputs)
     candidates = [outputs.get(index) for _, outputs in chosen]

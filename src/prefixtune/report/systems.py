@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from prefixtune.pages.document import Column, Listing, Section, Table, Value
-from prefixtune.pages.format import MISSING, count, decimals_for, duration, fixed, metric_name, size
-from prefixtune.report.results import Evaluation, Run, Score, losses_of
+from prefixtune.pages.format import MISSING, count, decimals_for, duration, fixed, metric_name, signed, size
+from prefixtune.report.run import Run, losses_of
+from prefixtune.results import Evaluation, Score
 
 __all__ = [
     "System",
@@ -70,26 +71,24 @@ class System:
             part = self.evaluation.groups.get(group[0], {}).get(group[1])
             scores = {} if part is None else part.scores
         score = scores.get(metric)
-        return None if score is None or score.score is None else score
+        return None if score is None or not math.isfinite(score.score) else score
 
     @cached_property
     def costs(self) -> dict[str, float]:
         """What the run cost, as far as its log and files say."""
-        run, figures = self.run, dict[str, float | None]()
-        figures["file_bytes"] = run.file_bytes
-        steps, _ = losses_of(run.events, "step")
+        run, figures = self.run, dict[str, float | None](file_bytes=self.run.file_bytes)
         for event in run.events:
             if event.get("event") == "start":
                 figures["trained_parameters"] = event.get("num_trained")
                 figures["stored_parameters"] = event.get("num_stored")
             if event.get("event") == "evaluation":
                 figures["dev_loss"] = event.get("best_loss", event.get("loss"))
+        steps, seconds = losses_of(run.events, "step", "seconds")
         if steps:
-            seconds = {e["step"]: e["seconds"] for e in run.events if e.get("event") == "step" and e.get("seconds")}
-            figures["steps"], figures["train_seconds"] = steps[-1], sum(seconds.values()) or None
+            figures["steps"], figures["train_seconds"] = steps[-1], sum(seconds)
         if run.evaluation is not None:
             figures["evaluate_seconds"] = run.evaluation.seconds
-        return {key: float(value) for key, value in figures.items() if value is not None}
+        return {key: float(value) for key, value in figures.items() if value is not None and math.isfinite(value)}
 
 
 def metric_keys(systems: Iterable[System], main: str = "") -> list[str]:
@@ -115,10 +114,10 @@ def _is_higher_better(systems: Sequence[System], metric: str) -> bool:
 def best_values(systems: Sequence[System], metric: str, group: Group | None = None) -> list[Value]:
     """A metric of each system with its interval, the best one marked."""
     scores = [system.score(metric, group) for system in systems]
-    decimals = decimals_for([score.score for score in scores if score is not None and score.score is not None])
+    decimals = decimals_for([score.score for score in scores if score is not None])
     values = []
     for score in scores:
-        if score is None or score.score is None:
+        if score is None:
             values.append(Value(MISSING))
             continue
         span = score.interval
@@ -160,8 +159,7 @@ def scores_section(systems: Sequence[System], main: str) -> Section:
         Column(metric_name(metric), best_values(systems, metric), lower_is_better(systems, metric))
         for metric in metric_keys(systems, main)
     ]
-    for group in (scores, list(_cost_columns(systems))):
-        columns += [replace(column, begins_group=index == 0) for index, column in enumerate(group)]
+    columns += [*scores, *_cost_columns(systems)]
     table = Table("Scores, and what they cost" if main else "The result of each run", columns)
     values = [value for column in columns for value in column.values]
     notes = []
@@ -170,8 +168,9 @@ def scores_section(systems: Sequence[System], main: str) -> Section:
     if any(value.small.startswith("[") for value in values):
         notes.append("In brackets: the confidence interval of a score.")
     notes += _implementations(systems)
-    left_out = {(key, str(why)): None for s in systems if s.evaluation for key, why in s.evaluation.left_out.items()}
+    left_out = {(key, why): None for s in systems if s.evaluation for key, why in s.evaluation.left_out.items()}
     notes += [f"{metric_name(metric)} was left out: {reason}" for metric, reason in left_out]
+    notes += [line for system in systems for line in _comparisons(system)]
     return Section("Scores" if main else "Runs", [table, Listing(notes)] if notes else [table])
 
 
@@ -186,6 +185,16 @@ def _cost_columns(systems: Sequence[System]) -> Iterator[Column]:
             ]
             marked = mark_best(values, higher=False) if cost.key == "dev_loss" else values
             yield Column(cost.name, marked, cost.small)
+
+
+def _comparisons(system: System) -> Iterator[str]:
+    """What paired tests against the outputs of another system gave."""
+    other = system.evaluation.against if system.evaluation else None
+    if other is None:
+        return
+    for metric, test in other.comparison.items():
+        difference, p_value = signed(test.difference, 4), fixed(test.p_value, 4)
+        yield f"{system.name} minus {other.outputs}, {metric_name(metric)}: {difference}, p = {p_value} ({test.method})"
 
 
 def _implementations(systems: Sequence[System]) -> list[str]:

@@ -43,7 +43,7 @@ __all__ = [
     "option_group",
 ]
 
-_WRITTEN = ("data_folder", "figures", "output", "outputs", "prefixes")
+_WRITTEN = ("data_folder", "figures", "output", "prefixes")
 """Fields that name what is written: one with `~` in front would be made, and not be missing as an input is."""
 _MOST_FAULTS = 50
 _MOST_CHARACTERS = 2**20

@@ -79,7 +79,6 @@ MISTAKES = [
     ("worker --backbone model --prefixes nowhere", "nowhere"),
     ("jobs create nowhere.jsonl --url http://127.0.0.1:9/v1 --model m", "nowhere.jsonl"),
     ("report nowhere", "nowhere"),
-    ("score --task e2e --hypotheses file --references nowhere.csv", "nowhere.csv"),
     ("env --jsn", "--json"),
     ("data nowhere.jsonl --backbone model", "nowhere.jsonl"),
     ("lm-eval --tsks x", "--tasks"),

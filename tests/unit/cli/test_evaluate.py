@@ -1,8 +1,10 @@
-"""`prefixtune evaluate`: how data is read with a trained prefix, what is said of wrong data."""
+"""`prefixtune evaluate`: how data is read with a trained prefix; outputs of any system, scored without a model."""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,15 @@ import torch
 from command_line import call, run
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.report import compose, read_results, to_html
+
+ITEMS = [
+    {"mr": "name[Aromi]", "references": ["Aromi is a pub.", "There is a pub called Aromi."]},
+    {"mr": "name[Blue Spice]", "references": ["Blue Spice is near the river."]},
+    {"mr": "name[The Mill], near[Aromi]", "references": ["The Mill is near Aromi, a good pub."]},
+]
+SOURCES = ["name : Aromi", "name : Blue Spice", "name : The Mill | near :  Aromi"]
+OUTPUTS = ["Aromi is a pub.", "Blue Spice is by the river.", "The Mill is near Aromi."]
 
 
 def save(path: Path, **header: Any) -> str:
@@ -20,11 +31,19 @@ def save(path: Path, **header: Any) -> str:
     return str(save_prefix(path, Prefix({"decoder": (pair,)}, facts)))
 
 
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def as_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(tmp_path: Path) -> None:
     prefix = save(tmp_path / "p.safetensors", text_format={"source": "{name} is {food}", "target_template": "text"})
-    data = tmp_path / "qa.jsonl"
-    data.write_text(json.dumps({"question": "Who?", "answer": "Ann."}) + "\n")
-    words = ("evaluate", "--prefix", prefix, "--data", str(data), "--print-config")
+    data = write(tmp_path / "qa.jsonl", as_lines([{"question": "Who?", "answer": "Ann."}]))
+    words = ("evaluate", "--prefix", prefix, "--data", data, "--print-config")
     with pytest.raises(DataError, match="'name'"):
         call(*words)
     out, err = run(*words, "--form", "question")
@@ -32,8 +51,150 @@ def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(tmp_path: Pa
     assert "questions and answers" in err
 
 
-@pytest.mark.parametrize("option", [("--metrics", "bleu"), ("--instruction", "Go on.")])
-def test_texts_alone_are_not_generated(option: tuple[str, str], tmp_path: Path) -> None:
-    (tmp_path / "texts.jsonl").write_text('{"text": "one two"}\n')
+@pytest.mark.parametrize("option", [("--metrics", "bleu"), ("--instruction", "Go on."), ("--against", "x.txt")])
+def test_options_that_do_not_go_with_texts_alone_or_with_a_model(option: tuple[str, str], tmp_path: Path) -> None:
+    data = write(tmp_path / "texts.jsonl", '{"text": "one two"}\n')
     with pytest.raises(ConfigError, match=option[0]):
-        call("evaluate", "--data", str(tmp_path / "texts.jsonl"), *option)
+        call("evaluate", "--data", data, *option)
+
+
+# --- outputs of any system -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> str:
+    return write(tmp_path / "test.jsonl", as_lines(ITEMS))
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> str:
+    return write(tmp_path / "outputs.txt", "".join(f"{line}\n" for line in OUTPUTS))
+
+
+def scored(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert call("evaluate", *arguments, "--json") == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_scores_agree_with_the_library(references: str, outputs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from prefixtune.evaluation.metrics import compute
+
+    options = ("--task", "e2e", "--data", references, "--outputs", outputs)
+    result = scored(capsys, *options, "--metrics", "nist,bleu,ter")
+    wanted = compute(OUTPUTS, [item["references"] for item in ITEMS], protocol="e2e", metrics=["nist", "bleu", "ter"])
+    assert result["scores"] == {name: one.model_dump() for name, one in wanted.items()}
+    assert list(result["scores"]) == ["nist", "bleu", "ter"]
+    assert (result["num_examples"], result["task"], result["left_out"]) == (3, "e2e", {})
+    other = scored(capsys, *options, "--metrics", "bleu", "--protocol", "plain")
+    assert other["scores"]["bleu"]["implementation"].endswith("protocol plain")
+
+
+def test_outputs_are_lines_or_json_lines_in_any_order(
+    references: str, outputs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--task", "e2e", "--data", references, "--metrics", "bleu", "--outputs")
+    wanted = scored(capsys, *options, outputs)
+    rows = [
+        {"number": number, "source": source, "output": text}
+        for number, (source, text) in enumerate(zip(SOURCES, OUTPUTS, strict=True))
+    ]
+    right = write(tmp_path / "outputs.jsonl", as_lines([rows[2], rows[0], rows[1]]))
+    assert scored(capsys, *options, right) == wanted
+    monkeypatch.setattr(sys, "stdin", io.StringIO(as_lines([{"output": text} for text in OUTPUTS])))
+    assert scored(capsys, "--task", "e2e", "--data", references, "--metrics", "bleu", "--outputs=-") == wanted
+    # Outputs of another set name other sources.
+    other = write(tmp_path / "other.jsonl", as_lines([rows[0], {**rows[1], "source": SOURCES[2]}, rows[2]]))
+    for arguments in ((other,), (right, "--against", other)):
+        with pytest.raises(DataError, match=r"other\.jsonl, line 2"):
+            call("evaluate", *options, *arguments)
+    # Texts that are JSON are texts.
+    answers = ['{"food": "pizza"}', '{"food": "soup"}']
+    rows = [{"prompt": name, "completion": answer} for name, answer in zip("ab", answers, strict=True)]
+    files = write(tmp_path / "rows.jsonl", as_lines(rows)), write(tmp_path / "texts.txt", "\n".join(answers) + "\n")
+    found = scored(capsys, "--data", files[0], "--outputs", files[1], "--metrics", "exact_match")
+    assert found["scores"]["exact_match"]["score"] == 100
+
+
+def test_an_empty_output_is_an_empty_line(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = write(tmp_path / "some.txt", "Aromi is a pub.\r\n\n\n")
+    result = scored(capsys, "--task", "e2e", "--data", references, "--outputs", some, "--metrics", "ter")
+    # Nothing to do in the first item; 6 and 8 words to write, of 5 (the mean of 4 and 6), 6 and 8.
+    assert result["scores"]["ter"]["score"] == pytest.approx(14 / 19)
+
+
+def test_a_second_system_intervals_and_the_report(
+    references: str, outputs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write(tmp_path / "other.txt", "Something.\nQuite.\nDifferent.\n")
+    options = ["--task", "e2e", "--data", references, "--outputs", outputs, "--metrics", "ter", "--samples", "200"]
+    options += ["--intervals", "--against", other, "--output", str(tmp_path / "scored")]
+    result = scored(capsys, *options)
+    low, high = result["scores"]["ter"]["interval"]
+    assert low <= result["scores"]["ter"]["score"] <= high
+    against = result["against"]
+    assert against["outputs"] == other
+    found = against["comparison"]["ter"]
+    assert found["difference"] == result["scores"]["ter"]["score"] - against["scores"]["ter"]["score"] < 0
+    assert (0 < found["p_value"] <= 1, found["samples"]) == (True, 200)
+    assert call("evaluate", *options) == 0
+    assert "approximate randomization" in capsys.readouterr().out
+    stored = read_results(tmp_path / "scored")
+    assert stored.evaluation is not None
+    assert stored.evaluation.summary()["against"] == against
+    assert [row.output for row in stored.outputs] == OUTPUTS
+    assert f"p = {found['p_value']:.4f}" in to_html(compose([stored]))
+
+
+def test_the_first_examples_or_all_entries(
+    references: str, outputs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--task", "e2e", "--data", references, "--metrics", "ter", "--outputs")
+    first = write(tmp_path / "first.txt", "".join(f"{line}\n" for line in OUTPUTS[:2]))
+    for wrong in ((first,), (first, "--limit", "1")):
+        with pytest.raises(DataError, match=r"2 outputs.* 3 examples"):
+            call("evaluate", *options, *wrong)
+    found = scored(capsys, *options, first, "--limit", "2")
+    assert found["num_examples"] == 2
+    assert found == scored(capsys, *options, outputs, "--limit", "2"), "outputs may also be of all examples"
+    # WebNLG has entries without a good text, which may have an output too.
+    entries = [
+        {"category": "Food", "triples": [["a", "r", str(number)]], "references": [text], "comments": [comment]}
+        for number, (text, comment) in enumerate((("It is none.", "good"), ("It.", "bad"), ("It is two.", "good")))
+    ]
+    data = ("--task", "webnlg", "--data", write(tmp_path / "dev.jsonl", as_lines(entries)), "--metrics", "bleu")
+    examples = write(tmp_path / "examples.txt", "it is none\nit is two\n")
+    whole = write(tmp_path / "whole.txt", "it is none\nwhatever\nit is two\n")
+    one, other = (scored(capsys, *data, "--outputs", name) for name in (examples, whole))
+    assert one == other
+    assert one["num_examples"] == 2
+    assert list(one["groups"]) == ["category", "seen", "triples"]
+
+
+def test_without_java_default_metrics_are_left_out_and_asked_ones_refused(
+    references: str, outputs: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    options = ["--task", "e2e", "--data", references, "--outputs", outputs]
+    result = scored(capsys, *options)
+    assert list(result["scores"]) == ["bleu", "nist"]
+    assert list(result["left_out"]) == ["meteor", "rouge_l", "cider"]
+    with pytest.raises(ConfigError):
+        call("evaluate", *options, "--metrics", "bleu,meteor")
+
+
+def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = write(tmp_path / "test.csv", "text,label\nsplendid,good\ndull,bad\nfine,good\n")
+    options = ["--data", labels, "--outputs", write(tmp_path / "labels.txt", "good\ngood\ngood\n")]
+    found = {name: one["score"] for name, one in scored(capsys, *options)["scores"].items()}
+    assert found == {"accuracy": pytest.approx(200 / 3), "macro_f1": pytest.approx(40)}
+    assert list(scored(capsys, *options, "--metrics", "accuracy")["scores"]) == ["accuracy"]
+    for wrong in (("--metrics", "bleu"), ("--against", labels), ("--intervals",)):
+        with pytest.raises(ConfigError):
+            call("evaluate", *options, *wrong)
+    tags = write(tmp_path / "tags.jsonl", as_lines([{"tokens": ["to", "Rome", "now"], "tags": ["O", "B-PLACE", "O"]}]))
+    options = ["--task", "tagging", "--data", tags, "--outputs"]
+    found = scored(capsys, *options, write(tmp_path / "tags.txt", "O B-PLACE B-TIME\n"))["scores"]
+    assert [found[name]["score"] for name in ("span_f1", "accuracy")] == [pytest.approx(200 / 3)] * 2
+    with pytest.raises(DataError):
+        call("evaluate", *options, write(tmp_path / "short.txt", "O\n"))

@@ -219,9 +219,10 @@ def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
     data = tmp_path / "test.jsonl"
     data.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in zip(texts, words, strict=False)))
     evaluated = ["evaluate", *run, "--data", str(data), "--device", "cpu", "--dtype", "float32", "--quiet"]
-    assert main([*evaluated, "--outputs", str(tmp_path / "outputs")]) == 0
+    assert main([*evaluated, "--output", str(tmp_path / "scored")]) == 0
     capsys.readouterr()
-    assert (tmp_path / "outputs").read_text().split() == [row["output"] for row in rows]
+    written = [json.loads(line) for line in (tmp_path / "scored" / "outputs.jsonl").read_text().splitlines()]
+    assert [row["output"] for row in written] == [row["output"] for row in rows]
     data.write_text(json.dumps({"text": "so", "label": "soso"}))
     assert main(evaluated) == 2
     assert "'soso'" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def look(tmp_path: Path, model: Callable[[str], str]) -> Callable[..., DataRepor
     def run(rows: list[dict[str, Any]], family: str = "llama", test: str = "", **options: Any) -> DataReport:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        limits = {name: options.pop(name) for name in ("max_rows", "max_tokenized") if name in options}
+        limits = {"max_tokenized": options.pop("max_tokenized", 2000)}
         config = pt.TrainConfig(train=str(path), backbone=model(family), **{"prefix_length": 3, **options})
         return report_data(config, test=test, **limits)
 
@@ -65,7 +65,6 @@ def test_limits_are_those_of_training(
     tried = range(4, 60)
     for length in tried:
         report = look(rows_of(pairs), family, max_length=length)
-        limit = next(limit for limit in report.limits if limit.name == "--max-length")
         cut = refused = 0
         for example in examples:
             try:
@@ -75,7 +74,7 @@ def test_limits_are_those_of_training(
                 cut += made.num_truncated
             except DataError:
                 refused += 1
-        assert (limit.cut, limit.refused) == (cut, refused), length
+        assert (report.limit.cut, report.limit.refused) == (cut, refused), length
 
 
 def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: Callable[..., Any]) -> None:
@@ -97,7 +96,6 @@ def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: C
     assert (report.rows, report.examples, report.equal_rows, report.equal_sources) == (6, 4, 1, 1)
     assert [part.is_label for part in report.example] == [False, True]
     assert report.example[1].text == " x </s>"
-    assert report.more_targets == 1
 
 
 def test_the_loss_of_a_conversation_is_on_its_answers(look: Callable[..., DataReport], tmp_path: Path) -> None:
@@ -142,13 +140,12 @@ def test_equal_sources_are_merged_where_training_merges_them(
     assert report.positions["steps"] == 1
 
 
-def test_only_the_first_rows_of_a_large_file_are_read(look: Callable[..., DataReport]) -> None:
+def test_of_many_examples_some_are_tokenized(look: Callable[..., DataReport]) -> None:
     rows = rows_of([(f"s{n}", "t") for n in range(50)])
-    report = look([*rows, {"bad": 1}], max_rows=50, max_tokenized=7)
-    assert (report.rows, report.is_whole, report.examples, report.tokenized) == (50, False, 50, 7)
-    assert look(rows, max_rows=50).is_whole
+    report = look(rows, max_tokenized=7)
+    assert (report.rows, report.examples, report.tokenized) == (50, 50, 7)
     with pytest.raises(DataError, match="line 51"):
-        look([*rows, {"bad": 1}], max_rows=0)
+        look([*rows, {"bad": 1}])
 
 
 def test_overlap_with_a_test_file(look: Callable[..., DataReport], tmp_path: Path) -> None:
@@ -156,7 +153,7 @@ def test_overlap_with_a_test_file(look: Callable[..., DataReport], tmp_path: Pat
     test.write_text('{"source": " a ", "target": "q"}\n{"source": "new", "target": "q"}\n', encoding="utf-8")
     report = look(rows_of(ROWS), test=str(test))
     assert report.overlap is not None
-    assert (report.overlap["count"], report.overlap["num_examples"]) == (1, 2)
+    assert (report.overlap.count, report.overlap.num_examples) == (1, 2)
 
 
 def test_texts_are_measured_whole_and_nothing_of_them_is_cut(
@@ -170,7 +167,7 @@ def test_texts_are_measured_whole_and_nothing_of_them_is_cut(
     assert report.lengths[-1].longest == 1200 + 2, "with the tokens that begin and end it"
     assert sum(count for _, _, count in report.lengths[-1].bins) == report.tokenized == 3
     assert "".join(part.text for part in report.example).count("n") == 700
-    assert {(limit.cut, limit.refused) for limit in report.limits} == {(0, 0)}
+    assert (report.limit.cut, report.limit.refused) == (0, 0)
     steps = [sum(len(one.prompt) + len(one.targets[0]) for one in made.examples)]
     assert (report.positions["mean"], report.positions["steps"]) == (steps[0], 1)
 

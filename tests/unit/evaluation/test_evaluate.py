@@ -21,13 +21,14 @@ from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.metrics import METRICS, Unavailable, compute
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
-from prefixtune.evaluation.records import Evaluation, summarize, write_evaluation
+from prefixtune.evaluation.scores import write_evaluation
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import complete, generate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.report import read_results
+from prefixtune.results import Evaluation
 
 Make = Callable[..., Any]
 WORDS = ("a red fox", "the owl", "one hare at night", "two swans", "a", "badgers of the hill", "an otter")
@@ -119,7 +120,7 @@ def test_outputs_that_did_not_end_are_counted(model: Any, prefix: Any, tmp_path:
     outcome = evaluate(model, EXAMPLES, prefix, config=config, resume_file=file)
     unended = [short != long for short, long in zip(outcome.outputs, longer, strict=True)]
     assert 0 < sum(unended) < len(EXAMPLES)
-    assert summarize(outcome)["num_unended"] == sum(unended)
+    assert outcome.summary()["num_unended"] == sum(unended)
     assert evaluate(model, EXAMPLES, prefix, config=config, resume_file=file).num_unended == sum(unended)
 
 
@@ -161,7 +162,7 @@ def test_a_metric_that_is_not_available_is_left_out_with_the_reason(
     outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=["bleu", "meteor"], intervals=True)
     assert [*outcome.scores] == ["bleu"]
     assert outcome.left_out == {"meteor": "java is not installed; install it"}
-    write_evaluation(tmp_path, outcome, EXAMPLES, {})
+    write_evaluation(tmp_path, outcome, EXAMPLES)
     read = read_results(tmp_path)
     assert read.evaluation.left_out == outcome.left_out
 
@@ -380,13 +381,13 @@ def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: M
         "prefix": None,
         "settings": {"decoding": CONFIG.to_dict()},
     }
-    write_evaluation(tmp_path / "new", outcome, EXAMPLES, facts)
+    write_evaluation(tmp_path / "new", outcome, EXAMPLES, **facts)
     summary = strict((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8"))
     assert summary["kind"] == "evaluation"
     assert summary["settings"]["decoding"]["max_new_tokens"] == 6
     assert summary["versions"]["torch"]
     assert summary["machine"]["cores"] >= 1
-    assert {key: summary[key] for key in summarize(outcome)} == json.loads(json.dumps(summarize(outcome)))
+    assert summary.items() >= {**outcome.summary(), "task": "toy"}.items()
     rows = [strict(line) for line in (tmp_path / "new" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[1] == {
         "number": 1,
@@ -395,9 +396,10 @@ def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: M
         "output": "owl",
         "groups": {"parity": "odd", "rest": "1"},
     }
-    read = read_results(tmp_path / "new").evaluation
+    run = read_results(tmp_path / "new")
+    read = run.evaluation
     assert (read.title, read.task, read.data, read.num_examples) == ("a title", "toy", "held_out", len(EXAMPLES))
-    assert [output.output for output in read.outputs] == list(outcome.outputs)
+    assert [row.output for row in run.outputs] == list(outcome.outputs)
     for name, score in outcome.scores.items():
         assert (read.scores[name].score, read.scores[name].interval) == (score.score, score.interval)
         assert read.scores[name].higher_is_better == score.higher_is_better
@@ -407,10 +409,10 @@ def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: M
 def test_texts_of_any_script_and_with_line_ends_stay_one_line_each(tmp_path: Path):
     outputs = ("zwei\nZeilen", "\u2028 und \x85", "ключ \U0001f98a")
     examples = [Example(text, (text,)) for text in outputs]
-    write_evaluation(tmp_path, Evaluation({}, outputs), examples, {})
+    write_evaluation(tmp_path, Evaluation(scores={}, outputs=outputs), examples)
     rows = (tmp_path / "outputs.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert [strict(row)["output"] for row in rows] == list(outputs)
-    assert [output.output for output in read_results(tmp_path).evaluation.outputs] == list(outputs)
+    assert [row.output for row in read_results(tmp_path).outputs] == list(outputs)
 
 
 def test_a_model_with_a_chat_template_is_instructed_in_turns(tiny_backbone: Make, tiny_tokenizer: Any) -> None:

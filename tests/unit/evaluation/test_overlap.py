@@ -29,7 +29,7 @@ def test_sources_are_compared_without_their_white_space() -> None:
     training = [Example("name : Ann", ("x",)), Example("name : Bo", ("y",))]
     tested = [Example(" name :\tAnn\n"), Example("name : ann"), Example("name : Bo"), Example("name:Bo")]
     found = find_overlap(tested, training, "my.csv")
-    assert found.to_dict() == {"count": 2, "share": 0.5, "num_examples": 4, "train": "my.csv"}
+    assert found.model_dump() == {"count": 2, "share": 0.5, "num_examples": 4, "train": "my.csv"}
     assert "2 of 4 test sources (50.0%)" in str(found)
 
 
@@ -83,11 +83,11 @@ def test_evaluate_joins_prefixes_and_knows_the_training_set_of_each(
     outputs, counts = [], []
     for prefix in (f"{tmp_path / 'two'}+{tmp_path / 'one'}", str(composed), str(tmp_path / "one")):
         words = ["evaluate", "--prefix", prefix, "--data", test, "--target", "text", "--dtype", "float32"]
-        written = tmp_path / "written.txt"
-        assert main([*words, "--outputs", str(written), "--max-new-tokens", "6", "--device", "cpu", "--json"]) == 0
+        written = tmp_path / f"scored{len(outputs)}"
+        assert main([*words, "--output", str(written), "--max-new-tokens", "6", "--device", "cpu", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["prefix"] == prefix
-        outputs.append(written.read_text())
-        counts.append(result.get("overlap", {}).get("count"))
+        outputs.append((written / "outputs.jsonl").read_text())
+        counts.append((result["overlap"] or {}).get("count"))
     assert outputs[0] == outputs[1] != outputs[2]
     assert counts == [2, None, 1]

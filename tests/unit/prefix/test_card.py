@@ -14,10 +14,9 @@ from markdown_it import MarkdownIt
 
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError
-from prefixtune.evaluation.metrics import Score
-from prefixtune.evaluation.records import Evaluation
 from prefixtune.prefix.card import read_evaluations
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.results import Evaluation, Score
 
 SCORES = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
 EVALUATION = {"kind": "evaluation", "task": "e2e", "data": "e2e", "split": "test", "num_examples": 300}
@@ -98,8 +97,8 @@ def test_a_header_makes_no_link_and_no_picture(prefix: Prefix) -> None:
 
 
 def test_what_evaluate_returned_goes_into_it(prefix: Prefix) -> None:
-    score = Score("accuracy", 0.75, "a test")
-    card = prefix.card("me/pubs", Evaluation({"accuracy": score}, ("a", "b", "c")))
+    score = Score(score=0.75, implementation="a test")
+    card = prefix.card("me/pubs", Evaluation(scores={"accuracy": score}, num_examples=3))
     assert "(3 examples)" in card
     (result,) = ModelCard(card).data.eval_results
     assert result.dataset_type == "e2e"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -16,7 +16,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.utils.console import safe_text
 
 if TYPE_CHECKING:
-    from prefixtune.evaluation.data_report import DataReport, Limit, Part
+    from prefixtune.evaluation.data_report import DataReport, Part
 
 __all__ = ["data"]
 
@@ -42,9 +42,7 @@ class DataOptions(CommandOptions):
     max_length: int = Field(0, ge=0, description="most positions of source and target together; 0: the backbone's")
     prefix_length: int = Field(10, ge=0, description="P, which takes positions too")
     batch_size: int = Field(16, ge=1, description="targets per forward pass, for the positions of a step")
-    rows: int = Field(100_000, ge=0, description="rows that are read, at most; 0: all")
     tasks: bool = Field(False, description="list the tasks and presets, and do nothing else")
-    sample: int = Field(2_000, ge=1, description="examples that are tokenized, at most, evenly spaced")
     as_json: bool = json_option("all figures")
 
 
@@ -70,38 +68,21 @@ def data(options: DataOptions) -> int:
         raise ConfigError("there is no data to look at.", hint="name a file, or send one: prefixtune data < rows.jsonl")
     given = {name: getattr(options, name) for name in fields}
     config = TrainConfig(train=options.file or "-", **given, initialization="random")
-    report = report_data(config, test=options.test, max_rows=options.rows, max_tokenized=options.sample)
+    report = report_data(config, test=options.test)
     if options.as_json:
-        print_json(report.to_dict())
-        return 0
-    for line in _lines(report, options.test):
-        print(line)
+        print_json(report.model_dump(mode="json"))
+    else:
+        print("\n\n".join("\n".join(lines) for lines in _paragraphs(report, options.test)))
     return 0
 
 
-def _lines(report: DataReport, test: str) -> Iterator[str]:
-    yield safe_text(report.read)
-    if not report.is_whole:
-        yield f"only the first {report.rows:,} rows were read (--rows)"
-    yield ""
-    yield from _length_lines(report)
-    yield ""
-    yield from _limit_lines(report)
-    if report.positions:
-        yield ""
-        most, steps = report.positions["most"], report.positions["steps"]
-        yield (
-            f"an optimizer step reads about {report.positions['mean']:,.0f} positions, {most:,.0f} at most; "
-            f"{steps:,.0f} {'step is' if steps == 1 else 'steps are'} an epoch"
-        )
-    yield ""
-    yield from _notes(report, test)
-    yield ""
+def _paragraphs(report: DataReport, test: str) -> Iterator[Iterable[str]]:
+    yield [safe_text(report.read)]
+    yield _length_lines(report)
+    yield _limit_lines(report)
+    yield _notes(report, test)
     how = "in color" if _in_color() else "in [[ ]]"
-    count = report.more_targets
-    more = f"; it has {count:,} more {'target' if count == 1 else 'targets'}" if count else ""
-    yield f"the first example as the model reads it, with what it learns to write {how}{more}:"
-    yield _show(report.example)
+    yield [f"the first example as the model reads it, with what it learns to write {how}:", _show(report.example)]
 
 
 def _length_lines(report: DataReport) -> Iterator[str]:
@@ -115,17 +96,15 @@ def _length_lines(report: DataReport) -> Iterator[str]:
 
 
 def _limit_lines(report: DataReport) -> Iterator[str]:
-    refused = any(limit.refused for limit in report.limits)
-    yield f"{'max_length':>10}{'cut':>10}" + (f"{'refused: the target alone is too long':>42}" if refused else "")
-    for limit in report.limits:
-        yield _limit_line(limit, report.tokenized, refused)
-
-
-def _limit_line(limit: Limit, total: int, refused: bool) -> str:
-    share = f" ({limit.cut / total:.1%})" if limit.cut else ""
-    line = f"{limit.positions:>10,}{limit.cut:>10,}{share:<9}"
-    line += f"{limit.refused:>10,}" if refused else ""
-    return f"{line}  {limit.name}".rstrip()
+    limit, positions = report.limit, report.positions
+    if limit.positions:
+        refused = f", and {limit.refused:,} are refused, as a target alone is too long" if limit.refused else ""
+        yield f"at {limit.positions:,} positions {limit.cut:,} of {report.tokenized:,} examples are cut{refused}"
+    if positions:
+        yield (
+            f"an optimizer step reads about {positions['mean']:,} positions, {positions['most']:,} at most; "
+            f"steps of an epoch: {positions['steps']:,}"
+        )
 
 
 def _notes(report: DataReport, test: str) -> Iterator[str]:
@@ -133,9 +112,8 @@ def _notes(report: DataReport, test: str) -> Iterator[str]:
     if report.labels:
         listed = [f"{safe_text(label)} {count:,}" for label, count in list(report.labels.items())[:_MAX_LABELS]]
         yield f"{len(report.labels):,} labels: {', '.join(listed)}{', ...' if len(report.labels) > _MAX_LABELS else ''}"
-    if report.overlap is not None:
-        count, total = report.overlap["count"], report.overlap["num_examples"]
-        yield f"sources of {test} that are also in the data: {count:,} of {total:,} ({report.overlap['share']:.1%})"
+    if (overlap := report.overlap) is not None:
+        yield f"sources of {test} that are also in the data: {overlap.count:,} of {overlap.num_examples:,}"
 
 
 def _in_color() -> bool:

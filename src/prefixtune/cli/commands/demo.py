@@ -21,8 +21,8 @@ from prefixtune.utils.console import Console
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.data import Example
-    from prefixtune.evaluation.records import Evaluation
     from prefixtune.prefix.prefix import Prefix
+    from prefixtune.results import Evaluation
     from prefixtune.training.train import TrainResult
 
 __all__ = ["demo", "demo_config"]

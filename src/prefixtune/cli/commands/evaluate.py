@@ -1,4 +1,4 @@
-"""`prefixtune evaluate`: decode for every example of a file, and score the outputs."""
+"""`prefixtune evaluate`: decode for every example of a file, or take outputs that exist, and score them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import PathText, check_metrics, print_json, show_scores
+from prefixtune.cli.common import PathText, Table, format_score, score_tables, show
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
 from prefixtune.cli.loading import Artifact, columns_as_trained, find_artifact, load_artifact, split_joined
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option
@@ -19,27 +19,25 @@ from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.data import Example, Task
-    from prefixtune.data.labels import Labels
-    from prefixtune.evaluation.records import Evaluation
     from prefixtune.inference.config import GenerateConfig
+    from prefixtune.results import Evaluation, Overlap
 
 __all__ = ["evaluate"]
+
+_FOR_MODELS = ("prefix", "run_folder", "shots", "instruction", "backbone")
+_FOR_OUTPUTS = ("against", "protocol")
+
+
+def _named(metavar: str, description: str, default: Any = None, **extra: str) -> Any:
+    """A field whose value has this name in the help."""
+    return Field(default, description=description, json_schema_extra={"metavar": metavar, **extra})
 
 
 class EvaluateOptions(DecodingOptions, OutputOptions):
     """The options of `prefixtune evaluate`."""
 
-    prefix: PathText | None = Field(
-        None,
-        description="a file, the folder of its run, or hub:OWNER/NAME; A+B joins several; without it and --run: the "
-        "bare model",
-        json_schema_extra={"metavar": "FILE"},
-    )
-    run_folder: PathText | None = Field(
-        None,
-        description="a run of `prefixtune train`, with any method",
-        json_schema_extra={"flag": "run", "metavar": "FOLDER"},
-    )
+    prefix: PathText | None = _named("FILE", "a file, a run's folder, hub:OWNER/NAME, or A+B; none: the bare model")
+    run_folder: PathText | None = _named("FOLDER", "a run of `prefixtune train`, with any method", flag="run")
     task: str | None = Field(None, description="default: the prefix's or the run's task")
     data: str = Field(
         description="examples with references: a file, a folder, hub:NAME, or - (stdin)",
@@ -51,120 +49,81 @@ class EvaluateOptions(DecodingOptions, OutputOptions):
     form: Literal["", FormName] = form_option()
     limit: int = Field(0, ge=0, description="only the first N examples; 0: all")
     shots: int = Field(0, ge=0, description="show N solved examples of --train before each")
-    train: str | None = Field(
-        None, description="where the examples of --shots come from", json_schema_extra={"metavar": "PATH"}
-    )
+    train: str | None = _named("PATH", "where the examples of --shots come from")
     instruction: str = Field("", description="ask the bare model in words, in its chat template where it has one")
-    metrics: CommaList[str] = Field(
-        (), description="such as bleu,nist,meteor (default: the task's)", json_schema_extra={"metavar": "NAMES"}
-    )
+    metrics: CommaList[str] = _named("NAMES", "such as bleu,nist,meteor (default: the task's)", ())
     intervals: bool = Field(False, description="also give 95 % bootstrap intervals")
-    output: str | None = Field(
-        None,
-        description="write scores, outputs and settings there; a stopped evaluation goes on",
-        json_schema_extra={"metavar": "FOLDER"},
+    output: str | None = _named("FOLDER", "write scores, outputs and settings there; a stopped evaluation goes on")
+    outputs: str | None = _named("FILE", 'score these, and decode nothing: one a line, or .jsonl with the key "output"')
+    against: str | None = _named("FILE", "outputs of a second system: test the difference from --outputs")
+    protocol: Literal["", "e2e", "webnlg", "dart", "summarization", "plain"] = Field(
+        "", description="of --outputs: by whose rules texts are scored (default: the task's)"
     )
-    outputs: str | None = Field(
-        None, description="also write the outputs, one a line", json_schema_extra={"metavar": "FILE"}
-    )
+    samples: int = Field(1000, ge=2, le=100_000, description="of --outputs: draws of intervals and of the test")
     as_json: bool = json_option("the scores")
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options that do not go together."""
         yield from super().conflicts()
+        trained = self.prefix or self.run_folder
         if self.prefix and self.run_folder:
             yield ("prefix", "run_folder"), "--prefix cannot go with --run, whose prefix is used; give one of the two"
-        trained = self.prefix or self.run_folder
-        if self.shots and (not self.train or trained):
+        if (self.shots or self.instruction) and trained:
             yield (
-                ("shots", "train"),
-                f"--shots {self.shots} shows the bare model examples of --train FILE: give --train, without --prefix "
-                "and --run",
+                ("shots", "instruction"),
+                "--shots and --instruction are for the bare model, without --prefix and --run",
             )
-        if self.train and not self.shots:
-            yield ("train", "shots"), "--train is for --shots N: give both, or leave it out"
-        if self.instruction and trained:
-            yield (
-                ("instruction",),
-                "--instruction is for the bare model, a prefix needs none: leave out --prefix and --run",
-            )
+        if bool(self.shots) != bool(self.train):
+            yield ("shots", "train"), "--shots N shows examples of --train FILE: give both, or neither"
+        given = [name for name in (_FOR_MODELS if self.outputs else _FOR_OUTPUTS) if getattr(self, name)]
+        if given:
+            listed = ", ".join(map(self.flag, given))
+            yield tuple(given), f"{listed} {'cannot go with' if self.outputs else 'needs'} --outputs FILE"
 
 
 @command
 def evaluate(options: EvaluateOptions) -> int:
-    """Decode for every example of a file, and score the outputs.
+    """Decode for every example of a file, and score the outputs; or score outputs of any system (--outputs).
 
-    The defaults of decoding are those of the task.
+    The defaults of decoding, the metrics and the rules of scoring are those of the task.
 
     For example:
         prefixtune evaluate --prefix runs/e2e/prefix.safetensors --task e2e --data testset_w_refs.csv
         prefixtune evaluate --run runs/full --data webnlg/ --split test --output runs/full/test --intervals
         prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/
+        prefixtune evaluate --task e2e --data e2e/ --split test --outputs a.txt --against b.txt
     """
     from prefixtune.data import TASKS
-    from prefixtune.data.labels import check_known, labels_in
-    from prefixtune.evaluation.evaluate import check_kind
-    from prefixtune.evaluation.metrics import METRICS, Unavailable, measure
-    from prefixtune.evaluation.records import summarize, write_evaluation
-    from prefixtune.utils.files import check_writable, write_text
+    from prefixtune.evaluation.scores import check_examples, check_metrics, write_evaluation
+    from prefixtune.utils.files import check_writable
 
     console = Console(quiet=options.quiet)
     # Everything that can be wrong is reported before the model loads.
     artifact = find_artifact(options, options.prefix)
     name, columns, examples = _read_examples(console, options, artifact)
-    task = TASKS[name]
-    metrics, labels = options.metrics or task.metrics, labels_in(artifact.header)
-    check_kind(
-        task.kind, labelled=labels is not None, intervals=options.intervals, has_prefix=artifact.prefix is not None
-    )
-    if labels is not None:
-        check_known(examples, labels)
-    check_metrics(metrics, METRICS if task.kind == "generation" else task.metrics)
-    if options.metrics and task.kind == "generation":
-        # Any text shows whether a library is missing.
-        try:
-            measure(["a word"], [["a word"]], protocol=task.protocol, metrics=metrics)
-        except Unavailable as error:
-            raise ConfigError(f"{error.reason}.", hint=f"{error.remedy}, or leave the metric out.") from error
-    config = generate_config(options, [artifact.header], name)
-    if options.print_config:
-        print(config.to_toml().rstrip())
-        return 0
-    note_unused(console, options, config)
-    for path in filter(None, (options.outputs, options.output and f"{options.output}/any")):
-        check_writable(Path(path))
-    shots = _read_shots(options, name, columns)
-    overlap = _overlap(console, options, artifact, examples, shots)
-    outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots, labels)
-    if outcome.num_unended:
-        console.warn(
-            f"{outcome.num_unended} of {len(examples)} outputs did not end within {config.max_new_tokens} tokens, and "
-            "are scored as they are (--max-new-tokens)."
-        )
+    task, scored = TASKS[name], examples[: options.limit or None]
+    protocol = options.protocol or task.protocol
+    check_examples(scored, protocol)
+    check_metrics(options.metrics or None, kind=task.kind, protocol=protocol)
     if options.output:
-        method = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
-        of = options.run_folder or options.prefix or options.backbone or "the bare model"
-        facts = {
-            "title": f"{of} on {name}{f' ({options.split})' if options.split else ''}",
-            "task": name,
-            "data": Path(options.data).name,
-            "split": options.split or None,
-            "method": "few-shot" if shots else method,
-            **settings,
-            **overlap,
-        }
-        write_evaluation(Path(options.output), outcome, examples, facts, protocol=task.protocol)
-        console.info(f"scores, outputs and settings: {options.output}")
-    summary = summarize(outcome)
-    if options.as_json:
-        facts = {"num_examples": len(examples), "task": name, "prefix": options.prefix, "run": options.run_folder}
-        print_json({**summary, **facts, **overlap})
-    else:
-        show_scores(console, f"{len(examples)} examples of {options.data}", summary, "examples")
-        for left_out, reason in outcome.left_out.items():
-            console.info(f"{left_out} was left out: {reason}")
+        check_writable(Path(options.output) / "any")
     if options.outputs:
-        write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
+        outcome = _score(options, name, task, examples)
+    else:
+        config = generate_config(options, [artifact.header], name)
+        if options.print_config:
+            print(config.to_toml().rstrip())
+            return 0
+        outcome = _decode(console, options, artifact, scored, task, config, _read_shots(options, name, columns))
+    split = f" ({options.split})" if options.split else ""
+    of = options.outputs or options.run_folder or options.prefix or options.backbone or "the bare model"
+    outcome = outcome.with_facts(
+        title=f"{of} on {name}{split}", task=name, data=Path(options.data).name, split=options.split or None
+    )
+    if options.output:
+        write_evaluation(Path(options.output), outcome, scored, protocol=protocol)
+        console.info(f"scores, outputs and settings: {options.output}")
+    _show(console, options, outcome)
     return 0
 
 
@@ -176,20 +135,18 @@ def _read_examples(
     Raises:
         ConfigError: An option is for texts that are generated, but the data is texts alone.
     """
-    from prefixtune.data import TASKS, form_that_fits, read_task, resolve_task
+    from prefixtune.data import form_that_fits, read_task, resolve_task
     from prefixtune.data.forms import describe_data
-    from prefixtune.evaluation.evaluate import check_examples
 
-    name = options.task or artifact.header.get("task") or "records"
+    name, split = options.task or artifact.header.get("task") or "records", options.split or None
     columns = columns_as_trained(options, name, artifact.header)
-    if _is_conll(options.data):
+    if options.data.removesuffix(".gz").endswith((".conll", ".bio", ".txt")):
+        # They have no named columns.
         columns |= {"source": options.source, "target": options.target}
     if name == "records" and not any(columns.values()):
-        trained = str(artifact.header.get("form") or "")
-        columns["form"] = form_that_fits(name, options.data, trained, split=options.split or None)
-    name, form, first_row = resolve_task(name, options.data, split=options.split or None, **columns)
-    examples = read_task(name, options.data, split=options.split or None, needs_targets=True, **columns)
-    examples = examples[: options.limit or None]
+        columns["form"] = form_that_fits(name, options.data, str(artifact.header.get("form") or ""), split=split)
+    name, form, first_row = resolve_task(name, options.data, split=split, **columns)
+    examples = read_task(name, options.data, split=split, needs_targets=True, **columns)
     if form is not None:
         console.info(describe_data(form, examples, options.data, first_row))
         given = [options.flag(name) for name in ("metrics", "shots", "instruction") if getattr(options, name)]
@@ -198,28 +155,63 @@ def _read_examples(
                 f"{', '.join(given)}: not for texts alone, whose perplexity is measured.",
                 hint="leave it out, or name a source and a target (--source, --target).",
             )
-    check_examples(examples, TASKS[name].protocol)
     return name, columns, examples
 
 
-def _evaluate(
+def _score(options: EvaluateOptions, name: str, task: Task, examples: Sequence[Example]) -> Evaluation:
+    """The scores of outputs that exist already.
+
+    Raises:
+        PrefixError: A file does not fit the examples, or a metric cannot be computed here.
+    """
+    from prefixtune.evaluation.outputs import outputs_of
+    from prefixtune.evaluation.scores import score_outputs
+
+    if task.kind != "generation" and (options.against or options.protocol or options.intervals):
+        raise ConfigError(
+            f"--against, --protocol, --intervals: for texts, not for {task.kind}.", hint="leave them out."
+        )
+    data: dict[str, Any] = {"task": name, "data": options.data, "split": options.split, "limit": options.limit}
+    outputs, *other = (
+        outputs_of(examples, Path(file), **data) for file in (options.outputs, options.against) if file is not None
+    )
+    return score_outputs(
+        outputs,
+        examples[: options.limit or None],
+        kind=task.kind,
+        protocol=options.protocol or task.protocol,
+        metrics=options.metrics or None,
+        intervals=options.intervals,
+        samples=options.samples,
+        strict=bool(options.metrics),
+        against=(str(options.against), other[0]) if other else None,
+    ).with_facts(method="outputs")
+
+
+def _decode(
     console: Console,
     options: EvaluateOptions,
     artifact: Artifact,
     examples: Sequence[Example],
     task: Task,
-    metrics: Sequence[str],
     config: GenerateConfig,
     shots: Sequence[Example],
-    labels: Labels | None,
-) -> tuple[Evaluation, dict[str, Any]]:
-    """Load the model, decode and score; returns the evaluation, and the backbone and settings for its files."""
+) -> Evaluation:
+    """Load the model, decode and score."""
     from prefixtune.data.encoding import default_format
+    from prefixtune.data.labels import check_known, labels_in
     from prefixtune.evaluation.decode import DECODED_FILE
+    from prefixtune.evaluation.evaluate import check_kind
     from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.prompting import few_shot_format, instruction_format
-    from prefixtune.prefix.prefix import content_hash
 
+    labels, has_prefix = labels_in(artifact.header), artifact.prefix is not None
+    check_kind(task.kind, labelled=labels is not None, intervals=options.intervals, has_prefix=has_prefix)
+    if labels is not None:
+        check_known(examples, labels)
+    _check_computable(options, task)
+    note_unused(console, options, config)
+    overlap = _overlap(console, artifact, examples, shots, str(options.train))
     backbone, prefix, text_format = load_artifact(console, options, artifact)
     if options.instruction:
         text_format = instruction_format(backbone, options.instruction, shots)
@@ -235,25 +227,42 @@ def _evaluate(
             kind=task.kind,
             labels=None if artifact.weights is None else labels,
             protocol=task.protocol,
-            metrics=metrics if task.kind == "generation" else None,
+            metrics=(options.metrics or task.metrics) if task.kind == "generation" else None,
             intervals=options.intervals,
             resume_file=Path(options.output) / DECODED_FILE if options.output else None,
             on_batch=bar.update,
             on_cut=lambda cut: console.info(f"{len(cut)} of {len(examples)} sources were truncated to fit"),
         )
-    settings = {
-        "decoding": config.to_dict(),
-        "text_format": None if text_format is None else text_format.to_dict(),
-        "shots": options.shots,
-        "limit": options.limit,
-        "dtype": backbone.dtype_name,
-        "protocol": task.protocol,
-    }
-    facts: dict[str, Any] = {"backbone": backbone.name, "prefix": options.prefix, "settings": settings}
-    if prefix is not None:
-        # Model cards take the scores of this very prefix alone.
-        facts["prefix_hash"] = content_hash(prefix)
-    return outcome, facts
+    if outcome.num_unended:
+        console.warn(
+            f"{outcome.num_unended} of {len(examples)} outputs did not end within {config.max_new_tokens} tokens, and "
+            "are scored as they are (--max-new-tokens)."
+        )
+    method = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
+    return outcome.with_facts(
+        method="few-shot" if shots else method,
+        backbone=backbone.name,
+        prefix=options.prefix,
+        overlap=overlap,
+        settings={
+            "decoding": config.to_dict(),
+            "text_format": None if text_format is None else text_format.to_dict(),
+            "shots": options.shots,
+            "limit": options.limit,
+            "dtype": backbone.dtype_name,
+            "protocol": task.protocol,
+        },
+    )
+
+
+def _check_computable(options: EvaluateOptions, task: Task) -> None:
+    """Refuse a metric of --metrics that cannot be computed here; any text shows whether a program is missing."""
+    from prefixtune.data import Example
+    from prefixtune.evaluation.scores import score_outputs
+
+    if options.metrics and task.kind == "generation":
+        word = [Example("a word", ("a word",))]
+        score_outputs(["a word"], word, protocol=task.protocol, metrics=options.metrics, strict=True)
 
 
 def _read_shots(options: EvaluateOptions, task: str, columns: dict[str, Any]) -> list[Example]:
@@ -277,19 +286,22 @@ def _read_shots(options: EvaluateOptions, task: str, columns: dict[str, Any]) ->
 
 
 def _overlap(
-    console: Console, options: EvaluateOptions, artifact: Artifact, examples: list[Example], shots: list[Example]
-) -> dict[str, Any]:
+    console: Console,
+    options: EvaluateOptions,
+    artifact: Artifact,
+    examples: Sequence[Example],
+    shots: Sequence[Example],
+) -> Overlap | None:
     """How many examples are also among the shots, or in the training sets of the prefix or the weights; warns of them.
 
-    Empty: these are unknown.
+    None: these are unknown.
     """
     from prefixtune.evaluation.overlap import find_overlap, training_examples
     from prefixtune.training.folder import CONFIG_FILE
 
-    known, name = shots, str(options.train)
+    known = list(shots)
     files = [artifact.weights] if artifact.weights else split_joined(artifact.prefix) if artifact.prefix else []
-    for file in [] if shots else files:
-        path = Path(file).parent / CONFIG_FILE
+    for path in [Path(file).parent / CONFIG_FILE for file in files]:
         if path.is_file():
             try:
                 config = TrainConfig.from_file(path)
@@ -297,13 +309,23 @@ def _overlap(
             except PrefixError as error:
                 console.info(f"not compared with the training set: {error.message}")
     if not known:
-        return {}
+        return None
     overlap = find_overlap(examples, known, name)
     if overlap.count:
         console.warn(f"{overlap}.")
-    return {"overlap": overlap.to_dict()}
+    return overlap
 
 
-def _is_conll(path: str) -> bool:
-    """Whether a file has no named columns."""
-    return path.removesuffix(".gz").endswith((".conll", ".bio", ".txt"))
+def _show(console: Console, options: EvaluateOptions, outcome: Evaluation) -> None:
+    """Print the scores, those of groups, and how they compare."""
+    for name, reason in outcome.left_out.items():
+        console.warn(f"{name} is left out: {reason}")
+    tables = list(score_tables(f"{outcome.num_examples:,} examples of {options.data}", outcome))
+    if other := outcome.against:
+        title, rows = "", []
+        for name, test in other.comparison.items():
+            first, second = format_score(outcome.scores[name]), format_score(other.scores[name])
+            rows.append([name, first, second, f"{test.difference:+.4f}", f"{test.p_value:.4f}"])
+            title = f"against {other.outputs}: {test.method}, {test.samples} samples"
+        tables.append(Table(title, ["metric", "first", "second", "difference", "p"], rows))
+    show({**outcome.summary(), "run": options.run_folder}, *tables, as_json=options.as_json)

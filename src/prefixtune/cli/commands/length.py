@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -12,7 +10,7 @@ from pydantic import Field
 from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.cli.training import preset_layer, stored_layer
-from prefixtune.training.config import MOST_LENGTHS, TrainConfig
+from prefixtune.training.config import TrainConfig
 from prefixtune.utils.config import CommaList, Layer
 from prefixtune.utils.console import Console
 
@@ -67,25 +65,6 @@ class LengthOptions(ConfigOptions, OutputOptions, TrainConfig):
             return [usual, *file]
         return [usual, preset_layer(values), *file]
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Also: what a curve needs."""
-        yield from super().conflicts()
-        if not self.nested:
-            yield ("nested",), "nested is false, but the lengths of one run are compared only if it is nested"
-        if not self.dev and not self.hold_out:
-            yield (
-                ("dev", "hold_out"),
-                "lengths are compared on development data, but there is none: give --dev FILE, or --hold-out 0.2",
-            )
-        if len(self.lengths) > MOST_LENGTHS:
-            yield ("lengths",), f"lengths has {len(self.lengths)} numbers, but at most {MOST_LENGTHS} are measured"
-        too_long = [length for length in self.lengths if length > self.prefix_length > 0 or length < 1]
-        if too_long:
-            yield (
-                ("lengths", "prefix_length"),
-                f"lengths has {too_long[0]}, but must be from 1 to {self.prefix_length or 'P'}",
-            )
-
 
 @command
 def length(options: LengthOptions) -> int:
@@ -106,8 +85,7 @@ def length(options: LengthOptions) -> int:
 
     config = options.part(TrainConfig)
     console = Console(quiet=options.quiet or options.as_json)
-    with ExitStack() as stack:
-        show = stack.enter_context(show_training(console))
+    with show_training(console) as show:
         result = find_length(
             config,
             lengths=options.lengths,
@@ -115,7 +93,7 @@ def length(options: LengthOptions) -> int:
             samples=options.samples,
             resume=options.resume,
             on_event=print_event if options.as_json else show,
-            on_point=_Progress(console, stack).show,
+            on_length=lambda length: console.info(f"measuring the first {length} positions ..."),
             progress=False,
         )
     if options.as_json:
@@ -125,23 +103,9 @@ def length(options: LengthOptions) -> int:
     return 0
 
 
-class _Progress:
-    """A bar over the lengths that are measured."""
-
-    def __init__(self, console: Console, stack: ExitStack) -> None:
-        self.console, self.stack = console, stack
-        self.bar: Any = None
-
-    def show(self, index: int, count: int, percent: int) -> None:
-        """Show how far the length with this index is."""
-        if self.bar is None:
-            self.bar = self.stack.enter_context(self.console.progress("measuring lengths", 100 * count))
-        self.bar.update(100 * index + percent)
-
-
 def _print_curve(result: LengthResult) -> None:
-    for point in result.points:
-        print_json({"event": "length", **asdict(point)})
+    for point in result.lengths:
+        print_json({"event": "length", **point.model_dump()})
     print_json({"event": "result", "best": result.best, "chosen": result.chosen, "path": str(result.path)})
 
 
@@ -157,7 +121,7 @@ def _print_table(result: LengthResult, console: Console) -> None:
             f"{point.num_bytes:,}",
             notes.get(point.prefix_length, ""),
         ]
-        for point in result.points
+        for point in result.lengths
     ]
     columns = ["p", "loss", "95 % interval", "worse than the best by", "p-value", "bytes", ""]
     console.table("", columns, rows, result=True)

@@ -3,18 +3,18 @@
 `compute` scores outputs as a task's official script does (its protocol); `measure` keeps each item's statistics, so
 that parts, intervals and comparisons cost little more. Every score names its implementation.
 
-This package imports nothing else of this project: no example, no task, no model, no exception. Misuse raises
-`ValueError`.
+Of this project, this package imports the model of a score alone: no example, no task, no model, no exception. Misuse
+raises `ValueError`.
 """
 
 from __future__ import annotations
 
-from prefixtune.evaluation.metrics.base import Score, Unavailable
-from prefixtune.evaluation.metrics.classification import accuracy, macro_f1, span_f1
+from prefixtune.evaluation.metrics.base import Unavailable
+from prefixtune.evaluation.metrics.labels import accuracy, macro_f1, span_f1
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.evaluation.metrics.registry import METRICS
-from prefixtune.evaluation.metrics.scoring import compare, compute, measure, metric_names
+from prefixtune.evaluation.metrics.scoring import METRICS, compute, measure, metric_names
 from prefixtune.evaluation.metrics.significance import Comparison, Measurement, bootstrap, randomize
+from prefixtune.results import Score
 
 __all__ = [
     "METRICS",
@@ -25,7 +25,6 @@ __all__ = [
     "Unavailable",
     "accuracy",
     "bootstrap",
-    "compare",
     "compute",
     "macro_f1",
     "measure",

@@ -1,23 +1,22 @@
-"""What every metric returns: a score, and the statistics of each item that the score is computed from."""
+"""What every metric returns: the statistics of each item that its score is computed from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import numpy as np
 
 __all__ = [
     "Array",
     "ItemStatistics",
-    "Score",
     "Unavailable",
     "average",
     "check_counts",
-    "check_references",
     "package_version",
+    "squeeze",
 ]
 
 
@@ -39,6 +38,15 @@ class Unavailable(ValueError):
         self.remedy = remedy
 
 
+def squeeze(text: str) -> str:
+    r"""A text on one line: every run of white space, line and paragraph separators among it, becomes one space.
+
+    >>> squeeze(" a\tb\u2028c\n")
+    'a b c'
+    """
+    return " ".join(text.split())
+
+
 def package_version(name: str, needed_by: str, *, extra: str = "scores") -> str:
     """The version of an installed package of an extra.
 
@@ -51,31 +59,6 @@ def package_version(name: str, needed_by: str, *, extra: str = "scores") -> str:
         raise Unavailable(
             f"{name} is not installed, and {needed_by} needs it", f"pip install 'prefixtune[{extra}]'"
         ) from error
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure, and how it was computed.
-
-    Attributes:
-        name: The metric's name.
-        score: The figure, on the metric's usual scale.
-        implementation: Library, version and settings, or this package and the definition in short. Figures of different
-            implementations cannot be compared.
-        higher_is_better: False for error rates.
-        interval: Low and high end of a confidence interval, if one was requested.
-    """
-
-    name: str
-    score: float
-    implementation: str
-    higher_is_better: bool = True
-    interval: tuple[float, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON; the interval only if there is one."""
-        names = ("score", "implementation", "higher_is_better")
-        return {name: getattr(self, name) for name in names} | ({"interval": [*self.interval]} if self.interval else {})
 
 
 @dataclass(frozen=True)
@@ -106,34 +89,7 @@ def _mean(sums: Array) -> float:
     return float(sums[0] / sums[1])
 
 
-def check_references(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The references without blank ones, after checking that everything can be scored.
-
-    Raises:
-        ValueError: They are no texts, the counts differ, there is no item, or an item has no reference.
-    """
-    if not (_are_texts(hypotheses) and _is_list(references) and all(map(_are_texts, references))):
-        raise ValueError("hypotheses must be a list of strings, and references a list of lists of strings")
-    if len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} hypotheses but references for {len(references)} items; counts must agree")
-    if not hypotheses:
-        raise ValueError("there is no hypothesis; at least one is needed")
-    kept = [[text for text in item if text.strip()] for item in references]
-    for index, item in enumerate(kept):
-        if not item:
-            raise ValueError(f"item {index} (from 0) has no reference; at least one text is needed")
-    return kept
-
-
-def _are_texts(value: object) -> bool:
-    return _is_list(value) and all(isinstance(text, str) for text in value)
-
-
-def _is_list(value: object) -> TypeGuard[Collection[object]]:
-    return isinstance(value, Collection) and not isinstance(value, str)
-
-
-def check_counts(predictions: Collection[object], references: Collection[object], what: str) -> None:
+def check_counts(predictions: Sized, references: Sized, what: str) -> None:
     """Refuse unequal counts and empty sets.
 
     Raises:

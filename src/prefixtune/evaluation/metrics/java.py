@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from prefixtune.evaluation.metrics.base import Unavailable, package_version
-from prefixtune.evaluation.metrics.protocols import squeeze
+from prefixtune.evaluation.metrics.base import Unavailable, package_version, squeeze
 
 __all__ = ["jar_path", "java_failure", "run_java", "treebank_words"]
 

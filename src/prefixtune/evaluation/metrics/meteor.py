@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prefixtune.evaluation.metrics.base import Array, ItemStatistics, package_version
+from prefixtune.evaluation.metrics.base import Array, ItemStatistics, package_version, squeeze
 from prefixtune.evaluation.metrics.java import jar_path, java_failure, run_java
-from prefixtune.evaluation.metrics.protocols import squeeze
-from prefixtune.evaluation.metrics.texts import Texts
+from prefixtune.evaluation.metrics.protocols import Texts
 
 __all__ = ["METEOR_JAR", "meteor", "meteor_score", "meteor_statistics"]
 

@@ -10,14 +10,13 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from prefixtune.evaluation.metrics.base import Array, ItemStatistics, Unavailable, average, package_version
-from prefixtune.evaluation.metrics.protocols import Protocol, ReferencePadding
-from prefixtune.evaluation.metrics.texts import Texts
+from prefixtune.evaluation.metrics.protocols import Protocol, ReferencePadding, Texts
 
 __all__ = ["bleu", "bleu_without_padding", "caption_rouge_l", "chrf", "cider", "exact_match", "nist", "rouge"]
 
@@ -150,30 +149,25 @@ def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
     )
 
 
-def rouge(kind: str) -> Callable[[Texts], ItemStatistics]:
-    """The metric ROUGE-1, ROUGE-2 or ROUGE-L (`1`, `2`, `L`): mean F1 of the items, 0 to 1, with Porter stemming.
+def rouge(kind: str, texts: Texts) -> ItemStatistics:
+    """ROUGE-1, ROUGE-2 or ROUGE-L (`1`, `2`, `L`): mean F1 of the items, 0 to 1, with Porter stemming.
 
     Each item is compared with its best reference. Under a captioning protocol ROUGE-L is `caption_rouge_l`. Of a text,
     the letters a to z and digits count alone; where most of the references' are others, the metric is `Unavailable`.
     """
+    if kind == "L" and texts.protocol.captions:
+        return caption_rouge_l(texts)
+    version = package_version("rouge-score", f"ROUGE-{kind}")
+    from rouge_score.rouge_scorer import RougeScorer
 
-    def measure(texts: Texts) -> ItemStatistics:
-        if kind == "L" and texts.protocol.captions:
-            return caption_rouge_l(texts)
-        version = package_version("rouge-score", f"ROUGE-{kind}")
-        from rouge_score.rouge_scorer import RougeScorer
-
-        unread = _unread(texts.references)
-        name = f"rouge{kind}"
-        scorer = RougeScorer([name], use_stemmer=True)
-        scores = [
-            scorer.score_multi(references, hypothesis)[name].fmeasure
-            for hypothesis, references in zip(texts.hypotheses, texts.references, strict=True)
-        ]
-        settings = f"F1, Porter stemming, best reference, words of a to z and 0 to 9{unread}"
-        return average(scores, f"rouge-score {version} ({settings}); protocol {texts.protocol.name}")
-
-    return measure
+    unread, name = _unread(texts.references), f"rouge{kind}"
+    scorer = RougeScorer([name], use_stemmer=True)
+    scores = [
+        scorer.score_multi(references, hypothesis)[name].fmeasure
+        for hypothesis, references in zip(texts.hypotheses, texts.references, strict=True)
+    ]
+    settings = f"F1, Porter stemming, best reference, words of a to z and 0 to 9{unread}"
+    return average(scores, f"rouge-score {version} ({settings}); protocol {texts.protocol.name}")
 
 
 def _unread(references: Sequence[Sequence[str]]) -> str:

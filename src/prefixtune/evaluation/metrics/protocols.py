@@ -1,16 +1,20 @@
-"""How each task's official script prepares texts and counts references, and which metrics it reports."""
+"""How each task's official script prepares texts and counts references, and which metrics it reports.
+
+`Texts` are outputs and references that a protocol prepares, once for all metrics.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Literal, TypeGuard
 
-from prefixtune.evaluation.metrics.base import Unavailable
+from prefixtune.evaluation.metrics.base import Unavailable, squeeze
+from prefixtune.evaluation.metrics.java import treebank_words
 
-__all__ = ["PROTOCOLS", "Protocol", "ReferencePadding", "squeeze"]
+__all__ = ["PROTOCOLS", "Protocol", "ReferencePadding", "Texts"]
 
 ReferencePadding = Literal["", "longest", "all"]
 """Which absent references BLEU counts as empty texts, which raises it for short outputs: none, those up to the largest
@@ -20,15 +24,6 @@ number of references that any item has, or those up to `max_references`."""
 # Lower-casing "İ" leaves a dot behind the i; it stays, so that texts that are prepared already (as DART's references
 # are) do not change.
 _NON_WORD = re.compile(r"((?!(?<=i)\u0307)\W)")
-
-
-def squeeze(text: str) -> str:
-    r"""A text on one line: every run of white space, line and paragraph separators among it, becomes one space.
-
-    >>> squeeze(" a\tb\u2028c\n")
-    'a b c'
-    """
-    return " ".join(text.split())
 
 
 def _split_words(text: str) -> str:
@@ -144,3 +139,87 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     )
 }
+
+
+class Texts:
+    """A set of items.
+
+    Args:
+        protocol: How texts are prepared.
+        hypotheses: One text per item; may be empty.
+        references: The references of each item, at least one that is not blank; blank ones are left out.
+
+    Raises:
+        ValueError: The counts differ, there is no item, or an item has no reference.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        hypotheses: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> None:
+        self.protocol = protocol
+        self.raw_hypotheses = list(hypotheses)
+        self.raw_references = [item[: protocol.max_references] for item in _check_references(hypotheses, references)]
+
+    @cached_property
+    def hypotheses(self) -> list[str]:
+        """The prepared hypotheses."""
+        return [self.protocol.prepare(text) for text in self.raw_hypotheses]
+
+    @cached_property
+    def references(self) -> list[list[str]]:
+        """The prepared references."""
+        return [[self.protocol.prepare_reference(text) for text in item] for item in self.raw_references]
+
+    @cached_property
+    def treebank(self) -> tuple[list[str], list[list[str]]]:
+        """Hypotheses and references as Penn Treebank words without punctuation; a text may have none.
+
+        Raises:
+            Unavailable: Java or pycocoevalcap is missing.
+        """
+        flat = [*self.hypotheses, *(text for item in self.references for text in item)]
+        words = iter(treebank_words(flat))
+        hypotheses = [next(words) for _ in self.hypotheses]
+        return hypotheses, [[next(words) for _ in item] for item in self.references]
+
+    def part(self, items: Sequence[int]) -> Texts:
+        """Some of the items, as a set of their own; texts that are already tokenized are not tokenized again."""
+        chosen = Texts(
+            self.protocol,
+            [self.raw_hypotheses[index] for index in items],
+            [self.raw_references[index] for index in items],
+        )
+        if "treebank" in self.__dict__:
+            hypotheses, references = self.treebank
+            chosen.treebank = [hypotheses[index] for index in items], [references[index] for index in items]
+        return chosen
+
+
+def _check_references(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The references without blank ones, after checking that everything can be scored.
+
+    Raises:
+        ValueError: They are no texts, the counts differ, there is no item, or an item has no reference.
+    """
+    if not (_are_texts(hypotheses) and _is_list(references) and all(map(_are_texts, references))):
+        raise ValueError("hypotheses must be a list of strings, and references a list of lists of strings")
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses but references for {len(references)} items; counts must agree")
+    if not hypotheses:
+        raise ValueError("there is no hypothesis; at least one is needed")
+    kept = [[text for text in item if text.strip()] for item in references]
+    for index, item in enumerate(kept):
+        if not item:
+            raise ValueError(f"item {index} (from 0) has no reference; at least one text is needed")
+    return kept
+
+
+def _are_texts(value: object) -> bool:
+    return _is_list(value) and all(isinstance(text, str) for text in value)
+
+
+def _is_list(value: object) -> TypeGuard[Collection[object]]:
+    return isinstance(value, Collection) and not isinstance(value, str)

@@ -1,17 +1,54 @@
-"""Score texts against references: scores, intervals, comparisons."""
+"""All metrics by name, and scoring texts against references.
+
+A new metric of texts is one line here and a function in its module.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from prefixtune.evaluation.metrics.base import ItemStatistics, Score, Unavailable
-from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.evaluation.metrics.registry import METRICS, Metric
-from prefixtune.evaluation.metrics.significance import Comparison, Measurement, randomize
-from prefixtune.evaluation.metrics.texts import Texts
+from prefixtune.evaluation.metrics import ngrams
+from prefixtune.evaluation.metrics.base import ItemStatistics, Unavailable
+from prefixtune.evaluation.metrics.meteor import meteor
+from prefixtune.evaluation.metrics.protocols import PROTOCOLS, Texts
+from prefixtune.evaluation.metrics.significance import Measurement
+from prefixtune.evaluation.metrics.ter import ter
+from prefixtune.results import Score
 
-__all__ = ["compare", "compute", "measure", "metric_names"]
+__all__ = ["METRICS", "Metric", "compute", "measure", "metric_names"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to score texts.
+
+    Attributes:
+        title: Its usual name.
+        measure: Texts -> each item's statistics.
+        higher_is_better: False for error rates.
+    """
+
+    title: str
+    measure: Callable[[Texts], ItemStatistics]
+    higher_is_better: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "bleu": Metric("BLEU", ngrams.bleu),
+    "bleu_sound": Metric("BLEU (absent references ignored)", ngrams.bleu_without_padding),
+    "nist": Metric("NIST", ngrams.nist),
+    "meteor": Metric("METEOR", meteor),
+    "rouge_1": Metric("ROUGE-1", partial(ngrams.rouge, "1")),
+    "rouge_2": Metric("ROUGE-2", partial(ngrams.rouge, "2")),
+    "rouge_l": Metric("ROUGE-L", partial(ngrams.rouge, "L")),
+    "cider": Metric("CIDEr", ngrams.cider),
+    "ter": Metric("TER", ter, higher_is_better=False),
+    "chrf": Metric("chrF++", ngrams.chrf),
+    "exact_match": Metric("exact match", ngrams.exact_match),
+}
 
 
 def measure(
@@ -54,21 +91,6 @@ def measure(
     return measured
 
 
-def metric_names(protocol: str, metrics: str | Iterable[str] | None) -> list[str]:
-    """The names of the wanted metrics, each once; None: the protocol's.
-
-    Raises:
-        ValueError: There is no such protocol or metric.
-    """
-    if protocol not in PROTOCOLS:
-        raise ValueError(_unknown("protocol", protocol, PROTOCOLS))
-    wanted = PROTOCOLS[protocol].metrics if metrics is None else (metrics,) if isinstance(metrics, str) else metrics
-    for name in wanted:
-        if name not in METRICS:
-            raise ValueError(_unknown("metric", name, METRICS))
-    return list(dict.fromkeys(wanted))
-
-
 def compute(
     hypotheses: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -77,65 +99,36 @@ def compute(
     metrics: str | Iterable[str] | None = None,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Score]:
-    """Score texts against their references.
+    """Score texts against their references: `measure`, of which only the scores are kept.
 
     >>> scores = compute(["a b c d e"], [["a b c d e", "f"]], metrics=["bleu", "ter"])
     >>> round(scores["bleu"].score, 6), scores["ter"].score
     (100.0, 0.0)
-
-    Args:
-        hypotheses: As in `measure`, like the other arguments.
-        references: Likewise.
-        protocol: Likewise.
-        metrics: Likewise.
-        left_out: Likewise.
-
-    Returns:
-        By metric, in the order of `metrics` or the protocol's.
-
-    Raises:
-        ValueError: As `measure`.
     """
     measured = measure(hypotheses, references, protocol=protocol, metrics=metrics, left_out=left_out)
     return {name: measurement.to_score() for name, measurement in measured.items()}
 
 
-def compare(
-    first: Sequence[str],
-    second: Sequence[str],
-    references: Sequence[Sequence[str]],
-    metric: str,
-    protocol: str = "plain",
-    *,
-    samples: int = 1000,
-    seed: int = 0,
-) -> Comparison:
-    """Test whether two systems' scores differ by more than chance (see `randomize`).
-
-    >>> compare(["a b c d e"] * 2, ["a b c d e"] * 2, [["a b c d e"]] * 2, "bleu").p_value
-    1.0
-
-    Args:
-        first: One system's outputs, one per item.
-        second: The other system's outputs for the same items.
-        references: As in `measure`.
-        metric: A name of `METRICS`.
-        protocol: A name of `PROTOCOLS`.
-        samples: How many random exchanges.
-        seed: Seed of the exchanges.
+def metric_names(protocol: str, metrics: str | Iterable[str] | None) -> list[str]:
+    """The names of the wanted metrics, each once; None: the protocol's.
 
     Raises:
-        ValueError: As `measure`, or `samples` is out of range.
+        ValueError: There is no such protocol or metric.
     """
-    one, other = (measure(texts, references, protocol=protocol, metrics=[metric])[metric] for texts in (first, second))
-    return randomize(one, other, samples=samples, seed=seed)
+    _check_known("protocol", protocol, PROTOCOLS)
+    wanted = PROTOCOLS[protocol].metrics if metrics is None else (metrics,) if isinstance(metrics, str) else metrics
+    names = list(dict.fromkeys(wanted))
+    for name in names:
+        _check_known("metric", name, METRICS)
+    return names
 
 
 def _remeasure(metric: Metric, texts: Texts) -> Callable[[Sequence[int]], ItemStatistics]:
     return lambda items: metric.measure(texts.part(items))
 
 
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    more = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-    return f"there is no {what} {name!r}; {more}"
+def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, list(known), n=1)
+        more = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        raise ValueError(f"there is no {what} {name!r}; {more}")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixtune.evaluation.metrics.base import ItemStatistics, Score
+from prefixtune.evaluation.metrics.base import ItemStatistics
+from prefixtune.results import Score
 
 __all__ = ["METHOD", "Comparison", "Measurement", "bootstrap", "randomize"]
 
@@ -31,13 +32,14 @@ class Measurement:
         name: The metric's name.
         higher_is_better: False for error rates.
         statistics: What each item contributes to the score.
-        remeasure: Measures the items with these indices as a set of their own.
+        remeasure: Measures the items with these indices as a set of their own; needed only where these are not
+            independent.
     """
 
     name: str
     higher_is_better: bool
     statistics: ItemStatistics
-    remeasure: Callable[[Sequence[int]], ItemStatistics]
+    remeasure: Callable[[Sequence[int]], ItemStatistics] | None = None
 
     def __len__(self) -> int:
         """The number of items."""
@@ -51,7 +53,13 @@ class Measurement:
     def to_score(self, *, level: float | None = None, samples: int = 1000, seed: int = 0) -> Score:
         """The score, with a confidence interval if a level is given (see `bootstrap`)."""
         interval = None if level is None else bootstrap(self, samples=samples, level=level, seed=seed)
-        return Score(self.name, self.score, self.statistics.implementation, self.higher_is_better, interval)
+        return Score(
+            name=self.name,
+            score=self.score,
+            implementation=self.statistics.implementation,
+            higher_is_better=self.higher_is_better,
+            interval=interval,
+        )
 
     def part(self, items: Sequence[int]) -> Measurement:
         """The measurement of some of the items, as if there were no others.
@@ -65,15 +73,14 @@ class Measurement:
         indices = list(items)
         if not indices or min(indices) < 0 or max(indices) >= len(self):
             raise ValueError(f"a part holds at least one item, numbered 0 to {len(self) - 1}; got {indices[:5]}")
-        if self.statistics.independent:
+        remeasure = self.remeasure
+        if remeasure is None or self.statistics.independent:
             statistics = dataclasses.replace(self.statistics, values=self.statistics.values[indices])
-        else:
-            statistics = self.remeasure(indices)
-        return Measurement(
-            self.name,
-            self.higher_is_better,
-            statistics,
-            lambda inner: self.remeasure([indices[index] for index in inner]),
+            return dataclasses.replace(self, statistics=statistics, remeasure=None)
+        return dataclasses.replace(
+            self,
+            statistics=remeasure(indices),
+            remeasure=lambda inner: remeasure([indices[index] for index in inner]),
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prefixtune.evaluation.metrics.base import Array, ItemStatistics
-from prefixtune.evaluation.metrics.texts import Texts
+from prefixtune.evaluation.metrics.protocols import Texts
 
 __all__ = ["edits", "ter"]
 

@@ -121,7 +121,7 @@ def _measure(config: TrainConfig, backbone: Backbone, sample: Sequence[Example],
 def _measured(measures: Measures, sampled: int) -> dict[str, Any]:
     whole = measures.lengths[-1]
     bins = whole.bins
-    own = next((limit for limit in reversed(measures.limits) if limit.name), None)
+    limit = measures.limit
     lengths = {
         "unit": "tokens",
         "counts": [count for _, _, count in bins],
@@ -129,13 +129,12 @@ def _measured(measures: Measures, sampled: int) -> dict[str, Any]:
         "median": whole.median,
         "longest": whole.longest,
     }
-    limits = [{"positions": one.positions, "cut": one.cut, "refused": one.refused} for one in measures.limits]
     return {
         "sampled": sampled,
-        "parts": [{"text": part.text[:_MOST_CHARS], "trained": part.is_label} for part in measures.parts],
+        "parts": [{"text": part.text[:_MOST_CHARS], "trained": part.is_label} for part in measures.example],
         "lengths": lengths,
-        "limits": limits,
-        "cuts": _cuts(own.positions, own.cut, own.refused, sampled) if own else "",
+        "limits": [limit.model_dump()] if limit.positions else [],
+        "cuts": _cuts(limit.positions, limit.cut, limit.refused, sampled) if limit.positions else "",
         "positions_per_step": measures.positions.get("mean"),
         "steps_per_epoch": measures.positions.get("steps"),
     }

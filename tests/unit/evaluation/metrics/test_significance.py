@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from prefixtune.evaluation.metrics import bootstrap, compare, compute, measure, randomize
+from prefixtune.evaluation.metrics import Comparison, bootstrap, compute, measure, randomize
 
 METRICS = ["bleu", "nist", "rouge_1", "ter", "chrf"]
 WORDS = list("abcdefghijklmnopq")
@@ -23,6 +23,11 @@ def items(count: int, wrong: float, seed: int = 0) -> tuple[list[str], list[list
         " ".join(rng.choice(WORDS) if rng.random() < wrong else word for word in item[0].split()) for item in references
     ]
     return outputs, references
+
+
+def compare(first: list[str], second: list[str], references: list[list[str]], metric: str, **draws: int) -> Comparison:
+    one, other = (measure(texts, references, metrics=[metric])[metric] for texts in (first, second))
+    return randomize(one, other, **draws)
 
 
 @pytest.mark.parametrize("metric", METRICS)

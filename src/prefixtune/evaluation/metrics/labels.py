@@ -6,7 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from prefixtune.evaluation.metrics.base import Score, check_counts
+from prefixtune.evaluation.metrics.base import check_counts
+from prefixtune.results import Score
 
 __all__ = ["accuracy", "macro_f1", "span_f1"]
 
@@ -29,7 +30,8 @@ def accuracy(predictions: Sequence[str], references: Sequence[str]) -> Score:
     """
     _check_labels(predictions, references)
     hits = sum(one == other for one, other in zip(predictions, references, strict=True))
-    return Score("accuracy", 100 * hits / len(references), "prefixtune (share of equal strings)")
+    implementation = "prefixtune (share of equal strings)"
+    return Score(name="accuracy", score=100 * hits / len(references), implementation=implementation)
 
 
 def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> Score:
@@ -52,11 +54,8 @@ def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> Score:
     hits = Counter(one for one, other in zip(predictions, references, strict=True) if one == other)
     occurrences = Counter([*predictions, *references])
     scores = [2 * hits[label] / occurrences[label] for label in sorted(occurrences)]
-    return Score(
-        "macro F1",
-        100 * sum(scores) / len(scores),
-        "prefixtune (mean F1 of the labels in predictions or references)",
-    )
+    implementation = "prefixtune (mean F1 of the labels in predictions or references)"
+    return Score(name="macro F1", score=100 * sum(scores) / len(scores), implementation=implementation)
 
 
 def span_f1(predicted_tags: Sequence[Sequence[str]], reference_tags: Sequence[Sequence[str]]) -> Score:
@@ -94,11 +93,8 @@ def span_f1(predicted_tags: Sequence[Sequence[str]], reference_tags: Sequence[Se
         num_predicted += len(predicted_spans)
         num_references += len(reference_spans)
     total = num_predicted + num_references
-    return Score(
-        "span F1",
-        200 * hits / total if total else 0.0,
-        "prefixtune (micro F1 of equal BIO spans, read as seqeval's default)",
-    )
+    implementation = "prefixtune (micro F1 of equal BIO spans, read as seqeval's default)"
+    return Score(name="span F1", score=200 * hits / total if total else 0.0, implementation=implementation)
 
 
 def _spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:

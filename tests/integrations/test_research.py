@@ -1,0 +1,172 @@
+"""A small study of the toy set: every run is scored once, a killed study goes on, points are compared, by Ray too."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.errors import DataError
+from prefixtune.utils import files
+from research import study as module
+from research.compare import compare, load
+from research.study import Cell, Study, cells, read_study, run, run_on_ray, sample_targets
+from research.tables import main
+from zoo import make_model, make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder, tokenizer = tmp_path_factory.mktemp("model"), make_tokenizer()
+    make_model("llama", tokenizer, num_hidden_layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def study(tmp_path: Path, model: str) -> Study:
+    return Study(
+        output=str(tmp_path / "runs"),
+        task="toy",
+        train="train",
+        dev="held_out",
+        test="held_out",
+        sizes=[8],
+        samples=2,
+        dev_limit=4,
+        test_limit=3,
+        try_steps=1,
+        decoding={"max_new_tokens": 4, "num_beams": 1},
+        settings={"backbone": model, "dtype": "float32", "batch_size": 4, "max_steps": 2},
+        points={
+            "prefix": {"prefix_length": 3, "init_text": "abc", "learning_rates": [1e-3, 1e-2]},
+            "lora": {"method": "adapter", "learning_rate": 1e-3},
+            "bare": {"method": "none", "init_text": "Describe it:"},
+        },
+    )
+
+
+def test_a_study_is_done_once_and_goes_on(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, trained = Path(study.output), []
+    import prefixtune as pt
+
+    train = pt.train
+
+    def noted(config: Any, **more: Any) -> Any:
+        trained.append(Path(config.output).name)
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        return train(config, **more)
+
+    monkeypatch.setattr(pt, "train", noted)
+    with pytest.raises(KeyboardInterrupt):
+        run(study)
+    assert set(run(study).values()) == {"done"}
+    # Two tries of a rate; one run was interrupted, and is the only one that was begun twice.
+    assert len(trained) == 2 + 4 + 1
+    assert trained[:3] == ["prefix-n8-0.001", "prefix-n8-0.01", "prefix-n8-s0"]
+    names = {cell.name for cell in cells(study)}
+    assert len(names) == 6
+    assert {path.parent.name for path in folder.glob("*/evaluation.json")} == names
+    run(study)
+    assert len(trained) == 7
+    stored = json.loads((folder / "prefix-n8-s1" / "evaluation.json").read_text())
+    losses = json.loads((folder / "rates" / "prefix-n8.json").read_text())
+    assert stored["training"]["learning_rate"] == float(min(losses, key=losses.__getitem__))
+    assert (stored["num_examples"], stored["sample"]) == (3, 1)
+    found = compare(study, "bleu")
+    assert found[["point", "samples"]].values.tolist() == [["lora", 2], ["bare", 2]]
+    file = tmp_path / "small.toml"
+    values = {name: json.dumps(getattr(study, name)) for name in ("output", "task", "train", "dev", "test")}
+    points = "".join(f"[points.{name}]\n" for name in study.points)
+    file.write_text("".join(f"{name} = {value}\n" for name, value in values.items()) + f"sizes = [8]\n{points}")
+    capsys.readouterr()
+    assert main([str(file)]) == 0
+    assert "bleu: difference from prefix" in capsys.readouterr().out
+
+
+def test_a_kill_leaves_no_half_of_the_rates(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_train", lambda study, cell, config: {"dev_loss": config.learning_rate})
+    cell = cells(study)[0]
+    assert module._choose_rate(study, cell, {}, [3e-3]) == 3e-3
+    path = Path(study.output) / "rates" / f"{cell.group}.json"
+    before = path.read_text()
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        module._choose_rate(study, cell, {}, [3e-3, 1e-3])
+    assert path.read_text() == before
+
+
+def store(study: Study, scores: dict[str, tuple[float, ...]], outputs: tuple[str, ...] = ()) -> None:
+    for point, values in scores.items():
+        for number, value in enumerate(values):
+            folder = Path(study.output) / Cell(point, 8, number).name
+            folder.mkdir(parents=True)
+            (folder / "evaluation.json").write_text(json.dumps({"scores": {"bleu": {"score": value}}}))
+            rows = [{"number": n, "references": ["a b c d e"], "output": text} for n, text in enumerate(outputs)]
+            (folder / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_differences_are_paired_and_corrected(study: Study) -> None:
+    study.samples = 3
+    store(study, {"prefix": (10.0, 20.0, 30.0), "lora": (11.0, 22.0, 33.0), "bare": (10.0, 20.0, 30.0)})
+    assert len(load(study)) == 9
+    lora, bare = compare(study, "bleu").to_dict("records")
+    # Student's t of 1, 2, 3: from a table.
+    assert (lora["difference"], lora["samples"]) == (2.0, 3)
+    assert (lora["low"], lora["high"]) == pytest.approx((-0.484, 4.484), abs=1e-3)
+    assert lora["p_value"] == pytest.approx(0.0742, abs=1e-4)
+    assert lora["corrected"] == pytest.approx(2 * 0.0742, abs=2e-4)
+    assert (bare["low"], bare["high"]) == (0.0, 0.0)
+    assert bare["p_value"] != bare["p_value"], "there is no chance to test"
+
+
+def test_one_sample_is_compared_item_by_item(study: Study) -> None:
+    study.samples = 1
+    store(study, {"prefix": (10.0,)}, outputs=("a b c d e",) * 9)
+    store(study, {"lora": (5.0,)}, outputs=("a b x x x",) * 9)
+    store(study, {"bare": (10.0,)}, outputs=("a b c d e",) * 9)
+    lora, bare = compare(study, "bleu").to_dict("records")
+    assert lora["p_value"] < 0.02
+    assert bare["p_value"] == 1
+
+
+def test_a_cluster_does_the_same(study: Study) -> None:
+    pytest.importorskip("ray")
+    small = study.model_copy(update={"samples": 1, "points": {name: study.points[name] for name in ("lora", "bare")}})
+    states = run_on_ray(small, "local")
+    assert states == {"lora-n8-s0": "done", "bare-n8-s0": "done"}
+    assert len(load(small)) == 2
+
+
+def test_samples_are_equal_for_every_point(study: Study) -> None:
+    examples = study.read("train")
+    drawn = sample_targets(examples, 8, "train/0")
+    assert drawn == sample_targets(examples, 8, "train/0") != sample_targets(examples, 8, "train/1")
+    assert sum(len(example.targets) for example in drawn) == 8
+    assert sample_targets(examples, 0, "any") == examples
+
+
+def test_every_study_can_be_read(tmp_path: Path) -> None:
+    for path in sorted((ROOT / "research" / "studies").glob("*.toml")):
+        study = read_study(path, "sets")
+        assert study.train.startswith("sets" + os.sep)
+        for cell in cells(study):
+            settings = study.settings_of(cell.point)
+            if settings.get("method") != "none":
+                settings.pop("learning_rates", None)
+                assert module._config(study, settings, tmp_path, 0).output == str(tmp_path)
+    (tmp_path / "wrong.toml").write_text("task = 1\n")
+    with pytest.raises(DataError):
+        read_study(tmp_path / "wrong.toml")
