@@ -8,19 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field
 
-__all__ = [
-    "EVALUATION_FILE",
-    "OUTPUTS_FILE",
-    "Against",
-    "Difference",
-    "Evaluation",
-    "GroupScores",
-    "Number",
-    "OutputRow",
-    "Overlap",
-    "Score",
-]
-
 EVALUATION_FILE, OUTPUTS_FILE = "evaluation.json", "outputs.jsonl"
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]

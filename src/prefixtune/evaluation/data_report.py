@@ -28,9 +28,7 @@ from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.results import Overlap
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
-from prefixtune.training.schedule import optimizer_steps
-
-__all__ = ["DataReport", "Lengths", "Limit", "Measures", "Part", "measure_examples", "report_data"]
+from prefixtune.training.schedule import count_steps
 
 _UNBOUNDED = 1 << 30
 _NUM_BINS = 10
@@ -88,7 +86,7 @@ class Measures(BaseModel):
         chat_template: Whether a chat template writes the examples.
         lengths: Of sources, targets and both.
         limit: What would be cut.
-        positions: Of an optimizer step: mean and most, without padding and prefix; and the steps of an epoch.
+        steps: Optimizer steps of an epoch.
         example: The first example, in pieces.
     """
 
@@ -96,7 +94,7 @@ class Measures(BaseModel):
     chat_template: bool
     lengths: list[Lengths]
     limit: Limit
-    positions: dict[str, int]
+    steps: int
     example: list[Part]
 
 
@@ -222,26 +220,25 @@ def measure_examples(
 
     limit = position_limit(backbone, config.prefix_length, config.max_length)
     whole: list[TokenizedExample] = []
-    read: list[TokenizedExample] = []
+    windows: list[TokenizedExample] = []
     cut = refused = 0
     for example in chosen:
         rows = encode(unlimited, example, 0, _UNBOUNDED).examples
         whole += rows
-        if are_texts or max(_total(row, by_head) for row in rows) > limit:
+        if are_texts:
+            windows += encode(backbone, example, config.prefix_length, config.max_length).examples
+        elif max(_total(row, by_head) for row in rows) > limit:
             try:
                 made = encode(backbone, example, config.prefix_length, config.max_length)
+                cut += bool(made.num_truncated or made.num_dropped_turns)
             except DataError:
                 refused += 1
-                continue
-            cut += bool(made.num_truncated or made.num_dropped_turns)
-            rows = made.examples
-        read += rows
     return Measures(
         tokenized=len(chosen),
         chat_template=text_format.is_chat,
         lengths=_all_lengths(whole, by_head),
         limit=Limit(positions=config.max_length or backbone.max_positions, cut=cut, refused=refused),
-        positions={} if by_head else _positions(config, read, (num_examples or len(examples)) / len(chosen)),
+        steps=max(1, round(count_steps(config, windows or whole) * (num_examples or len(solved)) / len(chosen))),
         example=_parts(unlimited, whole[0], by_head),
     )
 
@@ -272,16 +269,6 @@ def _spans(row: TokenizedExample) -> Sequence[tuple[int, int]]:
 def _total(row: TokenizedExample, by_head: bool) -> int:
     """Tokens of the source and the longest target; a head's labels are no tokens."""
     return len(row.prompt) + (0 if by_head else max(map(len, row.targets)))
-
-
-def _positions(config: TrainConfig, rows: Sequence[TokenizedExample], factor: float) -> dict[str, int]:
-    steps = [
-        sum(len(row.prompt) + sum(map(len, row.targets)) for batch in step for row in batch)
-        for step in optimizer_steps(config, rows, epoch=0)
-    ]
-    if not steps:
-        return {}
-    return {"mean": round(statistics.mean(steps)), "most": max(steps), "steps": max(1, round(len(steps) * factor))}
 
 
 def _parts(backbone: Backbone, row: TokenizedExample, by_head: bool) -> list[Part]:

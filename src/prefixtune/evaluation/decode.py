@@ -25,8 +25,6 @@ from prefixtune.prefix.prefix import Prefix, content_hash
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.utils.files import check_writable, line_writer, reporting_write_errors
 
-__all__ = ["DECODED_FILE", "decode", "read_decoded"]
-
 DECODED_FILE = "decoded.jsonl"
 _OF_SAMPLING_ONLY = ("batch_size", "seed")
 """Settings that outputs depend on only if they are sampled."""

@@ -26,8 +26,6 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.results import Evaluation
 from prefixtune.utils.console import show_batches
 
-__all__ = ["check_kind", "evaluate"]
-
 
 def evaluate(
     backbone: BackboneLike,
@@ -120,29 +118,6 @@ def evaluate(
     return outcome.with_facts(seconds=seconds, num_truncated=len(truncated), num_unended=num_unended)
 
 
-def check_kind(kind: TaskKind, *, labelled: bool, intervals: bool, has_prefix: bool = False) -> None:
-    """Refuse what labels and tags do not support.
-
-    Args:
-        kind: Of the task.
-        labelled: Whether the prefix, or the model's own weights, were trained to classify or tag.
-        intervals: Whether intervals are wanted.
-        has_prefix: Whether there is a prefix.
-
-    Raises:
-        ConfigError: Labels or tags of a prefix that generates, tags of the bare model, or intervals of labels or tags.
-    """
-    if kind != "generation" and has_prefix and not labelled:
-        raise ConfigError(
-            f"a prefix for generation cannot be used for {kind}.",
-            hint=f"give a prefix that was trained for {kind}, or name a source and a target of your data.",
-        )
-    if kind == "tagging" and not labelled:
-        raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
-    if intervals and (labelled or kind != "generation"):
-        raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
-
-
 def _labels(
     given: Labels | None, prefix: Prefix | None, kind: TaskKind, examples: Sequence[Example], *, intervals: bool
 ) -> Labels | None:
@@ -150,14 +125,21 @@ def _labels(
     if given is not None and prefix is not None:
         raise ConfigError("labels are given, but a prefix has its own.", hint="leave them out.")
     labels = given or labels_of(prefix)
-    check_kind(kind, labelled=labels is not None, intervals=intervals, has_prefix=prefix is not None)
+    if kind == "tagging" and labels is None and prefix is None:
+        raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
+    if kind != "generation" and labels is None and prefix is not None:
+        raise ConfigError(
+            f"a prefix for generation cannot be used for {kind}.",
+            hint=f"give a prefix that was trained for {kind}, or name a source and a target of your data.",
+        )
+    if kind != "generation" and labels is None:
+        names = label_names(examples)
+        labels = Labels(kind, "words", names, names)
     if labels is not None:
         check_known(examples, labels)
-        return labels
-    if kind == "generation":
-        return None
-    names = label_names(examples)
-    return Labels(kind, "words", names, names)
+        if intervals:
+            raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
+    return labels
 
 
 def _predict(

@@ -27,8 +27,6 @@ from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.results import Evaluation
 from prefixtune.training.losses import target_losses
 
-__all__ = ["evaluate_texts"]
-
 _BATCH_SIZE = 4
 """Windows in a pass: each may have hundreds of labels."""
 

@@ -32,9 +32,6 @@ from prefixtune.training.losses import target_losses
 from prefixtune.training.train import train
 from prefixtune.utils.files import write_text
 
-__all__ = ["LENGTH_FILE", "LengthResult", "Point", "choose", "curve_lengths", "find_length", "measure_lengths"]
-
-
 LENGTH_FILE, FIGURE_NAME = "length.json", "length"
 
 

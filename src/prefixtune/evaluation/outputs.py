@@ -13,8 +13,6 @@ from prefixtune.data.registry import read_all_entries
 from prefixtune.data.streams import MAX_FILE_BYTES, empty_file, open_bytes, reading, shown, whole_text
 from prefixtune.errors import DataError, short_repr
 
-__all__ = ["Output", "outputs_of", "read_outputs"]
-
 
 class Output(NamedTuple):
     """One output.

@@ -5,6 +5,7 @@ Two sources are equal if they differ only in white space.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +16,6 @@ from prefixtune.data.streams import is_stdin
 from prefixtune.prefix.hub import HUB
 from prefixtune.results import Overlap
 from prefixtune.training.config import TrainConfig
-
-__all__ = ["MAX_TRAINING_BYTES", "find_overlap", "training_examples"]
-
 
 MAX_TRAINING_BYTES = 2**26
 """Largest training set that is read again for the comparison, which takes a few seconds."""
@@ -42,18 +40,16 @@ def training_examples(config: TrainConfig) -> list[Example] | None:
     Raises:
         PrefixError: The files are not what the run was trained on.
     """
-    task = TASKS.get(config.task)
-    if task is None or config.train.startswith(HUB) or is_stdin(config.train) or not (config.train or task.parts):
+    task, path = TASKS.get(config.task), config.train
+    if task is None or path.startswith(HUB) or is_stdin(path) or not (task.parts or (path and Path(path).exists())):
         return None
-    path = config.train or task.parts[0]
     if not task.parts:
-        if not Path(path).exists():
-            return None
         located = locate(Path(path), "train", task.formats, task.release)
-        files = [located] if located.is_file() else [file for file in located.rglob("*") if file.is_file()]
+        files = [located] if located.is_file() else located.rglob("*")
         # Compressed text has about an eighth of its size.
-        if sum(file.stat().st_size * (8 if file.suffix == ".gz" else 1) for file in files) > MAX_TRAINING_BYTES:
+        if sum(os.path.getsize(file) * (8 if file.suffix == ".gz" else 1) for file in files) > MAX_TRAINING_BYTES:
             return None
+    path = path or task.parts[0]
     examples = read_task(
         config.task, path, source=config.source or None, target=config.target or None, split="train", form=config.form
     )

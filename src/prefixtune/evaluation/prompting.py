@@ -12,8 +12,6 @@ from prefixtune.data.examples import Example
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["few_shot_format", "instruction_format"]
-
 
 def few_shot_format(text_format: TextFormat, examples: Sequence[Example], separator: str, end: str) -> TextFormat:
     """A text format that shows a few solved examples before the source, in the same format.

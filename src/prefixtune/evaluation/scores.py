@@ -22,8 +22,6 @@ from prefixtune.results import EVALUATION_FILE, OUTPUTS_FILE, Against, Differenc
 from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import describe_machine, versions
 
-__all__ = ["LEVEL", "check_examples", "check_metrics", "score_groups", "score_outputs", "write_evaluation"]
-
 LEVEL = 0.95
 """Of intervals."""
 _LABEL_METRICS = {"classification": ("accuracy", "macro_f1"), "tagging": ("span_f1", "accuracy")}

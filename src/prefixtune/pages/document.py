@@ -8,28 +8,6 @@ from typing import Any, Literal
 
 from prefixtune.pages.format import Number
 
-__all__ = [
-    "NUM_STYLES",
-    "Block",
-    "Chart",
-    "Column",
-    "Document",
-    "Facts",
-    "HeatMap",
-    "Listing",
-    "Outputs",
-    "Picture",
-    "Section",
-    "Series",
-    "Table",
-    "Text",
-    "Value",
-    "is_drawn",
-    "numbers",
-    "texts",
-]
-
-
 NUM_STYLES = 8
 """Colours that series have before they are repeated."""
 

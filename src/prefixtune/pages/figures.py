@@ -22,9 +22,6 @@ from prefixtune.pages.document import Chart, HeatMap, Picture, Series
 from prefixtune.pages.format import Number, clean, short, spread_out
 from prefixtune.utils.files import atomic_path, write_text
 
-__all__ = ["COLORS", "QUIET", "draw", "inline_svg", "matplotlib_style", "save_figure"]
-
-
 TEXT, QUIET, LINE, SHEET = "#1c2127", "#59626d", "#dcdedf", "#ffffff"
 COLORS = ("#1f5fa8", "#b8431f", "#1b7a4b", "#7a3fa0", "#8a6100", "#0b7285", "#b02a6f", "#5c6470")
 VARIABLES = {TEXT: "text", QUIET: "quiet", LINE: "line", SHEET: "sheet"} | {c: f"s{n}" for n, c in enumerate(COLORS)}

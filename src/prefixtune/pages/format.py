@@ -7,25 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = [
-    "MISSING",
-    "Number",
-    "clean",
-    "count",
-    "decimals_for",
-    "duration",
-    "fixed",
-    "metric_name",
-    "natural",
-    "plain",
-    "short",
-    "signed",
-    "size",
-    "spread_out",
-    "words",
-]
-
-
 MISSING = "n/a"
 Number = float | int
 

@@ -14,8 +14,6 @@ from prefixtune.pages.document import Document, Picture, is_drawn
 from prefixtune.pages.figures import inline_svg, save_figure
 from prefixtune.pages.format import MISSING, clean, words
 
-__all__ = ["save_figures", "to_html"]
-
 
 def to_html(document: Document) -> str:
     """The whole page; equal documents give equal text."""

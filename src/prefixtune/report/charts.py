@@ -10,9 +10,6 @@ from prefixtune.pages.format import count, fixed, metric_name, natural, spread_o
 from prefixtune.report.run import Run, losses_of
 from prefixtune.report.systems import System, best_values
 
-__all__ = ["groups_section", "losses_section", "smooth"]
-
-
 MOST_PARTS = 60
 """Of a chart of parts of the data."""
 MOST_ROWS = 24

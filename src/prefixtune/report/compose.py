@@ -14,8 +14,6 @@ from prefixtune.report.details import outputs_section, settings_section
 from prefixtune.report.run import Run
 from prefixtune.report.systems import System, main_metric, scores_section
 
-__all__ = ["compose"]
-
 
 @dataclass(frozen=True)
 class _Part:

@@ -11,9 +11,6 @@ from prefixtune.report.run import Run
 from prefixtune.report.systems import System
 from prefixtune.results import OutputRow
 
-__all__ = ["outputs_section", "settings_section"]
-
-
 MOST_SYSTEMS, SAMPLE, MOST_OTHERS = 6, 20, 1_000
 """Systems and examples in the open, and further examples, that a page has at most: a browser has to open it."""
 

@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict
 from prefixtune.errors import DataError
 from prefixtune.results import EVALUATION_FILE, OUTPUTS_FILE, Evaluation, Number, OutputRow
 
-__all__ = ["Run", "losses_of", "read_results"]
-
 _Row = TypeVar("_Row")
 
 

@@ -12,17 +12,6 @@ from prefixtune.pages.format import MISSING, count, decimals_for, duration, fixe
 from prefixtune.report.run import Run, losses_of
 from prefixtune.results import Evaluation, Score
 
-__all__ = [
-    "System",
-    "best_values",
-    "lower_is_better",
-    "main_metric",
-    "mark_best",
-    "metric_keys",
-    "scores_section",
-]
-
-
 STAR = "★: better than each other one by more than chance; the 95 % interval of the difference excludes 0."
 Group = tuple[str, str]
 """A part of the data: its kind and name."""

@@ -13,7 +13,6 @@ import prefixtune as pt
 from prefixtune.backbone.load import load_tokenizer
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.registry import read_task
-from prefixtune.data.windows import TEXT_FORMAT
 from prefixtune.errors import BackboneError, DataError, PrefixError
 from prefixtune.evaluation.data_report import DataReport, report_data
 
@@ -88,11 +87,7 @@ def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: C
     assert by_name["target"].longest == made.longest_target
     assert sum(count for _, _, count in by_name["target"].bins) == made.num_targets == 6
     assert by_name["together"].longest == max(len(e.prompt) + max(map(len, e.targets)) for e in made.examples)
-    assert report.positions == {
-        "mean": sum(len(e.prompt) + sum(map(len, e.targets)) for e in made.examples),
-        "most": report.positions["mean"],
-        "steps": 1,
-    }
+    assert report.steps == 1
     assert (report.rows, report.examples, report.equal_rows, report.equal_sources) == (6, 4, 1, 1)
     assert [part.is_label for part in report.example] == [False, True]
     assert report.example[1].text == " x </s>"
@@ -137,7 +132,7 @@ def test_equal_sources_are_merged_where_training_merges_them(
     report = look([row] * 3, task=task)
     trained = read_task(task, tmp_path / "rows.jsonl")
     assert report.examples == len(trained) == count
-    assert report.positions["steps"] == 1
+    assert report.steps == 1
 
 
 def test_of_many_examples_some_are_tokenized(look: Callable[..., DataReport]) -> None:
@@ -156,20 +151,13 @@ def test_overlap_with_a_test_file(look: Callable[..., DataReport], tmp_path: Pat
     assert (report.overlap.count, report.overlap.num_examples) == (1, 2)
 
 
-def test_texts_are_measured_whole_and_nothing_of_them_is_cut(
-    look: Callable[..., DataReport], tiny_backbone: Callable[..., Any]
-) -> None:
+def test_texts_are_measured_whole_and_nothing_of_them_is_cut(look: Callable[..., DataReport]) -> None:
     texts = ["n" * 700, "o" * 30, "p" * 1200]
     report = look([{"text": text} for text in texts], max_length=40, batch_size=100)
-    made = encode_examples(
-        tiny_backbone("llama"), [pt.Example("", (t,)) for t in texts], TEXT_FORMAT, prefix_length=3, max_length=40
-    )
     assert report.lengths[-1].longest == 1200 + 2, "with the tokens that begin and end it"
     assert sum(count for _, _, count in report.lengths[-1].bins) == report.tokenized == 3
     assert "".join(part.text for part in report.example).count("n") == 700
     assert (report.limit.cut, report.limit.refused) == (0, 0)
-    steps = [sum(len(one.prompt) + len(one.targets[0]) for one in made.examples)]
-    assert (report.positions["mean"], report.positions["steps"]) == (steps[0], 1)
 
 
 def test_without_weights(model: Callable[[str], str], tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:

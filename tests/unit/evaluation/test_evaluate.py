@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from patching import replace_everywhere
-from prefixtune.data import Example, references_of
+from prefixtune.data import Example
 from prefixtune.data.encoding import default_format, encode_examples, encode_prompts
 from prefixtune.data.labels import Labels
 from prefixtune.engine.request import SequenceOutput
@@ -101,12 +101,6 @@ def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, fake_outputs
     )
     assert outcome.scores["bleu"].score > 0
     assert not outcome.scores["ter"].higher_is_better
-
-
-def test_outputs_are_what_generation_gives(model: Any, prefix: Any):
-    outcome = evaluate(model, EXAMPLES, prefix, config=CONFIG)
-    assert list(outcome.outputs) == generate(model, [e.source for e in EXAMPLES], prefix, config=CONFIG)
-    assert outcome.outputs != evaluate(model, EXAMPLES, config=CONFIG).outputs
 
 
 def test_outputs_that_did_not_end_are_counted(model: Any, prefix: Any, tmp_path: Path):
@@ -201,20 +195,14 @@ def test_labels_of_other_weights_are_chosen_by_their_words(model: Any, prefix: A
 
 
 def test_a_prefix_that_generates_gives_no_labels(model: Any, prefix: Any):
-    with pytest.raises(ConfigError, match="a prefix for generation cannot be used for classification"):
-        evaluate(model, [Example("good", ("yes",))], prefix, kind="classification")
-
-
-def test_labels_have_no_intervals(model: Any):
-    with pytest.raises(ConfigError, match="intervals are for texts"):
-        evaluate(model, [Example("good", ("yes",)), Example("bad", ("no",))], kind="classification", intervals=True)
-
-
-def test_dart_is_scored_against_the_official_references():
-    example = Example("a", ("plain",), {"official_references": ["official", "texts"]})
-    assert references_of(example, "dart") == ["official", "texts"]
-    assert references_of(example, "plain") == ["plain"]
-    assert references_of(Example("a", ("plain",)), "dart") == ["plain"]
+    examples = [Example("good", ("yes",)), Example("bad", ("no",))]
+    for kind, given, more in (
+        ("classification", prefix, {}),
+        ("tagging", None, {}),
+        ("classification", None, {"intervals": True}),
+    ):
+        with pytest.raises(ConfigError):
+            evaluate(model, examples, given, kind=kind, **more)
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
@@ -348,14 +336,6 @@ def test_shots_are_the_texts_of_training(model: Any, form: TextFormat | None):
     assert list(prompt) == [*first[0], *first[1], *second[0], *second[1], *last[0]]
 
 
-def test_shots_leave_the_target_alone():
-    form = TextFormat("{source} =", " {target};")
-    shown = few_shot_format(form, [Example("1+1", ("2",))], "", ".")
-    assert shown.target == form.target
-    assert shown.extract_target(" 5;") == "5"
-    assert few_shot_format(form, [], "", ".") == form
-
-
 # --- on disk ---------------------------------------------------------------------------------------------------------
 
 
@@ -413,19 +393,6 @@ def test_texts_of_any_script_and_with_line_ends_stay_one_line_each(tmp_path: Pat
     rows = (tmp_path / "outputs.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert [strict(row)["output"] for row in rows] == list(outputs)
     assert [row.output for row in read_results(tmp_path).outputs] == list(outputs)
-
-
-def test_a_model_with_a_chat_template_is_instructed_in_turns(tiny_backbone: Make, tiny_tokenizer: Any) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    backbone: Any = dataclasses.replace(tiny_backbone("llama"), tokenizer=tokenizer)
-    shown = [Example("name : Aromi", ("Aromi is here.", "Here is Aromi."))]
-    plain = instruction_format(backbone, "Say it:")
-    assert plain.format_prompt("name : Zizzi", "<s>") == "[user]Say it:\nname : Zizzi[assistant]"
-    assert instruction_format(backbone, "Say it:", shown).format_prompt("name : Zizzi", "<s>") == (
-        "[user]Say it:\nname : Aromi[assistant]Aromi is here.[user]Say it:\nname : Zizzi[assistant]"
-    )
-    assert instruction_format(backbone, "Say it:").target == "{target}"
 
 
 def test_an_instructed_model_stops_where_its_turn_ends(tiny_backbone: Make, tiny_tokenizer: Any) -> None:

@@ -96,15 +96,11 @@ def _length_lines(report: DataReport) -> Iterator[str]:
 
 
 def _limit_lines(report: DataReport) -> Iterator[str]:
-    limit, positions = report.limit, report.positions
+    limit = report.limit
     if limit.positions:
         refused = f", and {limit.refused:,} are refused, as a target alone is too long" if limit.refused else ""
         yield f"at {limit.positions:,} positions {limit.cut:,} of {report.tokenized:,} examples are cut{refused}"
-    if positions:
-        yield (
-            f"an optimizer step reads about {positions['mean']:,} positions, {positions['most']:,} at most; "
-            f"steps of an epoch: {positions['steps']:,}"
-        )
+    yield f"optimizer steps of an epoch: {report.steps:,}"
 
 
 def _notes(report: DataReport, test: str) -> Iterator[str]:

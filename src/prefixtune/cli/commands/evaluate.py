@@ -199,16 +199,11 @@ def _decode(
 ) -> Evaluation:
     """Load the model, decode and score."""
     from prefixtune.data.encoding import default_format
-    from prefixtune.data.labels import check_known, labels_in
+    from prefixtune.data.labels import labels_in
     from prefixtune.evaluation.decode import DECODED_FILE
-    from prefixtune.evaluation.evaluate import check_kind
     from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 
-    labels, has_prefix = labels_in(artifact.header), artifact.prefix is not None
-    check_kind(task.kind, labelled=labels is not None, intervals=options.intervals, has_prefix=has_prefix)
-    if labels is not None:
-        check_known(examples, labels)
     _check_computable(options, task)
     note_unused(console, options, config)
     overlap = _overlap(console, artifact, examples, shots, str(options.train))
@@ -225,7 +220,7 @@ def _decode(
             text_format=text_format,
             config=config,
             kind=task.kind,
-            labels=None if artifact.weights is None else labels,
+            labels=labels_in(artifact.header) if artifact.weights else None,
             protocol=task.protocol,
             metrics=(options.metrics or task.metrics) if task.kind == "generation" else None,
             intervals=options.intervals,

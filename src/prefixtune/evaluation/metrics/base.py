@@ -9,17 +9,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = [
-    "Array",
-    "ItemStatistics",
-    "Unavailable",
-    "average",
-    "check_counts",
-    "package_version",
-    "squeeze",
-]
-
-
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 """Of numbers; the shape is documented where it is used."""
 

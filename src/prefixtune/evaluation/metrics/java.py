@@ -15,9 +15,6 @@ from pathlib import Path
 
 from prefixtune.evaluation.metrics.base import Unavailable, package_version, squeeze
 
-__all__ = ["jar_path", "java_failure", "run_java", "treebank_words"]
-
-
 # Far more than a slow machine needs for start-up and tables, and for each line.
 _SECONDS, _SECONDS_PER_LINE = 600, 0.2
 

@@ -9,9 +9,6 @@ from collections.abc import Iterator, Sequence
 from prefixtune.evaluation.metrics.base import check_counts
 from prefixtune.results import Score
 
-__all__ = ["accuracy", "macro_f1", "span_f1"]
-
-
 _TAG = re.compile(r"O|([BI])-(.+)", re.DOTALL)
 
 

@@ -10,9 +10,6 @@ from prefixtune.evaluation.metrics.base import Array, ItemStatistics, package_ve
 from prefixtune.evaluation.metrics.java import jar_path, java_failure, run_java
 from prefixtune.evaluation.metrics.protocols import Texts
 
-__all__ = ["METEOR_JAR", "meteor", "meteor_score", "meteor_statistics"]
-
-
 METEOR_JAR = "meteor/meteor-1.5.jar"
 # METEOR 1.5's parameters for English, and the weight of each matcher (Denkowski & Lavie 2014).
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75

@@ -18,9 +18,6 @@ import numpy as np
 from prefixtune.evaluation.metrics.base import Array, ItemStatistics, Unavailable, average, package_version
 from prefixtune.evaluation.metrics.protocols import Protocol, ReferencePadding, Texts
 
-__all__ = ["bleu", "bleu_without_padding", "caption_rouge_l", "chrf", "cider", "exact_match", "nist", "rouge"]
-
-
 _ORDER = 5
 _ROUGE_CHARACTER = re.compile("[a-z0-9]")
 _LOWERCASE = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
@@ -195,16 +192,12 @@ def cider(texts: Texts) -> ItemStatistics:
     version = package_version("pycocoevalcap", "CIDEr")
     from pycocoevalcap.cider.cider import Cider
 
-    hypotheses, references = texts.treebank
-    if not any(text for item in references for text in item):
+    if not any(text for item in texts.treebank[1] for text in item):
         raise Unavailable(
             "CIDEr needs a word in the references, but they hold punctuation alone", "choose another metric"
         )
-    _, scores = Cider().compute_score(
-        dict(enumerate(references)), {index: [text] for index, text in enumerate(hypotheses)}
-    )
     settings = f"pycocoevalcap {version} (Penn Treebank words without punctuation)"
-    return average(scores, f"{settings}; protocol {texts.protocol.name}", independent=False)
+    return average(_caption_scores(Cider(), texts), f"{settings}; protocol {texts.protocol.name}", independent=False)
 
 
 def caption_rouge_l(texts: Texts) -> ItemStatistics:
@@ -212,14 +205,18 @@ def caption_rouge_l(texts: Texts) -> ItemStatistics:
     version = package_version("pycocoevalcap", "ROUGE-L")
     from pycocoevalcap.rouge.rouge import Rouge
 
-    hypotheses, references = texts.treebank
-    _, scores = Rouge().compute_score(
-        dict(enumerate(references)), {index: [text] for index, text in enumerate(hypotheses)}
-    )
     settings = (
         "F with beta 1.2, best precision and best recall over references, Penn Treebank words without punctuation"
     )
-    return average(scores, f"pycocoevalcap {version} ({settings}); protocol {texts.protocol.name}")
+    implementation = f"pycocoevalcap {version} ({settings}); protocol {texts.protocol.name}"
+    return average(_caption_scores(Rouge(), texts), implementation)
+
+
+def _caption_scores(scorer: Any, texts: Texts) -> Array:
+    """Each item's score by a metric of pycocoevalcap."""
+    hypotheses, references = texts.treebank
+    _, scores = scorer.compute_score(dict(enumerate(references)), {n: [text] for n, text in enumerate(hypotheses)})
+    return np.asarray(scores, dtype=float)
 
 
 def exact_match(texts: Texts) -> ItemStatistics:

@@ -14,8 +14,6 @@ from typing import Literal, TypeGuard
 from prefixtune.evaluation.metrics.base import Unavailable, squeeze
 from prefixtune.evaluation.metrics.java import treebank_words
 
-__all__ = ["PROTOCOLS", "Protocol", "ReferencePadding", "Texts"]
-
 ReferencePadding = Literal["", "longest", "all"]
 """Which absent references BLEU counts as empty texts, which raises it for short outputs: none, those up to the largest
 number of references that any item has, or those up to `max_references`."""
@@ -204,7 +202,8 @@ def _check_references(hypotheses: Sequence[str], references: Sequence[Sequence[s
     Raises:
         ValueError: They are no texts, the counts differ, there is no item, or an item has no reference.
     """
-    if not (_are_texts(hypotheses) and _is_list(references) and all(map(_are_texts, references))):
+    lists = [hypotheses, *references] if _is_list(references) else [None]
+    if not all(_is_list(each) and all(isinstance(text, str) for text in each) for each in lists):
         raise ValueError("hypotheses must be a list of strings, and references a list of lists of strings")
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses but references for {len(references)} items; counts must agree")
@@ -215,10 +214,6 @@ def _check_references(hypotheses: Sequence[str], references: Sequence[Sequence[s
         if not item:
             raise ValueError(f"item {index} (from 0) has no reference; at least one text is needed")
     return kept
-
-
-def _are_texts(value: object) -> bool:
-    return _is_list(value) and all(isinstance(text, str) for text in value)
 
 
 def _is_list(value: object) -> TypeGuard[Collection[object]]:

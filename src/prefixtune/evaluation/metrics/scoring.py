@@ -18,8 +18,6 @@ from prefixtune.evaluation.metrics.significance import Measurement
 from prefixtune.evaluation.metrics.ter import ter
 from prefixtune.results import Score
 
-__all__ = ["METRICS", "Metric", "compute", "measure", "metric_names"]
-
 
 @dataclass(frozen=True)
 class Metric:

@@ -16,9 +16,6 @@ import numpy as np
 from prefixtune.evaluation.metrics.base import ItemStatistics
 from prefixtune.results import Score
 
-__all__ = ["METHOD", "Comparison", "Measurement", "bootstrap", "randomize"]
-
-
 METHOD = "paired approximate randomization, two-sided"
 _MAX_CELLS = 2_000_000
 """Cells of one block of draws: 16 MB, however many items there are."""

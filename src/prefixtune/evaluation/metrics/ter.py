@@ -14,9 +14,6 @@ import numpy as np
 from prefixtune.evaluation.metrics.base import Array, ItemStatistics
 from prefixtune.evaluation.metrics.protocols import Texts
 
-__all__ = ["edits", "ter"]
-
-
 # sacrebleu's search ends after so many shifts tried; it has no name without an underscore.
 _MAX_SHIFTS_TRIED = 1000
 # A longer text reaches that limit before its first shift, but its table of distances would take gigabytes.

@@ -135,8 +135,7 @@ def _measured(measures: Measures, sampled: int) -> dict[str, Any]:
         "lengths": lengths,
         "limits": [limit.model_dump()] if limit.positions else [],
         "cuts": _cuts(limit.positions, limit.cut, limit.refused, sampled) if limit.positions else "",
-        "positions_per_step": measures.positions.get("mean"),
-        "steps_per_epoch": measures.positions.get("steps"),
+        "steps_per_epoch": measures.steps,
     }
 
 
@@ -197,6 +196,5 @@ def _nothing() -> dict[str, Any]:
         "lengths": None,
         "limits": [],
         "cuts": "",
-        "positions_per_step": None,
         "steps_per_epoch": None,
     }

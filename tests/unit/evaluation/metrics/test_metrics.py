@@ -14,16 +14,6 @@ def bleu(hypotheses: Any, references: Any) -> Score:
     return compute(hypotheses, references, protocol="e2e", metrics=["bleu"])["bleu"]
 
 
-def test_a_score_names_its_implementation():
-    import sacrebleu
-
-    score = bleu(["The Mill is a pub near the river."], [["the mill is a pub near the RIVER."]])
-    assert (score.name, round(score.score, 6)) == ("BLEU", 100.0)
-    assert score.implementation.startswith(f"sacrebleu {sacrebleu.__version__} ")
-    assert "case:lc" in score.implementation
-    assert "tok:13a" in score.implementation
-
-
 def test_an_absent_reference_counts_as_absent():
     hypotheses = ["a b c d e f", "g h i j k l"]
     lone = bleu(hypotheses, [["a b c d e f"], ["g h i j k x"]]).score
@@ -32,10 +22,6 @@ def test_an_absent_reference_counts_as_absent():
     assert bleu(hypotheses, [["a b c d e f"], ["g h i j k x", " "]]).score == lone
     assert bleu(hypotheses, [["z", "a b c d e f"], ["g h i j k x"]]).score == lone
     assert bleu(hypotheses, [["a b c d e f"], ["g h i j k x", "g h i j k l"]]).score == pytest.approx(100)
-
-
-def test_an_empty_hypothesis_scores_nothing():
-    assert bleu([""], [["a b c d"]]).score == 0
 
 
 @pytest.mark.parametrize(

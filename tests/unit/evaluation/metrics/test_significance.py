@@ -67,16 +67,6 @@ def test_an_interval_holds_the_score_and_shrinks_with_more_items(metric: str):
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
-def test_an_interval_covers_what_the_sets_are_drawn_from():
-    """Nine in ten of 60 small sets, within chance (a binomial's 99.9 % range)."""
-    truth = compute(*items(4000, 0.4, seed=999), metrics=["bleu"])["bleu"].score
-    covered = 0
-    for seed in range(60):
-        low, high = bootstrap(measure(*items(50, 0.4, seed=seed), metrics=["bleu"])["bleu"], level=0.9, samples=300)
-        covered += low <= truth <= high
-    assert 44 <= covered <= 60
-
-
 def test_an_interval_is_that_of_sacrebleus_bootstrap():
     import sacrebleu
 
@@ -115,23 +105,6 @@ def test_a_system_compares_with_itself_and_with_a_worse_one(metric: str):
     assert "randomization" in found.method
 
 
-def test_two_systems_of_one_kind_seldom_differ():
-    """Where there is nothing to find, one in twenty is found at 5 %: of 60, within chance at most 9."""
-    _, references = items(60, 0.0)
-    small = []
-    for seed in range(60):
-        rng = random.Random(seed)
-        first, second = (
-            [
-                " ".join(rng.choice(WORDS) if rng.random() < 0.4 else word for word in item[0].split())
-                for item in references
-            ]
-            for _ in range(2)
-        )
-        small.append(compare(first, second, references, "bleu", samples=200, seed=seed).p_value <= 0.05)
-    assert sum(small) <= 9
-
-
 @pytest.mark.parametrize("metric", ["bleu", "rouge_1"])
 def test_a_p_value_is_the_share_of_all_exchanges(metric: str):
     """Every one of the 2 ** 9 exchanges, each scored by its texts, against random ones."""
@@ -154,11 +127,3 @@ def test_one_better_item_is_not_significant():
     outputs, references = items(40, 0.3)
     better = [references[0][0], *outputs[1:]]
     assert compare(better, outputs, references, "ter").p_value == 1
-
-
-def test_only_like_compares():
-    measured = measure(["a", "b"], [["a"], ["b"]], metrics=["bleu", "ter"])
-    with pytest.raises(ValueError, match="only one metric on the same items"):
-        randomize(measured["bleu"], measured["ter"])
-    with pytest.raises(ValueError, match="got BLEU on 2 items and BLEU on 1"):
-        randomize(measured["bleu"], measured["bleu"].part([0]))

@@ -28,12 +28,6 @@ def test_edits_of_moved_blocks_are_sacrebleus(words: list[str], first: int, seco
     assert edits(moved, words) == translation_edit_rate(moved, words)[0]
 
 
-def test_long_texts_end():
-    """Thousands of like words: the number of shifts looked at is limited."""
-    assert edits(["a", "b"] * 150, ["b", "a"] * 150) <= 300
-    assert edits(["a", "b"] * 1000, ["b", "a"] * 1000) <= 2000
-
-
 def test_very_long_texts_end():
     words = [str(index) for index in range(50_000)]
     assert edits(words, words) == 0

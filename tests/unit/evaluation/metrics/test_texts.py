@@ -217,13 +217,6 @@ def test_scores_come_in_the_order_asked_for_and_once():
 # --- misuse and what is missing --------------------------------------------------------------------------------------
 
 
-def test_unknown_names_are_reported_with_the_nearest_known_one():
-    with pytest.raises(ValueError, match=r"'blue'.*'bleu'"):
-        compute(["a"], [["a"]], metrics=["blue"])
-    with pytest.raises(ValueError, match="'zzz'"):
-        compute(["a"], [["a"]], protocol="zzz")
-
-
 @pytest.mark.parametrize(
     ("script", "says"),
     [
