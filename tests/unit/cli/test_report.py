@@ -46,14 +46,11 @@ def test_what_cannot_be_written_or_read_leaves_no_page(tmp_path: Path) -> None:
     assert page.read_text() == "old"
 
 
-def test_a_page_that_somebody_wrote_is_not_replaced_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder, page = evaluation(tmp_path / "run"), tmp_path / "report.html"
-    page.write_text("<p>Mine.</p>")
-    with pytest.raises(ConfigError):
-        run(folder)
-    assert page.read_text() == "<p>Mine.</p>"
-    page.unlink()
-    run(folder, "--title", "First")
-    run(folder, "--title", "Second")
-    assert "<h1>Second</h1>" in page.read_text(encoding="utf-8")
+def test_without_a_name_the_page_is_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (evaluation(tmp_path / name, title=name) for name in ("one", "two"))
+    run(first, second)
+    assert str(first / "report.html") in capsys.readouterr().out.splitlines()[-1]
+    assert "<h1>" in (first / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(DataError):
+        run(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import Field
@@ -20,17 +19,12 @@ class ReportOptions(OutputOptions):
     """The options of `prefixtune report`."""
 
     runs: TextList = positional(description="folder of a training run or an evaluation; several are compared")
-    output: str = Field("report.html", description="the page")
+    output: str = Field("", description="the page (default: report.html in the first of the folders)")
     figures: str = Field(
         "", description="also write each figure into this folder, as SVG, PDF, PNG, and its numbers as CSV"
     )
     title: str = Field("", description="(default: from the folders)")
     as_json: bool = json_option("the files")
-
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """The page is no .html file."""
-        if Path(self.output).suffix not in (".html", ".htm"):
-            yield ("output",), f"--output is {self.output!r}, but must be the name of an .html file"
 
 
 @command
@@ -38,22 +32,18 @@ def report(options: ReportOptions) -> int:
     """Make one page of runs and evaluations, to look at.
 
     For example:
-        prefixtune report runs/a runs/b --output both.html
+        prefixtune report runs/e2e
         prefixtune report runs/a runs/b --output both.html --figures paper/figures
         prefixtune report runs/e2e runs/bare --title "With and without the prefix"
     """
     from prefixtune.report import compose, read_results, save_figures, to_html
     from prefixtune.utils.files import check_writable, write_text
 
-    page = Path(options.output)
-    check_writable(page)
-    if options.output == ReportOptions.default("output") and page.exists() and not _is_own(page):
-        raise ConfigError(
-            f"{str(page)!r} exists and is not known as a report, but the report gets this name.",
-            hint="choose another --output; or remove the file, if it is an older report.",
-        )
-    if options.figures:
-        check_writable(Path(options.figures) / "any")
+    page = Path(options.output or f"{options.runs[0]}/report.html")
+    if page.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--output is {str(page)!r}, which is no name of an .html file.", hint="end it with .html.")
+    for path in (page, *([Path(options.figures) / "any"] if options.figures else [])):
+        check_writable(path)
     document = compose([read_results(Path(run)) for run in options.runs], options.title)
     write_text(page, to_html(document))
     figures = save_figures(document, Path(options.figures)) if options.figures else []
@@ -66,7 +56,3 @@ def report(options: ReportOptions) -> int:
         shown = f"; {len(figures)} figures in {options.figures}" if figures else ""
         print(f"{page} ({page.stat().st_size:,} bytes){shown}")
     return 0
-
-
-def _is_own(path: Path) -> bool:
-    return b"<footer><p>Written by prefixtune " in path.read_bytes()
