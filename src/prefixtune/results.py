@@ -34,7 +34,7 @@ class Score(Stored):
         interval: Low and high end of a confidence interval, if one was requested.
     """
 
-    name: str = Field("", exclude=True)
+    name: str = Field(default="", exclude=True)
     score: Number
     implementation: str = ""
     higher_is_better: bool = True
@@ -158,7 +158,7 @@ class Evaluation(Stored):
     scores: dict[str, Score]
     groups: dict[str, dict[str, GroupScores]] = {}
     left_out: dict[str, str] = {}
-    num_truncated: int = Field(0, alias="num_cut")
+    num_truncated: int = Field(default=0, alias="num_cut")
     num_unended: int = 0
     seconds: Number = math.nan
     settings: dict[str, Any] = {}
@@ -166,7 +166,7 @@ class Evaluation(Stored):
     against: Against | None = None
     machine: dict[str, Any] = {}
     versions: dict[str, Any] = {}
-    outputs: tuple[str, ...] = Field((), exclude=True, repr=False)
+    outputs: tuple[str, ...] = Field(default=(), exclude=True, repr=False)
 
     def with_facts(self, **facts: Any) -> Evaluation:
         """The same with other fields, and with what else belongs to it."""

@@ -213,7 +213,7 @@ def measure_examples(
     text_format = training_format(config, unlimited, for_head=by_head, has_messages=has_messages(examples))
 
     def encode(reader: Backbone, example: Example, prefix_length: int, max_length: int) -> TokenizedDataset:
-        limits: dict[str, int] = {"prefix_length": prefix_length, "max_length": max_length}
+        limits: dict[str, Any] = {"prefix_length": prefix_length, "max_length": max_length}
         if labels is not None and by_head:
             return encode_labelled(reader, [example], labels, text_format, **limits)
         return encode_examples(reader, [example], text_format, **limits)

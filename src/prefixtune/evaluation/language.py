@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def evaluate_texts(
         # A longer window would turn the keys of the shorter ones in its batch.
         longest = min(longest or DEFAULT_WINDOW, backbone.longrope_limit)
     window = min(position_limit(backbone, length, longest), longest or DEFAULT_WINDOW)
-    limits: dict[str, int] = {"prefix_length": length, "max_length": longest}
+    limits: dict[str, Any] = {"prefix_length": length, "max_length": longest}
     tokenized = [encode_examples(backbone, [example], chosen, **limits).examples for example in examples]
     ends = np.cumsum([len(windows) for windows in tokenized], dtype=np.int64)
 

@@ -101,7 +101,7 @@ def score_outputs(
         DataError: The outputs do not fit the examples.
     """
     check_metrics(metrics, kind=kind, protocol=protocol)
-    facts = {"num_examples": len(examples), "outputs": tuple(outputs)}
+    facts: dict[str, Any] = {"num_examples": len(examples), "outputs": tuple(outputs)}
     level, left_out = (LEVEL if intervals else None), dict[str, str]()
     references = [references_of(example, protocol) for example in examples]
     try:

@@ -49,9 +49,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values, of which empty ones are left out."""
+    """Names with their values, of which empty ones are left out; with `what`, the main figure of each system."""
 
-    items: Sequence[tuple[str, str]]
+    items: Sequence[tuple[str, str | Value]]
+    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ def numbers(name: str, values: Iterable[Number | None], write: Callable[[Any], s
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the row."""
+    """A table whose first `num_headers` columns name the row."""
 
     caption: str
     columns: Sequence[Column]
+    num_headers: int = 1
 
     @property
     def rows(self) -> list[tuple[Value, ...]]:

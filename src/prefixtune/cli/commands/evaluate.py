@@ -281,16 +281,9 @@ def _read_shots(options: EvaluateOptions, task: str, columns: dict[str, Any]) ->
 
 
 def _overlap(
-    console: Console,
-    options: EvaluateOptions,
-    artifact: Artifact,
-    examples: Sequence[Example],
-    shots: Sequence[Example],
+    console: Console, artifact: Artifact, examples: Sequence[Example], shots: Sequence[Example], name: str
 ) -> Overlap | None:
-    """How many examples are also among the shots, or in the training sets of the prefix or the weights; warns of them.
-
-    None: these are unknown.
-    """
+    """How many examples are among the shots, or in the training sets of the prefix or the weights; None: unknown."""
     from prefixtune.evaluation.overlap import find_overlap, training_examples
     from prefixtune.training.folder import CONFIG_FILE
 
