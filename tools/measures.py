@@ -32,7 +32,7 @@ _BUDGETS: dict[str, tuple[tuple[str, ...], int]] = {
     "data": (("data",), 1_900),
     "sampling, inference, engine": (("sampling", "inference", "engine"), 2_900),
     "training, distillation": (("training", "distillation"), 3_600),
-    "evaluation, explain": (("evaluation", "explain"), 1_700),
+    "evaluation, explain": (("results.py", "evaluation", "explain"), 1_700),
     "interop, doctor": (("interop", "doctor"), 1_700),
     "jobs": (("jobs",), 900),
     "server": (("server",), 2_900),

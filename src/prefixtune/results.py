@@ -79,19 +79,28 @@ class Overlap(Stored, extra="ignore"):
         )
 
 
-class Difference(Stored):
-    """How much better the first of two systems is, by one metric.
+class Comparison(Stored):
+    """Two systems on the same items.
 
     Attributes:
+        name: The metric's name.
+        first: The first system's score.
+        second: The second system's score.
         difference: The first score minus the second.
-        p_value: Of that difference.
-        samples: Draws of the test.
-        method: Its name.
+        p_value: How often the difference is at least as large after the systems' outputs are exchanged at random, item
+            by item; never 0.
+        samples: How many random exchanges were tried.
+        higher_is_better: False for error rates.
+        method: The name of the test.
     """
 
+    name: str = Field(default="", exclude=True)
+    first: Number
+    second: Number
     difference: Number
     p_value: Number
     samples: int
+    higher_is_better: bool = True
     method: str
 
 
@@ -106,7 +115,7 @@ class Against(Stored):
 
     outputs: str
     scores: dict[str, Score]
-    comparison: dict[str, Difference]
+    comparison: dict[str, Comparison]
 
 
 class OutputRow(Stored):

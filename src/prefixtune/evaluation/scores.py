@@ -18,7 +18,7 @@ from prefixtune.evaluation.metrics import (
     randomize,
     span_f1,
 )
-from prefixtune.results import EVALUATION_FILE, OUTPUTS_FILE, Against, Difference, Evaluation, GroupScores, OutputRow
+from prefixtune.results import EVALUATION_FILE, OUTPUTS_FILE, Against, Evaluation, GroupScores, OutputRow
 from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import describe_machine, versions
 
@@ -120,13 +120,15 @@ def score_outputs(
     if left_out and not measured:
         reason, _, remedy = next(iter(left_out.values())).partition("; ")
         raise ConfigError(f"no metric can be computed here: {reason}.", hint=f"{remedy}.")
-    return Evaluation(
-        scores={name: one.to_score(level=level, samples=samples) for name, one in measured.items()},
-        groups=score_groups(measured, examples),
-        left_out=left_out,
-        against=_compare(measured, other[0], against[0], level, samples) if against else None,
-        **facts,
+    scores, *second = (
+        {name: one[name].to_score(level=level, samples=samples) for name in measured} for one in (measured, *other)
     )
+    compared = None
+    if against:
+        tests = {name: randomize(one, other[0][name], samples=samples) for name, one in measured.items()}
+        compared = Against(outputs=against[0], scores=second[0], comparison=tests)
+    groups = score_groups(measured, examples)
+    return Evaluation(scores=scores, groups=groups, left_out=left_out, against=compared, **facts)
 
 
 def _score_labels(
@@ -142,25 +144,6 @@ def _score_labels(
         scores = {"span_f1": span_f1(rows, wanted_rows), "accuracy": accuracy(flat, wanted_flat)}
     names = [metrics] if isinstance(metrics, str) else metrics or scores
     return {name: scores[name] for name in names}
-
-
-def _compare(
-    first: Mapping[str, Measurement],
-    second: Mapping[str, Measurement],
-    name: str,
-    level: float | None,
-    samples: int,
-) -> Against:
-    """The scores of a second system, and the tests of the differences."""
-    tested = {metric: randomize(one, second[metric], samples=samples) for metric, one in first.items()}
-    return Against(
-        outputs=name,
-        scores={metric: second[metric].to_score(level=level, samples=samples) for metric in first},
-        comparison={
-            metric: Difference(difference=one.difference, p_value=one.p_value, samples=one.samples, method=one.method)
-            for metric, one in tested.items()
-        },
-    )
 
 
 def score_groups(measured: Mapping[str, Measurement], examples: Sequence[Example]) -> dict[str, dict[str, GroupScores]]:

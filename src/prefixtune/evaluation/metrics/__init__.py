@@ -13,8 +13,8 @@ from prefixtune.evaluation.metrics.base import Unavailable
 from prefixtune.evaluation.metrics.labels import accuracy, macro_f1, span_f1
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.evaluation.metrics.scoring import METRICS, compute, measure, metric_names
-from prefixtune.evaluation.metrics.significance import Comparison, Measurement, bootstrap, randomize
-from prefixtune.results import Score
+from prefixtune.evaluation.metrics.significance import Measurement, bootstrap, randomize
+from prefixtune.results import Comparison, Score
 
 __all__ = [
     "METRICS",

@@ -55,7 +55,6 @@ class Protocol:
 
     Attributes:
         name: Its key in `PROTOCOLS`.
-        description: One line for people.
         metrics: Computed by default, in this order.
         normalize: Applied to every text first.
         lowercase: Whether BLEU and NIST ignore the case of A to Z (other letters keep it, as in the official script).
@@ -68,7 +67,6 @@ class Protocol:
     """
 
     name: str
-    description: str
     metrics: tuple[str, ...]
     normalize: Callable[[str], str] = squeeze
     lowercase: bool = False
@@ -98,20 +96,20 @@ PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(
+            # Any text: sacrebleu's defaults, case-sensitive.
             "plain",
-            "any text: sacrebleu's defaults, case-sensitive",
             ("bleu", "chrf", "ter"),
         ),
         Protocol(
+            # E2E NLG challenge: lower-case BLEU; METEOR, ROUGE-L and CIDEr as for image captions.
             "e2e",
-            "E2E NLG challenge: lower-case BLEU; METEOR, ROUGE-L and CIDEr as for image captions",
             ("bleu", "nist", "meteor", "rouge_l", "cider"),
             lowercase=True,
             captions=True,
         ),
         Protocol(
+            # WebNLG 2017 challenge: as dart, in ASCII.
             "webnlg",
-            "WebNLG 2017 challenge: as dart, in ASCII",
             ("bleu", "meteor", "ter"),
             normalize=_split_ascii_words,
             normalize_reference=_ascii_split_words,
@@ -121,8 +119,8 @@ PROTOCOLS: dict[str, Protocol] = {
             smooth="none",
         ),
         Protocol(
+            # DART: lower-case, words and signs separated; three references, BLEU counts absent ones as empty.
             "dart",
-            "DART: lower-case, words and signs separated; three references, BLEU counts absent ones as empty",
             ("bleu", "bleu_sound", "meteor", "ter"),
             normalize=_split_words,
             tokenize="none",
@@ -131,8 +129,8 @@ PROTOCOLS: dict[str, Protocol] = {
             smooth="none",
         ),
         Protocol(
+            # Summaries: ROUGE with stemming; with several references the best one for each metric.
             "summarization",
-            "summaries: ROUGE with stemming; with several references the best one for each metric",
             ("rouge_1", "rouge_2", "rouge_l"),
         ),
     )

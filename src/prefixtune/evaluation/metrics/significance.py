@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefixtune.evaluation.metrics.base import ItemStatistics
-from prefixtune.results import Score
+from prefixtune.results import Comparison, Score
 
 METHOD = "paired approximate randomization, two-sided"
 _MAX_CELLS = 2_000_000
@@ -81,32 +81,6 @@ class Measurement:
         )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two systems on the same items.
-
-    Attributes:
-        name: The metric's name.
-        first: The first system's score.
-        second: The second system's score.
-        difference: The first score minus the second.
-        p_value: How often the difference is at least as large after the systems' outputs are exchanged at random, item
-            by item; never 0.
-        samples: How many random exchanges were tried.
-        higher_is_better: False for error rates.
-        method: The name of the test.
-    """
-
-    name: str
-    first: float
-    second: float
-    difference: float
-    p_value: float
-    samples: int
-    higher_is_better: bool = True
-    method: str = METHOD
-
-
 def bootstrap(measured: Measurement, *, samples: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """A percentile interval of the score: as many items are drawn with replacement, many times (Koehn 2004).
 
@@ -163,7 +137,16 @@ def randomize(first: Measurement, second: Measurement, *, samples: int = 1000, s
         for shift in exchanged:
             reached += abs(total(one.sum(axis=0) + shift) - total(other.sum(axis=0) - shift)) >= threshold
     p_value = (reached + 1) / (samples + 1)
-    return Comparison(first.name, first.score, second.score, difference, p_value, samples, first.higher_is_better)
+    return Comparison(
+        name=first.name,
+        first=first.score,
+        second=second.score,
+        difference=difference,
+        p_value=p_value,
+        samples=samples,
+        higher_is_better=first.higher_is_better,
+        method=METHOD,
+    )
 
 
 def _blocks(samples: int, count: int, seed: int) -> Iterator[tuple[np.random.Generator, int]]:
