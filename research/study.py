@@ -241,7 +241,7 @@ def _choose_rate(study: Study, cell: Cell, settings: Mapping[str, Any], rates: S
         TrainingError: No run reached its end.
     """
     folder = Path(study.output) / "rates"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cell.group}.json"
     with FileLock(f"{path}.lock"):
         losses: dict[str, float | None] = json.loads(path.read_text()) if path.exists() else {}
