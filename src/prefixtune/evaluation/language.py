@@ -26,7 +26,7 @@ from prefixtune.evaluation.scores import LEVEL, score_groups
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.results import Evaluation
-from prefixtune.training.losses import target_losses
+from prefixtune.training.score import score_targets
 
 _BATCH_SIZE = 4
 """Windows in a pass: each may have hundreds of labels."""
@@ -79,7 +79,7 @@ def evaluate_texts(
         if on_batch is not None:
             on_batch(int(np.searchsorted(ends, windows, side="right")))
 
-    rows = target_losses(backbone, prefix, list(itertools.chain(*tokenized)), _BATCH_SIZE, report).numpy()
+    rows = score_targets(backbone, prefix, list(itertools.chain(*tokenized)), _BATCH_SIZE, report).numpy()
     sums = np.add.reduceat(rows, np.concatenate([[0], ends[:-1]]).astype(np.int64), axis=0)
     num_bytes = np.array([[len(example.targets[0].encode())] for example in examples], dtype=float)
     values = np.concatenate([sums, num_bytes], axis=1)

@@ -26,9 +26,9 @@ from prefixtune.pages.figures import save_figure
 from prefixtune.prefix.compose import cut
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.config import MOST_LENGTHS, TrainConfig
-from prefixtune.training.folder import PREFIX_FILE
 from prefixtune.training.loop import TrainLoop
-from prefixtune.training.losses import target_losses
+from prefixtune.training.run_folder import PREFIX_FILE
+from prefixtune.training.score import score_targets
 from prefixtune.training.train import train
 from prefixtune.utils.files import write_text
 
@@ -177,7 +177,7 @@ def _measure_run(
     for length in curve_lengths(prefix.prefix_length, lengths):
         if on_length is not None:
             on_length(length)
-        losses = target_losses(backbone, prefix[:length], dev.examples, config.batch_size, check_stop)
+        losses = score_targets(backbone, prefix[:length], dev.examples, config.batch_size, check_stop)
         by_source[length] = sum_by_source(losses, dev.examples)
     points = measure_lengths(by_source, prefix, samples=samples, seed=config.seed)
     best, chosen = choose(points, significance)

@@ -18,8 +18,7 @@ from prefixtune.evaluation import length as module
 from prefixtune.evaluation.length import Point, choose, curve_lengths, find_length, measure_lengths, sum_by_source
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.data import tokenize
-from prefixtune.training.losses import target_losses
-from prefixtune.training.score import evaluation_loss
+from prefixtune.training.score import evaluation_loss, score_targets
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", f"it is {letter}")) for letter in "abcdef"]
 DEV = [pt.Example("n : x", ("xx it is.", "it is x")), pt.Example("n : y", ("yy it is.",)), pt.Example("n : z", ("z",))]
@@ -45,13 +44,13 @@ def test_losses_of_targets_add_up_to_the_evaluation(batch_size: int, backbone: A
     data = tokenize(pt.TrainConfig(prefix_length=4), backbone, EXAMPLES, DEV)
     assert data.dev is not None
     prefix, counts = random_prefix(backbone, 4), []
-    rows = target_losses(backbone, prefix, data.dev.examples, batch_size, counts.append)
+    rows = score_targets(backbone, prefix, data.dev.examples, batch_size, counts.append)
     assert rows[:, 1].tolist() == [len(target) for example in data.dev.examples for target in example.targets]
     loss = evaluation_loss(backbone, prefix, data.dev.examples)
     assert float(rows[:, 0].sum() / rows[:, 1].sum()) == pytest.approx(loss, rel=1e-6)
     # Each target alone.
     alone = [
-        target_losses(backbone, prefix, [type(example)(example.prompt, (target,))])
+        score_targets(backbone, prefix, [type(example)(example.prompt, (target,))])
         for example in data.dev.examples
         for target in example.targets
     ]
@@ -92,7 +91,7 @@ def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone: Any, tmp_path: P
 def test_a_stopped_curve_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = study(backbone, tmp_path / "whole", lengths=(2, 4))
     measured: list[int] = []
-    original = target_losses
+    original = score_targets
 
     def counted(backbone: Any, prefix: Prefix, *arguments: Any) -> Any:
         measured.append(prefix.prefix_length)
@@ -100,7 +99,7 @@ def test_a_stopped_curve_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         return original(backbone, prefix, *arguments)
 
-    monkeypatch.setattr(module, "target_losses", counted)
+    monkeypatch.setattr(module, "score_targets", counted)
     with pytest.raises(KeyboardInterrupt):
         study(backbone, tmp_path, lengths=(2, 4))
     assert not (tmp_path / "run" / "length.json").exists()

@@ -285,7 +285,7 @@ def _overlap(
 ) -> Overlap | None:
     """How many examples are among the shots, or in the training sets of the prefix or the weights; None: unknown."""
     from prefixtune.evaluation.overlap import find_overlap, training_examples
-    from prefixtune.training.folder import CONFIG_FILE
+    from prefixtune.training.run_folder import CONFIG_FILE
 
     known = list(shots)
     files = [artifact.weights] if artifact.weights else split_joined(artifact.prefix) if artifact.prefix else []
