@@ -29,6 +29,9 @@ from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.train import TrainResult, train
 from short_sentences import EIGHT, HELD_OUT, NAMES, SHARED
 
+MODELS = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral", "bart", "pegasus", "t5", "m2m_100")
+SITES = "encoder=3,decoder=5,cross=2"
+
 
 @pytest.fixture
 def backbone(tiny_backbone: Any) -> Any:
@@ -61,32 +64,35 @@ def losses(result: TrainResult) -> list[float]:
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("none", True), ("mlp", False)])
+@pytest.mark.parametrize("name", MODELS)
 def test_one_step_moves_every_trained_tensor_and_no_other(
-    kind: str, checkpointing: bool, family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+    name: str, kind: str, checkpointing: bool, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
 ):
-    backbone = tiny_backbone(family)
-    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    backbone = tiny_backbone(name)
+    before = {key: tensor.clone() for key, tensor in backbone.model.state_dict().items()}
     config = config_for(
         reparameterization=kind,
         initialization="random",
         max_steps=1,
         gradient_checkpointing=checkpointing,
+        sites=SITES if backbone.kind == "encoder-decoder" else "",
     )
     start, _ = build_encoder(config, backbone)
     result = train(config, backbone=backbone, examples=SHARED)
 
     state, _ = load_state(Path(config.output) / "state.safetensors")
     trained = dict(start.named_parameters())
-    for name, tensor in trained.items():
-        assert not torch.equal(state[f"module.{name}"], tensor), f"{name} has not moved"
+    for key, tensor in trained.items():
+        assert not torch.equal(state[f"module.{key}"], tensor), f"{key} has not moved"
     assert result.num_trained == sum(tensor.numel() for tensor in trained.values())
+    assert result.prefix.lengths == start.bake().lengths
     for one, other in zip(result.prefix.tensors(), start.bake().tensors(), strict=True):
         assert torch.all((one != other).any(-1)), "every position of every head of every layer must move"
 
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert not any(module.training for module in backbone.model.modules())
-    for name, tensor in backbone.model.state_dict().items():
-        assert torch.equal(tensor, before[name]), f"{name} of the backbone has moved"
+    for key, tensor in backbone.model.state_dict().items():
+        assert torch.equal(tensor, before[key]), f"{key} of the backbone has moved"
 
 
 def test_every_slot_of_every_layer_gets_a_gradient(
@@ -110,28 +116,38 @@ def test_every_slot_of_every_layer_gets_a_gradient(
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
-def test_eight_examples_can_be_overfitted(kind: str, backbone: Any, config_for: Callable[..., TrainConfig]):
-    config = config_for(
-        reparameterization=kind,
-        initialization="random",
-        prefix_length=16,
-        bottleneck_size=64,
-        batch_size=8,
-        max_steps=120,
-        save_every=1000,
-        learning_rate=0.1 if kind in ("none", "scaled") else 0.02,
-    )
-    result = train(config, backbone=backbone, examples=EIGHT)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"reparameterization": "none", "learning_rate": 0.1, "max_steps": 120}),
+        ("llama", {"reparameterization": "scaled", "learning_rate": 0.1, "max_steps": 120}),
+        ("llama", {"reparameterization": "mlp", "max_steps": 120}),
+        ("bart", {"reparameterization": "mlp"}),
+        ("bart", {"learning_rate": 0.2}),
+        ("t5", {"learning_rate": 1.0, "sites": "encoder"}),
+    ],
+)
+def test_eight_examples_can_be_overfitted(
+    name: str, changes: dict[str, Any], tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+):
+    usual = {"prefix_length": 16, "bottleneck_size": 64, "batch_size": 8, "max_steps": 60, "save_every": 1000}
+    config = config_for(initialization="random", **{**usual, "learning_rate": 0.02, **changes})
+    result = train(config, backbone=tiny_backbone(name), examples=EIGHT)
     per_token = [event["loss_per_token"] for event in result.events if event["event"] == "step"]
     assert per_token[-1] < 0.3 * per_token[0]
 
 
-def test_what_was_learned_is_generated(backbone: Any, config_for: Callable[..., TrainConfig]):
-    one = [Example("name : Ann", ("Ann eats.",))]
-    config = config_for(prefix_length=16, max_steps=120, learning_rate=0.1, save_every=1000)
+@pytest.mark.parametrize(("name", "steps"), [("llama", 120), ("bart", 60), ("t5", 60)])
+def test_what_was_learned_is_generated(
+    name: str, steps: int, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+):
+    backbone, one = tiny_backbone(name), [Example("name : Ann", ("Ann eats.",))]
+    start = "words" if name == "llama" else "random"
+    config = config_for(prefix_length=16, max_steps=steps, learning_rate=0.1, save_every=1000, initialization=start)
     result = train(config, backbone=backbone, examples=one)
-    assert generate(backbone, ["name : Ann"], load_prefix(result.path, backbone), max_new_tokens=20) == ["Ann eats."]
+    prefix = load_prefix(result.path, backbone)
+    for beams in (1, 3):
+        assert generate(backbone, ["name : Ann"], prefix, max_new_tokens=20, num_beams=beams) == ["Ann eats."]
 
 
 def test_the_best_prefix_is_kept_and_the_run_stops_early(backbone: Any, config_for: Callable[..., TrainConfig]):
@@ -155,16 +171,10 @@ def test_the_best_prefix_is_kept_and_the_run_stops_early(backbone: Any, config_f
         )
     assert result.prefix.equal(load_prefix(Path(until_best.output) / "prefix.safetensors"))
     assert result.prefix.header["training"]["steps"] == evaluations[best]["step"]
-
-
-def test_a_run_that_stopped_early_stays_stopped(backbone: Any, config_for: Callable[..., TrainConfig]):
-    config = config_for(learning_rate=0.5, max_grad_norm=0.0, max_steps=40, eval_every=2, patience=3)
     data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
-    first = train(config, **data)
-    assert first.steps < 40
-    again = train(config, **data, resume=True)
-    assert again.steps == first.steps
-    assert again.prefix.equal(first.prefix)
+    again = train(config_for(**wandering), **data, resume=True)
+    assert again.steps == result.steps
+    assert again.prefix.equal(result.prefix)
 
 
 def test_the_best_loss_and_the_patience_survive_a_stop(backbone: Any, config_for: Callable[..., TrainConfig]):
@@ -183,24 +193,34 @@ def test_the_best_loss_and_the_patience_survive_a_stop(backbone: Any, config_for
     assert resumed.prefix.equal(whole.prefix)
 
 
-def test_without_a_development_set_the_last_prefix_is_kept(backbone: Any, config_for: Callable[..., TrainConfig]):
-    result = train(config_for(), backbone=backbone, examples=EIGHT)
-    state, _ = load_state(Path(config_for().output) / "state.safetensors")
-    assert torch.equal(flatten(result.prefix.layers["decoder"]), state["module.sites.decoder.table"])
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_without_a_development_set_the_last_prefix_is_kept(
+    name: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+):
+    config = config_for(sites="cross=2,encoder=3" if name == "bart" else "")
+    result = train(config, backbone=tiny_backbone(name), examples=EIGHT)
+    state, _ = load_state(Path(config.output) / "state.safetensors")
+    for site in result.prefix.sites:
+        assert torch.equal(flatten(result.prefix.layers[site]), state[f"module.sites.{site}.table"])
     assert math.isnan(result.best_loss)
 
 
 # --- the same whatever the batching, the same each time --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["sentence", "token"])
-def test_accumulation_is_one_large_batch(reduction: str, backbone: Any, config_for: Callable[..., TrainConfig]):
+@pytest.mark.parametrize(
+    ("name", "reduction"), [("llama", "sentence"), ("llama", "token"), ("bart", "sentence"), ("m2m_100", "sentence")]
+)
+def test_accumulation_is_one_large_batch(
+    name: str, reduction: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+):
     options = {"targets_per_source": 1, "loss_reduction": reduction, "max_steps": 5}
+    backbone = tiny_backbone(name)
     large = train(config_for("large", batch_size=6, **options), backbone=backbone, examples=SHARED)
     small = train(
         config_for("small", batch_size=2, gradient_accumulation=3, **options), backbone=backbone, examples=SHARED
     )
-    assert losses(small) == pytest.approx(losses(large), rel=1e-6)
+    assert losses(small) == pytest.approx(losses(large), rel=1e-6 if name == "llama" else 1e-5)
     assert [e["target_tokens"] for e in small.events if e["event"] == "step"] == [
         e["target_tokens"] for e in large.events if e["event"] == "step"
     ]
@@ -248,20 +268,28 @@ def test_a_seed_fixes_every_bit(kind: str, tiny_backbone: Any, config_for: Calla
     assert losses(other) != losses(runs[0])
 
 
-def test_the_learning_rate_rises_then_falls_to_zero(backbone: Any, config_for: Callable[..., TrainConfig]):
-    result = train(config_for(max_steps=10, warmup_steps=4, learning_rate=1.0), backbone=backbone, examples=EIGHT)
-    rates = [event["lr"] for event in result.events if event["event"] == "step"]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-
-
 # --- stopping and resuming -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
-def test_resumed_is_uninterrupted(kind: str, backbone: Any, config_for: Callable[..., TrainConfig]):
+@pytest.mark.parametrize(
+    ("name", "kind", "moments"),
+    [
+        ("llama", "scaled", (("step", 3), ("save", 4), ("evaluation", 4), ("step", 9))),
+        ("llama", "none", (("evaluation", 4),)),
+        ("llama", "mlp", (("step", 3),)),
+        ("bart", "mlp", (("step", 3),)),
+        ("t5", "scaled", (("evaluation", 4),)),
+        ("t5", "none", (("step", 3),)),
+    ],
+)
+def test_resumed_is_uninterrupted(
+    name: str, kind: str, moments: Any, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+):
+    backbone = tiny_backbone(name)
     options = {
         "reparameterization": kind,
-        "initialization": "random",
+        "initialization": "words" if kind == "scaled" else "random",
+        "sites": SITES if backbone.kind == "encoder-decoder" else "",
         "save_every": 2,
         "eval_every": 2,
         "max_steps": 9,
@@ -276,7 +304,7 @@ def test_resumed_is_uninterrupted(kind: str, backbone: Any, config_for: Callable
         kinds = ("start", "step", "evaluation", "end")
         return [{k: v for k, v in event.items() if k != "seconds"} for event in events if event["event"] in kinds]
 
-    for moment, number in (("step", 3), ("save", 4), ("evaluation", 4), ("step", 9)):
+    for moment, number in moments:
         stopped = config_for(f"stopped-at-{moment}-{number}", **options)
         with pytest.raises(Killed):
             train(stopped, **data, on_event=at(moment, number, kill))
@@ -286,17 +314,6 @@ def test_resumed_is_uninterrupted(kind: str, backbone: Any, config_for: Callable
         assert resumed.prefix.equal(whole.prefix), (moment, number)
         assert resumed.best_loss == whole.best_loss
         assert log(resumed.path.parent) == log(whole.path.parent)
-
-
-def test_a_log_cut_off_within_a_line_does_not_matter(backbone: Any, config_for: Callable[..., TrainConfig]):
-    whole = train(config_for("whole"), backbone=backbone, examples=SHARED)
-    with pytest.raises(Killed):
-        train(config_for(), backbone=backbone, examples=SHARED, on_event=at("step", 4, kill))
-    log = Path(config_for().output) / "events.jsonl"
-    log.write_text(log.read_text()[:-20])
-    resumed = train(config_for(), backbone=backbone, examples=SHARED, resume=True)
-    assert losses(resumed) == losses(whole)
-    assert all(json.loads(line) for line in log.read_text().splitlines())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -419,11 +436,14 @@ def test_a_full_disk_is_reported_and_leaves_the_last_state(
     assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
 
 
-def test_missing_data_is_reported(backbone: Any, config_for: Callable[..., TrainConfig]):
-    with pytest.raises(ConfigError, match="no training file"):
+def test_missing_data_is_reported(backbone: Any, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+    with pytest.raises(ConfigError, match="train"):
         train(config_for(), backbone=backbone)
     with pytest.raises(DataError):
         train(config_for(), backbone=backbone, examples=[])
+    # The byte tokenizer adds nothing to it, and no encoder can read nothing.
+    with pytest.raises(DataError):
+        train(config_for(), backbone=tiny_backbone("bart"), examples=[*EIGHT, Example("", ("x",))])
 
 
 # --- where a run starts ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.tokenized import TokenizedExample, longest_text
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.compose import check_joinable, join
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
@@ -64,17 +64,10 @@ def load_others(config: TrainConfig, backbone: Backbone) -> list[Prefix]:
         BackboneError: One was trained for another backbone, or the backbone's keys cannot be turned on.
         CheckpointError: One cannot be read, or there is none.
     """
-    others = [(str(path), load_prefix(path)) for path in find_files(config.beside, config.output)]
-    check_joinable([prefix for _, prefix in others], [repr(path) for path, _ in others])
-    for path, prefix in others:
-        try:
-            load_prefix(prefix, backbone)
-        except BackboneError as error:
-            raise BackboneError(
-                f"{path!r} cannot stand beside a prefix of {backbone.name!r}: {error.message}",
-                hint="take it out of the folder of --beside.",
-            ) from error
-    return [Prefix(prefix.layers).to(torch.float32, backbone.device) for _, prefix in others]
+    names = find_files(config.beside, config.output)
+    others = [load_prefix(path, backbone) for path in names]
+    check_joinable(others, [repr(str(path)) for path in names])
+    return [Prefix(prefix.layers).to(torch.float32, backbone.device) for prefix in others]
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

