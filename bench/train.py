@@ -34,7 +34,6 @@ from bench.train_sides import (
     measure_peak,
     num_target_tokens,
     require_equal,
-    require_same_backbone,
     set_weights,
     timed_step,
 )
@@ -71,8 +70,6 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
         for setting, some in batches.items()
     }
     sides = {variant: make_side(variant, length, options.backbone) for variant in VARIANTS}
-    require_same_backbone(sides["peft-fp32"], sides["ours-fp32"])
-    require_same_backbone(sides["peft-bf16"], sides["ours-bf16"])
     start = clone_weights(sides["peft-fp32"])
     results: list[dict[str, Any]] = []
     figures: list[Figure] = []

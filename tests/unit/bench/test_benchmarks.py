@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import decode, gpu, train
+from bench import gpu, serve, train
+from bench.models import save_model
 from bench.turns import isolated
 from tools.gpu_page import page
 
@@ -19,18 +20,29 @@ def test_a_process_of_its_own() -> None:
     assert isolated(os.getpid) != os.getpid()
 
 
-def test_training_and_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Slow, as PEFT is imported; in this process, and with little data.
     monkeypatch.setattr(train, "isolated", lambda work, *arguments: work(*arguments))
     monkeypatch.setattr(train, "QUICK_SETTINGS", [(2, 1)])
     monkeypatch.setattr(train, "MEMORY_STEPS", 2)
     monkeypatch.setattr("bench.data.E2E", tmp_path / "none")
     options = ["--quick", "--repeats", "1", "--backbone", "tiny", "--json", str(tmp_path / "out.json")]
-    for benchmark, more in ((train, []), (decode, ["--texts", "1", "2", "--lengths", "0", "3"])):
-        assert benchmark.main([*options, *more]) == 0
-        rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["summary"]
-        assert len(rows) >= 4
-        assert all(row["value"] is not None for row in rows)
+    assert train.main(options) == 0
+    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["summary"]
+    assert len(rows) >= 4
+    assert all(row["value"] is not None for row in rows)
+
+
+def test_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow, as a real server starts: its texts over HTTP are those of the engine in this process."""
+    monkeypatch.setattr("bench.data.E2E", tmp_path / "none")
+    folder, file = save_model("tiny", tmp_path / "model"), tmp_path / "out.json"
+    options = ["--quick", "--backbone", str(folder), "--dtype", "float32", "--json", str(file)]
+    assert serve.main(options) == 0
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert results["tokens_per_second"].keys() == {"torch", "torch-one", "torch-none", "process", "transformers"}
+    assert all(len(ratios) == 1 for ratios in results["speed_ratios"].values())
+    assert results["same_texts"] == {"torch and process": 1.0, "torch-one and transformers": 1.0}
 
 
 def test_every_part_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
