@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import http.client
+import json
 import os
 import signal
 import threading
@@ -14,29 +15,31 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
+from bench.quantized import write_gguf
+from command_line import run as run_command
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.packaged import packaged_gguf
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.shapes import StoredWeights, load_shapes
 from prefixtune.engine import Engine
 from prefixtune.engine.gguf import find_gguf
 from prefixtune.engine.llama_child import LlamaChild
-from prefixtune.engine.llama_cpp import LlamaCppConfig, LlamaCppEngine
+from prefixtune.engine.llama_cpp import LlamaCppEngine
 from prefixtune.engine.request import (
     ContextLengthError,
-    EngineFull,
     Request,
     SamplingParams,
     SequenceOutput,
     join_outputs,
 )
-from prefixtune.errors import BackboneError, ConfigError, RequestError
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.inference.generate import generate, stream
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.sampling.grammar import compile_json_schema
 
 pytest.importorskip("xllamacpp", reason="needs xllamacpp")
@@ -55,34 +58,13 @@ ASKED = (
 )
 
 
-def as_float16(source: Path, target: Path) -> Path:
-    """A GGUF file with the same fields, and its matrices in float16."""
-    import gguf
-
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-            continue
-        inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), field.types[0], inner)
-    for tensor in reader.tensors:
-        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, numbers.astype(np.float16 if numbers.ndim > 1 else np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model in float16: 270 MB, written once."""
     source = packaged_gguf(NAME)
     if source is None:
         pytest.skip("needs the default model's GGUF file: `prefixtune prepare --force`")
-    return as_float16(source, tmp_path_factory.mktemp("gguf") / "float16.gguf")
+    return write_gguf(source, tmp_path_factory.mktemp("gguf") / "float16.gguf", "F16")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +89,7 @@ def prefixes(torch_backbone: Backbone) -> list[Prefix]:
 @pytest.fixture(scope="module")
 def engine(shapes: Backbone, gguf: Path) -> Iterator[LlamaCppEngine]:
     """Four slots."""
-    with LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=4, max_length=256, threads=1)) as made:
+    with LlamaCppEngine(shapes, str(gguf), num_slots=4, max_length=256, threads=1) as made:
         yield made
 
 
@@ -154,6 +136,58 @@ def test_mixed_prefixes_give_the_torch_engines_tokens(
         )
         assert same >= 0.9 * len(wanted)
         assert {one.finish_reason for one in found} <= {"stop", "length"}
+
+
+def test_generate_and_stream_take_it(engine: LlamaCppEngine, torch_backbone: Backbone, prefixes: list[Prefix]) -> None:
+    texts, mixed = list(ASKED), [*prefixes, None, None, prefixes[0]]
+    wanted = generate(torch_backbone, texts, mixed, max_new_tokens=12)
+    found = generate(engine.backbone, texts, mixed, max_new_tokens=12, engine=engine)
+    assert sum(one == other for one, other in zip(found, wanted, strict=True)) >= len(texts) - 1
+    pieces = list(stream(engine.backbone, texts[0], mixed[0], max_new_tokens=12, engine=engine))
+    assert len(pieces) > 1
+    assert "".join(pieces) == found[0]
+    with pytest.raises(ConfigError):
+        generate(engine.backbone, texts, num_beams=2, engine=engine)
+    # Nobody reads on: it is cancelled.
+    next(stream(engine.backbone, texts[3], max_new_tokens=200, engine=engine))
+    deadline = time.monotonic() + 20
+    while engine.num_unfinished and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine.num_unfinished == 0
+
+
+def test_commands_take_it(gguf: Path, torch_backbone: Backbone, prefixes: list[Prefix], tmp_path: Path) -> None:
+    file, data = tmp_path / "p.safetensors", tmp_path / "data.jsonl"
+    save_prefix(file, Prefix(prefixes[0].layers, make_header(torch_backbone, task="e2e")))
+    data.write_text(json.dumps({"source": ASKED[0], "target": "Rusty"}) + "\n")
+    # Beams and a least number of tokens, which are the task's, are left out.
+    llama = (
+        "--engine",
+        "llama.cpp",
+        "--gguf",
+        str(gguf),
+        "--threads",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--prefix",
+        str(file),
+    )
+    text, _ = run_command("generate", *llama, ASKED[0])
+    (wanted,) = generate(torch_backbone, [ASKED[0]], load_prefix(file), max_new_tokens=8, ban_newlines=True)
+    assert text.strip() == wanted
+    row = json.loads(run_command("generate", *llama, "--json", ASKED[0])[0])
+    assert row["output"] == wanted
+    answers = run_command("chat", *llama, "--json", stdin="Hello\nWho?\n")[0].splitlines()
+    assert [json.loads(answer)["prefix"] for answer in answers] == ["p", "p"]
+    folder = tmp_path / "out"
+    options = ("--task", "records", "--data", str(data), "--metrics", "bleu", "--output", str(folder), "--json")
+    scores = json.loads(run_command("evaluate", *llama, *options)[0])
+    assert scores["num_examples"] == 1
+    assert "F16" in (folder / "evaluation.json").read_text()
+    for wrong in (("generate", *llama, "--num-beams", "2", "x"), ("generate", *llama, "--dtype", "float32", "x")):
+        run_command(*wrong, code=2)
+    run_command("generate", "--gguf", str(gguf), "x", code=2)
 
 
 def test_logprobs_stops_seeds_and_several_texts(engine: LlamaCppEngine, torch_backbone: Backbone) -> None:
@@ -236,7 +270,7 @@ def test_a_state_that_is_gone_is_written_again(
     wanted = run(engine, [request])[0][0].text
     for slot in engine._slots:
         slot.state = None
-    for state in engine._states.values():
+    for state in engine._states._states.values():
         state.path.unlink()
     assert run(engine, [replace(request, id="again")])[0][0].text == wanted
 
@@ -291,39 +325,28 @@ def test_what_cannot_start_is_refused(
     shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError):
-        LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=257))
+        LlamaCppEngine(shapes, str(gguf), num_slots=257)
     with pytest.raises(BackboneError):
-        LlamaCppEngine(shapes, tmp_path / "none.gguf", LlamaCppConfig(num_slots=1, max_length=64))
-    monkeypatch.setenv("PREFIXTUNE_HOME", str(gguf))
-    with pytest.raises(ConfigError):
-        LlamaCppEngine(shapes, gguf)
+        LlamaCppEngine(shapes, str(tmp_path / "none.gguf"), num_slots=1, max_length=64)
+    monkeypatch.setattr("prefixtune.engine.llama_cpp.cache_folder", lambda: gguf)
+    with pytest.raises(PrefixError):
+        LlamaCppEngine(shapes, str(gguf))
     monkeypatch.setattr(shapes.model.config, "model_type", "other")
     with pytest.raises(BackboneError):
-        LlamaCppEngine(shapes, gguf)
+        LlamaCppEngine(shapes, str(gguf))
 
 
 def test_states_go_with_their_engine(
     shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
-    with LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=1, max_length=64, threads=1)):
+    monkeypatch.setattr("prefixtune.engine.llama_cpp.cache_folder", lambda: tmp_path)
+    with LlamaCppEngine(shapes, str(gguf), num_slots=1, max_length=64, threads=1):
         assert list((tmp_path / "llama.cpp").iterdir())
     assert not list((tmp_path / "llama.cpp").iterdir())
 
 
-def test_more_than_may_wait_is_refused(shapes: Backbone, gguf: Path) -> None:
-    config = LlamaCppConfig(num_slots=1, max_length=128, threads=1, max_waiting=1)
-    with LlamaCppEngine(shapes, gguf, config) as engine:
-        long = SamplingParams(max_new_tokens=100, banned=(shapes.eos_id,))
-        for _ in range(2):
-            engine.submit(Request(tuple(shapes.encode("a")), None, long), lambda output: None)
-        last = Request(tuple(shapes.encode("a")), None, long)
-        with pytest.raises(EngineFull):
-            engine.submit(last, lambda output: None)
-
-
 def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) -> None:
-    with LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=1, max_length=128, threads=1)) as engine:
+    with LlamaCppEngine(shapes, str(gguf), num_slots=1, max_length=128, threads=1) as engine:
         failed = threading.Event()
         engine.on_failure = failed.set
         ended = threading.Event()
@@ -383,7 +406,7 @@ def test_a_build_that_restores_nothing_is_refused(
 
     monkeypatch.setattr(LlamaChild, "ask", no_restore)
     with pytest.raises(ConfigError):
-        LlamaCppEngine(shapes, gguf, LlamaCppConfig(num_slots=2, max_length=128, threads=1))
+        LlamaCppEngine(shapes, str(gguf), num_slots=2, max_length=128, threads=1)
 
 
 def test_a_window_that_would_hide_the_prefix_is_refused(shapes: Backbone, gguf: Path) -> None:
@@ -391,4 +414,4 @@ def test_a_window_that_would_hide_the_prefix_is_refused(shapes: Backbone, gguf: 
     config.sliding_window = 64
     other = dataclasses.replace(shapes, model=SimpleNamespace(config=config))
     with pytest.raises(BackboneError):
-        LlamaCppEngine(other, gguf, LlamaCppConfig(num_slots=1, max_length=128))
+        LlamaCppEngine(other, str(gguf), num_slots=1, max_length=128)

@@ -14,7 +14,7 @@ from prefixtune.backbone.packaged import PRETRAINED, packaged_gguf
 from prefixtune.backbone.shapes import StoredWeights
 from prefixtune.errors import BackboneError
 
-__all__ = ["check_gguf", "find_gguf"]
+__all__ = ["find_gguf"]
 
 
 _ROWS = 64
@@ -23,36 +23,20 @@ _LEAST_CORRELATION = 0.95
 
 
 def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
-    """The GGUF file with a backbone's weights, and its quantization.
+    """The GGUF file with a backbone's weights, and what it says of their quantization, such as `Q8_0`.
 
     Args:
         given: Its path; empty: that of an embedded backbone.
         backbone: Its shapes, by `load_shapes`.
 
     Raises:
-        BackboneError: There is none, or it holds another model.
+        BackboneError: There is none, or it cannot be read, or it holds another model: its shapes, embeddings or norms
+            are not the backbone's.
     """
     path = Path(given) if given else packaged_gguf(backbone.name)
     if path is None:
         hint = "run `prefixtune prepare --force`." if backbone.name in PRETRAINED else "name the file with --gguf FILE."
         raise BackboneError(f"llama.cpp needs {backbone.name!r} as a GGUF file.", hint=hint)
-    return path, check_gguf(path, backbone, checkpoint_folder(backbone.name))
-
-
-def check_gguf(path: Path, backbone: Backbone, folder: Path) -> str:
-    """Refuse a GGUF file of another model.
-
-    Args:
-        path: The file.
-        backbone: The model's shapes.
-        folder: The backbone's checkpoint.
-
-    Returns:
-        What the file says of its quantization, such as `Q8_0`.
-
-    Raises:
-        BackboneError: It cannot be read; its shapes are others; its embeddings or its norms are not the backbone's.
-    """
     import gguf
 
     try:
@@ -70,7 +54,8 @@ def check_gguf(path: Path, backbone: Backbone, folder: Path) -> str:
         wanted = {"layers": len(layers), "width": backbone.hidden_size, "KV heads": layers[0].num_kv_heads}
         wrong = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
         if not wrong:
-            wrong = _other_weights(kind, {one.name: one for one in reader.tensors}, backbone, StoredWeights(folder))
+            stored = StoredWeights(checkpoint_folder(backbone.name))
+            wrong = _other_weights(kind, {one.name: one for one in reader.tensors}, backbone, stored)
         number = field.get("general.file_type")
         quantization = "" if number is None else gguf.LlamaFileType(number).name.removeprefix("MOSTLY_")
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
@@ -80,7 +65,7 @@ def check_gguf(path: Path, backbone: Backbone, folder: Path) -> str:
             f"{str(path)!r} holds another model than {backbone.name!r}: {'; '.join(wrong)}.",
             hint="convert the backbone's own folder to GGUF by llama.cpp's converter.",
         )
-    return quantization
+    return path, quantization
 
 
 def _other_weights(kind: str, tensors: Mapping[str, Any], backbone: Backbone, stored: StoredWeights) -> list[str]:

@@ -1,4 +1,8 @@
-"""llama.cpp's server as a child process, and what is asked of it."""
+"""llama.cpp's server as a child process, which ends with its parent, and what is asked of it.
+
+The child runs this file as a script, with the options as a line of JSON on stdin; it prints the server's address once
+the model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ import contextlib
 import http.client
 import json
 import secrets
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,8 @@ _DYING_SECONDS = 2.0
 _SHOWN = 300
 """Characters of what it wrote before it ended."""
 
-Opened = Callable[[socket.socket], None]
+_SPARE = 8
+"""Positions beyond those of the slots."""
 
 
 class Refused(RequestError):
@@ -59,7 +64,8 @@ class LlamaChild:
         }
         with tempfile.TemporaryFile() as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "prefixtune.engine.llama_server"],
+                # By its file, so that it does not load what the engine's package imports.
+                [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -123,18 +129,14 @@ class LlamaChild:
         with self._post(path, body) as response:
             return json.loads(response.read())
 
-    def stream(self, body: Mapping[str, Any], opened: Opened) -> Generator[Mapping[str, Any]]:
-        """The events of a completion.
-
-        Args:
-            body: What is asked for.
-            opened: Called with the connection before anything is sent; whoever shuts it down ends the completion.
+    def stream(self, body: Mapping[str, Any]) -> Generator[Mapping[str, Any]]:
+        """The events of a completion; it ends early if the generator is closed.
 
         Raises:
             Refused: It refuses.
             OSError: It cannot be reached, or the connection ends before the completion.
         """
-        with self._post("/completion", body, opened) as response:
+        with self._post("/completion", body) as response:
             for line in response:
                 if line.startswith(b"data: "):
                     event = json.loads(line[6:])
@@ -146,14 +148,9 @@ class LlamaChild:
         raise ConnectionError("llama.cpp's server has ended in the middle of a text.")
 
     @contextlib.contextmanager
-    def _post(
-        self, path: str, body: Mapping[str, Any], opened: Opened | None = None
-    ) -> Iterator[http.client.HTTPResponse]:
+    def _post(self, path: str, body: Mapping[str, Any]) -> Iterator[http.client.HTTPResponse]:
         """Ask; the answer can be read while the block runs."""
         with contextlib.closing(http.client.HTTPConnection(*self._address, timeout=_SECONDS)) as connection:
-            connection.connect()
-            if opened is not None:
-                opened(connection.sock)
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
             connection.request("POST", path, json.dumps(body), headers)
             with connection.getresponse() as response:
@@ -169,3 +166,42 @@ def _message(content: bytes) -> str:
         return str(json.loads(content)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return "no reason is given"
+
+
+def serve(options: dict[str, Any]) -> None:
+    """Serve until stdin is closed.
+
+    Args:
+        options: `gguf`, `num_slots`, `length` (positions of a slot), `states` (the folder of saved states), `threads`,
+            `token` (without it, requests are refused).
+    """
+    import xllamacpp
+
+    # Whoever interrupts the parent lets it end its texts.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    params = xllamacpp.CommonParams()
+    params.model.path = options["gguf"]
+    params.n_parallel = options["num_slots"]
+    # It ends a text shortly before the cells do.
+    params.n_ctx = options["num_slots"] * options["length"] + _SPARE
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
+    # Errors only.
+    params.port, params.verbosity = 0, 1
+    params.api_keys, params.ui, params.cors_origins = [options["token"]], False, ""
+    params.slot_save_path = options["states"].rstrip("/") + "/"
+    params.endpoint_slots = True
+    # Without flash attention, values are stored transposed.
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    # A saved state is of one stream, and only a unified cache has one.
+    params.kv_unified = True
+    # Otherwise a restored prefix is cleared again as soon as another slot begins.
+    params.cache_idle_slots, params.cache_ram_mib = False, 0
+    # Texts are never cut, and come token by token.
+    params.ctx_shift, params.warmup = False, True
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.stdin.readline()))

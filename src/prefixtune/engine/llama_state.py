@@ -1,4 +1,4 @@
-"""A prefix as llama.cpp takes it: the bytes of its saved sequence states.
+"""A prefix as llama.cpp takes it: the bytes of its saved sequence states, and files of them.
 
 Layout, little-endian: magic, version, number of tokens, tokens, cells. Cells: number of streams; the number of cells
 and per cell its position, the number of its sequences and these; whether values are transposed; number of layers; from
@@ -9,9 +9,14 @@ version 4 on whether keys and values are rotated; then every layer's keys, then 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import struct
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,8 +26,19 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.files import reporting_write_errors
 
-__all__ = ["KV_TYPES", "STATE_VERSIONS", "check_layout", "encode_file", "is_interleaved", "placeholders_for", "rows_of"]
+__all__ = [
+    "KV_TYPES",
+    "STATE_VERSIONS",
+    "SavedState",
+    "SavedStates",
+    "encode_file",
+    "is_interleaved",
+    "placeholders_for",
+    "probe_file",
+    "rows_of",
+]
 
 
 STATE_VERSIONS = (2, 3, 4)
@@ -34,6 +50,8 @@ Rows = tuple[Float[Tensor, "P _K"], Float[Tensor, "P _V"]]
 """One layer's keys and values as llama.cpp stores them: one row per position, head after head."""
 
 _FILE = 0x67677371
+_MOST_NUMBERS = 2**29
+"""In saved states, of two bytes each; beyond them, those that were not used for longest are removed."""
 
 
 LAYOUTS = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False, "gpt2": False}
@@ -129,47 +147,23 @@ def encode_file(
     return b"".join(parts)
 
 
-def check_layout(saved: bytes, layers: Sequence[LayerShape]) -> int:
-    """Which version of the layout a build of llama.cpp writes.
+def probe_file(saved: bytes, layers: Sequence[LayerShape], tokens: Sequence[int]) -> tuple[int, bytes]:
+    """The version of the layout that a build of llama.cpp writes, and a state of zeros in it.
 
     Args:
-        saved: A state that it saved, with a float16 cache and flash attention.
+        saved: A state that the build saved.
         layers: The shapes of the model's layers.
-
-    Returns:
-        The version, for `encode_file`.
+        tokens: The placeholders.
 
     Raises:
-        ConfigError: It is none of `STATE_VERSIONS`, or the bytes are laid out in another way than here.
+        ConfigError: The version is none of `STATE_VERSIONS`.
     """
-    magic, version, num_tokens = struct.unpack_from("<III", saved)
-    start = 12 + 4 * num_tokens
-    if magic == _FILE and version in STATE_VERSIONS and len(saved) >= start + 8:
-        _, count = struct.unpack_from("<II", saved, start)
-        # Both bytes of this number are unlike those of zero, so that only keys and values differ between the two.
-        files = []
-        for number in (0.0, 1.0009765625):
-            rows = (
-                [
-                    (
-                        torch.full((count, s.num_kv_heads * s.key_dim), number),
-                        torch.full((count, s.num_kv_heads * s.value_dim), number),
-                    )
-                    for s in layers
-                ]
-                if count < 2**16
-                else []
-            )
-            files.append(encode_file(rows, [], version=version)[12:] if rows else b"")
-        zeros, ones = (torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files if file)
-        ours = torch.frombuffer(bytearray(saved[start:]), dtype=torch.uint8)
-        if ours.shape == zeros.shape and bool(((ours == zeros) | (zeros != ones)).all()):
-            return int(version)
-    raise ConfigError(
-        f"this build of llama.cpp saves states in another way (version {version}); known are versions "
-        f"{', '.join(map(str, STATE_VERSIONS))}.",
-        hint="install another version of xllamacpp, or use the engine torch.",
-    )
+    _, version = struct.unpack_from("<II", saved)
+    zeros = [
+        (torch.zeros(len(tokens), s.num_kv_heads * s.key_dim), torch.zeros(len(tokens), s.num_kv_heads * s.value_dim))
+        for s in layers
+    ]
+    return int(version), encode_file(zeros, tokens, version=int(version))
 
 
 def _raw(rows: Tensor, dtype: torch.dtype) -> bytes:
@@ -180,3 +174,55 @@ def _raw(rows: Tensor, dtype: torch.dtype) -> bytes:
             hint="use --kv-type f32, and start llama.cpp with --cache-type-k f32 --cache-type-v f32.",
         )
     return cast.view(torch.uint8).numpy().tobytes()
+
+
+class SavedState(NamedTuple):
+    """A prefix as llama.cpp takes it: a file in the folder of states, and what stands for it in a prompt."""
+
+    prefix: Prefix
+    path: Path
+    placeholders: list[int]
+
+
+class SavedStates:
+    """The prefixes of an engine as files, the last used one last. May be used from any thread.
+
+    Args:
+        folder: Gets the files.
+        backbone: The model.
+        version: Of the layout, by `check_layout`.
+    """
+
+    def __init__(self, folder: Path, backbone: Backbone, version: int) -> None:
+        self._folder, self._backbone, self._version = folder, backbone, version
+        # By the prefix's id, which stays its own as the prefix is kept.
+        self._states: OrderedDict[int, SavedState] = OrderedDict()
+        self._numbers, self._lock = itertools.count(), threading.Lock()
+
+    def of(self, prefix: Prefix) -> SavedState:
+        """The saved state of a prefix, written if there is none.
+
+        Raises:
+            ConfigError: It has numbers that llama.cpp cannot hold.
+            PrefixError: The disk is full.
+        """
+        with self._lock:
+            state = self._states.pop(id(prefix), None)
+            if state is None:
+                path = self._folder / f"{next(self._numbers)}.bin"
+                state = SavedState(prefix, path, placeholders_for(prefix, self._backbone))
+            self.ensure(state)
+            self._states[id(prefix)] = state
+            total = sum(one.prefix.num_parameters for one in self._states.values())
+            while total > _MOST_NUMBERS and len(self._states) > 1:
+                _, old = self._states.popitem(last=False)
+                old.path.unlink(missing_ok=True)
+                total -= old.prefix.num_parameters
+            return state
+
+    def ensure(self, state: SavedState) -> None:
+        """Write a state's file, where it is not there, or was removed."""
+        if not state.path.exists():
+            content = encode_file(rows_of(state.prefix, self._backbone), state.placeholders, version=self._version)
+            with reporting_write_errors(state.path):
+                state.path.write_bytes(content)

@@ -142,8 +142,6 @@ def _start_torch(config: ServeConfig, console: Console) -> Engine:
         max_length=config.max_length,
         prefill_tokens=config.prefill_tokens,
         kv_cache_mib=config.kv_cache_mib,
-        # As many as the gate ever admits.
-        max_waiting=config.num_slots + config.max_queue,
     )
     # Callers see this name: it must not be a path.
     engine = torch_engine.Engine(replace(backbone, name=config.model_id), engine_config)
@@ -155,19 +153,15 @@ def _start_torch(config: ServeConfig, console: Console) -> Engine:
 
 def _start_llama_cpp(config: ServeConfig, console: Console) -> Engine:
     from prefixtune.backbone.shapes import load_shapes
-    from prefixtune.engine.gguf import find_gguf
-    from prefixtune.engine.llama_cpp import LlamaCppConfig, LlamaCppEngine
+    from prefixtune.engine.llama_cpp import LlamaCppEngine
 
+    # Callers see this name: it must not be a path.
     backbone = load_shapes(config.backbone)
-    gguf, quantization = find_gguf(config.gguf, backbone)
-    console.info(f"starting llama.cpp with {gguf.name} ({quantization or 'of unknown quantization'}) ...")
-    engine_config = LlamaCppConfig(
-        num_slots=config.num_slots,
-        max_length=config.max_length,
-        threads=config.threads,
-        max_waiting=config.num_slots + config.max_queue,
-    )
-    engine = LlamaCppEngine(replace(backbone, name=config.model_id), gguf, engine_config)
+    console.info("starting llama.cpp ...")
+    sizes = {"num_slots": config.num_slots, "max_length": config.max_length, "threads": config.threads}
+    engine = LlamaCppEngine(backbone, config.gguf, **sizes)
+    engine.backbone = replace(backbone, name=config.model_id)
+    console.info(f"{engine.name} runs")
     _report_memory(console, config, engine.max_length, engine.cache_bytes)
     return engine
 

@@ -20,8 +20,13 @@ _PACKAGES = ("prefixtune", "torch", "transformers", "safetensors", "sacrebleu", 
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, within a container's share of time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # "max", where there is no limit, is no number.
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = max(1, min(cores, int(quota) // int(period)))
+    return cores
 
 
 def describe_machine() -> dict[str, str | int | float]:
