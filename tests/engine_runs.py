@@ -11,7 +11,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt
 
 DECODERS_OF_THE_ZOO = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe", "starcoder2")
-ENCODER_DECODERS_OF_THE_ZOO = ("umt5", "switch_transformers")
+ENCODER_DECODERS_OF_THE_ZOO = ("umt5",)
 
 
 def ids(output: SequenceOutput) -> list[int]:

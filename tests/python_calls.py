@@ -25,7 +25,7 @@ import prefixtune as pt
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.request import Request
 from prefixtune.inference.classify import classify
-from prefixtune.inference.streaming import stream
+from prefixtune.inference.generate import stream
 from prefixtune.interop.trainer import PrefixModel
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.train import train_together

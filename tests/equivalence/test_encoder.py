@@ -14,8 +14,7 @@ from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, RequestError
-from prefixtune.inference.generate import generate
-from prefixtune.inference.streaming import stream
+from prefixtune.inference.generate import generate, stream
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.starts.words import from_words
 

@@ -28,8 +28,7 @@ from prefixtune.data.batching import collate, pad
 from prefixtune.data.encoding import TokenizedExample, encode_examples
 from prefixtune.errors import BackboneError, ConfigError, DataError, PrefixError, RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.inference.streaming import stream
+from prefixtune.inference.generate import generate, generate_ids, stream
 from prefixtune.prefix.encoder import PrefixEncoder
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, save_prefix, unflatten

@@ -16,9 +16,8 @@ from prefixtune.engine.request import Token
 from prefixtune.engine.sampler import sample
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import complete, generate, generate_ids
+from prefixtune.inference.generate import complete, generate, generate_ids, stream
 from prefixtune.inference.prompts import Prompt
-from prefixtune.inference.streaming import stream
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 

@@ -17,8 +17,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine import Engine, EngineConfig, Request, SamplingParams, SequenceOutput
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.inference.streaming import stream
+from prefixtune.inference.generate import generate, generate_ids, stream
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
 from zoo import NUM_BYTES, make_model, make_tokenizer

@@ -403,7 +403,7 @@ class Servers:
             **{"max_tokens": 64, "default_max_tokens": 4, "max_texts": 4, "max_joined_prefixes": 2, "max_body_kib": 64,
                "max_file_mib": 1, **options},
         )  # fmt: skip
-        engine = Engine(self.backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue))
+        engine = Engine(self.backbone, EngineConfig(num_slots=4))
         state = ServerState(config, self.backbone, PrefixFolder(folder, self.backbone), EngineWorker(engine))
         self.states.append(state)
         return make_app(state), state

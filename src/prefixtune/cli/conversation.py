@@ -13,6 +13,7 @@ from prefixtune.errors import RequestError
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
+    from prefixtune.engine.base import Engine
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
 
@@ -43,6 +44,7 @@ class Conversation:
         prefixes: Name -> prefix.
         decoding: The decoding settings with a prefix, or with none.
         name: The name of the prefix in use; empty: none.
+        engine: What computes; None: torch.
         messages: With `role` and `content`, as chat templates read them.
     """
 
@@ -50,6 +52,7 @@ class Conversation:
     prefixes: Mapping[str, Prefix]
     decoding: Callable[[Prefix | None], GenerateConfig]
     name: str = ""
+    engine: Engine | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -107,14 +110,14 @@ class Conversation:
         self, text: str, on_cut: Callable[[Sequence[int]], None] | None
     ) -> tuple[int | None, Generator[str, None, None]]:
         """The room of the next answer, as in `Answer`, and its stream."""
+        from prefixtune.inference.generate import stream
         from prefixtune.inference.prompts import fit_new_tokens
-        from prefixtune.inference.streaming import stream
 
         prefix = self.prefixes.get(self.name)
         wanted = self.decoding(prefix)
         source = text if self.reads_one_message else [*self._answered, {"role": "user", "content": text}]
         config = fit_new_tokens(self.backbone, source, prefix, wanted, None)
-        answer = stream(self.backbone, source, prefix, config=config, on_cut=on_cut)
+        answer = stream(self.backbone, source, prefix, config=config, engine=self.engine, on_cut=on_cut)
         return (config.max_new_tokens if config.max_new_tokens < wanted.max_new_tokens else None), answer
 
     @property

@@ -13,9 +13,9 @@ from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import DTypeName, option_group
 from prefixtune.utils.console import Console
 
-__all__ = ["BackboneOptions", "DecodingOptions", "generate_config", "note_unused", "task_decoding"]
+__all__ = ["BackboneOptions", "DecodingOptions", "EngineOptions", "generate_config", "note_unused", "task_decoding"]
 
-_backbone = option_group("backbone")
+_backbone, _engine = option_group("backbone"), option_group("engine")
 
 
 class BackboneOptions(CommandOptions):
@@ -32,7 +32,37 @@ class BackboneOptions(CommandOptions):
     )
 
 
-class DecodingOptions(BackboneOptions, GenerateConfig):
+class EngineOptions(BackboneOptions):
+    """The options of what computes."""
+
+    engine: Literal["torch", "llama.cpp"] = _engine(
+        "torch", description="what computes: torch, or llama.cpp, which needs the extra llama"
+    )
+    gguf: str = _engine(
+        "",
+        description="for llama.cpp: the backbone's weights, quantized or not; default: those of the embedded backbone",
+        json_schema_extra={"metavar": "FILE"},
+    )
+    threads: int = _engine(
+        0, ge=0, description="for llama.cpp: threads; 0: one per core; fewer are faster beside other programs"
+    )
+
+    @property
+    def without_lacks(self) -> dict[str, Any]:
+        """Decoding by default without what the engine lacks, whatever the task's settings are."""
+        return {} if self.engine == "torch" else {"num_beams": 1, "min_new_tokens": 0}
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Also: options of one engine with another."""
+        yield from super().conflicts()
+        own = {"torch": ("dtype", "device", "quantize", "adapter"), "llama.cpp": ("gguf", "threads")}
+        for engine, names in own.items():
+            for name in names:
+                if engine != self.engine and name in self.model_fields_set:
+                    yield (name,), f"--{name} is for --engine {engine}"
+
+
+class DecodingOptions(EngineOptions, GenerateConfig):
     """The options of decoding and of the backbone; those of decoding that are left out are the task's."""
 
     defaults_elsewhere: ClassVar[frozenset[str]] = frozenset(GenerateConfig.model_fields)
@@ -72,7 +102,7 @@ def generate_config(
         ConfigError: A setting is wrong.
     """
     name = task or (headers[0].get("task") if headers else None)
-    return task_decoding(name, headers, options.given(GenerateConfig))
+    return task_decoding(name, headers, {**options.without_lacks, **options.given(GenerateConfig)})
 
 
 def task_decoding(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
+    from prefixtune.cli.decoding import EngineOptions
+    from prefixtune.engine.base import Engine
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
     from prefixtune.prefix.text_format import TextFormat
@@ -29,6 +32,7 @@ __all__ = [
     "read_prefix",
     "short_name",
     "split_joined",
+    "started_engine",
 ]
 
 DEFAULT_BACKBONE = "smollm2-135m"
@@ -54,9 +58,17 @@ class Artifact:
 
 
 def load(console: Console, name: str, options: Any, adapter: str | None = None, *, self_check: bool = True) -> Backbone:
-    """Load a backbone with the `dtype`, `device` and `quantize` of the options, and report it."""
-    from prefixtune.backbone.load import load_backbone
+    """Load a backbone with the `dtype`, `device` and `quantize` of the options, and report it.
 
+    For an engine that has the weights in a file of its own, without them.
+    """
+    from prefixtune.backbone.load import load_backbone
+    from prefixtune.backbone.shapes import load_shapes
+
+    if getattr(options, "engine", "torch") != "torch":
+        if adapter:
+            raise ConfigError(f"--engine {options.engine} has no adapters.", hint="use --engine torch.")
+        return load_shapes(name)
     with_adapter = f" with the adapter {adapter}" if adapter else ""
     console.info(f"loading {name}{with_adapter} ...")
     backbone = load_backbone(
@@ -69,6 +81,32 @@ def load(console: Console, name: str, options: Any, adapter: str | None = None, 
     )
     console.info(f"{backbone!r}")
     return backbone
+
+
+@contextlib.contextmanager
+def started_engine(
+    console: Console, options: EngineOptions, backbone: Backbone, num_slots: int
+) -> Iterator[Engine | None]:
+    """The engine of the options, while the block runs; None: torch's, which every call starts for itself.
+
+    Args:
+        console: Says what computes.
+        options: The options of the command.
+        backbone: By `load`.
+        num_slots: Texts at once.
+
+    Raises:
+        PrefixError: It cannot start.
+    """
+    if options.engine == "torch":
+        yield None
+        return
+    from prefixtune.engine.llama_cpp import LlamaCppEngine
+
+    console.info(f"starting {options.engine} ...")
+    with LlamaCppEngine(backbone, options.gguf, num_slots=num_slots, threads=options.threads) as engine:
+        console.info(engine.name)
+        yield engine
 
 
 def split_joined(text: str) -> list[str]:
@@ -229,6 +267,11 @@ def load_artifact(
 ) -> tuple[Backbone, Prefix | None, TextFormat | None]:
     """The model, the prefix and the text format of an artifact."""
     if artifact.weights is not None:
+        if options.engine != "torch":
+            raise ConfigError(
+                f"{str(artifact.weights)!r} holds weights of its own, which only the engine torch reads.",
+                hint=f"leave --engine {options.engine} out.",
+            )
         from prefixtune.backbone.devices import choose_device, choose_dtype
         from prefixtune.prefix.chat_format import allow_named
         from prefixtune.training.artifact import load_tuned

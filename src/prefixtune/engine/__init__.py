@@ -6,11 +6,10 @@ the batch, and the *KV cache* the memory for keys and values. Each step, the *sc
 `base` says what every engine offers. Knows no HTTP and no files.
 """
 
-from prefixtune.engine.base import Snapshot
+from prefixtune.engine.base import RunningSequence, Snapshot
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams, SequenceOutput, Token
-from prefixtune.engine.sequence import RunningSequence
 from prefixtune.engine.worker import EngineWorker
 
 __all__ = [

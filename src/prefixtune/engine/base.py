@@ -7,14 +7,41 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.request import Request, SequenceOutput
-from prefixtune.engine.sequence import RunningSequence
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.engine.request import ContextLengthError, Request, SequenceOutput
+from prefixtune.errors import RequestError
 
-__all__ = ["Engine", "Receive", "Snapshot"]
+__all__ = ["Engine", "Limits", "Receive", "RunningSequence", "Snapshot"]
 
 
 Receive = Callable[[SequenceOutput], None]
 """Takes a request's outputs, in order, in a thread of the engine."""
+
+
+@dataclass(frozen=True)
+class RunningSequence:
+    """A snapshot of a sequence that has a slot.
+
+    Attributes:
+        slot: Its slot.
+        request_id: The request's id.
+        tenant: The request's tenant.
+        prefix_name: The name of its prefix; empty: unknown, or there is no prefix.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Tokens generated so far.
+    """
+
+    slot: int
+    request_id: str
+    tenant: str
+    prefix_name: str
+    prompt_tokens: int
+    new_tokens: int
+
+    @classmethod
+    def of(cls, request: Request, slot: int, new_tokens: int) -> RunningSequence:
+        """What a request's sequence in a slot is at."""
+        return cls(slot, request.id, request.tenant, request.prefix_name, len(request.prompt), new_tokens)
 
 
 @dataclass(frozen=True)
@@ -40,30 +67,26 @@ class Engine(Protocol):
     """Generates text for many requests at once. May be used from any thread.
 
     A request is token ids, a prefix, sampling parameters and a tenant. Who uses an engine knows nothing else of it.
+
+    Attributes:
+        name: What computes, for people and for the settings of an evaluation.
+        backbone: The model, or its tokenizer and shapes.
+        max_length: Most positions of a text.
+        lacks: Sampling parameters that it refuses -> the value that asks for nothing, which it takes.
+        failed: Whether it has failed for good.
+        on_failure: Called, in a thread of the engine, after it has failed and all requests know it.
     """
 
+    name: str
+    backbone: Backbone
+    max_length: int
+    lacks: Mapping[str, Any]
+    failed: bool
     on_failure: Callable[[], None]
-    """Called, in a thread of the engine, after it has failed and all requests know it."""
-
-    @property
-    def lacks(self) -> Mapping[str, Any]:
-        """Sampling parameters that it refuses -> the value that asks for nothing, which it takes."""
-
-    @property
-    def backbone(self) -> Backbone:
-        """The model, or its tokenizer and shapes."""
-
-    @property
-    def max_length(self) -> int:
-        """Most positions of a text."""
 
     @property
     def vocab_size(self) -> int:
         """Tokens that the model can read."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether the engine has failed for good."""
 
     @property
     def healthy(self) -> bool:
@@ -79,9 +102,17 @@ class Engine(Protocol):
             deadline: Seconds from now until the request must be done; then its sequences end with `timeout`.
 
         Raises:
-            EngineFull: Too many texts wait, or the engine is closing or has failed.
+            EngineFull: The engine is closing or has failed.
+            PrefixError: As `check`.
+        """
+
+    def check(self, request: Request) -> None:
+        """Refuse what the engine cannot run.
+
+        Raises:
             RequestError: The engine refuses it.
-            BackboneError: Its prefix does not fit the backbone.
+            ContextLengthError: It needs more positions than a text may have.
+            BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
         """
 
     def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
@@ -102,3 +133,66 @@ class Engine(Protocol):
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what still runs, and stop within so many seconds."""
+
+
+class Limits:
+    """What a request may ask of a model: the checks that all engines share.
+
+    Attributes:
+        backbone: See `Engine`.
+        max_length: See there.
+        lacks: See there.
+        remedy: What to do if a text is too long.
+    """
+
+    backbone: Backbone
+    max_length: int
+    lacks: Mapping[str, Any]
+    remedy = "shorten the text or lower max_new_tokens."
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can read."""
+        return int(self.backbone.model.get_input_embeddings().weight.shape[0])
+
+    def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
+        """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
+        # An encoder-decoder's start token takes the position that the last token does not.
+        if self.backbone.kind == "encoder-decoder":
+            return self.max_length if prompt_tokens <= self.max_length else 0
+        # The last token takes no position.
+        return self.max_length - prefix_length - prompt_tokens + 1
+
+    def check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
+        """Refuse a request that needs more positions than a text may have.
+
+        Raises:
+            ContextLengthError: It does.
+        """
+        # Without new tokens the prompt's last one takes a position all the same.
+        if max(1, new_tokens) > self.available_tokens(prompt_tokens, prefix_length):
+            side = " on either side" if self.backbone.kind == "encoder-decoder" else ""
+            raise ContextLengthError(
+                f"the request needs {prefix_length} (prefix), {prompt_tokens} (text) and {new_tokens} (new) positions, "
+                f"but the limit is {self.max_length}{side}.",
+                hint=self.remedy,
+            )
+
+    def check(self, request: Request) -> None:
+        """Refuse what the engine cannot run (see `Engine.check`)."""
+        sampling = request.sampling
+        for name, nothing in self.lacks.items():
+            if getattr(sampling, name) != nothing:
+                raise RequestError(
+                    f"{self.backbone.name!r} has no {name} in this engine.", hint="leave it out, or use another engine."
+                )
+        if request.prefix is not None:
+            load_prefix(request.prefix, self.backbone)
+        self.check_length(len(request.prompt), request.prefix_length, sampling.max_new_tokens)
+        tokens = (*request.prompt, *sampling.banned, *sampling.logit_bias)
+        unknown = [token for token in tokens if not 0 <= token < self.vocab_size]
+        if unknown:
+            raise RequestError(
+                f"there is no token {unknown[0]}: the model has {self.vocab_size:,}.",
+                hint="encode the text with the backbone's own tokenizer.",
+            )

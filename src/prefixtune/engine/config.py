@@ -37,6 +37,3 @@ class EngineConfig(Config):
         description="memory for keys and values of all running texts, in MiB; a text that finds no room waits; 0: half "
         "of what is free on a CPU, 0.8 of it on a GPU",
     )
-    max_waiting: int = _engine(
-        10_000, ge=1, description="texts that may wait for a slot; a request beyond them is refused"
-    )

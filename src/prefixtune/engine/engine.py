@@ -33,12 +33,11 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
-from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.engine.base import Limits, RunningSequence
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import (
     ContextLengthError,
-    EngineFull,
     FinishReason,
     Request,
     SequenceOutput,
@@ -47,8 +46,8 @@ from prefixtune.engine.request import (
 )
 from prefixtune.engine.sampler import NOT_FINITE, prompt_logprobs, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
-from prefixtune.engine.sequence import RunningSequence, TokenSequence
-from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, describe_value
+from prefixtune.engine.sequence import TokenSequence
+from prefixtune.errors import BackboneError, RequestError, describe_value
 from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["Engine"]
@@ -66,7 +65,7 @@ _CPU_PREFILL_TOKENS, _GPU_PREFILL_TOKENS = 256, 2048
 _log = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(Limits):
     """Continuous batching over one frozen model, decoder-only or encoder-decoder.
 
     Args:
@@ -78,13 +77,11 @@ class Engine:
         backbone: The model that runs.
         max_length: Most positions of a text (see `EngineConfig`); no more than memory has room for.
         prefill_tokens: Most prompt tokens of a step beside running texts.
-        vocab_size: Tokens that the model can read.
         batch_size: Sequences of which the last step computed something.
 
     Raises:
         BackboneError: The model generates no text, cannot compute several texts in one row, or is on several devices.
-        ConfigError: A wrong option, something that is no backbone, no memory for keys and values, or more slots than
-            tokens of a row go to one expert.
+        ConfigError: A wrong option, something that is no backbone, or no memory for keys and values.
     """
 
     def __init__(
@@ -93,7 +90,6 @@ class Engine:
         self.config = EngineConfig.from_arguments(config, options)
         backbone = as_backbone(backbone)
         _check_generates(backbone)
-        _check_experts(backbone, self.config.num_slots)
         self.backbone = backbone
         # Beyond a LongRoPE limit a text would turn the keys of all others in its row.
         limits = (self.config.max_length, backbone.max_positions, backbone.longrope_limit)
@@ -102,8 +98,10 @@ class Engine:
         self.runner = ModelRunner(backbone, self.config.num_slots, wanted, cache_bytes)
         self._has_encoder = backbone.kind == "encoder-decoder"
         self.max_length = min(wanted, *(cache.num_positions for cache in self.runner.caches))
-        self._lacks_memory = self.max_length < wanted
-        self.vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
+        if self.max_length < wanted:
+            self.remedy = "shorten the text, lower max_new_tokens, or raise kv_cache_mib."
+        # The encoder reads the prompt.
+        self.lacks: Mapping[str, Any] = {"prompt_logprobs": None} if self._has_encoder else {}
         max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self.vocab_size))
         on_cpu = backbone.device.type == "cpu"
         self.prefill_tokens = self.config.prefill_tokens or (_CPU_PREFILL_TOKENS if on_cpu else _GPU_PREFILL_TOKENS)
@@ -119,23 +117,14 @@ class Engine:
         """Queue a request.
 
         Raises:
-            EngineFull: Too many texts wait.
             ContextLengthError: It needs more positions than the model has, or more than memory has room for.
-            RequestError: It has tokens that the model does not have or more texts than may wait, or its id is in use.
+            RequestError: It has tokens that the model does not have, or its id is in use.
             BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
         """
         self.check(request)
-        limit = self.config.max_waiting
-        if request.n > limit:
-            raise RequestError(f"n is {request.n:,}, but at most {limit:,} texts may wait.", hint="ask for fewer.")
         with self._lock:
             if request.id in self._sequences:
                 raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
-            waiting = self.scheduler.num_waiting
-            if waiting + request.n > limit:
-                raise EngineFull(
-                    f"{waiting:,} texts wait for a slot already; at most {limit:,} may wait.", hint="try again later."
-                )
             sequences = [self._sequence(request, index) for index in range(request.n)]
             self._sequences[request.id] = sequences
             self.scheduler.add(sequences)
@@ -148,17 +137,9 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise RequestError(
-                f"the request is {describe_value(request)}, not a Request.",
-                hint="write Request(tuple(engine.backbone.encode(text)), prefix).",
+                f"the request is {describe_value(request)}, but must be a Request.", hint="write Request(ids, prefix)."
             )
-        if request.prefix is not None:
-            load_prefix(request.prefix, self.backbone)
-        if self._has_encoder and request.sampling.prompt_logprobs is not None:
-            raise RequestError(
-                "an encoder-decoder's encoder reads the prompt, whose tokens then have no log-probabilities.",
-                hint="leave prompt_logprobs out, or use a decoder-only model.",
-            )
-        self.check_length(len(request.prompt), request.prefix_length, request.sampling.max_new_tokens)
+        super().check(request)
         for needed, cache in zip(self.runner.positions(request), self.runner.caches, strict=True):
             if needed > cache.num_positions:
                 raise ContextLengthError(
@@ -166,13 +147,6 @@ class Engine:
                     f"{cache.num_positions:,}.",
                     hint="shorten the text, use a shorter prefix, or raise kv_cache_mib.",
                 )
-        tokens = (*request.prompt, *request.sampling.banned, *request.sampling.logit_bias)
-        unknown = [token for token in tokens if not 0 <= token < self.vocab_size]
-        if unknown:
-            raise RequestError(
-                f"there is no token {unknown[0]}: the model has {self.vocab_size:,}.",
-                hint="encode the text with the backbone's own tokenizer.",
-            )
 
     def _sequence(self, request: Request, index: int) -> TokenSequence:
         decode, sampling = self.backbone.decode, request.sampling
@@ -186,36 +160,6 @@ class Engine:
         if request.grammar is not None:
             sequence.grammar = request.grammar.start()
         return sequence
-
-    def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
-        """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
-        # An encoder-decoder's start token takes the position that the last token does not.
-        if self._has_encoder:
-            return self.max_length if prompt_tokens <= self.max_length else 0
-        # The last token takes no position.
-        return self.max_length - prefix_length - prompt_tokens + 1
-
-    def check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
-        """Refuse a request that needs more positions than a text may have.
-
-        Raises:
-            ContextLengthError: It does.
-        """
-        # Without new tokens the prompt's last one takes a position all the same.
-        if max(1, new_tokens) <= self.available_tokens(prompt_tokens, prefix_length):
-            return
-        prefix, side = ("", " on either side") if self._has_encoder else (f"{prefix_length} (prefix), ", "")
-        hint = "shorten the text or lower max_new_tokens."
-        if self._lacks_memory:
-            side += " (memory has room for no more keys and values)"
-            hint = "shorten the text, lower max_new_tokens, or raise kv_cache_mib."
-        elif self.max_length == self.backbone.longrope_limit:
-            side += " (the model's original length, before LongRoPE)"
-        raise ContextLengthError(
-            f"the request needs {prefix}{prompt_tokens} (text) and {new_tokens} (new) positions, but the limit is "
-            f"{self.max_length}{side}.",
-            hint=hint,
-        )
 
     def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """Cancel a request: its slots are free before the next step. Unknown ids are ignored."""
@@ -241,7 +185,8 @@ class Engine:
     def running_sequences(self) -> tuple[RunningSequence, ...]:
         """The sequences that have a slot, by slot."""
         with self._lock:
-            return tuple(s.snapshot() for s in sorted(self.scheduler.running, key=lambda s: s.slot))
+            running = sorted(self.scheduler.running, key=lambda s: s.slot)
+            return tuple(RunningSequence.of(s.request, s.slot, s.num_new_tokens) for s in running)
 
     def run(self, requests: Sequence[Request]) -> list[list[SequenceOutput]]:
         """Run requests to their end, in an engine that has no others.
@@ -251,24 +196,17 @@ class Engine:
 
         Raises:
             RequestError: The engine has other requests.
-            PrefixError: As `add`; then none of them is run.
+            PrefixError: As `add`; then none of them is run, unless two have one id.
         """
         if self.busy:
             raise RequestError(
                 "the engine has other requests, whose outputs would be lost.",
                 hint="call `step` until it is not busy, or `add` these requests as well.",
             )
-        added: list[str] = []
-        try:
-            for request in requests:
-                self.add(request)
-                added.append(request.id)
-        except PrefixError:
-            for request_id in added:
-                self.cancel(request_id)
-            # At once: nobody may call `step` any more.
-            self._end_cancelled()
-            raise
+        for request in requests:
+            self.check(request)
+        for request in requests:
+            self.add(request)
         outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
         while self.busy:
             for output in self.step():
@@ -410,42 +348,20 @@ def _add_prompt_logprobs(logits: Float[Tensor, "R V"], scheduled: Sequence[Sched
     return broken
 
 
-def _check_experts(backbone: Backbone, num_slots: int) -> None:
-    """Refuse more texts at once than tokens of a row go to one expert: a step computes a token of each in one row."""
-    if not backbone.counts_by_row:
-        return
-    capacities = [getattr(module, "expert_capacity", None) for module in backbone.model.modules()]
-    most = min((capacity for capacity in capacities if isinstance(capacity, int)), default=num_slots)
-    if num_slots > most:
-        raise ConfigError(
-            f"num_slots is {num_slots}, but the experts of {backbone.name!r} take {most} tokens of a row (its "
-            "expert_capacity), so that more texts would change one another.",
-            hint=f"set num_slots to {most} or less.",
-        )
-
-
 def _check_generates(backbone: Backbone) -> None:
     """Refuse a model that the engine cannot run."""
-    if backbone.kind == "encoder":
-        raise BackboneError(
-            f"{backbone.name!r} is an encoder, which reads text and writes none.",
-            hint="use it for classification or tagging, or choose a model that generates.",
-        )
-    if not backbone.layout.packable:
-        raise BackboneError(
-            f"{backbone.name!r} (kind {backbone.kind}) cannot compute several texts in one row.",
-            hint="use `generate`, which batches whole requests.",
-        )
-    if backbone.layout.repeats:
-        raise BackboneError(
-            f"{backbone.name!r} runs a layer several times in one pass, for which a text's keys have no room.",
-            hint="use `generate`, which batches whole requests.",
-        )
     # A GPU is named by its number or its device; what the CPU or the disk keeps runs on the GPU, too.
     parts = getattr(backbone.model, "hf_device_map", {}).values()
     devices = {str(part).rpartition(":")[2] for part in parts} - {"cpu", "disk"}
-    if len(devices) > 1:
-        raise BackboneError(
-            f"{backbone.name!r} is on {len(devices)} devices, but keys and values are on one.",
-            hint="use `generate`, or load the model on one device.",
-        )
+    for is_so, why in (
+        (backbone.kind == "encoder", "is an encoder, which reads text and writes none"),
+        (not backbone.layout.packable, "cannot compute several texts in one row"),
+        (backbone.counts_by_row, "has experts that take only so many tokens of a row, for which texts would compete"),
+        (backbone.layout.repeats, "runs a layer several times in one pass, for which a text's keys have no room"),
+        (len(devices) > 1, f"is on {len(devices)} devices, but keys and values are on one"),
+    ):
+        if is_so:
+            raise BackboneError(
+                f"{backbone.name!r} {why}.",
+                hint="use `generate`, which batches whole requests; an encoder only labels.",
+            )

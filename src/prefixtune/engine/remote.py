@@ -13,17 +13,15 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.engine.base import Receive, Snapshot
+from prefixtune.engine.base import Limits, Receive, RunningSequence, Snapshot
 from prefixtune.engine.remote_server import Refused, RemoteServer
-from prefixtune.engine.request import ContextLengthError, EngineFull, FinishReason, Request, SequenceOutput
-from prefixtune.engine.sequence import RunningSequence
+from prefixtune.engine.request import EngineFull, FinishReason, Request, SequenceOutput
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.detokenizer import Detokenizer
@@ -95,7 +93,7 @@ class RemoteSlot:
     text: RemoteText | None = None
 
 
-class RemoteEngine(abc.ABC):
+class RemoteEngine(Limits, abc.ABC):
     """Gives texts to a server, each in a slot's thread; starts the server again, once, if it dies.
 
     A subclass calls `_run` when its server may be started.
@@ -114,9 +112,6 @@ class RemoteEngine(abc.ABC):
         max_length: Most positions of a text.
         lacks: Sampling parameters that it refuses -> the value that asks for nothing.
     """
-
-    max_length: int
-    lacks: Mapping[str, Any]
 
     def __init__(self, name: str, backbone: Backbone, num_slots: int) -> None:
         self.name, self.backbone = name, backbone
@@ -214,46 +209,6 @@ class RemoteEngine(abc.ABC):
             self._waiting.setdefault(request.tenant, deque()).extend(list(texts))
             self._assign()
 
-    def check(self, request: Request) -> None:
-        """Refuse what the engine cannot run.
-
-        Raises:
-            RequestError: The server does not have something that it asks for.
-            ContextLengthError: It needs more positions than a text may have.
-            BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
-        """
-        sampling = request.sampling
-        for name, nothing in self.lacks.items():
-            if getattr(sampling, name) != nothing:
-                raise RequestError(f"{self.name} has no {name}.", hint="leave it out, or use another engine.")
-        if request.prefix is not None:
-            load_prefix(request.prefix, self.backbone)
-        self.check_length(len(request.prompt), request.prefix_length, sampling.max_new_tokens)
-        tokens = (*request.prompt, *sampling.banned, *sampling.logit_bias)
-        unknown = [token for token in tokens if not 0 <= token < self.vocab_size]
-        if unknown:
-            raise RequestError(
-                f"there is no token {unknown[0]}.", hint="encode the text with the backbone's tokenizer."
-            )
-
-    def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
-        """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
-        # The last token takes no position.
-        return self.max_length - prefix_length - prompt_tokens + 1
-
-    def check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
-        """Refuse a request that needs more positions than a text may have.
-
-        Raises:
-            ContextLengthError: It does.
-        """
-        if max(1, new_tokens) > self.available_tokens(prompt_tokens, prefix_length):
-            raise ContextLengthError(
-                f"the request needs {prefix_length} (prefix), {prompt_tokens} (text) and {new_tokens} (new) positions, "
-                f"but the limit is {self.max_length}.",
-                hint="shorten the text or lower max_new_tokens.",
-            )
-
     def cancel(self, request_id: str) -> None:
         """Cancel a request; its texts end with `cancelled`. Unknown ids are ignored."""
         self._interrupt(self._texts.get(request_id, ()), "cancelled")
@@ -262,11 +217,7 @@ class RemoteEngine(abc.ABC):
         """What the engine is doing now, and its counters."""
         with self._changed:
             running = [(slot.number, slot.text) for slot in self._slots if slot.text is not None]
-            shown = tuple(
-                RunningSequence(number, one.id, one.tenant, one.prefix_name, len(one.prompt), text.num_new_tokens)
-                for number, text in running
-                for one in [text.request]
-            )
+            shown = tuple(RunningSequence.of(text.request, number, text.num_new_tokens) for number, text in running)
             waiting = sum(map(len, self._waiting.values()))
         return Snapshot(shown, waiting, steps=0, texts=0, tokens=self._tokens)
 

@@ -91,8 +91,7 @@ class Request:
         id: Its id; generated if none is given.
 
     Raises:
-        RequestError: The prompt is empty or holds no token ids, n is below 1, or `prefix` or `sampling` is something
-            else.
+        RequestError: The prompt is empty or holds no token ids, n is below 1, or another value is of a wrong type.
     """
 
     prompt: tuple[int, ...]
@@ -106,6 +105,8 @@ class Request:
     id: str = field(default_factory=lambda: f"request-{next(_request_numbers)}")
 
     def __post_init__(self) -> None:
+        if isinstance(self.sampling, Mapping):
+            object.__setattr__(self, "sampling", SamplingParams(**self.sampling))
         try:
             object.__setattr__(self, "prompt", tuple(map(operator.index, self.prompt)))
         except TypeError:
@@ -113,30 +114,14 @@ class Request:
                 f"the prompt is {describe_value(self.prompt)}, but must be a list of token ids.",
                 hint="encode a text with the backbone: `backbone.encode(text)`.",
             ) from None
-        if self.prefix is not None and not isinstance(self.prefix, Prefix):
-            raise RequestError(
-                f"the prefix is {describe_value(self.prefix)}, but must be a Prefix.",
-                hint="write load_prefix(path, engine.backbone), which checks that it was trained for this model.",
-            )
-        if isinstance(self.sampling, Mapping):
-            object.__setattr__(self, "sampling", SamplingParams(**self.sampling))
-        if not isinstance(self.sampling, SamplingParams):
-            raise RequestError(
-                f"sampling is {describe_value(self.sampling)}, but must be a SamplingParams or a dict.",
-                hint="write SamplingParams(max_new_tokens=20), for example.",
-            )
-        if self.grammar is not None and self.sampling.min_new_tokens:
-            raise RequestError(
-                f"min_new_tokens is {self.sampling.min_new_tokens}, but the grammar says when a text ends.",
-                hint="leave it out.",
-            )
-        if not self.prompt:
-            raise RequestError("the prompt has no token.", hint="give some text.")
-        if type(self.n) is not int or self.n < 1:
-            raise RequestError(
-                f"n is {short_repr(self.n)}, but must be a whole number of at least 1.",
-                hint="leave it out for one text.",
-            )
+        for name, is_right, needed in (
+            ("prompt", bool(self.prompt), "one token at least"),
+            ("prefix", isinstance(self.prefix, Prefix | None), "a Prefix, as load_prefix(path, backbone) gives it"),
+            ("sampling", isinstance(self.sampling, SamplingParams), "a SamplingParams or a dict"),
+            ("n", type(self.n) is int and self.n >= 1, "a whole number of at least 1"),
+        ):
+            if not is_right:
+                raise RequestError(f"{name} is {short_repr(getattr(self, name))}.", hint=f"it must be {needed}.")
 
     @property
     def prefix_length(self) -> int:

@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune.engine.logit_rules import LogitRules, has_rules
 from prefixtune.engine.request import SamplingParams, Token
-from prefixtune.engine.sequence import TokenSequence
+from prefixtune.engine.sequence import LogitRules, TokenSequence, has_rules
 from prefixtune.errors import RequestError
 from prefixtune.sampling.config import LOWEST_TEMPERATURE
 
@@ -47,34 +46,37 @@ def sample(
         sequences: The texts.
         eos_id: The token that ends a text.
     """
-    forced = [s.forced_bos_id is not None and s.num_new_tokens == 0 for s in sequences]
-    changed = [row for row, s in enumerate(sequences) if not forced[row] and _changes_scores(s)]
-    random = [row for row, s in enumerate(sequences) if not forced[row] and s.request.sampling.temperature > 0]
+    forced = {row for row, s in enumerate(sequences) if s.forced_bos_id is not None and s.num_new_tokens == 0}
+    changed = {row for row, s in enumerate(sequences) if _changes_scores(s)} - forced
+    random = {row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0} - forced
     allowed = _without_ends(logits, sequences, eos_id)
-    best = allowed.max(dim=-1)
-    is_finite, has_any, ids = best.values.isfinite(), torch.ones_like(best.indices, dtype=torch.bool), best.indices
+    is_finite = allowed.amax(dim=-1).isfinite()
+    has_any, ids = torch.ones_like(is_finite), torch.zeros_like(is_finite, dtype=torch.long)
     refused: dict[int, RequestError] = {}
-    rows = sorted({*changed, *random})
     # On a CPU, so many at once that their scores stay in its caches.
-    count = max(1, _CACHED_SCORES // logits.shape[1] if logits.device.type == "cpu" else len(rows))
-    for start in range(0, len(rows), count):
-        part = rows[start : start + count]
-        at = _on(part, logits.device)
-        scores = allowed[at].float()
-        for place, row in enumerate(part):
-            if row in changed:
+    count = max(1, _CACHED_SCORES // logits.shape[1] if logits.device.type == "cpu" else len(sequences))
+    for start in range(0, len(sequences), count):
+        scores = allowed[start : start + count]
+        part = range(start, start + len(scores))
+        drawn = [row - start for row in part if row in random]
+        if drawn or not changed.isdisjoint(part):
+            scores = scores.to(torch.float32, copy=True)
+            for row in changed.intersection(part):
                 try:
-                    scores[place] = _change(scores[place], sequences[row])
+                    scores[row - start] = _change(scores[row - start], sequences[row])
                 except RequestError as error:
                     refused[row] = error
-        highest = scores.max(dim=-1)
-        has_any[at], ids[at] = highest.values.isfinite(), highest.indices
-        places = [place for place, row in enumerate(part) if row in random]
-        if places:
-            below = _rows(scores.sub_(highest.values[:, None]), places)
-            ids[at[_on(places, logits.device)]] = _draw(below, [sequences[part[place]] for place in places])
+            highest = scores.amax(dim=-1)
+            has_any[part.start : part.stop] = highest.isfinite()
+        if len(drawn) < len(part):
+            ids[part.start : part.stop] = scores.argmax(dim=-1)
+        if drawn:
+            below = _rows(scores.sub_(highest[:, None]), drawn)
+            ids[_on([start + place for place in drawn], ids.device)] = _draw(
+                below, [sequences[start + place] for place in drawn]
+            )
     for row, sequence in enumerate(sequences):
-        if forced[row] and sequence.forced_bos_id is not None:
+        if row in forced and sequence.forced_bos_id is not None:
             ids[row] = sequence.forced_bos_id
     found = _read(ids, is_finite, has_any, logits, [s.request.sampling for s in sequences])
     return [refused.get(row, token) for row, token in enumerate(found)]
@@ -164,8 +166,9 @@ def _draw_of_all(
     weights: Float[Tensor, "B V"], first: Float[Tensor, " B"], second: Float[Tensor, " B"]
 ) -> Int[Tensor, " B"]:
     """An index, as often as its share of the weights: first a block of them, then one within it."""
-    blocks = F.pad(weights, (0, -weights.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    block = _pick(blocks.sum(-1, dtype=torch.float64), first)
+    missing = -weights.shape[1] % _BLOCK
+    blocks = (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, _BLOCK))
+    block = _pick(blocks.sum(-1).double(), first)
     within = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
     return block * _BLOCK + _pick(within.double(), second)
 
@@ -177,7 +180,7 @@ def _draw_of_likeliest(
     size, device = scores.shape[1], scores.device
     top_p, min_p = (_on([[getattr(one, name)] for one in params], device, torch.float64) for name in ("top_p", "min_p"))
     weights = scores.exp()
-    totals = weights.sum(-1, keepdim=True, dtype=torch.float64)
+    totals = weights.sum(-1, keepdim=True).double()
     # All tokens below this together have less than 1 - p, so none of them is among the likeliest that reach p.
     lowest = torch.maximum(totals * (1 - top_p) / size, min_p) * (1 - _ROUNDING)
     possible = (weights > 0) & (weights >= lowest)

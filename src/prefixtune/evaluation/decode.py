@@ -17,6 +17,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.identity import weights
 from prefixtune.data.examples import Example
+from prefixtune.engine.base import Engine
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import complete
@@ -41,6 +42,7 @@ def decode(
     *,
     text_format: TextFormat | None,
     config: GenerateConfig,
+    engine: Engine | None = None,
     resume_file: Path | None,
     on_batch: Callable[[int], None] | None,
     on_cut: Callable[[Sequence[int]], None],
@@ -57,12 +59,12 @@ def decode(
     prompts = prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
     digest, rows = "", dict[int, dict[str, Any]]()
     if resume_file is not None:
-        digest = _digest(backbone, sources, prefix, text_format, config)
+        digest = _digest(backbone, sources, prefix, text_format, config, engine)
         rows = {row["number"]: row for row in read_decoded(resume_file, digest)}
     missing = [number for number in range(len(prompts)) if number not in rows]
     batch: list[dict[str, Any]] = []
     start = time.perf_counter()
-    for number, output in complete(backbone, prompts, config, missing):
+    for number, output in complete(backbone, prompts, config, missing, engine):
         text = prompts[number].text_format.extract_target(output.text)
         row = {"number": number, "output": text, "ended": output.finish_reason != "length", "digest": digest}
         batch.append(row)
@@ -121,6 +123,7 @@ def _digest(
     prefix: Prefix | None,
     text_format: TextFormat | None,
     config: GenerateConfig,
+    engine: Engine | None,
 ) -> str:
     """Identify what the outputs depend on: model, prefix, texts and settings.
 
@@ -129,10 +132,11 @@ def _digest(
     """
     if config.temperature == 0:
         config = config.replace(**{name: config.default(name) for name in _OF_SAMPLING_ONLY})
+    # As they compute, so also after training, or rounding to 8 or 4 bits; another engine has weights of its own.
+    computed = [_sample(value) for _, value in weights(backbone.model)] if engine is None else engine.name
     facts = {
         "fingerprint": backbone.fingerprint,
-        # As they compute, so also after training, or rounding to 8 or 4 bits.
-        "weights": [_sample(value) for _, value in weights(backbone.model)],
+        "weights": computed,
         "dtype": str(backbone.dtype),
         "format": None if text_format is None else text_format.to_dict(),
         "sources": sources,

@@ -16,6 +16,7 @@ from prefixtune.data.given import as_examples
 from prefixtune.data.label_names import label_names
 from prefixtune.data.labels import Labels, check_known, labels_of
 from prefixtune.data.windows import is_text
+from prefixtune.engine.base import Engine
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.evaluation.decode import decode
 from prefixtune.evaluation.language import evaluate_texts
@@ -34,6 +35,7 @@ def evaluate(
     *,
     text_format: TextFormatLike | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
     kind: TaskKind = "generation",
     labels: Labels | None = None,
     protocol: str = "plain",
@@ -57,6 +59,8 @@ def evaluate(
         prefix: A `Prefix`, a path, or a repository of the hub; None: the bare model.
         text_format: None: the one that the prefix was trained with; without a prefix, that of training by default.
         config: How to decode: a `GenerateConfig`, or a dict of its fields; None: greedy.
+        engine: An open engine of this backbone that generates; None: torch, for this call. Labels and perplexity need
+            torch.
         kind: The bare model's task: `generation`, or `classification` by the labels' own words. A prefix knows its
             task.
         labels: Those that the model's own weights were trained with (`labels_in` the header of a run of another
@@ -84,6 +88,8 @@ def evaluate(
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
     labels = _labels(labels, prefix, kind, examples, intervals=intervals)
+    if engine is not None and (labels is not None or all(map(is_text, examples))):
+        raise ConfigError(f"{engine.name} gives no labels and no perplexity.", hint="use the engine torch.")
     truncated: list[int] = []
 
     def note_truncated(indices: Sequence[int]) -> None:
@@ -108,7 +114,7 @@ def evaluate(
                 work["text_format"] = default_format(backbone)
             file = None if resume_file is None else Path(resume_file)
             outputs, seconds, num_unended = decode(
-                backbone, examples, prefix, resume_file=file, on_cut=note_truncated, **work
+                backbone, examples, prefix, engine=engine, resume_file=file, on_cut=note_truncated, **work
             )
     outcome = (
         score_outputs(outputs, examples, protocol=protocol, metrics=metrics, intervals=intervals)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
@@ -12,8 +13,10 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.base import Engine
+from prefixtune.engine.engine import Engine as TorchEngine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token, join_outputs
+from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.beams import search, seed_of
 from prefixtune.inference.config import GenerateConfig
@@ -24,7 +27,7 @@ from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import compile_json_schema
 from prefixtune.utils.console import show_batches
 
-__all__ = ["complete", "generate", "generate_ids", "write"]
+__all__ = ["check_streams", "complete", "generate", "generate_ids", "stream", "stream_prompt", "write"]
 
 _PREFILL_TOKENS = 1024
 """Prompt tokens of a step: more than in a server, where streams wait for them."""
@@ -37,6 +40,7 @@ def generate(
     *,
     text_format: TextFormatLike | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
     on_unended: Callable[[Sequence[int]], None] | None = None,
@@ -55,6 +59,7 @@ def generate(
         text_format: The text around a source: a `TextFormat`, or a dict of its fields; None: what each prefix was
             trained with, by its header.
         config: How to decode: a `GenerateConfig`, or a dict of its fields.
+        engine: An open engine of this backbone, such as `engine.llama_cpp.LlamaCppEngine`; None: torch, for this call.
         on_batch: Called with the number of texts that are done, as they are.
         on_cut: Called before the work with the indices of the truncated sources, if there are any; None: a warning
             says so.
@@ -83,7 +88,7 @@ def generate(
     results = [""] * len(texts)
     unended = []
     with show_batches("generating", len(texts), on_batch, progress) as show:
-        for done, (number, output) in enumerate(complete(backbone, prompts, config), start=1):
+        for done, (number, output) in enumerate(complete(backbone, prompts, config, engine=engine), start=1):
             results[number] = prompts[number].text_format.extract_target(output.text)
             if output.finish_reason == "length":
                 unended.append(number)
@@ -122,24 +127,84 @@ def generate_ids(
     return results
 
 
+def stream(
+    backbone: BackboneLike,
+    text: Source,
+    prefix: PrefixLike | None = None,
+    *,
+    text_format: TextFormatLike | None = None,
+    config: GenerateConfig | Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
+    **options: Any,
+) -> Generator[str, None, None]:
+    """Continue one text, or answer one conversation, yielding pieces as they become certain.
+
+    Joined, they are `generate`'s output. Arguments as for `generate`; beam search cannot stream. A model that the
+    engine cannot run, such as a hybrid with state-space layers, yields its output as one piece.
+
+    Raises:
+        ConfigError: The configuration uses beam search.
+    """
+    config = GenerateConfig.from_arguments(config, options)
+    check_streams(config)
+    check_texts([text])
+    backbone = as_backbone(backbone)
+    prefixes = [as_prefix(prefix, backbone)]
+    (prompt,) = prepare_prompts(backbone, [text], prefixes, config, as_text_format(text_format), on_cut=on_cut)
+    yield from stream_prompt(backbone, prompt, config, engine)
+
+
+def stream_prompt(
+    backbone: Backbone, prompt: Prompt, config: GenerateConfig, engine: Engine | None = None
+) -> Generator[str, None, None]:
+    """`stream` of a checked prompt."""
+    pieces: Iterator[str] = (output.text for _, output in write(backbone, [prompt], config, engine=engine))
+    if any(prompt.text_format.target_words):
+        # Words around the target can only be removed from the whole output.
+        pieces = iter([prompt.text_format.extract_target("".join(pieces))])
+    yield from filter(None, pieces)
+
+
+def check_streams(config: GenerateConfig) -> None:
+    """Refuse a configuration that cannot stream.
+
+    Raises:
+        ConfigError: The configuration uses beam search.
+    """
+    if config.num_beams > 1:
+        raise ConfigError(
+            "beam search cannot stream: the best beam is known only at the end.",
+            hint="set num_beams to 1 (--num-beams 1).",
+        )
+
+
 def complete(
-    backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig, numbers: Sequence[int] | None = None
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    numbers: Sequence[int] | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[tuple[int, SequenceOutput]]:
     """`write`, but whole outputs, as they end."""
     parts: dict[int, list[SequenceOutput]] = {}
-    for number, output in write(backbone, prompts, config, numbers):
+    for number, output in write(backbone, prompts, config, numbers, engine):
         parts.setdefault(number, []).append(output)
         if output.finish_reason is not None:
             yield number, join_outputs(parts.pop(number))
 
 
 def write(
-    backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig, numbers: Sequence[int] | None = None
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    numbers: Sequence[int] | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[tuple[int, SequenceOutput]]:
     """What follows prompts, as it is computed: the index of a prompt, and the next piece of its output.
 
-    The engine writes. transformers' `generate` writes whole outputs where the engine cannot: beams, models that do not
-    compute several texts in one row, and texts that may pass LongRoPE's limit.
+    The engine writes. transformers' `generate` writes whole outputs where torch's engine cannot: beams, models that do
+    not compute several texts in one row, and texts that may pass LongRoPE's limit.
 
     Args:
         backbone: The frozen model.
@@ -147,22 +212,29 @@ def write(
         config: How to decode. The engine draws a text by the seed and its index; transformers draws a batch
             by the seed and the batch's index among those of all prompts, whichever are wanted.
         numbers: Indices of the prompts that are wanted; None: all.
+        engine: An open one of this backbone; None: torch's, for this call.
 
     Raises:
         RequestError: Memory does not suffice for a text, which the message names; none is computed then.
         PrefixError: The logits of a text are not finite, or memory runs out in a step; the message names it.
-        ConfigError: A JSON schema is asked for where the engine cannot write.
+        ConfigError: Beams are asked for of another engine, or a JSON schema where no engine can write.
     """
     wanted = range(len(prompts)) if numbers is None else numbers
+    if engine is not None:
+        if config.num_beams > 1:
+            raise ConfigError("only the engine torch has beam search.", hint="set num_beams to 1 (--num-beams 1).")
+        yield from _ask(engine, prompts, wanted, config)
+        return
     mixed = [number for number in wanted if not prompts[number].passes(backbone.longrope_limit)]
-    engine = _make_engine(backbone, [prompts[number] for number in mixed], config)
-    apart = [number for number in wanted if engine is None or prompts[number].passes(backbone.longrope_limit)]
+    worker = _start_torch(backbone, [prompts[number] for number in mixed], config)
+    apart = [number for number in wanted if worker is None or prompts[number].passes(backbone.longrope_limit)]
     if apart and config.response_schema:
         raise ConfigError(
             f"{backbone.name!r} writes by no JSON schema, as the engine cannot run it here.", hint="leave it out."
         )
-    if engine is not None:
-        yield from _run_engine(engine, prompts, mixed, config)
+    if worker is not None:
+        with worker:
+            yield from _ask(worker, prompts, mixed, config)
     for number, ids in search(backbone, prompts, apart, config):
         text = Detokenizer(backbone.decode, config.stop)
         pieces: list[str] = []
@@ -176,29 +248,29 @@ def write(
         yield number, SequenceOutput(str(number), 0, tokens, written, "stop" if ended else "length")
 
 
-def _make_engine(backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig) -> Engine | None:
-    """An engine for these prompts; None: there is none, they ask for beams, or it cannot run the model."""
+def _start_torch(backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig) -> EngineWorker | None:
+    """Torch's engine for these prompts; None: there is none, they ask for beams, or it cannot run the model."""
     if not prompts or config.num_beams > 1:
         return None
     longest = max(len(prompt.ids) + prompt.new_tokens + prompt.longest_prefix for prompt in prompts)
-    # Experts that take only so many tokens of a row see one text at a time.
-    num_slots = 1 if backbone.counts_by_row else min(config.batch_size, len(prompts))
+    num_slots = min(config.batch_size, len(prompts))
     try:
-        return Engine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=_PREFILL_TOKENS)
+        engine = TorchEngine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=_PREFILL_TOKENS)
     except BackboneError:
         return None
+    return EngineWorker(engine)
 
 
-def _run_engine(
+def _ask(
     engine: Engine, prompts: Sequence[Prompt], numbers: Sequence[int], config: GenerateConfig
 ) -> Iterator[tuple[int, SequenceOutput]]:
-    """What an engine writes; all requests are checked first, and kept as there is room for them."""
-    backbone, num_slots = engine.backbone, engine.config.num_slots
+    """What an engine writes; all requests are checked before any is computed, and cancelled if nobody reads on."""
+    backbone = engine.backbone
     rules = {name: getattr(config, name) for name in SamplingConfig.model_fields}
     banned = tuple(newline_tokens(backbone) if config.ban_newlines else ())
     grammar = compile_json_schema(backbone, config.response_schema) if config.response_schema else None
-
-    def request(number: int) -> Request:
+    asked: dict[str, tuple[int, Request]] = {}
+    for number in numbers:
         prompt = prompts[number]
         limits = {
             "max_new_tokens": prompt.new_tokens,
@@ -206,26 +278,34 @@ def _run_engine(
             "seed": seed_of(config.seed, number),
         }
         sampling = SamplingParams(**{**rules, **limits}, banned=banned, end_ids=prompt.ends)
-        return Request(tuple(prompt.ids), prompt.prefix, sampling, grammar=grammar, id=str(number))
-
-    for number in numbers:
+        request = Request(tuple(prompt.ids), prompt.prefix, sampling, grammar=grammar)
         try:
-            engine.check(request(number))
+            engine.check(request)
         except RequestError as error:
             raise RequestError(f"text {number + 1}: {error.message}", hint=error.hint) from None
-    waiting = map(request, numbers)
-    while True:
-        for one in itertools.islice(waiting, num_slots - engine.num_waiting):
-            engine.add(one)
-        if not engine.busy:
-            return
-        for output in engine.step():
+        asked[request.id] = number, request
+    outputs: SimpleQueue[SequenceOutput] = SimpleQueue()
+    # As many as keep the engine busy: each that waits may hold a grammar.
+    waiting = iter([request for _, request in asked.values()])
+    try:
+        for request in itertools.islice(waiting, 2 * config.batch_size):
+            engine.submit(request, outputs.put)
+        while asked:
+            output = outputs.get()
+            number = asked[output.request_id][0]
             if output.finish_reason == "error":
                 raise PrefixError(
-                    f"text {int(output.request_id) + 1}: {output.error}",
+                    f"text {number + 1}: {output.error}",
                     hint="use another prefix, shorten the text, or lower batch_size.",
                 )
-            yield int(output.request_id), output
+            if output.finish_reason is not None:
+                del asked[output.request_id]
+                for request in itertools.islice(waiting, 1):
+                    engine.submit(request, outputs.put)
+            yield number, output
+    finally:
+        for name in asked:
+            engine.cancel(name)
 
 
 def _per_text(

@@ -20,9 +20,8 @@ from prefixtune.data.encoding import as_text_format, check_texts
 from prefixtune.errors import PrefixWarning, RequestError, describe_value
 from prefixtune.inference.classify import Prediction, classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate
+from prefixtune.inference.generate import generate, stream
 from prefixtune.inference.prompts import fit_new_tokens
-from prefixtune.inference.streaming import stream
 from prefixtune.prefix.chat_format import allow_named
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.hub import prefix_file

@@ -85,10 +85,10 @@ class ServeConfig(Config):
 
     hint: ClassVar[str] = "`prefixtune serve --help` explains every option."
 
-    engine: Literal["embedded", "llama.cpp", "vllm", "none"] = _model(
-        "embedded",
-        description="what runs the model: this program, llama.cpp, vLLM, or nothing: the server then only takes files "
-        "and training jobs",
+    engine: Literal["torch", "llama.cpp", "vllm", "none"] = _model(
+        "torch",
+        description="what runs the model: torch in this program, llama.cpp, vLLM, or nothing: the server then only "
+        "takes files and training jobs",
     )
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     gguf: str = _model(

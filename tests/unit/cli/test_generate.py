@@ -323,7 +323,7 @@ def test_an_output_does_not_steer_a_terminal(
     prefixes: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefixtune.inference.generate.generate", lambda *_, **__: ["a\x1b[2Jb"])
-    monkeypatch.setattr("prefixtune.inference.streaming.stream", lambda *_, **__: iter(["a\x1b", "[2Jb"]))
+    monkeypatch.setattr("prefixtune.inference.generate.stream", lambda *_, **__: iter(["a\x1b", "[2Jb"]))
     words = ["generate", "--prefix", prefixes[1], "one", *SHORT[:-1], "--quiet"]
     assert [main(words), main([*words, "--stream"])] == [0, 0]
     assert capsys.readouterr().out == "a\x1b[2Jb\n" * 2

@@ -11,7 +11,7 @@ import pytest
 
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import EngineFull, Request, SamplingParams
+from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.engine.scheduler import Scheduler
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.sampling.detokenizer import Detokenizer
@@ -150,17 +150,6 @@ def test_a_text_that_waits_can_leave():
 @pytest.fixture
 def llama(tiny_backbone: Callable[..., Any]) -> Any:
     return tiny_backbone("llama")
-
-
-def test_a_full_queue_refuses_and_takes_again_later(llama: Any):
-    engine = Engine(llama, EngineConfig(num_slots=1, max_waiting=2))
-    one = SamplingParams(max_new_tokens=1)
-    for number in range(2):
-        engine.add(Request((1,), sampling=one, id=f"{number}"))
-    with pytest.raises(EngineFull, match="2 texts wait"):
-        engine.add(Request((1,), sampling=one))
-    engine.step()
-    engine.add(Request((1,), sampling=one))
 
 
 def test_memory_stays_flat_over_many_requests(llama: Any, random_prefix: Any):

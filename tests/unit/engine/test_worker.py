@@ -153,23 +153,6 @@ def test_a_callback_that_raises_gets_no_more_outputs_and_harms_no_other(worker: 
     assert worker.healthy
 
 
-def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
-    let_go = threading.Event()
-    slow = Ear()
-
-    def sleepy(output: SequenceOutput) -> None:
-        let_go.wait(PATIENCE)
-        slow(output)
-
-    worker.submit(Request((1,), sampling=LONG), sleepy)
-    other = Ear()
-    worker.submit(Request((2,), sampling=SHORT), other)
-    wait_until(lambda: worker.snapshot().tokens == 104)
-    let_go.set()
-    assert len(tokens(slow.wait())) == 100
-    assert len(tokens(other.wait())) == 4
-
-
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +260,7 @@ def test_closing_ends_everything_and_reports_it(llama: Any):
     assert ears[0].began.wait(PATIENCE)
     worker.close()
     assert [ear.reason for ear in ears] == ["cancelled"] * 5
-    assert not any(thread.is_alive() for thread in worker._threads)
+    assert not worker._thread.is_alive()
     assert not worker.healthy
     worker.close()
     with pytest.raises(EngineFull):

@@ -62,7 +62,7 @@ def fake_outputs(monkeypatch: pytest.MonkeyPatch) -> Make:
         asked: list[int] = []
 
         def count(
-            backbone: Any, prompts: Any, config: Any, numbers: Any = None
+            backbone: Any, prompts: Any, config: Any, numbers: Any = None, engine: Any = None
         ) -> Iterator[tuple[int, SequenceOutput]]:
             if outputs is not None:
                 for number in numbers:

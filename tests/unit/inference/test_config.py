@@ -10,8 +10,7 @@ import pytest
 from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
-from prefixtune.inference.generate import generate, write
-from prefixtune.inference.streaming import stream
+from prefixtune.inference.generate import generate, stream, write
 from prefixtune.prefix.prefix import Prefix
 
 
@@ -42,6 +41,6 @@ def test_words_around_the_target_are_taken_off(
     prefix = Prefix(random_prefix(backbone, 3).layers, header).detach()
     text = "Answer: yes ."
     written = SequenceOutput("0", 0, tuple(map(Token, backbone.encode(text))), text, "stop")
-    replace_everywhere(monkeypatch, write, lambda *_: iter([(0, written)]))
+    replace_everywhere(monkeypatch, write, lambda *_, **__: iter([(0, written)]))
     assert generate(backbone, ["x"], prefix) == ["yes"]
     assert "".join(stream(backbone, "x", prefix)) == "yes"

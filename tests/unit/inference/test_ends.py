@@ -12,9 +12,8 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.generate import generate, generate_ids, stream_prompt
 from prefixtune.inference.prompts import Prompt, prepare_prompts
-from prefixtune.inference.streaming import stream_prompt
 
 
 def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Callable[..., list[int]]) -> None:
@@ -31,7 +30,7 @@ def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Calla
     assert generate_ids(backbone, prompts, [None] * 3, config=config, ends=ends) == expected
     for prompt, own, ids in zip(prompts, ends, expected, strict=True):
         assert "".join(stream_prompt(backbone, Prompt(prompt, None, 12, own), config)) == backbone.decode(ids).strip()
-        engine = Engine(backbone, EngineConfig(num_slots=2, max_waiting=4))
+        engine = Engine(backbone, EngineConfig(num_slots=2))
         request = Request(tuple(prompt), sampling=SamplingParams(max_new_tokens=12, end_ids=own))
         ((output,),) = engine.run([request])
         assert [token.id for token in output.tokens] == ids

@@ -18,9 +18,8 @@ from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate
+from prefixtune.inference.generate import generate, stream
 from prefixtune.inference.prompts import prepare_prompts
-from prefixtune.inference.streaming import stream
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import (

@@ -54,7 +54,6 @@ def make_server(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
         engine = Engine(
             backbone,
             num_slots=4,
-            max_waiting=4 + config.max_queue,
             max_length=config.max_length,
             prefill_tokens=config.prefill_tokens,
         )

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.conversation import Conversation
-from prefixtune.cli.decoding import BackboneOptions, note_unused, task_decoding
-from prefixtune.cli.loading import load_with_prefixes, short_name
+from prefixtune.cli.decoding import EngineOptions, note_unused, task_decoding
+from prefixtune.cli.loading import load_with_prefixes, short_name, started_engine
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.sampling.config import SamplingConfig
@@ -39,7 +39,7 @@ _FEW = 64
 """Tokens: with room for fewer, an answer may break off."""
 
 
-class ChatOptions(OutputOptions, BackboneOptions, SamplingConfig):
+class ChatOptions(OutputOptions, EngineOptions, SamplingConfig):
     """The options of `prefixtune chat`."""
 
     prefix: TextList = Field(
@@ -67,6 +67,7 @@ def chat(options: ChatOptions) -> int:
         prefixtune chat --prefix runs/e2e/prefix.safetensors --prefix runs/news/prefix.safetensors
         prefixtune chat --prefix runs/manual+runs/style
         prefixtune chat --temperature 0.7 --seed 1
+        prefixtune chat --engine llama.cpp
         printf 'Hello\nWho are you?\n' | prefixtune chat --json
     """
     console = Console(quiet=options.quiet)
@@ -81,8 +82,9 @@ def chat(options: ChatOptions) -> int:
             hint="use `prefixtune generate`, or name another model with --backbone.",
         )
     named = dict(zip(_names(options.prefix), prefixes, strict=True))
-    conversation = Conversation(backbone, named, partial(_decoding_with, options), next(iter(named), ""))
-    _Terminal(conversation, console, options.as_json).run()
+    with started_engine(console, options, backbone, num_slots=1) as engine:
+        conversation = Conversation(backbone, named, partial(_decoding_with, options), next(iter(named), ""), engine)
+        _Terminal(conversation, console, options.as_json).run()
     return 0
 
 
@@ -113,7 +115,7 @@ def _names(files: Sequence[str]) -> list[str]:
 def _decoding_with(options: ChatOptions, prefix: Prefix | None) -> GenerateConfig:
     """The settings of the prefix's task, replaced by those of the options; beam search cannot stream."""
     header = {} if prefix is None else prefix.header
-    given = {**options.given(SamplingConfig), "num_beams": 1}
+    given = {**options.without_lacks, **options.given(SamplingConfig), "num_beams": 1}
     return task_decoding(header.get("task"), [header], given, least=options.max_new_tokens)
 
 

@@ -10,7 +10,14 @@ from pydantic import Field
 
 from prefixtune.cli.common import PathText, Table, format_score, score_tables, show
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
-from prefixtune.cli.loading import Artifact, columns_as_trained, find_artifact, load_artifact, split_joined
+from prefixtune.cli.loading import (
+    Artifact,
+    columns_as_trained,
+    find_artifact,
+    load_artifact,
+    split_joined,
+    started_engine,
+)
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
@@ -212,13 +219,17 @@ def _decode(
         text_format = instruction_format(backbone, options.instruction, shots)
     elif shots:
         text_format = few_shot_format(text_format or default_format(backbone), shots, backbone.separator, backbone.end)
-    with console.progress("generating", len(examples)) as bar:
+    with (
+        started_engine(console, options, backbone, min(config.batch_size, len(examples))) as engine,
+        console.progress("generating", len(examples)) as bar,
+    ):
         outcome = evaluate_prefix(
             backbone,
             examples,
             prefix,
             text_format=text_format,
             config=config,
+            engine=engine,
             kind=task.kind,
             labels=labels_in(artifact.header) if artifact.weights else None,
             protocol=task.protocol,
@@ -245,6 +256,7 @@ def _decode(
             "shots": options.shots,
             "limit": options.limit,
             "dtype": backbone.dtype_name,
+            "engine": options.engine if engine is None else engine.name,
             "protocol": task.protocol,
         },
     )

@@ -13,7 +13,14 @@ from pydantic import Field
 
 from prefixtune.cli.common import PathText, print_json
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
-from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, load_with_prefixes, read_prefix
+from prefixtune.cli.loading import (
+    Artifact,
+    find_artifact,
+    load_artifact,
+    load_with_prefixes,
+    read_prefix,
+    started_engine,
+)
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.data.chat import Source
     from prefixtune.data.labels import Labels
+    from prefixtune.engine.base import Engine
     from prefixtune.inference.classify import Prediction
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
@@ -94,6 +102,7 @@ def generate(options: GenerateOptions) -> int:
         prefixtune generate --run runs/full "name : Aromi | type : pub"
         prefixtune generate --prefix p.safetensors --escapes "first line\nsecond line"
         prefixtune generate --prefix p.safetensors --data chats.jsonl --json
+        prefixtune generate --prefix p.safetensors --engine llama.cpp "name : Aromi"
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """
     console = Console(quiet=options.quiet)
@@ -115,7 +124,7 @@ def generate(options: GenerateOptions) -> int:
     note_unused(console, options, config)
     labels = _common_labels(headers, options)
     if options.stream and labels is None:
-        from prefixtune.inference.streaming import check_streams
+        from prefixtune.inference.generate import check_streams
 
         check_streams(config)
     text_format: TextFormat | None = None
@@ -126,10 +135,11 @@ def generate(options: GenerateOptions) -> int:
         backbone, prefixes = load_with_prefixes(console, options, names)
     if labels is not None:
         rows = _label(console, backbone, prefixes, [_last_text(text) for text in texts], labels, text_format, config)
-    elif options.stream:
-        return _stream(console, backbone, texts[0], prefixes, text_format, config)
     else:
-        rows = _generate(console, backbone, texts, prefixes, text_format, config)
+        with started_engine(console, options, backbone, max(1, min(config.batch_size, len(texts)))) as engine:
+            if options.stream:
+                return _stream(console, backbone, texts[0], prefixes, text_format, config, engine)
+            rows = _generate(console, backbone, texts, prefixes, text_format, config, engine)
     _print_rows(options, lines, dict(zip(kept, rows, strict=True)), list(options.prefix) if several else names)
     return 0
 
@@ -218,10 +228,10 @@ def _common_labels(headers: Sequence[Mapping[str, Any]], options: GenerateOption
     kinds = {"generation" if one is None else one.kind for one in labels}
     if kinds <= {"generation"}:
         return None
-    if len(kinds) > 1 or options.stream:
+    if len(kinds) > 1 or options.stream or options.engine != "torch":
         raise ConfigError(
             f"the prefixes are for {', '.join(sorted(kinds))}{', and --stream is set' * options.stream}.",
-            hint="give prefixes of one kind at a time, and labels without --stream.",
+            hint="give prefixes of one kind at a time, and labels without --stream and --engine.",
         )
     return labels[0]
 
@@ -233,13 +243,15 @@ def _stream(
     prefixes: Sequence[Prefix],
     text_format: TextFormat | None,
     config: GenerateConfig,
+    engine: Engine | None,
 ) -> int:
     """Print the output of one text while it is generated."""
-    from prefixtune.inference.streaming import stream
+    from prefixtune.inference.generate import stream
 
     cut: set[int] = set()
     prefix = prefixes[0] if prefixes else None
-    for piece in stream(backbone, text, prefix, text_format=text_format, config=config, on_cut=cut.update):
+    options: dict[str, Any] = {"text_format": text_format, "config": config, "engine": engine}
+    for piece in stream(backbone, text, prefix, on_cut=cut.update, **options):
         print(_for_stdout(piece), end="", flush=True)
     print()
     _report_cut(console, cut, 1)
@@ -253,6 +265,7 @@ def _generate(
     prefixes: Sequence[Prefix],
     text_format: TextFormat | None,
     config: GenerateConfig,
+    engine: Engine | None,
 ) -> list[dict[str, Any]]:
     """The output of every text."""
     from prefixtune.inference.generate import generate as generate_texts
@@ -266,6 +279,7 @@ def _generate(
             prefixes[0] if len(prefixes) == 1 else prefixes or None,
             text_format=text_format,
             config=config,
+            engine=engine,
             on_batch=bar.update,
             on_cut=cut.update,
             on_unended=unended.update,
