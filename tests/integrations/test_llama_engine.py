@@ -28,8 +28,8 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.shapes import StoredWeights, load_shapes
 from prefixtune.engine import Engine
 from prefixtune.engine.gguf import find_gguf
-from prefixtune.engine.llama_child import LlamaChild
 from prefixtune.engine.llama_cpp import LlamaCppEngine
+from prefixtune.engine.remote_server import RemoteServer
 from prefixtune.engine.request import (
     ContextLengthError,
     Request,
@@ -298,7 +298,7 @@ def test_lengths(engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix
 
 
 def test_the_child_refuses_who_has_no_key(engine: LlamaCppEngine) -> None:
-    connection = http.client.HTTPConnection(*engine._child._address)
+    connection = http.client.HTTPConnection(engine._server.url.removeprefix("http://"))
     for method, path in (("POST", "/completion"), ("GET", "/slots")):
         connection.request(method, path, "{}")
         assert connection.getresponse().status == 401
@@ -358,7 +358,7 @@ def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) 
                 ended.set()
             elif len(outputs) == 1:
                 # In the middle of a text.
-                os.kill(engine._child.pid, signal.SIGKILL)
+                os.kill(engine._server.pid, signal.SIGKILL)
 
         request = Request(tuple(shapes.encode("a")), None, SamplingParams(max_new_tokens=100, banned=(shapes.eos_id,)))
         engine.submit(request, receive)
@@ -370,7 +370,7 @@ def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) 
             time.sleep(0.1)
         short = Request(tuple(shapes.encode("a")), None, SamplingParams(max_new_tokens=2))
         assert run(engine, [short])[0][0].finish_reason in ("stop", "length")
-        os.kill(engine._child.pid, signal.SIGKILL)
+        os.kill(engine._server.pid, signal.SIGKILL)
         assert failed.wait(20)
         assert engine.failed
         assert not engine.healthy
@@ -399,12 +399,12 @@ def test_files_of_other_models_and_no_files_are_refused(
 def test_a_build_that_restores_nothing_is_refused(
     shapes: Backbone, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = LlamaChild.ask
+    ask = RemoteServer.ask
 
-    def no_restore(self: LlamaChild, path: str, body: dict[str, object]) -> object:
+    def no_restore(self: RemoteServer, path: str, body: dict[str, object]) -> object:
         return None if path.endswith("action=restore") else ask(self, path, body)
 
-    monkeypatch.setattr(LlamaChild, "ask", no_restore)
+    monkeypatch.setattr(RemoteServer, "ask", no_restore)
     with pytest.raises(ConfigError):
         LlamaCppEngine(shapes, str(gguf), num_slots=2, max_length=128, threads=1)
 

@@ -190,11 +190,15 @@ class SavedStates:
     Args:
         folder: Gets the files.
         backbone: The model.
-        version: Of the layout, by `check_layout`.
+
+    Attributes:
+        version: Of the layout, as `probe_file` says.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone, version: int) -> None:
-        self._folder, self._backbone, self._version = folder, backbone, version
+    version = STATE_VERSIONS[-1]
+
+    def __init__(self, folder: Path, backbone: Backbone) -> None:
+        self._folder, self._backbone = folder, backbone
         # By the prefix's id, which stays its own as the prefix is kept.
         self._states: OrderedDict[int, SavedState] = OrderedDict()
         self._numbers, self._lock = itertools.count(), threading.Lock()
@@ -223,6 +227,6 @@ class SavedStates:
     def ensure(self, state: SavedState) -> None:
         """Write a state's file, where it is not there, or was removed."""
         if not state.path.exists():
-            content = encode_file(rows_of(state.prefix, self._backbone), state.placeholders, version=self._version)
+            content = encode_file(rows_of(state.prefix, self._backbone), state.placeholders, version=self.version)
             with reporting_write_errors(state.path):
                 state.path.write_bytes(content)
