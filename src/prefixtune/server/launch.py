@@ -105,7 +105,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
         console.info(f"loading the tokenizer of {config.backbone} ...")
         backbone = replace(load_tokenizer(config.backbone), name=config.model_id)
     else:
-        starts = {"embedded": _start_torch, "llama.cpp": _start_llama_cpp, "vllm": _start_vllm}
+        starts = {"torch": _start_torch, "llama.cpp": _start_llama_cpp, "vllm": _start_vllm}
         worker = starts[config.engine](config, console)
         backbone = worker.backbone
     store = PrefixFolder(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
