@@ -12,14 +12,13 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import CONFIG_FILE, check_output, read_jobs
-from prefixtune.distillation.memory import Memory
 from prefixtune.distillation.preparation import Preparation
-from prefixtune.distillation.report import describe, read_memory, write_report
+from prefixtune.distillation.report import report
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.prefix.prefix import Prefix, read_artifact
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.beside import SELF
 from prefixtune.training.distributed import is_main_process
-from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, Event
+from prefixtune.training.folder import STATE_FILE, Event
 from prefixtune.training.opening import open_run, with_backbone
 from prefixtune.training.progress import show_training
 from prefixtune.training.runs import Run
@@ -125,7 +124,11 @@ def distill(
         with claim_folder(memory.job.output):
             preparation.make_questions(memory)
     results = _train(config, preparation, student, console, on_event, resume=resume)
-    finished = [_finish(config, *pair, student, console) for pair in zip(preparation.memories, results, strict=True)]
+    finished: list[DistillResult] = []
+    for memory, result in zip(preparation.memories, results, strict=True):
+        assert result.prefix is not None
+        figures = report(config, memory, student, result, console)
+        finished.append(DistillResult(memory.job.name, result.prefix, result.path, figures))
     if resume:
         # A later `resume` without options goes on as this one did.
         write_text(root / CONFIG_FILE, config.to_toml())
@@ -156,15 +159,14 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
         raise ConfigError(f"{config.document!r} holds {len(jobs)} documents.", hint="give one document.")
     preparation = Preparation(config, jobs, student, console)
     (memory,) = preparation.memories
-    path = memory.job.output / PREFIX_FILE
-    with claim_folder(path.parent):
-        write_text(path.parent / CONFIG_FILE, config.to_toml())
+    folder = memory.job.output
+    with claim_folder(folder):
+        write_text(folder / CONFIG_FILE, config.to_toml())
         preparation.make_questions(memory)
     with open_run(memory.run, student, examples=memory.examples, teach=preparation.label) as run:
         yield run
         if run.loop.ended:
-            figures = describe(config, memory, student, read_artifact(path), path, run.events)
-            write_report(memory, {**figures, "memory": path.name})
+            report(config, memory, student, run.result(), None)
 
 
 def _load(config: DistillConfig, console: Console) -> Backbone:
@@ -202,14 +204,3 @@ def _train(
                 begun = (group[0].job.output / STATE_FILE).exists()
                 results = [train(group[0].run, examples=group[0].examples, resume=begun, progress=False, **shared)]
         yield from results
-
-
-def _finish(
-    config: DistillConfig, memory: Memory, result: TrainResult, student: Backbone, console: Console
-) -> DistillResult:
-    """Report on a memory, and keep the report in its folder."""
-    assert result.prefix is not None
-    figures = describe(config, memory, student, result.prefix, result.path, result.events)
-    read_memory(config, memory, student, result.prefix, figures, console)
-    write_report(memory, figures)
-    return DistillResult(memory.job.name, result.prefix, result.path, figures)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +207,9 @@ def _check_answers(config: DistillConfig, jobs: Sequence[Job]) -> None:
 
 
 def _read_questions(path: Path) -> tuple[Question, ...]:
-    """The questions of a file with `question` and perhaps `answer` or `answers`."""
-    return _as_questions(read_task("records", path, form="question", needs_targets=False), path)
+    """The questions of a file with `question` and perhaps `answer` or `answers`; a column `context` does not count."""
+    examples = read_task("records", path, form="question", needs_targets=False)
+    return _as_questions([replace(one, source=str(one.fields["question"]).strip()) for one in examples], path)
 
 
 def _read_inputs(config: DistillConfig, path: str, split: SplitName) -> tuple[Question, ...]:

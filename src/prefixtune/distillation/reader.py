@@ -16,7 +16,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import Prompt, check_requests
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.losses import target_losses
+from prefixtune.training.score import score_targets
 
 __all__ = ["Progress", "Reader"]
 
@@ -134,7 +134,7 @@ class Reader:
             for example, question, count in zip(examples, questions, counts, strict=True)
         ]
         parts = [
-            target_losses(self.backbone, view, [scored[index] for index in indices], len(indices)).sum(0)
+            score_targets(self.backbone, view, [scored[index] for index in indices], len(indices)).sum(0)
             for view, indices in self.by_view(questions)
         ]
         loss, tokens = torch.stack(parts).sum(0).tolist()

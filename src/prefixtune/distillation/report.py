@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
@@ -18,37 +17,38 @@ from prefixtune.distillation.reader import Reader
 from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import encode_questions
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.folder import Event
+from prefixtune.training.train import TrainResult
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import write_text
 
-__all__ = ["describe", "read_memory", "write_report"]
+__all__ = ["report"]
 
 _REPORT_FILE = "distill.json"
 
 
-def write_report(memory: Memory, figures: dict[str, Any]) -> None:
-    """Keep the report on a memory in its folder."""
-    text = json.dumps(figures, indent=1, ensure_ascii=False)
-    write_text(memory.job.output / _REPORT_FILE, f"{text}\n")
-
-
-def describe(
-    config: DistillConfig, memory: Memory, student: Backbone, prefix: Prefix, path: Path, events: Sequence[Event]
+def report(
+    config: DistillConfig, memory: Memory, student: Backbone, result: TrainResult, console: Console | None
 ) -> dict[str, Any]:
-    """The report without what a model has to be run for.
+    """Report on a memory, and keep the report in its folder.
 
     Args:
         config: The options.
         memory: What the prefix was made from.
         student: The backbone.
-        prefix: The memory that was made.
-        path: Its file.
-        events: Of its training.
+        result: Of its training.
+        console: Shows how the bare model, the model with the text in view and the memory are read. None: no model is
+            run, and no folder is named.
     """
-    training = sum(event["seconds"] for event in events if event["event"] == "step")
+    prefix, path = result.prefix, result.path
+    assert prefix is not None
+    training = sum(event["seconds"] for event in result.events if event["event"] == "step")
     seconds = {**memory.seconds, "training": float(training)}
     view = f" with the {config.subject} in view" if memory.job.text else ""
+    held_out: dict[str, Any] = {
+        "questions": num_asked(memory.test),
+        "also_trained_on": _also_trained_on(memory),
+        "teacher_answers": len(memory.taught),
+    }
     figures: dict[str, Any] = {
         "subject": config.subject,
         **({"name": memory.job.name} if memory.job.name else {}),
@@ -56,15 +56,10 @@ def describe(
         "prompt_format": memory.wording.prompt,
         "labels": "the teacher's 20 likeliest tokens" if memory.soft else "given answers",
         "questions": len(memory.questions),
-        "held_out": {
-            "questions": num_asked(memory.test),
-            "also_trained_on": _also_trained_on(memory),
-            "teacher_answers": len(memory.taught),
-        },
-        "memory": str(path),
+        "held_out": held_out,
+        "memory": path.name if console is None else str(path),
         "positions": prefix.length(),
         "bytes": path.stat().st_size,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
     if memory.job.text:
         tokens = len(student.encode(memory.job.text))
@@ -73,6 +68,15 @@ def describe(
             "text_bytes": text_bytes(student, tokens, 4 if config.save_dtype == "float32" else 2),
             "pieces_in_view": len(memory.chunks),
         }
+    if console is not None:
+        started = time.monotonic()
+        held_out |= _readings(config, memory, student, prefix, console)
+        if "bare" in held_out:
+            figures["recovered"] = _recovered(held_out)
+        seconds["report"] = time.monotonic() - started
+    figures["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    text = json.dumps(figures, indent=1, ensure_ascii=False)
+    write_text(memory.job.output / _REPORT_FILE, f"{text}\n")
     return figures
 
 
@@ -81,34 +85,6 @@ def _also_trained_on(memory: Memory) -> int:
     trained = {" ".join(question.question.split()) for question in memory.questions}
     asked = {question.question for question in memory.test or memory.taught}
     return sum(" ".join(question.split()) in trained for question in asked)
-
-
-def read_memory(
-    config: DistillConfig, memory: Memory, student: Backbone, prefix: Prefix, figures: dict[str, Any], console: Console
-) -> None:
-    """Add to a report how well the bare model, the model with the text in view, and the memory do.
-
-    Args:
-        config: The options.
-        memory: What the prefix was made from.
-        student: The backbone.
-        prefix: The memory that was made.
-        figures: What `describe` says; the readings are added to it.
-        console: Shows the progress.
-    """
-    started = time.monotonic()
-    held_out = figures["held_out"] | _readings(config, memory, student, prefix, console)
-    if memory.reading:
-        held_out["teacher"] = dict(memory.reading)
-    bare, seen, own = (held_out.get(name) for name in ("bare", "in_view", "memory"))
-    if bare is not None and own is not None:
-        shares = {
-            "loss": _recovered(bare.get("loss"), (seen or {}).get("loss"), own.get("loss")),
-            "kl": _recovered(bare.get("kl"), 0.0, own.get("kl")),
-        }
-        figures["recovered"] = {name: round(share, 4) for name, share in shares.items() if share is not None}
-    figures["held_out"] = held_out
-    figures["seconds"]["report"] = round(time.monotonic() - started, 1)
 
 
 def _readings(
@@ -130,15 +106,21 @@ def _readings(
                 encoded = encode_questions(student, memory.taught, reader.wording, prefix.length())
                 labelled = [replace(a, prompt=b.prompt) for a, b in zip(memory.labelled, encoded, strict=True)]
                 found[name]["kl"] = reader.mean_loss(labelled, memory.taught)
-    return found
+    return {**found, "teacher": dict(memory.reading)} if memory.reading else found
 
 
-def _recovered(bare: float | None, best: float | None, memory: float | None) -> float | None:
-    """How much of the way from the bare model to the best one the memory goes; None: the best one is not better.
+def _recovered(held_out: Mapping[str, Any]) -> dict[str, float]:
+    """How much of the way from the bare model to the text in view, and to the teacher, the memory goes.
 
-    >>> _recovered(5.0, 1.0, 2.0)
-    0.75
+    What is not better than the bare model is left out.
+
+    >>> _recovered({"bare": {"loss": 5.0}, "in_view": {"loss": 1.0}, "memory": {"loss": 2.0}})
+    {'loss': 0.75}
     """
-    if bare is None or best is None or memory is None or best >= bare:
-        return None
-    return (bare - memory) / (bare - best)
+    bare, own = held_out["bare"], held_out["memory"]
+    best = {"loss": held_out.get("in_view", {}).get("loss"), "kl": 0.0}
+    return {
+        name: round((bare[name] - own[name]) / (bare[name] - least), 4)
+        for name, least in best.items()
+        if least is not None and name in bare and least < bare[name]
+    }

@@ -93,7 +93,7 @@ def test_each_of_several_answers_is_learned(
         {"question": "Where?", "answers": ["Ashby", "In Ashby"]},
         {"question": "How many?", "answers": 24},
         {"question": "Who?", "answer": ["Mira"]},
-        {"question": "Why?", "answer": None, "answers": ["Rain."]},
+        {"question": "Why?", "answer": None, "answers": ["Rain."], "context": "It rains."},
     ]
     (job,) = documents({"owl.txt": b"The owl."}, write_rows("questions/owl.jsonl", rows))
     found = [(one.question, one.answer) for one in job.questions]

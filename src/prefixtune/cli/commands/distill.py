@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_event, print_json
+from prefixtune.cli.common import Table, print_event, show
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.utils.config import Layer
@@ -63,17 +63,14 @@ def distill(options: DistillOptions) -> int:
         on_event=print_event if options.as_json else None,
     )
     for result in results:
-        if options.as_json:
-            print_json({"event": "result", **result.report})
-        else:
-            _show(console, result)
+        show({"event": "result", **result.report}, *_parts(result), as_json=options.as_json)
     if not options.as_json and results:
         console.info(f'try it: prefixtune generate --prefix {results[0].path} "..."')
     return 0
 
 
-def _show(console: Console, result: DistillResult) -> None:
-    """Print what a memory knows."""
+def _parts(result: DistillResult) -> Iterator[Table | str]:
+    """What a memory knows, for people."""
     figures, held_out, subject = result.report, result.report["held_out"], result.report["subject"]
     titles = {"bare": "bare model", "in_view": f"{subject} in view", "teacher": "teacher", "memory": "memory"}
     read = {title: held_out[name] for name, title in titles.items() if name in held_out}
@@ -82,25 +79,25 @@ def _show(console: Console, result: DistillResult) -> None:
     rows = [[title, *(_figure(one, key, held_out["questions"]) for key in used)] for title, one in read.items()]
     if rows:
         names = ["held-out questions", *(columns[key] for key in used)]
-        console.table(figures.get("name", ""), names, rows, result=True)
+        yield Table(figures.get("name", ""), names, rows)
     if held_out["also_trained_on"]:
         asked = held_out["questions"] or held_out["teacher_answers"]
-        print(f"{held_out['also_trained_on']} of {asked} held-out questions are also trained on, in the same words")
-    print(f"teacher: {figures['teacher']}; labels: {figures['labels']} ({figures['questions']:,} questions)")
+        yield f"{held_out['also_trained_on']} of {asked} held-out questions are also trained on, in the same words"
+    yield f"teacher: {figures['teacher']}; labels: {figures['labels']} ({figures['questions']:,} questions)"
     if subject == "teacher":
-        print(f"asked as: {figures['prompt_format']!r}")
+        yield f"asked as: {figures['prompt_format']!r}"
     for name, share in figures.get("recovered", {}).items():
         if name == "loss" and share > 1:
-            print(f"the memory is better than the {subject} in view, which the model reads badly")
+            yield f"the memory is better than the {subject} in view, which the model reads badly"
         else:
             what = "KL from the teacher" if name == "kl" else f"loss between bare and {subject} in view"
-            print(f"recovered of the {what}: {share:.0%}")
+            yield f"recovered of the {what}: {share:.0%}"
     text = ""
     if "text_bytes" in figures:
         text = f"{figures['text_positions']:,} positions, {figures['text_bytes']:,} bytes"
         text = f"; the {subject}'s own keys and values: {text}"
-    print(f"{Path(figures['memory'])}: {figures['positions']} positions, {figures['bytes']:,} bytes{text}")
-    print("time: " + ", ".join(f"{name} {format_seconds(value)}" for name, value in figures["seconds"].items()))
+    yield f"{Path(figures['memory'])}: {figures['positions']} positions, {figures['bytes']:,} bytes{text}"
+    yield "time: " + ", ".join(f"{name} {format_seconds(value)}" for name, value in figures["seconds"].items())
 
 
 def _figure(reading: Mapping[str, Any], key: str, questions: int) -> str | None:
