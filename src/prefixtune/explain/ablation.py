@@ -1,97 +1,154 @@
-"""The loss with parts of a prefix left out: each position, each layer, keys or values."""
+"""The loss with parts of a prefix left out: each position, each layer, keys or values; with intervals over the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.evaluation.metrics.base import ItemStatistics
+from prefixtune.evaluation.metrics.significance import Measurement, bootstrap
 from prefixtune.explain.controls import with_layers
-from prefixtune.explain.losses import RowLosses, change, row_losses
-from prefixtune.explain.subject import Subject, blocks
-from prefixtune.explain.view import View
+from prefixtune.explain.subject import Subject, View, blocks
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.score import score_targets
 
-__all__ = ["loss_view", "without_positions"]
-
+__all__ = ["RowLosses", "loss_view", "row_losses", "rows_of", "without_positions"]
 
 _CONTROL_PARTS = 6
 """Of a random prefix, so many positions and layers are left out too."""
+Part = dict[str, Any]
+
+
+# --- losses of rows ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Per row, the sum of its labels' losses in nats, and how many labels it has; a text's windows are one row."""
+
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """The loss per label (per token, where targets are texts)."""
+        return sum(self.sums) / sum(self.counts)
+
+    def describe(self, seed: int) -> Part:
+        """The loss per label, and its 95 % bootstrap interval over the rows."""
+        return {"loss": self.mean, "interval": _interval(self.sums, self.counts, seed)}
+
+    def change(self, whole: RowLosses, seed: int) -> Part:
+        """How much larger the loss per label is than with the whole prefix, and the paired interval over the rows."""
+        differences = [a - b for a, b in zip(self.sums, whole.sums, strict=True)]
+        return {"change": self.mean - whole.mean, "interval": _interval(differences, whole.counts, seed)}
+
+
+def _interval(sums: Sequence[float], counts: Sequence[int], seed: int) -> list[float] | None:
+    if len(sums) < 2:
+        return None
+    values = np.array([sums, counts], dtype=float).T
+    statistics = ItemStatistics(values, lambda total: float(total[0] / total[1]), "loss per label")
+    return list(bootstrap(Measurement("loss", False, statistics, lambda items: statistics), seed=seed))
+
+
+def row_losses(subject: Subject, prefix: Prefix | None, hidden: Sequence[int] = ()) -> RowLosses:
+    """Each row's loss with a prefix in front (None: none), whose `hidden` positions are not seen (`Group.hidden`)."""
+    losses = rows_of(subject, [replace(row, hidden=tuple(hidden)) for row in subject.tokenized], prefix)
+    origins = subject.origins or range(len(losses.sums))
+    sums, counts = dict.fromkeys(origins, 0.0), dict.fromkeys(origins, 0)
+    for origin, one, count in zip(origins, losses.sums, losses.counts, strict=True):
+        sums[origin] += one
+        counts[origin] += count
+    return RowLosses(tuple(sums.values()), tuple(counts.values()))
+
+
+def rows_of(subject: Subject, rows: Sequence[TokenizedExample], prefix: Prefix | None) -> RowLosses:
+    """Each row's loss; with a head, that of its labels."""
+    found = score_targets(subject.backbone, prefix, rows, subject.limits.batch_size, head=subject.prefix.head)
+    return RowLosses(tuple(found[:, 0].tolist()), tuple(map(int, found[:, 1].tolist())))
+
+
+# --- the view ---------------------------------------------------------------------------------------------------------
 
 
 def loss_view(subject: Subject) -> View:
     """Losses of the whole prefix, of its controls, and with parts left out."""
     if not subject.tokenized:
         return View("loss", left_out="there is no data to compute a loss on; give --data.")
-    seed, most = subject.limits.seed, subject.limits.parts
-    whole = row_losses(subject, subject.prefix)
-    bare = row_losses(subject, None)
+    seed, prefix, notes = subject.limits.seed, subject.prefix, []
+    whole, bare = row_losses(subject, prefix), row_losses(subject, None)
     numbers: dict[str, Any] = {
         "rows": len(subject.tokenized),
         "labels": sum(whole.counts),
         "whole": whole.describe(seed),
-        "without_prefix": {**bare.describe(seed), **change(bare, whole, seed)},
+        "without_prefix": {**bare.describe(seed), **bare.change(whole, seed)},
         "controls": {},
     }
-    notes: list[str] = []
     for name in subject.timed(list(subject.controls)):
         losses = row_losses(subject, subject.controls[name])
-        numbers["controls"][name] = {**losses.describe(seed), **change(losses, whole, seed)}
-    for name, part in (("keys", 0), ("values", 1)):
-        for _ in subject.timed([part]):
-            losses = row_losses(subject, _averaged(subject.prefix, part=part))
-            numbers[name] = change(losses, whole, seed)
-    positions = _position_parts(subject, notes)
-    numbers["positions"] = _sweep(subject, whole, positions, _position_losses, subject.prefix)
-    layers = _layer_parts(subject, most)
-    numbers["layers"] = _sweep(subject, whole, layers, _layer_losses, subject.prefix)
-    if "random" in subject.controls:
-        random = subject.controls["random"]
-        random_whole = row_losses(subject, random)
-        parts = [(_spread(positions), _position_losses), (_spread(layers), _layer_losses)]
-        swept = [_sweep(subject, random_whole, chosen, compute, random) for chosen, compute in parts]
-        numbers["random_parts"] = {"positions": swept[0], "layers": swept[1]}
-    missing = len(positions) + len(layers) - len(numbers["positions"]) - len(numbers["layers"])
-    if missing:
+        numbers["controls"][name] = {**losses.describe(seed), **losses.change(whole, seed)}
+    averaged = {
+        "keys": with_layers(prefix, lambda key, value: (_mean(key), value)),
+        "values": with_layers(prefix, lambda key, value: (key, _mean(value))),
+    }
+    for name in subject.timed(list(averaged)):
+        numbers[name] = row_losses(subject, averaged[name]).change(whole, seed)
+    positions = [_first_last(block) for block in blocks(prefix.prefix_length, subject.limits.parts)]
+    if prefix.prefix_length < 2:
+        notes.append("The prefix has one position: without it is without the prefix.")
+        positions = []
+    each = max(1, subject.limits.parts // len(prefix.layers))
+    layers = [
+        {"site": site, **_first_last(block)}
+        for site, pairs in prefix.layers.items()
+        for block in blocks(len(pairs), each)
+    ]
+    numbers["positions"] = _sweep(subject, prefix, whole, positions)
+    numbers["layers"] = _sweep(subject, prefix, whole, layers)
+    random = subject.controls["random"]
+    random_whole = row_losses(subject, random)
+    numbers["random_parts"] = {
+        "positions": _sweep(subject, random, random_whole, _spread(positions)),
+        "layers": _sweep(subject, random, random_whole, _spread(layers)),
+    }
+    if missing := len(positions) + len(layers) - len(numbers["positions"]) - len(numbers["layers"]):
         notes.append(f"{missing} parts are not computed: the time is over (--minutes).")
     return View("loss", numbers, tuple(notes))
 
 
-def _spread(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _first_last(block: range) -> Part:
+    return {"first": block[0], "last": block[-1]}
+
+
+def _spread(parts: Sequence[Part]) -> list[Part]:
     """Some of the parts, evenly spread."""
     count = min(_CONTROL_PARTS, len(parts))
     return [parts[index * len(parts) // count] for index in range(count)]
 
 
-def _sweep(
-    subject: Subject,
-    whole: RowLosses,
-    parts: Sequence[dict[str, Any]],
-    compute: Callable[[Subject, Prefix, dict[str, Any]], RowLosses],
-    prefix: Prefix,
-) -> list[dict[str, Any]]:
+def _sweep(subject: Subject, prefix: Prefix, whole: RowLosses, parts: Sequence[Part]) -> list[Part]:
     """The change of the loss as each part alone is left out, until the time is over."""
     seed = subject.limits.seed
-    return [{**part, **change(compute(subject, prefix, part), whole, seed)} for part in subject.timed(parts)]
+    return [{**part, **_without(subject, prefix, part).change(whole, seed)} for part in subject.timed(parts)]
 
 
-# --- positions --------------------------------------------------------------------------------------------------------
-
-
-def _position_parts(subject: Subject, notes: list[str]) -> list[dict[str, Any]]:
-    """The blocks of positions that are left out."""
-    count = subject.prefix.prefix_length
-    if count < 2:
-        notes.append("The prefix has one position: without it is without the prefix.")
-        return []
-    return [{"first": block[0], "last": block[-1]} for block in blocks(count, subject.limits.parts)]
-
-
-def _position_losses(subject: Subject, prefix: Prefix, part: dict[str, Any]) -> RowLosses:
-    return without_positions(subject, prefix, range(part["first"], part["last"] + 1))
+def _without(subject: Subject, prefix: Prefix, part: Part) -> RowLosses:
+    """The losses without some positions, or with the keys and values of some layers replaced by their mean."""
+    block = range(part["first"], part["last"] + 1)
+    if "site" not in part:
+        return without_positions(subject, prefix, block)
+    site: Site = part["site"]
+    pairs = enumerate(prefix.layers[site])
+    changed = tuple((_mean(key), _mean(value)) if index in block else (key, value) for index, (key, value) in pairs)
+    return row_losses(subject, Prefix({**prefix.layers, site: changed}, prefix.header, prefix.head))
 
 
 def without_positions(subject: Subject, prefix: Prefix, positions: range) -> RowLosses:
@@ -110,46 +167,6 @@ def without_positions(subject: Subject, prefix: Prefix, positions: range) -> Row
     return row_losses(subject, Prefix(kept, prefix.header, prefix.head) if kept else None)
 
 
-# --- layers, keys and values ------------------------------------------------------------------------------------------
-
-
-def _layer_parts(subject: Subject, most: int) -> list[dict[str, Any]]:
-    """The blocks of layers that are replaced, at each site."""
-    counts = {site: len(layers) for site, layers in subject.prefix.layers.items()}
-    each = max(1, most // len(counts))
-    return [
-        {"site": site, "first": block[0], "last": block[-1]}
-        for site, count in counts.items()
-        for block in blocks(count, each)
-    ]
-
-
-def _layer_losses(subject: Subject, prefix: Prefix, part: dict[str, Any]) -> RowLosses:
-    layers = range(part["first"], part["last"] + 1)
-    return row_losses(subject, _averaged(prefix, site=part["site"], layers=layers))
-
-
-def _averaged(
-    prefix: Prefix, *, site: Site | None = None, layers: range | None = None, part: int | None = None
-) -> Prefix:
-    """A prefix some of whose keys and values are their mean over its positions.
-
-    Args:
-        prefix: The prefix.
-        site: Only there; None: at all.
-        layers: Only these; None: all.
-        part: 0: only keys; 1: only values; None: both.
-    """
-    source = with_layers(prefix, _mean_over_positions)
-    replaced: dict[Site, tuple[tuple[Tensor, Tensor], ...]] = {}
-    for at, pairs in prefix.layers.items():
-        chosen = [(site is None or at == site) and (layers is None or index in layers) for index in range(len(pairs))]
-        replaced[at] = tuple(
-            (new[0] if is_chosen and part != 1 else old[0], new[1] if is_chosen and part != 0 else old[1])
-            for old, new, is_chosen in zip(pairs, source.layers[at], chosen, strict=True)
-        )
-    return Prefix(replaced, prefix.header, prefix.head)
-
-
-def _mean_over_positions(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return key.mean(1, keepdim=True).expand_as(key), value.mean(1, keepdim=True).expand_as(value)
+def _mean(tensor: Tensor) -> Tensor:
+    """The mean over positions, at each position."""
+    return tensor.mean(1, keepdim=True).expand_as(tensor)

@@ -14,8 +14,7 @@ from prefixtune.attention.mass import PrefixMass
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.data.batching import collate
-from prefixtune.explain.subject import Subject
-from prefixtune.explain.view import View
+from prefixtune.explain.subject import Subject, View
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
@@ -31,14 +30,9 @@ def attention_view(subject: Subject) -> View:
         why = f"the attention of {type(subject.backbone.model).__name__} computes its weights itself, unseen from here."
         return View("attention", left_out=why)
     controls = {
-        name: _totals(prefix_mass(subject, subject.controls[name])) for name in subject.timed(list(subject.controls))
+        name: _describe(prefix_mass(subject, subject.controls[name])) for name in subject.timed(list(subject.controls))
     }
-    numbers: dict[str, Any] = {
-        "rows": len(subject.tokenized),
-        "sites": {site: _describe(layers) for site, layers in mass.items()},
-        "controls": controls,
-    }
-    return View("attention", numbers)
+    return View("attention", {"rows": len(subject.tokenized), "sites": _describe(mass), "controls": controls})
 
 
 @torch.no_grad()
@@ -69,8 +63,12 @@ def _counted(backbone: Backbone, batch: Batch) -> dict[Site, Bool[Tensor, "_B _T
     return {"decoder": predicting, "cross": predicting, "encoder": read.bool()}
 
 
-def _describe(layers: list[Float[Tensor, "Hq P"]]) -> dict[str, Any]:
-    by_position = torch.stack([layer.mean(0) for layer in layers])
+def _describe(mass: Mapping[Site, list[Float[Tensor, "Hq P"]]]) -> dict[str, Any]:
+    """The means over heads, by site."""
+    return {site: _shares(torch.stack([layer.mean(0) for layer in layers])) for site, layers in mass.items()}
+
+
+def _shares(by_position: Float[Tensor, "L P"]) -> dict[str, Any]:
     return {
         "total": float(by_position.sum(1).mean()),
         "total_without_first": float(by_position[:, 1:].sum(1).mean()),
@@ -78,9 +76,3 @@ def _describe(layers: list[Float[Tensor, "Hq P"]]) -> dict[str, Any]:
         "by_position": by_position.mean(0).tolist(),
         "by_layer_and_position": by_position.tolist(),
     }
-
-
-def _totals(mass: Mapping[Site, list[Float[Tensor, "Hq P"]]]) -> dict[str, Any]:
-    """Of a control: what goes to its whole prefix."""
-    sites = {site: torch.stack([layer.mean(0).sum() for layer in layers]) for site, layers in mass.items()}
-    return {site: {"total": float(layers.mean()), "by_layer": layers.tolist()} for site, layers in sites.items()}

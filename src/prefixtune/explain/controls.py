@@ -9,7 +9,18 @@ from torch import Tensor
 
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["random_like", "shuffled", "with_layers"]
+__all__ = ["make_controls", "random_like", "shuffled", "with_layers"]
+
+
+def make_controls(prefix: Prefix, against: Prefix | None, seed: int) -> dict[str, Prefix]:
+    """Prefixes to compare with, by name: `random`, `shuffled` (from two positions on), `other` (if one is given)."""
+    controls = {"random": random_like(prefix, seed)}
+    if (moved := shuffled(prefix, seed)) is not None:
+        controls["shuffled"] = moved
+    if against is not None:
+        other = against.to(torch.float32, "cpu")
+        controls["other"] = Prefix(other.layers, other.header, prefix.head)
+    return controls
 
 
 def with_layers(prefix: Prefix, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Prefix:

@@ -13,9 +13,8 @@ from typing import Any
 from prefixtune.data.chat import end_of_turn
 from prefixtune.data.examples import Example, Message, conversation_of
 from prefixtune.errors import PrefixError
-from prefixtune.explain.losses import rows_of
-from prefixtune.explain.subject import Subject, tokenize
-from prefixtune.explain.view import OUT_OF_TIME, View
+from prefixtune.explain.ablation import rows_of
+from prefixtune.explain.subject import OUT_OF_TIME, Subject, View
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -45,8 +44,8 @@ def questions(subject: Subject) -> dict[str, str]:
     if subject.backbone.kind == "decoder" and tokenizer.chat_template:
         message = [{"role": "user", "content": _ASK}]
         asked["chat"] = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-    longest = max((each.prefix_length for each in (subject.prefix, *subject.controls.values())), default=0)
-    room = (subject.backbone.max_positions or math.inf) - subject.backbone.prefix_positions(longest) - _NEW_TOKENS
+    taken = subject.backbone.prefix_positions(subject.longest) + _NEW_TOKENS
+    room = (subject.backbone.max_positions or math.inf) - taken
     return {name: text for name, text in asked.items() if len(subject.backbone.encode(text)) <= room}
 
 
@@ -71,14 +70,7 @@ def description_view(subject: Subject) -> View:
     else:
         notes.append("There is no data (--data): how faithful the descriptions are is not known.")
         numbers["descriptions"] = {name: {q: {"text": text} for q, text in by.items()} for name, by in texts.items()}
-    own = numbers["descriptions"]["prefix"]
-    best = max(own, key=lambda question: _order(own[question].get("faithfulness")))
-    numbers["best"] = {"question": best, **own[best]}
     return View("description", numbers, tuple(notes))
-
-
-def _order(score: float | None) -> float:
-    return float("-inf") if score is None else score
 
 
 def _describe(subject: Subject, asked: Mapping[str, str], prefix: Prefix | None) -> dict[str, str]:
@@ -152,7 +144,5 @@ def _losses(subject: Subject, description: str, prefix: Prefix | None) -> float:
         # The words take nothing from the rows.
         more = len(subject.backbone.encode(f"{literal}\n"))
         text_format = dataclasses.replace(text_format, max_length=text_format.max_length + more)
-    length = subject.prefix.prefix_length
-    dataset = tokenize(subject.prefix, subject.backbone, examples, text_format, subject.labels, length)
-    rows = dataset.examples[: subject.limits.rows]
-    return rows_of(subject.backbone, rows, prefix, None, subject.limits.batch_size).mean
+    rows = subject.tokenize(examples, text_format, subject.prefix.prefix_length).examples[: subject.limits.rows]
+    return rows_of(subject, rows, prefix).mean

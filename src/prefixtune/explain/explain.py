@@ -12,14 +12,13 @@ from prefixtune.data.examples import Example
 from prefixtune.errors import PrefixError
 from prefixtune.explain.ablation import loss_view
 from prefixtune.explain.attention import attention_view
-from prefixtune.explain.controls import random_like, shuffled
+from prefixtune.explain.controls import make_controls
 from prefixtune.explain.description import description_view
 from prefixtune.explain.nearest import nearest_view
-from prefixtune.explain.subject import Limits, Subject, make_subject
-from prefixtune.explain.view import OUT_OF_TIME, TITLES, View
+from prefixtune.explain.subject import OUT_OF_TIME, TITLES, Limits, Subject, View, make_subject
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["explain", "make_controls", "summarize"]
+__all__ = ["explain", "summarize"]
 
 
 _MAKERS: Mapping[str, Callable[[Subject], View]] = {
@@ -55,17 +54,9 @@ def explain(
         DataError: An example is wrong, or too long.
         CheckpointError: The text format in the prefix's header cannot be used.
     """
-    limits = limits or Limits()
-    whole = prefix.detach().to(torch.float32, "cpu")
-    current = [""]
-    subject = make_subject(
-        backbone,
-        whole,
-        examples,
-        make_controls(whole, against, limits.seed),
-        limits,
-        lambda: on_part(current[0]),
-    )
+    limits, whole, current = limits or Limits(), prefix.detach().to(torch.float32, "cpu"), [""]
+    controls = make_controls(whole, against, limits.seed)
+    subject = make_subject(backbone, whole, examples, controls, limits, lambda: on_part(current[0]))
     for name in views:
         current[0] = name
         on_part(name)
@@ -76,19 +67,6 @@ def explain(
             yield _MAKERS[name](subject)
         except PrefixError as error:
             yield View(name, left_out=str(error))
-
-
-def make_controls(prefix: Prefix, against: Prefix | None, seed: int) -> dict[str, Prefix]:
-    """Prefixes to compare with, by name: `random`, `shuffled` (from two positions on), `other` (if one is given)."""
-    prefix = prefix.to(torch.float32, "cpu")
-    controls = {"random": random_like(prefix, seed)}
-    moved = shuffled(prefix, seed)
-    if moved is not None:
-        controls["shuffled"] = moved
-    if against is not None:
-        other = against.to(torch.float32, "cpu")
-        controls["other"] = Prefix(other.layers, other.header, prefix.head)
-    return controls
 
 
 def summarize(prefix: Prefix, backbone: Backbone, views: Sequence[View]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,28 +10,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.attention.compute import prefix_from_tokens
-from prefixtune.explain.subject import Subject
-from prefixtune.explain.view import View
+from prefixtune.explain.subject import Subject, View
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["WORDS", "cosines", "nearest_view"]
 
 
 WORDS = (
-    "the of and to in is that for it as was with be by on not he this are or his from at which but have an had "
-    "they you were their one all we can her has there been if more when will would who so no say time people year "
-    "day man thing woman life child world school state family student group country problem hand part place case "
-    "week company system program question work government number night point home water room mother area money "
-    "story fact month lot right study book eye job word business issue side kind head house service friend father "
-    "power hour game line end member law car city community name team minute idea body information back parent "
-    "face others level office door health person art war history party result change morning reason research girl "
-    "guy moment air teacher force education food place good great restaurant price river cheap family rating "
-    "train answer question summary text translate write list describe sentence table label positive negative "
-    "document email code number first new last long little"
+    "the of and to in is that for it as was with be by on not he this are or his from at which but have an had they "
+    "you were their one all we can her has there been if more when will would who so no say time people year day man "
+    "thing woman life child world school group country problem place case week work night home water room mother "
+    "money story fact book eye word business family city body face law car door art morning reason research teacher "
+    "food good great restaurant price river cheap train answer question text translate write list describe sentence "
+    "table label positive negative document email code number first new last long little"
 )
 """Common words, for a corpus where no data is given."""
 _LONGEST, _TOP = 64, 3
 """Tokens of a text that is run at once, and the neighbours that are kept."""
+Tokens = list[dict[str, str]]
+"""Of each token of the corpus: `token`, `context` (with the four before it) and `source`."""
 
 
 def nearest_view(subject: Subject) -> View:
@@ -41,24 +37,40 @@ def nearest_view(subject: Subject) -> View:
     probes = {"prefix": subject.prefix, **{k: p for k, p in subject.controls.items() if k != "shuffled"}}
     if len(texts) > 1:
         probes["text"] = _run(subject, texts[0][1])
-    found = {name: _Neighbours(probe.prefix_length) for name, probe in probes.items()}
-    tokens = 0
+    found: dict[str, list[Tensor]] = {name: [] for name in probes}
+    tokens: Tokens = []
     for index in subject.timed(range(len(texts))):
         source, ids = texts[index]
-        tokens += len(ids)
+        tokens += [{**_in_context(subject, ids, at), "source": source} for at in range(len(ids))]
         text = _run(subject, ids)
         for name, probe in probes.items():
             # The first text is a probe itself.
             if name != "text" or index:
-                found[name].add(cosines(probe, text), [(source, _context(subject, ids, at)) for at in range(len(ids))])
+                found[name].append(cosines(probe, text))
+    best = {name: float(torch.cat(parts, 1).max(1).values.mean()) if parts else None for name, parts in found.items()}
     numbers = {
         "corpus": corpus,
-        "tokens": tokens,
-        "positions": found["prefix"].describe(),
-        "mean_best": found["prefix"].mean(),
-        "controls": {name: each.mean() for name, each in found.items() if name != "prefix"},
+        "tokens": len(tokens),
+        "positions": _neighbours(torch.cat(found["prefix"], 1), tokens) if tokens else [],
+        "mean_best": best.pop("prefix"),
+        "controls": best,
     }
     return View("nearest", numbers)
+
+
+def _neighbours(cosine: Float[Tensor, "P T"], tokens: Tokens) -> list[dict[str, Any]]:
+    """Per position, its nearest tokens, different ones, nearest first."""
+    values, indices = cosine.sort(dim=1, descending=True, stable=True)
+    found: list[dict[str, Any]] = []
+    for position, (row, which) in enumerate(zip(values, indices, strict=True)):
+        nearest: dict[str, dict[str, Any]] = {}
+        for value, index in zip(row.tolist(), which.tolist(), strict=True):
+            # A text may have a token many times: only the nearest one counts.
+            nearest.setdefault(tokens[index]["token"], {"cosine": value, **tokens[index]})
+            if len(nearest) == _TOP:
+                break
+        found.append({"position": position, "nearest": list(nearest.values())})
+    return found
 
 
 def cosines(prefix: Prefix, text: Prefix) -> Float[Tensor, "P T"]:
@@ -109,47 +121,7 @@ def _target(subject: Subject, target: Sequence[int]) -> Sequence[int]:
     return target if subject.backbone.kind == "decoder" and not subject.has_head else ()
 
 
-def _context(subject: Subject, ids: Sequence[int], at: int) -> tuple[str, str]:
+def _in_context(subject: Subject, ids: Sequence[int], at: int) -> dict[str, str]:
     """A token's text, and that of the four before it and itself."""
     decode = subject.backbone.tokenizer.decode
-    return decode([ids[at]]), decode(list(ids[max(0, at - 4) : at + 1]))
-
-
-@dataclass(frozen=True)
-class _Neighbour:
-    cosine: float
-    token: str
-    context: str
-    source: str
-
-
-class _Neighbours:
-    """The nearest tokens of each position so far, different ones, nearest first."""
-
-    def __init__(self, length: int) -> None:
-        self._best: list[list[_Neighbour]] = [[] for _ in range(length)]
-
-    def add(self, cosine: Float[Tensor, "P T"], tokens: Sequence[tuple[str, tuple[str, str]]]) -> None:
-        """Take the tokens of one more text into account."""
-        values, indices = cosine.sort(dim=1, descending=True, stable=True)
-        for mine, row, which in zip(self._best, values.tolist(), indices.tolist(), strict=True):
-            fresh: dict[str, _Neighbour] = {}
-            for value, index in zip(row, which, strict=True):
-                # A text may have a token many times: only the nearest one counts.
-                source, (token, context) = tokens[index]
-                fresh.setdefault(token, _Neighbour(value, token, context, source))
-                if len(fresh) == _TOP:
-                    break
-            by_token: dict[str, _Neighbour] = {}
-            for each in sorted([*mine, *fresh.values()], key=lambda neighbour: -neighbour.cosine):
-                by_token.setdefault(each.token, each)
-            mine[:] = list(by_token.values())[:_TOP]
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Per position, its neighbours."""
-        return [{"position": at, "nearest": [vars(near) for near in row]} for at, row in enumerate(self._best)]
-
-    def mean(self) -> float | None:
-        """The mean over positions of the nearest token's cosine."""
-        best = [row[0].cosine for row in self._best if row]
-        return sum(best) / len(best) if best else None
+    return {"token": decode([ids[at]]), "context": decode(list(ids[max(0, at - 4) : at + 1]))}

@@ -1,4 +1,4 @@
-"""What is explained: a prefix on its backbone, the rows of data it is run on, and the limits of the work."""
+"""What is explained: a prefix on its backbone, with rows, controls and limits; and a view: what a look at it found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,55 @@ from prefixtune.data.labels import Labels, check_known, encode_labelled, labels_
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["Limits", "Subject", "make_subject"]
+__all__ = ["OUT_OF_TIME", "SHOWS", "TITLES", "Limits", "Subject", "View", "make_subject"]
+
+TITLES = {
+    "attention": "Attention to the prefix",
+    "loss": "Loss with parts left out",
+    "nearest": "Nearest real text",
+    "description": "The model's own description",
+}
+"""The views, in the order in which they are made."""
+SHOWS = {
+    "attention": "It shows where attention goes while the targets are predicted, not what comes from there: a position "
+    "with much attention may give next to nothing, as attention sinks do.",
+    "loss": "It shows what the rest cannot make up for on these rows, each part alone: parts that do the same work "
+    "each look as if they did none, and intervals are not corrected for the number of parts.",
+    "nearest": "It shows which tokens' values point in a similar direction, and misleads about meaning: what "
+    "is nearest need not be near, and need not say what the prefix does.",
+    "description": "It shows what the model says of its prefix, and how much of the prefix's gain the words bring when "
+    "they stand in its place; a small model's words may be wrong, or right by the examples in the question.",
+}
+"""What each view can and cannot show."""
+OUT_OF_TIME = "the time was over before it began (--minutes)."
+
+
+@dataclass(frozen=True)
+class View:
+    """One look at a prefix.
+
+    Attributes:
+        name: Of `TITLES`.
+        numbers: What was found, as JSON; see docs/memories.md.
+        notes: What a reader should know of this run of it, such as parts that were left out for time.
+        left_out: Why there is nothing; empty: there is.
+    """
+
+    name: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    left_out: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its heading."""
+        return TITLES[self.name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: its numbers, or why there are none."""
+        if self.left_out:
+            return {"left_out": self.left_out}
+        return {**self.numbers, "shows": SHOWS[self.name], "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -51,10 +99,11 @@ class Subject:
         text_format: The text around source and target.
         examples: The rows, each with one target; empty: no data.
         tokenized: The same as tokens; a long text in several windows.
-        origins: The example of each row of tokens, where some have several; empty: one each.
         labels: Where the prefix classifies or tags; None: it generates.
         controls: Name -> a prefix to compare with: `random`, `shuffled`, `other`.
         limits: How much is computed.
+        on_part: Called after each part of a view.
+        origins: The example of each row of tokens, where some have several; empty: one each.
     """
 
     backbone: Backbone
@@ -74,6 +123,11 @@ class Subject:
         """Whether labels come from a trained head, so that the model writes no text."""
         return self.prefix.head is not None
 
+    @property
+    def longest(self) -> int:
+        """Positions of the longest of the prefix and its controls."""
+        return max(each.prefix_length for each in (self.prefix, *self.controls.values()))
+
     def out_of_time(self) -> bool:
         """Whether the time is over."""
         return bool(self.limits.seconds) and time.monotonic() - self._began > self.limits.seconds
@@ -85,6 +139,23 @@ class Subject:
                 return
             yield part
             self.on_part()
+
+    def tokenize(self, rows: Sequence[Example], text_format: TextFormat, prefix_length: int) -> TokenizedDataset:
+        """Rows as tokens, as long as in training, and no longer than the backbone has room for.
+
+        Args:
+            rows: With one target each; where the header has no text format, those that are too long are cut.
+            text_format: The text around source and target.
+            prefix_length: Positions that the backbone has no more for the rows.
+        """
+        lengths: dict[str, Any] = {
+            "prefix_length": prefix_length,
+            "max_length": text_format.max_length,
+            "on_too_long": text_format.on_too_long if self.prefix.header.get("text_format") is not None else "cut",
+        }
+        if self.labels is not None and self.labels.by == "head":
+            return encode_labelled(self.backbone, rows, self.labels, text_format, **lengths)
+        return encode_examples(self.backbone, rows, text_format, turns="last", **lengths)
 
 
 def make_subject(
@@ -105,54 +176,15 @@ def make_subject(
     rows = [replace(example, targets=example.targets[:1]) for example in examples if example.targets][: limits.rows]
     if labels is not None:
         check_known(rows, labels)
-    if labels is not None and labels.by == "words":
-        rows = list(with_label_words(rows, labels))
-    longest = max((each.prefix_length for each in (prefix, *controls.values())), default=0)
-    tokenized: Sequence[TokenizedExample] = ()
-    origins: Sequence[int] = ()
-    if rows:
-        dataset = tokenize(prefix, backbone, rows, text_format, labels, longest)
-        tokenized, origins = dataset.examples[: limits.rows], list(map(int, dataset.origins[: limits.rows]))
-    return Subject(
-        backbone=backbone,
-        prefix=prefix.to(torch.float32, "cpu"),
-        text_format=text_format,
-        examples=tuple(rows[: origins[-1] + 1] if origins else rows),
-        tokenized=tokenized,
-        labels=labels,
-        controls=controls,
-        limits=limits,
-        on_part=on_part,
-        origins=origins,
-    )
-
-
-def tokenize(
-    prefix: Prefix,
-    backbone: Backbone,
-    rows: Sequence[Example],
-    text_format: TextFormat,
-    labels: Labels | None,
-    prefix_length: int,
-) -> TokenizedDataset:
-    """The rows as tokens, as long as in training, and no longer than the backbone has room for.
-
-    Args:
-        prefix: Where its header has no text format, rows that are too long are cut.
-        backbone: Of the prefix.
-        rows: With one target each.
-        text_format: Of the prefix.
-        labels: Likewise.
-        prefix_length: Positions that the backbone has no more for the rows.
-    """
-    lengths: dict[str, Any] = {
-        "prefix_length": prefix_length,
-        "max_length": text_format.max_length,
-        "on_too_long": text_format.on_too_long if prefix.header.get("text_format") is not None else "cut",
-    }
-    if labels is not None and labels.by == "head":
-        return encode_labelled(backbone, rows, labels, text_format, **lengths)
-    return encode_examples(backbone, rows, text_format, turns="last", **lengths)
+        rows = list(with_label_words(rows, labels)) if labels.by == "words" else rows
+    whole = prefix.to(torch.float32, "cpu")
+    subject = Subject(backbone, whole, text_format, tuple(rows), (), labels, controls, limits, on_part)
+    if not rows:
+        return subject
+    dataset = subject.tokenize(rows, text_format, subject.longest)
+    tokenized, origins = dataset.examples[: limits.rows], list(map(int, dataset.origins[: limits.rows]))
+    kept = subject.examples[: origins[-1] + 1] if origins else subject.examples
+    return replace(subject, examples=kept, tokenized=tokenized, origins=origins)
 
 
 def blocks(count: int, most: int) -> list[range]:

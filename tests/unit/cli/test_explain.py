@@ -14,7 +14,7 @@ from command_line import run
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
-from prefixtune.explain.view import SHOWS, TITLES, View
+from prefixtune.explain.subject import SHOWS, TITLES, View
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.starts.words import from_words
 
@@ -71,15 +71,23 @@ def test_the_page_holds_every_view_and_the_numbers_are_json(folder: Path, tmp_pa
     }
 
 
-def test_data_of_joined_prefixes_are_read_as_the_joined_one_reads_them(folder: Path, tmp_path: Path) -> None:
+def test_data_of_joined_prefixes_are_read_as_the_joined_one_reads_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "home"))
     backbone = load_backbone(folder / "model", device="cpu", dtype="float32")
     style = tmp_path / "style.safetensors"
     save_prefix(style, Prefix(from_words(backbone, "in style", 2).layers, make_header(backbone)))
     both = f"{style}+{folder / 'a.safetensors'}"
     words = ["--data", str(folder / "rows.jsonl"), "--rows", "2", "--views", "loss", "--json"]
     found = [
-        json.loads(run("explain", prefix, *words, "--output", str(tmp_path / "page.html"), "--device", "cpu")[0])
+        json.loads(run("explain", prefix, *words, "--device", "cpu")[0])
         for prefix in (both, str(folder / "a.safetensors"))
+    ]
+    # Beside the prefix; of joined ones in the user's data folder.
+    assert [one["page"] for one in found] == [
+        str(tmp_path / "home" / "data" / "explain" / "style+a.html"),
+        str(folder / "a.explain.html"),
     ]
     assert found[0]["task"] == "records"
     assert found[0]["prefix_length"] == {"decoder": 5}

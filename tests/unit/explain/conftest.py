@@ -9,7 +9,7 @@ import pytest
 
 import prefixtune as pt
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.explain.explain import make_controls
+from prefixtune.explain.controls import make_controls
 from prefixtune.explain.subject import Limits, Subject, make_subject
 from prefixtune.prefix.prefix import Prefix
 

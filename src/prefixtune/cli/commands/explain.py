@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
+from prefixtune.cli.common import Table, show
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import columns_as_trained, load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option, positional
@@ -17,13 +17,19 @@ from prefixtune.errors import PrefixError
 from prefixtune.training.config import FormName
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console
+from prefixtune.utils.folders import data_folder
 
 if TYPE_CHECKING:
+    from prefixtune.backbone.backbone import Backbone
     from prefixtune.data import Example
-    from prefixtune.explain.view import View
+    from prefixtune.explain.subject import View
+    from prefixtune.pages.document import Document
     from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["explain"]
+
+_MOST_ROWS = 12
+"""Of a table, in the terminal; the page has them all."""
 
 
 class ExplainOptions(BackboneOptions, OutputOptions):
@@ -41,7 +47,11 @@ class ExplainOptions(BackboneOptions, OutputOptions):
     against: str = Field(
         "", description="a prefix of another task, to compare with", json_schema_extra={"metavar": "FILE"}
     )
-    output: str = Field("explain.html", description="the page", json_schema_extra={"metavar": "FILE"})
+    output: str = Field(
+        "",
+        description="the page; empty: explain.html beside the prefix, or (joined, hub) in your data folder",
+        json_schema_extra={"metavar": "FILE"},
+    )
     figures: str = Field(
         "",
         description="also write each figure into this folder, as SVG, PDF, PNG, and its numbers as CSV",
@@ -71,8 +81,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """The page is no .html file, there is no such view, or what says how data are read has no data."""
-        page = Path(self.output)
-        if page.suffix not in (".html", ".htm") or os.path.isdir(page):
+        if self.output and Path(self.output).suffix not in (".html", ".htm"):
             yield ("output",), f"--output is {self.output!r}, but must be the name of an .html file"
         for name in ("task", "split", "source", "target", "form"):
             if getattr(self, name) and not self.data:
@@ -91,12 +100,12 @@ def explain(options: ExplainOptions) -> int:
         prefixtune explain runs/e2e --data e2e/ --split dev --against runs/reviews --output e2e.html --figures figures
     """
     from prefixtune.explain.explain import summarize
-    from prefixtune.explain.subject import Limits
-    from prefixtune.explain.view import TITLES
-    from prefixtune.utils.files import check_writable
+    from prefixtune.explain.page import compose
+    from prefixtune.pages.page import save_figures, to_html
+    from prefixtune.utils.files import check_writable, write_text
 
     console = Console(quiet=options.quiet)
-    page = Path(options.output)
+    page = Path(options.output) if options.output else _usual_page(options.prefix)
     check_writable(page)
     if options.figures:
         check_writable(Path(options.figures) / "any")
@@ -105,6 +114,33 @@ def explain(options: ExplainOptions) -> int:
     backbone, prefixes = load_with_prefixes(
         console, options, files, check=lambda read: _read_all(options, read, examples)
     )
+    views: list[View] = []
+    try:
+        _make_views(console, options, views, backbone, prefixes, examples)
+    finally:
+        # A stopped run writes the views that are done.
+        about = _facts(options, prefixes[0], backbone.name, len(examples))
+        document = compose(views, about, f"What the prefix {short_name(options.prefix)} does")
+        write_text(page, to_html(document))
+        figures = save_figures(document, Path(options.figures)) if options.figures else []
+    facts = {**summarize(prefixes[0], backbone, views), "page": str(page), "figures": figures}
+    drawn = f"; {len(figures)} figures in {options.figures}" if figures else ""
+    show(facts, *_parts(document), f"{page} ({page.stat().st_size:,} bytes){drawn}", as_json=options.as_json)
+    return 0
+
+
+def _make_views(
+    console: Console,
+    options: ExplainOptions,
+    views: list[View],
+    backbone: Backbone,
+    prefixes: Sequence[Prefix],
+    examples: Sequence[Example],
+) -> None:
+    """Add each view to `views` as it is done."""
+    from prefixtune.explain.explain import explain as explain_prefix
+    from prefixtune.explain.subject import TITLES, Limits
+
     limits = Limits(
         rows=options.rows,
         parts=options.parts,
@@ -113,95 +149,54 @@ def explain(options: ExplainOptions) -> int:
         seconds=60 * options.minutes,
         seed=options.seed,
     )
+    against, parts = prefixes[1] if len(prefixes) > 1 else None, itertools.count(1)
     names = [name for name in TITLES if name in (options.views or TITLES)]
-    views: list[View] = []
-    try:
-        _make_views(console, names, views, backbone, prefixes, examples, limits)
-    finally:
-        # A stopped run writes the views that are done.
-        figures = _write(options, page, views, prefixes[0], backbone.name, len(examples)) if views else []
-    if options.as_json:
-        print_json({**summarize(prefixes[0], backbone, views), "page": str(page), "figures": figures})
-    else:
-        _show(console, views)
-        print(
-            f"{page} ({page.stat().st_size:,} bytes)" + f"; {len(figures)} figures in {options.figures}" * bool(figures)
-        )
-    return 0
-
-
-def _read_all(options: ExplainOptions, prefixes: Sequence[Prefix], examples: list[Example]) -> None:
-    """Add the first rows of --data to `examples`.
-
-    Raises:
-        PrefixError: A file cannot be read, no example has a target, or one has a label that the prefix does not know.
-    """
-    from prefixtune.data.labels import check_known, labels_of
-
-    labels = labels_of(prefixes[0])
-    if options.data:
-        kept = [e for e in _read_data(options, options.data, options.split, prefixes) if e.targets][: options.rows]
-        if not kept:
-            raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
-        examples += kept
-    if labels is not None:
-        check_known(examples, labels)
-
-
-def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequence[Prefix]) -> list[Example]:
-    """The examples of a file, read as the prefix's task.
-
-    Raises:
-        PrefixError: It cannot be read.
-    """
-    from prefixtune.data import form_that_fits, read_task
-
-    header = prefixes[0].header
-    name = options.task or str(header.get("task") or "records")
-    columns = columns_as_trained(options, name, header)
-    if name == "records" and not any(columns.values()):
-        columns["form"] = form_that_fits(name, path, str(header.get("form") or ""), split=split or None)
-    return list(read_task(name, path, split=split or None, **columns))
-
-
-def _make_views(
-    console: Console,
-    names: Sequence[str],
-    views: list[View],
-    backbone: Any,
-    prefixes: Sequence[Prefix],
-    examples: Sequence[Example],
-    limits: Any,
-) -> None:
-    """Add each view to `views` as it is done."""
-    from prefixtune.explain.explain import explain as explain_prefix
-    from prefixtune.explain.view import TITLES
-
-    against = prefixes[1] if len(prefixes) > 1 else None
     with console.progress("views", len(names)) as bar:
-        parts = 0
 
         def on_part(name: str) -> None:
-            nonlocal parts
-            parts += 1
-            bar.update(len(views), view=TITLES[name].lower(), parts=parts)
+            bar.update(len(views), view=TITLES[name].lower(), parts=next(parts))
 
         for view in explain_prefix(
             backbone, prefixes[0], examples, against=against, limits=limits, views=names, on_part=on_part
         ):
             views.append(view)
-            bar.update(len(views))
 
 
-def _write(
-    options: ExplainOptions, page: Path, views: Sequence[View], prefix: Prefix, backbone: str, rows: int
-) -> list[str]:
-    """Write the page and the figures; returns the figures' names."""
-    from prefixtune.explain.page import compose
-    from prefixtune.pages.page import save_figures, to_html
-    from prefixtune.utils.files import write_text
+def _usual_page(prefix: str) -> Path:
+    """Where the page of a prefix is written unless --output says otherwise."""
+    path = Path(prefix)
+    if path.is_dir() or path.name == "prefix.safetensors":
+        return (path if path.is_dir() else path.parent) / "explain.html"
+    if path.is_file():
+        return path.with_name(f"{path.stem}.explain.html")
+    return data_folder() / "explain" / f"{short_name(prefix)}.html"
 
-    facts = [
+
+def _read_all(options: ExplainOptions, prefixes: Sequence[Prefix], examples: list[Example]) -> None:
+    """Add the first rows of --data, read as the prefix's task, to `examples`.
+
+    Raises:
+        PrefixError: A file cannot be read, no example has a target, or one has a label that the prefix does not know.
+    """
+    from prefixtune.data import form_that_fits, read_task
+    from prefixtune.data.labels import check_known, labels_of
+
+    if not options.data:
+        return
+    header, labels, split = prefixes[0].header, labels_of(prefixes[0]), options.split or None
+    name = options.task or str(header.get("task") or "records")
+    columns = columns_as_trained(options, name, header)
+    if name == "records" and not any(columns.values()):
+        columns["form"] = form_that_fits(name, options.data, str(header.get("form") or ""), split=split)
+    examples += [one for one in read_task(name, options.data, split=split, **columns) if one.targets][: options.rows]
+    if not examples:
+        raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
+    if labels is not None:
+        check_known(examples, labels)
+
+
+def _facts(options: ExplainOptions, prefix: Prefix, backbone: str, rows: int) -> list[tuple[str, str]]:
+    return [
         ("prefix", options.prefix),
         ("task", str(prefix.header.get("task") or "")),
         ("backbone", backbone),
@@ -209,13 +204,19 @@ def _write(
         ("data", f"{options.data}, {rows} rows" if options.data else "none"),
         ("against", options.against),
     ]
-    document = compose(views, facts, f"What the prefix {short_name(options.prefix)} does")
-    write_text(page, to_html(document))
-    return save_figures(document, Path(options.figures)) if options.figures else []
 
 
-def _show(console: Console, views: Sequence[View]) -> None:
-    """The main figures of each view, as a table."""
-    from prefixtune.explain.text import lines
+def _parts(document: Document) -> Iterator[Table | str]:
+    """The tables of the page, without the rows of long ones, and what its lists and pictures say."""
+    from prefixtune.pages import document as page
 
-    console.table("", ["view", "finding"], [[view.title, line] for view in views for line in lines(view)], result=True)
+    for section in document.sections:
+        for block in section.blocks:
+            if isinstance(block, page.Table):
+                names = [column.name for column in block.columns]
+                rows = [[value.text for value in row] for row in block.rows[:_MOST_ROWS]]
+                yield Table(f"{section.title}: {block.caption}", names, rows)
+            elif isinstance(block, page.Listing):
+                yield from block.items
+            elif isinstance(block, tuple):
+                yield from (f"{picture.title}: {picture.description}" for picture in block)
