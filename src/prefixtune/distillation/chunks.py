@@ -129,20 +129,14 @@ def chunk_length(config: DistillConfig, job: Job, readers: Sequence[Backbone], w
             "answer.",
             hint="shorten it, or lower --answer-length.",
         )
-    if config.subject != "document" or not job.answered or job.test:
-        _check_bytes(job, readers, tokens)
-    return min(config.chunk_length or room, room) if config.subject == "document" else room
-
-
-def _check_bytes(job: Job, readers: Sequence[Backbone], tokens: int) -> None:
-    """Refuse a text whose keys and values would fill the memory."""
     size = max(text_bytes(reader, tokens, reader.dtype.itemsize) for reader in readers)
-    if size > _MOST_BYTES:
+    if size > _MOST_BYTES and (config.subject != "document" or not job.answered or job.test):
         raise DataError(
             f"the keys and values of {job.text_file!r} take {size / 2**30:.0f} GB, but at most {_MOST_BYTES >> 30} GB "
             "are allowed.",
             hint="divide it: a folder of documents gives a memory of each.",
         )
+    return min(config.chunk_length or room, room) if config.subject == "document" else room
 
 
 def text_bytes(backbone: Backbone, positions: int, bytes_per_number: int) -> int:

@@ -82,11 +82,6 @@ class DistillConfig(TrainConfig):
         description="start from: text: the document's or the prompt's own keys and values, brought to P positions; "
         "words: the words of init_text, as for a teacher alone; random; another prefix",
     )
-    beside: str = _prefix(
-        "",
-        description="to be joined later: other prefixes stand beside this one at random while it trains: a file, a "
-        "folder of files or runs, hub:OWNER/NAME, or self (the other documents of the folder)",
-    )
     max_steps: int = _training(150, ge=0, description="optimizer steps; 0: those of the epochs")
     output: str = _output("runs/memory", description="folder of the run; of several documents: one folder in it each")
     eval_every: int = _output(100, ge=0, description="store the prefix every N steps; 0: only at the end")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import CONFIG_FILE, check_output, read_jobs
 from prefixtune.distillation.preparation import Preparation
@@ -18,11 +18,12 @@ from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.beside import SELF
 from prefixtune.training.distributed import is_main_process
-from prefixtune.training.folder import STATE_FILE, Event
-from prefixtune.training.opening import open_run, with_backbone
+from prefixtune.training.prepare import load_for, prepare, with_backbone
 from prefixtune.training.progress import show_training
-from prefixtune.training.runs import Run
-from prefixtune.training.train import TrainResult, train, train_together
+from prefixtune.training.run import Run, TrainResult
+from prefixtune.training.run_folder import STATE_FILE, Event
+from prefixtune.training.together import train_together
+from prefixtune.training.train import train
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import claim_folder, write_text
 from prefixtune.utils.folders import expand_home
@@ -108,7 +109,8 @@ def distill(
     console = Console(quiet=not progress)
     jobs = read_jobs(config, resume=resume)
     if backbone is None:
-        student = _load(config, console)
+        console.info(f"loading {config.backbone} ...")
+        student = load_for(config.training)
     else:
         student = as_backbone(backbone)
         config = with_backbone(config, student)
@@ -163,16 +165,10 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
     with claim_folder(folder):
         write_text(folder / CONFIG_FILE, config.to_toml())
         preparation.make_questions(memory)
-    with open_run(memory.run, student, examples=memory.examples, teach=preparation.label) as run:
+    with prepare(memory.run, student, memory.examples, resume=True, teach=preparation.label) as run:
         yield run
         if run.loop.ended:
             report(config, memory, student, run.result(), None)
-
-
-def _load(config: DistillConfig, console: Console) -> Backbone:
-    console.info(f"loading {config.backbone} ...")
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("dtype", "device", "quantize", "attention")}
-    return load_backbone(config.backbone, adapter=config.adapter or None, **options)
 
 
 def _train(

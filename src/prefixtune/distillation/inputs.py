@@ -14,7 +14,7 @@ from prefixtune.data.registry import form_that_fits, read_task
 from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.training.folder import check_unused
+from prefixtune.training.run_folder import check_unused
 from prefixtune.utils.files import check_writable
 
 __all__ = ["CONFIG_FILE", "Job", "Question", "check_output", "num_asked", "read_jobs"]

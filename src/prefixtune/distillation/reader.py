@@ -25,10 +25,6 @@ _MOST_POSITIONS = 16_384
 Progress = Callable[[int], None]
 
 
-def _silent(done: int) -> None:
-    """Show nothing."""
-
-
 @dataclass(frozen=True)
 class Reader:
     """A model that is asked questions.
@@ -63,7 +59,7 @@ class Reader:
         parts = [own[first : first + self.rows] for own in indices.values() for first in range(0, len(own), self.rows)]
         return [(self.views[questions[part[0]].chunk], part) for part in parts]
 
-    def answer(self, questions: Sequence[Question], length: int, on_batch: Progress = _silent) -> list[Question]:
+    def answer(self, questions: Sequence[Question], length: int, on_batch: Progress) -> list[Question]:
         """The questions with what the model answers, greedily; empty where it says nothing.
 
         Args:
@@ -89,7 +85,7 @@ class Reader:
             on_batch(done)
         return answered
 
-    def read(self, test: Sequence[Question], on_batch: Progress = _silent) -> dict[str, Any]:
+    def read(self, test: Sequence[Question], on_batch: Progress = lambda done: None) -> dict[str, Any]:
         """`loss`, in nats per token of the given answers without the tokens that end them, and how many are `exact`.
 
         Args:

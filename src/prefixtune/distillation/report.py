@@ -17,7 +17,7 @@ from prefixtune.distillation.reader import Reader
 from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import encode_questions
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.train import TrainResult
+from prefixtune.training.run import TrainResult
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import write_text
 

@@ -18,7 +18,7 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.artifact import load_tuned
-from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
+from prefixtune.training.run_folder import PREFIX_FILE, WEIGHTS_FILE
 
 __all__ = ["Teacher", "check_same_tokens", "load_teacher", "teacher_files"]
 

@@ -152,7 +152,7 @@ class TrainConfig(Config):
     beside: str = _prefix(
         "",
         description="to be joined later: prefixes that stand beside this one in half of the steps: a file, a folder, "
-        "hub:OWNER/NAME, or self (the runs of --together)",
+        "hub:OWNER/NAME, or self (those that train together)",
     )
     beside_most: int = _prefix(3, ge=1, le=100, description="most others that stand beside in a step")
     nested: bool = _prefix(False, description="train random lengths, so that the first p positions are a good prefix")

@@ -45,7 +45,7 @@ def test_an_answer_that_was_cut_has_no_end(backbone: Backbone) -> None:
     assert whole.targets[0][-1] == backbone.eos_id
     assert cut.targets[0] == whole.targets[0][:-2]
     # The tiny model writes no end within so few tokens.
-    (answered,) = Reader(backbone, Wording("{source}", "{target}"), [None], 2).answer([Question("Where?")], 3)
+    (answered,) = Reader(backbone, Wording("{source}", "{target}"), [None], 2).answer([Question("Where?")], 3, print)
     assert not answered.ended
 
 
