@@ -32,14 +32,14 @@ _SMALL = 64
 def load_shapes(name: str) -> Backbone:
     """Load a decoder-only backbone's tokenizer, shapes, rotation and fingerprint, not its weights.
 
-    What its layers are is seen by running a model of one layer with random weights; all layers are alike in the models
-    that are loaded so. It computes nothing.
+    What its layers are is seen by running a model of one layer with random weights, so all must attend alike. It
+    computes nothing.
 
     Args:
         name: A folder with safetensors weights, an embedded backbone, or a hub id.
 
     Raises:
-        BackboneError: There is no such model, it is no decoder, or it has an adapter.
+        BackboneError: There is no such model, it is no decoder, its layers differ, or it has an adapter.
     """
     if is_adapter(Path(name)):
         raise BackboneError(f"{name!r} is an adapter.", hint="use the engine torch, or merge it into the model.")
@@ -55,6 +55,7 @@ def load_shapes(name: str) -> Backbone:
     if one.kind != "decoder":
         raise BackboneError(f"{name!r} is no decoder, but of kind {one.kind!r}.", hint="use the engine torch.")
     layers = int(config.num_hidden_layers)
+    _check_alike(model, layers, name)
     geometry: Geometry = {"decoder": one.geometry["decoder"] * layers}
     caches = tuple(range(layers)) if one.layout.cache_layers == (0,) else None
     layout = replace(one.layout, geometry=geometry, layer_of={}, cache_layers=caches)
@@ -84,6 +85,30 @@ def _one_layer(config: Any) -> Any:
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:1]
     return small
+
+
+def _check_alike(model: Any, layers: int, name: str) -> None:
+    """Refuse a model whose layers attend in different ways, such as within a window or without turning keys.
+
+    Raises:
+        BackboneError: It is one.
+    """
+    stacks = [stack for stack in model.modules() if isinstance(stack, torch.nn.ModuleList) and len(stack) == layers]
+    if any(len(set(map(_attention_facts, stack))) > 1 for stack in stacks):
+        raise BackboneError(f"not all layers of {name!r} attend alike.", hint="use the engine torch.")
+
+
+def _attention_facts(layer: torch.nn.Module) -> frozenset[tuple[str, str]]:
+    """What a layer's attention is, but for its number: settings and shapes of weights."""
+    facts = set[tuple[str, str]]()
+    for path, module in layer.named_modules():
+        if "att" in path:
+            settings = {
+                key: one for key, one in vars(module).items() if isinstance(one, bool | int | float | str | None)
+            }
+            facts |= {(f"{path}.{key}", repr(one)) for key, one in settings.items() if "idx" not in key}
+            facts |= {(f"{path}.{key}", str(one.shape)) for key, one in module.named_parameters(recurse=False)}
+    return frozenset(facts)
 
 
 class StoredWeights:

@@ -100,6 +100,8 @@ class FakeServer:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
+        # A client that goes away is no news.
+        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
