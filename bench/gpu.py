@@ -132,10 +132,10 @@ def decode(plan: Plan, engine: str, texts: int) -> list[Figure]:
             del backbone
             words = ["serve", "--engine", "vllm", "--vllm-python", plan.vllm_python, "--backbone", source]
             words += ["--backbone-id", "m", "--prefixes", folder, "--dtype", "bfloat16", "--port", "{port}"]
-            words += ["--max-length", str(length), f"--vllm-args=--max-num-seqs {texts}"]
+            words += ["--max-length", str(length), "--num-slots", str(texts), "--train-workers", "0"]
             server = Server("vllm", [sys.executable, "-m", "prefixtune", *words], SRC)
             stack.callback(server.close)
-            answer = over_http(server, {"max_tokens": plan.new, "ignore_eos": True}, texts)
+            answer = over_http(server, {"max_tokens": plan.new, "min_tokens": plan.new}, texts)
         else:
             answer = in_process(backbone, prefixes, texts, plan.new, length)
         draw, speeds = random.Random(texts), []

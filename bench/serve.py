@@ -163,8 +163,7 @@ def open_sides(
             start("llama", command, {"ignore_eos": True, "cache_prompt": False}, {"-server": None}, "")
         if options.vllm_python is not None:
             python = str(options.vllm_python)
-            more = ["--vllm-python", python, "--dtype", options.dtype, f"--vllm-args=--max-num-seqs {texts}"]
-            serve("vllm", "--engine vllm", more, {"ignore_eos": True})
+            serve("vllm", "--engine vllm", ["--vllm-python", python, "--dtype", options.dtype], exact)
             command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model_folder(options.backbone)]
             command += ["--served-model-name", "m", "--dtype", options.dtype, "--port", "{port}"]
             command += ["--max-model-len", length, "--max-num-seqs", str(texts)]

@@ -82,7 +82,7 @@ class Server:
     def _is_ready(self) -> bool:
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            connection.request("GET", "/health")
+            connection.request("GET", "/v1/models")
             return connection.getresponse().status == http.HTTPStatus.OK
         return False
 
