@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import PathText, print_json
+from prefixtune.cli.common import PathText, show
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
 from prefixtune.cli.loading import (
     Artifact,
@@ -27,10 +28,8 @@ from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console, safe_text
 
 if TYPE_CHECKING:
-    from prefixtune.backbone.backbone import Backbone
     from prefixtune.data.chat import Source
     from prefixtune.data.labels import Labels
-    from prefixtune.engine.base import Engine
     from prefixtune.inference.classify import Prediction
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
@@ -109,38 +108,31 @@ def generate(options: GenerateOptions) -> int:
     artifact = find_artifact(options, None) if options.run_folder else Artifact()
     stored = {name: read_prefix(name).header for name in dict.fromkeys(options.prefix)}
     headers = list(stored.values()) or [artifact.header]
-    lines = [] if options.print_config else _read_texts(options, console, headers)
-    # Blank lines of stdin have empty results, so that the lines of sources and results match.
-    kept = [index for index, line in enumerate(lines) if options.texts or not isinstance(line, str) or line.strip()]
-    texts = [lines[index] for index in kept]
-    several = len(options.prefix) > 1 and not options.print_config
-    names = [options.prefix[index] for index in kept] if several else list(options.prefix)
-    if artifact.prefix:
-        names = [artifact.prefix]
     config = generate_config(options, headers)
     if options.print_config:
         print(config.to_toml().rstrip())
         return 0
+    lines = _read_texts(options, console, headers)
+    # Blank lines of stdin have empty results, so that the lines of sources and results match.
+    kept = [index for index, line in enumerate(lines) if options.texts or not isinstance(line, str) or line.strip()]
+    names = [artifact.prefix] if artifact.prefix else list(options.prefix)
     note_unused(console, options, config)
     labels = _common_labels(headers, options)
     if options.stream and labels is None:
         from prefixtune.inference.generate import check_streams
 
         check_streams(config)
-    text_format: TextFormat | None = None
-    prefixes: list[Prefix] = []
+    work = _Work(console, options, config, [lines[index] for index in kept])
     if artifact.weights is not None:
-        backbone, _, text_format = load_artifact(console, options, artifact)
+        work.backbone, _, work.text_format = load_artifact(console, options, artifact)
     else:
-        backbone, prefixes = load_with_prefixes(console, options, names)
-    if labels is not None:
-        rows = _label(console, backbone, prefixes, [_last_text(text) for text in texts], labels, text_format, config)
-    else:
-        with started_engine(console, options, backbone, max(1, min(config.batch_size, len(texts)))) as engine:
-            if options.stream:
-                return _stream(console, backbone, texts[0], prefixes, text_format, config, engine)
-            rows = _generate(console, backbone, texts, prefixes, text_format, config, engine)
-    _print_rows(options, lines, dict(zip(kept, rows, strict=True)), list(options.prefix) if several else names)
+        used = [names[index] for index in kept] if len(names) > 1 else names
+        work.backbone, work.prefixes = load_with_prefixes(console, options, used)
+    if options.stream and labels is None:
+        work.stream()
+        return 0
+    rows = work.generate() if labels is None else work.label(labels)
+    _print_rows(options, lines, dict(zip(kept, rows, strict=True)), names)
     return 0
 
 
@@ -202,13 +194,6 @@ def _trained_source(header: Mapping[str, Any]) -> tuple[str, str]:
     return (task, stored.source) if stored is not None and takes_columns else ("", "")
 
 
-def _last_text(source: Source) -> str:
-    """What is labelled: the text, or that of the last message."""
-    from prefixtune.data.chat import as_conversation
-
-    return as_conversation(source)[-1]["content"]
-
-
 def _shown(source: Source) -> dict[str, Any]:
     """A source in a result."""
     from prefixtune.data.chat import as_conversation
@@ -236,59 +221,108 @@ def _common_labels(headers: Sequence[Mapping[str, Any]], options: GenerateOption
     return labels[0]
 
 
-def _stream(
-    console: Console,
-    backbone: Backbone,
-    text: Source,
-    prefixes: Sequence[Prefix],
-    text_format: TextFormat | None,
-    config: GenerateConfig,
-    engine: Engine | None,
-) -> int:
-    """Print the output of one text while it is generated."""
-    from prefixtune.inference.generate import stream
+@dataclass
+class _Work:
+    """Texts, and what continues or labels them."""
 
-    cut: set[int] = set()
-    prefix = prefixes[0] if prefixes else None
-    options: dict[str, Any] = {"text_format": text_format, "config": config, "engine": engine}
-    for piece in stream(backbone, text, prefix, on_cut=cut.update, **options):
-        print(_for_stdout(piece), end="", flush=True)
-    print()
-    _report_cut(console, cut, 1)
-    return 0
+    console: Console
+    options: GenerateOptions
+    config: GenerateConfig
+    texts: Sequence[Source]
+    backbone: Any = None
+    prefixes: Sequence[Prefix] = ()
+    text_format: TextFormat | None = None
 
+    def stream(self) -> None:
+        """Print the output of one text while it is generated."""
+        from prefixtune.inference.generate import stream
 
-def _generate(
-    console: Console,
-    backbone: Backbone,
-    texts: Sequence[Source],
-    prefixes: Sequence[Prefix],
-    text_format: TextFormat | None,
-    config: GenerateConfig,
-    engine: Engine | None,
-) -> list[dict[str, Any]]:
-    """The output of every text."""
-    from prefixtune.inference.generate import generate as generate_texts
+        cut: set[int] = set()
+        with started_engine(self.console, self.options, self.backbone, 1) as engine:
+            for piece in stream(
+                self.backbone,
+                self.texts[0],
+                next(iter(self.prefixes), None),
+                text_format=self.text_format,
+                config=self.config,
+                engine=engine,
+                on_cut=cut.update,
+            ):
+                print(_for_stdout(piece), end="", flush=True)
+        print()
+        self._report_cut(len(cut))
 
-    cut: set[int] = set()
-    unended: set[int] = set()
-    with console.progress("generating", len(texts)) as bar:
-        outputs = generate_texts(
-            backbone,
-            texts,
-            prefixes[0] if len(prefixes) == 1 else prefixes or None,
-            text_format=text_format,
-            config=config,
-            engine=engine,
-            on_batch=bar.update,
-            on_cut=cut.update,
-            on_unended=unended.update,
-        )
-    _report_cut(console, cut, len(texts))
-    return [
-        {**_shown(text), "output": output, "cut": index in cut, "ended": index not in unended}
-        for index, (text, output) in enumerate(zip(texts, outputs, strict=True))
-    ]
+    def generate(self) -> list[dict[str, Any]]:
+        """The output of every text."""
+        from prefixtune.inference.generate import generate
+
+        cut: set[int] = set()
+        unended: set[int] = set()
+        num_slots = max(1, min(self.config.batch_size, len(self.texts)))
+        with (
+            started_engine(self.console, self.options, self.backbone, num_slots) as engine,
+            self.console.progress("generating", len(self.texts)) as bar,
+        ):
+            outputs = generate(
+                self.backbone,
+                self.texts,
+                self.prefixes[0] if len(self.prefixes) == 1 else self.prefixes or None,
+                text_format=self.text_format,
+                config=self.config,
+                engine=engine,
+                on_batch=bar.update,
+                on_cut=cut.update,
+                on_unended=unended.update,
+            )
+        self._report_cut(len(cut))
+        return [
+            {**_shown(text), "output": output, "cut": index in cut, "ended": index not in unended}
+            for index, (text, output) in enumerate(zip(self.texts, outputs, strict=True))
+        ]
+
+    def label(self, labels: Labels) -> list[dict[str, Any]]:
+        """The label or tags of every text, with their probabilities; without a prefix, by the words of `labels`."""
+        from prefixtune.data.chat import as_conversation
+        from prefixtune.inference.classify import classify, tag
+
+        # What is labelled is the text, or that of the last message.
+        texts = [as_conversation(text)[-1]["content"] for text in self.texts]
+        rows: dict[int, dict[str, Any]] = {}
+        with self.console.progress("labelling", len(texts)) as bar:
+            for prefix, indices in self._by_prefix():
+                chosen = [texts[index] for index in indices]
+                if prefix is not None and labels.kind == "tagging":
+                    found = tag(self.backbone, [text.split() for text in chosen], prefix, config=self.config)
+                    made = [_tag_row(text, tags) for text, tags in zip(chosen, found, strict=True)]
+                else:
+                    cut: set[int] = set()
+                    classes = classify(
+                        self.backbone,
+                        chosen,
+                        prefix,
+                        labels=labels if prefix is None else None,
+                        text_format=self.text_format,
+                        config=self.config,
+                        on_cut=cut.update,
+                    )
+                    made = [_class_row(chosen[at], result, at in cut) for at, result in enumerate(classes)]
+                rows |= dict(zip(indices, made, strict=True))
+                bar.update(len(rows))
+        self._report_cut(sum(row.get("cut", False) for row in rows.values()))
+        return [rows[index] for index in range(len(texts))]
+
+    def _by_prefix(self) -> Sequence[tuple[Prefix | None, Sequence[int]]]:
+        """Every prefix with the indices of its texts; one prefix is for all texts, and so is none."""
+        if len(self.prefixes) < 2:
+            return [(next(iter(self.prefixes), None), range(len(self.texts)))]
+        groups: dict[int, tuple[Prefix, list[int]]] = {}
+        for index, prefix in enumerate(self.prefixes):
+            groups.setdefault(id(prefix), (prefix, []))[1].append(index)
+        return list(groups.values())
+
+    def _report_cut(self, count: int) -> None:
+        if count:
+            self.console.info(f"{count} of {len(self.texts)} sources were truncated to fit")
 
 
 def _print_rows(
@@ -306,66 +340,18 @@ def _print_rows(
     blank = {name: value for name, value in (("cut", False), ("ended", True)) if name in facts}
     for index, line in enumerate(lines):
         row = rows.get(index, {"text": line, "output": "", **blank, "note": "the line is blank"})
-        if options.as_json:
-            print_json({**row, "prefix": None if not names else names[0] if len(names) == 1 else names[index]})
-        else:
-            # Every result is one line.
-            print(_for_stdout(str(row["output"]).replace("\n", "\\n").replace("\r", "\\r")))
+        name = names[index if len(names) > 1 else 0] if names else None
+        # Every result is one line.
+        show({**row, "prefix": name}, _for_stdout(_escaped(str(row["output"]))), as_json=options.as_json)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _for_stdout(text: str) -> str:
     """A model's text, without what would steer a terminal that shows it."""
     return safe_text(text.replace("\r", "")) if sys.stdout.isatty() else text
-
-
-def _label(
-    console: Console,
-    backbone: Backbone,
-    prefixes: Sequence[Prefix],
-    texts: Sequence[str],
-    labels: Labels,
-    text_format: TextFormat | None,
-    config: GenerateConfig,
-) -> list[dict[str, Any]]:
-    """The labels or tags of every text, with their probabilities; without a prefix, by the words of `labels`."""
-    from prefixtune.inference.classify import classify, tag
-
-    rows: dict[int, dict[str, Any]] = {}
-    cut: set[int] = set()
-    with console.progress("labelling", len(texts)) as bar:
-        for prefix, indices in _texts_by_prefix(prefixes, len(texts)):
-            chosen = [texts[index] for index in indices]
-            if prefix is not None and labels.kind == "tagging":
-                tags = tag(backbone, [text.split() for text in chosen], prefix, config=config)
-                rows.update({i: _tag_row(texts[i], result) for i, result in zip(indices, tags, strict=True)})
-            else:
-                cut_here: set[int] = set()
-                classes = classify(
-                    backbone,
-                    chosen,
-                    prefix,
-                    labels=labels if prefix is None else None,
-                    text_format=text_format,
-                    config=config,
-                    on_cut=cut_here.update,
-                )
-                cut |= {indices[position] for position in cut_here}
-                rows.update(
-                    {i: _class_row(texts[i], result, i in cut) for i, result in zip(indices, classes, strict=True)}
-                )
-            bar.update(len(rows))
-    _report_cut(console, cut, len(texts))
-    return [rows[index] for index in range(len(texts))]
-
-
-def _texts_by_prefix(prefixes: Sequence[Prefix], num_texts: int) -> Sequence[tuple[Prefix | None, list[int]]]:
-    """Every prefix with the indices of its texts; one prefix is for all texts, and so is none."""
-    if len(prefixes) < 2:
-        return [(prefixes[0] if prefixes else None, list(range(num_texts)))]
-    groups: dict[int, tuple[Prefix, list[int]]] = {}
-    for index, prefix in enumerate(prefixes):
-        groups.setdefault(id(prefix), (prefix, []))[1].append(index)
-    return list(groups.values())
 
 
 def _tag_row(text: str, tags: Sequence[Prediction]) -> dict[str, Any]:
@@ -383,11 +369,6 @@ def _tag_row(text: str, tags: Sequence[Prediction]) -> dict[str, Any]:
 def _class_row(text: str, result: Prediction, cut: bool) -> dict[str, Any]:
     probabilities = _rounded(result.probabilities)
     return {"text": text, "output": result.label, "label": result.label, "probabilities": probabilities, "cut": cut}
-
-
-def _report_cut(console: Console, cut: Collection[int], total: int) -> None:
-    if cut:
-        console.info(f"{len(cut)} of {total} sources were truncated to fit")
 
 
 def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:

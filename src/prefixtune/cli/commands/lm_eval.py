@@ -104,7 +104,7 @@ def lm_eval(options: LmEvalOptions) -> int:
         )
     console = Console(quiet=options.quiet)
     files = [options.prefix] if options.prefix else []
-    backbone, prefixes = load_with_prefixes(console, options, files, lambda read: [check_writes(one) for one in read])
+    backbone, prefixes = load_with_prefixes(console, options, files, lambda read: list(map(check_writes, read)))
     model = PrefixLM(
         backbone,
         next(iter(prefixes), None),
