@@ -18,6 +18,15 @@ __all__ = ["BackboneOptions", "DecodingOptions", "EngineOptions", "generate_conf
 _backbone, _engine = option_group("backbone"), option_group("engine")
 
 
+_ENGINES = {
+    **dict.fromkeys(("device", "quantize", "adapter"), ("torch",)),
+    **dict.fromkeys(("gguf", "threads"), ("llama.cpp",)),
+    "dtype": ("torch", "vllm"),
+    "vllm_python": ("vllm",),
+}
+"""Options that not all engines have."""
+
+
 class BackboneOptions(CommandOptions):
     """The options of loading a backbone for prefixes."""
 
@@ -35,8 +44,8 @@ class BackboneOptions(CommandOptions):
 class EngineOptions(BackboneOptions):
     """The options of what computes."""
 
-    engine: Literal["torch", "llama.cpp"] = _engine(
-        "torch", description="what computes: torch, or llama.cpp, which needs the extra llama"
+    engine: Literal["torch", "llama.cpp", "vllm"] = _engine(
+        "torch", description="what computes: torch; llama.cpp, which needs the extra llama; or vLLM"
     )
     gguf: str = _engine(
         "",
@@ -47,19 +56,19 @@ class EngineOptions(BackboneOptions):
         0, ge=0, description="for llama.cpp: threads; 0: one per core; fewer are faster beside other programs"
     )
 
+    vllm_python: str = _engine("", description="for vllm: the Python of the environment with vLLM; default: this one")
+
     @property
     def without_lacks(self) -> dict[str, Any]:
         """Decoding by default without what the engine lacks, whatever the task's settings are."""
-        return {} if self.engine == "torch" else {"num_beams": 1, "min_new_tokens": 0}
+        return {"torch": {}, "vllm": {"num_beams": 1}, "llama.cpp": {"num_beams": 1, "min_new_tokens": 0}}[self.engine]
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: options of one engine with another."""
         yield from super().conflicts()
-        own = {"torch": ("dtype", "device", "quantize", "adapter"), "llama.cpp": ("gguf", "threads")}
-        for engine, names in own.items():
-            for name in names:
-                if engine != self.engine and name in self.model_fields_set:
-                    yield (name,), f"--{name} is for --engine {engine}"
+        for name, engines in _ENGINES.items():
+            if name in self.model_fields_set and self.engine not in engines:
+                yield (name,), f"--{name.replace('_', '-')} is for --engine {' or '.join(engines)}"
 
 
 class DecodingOptions(EngineOptions, GenerateConfig):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.cli.decoding import EngineOptions
     from prefixtune.engine.base import Engine
+    from prefixtune.engine.remote import RemoteEngine
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
     from prefixtune.prefix.text_format import TextFormat
@@ -101,10 +103,18 @@ def started_engine(
     if options.engine == "torch":
         yield None
         return
+    from prefixtune.backbone.checkpoint import checkpoint_folder
     from prefixtune.engine.llama_cpp import LlamaCppEngine
+    from prefixtune.engine.vllm import VllmConfig, VllmEngine
 
     console.info(f"starting {options.engine} ...")
-    with LlamaCppEngine(backbone, options.gguf, num_slots=num_slots, threads=options.threads) as engine:
+    engine: RemoteEngine
+    if options.engine == "llama.cpp":
+        engine = LlamaCppEngine(backbone, options.gguf, num_slots=num_slots, threads=options.threads)
+    else:
+        model, python = str(checkpoint_folder(backbone.name)), options.vllm_python or sys.executable
+        engine = VllmEngine(backbone, VllmConfig(model, num_slots=num_slots, dtype=options.dtype, python=python))
+    with engine:
         console.info(engine.name)
         yield engine
 
