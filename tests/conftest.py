@@ -274,7 +274,7 @@ def data(tmp_path: Path) -> Any:
 
     made = DataFolder(tmp_path / "data")
     made.root.mkdir()
-    migrate(made.database_url)
+    migrate(f"sqlite:///{made.database}")
     return made
 
 
@@ -283,6 +283,6 @@ def queue(data: Any) -> Iterator[Any]:
     """The queue of jobs of `data` (`jobs.queue.JobQueue`)."""
     from prefixtune.jobs.queue import JobQueue
 
-    made = JobQueue(data.database_url)
+    made = JobQueue(f"sqlite:///{data.database}")
     yield made
     made.close()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.inputs import make_job_folder
 from prefixtune.jobs.job import Job, JobState, JobStatus, new_job_id
 from prefixtune.jobs.queue import JobQueue
 
@@ -58,7 +57,7 @@ def make_job(
             source = uploads / f"{job.id}-{part}.jsonl"
             source.write_text("".join(json.dumps(row) + "\n" for row in some))
             inputs[part] = (source, ".jsonl")
-    make_job_folder(data, job.id, inputs)
+    data.make_job(job.id, inputs)
     return job
 
 

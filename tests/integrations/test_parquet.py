@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import io
 from pathlib import Path
 
 import pyarrow
@@ -13,7 +14,7 @@ import pytest
 from prefixtune.data import read_task
 from prefixtune.data.files import Record, iter_file
 from prefixtune.errors import DataError
-from prefixtune.jobs.files import FileLimits, FileStore, StoredFile
+from prefixtune.jobs.files import FileStore, StoredFile
 from prefixtune.jobs.folder import DataFolder
 
 
@@ -70,9 +71,7 @@ def test_an_uploaded_file_to_train_on(tmp_path: Path) -> None:
     store = FileStore(DataFolder(tmp_path / "data"))
 
     def put(data: bytes) -> StoredFile:
-        with store.open_upload("ann", "a.parquet", "fine-tune", limits=FileLimits()) as upload:
-            upload.write(data)
-            return upload.finish()
+        return store.put("ann", io.BytesIO(data), "a.parquet", "fine-tune")
 
     facts = put((tmp_path / "a.parquet").read_bytes()).facts
     assert facts is not None

@@ -16,19 +16,14 @@ from prefixtune.jobs.job import Job, checkpoint_name
 from prefixtune.prefix.folder import ENDING
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix, read_outline, save_prefix
-from prefixtune.training.folder import Event
+from prefixtune.training.run_folder import Event
 
 if TYPE_CHECKING:
     # A server reads checkpoints, and does without it.
     from prefixtune.training.loop import TrainLoop
 
-__all__ = ["FOLDER", "KEPT", "Checkpoint", "CheckpointKeeper", "checkpoints", "remove_checkpoints"]
-
-
-FOLDER = "checkpoints"
-"""In the folder of a job's run."""
-KEPT = 3
-"""Evaluations whose prefixes are kept: the last ones."""
+_FOLDER, _KEPT = "checkpoints", 3
+"""In the folder of a job's run; and how many are kept: the last ones."""
 _STEP_NAME = re.compile(r"step-(\d{1,9})")
 
 
@@ -51,40 +46,29 @@ class Checkpoint:
     metrics: dict[str, float]
 
 
-class CheckpointKeeper:
-    """Stores the prefixes of a run's last evaluations; the oldest one makes room for a new one.
+def keep_checkpoint(job: Job, run: Path, loop: TrainLoop, event: Event, train_loss: float | None) -> None:
+    """Store the prefix of an evaluation that has just happened; the oldest one makes room for it.
 
     Args:
         job: What the run trains for.
         run: The run's folder.
+        loop: It.
+        event: The evaluation.
+        train_loss: Of the last step.
+
+    Raises:
+        PrefixError: It cannot be written.
     """
-
-    def __init__(self, job: Job, run: Path) -> None:
-        self._job, self._folder = job, run / FOLDER
-        self._train_loss: float | None = None
-
-    def record(self, loop: TrainLoop, event: Event) -> None:
-        """Take note of an event of the run, right after it happened; of an evaluation, the prefix is stored.
-
-        Raises:
-            PrefixError: It cannot be written.
-        """
-        if event["event"] == "step":
-            self._train_loss = event["loss_per_token"]
-        elif event["event"] == "evaluation":
-            self._keep(loop, event)
-
-    def _keep(self, loop: TrainLoop, event: Event) -> None:
-        prefix = loop.snapshot()
-        if prefix is None:
-            return
-        training = {**prefix.header["training"], "dev_loss": event.get("loss"), "train_loss": self._train_loss}
-        origin = JobOrigin(id=self._job.id, owner=self._job.owner, step=event["step"])
-        header = {**prefix.header, "training": training, "job": origin.model_dump(exclude_none=True)}
-        path = self._folder / f"step-{event['step']}{ENDING}"
-        save_prefix(path, Prefix(prefix.layers, header, prefix.head), dtype=loop.config.save_dtype)
-        for old in _files(self._folder)[:-KEPT]:
-            old.unlink(missing_ok=True)
+    prefix = loop.snapshot()
+    if prefix is None:
+        return
+    training = {**prefix.header["training"], "dev_loss": event.get("loss"), "train_loss": train_loss}
+    origin = JobOrigin(id=job.id, owner=job.owner, step=event["step"])
+    header = {**prefix.header, "training": training, "job": origin.model_dump(exclude_none=True)}
+    path = run / _FOLDER / f"step-{event['step']}{ENDING}"
+    save_prefix(path, Prefix(prefix.layers, header, prefix.head), dtype=loop.config.save_dtype)
+    for old in _files(run / _FOLDER)[:-_KEPT]:
+        old.unlink(missing_ok=True)
 
 
 def checkpoints(job: Job, run: Path) -> list[Checkpoint]:
@@ -95,7 +79,7 @@ def checkpoints(job: Job, run: Path) -> list[Checkpoint]:
         run: The run's folder.
     """
     found = []
-    for path in _files(run / FOLDER):
+    for path in _files(run / _FOLDER):
         # One that is replaced or removed meanwhile.
         with contextlib.suppress(OSError, CheckpointError):
             header, created = read_outline(path).header, int(path.stat().st_mtime)
@@ -103,12 +87,12 @@ def checkpoints(job: Job, run: Path) -> list[Checkpoint]:
             if origin is not None and origin.id == job.id and origin.step is not None:
                 name = checkpoint_name(job.name, origin.step)
                 found.append(Checkpoint(origin.step, created, name, path, _metrics(header)))
-    return found[-KEPT:]
+    return found[-_KEPT:]
 
 
 def remove_checkpoints(folder: JobFolder) -> None:
     """Remove a job's own copies of its checkpoints, as far as that can be done."""
-    shutil.rmtree(folder.run / FOLDER, ignore_errors=True)
+    shutil.rmtree(folder.run / _FOLDER, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:

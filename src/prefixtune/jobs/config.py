@@ -8,19 +8,6 @@ from pydantic import AfterValidator, Field
 
 from prefixtune.utils.config import Config, DTypeName, option_group
 
-__all__ = [
-    "DATABASE_URL_HELP",
-    "DATA_FOLDER",
-    "DATA_FOLDER_HELP",
-    "KEEP_JOBS",
-    "KEEP_JOBS_HELP",
-    "WORKER_ENVIRONMENT",
-    "DatabaseUrl",
-    "KeepJobs",
-    "WorkerConfig",
-]
-
-
 DATA_FOLDER = "prefixtune-data"
 """The default folder of uploaded files and jobs."""
 DATA_FOLDER_HELP = "folder of uploaded files and jobs; made when it is first needed"
@@ -79,7 +66,9 @@ class WorkerConfig(Config):
     )
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{0,40}$")] = _machine(
-        "", description="of this worker, for the log: letters, digits and -"
+        "",
+        description="of this worker, which no other one has: letters, digits and -; started again under it, it goes on "
+        "with its jobs (default: this machine's name and a number)",
     )
     threads: _Number = _machine(0, description="threads that train; 0: as many as cores")
     nice: Annotated[int, Field(ge=0, le=19)] = _machine(

@@ -12,7 +12,6 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,12 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.utils.files import append_line, reporting_write_errors
 
-__all__ = ["MAX_LOG_BYTES", "EventLevel", "EventPage", "JobEvent", "JobEvents", "Progress"]
-
-
-MAX_LOG_BYTES = 2**24
-"""Bytes of a log that are read: its last ones."""
-_MAX_PROGRESS_BYTES = 2**12
+_MAX_LOG_BYTES, _MAX_PROGRESS_BYTES = 2**24, 2**12
+"""Bytes of a log that are read: its last ones; and of the progress."""
+_LOG, _PROGRESS = "events.jsonl", "progress.json"
 EventLevel = Literal["info", "warn", "error"]
 
 
@@ -49,19 +45,6 @@ class JobEvent(BaseModel):
     message: str
     type: Literal["message", "metrics"] = "message"
     data: dict[str, Any] = Field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EventPage:
-    """Some events of a log, oldest first.
-
-    Attributes:
-        events: They are whole.
-        position: Where the next ones begin, in bytes of the log.
-    """
-
-    events: list[JobEvent]
-    position: int
 
 
 class Progress(BaseModel):
@@ -94,32 +77,25 @@ class JobEvents:
     """
 
     def __init__(self, folder: JobFolder) -> None:
-        self._folder = folder
+        self._job, self._log, self._progress = folder.root.name, folder.root / _LOG, folder.root / _PROGRESS
         self._known: set[str] | None = None
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def read(self, position: int = 0) -> EventPage:
-        """The events from a position of the log on; of a very long log, only the last ones.
-
-        Args:
-            position: 0, or that of an earlier page, to get what came after it.
-        """
+    def read(self) -> list[JobEvent]:
+        """The events, the oldest first; of a very long log, the last ones."""
         try:
-            with self._folder.events.open("rb") as file:
+            with self._log.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                start = max(min(position, size), size - MAX_LOG_BYTES, 0)
-                file.seek(start)
-                content = file.read(size - start)
+                file.seek(max(size - _MAX_LOG_BYTES, 0))
+                return list(_parse(file.read(_MAX_LOG_BYTES)))
         except FileNotFoundError:
-            return EventPage([], 0)
-        whole, newline, _ = content.rpartition(b"\n")
-        return EventPage(list(_parse(whole)), start + len(whole) + len(newline))
+            return []
 
     def progress(self) -> Progress | None:
         """How far the job is; None: it has not begun."""
         try:
-            with self._folder.progress.open("rb") as file:
+            with self._progress.open("rb") as file:
                 return Progress.model_validate_json(file.read(_MAX_PROGRESS_BYTES))
         except (OSError, ValidationError):
             return None
@@ -146,8 +122,11 @@ class JobEvents:
         Raises:
             PrefixError: The log cannot be written.
         """
-        event_id = f"ftevent-{self._digest(key) if key else secrets.token_hex(12)}"
-        if key and event_id in self._ids():
+        if self._known is None:
+            self._known = {event.id for event in self.read()}
+        digest = hashlib.sha256(f"{self._job}/{key}".encode()).hexdigest()[:24]
+        event_id = f"ftevent-{digest if key else secrets.token_hex(12)}"
+        if event_id in self._known:
             return
         event = JobEvent(
             id=event_id,
@@ -157,8 +136,8 @@ class JobEvents:
             type="message" if data is None else "metrics",
             data=data or {},
         )
-        append_line(self._folder.events, event.model_dump_json())
-        self._ids().add(event_id)
+        append_line(self._log, event.model_dump_json())
+        self._known.add(event_id)
 
     def write_progress(self, progress: Progress) -> None:
         """Replace the progress; a reader sees the old one or the new one.
@@ -166,21 +145,11 @@ class JobEvents:
         Raises:
             PrefixError: It cannot be written.
         """
-        path = self._folder.progress
         # Not flushed to disk: it tells nothing that the next step does not tell anew.
-        temporary = path.with_name(f".{path.name}.tmp")
-        with reporting_write_errors(path):
+        temporary = self._progress.with_name(f".{_PROGRESS}.tmp")
+        with reporting_write_errors(self._progress):
             temporary.write_text(progress.model_dump_json(), encoding="utf-8")
-            os.replace(temporary, path)
-
-    def _digest(self, key: str) -> str:
-        return hashlib.sha256(f"{self._folder.root.name}/{key}".encode()).hexdigest()[:24]
-
-    def _ids(self) -> set[str]:
-        """The ids of the log, read once by whoever writes."""
-        if self._known is None:
-            self._known = {event.id for event in self.read().events}
-        return self._known
+            os.replace(temporary, self._progress)
 
 
 def _parse(lines: bytes) -> Iterator[JobEvent]:

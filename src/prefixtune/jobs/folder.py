@@ -5,24 +5,33 @@
     workers/NAME.lock          held by a worker as long as it lives
     jobs.sqlite                the queue, where no other database is named
 
+A job's inputs are its own links to the files that it reads: they stay when their owner deletes the uploads, which never
+change. The prefix that training goes on from may be overwritten in its place, and so it is copied. A file's name says
+what it is for, and its ending how it is read: `train.jsonl`, `dev.csv`, `document.md`, `questions.tsv`,
+`start.NAME.safetensors`.
+
 Several machines that serve and train share this folder and the folder of prefixes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["DataFolder", "JobFolder", "is_file_id", "is_job_id"]
+from prefixtune.utils.files import fsync, reporting_write_errors, work_folder
+from prefixtune.utils.locks import acquire_lock
 
+InputName = Literal["train", "dev", "document", "questions", "start"]
 _FILE_ID, _JOB_ID = re.compile(r"file-[0-9a-f]{24}"), re.compile(r"ftjob-[0-9a-f]{24}")
-
-
-def _digest(owner: str) -> str:
-    """An owner's name as a part of a path: it may hold any characters."""
-    return hashlib.sha256(owner.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+_WORK = "new"
+"""Name of the hidden folders in which the folders of jobs are made."""
 
 
 def is_file_id(text: str) -> bool:
@@ -36,6 +45,50 @@ def is_job_id(text: str) -> bool:
 
 
 @dataclass(frozen=True)
+class JobFolder:
+    """The files of a job.
+
+    Attributes:
+        root: Its folder.
+    """
+
+    root: Path
+
+    @property
+    def inputs(self) -> Path:
+        """What it reads, until it has ended."""
+        return self.root / "inputs"
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, as `prefixtune train --output` makes it."""
+        return self.root / "run"
+
+    def find_input(self, name: InputName) -> Path | None:
+        """The file of that name, whatever its ending; None: the job has none."""
+        with contextlib.suppress(FileNotFoundError):
+            for path in sorted(self.inputs.iterdir()):
+                if path.name.partition(".")[0] == name:
+                    return path
+        return None
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Keep the job to oneself while the block runs; yields whether nobody else has it.
+
+        Raises:
+            OSError: There is no such folder, or it cannot be written.
+        """
+        # The lock's file is not deleted: another process may have it open.
+        lock = acquire_lock(self.root / ".lock", 0.0)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+@dataclass(frozen=True)
 class DataFolder:
     """Paths in a data folder; nothing is made by asking for one.
 
@@ -46,17 +99,8 @@ class DataFolder:
     root: Path
 
     @property
-    def database_url(self) -> str:
-        """The queue's SQLite database."""
-        return f"sqlite:///{self._database.absolute()}"
-
-    @property
-    def has_database(self) -> bool:
-        """Whether somebody has made the queue's SQLite database."""
-        return self._database.exists()
-
-    @property
-    def _database(self) -> Path:
+    def database(self) -> Path:
+        """The queue, where no other database is named."""
         return self.root / "jobs.sqlite"
 
     @property
@@ -70,8 +114,8 @@ class DataFolder:
         return self.root / "files"
 
     def files_of(self, owner: str) -> Path:
-        """The folder of an owner's files."""
-        return self.owners / _digest(owner)
+        """The folder of an owner's files; the name may hold any characters."""
+        return self.owners / hashlib.sha256(owner.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     @property
     def jobs(self) -> Path:
@@ -88,36 +132,42 @@ class DataFolder:
             raise ValueError(f"{job_id[:64]!r} is no id of a job")
         return JobFolder(self.jobs / job_id)
 
+    def make_job(self, job_id: str, inputs: Mapping[InputName, tuple[Path, str]]) -> JobFolder:
+        """Make the folder of a job with its inputs: all of it, or nothing. One that is there already stays.
 
-@dataclass(frozen=True)
-class JobFolder:
-    """The files of a job.
+        Args:
+            job_id: Whose.
+            inputs: Name -> the file, and the ending of its name, as in `.jsonl`.
 
-    Attributes:
-        root: Its folder.
-    """
-
-    root: Path
-
-    @property
-    def inputs(self) -> Path:
-        """Links to the uploaded files, and a copy of the prefix to go on from.
-
-        They stay until the job has ended, even if their owner deletes the files.
+        Raises:
+            PrefixError: A file is gone, or the folder cannot be written.
         """
-        return self.root / "inputs"
+        folder = self.job(job_id)
+        with reporting_write_errors(self.jobs):
+            self.jobs.mkdir(parents=True, exist_ok=True)
+            with work_folder(self.jobs, _WORK) as made:
+                new = JobFolder(made / "job")
+                new.inputs.mkdir(parents=True)
+                for name, (source, ending) in inputs.items():
+                    put = _copy if name == "start" else _link
+                    put(source, new.inputs / f"{name}{ending}")
+                fsync(new.inputs)
+                if not folder.root.exists():
+                    os.rename(new.root, folder.root)
+                    fsync(self.jobs)
+        return folder
 
-    @property
-    def run(self) -> Path:
-        """The run's folder, as `prefixtune train --output` makes it."""
-        return self.root / "run"
 
-    @property
-    def events(self) -> Path:
-        """A JSON line for each event that its owner sees."""
-        return self.root / "events.jsonl"
+def _link(source: Path, path: Path) -> None:
+    """A second name of a file or, on another disk, a copy; of a symbolic link's file, not of the link."""
+    try:
+        os.link(source.resolve(strict=True), path)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        _copy(source, path)
 
-    @property
-    def progress(self) -> Path:
-        """How far it is: steps, loss, seconds left."""
-        return self.root / "progress.json"
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)
+    fsync(path)

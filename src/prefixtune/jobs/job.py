@@ -12,20 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefixtune.errors import RequestError
 from prefixtune.prefix.folder import check_name
 
-__all__ = [
-    "ENDED",
-    "UNFINISHED",
-    "Job",
-    "JobError",
-    "JobResult",
-    "JobState",
-    "JobStatus",
-    "check_result_name",
-    "checkpoint_name",
-    "new_job_id",
-]
-
-
 JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 """As OpenAI's fine-tuning jobs name them."""
 UNFINISHED: tuple[JobStatus, ...] = ("queued", "running", "paused")
@@ -69,7 +55,6 @@ class Job(_Stored):
         integrations: The request's trackers, as asked for.
         suffix: As asked for; empty: none.
         metadata: As asked for.
-        request: The digest of all that was asked for; empty: unknown.
     """
 
     id: str
@@ -91,7 +76,6 @@ class Job(_Stored):
     integrations: list[dict[str, Any]] = Field(default_factory=list)
     suffix: str = ""
     metadata: dict[str, str] = Field(default_factory=dict)
-    request: str = ""
 
 
 class JobResult(_Stored):
@@ -124,6 +108,27 @@ class JobError(_Stored):
     code: str
     message: str
     param: str | None = None
+
+
+class JobFailedError(Exception):
+    """A job ends as failed.
+
+    Args:
+        code: As in `JobError`, like the others.
+        message: As its owner may read it.
+        param: The field of the request.
+    """
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.error = JobError(code=code, message=message, param=param)
+
+
+class JobPausedError(Exception):
+    """A job cannot go on now, by no fault of its own: it is paused, and what it has trained is kept.
+
+    The message is the reason, as its owner may read it: a part of a sentence.
+    """
 
 
 @dataclass(frozen=True)

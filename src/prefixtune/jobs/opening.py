@@ -4,83 +4,87 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.distill import open_memory
 from prefixtune.errors import BackboneError, DataError
-from prefixtune.jobs.folder import JobFolder
-from prefixtune.jobs.inputs import InputName, find_input
+from prefixtune.jobs.folder import InputName, JobFolder
 from prefixtune.jobs.job import Job
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.opening import open_run
-from prefixtune.training.runs import Run
+from prefixtune.training.prepare import prepare
+from prefixtune.training.run import Run
 from prefixtune.utils.console import Console, Progress
 
-__all__ = ["OnProgress", "open_job"]
-
-
 OnProgress = Callable[[str, int, int | None], None]
-"""Called with what is being prepared, how much of it is done, and how much there is; what it raises ends the work."""
+"""Called with what is being prepared, how much of it is done, and how much there is."""
+_MOST_SAVES, _MOST_LOST = 50, 100
+"""A run's state is saved so often, and at least after so many steps: a kill loses no more."""
 
 
-@contextlib.contextmanager
-def open_job(job: Job, folder: JobFolder, backbone: Backbone, on_progress: OnProgress) -> Iterator[Run]:
-    """The run of a job, ready to join a group; it goes on where an earlier worker left it.
+def check_job(job: Job, folder: JobFolder, backbone: Backbone) -> TrainConfig:
+    """The configuration of a job's run.
 
     Args:
         job: What was asked for.
-        folder: Its folder, which nobody else uses.
-        backbone: Of the group.
-        on_progress: Called while a document's questions and answers are made.
+        folder: Its folder.
+        backbone: What it is trained on.
 
     Raises:
         BackboneError: The job is for other weights.
-        PrefixError: As `open_run` and `open_memory` do.
+        ConfigError: Values do not go together.
+        DataError: The job's file is gone.
     """
     if job.fingerprint and not fingerprints_match(job.fingerprint, backbone.fingerprint):
         raise BackboneError(
             "the worker's model has other weights than the server's.", hint="give both the same backbone."
         )
-    opened: contextlib.AbstractContextManager[Run]
-    if job.kind == "document":
-        opened = open_memory(_memory_config(job, folder, backbone), backbone, _Reporting(on_progress))
-    else:
-        opened = open_run(_train_config(job, folder, backbone), backbone)
-    with opened as run:
-        yield run
-
-
-def _train_config(job: Job, folder: JobFolder, backbone: Backbone) -> TrainConfig:
-    values = {**_values(job, folder, backbone), "train": _needed(folder, "train")}
-    if dev := find_input(folder, "dev"):
-        values["dev"] = str(dev)
-    return TrainConfig(**values)
-
-
-def _memory_config(job: Job, folder: JobFolder, backbone: Backbone) -> DistillConfig:
-    questions = find_input(folder, "questions")
-    values = {**_values(job, folder, backbone), "document": _needed(folder, "document")}
-    return DistillConfig(**{**values, "questions": str(questions) if questions else SELF})
-
-
-def _values(job: Job, folder: JobFolder, backbone: Backbone) -> dict[str, Any]:
-    """What the configurations of all jobs have."""
-    values = {**job.config, "backbone": backbone.name, "seed": job.seed, "output": str(folder.run)}
-    if start := find_input(folder, "start"):
+    values: dict[str, Any] = {**job.config, "backbone": backbone.name, "seed": job.seed, "output": str(folder.run)}
+    values["save_every"] = min(_MOST_LOST, max(1, int(values.get("max_steps", 0)) // _MOST_SAVES))
+    if start := folder.find_input("start"):
         values |= {"initialization": "prefix", "init_prefix": str(start)}
     if values.get("report_to"):
         values.setdefault("run_name", job.name)
-    return values
+    if job.kind == "document":
+        questions = folder.find_input("questions")
+        files = {"document": str(_needed(folder, "document")), "questions": str(questions or SELF)}
+        return DistillConfig(**values, **files)
+    if dev := folder.find_input("dev"):
+        values["dev"] = str(dev)
+    return TrainConfig(**values, train=str(_needed(folder, "train")))
 
 
-def _needed(folder: JobFolder, name: InputName) -> str:
-    path = find_input(folder, name)
+def _needed(folder: JobFolder, name: InputName) -> Path:
+    path = folder.find_input(name)
     if path is None:
         raise DataError("the file to train on is gone.", hint="upload it again.")
-    return str(path)
+    return path
+
+
+@contextlib.contextmanager
+def open_job(job: Job, folder: JobFolder, backbone: Backbone, on_progress: OnProgress) -> Iterator[Run]:
+    """The run of a job, ready to train; it goes on where an earlier worker left it.
+
+    Args:
+        job: What was asked for.
+        folder: Its folder, which nobody else uses.
+        backbone: What it is trained on.
+        on_progress: Called while a document's questions and answers are made.
+
+    Raises:
+        PrefixError: As `check_job`, `prepare` and `open_memory` do.
+    """
+    config = check_job(job, folder, backbone)
+    opened: contextlib.AbstractContextManager[Run]
+    if isinstance(config, DistillConfig):
+        opened = open_memory(config, backbone, _Reporting(on_progress))
+    else:
+        opened = prepare(config, backbone, resume=True)
+    with opened as run:
+        yield run
 
 
 class _Reporting(Console):

@@ -1,38 +1,47 @@
-"""Trains the jobs of a worker, one after the other, in one thread.
+"""The steps of a job's workflow: check it, train it, publish what it has trained.
 
-Executor threads submit what they have claimed and wait. The worker may be killed at any moment: whoever claims a job
-next goes on from its last saved state.
+The worker may be killed at any moment: whoever claims the job next goes on from its last saved state.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import errno
 import json
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from prefixtune.attention.injection import interrupting
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import PrefixError, is_out_of_memory
-from prefixtune.jobs.active import ActiveJob, hold_folder
+from prefixtune.errors import (
+    BackboneError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PrefixError,
+    RequestError,
+    TrainingError,
+    causes,
+    is_out_of_memory,
+)
 from prefixtune.jobs.events import JobEvents
-from prefixtune.jobs.executor import ClaimLostError, JobFailedError, JobPausedError
-from prefixtune.jobs.failures import describe_failure, is_foreseen, pause_reason
+from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, JobFolder
-from prefixtune.jobs.job import Job, JobError, JobResult, JobStatus
-from prefixtune.jobs.opening import open_job
-from prefixtune.jobs.queue import QueueUnavailableError, Standing
-from prefixtune.training.group import RunGroup
+from prefixtune.jobs.job import Job, JobFailedError, JobPausedError, JobResult
+from prefixtune.jobs.opening import check_job, open_job
+from prefixtune.jobs.publish import publish
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, Standing
+from prefixtune.jobs.reporting import Reporter
+from prefixtune.prefix.folder import FolderBusyError
+from prefixtune.training.run import Run
 from prefixtune.utils.files import write_text
 
-__all__ = ["Trainer"]
-
+Step = Callable[[str, Callable[[], Any]], Any]
+"""Does a step of a workflow, of this name, or returns what it left when it was done before."""
 
 MAX_ATTEMPTS = 5
 """How often a job is begun without getting any further: one that kills its worker each time must end."""
@@ -40,259 +49,243 @@ _ATTEMPTS = "attempts.json"
 _WAIT_SECONDS = 0.1
 _ASK_SECONDS, _AWAY_SECONDS = 0.5, 3.0
 """Between two questions to the database, and after one that it did not answer."""
+_LONGEST = 1000
 _log = logging.getLogger("prefixtune.jobs")
 
 
-class _LeftError(Exception):
-    """A job is left: its worker ends, or its claim holds no more.
+class LeftError(BaseException):
+    """A job is left: it was stopped, its worker ends, or another claim has it.
 
-    Args:
-        status: Where the job stands then; None: nowhere, or its worker ends.
+    No `Exception`, which DBOS would store as the job's outcome.
     """
-
-    def __init__(self, status: JobStatus | None = None) -> None:
-        super().__init__(status)
-        self.status = status
-
-
-@dataclasses.dataclass(eq=False)
-class _Claim:
-    """A claim of a job, which waits for the job's end."""
-
-    job: Job
-    token: str
-    future: Future[JobResult] = dataclasses.field(default_factory=Future)
-    ask_at: float = 0.0
 
 
 class Trainer:
-    """Trains the jobs that are submitted to it.
+    """Trains the jobs of a worker, one at a time.
 
     Args:
         data: Where their folders are.
-        load: Loads the backbone, when the first job comes.
-        publish: Publishes what a job has trained, from its folder; it may be called again for the same job.
-        standing: Says where a job stands; None: it does not exist.
+        jobs: Says where they stand.
+        backbone: What they are trained on.
+        prefixes: The folder that servers serve from.
+        worker: The worker's name.
+        stop: Ends the work after the running step. It is set here where the worker cannot go on.
+        max_bytes: Largest prefix that servers take.
+
+    Attributes:
+        idle_since: When the last job was left, by the monotonic clock.
+        error: Why the worker cannot go on.
     """
 
     def __init__(
         self,
         data: DataFolder,
+        jobs: JobQueue,
+        backbone: Backbone,
+        prefixes: Path,
         *,
-        load: Callable[[], Backbone],
-        publish: Callable[[Job, Path, Backbone], JobResult],
-        standing: Callable[[str], Standing | None],
+        worker: str,
+        stop: threading.Event,
+        max_bytes: int = 2**30,
     ) -> None:
-        self._data, self._load, self._publish, self._standing = data, load, publish, standing
-        self._submitted = queue.SimpleQueue[_Claim]()
-        self._backbone: Backbone | None = None
-        self._is_away = False
+        self.data, self.jobs, self.backbone, self.prefixes = data, jobs, backbone, prefixes
+        self.worker, self.stop, self.max_bytes = worker, stop, max_bytes
+        self.files, self.claims = FileStore(data), dict[str, object]()
+        self.idle_since, self.is_away = time.monotonic(), False
+        self.error: PrefixError | None = None
+        self._turn = threading.Lock()
 
-    def submit(self, job: Job, token: str) -> JobResult:
-        """Train a job to its end; blocks, and may be called in any thread.
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job is being trained."""
+        return self._turn.locked()
 
-        Args:
-            job: What is to be trained.
-            token: Of the claim.
+    def run(self, job: Job, step: Step) -> dict[str, Any]:
+        """Bring a job to its end, in any thread; returns its result as JSON.
 
         Raises:
             JobFailedError: It failed.
-            JobPausedError: It cannot go on now; what it has trained is kept.
-            ClaimLostError: It was stopped, or another claim has it: nobody asks for this one's result.
+            LeftError: It was left.
         """
-        claim = _Claim(job, token)
-        self._submitted.put(claim)
-        # As long as training takes; a worker that ends lets the process end without an answer.
-        return claim.future.result()
-
-    def work(self, stop: threading.Event, idle_seconds: float = 0.0) -> None:
-        """Train until `stop` is set, or until there was nothing to do for some time; the state is saved then.
-
-        Args:
-            stop: Ends the work after the running step.
-            idle_seconds: Time without a job after which it ends; 0: it never does.
-
-        Raises:
-            PrefixError: The backbone cannot be loaded, or the data folder is not that of the jobs.
-        """
-        busy = time.monotonic()
-        while not stop.is_set():
+        claim = _Claim(job, self)
+        # An earlier claim of the same job notices that it holds no more.
+        self.claims[job.id] = claim
+        with self._turn:
             try:
-                claim = self._submitted.get(timeout=_WAIT_SECONDS)
-            except queue.Empty:
-                if idle_seconds and time.monotonic() - busy >= idle_seconds:
-                    return
-                continue
-            if not self._data.jobs.is_dir():
-                # No job's fault: each one that is claimed here would be paused.
-                raise PrefixError(
-                    f"there is no folder of jobs {str(self._data.jobs)!r}, though jobs wait.",
-                    hint="check that its disk is mounted, and --data-folder.",
-                )
-            self._backbone = self._backbone or self._load()
-            self._serve(claim, self._backbone, stop)
-            busy = time.monotonic()
-
-    def _serve(self, claim: _Claim, backbone: Backbone, stop: threading.Event) -> None:
-        """Bring a claim to its end."""
-        job, folder = claim.job, self._data.job(claim.job.id)
-        events = JobEvents(folder)
-        try:
-            result = self._train(claim, folder, events, backbone, stop)
-        except _LeftError as left:
-            if not stop.is_set():
-                _log.info("job_stopped", extra={"fields": {"job": job.id, "status": left.status or "deleted"}})
-                claim.future.set_exception(ClaimLostError())
-        except Exception as error:
-            claim.future.set_exception(_end_of(job, folder, events, error))
-        else:
-            claim.future.set_result(result)
-            _log.info("job_succeeded", extra={"fields": {"job": job.id, "model": job.name, "steps": result.steps}})
-
-    def _train(
-        self, claim: _Claim, folder: JobFolder, events: JobEvents, backbone: Backbone, stop: threading.Event
-    ) -> JobResult:
-        """Train a job's run to its end, and publish it.
-
-        Raises:
-            _LeftError: It was left before.
-            Exception: It cannot go on.
-        """
-
-        def check() -> None:
-            self._check(claim, stop)
-
-        def preparing(what: str, done: int, total: int | None) -> None:
-            check()
-            if total:
-                events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
-
-        # It may have been cancelled, and its folder cleared, while another one trained.
-        check()
-        # A job whose files are gone is paused.
-        folder.inputs.stat()
-        with contextlib.ExitStack() as holding:
-            while not holding.enter_context(hold_folder(folder)):
-                # A worker that has lost the job has not left it yet.
-                check()
-                time.sleep(_WAIT_SECONDS)
-            _count_attempt(folder)
-            try:
-                with contextlib.ExitStack() as opening:
-                    with interrupting(check):
-                        run = opening.enter_context(open_job(claim.job, folder, backbone, preparing))
-                    active = ActiveJob(claim.job, folder, run, events, on_further=lambda: _forget_attempts(folder))
-                    fields = {"job": claim.job.id, "step": active.step, "steps": active.total_steps}
-                    _log.info("job_opened", extra={"fields": fields})
-                    try:
-                        _take_steps(active, RunGroup(backbone, ()), check)
-                    except _LeftError as left:
-                        _leave(active, left.status)
-                        raise
-                self._wait_until_wanted(claim, stop)
-            except _LeftError:
-                # Its worker left it in good order.
-                with contextlib.suppress(OSError):
-                    _forget_attempts(folder)
+                step("check", lambda: claim.guard(claim.check))
+                step("train", lambda: claim.guard(claim.train))
+                result: dict[str, Any] = step("publish", lambda: claim.guard(claim.publish))
+            except LeftError:
+                _note("job_left", job=job.id, status=claim.status)
+                if claim.status == "cancelled":
+                    # Somebody may have resumed it in the same moment.
+                    with contextlib.suppress(QueueUnavailableError, RequestError):
+                        self.jobs.cancel(job.id)
                 raise
-            try:
-                result = self._publish(claim.job, folder.run, backbone)
-            except Exception as error:
-                if is_foreseen(error) and not is_out_of_memory(error):
-                    raise
-                # What a job that fails has trained is removed, and this is no fault of the job.
-                _log.error("not_published", extra={"fields": {"job": claim.job.id}}, exc_info=error)
-                reason = "the new model could not be stored, for a reason that the service's log has"
-                raise JobPausedError(reason) from error
-            for message, key in (
-                (f"The new model is served as {claim.job.name!r}.", "published"),
-                ("The job has succeeded.", "succeeded"),
-            ):
-                # It is published, whether its owner can be told or not.
-                with contextlib.suppress(PrefixError):
-                    events.add(message, key=key)
-            return result
+            finally:
+                self.idle_since = time.monotonic()
+                if self.claims.get(job.id) is claim:
+                    del self.claims[job.id]
+        claim.tell("The job has succeeded.", key="succeeded")
+        _note("job_succeeded", job=job.id, model=job.name, steps=result["steps"])
+        return result
 
-    def _check(self, claim: _Claim, stop: threading.Event) -> bool:
-        """See from time to time whether a job is still this claim's to train; returns whether the database says so.
+
+class _Claim:
+    """A claim of a job: holds until the job is stopped, or claimed again."""
+
+    def __init__(self, job: Job, trainer: Trainer) -> None:
+        self.job, self.trainer, self.folder = job, trainer, trainer.data.job(job.id)
+        self.events = JobEvents(self.folder)
+        self.status, self._ask_at = "", 0.0
+
+    # --- the steps ----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """See whether the job can be trained here."""
+        check_job(self.job, self.folder, self.trainer.backbone)
+
+    def train(self) -> None:
+        """Train the job's run to its end, from where an earlier worker left it."""
+        with contextlib.ExitStack() as stack:
+            while not stack.enter_context(self.folder.hold()):
+                # A worker that has lost the job has not left it yet.
+                self.ask()
+                time.sleep(_WAIT_SECONDS)
+            _count_attempt(self.folder)
+            try:
+                with interrupting(self.ask):
+                    run = stack.enter_context(open_job(self.job, self.folder, self.trainer.backbone, self._prepare))
+                self._take_steps(run)
+            except LeftError:
+                # Its worker left it in good order.
+                _forget_attempts(self.folder)
+                raise
+
+    def _prepare(self, what: str, done: int, total: int | None) -> None:
+        if total:
+            self.events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
+
+    def _take_steps(self, run: Run) -> None:
+        """All steps that are left; or, if the job is stopped, this one: then its state is saved."""
+        loop, leave = run.loop, threading.Event()
+        reporter, begun_at = Reporter(self.job, self.folder, run, self.events), loop.state.step
+        _note("job_opened", job=self.job.id, step=begun_at, steps=loop.state.total_steps)
+        for event in loop.run(leave):
+            run.record(event)
+            reporter.report(event)
+            if event["event"] == "save" and event["step"] > begun_at:
+                _forget_attempts(self.folder)
+            try:
+                self.ask()
+            except LeftError:
+                leave.set()
+        if not loop.ended:
+            reporter.leave()
+            if self.status in ("paused", "cancelled"):
+                message = f"Training is {self.status} at step {loop.state.step}/{loop.state.total_steps}."
+                self.tell(message, key="cancelled" if self.status == "cancelled" else "")
+            raise LeftError
+
+    def publish(self) -> dict[str, Any]:
+        """Publish what was trained; returns the job's result."""
+        trainer = self.trainer
+        self.ask(must_know=True)
+        result: JobResult = publish(
+            self.job, self.folder.run, trainer.backbone, trainer.prefixes, trainer.files, max_bytes=trainer.max_bytes
+        )
+        self.tell(f"The new model is served as {self.job.name!r}.", key="published")
+        return result.model_dump(mode="json")
+
+    # --- whether it goes on -------------------------------------------------------------------------------------------
+
+    def guard(self, work: Callable[[], Any]) -> Any:
+        """Do a step, and tell the job's owner how an error ends it: what the disk refuses pauses the job.
 
         Raises:
-            _LeftError: It is not, or the worker is to end.
+            JobFailedError: It failed.
+            LeftError: It was left, or paused.
         """
-        if stop.is_set():
-            raise _LeftError
-        if time.monotonic() < claim.ask_at:
-            return False
         try:
-            standing = self._standing(claim.job.id)
-        except QueueUnavailableError as error:
-            self._note_away(error.message)
-            claim.ask_at = time.monotonic() + _AWAY_SECONDS
-            return False
-        self._note_away("")
-        claim.ask_at = time.monotonic() + _ASK_SECONDS
-        if standing != Standing("running", claim.token):
-            raise _LeftError(None if standing is None else standing.status)
-        return True
+            self.ask()
+            self._check_folders()
+            return work()
+        except Exception as error:
+            foreseen = isinstance(error, PrefixError | JobFailedError | JobPausedError | OSError)
+            if not (foreseen or is_out_of_memory(error)):
+                _log.error("job_error", extra={"fields": {"job": self.job.id}}, exc_info=error)
+            if reason := _pause_reason(error):
+                _note("job_paused", logging.WARNING, job=self.job.id, reason=str(error))
+                message = f"The job is paused: {reason}. Resume it when that has changed."
+                self.tell(message, level="warn")
+                _forget_attempts(self.folder)
+                self._pause()
+                raise LeftError from None
+            failed = _failure(error, self.folder)
+            _note("job_failed", logging.WARNING, job=self.job.id, code=failed.error.code, reason=str(error))
+            self.tell(f"The job has failed: {failed.error.message}", level="error", key="failed")
+            raise failed from None
 
-    def _wait_until_wanted(self, claim: _Claim, stop: threading.Event) -> None:
-        """Ask whether the result is still wanted, until the database answers."""
-        claim.ask_at = 0.0
-        while not self._check(claim, stop):
-            stop.wait(_WAIT_SECONDS)
+    def _check_folders(self) -> None:
+        if not self.trainer.data.jobs.is_dir():
+            # No job's fault: each one that is claimed here would be paused.
+            self.trainer.error = PrefixError(
+                f"there is no folder of jobs {str(self.trainer.data.jobs)!r}, though jobs wait.",
+                hint="check that its disk is mounted, and --data-folder.",
+            )
+            self.trainer.stop.set()
+            raise LeftError
+        # A job whose files are gone is paused.
+        self.folder.inputs.stat()
+
+    def ask(self, *, must_know: bool = False) -> None:
+        """See whether the job is still this claim's to train: from time to time or, if it must be known, at once.
+
+        Raises:
+            LeftError: It is not, or the worker is to end.
+        """
+        trainer = self.trainer
+        while not trainer.stop.is_set() and trainer.claims.get(self.job.id) is self:
+            if time.monotonic() >= self._ask_at or must_know:
+                try:
+                    standing = trainer.jobs.standings([self.job.id]).get(self.job.id)
+                except QueueUnavailableError as error:
+                    self._note_away(error.message)
+                    self._ask_at = time.monotonic() + _AWAY_SECONDS
+                    if must_know:
+                        trainer.stop.wait(_WAIT_SECONDS)
+                        continue
+                    return
+                self._note_away("")
+                self._ask_at = time.monotonic() + _ASK_SECONDS
+                if standing != Standing("running", trainer.worker):
+                    self.status = standing.status if standing else "deleted"
+                    break
+            return
+        raise LeftError
+
+    def _pause(self) -> None:
+        """Pause the job as its owner would, once the database answers; not if it was stopped meanwhile."""
+        with contextlib.suppress(LeftError, RequestError):
+            while True:
+                self.ask(must_know=True)
+                with contextlib.suppress(QueueUnavailableError):
+                    self.trainer.jobs.pause(self.job.id)
 
     def _note_away(self, reason: str) -> None:
         """Log when the database goes away, and when it is back."""
-        if bool(reason) != self._is_away:
-            self._is_away = bool(reason)
-            if reason:
-                _log.warning("database_away", extra={"fields": {"reason": reason}})
-            else:
-                _log.info("database_back", extra={"fields": {}})
+        if bool(reason) != self.trainer.is_away:
+            self.trainer.is_away = bool(reason)
+            _note("database_away" if reason else "database_back", reason=reason)
+
+    def tell(self, message: str, **options: Any) -> None:
+        """Tell the job's owner something, if the disk lets one."""
+        with contextlib.suppress(PrefixError):
+            self.events.add(message, **options)
 
 
-def _take_steps(active: ActiveJob, group: RunGroup, check: Callable[[], None]) -> None:
-    """All steps of a run that are left."""
-    group.add(active.run)
-    never = threading.Event()
-    while active.run in group.runs:
-        check()
-        for _, event in group.step(never):
-            active.record(event)
-        if active.run in group.runs:
-            active.save_if_due()
-
-
-def _leave(active: ActiveJob, status: JobStatus | None) -> None:
-    """Save a job's state, and tell its owner why it is left."""
-    try:
-        if status in ("paused", "cancelled"):
-            message = f"Training is {status} at step {active.step}/{active.total_steps}."
-            active.events.add(message, key="cancelled" if status == "cancelled" else "")
-        active.leave()
-    except Exception as error:
-        # The last good state is kept.
-        _log.warning("state_not_saved", extra={"fields": {"job": active.job.id, "reason": str(error)}})
-
-
-def _end_of(job: Job, folder: JobFolder, events: JobEvents, error: Exception) -> JobFailedError | JobPausedError:
-    """How an error ends a job, of which its owner is told: what the disk refuses pauses it."""
-    fields, foreseen = {"job": job.id, "reason": str(error)}, is_foreseen(error)
-    end: JobFailedError | JobPausedError
-    if reason := pause_reason(error):
-        event, end, level = "job_paused", JobPausedError(reason), logging.WARNING
-        message, key = f"The job is paused: {reason}. Resume it when that has changed.", ""
-        with contextlib.suppress(OSError):
-            _forget_attempts(folder)
-    else:
-        event, end = "job_failed", JobFailedError(describe_failure(error, folder))
-        level = logging.WARNING if foreseen else logging.ERROR
-        fields["code"] = end.error.code
-        message, key = f"The job has failed: {end.error.message}", "failed"
-    with contextlib.suppress(PrefixError):
-        events.add(message, level="warn" if isinstance(end, JobPausedError) else "error", key=key)
-    _log.log(level, event, extra={"fields": fields}, exc_info=None if foreseen else error)
-    return end
+def _note(event: str, level: int = logging.INFO, **fields: Any) -> None:
+    _log.log(level, event, extra={"fields": fields})
 
 
 # --- attempts ---------------------------------------------------------------------------------------------------------
@@ -305,16 +298,59 @@ def _count_attempt(folder: JobFolder) -> None:
         JobFailedError: Too many have begun since the job last got any further.
         PrefixError: It cannot be noted.
     """
-    try:
-        count = int(json.loads((folder.root / _ATTEMPTS).read_bytes())["attempts"])
-    except (OSError, ValueError, TypeError, KeyError):
-        count = 0
+    count = 0
+    with contextlib.suppress(OSError, ValueError):
+        count = int(json.loads((folder.root / _ATTEMPTS).read_bytes()))
     if count >= MAX_ATTEMPTS:
         message = f"{count} workers in a row ended unexpectedly while they trained this job, as for lack of memory."
-        raise JobFailedError(JobError(code="worker_died", message=message))
-    write_text(folder.root / _ATTEMPTS, json.dumps({"attempts": count + 1}))
+        raise JobFailedError("worker_died", message)
+    write_text(folder.root / _ATTEMPTS, json.dumps(count + 1))
 
 
 def _forget_attempts(folder: JobFolder) -> None:
     """Count again from 0: the job got further, or its worker left it in good order."""
-    (folder.root / _ATTEMPTS).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (folder.root / _ATTEMPTS).unlink(missing_ok=True)
+
+
+# --- why a job ends or waits ------------------------------------------------------------------------------------------
+
+_CODES: tuple[tuple[type[PrefixError], str, str | None], ...] = (
+    (DataError, "invalid_training_file", "training_file"),
+    (ConfigError, "invalid_hyperparameters", None),
+    (BackboneError, "unsupported_model", "model"),
+    (CheckpointError, "invalid_state", None),
+)
+
+
+def _pause_reason(error: BaseException) -> str:
+    """Why a job is paused by an error, as a part of a sentence: what the disk refuses may pass; empty: it fails."""
+    if isinstance(error, JobPausedError):
+        return str(error)
+    refused = [one for one in causes(error) if isinstance(one, FolderBusyError | OSError)]
+    if not refused or isinstance(error, JobFailedError | DataError | ConfigError | BackboneError):
+        return ""
+    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in refused):
+        return "the disk of the training service is full"
+    return "a file or folder of the training service cannot be used now"
+
+
+def _failure(error: BaseException, folder: JobFolder) -> JobFailedError:
+    """What a job's owner is told of the error that ended it: without any path of the machine."""
+    if isinstance(error, JobFailedError):
+        return error
+    if is_out_of_memory(error):
+        message = "a training step needs more memory than there is; choose a smaller batch_size or shorter examples."
+        return JobFailedError("out_of_memory", message, "hyperparameters.batch_size")
+    if isinstance(error, TrainingError):
+        # The rest is about the folder of the run.
+        message = f"{error.message.partition(';')[0].removesuffix('.')}; try a lower learning_rate_multiplier."
+        return JobFailedError("training_failed", message, "hyperparameters.learning_rate_multiplier")
+    for kind, code, param in _CODES:
+        if isinstance(error, kind):
+            message = f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}".rstrip()
+            for root in (folder.inputs, folder.root, folder.root.parent):
+                message = message.replace(f"{root}/", "")
+            return JobFailedError(code, message[:_LONGEST], param)
+    message = "the training failed for a reason that was not foreseen; the service's log has it."
+    return JobFailedError("internal_error", message)

@@ -1,7 +1,8 @@
-"""A worker: one process that trains the jobs of a queue, one per device.
+"""A worker: one process that trains the jobs of a queue one after the other, one process per device.
 
-It may be killed at any moment. Asked to end, it saves and ends within seconds; other workers, or the next start, take
-its jobs over.
+It may be killed at any moment. Its name is its executor's in DBOS: started again under the same name, it goes on with
+its jobs. It holds a lock of that name, which the system lets go however it ends; whoever finds such a lock free queues
+the jobs of that worker again. Asked to end, it saves, and gives its job back within seconds.
 """
 
 from __future__ import annotations
@@ -10,144 +11,92 @@ import contextlib
 import dataclasses
 import logging
 import os
+import platform
+import re
+import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import PrefixError, RequestError
+from prefixtune.errors import PrefixError
 from prefixtune.jobs.config import WorkerConfig
-from prefixtune.jobs.executor import ClaimLostError, Executor, JobPausedError
-from prefixtune.jobs.files import FileStore
-from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.job import Job, JobResult
-from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
-from prefixtune.prefix.folder import Signature
+from prefixtune.jobs.files import FileStore, UnknownFileError, result_file_id
+from prefixtune.jobs.folder import DataFolder, is_job_id
+from prefixtune.jobs.job import ENDED, Job, JobFailedError
+from prefixtune.jobs.queue import (
+    APPLICATION,
+    PROTOCOL,
+    WORKFLOW,
+    JobQueue,
+    QueueUnavailableError,
+    migrate,
+    queue_name,
+)
+from prefixtune.utils.locks import acquire_lock
 
-__all__ = ["run_worker"]
-
-
-_RETRY_SECONDS = 1.0
+_POLLING_SECONDS, _LOOK_SECONDS = 0.5, 0.2
 _OFTEN_SECONDS, _SELDOM_SECONDS = 3.0, 600.0
+_PATIENCE = 5.0
+"""Seconds that a worker waits for the lock of the name that it was given: the one before may just be ending."""
 _log = logging.getLogger("prefixtune.jobs")
 
 
 def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
     """Train jobs until `stop` is set, or until there was none for the configured time.
 
-    Afterwards threads of the library of jobs still wait for the jobs that were left: the process is to end without
-    them.
-
     Args:
         config: Of the worker.
         stop: Ends the work; states are saved before.
 
     Raises:
-        PrefixError: The backbone cannot be loaded, the data folder cannot be written, or the database cannot be
-            reached at the start: whoever starts the worker starts it again.
+        PrefixError: The backbone cannot be loaded, the data folder cannot be used, another worker has the name, or the
+            database cannot be reached at the start: whoever starts the worker starts it again.
     """
-    from prefixtune.backbone.devices import choose_device, choose_dtype
-    from prefixtune.backbone.load import resolve
+    # These load torch, which takes a while.
+    from prefixtune.backbone.identity import backbone_identity
+    from prefixtune.jobs.trainer import Trainer
 
-    choose_dtype(config.dtype, choose_device(config.device))
-    resolve(config.backbone, config.quantize)
     data = DataFolder(Path(config.data_folder).absolute())
-    url = config.database_url or data.database_url
-    _lower_priority(config)
     _make_folders(data)
+    url = config.database_url or f"sqlite:///{data.database}"
+    backbone, identity = _load(config), backbone_identity(config.backbone)
+    prefixes = Path(config.prefixes).absolute()
     migrate(url)
     with contextlib.ExitStack() as stack:
         jobs = JobQueue(url)
         stack.callback(jobs.close)
-        _work(config, data, url, jobs, stop, stack)
-
-
-def _work(
-    config: WorkerConfig, data: DataFolder, url: str, jobs: JobQueue, stop: threading.Event, stack: contextlib.ExitStack
-) -> None:
-    # These load torch, which takes a while: wrong options are reported before.
-    from prefixtune.backbone.identity import backbone_identity
-    from prefixtune.jobs.publish import publish, tidy
-    from prefixtune.jobs.retention import clear_ended, forget_oldest
-    from prefixtune.jobs.trainer import Trainer
-
-    prefixes, files = Path(config.prefixes).absolute(), FileStore(data)
-    trainer = Trainer(
-        data,
-        load=lambda: _load(config),
-        publish=lambda job, run, backbone: publish(
-            job, run, backbone, prefixes, files, max_bytes=config.cache_mib * 2**20
-        ),
-        standing=lambda job_id: jobs.standings([job_id]).get(job_id),
-    )
-    identity = backbone_identity(config.backbone)
-    executor = Executor(
-        url,
-        data.workers,
-        backbone=identity,
-        run=lambda job, token: _pausing(trainer.submit, jobs, job, token),
-        name=config.name,
-    )
-    executor.start()
-    stack.callback(executor.stop)
-    _log_event("worker_ready", worker_name=executor.name, process=os.getpid(), backbone=identity)
-    settled: dict[str, Signature] = {}
-
-    def take_over() -> None:
-        for worker in executor.take_over(jobs):
-            _log_event("worker_taken_over", worker_name=worker)
-
-    def take_back() -> None:
-        for name in tidy(jobs, prefixes, settled):
-            _log_event("result_removed", model=name)
-
-    def forget() -> None:
-        for job_id in forget_oldest(data, jobs, files, config.keep_jobs):
-            _log_event("job_deleted", job=job_id)
-
-    # Apart, so that one that fails each time hinders no other.
-    often = (take_over, take_back, lambda: clear_ended(data, jobs))
-    chores = [*((_OFTEN_SECONDS, chore) for chore in often), (_SELDOM_SECONDS, forget)]
-    ended = threading.Event()
-    stack.callback(ended.set)
-    threading.Thread(target=_run_chores, args=(chores, ended), name="prefixtune-chores", daemon=True).start()
-    trainer.work(stop, config.idle_seconds)
-    _log_event("worker_stopping", worker_name=executor.name)
-
-
-def _pausing(run: Callable[[Job, str], JobResult], jobs: JobQueue, job: Job, token: str) -> JobResult:
-    """Run a job; where it cannot go on now, pause it as its owner would.
-
-    Raises:
-        JobFailedError: It failed.
-        ClaimLostError: It was stopped.
-    """
-    try:
-        return run(job, token)
-    except JobPausedError:
-        while True:
-            with contextlib.suppress(QueueUnavailableError):
-                # A job that was deleted needs no pause.
-                with contextlib.suppress(RequestError):
-                    jobs.pause(job.id, token)
-                raise ClaimLostError from None
-            time.sleep(_RETRY_SECONDS)
-
-
-def _lower_priority(config: WorkerConfig) -> None:
-    """Leave the processor to others, and take no more threads than wanted."""
-    if config.nice and hasattr(os, "nice"):
-        os.nice(config.nice)
-    if config.threads:
-        import torch
-
-        torch.set_num_threads(config.threads)
+        name = stack.enter_context(hold_name(data.workers, config.name))
+        max_bytes = config.cache_mib * 2**20
+        trainer = Trainer(data, jobs, backbone, prefixes, worker=name, stop=stop, max_bytes=max_bytes)
+        # Under its name, the next worker takes them up all the same.
+        stack.callback(lambda: _Chore(0.0, lambda: jobs.give_back(name, identity)).do_if_due())
+        stack.enter_context(launch(url, name, identity, trainer.run))
+        _note("worker_ready", worker_name=name, process=os.getpid(), backbone=identity)
+        chores = (
+            _Chore(_OFTEN_SECONDS, lambda: take_over(jobs, data.workers, name, identity)),
+            _Chore(_OFTEN_SECONDS, lambda: clear_ended(data, jobs, prefixes)),
+            _Chore(_SELDOM_SECONDS, lambda: forget_oldest(data, jobs, config.keep_jobs)),
+        )
+        while not stop.wait(_LOOK_SECONDS):
+            for chore in chores:
+                chore.do_if_due()
+            is_idle = not trainer.is_busy and time.monotonic() - trainer.idle_since >= config.idle_seconds
+            if config.idle_seconds and is_idle:
+                stop.set()
+        _note("worker_stopping", worker_name=name)
+        while trainer.is_busy:
+            time.sleep(_LOOK_SECONDS)
+        if trainer.error is not None:
+            raise trainer.error
 
 
 def _make_folders(data: DataFolder) -> None:
     try:
         data.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data.workers.mkdir(exist_ok=True)
     except OSError as error:
         raise PrefixError(
             f"the data folder {str(data.root)!r} cannot be made: {error.strerror or error}.",
@@ -159,34 +108,191 @@ def _load(config: WorkerConfig) -> Any:
     from prefixtune.backbone.identity import public_name
     from prefixtune.backbone.load import load_backbone
 
-    started = time.monotonic()
+    # Leaves the processor to others, and takes no more threads than wanted.
+    if config.nice and hasattr(os, "nice"):
+        os.nice(config.nice)
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
     backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
     # Results, states and errors hold this name.
-    backbone = dataclasses.replace(backbone, name=public_name(config.backbone, config.backbone_id))
-    _log_event("backbone_loaded", backbone=backbone.name, seconds=round(time.monotonic() - started, 1))
-    return backbone
+    return dataclasses.replace(backbone, name=public_name(config.backbone, config.backbone_id))
+
+
+# --- DBOS -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def launch(
+    database_url: str, name: str, backbone: str, run: Callable[[Job, Callable[..., Any]], dict[str, Any]]
+) -> Iterator[None]:
+    """Claim jobs for a worker while the block runs, those of an earlier one of its name first. One per process.
+
+    Args:
+        database_url: Of the queue; its tables exist.
+        name: Of the worker.
+        backbone: Only its jobs are claimed; see `backbone.identity`.
+        run: As `Trainer.run`, called in a thread.
+    """
+    from dbos import DBOS, DBOSPortableJSONSerializer, PortableWorkflowError
+
+    DBOS(
+        config={
+            "name": APPLICATION,
+            "system_database_url": database_url,
+            "executor_id": name,
+            "application_version": PROTOCOL,
+            # The default is pickle, which runs code.
+            "serializer": DBOSPortableJSONSerializer(),
+            # The worker's log tells of jobs that fail; the library would add its own traceback.
+            "log_level": "CRITICAL",
+            "enable_otlp": False,
+        }
+    )
+
+    def step(step_name: str, work: Callable[[], Any]) -> Any:
+        def recorded() -> Any:
+            try:
+                return work()
+            except JobFailedError as failed:
+                error = failed.error
+                data = error.model_dump(mode="json")
+                raise PortableWorkflowError(error.message, "JobFailedError", error.code, data) from None
+
+        return DBOS.run_step({"name": step_name}, recorded)
+
+    # A job that kills its worker again and again is noticed by the steps that it takes between, not by a count.
+    @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
+    def train(stored: dict[str, Any]) -> dict[str, Any]:
+        return run(Job.model_validate(stored), step)
+
+    queue = queue_name(backbone)
+    DBOS.listen_queues([queue])
+    DBOS.launch()
+    # Partitioned by owner: each time, one of the owners who wait is chosen by chance.
+    DBOS.register_queue(
+        queue,
+        worker_concurrency=1,
+        partition_worker_concurrency=1,
+        polling_interval_sec=_POLLING_SECONDS,
+        on_conflict="always_update",
+    )
+    try:
+        yield
+    finally:
+        DBOS.destroy(workflow_completion_timeout_sec=0)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hold_name(locks: Path, wanted: str = "") -> Iterator[str]:
+    """Hold a worker's name while the block runs; yields it.
+
+    Args:
+        locks: The folder of all workers' locks.
+        wanted: The name; empty: this machine's, with the first number that no other worker has.
+
+    Raises:
+        PrefixError: Another worker has it, or the folder cannot be used.
+    """
+    machine = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "worker"
+    names = [wanted] if wanted else [f"{machine}-{number}" for number in range(1, 100)]
+    for name in names:
+        try:
+            lock = acquire_lock(locks / f"{name}.lock", _PATIENCE if wanted else 0.0)
+        except OSError as error:
+            raise PrefixError(
+                f"the folder of workers {str(locks)!r} cannot be used: {error.strerror or error}.",
+                hint="check its permissions, and that its file system has locks.",
+            ) from error
+        if lock is not None:
+            try:
+                yield name
+            finally:
+                lock.release()
+            return
+    raise PrefixError(f"another worker is called {names[-1]!r}.", hint="give each worker a --name of its own.")
+
+
+def take_over(jobs: JobQueue, locks: Path, name: str, backbone: str) -> None:
+    """Queue the jobs of dead workers again."""
+    for other in jobs.workers(backbone) - {name}:
+        if lock := acquire_lock(locks / f"{other}.lock", 0.0):
+            try:
+                for job_id in jobs.give_back(other, backbone):
+                    _note("job_taken_over", job=job_id, worker_name=other)
+            finally:
+                lock.release()
 
 
 # --- chores -----------------------------------------------------------------------------------------------------------
 
 
-def _run_chores(chores: Sequence[tuple[float, Callable[[], object]]], ended: threading.Event) -> None:
-    """Do each of the chores at its interval, the first time at once."""
-    due = [0.0] * len(chores)
-    while not ended.wait(0.2):
-        for index, (seconds, chore) in enumerate(chores):
-            if time.monotonic() < due[index]:
+class _Chore:
+    """Something that is done from time to time, the first time at once."""
+
+    def __init__(self, seconds: float, do: Callable[[], object]) -> None:
+        self._seconds, self._do, self._due = seconds, do, 0.0
+
+    def do_if_due(self) -> None:
+        """Do it, if its time has come; a failure hinders nobody else."""
+        if time.monotonic() < self._due:
+            return
+        try:
+            self._do()
+        except QueueUnavailableError:
+            # Whoever trains has said so.
+            pass
+        except (PrefixError, OSError) as error:
+            _note("chore_failed", logging.WARNING, reason=str(error))
+        self._due = time.monotonic() + self._seconds
+
+
+def clear_ended(data: DataFolder, jobs: JobQueue, prefixes: Path) -> None:
+    """Remove what jobs that have ended need no more, and what one that did not succeed has published."""
+    from prefixtune.jobs.checkpoints import remove_checkpoints
+    from prefixtune.jobs.publish import take_back
+    from prefixtune.prefix.folder import ENDING, remove_abandoned_copies
+
+    remove_abandoned_copies(prefixes)
+    names = os.listdir(data.jobs) if data.jobs.is_dir() else []
+    # Whoever has no inputs is not looked at again.
+    with_inputs = [name for name in names if is_job_id(name) and data.job(name).inputs.exists()]
+    for job_id, standing in jobs.standings(with_inputs).items():
+        if standing.status not in ENDED:
+            continue
+        folder = data.job(job_id)
+        with folder.hold() as held:
+            if not held:
                 continue
-            try:
-                chore()
-            except QueueUnavailableError:
-                # Whoever trains has said so.
-                pass
-            except Exception as error:
-                known = isinstance(error, PrefixError)
-                _log_event("chore_failed", logging.WARNING, None if known else error, reason=str(error))
-            due[index] = time.monotonic() + seconds
+            if standing.status != "succeeded":
+                for name in take_back(jobs.get(job_id).job, prefixes):
+                    _note("result_removed", job=job_id, model=name)
+                remove_checkpoints(folder)
+            # States, what a teacher said, and the prefix, which is published.
+            for path in folder.run.glob(f"*{ENDING}"):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(folder.inputs)
 
 
-def _log_event(event: str, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:
-    _log.log(level, event, extra={"fields": fields}, exc_info=error)
+def forget_oldest(data: DataFolder, jobs: JobQueue, keep: int) -> None:
+    """Delete the oldest jobs of owners with too many that have ended, with their metrics; models stay."""
+    files, ended = FileStore(data), Counter[str]()
+    # All are read before one is deleted, which moves the others.
+    for state in list(jobs.iterate()):
+        job = state.job
+        ended[job.owner] += state.status in ENDED
+        if state.status in ENDED and ended[job.owner] > keep:
+            # The job itself comes last: after a kill in between it is deleted again.
+            shutil.rmtree(data.job(job.id).root, ignore_errors=True)
+            with contextlib.suppress(UnknownFileError, OSError):
+                files.delete(job.owner, result_file_id(job.id))
+            jobs.delete(job.id)
+            _note("job_deleted", job=job.id)
+
+
+def _note(event: str, level: int = logging.INFO, **fields: Any) -> None:
+    _log.log(level, event, extra={"fields": fields})

@@ -6,17 +6,17 @@ Nothing is made, opened or imported before the first request that needs it.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.checkpoints import remove_checkpoints
+from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.prefix.header import JobOrigin
@@ -25,9 +25,6 @@ from prefixtune.server.limits import Gate
 from prefixtune.server.logs import log
 from prefixtune.server.responses import unavailable
 from prefixtune.server.settings import ServeConfig
-
-if TYPE_CHECKING:
-    from prefixtune.jobs.files import FileStore
 
 __all__ = ["Training"]
 
@@ -50,6 +47,7 @@ class Training:
     Attributes:
         folder: Files and jobs.
         database_url: Of the queue.
+        files: The uploaded files.
         backbone: Whose workers train this server's jobs; see `backbone.identity`.
         streams: Streams of events that are open.
         wake: Called when there is a new job.
@@ -60,8 +58,8 @@ class Training:
     def __init__(self, config: ServeConfig, *, is_open: bool) -> None:
         self.config, self.is_open = config, is_open
         self.folder = DataFolder(Path(config.data_folder).absolute())
-        self.database_url = config.database_url or self.folder.database_url
-        self.backbone = backbone_identity(config.backbone)
+        self.database_url = config.database_url or f"sqlite:///{self.folder.database}"
+        self.files, self.backbone = FileStore(self.folder), backbone_identity(config.backbone)
         self.streams, self.uploads = Gate(_MOST_STREAMS), Gate(_MOST_UPLOADS)
         self.wake: Callable[[], None] = _nobody_waits
         self.adding = threading.Lock()
@@ -69,13 +67,6 @@ class Training:
         self._opening = threading.Lock()
         # Of its own: where the database is locked, only requests for training wait.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prefixtune-jobs")
-
-    @functools.cached_property
-    def files(self) -> FileStore:
-        """The uploaded files."""
-        from prefixtune.jobs.files import FileStore
-
-        return FileStore(self.folder)
 
     @property
     def prefixes(self) -> Path:
@@ -90,6 +81,10 @@ class Training:
     def sees_all(self, caller: Caller) -> bool:
         """Whether somebody sees the files, jobs and results of all owners."""
         return self.is_open or caller.rules.admin
+
+    def whose(self, caller: Caller) -> str | None:
+        """Whose files and jobs somebody sees; None: everybody's."""
+        return None if self.sees_all(caller) else caller.name
 
     def may_see(self, owner: str, caller: Caller) -> bool:
         """Whether somebody may see and change what belongs to an owner."""
@@ -162,13 +157,12 @@ class Training:
             QueueUnavailableError: The database cannot be reached.
             ApiError: The data folder cannot be used.
         """
-        if not self.config.database_url and not self.folder.has_database:
+        if not self.config.database_url and not self.folder.database.exists():
             return False
         return self._open_queue().has_work(self.backbone)
 
     def close(self) -> None:
-        """Close the queue, and end the checks of files, which may take minutes."""
-        self.files.close()
+        """Close the queue."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         queue, self._queue = self._queue, None
         if queue is not None:

@@ -1,23 +1,20 @@
 """The worker that a server starts for itself: a child process that trains while there are jobs.
 
 It ends when its parent does, however that ends: its stdin is a pipe that nobody writes to. It ends as well when it has
-had nothing to do for a while, and is started again on demand.
+had nothing to do for a while, and is started again on demand. Its log lines are the server's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from prefixtune.jobs.config import WORKER_ENVIRONMENT
 from prefixtune.server.logs import log
@@ -32,32 +29,28 @@ STOP_SECONDS = 15.0
 _LOOK_SECONDS = 60.0
 """Between looks for jobs that nobody told of: those of another server, which may have died with its worker."""
 _POLL_SECONDS = 0.25
-_MAX_LINES, _MAX_LINE = 10, 1000
-"""Of a worker's output, what is kept to say why it ended."""
+_SHORTEST, _LONGEST, _STEADY = 1.0, 60.0, 60.0
+"""Pauses before a worker that died is started again double up to the longest; one that lived for so many seconds is
+started again after the shortest."""
 
 
 def start_worker(config: ServeConfig, training: Training | None) -> TrainingWorker | None:
     """Start the supervisor of this server's worker; None: it is to have none."""
     if training is None or not config.train_workers:
         return None
-    command = [sys.executable, "-P", "-m", "prefixtune", "worker", "--with-parent"]
-    for name, value in {
-        "backbone": config.backbone,
-        "backbone_id": config.backbone_id,
-        "dtype": config.dtype,
+    threads = training_threads(config)
+    same = ("backbone", "backbone_id", "dtype", "quantize", "cache_mib", "keep_jobs", "log_level")
+    options = {name: getattr(config, name) for name in same} | {
         # With vLLM, a GPU's memory is its own.
         "device": "cpu" if config.engine == "vllm" and config.device == "auto" else config.device,
-        "quantize": config.quantize,
         "data_folder": training.folder.root,
         "prefixes": Path(config.prefixes).absolute(),
-        "cache_mib": config.cache_mib,
-        "keep_jobs": config.keep_jobs,
         "idle_seconds": config.train_idle_seconds,
-        "threads": (threads := training_threads(config)),
+        "threads": threads,
         "nice": config.train_nice,
-        "log_level": config.log_level,
-    }.items():
-        command.append(f"--{name.replace('_', '-')}={value}")
+    }
+    command = [sys.executable, "-P", "-m", "prefixtune", "worker", "--with-parent"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     environment = {
         # Everybody on a machine sees commands, and this may hold a password.
         f"{WORKER_ENVIRONMENT}DATABASE_URL": training.database_url,
@@ -73,36 +66,8 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
 
 def training_threads(config: ServeConfig) -> int:
     """Threads of this server's worker."""
-    return config.train_threads or max(1, _num_cores() // 2)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class RestartPauses:
-    """The pauses before a worker that died is started again: 1, 2, 4, ... seconds.
-
-    Attributes:
-        SHORTEST: Seconds of the first one.
-        LONGEST: Seconds.
-        STEADY: A worker that lived for so many seconds is started again after the shortest pause.
-    """
-
-    SHORTEST, LONGEST, STEADY = 1.0, 60.0, 60.0
-
-    def __init__(self) -> None:
-        self._pause = 0.0
-
-    def next(self, lasted: float = 0.0) -> float:
-        """The seconds to wait.
-
-        Args:
-            lasted: Seconds that it lived.
-        """
-        is_first = not self._pause or lasted > self.STEADY
-        self._pause = self.SHORTEST if is_first else min(self.LONGEST, 2 * self._pause)
-        return self._pause
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.train_threads or max(1, num_cores // 2)
 
 
 class TrainingWorker:
@@ -115,14 +80,13 @@ class TrainingWorker:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], has_jobs: Callable[[], bool]) -> None:
-        self._command, self._environment, self._has_jobs = tuple(command), environment, has_jobs
+        self.command, self.environment, self._has_jobs = tuple(command), environment, has_jobs
         self._wake, self._stopping = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._supervise, name="prefixtune-training-worker", daemon=True)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Look for jobs now, and from time to time."""
-        self._thread = threading.Thread(target=self._supervise, name="prefixtune-training-worker", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
@@ -137,11 +101,8 @@ class TrainingWorker:
     def stop(self, seconds: float) -> None:
         """Wait until the worker has ended; after `seconds` it is killed."""
         self.begin_stop()
-        if self._thread is None:
-            return
         self._thread.join(seconds)
-        process = self._process
-        if process is not None:
+        if (process := self._process) is not None:
             log("worker_killed", level=logging.WARNING, worker=process.pid)
             process.kill()
             self._thread.join(10.0)
@@ -149,7 +110,7 @@ class TrainingWorker:
     # --- in the thread ------------------------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
-        pauses = RestartPauses()
+        pause = _SHORTEST
         while not self._stopping.is_set():
             self._wake.clear()
             began = time.monotonic()
@@ -157,31 +118,22 @@ class TrainingWorker:
                 if not self._has_jobs():
                     self._wake.wait(_LOOK_SECONDS)
                     continue
-                has_died = self._run()
+                is_well = not self._run() or time.monotonic() - began > _STEADY
             except Exception as error:
                 # The database is away, or the system starts no process now. Without this thread, no worker would be.
                 log("worker_failed", level=logging.WARNING, reason=getattr(error, "strerror", None) or str(error))
-                self._stopping.wait(pauses.next())
-                continue
-            pauses = pauses if has_died else RestartPauses()
-            # Afterwards its job may still be there, or another one that was queued while it ended.
-            self._stopping.wait(pauses.next(time.monotonic() - began) if has_died else RestartPauses.SHORTEST)
+                is_well = False
+            # Even after a good end its job may still be there, or another one that was queued while it ended.
+            pause = _SHORTEST if is_well else pause
+            self._stopping.wait(pause)
+            pause = pause if is_well else min(_LONGEST, 2 * pause)
 
     def _run(self) -> bool:
         """Run a worker to its end; returns whether it died."""
-        lines = deque[str](maxlen=_MAX_LINES)
-        process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **self._environment},
-            # Ctrl-C in a terminal reaches the server alone, and the worker by it.
-            start_new_session=True,
+        # Of a session of its own: Ctrl-C in a terminal reaches the server alone, and the worker by it.
+        process = self._process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, env={**os.environ, **self.environment}, start_new_session=True
         )
-        self._process = process
-        reader = threading.Thread(target=_read_output, args=(process, lines), daemon=True)
-        reader.start()
         log("worker_started", worker=process.pid)
         while process.poll() is None and not self._stopping.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -191,35 +143,7 @@ class TrainingWorker:
         process.stdin.close()
         code = process.wait()
         self._process = None
-        # What the worker itself started may hold its output open: then the thread is left, and closes it later.
-        reader.join(1.0)
-        if code == 0 or self._stopping.is_set():
-            log("worker_ended", worker=process.pid, code=code)
-            return False
-        log("worker_died", level=logging.ERROR, code=code, reason=" ".join(lines))
-        return True
-
-
-def _read_output(process: subprocess.Popen[bytes], lines: deque[str]) -> None:
-    """Log a worker's JSON lines as the server's own, and keep its last other lines; closes its output at its end."""
-    assert process.stdout is not None
-    with contextlib.suppress(OSError, ValueError), process.stdout:
-        # The rest of a longer line counts as the next one.
-        while raw := process.stdout.readline(2**16):
-            text = raw.decode("utf-8", "replace").strip()
-            if (fields := _log_line(text)) is not None:
-                level = logging.getLevelNamesMapping().get(str(fields.pop("level", "")).upper(), logging.INFO)
-                log(str(fields.pop("event")), level=level, **{**fields, "worker": process.pid})
-            elif text:
-                lines.append(text[:_MAX_LINE])
-
-
-def _log_line(text: str) -> dict[str, Any] | None:
-    """The fields of a line of a log; None: it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        made = json.loads(text)
-        if isinstance(made, dict) and "event" in made:
-            made.pop("time", None)
-            made.pop("error", None)
-            return made
-    return None
+        has_died = code != 0 and not self._stopping.is_set()
+        level = logging.ERROR if has_died else logging.INFO
+        log("worker_died" if has_died else "worker_ended", level=level, worker=process.pid, code=code)
+        return has_died

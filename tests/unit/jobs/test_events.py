@@ -1,12 +1,13 @@
-"""A job's events: appended once each, read whole, whatever a kill left of the last line."""
+"""A job's folder: its events, appended once each and read whole whatever a kill left, and its links to uploads."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from prefixtune.jobs import events as events_module
+from prefixtune.errors import PrefixError
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import new_job_id
@@ -19,80 +20,85 @@ def folder(tmp_path: Path) -> JobFolder:
     return made
 
 
-def _messages(folder: JobFolder) -> list[str]:
-    return [event.message for event in JobEvents(folder).read().events]
+def messages(folder: JobFolder) -> list[str]:
+    return [event.message for event in JobEvents(folder).read()]
 
 
-def test_events_come_in_order_with_their_figures(folder: JobFolder) -> None:
-    writer = JobEvents(folder)
-    writer.add("The job is queued.")
-    writer.add("Step 1/2: training loss=1.50", data={"step": 1, "train_loss": 1.5}, key="step/1")
-
-    first, second = JobEvents(folder).read().events
-    assert (first.type, first.level, first.data) == ("message", "info", {})
-    assert (second.type, second.data) == ("metrics", {"step": 1, "train_loss": 1.5})
-    assert first.id.startswith("ftevent-")
-    assert first.id != second.id
-
-
-def test_what_happens_once_is_written_once(folder: JobFolder) -> None:
-    JobEvents(folder).add("Step 1/2", key="step/1")
+def test_events_come_in_order_with_their_figures_and_once(folder: JobFolder) -> None:
+    JobEvents(folder).add("The job is queued.")
+    JobEvents(folder).add("Step 1/2", data={"step": 1, "train_loss": 1.5}, key="step/1")
     # Another worker goes on from an earlier state.
     resumed = JobEvents(folder)
-    resumed.add("Step 1/2", key="step/1")
-    resumed.add("Step 2/2", key="step/2")
-    resumed.add("Step 2/2", key="step/2")
+    for step in (1, 2, 2):
+        resumed.add(f"Step {step}/2", key=f"step/{step}")
     resumed.add("Paused.")
     resumed.add("Paused.")
-    assert _messages(folder) == ["Step 1/2", "Step 2/2", "Paused.", "Paused."]
+    assert messages(folder) == ["The job is queued.", "Step 1/2", "Step 2/2", "Paused.", "Paused."]
+    first, second, *_ = JobEvents(folder).read()
+    assert (first.type, first.level, first.data) == ("message", "info", {})
+    assert (second.type, second.data) == ("metrics", {"step": 1, "train_loss": 1.5})
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out_and_written_again(folder: JobFolder) -> None:
-    JobEvents(folder).add("Step 1/2", key="step/1")
+    for step in (1, 2):
+        JobEvents(folder).add(f"Step {step}/2", key=f"step/{step}")
+    path = folder.root / "events.jsonl"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert messages(folder) == ["Step 1/2"]
     JobEvents(folder).add("Step 2/2", key="step/2")
-    whole = folder.events.read_bytes()
-    folder.events.write_bytes(whole[:-10])
-    assert _messages(folder) == ["Step 1/2"]
-
-    JobEvents(folder).add("Step 2/2", key="step/2")
-    assert _messages(folder) == ["Step 1/2", "Step 2/2"]
-    assert JobEvents(folder).read().events[1].id in whole.decode()
+    assert messages(folder) == ["Step 1/2", "Step 2/2"]
 
 
-def test_a_page_goes_on_where_the_last_one_ended(folder: JobFolder) -> None:
-    writer, reader = JobEvents(folder), JobEvents(folder)
-    writer.add("one")
-    page = reader.read()
-    assert reader.read(page.position).events == []
-    with folder.events.open("ab") as file:
-        file.write(b'{"id": "half')
-    assert reader.read(page.position).events == []
-    writer.add("two")
-    assert [event.message for event in reader.read(page.position).events] == ["two"]
+def test_progress_is_whole_or_not_there(folder: JobFolder) -> None:
+    events = JobEvents(folder)
+    assert (events.progress(), events.read()) == (None, [])
+    progress = Progress(step=1, total_steps=2, loss=1.5)
+    events.write_progress(progress)
+    assert events.progress() == progress
+    (folder.root / "progress.json").write_text('{"step": 1')
+    assert events.progress() is None
 
 
-def test_of_a_very_long_log_the_last_events_are_read(folder: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events_module, "MAX_LOG_BYTES", 500)
-    for step in range(20):
-        JobEvents(folder).add(f"Step {step}", key=f"step/{step}")
-    last = _messages(folder)
-    assert 0 < len(last) < 20
-    assert last[-1] == "Step 19"
+def test_inputs_stay_when_the_upload_is_deleted_and_the_start_when_it_is_overwritten(tmp_path: Path) -> None:
+    rows, served = tmp_path / "rows", tmp_path / "served.safetensors"
+    rows.write_text("row")
+    served.write_text("old")
+    data, job_id = DataFolder(tmp_path / "root"), new_job_id()
+    folder = data.make_job(job_id, {"train": (rows, ".jsonl.gz"), "start": (served, ".safetensors")})
+    train, start = folder.find_input("train"), folder.find_input("start")
+    assert train is not None
+    # It takes no room twice.
+    assert train.samefile(rows)
+    rows.unlink()
+    # As `cp new served.safetensors` does.
+    served.write_text("new")
+    assert (train.name, train.read_text()) == ("train.jsonl.gz", "row")
+    assert start is not None
+    assert start.read_text() == "old"
+    assert folder.find_input("dev") is None
+    # One that is there already stays as it is.
+    data.make_job(job_id, {})
+    assert [path.name for path in data.jobs.iterdir()] == [job_id]
+    assert len(list(folder.inputs.iterdir())) == 2
 
 
-@pytest.mark.parametrize("line", [b"[]", b"null", b'{"id": 1}', b"\xff\xfe", b"[" * 100_000])
-def test_lines_that_are_no_events_are_left_out(folder: JobFolder, line: bytes) -> None:
-    folder.events.write_bytes(line + b"\n")
-    JobEvents(folder).add("fine")
-    assert _messages(folder) == ["fine"]
+def test_a_file_is_copied_where_links_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "other disk")
+
+    (tmp_path / "data").write_text("row")
+    monkeypatch.setattr(os, "link", refuse)
+    folder = DataFolder(tmp_path / "root").make_job(new_job_id(), {"document": (tmp_path / "data", ".md")})
+    path = folder.find_input("document")
+    assert path is not None
+    assert path.read_text() == "row"
 
 
-def test_progress_is_the_last_that_was_written(folder: JobFolder) -> None:
-    writer = JobEvents(folder)
-    writer.write_progress(Progress(step=1, total_steps=8))
-    writer.write_progress(Progress(step=2, total_steps=8, loss=1.5, seconds_left=3.0, trained_tokens=99))
-    assert JobEvents(folder).progress() == Progress(
-        step=2, total_steps=8, loss=1.5, seconds_left=3.0, trained_tokens=99
-    )
-    folder.progress.write_text('{"step": -1}')
-    assert JobEvents(folder).progress() is None
+def test_nothing_is_left_of_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    data = DataFolder(tmp_path / "root")
+    with pytest.raises(PrefixError):
+        data.make_job(new_job_id(), {"train": (tmp_path / "gone", ".jsonl")})
+    assert not list(data.jobs.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PrefixError):
+        DataFolder(tmp_path / "file").make_job(new_job_id(), {})

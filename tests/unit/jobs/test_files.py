@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import threading
 from collections.abc import Callable
@@ -47,10 +48,7 @@ Put = Callable[..., StoredFile]
 @pytest.fixture
 def put(store: FileStore) -> Put:
     def upload(data: bytes, filename: str, purpose: Purpose = "fine-tune", **limits: int) -> StoredFile:
-        with store.open_upload("ann", filename, purpose, limits=FileLimits(**limits)) as upload:
-            for start in range(0, len(data), 65_536):
-                upload.write(data[start : start + 65_536])
-            return upload.finish()
+        return store.put("ann", io.BytesIO(data), filename, purpose, FileLimits(**limits))
 
     return upload
 
@@ -127,18 +125,18 @@ def test_documents(put: Put) -> None:
 
 
 def test_a_large_file_is_checked_in_a_process(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
+    monkeypatch.setattr(file_check, "_INLINE_BYTES", 100)
     facts = put(rows(2000), "a.jsonl").facts
     assert facts is not None
     assert (facts.rows, facts.targets) == (2000, 2000)
 
 
 def test_what_a_process_cannot_read_in_time_or_memory_is_an_error(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
+    monkeypatch.setattr(file_check, "_INLINE_BYTES", 100)
     monkeypatch.setattr(file_check, "_SECONDS", 0.0)
     assert put(rows(100), "a.jsonl").status_details == "a.jsonl was not read within 0 seconds. Split the file."
     monkeypatch.setattr(file_check, "_SECONDS", 60.0)
-    monkeypatch.setattr(file_check, "_COMMAND", "raise SystemExit(9)")
+    monkeypatch.setattr(file_check, "_MODULE", "prefixtune.no_module")
     assert "could not be read to its end" in put(rows(100), "a.jsonl").status_details
 
 
@@ -181,16 +179,6 @@ def test_limits_leave_nothing(put: Put, folder: DataFolder) -> None:
     assert len(names(folder)) == 1
 
 
-def test_limits_count_what_was_stored_while_a_file_came_in(put: Put, store: FileStore, folder: DataFolder) -> None:
-    with store.open_upload("ann", "b.jsonl", "fine-tune", limits=FileLimits(max_files=1)) as other:
-        other.write(rows(10))
-        stored = put(rows(10), "a.jsonl")
-        with pytest.raises(FileRefusedError) as caught:
-            other.finish()
-    assert caught.value.code == "too_many_files"
-    assert names(folder) == [stored.id]
-
-
 def test_a_result_is_written_once_whoever_writes_it(store: FileStore, folder: DataFolder) -> None:
     file_id = result_file_id("ftjob-0123456789abcdef01234567")
     threads = [
@@ -205,20 +193,20 @@ def test_a_result_is_written_once_whoever_writes_it(store: FileStore, folder: Da
     assert (stored.purpose, stored.filename, stored.status) == ("fine-tune-results", "metrics.csv", "processed")
     assert store.path("ann", file_id).read_bytes() == b"step,loss\n1,2\n"
     assert names(folder) == [file_id]
-    with pytest.raises(ValueError, match="no id of a file"):
-        store.put_result("ann", "../x", "metrics.csv", b"")
     # Results are no uploads, which are counted.
-    with store.open_upload("ann", "a.jsonl", "fine-tune", limits=FileLimits(max_files=1)):
-        pass
+    store.put("ann", io.BytesIO(rows(1)), "a.jsonl", "fine-tune", FileLimits(max_files=1))
 
 
 _CHILD = """
+import io
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder
-upload = FileStore(DataFolder(Path(sys.argv[1]))).open_upload("ann", "a.jsonl", "fine-tune")
-upload.write(b'{"prompt": "a", "completion": "b"}\\n' * 10_000)
-print("ready", flush=True)
-time.sleep(60)
+import prefixtune.jobs.files
+def wait(*_):
+    print("ready", flush=True)
+    time.sleep(60)
+prefixtune.jobs.files.check_file = wait
+FileStore(DataFolder(Path(sys.argv[1]))).put("ann", io.BytesIO(b"row"), "a.jsonl", "fine-tune")
 """
 
 

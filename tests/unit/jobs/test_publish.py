@@ -15,21 +15,21 @@ import pytest
 import prefixtune as pt
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs import publish as publishing
-from prefixtune.jobs.checkpoints import CheckpointKeeper, checkpoints
-from prefixtune.jobs.executor import JobFailedError, JobPausedError
-from prefixtune.jobs.failures import pause_reason
-from prefixtune.jobs.files import FileStore
+from prefixtune.jobs.checkpoints import checkpoints, keep_checkpoint
+from prefixtune.jobs.files import FileStore, result_file_id
 from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.job import Job, check_result_name
-from prefixtune.jobs.publish import publish, published_by, tidy
+from prefixtune.jobs.job import Job, JobFailedError, JobPausedError, check_result_name
+from prefixtune.jobs.publish import publish, published_by, take_back
 from prefixtune.jobs.queue import JobQueue
+from prefixtune.jobs.trainer import _pause_reason
+from prefixtune.jobs.worker import clear_ended, forget_oldest
 from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.train import train
-from prefixtune.utils.files import atomic_path
+from training_jobs import make_job
 
 JOB = Job(id=f"ftjob-{'a' * 24}", owner="alice", created=1, model="tiny", name="support", training_file="file-1")
 OTHER = JOB.model_copy(update={"id": f"ftjob-{'b' * 24}", "owner": "bob"})
@@ -47,11 +47,15 @@ def finished(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run") / "run"
     examples = [pt.Example(f"word {number}", (f"text {number} .",)) for number in range(6)]
     loops: list[TrainLoop] = []
-    keeper = CheckpointKeeper(JOB, run)
     config = TrainConfig(output=str(run), prefix_length=2, max_steps=10, eval_every=2, batch_size=2, learning_rate=0.1)
+
+    def keep(event: Any) -> None:
+        if event["event"] == "evaluation":
+            keep_checkpoint(JOB, run, loops[0], event, 1.0)
+
     train(
         config, backbone=backbone, examples=examples, dev_examples=examples[:2], progress=False, check=loops.append,
-        on_event=lambda event: keeper.record(loops[0], event),
+        on_event=keep,
     )  # fmt: skip
     return run
 
@@ -151,7 +155,7 @@ def test_a_folder_that_others_change_for_long_is_left_alone(
     monkeypatch.setattr(publishing, "_LOCK_SECONDS", 0.1)
     with change_folder(prefixes, 0.0), pytest.raises(FolderBusyError) as busy:
         publish(JOB, run, backbone, prefixes, files)
-    assert pause_reason(busy.value)
+    assert _pause_reason(busy.value)
     assert names(prefixes) == []
     publish(JOB, run, backbone, prefixes, files)
     assert names(prefixes) == ALL
@@ -173,39 +177,75 @@ def test_files_appear_together_the_result_last(
         patched.setattr(os, "replace", fail)
         with pytest.raises(PrefixError, match="a bad block") as failed:
             publish(JOB, run, backbone, prefixes, files)
-    assert pause_reason(failed.value)
+    assert _pause_reason(failed.value)
     assert moved == ["support.step-6.safetensors", "support.step-8.safetensors", "support.step-10.safetensors", ALL[0]]
     publish(JOB, run, backbone, prefixes, files)
     assert names(prefixes) == ALL
 
 
-class Statuses(JobQueue):
-    """A queue that knows jobs' statuses, and counts the questions."""
-
-    def __init__(self, **statuses: str) -> None:
-        self.known, self.asked = statuses, list[list[str]]()
-
-    def statuses(self, job_ids: Any) -> Any:
-        if job_ids:
-            self.asked.append(list(job_ids))
-        return {job_id: self.known[job_id] for job_id in job_ids if job_id in self.known}
-
-
-@pytest.mark.parametrize("status", ["cancelled", "failed", "succeeded", "running", "paused", None])
-def test_files_of_cancelled_and_failed_jobs_are_removed(
-    run: Path, backbone: Any, prefixes: Path, files: FileStore, status: str | None
-) -> None:
+def test_a_cancelled_job_is_taken_back(run: Path, backbone: Any, prefixes: Path, files: FileStore) -> None:
     publish(JOB, run, backbone, prefixes, files)
-    (prefixes / "broken.safetensors").write_bytes(b"no prefix")
-    queue = Statuses(**({JOB.id: status} if status else {}))
-    settled: dict[str, Any] = {}
-    removed = tidy(queue, prefixes, settled)
-    gone = status in ("cancelled", "failed")
-    assert removed == ([name.removesuffix(".safetensors") for name in ALL] if gone else [])
-    assert names(prefixes) == sorted(["broken.safetensors", *([] if gone else ALL)])
-    tidy(queue, prefixes, settled)
-    # What has ended well is not asked for again.
-    assert queue.asked == [[JOB.id]] * (2 if status in ("running", "paused") else 1)
+    (prefixes / "support.step-4.safetensors").write_bytes(b"no prefix")
+    (prefixes / "support-2.safetensors").write_bytes((prefixes / "support.safetensors").read_bytes())
+    assert take_back(OTHER, prefixes) == []
+    assert set(take_back(JOB, prefixes)) == set(ALL)
+    assert names(prefixes) == ["support-2.safetensors", "support.step-4.safetensors"]
+
+
+def left(data: DataFolder, job: Job) -> set[str]:
+    root = data.job(job.id).root
+    # The lock of the folder itself may stay; nobody holds it.
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {".lock"}
+
+
+def test_jobs_that_have_ended_keep_neither_inputs_nor_states_nor_what_they_published(
+    run: Path, backbone: Any, prefixes: Path, data: DataFolder, queue: JobQueue
+) -> None:
+    queued, paused, cancelled, held = (make_job(data, name) for name in ("queued", "paused", "cancelled", "held"))
+    for job in (queued, paused, cancelled, held):
+        queue.add(job)
+        shutil.copytree(run, data.job(job.id).run)
+    publish(cancelled, data.job(cancelled.id).run, backbone, prefixes, FileStore(data))
+    abandoned = prefixes / ".support.safetensors.x1_y.tmp"
+    abandoned.mkdir()
+    (abandoned / ".lock").touch()
+    assert "cancelled.safetensors" in names(prefixes)
+    queue.pause(paused.id)
+    queue.cancel(cancelled.id)
+    queue.cancel(held.id)
+    unknown, whole = make_job(data, "unknown"), left(data, queued)
+    with data.job(held.id).hold():
+        # A worker still saves there.
+        clear_ended(data, queue, prefixes)
+    assert names(prefixes) == []
+    assert {"run/events.jsonl"} <= left(data, cancelled)
+    assert not [name for name in left(data, cancelled) if name.startswith("inputs") or "safetensors" in name]
+    for job in (queued, paused, held):
+        assert left(data, job) == whole
+    assert data.job(unknown.id).find_input("train") is not None
+    clear_ended(data, queue, prefixes)
+    assert not data.job(held.id).inputs.exists()
+
+
+def test_the_oldest_jobs_of_an_owner_that_have_ended_are_deleted(data: DataFolder, queue: JobQueue) -> None:
+    files = FileStore(data)
+    jobs = [make_job(data, f"old-{number}", owner="bob") for number in range(4)]
+    other = make_job(data, "others", owner="eve")
+    for job in (*jobs, other):
+        queue.add(job)
+    for job in (*jobs[1:], other):
+        queue.cancel(job.id)
+        files.put_result(job.owner, result_file_id(job.id), "step_metrics.csv", b"step\n")
+    forget_oldest(data, queue, 100)
+    assert len(list(queue.iterate())) == 5
+    forget_oldest(data, queue, 1)
+    # One that has not ended stays.
+    kept = [state.job.id for state in queue.iterate("bob")]
+    assert len(kept) == 2
+    assert jobs[0].id in kept
+    assert [state.job.id for state in queue.iterate("eve")] == [other.id]
+    assert {path.name for path in data.jobs.iterdir()} == {*kept, other.id}
+    assert len(files.list("bob")) == 1
 
 
 def test_the_last_evaluations_are_checkpoints(run: Path) -> None:
@@ -240,17 +280,3 @@ def test_the_start_is_called_what_its_owner_calls_it(
     publish(JOB.model_copy(update={"model": "first"}), run, backbone, prefixes, files)
     header = read_artifact(prefixes / "support.safetensors").header
     assert header["initialization"] == {**start, "file": "first"}
-
-
-def test_what_a_killed_worker_was_writing_is_removed(prefixes: Path) -> None:
-    left, other = prefixes / ".support.safetensors.x1_y.tmp", prefixes / ".cache"
-    for folder in (left, other):
-        folder.mkdir(parents=True)
-        (folder / "support.safetensors").write_bytes(b"half")
-        (folder / ".lock").touch()
-    with atomic_path(prefixes / "other.safetensors") as temporary:
-        temporary.write_bytes(b"half")
-        assert tidy(Statuses(), prefixes, {}) == []
-        assert not left.exists()
-        assert temporary.exists()
-        assert other.exists()

@@ -1,189 +1,322 @@
-"""The queue of jobs: where a job stands changes in one statement, and one that has ended stays ended."""
+"""The queue of jobs and a worker's side of it: who is claimed next, what a job leaves, what stops it for good."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from prefixtune.errors import RequestError
+from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs import queue as queue_module
-from prefixtune.jobs.executor import Executor
-from prefixtune.jobs.job import Job, JobResult, new_job_id
-from prefixtune.jobs.queue import JobQueue
-from prefixtune.utils.locks import acquire_lock
+from prefixtune.jobs import worker as worker_module
+from prefixtune.jobs.job import Job, JobError, JobFailedError, JobResult, new_job_id
+from prefixtune.jobs.queue import JobQueue, Standing, migrate
+from prefixtune.jobs.trainer import LeftError
+from prefixtune.jobs.worker import hold_name, launch, take_over
+from training_jobs import wait_for, wait_until
+
+NAME = "tests-1"
+How = Callable[[Job], JobResult]
+
+
+class Worker:
+    """Claims jobs, which end when the test says so."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.steps: list[str] = []
+        self._changed = threading.Condition()
+        self._ends: dict[str, How | None] = {}
+
+    def run(self, job: Job, step: Callable[..., Any]) -> dict[str, Any]:
+        with self._changed:
+            self.started.append(job.id)
+            self._changed.wait_for(lambda: job.id in self._ends, 60)
+            how = self._ends.pop(job.id)
+        if how is None:
+            raise LeftError
+        step("train", lambda: self.steps.append(job.id))
+        result: dict[str, Any] = step("publish", lambda: how(job).model_dump(mode="json"))
+        return result
+
+    def leave(self, job: Job) -> None:
+        """Notice that a job was stopped."""
+        self._end(job, None)
+
+    def end(self, job: Job, how: How = lambda job: JobResult(name=job.name, trained_tokens=1, steps=1)) -> None:
+        self._end(job, how)
+
+    def _end(self, job: Job, how: How | None) -> None:
+        with self._changed:
+            self._ends[job.id] = how
+            self._changed.notify_all()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a database with its tables."""
+    made = f"sqlite:///{tmp_path_factory.mktemp('queue') / 'jobs.sqlite'}"
+    migrate(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def worker(url: str) -> Iterator[Worker]:
+    # One for the module: a process has only one.
+    made = Worker()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(worker_module, "_POLLING_SECONDS", 0.05)
+        with launch(url, NAME, "b1", made.run):
+            yield made
 
 
 @pytest.fixture
 def queue(url: str) -> Iterator[JobQueue]:
     made = JobQueue(url)
     yield made
-    for state in made.iterate():
+    for state in list(made.iterate()):
         made.cancel(state.job.id)
         made.delete(state.job.id)
     made.close()
 
 
-def job(name: str = "one", owner: str = "ann") -> Job:
-    return Job(
-        id=new_job_id(), owner=owner, created=1, model="m", name=name, training_file="file-1", metadata={"a": "b"}
+@pytest.fixture
+def add(queue: JobQueue, request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
+    """A function that queues a job, which ends with the test."""
+    jobs: list[Job] = []
+
+    def make(owner: str = "ann", **fields: Any) -> Job:
+        job_id = new_job_id()
+        named = {"id": job_id, "name": job_id, "owner": owner, "model": "m", "training_file": "file-1", "created": 1}
+        jobs.append(Job(**{**named, "backbone": "b1", **fields}))
+        queue.add(jobs[-1])
+        return jobs[-1]
+
+    yield make
+    for job in jobs:
+        queue.cancel(job.id)
+        if "worker" in request.fixturenames:
+            request.getfixturevalue("worker").leave(job)
+
+
+def has_begun(worker: Worker, job: Job, times: int = 1) -> bool:
+    return worker.started.count(job.id) >= times
+
+
+def wait_for_start(worker: Worker, job: Job) -> None:
+    wait_until(lambda: has_begun(worker, job), 20)
+
+
+# --- without a worker -------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_found_as_it_was_added(queue: JobQueue, add: Callable[..., Job]) -> None:
+    job = add(metadata={"a": "é"}, config={"learning_rate": 0.5, "kinds": ["fact"]}, backbone="b2")
+    assert queue.get(job.id).job == job
+    assert queue.get(job.id).status == "queued"
+    assert (queue.has_work("b2"), queue.has_work("b3")) == (True, False)
+    # The same job again is no second one.
+    queue.add(job)
+    assert [state.job.id for state in queue.iterate("ann")] == [job.id]
+    assert [*queue.iterate("bob")] == []
+    with pytest.raises(RequestError):
+        queue.get(new_job_id())
+
+
+def test_owners_take_turns_in_the_list_of_those_who_wait(queue: JobQueue, add: Callable[..., Job]) -> None:
+    first, second, other = add(backbone="b2"), add(backbone="b2"), add("bob", backbone="b2")
+    assert [job.id for job in queue.unfinished()] in (
+        [first.id, other.id, second.id],
+        [second.id, other.id, first.id],
+        [other.id, first.id, second.id],
+        [other.id, second.id, first.id],
     )
 
 
-def added(queue: JobQueue, name: str = "one", owner: str = "ann") -> str:
-    made = job(name, owner)
-    queue.add(made)
-    return made.id
+def test_pausing_resuming_and_cancelling(queue: JobQueue, add: Callable[..., Job]) -> None:
+    job = add(backbone="b2")
+    assert queue.pause(job.id).status == "paused"
+    assert [(one.name, one.status) for one in queue.unfinished()] == [(job.name, "paused")]
+    assert not queue.has_work("b2")
+    assert queue.resume(job.id).status == "queued"
+    assert queue.has_work("b2")
+    queue.pause(job.id)
+    ended = queue.cancel(job.id)
+    assert ended.status == "cancelled"
+    assert ended.finished is not None
+    for again in (queue.pause, queue.resume, queue.cancel):
+        assert again(job.id).status == "cancelled"
+    assert queue.unfinished() == []
 
 
-def test_a_job_is_found_as_it_was_added(queue: JobQueue) -> None:
-    made = job()
-    queue.add(made)
-    state = queue.get(made.id)
-    assert state.job == made
-    assert state.status == "queued"
-    assert [found.job.id for found in queue.iterate("ann") if found.job.name == "one"] == [made.id]
-    assert [*queue.iterate("bob")] == []
-    # The same job again is no second one.
-    queue.add(made)
-    assert len([*queue.iterate()]) == 1
+def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue, add: Callable[..., Job]) -> None:
+    for _ in range(3):
+        job, start = add(backbone="b2"), threading.Barrier(4)
+
+        def change(number: int, job_id: str = job.id, start: threading.Barrier = start) -> None:
+            start.wait(10)
+            for action in ([queue.cancel], [queue.pause, queue.resume] * 4)[number > 0]:
+                action(job_id)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(change, range(4)))
+        assert queue.get(job.id).status == "cancelled"
 
 
-def test_two_unfinished_jobs_cannot_have_one_name(queue: JobQueue) -> None:
-    first = added(queue)
-    with pytest.raises(RequestError, match="'one'"):
-        added(queue, owner="bob")
-    queue.cancel(first)
-    added(queue, owner="bob")
-
-
-def test_a_paused_job_is_resumed_and_keeps_its_name(queue: JobQueue) -> None:
-    made = added(queue)
-    assert queue.pause(made).status == "paused"
-    assert sum(job.owner == "ann" for job in queue.unfinished()) == 1
-    assert [state.status for state in queue.iterate() if state.job.name == "one"] == ["paused"]
-    assert queue.resume(made).status == "queued"
-    # Of no effect: it is not paused.
-    assert queue.resume(made).status == "queued"
-
-
-def test_of_two_jobs_that_wait_or_run_only_one_has_a_name_after_a_pause_too(queue: JobQueue) -> None:
-    made = added(queue)
-    queue.pause(made)
-    queue.resume(made)
-    with pytest.raises(RequestError, match="'one'"):
-        added(queue, owner="bob")
-    queue.pause(made)
-    added(queue, owner="bob")
-    with pytest.raises(RequestError, match="'one'"):
-        queue.resume(made)
-    assert queue.get(made).status == "paused"
-
-
-def test_a_resumed_job_gets_the_turn_of_a_new_one(queue: JobQueue) -> None:
-    early = added(queue, "early")
-    queue.pause(early)
-    others = [added(queue, f"ann-{number}") for number in range(3)]
-    late = added(queue, "late", owner="bob")
-    queue.resume(early)
-    # Ann's own jobs came in the meantime; Bob's turn is that of Ann's first.
-    assert [job.id for job in queue.unfinished()] == [others[0], late, *others[1:], early]
-    # Nor does it wait behind all when those before it have gone.
-    for one in others:
-        queue.cancel(one)
-    queue.pause(early)
-    queue.resume(early)
-    assert [job.id for job in queue.unfinished()] == [early, late]
-
-
-def test_a_list_has_each_job_once_while_others_come_and_go(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_has_each_job_while_others_come(
+    queue: JobQueue, add: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(queue_module, "_PAGE", 3)
-    ids = [added(queue, f"job-{number}") for number in range(10)]
+    ids = {add(backbone="b2").id for _ in range(10)}
     told: list[str] = []
     for state in queue.iterate():
         told.append(state.job.id)
         if len(told) == 3:
-            added(queue, "new")
-            added(queue, "newer")
-        if len(told) == 6:
-            for gone in told[:3]:
-                queue.cancel(gone)
-                queue.delete(gone)
-    assert told == ids[::-1]
+            add(backbone="b2")
+    assert ids <= set(told)
+    assert len(told) == len(set(told))
 
 
-def test_a_job_that_a_newer_version_stored_is_listed(queue: JobQueue) -> None:
+def test_a_job_that_a_newer_version_stored_is_listed(queue: JobQueue, add: Callable[..., Job]) -> None:
     class NewerJob(Job):
         priority: str = "high"
 
-    newer = NewerJob(**job("newer").model_dump())
+    newer = NewerJob(**add(backbone="b2").model_copy(update={"id": new_job_id()}).model_dump())
     queue.add(newer)
-    added(queue, "older")
-    assert {state.job.name for state in queue.iterate()} == {"newer", "older"}
     assert queue.get(newer.id).job == Job(**newer.model_dump())
-    assert queue.cancel(newer.id).status == "cancelled"
 
 
-def test_a_cancelled_job_stays_cancelled(queue: JobQueue) -> None:
-    made = added(queue)
-    queue.pause(made)
-    ended = queue.cancel(made)
-    assert ended.status == "cancelled"
-    for again in (queue.pause, queue.resume, queue.cancel):
-        assert again(made) == ended
-    assert sum(job.owner == "ann" for job in queue.unfinished()) == 0
+def test_a_worker_has_a_name_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_PATIENCE", 0.1)
+    with hold_name(tmp_path) as first, hold_name(tmp_path) as second, hold_name(tmp_path, "mine") as mine:
+        assert (first != second, mine) == (True, "mine")
+        with pytest.raises(PrefixError, match="mine"), hold_name(tmp_path, "mine"):
+            pass
+    with hold_name(tmp_path) as again:
+        assert again == first
 
 
-def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue) -> None:
-    for _ in range(5):
-        made, start = added(queue), threading.Barrier(6)
-
-        def change(number: int, made: str = made, start: threading.Barrier = start) -> None:
-            start.wait(10)
-            for action in ([queue.cancel], [queue.pause, queue.resume] * 4)[number > 0]:
-                action(made)
-
-        with ThreadPoolExecutor(6) as pool:
-            list(pool.map(change, range(6)))
-        assert queue.get(made).status == "cancelled"
+# --- with a worker ----------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_takes_over_what_a_dead_one_left(queue: JobQueue, url: str, tmp_path: Path) -> None:
-    started, release = threading.Event(), threading.Event()
+def test_one_owners_many_jobs_do_not_hold_up_anothers_first(
+    queue: JobQueue, worker: Worker, add: Callable[..., Job]
+) -> None:
+    first = add("ann")
+    wait_for_start(worker, first)
+    many, other = [add("ann") for _ in range(12)], add("bob")
+    count = len(worker.started)
+    running = first
+    while not has_begun(worker, other):
+        worker.end(running)
+        wait_until(lambda count=count: len(worker.started) > count, 20)  # type: ignore[misc]
+        count = len(worker.started)
+        running = next(job for job in (*many, other) if job.id == worker.started[-1])
+    # By chance each time: that all twelve come first happens once in 4,096 times.
+    assert sum(has_begun(worker, job) for job in many) < 12
 
-    def run(job: Job, token: str) -> JobResult:
-        started.set()
-        release.wait(10)
-        return JobResult(name=job.name, trained_tokens=5, steps=2)
 
-    locks = tmp_path / "workers"
-    locks.mkdir()
-    alive = acquire_lock(locks / "worker-alive.lock", 0.0)
-    (locks / "worker-dead.lock").touch()
-    executor = Executor(url, locks, backbone="", run=run)
-    made = added(queue)
-    executor.start()
-    try:
-        assert started.wait(20)
-        assert queue.get(made).worker == executor.name
-        # Its own job is none of a dead one's, and neither is a living worker's.
-        assert executor.take_over(queue) == ["worker-dead"]
-        assert sorted(path.stem for path in locks.iterdir()) == sorted(["worker-alive", executor.name])
-        release.set()
-        for _ in range(200):
-            if queue.get(made).status == "succeeded":
-                break
-            threading.Event().wait(0.05)
-        ended = queue.get(made)
-        assert ended.result == JobResult(name="one", trained_tokens=5, steps=2)
-        for again in (queue.pause, queue.resume, queue.cancel):
-            assert again(made) == ended
-    finally:
-        release.set()
-        executor.stop()
-        if alive is not None:
-            alive.release()
-    assert [path.stem for path in locks.iterdir()] == ["worker-alive"]
+def test_a_result_and_a_failure_are_stored(queue: JobQueue, worker: Worker, add: Callable[..., Job]) -> None:
+    job = add()
+    wait_for_start(worker, job)
+    assert (queue.get(job.id).status, queue.get(job.id).worker) == ("running", NAME)
+    assert queue.standings([job.id, new_job_id()]) == {job.id: Standing("running", NAME)}
+    left = JobResult(name=job.name, trained_tokens=7, steps=2, result_files=["file-2"], best_loss=0.5)
+    worker.end(job, lambda job: left)
+    state = wait_for(queue, job, "succeeded")
+    assert (state.result, state.worker) == (left, "")
+    assert state.finished is not None
+    assert abs(state.finished - time.time()) < 60
+    assert queue.cancel(job.id).status == "succeeded"
+
+    error = JobError(code="invalid_training_file", message="row 7 is “wrong”.", param="training_file")
+
+    def fail(job: Job) -> JobResult:
+        raise JobFailedError(error.code, error.message, error.param)
+
+    job = add()
+    wait_for_start(worker, job)
+    worker.end(job, fail)
+    assert wait_for(queue, job, "failed").error == error
+
+
+def test_a_stopped_job_leaves_nothing_and_is_resumed_after_the_step_that_it_has_done(
+    queue: JobQueue, worker: Worker, add: Callable[..., Job]
+) -> None:
+    def leave(job: Job) -> JobResult:
+        raise LeftError
+
+    job = add()
+    wait_for_start(worker, job)
+    queue.pause(job.id)
+    # Its worker notices only after the training, or has a result already.
+    worker.end(job, leave)
+    queue.resume(job.id)
+    wait_until(functools.partial(has_begun, worker, job, 2), 20)
+    queue.pause(job.id)
+    worker.end(job)
+    wait_for(queue, job, "paused")
+    queue.resume(job.id)
+    wait_until(functools.partial(has_begun, worker, job, 3), 20)
+    worker.end(job)
+    wait_for(queue, job, "succeeded")
+
+
+def test_a_job_that_is_paused_and_resumed_many_times_stops_neither_its_worker_nor_others(
+    queue: JobQueue, worker: Worker, add: Callable[..., Job]
+) -> None:
+    job = add("ann")
+    for number in range(1, 6):
+        wait_until(functools.partial(has_begun, worker, job, number), 20)
+        # Resumed before the worker notices: the old claim ends while the job waits or runs.
+        queue.pause(job.id)
+        queue.resume(job.id)
+        worker.leave(job)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("dbos-executor")]
+    assert len(threads) < 5
+    wait_until(functools.partial(has_begun, worker, job, 6), 20)
+    queue.pause(job.id)
+    worker.leave(job)
+    other = add("bob")
+    wait_for_start(worker, other)
+    worker.end(other)
+    wait_for(queue, other, "succeeded")
+
+
+def test_jobs_of_another_version_or_backbone_are_left_to_other_workers(
+    queue: JobQueue, worker: Worker, add: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(queue_module, "PROTOCOL", "other")
+        others = [add(), add(backbone="b2")]
+    # Neither are they claimed when they are resumed.
+    for other in others:
+        queue.pause(other.id)
+        queue.resume(other.id)
+    job = add()
+    wait_for_start(worker, job)
+    worker.end(job)
+    wait_for(queue, job, "succeeded")
+    assert [queue.get(other.id).status for other in others] == ["queued", "queued"]
+
+
+def test_what_a_dead_worker_had_is_queued_again(
+    queue: JobQueue, worker: Worker, add: Callable[..., Job], tmp_path: Path
+) -> None:
+    job = add()
+    wait_for_start(worker, job)
+    with hold_name(tmp_path, NAME):
+        # It lives.
+        take_over(queue, tmp_path, "tests-2", "b1")
+    assert not has_begun(worker, job, 2)
+    take_over(queue, tmp_path, "tests-2", "b1")
+    worker.leave(job)
+    wait_until(functools.partial(has_begun, worker, job, 2), 20)
+    worker.end(job)
+    wait_for(queue, job, "succeeded")

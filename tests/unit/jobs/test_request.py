@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.jobs.file_facts import FileFacts
+from prefixtune.jobs.file_check import FileFacts
+from prefixtune.jobs.files import StoredFile
 from prefixtune.jobs.job import Job
 from prefixtune.jobs.request import MOST_VALIDATED, JobRefusedError, JobRequest, make_job, resolved_hyperparameters
-from prefixtune.jobs.stored_file import StoredFile
 from prefixtune.training.config import TrainConfig
 
 
@@ -93,20 +93,6 @@ def test_evaluations_take_a_bounded_part_of_the_time() -> None:
     for characters, limit in ((600, 100), (1_000_000, 16)):
         long = stored(2, targets=10_000, characters=10_000 * characters)
         assert made(training_file=large, validation_file=long).config["dev_limit"] == limit
-
-    # A text is not cut, but learned in windows.
-    texts = stored(form="text", targets=1), stored(2, "text", targets=1, characters=1_000_000)
-    error = refused(training_file=texts[0], validation_file=texts[1])
-    assert (error.param, error.code) == ("validation_file", "too_much_to_validate")
-
-    options = {"max_steps": 5000, "eval_every": 1}
-    for fields in ({"training_file": large, "validation_file": validation}, {"training_file": DOCUMENT}):
-        error = refused(**fields, options=options)
-        assert (error.param, error.code) == ("prefixtune.eval_every", "too_many_evaluations")
-        assert made(**fields, options={**options, "eval_every": 50}).config["eval_every"] == 50
-    assert made(options={"max_steps": 100, "eval_every": 1}).config["eval_every"] == 1
-    # What nobody asked for is made to fit.
-    assert made(hyperparameters={"n_epochs": 1000}).config["eval_every"] == 40
 
 
 def test_the_model_answers_a_bounded_number_of_questions() -> None:

@@ -1,29 +1,25 @@
-"""The trainer: jobs come one after the other, and each ends once, by itself."""
+"""A worker's training: jobs come one after the other, and each ends once, by itself."""
 
 from __future__ import annotations
 
 import errno
-import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from prefixtune.errors import PrefixError
-from prefixtune.jobs import active, trainer
-from prefixtune.jobs.active import hold_folder
+from prefixtune.jobs import reporting, trainer
 from prefixtune.jobs.events import JobEvents, Progress
-from prefixtune.jobs.executor import ClaimLostError, JobFailedError, JobPausedError
 from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.job import Job, JobResult, JobStatus
-from prefixtune.jobs.queue import QueueUnavailableError, Standing
-from prefixtune.jobs.trainer import MAX_ATTEMPTS, Trainer
+from prefixtune.jobs.job import Job, JobFailedError, JobResult, JobStatus
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, Standing
+from prefixtune.jobs.trainer import MAX_ATTEMPTS, LeftError, Trainer
 from prefixtune.prefix.prefix import read_artifact
-from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, read_events
+from prefixtune.training.run_folder import PREFIX_FILE, STATE_FILE
 from prefixtune.training.loop import TrainLoop
 from small_document import DOCUMENT
 from small_document import ROWS as QUESTIONS
@@ -33,56 +29,57 @@ LONG = {"max_steps": 100_000}
 """Steps of a job that does not end by itself."""
 
 
-class Service:
-    """A trainer in a thread, what it hears of the database, and what it publishes."""
+class Statuses(JobQueue):
+    """A queue that says what the test wants."""
 
-    def __init__(self, data: DataFolder, backbone: Any) -> None:
-        self.data, self.stop = data, threading.Event()
+    def __init__(self) -> None:
         self.says: dict[str, JobStatus | None] = {}
         self.is_away = False
-        self.tokens: dict[str, str] = {}
-        self.published: list[str] = []
-        self.on_publish: Callable[[], object] = lambda: None
-        self.trainer = Trainer(data, load=lambda: backbone, publish=self._publish, standing=self._standing)
-        self._thread = threading.Thread(target=self.trainer.work, args=(self.stop,))
-        self._thread.start()
 
-    def end(self) -> None:
-        self.stop.set()
-        self._thread.join(30)
-        assert not self._thread.is_alive()
+    def standings(self, job_ids: Any) -> Any:
+        if self.is_away:
+            raise QueueUnavailableError("the database of jobs cannot be reached.")
+        found = {job_id: self.says.get(job_id, "running") for job_id in job_ids}
+        return {
+            job_id: Standing(status, "w" if status == "running" else "") for job_id, status in found.items() if status
+        }
 
-    def submit(self, job: Job) -> Future[JobResult]:
-        """Claim a job, as a thread of an executor does."""
-        future: Future[JobResult] = Future()
-        token = self.tokens[job.id] = secrets.token_hex(4)
+    def pause(self, job_id: str) -> Any:
+        self.says[job_id] = "paused"
 
-        def wait() -> None:
+    def cancel(self, job_id: str) -> Any:
+        self.says[job_id] = "cancelled"
+
+
+class Service:
+    """A trainer, and what it hears of the database and does to publish."""
+
+    def __init__(self, data: DataFolder, backbone: Any, prefixes: Path) -> None:
+        self.data, self.queue, self.stop = data, Statuses(), threading.Event()
+        self.trainer = Trainer(data, self.queue, backbone, prefixes, worker="w", stop=self.stop)
+        self.done: dict[str, list[str]] = {}
+
+    def submit(self, job: Job) -> Future[dict[str, Any]]:
+        """Claim a job, as a thread of DBOS does."""
+        future: Future[dict[str, Any]] = Future()
+
+        def step(name: str, work: Callable[[], Any]) -> Any:
+            result = work()
+            self.done.setdefault(job.id, []).append(name)
+            return result
+
+        def run() -> None:
             try:
-                future.set_result(self.trainer.submit(job, token))
-            except (JobFailedError, JobPausedError, ClaimLostError) as error:
+                future.set_result(self.trainer.run(job, step))
+            except (JobFailedError, LeftError) as error:
                 future.set_exception(error)
 
-        threading.Thread(target=wait, daemon=True).start()
+        threading.Thread(target=run, daemon=True).start()
         return future
 
     def step(self, job: Job) -> int:
         progress = JobEvents(self.data.job(job.id)).progress()
         return (progress or Progress(step=0, total_steps=0)).step
-
-    def _standing(self, job_id: str) -> Standing | None:
-        if self.is_away:
-            raise QueueUnavailableError("the database of jobs cannot be reached.")
-        status = self.says.get(job_id, "running")
-        return None if status is None else Standing(status, self.tokens[job_id] if status == "running" else "")
-
-    def _publish(self, job: Job, run: Path, backbone: Any) -> JobResult:
-        self.on_publish()
-        read_artifact(run / PREFIX_FILE)
-        self.published.append(job.name)
-        steps = [event["step"] for event in read_events(run / "events.jsonl") if event["event"] == "step"]
-        assert steps == list(range(1, len(steps) + 1))
-        return JobResult(name=job.name, trained_tokens=1, steps=len(steps))
 
 
 @pytest.fixture(scope="module")
@@ -96,35 +93,30 @@ def data(tmp_path: Path) -> DataFolder:
 
 
 @pytest.fixture
-def serve(data: DataFolder, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Service]]:
-    """A factory of services that ask the database before each step."""
+def service(data: DataFolder, backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """A service that asks the database after each step."""
     for name in ("_ASK_SECONDS", "_AWAY_SECONDS", "_WAIT_SECONDS"):
         monkeypatch.setattr(trainer, name, 0.01 if name == "_WAIT_SECONDS" else 0.0)
-    monkeypatch.setattr(active, "_PROGRESS_SECONDS", 0.0)
-    services: list[Service] = []
-
-    def start() -> Service:
-        services.append(Service(data, backbone))
-        return services[-1]
-
-    yield start
-    for service in services:
-        service.end()
+    monkeypatch.setattr(reporting, "_PROGRESS_SECONDS", 0.0)
+    made = Service(data, backbone, tmp_path / "prefixes")
+    yield made
+    made.stop.set()
+    wait_until(lambda: not made.trainer.is_busy, 30)
 
 
 def messages(data: DataFolder, job: Job) -> list[str]:
-    return [event.message for event in JobEvents(data.job(job.id)).read().events]
+    return [event.message for event in JobEvents(data.job(job.id)).read()]
 
 
 def prefix_of(data: DataFolder, job: Job) -> bytes:
     return (data.job(job.id).run / PREFIX_FILE).read_bytes()
 
 
-def is_lost(future: Future[JobResult]) -> bool:
-    return isinstance(future.exception(30), ClaimLostError)
+def is_left(future: Future[Any]) -> bool:
+    return isinstance(future.exception(30), LeftError)
 
 
-def failure(future: Future[JobResult]) -> Any:
+def failure(future: Future[Any]) -> Any:
     error = future.exception(30)
     assert isinstance(error, JobFailedError)
     return error.error
@@ -134,16 +126,17 @@ def failure(future: Future[JobResult]) -> Any:
 
 
 def test_jobs_train_one_after_the_other_and_one_that_fails_stops_no_other(
-    serve: Callable[[], Service], data: DataFolder, backbone: Any
+    service: Service, data: DataFolder, backbone: Any, tmp_path: Path
 ) -> None:
-    service = serve()
     other = service.submit(make_job(data, "other", fingerprint="x:AAAA"))
     job = make_job(data, "one", dev=ROWS[:2], config={"eval_every": 3}, fingerprint=backbone.fingerprint)
-    result = service.submit(job).result(60)
+    result = JobResult(**service.submit(job).result(60))
     error = failure(other)
     assert (error.code, error.param) == ("unsupported_model", "model")
-    assert (result.name, result.steps, service.published) == ("one", 6, ["one"])
-    told = JobEvents(data.job(job.id)).read().events
+    assert (result.name, result.steps) == ("one", 6)
+    assert service.done[job.id] == ["check", "train", "publish"]
+    assert read_artifact(tmp_path / "prefixes" / "one.safetensors").header["job"]["id"] == job.id
+    told = JobEvents(data.job(job.id)).read()
     assert [event.message.partition(":")[0] for event in told] == [
         "Training has started.",
         *(f"Step {step}/6" for step in (1, 2, 3, 3, 4, 5, 6, 6)),
@@ -155,27 +148,26 @@ def test_jobs_train_one_after_the_other_and_one_that_fails_stops_no_other(
     progress = JobEvents(data.job(job.id)).progress()
     assert progress is not None
     assert (progress.step, progress.total_steps, progress.seconds_left) == (6, 6, 0)
-    assert progress.trained_tokens > 0
+    assert progress.trained_tokens == result.trained_tokens > 0
 
 
-def test_documents_are_prepared_and_trained(serve: Callable[[], Service], data: DataFolder) -> None:
-    service = serve()
+def test_documents_are_prepared_and_trained(service: Service, data: DataFolder) -> None:
     config = {"prefix_length": 4, "num_questions": 5, "answer_length": 3, "initialization": "text"}
     made = make_job(data, "made", document=DOCUMENT, rows=None, config=config)
     del config["num_questions"], config["answer_length"]
     given = make_job(data, "given", document=DOCUMENT, rows=QUESTIONS, config=config)
     for job in (made, given):
-        assert service.submit(job).result(60).steps == 6
+        assert service.submit(job).result(60)["steps"] == 6
     assert "Preparing questions: 0/5" in messages(data, made)
 
 
 def test_an_error_that_was_not_foreseen_fails(
-    serve: Callable[[], Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch
+    service: Service, data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Any:
         raise KeyError("/secret/path")
 
-    service, job = serve(), make_job(data)
+    job = make_job(data)
     monkeypatch.setattr(TrainLoop, "apply", broken)
     error = failure(service.submit(job))
     assert error.code == "internal_error"
@@ -183,84 +175,74 @@ def test_an_error_that_was_not_foreseen_fails(
     assert messages(data, job)[-1].startswith("The job has failed")
 
 
-def test_what_is_trained_is_kept_whatever_goes_wrong_at_its_end(serve: Callable[[], Service], data: DataFolder) -> None:
-    service, job = serve(), make_job(data)
-    service.on_publish = lambda: [][0]
-    assert isinstance(service.submit(job).exception(30), JobPausedError)
-    service.on_publish = lambda: None
-    assert service.submit(job).result(60).steps == 6
-
-
 # --- leaving ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_paused_job_goes_on_bit_for_bit_where_it_was(serve: Callable[[], Service], data: DataFolder) -> None:
-    service, config = serve(), {"max_steps": 60}
+def test_a_paused_job_goes_on_bit_for_bit_where_it_was(service: Service, data: DataFolder) -> None:
+    config = {"max_steps": 30}
     whole, paused = make_job(data, "whole", config=config), make_job(data, "paused", config=config)
     assert service.submit(whole).result(60)
     future = service.submit(paused)
     wait_until(lambda: service.step(paused) > 2)
-    service.says[paused.id] = "paused"
-    assert is_lost(future)
+    service.queue.says[paused.id] = "paused"
+    assert is_left(future)
     reached = service.step(paused)
-    assert 2 < reached < 60
-    assert f"Training is paused at step {reached}/60." in messages(data, paused)
-    with hold_folder(data.job(paused.id)) as held:
+    assert 2 < reached < 30
+    assert f"Training is paused at step {reached}/30." in messages(data, paused)
+    with data.job(paused.id).hold() as held:
         assert held
-    service.says[paused.id] = "running"
-    assert service.submit(paused).result(60).steps == 60
+    service.queue.says[paused.id] = "running"
+    assert service.submit(paused).result(60)["steps"] == 30
     assert prefix_of(data, paused) == prefix_of(data, whole)
 
 
 @pytest.mark.parametrize("status", ["cancelled", None])
 def test_a_job_that_is_cancelled_or_deleted_is_left(
-    status: JobStatus | None, serve: Callable[[], Service], data: DataFolder
+    status: JobStatus | None, service: Service, data: DataFolder
 ) -> None:
-    service, job = serve(), make_job(data, config=LONG)
+    job = make_job(data, config=LONG)
     future = service.submit(job)
     wait_until(lambda: service.step(job) > 2)
-    service.says[job.id] = status
-    assert is_lost(future)
+    service.queue.says[job.id] = status
+    assert is_left(future)
     assert service.submit(make_job(data, "next")).result(60)
+    # Before its turn it is left without a word.
+    waiting = make_job(data)
+    shutil.rmtree(data.job(waiting.id).inputs)
+    service.queue.says[waiting.id] = status
+    assert is_left(service.submit(waiting))
+    assert messages(data, waiting) == []
 
 
-def test_a_job_that_was_cancelled_before_its_turn_is_left_without_a_word(
-    serve: Callable[[], Service], data: DataFolder
-) -> None:
-    service, job = serve(), make_job(data)
-    shutil.rmtree(data.job(job.id).inputs)
-    service.says[job.id] = "cancelled"
-    assert is_lost(service.submit(job))
-    assert messages(data, job) == []
-
-
-def test_a_claim_that_another_one_followed_is_left(serve: Callable[[], Service], data: DataFolder) -> None:
-    service, job = serve(), make_job(data, config={"max_steps": 300})
+def test_a_claim_that_another_one_followed_is_left(service: Service, data: DataFolder) -> None:
+    job = make_job(data, config={"max_steps": 60})
     first = service.submit(job)
     wait_until(lambda: service.step(job) > 2)
     # Paused and resumed before anybody here noticed.
     second = service.submit(job)
-    assert is_lost(first)
-    assert second.result(60).steps == 300
+    assert is_left(first)
+    assert second.result(60)["steps"] == 60
 
 
-def test_what_is_cancelled_at_its_last_step_is_not_published(serve: Callable[[], Service], data: DataFolder) -> None:
-    service, job = serve(), make_job(data, config={"max_steps": 300})
+def test_what_is_cancelled_at_its_last_step_is_not_published(
+    service: Service, data: DataFolder, tmp_path: Path
+) -> None:
+    job = make_job(data, config={"max_steps": 40})
     future = service.submit(job)
     wait_until(lambda: service.step(job) > 2)
     # Nothing is heard before the end.
-    service.is_away = True
-    wait_until(lambda: service.step(job) == 300)
+    service.queue.is_away = True
+    wait_until(lambda: service.step(job) == 40)
     assert not future.done()
-    service.says[job.id] = "cancelled"
-    service.is_away = False
-    assert is_lost(future)
-    assert service.published == []
+    service.queue.says[job.id] = "cancelled"
+    service.queue.is_away = False
+    assert is_left(future)
+    assert not (tmp_path / "prefixes").exists()
 
 
-def test_a_job_that_another_worker_still_holds_is_waited_for(serve: Callable[[], Service], data: DataFolder) -> None:
-    service, job = serve(), make_job(data)
-    with hold_folder(data.job(job.id)):
+def test_a_job_that_another_worker_still_holds_is_waited_for(service: Service, data: DataFolder) -> None:
+    job = make_job(data)
+    with data.job(job.id).hold():
         future = service.submit(job)
         with pytest.raises(TimeoutError):
             future.result(0.3)
@@ -272,37 +254,35 @@ def test_a_job_that_another_worker_still_holds_is_waited_for(serve: Callable[[],
 
 @pytest.mark.parametrize("place", ["save", "publish"])
 def test_a_full_disk_pauses_and_what_is_trained_is_kept(
-    place: str, serve: Callable[[], Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch
+    place: str, service: Service, data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    service, job = serve(), make_job(data)
+    job = make_job(data)
     with monkeypatch.context() as patch:
-        if place == "save":
-            patch.setattr(TrainLoop, "save", full)
-        service.on_publish = full
-        assert isinstance(service.submit(job).exception(30), JobPausedError)
+        patch.setattr(TrainLoop, "save", full) if place == "save" else patch.setattr(trainer, "publish", full)
+        assert is_left(service.submit(job))
+    assert service.queue.says[job.id] == "paused"
     assert "disk" in messages(data, job)[-1]
-    service.on_publish = lambda: None
-    assert service.submit(job).result(60).steps == 6
+    service.queue.says[job.id] = "running"
+    assert service.submit(job).result(60)["steps"] == 6
 
 
-def test_a_worker_without_the_folder_of_jobs_ends_and_pauses_none(data: DataFolder) -> None:
-    job, never = make_job(data), cast(Any, None)
+def test_a_worker_without_the_folder_of_jobs_ends_and_pauses_none(service: Service, data: DataFolder) -> None:
+    job = make_job(data)
     data.jobs.rename(data.root / "elsewhere")
-    worker = Trainer(data, load=never, publish=never, standing=never)
-    threading.Thread(target=worker.submit, args=(job, "1"), daemon=True).start()
-    with pytest.raises(PrefixError, match="folder of jobs"):
-        worker.work(threading.Event())
+    assert is_left(service.submit(job))
+    assert service.stop.is_set()
+    assert service.trainer.error is not None
+    assert service.queue.says == {}
 
 
-def test_a_job_that_kills_its_worker_each_time_ends(serve: Callable[[], Service], data: DataFolder) -> None:
+def test_a_job_that_kills_its_worker_each_time_ends(service: Service, data: DataFolder) -> None:
     job, good = make_job(data, "deadly"), make_job(data, "good")
     for folder in (data.job(job.id), data.job(good.id)):
         for _ in range(MAX_ATTEMPTS - (folder.root.name == good.id)):
             trainer._count_attempt(folder)
-    service = serve()
     assert failure(service.submit(job)).code == "worker_died"
     # One that gets further is counted from 0 again.
     assert service.submit(good).result(60)

@@ -141,8 +141,8 @@ def test_a_full_disk_leaves_nothing(app: Any, tmp_path: Path, monkeypatch: pytes
 
     target = {
         "open": "prefixtune.utils.files.tempfile.mkdtemp",
-        "write": "prefixtune.jobs.upload.Upload._append",
-        "publish": "prefixtune.jobs.stored_file.os.rename",
+        "write": "prefixtune.jobs.files.shutil.copyfileobj",
+        "publish": "prefixtune.jobs.files.os.rename",
     }[where]
     with monkeypatch.context() as patch:
         patch.setattr(target, fail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 import stat
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from prefixtune.backbone.load import load_backbone, load_tokenizer
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.errors import ConfigError
-from prefixtune.jobs.upload import UPLOAD_FOLDER
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.api.models import _UPLOAD_FOLDER
 from prefixtune.server.app import make_app
@@ -61,9 +61,8 @@ def test_a_model_without_a_limit_of_its_own_is_trained(state: ServerState, monke
     app = make_app(state)
     assert asyncio.run(send(app, "GET", "/v1/models/model")).json["max_model_len"] == DEFAULT_MAX_LENGTH
     assert state.training is not None
-    with state.training.files.open_upload("local", "rows.jsonl", "fine-tune") as upload:
-        upload.write(b'{"prompt": "a", "completion": "b"}\n' * 20)
-        file = upload.finish().id
+    rows = io.BytesIO(b'{"prompt": "a", "completion": "b"}\n' * 20)
+    file = state.training.files.put("local", rows, "rows.jsonl", "fine-tune").id
     body = {"model": "model", "training_file": file}
     created = asyncio.run(send(app, "POST", "/v1/fine_tuning/jobs", body))
     state.close()
@@ -101,7 +100,7 @@ def test_a_socket_file_is_the_users_own_and_replaces_that_of_a_killed_server(tmp
 def test_its_start_removes_what_killed_uploads_left(state: ServerState):
     of_prefix, of_file = Path(state.config.prefixes), Path(state.config.data_folder) / "files" / "owner"
     of_file.mkdir(parents=True)
-    left = [folder / f".{name}.x.tmp" for folder, name in ((of_prefix, _UPLOAD_FOLDER), (of_file, UPLOAD_FOLDER))]
+    left = [folder / f".{name}.x.tmp" for folder, name in ((of_prefix, _UPLOAD_FOLDER), (of_file, "new"))]
     for folder in left:
         folder.mkdir()
         (folder / ".lock").touch()

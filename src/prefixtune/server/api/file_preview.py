@@ -6,23 +6,24 @@ The examples are a sample that was kept when the file was checked, so that the f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi.concurrency import run_in_threadpool
 
+from prefixtune.data.examples import Example
+from prefixtune.data.registry import TASKS
 from prefixtune.errors import PrefixError
+from prefixtune.jobs.files import StoredFile, UnknownFileError
+from prefixtune.jobs.job import new_job_id
+from prefixtune.jobs.request import JobRequest, make_job
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.files import find_file
 from prefixtune.server.api.prompting import tokenize
 from prefixtune.server.responses import not_found
+from prefixtune.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from prefixtune.backbone.backbone import Backbone
-    from prefixtune.data.examples import Example
     from prefixtune.evaluation.data_report import Measures
-    from prefixtune.jobs.files import StoredFile
-    from prefixtune.training.config import TrainConfig
 
 __all__ = ["router"]
 
@@ -33,6 +34,7 @@ _DOCUMENT_CHARS = 100_000
 """Characters of a document that are tokenized; its other tokens are estimated."""
 _MOST_WRITTEN = 50_000
 """Messages that a chat template writes while a sample is measured, for each answer all before it: some two seconds."""
+_NOTHING: dict[str, Any] = {"examples": [], "sampled": 0, "parts": [], "lengths": None, "cuts": ""}
 
 
 @router.get("/v1/files/{file_id}/preview")
@@ -41,37 +43,47 @@ async def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]
 
     Examples, one of them as the model reads it, and the tokens of a sample.
     """
-    from prefixtune.jobs.files import UnknownFileError
-
     stored = await run_in_threadpool(find_file, context, file_id)
     preview = _preview_text if stored.purpose == "document" else _preview_rows
     try:
-        return {"id": stored.id, "object": "file.preview", **await preview(context, stored)}
+        return {"id": stored.id, "object": "file.preview", **_NOTHING, **await preview(context, stored)}
     except UnknownFileError:
         raise not_found("file", file_id) from None
 
 
-# --- examples --------------------------------------------------------------------------------------------------------
+async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
+    """The beginning of a document, and how many tokens it has."""
+    if stored.facts is None:
+        return {}
+
+    def read() -> str:
+        with context.training.files.open(stored.owner, stored.id) as file:
+            return file.read(4 * _DOCUMENT_CHARS).decode("utf-8", "ignore")[:_DOCUMENT_CHARS]
+
+    text = await run_in_threadpool(read)
+    tokens = len(await tokenize(context, lambda: context.state.backbone.encode(text)))
+    total = round(tokens * stored.facts.characters / max(len(text), 1))
+    about = "about " if len(text) < stored.facts.characters else ""
+    return {"examples": [{"source": text[:_MOST_CHARS]}], "cuts": f"It has {about}{total:,} tokens."}
 
 
 async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
-    files = context.training.files
-    sample = await run_in_threadpool(files.sample, stored.owner, stored.id)
-    body = {**_nothing(), "examples": [_shown(example) for example in _spread(sample)]}
+    sample = await run_in_threadpool(context.training.files.sample, stored.owner, stored.id)
+    count = min(len(sample), _MOST_SHOWN)
+    shown = [_shown(sample[index * len(sample) // count]) for index in range(count)]
     if not any(example.targets for example in sample):
-        return body
+        return {"examples": shown}
     # Conversations of a sample may have hundreds of thousands of messages.
     measured = await run_in_threadpool(_measurable, sample)
     if not measured:
-        return {**body, "cuts": "The conversations are too long to be measured here."}
-    backbone = context.state.backbone
+        return {"examples": shown, "cuts": "The conversations are too long to be measured here."}
     try:
         config = await run_in_threadpool(_usual_config, context, stored)
-        measures = await tokenize(context, partial(_measure, config, backbone, measured, stored))
+        measures = await tokenize(context, lambda: _measure(config, context, measured, stored))
     except PrefixError as error:
         # Such as labels of which the sample has only one.
-        return {**body, "cuts": error.message}
-    return {**body, **_measured(measures, len(measured))}
+        return {"examples": shown, "cuts": error.message}
+    return {"examples": shown, **_measured(measures, len(measured))}
 
 
 def _measurable(sample: Sequence[Example]) -> list[Example]:
@@ -94,46 +106,37 @@ def _usual_config(context: RequestContext, stored: StoredFile) -> TrainConfig:
     Raises:
         RequestError: There is none: the file has no targets, or several forms.
     """
-    # Also loads the modules that measure, outside the event loop.
+    # Loads the modules that measure, outside the event loop.
     import prefixtune.evaluation.data_report  # noqa: F401
-    from prefixtune.jobs.job import new_job_id
-    from prefixtune.jobs.request import JobRequest, make_job
-    from prefixtune.training.config import TrainConfig
 
-    state = context.state
-    request = JobRequest(model=state.config.model_id, training_file=stored)
+    request = JobRequest(model=context.state.config.model_id, training_file=stored)
     max_steps = context.caller.rules.max_steps
     job = make_job(request, job_id=new_job_id(), owner=context.caller.name, created=0, max_steps=max_steps)
-    return TrainConfig(**{**job.config, "train": "data", "output": "run", "backbone": state.backbone.name})
+    return TrainConfig(**{**job.config, "train": "data", "output": "run", "backbone": context.state.backbone.name})
 
 
-def _measure(config: TrainConfig, backbone: Backbone, sample: Sequence[Example], stored: StoredFile) -> Measures:
+def _measure(config: TrainConfig, context: RequestContext, sample: Sequence[Example], stored: StoredFile) -> Measures:
     from prefixtune.backbone.load import without_limits
-    from prefixtune.data.registry import TASKS
     from prefixtune.evaluation.data_report import measure_examples
 
     assert stored.facts is not None
-    total, kind = stored.facts.examples, TASKS[stored.facts.task].kind
-    unlimited = without_limits(backbone)
-    return measure_examples(config, sample, kind, backbone, unlimited, max_tokenized=len(sample), num_examples=total)
+    backbone, kind = context.state.backbone, TASKS[stored.facts.task].kind
+    sizes = {"max_tokenized": len(sample), "num_examples": stored.facts.examples}
+    return measure_examples(config, sample, kind, backbone, without_limits(backbone), **sizes)
 
 
 def _measured(measures: Measures, sampled: int) -> dict[str, Any]:
-    whole = measures.lengths[-1]
-    bins = whole.bins
-    limit = measures.limit
-    lengths = {
-        "unit": "tokens",
-        "counts": [count for _, _, count in bins],
-        "edges": [first for first, _, _ in bins] + [bins[-1][1] + 1],
-        "median": whole.median,
-        "longest": whole.longest,
-    }
+    whole, limit = measures.lengths[-1], measures.limit
     return {
         "sampled": sampled,
         "parts": [{"text": part.text[:_MOST_CHARS], "trained": part.is_label} for part in measures.example],
-        "lengths": lengths,
-        "limits": [limit.model_dump()] if limit.positions else [],
+        "lengths": {
+            "unit": "tokens",
+            "counts": [count for _, _, count in whole.bins],
+            "edges": [first for first, _, _ in whole.bins] + [whole.bins[-1][1] + 1],
+            "median": whole.median,
+            "longest": whole.longest,
+        },
         "cuts": _cuts(limit.positions, limit.cut, limit.refused, sampled) if limit.positions else "",
         "steps_per_epoch": measures.steps,
     }
@@ -153,48 +156,10 @@ def _shown(example: Example) -> dict[str, Any]:
     targets = [target[:_MOST_CHARS] for target in example.targets[:3]]
     if not example.messages:
         return {"source": example.source[:_MOST_CHARS], "targets": targets}
-    messages = [
-        {"role": message.role, "content": message.content[:_MOST_CHARS], "trained": message.role == "assistant"}
-        for message in example.messages[:_MOST_MESSAGES]
-    ]
-    answers = [{"role": "assistant", "content": target, "trained": True} for target in targets[:1]]
-    return {"messages": messages if len(messages) < len(example.messages) else messages + answers}
-
-
-def _spread(items: Sequence[Example]) -> list[Example]:
-    """Some of the items, evenly spaced, the first one among them."""
-    count = min(len(items), _MOST_SHOWN)
-    return [items[index * len(items) // count] for index in range(count)]
-
-
-# --- a document ------------------------------------------------------------------------------------------------------
-
-
-async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
-    facts = stored.facts
-    if facts is None:
-        return _nothing()
-    files = context.training.files
-
-    def read() -> str:
-        with files.open(stored.owner, stored.id) as file:
-            return file.read(4 * _DOCUMENT_CHARS).decode("utf-8", "ignore")[:_DOCUMENT_CHARS]
-
-    text = await run_in_threadpool(read)
-    backbone = context.state.backbone
-    tokens = len(await tokenize(context, lambda: backbone.encode(text)))
-    total = round(tokens * facts.characters / max(len(text), 1))
-    about = "about " if len(text) < facts.characters else ""
-    return {**_nothing(), "examples": [{"source": text[:_MOST_CHARS]}], "cuts": f"It has {about}{total:,} tokens."}
-
-
-def _nothing() -> dict[str, Any]:
+    turns: list[tuple[str, str]] = [*example.messages, *(("assistant", target) for target in targets[:1])]
     return {
-        "examples": [],
-        "sampled": 0,
-        "parts": [],
-        "lengths": None,
-        "limits": [],
-        "cuts": "",
-        "steps_per_epoch": None,
+        "messages": [
+            {"role": role, "content": content[:_MOST_CHARS], "trained": role == "assistant"}
+            for role, content in turns[:_MOST_MESSAGES]
+        ]
     }

@@ -5,20 +5,18 @@ Each key sees its own files; an admin key, and everybody where there are no keys
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
+from prefixtune.jobs.files import FileLimits, FileRefusedError, StoredFile, UnknownFileError
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.paging import After, page_of
 from prefixtune.server.api.streaming import file_stream
 from prefixtune.server.responses import ApiError, bad_request, not_found, storage_error
-
-if TYPE_CHECKING:
-    from prefixtune.jobs.files import StoredFile
 
 __all__ = ["find_file", "router"]
 
@@ -26,25 +24,18 @@ __all__ = ["find_file", "router"]
 router = key_router()
 _PATH = "/v1/files/{file_id}"
 _MOST_LISTED = 10_000
-_PIECE = 2**20
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": ["fine-tune", "document"]},
-                    },
-                    "required": ["file", "purpose"],
-                    "additionalProperties": False,
-                }
-            }
-        },
-    }
+_STATUSES = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "too_many_files": 403}
+_PROPERTIES = {
+    "file": {"type": "string", "format": "binary"},
+    "purpose": {"type": "string", "enum": ["fine-tune", "document"]},
 }
+_SCHEMA = {
+    "type": "object",
+    "properties": _PROPERTIES,
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+}
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
 
 
 @router.post("/v1/files", openapi_extra=_FORM)
@@ -70,8 +61,6 @@ async def upload_file(context: TrainingContext) -> dict[str, Any]:
 
 def _store(context: RequestContext, form: FormData) -> StoredFile:
     """Check a form's file and keep it."""
-    from prefixtune.jobs.files import FileLimits, FileRefusedError
-
     if unknown := form.keys() - {"file", "purpose"}:
         raise bad_request(f"{min(unknown)}: unknown field.", min(unknown), "unknown_field")
     file = form.get("file")
@@ -82,16 +71,12 @@ def _store(context: RequestContext, form: FormData) -> StoredFile:
         raise bad_request("'purpose' must be 'fine-tune' or 'document'.", "purpose")
     rules = context.caller.rules
     limits = FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_storage_mib * 2**20)
-    files, name = context.training.files, file.filename or ""
     try:
-        with files.open_upload(context.caller.name, name, purpose, limits=limits) as upload:
-            while piece := file.file.read(_PIECE):
-                upload.write(piece)
-            return upload.finish()
+        return context.training.files.put(context.caller.name, file.file, file.filename or "", purpose, limits)
     except FileRefusedError as error:
-        status = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "stopped": 503}.get(error.code, 403)
         hint = f"{error.hint[:1].upper()}{error.hint[1:]}"
-        raise ApiError(status, f"{error.message} {hint}".rstrip(), code=error.code, param="file") from None
+        message = f"{error.message} {hint}".rstrip()
+        raise ApiError(_STATUSES[error.code], message, code=error.code, param="file") from None
 
 
 @router.get("/v1/files")
@@ -103,7 +88,8 @@ def list_files(
     purpose: str | None = None,
 ) -> dict[str, Any]:
     """The files of the key, the newest first."""
-    files = [file for file in context.training.files.list(_owner(context)) if purpose in (None, file.purpose)]
+    known = context.training.files.list(context.training.whose(context.caller))
+    files = [file for file in known if purpose in (None, file.purpose)]
     return page_of([file_object(file) for file in (files if order == "desc" else reversed(files))], after, limit)
 
 
@@ -116,8 +102,6 @@ def show_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
 @router.get(f"{_PATH}/content", response_class=StreamingResponse)
 def download_file(file_id: str, context: TrainingContext) -> Response:
     """A file's content, as it was uploaded."""
-    from prefixtune.jobs.files import UnknownFileError
-
     stored = find_file(context, file_id)
     try:
         return file_stream(context, context.training.files.open(stored.owner, stored.id), stored.filename)
@@ -131,8 +115,6 @@ def delete_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
 
     Jobs that were made of it go on.
     """
-    from prefixtune.jobs.files import UnknownFileError
-
     stored = find_file(context, file_id)
     try:
         context.training.files.delete(stored.owner, stored.id)
@@ -167,14 +149,7 @@ def find_file(context: RequestContext, file_id: str) -> StoredFile:
     Raises:
         ApiError: There is none.
     """
-    from prefixtune.jobs.files import UnknownFileError
-
     try:
-        return context.training.files.get(_owner(context), file_id)
+        return context.training.files.get(context.training.whose(context.caller), file_id)
     except UnknownFileError:
         raise not_found("file", file_id) from None
-
-
-def _owner(context: RequestContext) -> str | None:
-    """Whose files the caller sees; None: everybody's."""
-    return None if context.training.sees_all(context.caller) else context.caller.name

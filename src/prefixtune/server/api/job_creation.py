@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.distillation.config import SELF
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError, RequestError
-from prefixtune.jobs.folder import JobFolder
-from prefixtune.jobs.inputs import InputName, find_input, has_inputs, make_job_folder, remove_job_folder
+from prefixtune.jobs.files import StoredFile, UnknownFileError
+from prefixtune.jobs.folder import InputName, JobFolder
 from prefixtune.jobs.job import Job, JobState, new_job_id
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
-from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.prefix import read_artifact
 from prefixtune.server.api.endpoint import RequestContext
@@ -27,21 +25,12 @@ from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, forbidden, storage_error, unavailable
 from prefixtune.training.trackers import check_installed
 
-if TYPE_CHECKING:
-    from prefixtune.server.training import Training
-
 __all__ = ["create_job"]
 
 
 _MAX_KEY_LENGTH = 255
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The files of a request, and the prefix that training goes on from."""
-
-    files: Mapping[str, StoredFile]
-    start: Path | None = None
+_Links = Mapping[InputName, tuple[Path, str]]
+"""What a job's folder links to, or has a copy of; see `DataFolder.make_job`."""
 
 
 async def create_job(
@@ -49,7 +38,7 @@ async def create_job(
 ) -> dict[str, Any]:
     """Create the job that a request asks for.
 
-    A request with the header `Idempotency-Key` of an earlier one gets the job of that one.
+    A request that is sent again with the same header `Idempotency-Key` gets the same job.
 
     Args:
         context: Of the request.
@@ -65,16 +54,18 @@ async def create_job(
     training, key = context.training, context.request.headers.get("idempotency-key", "")
     if len(key) > _MAX_KEY_LENGTH:
         raise bad_request(f"the header Idempotency-Key has more than {_MAX_KEY_LENGTH} characters.")
-    job_id = _job_id(context.caller.name, key) if key else new_job_id()
+    job_id = _job_id(context.caller.name, key, body) if key else new_job_id()
 
     def find(queue: JobQueue) -> dict[str, Any] | None:
-        earlier = _find(queue, job_id)
-        return None if earlier is None else view(queue, earlier)
+        try:
+            return view(queue, queue.get(job_id))
+        except RequestError:
+            return None
 
     if key and (found := await training.ask(find)) is not None:
         return found
     _check_trackers(context, body)
-    job, inputs = await run_in_threadpool(_make, context, body, job_id)
+    job, links = await run_in_threadpool(_make, context, body, job_id)
 
     def add(queue: JobQueue) -> dict[str, Any]:
         # One at a time, so that no two requests take the last place.
@@ -82,7 +73,9 @@ async def create_job(
             if key and (found := find(queue)) is not None:
                 return found
             _check_room(context, queue, job)
-            _add(context, queue, job, inputs)
+            _make_folder(context, job, links)
+            # Where the database goes away now, the folder stays: the job may have been queued without an answer.
+            queue.add(job)
         # Here, as nobody may wait for the response any more.
         training.wake()
         context.state.metrics.jobs_created.inc()
@@ -92,17 +85,10 @@ async def create_job(
     return await training.ask(add, changes=not key)
 
 
-def _job_id(owner: str, key: str) -> str:
-    """The same id for the same key of the same owner."""
-    digest = hashlib.sha256(f"{owner}\0{key}".encode("utf-8", "surrogateescape"))
+def _job_id(owner: str, key: str, body: FineTuningRequest) -> str:
+    """The same id for the same request with the same key of the same owner."""
+    digest = hashlib.sha256(f"{owner}\0{key}\0{body.model_dump_json()}".encode("utf-8", "surrogateescape"))
     return f"ftjob-{digest.hexdigest()[:24]}"
-
-
-def _find(queue: JobQueue, job_id: str) -> JobState | None:
-    try:
-        return queue.get(job_id)
-    except RequestError:
-        return None
 
 
 def _check_trackers(context: RequestContext, body: FineTuningRequest) -> None:
@@ -116,7 +102,6 @@ def _check_trackers(context: RequestContext, body: FineTuningRequest) -> None:
         if name not in context.state.config.trackers:
             message = f"jobs of this server may not report to {name!r}; its setting 'trackers' allows that."
             raise bad_request(message, param, "tracker_not_allowed")
-    for param, name in asked.items():
         try:
             check_installed([name])
         except ConfigError:
@@ -158,49 +143,43 @@ def _check_start(context: RequestContext, model: str, header: Mapping[str, Any])
         raise forbidden(message, "not_the_owner")
 
 
-def _find_inputs(context: RequestContext, body: FineTuningRequest, *, has_start: bool) -> _Inputs:
-    """The uploaded files that a request names.
+def _find_files(context: RequestContext, body: FineTuningRequest) -> dict[str, StoredFile]:
+    """The uploaded files that a request names, by field.
 
     Raises:
         ApiError: 404: there is no such file, or it is somebody else's.
     """
-    options, files = body.options, {}
+    training, options = context.training, body.options
     asked = {
         "training_file": body.training_file,
         "validation_file": body.validation_file,
         "prefixtune.document": options.get("document"),
         "prefixtune.questions": None if options.get("questions") == SELF else options.get("questions"),
     }
+    found = {}
     for param, file_id in asked.items():
-        if file_id is None:
-            continue
-        owner = None if context.training.sees_all(context.caller) else context.caller.name
-        try:
-            files[param] = context.training.files.get(owner, file_id)
-        except UnknownFileError:
-            raise _no_file(param, file_id) from None
-    start = path_of(context.training.prefixes, body.model) if has_start else None
-    return _Inputs(files, start)
+        if file_id is not None:
+            try:
+                found[param] = training.files.get(training.whose(context.caller), file_id)
+            except UnknownFileError:
+                raise _no_file(param, file_id) from None
+    return found
 
 
 def _no_file(param: str, file_id: str) -> ApiError:
     return ApiError(404, f"there is no file {file_id[:128]!r}.", param=param, code="file_not_found")
 
 
-# --- the job ----------------------------------------------------------------------------------------------------------
-
-
-def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tuple[Job, _Inputs]:
+def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tuple[Job, _Links]:
     """The job, and what it reads.
 
     Raises:
         ApiError: Something is wrong with the request.
     """
-    start_lengths = _start_lengths(context, body.model)
-    inputs = _find_inputs(context, body, has_start=start_lengths is not None)
-    files, most = inputs.files, context.state.catalog.max_length
-    if (length := body.options.get("prefix_length", 0)) >= most:
-        message = f"prefixtune.prefix_length is {length}, but the model has {most} positions for prefix and text."
+    state, training = context.state, context.training
+    start_lengths, files = _start_lengths(context, body.model), _find_files(context, body)
+    if (length := body.options.get("prefix_length", 0)) >= state.catalog.max_length:
+        message = f"prefixtune.prefix_length is {length}, but the model has {state.catalog.max_length} positions."
         raise bad_request(message, "prefixtune.prefix_length")
     request = JobRequest(
         model=body.model,
@@ -212,18 +191,32 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
         options=body.options,
         integrations=[one.given() for one in body.integrations or ()],
         start_lengths=start_lengths,
-        backbone=context.training.backbone,
-        fingerprint=context.state.backbone.fingerprint,
+        backbone=training.backbone,
+        fingerprint=state.backbone.fingerprint,
         seed=body.seed or 0,
         suffix=body.suffix or "",
         metadata=body.metadata or {},
     )
-    max_steps = context.caller.rules.max_steps
+    owner, max_steps = context.caller.name, context.caller.rules.max_steps
     try:
-        job = make_job(request, job_id=job_id, owner=context.caller.name, created=int(time.time()), max_steps=max_steps)
+        job = make_job(request, job_id=job_id, owner=owner, created=int(time.time()), max_steps=max_steps)
     except JobRefusedError as error:
         raise bad_request(error.message, error.param, error.code) from None
-    return job, inputs
+    ids: dict[InputName, str] = {
+        "document" if job.kind == "document" else "train": job.training_file,
+        "dev": job.validation_file,
+        "questions": job.questions_file,
+    }
+    known = {file.id: file for file in files.values()}
+    links: dict[InputName, tuple[Path, str]] = {
+        name: (training.files.path(known[file_id].owner, file_id), known[file_id].ending)
+        for name, file_id in ids.items()
+        if file_id
+    }
+    if start_lengths is not None:
+        start = path_of(training.prefixes, body.model)
+        links["start"] = (start, f".{start.name}")
+    return job, links
 
 
 def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
@@ -234,71 +227,42 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
         PrefixError: The folder of prefixes cannot be read.
     """
     limits, store, unfinished = context.caller.rules, context.state.store, queue.unfinished()
-    own = [one for one in unfinished if one.owner == job.owner and one.id != job.id]
-    if len(own) >= limits.max_jobs:
+    own = sum(one.owner == job.owner for one in unfinished)
+    if own >= limits.max_jobs:
         message = (
-            f"{len(own)} jobs of this key wait, run or are paused, of at most {limits.max_jobs} (max_jobs); "
+            f"{own} jobs of this key wait, run or are paused, of at most {limits.max_jobs} (max_jobs); "
             "cancel one, or wait until one ends."
         )
         # A place is free when a job has ended, which takes longer than clients wait by themselves.
         raise ApiError(429, message, code="too_many_jobs", headers={"x-should-retry": "false"})
     # After the jobs: the result of one that has just ended is then seen, also if another server's worker made it.
-    origins = store.origins().values()
-    kept = sum(origin.owner == job.owner and origin.step is None for origin in origins)
-    if kept + len(own) >= limits.max_prefixes:
-        message = f"this key keeps {kept} results and has {len(own)} jobs, which is its limit (max_prefixes)."
+    kept = sum(origin.owner == job.owner and origin.step is None for origin in store.origins().values())
+    if kept + own >= limits.max_prefixes:
+        message = f"this key keeps {kept} results and has {own} jobs, which is its limit (max_prefixes)."
         raise bad_request(message, code="too_many_prefixes", hint="delete a model that is not needed.")
     is_taken = job.name == context.state.config.model_id or job.name in store
-    if is_taken or any(one.name == job.name and one.id != job.id for one in unfinished):
-        raise _name_taken(job)
+    if is_taken or any(one.name == job.name for one in unfinished):
+        param = "prefixtune.name" if "name" in job.extension else "suffix"
+        raise bad_request(f"the name {job.name!r} is taken.", param, "name_taken", hint="choose another one.")
 
 
-def _name_taken(job: Job) -> ApiError:
-    param = "prefixtune.name" if "name" in job.extension else "suffix"
-    return bad_request(f"the name {job.name!r} is taken.", param, "name_taken", hint="choose another one.")
-
-
-def _add(context: RequestContext, queue: JobQueue, job: Job, inputs: _Inputs) -> None:
-    """Make the job's folder, and queue it.
-
-    Raises:
-        ApiError: Its files or its name are gone.
-        QueueUnavailableError: The database is away.
-    """
-    training = context.training
-    try:
-        _make_folder(context, job, _links(training, job, inputs))
-    except (FileNotFoundError, UnknownFileError):
-        raise _no_file("training_file", job.training_file) from None
-    except PrefixError as error:
-        raise storage_error(error, "the data folder") from None
-    # Where the database goes away now, the folder stays: the job may have been queued without an answer.
-    try:
-        queue.add(job)
-    except RequestError:
-        # With a key, another server may have queued the same job.
-        if not context.request.headers.get("idempotency-key"):
-            remove_job_folder(training.folder, job.id)
-        raise _name_taken(job) from None
-
-
-def _make_folder(context: RequestContext, job: Job, links: Mapping[InputName, tuple[Path, str]]) -> None:
+def _make_folder(context: RequestContext, job: Job, links: _Links) -> None:
     """Make the job's folder, or take the one that an earlier request with the same key has made.
 
     Raises:
-        ApiError: That one asked for another job; or the prefix to go on from was replaced by somebody else's.
-        FileNotFoundError: A file is gone.
-        PrefixError: The folder cannot be written.
+        ApiError: A file is gone, the disk refuses, or the prefix to go on from was replaced by somebody else's.
     """
-    data = context.training.folder
     try:
-        make_job_folder(data, job.id, links, check=partial(_check_copy, context, job))
-    except FileExistsError:
-        folder = data.job(job.id)
+        folder = context.training.folder.make_job(job.id, links)
+    except PrefixError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise _no_file("training_file", job.training_file) from None
+        raise storage_error(error, "the data folder") from None
+    try:
         _check_copy(context, job, folder)
-        if not has_inputs(folder, links):
-            message = "the header Idempotency-Key is that of an earlier request, which asked for another job."
-            raise bad_request(message, code="idempotency_key_reused", hint="use a new key.") from None
+    except ApiError:
+        shutil.rmtree(folder.root, ignore_errors=True)
+        raise
 
 
 def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
@@ -307,12 +271,10 @@ def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
     Raises:
         ApiError: The caller may not have it, or it is broken or was replaced.
     """
-    start = find_input(folder, "start")
+    start = folder.find_input("start")
     if start is None:
         return
-    replaced = unavailable(
-        f"the file of {job.model!r} was replaced or is broken; try again later.", "busy", retry_after=5
-    )
+    replaced = unavailable(f"the file of {job.model!r} was replaced or is broken; try again.", "busy", retry_after=5)
     try:
         # All of it: its checksum shows whether somebody wrote to the file while it was copied.
         header = read_artifact(start).header
@@ -324,22 +286,3 @@ def _check_copy(context: RequestContext, job: Job, folder: JobFolder) -> None:
     if asked != {site: str(length) for site, length in header["prefix_length"].items()}:
         # Of another length than the file that the job was made for: training would fail.
         raise replaced
-
-
-def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tuple[Path, str]]:
-    """What the job's folder links to, or has a copy of.
-
-    Raises:
-        UnknownFileError: A file was deleted meanwhile.
-    """
-    is_document = job.kind == "document"
-    ids: dict[InputName, str] = {
-        "document" if is_document else "train": job.training_file,
-        "dev": job.validation_file,
-        "questions": job.questions_file,
-    }
-    stored = {file.id: file for file in inputs.files.values()}
-    found = {name: stored[file_id] for name, file_id in ids.items() if file_id}
-    links = {name: (training.files.path(file.owner, file.id), file.ending) for name, file in found.items()}
-    # With its name: a later request with the same key may ask for another one.
-    return links | ({"start": (inputs.start, f".{inputs.start.name}")} if inputs.start is not None else {})
