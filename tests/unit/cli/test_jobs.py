@@ -243,7 +243,7 @@ def test_follow_says_what_became_of_it(status: str, jobs: Jobs, server: FakeServ
         as_error(429, "too many"),
         (500, {}, b"<html>"),
         as_json([]),
-        as_json({**JOB, "status": [7]}),
+        as_json({**JOB, "status": None}),
         (200, {}, b"[" * 200_000),
         (302, {"Location": "http://elsewhere/"}, b""),
     ],

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 
 from prefixtune.cli.common import print_event, print_json
-from prefixtune.cli.jobs_client import Event, FileView, JobsClient, JobView
+from prefixtune.cli.jobs_client import JOBS, JobsClient
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import RequestError
 from prefixtune.utils.config import TextList, option_group
@@ -26,6 +26,7 @@ __all__ = ["jobs"]
 _KEY, _OTHER_KEY, _OTHER_URL = "PREFIXTUNE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"
 _FOLLOW_SECONDS, _ASK_SECONDS = 120.0, 5.0
 """How long a server that is away is waited for."""
+_LOSSES = {"train_loss": "loss", "valid_loss": "validation_loss"}
 _FILE_ID = re.compile(r"file-[A-Za-z0-9]+")
 
 _server, _training = option_group("server"), option_group("create")
@@ -107,21 +108,22 @@ def _run(client: JobsClient, options: JobsOptions) -> int:
     console, what = Console(quiet=options.quiet), options.what
     match options.action:
         case "list":
-            found = client.jobs(options.limit)
-            rows = [[job.id, _status(job), job.name, job.model, _time(job.created_at)] for job in found]
+            found = client.list(JOBS, limit=options.limit)
+            rows = [[job["id"], _status(job), _name(job), job.get("model"), _time(job)] for job in found]
             return _show_list(console, options, "jobs", found, ["job", "status", "name", "model", "created"], rows)
         case "files":
-            files = client.files(options.limit)
-            rows = [[one.id, one.filename, one.purpose, str(one.bytes), _time(one.created_at)] for one in files]
-            return _show_list(console, options, "files", files, ["file", "name", "purpose", "bytes", "created"], rows)
+            found = client.list("/files", limit=options.limit)
+            columns = ["file", "name", "purpose", "bytes", "created"]
+            rows = [[*(one.get(name) for name in ("id", "filename", "purpose", "bytes")), _time(one)] for one in found]
+            return _show_list(console, options, "files", found, columns, rows)
         case "upload":
             file = _upload(console, client, what, _purpose(options))
-            print_json(file.model_dump(mode="json")) if options.as_json else print(safe_text(file.id))
-            if file.status == "error":
-                console.error(f"it cannot be trained on: {_line(file.status_details)}")
-            return 1 if file.status == "error" else 0
+            print_json(file) if options.as_json else print(safe_text(str(file["id"])))
+            if is_wrong := file.get("status") == "error":
+                console.error(f"it cannot be trained on: {_line(file.get('status_details'))}")
+            return int(is_wrong)
         case "delete":
-            client.delete("files" if _FILE_ID.fullmatch(what) else "models", what)
+            client.delete("/files" if _FILE_ID.fullmatch(what) else "/models", what)
             print_json({"id": what, "deleted": True}) if options.as_json else console.info(f"{what} is deleted")
             return 0
         case "follow":
@@ -129,17 +131,18 @@ def _run(client: JobsClient, options: JobsOptions) -> int:
         case "create":
             job = _create(console, client, options)
         case "cancel" | "pause" | "resume" as action:
-            job = client.change(what, action)
+            job = client.job(what, action)
         case _:
             job = client.job(what)
     if options.follow:
-        return _follow(console, client, options, job.id)
+        return _follow(console, client, options, job["id"])
     if options.as_json:
-        print_json(job.model_dump(mode="json"))
+        print_json(job)
     else:
-        facts = {"job": job.id, "status": _status(job), "name": job.name, "model": job.model}
-        facts |= {"created": _time(job.created_at), "error": _line((job.error or {}).get("message"))}
-        console.table("", ["", ""], [[name, value] for name, value in facts.items() if value], result=True)
+        facts = {"job": job["id"], "status": _status(job), "name": _name(job), "model": job.get("model")}
+        facts |= {"created": _time(job), "error": _line((job.get("error") or {}).get("message"))}
+        shown = [[name, str(value)] for name, value in facts.items() if value]
+        console.table("", ["", ""], shown, result=True)
     return 0
 
 
@@ -153,12 +156,12 @@ def _purpose(options: JobsOptions) -> str:
     return "document" if options.document else "fine-tune"
 
 
-def _upload(console: Console, client: JobsClient, file: str, purpose: str) -> FileView:
+def _upload(console: Console, client: JobsClient, file: str, purpose: str) -> dict[str, Any]:
     console.info(f"uploading {file} ...")
     return client.upload(expand_home(file), purpose)
 
 
-def _create(console: Console, client: JobsClient, options: JobsOptions) -> JobView:
+def _create(console: Console, client: JobsClient, options: JobsOptions) -> dict[str, Any]:
     """Upload what is not on the server, and ask for a training.
 
     Raises:
@@ -169,11 +172,11 @@ def _create(console: Console, client: JobsClient, options: JobsOptions) -> JobVi
         if _FILE_ID.fullmatch(file) and not Path(file).exists():
             return file
         uploaded = _upload(console, client, file, purpose)
-        if uploaded.status == "error":
-            raise RequestError(f"{file} cannot be trained on: {_line(uploaded.status_details)}")
+        if uploaded.get("status") == "error":
+            raise RequestError(f"{file} cannot be trained on: {_line(uploaded.get('status_details'))}")
         # A job that is refused need not upload it again.
-        console.info(f"uploaded as {uploaded.id}, which can be given instead of the file")
-        return uploaded.id
+        console.info(f"uploaded as {uploaded['id']}, which can be given instead of the file")
+        return str(uploaded["id"])
 
     request: dict[str, Any] = {"model": options.model or client.bare_model()}
     request["training_file"] = file_id(options.what, _purpose(options))
@@ -208,56 +211,58 @@ def _follow(console: Console, client: JobsClient, options: JobsOptions, job_id: 
     with contextlib.ExitStack() as stack:
         on_step: Callable[..., None] | None = None
 
-        def show(event: Event) -> None:
+        def show(event: dict[str, Any]) -> None:
             nonlocal on_step
-            data = event.data or {}
+            data = event.get("data") or {}
             if options.as_json:
-                print_event(event.model_dump(mode="json"))
-            elif event.type == "metrics" and isinstance(data.get("step"), int):
+                print_event(event)
+            elif isinstance(data.get("step"), int):
                 if on_step is None:
                     on_step = stack.enter_context(console.progress("training", data.get("total_steps"))).update
-                on_step(data["step"], **_figures(data))
+                on_step(data["step"], **{_LOSSES[name]: data[name] for name in _LOSSES.keys() & data.keys()})
             else:
-                (console.error if event.level == "error" else console.info)(_line(event.message))
+                say = console.error if event.get("level") == "error" else console.info
+                say(_line(event.get("message")))
 
         job = client.follow(job_id, show)
+    status = job["status"]
     if options.as_json:
-        print_event(job.model_dump(mode="json"))
-    elif job.status == "succeeded":
-        print(safe_text(job.name))
+        print_event(job)
+    elif status == "succeeded":
+        print(safe_text(_name(job)))
     else:
-        hint = "`prefixtune jobs resume ID --follow` goes on." if job.status == "paused" else ""
-        console.error(f"{job.id} is {job.status}: {_line((job.error or {}).get('message'))}", hint)
-    return 0 if job.status == "succeeded" else 1
-
-
-def _figures(data: dict[str, Any]) -> dict[str, float]:
-    names = {"train_loss": "loss", "valid_loss": "validation_loss"}
-    return {shown: float(value) for name, shown in names.items() if isinstance(value := data.get(name), int | float)}
+        hint = "`prefixtune jobs resume ID --follow` goes on." if status == "paused" else ""
+        console.error(f"{job['id']} is {status}: {_line((job.get('error') or {}).get('message'))}", hint)
+    return 0 if status == "succeeded" else 1
 
 
 def _show_list(
     console: Console,
     options: JobsOptions,
     name: str,
-    found: Sequence[BaseModel],
+    found: Sequence[dict[str, Any]],
     columns: list[str],
-    rows: list[list[str]],
+    rows: Sequence[Sequence[object]],
 ) -> int:
     if options.as_json:
-        print_json({name: [one.model_dump(mode="json") for one in found]})
+        print_json({name: found})
     else:
-        console.table("", columns, rows, result=True)
+        console.table("", columns, [[str(cell) for cell in row] for row in rows], result=True)
     return 0
 
 
-def _status(job: JobView) -> str:
+def _name(job: dict[str, Any]) -> str:
+    """What the result is, or will be, served as; empty: the server does not say."""
+    return str(job.get("fine_tuned_model") or (job.get("prefixtune") or {}).get("name") or "")
+
+
+def _status(job: dict[str, Any]) -> str:
     """Where a job stands, and how far it is."""
-    progress = job.prefixtune.get("progress")
-    step, total = (progress.get("step"), progress.get("total_steps")) if isinstance(progress, dict) else (None, None)
-    if job.status == "running" and isinstance(step, int) and isinstance(total, int) and total > 0:
-        return f"{job.status}, {100 * step // total} %"
-    return job.status
+    progress = (job.get("prefixtune") or {}).get("progress") or {}
+    step, total = progress.get("step"), progress.get("total_steps")
+    if job.get("status") == "running" and isinstance(step, int) and isinstance(total, int) and total > 0:
+        return f"running, {100 * step // total} %"
+    return str(job.get("status"))
 
 
 def _line(text: object) -> str:
@@ -265,6 +270,6 @@ def _line(text: object) -> str:
     return " ".join(safe_text(str(text or "")[:2_000]).split())
 
 
-def _time(seconds: int) -> str:
-    """A time in seconds since 1970, as it is here."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+def _time(thing: dict[str, Any]) -> str:
+    """When something was made, as it is here."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(thing.get("created_at") or 0)))
