@@ -50,6 +50,9 @@ _WAIT_SECONDS = 0.1
 _ASK_SECONDS, _AWAY_SECONDS = 0.5, 3.0
 """Between two questions to the database, and after one that it did not answer."""
 _LONGEST = 1000
+_MOST_POSITIONS = 1024
+"""That are computed at once on a processor, so that memory does not grow with `batch_size`: 1.2 MiB a token for
+SmolLM2-135M in bfloat16 (docs/LOG.md)."""
 _log = logging.getLogger("prefixtune.jobs")
 
 
@@ -169,6 +172,8 @@ class _Claim:
     def _take_steps(self, run: Run) -> None:
         """All steps that are left; or, if the job is stopped, this one: then its state is saved."""
         loop, leave = run.loop, threading.Event()
+        if self.trainer.backbone.device.type == "cpu":
+            loop.most_positions = _MOST_POSITIONS
         reporter, begun_at = Reporter(self.job, self.folder, run, self.events), loop.state.step
         _note("job_opened", job=self.job.id, step=begun_at, steps=loop.state.total_steps)
         for event in loop.run(leave):
@@ -211,10 +216,13 @@ class _Claim:
             self._check_folders()
             return work()
         except Exception as error:
-            foreseen = isinstance(error, PrefixError | JobFailedError | JobPausedError | OSError)
-            if not (foreseen or is_out_of_memory(error)):
+            reason = _pause_reason(error)
+            if not isinstance(error, PrefixError | JobFailedError | JobPausedError | OSError):
                 _log.error("job_error", extra={"fields": {"job": self.job.id}}, exc_info=error)
-            if reason := _pause_reason(error):
+                if work == self.publish:
+                    # No fault of the job, and what one that fails has trained is removed.
+                    reason = "the new model could not be stored, for a reason that the service's log has"
+            if reason:
                 _note("job_paused", logging.WARNING, job=self.job.id, reason=str(error))
                 message = f"The job is paused: {reason}. Resume it when that has changed."
                 self.tell(message, level="warn")

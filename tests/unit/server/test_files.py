@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_nothing(app: Any, tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
 
     target = {
-        "open": "prefixtune.utils.files.tempfile.mkdtemp",
+        "open": "prefixtune.jobs.files.work_folder",
         "write": "prefixtune.jobs.files.shutil.copyfileobj",
         "publish": "prefixtune.jobs.files.os.rename",
     }[where]
