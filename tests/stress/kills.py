@@ -29,8 +29,6 @@ ENDED = ("succeeded", "failed", "cancelled")
 _LETTERS = "abcdefghijklmnop"
 _END_SECONDS, _TIDY_SECONDS = 300.0, 30.0
 """Time for the jobs that are left after the last kill, and for workers to tidy up."""
-_CLOSE = 1e-3
-"""Of jobs that trained in company, the largest difference from one that trained alone: sums are rounded otherwise."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +258,8 @@ class Kills:
     def _leftovers(self) -> Iterator[str]:
         for root in (self.service.prefixes, self.service.data):
             for path in sorted(root.rglob("*")):
-                # A job's lock is a file of its folder, and nobody holds it.
-                if path.name == ".lock" and path.parent.parent.name == "jobs":
+                # The locks of jobs and workers stay, and nobody holds them.
+                if path.parent.name == "workers" or (path.name == ".lock" and path.parent.parent.name == "jobs"):
                     continue
                 if path.name.startswith(".") or path.suffix in (".lock", ".tmp"):
                     yield str(path.relative_to(self.folder))
@@ -274,8 +272,6 @@ def differences(outcome: Outcome, plan: Plan, results: Path, reference: Path) ->
         name = request["prefixtune"]["name"]
         if job["status"] == "succeeded":
             ours, theirs = (read_artifact(path_of(folder, name)) for folder in (results, reference))
-            pairs = zip(ours.tensors(), theirs.tensors(), strict=True)
-            worst = max(float((mine - other).abs().max()) for mine, other in pairs)
-            if worst > _CLOSE:
-                found.append(f"{name} differs by {worst:.2g} from what it is without a kill")
+            if not ours.equal(theirs):
+                found.append(f"{name} is not what it is without a kill")
     return found

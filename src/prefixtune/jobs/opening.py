@@ -50,8 +50,8 @@ def check_job(job: Job, folder: JobFolder, backbone: Backbone) -> TrainConfig:
         values.setdefault("run_name", job.name)
     if job.kind == "document":
         questions = folder.find_input("questions")
-        files = {"document": str(_needed(folder, "document")), "questions": str(questions or SELF)}
-        return DistillConfig(**values, **files)
+        values |= {"document": str(_needed(folder, "document")), "questions": str(questions or SELF)}
+        return DistillConfig(**values)
     if dev := folder.find_input("dev"):
         values["dev"] = str(dev)
     return TrainConfig(**values, train=str(_needed(folder, "train")))

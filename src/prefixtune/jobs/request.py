@@ -369,7 +369,7 @@ def _tracking(request: JobRequest, job_id: str) -> dict[str, Any]:
 
 def _validate(request: JobRequest, values: Mapping[str, Any]) -> TrainConfig:
     """The configuration that the worker will have, with other paths; refuses values that do not go together."""
-    paths = {"output": "run", "init_prefix": "start" if request.start_lengths is not None else ""}
+    paths: dict[str, Any] = {"output": "run", "init_prefix": "start" if request.start_lengths is not None else ""}
     try:
         config: TrainConfig
         if request.is_document:
