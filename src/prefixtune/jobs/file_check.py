@@ -236,7 +236,8 @@ class _Counter:
         if self._form is None:
             readings = " or ".join(f"{form.title} ({form.name})" for form in self._forms)
             summary = f"{filename}: rows of {readings}: a job must name the form"
-            return FileFacts(summary=summary, forms=names, rows=self._rows, columns=columns)
+            known: dict[str, Any] = {"summary": summary, "forms": names, "rows": self._rows, "columns": columns}
+            return FileFacts(**known)
         first = self.sample[0] if self.sample else Example("")
         return FileFacts(
             summary=describe_counts(self._form, self._examples, self._targets, Path(filename), self._columns),

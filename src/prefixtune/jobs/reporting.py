@@ -8,8 +8,8 @@ from prefixtune.jobs.checkpoints import keep_checkpoint
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import Job
-from prefixtune.training.run_folder import Event
 from prefixtune.training.run import Run
+from prefixtune.training.run_folder import Event
 
 _MOST_STEPS_TOLD = 2000
 """Of a longer run, every second step is an event, or every third ..."""

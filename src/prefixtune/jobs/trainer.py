@@ -38,6 +38,7 @@ from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, Standing
 from prefixtune.jobs.reporting import Reporter
 from prefixtune.prefix.folder import FolderBusyError
 from prefixtune.training.run import Run
+from prefixtune.training.run_folder import Event
 from prefixtune.utils.files import write_text
 
 Step = Callable[[str, Callable[[], Any]], Any]
@@ -176,8 +177,8 @@ class _Claim:
             loop.most_positions = _MOST_POSITIONS
         reporter, begun_at = Reporter(self.job, self.folder, run, self.events), loop.state.step
         _note("job_opened", job=self.job.id, step=begun_at, steps=loop.state.total_steps)
-        for event in loop.run(leave):
-            run.record(event)
+
+        def on_event(event: Event) -> None:
             reporter.report(event)
             if event["event"] == "save" and event["step"] > begun_at:
                 _forget_attempts(self.folder)
@@ -185,12 +186,15 @@ class _Claim:
                 self.ask()
             except LeftError:
                 leave.set()
-        if not loop.ended:
+
+        try:
+            run.train(leave, on_event)
+        except KeyboardInterrupt:
             reporter.leave()
             if self.status in ("paused", "cancelled"):
                 message = f"Training is {self.status} at step {loop.state.step}/{loop.state.total_steps}."
                 self.tell(message, key="cancelled" if self.status == "cancelled" else "")
-            raise LeftError
+            raise LeftError from None
 
     def publish(self) -> dict[str, Any]:
         """Publish what was trained; returns the job's result."""

@@ -212,7 +212,7 @@ FileStore(DataFolder(Path(sys.argv[1]))).put("ann", io.BytesIO(b"row"), "a.jsonl
 
 def test_what_a_killed_upload_left_is_removed_at_the_next_start(folder: DataFolder, store: FileStore, put: Put) -> None:
     child = start_child(_CHILD, folder.root)
-    assert len(names(folder)) == 1
+    assert names(folder) != []
     assert store.clear() == 0
     kill(child)
     assert store.list("ann") == []

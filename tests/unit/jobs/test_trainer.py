@@ -19,8 +19,8 @@ from prefixtune.jobs.job import Job, JobFailedError, JobResult, JobStatus
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, Standing
 from prefixtune.jobs.trainer import MAX_ATTEMPTS, LeftError, Trainer
 from prefixtune.prefix.prefix import read_artifact
-from prefixtune.training.run_folder import PREFIX_FILE, STATE_FILE
 from prefixtune.training.loop import TrainLoop
+from prefixtune.training.run_folder import PREFIX_FILE, STATE_FILE
 from small_document import DOCUMENT
 from small_document import ROWS as QUESTIONS
 from training_jobs import ROWS, make_job, wait_until

@@ -18,7 +18,7 @@ from prefixtune.cli.main import main
 from prefixtune.server import training_worker
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
-from prefixtune.server.training_worker import RestartPauses, TrainingWorker, start_worker
+from prefixtune.server.training_worker import TrainingWorker, start_worker
 
 # A worker that notes its start, and lives as long as its parent.
 LIVING = """
@@ -58,7 +58,7 @@ class Supervised:
 def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervised]:
     made = Supervised(tmp_path)
     monkeypatch.setattr(training_worker, "log", lambda event, **fields: made.logged.append((event, fields)))
-    monkeypatch.setattr(RestartPauses, "SHORTEST", 0.02)
+    monkeypatch.setattr(training_worker, "_SHORTEST", 0.02)
     yield made
     for worker in made.workers:
         worker.stop(0.0)
