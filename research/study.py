@@ -198,8 +198,9 @@ def _train_and_score(study: Study, cell: Cell, folder: Path) -> None:
         text_format=text_format,
         config={**task.decoding, **study.decoding},
         protocol=task.protocol,
-        metrics=task.metrics,
-        intervals=True,
+        kind=task.kind,
+        metrics=task.metrics if task.kind == "generation" else None,
+        intervals=task.kind == "generation",
     )
     facts |= {"data": study.test, "method": config.method if trains else "none", "backbone": config.backbone}
     write_evaluation(folder, outcome, examples, protocol=task.protocol, **facts)

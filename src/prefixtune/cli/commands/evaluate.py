@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 _FOR_MODELS = ("prefix", "run_folder", "shots", "instruction", "backbone")
-_FOR_OUTPUTS = ("against", "protocol")
+_FOR_OUTPUTS = ("against", "protocol", "samples")
 
 
 def _named(metavar: str, description: str, default: Any = None, **extra: str) -> Any:
@@ -82,7 +82,7 @@ class EvaluateOptions(DecodingOptions, OutputOptions):
             )
         if bool(self.shots) != bool(self.train):
             yield ("shots", "train"), "--shots N shows examples of --train FILE: give both, or neither"
-        given = [name for name in (_FOR_MODELS if self.outputs else _FOR_OUTPUTS) if getattr(self, name)]
+        given = [name for name in (_FOR_MODELS if self.outputs else _FOR_OUTPUTS) if name in self.model_fields_set]
         if given:
             listed = ", ".join(map(self.flag, given))
             yield tuple(given), f"{listed} {'cannot go with' if self.outputs else 'needs'} --outputs FILE"

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, Unavailable, compute, measure
+from prefixtune.evaluation.metrics import PROTOCOLS, Unavailable, compute, measure
 from prefixtune.evaluation.metrics.java import treebank_words
 from prefixtune.evaluation.metrics.meteor import meteor_statistics
 
@@ -159,32 +159,12 @@ def test_scores_do_not_depend_on_the_order_of_items_and_references(items: list[t
 
 
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))
-def test_a_perfect_output_has_the_best_score(protocol: str):
-    texts = ["The small red train leaves at five.", "Nobody knows when it comes back again."]
-    made = compute(
-        texts, [["Another text altogether.", text] for text in texts], protocol=protocol, metrics=PYTHON_ONLY
-    )
-    best = {"bleu": 100, "bleu_sound": 100, "rouge_1": 1, "rouge_2": 1, "chrf": 100, "ter": 0}
-    assert {name: made[name].score for name in best} == pytest.approx(best)
-    assert [made[name].higher_is_better for name in PYTHON_ONLY] == [name != "ter" for name in PYTHON_ONLY]
-
-
-@pytest.mark.parametrize("protocol", list(PROTOCOLS))
 def test_empty_outputs_score_nothing(protocol: str):
     made = compute(["", " "], [["a b c d"], ["e f g h"]], protocol=protocol, metrics=PYTHON_ONLY)
     assert {name: score.score for name, score in made.items()} == {name: int(name == "ter") for name in PYTHON_ONLY}
 
 
 # --- protocols -------------------------------------------------------------------------------------------------------
-
-
-def test_protocols_prepare_texts_as_their_scripts_do():
-    assert PROTOCOLS["webnlg"].prepare("Adolfo Suárez–Madrid's 4.5%") == "adolfo suarez - madrid ' s 4 . 5 %"
-    assert PROTOCOLS["dart"].prepare("Piñero's five-o") == "piñero ' s five - o"
-    # Prepared once or twice is the same, though the small form of this letter is two characters.
-    assert PROTOCOLS["dart"].prepare("İzmir-x") == PROTOCOLS["dart"].prepare("i\u0307zmir - x") == "i\u0307zmir - x"
-    assert PROTOCOLS["plain"].prepare(" One\n\ttwo\u2028Three ") == "One two Three"
-    assert PROTOCOLS["e2e"].prepare("Café £20.") == "Café £20."
 
 
 def test_case_counts_under_plain_alone():
@@ -199,19 +179,6 @@ def test_only_three_references_count_in_webnlg_and_dart():
     assert one("bleu", ["a b c d"], references, "e2e") == pytest.approx(100)
     assert one("bleu", ["a b c d"], references, "webnlg") == 0
     assert one("ter", ["a b c d"], references, "dart") == 4
-
-
-def test_every_protocol_names_known_metrics_and_every_score_its_protocol():
-    for protocol in PROTOCOLS.values():
-        assert set(protocol.metrics) <= set(METRICS)
-        for score in compute(["a b"], [["a b"]], protocol=protocol.name, metrics=PYTHON_ONLY).values():
-            assert score.implementation.endswith(f"protocol {protocol.name}")
-            assert any(name in score.implementation for name in ("sacrebleu", "rouge-score"))
-
-
-def test_scores_come_in_the_order_asked_for_and_once():
-    assert list(compute(["a"], [["a"]], metrics=["ter", "bleu", "ter"])) == ["ter", "bleu"]
-    assert list(compute(["a"], [["a"]])) == ["bleu", "chrf", "ter"]
 
 
 # --- misuse and what is missing --------------------------------------------------------------------------------------
