@@ -49,10 +49,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values, of which empty ones are left out; with `what`, the main figure of each system."""
+    """Names with their values, of which empty ones are left out."""
 
-    items: Sequence[tuple[str, str | Value]]
-    what: str = ""
+    items: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
