@@ -80,10 +80,13 @@ class Server:
         self._signal(signal.SIGSTOP)
 
     def _is_ready(self) -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            connection.request("GET", "/v1/models")
-            return connection.getresponse().status == http.HTTPStatus.OK
+        """By the path of vLLM and llama.cpp, or by ours."""
+        for path in ("/health", "/readyz"):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("GET", path)
+                if connection.getresponse().status == http.HTTPStatus.OK:
+                    return True
         return False
 
     def complete(self, bodies: Sequence[Mapping[str, Any]]) -> Done:
