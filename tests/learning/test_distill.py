@@ -339,25 +339,3 @@ def test_nothing_is_written_where_one_of_several_documents_does_not_fit(
     with pytest.raises(DataError, match="have no room"):
         quiet(tiny_backbone("llama", max_position_embeddings=256), **own)
     assert not Path(options["output"]).exists()
-
-
-def test_a_text_that_nearly_fills_the_window_is_a_start(
-    tiny_backbone: Callable[..., Any], options: dict[str, Any], tmp_path: Path
-) -> None:
-    path = tmp_path / "long.txt"
-    path.write_text("The Owl goes on. " * 15)
-    backbone = tiny_backbone("llama", max_position_embeddings=254)
-    (result,) = quiet(backbone, **{**options, "document": str(path), "initialization": "text", "max_steps": 1})
-    assert result.prefix.length() == 8
-
-
-def test_a_document_whose_folder_holds_a_run_is_refused_before_anything_is_made(
-    backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
-) -> None:
-    own = two_documents(options, write_rows, tmp_path)
-    folder = Path(options["output"]) / "owl"
-    folder.mkdir(parents=True)
-    (folder / "prefix.safetensors").write_bytes(b"")
-    with pytest.raises(ConfigError, match="owl' already holds a run"):
-        quiet(backbone, **own)
-    assert not (folder.parent / "distill.toml").exists()

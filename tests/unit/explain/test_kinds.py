@@ -39,14 +39,13 @@ def shown(views: list[View]) -> None:
     ("family", "header", "left_out"),
     [
         ("bart", WORDS, {}),
-        ("t5", WORDS, {}),
         ("llama", {**WORDS, **LABEL_WORDS}, {}),
         ("jamba", WORDS, {}),  # takes padded rows only
         ("gemma3n_text", WORDS, {}),  # layers that share keys and values
         ("bert", {**WORDS, **HEAD}, {"description": "trained head"}),
         ("deberta-v2", {**WORDS, **HEAD}, {"description": "trained head", "attention": "computes its weights itself"}),
     ],
-    ids=["bart", "t5", "words", "padded", "shared", "head", "disentangled"],
+    ids=["bart", "words", "padded", "shared", "head", "disentangled"],
 )
 def test_kinds(
     family: str,

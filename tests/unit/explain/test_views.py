@@ -141,13 +141,6 @@ def test_rows_are_as_long_as_in_training(make: Make) -> None:
         make("llama", examples=long, header={"text_format": {**form, "on_too_long": "error"}})
 
 
-def test_a_label_that_the_prefix_does_not_know_is_refused(make: Make) -> None:
-    for by, words in (("words", ["yes", "no"]), ("head", [])):
-        labels = {"kind": "classification", "by": by, "names": ["x", "y"], "words": words}
-        with pytest.raises(DataError, match="label 'z' of example 2"):
-            make("llama", examples=[pt.Example("a", ("x",)), pt.Example("b", ("z",))], header={"labels": labels})
-
-
 # --- nearest text -----------------------------------------------------------------------------------------------------
 
 

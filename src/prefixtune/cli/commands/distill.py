@@ -11,6 +11,7 @@ from pydantic import Field
 from prefixtune.cli.common import Table, print_event, show
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.distillation.config import DistillConfig
+from prefixtune.pages.format import fixed
 from prefixtune.utils.config import Layer
 from prefixtune.utils.console import Console, format_seconds
 
@@ -103,4 +104,4 @@ def _parts(result: DistillResult) -> Iterator[Table | str]:
 def _figure(reading: Mapping[str, Any], key: str, questions: int) -> str | None:
     if key not in reading:
         return None
-    return f"{reading[key]} of {questions}" if key == "exact" else f"{reading[key]:.3f}"
+    return f"{reading[key]} of {questions}" if key == "exact" else fixed(reading[key], 3)
