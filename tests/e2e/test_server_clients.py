@@ -131,28 +131,6 @@ def test_the_same_source_gives_the_same_text_everywhere(
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
-def test_a_stream_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
-    options: dict[str, Any] = {
-        "model": "pubs",
-        "prompt": "Hello",
-        "max_tokens": 40,
-        "n": 2,
-        "seed": 7,
-        "extra_body": {"min_tokens": 40},
-    }
-    whole = client.completions.create(**options)
-    chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
-    assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
-    assert all(chunk.usage is None for chunk in chunks[:-1])
-    for index in range(2):
-        pieces = [c for chunk in chunks[:-1] for c in chunk.choices if c.index == index]
-        assert len(pieces) > 20
-        assert "".join(piece.text for piece in pieces) == whole.choices[index].text
-        assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["length"]
-    assert whole.choices[0].text != whole.choices[1].text
-
-
 def test_white_space_around_a_text_is_the_models_own(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": "plain", "prompt": "Hello", "max_tokens": 6, "n": 32, "temperature": 2}
     spaced = set()

@@ -232,9 +232,3 @@ def test_a_client_that_retries_waits_for_its_turn(server: LiveServer) -> None:
     with client(server, "busy", max_retries=9) as patient, ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: patient.completions.create(**{**LONG, "max_tokens": 60}), range(3)))
     assert [len(answer.choices) for answer in answers] == [8, 8, 8]
-
-
-def test_a_client_that_does_not_wait_leaves_nothing(server: LiveServer) -> None:
-    with client(server, timeout=0.05) as hasty, pytest.raises(openai.APITimeoutError):
-        hasty.completions.create(**{**LONG, "n": 16})
-    server.until(lambda: not server.get("/v1/status", key="pt-me")[1]["running"], 5)

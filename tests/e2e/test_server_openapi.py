@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_format = FORMAT if task == "records" else {**FORMAT, "source": ""}
         make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, task=task, text_format=text_format)
     (folder / "serve.toml").write_text(
-        "max_tokens = 6\ndefault_max_tokens = 6\nmax_texts = 4\nmax_body_kib = 64\n"
+        "max_tokens = 6\ndefault_max_tokens = 6\nmax_texts = 4\n"
         # Jobs are taken, and nobody trains them.
         f'train_workers = 0\ndata_folder = "{folder / "data"}"\ndatabase_url = "sqlite:///{folder / "jobs.sqlite"}"\n'
         f'[keys.me]\nhash = "{hash_key(KEY)}"\nadmin = true\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from prefixtune.server.auth import Caller
 from prefixtune.server.logs import log
 from prefixtune.server.prefixes import PrefixFile, PrefixFolder
 from prefixtune.server.responses import ApiError, bad_request, forbidden, not_found, unavailable
+from prefixtune.server.settings import ServeConfig
 
 SEPARATOR = "+"
 """Between the names of joined prefixes; no file's name may have it."""
@@ -58,26 +60,14 @@ class Catalog:
     patterns of keys.
 
     Args:
-        store: The prefixes.
-        backbone_id: The bare backbone's name, which hides a prefix of that name.
-        created: When the server started, in seconds since 1970.
-        max_joined: Most prefixes that are joined.
+        store: The prefixes; the bare backbone's name hides one of that name.
+        config: The server's configuration.
         max_length: Most positions of a text, prefix included.
-        is_open: Whether no key is configured.
     """
 
-    def __init__(
-        self,
-        store: PrefixFolder,
-        backbone_id: str,
-        created: int,
-        *,
-        max_joined: int,
-        max_length: int,
-        is_open: bool = False,
-    ) -> None:
-        self.store, self.backbone_id, self.created = store, backbone_id, created
-        self.max_joined, self.max_length, self.is_open = max_joined, max_length, is_open
+    def __init__(self, store: PrefixFolder, config: ServeConfig, max_length: int) -> None:
+        self.store, self.max_length, self.max_joined = store, max_length, config.max_joined_prefixes
+        self.backbone_id, self.is_open, self.created = config.model_id, not config.keys, int(time.time())
 
     # --- who may do what ----------------------------------------------------------------------------------------------
 
@@ -157,8 +147,12 @@ class Catalog:
         files = self.files(names, caller)
         if names == (self.backbone_id,):
             return ServedModel(self.backbone_id)
+        # A decoder's text follows its prefix; those of an encoder-decoder take none of its positions.
+        length = sum(file.header.get("prefix_length", {}).get("decoder", 0) for file in files.values())
+        if len(files) > 1 and self.store.backbone.kind != "encoder-decoder" and length >= self.max_length:
+            message = f"the joined prefixes take {length} positions, but the limit is {self.max_length}, text included."
+            raise bad_request(message, param, "context_length_exceeded", hint="join fewer of them.")
         try:
-            self._check_joined_length(files)
             prefix = self.store.load(files)
         except RequestError as error:
             raise bad_request(error.message, param, "context_length_exceeded", hint=error.hint) from None
@@ -171,32 +165,21 @@ class Catalog:
             raise unavailable(message, "busy", retry_after=5) from None
         return ServedModel(SEPARATOR.join(names), prefix, prefix.header, names if len(names) > 1 else ())
 
-    def _check_joined_length(self, files: Mapping[str, PrefixFile]) -> None:
-        """Refuse prefixes that together leave no room for a text.
-
-        Raises:
-            RequestError: They do.
-        """
-        # A decoder's text follows its prefix; those of an encoder-decoder take none of its positions.
-        if len(files) > 1 and self.store.backbone.kind != "encoder-decoder":
-            length = sum(_length(file) for file in files.values())
-            if length >= self.max_length:
-                message = f"the joined prefixes take {length} positions, but the limit is {self.max_length}, with text."
-                raise RequestError(message, hint="join fewer of them.")
-
     def load_header(self, model: str, caller: Caller) -> Mapping[str, Any]:
         """The header of a model's file, or of joined prefixes; empty for the bare backbone.
 
         Raises:
             ApiError: As `load`.
         """
-        names = self.parts(model)
-        if len(names) > 1:
+        if len(self.parts(model)) > 1:
             return self.load(model, caller).header
-        file = self.files(names, caller)[model]
+        return self._served(model, caller).header
+
+    def _served(self, name: str, caller: Caller) -> PrefixFile:
+        file = self.files((name,), caller)[name]
         if file.reason:
-            raise _not_served(model)
-        return file.header
+            raise _not_served(name)
+        return file
 
     def open_file(self, name: str, caller: Caller) -> BinaryIO:
         """The file of a prefix, to be read and closed: for the owner of the job that made it, and for admins.
@@ -233,12 +216,8 @@ class Catalog:
         Raises:
             ApiError: As `load`.
         """
-        names = self.parts(model)
-        if len(names) == 1:
-            file = self.files(names, caller)[model]
-            if file.reason:
-                raise _not_served(model)
-            return self._describe(model, file)
+        if len(self.parts(model)) == 1:
+            return self._describe(model, self._served(model, caller))
         joined = self.load(model, caller)
         return {
             **self._model(joined.name, joined.prefix_length),
@@ -254,7 +233,7 @@ class Catalog:
             return {**self._model(name), "kind": "backbone", "description": "the bare backbone", "task": None}
         task, description = header.get("task"), header.get("description")
         described = {
-            **self._model(name, _length(file)),
+            **self._model(name, header.get("prefix_length", {}).get("decoder", 0)),
             "kind": "prefix",
             "description": description or (TASKS[task].description if task in TASKS else "a prefix"),
             "task": task,
@@ -332,12 +311,6 @@ class Catalog:
         """The checkpoints that are called after a name, each with its job."""
         found = self.store.origins().items()
         return {other: one for other, one in found if other.startswith(f"{name}.step-") and one.step is not None}
-
-
-def _length(file: PrefixFile) -> int:
-    """P, of the decoder, of a file that is served."""
-    length = file.header.get("prefix_length", {}).get("decoder", 0)
-    return int(length)
 
 
 def _not_served(name: str) -> ApiError:

@@ -122,19 +122,19 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         """The current values."""
-        cache, (num_open, draining) = self.store.stats, self.now()
+        store, (num_open, draining) = self.store, self.now()
         gauges: list[tuple[str, str, float]] = [
             ("open_requests", "Requests being answered.", num_open),
             ("draining", "1 when the server is shutting down.", draining),
-            ("prefixes", "Prefixes that can be requested.", cache.known),
-            ("refused_prefixes", "Files that cannot be served.", cache.refused),
-            ("cached_prefixes", "Prefixes in memory.", cache.loaded),
-            ("cached_prefix_bytes", "Memory of the prefixes in it.", cache.bytes),
+            ("prefixes", "Prefixes that can be requested.", store.num_files[0]),
+            ("refused_prefixes", "Files that cannot be served.", store.num_files[1]),
+            ("cached_prefixes", "Prefixes in memory.", store.num_loaded),
+            ("cached_prefix_bytes", "Memory of the prefixes in it.", store.num_bytes),
         ]
         counters: list[tuple[str, str, float]] = [
-            ("prefix_cache_hits", "Requested prefixes that were in memory.", cache.hits),
-            ("prefix_cache_misses", "Requested prefixes that had to be read or joined.", cache.misses),
-            ("prefix_cache_evictions", "Prefixes removed from memory to make room.", cache.evictions),
+            ("prefix_cache_hits", "Requested prefixes that were in memory.", store.hits),
+            ("prefix_cache_misses", "Requested prefixes that had to be read or joined.", store.misses),
+            ("prefix_cache_evictions", "Prefixes removed from memory to make room.", store.evictions),
         ]
         if self.worker is not None:
             snapshot = self.worker.snapshot()

@@ -45,29 +45,6 @@ _Versions = tuple[Signature | None, ...]
 
 
 @dataclass(frozen=True)
-class FolderStats:
-    """What is in memory, how often it was of use, and the files as they were last looked at.
-
-    Attributes:
-        hits: Requested prefixes that were in memory.
-        misses: Those that had to be read, or joined.
-        evictions: Prefixes dropped to make room.
-        bytes: Memory of the prefixes.
-        loaded: How many are in memory.
-        known: Files that can be served.
-        refused: Files that cannot.
-    """
-
-    hits: int
-    misses: int
-    evictions: int
-    bytes: int
-    loaded: int
-    known: int
-    refused: int
-
-
-@dataclass(frozen=True)
 class PrefixFile:
     """A file as it was when its header was read.
 
@@ -85,12 +62,18 @@ class PrefixFile:
 
 
 class PrefixFolder:
-    """Prefixes by name. May be used from any thread; all methods but `stats` may wait for the disk.
+    """Prefixes by name. May be used from any thread; all methods may wait for the disk.
 
     Args:
         folder: Created if it is missing.
         backbone: The model that they must fit.
         max_bytes: Most that all loaded prefixes together may take, in the backbone's dtype.
+
+    Attributes:
+        hits: Requested prefixes that were in memory.
+        misses: Those that had to be read, or joined.
+        evictions: Prefixes dropped to make room.
+        num_bytes: Memory of those that are loaded.
 
     Raises:
         PrefixError: The folder cannot be created or read.
@@ -102,7 +85,7 @@ class PrefixFolder:
         self._files: dict[str, PrefixFile] = {}
         # By the names that are joined, the least recently used first.
         self._loaded: OrderedDict[tuple[str, ...], tuple[_Versions, Prefix]] = OrderedDict()
-        self._bytes = self._hits = self._misses = self._evictions = 0
+        self.num_bytes = self.hits = self.misses = self.evictions = 0
         self._lock, self._reading = threading.Lock(), threading.RLock()
         with reporting_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,11 +143,15 @@ class PrefixFolder:
         return file
 
     @property
-    def stats(self) -> FolderStats:
-        """What is in memory, and the files as they were last looked at."""
+    def num_loaded(self) -> int:
+        """How many prefixes are in memory, joined ones included."""
+        return len(self._loaded)
+
+    @property
+    def num_files(self) -> tuple[int, int]:
+        """How many files can be served, and how many cannot, as they were last looked at."""
         refused = sum(bool(file.reason) for file in list(self._files.values()))
-        counts = self._hits, self._misses, self._evictions, self._bytes, len(self._loaded)
-        return FolderStats(*counts, len(self._files) - refused, refused)
+        return len(self._files) - refused, refused
 
     # --- getting one --------------------------------------------------------------------------------------------------
 
@@ -201,24 +188,24 @@ class PrefixFolder:
             known, prefix = self._loaded.get(names, ((), None))
             if prefix is None or known != versions or None in versions:
                 return None
-            self._hits += 1
+            self.hits += 1
             self._loaded.move_to_end(names)
             return prefix
 
     def _keep(self, names: tuple[str, ...], versions: _Versions, prefix: Prefix) -> None:
         with self._lock:
-            self._misses += 1
+            self.misses += 1
             self._drop(names)
             self._loaded[names] = versions, prefix
-            self._bytes += prefix.num_bytes
-            while self._bytes > self.max_bytes and len(self._loaded) > 1:
+            self.num_bytes += prefix.num_bytes
+            while self.num_bytes > self.max_bytes and len(self._loaded) > 1:
                 self._drop(next(iter(self._loaded)))
-                self._evictions += 1
+                self.evictions += 1
 
     def _drop(self, names: tuple[str, ...]) -> None:
         entry = self._loaded.pop(names, None)
         if entry is not None:
-            self._bytes -= entry[1].num_bytes
+            self.num_bytes -= entry[1].num_bytes
 
     def _read(self, name: str, file: PrefixFile | None) -> Prefix:
         """A whole file, checked."""
@@ -315,14 +302,11 @@ class PrefixFolder:
             return PrefixFile(signature, header, origin=job_origin(header)) if signature is not None else None
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            return self._refused(None, f"it cannot be read: {getattr(error, 'strerror', None) or error}", last)
         except PrefixError as error:
             return self._refused(None if is_unread(error) else signature, error.message, _origin_of(path) or last)
         except Exception as error:
-            # One bad file must not hide the others.
-            _log.exception("a file in the folder of prefixes cannot be read.")
-            return self._refused(signature, f"it cannot be read: {type(error).__name__}", _origin_of(path) or last)
+            # One bad file must not hide the others. Perhaps it is only now: it is looked at again the next time.
+            return self._refused(None, f"it cannot be read: {getattr(error, 'strerror', None) or error}", last)
 
     def _refused(self, signature: Signature | None, reason: str, origin: JobOrigin | None) -> PrefixFile:
         return PrefixFile(signature, reason=self._without_paths(reason)[:_MAX_REASON_LENGTH], origin=origin)

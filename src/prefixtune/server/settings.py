@@ -87,16 +87,11 @@ class ServeConfig(Config):
 
     engine: Literal["torch", "llama.cpp", "vllm", "none"] = _model(
         "torch",
-        description="what runs the model: torch in this program, llama.cpp, vLLM, or nothing: the server then only "
-        "takes files and training jobs",
+        description="what runs the model: torch in this program, llama.cpp, vLLM, or none (files and jobs only)",
     )
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
-    gguf: str = _model(
-        "", description="for llama.cpp: the backbone's weights as a .gguf file; empty: that of the embedded backbone"
-    )
-    threads: int = _model(
-        0, ge=0, description="for llama.cpp: threads of the processor; 0: one per core; fewer beside other programs"
-    )
+    gguf: str = _model("", description="for llama.cpp: the weights as a .gguf file; empty: the embedded backbone's")
+    threads: int = _model(0, ge=0, description="for llama.cpp: threads; 0: one per core; fewer beside other programs")
     vllm_python: str = _model("", description="for vLLM: the Python of its environment; empty: this one")
     vllm_args: str = _model("", description='for vLLM: more options, as in --vllm-args="--tensor-parallel-size 2"')
     vllm_url: str = _model("", description="for vLLM: a server that runs already, in place of a child process")
@@ -111,80 +106,55 @@ class ServeConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
     device: str = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
     raw_completions: bool = _model(
-        False,
-        description="/v1/completions uses prompts as they are, without a prefix's text format; "
-        "lm-eval's generation tasks need it",
+        False, description="/v1/completions uses prompts as they are, as lm-eval's generation tasks need it"
     )
     earlier_messages: Literal["refuse", "drop"] = _model(
-        "refuse",
-        description="messages of a chat before the last one, which a prefix cannot read: refuse, "
-        "or drop them and say so",
+        "refuse", description="messages before a chat's last one, where a prefix cannot read them: refuse, or drop"
     )
     quantize: Literal["", "int8", "int4"] = _model(
         "", description="quantize the frozen weights (torchao): int8 or int4"
     )
 
     host: str = _network(
-        "127.0.0.1",
-        description="address to listen on; any other than loopback needs keys; unix:FILE is a socket of this user's",
+        "127.0.0.1", description="address, or unix:FILE for a socket of this user's; any but loopback needs keys"
     )
     port: int = _network(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
-    cors_origins: CommaList[str] = _network(
-        (),
-        description="origins whose pages may call the server, as in https://a.example,https://b.example; empty: none",
-    )
+    cors_origins: CommaList[str] = _network((), description="origins whose pages may call it, as in https://a.example")
     max_connections: _Size = _network(4096, description="connections at once; further ones get 503")
     keep_alive: _Seconds = _network(75.0, description="seconds that a connection may wait for its next request")
-    playground: bool = _network(
-        True, description="serve pages: to try things on, at /; to train, at /train; this interface, at /docs"
-    )
+    playground: bool = _network(True, description="serve pages: to try things, at /; to train, at /train; /docs")
 
     # The engine's own limit, whose module would load torch.
     num_slots: int = _engine(32, ge=1, le=65_536, description="texts that are generated at once")
-    max_length: _Number = _engine(
-        0, description="most positions of a text, prefix included; 0: as many as the backbone has"
-    )
+    max_length: _Number = _engine(0, description="most positions of a text, prefix included; 0: the backbone's")
     prefill_tokens: _Number = _engine(
         0,
-        description="most prompt tokens computed in a step beside running texts; four times as many if none is "
-        "running; 0: 256 on a CPU, 2048 on a GPU",
+        description="most prompt tokens of a step beside running texts; four times as many beside none; "
+        "0: 256 on a CPU, 2048 on a GPU",
     )
     kv_cache_mib: _Number = _engine(
-        0,
-        description="memory for keys and values of all running texts, in MiB; a text that finds no room waits; 0: half "
-        "of what is free on a CPU, 0.8 of it on a GPU",
+        0, description="memory for keys and values of running texts, in MiB; 0: half of what is free; GPU: 0.8 of it"
     )
     cache_mib: _Size = _engine(1024, description="memory for loaded prefixes, in MiB")
 
-    max_queue: _Number = _limits(
-        256,
-        description="texts that may wait for a slot; when full, further requests get 429",
-    )
+    max_queue: _Number = _limits(256, description="texts that may wait for a slot; beyond them, requests get 429")
     max_body_kib: _Size = _limits(1024, description="largest body of a request, in KiB")
     max_upload_mib: _Size = _limits(256, description="largest uploaded prefix, in MiB")
     max_prompt_tokens: _Number = _limits(0, description="most tokens of a prompt; 0: as many as fit the model")
     on_too_long: Literal["", "cut", "error"] = _limits(
-        "",
-        description="a source that is too long for its prefix: cut it, or answer with an error; empty: "
-        "as in its training",
+        "", description="a source that is too long for its prefix: cut it, or an error; empty: as in its training"
     )
     max_tokens: _Size = _limits(1024, description="most new tokens that a request may ask for")
-    default_max_tokens: _Size = _limits(
-        256, description="most new tokens if a request has no max_tokens, as far as they fit"
-    )
+    default_max_tokens: _Size = _limits(256, description="most new tokens without max_tokens, as far as they fit")
     max_texts: _Size = _limits(32, description="most texts of one request: its prompts times its n")
     max_joined_prefixes: Annotated[int, Field(ge=1, le=64)] = _limits(
         8, description="most prefixes that one request may join, as in manual+user-42; 1: none are joined"
     )
-    deadline: _Seconds = _limits(
-        300.0, description="seconds that a request may take from its header on, waiting included"
-    )
+    deadline: _Seconds = _limits(300.0, description="seconds that a request may take, waiting included")
     drain_seconds: float = _limits(30.0, ge=0, description="seconds that running requests may take after SIGTERM")
 
     train_workers: Annotated[int, Field(ge=0, le=1)] = _training(
-        1,
-        description="processes for training that this server starts when there are jobs; 0: none, and jobs are taken "
-        "only if `database_url` names where `prefixtune worker` finds them",
+        1, description="processes for training that it starts; 0: none, and jobs are taken only with `database_url`"
     )
     data_folder: str = _training(DATA_FOLDER, min_length=1, description=DATA_FOLDER_HELP)
     database_url: DatabaseUrl = _training("", description=DATABASE_URL_HELP)
@@ -193,23 +163,17 @@ class ServeConfig(Config):
         10, description="how far the training process steps back where the processor is busy (nice)"
     )
     train_idle_seconds: _Seconds = _training(
-        600.0, description="seconds without a job after which the training process ends and gives its memory back"
+        600.0, description="seconds without a job after which the training process ends"
     )
     keep_jobs: KeepJobs = _training(KEEP_JOBS, description=KEEP_JOBS_HELP)
     max_file_mib: _Size = _training(512, description="largest file that is uploaded for training, in MiB")
-
     trackers: CommaList[Literal["wandb", "trackio", "tensorboard", "mlflow"]] = _training(
-        (),
-        description="trackers that a job may report to, with the accounts of this server's owner, as in wandb,mlflow",
+        (), description="trackers that a job may report to, with the accounts of this server's owner"
     )
 
-    log_level: Literal["debug", "info", "warning", "error"] = _logs(
-        "info", description="lowest level of the JSON lines on stdout"
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = _logs("info", description="lowest level of the log")
     log_prompts: bool = _logs(False, description="write prompts and outputs to the log")
-    metric_prefixes: _Number = _logs(
-        100, description="most prefixes with metrics of their own; the others count as 'other'"
-    )
+    metric_prefixes: _Number = _logs(100, description="most prefixes with metrics of their own; the others are 'other'")
 
     keys: Mapping[str, KeyConfig] = Field(default={}, description="tables [keys.NAME], only in the file")
 

@@ -48,14 +48,8 @@ class ServerState:
         self.draining = self.closed = False
         self.keyring = Keyring(config.keys)
         limits = (limit for limit in (config.max_length, backbone.max_positions) if limit)
-        self.catalog = Catalog(
-            store,
-            config.model_id,
-            int(self.started),
-            max_joined=config.max_joined_prefixes,
-            max_length=worker.max_length if worker else min(limits, default=DEFAULT_MAX_LENGTH),
-            is_open=self.keyring.is_open,
-        )
+        max_length = worker.max_length if worker else min(limits, default=DEFAULT_MAX_LENGTH)
+        self.catalog = Catalog(store, config, max_length)
         self.gate = Gate(config.num_slots + config.max_queue, shared=len(config.keys) > 1)
         self.limits = Limits(config.max_tokens, config.max_texts)
         self.metrics = Metrics(config, worker, store, lambda: (self.num_open, self.draining))

@@ -18,11 +18,11 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path: Path, 
     store.get("b")
     assert store.get("a") is first
     store.get("c")
-    assert (store.stats.evictions, store.stats.loaded, store.stats.bytes) == (1, 2, 2 * one)
+    assert (store.evictions, store.num_loaded, store.num_bytes) == (1, 2, 2 * one)
     assert store.get("a") is first, "b had been unused for longer"
-    misses = store.stats.misses
+    misses = store.misses
     store.get("b")
-    assert store.stats.misses == misses + 1
+    assert store.misses == misses + 1
 
 
 def test_a_prefix_larger_than_the_cache_is_refused(tmp_path: Path, save: Any, llama: Any):
@@ -50,7 +50,7 @@ def test_many_threads_at_once(tmp_path: Path, save: Any, llama: Any):
                 if thread == 1 and turn % 5 == 0:
                     store.names()
                 assert store.get(name).prefix_length == 3
-                assert store.stats.bytes <= 3 * one
+                assert store.num_bytes <= 3 * one
         except BaseException as error:
             errors.append(error)
 

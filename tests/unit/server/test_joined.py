@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,13 @@ import pytest
 
 from asgi_client import Response, bearer, completion, send
 from prefixtune.backbone.prefixes import load_prefix, make_header
-from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
-from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server import prefixes
-from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
-from prefixtune.server.prefixes import PrefixFolder
-from prefixtune.server.settings import KeyConfig, ServeConfig
-from prefixtune.server.state import ServerState
+from prefixtune.server.settings import KeyConfig
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -110,7 +104,7 @@ def test_a_join_is_computed_once_and_outside_the_event_loop(
     ask(app, "/v1/completions", completion(prefixes=["a", "b"], model="tiny"))
     assert len(joins) == 1
     # The two parts, and what they give.
-    assert state.store.stats.loaded == 3
+    assert state.store.num_loaded == 3
     ask(app, "/v1/completions", completion(model="b+a"))
     assert len(joins) == 2
 
@@ -144,12 +138,6 @@ def _file(folder: Path, content: bytes) -> Path:
     path = folder / "uploaded"
     path.write_bytes(content)
     return path
-
-
-def test_a_join_names_no_caller(make_server: Callable[..., Any]) -> None:
-    _, state = make_server()
-    joined = state.catalog.load("a+b", state.keyring.find(None))
-    assert [part["name"] for part in joined.header["composition"]["parts"]] == ["prefix 1", "prefix 2"]
 
 
 def test_a_join_that_is_too_long_is_refused_with_all_lengths(
@@ -243,31 +231,3 @@ def test_a_backbone_whose_keys_cannot_be_turned_serves_single_prefixes(
     refused = ask(app, "/v1/completions", completion(model="a+b"))
     assert (refused.status, refused.json["error"]["param"]) == (400, "model")
     assert ask(app, "/v1/completions", completion()).status == 200
-
-
-@pytest.fixture
-def encoder_decoder(
-    tiny_models: Any, enclosing_tokenizer: Any, random_prefix: Callable[..., Any], tmp_path: Path
-) -> Iterator[Any]:
-    from prefixtune.backbone.backbone import Backbone
-
-    backbone = Backbone.from_model(tiny_models("bart"), enclosing_tokenizer, "tiny")
-    for seed, name in enumerate(("x", "y")):
-        prefix = random_prefix(backbone, {"encoder": 4, "decoder": 3, "cross": 5}, seed)
-        save_prefix(tmp_path / f"{name}.safetensors", Prefix(prefix.layers, make_header(backbone, task="records")))
-    engine = Engine(backbone, EngineConfig(num_slots=4))
-    config = ServeConfig(backbone="tiny", prefixes=str(tmp_path))
-    state = ServerState(config, backbone, PrefixFolder(tmp_path, backbone), EngineWorker(engine))
-    yield state
-    state.close()
-
-
-def test_an_encoder_decoder_joins_at_all_its_sites(encoder_decoder: Any, tmp_path: Path) -> None:
-    backbone = encoder_decoder.backbone
-    parts = [load_prefix(tmp_path / f"{name}.safetensors", backbone) for name in ("y", "x")]
-    expected = generate(backbone, ["some words"], concatenate(parts, backbone.rotation), max_new_tokens=8)
-    body = {"model": "y+x", "prompt": "some words", "max_tokens": 8, "temperature": 0, "n": 2}
-    written = texts(ask(make_app(encoder_decoder), "/v1/completions", body))
-    assert [text.strip() for text in written] == expected * 2
-    one = asyncio.run(send(make_app(encoder_decoder), "GET", "/v1/models/y+x")).json
-    assert one["prefix_length"] == {"encoder": 8, "decoder": 6, "cross": 10}

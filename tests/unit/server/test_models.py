@@ -81,7 +81,7 @@ def test_a_file_that_cannot_be_read_now_is_asked_for_again(
     assert asyncio.run(send(app, "POST", "/v1/completions", completion(model="a"))).status == 200
 
 
-@pytest.mark.parametrize("where", ["prefixtune.utils.files.tempfile.mkdtemp", "shutil.copyfile"])
+@pytest.mark.parametrize("where", ["prefixtune.utils.files.file_lock", "shutil.copyfile"])
 def test_an_upload_onto_a_failing_disk_changes_nothing(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
 ) -> None:

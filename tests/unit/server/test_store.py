@@ -34,12 +34,12 @@ def test_names_headers_and_prefixes(tmp_path: Path, save: Any, llama: Any, rando
     assert ("e2e" in store, "other" in store) == (True, False)
     assert store.file("e2e").header["description"] == "number 0"
     assert store.refused == {}
-    assert store.stats.loaded == 0, "the folder was looked through without reading tensors"
+    assert store.num_loaded == 0, "the folder was looked through without reading tensors"
     prefix = store.get("Web-NLG_2.final")
     assert seed_of(prefix, llama, random_prefix) == 1
     assert prefix.header["task"] == "toy"
     assert store.get("Web-NLG_2.final") is prefix
-    assert (store.stats.hits, store.stats.misses, store.stats.bytes) == (1, 1, prefix.num_bytes)
+    assert (store.hits, store.misses, store.num_bytes) == (1, 1, prefix.num_bytes)
 
 
 def test_what_changed_is_found(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
@@ -182,6 +182,6 @@ def test_delete_removes_the_file_and_leaves_loaded_prefixes(tmp_path: Path, save
     store.delete("p")
     store.delete("bad")
     assert held.is_finite()
-    assert (store.names(), store.refused, store.stats.bytes, list(tmp_path.iterdir())) == ([], {}, 0, [])
+    assert (store.names(), store.refused, store.num_bytes, list(tmp_path.iterdir())) == ([], {}, 0, [])
     with pytest.raises(RequestError):
         store.delete("p")

@@ -8,6 +8,7 @@ import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
 from prefixtune.data.chat import special_stops
@@ -65,21 +66,18 @@ class Generation:
         Raises:
             PrefixError: The engine refuses one.
         """
-        self.context.exit_stack.callback(self._end)
-        for position, request in enumerate(self.requests):
-            first = position * request.n
-            self.context.state.worker.submit(request, self._receiver(first), deadline=self.context.remaining)
-            self._running |= {first + index: (0, self._started) for index in range(request.n)}
-
-    def _receiver(self, first: int) -> Any:
         loop = asyncio.get_running_loop()
 
-        def receive(output: SequenceOutput) -> None:
+        def receive(first: int, output: SequenceOutput) -> None:
             # The loop may be gone when the server had to stop at once.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._outputs.put_nowait, (first + output.index, output))
 
-        return receive
+        self.context.exit_stack.callback(self._end)
+        for position, request in enumerate(self.requests):
+            first = position * request.n
+            self.context.state.worker.submit(request, partial(receive, first), deadline=self.context.remaining)
+            self._running |= {first + index: (0, self._started) for index in range(request.n)}
 
     def _end(self) -> None:
         for position, request in enumerate(self.requests):

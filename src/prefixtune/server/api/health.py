@@ -70,7 +70,7 @@ def show_status(context: KeyContext) -> dict[str, Any]:
     Names of models that the caller may not use are left out.
     """
     state = context.state
-    snapshot, cache = state.worker.snapshot(), state.store.stats
+    snapshot, store = state.worker.snapshot(), state.store
     running = [
         {
             "slot": sequence.slot,
@@ -88,5 +88,5 @@ def show_status(context: KeyContext) -> dict[str, Any]:
         "waiting": snapshot.waiting,
         "steps": snapshot.steps,
         "tokens": snapshot.tokens,
-        "cache": {"prefixes": cache.loaded, "bytes": cache.bytes, "hits": cache.hits, "misses": cache.misses},
+        "cache": {"prefixes": store.num_loaded, "bytes": store.num_bytes, "hits": store.hits, "misses": store.misses},
     }

@@ -35,16 +35,10 @@ class StreamOptions(Part):
     include_obfuscation: Any = Field(None, description="Ignored.")
 
 
-class TextFormatOption(Part):
-    """Any text."""
+class PlainFormat(Part):
+    """Any text, or a JSON object."""
 
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Part):
-    """A JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
 class NamedSchema(Part):
@@ -63,31 +57,24 @@ class JsonSchemaFormat(Part):
     json_schema: NamedSchema
 
 
+_Share = Annotated[float, Field(ge=-100, le=100)]
+_Biases = Annotated[dict[Annotated[int, Field(ge=0, lt=10**9)], _Share], Field(max_length=1024)]
+_Format = Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class OpenAIRequest(GenerationRequest):
     """What OpenAI's two requests share."""
 
-    model: str = Field(
-        "",
-        description="A name that /v1/models lists; or those of several prefixes with + between them, which are joined "
-        "in this order.",
-    )
-    prefixes: Texts | None = Field(
-        None,
-        description="Names of prefixes to join; instead of `model`, which may be left out or be the bare backbone's "
-        "name.",
-    )
+    model: str = Field("", description="A name that /v1/models lists; or names of prefixes to join, with + between.")
+    prefixes: Texts | None = Field(None, description="Names of prefixes to join, instead of `model`.")
     n: int = Field(1, ge=1, description="Texts for each prompt.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    logit_bias: (
-        Annotated[
-            dict[Annotated[int, Field(ge=0, lt=10**9)], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=1024),
-        ]
-        | None
-    ) = Field(None, description="Added to the scores of tokens, by token id.", examples=[{"11": -100}])
-    response_format: (
-        Annotated[TextFormatOption | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None
-    ) = Field(None, description="What a text must be: any text, a JSON object, or JSON that follows a schema.")
+    logit_bias: _Biases | None = Field(
+        None, description="Added to the scores of tokens, by token id.", examples=[{"11": -100}]
+    )
+    response_format: _Format | None = Field(
+        None, description="What a text must be: any text, a JSON object, or JSON that follows a schema."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -103,12 +90,10 @@ class OpenAIRequest(GenerationRequest):
     @property
     def json_schema(self) -> dict[str, Any] | None:
         """The JSON schema that texts follow; None: they follow none."""
-        match self.response_format:
-            case JsonSchemaFormat(json_schema=named):
-                return named.json_schema
-            case JsonObjectFormat():
-                return {"type": "object"}
-        return None
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.json_schema
+        is_any = self.response_format is None or self.response_format.type == "text"
+        return None if is_any else {"type": "object"}
 
     @property
     def include_usage(self) -> bool:
@@ -144,10 +129,7 @@ class CompletionRequest(OpenAIRequest):
         description="With a prefix, a text is a source in the prefix's text format; token ids are used as they are.",
     )
     max_tokens: int | None = Field(
-        None,
-        ge=0,
-        description="Most new tokens; by default the task's or the server's. 0: none; with echo, the prompt's "
-        "log-probabilities.",
+        None, ge=0, description="Most new tokens; by default the task's or the server's. 0: none, for an echo alone."
     )
     logprobs: int | None = Field(
         None, ge=0, le=20, description="How many of the likeliest tokens to return; with echo, also of the prompt."
@@ -218,8 +200,7 @@ class ChatRequest(OpenAIRequest):
         min_length=1,
         max_length=_MAX_MESSAGES,
         fail_fast=True,
-        description="With a prefix, the last one must be the user's; it is the source, or all are read by a prefix "
-        "that was trained with a chat template.",
+        description="With a prefix, the last one, the user's, is its source; or all are, by its chat template.",
     )
     max_completion_tokens: int | None = Field(
         None, ge=1, description="The newer name of max_tokens; used if both are present."
