@@ -131,22 +131,6 @@ def test_the_same_source_gives_the_same_text_everywhere(
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
-def test_white_space_around_a_text_is_the_models_own(client: openai.OpenAI) -> None:
-    options: dict[str, Any] = {"model": "plain", "prompt": "Hello", "max_tokens": 6, "n": 32, "temperature": 2}
-    spaced = set()
-    for seed in range(20):
-        whole = [choice.text for choice in client.completions.create(**options, seed=seed).choices]
-        pieces = [""] * len(whole)
-        for chunk in client.completions.create(**options, seed=seed, stream=True):
-            for choice in chunk.choices:
-                pieces[choice.index] += choice.text
-        assert pieces == whole
-        spaced |= {side for text in whole for side in ("lstrip", "rstrip") if getattr(text, side)() != text}
-        if len(spaced) == 2:
-            break
-    assert spaced == {"lstrip", "rstrip"}
-
-
 def test_a_chat_uses_the_backbones_template(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
     messages: Any = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hello!"}]
     options: dict[str, Any] = {"model": "plain", "messages": messages, "max_tokens": 30, "temperature": 0}
@@ -161,28 +145,6 @@ def test_a_chat_uses_the_backbones_template(client: openai.OpenAI, backbone: Any
     assert chunks[-1].choices[0].finish_reason == "length"
     with pytest.raises(openai.BadRequestError, match="the assistant cannot begin"):
         client.chat.completions.create(**{**options, "messages": [{"role": "assistant", "content": "x"}]})
-
-
-def test_logprobs_stops_and_seeds(client: openai.OpenAI) -> None:
-    chat = client.chat.completions.create(
-        model="pubs", messages=[{"role": "user", "content": "a"}], max_tokens=5, logprobs=True, top_logprobs=3
-    )
-    assert chat.choices[0].logprobs is not None
-    tokens = chat.choices[0].logprobs.content or []
-    assert len(tokens) == 5
-    assert all(len(token.top_logprobs) == 3 and token.logprob <= token.top_logprobs[0].logprob for token in tokens)
-    plain = client.completions.create(model="pubs", prompt="a", max_tokens=30, temperature=0, logprobs=2)
-    assert plain.choices[0].logprobs is not None
-    assert len(plain.choices[0].logprobs.tokens or []) == 30
-    text = plain.choices[0].text
-    stopped = client.completions.create(model="pubs", prompt="a", max_tokens=30, temperature=0, stop=[text[5:8]])
-    assert stopped.choices[0].text == text[: text.index(text[5:8])]
-    assert stopped.choices[0].finish_reason == "stop"
-    drawn = [
-        client.completions.create(model="pubs", prompt="a", max_tokens=20, seed=seed).choices[0].text
-        for seed in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_stream_that_the_client_closes_stops_the_engine(server: LiveServer, client: openai.OpenAI) -> None:

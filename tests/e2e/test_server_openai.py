@@ -150,17 +150,6 @@ def test_an_echo_has_the_logprobs_of_the_prompt(server: LiveServer, folder: Path
     assert whole.usage.completion_tokens == 2 * max_tokens
 
 
-def test_an_echo_without_logprobs_is_the_prompt_and_the_text(server: LiveServer, folder: Path) -> None:
-    with client(server) as openai_client:
-        plain, echo = (
-            openai_client.completions.create(**{**GREEDY, "model": MODEL, "prompt": ["a b", "c"]}, echo=echo)
-            for echo in (False, True)
-        )
-    prompts = ("a b", "c")
-    expected = [prompt + choice.text for prompt, choice in zip(prompts, plain.choices, strict=True)]
-    assert [choice.text for choice in echo.choices] == expected
-
-
 @pytest.mark.parametrize(
     "more", [{}, {"n": 3}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 2}, {"stop": "e", "seed": 3}]
 )

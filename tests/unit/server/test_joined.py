@@ -196,17 +196,6 @@ def test_metrics_and_the_log_name_the_parts(make_server: Callable[..., Any], cap
     assert not [line for line in lines if "a+b" in line]
 
 
-def test_the_list_of_models_is_unchanged_and_a_join_can_be_looked_up(make_server: Callable[..., Any]) -> None:
-    app, _ = make_server()
-    before = asyncio.run(send(app, "GET", "/v1/models")).json
-    ask(app, "/v1/completions", completion(model="a+b"))
-    assert asyncio.run(send(app, "GET", "/v1/models")).json == before
-    one = asyncio.run(send(app, "GET", "/v1/models/a+b")).json
-    assert (one["id"], one["kind"], one["prefix_length"]) == ("a+b", "joined", {"decoder": 8})
-    task = asyncio.run(send(app, "GET", "/v1/tasks/a+b")).json
-    assert (task["id"], task["task"], [field["name"] for field in task["fields"]]) == ("a+b", "records", ["name"])
-
-
 def test_names_with_a_plus(make_server: Callable[..., Any], tmp_path: Path) -> None:
     app, state = make_server(backbone_id="tiny+more")
     # The backbone's own name is one name.

@@ -46,24 +46,19 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(
     assert download(app, "hers", "boss").status == 404
 
 
-@pytest.mark.parametrize("path", ["/v1/models/{}", "/v1/tasks/{}"])
-def test_to_look_at_joined_prefixes_counts_as_a_request(make_server: Callable[..., Any], path: str) -> None:
-    """They are joined for it."""
-    rules = KeyConfig(hash=hash_key("pt-ann"), requests_per_minute=1)
-    app, _ = make_server(keys={"ann": rules})
+def test_what_reads_or_joins_a_file_counts_as_a_request(make_server: Callable[..., Any]) -> None:
+    paths = ("/v1/models/{}", "/v1/tasks/{}")
+    names = [f"key{number}" for number in range(4)]
+    app, _ = make_server(keys={name: KeyConfig(hash=hash_key(f"pt-{name}"), requests_per_minute=1) for name in names})
 
-    def look(name: str) -> int:
-        return asyncio.run(send(app, "GET", path.format(name), headers=bearer("ann"))).status
+    def ask(key: str, method: str, path: str) -> int:
+        return asyncio.run(send(app, method, path, headers=bearer(key))).status
 
-    assert [look(name) for name in ("a", "a", "a+b", "b", "b+a")] == [200, 200, 200, 200, 429]
-
-
-@pytest.mark.parametrize(("method", "path"), [("DELETE", "/v1/models/a"), ("GET", "/v1/models/a/file")])
-def test_to_delete_and_to_download_count_as_requests(make_server: Callable[..., Any], method: str, path: str) -> None:
-    rules = KeyConfig(hash=hash_key("pt-ann"), requests_per_minute=1)
-    app, _ = make_server(keys={"ann": rules})
-    statuses = [asyncio.run(send(app, method, path, headers=bearer("ann"))).status for _ in range(2)]
-    assert statuses == [403, 429]
+    for path, key in zip(paths, names, strict=False):
+        looks = [ask(key, "GET", path.format(name)) for name in ("a", "a", "a+b", "b", "b+a")]
+        assert looks == [200, 200, 200, 200, 429]
+    for method, path, key in (("DELETE", "/v1/models/a", names[2]), ("GET", "/v1/models/a/file", names[3])):
+        assert [ask(key, method, path) for _ in range(2)] == [403, 429]
 
 
 def test_a_file_that_cannot_be_read_now_is_asked_for_again(

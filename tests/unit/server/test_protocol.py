@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest
-from prefixtune.server.api.tasks import TaskRequest
 from prefixtune.server.limits import Limits
-from prefixtune.server.responses import ApiError
 
 LIMITS = Limits(max_tokens=100, max_texts=6)
 USER = [{"role": "user", "content": "hi"}]
@@ -25,14 +21,6 @@ def chat(**body: Any) -> ChatRequest:
     request = ChatRequest.model_validate({"model": "m", "messages": USER, **body})
     request.check(LIMITS)
     return request
-
-
-@pytest.mark.parametrize(
-    ("prompt", "prompts"),
-    [("a", ("a",)), (["a", "b"], ("a", "b")), ([1, 2], ((1, 2),)), ([[1, 2], [3]], ((1, 2), (3,)))],
-)
-def test_prompts(prompt: Any, prompts: Any) -> None:
-    assert completion(prompt=prompt).prompts == prompts
 
 
 def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
@@ -56,19 +44,6 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
 def test_vllms_top_k_for_all_tokens_and_openais_top_p_of_zero() -> None:
     assert completion(top_k=-1).sampling(LIMITS).top_k == 0
     assert 0 < completion(top_p=0).sampling(LIMITS).top_p < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("best_of", 2),
-        ("suffix", "x"), ("audio", {}), ("modalities", ["audio"]), ("reasoning_effort", "high"),
-    ],
-)  # fmt: skip
-def test_unsupported_fields_are_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ApiError) as caught:
-        completion(**{field: value})
-    assert (caught.value.param, caught.value.code) == (field, "unsupported_field")
 
 
 def test_fields_that_change_nothing_are_ignored() -> None:
@@ -123,11 +98,3 @@ def test_messages() -> None:
     assert chat(logprobs=True).sampling(LIMITS).logprobs == 0
     assert chat(logprobs=False).sampling(LIMITS).logprobs is None
     assert chat(max_tokens=5, max_completion_tokens=9).sampling(LIMITS).max_new_tokens == 9
-
-
-def test_columns_with_the_name_of_an_option_are_inside_fields() -> None:
-    body = {"fields": {"temperature": "9 C", "stop": "Oldbridge"}, "temperature": 0.7}
-    request = TaskRequest.model_validate(body)
-    request.check_record(("temperature", "stop"))
-    assert request.record == {"temperature": "9 C", "stop": "Oldbridge"}
-    assert request.sampling(LIMITS).temperature == 0.7

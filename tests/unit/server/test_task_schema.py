@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from prefixtune.data import TASKS, read_task
+from prefixtune.data import read_task
 from prefixtune.errors import DataError
-from prefixtune.server.task_schema import task_decoding, task_schema_of
+from prefixtune.server.task_schema import task_schema_of
 
 TRIPLES = [["Aarhus Airport", "cityServed", "Aarhus, Denmark"], ["Aarhus", "LEADER_NAME", " Jacob\nBundsgaard "]]
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
@@ -96,8 +96,3 @@ def test_a_template_of_a_header_is_filled_in_and_never_executed() -> None:
     assert schema is not None
     assert schema.columns == ("a.__class__", "a!r", "0")
     assert schema.source({"a.__class__": "x", "a!r": "y", "0": "z"}) == "x y z {{ 7*7 }}"
-
-
-def test_default_decoding() -> None:
-    assert task_decoding({"task": "e2e"}) == TASKS["e2e"].decoding
-    assert task_decoding({"task": ["e2e"]}) == {} == task_decoding({})

@@ -74,12 +74,6 @@ def test_nothing_needs_an_engine(state: ServerState, method: str, path: str):
     assert asyncio.run(send(make_app(state), method, path, {})).status == 404
 
 
-def test_without_training_there_is_nothing_to_do():
-    with pytest.raises(ConfigError, match="nothing trains"):
-        ServeConfig(engine="none", train_workers=0)
-    assert ServeConfig(engine="none", train_workers=0, database_url="postgresql://host/jobs").takes_jobs
-
-
 def test_a_socket_file_is_the_users_own_and_replaces_that_of_a_killed_server(tmp_path: Path):
     path = tmp_path / "run" / "serve.sock"
     config = ServeConfig(host=f"unix:{path}")

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from functools import partial
-from typing import Any
 
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
@@ -87,57 +86,48 @@ async def _respond(
         "model": generation.model.name,
         "object": choices.chunk_object if request.stream else choices.whole_object,
     }
-    if request.stream:
-        return event_stream(context, _events(context, request, generation, choices, head, text_format))
-    outputs = await generation.collect()
-    targets = [output.text if text_format is None else text_format.extract_target(output.text) for output in outputs]
+    texts = [""] * generation.num_texts
+
+    async def events() -> AsyncGenerator[bytes]:
+        targets = [] if text_format is None else [TargetStream(text_format) for _ in texts]
+        # As OpenAI's, which has usage in the last event alone.
+        first = {**head, "usage": None} if request.include_usage else head
+
+        def write(index: int, output: SequenceOutput, target: str) -> list[bytes]:
+            return [event({**first, "choices": [piece]}) for piece in choices.pieces(index, output, target)]
+
+        for index in range(generation.num_texts):
+            for choice in choices.opening(index):
+                yield event({**first, "choices": [choice]})
+        async for one in generation.outputs():
+            if one is None:
+                yield KEEP_ALIVE
+                continue
+            index, output = one
+            target = output.text
+            if targets:
+                target = targets[index].add(target, last=output.finish_reason is not None)
+            # As far as they get: the client may disconnect.
+            texts[index] += target
+            # Decoding a long prompt's likeliest tokens takes seconds.
+            written = partial(write, index, output, target)
+            for piece in await run_in_threadpool(written) if output.prompt_tokens else written():
+                yield piece
+        if request.include_usage:
+            yield event({**head, "choices": [], "usage": generation.usage()})
+        yield DONE
+
     if context.state.config.log_prompts:
-        context.log_fields["outputs"] = targets
+        context.log_fields["outputs"] = texts
+    if request.stream:
+        return event_stream(context, events())
+    outputs = await generation.collect()
+    texts[:] = [output.text if text_format is None else text_format.extract_target(output.text) for output in outputs]
 
     def respond() -> Response:
-        whole = [choices.whole(index, *pair) for index, pair in enumerate(zip(outputs, targets, strict=True))]
+        whole = [choices.whole(index, *pair) for index, pair in enumerate(zip(outputs, texts, strict=True))]
         return JsonAnswer({**head, "choices": whole, "usage": generation.usage()}, headers=context.headers)
 
     # Decoding the likeliest tokens of thousands of positions takes seconds.
     has_logprobs = generation.requests[0].sampling.logprobs is not None
     return await run_in_threadpool(respond) if has_logprobs else respond()
-
-
-async def _events(
-    context: RequestContext,
-    request: OpenAIRequest,
-    generation: Generation,
-    choices: Choices,
-    head: dict[str, Any],
-    text_format: TextFormat | None,
-) -> AsyncGenerator[bytes]:
-    indices = range(generation.num_texts)
-    targets = None if text_format is None else [TargetStream(text_format) for _ in indices]
-    logged = [""] * generation.num_texts
-    if context.state.config.log_prompts:
-        # As far as they get: the client may disconnect.
-        context.log_fields["outputs"] = logged
-    # As OpenAI's, which has usage in the last event alone.
-    head |= {"usage": None} if request.include_usage else {}
-
-    def write(index: int, output: SequenceOutput, target: str) -> list[bytes]:
-        return [event({**head, "choices": [piece]}) for piece in choices.pieces(index, output, target)]
-
-    for index in indices:
-        for choice in choices.opening(index):
-            yield event({**head, "choices": [choice]})
-    async for one in generation.outputs():
-        if one is None:
-            yield KEEP_ALIVE
-            continue
-        index, output = one
-        last = output.finish_reason is not None
-        target = output.text if targets is None else targets[index].add(output.text, last=last)
-        logged[index] += target
-        # Decoding a long prompt's likeliest tokens takes seconds.
-        written = partial(write, index, output, target)
-        for piece in await run_in_threadpool(written) if output.prompt_tokens else written():
-            yield piece
-    if request.include_usage:
-        yield event({**head, "choices": [], "usage": generation.usage()})
-    yield DONE
