@@ -88,6 +88,9 @@ def train_together(
             raise KeyboardInterrupt("the states are saved")
         if group.failed:
             raise group.failed[0][1]
+        for run in runs:
+            # All of them have ended.
+            (run.folder / EARLIER_STATE_FILE).unlink(missing_ok=True)
         return [run.result() for run in runs]
 
 
@@ -98,14 +101,12 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         ConfigError: They cannot.
     """
     faults = [] if configs else ["there is no run"]
-    for name in ("backbone", "dtype", "device", "quantize", "attention", "adapter", "gradient_checkpointing", "shard"):
-        values = sorted({str(getattr(config, name)) for config in configs})
-        if len(values) > 1:
-            faults.append(f"{name} is {' and '.join(map(repr, values))}, but all runs share one backbone")
-    folders = [Path(config.output).resolve() for config in configs]
-    shared = sorted({str(config.output) for config in configs if folders.count(Path(config.output).resolve()) > 1})
-    if shared:
-        faults.append(f"several runs would write to {', '.join(map(repr, shared))}")
+    shared = ("backbone", "dtype", "device", "quantize", "attention", "adapter", "gradient_checkpointing", "shard")
+    differs = [name for name in shared if len({getattr(config, name) for config in configs}) > 1]
+    if differs:
+        faults.append(f"{', '.join(differs)} differs, but all runs share one backbone")
+    if len({Path(config.output).resolve() for config in configs}) < len(configs):
+        faults.append("several runs would write to one output")
     if len(configs) == 1 and configs[0].beside == SELF:
         faults.append("beside is 'self', but there is no other run")
     others = [config for config in configs if not config.trains_prefix]

@@ -35,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"adapter": "folder"}, "adapter is"),
-        ({"shard": True}, "shard is 'False' and 'True', but all runs share one backbone"),
+        ({"adapter": "folder"}, "adapter"),
+        ({"shard": True}, "shard"),
     ],
 )
 def test_what_runs_cannot_share_is_refused(values: dict[str, Any], message: str) -> None:

@@ -20,31 +20,6 @@ def test_every_preset_makes_a_configuration():
                 assert {key: getattr(config, key) for key in values} == values
 
 
-@pytest.mark.parametrize(
-    ("task", "learning_rate", "epochs", "batch_size", "prefix_length", "bottleneck_size"),
-    [
-        ("e2e", 8e-5, 5, 10, 5, 512),
-        ("webnlg", 5e-5, 5, 5, 5, 512),
-        ("dart", 5e-5, 10, 5, 10, 512),
-        ("summarization", 5e-5, 30, 14, 100, 800),
-    ],
-)
-def test_the_papers_prefixes(
-    task: str, learning_rate: float, epochs: float, batch_size: int, prefix_length: int, bottleneck_size: int
-):
-    values = preset("paper", task)
-    assert values["reparameterization"] == "mlp"
-    assert (values["warmup_steps"], values["weight_decay"], values["max_grad_norm"]) == (0, 0.0, 1.0)
-    assert (values["learning_rate"], values["epochs"], values["batch_size"]) == (learning_rate, epochs, batch_size)
-    assert (values["prefix_length"], values["bottleneck_size"]) == (prefix_length, bottleneck_size)
-
-
-def test_fine_tuning_has_no_prefix():
-    values = preset("paper", "webnlg", "full")
-    assert (values["learning_rate"], values["epochs"], values["batch_size"]) == (1e-5, 10, 6)
-    assert not {"prefix_length", "reparameterization", "initialization"} & set(values)
-
-
 def test_quick_is_for_every_task_that_generates():
     assert set(PRESETS["quick"].runs) == {task.name for task in TASKS.values() if task.kind == "generation"}
 
