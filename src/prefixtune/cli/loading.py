@@ -247,7 +247,7 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
         ConfigError: The run has neither, or --quantize or --adapter does not go with its weights.
     """
     if options.run_folder:
-        from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
+        from prefixtune.training.run_folder import PREFIX_FILE, WEIGHTS_FILE
 
         folder = Path(options.run_folder)
         weights = folder / WEIGHTS_FILE

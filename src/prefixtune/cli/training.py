@@ -43,7 +43,7 @@ def run_training_together(
 
 def stored_layer(folder: str) -> Layer:
     """The configuration of a run to resume."""
-    from prefixtune.training.folder import stored_config
+    from prefixtune.training.run_folder import stored_config
 
     return Layer.from_file(stored_config(folder), TrainConfig.model_fields)
 

@@ -100,7 +100,7 @@ def _artifacts(folder: Path) -> list[Path]:
     """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
     from prefixtune.prefix.folder import ENDING, list_names, path_of
     from prefixtune.prefix.hub import FILE
-    from prefixtune.training.folder import STATE_FILE, WEIGHTS_FILE
+    from prefixtune.training.run_folder import STATE_FILE, WEIGHTS_FILE
 
     here = [path_of(folder, name) for name in list_names(folder) - {STATE_FILE.removesuffix(ENDING)}]
     return sorted([*here, *(path for name in (FILE, WEIGHTS_FILE) for path in folder.glob(f"*/{name}"))])
@@ -111,7 +111,7 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.header import backbone_origin
     from prefixtune.training.artifact import load_weights
-    from prefixtune.training.folder import WEIGHTS_FILE
+    from prefixtune.training.run_folder import WEIGHTS_FILE
 
     header: Mapping[str, Any]
     row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
