@@ -196,6 +196,7 @@ def _start_mlflow(loop: TrainLoop) -> Tracker:
 
 def _start_trackio(loop: TrainLoop) -> Tracker:
     import trackio
+    from huggingface_hub import constants
 
     module: Any = trackio
     project, name, values = _about(loop, "TRACKIO_PROJECT")
@@ -204,8 +205,14 @@ def _start_trackio(loop: TrainLoop) -> Tracker:
     context.run(module.context_vars.current_run.set, None)
     resume = "allow" if loop.resumed else "never"
     quiet: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = context.run(module.init, project=project, name=name, config=values, resume=resume, **quiet)
+    # It asks the hub for the user's name, wherever a token is stored, and has no option for that.
+    before, remote = constants.HF_HUB_OFFLINE, any(map(os.environ.get, ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")))
+    constants.HF_HUB_OFFLINE = before or not remote
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = context.run(module.init, project=project, name=name, config=values, resume=resume, **quiet)
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
     def finish(failed: bool) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
