@@ -139,7 +139,7 @@ def distill(
 
 @contextlib.contextmanager
 def open_memory(config: DistillConfig, student: Backbone, console: Console) -> Iterator[Run]:
-    """Make one memory ready to join a `RunGroup`: its questions, answers and labels are made, or read if they are kept.
+    """Make one memory ready to train: its questions, answers and labels are made, or read if they are kept.
 
     Args:
         config: What is put into the prefix; goes on if the folder of `output` has been begun.

@@ -22,7 +22,7 @@ from prefixtune.data.labels import Labels, choose_labels, encode_labelled, with_
 from prefixtune.data.registry import resolve_task
 from prefixtune.data.streams import read_text
 from prefixtune.data.tokenized import TokenizedDataset, hash_tokens
-from prefixtune.data.windows import TEXT_FORMAT
+from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
@@ -274,7 +274,10 @@ def tokenize(
         lengths = plan.site_lengths
     train = encode(examples, lengths.get("decoder", 0))
     if console is not None and config.form == "text" and len(train.examples) > len(examples):
-        console.info(f"long texts are learned in windows: {len(examples):,} texts, {len(train.examples):,} windows")
+        console.info(
+            f"texts longer than {config.max_length or DEFAULT_WINDOW:,} positions (max_length) are learned in windows: "
+            f"{len(examples):,} texts, {len(train.examples):,} windows"
+        )
     if plan is not None:
         train = dataclasses.replace(train, examples=hide_own_blocks(train, examples, plan))
     dev = encode(dev_examples, lengths.get("decoder", 0)) if dev_examples else None

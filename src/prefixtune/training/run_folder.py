@@ -44,13 +44,25 @@ def stored_config(output: str | Path) -> Path:
         CheckpointError: The folder holds no run.
     """
     path = expand_home(output) / CONFIG_FILE
-    states = path.with_name(STATE_FILE), path.with_name(EARLIER_STATE_FILE)
-    if not path.exists() or not any(state.exists() for state in states):
+    _check_any(path)
+    return path
+
+
+def check_begun(output: str | Path) -> None:
+    """Refuse a folder without a state to go on from.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    _check_any(*(Path(output) / name for name in (STATE_FILE, EARLIER_STATE_FILE)))
+
+
+def _check_any(*paths: Path) -> None:
+    if not any(path.exists() for path in paths):
         raise CheckpointError(
-            f"there is no run to resume in {str(path.parent)!r}.",
+            f"there is no run to resume in {str(paths[0].parent)!r}.",
             hint="name its folder with --output (output), or start it without --resume (resume).",
         )
-    return path
 
 
 def write_config(config: TrainConfig) -> None:

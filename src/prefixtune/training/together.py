@@ -186,18 +186,17 @@ class RunGroup:
 
     Args:
         backbone: Of all runs; for several at once, it must read packed rows.
-        catches: Errors that end only the run that they come from.
 
     Attributes:
-        failed: The runs that an error has ended, with it; they have left.
+        failed: The runs that a `TrainingError` has ended, with it; they have left, and the others go on.
     """
 
-    def __init__(self, backbone: Backbone, catches: tuple[type[Exception], ...] = (TrainingError,)) -> None:
-        self._backbone, self._catches = backbone, catches
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
         self._most_positions = _positions_at_once(backbone)
         self._new: list[Run] = []
         self._remaining: dict[Run, Iterator[list[tuple[Batch, bool]]]] = {}
-        self.failed: list[tuple[Run, Exception]] = []
+        self.failed: list[tuple[Run, TrainingError]] = []
 
     @property
     def runs(self) -> list[Run]:
@@ -258,10 +257,10 @@ class RunGroup:
 
     @contextlib.contextmanager
     def _failing(self, run: Run) -> Iterator[None]:
-        """An error that the group catches ends the run."""
+        """An error of a run ends that run alone."""
         try:
             yield
-        except self._catches as error:
+        except TrainingError as error:
             self.remove(run)
             self.failed.append((run, error))
 

@@ -13,7 +13,7 @@ import torch
 
 import prefixtune as pt
 from patching import replace_everywhere
-from prefixtune.errors import PrefixError
+from prefixtune.errors import PrefixError, TrainingError
 from prefixtune.training import loop as loop_module
 from prefixtune.training import together as group_module
 from prefixtune.training.prepare import prepare
@@ -94,14 +94,14 @@ def test_an_error_ends_only_the_run_that_it_comes_from(
     bad, good = open_one("bad"), open_one("good")
 
     def fail(*_: Any) -> Any:
-        raise ZeroDivisionError
+        raise TrainingError("broken")
 
     monkeypatch.setattr(bad.loop, "apply", fail)
-    group = RunGroup(backbone, (Exception,))
+    group = RunGroup(backbone)
     group.add(bad)
     group.add(good)
     events = _train(group)
-    assert [(run, type(error)) for run, error in group.failed] == [(bad, ZeroDivisionError)]
+    assert [(run, type(error)) for run, error in group.failed] == [(bad, TrainingError)]
     assert _kinds(events, "good")[-1] == "end"
     assert "end" not in _kinds(events, "bad")
 
