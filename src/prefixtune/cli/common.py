@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from prefixtune.results import Evaluation, Score
 from prefixtune.utils.console import Console, Figure
+
+if TYPE_CHECKING:
+    from prefixtune.results import Evaluation, Score
 
 __all__ = ["PathText", "Table", "format_score", "print_event", "print_json", "score_tables", "show"]
 
