@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from prefixtune.utils.config import Config, DTypeName, option_group
+from prefixtune.utils.folders import data_folder as user_data
 
-DATA_FOLDER = "prefixtune-data"
-"""The default folder of uploaded files and jobs."""
-DATA_FOLDER_HELP = "folder of uploaded files and jobs; made when it is first needed"
+DATA_FOLDER_HELP = (
+    "folder of uploaded files and jobs; made when it is first needed (default: in the user's data folder, one for each "
+    "folder of prefixes)"
+)
 KEEP_JOBS = 1000
 KEEP_JOBS_HELP = "most jobs of a key that are kept once they have ended; older ones are deleted, and their models stay"
 DATABASE_URL_HELP = (
@@ -18,6 +22,20 @@ DATABASE_URL_HELP = (
     "empty: jobs.sqlite in the data folder"
 )
 _SCHEMES = ("sqlite:///", "postgresql://", "postgresql+psycopg://")
+
+
+def jobs_folder(data_folder: str, prefixes: str) -> Path:
+    """Where uploaded files and jobs are kept.
+
+    Args:
+        data_folder: As configured; empty: a folder of the user's data folder.
+        prefixes: The folder of prefixes; servers and workers of another one have other jobs.
+    """
+    if data_folder:
+        return Path(data_folder).absolute()
+    folder = Path(prefixes).resolve()
+    mark = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    return user_data() / "jobs" / f"{folder.name}-{mark}"
 
 
 def _check_url(url: str) -> str:
@@ -54,7 +72,7 @@ class WorkerConfig(Config):
         "", description="quantize the frozen weights (torchao): int8 or int4"
     )
 
-    data_folder: str = _jobs(DATA_FOLDER, min_length=1, description=DATA_FOLDER_HELP)
+    data_folder: str = _jobs("", description=DATA_FOLDER_HELP)
     database_url: DatabaseUrl = _jobs("", description=DATABASE_URL_HELP)
     prefixes: str = _jobs("prefixes", min_length=1, description="folder that servers serve prefixes from")
     cache_mib: Annotated[int, Field(ge=1, le=1_000_000_000)] = _jobs(

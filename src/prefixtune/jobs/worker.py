@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.config import WorkerConfig
+from prefixtune.jobs.config import WorkerConfig, jobs_folder
 from prefixtune.jobs.files import FileStore, UnknownFileError, result_file_id
 from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.jobs.job import ENDED, Job, JobFailedError
@@ -59,7 +59,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
     from prefixtune.backbone.identity import backbone_identity
     from prefixtune.jobs.trainer import Trainer
 
-    data = DataFolder(Path(config.data_folder).absolute())
+    data = DataFolder(jobs_folder(config.data_folder, config.prefixes))
     _make_folders(data)
     url = config.database_url or f"sqlite:///{data.database}"
     backbone, identity = _load(config), backbone_identity(config.backbone)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.jobs.config import jobs_folder
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.prefix.chat_format import allow_named
 from prefixtune.server.logs import configure_logging, log
@@ -62,7 +63,7 @@ def run(config: ServeConfig, console: Console) -> int:
         ) from error
     if config.takes_jobs:
         try:
-            check_writable(DataFolder(Path(config.data_folder).absolute()).root / "any")
+            check_writable(DataFolder(jobs_folder(config.data_folder, config.prefixes)).root / "any")
         except PrefixError as error:
             # Texts are generated all the same.
             console.warn(f"requests to train will be refused: {error.message}")
@@ -214,6 +215,8 @@ def _report_start(state: ServerState, console: Console, listener: socket.socket)
     url = config.host if config.socket_file else f"http://{host}:{listener.getsockname()[1]}"
     has_page = config.playground and state.has_engine
     console.info(f"serving {len(names)} prefixes on {url}" + " (open it in a browser)" * has_page)
+    if config.takes_jobs and not config.data_folder:
+        console.info(f"uploaded files and jobs will be in {jobs_folder('', config.prefixes)} (--data-folder)")
     log("started", url=url, prefixes=len(names), refused=len(refused), keys=len(config.keys))
 
 

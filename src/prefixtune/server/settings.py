@@ -12,7 +12,6 @@ from pydantic import ConfigDict, Field, field_validator
 
 from prefixtune.errors import short_repr
 from prefixtune.jobs.config import (
-    DATA_FOLDER,
     DATA_FOLDER_HELP,
     DATABASE_URL_HELP,
     KEEP_JOBS,
@@ -156,7 +155,7 @@ class ServeConfig(Config):
     train_workers: Annotated[int, Field(ge=0, le=1)] = _training(
         1, description="processes for training that it starts; 0: none, and jobs are taken only with `database_url`"
     )
-    data_folder: str = _training(DATA_FOLDER, min_length=1, description=DATA_FOLDER_HELP)
+    data_folder: str = _training("", description=DATA_FOLDER_HELP)
     database_url: DatabaseUrl = _training("", description=DATABASE_URL_HELP)
     train_threads: _Number = _training(0, description="threads of the training process; 0: half of the cores")
     train_nice: Annotated[int, Field(ge=0, le=19)] = _training(

@@ -16,6 +16,7 @@ from typing import TypeVar
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.checkpoints import remove_checkpoints
+from prefixtune.jobs.config import jobs_folder
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
@@ -57,7 +58,7 @@ class Training:
 
     def __init__(self, config: ServeConfig, *, is_open: bool) -> None:
         self.config, self.is_open = config, is_open
-        self.folder = DataFolder(Path(config.data_folder).absolute())
+        self.folder = DataFolder(jobs_folder(config.data_folder, config.prefixes))
         self.database_url = config.database_url or f"sqlite:///{self.folder.database}"
         self.files, self.backbone = FileStore(self.folder), backbone_identity(config.backbone)
         self.streams, self.uploads = Gate(_MOST_STREAMS), Gate(_MOST_UPLOADS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.jobs.config import jobs_folder
 from prefixtune.utils.folders import cache_folder, data_folder, expand_home
 
 NO_USER = "~no-such-user/prefixes"
@@ -24,3 +25,12 @@ def test_the_users_folders_may_be_below_any_home(monkeypatch: pytest.MonkeyPatch
     assert data_folder() == Path.home() / ".local" / "share" / "prefixtune"
     monkeypatch.setenv("PREFIXTUNE_HOME", "~/all")
     assert (cache_folder(), data_folder()) == (Path.home() / "all", Path.home() / "all" / "data")
+
+
+def test_each_folder_of_prefixes_has_jobs_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
+    assert jobs_folder("mine", "a/prefixes") == Path.cwd() / "mine"
+    one, other = jobs_folder("", "a/prefixes"), jobs_folder("", "b/prefixes")
+    assert one != other
+    assert one == jobs_folder("", str(Path.cwd() / "a" / "prefixes"))
+    assert one.parent == tmp_path / "data" / "jobs"

@@ -21,7 +21,7 @@ from prefixtune.cli.loading import DEFAULT_BACKBONE, load
 from prefixtune.cli.options import CommandOptions, OutputOptions, command, json_option, positional
 from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
-from prefixtune.utils.folders import cache_folder
+from prefixtune.utils.folders import cache_folder, data_folder
 from prefixtune.utils.machine import describe_machine
 
 __all__ = ["doctor", "env", "prepare"]
@@ -172,7 +172,8 @@ def _torch() -> dict[str, Any]:
 def _folders() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return {"program": sys.executable, "cache": str(cache_folder()), "hub_cache": HF_HUB_CACHE}
+    own = {"cache": str(cache_folder()), "data": str(data_folder())}
+    return {"program": sys.executable, **own, "hub_cache": HF_HUB_CACHE}
 
 
 def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:

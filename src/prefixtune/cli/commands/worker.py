@@ -51,7 +51,7 @@ def worker(options: WorkerOptions) -> int:
     Variables such as PREFIXTUNE_WORKER_DATABASE_URL win over the file of --config, and options over both.
 
     For example:
-        prefixtune worker --data-folder prefixtune-data --prefixes prefixes
+        prefixtune worker --prefixes prefixes
         prefixtune worker --database-url postgresql://db/jobs --data-folder /mnt/jobs --prefixes /mnt/prefixes
     """
     config = options.part(WorkerConfig)
