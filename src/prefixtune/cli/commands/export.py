@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from prefixtune.cli.common import show
+from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.utils.config import DTypeName, option_group
@@ -22,7 +23,7 @@ __all__ = ["export"]
 _of_llama_cpp, _of_backbone = option_group("llama.cpp"), option_group("backbone")
 
 
-class ExportOptions(OutputOptions):
+class ExportOptions(BackboneOptions, OutputOptions):
     """The options of `prefixtune export`."""
 
     prefix: str = positional(
@@ -34,19 +35,11 @@ class ExportOptions(OutputOptions):
         4, ge=2, le=4, description="layout of the state file; it depends on the build of llama.cpp"
     )
     kv_type: Literal["f16", "f32", "bf16"] = _of_llama_cpp("f16", description="type of the server's cache")
-    backbone: str | None = _of_backbone(None, description="default: the one in the prefix's header")
     dtype: DTypeName = _of_backbone("float32", description="of the loaded backbone; onnx: float32")
     device: str = _of_backbone("cpu", description="auto, cpu, cuda, cuda:0, mps")
-    adapter: str | None = _of_backbone(
-        None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix"
-    )
-    allow_other_backbone: bool = _of_backbone(False, description="accept other weights of the same shapes")
-    chat_template: str = _of_backbone(
-        "", description="run the prefix's own chat template: a file with its text, or own: as its file has it"
-    )
     as_json: bool = json_option("the contents of export.json")
 
-    quantize: ClassVar[str] = ""
+    unused: ClassVar[Collection[str]] = ("quantize",)
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options of llama.cpp for another target."""
