@@ -20,10 +20,14 @@ from pydantic.fields import FieldInfo
 
 from prefixtune.utils.config import Config, Layer, allowed_range, has_commas
 
-__all__ = ["CommandOptions", "ConfigOptions", "OutputOptions", "command", "json_option", "positional"]
+__all__ = ["CommandOptions", "ConfigOptions", "OutputOptions", "PathText", "command", "json_option", "positional"]
 
 _WITH_HYPHEN = ("train", "dev", "data", "test", "outputs", "against", "weights")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
+
+
+PathText = Annotated[str, Field(min_length=1)]
+"""A path that, left out, means something else: an empty one, as of a shell's variable that is not set, is refused."""
 
 
 def positional(default: Any = ..., **options: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from prefixtune.cli.common import show
+from prefixtune.cli.show import show
 from prefixtune.data import TASKS, Task
 from prefixtune.training.presets import PRESETS, preset
 

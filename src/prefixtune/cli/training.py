@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefixtune.cli.common import print_event
+from prefixtune.cli.show import print_event
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset, without_conflicts
 from prefixtune.utils.config import Layer

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
 from prefixtune.cli.conversation import Conversation
 from prefixtune.cli.decoding import EngineOptions, note_unused, task_decoding
 from prefixtune.cli.loading import load_with_prefixes, short_name, started_engine
 from prefixtune.cli.options import OutputOptions, command, json_option
+from prefixtune.cli.show import print_json
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import TextList, option_group

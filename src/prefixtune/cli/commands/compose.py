@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import Table, show
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.show import Table, show
 from prefixtune.errors import ConfigError
 from prefixtune.utils.config import CommaList, TextList
 from prefixtune.utils.console import Console

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import show
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.show import show
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:

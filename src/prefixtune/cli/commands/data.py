@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
 from prefixtune.cli.options import CommandOptions, command, json_option, positional
+from prefixtune.cli.show import print_json
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.console import safe_text

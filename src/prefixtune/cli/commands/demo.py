@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import Table, show
 from prefixtune.cli.loading import DEFAULT_BACKBONE
 from prefixtune.cli.options import OutputOptions, command, json_option
+from prefixtune.cli.show import Table, show
 from prefixtune.cli.training import run_training
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import Table, print_event, show
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
+from prefixtune.cli.show import Table, print_event, show
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.pages.format import fixed
 from prefixtune.utils.config import Layer

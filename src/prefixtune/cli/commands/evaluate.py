@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import PathText, Table, format_score, score_tables, show
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
 from prefixtune.cli.loading import (
     Artifact,
@@ -18,7 +17,8 @@ from prefixtune.cli.loading import (
     split_joined,
     started_engine,
 )
-from prefixtune.cli.options import OutputOptions, command, form_option, json_option
+from prefixtune.cli.options import OutputOptions, PathText, command, form_option, json_option
+from prefixtune.cli.show import Table, format_score, score_tables, show
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
 from prefixtune.utils.config import CommaList

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import Table, show
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import columns_as_trained, load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, form_option, json_option, positional
+from prefixtune.cli.show import Table, show
 from prefixtune.errors import PrefixError
 from prefixtune.training.config import FormName
 from prefixtune.utils.config import CommaList

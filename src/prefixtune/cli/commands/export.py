@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import show
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_with_prefixes, short_name
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.show import show
 from prefixtune.utils.config import DTypeName, option_group
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import check_writable

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import PathText, show
 from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
 from prefixtune.cli.loading import (
     Artifact,
@@ -22,7 +21,8 @@ from prefixtune.cli.loading import (
     read_prefix,
     started_engine,
 )
-from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.options import OutputOptions, PathText, command, json_option, positional
+from prefixtune.cli.show import show
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console, safe_text

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.cli.commands.compose import parts_table
-from prefixtune.cli.common import PathText, Table, show
-from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.options import OutputOptions, PathText, command, json_option, positional
+from prefixtune.cli.show import Table, show
 from prefixtune.errors import CheckpointError, PrefixError
 
 __all__ = ["inspect"]

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.jobs_client import JOBS, JobsClient
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.show import print_event, print_json
 from prefixtune.errors import RequestError
 from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console, safe_text

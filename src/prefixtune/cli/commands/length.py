@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_event, print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
+from prefixtune.cli.show import print_event, print_json
 from prefixtune.cli.training import preset_layer, stored_layer
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.config import CommaList, Layer

@@ -9,10 +9,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from prefixtune.cli.common import show
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_with_prefixes
 from prefixtune.cli.options import OutputOptions, command, json_option
+from prefixtune.cli.show import show
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.console import Console

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from prefixtune.cli.common import show
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.show import show
 from prefixtune.utils.console import Console
 
 __all__ = ["push"]

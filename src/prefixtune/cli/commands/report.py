@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.cli.show import print_json
 from prefixtune.errors import ConfigError
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console

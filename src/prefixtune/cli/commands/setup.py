@@ -16,9 +16,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from prefixtune import __version__
-from prefixtune.cli.common import Table, show
 from prefixtune.cli.loading import DEFAULT_BACKBONE, load
 from prefixtune.cli.options import CommandOptions, OutputOptions, command, json_option, positional
+from prefixtune.cli.show import Table, show
 from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
 from prefixtune.utils.folders import cache_folder, data_folder

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
+from prefixtune.cli.show import print_json
 from prefixtune.cli.training import preset_layer, run_training, run_training_together, stored_layer
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.config import Layer, TextList

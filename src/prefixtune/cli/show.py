@@ -1,4 +1,4 @@
-"""What several commands need: paths, scores as tables, and JSON on stdout."""
+"""Print a command's result on stdout: one JSON value a line for programs, or lines and tables for people."""
 
 from __future__ import annotations
 
@@ -6,20 +6,14 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixtune.utils.console import Console, Figure
 
 if TYPE_CHECKING:
     from prefixtune.results import Evaluation, Score
 
-__all__ = ["PathText", "Table", "format_score", "print_event", "print_json", "score_tables", "show"]
-
-
-PathText = Annotated[str, Field(min_length=1)]
-"""A path that, left out, means something else: an empty one, as of a shell's variable that is not set, is refused."""
+__all__ = ["Table", "format_score", "print_event", "print_json", "score_tables", "show"]
 
 
 def print_json(value: object) -> None:
