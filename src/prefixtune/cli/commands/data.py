@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from prefixtune.cli.options import CommandOptions, command, json_option, positional
-from prefixtune.cli.show import print_json
+from prefixtune.cli.show import show
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.console import safe_text
@@ -69,10 +69,8 @@ def data(options: DataOptions) -> int:
     given = {name: getattr(options, name) for name in fields}
     config = TrainConfig(train=options.file or "-", **given, initialization="random")
     report = report_data(config, test=options.test)
-    if options.as_json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        print("\n\n".join("\n".join(lines) for lines in _paragraphs(report, options.test)))
+    text = "\n\n".join("\n".join(lines) for lines in _paragraphs(report, options.test))
+    show(report.model_dump(mode="json"), text, as_json=options.as_json)
     return 0
 
 
@@ -82,7 +80,7 @@ def _paragraphs(report: DataReport, test: str) -> Iterator[Iterable[str]]:
     yield _limit_lines(report)
     yield _notes(report, test)
     how = "in color" if _in_color() else "in [[ ]]"
-    yield [f"the first example as the model reads it, with what it learns to write {how}:", _show(report.example)]
+    yield [f"the first example as the model reads it, with what it learns to write {how}:", _marked(report.example)]
 
 
 def _length_lines(report: DataReport) -> Iterator[str]:
@@ -116,7 +114,7 @@ def _in_color() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def _show(parts: Sequence[Part]) -> str:
+def _marked(parts: Sequence[Part]) -> str:
     before, after = ("\033[1;32m", "\033[0m") if _in_color() else ("[[", "]]")
     return "".join(f"{before}{_safe(part.text)}{after}" if part.is_label else _safe(part.text) for part in parts)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.cli.show import print_json
+from prefixtune.cli.show import show
 from prefixtune.errors import ConfigError
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
@@ -50,9 +50,7 @@ def report(options: ReportOptions) -> int:
     console = Console(quiet=options.quiet)
     for warning in document.warnings:
         console.warn(warning)
-    if options.as_json:
-        print_json({"html": str(page), "figures": figures, "warnings": list(document.warnings)})
-    else:
-        shown = f"; {len(figures)} figures in {options.figures}" if figures else ""
-        print(f"{page} ({page.stat().st_size:,} bytes){shown}")
+    facts = {"html": str(page), "figures": figures, "warnings": list(document.warnings)}
+    drawn = f"; {len(figures)} figures in {options.figures}" if figures else ""
+    show(facts, f"{page} ({page.stat().st_size:,} bytes){drawn}", as_json=options.as_json)
     return 0
