@@ -65,33 +65,6 @@ def test_never_wider_than_the_window(browser: Browser, page: Path, width: int) -
     assert browser.value(outside) == []
 
 
-def test_dark_mode_is_dark(browser: Browser, page: Path) -> None:
-    shades = {}
-    for scheme in ("light", "dark"):
-        browser.open(page, scheme=scheme)
-        colors = (
-            "['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name]"
-            ".match(/\\d+/g).map(Number).reduce((sum, part) => sum + part))"
-        )
-        shades[scheme] = browser.value(colors)
-        assert browser.complaints() == []
-    assert shades["light"][0] > 600 > 150 > shades["dark"][0]
-    assert shades["light"][1] < 150 < 600 < shades["dark"][1]
-
-
-def test_a_wide_table_is_moved_to_its_last_column(browser: Browser, page: Path) -> None:
-    browser.open(page, width=400)
-    box = "[...document.querySelectorAll('.scroll')].find((each) => each.innerText.startsWith('Scores'))"
-    browser.value(f"{box}.focus()")
-    assert browser.value(f"document.activeElement === {box}") is True
-    browser.value(f"{box}.scrollLeft = 10000")
-    last = f"{box}.querySelector('tbody tr').lastElementChild.getBoundingClientRect()"
-    assert 0 < browser.value(f"{last}.right") <= 400
-    # What names the row stays in sight.
-    assert browser.value(f"{box}.querySelector('tbody th').getBoundingClientRect().left") >= 0
-    assert browser.value(WIDTHS) == [400, 400]
-
-
 def test_the_keyboard_reaches_the_report_and_sorts_a_table(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.press("Tab", 9)

@@ -77,16 +77,6 @@ def test_an_interval_is_that_of_sacrebleus_bootstrap():
     assert (low + high) / 2 == pytest.approx(theirs._mean, rel=0.02)
 
 
-def test_equal_seeds_give_equal_intervals_and_another_seed_another():
-    outputs, references = items(50, 0.3)
-    measured = measure(outputs, references, protocol="e2e", metrics=["bleu"])["bleu"]
-    first = bootstrap(measured, samples=200, seed=3)
-    assert bootstrap(measured, samples=200, seed=3) == first
-    assert bootstrap(measured, samples=200, seed=4) != first
-    assert measured.to_score(level=0.95, samples=200, seed=3).interval == first
-    assert measured.to_score().interval is None
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_system_compares_with_itself_and_with_a_worse_one(metric: str):
     good, references = items(120, 0.2)
