@@ -129,16 +129,6 @@ def test_a_job_is_found_as_it_was_added(queue: JobQueue, add: Callable[..., Job]
         queue.get(new_job_id())
 
 
-def test_owners_take_turns_in_the_list_of_those_who_wait(queue: JobQueue, add: Callable[..., Job]) -> None:
-    first, second, other = add(backbone="b2"), add(backbone="b2"), add("bob", backbone="b2")
-    assert [job.id for job in queue.unfinished()] in (
-        [first.id, other.id, second.id],
-        [second.id, other.id, first.id],
-        [other.id, first.id, second.id],
-        [other.id, second.id, first.id],
-    )
-
-
 def test_pausing_resuming_and_cancelling(queue: JobQueue, add: Callable[..., Job]) -> None:
     job = add(backbone="b2")
     assert queue.pause(job.id).status == "paused"
