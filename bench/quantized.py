@@ -32,9 +32,8 @@ def write_gguf(source: Path, target: Path, kind: str) -> Path:
     """Write a GGUF file with the same fields, and its matrices in another type: F16, Q8_0, Q4_0, ..."""
     import gguf
 
-    reader, writer = gguf.GGUFReader(source), None
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(target, architecture)
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
             inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None

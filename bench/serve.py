@@ -33,7 +33,7 @@ from bench.models import make_backbone, model_folder
 from bench.results import ROOT, DifferenceError, Figure, Log, Results, make_parser, run_benchmark
 from bench.server import Done, Server
 from bench.turns import ratio_figures, speed_ratios, take_turns
-from prefixtune.attention.cache import prefilled_cache
+from prefixtune.attention.cache import cache_argument, prefilled_cache
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine import Engine, Request
@@ -218,10 +218,9 @@ def by_transformers(backbone: Backbone, prefix: Prefix, new: int) -> Side:
         cache, _ = prefilled_cache(backbone.model, backbone.layout, [prefix] * len(prompts))
         # Any tokens stand for the prefix.
         ids = torch.tensor([[end] * prefix.length() + prompt for prompt in prompts])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), cache_argument(backbone.model): cache}
         with torch.inference_mode():
-            output = backbone.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, generation_config=config
-            )
+            output = backbone.model.generate(**inputs, generation_config=config)
         rows = output[:, ids.shape[1] :].tolist()
         texts = [backbone.decode(row) for row in rows]
         return Done(time.perf_counter() - began, texts, sum(map(len, rows)))

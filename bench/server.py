@@ -72,9 +72,9 @@ class Server:
         end = time.monotonic() + START_SECONDS
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > end:
-                self.close()
                 self._log.seek(0)
                 lines = self._log.read().strip().splitlines() or ["no message"]
+                self.close()
                 raise PeerError(f"{name} did not start: {' '.join(lines[-3:])[-500:]}")
             time.sleep(0.2)
         self._signal(signal.SIGSTOP)
@@ -82,8 +82,8 @@ class Server:
     def _is_ready(self) -> bool:
         """By the path of vLLM and llama.cpp, or by ours."""
         for path in ("/health", "/readyz"):
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+            with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
                 connection.request("GET", path)
                 if connection.getresponse().status == http.HTTPStatus.OK:
                     return True
@@ -144,3 +144,4 @@ class Server:
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self._process.wait()
+        self._log.close()
