@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefixtune.errors import DataError
 from prefixtune.results import EVALUATION_FILE, OUTPUTS_FILE, Evaluation, Number, OutputRow
@@ -114,9 +114,12 @@ def _parse(path: Path, text: str, parse: Callable[[str], _Row], where: str = "")
     try:
         return parse(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{where}{str(path)!r}: {error}", hint="write it again with the command that made it."
-        ) from error
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+            reason = "; ".join(faults[:3]).removeprefix(": ")
+        hint = "write it again with the command that made it."
+        raise DataError(f"{where}{str(path)!r}: {reason}.", hint=hint) from error
 
 
 def _rows(path: Path, parse: Callable[[str], _Row], *, may_break_off: bool = False) -> Iterator[_Row]:
