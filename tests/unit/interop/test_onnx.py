@@ -92,7 +92,7 @@ def test_a_model_that_cannot_be_traced(
     monkeypatch.setattr(torch.onnx, "export", export)
     with pytest.raises(BackboneError, match="tiny-llama"):
         target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_graph_that_computes_something_else_is_not_kept(
@@ -113,7 +113,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     monkeypatch.setattr(runtime, "InferenceSession", Session, raising=False)
     with pytest.raises(BackboneError, match="tiny-llama"):
         target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_prefix_next_to_an_export_stays(
