@@ -83,7 +83,7 @@ def read_task(
     Args:
         task: A name of `TASKS`; `records` without `source`: the data's form is recognized (see `forms`).
         path: A file; `-` for standard input; a folder of files, or one that the `datasets` library saved; or
-            `hub:NAME`. For the sets made here (`toy`, `toy_labels`, ...): `train` or `held_out`.
+            `hub:NAME`. For the sets made here (`toy`, `toy_labels`): `train` or `held_out`.
         source: Template of the source, for `records`, `classification` and `summarization`; for `tagging` the
             name of a column.
         target: Template of the target, likewise.
@@ -244,8 +244,7 @@ _TRIPLES: dict[str, Any] = {"decoding": _TABLE, "metrics": ("bleu", "meteor", "t
 _LABEL, _TAG = ({"num_beams": 1, "max_new_tokens": length, **_LINE} for length in (16, 200))
 _LABELS: dict[str, Any] = {"kind": "classification", "decoding": _LABEL, "metrics": _ACCURACY}
 _TAGS: dict[str, Any] = {"kind": "tagging", "decoding": _TAG, "metrics": _SPANS}
-_EXACT: dict[str, Any] = {"decoding": {"num_beams": 1, "max_new_tokens": 32, **_LINE}, "metrics": ("exact_match",)}
-_PARTS, _SKILL_PARTS = ("train", "held_out"), ("train", "dev", "held_out")
+_PARTS = ("train", "held_out")
 _TABLES = "JSON lines, JSON, CSV, TSV or Parquet"
 _TAGGED = (".jsonl", ".json", ".parquet", *CONLL_FORMATS)
 _TEST_XML = "testdata_with_lex.xml"
@@ -293,9 +292,5 @@ TASKS: dict[str, Task] = {
         Task("tagging", "tokens and BIO tags: rows, or CoNLL files", form=FORMS["tags"], formats=_TAGGED, **_TAGS),
         Task("toy", "a small night-train board, made here to try things on", parts=_PARTS),
         Task("toy_labels", "messages to an office and their departments, made here", parts=_PARTS, **_LABELS),
-        Task("toy_tags", "messages to an office with spans to be tagged, made here", parts=_PARTS, **_TAGS),
-        Task("toy_mapping", "letters replaced by a rule, made here", parts=_SKILL_PARTS, **_EXACT),
-        Task("toy_base", "sums in base 7, made here", parts=_SKILL_PARTS, **_EXACT),
-        Task("toy_copy", "words to be copied, made here", parts=_SKILL_PARTS, **_EXACT),
     )
 }

@@ -4,10 +4,6 @@
   is spelt as on the radio, a time as railways say it, a fare is "a mere" below ten, and the sky decides the end.
 - `toy_labels`: passengers' messages, and the department that each is for. What the writer asks for decides, not what is
   only mentioned; both come with the same words, so that no list of keywords sorts them all.
-- `toy_tags`: passengers' messages with trains, stations, times and coaches to be tagged. Several words are inside a
-  span in one place and outside in another (Heron Bridge is a station), so that no list of words tags them.
-- `toy_mapping` (letters replaced by a rule), `toy_base` (sums in base 7), `toy_copy`: short questions with one exact
-  answer. A prefix elicits what a model can do (Petrov et al. 2024), so that it should find the first two hard.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ from functools import partial
 from typing import TypeVar
 
 from prefixtune.data.examples import Example
-from prefixtune.data.forms import tagged
 
 _Value = TypeVar("_Value")
 
@@ -200,87 +195,8 @@ def _mention(sampler: _Sampler, department: str) -> str:
     return f"{sampler.draw('mention', _MENTIONS)} {subject}"
 
 
-# --- messages and their tags -----------------------------------------------------------------------------------------
-
-_SPANS: dict[str, tuple[str, ...]] = {
-    "TRAIN": ("Heron", "Otter", "Night Owl", "White Hare", "Fox", "Evening Swan", "Badger", "Grey Wolf"),
-    "STATION": (
-        *("Northgate", "Oldbridge", "Port Alder", "Heron Bridge", "Saltmarsh", "Saltmarsh East", "Wolf Halt"),
-        *("Seven Elms", "Westport", "Fox Green"),
-    ),
-    "TIME": (
-        *("18:45", "20:30", "21:10", "22:05", "half past nine", "quarter to seven", "ten o'clock", "midnight"),
-        *("five to eight", "twenty past ten"),
-    ),
-    "COACH": ("coach 7", "coach 12", "coach 4", "car B", "car D", "sleeping car 3", "sleeping car 9"),
-}
-#: A word in capitals is replaced by a span of that type.
-_SENTENCES = (
-    *("Does the TRAIN stop at STATION before TIME ?", "We are seven in all and booked COACH on the TRAIN ."),
-    *("My umbrella is still in COACH of the TIME TRAIN .", "The STATION STATION sleeper was ten minutes late again ."),
-    *("At TIME nobody at STATION knew where the TRAIN was .", "Please move the two of us from COACH to COACH ."),
-    *("I paid 30 crowns and the coach was cold .", "A fox crossed the line near STATION , so we came in at TIME ."),
-    *("Is the TRAIN , COACH , open from TIME on ?", "From STATION to STATION the TRAIN takes eight hours ."),
-    *("The heron painted on COACH is lovely .", "TRAIN , TIME , COACH : two beds , please ."),
-    *("Wake me at TIME , half an hour before STATION .", "No porter met us at STATION this time ."),
-    *("Seven of us will board the TRAIN at STATION .", "The TRAIN left without us , and the next car was full ."),
-    "Ten past the hour is no answer : when does the TRAIN leave STATION ?",
-    "Badger and otter were on the menu in COACH , or so we read it .",
-)
-
-
-def _tagged_message(sampler: _Sampler) -> Example:
-    """One or two sentences, in which a span differs from the last one of its type."""
-    tokens: list[str] = []
-    tags: list[str] = []
-    last: dict[str, str] = {}
-    for _ in range(sampler.draw("sentences", (1, 2))):
-        for word in sampler.draw("sentence", _SENTENCES).split():
-            if word not in _SPANS:
-                tokens, tags = [*tokens, word], [*tags, "O"]
-                continue
-            span = sampler.draw(word, _SPANS[word])
-            last[word] = span = sampler.draw(word, _SPANS[word]) if span == last.get(word) else span
-            tokens += span.split()
-            tags += [f"B-{word}", *[f"I-{word}"] * span.count(" ")]
-    return tagged(tokens, tags)
-
-
-# --- short questions -------------------------------------------------------------------------------------------------
-
-_WORDS = (
-    *("lamp", "river", "stone", "fox", "coat", "train", "bread", "window", "letter", "garden", "owl", "table"),
-    *("bridge", "cloud", "button", "horse", "apple", "candle", "winter", "market", "piano", "ladder", "forest"),
-    *("pillow", "engine", "island", "feather", "kettle", "mirror", "harbour"),
-)
-_NEW_LETTERS = dict(zip("abcdefghijkl", "hdkalgibjcef", strict=True))
-
-
-def _mapping(sampler: _Sampler) -> Example:
-    letters = [sampler.draw("letter", tuple(_NEW_LETTERS)) for _ in range(sampler.draw("length", (4, 5, 6)))]
-    return Example(" ".join(letters), " ".join(_NEW_LETTERS[letter] for letter in letters))
-
-
-def _base(sampler: _Sampler) -> Example:
-    one, other = (1 + sampler.integer(7 * 7 * 4 - 1) for _ in range(2))
-    return Example(f"{_in_base(one)} + {_in_base(other)}", _in_base(one + other))
-
-
-def _in_base(number: int) -> str:
-    return (_in_base(number // 7) if number >= 7 else "") + str(number % 7)
-
-
-def _copy(sampler: _Sampler) -> Example:
-    text = " ".join(sampler.draw("word", _WORDS) for _ in range(sampler.draw("length", (3, 4, 5))))
-    return Example(text, text)
-
-
 TOYS: dict[str, Callable[[], list[list[Example]]]] = {
     "toy": make_toy,
     "toy_labels": partial(_divide, _message, 400, 100),
-    "toy_tags": partial(_divide, _tagged_message, 300, 60),
-    "toy_mapping": partial(_divide, _mapping, 320, 80, 100),
-    "toy_base": partial(_divide, _base, 320, 80, 100),
-    "toy_copy": partial(_divide, _copy, 320, 80, 100),
 }
 """Task -> its sets."""
