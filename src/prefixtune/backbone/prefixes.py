@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError, short_repr
+from prefixtune.prefix.chat_format import is_allowed
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.folder import ENDING
 from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix, check_fits, read_artifact, read_outline
-from prefixtune.prefix.serving import incompatibilities
+from prefixtune.prefix.text_format import read_text_format
 
 __all__ = [
     "PrefixLike",
@@ -162,39 +162,42 @@ def _short(fingerprint: str) -> str:
 
 
 class PrefixValidator:
-    """Reads and checks prefix files for one backbone.
+    """Reads and checks prefix files before they are served.
 
     Args:
         backbone: The model that they must fit; one without weights, from `load_tokenizer`, fits every header.
         max_bytes: Largest prefix, in the backbone's dtype.
-        allow_other_backbone: Accept prefixes that were trained for other weights, if the shapes fit.
     """
 
-    def __init__(self, backbone: Backbone, max_bytes: int, *, allow_other_backbone: bool = False) -> None:
-        self.backbone, self.max_bytes, self.allow_other_backbone = backbone, max_bytes, allow_other_backbone
+    def __init__(self, backbone: Backbone, max_bytes: int) -> None:
+        self.backbone, self.max_bytes = backbone, max_bytes
 
-    def read_header(self, path: Path) -> str:
-        """Check a file by its header alone; returns the header as JSON.
+    def read_header(self, path: Path) -> Mapping[str, Any]:
+        """Check a file by its header alone, and return that.
 
         Raises:
-            CheckpointError: It is not a prefix, does not fit the backbone, or is too large.
+            CheckpointError: It is not a prefix, does not fit the backbone, or cannot be served.
             OSError: It cannot be read.
         """
         outline = read_outline(path)
         if not self.backbone.geometry:
             # Without its weights, a backbone's shapes are unknown: whoever loads it compares them.
-            return json.dumps(outline.header, ensure_ascii=False)
-        fingerprint = None if self.allow_other_backbone else self.backbone.fingerprint
-        reasons = incompatibilities(outline, self.backbone.geometry, self.backbone.name, fingerprint, classifies=True)
-        width = self.backbone.head_size
-        if outline.head is not None and outline.head.weight.shape[1] != width:
-            reasons.append(f"its head is not for hidden states of {width} numbers")
-        num_bytes = outline.num_parameters * self.backbone.dtype.itemsize
-        if num_bytes > self.max_bytes:
-            reasons.append(f"it takes {num_bytes:,} bytes, but all prefixes together may take {self.max_bytes:,}")
-        if reasons:
+            return outline.header
+        text_format, num_bytes = read_text_format(outline.header), outline.num_parameters * self.backbone.dtype.itemsize
+        faults = {
+            "it has a chat template of its own, which nobody named (--chat-templates)": text_format is not None
+            and not is_allowed(text_format.chat_template),
+            "it has a head, but no labels": outline.head is not None and not outline.header.get("labels"),
+            "it was trained together with a LoRA adapter": bool(outline.header.get("adapter")),
+            f"it takes {num_bytes:,} bytes, but all prefixes together may take {self.max_bytes:,}": num_bytes
+            > self.max_bytes,
+        }
+        if reasons := [fault for fault, applies in faults.items() if applies]:
             raise CheckpointError(f"{'; '.join(reasons)}.", hint="use `prefixtune inspect` to see what it is.")
-        return json.dumps(outline.header, ensure_ascii=False)
+        try:
+            return load_prefix(outline, self.backbone).header
+        except BackboneError as error:
+            raise CheckpointError(error.message, hint=error.hint) from error
 
     def load_copy(self, path: Path, name: str) -> Prefix:
         """Read and check a whole file, from a copy: others may write to the file meanwhile.
@@ -218,7 +221,7 @@ class PrefixValidator:
             CheckpointError: It is broken or does not fit the backbone.
         """
         try:
-            loaded = load_prefix(path, self.backbone, allow_other_backbone=self.allow_other_backbone)
+            loaded = load_prefix(path, self.backbone)
             # A copy, which is not mapped from the file, and which the engine reads as it is.
             prefix = loaded.detach().to(self.backbone.dtype, self.backbone.device)
         except PrefixError as error:

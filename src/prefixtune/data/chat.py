@@ -15,9 +15,8 @@ from typing import NamedTuple
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.examples import Message
 from prefixtune.errors import RequestError
-from prefixtune.prefix.bounds import bounded
 from prefixtune.prefix.chat_format import allow_template, render_chat, split_at_last_message, template_hash
-from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
+from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat, bounded
 
 Source = str | Sequence[Message] | Sequence[Mapping[str, str]]
 """What is answered: one user message's text, or all messages before the answer."""
@@ -114,7 +113,7 @@ def encode_chat(
         messages: All of them; the last one is the user's.
         text_format: Names the chat template; None: the backbone's own.
         positions: Of a conversation that takes more, there are ids enough to refuse it, or to cut its last message
-            (see `prefix.bounds`); None: there are all.
+            (see `prefix.text_format.bounded`); None: there are all.
 
     Raises:
         RequestError: The template refuses the messages.

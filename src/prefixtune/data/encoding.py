@@ -17,9 +17,8 @@ from prefixtune.data.tokenized import TokenizedExample as TokenizedExample
 from prefixtune.data.truncation import fit_source, named_example, position_limit
 from prefixtune.data.windows import DEFAULT_WINDOW, is_text, text_windows
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value, short_repr
-from prefixtune.prefix.bounds import bounded
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, read_text_format
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, bounded, read_text_format
 
 _PART = 256
 """Examples that one call of a tokenizer reads, at most."""
@@ -102,7 +101,7 @@ def encode_prompts(
         text_format: The text around a source; with a chat template, a text is one user message.
         sources: Texts, or conversations.
         positions: Most tokens of a prompt that could fit, as `Backbone.max_positions` says, or the engine. Of one that
-            takes more, there are ids enough to cut its source at the end, or to refuse it (see `prefix.bounds`). None:
+            takes more, there are ids enough to cut its source at the end, or to refuse it (see `bounded`). None:
             there are all.
 
     Raises:

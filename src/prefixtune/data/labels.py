@@ -13,9 +13,8 @@ from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.label_names import check_labels, label_names
 from prefixtune.data.truncation import fit_source, named_example, position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
-from prefixtune.prefix.bounds import bounded
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat, TruncationPolicy
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, bounded
 
 ClassifierKind = Literal["head", "words"]
 """How labels are predicted: by a trained linear layer, or by the language model's probability of each label's word."""

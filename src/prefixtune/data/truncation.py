@@ -1,6 +1,6 @@
 """How many positions a text has, and what becomes of one that is too long: in training, in use and in every server.
 
-Two steps. `prefix.bounds.bounded` lets a tokenizer read no more than could matter; whoever makes token ids of texts
+Two steps. `bounded` lets a tokenizer read no more than could matter; whoever makes token ids of texts
 (`encode_prompts` and `encode_chat`, with `positions`) calls it. `prefix.text_format.cut_prompt` then cuts the ids or
 refuses them: by way of `fit_source` beside the targets of an example, of `truncate_prompt` where tokens are generated.
 """

@@ -8,7 +8,6 @@ file is replaced.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -298,7 +297,7 @@ class PrefixFolder:
         try:
             check_name(name)
             check_regular_file(self.folder, name)
-            header = json.loads(self._validator.read_header(path))
+            header = self._validator.read_header(path)
             return PrefixFile(signature, header, origin=job_origin(header)) if signature is not None else None
         except FileNotFoundError:
             return None

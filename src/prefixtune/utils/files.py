@@ -71,6 +71,8 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
         # Libraries in Rust wrap the system's errors in their own.
         code = re.search(r"\(os error (\d{1,4})\)", str(error))
         cause = OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
+        if isinstance(error, ValueError) and "\0" in str(path):
+            cause = OSError(errno.EINVAL, "no file can have this name")
         if not isinstance(cause, OSError):
             raise
         raise PrefixError(

@@ -14,8 +14,7 @@ from prefixtune.data.encoding import encode_examples, encode_pairs, encode_promp
 from prefixtune.data.examples import Example, Message, chat_example
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import DataError, PrefixWarning, RequestError
-from prefixtune.prefix.bounds import bounded
-from prefixtune.prefix.text_format import TextFormat
+from prefixtune.prefix.text_format import TextFormat, bounded
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"

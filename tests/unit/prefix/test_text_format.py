@@ -21,13 +21,13 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, stream
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix, save_prefix
-from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import (
     TextFormat,
     cut_prompt,
     read_text_format,
 )
 from prefixtune.server.prefixes import PrefixFolder
+from prefixtune.server.target_stream import TargetStream
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 

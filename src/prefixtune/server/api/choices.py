@@ -10,9 +10,9 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
-from prefixtune.prefix.target_stream import TargetOffsets
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.detokenizer import Detokenizer
+from prefixtune.server.target_stream import TargetOffsets
 
 _MIN_LOGPROB = -9999.0
 """The logarithm of zero: JSON has no infinity."""

@@ -18,7 +18,6 @@ from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.engine.request import SequenceOutput
-from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router
@@ -28,6 +27,7 @@ from prefixtune.server.api.prompting import chat_source, decode_prompts, start_t
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
 from prefixtune.server.catalog import ServedModel
 from prefixtune.server.responses import JsonAnswer
+from prefixtune.server.target_stream import TargetStream
 
 Choices = CompletionChoices | ChatChoices
 router = key_router()
