@@ -52,9 +52,3 @@ def test_the_chunks_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch)
     expected = computed()
     monkeypatch.setattr(loss, "_CPU_BYTES", budget)
     torch.testing.assert_close(computed(), expected)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_no_label_has_no_loss(grad: bool) -> None:
-    losses = token_losses(torch.empty(0, 5, requires_grad=grad), torch.empty(0, dtype=torch.int64))
-    assert losses.shape == (0,)

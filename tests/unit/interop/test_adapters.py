@@ -69,12 +69,6 @@ def test_a_prefix_comes_back_bit_for_bit(prefix: Prefix, llama: Any, dtype: torc
     assert {name: imported.header[name] for name in prefix.header} == prefix.header
 
 
-def test_an_embedded_backbone_has_its_name_on_the_hub(prefix: Prefix, tmp_path: Path) -> None:
-    embedded = Prefix(prefix.layers, {"backbone": {"name": "smollm2-135m", "kind": "decoder"}})
-    facts = facts_of(export_peft(embedded, tmp_path / "adapter"))
-    assert facts["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
 def test_what_peft_trained_becomes_our_file(folder: Path, prefix: Prefix, llama: Any, tmp_path: Path) -> None:
     rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     rewrite(folder, {"prompt_embeddings": rows})

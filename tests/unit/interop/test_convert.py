@@ -85,15 +85,6 @@ def test_the_backbone_is_checked_and_named(
     )
 
 
-def test_cartridges_and_half_precision(ours: Path, tmp_path: Path, prefix: Prefix) -> None:
-    options = ("--to", "peft", "--peft-type", "CARTRIDGE", "--frozen-tokens", "2", "--quiet")
-    assert main(["convert", str(ours), str(tmp_path / "adapter"), *options]) == 0
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["num_frozen_tokens"] == 2
-    half = export_peft(prefix.to(torch.bfloat16), tmp_path / "half")
-    assert main(["convert", str(half), str(tmp_path / "half.safetensors"), "--to", "prefixtune"]) == 0
-    assert load_prefix(tmp_path / "half.safetensors").equal(prefix.to(torch.bfloat16))
-
-
 def test_mistakes_end_with_2(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, adapter = tmp_path / "out.safetensors", export_peft(prefix, tmp_path / "adapter")
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")

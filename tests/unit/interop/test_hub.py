@@ -203,21 +203,6 @@ def test_any_license_note_becomes_one_that_the_hub_takes(
     assert f"| license | {license_note} |" in card.text or not license_note
 
 
-def test_a_run_is_pushed_and_a_repository_inspected(
-    fake_hub: Hub, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / hub.FILE).write_bytes(artifact.read_bytes())
-    hub.push(run, "me/pubs")
-    assert fake_hub.repos["me/pubs"][hub.FILE] == artifact.read_bytes()
-    assert main(["inspect", "hub:me/pubs", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["header"]["task"] == "e2e"
-    assert main(["convert", "hub:me/pubs", str(tmp_path / "same.safetensors"), "--to", "prefixtune", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["input"] == "hub:me/pubs"
-    assert load_prefix(tmp_path / "same.safetensors").equal(load_prefix(artifact))
-
-
 def test_a_prefix_is_pushed_and_read_as_in_transformers(fake_hub: Hub, artifact: Path, tmp_path: Path) -> None:
     mine = Prefix.from_pretrained(artifact)
     assert mine.push_to_hub("me/pubs", commit_message="first") == f"{fake_hub.url}/me/pubs/commit/{COMMIT}"

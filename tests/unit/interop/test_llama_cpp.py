@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 import threading
@@ -89,12 +88,6 @@ def test_model_types_that_were_not_compared_are_refused(
     with pytest.raises(BackboneError, match="gemma"):
         export_llama_cpp(random_prefix(backbone, 3), backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_adapter_is_refused(tiny_backbone: Make, random_prefix: Make, tmp_path: Path) -> None:
-    backbone = dataclasses.replace(tiny_backbone("llama"), adapter=object())
-    with pytest.raises(BackboneError, match="LoRA adapter"):
-        export_llama_cpp(random_prefix(backbone, 3), backbone, tmp_path / "out")
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
@@ -206,8 +199,3 @@ def test_a_server_with_a_key(server: Server, tmp_path: Path, monkeypatch: pytest
     assert llama_cpp_check.main([*arguments, "--api-key", "secret"]) == 0
     monkeypatch.setenv("LLAMA_API_KEY", "secret")
     assert llama_cpp_check.main(arguments) == 0
-
-
-def test_a_server_that_is_not_there() -> None:
-    with pytest.raises(NotInEffectError, match="cannot be reached"):
-        check("http://127.0.0.1:9", FACTS, timeout=5.0)

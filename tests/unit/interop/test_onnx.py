@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.errors import BackboneError
 from prefixtune.interop.onnx import export as target
 from prefixtune.interop.onnx.run import generate, past_names
 from prefixtune.prefix.chat_format import allow_template
@@ -63,11 +63,6 @@ def test_without_a_prefix_the_past_is_empty() -> None:
     assert graph.fed[0]["position_ids"].tolist() == [[0]]
     # All texts have ended: nothing more is asked for.
     assert len(graph.fed) == 8
-
-
-def test_a_text_ends_at_any_end_token() -> None:
-    facts = {**FACTS, "end_ids": [8, 6]}
-    assert generate(Graph(), facts, PREFIX, [[1, 2, 6], [4]], max_new_tokens=3) == [[7], [5]]
 
 
 @pytest.fixture
@@ -132,12 +127,3 @@ def test_a_prefix_next_to_an_export_stays(
     assert facts["end_ids"] == [backbone.encode("<pad>")[0], backbone.eos_id]
     assert (tmp_path / "past.safetensors").exists()
     assert load_prefix(tmp_path, backbone).equal(prefix)
-
-
-def test_a_folder_of_a_run_is_refused(
-    runtime: ModuleType, tiny_backbone: Make, random_prefix: Make, tmp_path: Path
-) -> None:
-    backbone = tiny_backbone("llama")
-    save_prefix(tmp_path / "prefix.safetensors", random_prefix(backbone, 3))
-    with pytest.raises(ConfigError):
-        target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path)

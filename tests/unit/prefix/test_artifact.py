@@ -84,14 +84,6 @@ def test_more_than_ten_layers_keep_their_order(tmp_path: Path):
     assert load_prefix(save_prefix(tmp_path / "p.safetensors", prefix)).equal(prefix)
 
 
-def test_a_loaded_prefix_can_be_cut_and_stored_again(path: Path, llama: Any, tmp_path: Path):
-    cut = load_prefix(path)[:2]
-    again = load_prefix(save_prefix(tmp_path / "cut.safetensors", cut, dtype=torch.bfloat16), llama)
-    assert again.equal(cut.to(torch.bfloat16))
-    assert again.header["prefix_length"] == {"decoder": 2}
-    assert again.header["task"] == "toy"
-
-
 def test_a_head_stays_in_float32_in_the_file_and_in_service(path: Path, llama: Any, tmp_path: Path):
     head = Head(torch.randn(3, llama.hidden_size), torch.randn(3))
     labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
@@ -105,15 +97,6 @@ def test_a_head_stays_in_float32_in_the_file_and_in_service(path: Path, llama: A
         assert prefix.dtype == torch.bfloat16
         assert torch.equal(prefix.head.weight, head.weight)
         assert torch.equal(prefix.head.bias, head.bias)
-
-
-def test_a_state_comes_back(tmp_path: Path):
-    tensors = {"module.a": torch.randn(3, 2), "optimizer.0.step": torch.tensor(5.0)}
-    save_state(tmp_path / "s.safetensors", tensors, {"step": 5, "best_loss": None})
-    loaded, facts = load_state(tmp_path / "s.safetensors")
-    assert facts == {"format_version": 2, "step": 5, "best_loss": None}
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -224,15 +207,6 @@ def test_shapes_that_no_tensor_has_are_refused(shape: Any, path: Path):
             read(path)
 
 
-@pytest.mark.parametrize("words", [[], ["good"], ["good", "bad", "ugly"]])
-def test_labels_have_as_many_words_as_names(words: list[str], path: Path):
-    labels = {"kind": "classification", "by": "words", "names": ["a", "b"], "words": words}
-    rewrite(path, header=lambda facts: {**facts, "labels": labels})
-    for read in (load_prefix, read_outline):
-        with pytest.raises(CheckpointError):
-            read(path)
-
-
 @pytest.mark.parametrize("rows", [None, 2, 4])
 def test_a_head_has_a_row_for_each_label(rows: int | None, prefix: Prefix, tmp_path: Path):
     labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
@@ -286,20 +260,6 @@ def test_paths_are_checked(tmp_path: Path, prefix: Prefix):
     (tmp_path / "file").write_text("")
     with pytest.raises(PrefixError):
         save_prefix(tmp_path / "file" / "p.safetensors", prefix)
-
-
-def test_a_failed_write_leaves_the_old_file(path: Path, prefix: Prefix, monkeypatch: pytest.MonkeyPatch):
-    before = path.read_bytes()
-
-    def fail(tensors: Any, target: Path, metadata: Any) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("prefixtune.prefix.prefix.save_file", fail)
-    with pytest.raises(PrefixError):
-        save_prefix(path, prefix[:2])
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])

@@ -16,7 +16,6 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.card import read_evaluations
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.results import Evaluation, Score
 
 SCORES = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
 EVALUATION = {"kind": "evaluation", "task": "e2e", "data": "e2e", "split": "test", "num_examples": 300}
@@ -50,11 +49,6 @@ def test_the_hub_reads_it(prefix: Prefix) -> None:
     assert "| bleu | 60.33 | 58.52 to 62.13 | sacrebleu 2.6.0 |" in text
     assert f"{prefix.num_parameters:,}" in text
     assert "--prefix hub:me/pubs " in text
-
-
-def test_the_embedded_backbone_has_its_name_of_the_hub(prefix: Prefix) -> None:
-    prefix.header["backbone"]["name"] = "smollm2-135m"
-    assert ModelCard(prefix.card("me/pubs")).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.parametrize("name", ["/home/somebody/models", "~/somebody", "somebody", "a/b/somebody", "models/somebody"])
@@ -94,15 +88,6 @@ def test_a_header_makes_no_link_and_no_picture(prefix: Prefix) -> None:
     assert page.count(f"<td>{escape(words)}</td>") == 2
     assert "<img" not in page
     assert "<a " not in page
-
-
-def test_what_evaluate_returned_goes_into_it(prefix: Prefix) -> None:
-    score = Score(score=0.75, implementation="a test")
-    card = prefix.card("me/pubs", Evaluation(scores={"accuracy": score}, num_examples=3))
-    assert "(3 examples)" in card
-    (result,) = ModelCard(card).data.eval_results
-    assert result.dataset_type == "e2e"
-    assert (result.metric_type, result.metric_value, result.dataset_split) == ("accuracy", 0.75, None)
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,6 @@ def test_the_longest_prompt_is_that_of_all_parts_that_write_the_same_text() -> N
     assert concatenate([a, b, other]).header["text_format"] == other.header["text_format"]
 
 
-def test_the_hash_is_of_the_content_alone() -> None:
-    assert content_hash(_prefix(3, 1, task="a")) == content_hash(_prefix(3, 1, task="b"))
-    assert content_hash(_prefix(3, 1)) != content_hash(_prefix(3, 2))
-    assert content_hash(_prefix(3, 1)) != content_hash(_prefix(3, 1).to(torch.float64))
-
-
 def test_joined_parts_of_parts_are_one_list_in_order() -> None:
     a, b, c = (_prefix(length, length) for length in (3, 5, 2))
     nested = concatenate([concatenate([a, b]), c])
@@ -115,12 +109,6 @@ def test_joined_parts_of_parts_are_one_list_in_order() -> None:
     mean = average([a, _prefix(3, 9)])
     (entry, _) = concatenate([mean, c]).header["composition"]["parts"]
     assert entry["composition"] == {"mode": "average", "hashes": [content_hash(a), content_hash(_prefix(3, 9))]}
-
-
-def test_the_widest_dtype_is_kept() -> None:
-    joined = concatenate([_prefix(3, 1, dtype=torch.bfloat16), _prefix(2, 2)])
-    assert joined.dtype == torch.float32
-    assert concatenate([_prefix(3, 1, dtype=torch.bfloat16)] * 2).dtype == torch.bfloat16
 
 
 def test_one_part_may_classify() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.prefix.encoder import REPARAMETERIZATIONS, PrefixEncoder, SiteEncoder, fit, step_sizes
+from prefixtune.prefix.encoder import REPARAMETERIZATIONS, PrefixEncoder, fit, step_sizes
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, flatten
 from prefixtune.training.starts.words import from_words
@@ -39,16 +39,6 @@ def random_start(length: int = 5) -> Prefix:
     )
 
 
-@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
-def test_it_yields_a_prefix_of_the_geometry(kind: str):
-    prefix = module(kind)()
-    assert prefix.geometry == GEOMETRY
-    assert prefix.prefix_length == 5
-    assert prefix.dtype == torch.float32
-    assert prefix.is_finite()
-    assert all(float(tensor.detach().abs().max()) > 0 for tensor in prefix.tensors())
-
-
 def test_counts_of_trained_parameters():
     counts = {kind: sum(one.numel() for one in module(kind).parameters()) for kind in ("none", "mlp")}
     assert counts == {"none": 5 * SIZE, "mlp": 5 * 12 + (12 * 7 + 7) + (7 * SIZE + SIZE)}
@@ -78,17 +68,9 @@ def test_a_state_brings_back_every_bit(kind: str):
     assert other.bake().equal(made.bake())
 
 
-def test_a_start_is_copied():
-    start = random_start()
-    made = module("none", start)
-    with torch.no_grad():
-        made.sites["decoder"].table.zero_()
-    assert start.equal(random_start())
-
-
-def test_fitting_the_mlp_to_words_brings_it_near(family: str, tiny_backbone: Any):
+def test_fitting_the_mlp_to_words_brings_it_near(tiny_backbone: Any):
     """The authors' 500 steps at 1e-4 reach an error of 1e-5 to 2e-4 here, from about 1."""
-    backbone = tiny_backbone(family)
+    backbone = tiny_backbone("llama")
     target = from_words(backbone, "Describe the data", 10)
     torch.manual_seed(0)
     made = PrefixEncoder("mlp", backbone.geometry, 10, embedding_size=32, bottleneck_size=512, start=target)
@@ -99,12 +81,6 @@ def test_fitting_the_mlp_to_words_brings_it_near(family: str, tiny_backbone: Any
     assert error == pytest.approx(
         float(difference.square().mean() / flatten(target.layers["decoder"]).square().mean()), rel=1e-4
     )
-
-
-def test_a_random_table_is_small():
-    torch.manual_seed(0)
-    table = SiteEncoder("none", 300, 20, 1, 1)()
-    assert 0.015 < float(table.detach().std()) < 0.025
 
 
 def test_steps_are_of_the_starts_size_without_where_texts_begin():

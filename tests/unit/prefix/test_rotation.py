@@ -47,14 +47,6 @@ def test_pairs_turn_like_complex_numbers_and_the_rest_stays() -> None:
     assert all(torch.equal(a[1], b[1]) for a, b in zip(turned.layers["decoder"], prefix.layers["decoder"], strict=True))
 
 
-def test_turning_in_bfloat16_rounds_once() -> None:
-    prefix = _prefix(3, dtype=torch.bfloat16)
-    turned = ROTATION.turn(prefix, 50)
-    assert turned.dtype == torch.bfloat16
-    exact = ROTATION.turn(prefix.to(torch.float32), 50).to(torch.bfloat16)
-    assert turned.equal(exact)
-
-
 def test_a_header_gives_the_same_rotation() -> None:
     stored = json.loads(json.dumps(ROTATION.to_header()))
     assert Rotation.from_header(stored) == ROTATION

@@ -15,7 +15,6 @@ from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.labels import Labels, encode_labelled
 from prefixtune.errors import CheckpointError, DataError, PrefixWarning, RequestError
 from prefixtune.evaluation.evaluate import evaluate
-from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, stream
@@ -95,12 +94,6 @@ def test_a_file_with_a_hostile_template_is_refused_everywhere(
     assert "text format" in store.refused["bad"]
 
 
-def test_training_refuses_a_template_that_no_header_may_hold(llama: Any, tmp_path: Path):
-    config = TrainConfig(prompt_format="{source}{source}", output=str(tmp_path), max_steps=1)
-    with pytest.raises(DataError, match="2 times"):
-        train(config, backbone=llama, examples=[Example("a", ("b",))])
-
-
 def test_the_stored_separator_counts(llama: Any, random_prefix: Make):
     """Not that of a tokenizer that may have changed since."""
     header = {"text_format": {"prompt": "{source}{separator}", "target": "{target}", "separator": "#"}}
@@ -117,17 +110,6 @@ def test_a_separator_makes_no_place_for_the_source(prompt: str, separator: str, 
     made = read_text_format({"text_format": {"prompt": prompt, "separator": separator}})
     assert made is not None
     assert made.format_prompt("a", "") == text
-
-
-@pytest.mark.parametrize("place", ["{source}", "{separator}"])
-def test_few_shot_examples_are_whole_or_refused(llama: Any, place: str):
-    shown = [Example("1+1", ("2",)), Example("a", (f"write {place}",))]
-    with pytest.raises(DataError, match=r"example 2 \('a'\) contains " + place):
-        few_shot_format(TextFormat(), shown, "<s>", "</s>")
-    with pytest.raises(DataError, match="example 2"):
-        instruction_format(llama, "Add.", shown)
-    with pytest.raises(DataError, match="the instruction 'Say"):
-        instruction_format(llama, f"Say {place}.")
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -228,8 +210,6 @@ def test_the_backbones_positions_cut_as_in_training(llama: Any, tmp_path: Path):
     shared: dict[str, Any] = {"max_new_tokens": 60, "min_new_tokens": 60, "on_cut": lambda _: None}
     outputs = generate(llama, sources, prefix, **shared)
     assert outputs == [*generate(llama, sources[:1], prefix, **shared), *generate(llama, sources[1:], prefix, **shared)]
-    assert "".join(stream(llama, sources[0], prefix, **shared)) == outputs[0]
-    assert evaluate(llama, examples, prefix, max_new_tokens=60).num_truncated == 1
 
 
 def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama: Any):
