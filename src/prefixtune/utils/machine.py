@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 if TYPE_CHECKING:
     import torch
 
@@ -31,6 +29,9 @@ def num_cores() -> int:
 
 def describe_machine() -> dict[str, str | int | float]:
     """Processor, cores, memory and system."""
+    # Building the wheel imports this module, in an environment with little more than the command line needs.
+    import psutil
+
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -54,6 +55,8 @@ def versions() -> dict[str, str]:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take on a device; for the CPU, within the limit of its container."""
+    import psutil
+
     if device.type == "cuda":
         import torch
 
