@@ -31,8 +31,8 @@ from prefixtune.backbone.lora import adapter_config
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
 from prefixtune.data import TASKS, as_examples, read_all_entries, read_task
+from prefixtune.data.forms import check_template, render
 from prefixtune.data.labels import labels_of
-from prefixtune.data.templates import check_template, render
 from prefixtune.errors import PrefixError
 from prefixtune.evaluation.decode import read_decoded
 from prefixtune.prefix.card import read_evaluations

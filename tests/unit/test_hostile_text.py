@@ -12,7 +12,7 @@ import pytest
 from prefixtune.cli.loading import split_joined
 from prefixtune.data.benchmarks import parse_mr
 from prefixtune.data.files import iter_file, join_lines
-from prefixtune.data.templates import check_template, render
+from prefixtune.data.forms import check_template, render
 from prefixtune.errors import ConfigError, PrefixError, did_you_mean
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.training.config import TrainConfig

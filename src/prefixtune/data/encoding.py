@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from prefixtune.attention.injection import interrupt
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.chat import Source, as_conversation, encode_chat, encode_conversation, only_text
-from prefixtune.data.chat_examples import TurnsAs, encode_conversation_examples
+from prefixtune.data.chat import Source, Turn, as_conversation, encode_chat, encode_conversation, only_text
 from prefixtune.data.examples import Example, check_messages, conversation_of
 from prefixtune.data.tokenized import TokenizedDataset as TokenizedDataset
 from prefixtune.data.tokenized import TokenizedExample as TokenizedExample
 from prefixtune.data.truncation import fit_source, named_example, position_limit
-from prefixtune.data.windows import DEFAULT_WINDOW, is_text, text_windows
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value, short_repr
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, bounded, read_text_format
@@ -24,6 +22,13 @@ _PART = 256
 """Examples that one call of a tokenizer reads, at most."""
 _PART_CHARS = 2**20
 """Characters of several examples that one call of a tokenizer reads, at most."""
+TurnsAs = Literal["packed", "separate", "last"]
+"""How a conversation becomes examples: computed once, where its template allows that; each turn by itself; or its last
+turn alone."""
+TEXT_FORMAT = TextFormat("{separator}{source}", "{target}")
+"""A text follows the token that begins texts, with nothing else around it; a beginning to go on with is the source."""
+DEFAULT_WINDOW = 512
+"""Positions of a window, where `max_length` says nothing; a batch of whole contexts would take much memory."""
 _Item = TypeVar("_Item")
 
 
@@ -146,8 +151,8 @@ def encode_examples(
 ) -> TokenizedDataset:
     """Turn examples into token ids; sources that do not fit are truncated, targets never.
 
-    Of a conversation, every answer is a target (see `data.chat_examples`). A text without a source is learned as it is,
-    in several windows if it is long (see `data.windows`).
+    Of a conversation, every answer is a target. A text without a source is learned as it is,
+    in several windows if it is long (see `text_windows`).
 
     Args:
         backbone: Its tokenizer and positions count.
@@ -175,7 +180,7 @@ def encode_examples(
             interrupt()
             with named_example(example, number):
                 parts.append(
-                    encode_conversation_examples(
+                    _encode_conversation_example(
                         backbone, example, text_format, limit, on_too_long=on_too_long, kind=turns
                     )
                 )
@@ -238,3 +243,126 @@ def _in_parts(items: Iterable[_Item], size: Callable[[_Item], int]) -> Iterator[
         room -= size(item)
     if part:
         yield part
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+def _encode_conversation_example(
+    backbone: Backbone,
+    example: Example,
+    text_format: TextFormat,
+    limit: int,
+    *,
+    on_too_long: TruncationPolicy,
+    kind: TurnsAs,
+) -> TokenizedDataset:
+    """Turn a conversation into token ids: each answer of the assistant is a target.
+
+    Turns that continue each other are one example, whose turns are the parts of its only target that are labels.
+    Otherwise each is an example of its own: where the template writes earlier answers in another way, and where a
+    conversation has several last answers. Of one that is too long, the last turns are left out; where the first turn
+    alone is too long, its user message is cut at its end.
+
+    Args:
+        backbone: Its tokenizer counts.
+        example: With at least one target; without messages it is a single user message.
+        text_format: Names the chat template.
+        limit: Positions of a conversation.
+        on_too_long: `error`: refuse one that is too long.
+        kind: How it becomes examples.
+
+    Raises:
+        RequestError: The template refuses it, or it is too long.
+    """
+    messages, num_targets = conversation_of(example), len(example.targets)
+    earlier = [index for index, one in enumerate(messages) if one.role == "assistant" and kind != "last"]
+    turns, is_packed = encode_conversation(
+        backbone, text_format, messages, example.targets, last_only=kind == "last", limit=limit
+    )
+    fitting, num_turns = _fitting(turns, len(earlier), limit), len(earlier) + num_targets
+    if len(fitting) < num_turns and on_too_long == "error":
+        longest = max(turns, key=lambda turn: turn.length)
+        raise RequestError(
+            f"it takes {longest.length} tokens, {len(longest.labels)} of them a target, but {limit} positions are "
+            "allowed.",
+            hint="raise max_length, or set on_too_long = 'cut' to leave out the last turns or cut the source.",
+        )
+    longest_prompt, num_truncated = max((len(turn.prompt) for turn in fitting), default=0), 0
+    if not fitting:
+        # The first message to be answered is cut, so that the answers to it fit.
+        first, stop = (turns[:1], earlier[0]) if earlier else (turns, len(messages))
+        labels = [turn.labels for turn in first]
+        prompt = fit_source(backbone, text_format, first[0].prompt, labels, limit, source=messages[:stop])
+        fitting, num_truncated = [turn._replace(prompt=prompt) for turn in first], 1
+    num_last = num_targets if len(fitting) == num_turns else 1
+    is_packed = is_packed and kind == "packed"
+    num_unpacked = int(len(fitting) > num_last and not is_packed)
+    rows = _examples_of(fitting, num_last, is_packed)
+    return TokenizedDataset(rows, num_truncated, longest_prompt, num_turns - len(fitting), num_unpacked)
+
+
+def _fitting(turns: Sequence[Turn], num_earlier: int, limit: int) -> list[Turn]:
+    """The first turns, as many as fit; the last answers to one message are kept or left out together."""
+    fits = [turn.length <= limit for turn in turns]
+    if all(fits):
+        return list(turns)
+    return list(turns[: min(fits.index(False), num_earlier)])
+
+
+def _examples_of(turns: Sequence[Turn], num_last: int, is_packed: bool) -> list[TokenizedExample]:
+    """The examples of a conversation: one where its turns are packed."""
+    earlier = turns[: len(turns) - num_last]
+    last = TokenizedExample(turns[-1].prompt, tuple(turn.labels for turn in turns[len(earlier) :]))
+    if not earlier:
+        return [last]
+    if not is_packed:
+        return [*(TokenizedExample(turn.prompt, (turn.labels,)) for turn in earlier), last]
+    # The first of several last answers is packed with the earlier ones.
+    chain = turns[: len(earlier) + 1]
+    start = len(chain[0].prompt)
+    whole = (*chain[-1].prompt, *chain[-1].labels)
+    spans = tuple((len(turn.prompt) - start, turn.length - start) for turn in chain)
+    packed = TokenizedExample(chain[0].prompt, (whole[start:],), turns=spans)
+    return [packed, *([TokenizedExample(last.prompt, last.targets[1:])] if last.targets[1:] else [])]
+
+
+# --- texts without a source ------------------------------------------------------------------------------------------
+
+
+def is_text(example: Example) -> bool:
+    """Whether an example is a text to learn as it is, with nothing before it."""
+    return not example.source and not example.messages and len(example.targets) == 1
+
+
+def text_windows(prompt: Sequence[int], text: Sequence[int], limit: int) -> list[TokenizedExample]:
+    """A text's windows, each after the end of the one before.
+
+    Nothing is left out: every token is a label once. A later window begins with the last tokens of the one before,
+    which it only reads.
+
+    >>> [(one.prompt, one.targets[0]) for one in text_windows([0], range(1, 11), 5)]
+    [((0,), (1, 2, 3, 4)), ((4,), (5, 6, 7, 8)), ((6, 7, 8), (9, 10))]
+
+    Args:
+        prompt: What is before the text: the token that begins it.
+        text: Its tokens, the end token included.
+        limit: Positions of a window; a quarter of a later one is read only, of the last one more.
+
+    Raises:
+        DataError: There is no room for a token.
+    """
+    room = limit - len(prompt)
+    if room < 1 or limit < 2:
+        raise DataError(
+            f"a window of a text has {limit} positions, and {len(prompt)} tokens are before the text.",
+            hint="raise max_length, or shorten prompt_format.",
+        )
+    text = tuple(text)
+    windows = [TokenizedExample(tuple(prompt), (text[:room],))]
+    start, step = room, limit - max(1, limit // 4)
+    while start < len(text):
+        labels = text[start : start + step]
+        windows.append(TokenizedExample(text[max(0, start - (limit - len(labels))) : start], (labels,)))
+        start += len(labels)
+    return windows

@@ -1,14 +1,15 @@
 """Read a data file as rows, with errors that name the file and the line.
 
 Formats: `.jsonl` (one object per line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
-if needed) and `.parquet`, each also gzipped (`.gz`); of benchmarks also XML and CoNLL (see `benchmark_rows`). `-` is
+if needed) and `.parquet`, each also gzipped (`.gz`); of benchmarks also XML (WebNLG's) and CoNLL. `-` is
 standard input, whose format is recognized. A list, XML and CoNLL are read as a whole, everything else row by row.
-Instead of a file, a set of the `datasets` library may be read (see `hub`).
+Instead of a file, a set of the `datasets` library may be read (see `sets`).
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import os
 import re
@@ -16,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from xml.etree import ElementTree
 
 from pydantic_core import from_json
 
-from prefixtune.data.benchmark_rows import conll_rows, xml_rows
-from prefixtune.data.hub import dataset_rows, is_dataset, parquet_rows
-from prefixtune.data.streams import is_stdin, open_bytes, reading, shown, text_lines, whole_text
+from prefixtune.data.sets import dataset_rows, is_dataset, parquet_rows
+from prefixtune.data.streams import is_stdin, open_bytes, read_bytes, reading, shown, text_lines, whole_text
 from prefixtune.errors import DataError, did_you_mean, short_repr
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -33,6 +34,10 @@ LocatedRow = tuple[str, dict[str, Any]]
 # A pattern such as `\s*\n\s*` needs time quadratic in the blanks of a text; this one matches a run of white space once.
 _WRONG = "correct the row, or leave it out."
 _WHITE_SPACE = re.compile(r"\s+")
+MAX_XML_BYTES = 2**27
+"""Most bytes of XML, which takes many times their memory."""
+_TAG = re.compile(r"O|[BI]-\S+")
+_BLANK = " \t\r"
 
 
 @dataclass(frozen=True)
@@ -196,23 +201,14 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
     if not separator:
         first = next(lines, "")
         separator, lines = "\t" if "\t" in first else ",", itertools.chain([first], lines)
-    line = size = 0
-
-    def bounded() -> Iterator[str]:
-        nonlocal size
-        for text in lines:
-            size += len(text)
-            if size > 2 * MAX_ROW_CHARS:  # with quotes that are doubled
-                raise _long_row(f"{name}, line {line + 1}")
-            yield text
-
+    line = 0
     # By default a field is shorter than a long document; the limit is the whole program's.
     csv.field_size_limit(2 * MAX_ROW_CHARS)
-    reader = csv.reader(bounded(), delimiter=separator, strict=True)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     columns: list[str] = []
     try:
         for cells in reader:
-            location, line, size = f"{name}, line {line + 1}", reader.line_num, 0
+            location, line = f"{name}, line {line + 1}", reader.line_num
             if not any(cell.strip() for cell in cells):
                 continue
             if not columns:
@@ -220,8 +216,9 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
                 if len(set(columns)) < len(columns):
                     raise DataError(f"{location}: two columns have the same name.", hint="rename or drop one of them.")
                 continue
-            # In a table of tabs, quotes may be text, and what is between them several rows.
-            holds_rows = separator == "\t" and any(_holds_rows(cell, n, len(cells) - 1) for n, cell in enumerate(cells))
+            # In a table of tabs, quotes may be text, and what is between them several rows; a line that begins with a
+            # tab is indented.
+            holds_rows = separator == "\t" and any({"\t", "\n"} <= {*cell} and "\n\t" not in cell for cell in cells)
             if len(cells) != len(columns) or holds_rows:
                 what = f"{location} has {len(cells)} fields, or several rows in one; the header has {listed(columns)}."
                 raise DataError(what, hint=f"put a field with {separator!r} in quotes, or use JSON lines.")
@@ -230,16 +227,84 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
         raise DataError(f"{name}, line {line + 1}: {error}.", hint='double a " within a field in quotes.') from error
 
 
-def _holds_rows(cell: str, index: int, last: int) -> bool:
-    r"""Whether a cell looks like several rows between two quotes that are text; `last` is the last column's index.
+def is_tag(text: str) -> bool:
+    """Whether a text is a tag of the BIO scheme.
 
-    >>> _holds_rows("Wow\tgood\nFine\tgood\nBad", 0, 1), _holds_rows("two\nlines", 0, 1)
-    (True, False)
+    >>> is_tag("O"), is_tag("B-TRAIN"), is_tag("NN")
+    (True, True, False)
     """
-    tabs = [line.count("\t") for line in cell.split("\n")]
-    # In a table of one column nothing tells a row from a line; a line that begins with a tab is indented.
-    looks_so = last > 0 and len(tabs) > 1 and "\n\t" not in cell
-    return looks_so and (tabs[0], tabs[-1]) == (last - index, index) and set(tabs[1:-1]) <= {last}
+    return _TAG.fullmatch(text) is not None
+
+
+def xml_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each entry's location, and its values with the names of the hub's sets.
+
+    These are its attributes, `input` (the triples as texts) and, if it has some, `lex`: objects of `text`, `comment`
+    and `lang`.
+
+    Raises:
+        DataError: It is no XML, or too large.
+    """
+    number = 0
+    try:
+        for _, element in ElementTree.iterparse(io.BytesIO(read_bytes(file, name, MAX_XML_BYTES))):
+            if element.tag == "entry":
+                number += 1
+                texts = [
+                    {
+                        "text": "".join([lex.text or "", *(inner.tail or "" for inner in lex)]),
+                        "comment": lex.get("comment", ""),
+                        "lang": lex.get("lang", ""),
+                    }
+                    for lex in element.iter("lex")
+                ]
+                triples = [triple.text or "" for triple in element.iter("mtriple")]
+                yield (
+                    f"{name}, entry {number}",
+                    {**element.attrib, "input": triples, **({"lex": texts} if texts else {})},
+                )
+                element.clear()
+    except (ElementTree.ParseError, LookupError) as error:  # of an encoding that is not known: LookupError
+        raise DataError(f"{name} is not XML: {error}.", hint="copy or download the file again.") from error
+
+
+def conll_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The location (of its first line), the `tokens` and the `tags` of each sentence.
+
+    A line has one token with its columns, separated by tabs, or by spaces if it has no tab; the token is the first
+    column and the tag the last; a blank line ends a sentence. `-DOCSTART-` lines are ignored, and so are comments:
+    lines that start with `#`, unless they have the columns of a token line and end with a tag.
+
+    Raises:
+        DataError: A line has no tag.
+    """
+    # Only "\n" ends a line, as in the other formats: a token may contain a character at which str.splitlines would
+    # split.
+    lines = [_cells(line) for line in text.split("\n")]
+    plain = (cells for cells in lines if cells and not cells[0].startswith(("#", "-DOCSTART-")))
+    width = len(next(plain, []))
+    tokens: list[str] = []
+    tags: list[str] = []
+    first = 0
+    for number, cells in enumerate([*lines, []], start=1):
+        if not cells or cells[0].startswith("-DOCSTART-"):
+            if tokens:
+                yield f"{name}, line {first}", {"tokens": tokens, "tags": tags}
+            tokens, tags = [], []
+        elif not cells[0].startswith("#") or (len(cells) == width and is_tag(cells[-1])):
+            if len(cells) < 2:
+                raise DataError(f"{name}, line {number} is one word.", hint="write a token and a tag on each line.")
+            first = first if tokens else number
+            tokens.append(cells[0])
+            tags.append(cells[-1])
+
+
+def _cells(line: str) -> list[str]:
+    """The columns of a line; none if it is blank."""
+    line = line.strip(_BLANK)
+    if not line:
+        return []
+    return [cell.strip(_BLANK) for cell in line.split("\t")] if "\t" in line else re.split(" +", line)
 
 
 def _stdin_format(formats: Sequence[str]) -> str:

@@ -5,11 +5,17 @@ examples' `fields`. Where two forms fit, one must be named.
 
 Examples of one turn with equal sources are merged, with all their targets in order: targets of one source share its
 computation. A conversation of several turns, and a text, is an example of its own.
+
+A template is the name of one column (`question`), or text with columns in braces (`{name} is {food}`). Only `{column}`
+is replaced, by the exact name of a column, spaces and dots included: there are no attributes, indices, conversions or
+format specs. `{{` and `}}` are literal braces. Texts lose their outer white space; inner line breaks stay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +23,10 @@ from typing import Any, Literal
 
 from pydantic_core import from_json
 
-from prefixtune.data.benchmark_rows import is_tag
-from prefixtune.data.examples import Example, Message
-from prefixtune.data.files import Record, join_lines, listed, missing_column, wrong_value
-from prefixtune.data.messages import parse_messages, split_answer
+from prefixtune.data.examples import Example, Message, chat_example, parse_messages
+from prefixtune.data.files import Record, is_tag, join_lines, listed, missing_column, wrong_value
 from prefixtune.data.streams import shown
-from prefixtune.data.templates import render, targets_of
-from prefixtune.errors import ConfigError, DataError, did_you_mean
+from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,84 @@ def describe_counts(
     return f"{shown(path)}: read as {form.title}: examples {num_examples:,}, targets {num_targets:,}{note}"
 
 
+# --- templates -------------------------------------------------------------------------------------------------------
+
+_PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+def check_template(template: str) -> tuple[str, ...]:
+    """The columns that a template names, in order.
+
+    >>> check_template("{name} is {food}, {{sic}}"), check_template("question")
+    (('name', 'food'), ('question',))
+
+    Raises:
+        ConfigError: A brace is not closed or not opened, or no column is named.
+    """
+    parts = list(_PART.finditer(template))
+    columns = [part[1] for part in parts if part[1] is not None] if parts else [template if template.strip() else ""]
+    if not columns or not all(columns) or any(part[0] in ("{", "}") for part in parts):
+        raise ConfigError(
+            f"the template {short_repr(template)} names no column, or has a brace that stands alone.",
+            hint="write a column's name, or text with {column} in it; {{ and }} are literal braces.",
+        )
+    return tuple(columns)
+
+
+def render(template: str, record: Mapping[str, Any], location: str) -> str:
+    """One record as text.
+
+    >>> render("{name} is {food}", {"name": "Aromi", "food": "Italian"}, "line 1")
+    'Aromi is Italian'
+    >>> render("name", {"name": "Aromi", "food": "Italian"}, "line 1")
+    'Aromi'
+
+    Args:
+        template: A column's name, or text with `{column}` in it.
+        record: Column -> text, number or truth value (`true`, `false`).
+        location: The record's location, for messages.
+
+    Raises:
+        ConfigError: The template is malformed.
+        DataError: A column is missing or has no text, or the result is empty.
+    """
+    texts: dict[str, str] = {}
+    for column in check_template(template):
+        if column not in record:
+            raise missing_column(location, [column], record)
+        texts[column] = _cell_text(record[column], column, location)
+    if template in texts:
+        text = texts[template].strip()
+    else:
+        text = _PART.sub(lambda part: part[0][0] if part[1] is None else texts[part[1]], template).strip()
+    if not text:
+        raise wrong_value(location, template, text, "text")
+    return text
+
+
+def targets_of(template: str, record: Record) -> list[str]:
+    """The targets of a record: one, or several if the column holds a list.
+
+    Raises:
+        ConfigError: The template is malformed.
+        DataError: A column is missing, has no text, or an empty list.
+    """
+    values = record.values.get(template)
+    if not isinstance(values, list):
+        return [render(template, record.values, record.location)]
+    if not values:
+        raise wrong_value(record.location, template, values, "at least one target")
+    return [render(template, {template: value}, record.location) for value in values]
+
+
+def _cell_text(value: Any, column: str, location: str) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    raise wrong_value(location, column, value, "text, a number or a truth value")
+
+
 # --- rows -> examples ------------------------------------------------------------------------------------------------
 
 
@@ -222,8 +303,10 @@ def _chat(record: Record, messages: list[Message], needs_targets: bool) -> Examp
     for column in ("tools", "functions"):
         if record.values.get(column) not in (None, [], "", "[]"):
             raise wrong_value(record.location, column, record.values[column], "an empty list (no calls are learned)")
-    before, answers = split_answer(messages, record.location, needs_answer=needs_targets)
-    return Example(before[-1].content, answers, record.values, messages=before)
+    example = chat_example(messages, f"{record.location}: the conversation", fields=record.values)
+    if needs_targets and not example.targets:
+        raise DataError(f"{record.location}: the user's turn is the last.", hint="add the answer, or drop the turn.")
+    return example
 
 
 def _conversation(record: Record, form: Form, columns: Sequence[Sequence[str]], needs_targets: bool) -> Example:

@@ -12,10 +12,9 @@ from typing import Any
 from prefixtune.data.benchmarks import dart_example, e2e_example, scitldr_example, webnlg_examples
 from prefixtune.data.examples import Example, TaskKind, merge_examples
 from prefixtune.data.files import CONLL_FORMATS, FORMATS, Record, iter_file
-from prefixtune.data.folders import Release, files_in, locate
-from prefixtune.data.forms import FORMS, TEMPLATES, Form, detect_form, make_example
+from prefixtune.data.forms import FORMS, TEMPLATES, Form, check_template, detect_form, make_example
+from prefixtune.data.sets import Release, files_in, locate
 from prefixtune.data.streams import shown
-from prefixtune.data.templates import check_template
 from prefixtune.data.toy import TOYS
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_tokenizer
-from prefixtune.data.encoding import encode_examples
+from prefixtune.data.encoding import TEXT_FORMAT, encode_examples, is_text
 from prefixtune.data.examples import Example, TaskKind, has_messages
 from prefixtune.data.forms import describe_data
 from prefixtune.data.labels import choose_labels, encode_labelled, with_label_words
@@ -22,7 +22,6 @@ from prefixtune.data.registry import TASKS, read_task, resolve_task
 from prefixtune.data.streams import shown
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
 from prefixtune.data.truncation import position_limit
-from prefixtune.data.windows import TEXT_FORMAT, is_text
 from prefixtune.errors import DataError
 from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.results import Overlap

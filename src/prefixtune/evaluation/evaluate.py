@@ -10,12 +10,10 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
-from prefixtune.data.encoding import TextFormatLike, as_text_format, default_format
+from prefixtune.data.encoding import TextFormatLike, as_text_format, default_format, is_text
 from prefixtune.data.examples import Example, ExampleLike, TaskKind, has_messages
 from prefixtune.data.given import as_examples
-from prefixtune.data.label_names import label_names
-from prefixtune.data.labels import Labels, check_known, labels_of
-from prefixtune.data.windows import is_text
+from prefixtune.data.labels import Labels, check_labels, label_names, labels_of
 from prefixtune.engine.base import Engine
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.evaluation.decode import decode
@@ -142,7 +140,7 @@ def _labels(
         names = label_names(examples)
         labels = Labels(kind, "words", names, names)
     if labels is not None:
-        check_known(examples, labels)
+        check_labels(examples, labels.names, labels.kind)
         if intervals:
             raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
     return labels

@@ -1,7 +1,7 @@
 """How well a model predicts texts that it is given whole: perplexity per token, and bits per byte.
 
 These are for texts alone (language modelling), which have no source to answer. Long ones are read in windows, as in
-training (see `data.windows`); every token counts once, and the end token, too.
+training (see `data.encoding.text_windows`); every token counts once, and the end token, too.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import encode_examples
+from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, encode_examples
 from prefixtune.data.examples import Example
 from prefixtune.data.truncation import position_limit
-from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation.metrics.base import Array, ItemStatistics
 from prefixtune.evaluation.metrics.significance import Measurement

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefixtune.data.examples import Example, conversation_of, limit_targets
-from prefixtune.data.folders import locate
 from prefixtune.data.registry import TASKS, read_task
+from prefixtune.data.sets import locate
 from prefixtune.data.streams import is_stdin
 from prefixtune.prefix.hub import HUB
 from prefixtune.results import Overlap

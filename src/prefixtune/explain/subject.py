@@ -13,7 +13,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_examples, format_of
 from prefixtune.data.examples import Example
-from prefixtune.data.labels import Labels, check_known, encode_labelled, labels_of, with_label_words
+from prefixtune.data.labels import Labels, check_labels, encode_labelled, labels_of, with_label_words
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 
@@ -175,7 +175,7 @@ def make_subject(
     labels, text_format = labels_of(prefix), format_of(backbone, prefix)
     rows = [replace(example, targets=example.targets[:1]) for example in examples if example.targets][: limits.rows]
     if labels is not None:
-        check_known(rows, labels)
+        check_labels(rows, labels.names, labels.kind)
         rows = list(with_label_words(rows, labels)) if labels.by == "words" else rows
     whole = prefix.to(torch.float32, "cpu")
     subject = Subject(backbone, whole, text_format, tuple(rows), (), labels, controls, limits, on_part)

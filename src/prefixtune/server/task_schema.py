@@ -12,7 +12,7 @@ from typing import Any, Literal
 from prefixtune.data import TASKS, toy
 from prefixtune.data.benchmarks import ATTRIBUTES, check_triples, linearize_dart, linearize_e2e, linearize_webnlg
 from prefixtune.data.files import join_lines, one_line
-from prefixtune.data.templates import check_template, render
+from prefixtune.data.forms import check_template, render
 from prefixtune.errors import ConfigError, DataError
 
 _WHERE = "the request"

@@ -13,7 +13,7 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, form_that_fits, limit_targets, read_task
 from prefixtune.data.chat import chat_format, has_chat_template
-from prefixtune.data.encoding import default_format, encode_examples
+from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, default_format, encode_examples
 from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
 from prefixtune.data.forms import FORMS
 from prefixtune.data.forms import describe_data as describe_file
@@ -22,7 +22,6 @@ from prefixtune.data.labels import Labels, choose_labels, encode_labelled, with_
 from prefixtune.data.registry import resolve_task
 from prefixtune.data.streams import read_text
 from prefixtune.data.tokenized import TokenizedDataset, hash_tokens
-from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat

@@ -127,7 +127,7 @@ LONG = "x " * 600_000
 )
 def test_a_row_that_is_too_long_is_refused_with_its_place(name: str, text: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, text)
-    with pytest.raises(DataError, match=r"a\.\w+, (line|item) [23].*MAX_ROW_CHARS"):
+    with pytest.raises(DataError, match=r"a\.\w+, (line|item) [23]"):
         read_file(path)
 
 

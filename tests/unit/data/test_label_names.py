@@ -6,7 +6,7 @@ import pytest
 
 from prefixtune.data import Example
 from prefixtune.data.forms import tagged
-from prefixtune.data.label_names import check_labels, label_names
+from prefixtune.data.labels import check_labels, label_names
 from prefixtune.errors import DataError
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from data_files import write
 from prefixtune.data import TASKS, as_examples, read_task
+from prefixtune.data.forms import render
 from prefixtune.data.registry import read_sources
-from prefixtune.data.templates import render
 from prefixtune.errors import ConfigError, DataError
 
 ROWS = [{"name": "Aromi", "food": "Italian", "text": "Eat."}, {"name": "Mill", "food": "French", "text": "Go, eat."}]

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape, quoteattr
 import pytest
 
 from data_files import write
-from prefixtune.data import TASKS, benchmark_rows, read_all_entries, read_task
+from prefixtune.data import TASKS, files, read_all_entries, read_task
 from prefixtune.data.benchmarks import linearize_dart, linearize_webnlg
 from prefixtune.errors import DataError
 
@@ -154,7 +154,7 @@ def test_an_entity_from_outside_is_never_opened_and_xml_has_a_bound(
     text = f'<!DOCTYPE x [<!ENTITY out SYSTEM "{secret.as_uri()}">]><benchmark><entry>&out;</entry></benchmark>'
     with pytest.raises(DataError, match="undefined entity"):
         read_task("webnlg", write(tmp_path / "a.xml", text))
-    monkeypatch.setattr(benchmark_rows, "MAX_XML_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_XML_BYTES", 100)
     with pytest.raises(DataError, match=r"b\.xml\.gz"):
         read_task("webnlg", write(tmp_path / "b.xml.gz", benchmark(GOOD)))
 

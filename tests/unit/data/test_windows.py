@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import encode_examples
+from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, encode_examples, text_windows
 from prefixtune.data.examples import Example
-from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT, text_windows
 from prefixtune.errors import DataError
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.encoding import TEXT_FORMAT
 from prefixtune.data.examples import Example
-from prefixtune.data.windows import TEXT_FORMAT
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation.evaluate import evaluate
 

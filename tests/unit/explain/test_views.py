@@ -12,8 +12,7 @@ import torch
 
 import prefixtune as pt
 from prefixtune.attention.compute import prefix_from_tokens
-from prefixtune.data.encoding import encode_examples
-from prefixtune.data.windows import TEXT_FORMAT
+from prefixtune.data.encoding import TEXT_FORMAT, encode_examples
 from prefixtune.errors import DataError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.explain.ablation import loss_view, row_losses

@@ -179,7 +179,7 @@ def _read_all(options: ExplainOptions, prefixes: Sequence[Prefix], examples: lis
         PrefixError: A file cannot be read, no example has a target, or one has a label that the prefix does not know.
     """
     from prefixtune.data import form_that_fits, read_task
-    from prefixtune.data.labels import check_known, labels_of
+    from prefixtune.data.labels import check_labels, labels_of
 
     if not options.data:
         return
@@ -192,7 +192,7 @@ def _read_all(options: ExplainOptions, prefixes: Sequence[Prefix], examples: lis
     if not examples:
         raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
     if labels is not None:
-        check_known(examples, labels)
+        check_labels(examples, labels.names, labels.kind)
 
 
 def _facts(options: ExplainOptions, prefix: Prefix, backbone: str, rows: int) -> list[tuple[str, str]]:

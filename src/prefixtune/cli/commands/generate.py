@@ -165,10 +165,9 @@ def _read_data(options: GenerateOptions, console: Console, headers: Sequence[Map
     Rows that have the columns of the prefix's training are read as it read them, unless --form is given.
     """
     from prefixtune.data.files import FORMATS, iter_file
-    from prefixtune.data.folders import locate
-    from prefixtune.data.forms import describe_data, make_example
+    from prefixtune.data.forms import check_template, describe_data, make_example
     from prefixtune.data.registry import read_sources, resolve_task
-    from prefixtune.data.templates import check_template
+    from prefixtune.data.sets import locate
 
     path = locate(Path(options.data), None, FORMATS, {})
     trained = {_trained_source(header) for header in headers}

@@ -1,10 +1,15 @@
-"""Parquet files, and data sets of the `datasets` library: a folder that `save_to_disk` wrote, or `hub:NAME`.
+"""The parts of a set in a folder, Parquet files, and sets of the `datasets` library.
+
+Such a set is a folder that `save_to_disk` wrote, or an address:
 
     hub:OWNER/NAME[:CONFIGURATION][@SPLIT][#REVISION]
 
 A set's split has an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. A revision is a branch, a tag or a commit.
 Sets that are Python scripts are not read; the hub has most of them as Parquet, in a branch of its own:
 `hub:GEM/e2e_nlg@train#refs/convert/parquet`. Nothing is downloaded without `hub:`.
+
+In any other folder a part is `SPLIT.jsonl`, `SPLIT.json`, ... (the formats that the task reads, each also `.gz`; for
+`dev` also with the names `validation`, `valid` and `val`), or has a file name of the task's release.
 
 Class numbers become class names. Dates, times and decimal numbers become texts, and so do bytes that are UTF-8; images,
 sounds and the like stay bytes. The libraries are optional, and imported only when they are needed.
@@ -15,14 +20,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from prefixtune.errors import ConfigError, DataError, first_line
+from prefixtune.data.streams import reading
+from prefixtune.errors import ConfigError, DataError, did_you_mean, first_line
 from prefixtune.prefix.hub import HUB
 from prefixtune.utils.extras import needs_extra
 
+#: Split -> the names that it may have.
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "dev": ("dev", "validation", "valid", "val"),
+    "test": ("test",),
+}
+
+
+Release = Mapping[str, Sequence[str]]
+"""Split -> glob patterns for the names of its files in the task's release, with `/` between folders; a pattern that
+ends with `/` means a folder of files."""
 _DATASET_INFO, _DATASET_DICT = "dataset_info.json", "dataset_dict.json"
 """The files by which a folder of one split, or of several splits, is recognized."""
 _BATCH = 100
@@ -161,3 +178,73 @@ def _load(path: Path | str) -> Any:
         if split and split not in data:
             raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(data)}.")
         return data[split] if split else data
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def locate(path: Path, split: str | None, formats: Sequence[str], release: Release) -> Path:
+    """The file (or folder of files, or address) of a split; the path of a file is returned as it is.
+
+    Args:
+        path: A file, a folder, or a set of the `datasets` library.
+        split: `train`, `dev` or `test`; None: the path may not have several splits.
+        formats: The file endings that the task reads.
+        release: The names of the files in the task's release.
+
+    Raises:
+        ConfigError: The split is unknown.
+        DataError: The folder has no such split, or has several and none was named.
+    """
+    if split is not None and split not in SPLITS:
+        raise ConfigError(f"there is no split {split!r}.", hint=did_you_mean(split, SPLITS))
+    if is_dataset(path):
+        names = dataset_splits(path)
+        if not names or (split is None and len(names) == 1):
+            return split_path(path, names[0]) if names else path
+        found = {
+            one: split_path(path, name) for one, known in SPLITS.items() for name in reversed(known) if name in names
+        }
+    elif os.path.isdir(path):
+        with reading(path):
+            found = {name: match for name in SPLITS if (match := _find(path, _patterns(name, formats, release)))}
+        names = tuple(found)
+        if split is None and not found and any(name.endswith("/") for names in release.values() for name in names):
+            return path
+    else:
+        return path
+    if split in found:
+        return found[split]
+    tried = f"no {split} set: no {', '.join([*SPLITS[split], *release.get(split, ())])}" if split else "several splits"
+    hint = f"it has: {', '.join(names)}." if names else "name a file in it."
+    raise DataError(f"{path} is a folder or a set with {tried}.", hint=hint)
+
+
+def files_in(path: Path, formats: Sequence[str]) -> list[Path]:
+    """The files at a path: itself, or all in a folder that a task reads, by name.
+
+    Raises:
+        DataError: The folder has none.
+    """
+    if is_dataset(path) or not os.path.isdir(path):
+        return [path]
+    endings = tuple(f"{ending}{zipped}" for ending in formats for zipped in ("", ".gz"))
+    with reading(path):
+        files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(endings))
+    if not files:
+        raise DataError(f"{path} is a folder without files of {' or '.join(formats)}.", hint="name a file.")
+    return files
+
+
+def _patterns(split: str, formats: Sequence[str], release: Release) -> list[str]:
+    named = [f"{name}{ending}{end}" for name in SPLITS[split] for ending in formats for end in ("", ".gz")]
+    return [*named, *release.get(split, ())]
+
+
+def _find(folder: Path, patterns: Sequence[str]) -> Path | None:
+    """The first match of the first pattern that has one, in the order of names; a folder only if it has a file."""
+    for pattern in patterns:
+        for match in sorted(folder.glob(pattern.rstrip("/"))):
+            if match.is_file() if not pattern.endswith("/") else any(inner.is_file() for inner in match.rglob("*")):
+                return match
+    return None
