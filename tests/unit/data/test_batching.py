@@ -1,4 +1,4 @@
-"""Examples -> token ids -> packed rows: what is cut, what never is, and where a label stands."""
+"""Examples -> token ids -> packed rows: what is cut, what never is, where a label stands, and an epoch's order."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prefixtune.attention.packing import sees
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
 from prefixtune.data.batching import pack, pad
-from prefixtune.data.encoding import TokenizedExample, encode_examples, encode_prompts
+from prefixtune.data.encoding import (
+    DEFAULT_WINDOW,
+    TEXT_FORMAT,
+    TokenizedExample,
+    encode_examples,
+    encode_prompts,
+    text_windows,
+)
+from prefixtune.data.order import plan_epoch
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
 
@@ -125,3 +136,65 @@ def test_padded_rows_say_what_each_does_not_see_of_the_prefix():
     assert pad(examples, pad_id=0).hidden == ((0, 1), (0, 1), ())
     assert pad(examples, pad_id=0, decoder_start_id=9).hidden == ((0, 1), ())
     assert pad(examples[1:], pad_id=0).hidden is None
+
+
+# --- the order of an epoch ---------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=30),
+    st.integers(1, 6),
+    st.integers(0, 3),
+)
+def test_conversations_are_never_divided_and_count_as_their_turns(
+    examples: list[tuple[int, int]], batch_size: int, seed: int
+):
+    turns = [turn_count for turn_count, _ in examples]
+    counts = [1 if turn_count else count for turn_count, count in examples]
+    batches = list(plan_epoch(counts, turns, batch_size=batch_size, targets_per_source=2, seed=seed))
+    seen = [(group.example, target) for batch in batches for group in batch for target in group.targets]
+    assert sorted(seen) == [(example, target) for example, count in enumerate(counts) for target in range(count)]
+    for batch in batches:
+        size = sum(turns[group.example] or len(group.targets) for group in batch)
+        assert 1 <= size <= batch_size or len(batch) == 1
+
+
+# --- long texts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 50, 64, 65])
+@pytest.mark.parametrize("limit", [2, 3, 8, 64])
+def test_every_token_is_a_label_once_after_the_ones_before_it(length: int, limit: int) -> None:
+    text = list(range(1, length + 1))
+    windows = text_windows([0], text, limit)
+    assert [token for window in windows for token in window.targets[0]] == text
+    assert windows[0].prompt == (0,)
+    for window in windows:
+        assert len(window.prompt) + len(window.targets[0]) <= limit
+    for window in windows[1:]:
+        first = window.targets[0][0]
+        assert window.prompt == tuple(range(first - len(window.prompt), first))
+        assert len(window.prompt) >= max(1, limit // 4)
+
+
+def test_a_window_without_room_is_refused() -> None:
+    with pytest.raises(DataError):
+        text_windows([0, 0, 0], [1], 3)
+
+
+def test_a_text_alone_follows_the_token_that_begins_texts_and_ends_with_the_end_token(
+    default_backbone: Backbone,
+) -> None:
+    text = "  def f(x):\n      return x\n"
+    (example,) = encode_examples(default_backbone, [Example("", (text,))], TEXT_FORMAT, prefix_length=10).examples
+    assert example.prompt == tuple(default_backbone.encode(default_backbone.separator))
+    assert example.targets == ((*default_backbone.encode(text), default_backbone.eos_id),)
+
+    long = Example("", ("It rained again. " * 400,))
+    windows = encode_examples(default_backbone, [long, long], TEXT_FORMAT, prefix_length=10)
+    ids = (*default_backbone.encode(long.targets[0]), default_backbone.eos_id)
+    assert tuple(token for one in windows.examples for token in one.targets[0]) == ids * 2
+    assert max(len(one.prompt) + len(one.targets[0]) for one in windows.examples) == DEFAULT_WINDOW
+    assert windows.num_truncated == 0
+    shorter = encode_examples(default_backbone, [long], TEXT_FORMAT, prefix_length=10, max_length=100)
+    assert max(len(one.prompt) + len(one.targets[0]) for one in shorter.examples) == 100

@@ -1,14 +1,15 @@
-"""Folders with a training, development and test set: the names looked for, and what is said where one is missing."""
+"""The sets made here, and folders with a training, development and test set."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from prefixtune.data import TASKS, read_task
+from prefixtune.data import TASKS, Example, read_task
 from prefixtune.errors import ConfigError, DataError
 
 
@@ -72,20 +73,34 @@ def test_a_file_is_read_whole_whatever_the_split(tmp_path: Path):
         sources(path, "tets")
 
 
-def test_a_task_says_whether_it_takes_columns(tmp_path: Path):
-    for task in TASKS.values():
-        with pytest.raises((ConfigError, DataError)) as caught:
-            read_task(task.name, "train" if task.parts else tmp_path / "missing.jsonl", source="q", target="a")
-        assert task.takes_columns == isinstance(caught.value, DataError)
-
-
 def test_a_toy_set_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "train").mkdir()
     monkeypatch.chdir(tmp_path)
     assert read_task("toy", "train", split="train") == read_task("toy", "train")
 
 
-@pytest.mark.parametrize("part", ["train", "dev", "test"])
-def test_e2e_groups_are_the_numbers_of_attributes(shared_data: Path, part: str):
-    for example in read_task("e2e", shared_data / "e2e", split=part):
-        assert example.groups == {"attributes": str(example.fields["mr"].count("["))}
+SETS = {
+    "toy": ((320, 40), "1de3b2d25e6ec384"),
+    "toy_labels": ((400, 100), "7b01cc3bc0c33846"),
+}
+
+
+def parts_of(name: str) -> list[list[Example]]:
+    return [read_task(name, part) for part in TASKS[name].parts]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_sets_never_change_and_their_parts_are_disjoint(name: str) -> None:
+    sizes, digest = SETS[name]
+    parts = parts_of(name)
+    assert tuple(map(len, parts)) == sizes
+    examples = [example for part in parts for example in part]
+    assert len({example.source for example in examples}) == sum(sizes)
+    text = "\n".join("\t".join((example.source, *example.targets)) for example in examples)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+
+
+def test_a_set_made_here_has_parts_and_no_columns() -> None:
+    for options in ({"path": "heldout"}, {"path": "train", "source": "x"}):
+        with pytest.raises(ConfigError):
+            read_task("toy", **options)

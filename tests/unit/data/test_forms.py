@@ -136,13 +136,6 @@ def test_equal_sources_of_one_turn_are_merged_and_conversations_and_texts_are_no
     assert texts == [Example("", ("x",))] * 2
 
 
-def test_a_form_in_a_folder(tmp_path: Path) -> None:
-    for split in ("train", "dev"):
-        jsonl(tmp_path / f"{split}.jsonl", {"prompt": split, "completion": "x"})
-    assert read_task("records", tmp_path, split="dev")[0].source == "dev"
-    assert resolve_task("records", tmp_path, split="train")[0] == "records"
-
-
 def test_two_readings_are_refused_with_the_choices_and_one_can_be_named(tmp_path: Path) -> None:
     row = {"messages": [USER, ASSISTANT], "prompt": "Hi", "completion": "No."}
     path = jsonl(tmp_path / "a.jsonl", row)
@@ -277,11 +270,6 @@ def test_messages_and_a_system_message_as_prompt(row: Row, messages: tuple[Messa
     (example,) = as_examples([row], needs_targets=True)
     assert example.messages == messages
     assert example.targets == targets
-
-
-def test_two_system_messages_are_refused() -> None:
-    with pytest.raises(DataError, match="message 2"):
-        as_examples([{"system": "Be kind.", "prompt": [SYSTEM, USER], "completion": [ASSISTANT]}])
 
 
 def test_an_empty_column_gives_way_to_a_filled_one_of_the_same_meaning() -> None:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data_files import write
 from prefixtune.data import TASKS, read_task
@@ -67,20 +65,6 @@ def test_a_token_may_start_with_a_number_sign(tmp_path: Path, text: str):
 def test_i_may_begin_a_span_as_in_older_files(tmp_path: Path):
     (example,) = read_task("tagging", write(tmp_path / "a.txt", "Westport I-STATION\nOldbridge B-STATION\n"))
     assert example.fields["tags"] == ("I-STATION", "B-STATION")
-
-
-@given(st.lists(st.tuples(st.text(min_size=1), st.sampled_from(["O", "B-X", "I-X", "B-Y-2"])), min_size=1))
-def test_what_is_written_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]):
-    path = tmp_path_factory.mktemp("any") / "a.jsonl"
-    tokens, tags = [token for token, _ in pairs], [tag for _, tag in pairs]
-    write(path, json.dumps({"tokens": tokens, "tags": tags}))
-    if any(token.split() != [token] for token in tokens):
-        with pytest.raises(DataError, match=r"line 1: 'tokens' is .* white space"):
-            read_task("tagging", path)
-        return
-    (example,) = read_task("tagging", path)
-    assert example.source.split() == tokens
-    assert example.targets[0].split() == tags
 
 
 @pytest.mark.parametrize(
