@@ -49,14 +49,16 @@ def test_an_encoder_decoder(models: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_labels_with_probabilities(models: dict[str, str], tmp_path: Path) -> None:
+    data = tmp_path / "labels.csv"
+    data.write_text("text,label\n" + "".join(f"bag {n},luggage\ntrain {n},timetable\n" for n in range(16)))
     for name, by in (("bert", "head"), ("llama", "words"), ("llama", "head")):
         folder = tmp_path / f"{name}-{by}"
-        train(models[name], folder, "--task", "toy_labels", "--limit", "32", "--classifier", by)
+        train(models[name], folder, "--train", str(data), "--classifier", by)
         prefix = str(folder / "prefix.safetensors")
         row = json.loads(run("generate", "--prefix", prefix, "--json", "Where is my bag?")[0])
         assert row["label"] == row["output"] == max(row["probabilities"], key=row["probabilities"].__getitem__)
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
-        scores = json.loads(run("evaluate", "--prefix", prefix, "--data", "held_out", "--limit", "8", "--json")[0])
+        scores = json.loads(run("evaluate", "--prefix", prefix, "--data", str(data), "--limit", "8", "--json")[0])
         assert set(scores["scores"]) == {"accuracy", "macro_f1"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple
 
 from prefixtune.errors import DataError, describe_value, short_repr
 
@@ -70,16 +70,6 @@ def check_messages(messages: Any, name: str = "the conversation") -> tuple[Messa
     return tuple(checked)
 
 
-def _as_message(values: Any, name: str) -> Message:
-    pair = values
-    if isinstance(values, Mapping):
-        pair = (values.get("role"), values.get("content")) if values.keys() == {"role", "content"} else ()
-    role, content = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
-    if role not in get_args(Role) or not isinstance(content, str) or not content.strip():
-        raise _wrong_messages(f"{name} is {short_repr(values)}", "a role and a text")
-    return Message(cast(Role, role), content)
-
-
 def _wrong_messages(what: str, needed: str) -> DataError:
     return DataError(f"{what}, but must be {needed}.", hint='write {"role": "user", "content": "..."}, in turns.')
 
@@ -110,14 +100,14 @@ def parse_messages(value: Any, column: str, location: str) -> list[Message]:
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"{location}: {column!r} is {short_repr(value)}; a list of messages is needed.", hint=_HINT)
     return [
-        _parse_message(message, f"{location}: message {number} of {column!r}")
+        _as_message(message, f"{location}: message {number} of {column!r}")
         for number, message in enumerate(value, start=1)
     ]
 
 
-def _parse_message(message: Any, name: str) -> Message:
-    if isinstance(message, Message):
-        message = message._asdict()
+def _as_message(message: Any, name: str) -> Message:
+    if isinstance(message, tuple | list) and len(message) == 2:
+        message = dict(zip(Message._fields, message, strict=True))
     if not isinstance(message, Mapping):
         raise DataError(f"{name} is {describe_value(message)}, not an object.", hint=_HINT)
     names = ("from", "value") if "role" not in message and "from" in message else ("role", "content")

@@ -218,7 +218,9 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
                 continue
             # In a table of tabs, quotes may be text, and what is between them several rows; a line that begins with a
             # tab is indented.
-            holds_rows = separator == "\t" and any({"\t", "\n"} <= {*cell} and "\n\t" not in cell for cell in cells)
+            holds_rows = separator == "\t" and any(
+                "\t" in cell and "\n" in cell and "\n\t" not in cell for cell in cells
+            )
             if len(cells) != len(columns) or holds_rows:
                 what = f"{location} has {len(cells)} fields, or several rows in one; the header has {listed(columns)}."
                 raise DataError(what, hint=f"put a field with {separator!r} in quotes, or use JSON lines.")

@@ -15,7 +15,7 @@ from prefixtune.data.files import CONLL_FORMATS, FORMATS, Record, iter_file
 from prefixtune.data.forms import FORMS, TEMPLATES, Form, check_template, detect_form, make_example
 from prefixtune.data.sets import Release, files_in, locate
 from prefixtune.data.streams import shown
-from prefixtune.data.toy import TOYS
+from prefixtune.data.toy import make_toy
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
 Reader = Callable[[Iterable[Record]], list[Example | None]]
@@ -82,7 +82,7 @@ def read_task(
     Args:
         task: A name of `TASKS`; `records` without `source`: the data's form is recognized (see `forms`).
         path: A file; `-` for standard input; a folder of files, or one that the `datasets` library saved; or
-            `hub:NAME`. For the sets made here (`toy`, `toy_labels`): `train` or `held_out`.
+            `hub:NAME`. For the set made here (`toy`): `train` or `held_out`.
         source: Template of the source, for `records`, `classification` and `summarization`; for `tagging` the
             name of a column.
         target: Template of the target, likewise.
@@ -190,7 +190,7 @@ def _has_form(task: str, source: str | None, target: str | None) -> bool:
 def _part(task: Task, name: str) -> list[Example]:
     if name not in task.parts:
         raise ConfigError(f"task {task.name!r} has no part {short_repr(name)}.", hint=did_you_mean(name, task.parts))
-    return TOYS[task.name]()[task.parts.index(name)]
+    return make_toy()[task.parts.index(name)]
 
 
 def _records(task: Task, path: Path | str, split: str | None) -> Generator[Record]:
@@ -243,7 +243,6 @@ _TRIPLES: dict[str, Any] = {"decoding": _TABLE, "metrics": ("bleu", "meteor", "t
 _LABEL, _TAG = ({"num_beams": 1, "max_new_tokens": length, **_LINE} for length in (16, 200))
 _LABELS: dict[str, Any] = {"kind": "classification", "decoding": _LABEL, "metrics": _ACCURACY}
 _TAGS: dict[str, Any] = {"kind": "tagging", "decoding": _TAG, "metrics": _SPANS}
-_PARTS = ("train", "held_out")
 _TABLES = "JSON lines, JSON, CSV, TSV or Parquet"
 _TAGGED = (".jsonl", ".json", ".parquet", *CONLL_FORMATS)
 _TEST_XML = "testdata_with_lex.xml"
@@ -289,7 +288,6 @@ TASKS: dict[str, Task] = {
         Task("records", f"your own data, by columns or templates: {_TABLES}", form=TEMPLATES, merges=True),
         Task("classification", f"a text and its label: {_TABLES}", form=FORMS["label"], **_LABELS),
         Task("tagging", "tokens and BIO tags: rows, or CoNLL files", form=FORMS["tags"], formats=_TAGGED, **_TAGS),
-        Task("toy", "a small night-train board, made here to try things on", parts=_PARTS),
-        Task("toy_labels", "messages to an office and their departments, made here", parts=_PARTS, **_LABELS),
+        Task("toy", "a small night-train board, made here to try things on", parts=("train", "held_out")),
     )
 }

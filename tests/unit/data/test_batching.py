@@ -138,7 +138,7 @@ def test_padded_rows_say_what_each_does_not_see_of_the_prefix():
     assert pad(examples[1:], pad_id=0).hidden is None
 
 
-# --- the order of an epoch ---------------------------------------------------------------------------------------------
+# --- the order of an epoch -------------------------------------------------------------------------------------------
 
 
 @given(
@@ -159,7 +159,7 @@ def test_conversations_are_never_divided_and_count_as_their_turns(
         assert 1 <= size <= batch_size or len(batch) == 1
 
 
-# --- long texts --------------------------------------------------------------------------------------------------------
+# --- long texts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 50, 64, 65])

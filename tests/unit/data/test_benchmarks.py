@@ -252,7 +252,7 @@ def test_darts_sets(shared_data: Path, part: str, entries: int, references: int)
         assert len(example.fields.get("official_references", ())) == (3 if part == "test" else 0)
 
 
-# --- E2E ---------------------------------------------------------------------------------------------------------------
+# --- E2E -------------------------------------------------------------------------------------------------------------
 
 SPICE = "name[Blue Spice], eatType[coffee shop], area[city centre]"
 

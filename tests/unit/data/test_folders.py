@@ -81,7 +81,6 @@ def test_a_toy_set_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 SETS = {
     "toy": ((320, 40), "1de3b2d25e6ec384"),
-    "toy_labels": ((400, 100), "7b01cc3bc0c33846"),
 }
 
 

@@ -206,7 +206,7 @@ def test_a_prefix_is_used_for_what_it_was_trained_for(tiny_backbone: Make, rando
             classify(backbone, texts, labels=["x", "y"])
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def labelled(*labels: str) -> list[Example]:
