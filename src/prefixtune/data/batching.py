@@ -55,7 +55,7 @@ def collate(backbone: Backbone, examples: Sequence[TokenizedExample], *, share_b
 def divide(
     backbone: Backbone, examples: Sequence[TokenizedExample], most_positions: int, *, share_beginnings: bool = False
 ) -> list[list[TokenizedExample]]:
-    """Divide the examples of a batch, in their order, into parts of about the same size, to be computed one by one.
+    """Divide the examples of a batch, in their order, into parts as large as they may be, to be computed one by one.
 
     Args:
         backbone: The model.
@@ -65,29 +65,16 @@ def divide(
     """
     of_tokens = examples[0].label_positions is None
     share_beginnings = share_beginnings and of_tokens and backbone.kind == "decoder" and backbone.layout.packable
-    groups = _groups(examples, share_beginnings)
-    if not most_positions or sum(group.size for group in groups) <= most_positions:
+    if not most_positions:
         return [list(examples)]
-    # The fewest parts, and of these the most even ones.
-    parts = _parts(examples, most_positions, share_beginnings)
-    for eighths in range(7, 3, -1):
-        even = _parts(examples, most_positions * eighths // 8, share_beginnings)
-        if len(even) > len(parts):
-            break
-        parts = even
-    return parts
-
-
-def _parts(examples: Iterable[TokenizedExample], most: int, share_beginnings: bool) -> list[list[TokenizedExample]]:
-    """Parts that are as large as they may be."""
     parts: list[list[TokenizedExample]] = []
     group, left = None, 0
     for example in examples:
         joined = group.join(example) if group is not None and share_beginnings else None
         added = _size(example) if joined is None or group is None else joined.size - group.size
-        if added > left:
+        if not parts or added > left:
             parts.append([])
-            joined, added, left = None, _size(example), most
+            joined, added, left = None, _size(example), most_positions
         group = joined or _SharedBeginning.of(example)
         parts[-1].append(example)
         left -= added

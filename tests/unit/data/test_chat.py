@@ -141,24 +141,6 @@ def test_long_work_can_be_interrupted(llama: Any, form: TextFormat) -> None:
     assert calls == 3
 
 
-def test_one_call_of_a_tokenizer_reads_some_texts(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefixtune.data.encoding._PART_CHARS", 100)
-    form, calls = TextFormat("{source}", "{target}"), list[int]()
-    for name in ("encode_sources", "encode_targets"):
-
-        def encode(self: Any, texts: list[str]) -> Any:
-            calls.append(sum(map(len, texts)))
-            return [self.encode(text) for text in texts]
-
-        monkeypatch.setattr(type(llama), name, encode)
-    texts = ["a" * length for length in (40, 40, 40, 150, 10)]
-    assert len(encode_prompts(llama, form, texts)) == 5
-    assert calls == [80, 40, 150, 10]
-    del calls[:]
-    assert encode_examples(llama, [Example(text, ("b" * 15,)) for text in texts], form, prefix_length=0, max_length=0)
-    assert calls == [15, 40, 15, 40, 15, 40, 15, 150, 15, 10]
-
-
 def test_a_format_for_programs_without_templates(llama: Any) -> None:
     form = chat_format(llama, TEMPLATE, system="Be short.")
     plain = literal_format(llama, form)

@@ -167,21 +167,11 @@ def test_standard_input_is_recognized_and_can_be_read_twice(piped: Callable[[byt
         assert [row.values for row in iter_file(Path("-"))] == [{"a": "1", "b": "2"}]
 
 
-TRIPLES = '{"triples": [["a", "b", "c"]], "references": ["x"]}\n'
-XML = (
-    '<benchmark><entries><entry category="City" eid="1"><modifiedtripleset><mtriple>a | b | c</mtriple>'
-    '</modifiedtripleset><lex comment="good">x</lex></entry></entries></benchmark>'
-)
-
-
 @pytest.mark.parametrize(
     ("task", "name", "text"),
     [
         ("tagging", "a.conll", "The O\nOwl B-X\n\nHello O\n"),
         ("e2e", "a.csv", 'mr,ref\n"name[A], food[B]",x\n'),
-        ("webnlg", "a.xml", XML),
-        ("dart", "a.jsonl", TRIPLES),
-        ("scitldr", "a.jsonl", '{"document": "d", "references": ["x"]}\n'),
     ],
 )
 def test_every_task_reads_from_standard_input_what_it_reads_from_a_file(

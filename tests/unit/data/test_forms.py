@@ -43,6 +43,7 @@ MARKED = {
     "weight": 1,
     "train": True,
 }
+FLIGHTS = '[{"from": "Rome", "to": "Oslo"}]'
 SQUAD = {"question": "Who?", "context": "Ann sang.", "answers": {"text": ["Ann", "She"], "answer_start": [0, 0]}}
 CASES: list[tuple[str, Row, str, tuple[str, ...], tuple[Message, ...]]] = [
     (
@@ -68,6 +69,11 @@ CASES: list[tuple[str, Row, str, tuple[str, ...], tuple[Message, ...]]] = [
     ("prompt", {"prompt": [USER], "completion": [ASSISTANT]}, "Hi", ("Hello. ",), HI),
     ("prompt", {"prompt": "Hi", "response": [ASSISTANT]}, "Hi", ("Hello. ",), HI),
     ("prompt", {"prompt": "Hi", "completion": "Hello.", "system": "Be brief."}, "Hi", ("Hello.",), BRIEF),
+    ("prompt", {"system": "Be brief.", "prompt": [USER], "completion": [ASSISTANT]}, "Hi", ("Hello. ",), BRIEF),
+    ("prompt", {"prompt": json.dumps([HUMAN]), "completion": json.dumps([ASSISTANT])}, "Hi", ("Hello. ",), HI),
+    # Texts about lists.
+    ("prompt", {"prompt": FLIGHTS, "completion": "x"}, FLIGHTS, ("x",), (Message("user", FLIGHTS),)),
+    ("prompt", {"prompt": "Hi", "completion": '[{"role": "CEO"}]'}, "Hi", ('[{"role": "CEO"}]',), HI),
     (
         "instruction",
         {"instruction": "Add", "input": "1, 2", "output": "3"},
@@ -244,32 +250,6 @@ def test_without_targets_there_is_something_to_answer(tmp_path: Path) -> None:
     assert read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"})) == [Example("Hi", messages=HI)]
     with pytest.raises(DataError, match="line 1 has the columns prompt"):
         read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"}), needs_targets=True)
-
-
-FLIGHTS = '[{"from": "Rome", "to": "Oslo"}]'
-
-
-@pytest.mark.parametrize(
-    ("row", "messages", "targets"),
-    [
-        (
-            {"system": "Answer in French.", "prompt": [USER], "completion": [ASSISTANT]},
-            (Message("system", "Answer in French."), *HI),
-            ("Hello. ",),
-        ),
-        # As a cell of a table holds them.
-        ({"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, HI, ("Hello. ",)),
-        ({"prompt": json.dumps([HUMAN]), "completion": "Hello."}, HI, ("Hello.",)),
-        # A text about a list.
-        ({"prompt": '[{"a": 1}]', "completion": "x"}, (Message("user", '[{"a": 1}]'),), ("x",)),
-        ({"prompt": "Who?", "completion": '[{"role": "CEO"}]'}, (Message("user", "Who?"),), ('[{"role": "CEO"}]',)),
-        ({"prompt": FLIGHTS, "completion": "x"}, (Message("user", FLIGHTS),), ("x",)),
-    ],
-)
-def test_messages_and_a_system_message_as_prompt(row: Row, messages: tuple[Message, ...], targets: tuple[str, ...]):
-    (example,) = as_examples([row], needs_targets=True)
-    assert example.messages == messages
-    assert example.targets == targets
 
 
 def test_an_empty_column_gives_way_to_a_filled_one_of_the_same_meaning() -> None:
