@@ -1,13 +1,11 @@
 """The order of an epoch: which targets of which examples are in each batch.
 
-It is planned with numbers alone, in arrays, so that a plan of millions of examples takes little memory, and so that a
-resumed run finds its place without making one example.
+It is planned with numbers alone, so that a resumed run finds its place without making one example.
 """
 
 from __future__ import annotations
 
 import random
-from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -75,15 +73,18 @@ def plan_epoch(
         epoch: Which pass.
     """
     rng = None if seed is None else random.Random(f"{seed}/{epoch}")
-    owners, starts, order = _target_groups(counts, min(batch_size, targets_per_source), rng)
-    shuffled: Sequence[int] = range(len(owners))
+    most = min(batch_size, targets_per_source)
+    groups: list[TargetGroup] = []
+    for example, count in enumerate(counts):
+        targets = list(range(count))
+        if rng is not None:
+            rng.shuffle(targets)
+        groups += [TargetGroup(example, tuple(targets[start : start + most])) for start in range(0, count, most)]
     if rng is not None:
-        shuffled = array("q", shuffled)
-        rng.shuffle(shuffled)
+        rng.shuffle(groups)
     batch: list[TargetGroup] = []
     room = batch_size
-    for index in shuffled:
-        group = TargetGroup(owners[index], tuple(order[starts[index] : starts[index + 1]]))
+    for group in groups:
         size = turns[group.example] if turns is not None else 0
         if size > room and batch:
             yield batch
@@ -98,26 +99,3 @@ def plan_epoch(
         room -= size or len(group.targets)
     if batch:
         yield batch
-
-
-def _target_groups(
-    counts: Sequence[int], size: int, rng: random.Random | None
-) -> tuple[array[int], array[int], array[int]]:
-    """Groups of at most `size` targets of one example; the targets of each example are shuffled if there is an `rng`.
-
-    Returns:
-        The example of each group; where each group starts in the third array, and at the end its length; the targets of
-        all groups, as indices within their example.
-    """
-    owners, starts, order = array("q"), array("q"), array("i")
-    for example, count in enumerate(counts):
-        first = len(order)
-        targets = array("i", range(count))
-        if rng is not None and count > 1:
-            rng.shuffle(targets)
-        order.extend(targets)
-        for start in range(first, first + count, size):
-            owners.append(example)
-            starts.append(start)
-    starts.append(len(order))
-    return owners, starts, order
