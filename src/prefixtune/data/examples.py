@@ -59,11 +59,11 @@ def check_messages(messages: Any, name: str = "the conversation") -> tuple[Messa
             user's.
     """
     is_list = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
-    checked = [_as_message(one, f"message {n} of {name}") for n, one in enumerate(messages, 1)] if is_list else []
+    checked = [_as_message(one, f"{name}: message {n}") for n, one in enumerate(messages, 1)] if is_list else []
     first = 1 if checked and checked[0].role == "system" else 0
     for number, message in enumerate(checked[first:]):
         if message.role != ("user", "assistant")[number % 2]:
-            raise _wrong_messages(f"message {first + number + 1} of {name} is the {message.role}'s", "the other's")
+            raise _wrong_messages(f"{name}: message {first + number + 1} is the {message.role}'s", "the other's")
     if not checked or checked[-1].role != "user":
         ends = f"ends with the {checked[-1].role}'s message" if checked else f"is {short_repr(messages)}"
         raise _wrong_messages(f"{name} {ends}", "messages that end with the user's")
@@ -202,7 +202,7 @@ def chat_example(messages: Any, name: str = "the conversation", **fields: Any) -
     answers: tuple[str, ...] = ()
     if isinstance(messages, Sequence) and len(messages) > 1:
         *before, last = messages
-        if (answer := _as_message(last, f"message {len(messages)} of {name}")).role == "assistant":
+        if (answer := _as_message(last, f"{name}: message {len(messages)}")).role == "assistant":
             messages, answers = before, (answer.content,)
     checked = check_messages(messages, name)
     return Example(checked[-1].content, answers, messages=checked, **fields)
