@@ -1,4 +1,4 @@
-"""What a request may ask for, and how much is inside the server at once: per key, and in all."""
+"""How much is inside the server at once: per key, and in all."""
 
 from __future__ import annotations
 
@@ -7,22 +7,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from prefixtune.server.responses import too_many_requests
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask for.
-
-    Attributes:
-        max_tokens: Most new tokens.
-        max_texts: Most texts: prompts times n.
-    """
-
-    max_tokens: int
-    max_texts: int
+from prefixtune.server.responses import bad_request, too_many_requests
 
 
 class RequestLimit:
@@ -92,8 +78,10 @@ class Gate:
         """Count some of them while the block runs.
 
         Raises:
-            ApiError: 429: there is no room.
+            ApiError: 429: there is no room now; 400: there never is.
         """
+        if count > self.limit:
+            raise bad_request(f"{count} texts are asked for, but this server has room for {self.limit}.")
         own, room = self._of_tenant[tenant], self.limit - self.count
         if count > room or (self.shared and own and own + count > room):
             raise too_many_requests(f"the queue is full: {self.count} are inside already.", "queue_full", 1.0)

@@ -12,7 +12,7 @@ from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.auth import Keyring
 from prefixtune.server.catalog import Catalog
-from prefixtune.server.limits import Gate, Limits
+from prefixtune.server.limits import Gate
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.responses import ApiError
@@ -32,7 +32,6 @@ class ServerState:
         keyring: The keys.
         num_open: Requests that are being answered, whatever they wait for.
         gate: The texts that are prepared, wait or run.
-        limits: What one request may ask for.
         metrics: All metrics.
         training: Files and jobs; None: this server takes none.
         tokenizer_thread: Where texts are tokenized, one at a time.
@@ -51,7 +50,6 @@ class ServerState:
         max_length = worker.max_length if worker else min(limits, default=DEFAULT_MAX_LENGTH)
         self.catalog = Catalog(store, config, max_length)
         self.gate = Gate(config.num_slots + config.max_queue, shared=len(config.keys) > 1)
-        self.limits = Limits(config.max_tokens, config.max_texts)
         self.metrics = Metrics(config, worker, store, lambda: (self.num_open, self.draining))
         self.training = Training(config, is_open=self.keyring.is_open) if config.takes_jobs else None
         # One thread: tokenizers keep settings that several threads would overwrite.

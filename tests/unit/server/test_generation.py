@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,29 @@ def test_a_disk_that_is_full_for_the_engine_is_507(
         assert (response.status, response.code) == (507, "storage_failed")
         assert b"/srv" not in response.body
     assert state.gate.count == 0
+
+
+def test_an_engine_that_is_slow_to_take_a_request_stops_no_other(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    written, submit = threading.Event(), state.worker.submit
+
+    def slow(*args: Any, **options: Any) -> None:
+        assert written.wait(10)
+        submit(*args, **options)
+
+    monkeypatch.setattr(state.worker, "submit", slow)
+
+    async def both() -> tuple[Response, Response]:
+        slow_one = asyncio.ensure_future(send(app, "POST", "/v1/completions", completion()))
+        while not state.gate.count:
+            await asyncio.sleep(0.005)
+        other = await send(app, "GET", "/healthz")
+        written.set()
+        return await slow_one, other
+
+    assert [response.status for response in asyncio.run(both())] == [200, 200]
 
 
 def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:

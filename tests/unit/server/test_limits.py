@@ -56,6 +56,9 @@ def test_no_key_fills_the_gate_alone() -> None:
     assert gate.count == 0
     with gate.admit(16, "one request may be large"):
         pass
+    with pytest.raises(ApiError) as caught, gate.admit(17):
+        pass
+    assert caught.value.status == 400, "it would never fit"
 
 
 def test_requests_per_minute() -> None:

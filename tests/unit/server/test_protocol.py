@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest
-from prefixtune.server.limits import Limits
+from prefixtune.server.settings import ServeConfig
 
-LIMITS = Limits(max_tokens=100, max_texts=6)
+LIMITS = ServeConfig(max_tokens=100, default_max_tokens=100, max_texts=6)
 USER = [{"role": "user", "content": "hi"}]
 
 

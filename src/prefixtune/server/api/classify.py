@@ -36,8 +36,8 @@ from prefixtune.server.api.prompting import tokenize
 from prefixtune.server.api.protocol import Body, Text, Texts
 from prefixtune.server.api.streaming import run_in_time
 from prefixtune.server.catalog import ServedModel
-from prefixtune.server.limits import Limits
 from prefixtune.server.responses import JsonAnswer, bad_request, unavailable
+from prefixtune.server.settings import ServeConfig
 
 router = key_router()
 _MOST_PROBABILITIES = 500_000
@@ -63,10 +63,10 @@ class ClassifyRequest(Body):
         """The texts, as a list."""
         return [self.input] if isinstance(self.input, str) else list(self.input)
 
-    def check(self, limits: Limits) -> None:
+    def check(self, config: ServeConfig) -> None:
         """As `Body.check`."""
-        if len(self.texts) > limits.max_texts:
-            raise bad_request(f"there are {len(self.texts)} texts; at most {limits.max_texts} are allowed.", "input")
+        if len(self.texts) > config.max_texts:
+            raise bad_request(f"there are {len(self.texts)} texts; at most {config.max_texts} are allowed.", "input")
         if label := first_duplicate(self.labels or ()):
             raise bad_request(f"the label {short_repr(label)} is given twice.", "labels")
 
@@ -78,7 +78,7 @@ async def create_classification(request: ClassifyRequest, context: GenerationCon
     `labels`, `probs` and `num_classes` are vLLM's; a prefix that tags gives `tokens`, each with these.
     """
     state = context.state
-    request.check(state.limits)
+    request.check(state.config)
     context.admit(len(request.texts))
     model = await run_in_threadpool(state.catalog.load, request.model, context.caller)
     if state.config.log_prompts:

@@ -68,7 +68,7 @@ async def create_chat_completion(request: ChatRequest, context: GenerationContex
 
 async def _load(context: RequestContext, request: OpenAIRequest) -> ServedModel:
     """The requested model, once the request is checked and counted."""
-    request.check(context.state.limits)
+    request.check(context.state.config)
     context.admit(request.num_prompts * request.n)
     return await run_in_threadpool(context.state.catalog.load, request.model, context.caller, request.prefixes)
 

@@ -40,7 +40,7 @@ async def create_fine_tuning_job(body: FineTuningRequest, context: TrainingConte
 
     With a header `Idempotency-Key`, a request that is sent again gets the same job.
     """
-    body.check(context.state.limits)
+    body.check(context.state.config)
     job = await create_job(context, body, partial(_view, context))
     context.log_fields |= {"job": job["id"], "model": job["model"]}
     return job

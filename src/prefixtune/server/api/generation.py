@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any
 
+from fastapi.concurrency import run_in_threadpool
+
 from prefixtune.data.chat import special_stops
 from prefixtune.data.labels import labels_of
 from prefixtune.engine.base import Engine
@@ -60,7 +62,7 @@ class Generation:
         # How many tokens each text that runs has, and when the last one came.
         self._running: dict[int, tuple[int, float]] = {}
 
-    def submit(self) -> None:
+    async def submit(self) -> None:
         """Submit the requests to the engine; what still runs when the response ends is cancelled.
 
         Raises:
@@ -73,11 +75,15 @@ class Generation:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._outputs.put_nowait, (first + output.index, output))
 
+        def submit() -> None:
+            for position, request in enumerate(self.requests):
+                first = position * request.n
+                self.context.state.worker.submit(request, partial(receive, first), deadline=self.context.remaining)
+                self._running |= {first + index: (0, self._started) for index in range(request.n)}
+
         self.context.exit_stack.callback(self._end)
-        for position, request in enumerate(self.requests):
-            first = position * request.n
-            self.context.state.worker.submit(request, partial(receive, first), deadline=self.context.remaining)
-            self._running |= {first + index: (0, self._started) for index in range(request.n)}
+        # Some engines write the prefix's file first.
+        await run_in_threadpool(submit)
 
     def _end(self) -> None:
         for position, request in enumerate(self.requests):
@@ -146,7 +152,7 @@ class Generation:
         }
 
 
-def start_generation(
+async def start_generation(
     context: RequestContext,
     model: ServedModel,
     prompts: Sequence[tuple[int, ...]],
@@ -197,7 +203,7 @@ def start_generation(
         # Before the queue: what can never fit must not be answered with "try again later".
         for one in generation.requests:
             worker.check_length(len(one.prompt), one.prefix_length, one.sampling.max_new_tokens)
-        generation.submit()
+        await generation.submit()
     except ContextLengthError as error:
         hint = f"shorten the prompt or lower max_tokens{', or join fewer prefixes' if model.parts else ''}."
         raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None

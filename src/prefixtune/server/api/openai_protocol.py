@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefixtune.engine.request import SamplingParams
 from prefixtune.server.api.protocol import GenerationRequest, Ids, Part, Text, Texts
-from prefixtune.server.limits import Limits
 from prefixtune.server.responses import bad_request
+from prefixtune.server.settings import ServeConfig
 
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
@@ -105,17 +105,17 @@ class OpenAIRequest(GenerationRequest):
         """How many prompts there are."""
         return 1
 
-    def sampling(self, limits: Limits, **more: Any) -> SamplingParams:
+    def sampling(self, config: ServeConfig, **more: Any) -> SamplingParams:
         """As `GenerationRequest.sampling`."""
-        return super().sampling(limits, logit_bias=self.logit_bias or {}, **more)
+        return super().sampling(config, logit_bias=self.logit_bias or {}, **more)
 
-    def check(self, limits: Limits) -> None:
+    def check(self, config: ServeConfig) -> None:
         """As `Body.check`."""
-        super().check(limits)
+        super().check(config)
         if not self.model and not self.prefixes:
             raise bad_request("the name of a model is needed; /v1/models lists them.", "model")
-        if self.n * self.num_prompts > limits.max_texts:
-            raise bad_request(f"{self.num_prompts} prompts times n are more than {limits.max_texts} texts.", "n")
+        if self.n * self.num_prompts > config.max_texts:
+            raise bad_request(f"{self.num_prompts} prompts times n are more than {config.max_texts} texts.", "n")
         if self.json_schema is not None and self.min_tokens:
             raise bad_request("min_tokens cannot go with response_format, which says when a text ends.", "min_tokens")
         if self.stream_options and not self.stream:
@@ -152,10 +152,10 @@ class CompletionRequest(OpenAIRequest):
         """How many prompts there are."""
         return len(self.prompts)
 
-    def sampling(self, limits: Limits, **more: Any) -> SamplingParams:
+    def sampling(self, config: ServeConfig, **more: Any) -> SamplingParams:
         """As `GenerationRequest.sampling`."""
         prompt_logprobs = self.logprobs if self.echo else None
-        return super().sampling(limits, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs, **more)
+        return super().sampling(config, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs, **more)
 
 
 class TextPart(BaseModel):
@@ -213,9 +213,9 @@ class ChatRequest(OpenAIRequest):
         """Most new tokens, if the body says so."""
         return self.max_completion_tokens or self.max_tokens
 
-    def sampling(self, limits: Limits, **more: Any) -> SamplingParams:
+    def sampling(self, config: ServeConfig, **more: Any) -> SamplingParams:
         """As `GenerationRequest.sampling`."""
-        return super().sampling(limits, logprobs=(self.top_logprobs or 0) if self.logprobs else None, **more)
+        return super().sampling(config, logprobs=(self.top_logprobs or 0) if self.logprobs else None, **more)
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -223,8 +223,8 @@ class ChatRequest(OpenAIRequest):
         roles = {"developer": "system"}
         return [{"role": roles.get(message.role, message.role), "content": message.text} for message in self.messages]
 
-    def check(self, limits: Limits) -> None:
+    def check(self, config: ServeConfig) -> None:
         """As `Body.check`."""
-        super().check(limits)
+        super().check(config)
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")

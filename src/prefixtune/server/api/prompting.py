@@ -119,11 +119,11 @@ async def start_texts(
     prompts = [await _encode(context, model, text_format, source, length) for source in sources]
     if isinstance(sources[0], list) or (text_format is not None and text_format.is_chat):
         changes["end_ids"] = await tokenize(context, partial(end_ids, backbone, text_format))
-    return start_generation(
+    return await start_generation(
         context,
         model,
         prompts,
-        request.sampling(context.state.limits).replace(**changes),
+        request.sampling(config).replace(**changes),
         n=n,
         default_max_tokens=task_length if request.length is None else None,
         verbatim=verbatim or text_format is None,

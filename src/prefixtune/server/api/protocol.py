@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefixtune.engine.request import SamplingParams
-from prefixtune.server.limits import Limits
 from prefixtune.server.responses import bad_request
+from prefixtune.server.settings import ServeConfig
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -55,7 +55,7 @@ class Body(Part):
                 raise ValueError("the body has invalid text, numbers that are not finite, or too deep lists") from None
         return body
 
-    def check(self, limits: Limits) -> None:
+    def check(self, config: ServeConfig) -> None:
         """Refuse fields that do not go together, or ask for more than the server gives.
 
         Raises:
@@ -63,8 +63,8 @@ class Body(Part):
         """
         for name in _LIMITED:
             value = getattr(self, name, None)
-            if value is not None and value > limits.max_tokens:
-                raise bad_request(f"{name} is {value}, but {limits.max_tokens} are the most.", name)
+            if value is not None and value > config.max_tokens:
+                raise bad_request(f"{name} is {value}, but {config.max_tokens} are the most.", name)
 
 
 class GenerationRequest(Body):
@@ -98,10 +98,10 @@ class GenerationRequest(Body):
         """The JSON schema that texts follow; None: they follow none."""
         return None
 
-    def sampling(self, limits: Limits, **more: Any) -> SamplingParams:
+    def sampling(self, config: ServeConfig, **more: Any) -> SamplingParams:
         """How tokens are chosen; the number of new tokens counts only if there is a `length`."""
         return SamplingParams(
-            max_new_tokens=limits.max_tokens if self.length is None else self.length,
+            max_new_tokens=config.max_tokens if self.length is None else self.length,
             min_new_tokens=self.min_tokens,
             top_p=self.top_p or _SMALLEST_TOP_P,
             top_k=max(0, self.top_k),
@@ -110,9 +110,9 @@ class GenerationRequest(Body):
             **more,
         )
 
-    def check(self, limits: Limits) -> None:
+    def check(self, config: ServeConfig) -> None:
         """As `Body.check`."""
-        super().check(limits)
+        super().check(config)
         if self.length is not None and self.min_tokens > self.length:
             raise bad_request(
                 f"min_tokens is {self.min_tokens}, but at most {self.length} are asked for.", "min_tokens"

@@ -99,7 +99,7 @@ async def create_task_output(name: str, request: TaskRequest, context: Generatio
     Or of joined prefixes, as in `/v1/tasks/manual+style`.
     """
     state = context.state
-    request.check(state.limits)
+    request.check(state.config)
     context.admit(1)
     model = await run_in_threadpool(state.catalog.load, name, context.caller)
     if request.format_of:

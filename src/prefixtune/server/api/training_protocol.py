@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from prefixtune.distillation.config import QuestionKind
 from prefixtune.server.api.protocol import Body, Part, Text
-from prefixtune.server.limits import Limits
 from prefixtune.server.responses import bad_request
+from prefixtune.server.settings import ServeConfig
 from prefixtune.training.config import FormName
 
 __all__ = ["FineTuningRequest", "TrainingOptions"]
@@ -176,7 +176,7 @@ class FineTuningRequest(Body):
         """The given fields of `prefixtune`."""
         return self.prefixtune.given() if self.prefixtune is not None else {}
 
-    def check(self, limits: Limits) -> None:
+    def check(self, config: ServeConfig) -> None:
         """As `Body.check`."""
         old, new = self.hyperparameters, self._of_method
         if old is not None and new is not None and old.given() != new.given():
