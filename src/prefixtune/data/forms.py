@@ -224,21 +224,6 @@ def render(template: str, record: Mapping[str, Any], location: str) -> str:
     return text
 
 
-def targets_of(template: str, record: Record) -> list[str]:
-    """The targets of a record: one, or several if the column holds a list.
-
-    Raises:
-        ConfigError: The template is malformed.
-        DataError: A column is missing, has no text, or an empty list.
-    """
-    values = record.values.get(template)
-    if not isinstance(values, list):
-        return [render(template, record.values, record.location)]
-    if not values:
-        raise wrong_value(record.location, template, values, "at least one target")
-    return [render(template, {template: value}, record.location) for value in values]
-
-
 def _cell_text(value: Any, column: str, location: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -266,18 +251,20 @@ def _text_of(names: Sequence[str], record: Record) -> str:
 
 
 def _targets(record: Record, names: Sequence[str], needed: bool) -> list[str]:
-    column = _present(record, names)
-    if not needed and not _is_filled(record.values.get(column)):
+    """The targets of a row: one, or several if the column holds a list."""
+    column, row = _present(record, names), dict(record.values)
+    value = row.get(column)
+    if not needed and not _is_filled(value):
         return []
-    value = record.values.get(column)
     # Of answers that also say where they begin, as SQuAD's do, the texts.
     if isinstance(value, Mapping):
-        value = value.get("text")
-    elif isinstance(value, list):
-        value = [one.get("text") if isinstance(one, Mapping) else one for one in value]
-    else:
-        return targets_of(column, record)
-    return targets_of(column, Record(record.location, {column: value}))
+        value = row[column] = value.get("text")
+    if not isinstance(value, list):
+        return [render(column, row, record.location)]
+    if not value:
+        raise wrong_value(record.location, column, value, "at least one target")
+    texts = [one.get("text") if isinstance(one, Mapping) else one for one in value]
+    return [render(column, {column: text}, record.location) for text in texts]
 
 
 def _pair(record: Record, form: Form, columns: Sequence[Sequence[str]], needs_targets: bool) -> Example:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 from prefixtune.data.examples import Example
-
-_Value = TypeVar("_Value")
 
 
 class _Sampler:
@@ -30,7 +27,7 @@ class _Sampler:
         """An integer from 0 to `limit` - 1."""
         return int(self._rng.random() * limit)
 
-    def draw(self, name: str, values: Sequence[_Value]) -> _Value:
+    def draw(self, name: str, values: Sequence[str]) -> str:
         """The next value of a list, which is the same at each call of its name."""
         remaining = self._remaining.get(name)
         if not remaining:
@@ -52,9 +49,8 @@ _HOURS = {"18": "eighteen", "19": "nineteen", "20": "twenty", "21": "twenty-one"
 _MINUTES = {"00": "hundred", "15": "fifteen", "30": "thirty", "45": "forty-five"}
 _LOW_FARES = {"4": "four", "6": "six", "8": "eight", "11": "eleven", "12": "twelve"}
 _FARES = _LOW_FARES | {"15": "fifteen", "20": "twenty", "30": "thirty"}
-_TRAINS = ("Heron", "Otter", "Badger", "Swan", "Fox", "Owl", "Hare", "Wolf")
 _VALUES: dict[str, tuple[str, ...]] = {
-    "train": _TRAINS,
+    "train": ("Heron", "Otter", "Badger", "Swan", "Fox", "Owl", "Hare", "Wolf"),
     "to": ("Northgate", "Oldbridge", "Saltmarsh", "Stonehill", "Greenford", "Westport", "Kingswood", "Redcliff"),
     "time": tuple(f"{hour}:{minute}" for hour in _HOURS for minute in _MINUTES),
     "platform": tuple(_SIDES),
