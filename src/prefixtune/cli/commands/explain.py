@@ -118,11 +118,12 @@ def explain(options: ExplainOptions) -> int:
     try:
         _make_views(console, options, views, backbone, prefixes, examples)
     finally:
-        # A stopped run writes the views that are done.
-        about = _facts(options, prefixes[0], backbone.name, len(examples))
-        document = compose(views, about, f"What the prefix {short_name(options.prefix)} does")
-        write_text(page, to_html(document))
-        figures = save_figures(document, Path(options.figures)) if options.figures else []
+        # A stopped run writes the views that are done; one that has none leaves an earlier page alone.
+        if views:
+            about = _facts(options, prefixes[0], backbone.name, len(examples))
+            document = compose(views, about, f"What the prefix {short_name(options.prefix)} does")
+            write_text(page, to_html(document))
+            figures = save_figures(document, Path(options.figures)) if options.figures else []
     facts = {**summarize(prefixes[0], backbone, views), "page": str(page), "figures": figures}
     drawn = f"; {len(figures)} figures in {options.figures}" if figures else ""
     show(facts, *_parts(document), f"{page} ({page.stat().st_size:,} bytes){drawn}", as_json=options.as_json)

@@ -24,7 +24,7 @@ class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
     resume: bool = Field(False, description="go on with the run in --output")
     together: TextList = Field(
         (),
-        description="TOML or YAML files, each of a run with its own output: trained at once, sharing every pass over "
+        description="TOML files, each of a run with its own output: trained at once, sharing every pass over "
         "the backbone",
         json_schema_extra={"many": [1, None], "metavar": "FILE"},
     )
