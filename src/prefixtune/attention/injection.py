@@ -27,8 +27,6 @@ __all__ = [
     "Injection",
     "batch_prefixes",
     "injecting",
-    "interrupt",
-    "interrupting",
     "observe_attention",
     "to_rows",
     "trace_calls",
@@ -140,7 +138,6 @@ attention_observer: contextvars.ContextVar[AttentionObserver | None] = contextva
     "attention_observer", default=None
 )
 current_injection: contextvars.ContextVar[Injection | None] = contextvars.ContextVar("injection", default=None)
-interruption: contextvars.ContextVar[Callable[[], object] | None] = contextvars.ContextVar("interruption", default=None)
 
 
 @contextlib.contextmanager
@@ -171,20 +168,6 @@ def observe_attention(observer: AttentionObserver) -> contextlib.AbstractContext
     The engine's rows, generation, whose cache holds the prefix, and disentangled attention are not observed.
     """
     return using(attention_observer, observer)
-
-
-def interrupting(function: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
-    """While the block runs, `function` is called before each layer attends; what it raises ends the call of the model.
-
-    Other long work in the block calls it by `interrupt`.
-    """
-    return using(interruption, function)
-
-
-def interrupt() -> None:
-    """Call the function of `interrupting`, if there is one: to be called often by long work."""
-    if (function := interruption.get()) is not None:
-        function()
 
 
 @contextlib.contextmanager

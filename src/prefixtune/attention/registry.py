@@ -13,7 +13,6 @@ from prefixtune.attention.injection import (
     AttentionCall,
     attention_observer,
     current_injection,
-    interrupt,
     traced_calls,
 )
 from prefixtune.attention.kernels import AttentionKernel, ScoreOptions, plain_attention
@@ -64,7 +63,6 @@ def attend(
     position bias (T5) is zero at the prefix; a soft cap (Gemma 2) and sinks (`s_aux`, gpt-oss) apply to the prefix as
     to the text.
     """
-    interrupt()
     injection = current_injection.get()
     if query.dtype != value.dtype:
         # Under autocast, rotary embeddings leave queries and keys in float32.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-from prefixtune.attention.injection import interrupt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import Source, Turn, as_conversation, encode_chat, encode_conversation, only_text
 from prefixtune.data.examples import Example, check_messages, conversation_of
@@ -177,7 +176,6 @@ def encode_examples(
     parts: list[TokenizedDataset] = []
     if text_format.is_chat:
         for number, example in enumerate(examples, start=1):
-            interrupt()
             with named_example(example, number):
                 parts.append(
                     _encode_conversation_example(
@@ -219,7 +217,6 @@ def _encode_plain(
     """Each example's prompt and targets, not cut yet, some at a time: other work has its turns between."""
     numbers = itertools.count(1)
     for part in _in_parts(examples, lambda one: len(one.source) + sum(map(len, one.targets))):
-        interrupt()
         prompts, targets = [], []
         for example in part:
             most = None if _is_learned_whole(backbone, example) else limit

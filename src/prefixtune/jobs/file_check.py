@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, cast
@@ -31,6 +32,7 @@ MAX_ROWS = 1_000_000
 """Most rows of an uploaded file."""
 _INLINE_BYTES, _MEMORY, _SECONDS = 2**18, 2**32, 300.0
 """Largest file that is checked in a thread; memory and time of the process that checks."""
+_PROCESSES = threading.BoundedSemaphore(2)
 _MAX_WHOLE_BYTES, _MAX_ROWS_BYTES = 2**26, 2**31
 """Most bytes of a `.json` file, which is read as a whole; and of one that is read by rows, after decompression."""
 _MAX_COLUMNS, _MAX_COLUMN_CHARS, _MAX_SHOWN_CHARS = 50, 80, 1_000
@@ -95,7 +97,8 @@ def check_file(path: Path, filename: str, ending: str) -> FileReport:
     # Not among its arguments, which everybody on the machine may read.
     task = json.dumps({"path": str(path), "filename": filename, "ending": ending}).encode()
     try:
-        done = subprocess.run(command, input=task, capture_output=True, timeout=_SECONDS, check=True)
+        with _PROCESSES:
+            done = subprocess.run(command, input=task, capture_output=True, timeout=_SECONDS, check=True)
     except subprocess.TimeoutExpired:
         message = f"{filename} was not read within {_SECONDS:,.0f} seconds."
         raise DataError(message, hint="split the file.") from None

@@ -341,7 +341,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _unknown(file_id: str) -> UnknownFileError:
-    return UnknownFileError(f"there is no file {file_id[:64]!r}.")
+    return UnknownFileError(f"there is no file {file_id[:128]!r}.")
 
 
 def _shown_name(filename: str) -> str:

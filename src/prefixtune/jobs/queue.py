@@ -200,7 +200,7 @@ class JobQueue:
 
     def has_work(self, backbone: str) -> bool:
         """Whether jobs of a backbone wait or run."""
-        return bool(self._list(queue_name=queue_name(backbone), status=_ACTIVE, limit=1, load_input=False))
+        return bool(self._list(queue_name=queue_name(backbone), status=_ACTIVE, app_version=PROTOCOL, limit=1))
 
     def workers(self, backbone: str) -> set[str]:
         """The names of workers that have jobs of a backbone; some may be dead."""

@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 Hyperparameters = Mapping[str, int | float | Literal["auto"]]
 
-_EXAMPLE_OPTIONS = (
-    *("preset", "form", "system", "chat_template", "max_length", "on_too_long", "init_examples"),
-    *("hold_out", "patience", "classifier", "label_words"),
-)
-_DOCUMENT_OPTIONS = ("document", "questions", "num_questions", "kinds", "answer_length", "chunk_length", "ask")
-"""Fields of the request's object `prefixtune` that only jobs of one kind have."""
-_NOT_CONFIG = ("name", "preset", "document", "questions")
 _PLACEHOLDERS = frozenset({"train", "dev", "document", "questions", "output", "init_prefix"})
 """Paths, which the worker fills in."""
 _QUICK_TARGETS, _FEWEST_EXAMPLES = range(8, 201), 4
@@ -92,9 +85,15 @@ class JobRequest:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def is_document(self) -> bool:
-        """Whether it distills a document."""
-        return self.document is not None or self.training_file.purpose == "document"
+    def text(self) -> StoredFile | None:
+        """The document that it distills; None: it trains on examples."""
+        return self.document or (self.training_file if self.training_file.purpose == "document" else None)
+
+    @property
+    def asked(self) -> StoredFile | None:
+        """The questions about the document; None: there is none, or the model makes them."""
+        found = self.questions or self.training_file
+        return None if self.text is None or found.id == self.text.id else found
 
     @property
     def form(self) -> str:
@@ -124,11 +123,7 @@ def make_job(request: JobRequest, *, job_id: str, owner: str, created: int, max_
     except RequestError as error:
         param = "prefixtune.name" if request.options.get("name") else "suffix"
         raise JobRefusedError(param, error.message, "invalid_name") from None
-    document = request.document or (request.training_file if request.is_document else None)
-    questions = request.questions or (request.training_file if request.document else None)
-    if document is not None and questions is not None and questions.id == document.id:
-        questions = None
-    targets = _num_targets(request, questions)
+    targets = _num_targets(request)
     values = _config_values(request, targets, max_steps) | _tracking(request, job_id)
     config = _validate(request, values)
     return Job(
@@ -139,11 +134,11 @@ def make_job(request: JobRequest, *, job_id: str, owner: str, created: int, max_
         name=name,
         backbone=request.backbone,
         fingerprint=request.fingerprint,
-        kind="examples" if document is None else "document",
+        kind="examples" if request.text is None else "document",
         config=config.model_dump(mode="json", include=set(config.model_fields_set) - _PLACEHOLDERS),
-        training_file=(document or request.training_file).id,
+        training_file=(request.text or request.training_file).id,
         validation_file=request.validation_file.id if request.validation_file else "",
-        questions_file=questions.id if questions else "",
+        questions_file=request.asked.id if request.asked else "",
         targets=targets,
         seed=request.seed,
         hyperparameters=dict(request.hyperparameters),
@@ -177,32 +172,36 @@ def resolved_hyperparameters(job: Job) -> dict[str, int | float]:
 
 def _check_files(request: JobRequest) -> None:
     """Refuse files that cannot be read as what they are for."""
-    training, validation, document = request.training_file, request.validation_file, request.document
-    questions = request.questions
-    if document is not None:
-        _check_file("prefixtune.document", document, "document")
-        if training.id != document.id:
-            _check_file("training_file", training, "fine-tune", form="question")
-            if questions is not None:
-                message = "'training_file' and prefixtune.questions both name questions; give one of them."
-                raise JobRefusedError("training_file", message)
-    elif training.purpose == "document":
+    training, validation, text, asked = request.training_file, request.validation_file, request.text, request.asked
+    if text is not None and training.id == text.id:
         _check_file("training_file", training, "document")
     else:
-        _check_file("training_file", training, "fine-tune", form=request.options.get("form"))
-        if training.facts is not None and training.facts.form and not training.facts.targets:
-            message = f"{training.id} has nothing to train on: no row has a target, such as an answer."
-            raise JobRefusedError("training_file", message, "invalid_training_file")
-    if questions is not None:
-        _check_file("prefixtune.questions", questions, "fine-tune", form="question")
-    _check_questions(request)
-    if validation is None:
-        return
-    if request.is_document:
+        form = "question" if asked is not None and training.id == asked.id else request.options.get("form")
+        _check_file("training_file", training, "fine-tune", form)
+    for param, file, purpose, form in (
+        ("prefixtune.document", request.document, "document", None),
+        ("prefixtune.questions", request.questions, "fine-tune", "question"),
+        ("validation_file", validation, "fine-tune", None),
+    ):
+        if file is not None:
+            _check_file(param, file, purpose, form)
+    if text is not None and request.questions and training.id not in (text.id, request.questions.id):
+        message = "'training_file' and prefixtune.questions both name questions; give one of them."
+        raise JobRefusedError("training_file", message)
+    facts = training.facts
+    if text is None and facts is not None and facts.form and not facts.targets:
+        message = f"{training.id} has nothing to train on: no row has a target, such as an answer."
+        raise JobRefusedError("training_file", message, "invalid_training_file")
+    facts = asked.facts if asked is not None else None
+    if facts is not None and facts.rows > max(_MOST_QUESTIONS, facts.targets):
+        unanswered = facts.rows - facts.targets
+        message = f"{unanswered:,} questions have no answer, but the model answers at most {_MOST_QUESTIONS:,}."
+        param = "prefixtune.questions" if asked is request.questions else "training_file"
+        raise JobRefusedError(param, message, "too_many_questions")
+    if validation is not None and text is not None:
         raise JobRefusedError("validation_file", "a document has no validation file; leave it out.")
-    _check_file("validation_file", validation, "fine-tune")
     forms = [request.form] if request.form else _forms(training)
-    if not set(forms) & set(_forms(validation)):
+    if validation is not None and not set(forms) & set(_forms(validation)):
         message = f"'validation_file' holds {_forms(validation)}, but 'training_file' holds {forms}."
         raise JobRefusedError("validation_file", message, "invalid_validation_file")
 
@@ -220,30 +219,13 @@ def _check_file(param: str, file: StoredFile, purpose: str, form: str | None = N
         raise JobRefusedError(where, f"{file.id} holds {_forms(file)}, which are not read as {form!r}.", code)
 
 
-def _check_questions(request: JobRequest) -> None:
-    """Refuse more questions than the model answers."""
-    questions = request.questions or (request.training_file if request.document is not None else None)
-    facts = questions.facts if questions is not None else None
-    if facts is not None and facts.rows > max(_MOST_QUESTIONS, facts.targets):
-        message = (
-            f"there are {facts.rows:,} questions, {facts.rows - facts.targets:,} of them without an answer, but the "
-            f"model answers at most {_MOST_QUESTIONS:,}; leave some out, or give answers."
-        )
-        param = "prefixtune.questions" if request.questions else "training_file"
-        raise JobRefusedError(param, message, "too_many_questions")
-
-
 def _forms(file: StoredFile) -> list[str]:
     return list(file.facts.forms) if file.facts is not None else []
 
 
 def _check_options(request: JobRequest) -> None:
     """Refuse options that mean nothing in this job, or do not go together."""
-    others = _EXAMPLE_OPTIONS if request.is_document else _DOCUMENT_OPTIONS
     for name in request.options:
-        if name in others:
-            kind = "examples" if request.is_document else "a document"
-            raise JobRefusedError(f"prefixtune.{name}", f"prefixtune.{name} is for jobs that train on {kind}.")
         if request.start_lengths is not None and name in ("start", "prefix_length", "init_text", "init_examples"):
             message = f"prefixtune.{name} is given, but training goes on from the prefix {request.model!r}."
             raise JobRefusedError(f"prefixtune.{name}", message)
@@ -253,7 +235,7 @@ def _check_options(request: JobRequest) -> None:
     if request.hyperparameters.get("n_epochs", AUTO) != AUTO and "max_steps" in request.options:
         message = "n_epochs and prefixtune.max_steps are both given; give one of them."
         raise JobRefusedError("prefixtune.max_steps", message)
-    if not request.is_document and not request.form:
+    if request.text is None and not request.form:
         message = f"'training_file' can be read as {_forms(request.training_file)}; say which in prefixtune.form."
         raise JobRefusedError("prefixtune.form", message)
     projects = {(settings.get("project"), settings.get("name")) for settings in _trackers(request).values()}
@@ -265,11 +247,11 @@ def _check_options(request: JobRequest) -> None:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _num_targets(request: JobRequest, questions: StoredFile | None) -> int:
+def _num_targets(request: JobRequest) -> int:
     """What an epoch goes through."""
-    if request.is_document:
-        if questions is not None and questions.facts is not None:
-            return questions.facts.rows
+    if request.text is not None:
+        if request.asked is not None and request.asked.facts is not None:
+            return request.asked.facts.rows
         return int(request.options.get("num_questions", DistillConfig.default("num_questions")))
     facts = request.training_file.facts
     assert facts is not None
@@ -281,13 +263,14 @@ def _num_targets(request: JobRequest, questions: StoredFile | None) -> int:
 def _config_values(request: JobRequest, targets: int, max_steps: int) -> dict[str, Any]:
     """The values of the configuration: the request's, those of a preset beneath, and what `auto` stands for."""
     options, asked = request.options, request.hyperparameters
-    given = {name: value for name, value in options.items() if name not in _NOT_CONFIG}
+    no_config = ("name", "preset") if request.text is None else ("name", "document", "questions")
+    given = {name: value for name, value in options.items() if name not in no_config}
     if "start" in given:
         given["initialization"] = given.pop("start")
     if request.start_lengths is not None:
         lengths = request.start_lengths
         given |= {"initialization": "prefix", "prefix_length": max(lengths.values()), "sites": spell_lengths(lengths)}
-    if not request.is_document:
+    if request.text is None:
         given["form"] = request.form
         given |= {"dev": "dev"} if request.validation_file is not None else {}
     numbers = {name: value for name, value in asked.items() if not isinstance(value, str)}
@@ -320,7 +303,12 @@ def _num_validated(request: JobRequest) -> int:
 def _preset_values(request: JobRequest, targets: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `quick`, for as few examples as it is for; refuses it where it is asked for and not for such data."""
     facts, chosen = request.training_file.facts, request.options.get("preset")
-    if request.is_document or facts is None or chosen == "none" or (chosen is None and targets not in _QUICK_TARGETS):
+    if (
+        request.text is not None
+        or facts is None
+        or chosen == "none"
+        or (chosen is None and targets not in _QUICK_TARGETS)
+    ):
         return {}
     if facts.task in ("classification", "tagging") or request.form == "text" or facts.examples < _FEWEST_EXAMPLES:
         if chosen is None:
@@ -336,7 +324,7 @@ def _steps(request: JobRequest, values: Mapping[str, Any], targets: int, batch_s
     per_epoch = -(-targets // batch_size)
     epochs, wanted = request.hyperparameters.get("n_epochs", AUTO), request.options.get("max_steps")
     if epochs == AUTO and not wanted:
-        if request.is_document:
+        if request.text is not None:
             return min(int(DistillConfig.default("max_steps")), max_steps)
         return min(int(values.get("max_steps") or max(_FEWEST_STEPS, _EPOCHS * per_epoch)), max_steps)
     param, steps = "prefixtune.max_steps", int(wanted or 0)
@@ -372,7 +360,7 @@ def _validate(request: JobRequest, values: Mapping[str, Any]) -> TrainConfig:
     paths: dict[str, Any] = {"output": "run", "init_prefix": "start" if request.start_lengths is not None else ""}
     try:
         config: TrainConfig
-        if request.is_document:
+        if request.text is not None:
             config = DistillConfig(**values, **paths, document="document", questions=SELF)
         else:
             config = TrainConfig(**values, **paths, train="train")

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefixtune.attention.injection import interrupting
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import (
     BackboneError,
@@ -151,22 +150,17 @@ class _Claim:
 
     def train(self) -> None:
         """Train the job's run to its end, from where an earlier worker left it."""
-        with contextlib.ExitStack() as stack:
-            while not stack.enter_context(self.folder.hold()):
-                # A worker that has lost the job has not left it yet.
-                self.ask()
-                time.sleep(_WAIT_SECONDS)
-            _count_attempt(self.folder)
-            try:
-                with interrupting(self.ask):
-                    run = stack.enter_context(open_job(self.job, self.folder, self.trainer.backbone, self._prepare))
+        _count_attempt(self.folder)
+        try:
+            with open_job(self.job, self.folder, self.trainer.backbone, self._prepare) as run:
                 self._take_steps(run)
-            except LeftError:
-                # Its worker left it in good order.
-                _forget_attempts(self.folder)
-                raise
+        except LeftError:
+            # Its worker left it in good order.
+            _forget_attempts(self.folder)
+            raise
 
     def _prepare(self, what: str, done: int, total: int | None) -> None:
+        self.ask()
         if total:
             self.events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
 
@@ -211,6 +205,8 @@ class _Claim:
     def guard(self, work: Callable[[], Any]) -> Any:
         """Do a step, and tell the job's owner how an error ends it: what the disk refuses pauses the job.
 
+        Until it is done nobody else has the job's folder: what it publishes is removed only after it.
+
         Raises:
             JobFailedError: It failed.
             LeftError: It was left, or paused.
@@ -218,7 +214,12 @@ class _Claim:
         try:
             self.ask()
             self._check_folders()
-            return work()
+            with contextlib.ExitStack() as stack:
+                while not stack.enter_context(self.folder.hold()):
+                    # A worker that has lost the job has not left it yet.
+                    self.ask()
+                    time.sleep(_WAIT_SECONDS)
+                return work()
         except Exception as error:
             reason = _pause_reason(error)
             if not isinstance(error, PrefixError | JobFailedError | JobPausedError | OSError):
@@ -281,8 +282,11 @@ class _Claim:
         with contextlib.suppress(LeftError, RequestError):
             while True:
                 self.ask(must_know=True)
-                with contextlib.suppress(QueueUnavailableError):
+                try:
                     self.trainer.jobs.pause(self.job.id)
+                except QueueUnavailableError:
+                    # As where the database is on the full disk, and can be read only.
+                    self.trainer.stop.wait(_AWAY_SECONDS)
 
     def _note_away(self, reason: str) -> None:
         """Log when the database goes away, and when it is back."""

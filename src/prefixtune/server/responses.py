@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from prefixtune.errors import BackboneError, ConfigError, DataError, PrefixError, RequestError, causes
+from prefixtune.jobs.files import UnknownFileError
 from prefixtune.prefix.folder import FolderBusyError
 
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -111,10 +112,12 @@ def storage_error(error: BaseException, folder: str = "a folder of this server")
 
 
 def api_error(error: PrefixError) -> ApiError:
-    """An error of this project: 507 where the disk refuses, 400 where the request is at fault, else 503.
+    """An error of this project: 404, 507 where the disk refuses, 400 where the request is at fault, else 503.
 
     Only for messages that contain no path: those of the engine, the folder of prefixes, and the tasks.
     """
+    if isinstance(error, UnknownFileError):
+        return ApiError(404, error.message, code="file_not_found")
     if any(isinstance(one, OSError) for one in causes(error)):
         return storage_error(error)
     if isinstance(error, RequestError | DataError | BackboneError | ConfigError):

@@ -33,7 +33,7 @@ __all__ = ["Training"]
 _THREADS = 4
 _SECONDS = 60.0
 """Longest wait for the database; it gives up a lock after 30 seconds itself."""
-_MOST_UPLOADS, _MOST_STREAMS = 8, 64
+_MOST_UPLOADS = 8
 
 T = TypeVar("T")
 
@@ -50,7 +50,6 @@ class Training:
         database_url: Of the queue.
         files: The uploaded files.
         backbone: Whose workers train this server's jobs; see `backbone.identity`.
-        streams: Streams of events that are open.
         wake: Called when there is a new job.
         uploads: Files that come in at once.
         adding: Held while a job is looked at and added.
@@ -61,7 +60,7 @@ class Training:
         self.folder = DataFolder(jobs_folder(config.data_folder, config.prefixes))
         self.database_url = config.database_url or f"sqlite:///{self.folder.database}"
         self.files, self.backbone = FileStore(self.folder), backbone_identity(config.backbone)
-        self.streams, self.uploads = Gate(_MOST_STREAMS), Gate(_MOST_UPLOADS)
+        self.uploads = Gate(_MOST_UPLOADS, shared=len(config.keys) > 1)
         self.wake: Callable[[], None] = _nobody_waits
         self.adding = threading.Lock()
         self._queue: JobQueue | None = None

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from prefixtune.attention.injection import interrupting
 from prefixtune.data.chat import chat_format, encode_chat, end_ids, literal_format
 from prefixtune.data.encoding import encode_examples, encode_pairs, encode_prompts
 from prefixtune.data.examples import Example, Message, chat_example
@@ -125,20 +124,6 @@ def test_solved_examples_and_last_turns(llama: Any, form: TextFormat) -> None:
     apart = encode_examples(llama, [chat], form, prefix_length=0, turns="separate")
     assert [len(example.prompt) for example in apart.examples][1] == len(prompt)
     assert (apart.num_targets, apart.num_unpacked, apart.origins) == (2, 1, (0, 0))
-
-
-def test_long_work_can_be_interrupted(llama: Any, form: TextFormat) -> None:
-    calls = 0
-
-    def interrupt() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), interrupting(interrupt):
-        encode_examples(llama, [Example("Q", ("A",))] * 5, form, prefix_length=0)
-    assert calls == 3
 
 
 def test_a_format_for_programs_without_templates(llama: Any) -> None:

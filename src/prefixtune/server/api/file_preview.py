@@ -13,13 +13,12 @@ from fastapi.concurrency import run_in_threadpool
 from prefixtune.data.examples import Example
 from prefixtune.data.registry import TASKS
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.files import StoredFile, UnknownFileError
+from prefixtune.jobs.files import StoredFile
 from prefixtune.jobs.job import new_job_id
 from prefixtune.jobs.request import JobRequest, make_job
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.files import find_file
 from prefixtune.server.api.prompting import tokenize
-from prefixtune.server.responses import not_found
 from prefixtune.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -45,10 +44,7 @@ async def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]
     """
     stored = await run_in_threadpool(find_file, context, file_id)
     preview = _preview_text if stored.purpose == "document" else _preview_rows
-    try:
-        return {"id": stored.id, "object": "file.preview", **_NOTHING, **await preview(context, stored)}
-    except UnknownFileError:
-        raise not_found("file", file_id) from None
+    return {"id": stored.id, "object": "file.preview", **_NOTHING, **await preview(context, stored)}
 
 
 async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str, Any]:

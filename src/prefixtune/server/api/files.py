@@ -12,11 +12,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import FormData, UploadFile
 
-from prefixtune.jobs.files import FileLimits, FileRefusedError, StoredFile, UnknownFileError
+from prefixtune.jobs.files import FileLimits, FileRefusedError, StoredFile
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.paging import After, page_of
 from prefixtune.server.api.streaming import file_stream
-from prefixtune.server.responses import ApiError, bad_request, not_found, storage_error
+from prefixtune.server.responses import ApiError, bad_request, storage_error
 
 __all__ = ["find_file", "router"]
 
@@ -48,7 +48,7 @@ async def upload_file(context: TrainingContext) -> dict[str, Any]:
     if not context.request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "the content type must be multipart/form-data.", code="unsupported_media_type")
     try:
-        with context.training.uploads.admit():
+        with context.training.uploads.admit(tenant=context.caller.name):
             async with context.request.form(max_files=1, max_fields=4) as form:
                 stored = await run_in_threadpool(_store, context, form)
     except OSError as error:
@@ -103,10 +103,7 @@ def show_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
 def download_file(file_id: str, context: TrainingContext) -> Response:
     """A file's content, as it was uploaded."""
     stored = find_file(context, file_id)
-    try:
-        return file_stream(context, context.training.files.open(stored.owner, stored.id), stored.filename)
-    except UnknownFileError:
-        raise not_found("file", file_id) from None
+    return file_stream(context, context.training.files.open(stored.owner, stored.id), stored.filename)
 
 
 @router.delete(_PATH)
@@ -118,8 +115,6 @@ def delete_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     stored = find_file(context, file_id)
     try:
         context.training.files.delete(stored.owner, stored.id)
-    except UnknownFileError:
-        raise not_found("file", file_id) from None
     except OSError as error:
         context.log_fields["storage_error"] = str(error)
         raise storage_error(error, "the data folder") from None
@@ -147,9 +142,6 @@ def find_file(context: RequestContext, file_id: str) -> StoredFile:
     """A file, as far as the caller may see it.
 
     Raises:
-        ApiError: There is none.
+        UnknownFileError: There is none.
     """
-    try:
-        return context.training.files.get(context.training.whose(context.caller), file_id)
-    except UnknownFileError:
-        raise not_found("file", file_id) from None
+    return context.training.files.get(context.training.whose(context.caller), file_id)

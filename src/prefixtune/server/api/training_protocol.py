@@ -106,9 +106,7 @@ class TrainingOptions(_Options):
     max_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of n_epochs.")
     warmup_steps: _Count | None = None
     weight_decay: float | None = Field(None, ge=0, le=10)
-    eval_every: int | None = Field(
-        None, ge=0, le=1_000_000, description="Steps between evaluations, of which a job has at most 100."
-    )
+    eval_every: int | None = Field(None, ge=0, le=1_000_000, description="Steps between evaluations.")
     patience: _Count | None = None
     hold_out: float | None = Field(None, ge=0, lt=1, description="Share of the examples to choose the best prefix by.")
     max_length: _Count | None = None
