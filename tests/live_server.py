@@ -1,12 +1,10 @@
-"""`prefixtune serve` in a subprocess over a tiny model and random prefixes, for tests of the server."""
+"""`prefixtune serve` in a process of its own over a tiny model and random prefixes, for tests of the server."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -14,6 +12,8 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from forked_command import ForkedCommand
 
 MODEL = "tiny-chat"
 POSITIONS = 512
@@ -24,13 +24,6 @@ TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-
-# The code runs the command as `prefixtune serve` does.
-COMMAND = """
-import sys
-from prefixtune.cli.main import main
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
 
 
 def make_model(folder: Path, *, template: bool = True, positions: int = POSITIONS) -> Path:
@@ -142,16 +135,15 @@ class HttpClient:
 
 
 class LiveServer(HttpClient):
-    """`prefixtune serve` in a subprocess."""
+    """`prefixtune serve` in a process of its own."""
 
     def __init__(self, model: Path, prefixes: Path, *flags: str, environment: Mapping[str, str] | None = None) -> None:
         super().__init__("")
         arguments = ["--backbone", str(model), "--prefixes", str(prefixes), "--port", "0", "--dtype", "float32"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", "-c", COMMAND, *arguments, *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        self.process = ForkedCommand(
+            "serve",
+            *arguments,
+            *flags,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environment or {})},
         )
         self.lines: list[dict[str, Any]] = []
@@ -179,12 +171,10 @@ class LiveServer(HttpClient):
         raise AssertionError(f"the server did not start: {self.process.poll()}\n{''.join(self.errors)}")
 
     def _read_log(self) -> None:
-        assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(json.loads(line))
 
     def _read_errors(self) -> None:
-        assert self.process.stderr is not None
         self.errors.extend(self.process.stderr)
 
     def stop(self, sig: int = signal.SIGTERM, seconds: float = 30) -> int:
@@ -195,8 +185,7 @@ class LiveServer(HttpClient):
         for reader in self._readers:
             reader.join(5)
         for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
+            stream.close()
         return code
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from live_server import COMMAND, MODEL, LiveServer, make_model, make_prefix
+from command_line import run
+from live_server import MODEL, LiveServer, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.server.auth import hash_key
 
@@ -130,38 +129,27 @@ def unfinished_requests_are_cancelled_and_reported(server: LiveServer) -> None:
     assert "gave_up" in [line["event"] for line in server.lines]
 
 
-def refusal(*flags: str, **options: Any) -> str:
-    """The error when it does not start."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *flags], capture_output=True, text=True, timeout=180, check=False, **options
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    return done.stderr
-
-
 def test_it_does_not_start_without_keys_on_a_public_address(folder: Path) -> None:
-    error = refusal("--prefixes", str(folder), "--host", "0.0.0.0")
+    error = run("serve", "--prefixes", str(folder), "--host", "0.0.0.0", code=2)[1]
     assert "no key is configured" in error
     assert "--new-key" in error
 
 
 def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:
-    assert "the folder of prefixes" in refusal("--prefixes", str(folder / "none"), "--prefill-tokens", "8")
+    missing = ("--prefixes", str(folder / "none"), "--prefill-tokens", "8")
+    assert "the folder of prefixes" in run("serve", *missing, code=2)[1]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         # Before the model is looked for.
-        error = refusal("--backbone", "no/such-model", "--prefixes", str(folder / "prefixes"), "--port", port)
+        wrong = ("--backbone", "no/such-model", "--prefixes", str(folder / "prefixes"), "--port", port)
+        error = run("serve", *wrong, code=2)[1]
     assert f"cannot listen on 127.0.0.1 port {port}" in error
 
 
 def test_a_new_key_is_printed_with_its_table(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, "--new-key", "al ice"], capture_output=True, text=True, check=True
-    )
-    key = next(line.strip() for line in done.stdout.splitlines() if line.strip().startswith("pt-"))
-    table = done.stdout[done.stdout.index("[keys") :]
+    out, _ = run("serve", "--new-key", "al ice")
+    key = next(line.strip() for line in out.splitlines() if line.strip().startswith("pt-"))
+    table = out[out.index("[keys") :]
     (tmp_path / "serve.toml").write_text(table)
     from prefixtune.server.settings import ServeConfig
 

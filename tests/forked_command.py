@@ -1,0 +1,140 @@
+"""Commands of `prefixtune` in processes of their own, forked from one that has imported the libraries already.
+
+Importing torch and transformers takes most of the time of a server's start. One process does so for all tests of a
+session, runs nothing else, and forks: each command begins as in a new process, with its own environment and streams.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+LIBRARIES = ("prefixtune.cli.main", "prefixtune.server.app", "prefixtune.server.launch", "prefixtune.engine.engine")
+LIBRARIES += ("prefixtune.backbone.load", "transformers.models.llama.modeling_llama", "uvicorn")
+
+
+class ForkedCommand:
+    """`prefixtune` with some arguments, with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, *arguments: str, env: Mapping[str, str]) -> None:
+        streams = [os.pipe() for _ in range(2)]
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(_start_forking())
+        asked = json.dumps({"arguments": arguments, "env": dict(env), "cwd": str(Path.cwd())}).encode()
+        socket.send_fds(self._connection, [len(asked).to_bytes(4, "big")], [write for _, write in streams])
+        self._connection.sendall(asked)
+        for _, write in streams:
+            os.close(write)
+        self.stdout, self.stderr = (os.fdopen(read, encoding="utf-8", errors="replace") for read, _ in streams)
+        self._answers = self._connection.makefile()
+        self.pid = int(self._answers.readline())
+        self.returncode: int | None = None
+        self._waiter = threading.Thread(target=self._wait, daemon=True)
+        self._waiter.start()
+
+    def _wait(self) -> None:
+        self.returncode = int(self._answers.readline())
+        self._answers.close()
+        self._connection.close()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._waiter.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("prefixtune", timeout or 0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@functools.cache
+def _start_forking() -> str:
+    """Start the process that forks; the path of its socket."""
+    folder = tempfile.TemporaryDirectory()
+    path = os.path.join(folder.name, "socket")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, __file__, path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "ready\n"
+
+    def end(stdin: object = process.stdin) -> None:
+        process.terminate()
+        process.wait()
+        folder.cleanup()
+
+    atexit.register(end)
+    return path
+
+
+def _serve(path: str) -> int:
+    """Fork for each connection; returns in the forked processes, with the exit code of the command."""
+    import importlib
+
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    # A process that waits for a command, and that nobody waits for.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    print("ready", flush=True)
+    while True:
+        connection, _ = listener.accept()
+        if not os.fork():
+            break
+        connection.close()
+    listener.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    head, (out, err), _, _ = socket.recv_fds(connection, 4, 2)
+    with connection.makefile("rb") as reader:
+        asked = json.loads(reader.read(int.from_bytes(head, "big")))
+    if pid := os.fork():
+        os.close(out)
+        os.close(err)
+        # Nobody may be left to hear of it.
+        with contextlib.suppress(OSError):
+            connection.sendall(f"{pid}\n".encode())
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            connection.sendall(f"{code}\n".encode())
+        os._exit(0)
+    connection.close()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    os.closerange(3, 1024)
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.chdir(asked["cwd"])
+    warnings.filterwarnings("error", category=FutureWarning)
+    from prefixtune.cli.main import main
+
+    return main(asked["arguments"])
+
+
+if __name__ == "__main__":
+    # Modules of the tests must not stand before others of their name.
+    sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
+    sys.exit(_serve(sys.argv[1]))
