@@ -9,6 +9,7 @@ from prefixtune.engine.request import Request, SequenceOutput
 from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt
+from prefixtune.prefix.prefix import content_hash
 
 DECODERS_OF_THE_ZOO = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe", "starcoder2")
 ENCODER_DECODERS_OF_THE_ZOO = ("umt5",)
@@ -20,12 +21,20 @@ def ids(output: SequenceOutput) -> list[int]:
     return [token.id for token in output.tokens]
 
 
+_known: dict[Any, tuple[Backbone, list[int]]] = {}
+
+
 def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
-    """What transformers' `generate` makes of a request by itself."""
+    """What transformers' `generate` makes of a request by itself; worked out once for each backbone and request."""
     config = GenerateConfig(**{"max_new_tokens": request.sampling.max_new_tokens, **options})
-    prompt = Prompt(list(request.prompt), request.prefix, config.max_new_tokens)
-    ((_, tokens),) = search(backbone, [prompt], [0], config)
-    return tokens
+    prefix = None if request.prefix is None else content_hash(request.prefix)
+    key = id(backbone), request.prompt, prefix, repr(config)
+    if key not in _known:
+        prompt = Prompt(list(request.prompt), request.prefix, config.max_new_tokens)
+        ((_, tokens),) = search(backbone, [prompt], [0], config)
+        # The backbone is kept, so that its id is no other's.
+        _known[key] = backbone, tokens
+    return list(_known[key][1])
 
 
 class EvenNumbers:

@@ -121,7 +121,7 @@ def by_brute_force(
     return out
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "bart"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "bart"])
 def test_attention_by_pages_is_attention_text_by_text(
     name: str, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -150,8 +150,9 @@ def test_attention_by_pages_is_attention_text_by_text(
     assert calls > NEW
 
 
-@pytest.mark.parametrize("overhead", [-10_000, 10_000])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "bart"])
+@pytest.mark.parametrize(
+    ("name", "overhead"), [("llama", -10_000), *((name, 10_000) for name in ("llama", "mistral", "gemma2", "bart"))]
+)
 def test_texts_side_by_side_are_attended_to_together_or_alone(
     name: str, overhead: int, made: Any, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -225,9 +226,9 @@ def pool(made: Any, random_ids: Any, random_prefix: Any) -> Callable[..., Any]:
     return look_up
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
 @settings(
-    max_examples=15,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,
@@ -329,7 +330,7 @@ def test_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, reques
             assert token.id == token.top_logprobs[0][0]
 
 
-@pytest.mark.parametrize("max_prompt_logits", [1000, 3])
+@pytest.mark.parametrize("max_prompt_logits", [3])
 def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(
     llama: Backbone, requests: Any, random_ids: Any, max_prompt_logits: int
 ):
@@ -436,7 +437,7 @@ def test_rules_give_what_generate_gives_with_them(llama: Backbone, ending: Reque
     assert len(exactly[0].tokens) == 25
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}])
+@pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}])
 def test_a_seed_gives_one_text_whatever_runs_beside(options: dict[str, Any], llama: Backbone, requests: Any):
     rules = {"temperature": 1.0, "seed": 11, **options}
     drawn = requests(llama, **rules)[0]
@@ -502,7 +503,7 @@ def texts_of(backbone: Backbone, random_prefix: Any) -> list[tuple[str, Prefix |
     """Texts, prefixes and seeds whose continuations hold broken characters and white space of all kinds."""
     return [
         (f"text {number} é", random_prefix(backbone, 3, number).detach() if number % 2 else None, number)
-        for number in range(12)
+        for number in range(4)
     ]
 
 
@@ -523,11 +524,11 @@ def test_pieces_joined_are_what_generate_returns(llama: Backbone, random_prefix:
 
 def test_stop_strings_stop_where_generate_stops(llama: Backbone, random_prefix: Any):
     found = 0
-    for text, prefix, _ in texts_of(llama, random_prefix)[:6]:
+    for text, prefix, _ in texts_of(llama, random_prefix):
         prompt = tuple(encode_prompts(llama, PLAIN, [text])[0])
         whole = generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=30)[0]
         # One token is one byte, so that every stop string of several letters spans tokens.
-        for stop in (whole[4:7], whole[9:11], whole[-1:]):
+        for stop in (whole[4:7], whole[-1:]):
             if not stop or "\ufffd" in stop:
                 continue
             expected = generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=30, stop=stop)[0]
@@ -538,7 +539,7 @@ def test_stop_strings_stop_where_generate_stops(llama: Backbone, random_prefix: 
             assert [ids(o)[0] for o in news if o.tokens] == alone(llama, request, stop=stop)
             assert news[-1].finish_reason == "stop"
             found += 1
-    assert found > 8
+    assert found > 3
 
 
 # --- several texts, leaving, failing ---------------------------------------------------------------------------------
@@ -598,8 +599,7 @@ def broken(prefix: Prefix, value: float) -> Prefix:
     return Prefix({"decoder": tuple(layers)})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("num_slots", [1, 3, 8])
+@pytest.mark.parametrize(("value", "num_slots"), [(float("nan"), 1), (float("inf"), 3), (3e38, 8)])
 def test_a_broken_prefix_fails_its_own_request_alone(value: float, num_slots: int, llama: Backbone, requests: Any):
     asked = requests(llama)
     bad = Request(asked[0].prompt, broken(asked[0].prefix, value), asked[0].sampling)

@@ -27,7 +27,7 @@ from prefixtune.prefix.prefix import Prefix
 from zoo import make_model
 
 NEW = 10
-FAMILIES = ("bart", "mbart", "pegasus", "marian", "blenderbot", "t5", "t5_gated", "mt5")
+FAMILIES = ("bart", "pegasus", "t5", "t5_gated")
 SITES = ({"encoder": 4, "decoder": 3, "cross": 5}, {"decoder": 6}, {"encoder": 2}, {"cross": 7}, {})
 
 
@@ -67,7 +67,7 @@ def test_a_long_text_goes_beyond_the_farthest_distance_of_a_bias(made: Any, requ
     backbone = made("t5")
     farthest = backbone.model.config.relative_attention_max_distance
     new = farthest + 20
-    for request in requests(backbone, max_new_tokens=new, min_new_tokens=new)[:2]:
+    for request in requests(backbone, max_new_tokens=new, min_new_tokens=new)[:1]:
         (output,) = Engine(backbone).run([request])[0]
         assert len(output.tokens) == new
         assert ids(output) == alone(backbone, request, min_new_tokens=new)
@@ -85,8 +85,7 @@ def test_the_bias_at_each_distance_is_the_models_own(made: Any):
             assert torch.equal(bias[:, min(distance, bias.shape[1] - 1)], own[0, :, 39, 39 - distance])
 
 
-@pytest.mark.parametrize("num_slots", [28, 2])
-@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize(("name", "num_slots"), [("bart", 28), ("t5", 2)])
 def test_the_encoder_reads_a_request_of_many_texts_once(
     name: str, num_slots: int, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -119,7 +118,7 @@ def _fields(request: Request) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
 @settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,
@@ -168,7 +167,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
             id=f"r{number}",
         )
         engine.add(request)
-        expected |= {(f"r{number}", index): alone_once(backbone, request) for index in range(one["n"])}
+        expected |= {(f"r{number}", index): alone(backbone, request) for index in range(one["n"])}
         if one["cancelled_after"] is not None:
             cancelled[f"r{number}"] = one["cancelled_after"]
     steps = 0
@@ -192,18 +191,6 @@ def test_any_schedule_gives_what_each_text_gives_alone(
     for cache in engine.runner.caches:
         assert not cache.used_bytes
         assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
-
-
-_known: dict[tuple[int, tuple[int, ...], int, int], list[int]] = {}
-
-
-def alone_once(backbone: Backbone, request: Request) -> list[int]:
-    """`alone`, worked out once for each request that is asked again and again."""
-    length = 0 if request.prefix is None else sum(map(request.prefix.length, request.prefix.sites))
-    key = id(backbone), request.prompt, length, request.sampling.max_new_tokens
-    if key not in _known:
-        _known[key] = alone(backbone, request)
-    return _known[key]
 
 
 def test_rules_give_what_generate_gives_with_them(made: Any, requests: Any):

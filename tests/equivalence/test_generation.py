@@ -92,7 +92,7 @@ def test_greedy_is_recomputation(backbone: Any, requests: Any):
     assert [a != b for a, b in zip(outputs, bare, strict=True)] == [True, True, False, True, True]
 
 
-@pytest.mark.parametrize("length_penalty", [1.0, 2.5, -1.0])
+@pytest.mark.parametrize("length_penalty", [1.0, -1.0])
 def test_beams_are_recomputation(
     length_penalty: float, backbone: Any, requests: Any, beams_by_recomputation: Callable[..., list[int]]
 ):
@@ -134,8 +134,7 @@ def test_beams_find_what_is_at_least_as_likely_as_greedy(backbone: Any, requests
         assert log_probability(backbone, prompt, beams, prefix) == pytest.approx(float(total.detach().max()), rel=1e-4)
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("batch_size", [2, 16])
+@pytest.mark.parametrize(("num_beams", "batch_size"), [(1, 2), (3, 16)])
 def test_a_mixed_batch_is_each_row_alone(num_beams: int, batch_size: int, backbone: Any, requests: Any):
     prompts, prefixes = requests
     config = GenerateConfig(max_new_tokens=NEW, num_beams=num_beams, batch_size=batch_size)
@@ -305,7 +304,7 @@ def test_repetition_penalty_does_not_see_the_padding(
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "seed": 4}, {"stop": ("e", "0")}, {"min_new_tokens": 30}])
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(2))
 def test_streamed_pieces_joined_are_the_whole(number: int, options: dict[str, Any], llama: Any, random_prefix: Any):
     prefix = None if number == 0 else random_prefix(llama, 4, number)
     (whole,) = generate(llama, [TEXTS[0]], prefix, max_new_tokens=40, **options)
@@ -317,9 +316,9 @@ def test_streamed_pieces_joined_are_the_whole(number: int, options: dict[str, An
 def test_stops_are_streamed_as_they_are_generated(llama: Any, random_prefix: Any):
     """Stop strings at many places, some after a space or a line break."""
     tried = 0
-    for seed in range(3):
+    for seed in range(2):
         prefix = random_prefix(llama, 4, seed)
-        options = {"max_new_tokens": 40, "temperature": 1.5, "seed": seed}
+        options = {"max_new_tokens": 30, "temperature": 1.5, "seed": seed}
         (whole,) = generate(llama, ["x"], prefix, **options)
         for place in range(1, len(whole) - 3, 4):
             stop = (whole[place : place + 3],)
@@ -328,7 +327,7 @@ def test_stops_are_streamed_as_they_are_generated(llama: Any, random_prefix: Any
                 (stopped,) = generate(llama, ["x"], prefix, **options, stop=stop)
                 assert "".join(stream(llama, "x", prefix, **options, stop=stop)) == stopped
                 assert stopped == whole[: whole.find(stop[0])].strip()
-    assert tried > 10
+    assert tried > 6
 
 
 def test_space_before_a_stop_string_is_not_streamed(llama: Any, monkeypatch: pytest.MonkeyPatch):

@@ -98,7 +98,7 @@ def _worst(one: Prefix, other: Prefix) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("offset", [1, 23, 140])
+@pytest.mark.parametrize("offset", [1, 140])
 @pytest.mark.parametrize("name", [*PAIRS, *BY_LAYER])
 def test_turned_keys_are_those_computed_at_the_new_positions(
     backbone: Callable[..., Backbone], name: str, offset: int

@@ -25,7 +25,7 @@ from prefixtune.engine.sampler import sample
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.sampling.detokenizer import Detokenizer
 
-NEW = 24
+NEW = 12
 RULES: list[dict[str, Any]] = [
     {},
     {"repetition_penalty": 1.7},
@@ -62,12 +62,11 @@ def expected_text(backbone: Backbone, request: Request) -> list[int]:
     return new
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_rules_in_one_running_batch_are_transformers_and_generates(
-    name: str, made: Callable[[str], Backbone], random_ids: Any, random_prefix: Any
+    made: Callable[[str], Backbone], random_ids: Any, random_prefix: Any
 ):
-    backbone = made(name)
-    prefixes = [None, random_prefix(backbone, 3, 1).detach(), random_prefix(backbone, 6, 2).detach()]
+    backbone = made("llama")
+    prefixes = [None, random_prefix(backbone, 6, 2).detach()]
     requests = [
         Request(tuple(random_ids(3 + number, number)), prefix, SamplingParams(**{"max_new_tokens": NEW, **rules}))
         for number, rules in enumerate(RULES)
@@ -106,9 +105,8 @@ def test_generate_counts_neither_padding_nor_the_prefix(made: Callable[[str], Ba
         assert together == apart
 
 
-@pytest.mark.parametrize("min_p", [0.02, 0.2, 1.0])
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.9), (1.7, 0.5)])
-def test_what_is_drawn_within_min_p_is_what_transformers_leaves(min_p: float, temperature: float, top_p: float):
+@pytest.mark.parametrize(("temperature", "top_p", "min_p"), [(1.0, 1.0, 0.02), (0.6, 0.9, 0.2), (1.7, 0.5, 1.0)])
+def test_what_is_drawn_within_min_p_is_what_transformers_leaves(temperature: float, top_p: float, min_p: float):
     scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 2
     left = TemperatureLogitsWarper(temperature)(None, scores)
     for warper in (TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):

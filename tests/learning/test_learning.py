@@ -21,7 +21,6 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.encoder import REPARAMETERIZATIONS
 from prefixtune.prefix.prefix import Prefix, content_hash, flatten, save_prefix
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
@@ -29,7 +28,7 @@ from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.train import TrainResult, train
 from short_sentences import EIGHT, HELD_OUT, NAMES, SHARED
 
-MODELS = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral", "bart", "pegasus", "t5", "m2m_100")
+MODELS = ("gpt2", "llama", "mistral", "bart", "t5", "m2m_100")
 SITES = "encoder=3,decoder=5,cross=2"
 
 
@@ -119,11 +118,8 @@ def test_every_slot_of_every_layer_gets_a_gradient(
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama", {"reparameterization": "none", "learning_rate": 0.1, "max_steps": 120}),
         ("llama", {"reparameterization": "scaled", "learning_rate": 0.1, "max_steps": 120}),
-        ("llama", {"reparameterization": "mlp", "max_steps": 120}),
         ("bart", {"reparameterization": "mlp"}),
-        ("bart", {"learning_rate": 0.2}),
         ("t5", {"learning_rate": 1.0, "sites": "encoder"}),
     ],
 )
@@ -255,7 +251,7 @@ def test_a_head_trains_with_accumulated_gradients(tiny_backbone: Any, config_for
     assert losses(results[1]) == pytest.approx(losses(results[0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
+@pytest.mark.parametrize("kind", ["scaled", "mlp"])
 def test_a_seed_fixes_every_bit(kind: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
     options = {"reparameterization": kind, "initialization": "random"}
     runs = []
@@ -316,8 +312,8 @@ def test_resumed_is_uninterrupted(
         assert log(resumed.path.parent) == log(whole.path.parent)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_before_it_stops(number: int, backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_a_signal_saves_before_it_stops(backbone: Any, config_for: Callable[..., TrainConfig]):
+    number = signal.SIGTERM
     config = config_for(save_every=100)
     whole = train(config_for("whole", save_every=100), backbone=backbone, examples=SHARED)
     handler = signal.getsignal(number)

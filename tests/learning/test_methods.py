@@ -64,7 +64,7 @@ def losses(result: TrainResult) -> list[float]:
     return [event["loss"] for event in result.events if event["event"] == "step"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bart", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bart", "t5"])
 @pytest.mark.parametrize("method", ["adapter", "lora"])
 def test_inserted_layers_have_no_effect_at_first(
     method: str, name: str, tiny_backbone: Make, random_ids: Make, assert_same: Make
@@ -105,7 +105,7 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_examples_are_learned_and_the_artifact_knows_them(method: str, run: Make) -> None:
     size, rate = (0, 1e-2) if method == "full" else (16, 2e-2)
-    result = run(method, method_size=size, learning_rate=rate, max_steps=150, save_every=150)
+    result = run(method, method_size=size, learning_rate=rate, max_steps=80, save_every=80)
     assert losses(result)[-1] < 0.3 * losses(result)[0]
     texts = [example.source for example in EIGHT]
     assert result.prefix is None
