@@ -70,8 +70,8 @@ class Plan:
 
     def tiny(self) -> Plan:
         """The same in seconds on a CPU."""
-        small = replace(self, prefix_lengths=(2, 5), settings=((4, 1), (4, 2)), sizes=(6, 4))
-        return replace(small, texts=(1, 3), new=4, prompt=200)
+        small = replace(self, prefix_lengths=(2,), settings=((4, 2),), sizes=(6, 4))
+        return replace(small, texts=(3,), new=4, prompt=200)
 
 
 def load(plan: Plan, quantize: str) -> list[Figure]:

@@ -19,25 +19,40 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 LIBRARIES = ("prefixtune.cli.main", "prefixtune.server.app", "prefixtune.server.launch", "prefixtune.engine.engine")
-LIBRARIES += ("prefixtune.backbone.load", "transformers.models.llama.modeling_llama", "uvicorn")
+LIBRARIES += (
+    "prefixtune.backbone.load",
+    "prefixtune.training.train",
+    "transformers.models.llama.modeling_llama",
+    "uvicorn",
+)
 
 
 class ForkedCommand:
     """`prefixtune` with some arguments, with the methods of `subprocess.Popen` that tests use."""
 
-    def __init__(self, *arguments: str, env: Mapping[str, str]) -> None:
-        streams = [os.pipe() for _ in range(2)]
+    def __init__(
+        self,
+        *arguments: str,
+        env: Mapping[str, str],
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+    ) -> None:
+        theirs, self.stdin = _input(stdin)
+        out, self.stdout = _output(stdout)
+        err, self.stderr = (os.dup(out), None) if stderr == subprocess.STDOUT else _output(stderr)
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(_start_forking())
         asked = json.dumps({"arguments": arguments, "env": dict(env), "cwd": str(Path.cwd())}).encode()
-        socket.send_fds(self._connection, [len(asked).to_bytes(4, "big")], [write for _, write in streams])
+        socket.send_fds(self._connection, [len(asked).to_bytes(4, "big")], [theirs, out, err])
         self._connection.sendall(asked)
-        for _, write in streams:
-            os.close(write)
-        self.stdout, self.stderr = (os.fdopen(read, encoding="utf-8", errors="replace") for read, _ in streams)
+        for handed in (theirs, out, err):
+            os.close(handed)
         self._answers = self._connection.makefile()
         self.pid = int(self._answers.readline())
         self.returncode: int | None = None
@@ -63,8 +78,41 @@ class ForkedCommand:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it writes until it ends."""
+        with ThreadPoolExecutor(2) as pool:
+            reads = [pool.submit(_read, stream) for stream in (self.stdout, self.stderr)]
+            self.wait(timeout)
+            out, err = (read.result() for read in reads)
+        return out, err
+
+
+def _input(kind: int) -> tuple[int, IO[str] | None]:
+    """The end of a stream that the command gets, and the other one."""
+    if kind == subprocess.DEVNULL:
+        return os.open(os.devnull, os.O_RDONLY), None
+    read, write = os.pipe()
+    return read, os.fdopen(write, "w", encoding="utf-8")
+
+
+def _output(kind: int) -> tuple[int, IO[str] | None]:
+    if kind == subprocess.DEVNULL:
+        return os.open(os.devnull, os.O_WRONLY), None
+    read, write = os.pipe()
+    return write, os.fdopen(read, encoding="utf-8", errors="replace")
+
+
+def _read(stream: IO[str] | None) -> str:
+    if stream is None:
+        return ""
+    with stream:
+        return stream.read()
 
 
 @functools.cache
@@ -108,12 +156,12 @@ def _serve(path: str) -> int:
         connection.close()
     listener.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    head, (out, err), _, _ = socket.recv_fds(connection, 4, 2)
+    head, streams, _, _ = socket.recv_fds(connection, 4, 3)
     with connection.makefile("rb") as reader:
         asked = json.loads(reader.read(int.from_bytes(head, "big")))
     if pid := os.fork():
-        os.close(out)
-        os.close(err)
+        for stream in streams:
+            os.close(stream)
         # Nobody may be left to hear of it.
         with contextlib.suppress(OSError):
             connection.sendall(f"{pid}\n".encode())
@@ -121,9 +169,8 @@ def _serve(path: str) -> int:
             connection.sendall(f"{code}\n".encode())
         os._exit(0)
     connection.close()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(out, 1)
-    os.dup2(err, 2)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
     os.closerange(3, 1024)
     os.environ.clear()
     os.environ.update(asked["env"])

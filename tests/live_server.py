@@ -171,10 +171,12 @@ class LiveServer(HttpClient):
         raise AssertionError(f"the server did not start: {self.process.poll()}\n{''.join(self.errors)}")
 
     def _read_log(self) -> None:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(json.loads(line))
 
     def _read_errors(self) -> None:
+        assert self.process.stderr is not None
         self.errors.extend(self.process.stderr)
 
     def stop(self, sig: int = signal.SIGTERM, seconds: float = 30) -> int:
@@ -185,7 +187,8 @@ class LiveServer(HttpClient):
         for reader in self._readers:
             reader.join(5)
         for stream in (self.process.stdout, self.process.stderr):
-            stream.close()
+            if stream is not None:
+                stream.close()
         return code
 
 

@@ -64,7 +64,7 @@ def train_flags(model: str, data: str) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, train_flags: Callable[..., list[str]]) -> Path:
-    out, err = run_apart(*train_flags(folder / "run", "--max-steps", "30", "--dev", str(folder / "data.jsonl")))
+    out, err = run(*train_flags(folder / "run", "--max-steps", "30", "--dev", str(folder / "data.jsonl")))
     path = folder / "run" / "prefix.safetensors"
     assert str(path) in out
     assert "24 targets of 12 sources" in err

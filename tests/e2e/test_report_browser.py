@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from browser import CHROMIUM, NO_CHROMIUM, Browser
+from command_line import run
 from made_up_runs import evaluation, examples, five_runs, write_lines
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
@@ -33,8 +32,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(one / "outputs.jsonl", rows)
     made = (*five_runs(folder), one)
     path = folder / "report.html"
-    command = [sys.executable, "-m", "prefixtune", "report", *map(str, made), "--output", str(path), "--quiet"]
-    subprocess.run(command, check=True)
+    run("report", *map(str, made), "--output", str(path), "--quiet")
     return path
 
 

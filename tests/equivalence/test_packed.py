@@ -121,7 +121,7 @@ def test_packed_is_padded_in_bfloat16(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 16, 64, 150])
+@pytest.mark.parametrize("rows", [1, 150])
 def test_token_losses_are_cross_entropy(rows: int, dtype: torch.dtype, assert_same: Any):
     generator = torch.Generator().manual_seed(rows)
     logits = (torch.randn(rows, 50, generator=generator) * 8).to(dtype).requires_grad_()

@@ -161,7 +161,7 @@ def test_messages_are_saved(model: Path, tmp_path: Path) -> None:
 
 
 def test_an_answer_can_be_stopped(backbone: Any) -> None:
-    conversation = Conversation(backbone, {}, lambda _: CONFIG.replace(max_new_tokens=300))
+    conversation = Conversation(backbone, {}, lambda _: CONFIG.replace(max_new_tokens=40))
     pieces: list[str] = []
 
     def stop(piece: str) -> None:
