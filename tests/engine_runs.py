@@ -11,7 +11,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt
 from prefixtune.prefix.prefix import content_hash
 
-DECODERS_OF_THE_ZOO = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe", "starcoder2")
+DECODERS_OF_THE_ZOO = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe")
 ENCODER_DECODERS_OF_THE_ZOO = ("umt5",)
 
 

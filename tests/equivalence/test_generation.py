@@ -24,6 +24,12 @@ from prefixtune.prefix.text_format import TextFormat
 NEW = 12
 
 
+@pytest.fixture(params=("gpt2", "llama", "mistral", "opt"))
+def family(request: pytest.FixtureRequest) -> str:
+    """Learned positions, rotary ones, a window, and positions that come from the mask."""
+    return str(request.param)
+
+
 def cut(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 

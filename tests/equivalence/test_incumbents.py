@@ -31,6 +31,11 @@ from prefixtune.training.train import TrainResult, train
 GREEDY = GenerateConfig(max_new_tokens=10)
 
 
+@pytest.fixture(params=("gpt2", "llama", "mistral"))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @torch.no_grad()
 def greedy_by_forward(backbone: Any, prompt: list[int], prefix: Any) -> list[int]:
     ids = list(prompt)
