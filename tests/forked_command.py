@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -150,6 +151,9 @@ def _serve(path: str) -> int:
     listener.listen()
     print("ready", flush=True)
     while True:
+        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
+            # The tests have ended, and with them the other end.
+            return 0
         connection, _ = listener.accept()
         if not os.fork():
             break
