@@ -25,7 +25,7 @@ start = APIRouter()
 @start.get("/", response_class=HTMLResponse)
 async def show_page(request: Request) -> Response:
     """A page to try things on."""
-    return _page("page.html", linked=request.app.state.server.config.takes_jobs)
+    return _page("playground.html", linked=request.app.state.server.config.takes_jobs)
 
 
 @router.get("/train", response_class=HTMLResponse)
