@@ -249,6 +249,21 @@ def test_a_job_that_another_worker_still_holds_is_waited_for(service: Service, d
     assert future.result(60)
 
 
+def test_nobody_clears_a_job_while_it_is_published(
+    service: Service, data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, free = make_job(data), list[bool]()
+
+    def publish(*_: Any, **__: Any) -> JobResult:
+        with data.job(job.id).hold() as held:
+            free.append(held)
+        return JobResult(name=job.name, trained_tokens=1, steps=6)
+
+    monkeypatch.setattr(trainer, "publish", publish)
+    assert service.submit(job).result(60)
+    assert free == [False]
+
+
 # --- what is in the way -----------------------------------------------------------------------------------------------
 
 
