@@ -1,8 +1,7 @@
 """The check of a model that is loaded: the doctor's comparisons, once for each type of model.
 
-A pass is remembered in the cache folder, by everything but the weights that it depends on. One in half precision, with
-its wide tolerance, counts for what cannot be examined in float32, and for nothing else. `PREFIXTUNE_SELF_CHECK=0` turns
-the check off.
+A pass is remembered in the cache folder, by everything but the weights that it depends on, and by whether it was made
+in float32. `PREFIXTUNE_SELF_CHECK=0` turns the check off.
 """
 
 from __future__ import annotations
@@ -42,9 +41,7 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
     if os.environ.get(SWITCH) == "0":
         return
     facts = _facts(model, attention)
-    inexact = facts | {"inexact": "yes"}
-    exactly = computes_exactly(model, main_device(model))
-    if _note(facts).is_file() or (not exactly and _note(inexact).is_file()):
+    if _note(facts).is_file():
         return
     if failed := [str(found) for found in examine(model, layout) if not found.passed]:
         raise BackboneError(
@@ -52,10 +49,9 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
             f"{'; '.join(failed)}.",
             hint=f"choose another backbone; `prefixtune doctor` shows all comparisons, and {SWITCH}=0 loads it anyway.",
         )
-    passed = facts if exactly else inexact
     # Where the folder cannot be written, the check runs each time.
     with contextlib.suppress(PrefixError, OSError):
-        write_text(_note(passed), json.dumps(passed, indent=1) + "\n")
+        write_text(_note(facts), json.dumps(facts, indent=1) + "\n")
 
 
 def _note(facts: dict[str, str]) -> Path:
@@ -64,7 +60,7 @@ def _note(facts: dict[str, str]) -> Path:
 
 
 def _facts(model: Any, attention: str) -> dict[str, str]:
-    """Everything but the weights and their dtype that a model's behaviour with prefixes depends on."""
+    """Everything but the weights that a model's behaviour with prefixes depends on."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype"):
         config.pop(name, None)
@@ -74,5 +70,6 @@ def _facts(model: Any, attention: str) -> dict[str, str]:
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "attention": attention,
         "device": main_device(model).type,
+        "in_float32": str(computes_exactly(model, main_device(model))),
         **{name: importlib.metadata.version(name) for name in ("transformers", "torch", "prefixtune")},
     }

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from prefixtune.prefix.header import backbone_origin, parse_header
 from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 from prefixtune.utils.files import atomic_files
 
-__all__ = ["PEFT_TYPES", "export_peft", "import_peft", "read_tensors"]
+__all__ = ["PEFT_TYPES", "export_peft", "import_peft"]
 
 
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -110,9 +109,9 @@ def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:
     if not (folder / _WEIGHTS).is_file() and (folder / _PICKLE).is_file():
         raise CheckpointError(
             f"{str(folder)!r} holds its tensors as {_PICKLE}, a pickle, which could run code; only {_WEIGHTS} is read.",
-            hint=f"convert it, if you trust its source: {_conversion(folder / _PICKLE)}",
+            hint="load it with PEFT, if you trust its source, and save it again with safe_serialization=True.",
         )
-    tensors, metadata = read_tensors(folder / _WEIGHTS)
+    tensors, metadata = read_file(folder / _WEIGHTS)
     if _TENSOR not in tensors or len(tensors) > 1:
         raise CheckpointError(
             f"{str(folder / _WEIGHTS)!r} holds {', '.join(sorted(tensors)[:4]) or 'nothing'}, not {_TENSOR!r} alone.",
@@ -291,42 +290,3 @@ def _count_frozen(prefix: Prefix, num_frozen_tokens: int | None, origin: Mapping
             hint="1 keeps the first position, which models attend to by default.",
         )
     return count
-
-
-# --- files of tensors ------------------------------------------------------------------------------------------------
-
-_PICKLES = (b"PK\x03\x04", b"\x80")
-"""First bytes of files from `torch.save`: zip archives since torch 1.6, bare pickles before."""
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether a file was written by `torch.save`, whatever its name."""
-    with open(path, "rb") as handle:
-        start = handle.read(9)
-    # A safetensors file begins with the length of its table, which may look like a pickle, and the table.
-    return start.startswith(_PICKLES) and start[8:] != b"{"
-
-
-def _conversion(path: Path) -> str:
-    """The command that converts a pickle of tensors to safetensors, and reads nothing but tensors."""
-    output = str(path.with_suffix(".safetensors"))
-    code = (
-        "import torch; from safetensors.torch import save_file; "
-        f"save_file({{name: t.detach().clone().contiguous() for name, t in "
-        f"torch.load({str(path)!r}, map_location='cpu', weights_only=True).items()}}, {output!r})"
-    )
-    return f"python -c {shlex.quote(code)}"
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file's tensors, and its metadata.
-
-    Raises:
-        CheckpointError: The file is missing, truncated, or a pickle, which could run code.
-    """
-    if path.is_file() and _is_pickle(path):
-        raise CheckpointError(
-            f"{str(path)!r} is a pickle, which could run code; only safetensors files are read.",
-            hint=f"convert it, if you trust its source: {_conversion(path)}",
-        )
-    return read_file(path)

@@ -68,16 +68,6 @@ def download(repo_id: str, name: str = FILE, *, revision: str | None = None, tok
         )
 
 
-def check_repository(repo_id: str) -> None:
-    """Refuse what cannot be a repository's name.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    if not isinstance(repo_id, str) or not is_repository(repo_id):
-        raise ConfigError(f"{short_repr(repo_id)} is not the name of a repository.", hint="write OWNER/NAME.")
-
-
 def upload(
     file: Path,
     card: str,
@@ -108,7 +98,8 @@ def upload(
     """
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
-    check_repository(repo_id)
+    if not is_repository(repo_id):
+        raise ConfigError(f"{short_repr(repo_id)} is not the name of a repository.", hint="write OWNER/NAME.")
     with hub_errors(f"cannot upload to {repo_id!r}"):
         api = HfApi(token=token, library_name="prefixtune", library_version=__version__)
         # A card that the hub refuses must not leave an empty repository.

@@ -15,7 +15,6 @@ from transformers import AttentionInterface
 
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
-from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, using
 from prefixtune.attention.masks import cached_prefix_slots, extend_mask
 from prefixtune.attention.packed import packed_attention
@@ -223,17 +222,6 @@ def test_a_decoder_that_sees_the_future(name: str, tiny_backbone: Make, monkeypa
     assert {PADDED, PACKED, CACHED} <= failed(backbone)
 
 
-def test_a_relative_bias_that_is_shifted(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    pad = nn.functional.pad
-
-    def shifted(tensor: torch.Tensor, sizes: tuple[int, ...], *args: Any, **options: Any) -> torch.Tensor:
-        return pad(tensor, sizes[::-1] if len(sizes) == 2 else sizes, *args, **options)
-
-    backbone = tiny_backbone("t5")
-    monkeypatch.setattr(torch.nn.functional, "pad", shifted)
-    assert {PADDED, CACHED} <= failed(backbone)
-
-
 # --- faults of batches -----------------------------------------------------------------------------------------------
 
 
@@ -247,16 +235,6 @@ def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.Mo
     assert failed(tiny_backbone("llama")) == {PADDED}
 
 
-def test_padded_text_that_is_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = forward_with_prefixes
-
-    def unmasked(model: Any, layout: Any, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        return forward(model, layout, input_ids, None, **kwargs)
-
-    replace_everywhere(monkeypatch, forward_with_prefixes, unmasked)
-    assert failed(tiny_backbone("llama")) == {PADDED}
-
-
 @pytest.mark.parametrize(("site", "name"), [("encoder", "bart"), ("cross", "t5")])
 def test_padded_sources_that_are_seen(
     site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch
@@ -264,12 +242,6 @@ def test_padded_sources_that_are_seen(
     backbone = tiny_backbone(name)
     patch_attention(monkeypatch, attend_changed_at(site, see_everything))
     assert {PADDED, CACHED} <= failed(backbone)
-
-
-def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone("bert")
-    patch_attention(monkeypatch, attend_changed_at("encoder", see_everything))
-    assert failed(backbone) == {PADDED}
 
 
 def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,19 +291,6 @@ def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone: Make, monkey
     replace_everywhere(monkeypatch, cached_prefix_slots, lambda count: contextlib.nullcontext())
     assert failed(tiny_backbone("mistral")) == {PREFILLED, CACHED}
     assert failed(tiny_backbone("llama")) == set()
-
-
-def test_a_window_that_hides_the_prefix_injected(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    extend = extend_mask
-
-    def windowed(mask: Any, visible: Any, prefix_length: int, key: Any, queries: int) -> Any:
-        whole = extend(mask, visible, prefix_length, key, queries)
-        columns = torch.arange(key.shape[2])[None, :]
-        rows = torch.arange(queries)[:, None] + prefix_length
-        return whole & (rows - columns < 4)
-
-    replace_everywhere(monkeypatch, extend_mask, windowed)
-    assert {PREFILLED, PACKED} <= failed(tiny_backbone("mistral"))
 
 
 def test_a_cache_that_keeps_the_values_of_texts_alone(tiny_tokenizer: Any) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,18 +197,14 @@ def test_nothing_of_another_kind_is_written_over(folder: Path, prefix: Prefix, t
         export_peft(prefix, tmp_path / "model")
 
 
-def test_a_pickle_is_refused_with_the_line_that_converts_it(folder: Path, prefix: Prefix) -> None:
-    stored = folder / "adapter_model.safetensors"
-    torch.save(load_file(stored), folder / "adapter_model.bin")
+def test_a_pickle_is_refused(folder: Path) -> None:
+    stored, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    torch.save(load_file(stored), pickle)
     stored.unlink()
     with pytest.raises(CheckpointError) as error:
         import_peft(folder)
-    program, *words = shlex.split(error.value.hint.split(": ", 1)[1])
-    assert program == "python"
-    assert "weights_only=True" in words[1]
-    subprocess.run([sys.executable, *words], check=True, capture_output=True)
-    assert import_peft(folder).equal(prefix)
+    assert "safe_serialization" in error.value.hint
     # Whatever its name is.
-    (folder / "adapter_model.bin").replace(stored)
+    pickle.replace(stored)
     with pytest.raises(CheckpointError):
         import_peft(folder)

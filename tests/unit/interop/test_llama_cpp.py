@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import threading
@@ -88,6 +89,12 @@ def test_model_types_that_were_not_compared_are_refused(
     with pytest.raises(BackboneError, match="gemma"):
         export_llama_cpp(random_prefix(backbone, 3), backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_refused(tiny_backbone: Make, random_prefix: Make, tmp_path: Path) -> None:
+    backbone = dataclasses.replace(tiny_backbone("llama"), adapter=object())
+    with pytest.raises(BackboneError, match="LoRA adapter"):
+        export_llama_cpp(random_prefix(backbone, 3), backbone, tmp_path / "out")
 
 
 # --- the check -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data import Example
 from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.labels import Labels, encode_labelled
@@ -19,13 +18,12 @@ from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, stream
 from prefixtune.inference.prompts import prepare_prompts
-from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import (
     TextFormat,
     cut_prompt,
     read_text_format,
 )
-from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.target_stream import TargetStream
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
@@ -76,22 +74,6 @@ def test_what_cannot_be_used_is_refused(stored: Any, reason: str):
         read_text_format({"text_format": stored})
     assert reason in caught.value.message
     assert caught.value.hint
-
-
-@pytest.mark.parametrize("prompt", ["{source}" * 2000, "nothing"])
-def test_a_file_with_a_hostile_template_is_refused_everywhere(
-    llama: Any, random_prefix: Make, rewrite_header: Make, tmp_path: Path, prompt: str
-):
-    form = {"prompt": prompt, "target": "{target}"}
-    made = Prefix(random_prefix(llama, 3).layers, make_header(llama, task="records"))
-    with pytest.raises(CheckpointError, match="text format"):
-        save_prefix(tmp_path / "bad.safetensors", Prefix(made.layers, {**made.header, "text_format": form}))
-    path = rewrite_header(save_prefix(tmp_path / "bad.safetensors", made), text_format=form)
-    with pytest.raises(CheckpointError, match="text format"):
-        load_prefix(path)
-    store = PrefixFolder(tmp_path, llama)
-    assert store.names() == []
-    assert "text format" in store.refused["bad"]
 
 
 def test_the_stored_separator_counts(llama: Any, random_prefix: Make):

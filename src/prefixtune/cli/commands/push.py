@@ -42,19 +42,19 @@ def push(options: PushOptions) -> int:
         prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --evaluation runs/e2e/evaluation
         prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --card
     """
-    from prefixtune.interop import hub
+    from prefixtune.backbone.prefixes import load_prefix
 
+    prefix = load_prefix(options.file)
     if options.card:
-        print(hub.card_of(options.file, options.repo, options.evaluation), end="")
+        print(prefix.card(options.repo, options.evaluation), end="")
         return 0
     Console(quiet=options.quiet).info(f"uploading {options.file} to {options.repo} ...")
-    url = hub.push(
-        options.file,
+    url = prefix.push_to_hub(
         options.repo,
         evaluation=options.evaluation,
         private=not options.public,
         revision=options.revision,
-        message=options.message,
+        commit_message=options.message,
     )
     show({"repo": options.repo, "url": url}, url, as_json=options.as_json)
     return 0

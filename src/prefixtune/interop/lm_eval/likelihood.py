@@ -108,7 +108,8 @@ def _batches(
     """Groups of continuations that are computed together: at most `batch_size` continuations."""
     rooms: dict[int | None, tuple[list[list[Continuation]], int]] = {}
     for group in groups:
-        kind = _kind(backbone, group[0].prefix)
+        # Only prefixes of one kind share a batch: all that mix, else each its own.
+        kind = None if backbone.layout.packable else id(group[0].prefix)
         for start in range(0, len(group), batch_size):
             part = list(group[start : start + batch_size])
             batch, room = rooms.get(kind, ([], batch_size))
@@ -119,11 +120,6 @@ def _batches(
             rooms[kind] = (batch, room - len(part))
     for batch, _ in rooms.values():
         yield batch
-
-
-def _kind(backbone: Backbone, prefix: Prefix | None) -> int | None:
-    """Only prefixes of one kind share a batch: None for those that mix, else the prefix itself."""
-    return None if backbone.layout.packable else id(prefix)
 
 
 def _score_batch(
