@@ -8,7 +8,6 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.utils.files import remove_abandoned
@@ -63,21 +62,12 @@ def list_names(folder: Path) -> set[str]:
     return {name.removesuffix(ENDING) for name in files}
 
 
-def signature_of(path: Path) -> Signature | None:
-    """A file's signature; None: there is no file."""
+def signature_of(file: Path | int) -> Signature | None:
+    """The signature of a file, or of what a descriptor has open, whatever its path leads to by now; None: no file."""
     try:
-        status = os.stat(path)
+        status = os.stat(file)
     except OSError:
         return None
-    return _signature(status)
-
-
-def signature_of_open(file: IO[bytes]) -> Signature:
-    """The signature of a file that is open, whatever its path leads to by now."""
-    return _signature(os.fstat(file.fileno()))
-
-
-def _signature(status: os.stat_result) -> Signature:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 

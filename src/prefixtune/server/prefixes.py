@@ -31,7 +31,6 @@ from prefixtune.prefix.folder import (
     list_names,
     path_of,
     signature_of,
-    signature_of_open,
 )
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix
@@ -242,7 +241,7 @@ class PrefixFolder:
         if not file.reason:
             with contextlib.suppress(OSError):
                 opened = open(path_of(self.folder, name), "rb")  # noqa: SIM115
-                if signature_of_open(opened) == file.signature:
+                if signature_of(opened.fileno()) == file.signature:
                     return opened
                 opened.close()
         raise PrefixError(f"cannot read {name!r} now.", hint="try again later.")
