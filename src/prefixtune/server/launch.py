@@ -67,8 +67,7 @@ def run(config: ServeConfig, console: Console) -> int:
         except PrefixError as error:
             # Texts are generated all the same.
             console.warn(f"requests to train will be refused: {error.message}")
-    with _bind(config) as listener:
-        state = _load(config, console)
+    with _bind(config) as listener, contextlib.closing(_load(config, console)) as state:
         configure_logging(config.log_level)
         _report_start(state, console, listener)
         training_worker = start_worker(config, state.training)
@@ -81,7 +80,6 @@ def run(config: ServeConfig, console: Console) -> int:
         finally:
             if training_worker is not None:
                 training_worker.stop(0.0 if server.force_exit else STOP_SECONDS)
-            state.close()
     failed = state.has_engine and state.worker.failed
     log("stopped", level=logging.ERROR if failed else logging.INFO)
     # A supervisor starts it again: on a GPU, nothing works any more in this process.

@@ -69,6 +69,13 @@ def test_slots_have_the_engines_limit() -> None:
             config(num_slots=MAX_SLOTS + 1)
 
 
+def test_options_of_another_engine_are_refused_by_name() -> None:
+    assert ServeConfig(engine="llama.cpp", threads=2).threads == 2
+    for engine, options in (("torch", {"gguf": "a.gguf", "threads": 2}), ("llama.cpp", {"quantize": "int8"})):
+        message = refusal(engine=engine, **options)
+        assert all(name in message for name in options)
+
+
 def test_keys_come_from_tables(tmp_path: Path) -> None:
     path = write(
         tmp_path,

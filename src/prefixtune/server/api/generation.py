@@ -272,7 +272,7 @@ def _failure(context: RequestContext, output: SequenceOutput) -> ApiError:
         return bad_request(output.error, "response_format", "invalid_schema", hint=hint)
     failure = engine_error(context, output.error)
     if output.engine_crashed:
-        message = "the engine failed and the server stops; send the request again later."
+        message = "the engine failed; send the request again later."
         return unavailable(message, "engine_failed", retry_after=1)
     return failure
 
