@@ -52,8 +52,8 @@ class FileRefusedError(RequestError):
         code: `empty_file`, `file_too_large`, `too_many_files` or `no_room`.
     """
 
-    def __init__(self, code: str, message: str, *, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
         self.code = code
 
 
@@ -159,7 +159,7 @@ class FileStore:
         head = file.read(_HEAD)
         file.seek(0)
         if not size:
-            raise FileRefusedError("empty_file", f"{filename} is empty.", hint="check that it is complete.")
+            raise FileRefusedError("empty_file", f"{filename} is empty. Check that it is complete.")
         self._check_room(owner, size, limits)
         stored = _new_file(owner, filename, purpose, size, ending=_ending_of(filename, head, purpose))
         with work_folder(self._owned(owner), _NEW) as made:
@@ -296,14 +296,14 @@ class FileStore:
         """
         kept = [file.bytes for file in self.list(owner) if file.purpose != "fine-tune-results"]
         if size > limits.max_bytes:
-            message = f"the file has more than {limits.max_bytes:,} bytes, which is the most for one."
-            raise FileRefusedError("file_too_large", message, hint="split it.")
+            message = f"the file has more than {limits.max_bytes:,} bytes, which is the most for one. Split it."
+            raise FileRefusedError("file_too_large", message)
         if len(kept) >= limits.max_files:
             message = f"there are {len(kept):,} files already, of {limits.max_files:,} that may be kept."
-            raise FileRefusedError("too_many_files", message, hint="delete one that is not needed.")
+            raise FileRefusedError("too_many_files", f"{message} Delete one that is not needed.")
         if sum(kept) + size > limits.max_total_bytes:
             message = f"with this file there would be more than {limits.max_total_bytes:,} bytes, the most to be kept."
-            raise FileRefusedError("no_room", message, hint="delete files that are not needed.")
+            raise FileRefusedError("no_room", f"{message} Delete files that are not needed.")
 
     def _publish(self, folder: Path, stored: StoredFile) -> None:
         """Move a complete folder to its place, if nothing is there."""

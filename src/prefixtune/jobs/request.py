@@ -192,9 +192,8 @@ def _check_files(request: JobRequest) -> None:
     if text is None and facts is not None and facts.form and not facts.targets:
         message = f"{training.id} has nothing to train on: no row has a target, such as an answer."
         raise JobRefusedError("training_file", message, "invalid_training_file")
-    facts = asked.facts if asked is not None else None
-    if facts is not None and facts.rows > max(_MOST_QUESTIONS, facts.targets):
-        unanswered = facts.rows - facts.targets
+    unanswered = asked.facts.rows - asked.facts.targets if asked is not None and asked.facts is not None else 0
+    if unanswered > _MOST_QUESTIONS:
         message = f"{unanswered:,} questions have no answer, but the model answers at most {_MOST_QUESTIONS:,}."
         param = "prefixtune.questions" if asked is request.questions else "training_file"
         raise JobRefusedError(param, message, "too_many_questions")

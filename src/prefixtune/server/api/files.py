@@ -74,9 +74,7 @@ def _store(context: RequestContext, form: FormData) -> StoredFile:
     try:
         return context.training.files.put(context.caller.name, file.file, file.filename or "", purpose, limits)
     except FileRefusedError as error:
-        hint = f"{error.hint[:1].upper()}{error.hint[1:]}"
-        message = f"{error.message} {hint}".rstrip()
-        raise ApiError(_STATUSES[error.code], message, code=error.code, param="file") from None
+        raise ApiError(_STATUSES[error.code], error.message, code=error.code, param="file") from None
 
 
 @router.get("/v1/files")
