@@ -13,6 +13,7 @@ from prefixtune.backbone.checkpoint import checkpoint_folder
 from prefixtune.backbone.packaged import PRETRAINED, packaged_gguf
 from prefixtune.backbone.shapes import StoredWeights
 from prefixtune.errors import BackboneError
+from prefixtune.utils.folders import expand_home
 
 __all__ = ["find_gguf"]
 
@@ -33,7 +34,7 @@ def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
         BackboneError: There is none, or it cannot be read, or it holds another model: its shapes, embeddings or norms
             are not the backbone's.
     """
-    path = Path(given) if given else packaged_gguf(backbone.name)
+    path = expand_home(given) if given else packaged_gguf(backbone.name)
     if path is None:
         hint = "run `prefixtune prepare --force`." if backbone.name in PRETRAINED else "name the file with --gguf FILE."
         raise BackboneError(f"llama.cpp needs {backbone.name!r} as a GGUF file.", hint=hint)

@@ -150,7 +150,7 @@ class LlamaCppEngine(RemoteEngine):
         return self._states.of(prefix)
 
     def _release(self, state: SavedState) -> None:
-        """Nothing: states stay, as far as there is room."""
+        self._states.release(state)
 
     def _generate(
         self, server: RemoteServer, slot: RemoteSlot, text: RemoteText, pieces: Detokenizer, ends: set[int]
@@ -160,7 +160,6 @@ class LlamaCppEngine(RemoteEngine):
         if slot.state is not text.state:
             slot.state = None
             if text.state is not None:
-                self._states.ensure(text.state)
                 server.ask(f"/slots/{slot.number}?action=restore", {"filename": text.state.path.name})
                 slot.state = text.state
         body = {"prompt": [*placeholders, *request.prompt], "id_slot": slot.number, **_options(text)}

@@ -15,8 +15,8 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.files import reporting_write_errors
+from prefixtune.utils.files import atomic_path
 
 __all__ = [
     "KV_TYPES",
@@ -176,12 +176,21 @@ def _raw(rows: Tensor, dtype: torch.dtype) -> bytes:
     return cast.view(torch.uint8).numpy().tobytes()
 
 
-class SavedState(NamedTuple):
-    """A prefix as llama.cpp takes it: a file in the folder of states, and what stands for it in a prompt."""
+@dataclass(eq=False)
+class SavedState:
+    """A prefix as llama.cpp takes it: a file in the folder of states, and what stands for it in a prompt.
+
+    Attributes:
+        prefix: The prefix.
+        path: The file.
+        placeholders: As many tokens as it has positions.
+        users: Texts that need the file.
+    """
 
     prefix: Prefix
     path: Path
     placeholders: list[int]
+    users: int = 0
 
 
 class SavedStates:
@@ -204,7 +213,7 @@ class SavedStates:
         self._numbers, self._lock = itertools.count(), threading.Lock()
 
     def of(self, prefix: Prefix) -> SavedState:
-        """The saved state of a prefix, written if there is none.
+        """The saved state of a prefix, written if there is none; it stays until `release`.
 
         Raises:
             ConfigError: It has numbers that llama.cpp cannot hold.
@@ -215,18 +224,21 @@ class SavedStates:
             if state is None:
                 path = self._folder / f"{next(self._numbers)}.bin"
                 state = SavedState(prefix, path, placeholders_for(prefix, self._backbone))
-            self.ensure(state)
+            if not state.path.exists():
+                content = encode_file(rows_of(prefix, self._backbone), state.placeholders, version=self.version)
+                with atomic_path(state.path) as made:
+                    made.write_bytes(content)
+            state.users += 1
             self._states[id(prefix)] = state
             total = sum(one.prefix.num_parameters for one in self._states.values())
-            while total > _MOST_NUMBERS and len(self._states) > 1:
-                _, old = self._states.popitem(last=False)
-                old.path.unlink(missing_ok=True)
-                total -= old.prefix.num_parameters
+            for key, old in list(self._states.items()):
+                if total > _MOST_NUMBERS and not old.users:
+                    del self._states[key]
+                    old.path.unlink(missing_ok=True)
+                    total -= old.prefix.num_parameters
             return state
 
-    def ensure(self, state: SavedState) -> None:
-        """Write a state's file, where it is not there, or was removed."""
-        if not state.path.exists():
-            content = encode_file(rows_of(state.prefix, self._backbone), state.placeholders, version=self.version)
-            with reporting_write_errors(state.path):
-                state.path.write_bytes(content)
+    def release(self, state: SavedState) -> None:
+        """A text that needed it has ended."""
+        with self._lock:
+            state.users -= 1

@@ -177,11 +177,6 @@ class RemoteEngine(Limits, abc.ABC):
         return not self.failed and not self._closing and self._server.alive
 
     @property
-    def vocab_size(self) -> int:
-        """Tokens that the model can read."""
-        return self.backbone.vocab_size
-
-    @property
     def num_unfinished(self) -> int:
         """Requests that have not ended."""
         return len(self._texts)
@@ -204,10 +199,16 @@ class RemoteEngine(Limits, abc.ABC):
         except BaseException:
             with self._changed:
                 del self._texts[request.id]
+            for text in texts:
+                if text.state is not None:
+                    self._release(text.state)
             raise
         with self._changed:
             self._waiting.setdefault(request.tenant, deque()).extend(list(texts))
             self._assign()
+            is_late = self._closing
+        if is_late:
+            self._interrupt(texts, "cancelled")
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request; its texts end with `cancelled`. Unknown ids are ignored."""
