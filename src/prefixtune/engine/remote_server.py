@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
@@ -16,9 +17,11 @@ from urllib.parse import urlsplit
 
 from prefixtune.errors import RequestError
 
-__all__ = ["Opened", "Refused", "RemoteServer"]
+__all__ = ["SOCKET", "Opened", "Refused", "RemoteServer"]
 
 
+SOCKET = "socket"
+"""The name of a server's socket in its folder."""
 _SECONDS = 600.0
 """Until the server has answered, or written its next token."""
 _DYING_SECONDS = 2.0
@@ -43,13 +46,21 @@ class RemoteServer:
         token: Sent with each request; empty: none is.
         process: Its process, in a session of its own, which ends soon after its stdin is closed; None: somebody else
             started it.
+        folder: Of its socket, if it listens on one there; removed with it.
 
     Attributes:
         url: Its address.
     """
 
-    def __init__(self, program: str, url: str, token: str = "", process: subprocess.Popen[Any] | None = None) -> None:
-        self.url, self._is_up = url, True
+    def __init__(
+        self,
+        program: str,
+        url: str,
+        token: str = "",
+        process: subprocess.Popen[Any] | None = None,
+        folder: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        self.url, self._is_up, self._folder = url, True, folder
         self._program, self._parts, self._token, self._process = program, urlsplit(url), token, process
         self._looked = time.monotonic()
 
@@ -92,6 +103,8 @@ class RemoteServer:
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def answers(self, path: str, seconds: float = 5.0) -> bool:
         """Whether it answers there with 200."""
@@ -151,7 +164,12 @@ class RemoteServer:
         """Ask; the answer can be read while the block runs."""
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         with contextlib.closing(kind(self._parts.hostname or "", self._parts.port, timeout=seconds)) as connection:
-            connection.connect()
+            if self._folder is None:
+                connection.connect()
+            else:
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.settimeout(seconds)
+                connection.sock.connect(os.path.join(self._folder.name, SOCKET))
             if opened is not None:
                 opened(connection.sock)
             headers = {"Content-Type": "application/json"}

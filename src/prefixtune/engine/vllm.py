@@ -12,9 +12,9 @@ import itertools
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.remote import RemoteEngine, RemoteSlot, RemoteText
-from prefixtune.engine.remote_server import RemoteServer
+from prefixtune.engine.remote_server import SOCKET, RemoteServer
 from prefixtune.engine.request import FinishReason, SequenceOutput, Token
 from prefixtune.engine.vllm_files import PrefixFiles, own_folder
 from prefixtune.errors import BackboneError, ConfigError, RequestError
@@ -90,7 +90,7 @@ class VllmEngine(RemoteEngine):
     """
 
     def __init__(self, backbone: Backbone, config: VllmConfig) -> None:
-        super().__init__("vLLM", backbone, config.num_slots)
+        super().__init__("vLLM" if config.url else f"vLLM ({config.dtype})", backbone, config.num_slots)
         self.config, self._model, self.max_length = config, "", 0
         self.lacks = _LACKS
         self._placeholder = _choose_placeholder(backbone.tokenizer)
@@ -178,6 +178,9 @@ class VllmEngine(RemoteEngine):
                 if reason == "stop":
                     continue
                 (choice,) = event["choices"]
+                if choice.get("finish_reason") not in (None, "stop", "length"):
+                    # As it does with all texts when it is told to end.
+                    raise ConnectionError(f"vLLM has ended the text: {choice['finish_reason']}")
                 ids = choice["token_ids"]
                 kept = list(itertools.takewhile(lambda token: token not in ends, ids))
                 text.num_new_tokens += len(ids)
@@ -264,9 +267,8 @@ def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
     Raises:
         BackboneError: It ends before.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Nobody else can use or take its place: vLLM asks for its key at some paths only, and a port may be another's.
+    listening = tempfile.TemporaryDirectory(prefix="prefixtune-", ignore_cleanup_errors=True)
     transfer = {
         "kv_connector": "PrefixConnector",
         "kv_connector_module_path": "prefixtune.interop.vllm.connector",
@@ -275,8 +277,7 @@ def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
     }
     options = {
         "--served-model-name": name,
-        "--host": "127.0.0.1",
-        "--port": port,
+        "--uds": f"{listening.name}/{SOCKET}",
         "--dtype": config.dtype,
         "--max-num-seqs": config.num_slots,
         "--max-model-len": config.max_length or "",
@@ -301,7 +302,7 @@ def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
         )
     except OSError as error:
         raise BackboneError(f"cannot run {config.python!r}: {error.strerror}.", hint=hint) from error
-    server = RemoteServer("vLLM", f"http://127.0.0.1:{port}", token, process)
+    server = RemoteServer("vLLM", "http://localhost", token, process, listening)
     try:
         while not server.answers("/health"):
             if not server.look():

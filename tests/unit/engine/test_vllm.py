@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ class FakeServer:
         pause: Seconds between tokens.
         cached: Positions of a prefix that it says it did not compute; None: it does not say.
         error: Sent in place of the third token.
+        reason: Why it ends with each token.
     """
 
     folder: Path | None
@@ -48,6 +50,7 @@ class FakeServer:
     pause: float = 0.0
     cached: int | None = None
     error: str = ""
+    reason: str | None = None
 
     def __post_init__(self) -> None:
         self.start()
@@ -82,7 +85,7 @@ class FakeServer:
                 self.end_headers()
                 for token in range(body["max_tokens"]):
                     time.sleep(fake.pause)
-                    choice = {"token_ids": [fake.ids[token]], "finish_reason": None}
+                    choice = {"token_ids": [fake.ids[token]], "finish_reason": fake.reason}
                     if fake.error and token == 2:
                         self.event({"error": {"message": fake.error}})
                         return
@@ -204,8 +207,11 @@ def test_failures_of_one_text(engine: VllmEngine, fake: FakeServer, backbone: An
     fake.error = "KV load failed"
     found = ask(engine)
     assert (found.finish_reason, found.engine_crashed) == ("error", False)
+    # As when it is told to end.
+    fake.error, fake.reason = "", "abort"
+    assert ask(engine).finish_reason == "error"
     # It computed the placeholders.
-    fake.error, fake.cached = "", 2
+    fake.reason, fake.cached = None, 2
     assert ask(engine, random_prefix(backbone, 3)).finish_reason == "error"
     fake.cached, fake.pause = None, 0.2
     began = time.monotonic()
@@ -260,6 +266,34 @@ def test_a_server_without_the_connector_or_the_folder_is_refused(fake: FakeServe
     with pytest.raises(BackboneError):
         VllmEngine(backbone, VllmConfig(url=url, folder=str(tmp_path)))
     fake.start()
+
+
+_CHILD = """#!{python}
+import http.server, os, socketserver, sys, threading
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{{"data": [{{"id": "served", "max_model_len": 64}}]}}')
+    def address_string(self): return ""
+server = socketserver.ThreadingUnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+sys.stdin.read()
+"""
+
+
+def test_only_its_user_can_reach_a_child(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    python = tmp_path / "python"
+    python.write_text(_CHILD.format(python=sys.executable))
+    python.chmod(0o755)
+    with VllmEngine(backbone, VllmConfig("tiny", python=str(python))) as engine:
+        (path,) = tmp_path.glob("prefixtune-*/*")
+        assert path.is_socket()
+        assert not path.parent.stat().st_mode & 0o077
+        assert (engine.healthy, engine.max_length) == (True, 64)
+    assert not path.parent.exists()
 
 
 def test_a_python_without_vllm_is_refused(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

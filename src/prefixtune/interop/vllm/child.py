@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import signal
 import sys
 import threading
 from importlib.metadata import PackageNotFoundError, version
 
 
-def _end_with_parent() -> None:
-    """Stop vLLM once stdin is closed."""
+def _end_with_parent(folder: str) -> None:
+    """Stop vLLM once stdin is closed, and remove the folder of its socket, which a parent that was killed leaves."""
     sys.stdin.read()
+    shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    listening = os.path.dirname(sys.argv[sys.argv.index("--uds") + 1])
+    threading.Thread(target=_end_with_parent, args=(listening,), daemon=True).start()
     try:
         version("vllm")
     except PackageNotFoundError:
