@@ -11,7 +11,11 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from importlib.metadata import PackageNotFoundError, version
+
+_SECONDS = 10.0
+"""To end by itself."""
 
 
 def _end_with_parent(folder: str) -> None:
@@ -19,6 +23,9 @@ def _end_with_parent(folder: str) -> None:
     sys.stdin.read()
     shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
+    # While it loads, it waits for its other processes, which are of its group.
+    time.sleep(_SECONDS)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
