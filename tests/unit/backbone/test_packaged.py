@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -176,6 +178,19 @@ def test_two_at_once_both_end_well(home: Path, wheel: Path, monkeypatch: pytest.
         assert first.result(10) == second.result(10) == pretrained_folder("tiny")
     assert len(conversions) == 1
     assert visible(home) == ["tiny"]
+
+
+def test_looking_uses_no_network_and_no_transformers(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare("tiny", wheel=wheel)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("network or process used")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert pretrained_folder("tiny") is not None
+    assert pretrained_folder("smollm2-135m") is None
+    assert prepare("tiny") == pretrained_folder("tiny")
 
 
 FAKE = """#!{python}

@@ -14,6 +14,7 @@ from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.labels import Labels, encode_labelled
 from prefixtune.errors import CheckpointError, DataError, PrefixWarning, RequestError
 from prefixtune.evaluation.evaluate import evaluate
+from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, stream
@@ -92,6 +93,17 @@ def test_a_separator_makes_no_place_for_the_source(prompt: str, separator: str, 
     made = read_text_format({"text_format": {"prompt": prompt, "separator": separator}})
     assert made is not None
     assert made.format_prompt("a", "") == text
+
+
+@pytest.mark.parametrize("place", ["{source}", "{separator}"])
+def test_few_shot_examples_are_whole_or_refused(llama: Any, place: str):
+    shown = [Example("1+1", ("2",)), Example("a", (f"write {place}",))]
+    with pytest.raises(DataError, match=r"example 2 \('a'\) contains " + place):
+        few_shot_format(TextFormat(), shown, "<s>", "</s>")
+    with pytest.raises(DataError, match="example 2"):
+        instruction_format(llama, "Add.", shown)
+    with pytest.raises(DataError, match="the instruction 'Say"):
+        instruction_format(llama, f"Say {place}.")
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
