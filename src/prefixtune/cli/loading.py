@@ -298,16 +298,23 @@ def load_artifact(
 
 
 def columns_as_trained(options: Any, task: str, header: Mapping[str, Any]) -> dict[str, Any]:
-    """What data is read with: --source, --target and --form, or what the training read its own with.
+    """What --data is read with: --source, --target and --form, or what the training read its own with.
 
     References are made in the same way as the training made its targets, unless --form says what the columns are.
+
+    Raises:
+        PrefixError: The data cannot be read.
     """
-    from prefixtune.data import TASKS
+    from prefixtune.data import TASKS, form_that_fits
     from prefixtune.prefix.text_format import read_text_format
 
     columns: dict[str, Any] = {"source": options.source, "target": options.target, "form": options.form}
     trained = read_text_format(header)
-    if trained is not None and task in TASKS and TASKS[task].takes_columns and not options.form:
+    has_names = not options.data.removesuffix(".gz").endswith((".conll", ".bio", ".txt"))
+    if has_names and trained is not None and task in TASKS and TASKS[task].takes_columns and not options.form:
         columns["source"] = options.source or trained.source or None
         columns["target"] = options.target or trained.target_template or None
+    if task == "records" and not any(columns.values()):
+        form = str(header.get("form") or "")
+        columns["form"] = form_that_fits(task, options.data, form, split=options.split or None)
     return columns

@@ -142,16 +142,11 @@ def _read_examples(
     Raises:
         ConfigError: An option is for texts that are generated, but the data is texts alone.
     """
-    from prefixtune.data import form_that_fits, read_task, resolve_task
+    from prefixtune.data import read_task, resolve_task
     from prefixtune.data.forms import describe_data
 
     name, split = options.task or artifact.header.get("task") or "records", options.split or None
     columns = columns_as_trained(options, name, artifact.header)
-    if options.data.removesuffix(".gz").endswith((".conll", ".bio", ".txt")):
-        # They have no named columns.
-        columns |= {"source": options.source, "target": options.target}
-    if name == "records" and not any(columns.values()):
-        columns["form"] = form_that_fits(name, options.data, str(artifact.header.get("form") or ""), split=split)
     name, form, first_row = resolve_task(name, options.data, split=split, **columns)
     examples = read_task(name, options.data, split=split, needs_targets=True, **columns)
     if form is not None:

@@ -179,7 +179,7 @@ def _read_all(options: ExplainOptions, prefixes: Sequence[Prefix], examples: lis
     Raises:
         PrefixError: A file cannot be read, no example has a target, or one has a label that the prefix does not know.
     """
-    from prefixtune.data import form_that_fits, read_task
+    from prefixtune.data import read_task
     from prefixtune.data.labels import check_labels, labels_of
 
     if not options.data:
@@ -187,8 +187,6 @@ def _read_all(options: ExplainOptions, prefixes: Sequence[Prefix], examples: lis
     header, labels, split = prefixes[0].header, labels_of(prefixes[0]), options.split or None
     name = options.task or str(header.get("task") or "records")
     columns = columns_as_trained(options, name, header)
-    if name == "records" and not any(columns.values()):
-        columns["form"] = form_that_fits(name, options.data, str(header.get("form") or ""), split=split)
     examples += [one for one in read_task(name, options.data, split=split, **columns) if one.targets][: options.rows]
     if not examples:
         raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
