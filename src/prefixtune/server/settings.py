@@ -28,7 +28,7 @@ SERVER_LIBRARIES = ("fastapi", "fastapi_offline", "h11", "prometheus_client")
 """Of the extra `serve`: what the server imports when it starts."""
 
 _ENGINE_OPTIONS = {
-    **dict.fromkeys(("quantize", "prefill_tokens", "kv_cache_mib"), "torch"),
+    **dict.fromkeys(("prefill_tokens", "kv_cache_mib"), "torch"),
     **dict.fromkeys(("gguf", "threads"), "llama.cpp"),
     **dict.fromkeys(("vllm_python", "vllm_args", "vllm_url", "vllm_folder"), "vllm"),
 }
@@ -214,6 +214,8 @@ class ServeConfig(Config):
             )
         if bool(self.vllm_url) != bool(self.vllm_folder):
             yield ("vllm_url", "vllm_folder"), "vllm_url and vllm_folder belong together"
+        if self.engine == "vllm" and self.quantize:
+            yield ("engine", "quantize"), "quantize is of the engine torch; vLLM loads checkpoints that are quantized"
         for name, engine in _ENGINE_OPTIONS.items():
             if getattr(self, name) and self.engine not in (engine, "none"):
                 yield (name, "engine"), f"{name} is of the engine {engine}, but {self.engine} runs"

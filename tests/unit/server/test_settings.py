@@ -71,7 +71,7 @@ def test_slots_have_the_engines_limit() -> None:
 
 def test_options_of_another_engine_are_refused_by_name() -> None:
     assert ServeConfig(engine="llama.cpp", threads=2).threads == 2
-    for engine, options in (("torch", {"gguf": "a.gguf", "threads": 2}), ("llama.cpp", {"quantize": "int8"})):
+    for engine, options in (("torch", {"gguf": "a.gguf", "threads": 2}), ("llama.cpp", {"kv_cache_mib": 5})):
         message = refusal(engine=engine, **options)
         assert all(name in message for name in options)
 
