@@ -32,6 +32,7 @@ site_repository_pages = {
     "contributing": "CONTRIBUTING.md",
     "changelog": "CHANGELOG.md",
     "retrieval": "examples/retrieval/README.md",
+    "results": "research/RESULTS.md",
 }
 
 myst_enable_extensions = ["dollarmath"]

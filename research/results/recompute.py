@@ -1,6 +1,6 @@
-"""Recompute BLEU of the tables in docs/RESULTS.md from what the runs wrote, with sacrebleu and nothing of prefixtune.
+"""Recompute BLEU of the tables in research/RESULTS.md from what the runs wrote, with sacrebleu and nothing of prefixtune.
 
-    python docs/results/recompute.py PATH/e2e/test.jsonl.gz [STUDY ...]
+    python research/results/recompute.py PATH/e2e/test.jsonl.gz [STUDY ...]
 
 PATH is where E2E's test set is, one JSON object with "references" a line. Without names: methods and low-data.
 """
