@@ -1,4 +1,4 @@
-"""Recompute BLEU of the tables in research/RESULTS.md from what the runs wrote, with sacrebleu and nothing of prefixtune.
+"""Recompute BLEU of the tables in research/RESULTS.md from the outputs, with sacrebleu and nothing of prefixtune.
 
     python research/results/recompute.py PATH/e2e/test.jsonl.gz [STUDY ...]
 
