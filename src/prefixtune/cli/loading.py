@@ -103,6 +103,8 @@ def started_engine(
     if options.engine == "torch":
         yield None
         return
+    import torch
+
     from prefixtune.backbone.checkpoint import checkpoint_folder
     from prefixtune.engine.llama_cpp import LlamaCppEngine
     from prefixtune.engine.vllm import VllmConfig, VllmEngine
@@ -113,7 +115,10 @@ def started_engine(
         engine = LlamaCppEngine(backbone, options.gguf, num_slots=num_slots, threads=options.threads)
     else:
         model, python = str(checkpoint_folder(backbone.name)), options.vllm_python or sys.executable
-        engine = VllmEngine(backbone, VllmConfig(model, num_slots=num_slots, dtype=options.dtype, python=python))
+        # Compiling takes minutes on a processor, and gains little there.
+        eager = () if torch.cuda.is_available() else ("--enforce-eager",)
+        config = VllmConfig(model, num_slots=num_slots, dtype=options.dtype, python=python, arguments=eager)
+        engine = VllmEngine(backbone, config)
     with engine:
         console.info(engine.name)
         yield engine
