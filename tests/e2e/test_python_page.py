@@ -40,7 +40,7 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("prefixtune.prefix.hub.download", lambda repo_id, **_: hub / repo_id / "prefix.safetensors")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
+    blocks = re.findall(r"(?<!not run -->\n)^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
     assert len(blocks) == 8
     shorter = {"rows, max_steps=20": "rows, max_steps=2, batch_size=2", "max_steps=20": "max_steps=2"}
     shorter |= {"max_new_tokens=24": "max_new_tokens=4", 'metrics=["bleu"]': 'metrics=["bleu"], max_new_tokens=4'}

@@ -119,7 +119,10 @@ def hostile(backbone: Any, folder: Path, good: bytes) -> dict[str, bytes]:
     huge = dict(header)
     huge["decoder.0.key"] = {**huge["decoder.0.key"], "shape": [2, 2**40, 8]}
     text = json.dumps(huge).encode()
-    other = {**prefix.header, "backbone": {**make_header(backbone)["backbone"], "fingerprint": "0123:AAAA"}}
+    other = {
+        **prefix.header,
+        "backbone": {**make_header(backbone)["backbone"], "name": "another", "fingerprint": "0123:AAAA"},
+    }
     return {
         "empty": b"",
         "truncated": good[:-5],

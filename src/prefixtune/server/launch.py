@@ -229,27 +229,24 @@ def _bind(config: ServeConfig) -> Iterator[socket.socket]:
         ConfigError: The address cannot be used.
     """
     path = Path(config.socket_file)
-    try:
-        if config.socket_file:
-            listener = _bind_file(path)
-        else:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.socket(family, kind, protocol)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-    except OSError as error:
-        where = config.host if config.socket_file else f"{config.host} port {config.port}"
-        raise ConfigError(
-            f"cannot listen on {where}: {error.strerror or error}.", hint="choose another --port or --host."
-        ) from error
-    try:
-        with listener:
-            yield listener
-    finally:
-        if config.socket_file:
-            path.unlink(missing_ok=True)
+    with contextlib.ExitStack() as made:
+        try:
+            if config.socket_file:
+                listener = made.enter_context(_bind_file(path))
+                made.callback(path.unlink, missing_ok=True)
+            else:
+                family, kind, protocol, _, address = socket.getaddrinfo(
+                    config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+                )[0]
+                listener = made.enter_context(socket.socket(family, kind, protocol))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+        except OSError as error:
+            where = config.host if config.socket_file else f"{config.host} port {config.port}"
+            raise ConfigError(
+                f"cannot listen on {where}: {error.strerror or error}.", hint="choose another --port or --host."
+            ) from error
+        yield listener
 
 
 def _bind_file(path: Path) -> socket.socket:

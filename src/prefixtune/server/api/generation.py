@@ -235,10 +235,11 @@ def _check_supported(engine: Engine, prompts: Sequence[tuple[int, ...]], samplin
         if getattr(sampling, name) != nothing:
             param = _PARAMS.get(name, name)
             raise bad_request(f"this server's engine has no {param}.", param, "unsupported_field", hint="leave it out.")
+    vocab_size = engine.vocab_size
     for param, tokens in (("prompt", itertools.chain(*prompts)), ("logit_bias", iter(sampling.logit_bias))):
         for token in tokens:
-            if not 0 <= token < engine.vocab_size:
-                message = f"there is no token {token}: the model has {engine.vocab_size:,}."
+            if not 0 <= token < vocab_size:
+                message = f"there is no token {token}: the model has {vocab_size:,}."
                 raise bad_request(message, param, hint="use the ids of the backbone's own tokenizer.")
     if sampling.prompt_logprobs is not None and engine.backbone.kind == "encoder-decoder":
         message = "the model's encoder reads the prompt, whose tokens then have no log-probabilities."
