@@ -48,8 +48,8 @@ def test_links_lead_to_pages_and_to_files_of_the_repository(site: Path) -> None:
     assert 'href="contributing.html"' in text
     assert "<math" in text
     deploy = (site / "deploy.html").read_text(encoding="utf-8")
-    [copy] = set(re.findall(r'href="(_downloads/[^"]*/test_vllm\.py)"', deploy))
-    assert (site / copy).read_bytes() == (ROOT / "tests" / "integrations" / "test_vllm.py").read_bytes()
+    copies = {(site / copy).read_bytes() for copy in re.findall(r'href="(_downloads/[^"]*/test_vllm\.py)"', deploy)}
+    assert (ROOT / "tests" / "integrations" / "test_vllm.py").read_bytes() in copies
 
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
