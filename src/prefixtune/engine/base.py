@@ -189,10 +189,10 @@ class Limits:
         if request.prefix is not None:
             load_prefix(request.prefix, self.backbone)
         self.check_length(len(request.prompt), request.prefix_length, sampling.max_new_tokens)
-        tokens = (*request.prompt, *sampling.banned, *sampling.logit_bias)
-        unknown = [token for token in tokens if not 0 <= token < self.vocab_size]
+        tokens, size = (*request.prompt, *sampling.banned, *sampling.logit_bias), self.vocab_size
+        unknown = [token for token in tokens if not 0 <= token < size]
         if unknown:
             raise RequestError(
-                f"there is no token {unknown[0]}: the model has {self.vocab_size:,}.",
+                f"there is no token {unknown[0]}: the model has {size:,}.",
                 hint="encode the text with the backbone's own tokenizer.",
             )
