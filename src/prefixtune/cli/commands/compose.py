@@ -40,7 +40,9 @@ class ComposeOptions(OutputOptions):
         "number by number, of one length",
     )
     weights: CommaList[float] = Field((), description="interpolate: one for each file, with sum 1")
-    length: int = Field(0, ge=0, description="cut the result to so many positions, at every site that has more")
+    length: int | None = Field(
+        None, ge=1, description="cut the result to so many positions, at every site that has more"
+    )
     cut_from: Literal["start", "end"] = Field(
         "end",
         description="with --length: which end is cut off. end: the first positions stay, exactly as they are. start: "
@@ -56,7 +58,7 @@ class ComposeOptions(OutputOptions):
     def turns_keys(self) -> bool:
         """Whether positions are moved."""
         joins = self.mode == "concatenate" and len(self.files) > 1
-        return joins or (self.length > 0 and self.cut_from == "start")
+        return joins or (bool(self.length) and self.cut_from == "start")
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options that do not go together."""
