@@ -134,7 +134,7 @@ def test_all_runs_share_one_pass(
 
     monkeypatch.setattr(prefixtune.training.loop, "batch_loss", counted)
     # As many tokens as all of them have: smaller passes are tested with the group.
-    monkeypatch.setattr(prefixtune.training.together, "_positions_at_once", lambda backbone: 1024)
+    monkeypatch.setattr(prefixtune.training.together, "positions_at_once", lambda backbone: 1024)
     train_together(
         [config_for(name, max_steps=3) for name in "abc"], backbone=tiny_backbone("llama"), examples=DATA[:3]
     )

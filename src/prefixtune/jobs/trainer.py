@@ -38,6 +38,7 @@ from prefixtune.jobs.reporting import Reporter
 from prefixtune.prefix.folder import FolderBusyError
 from prefixtune.training.run import Run
 from prefixtune.training.run_folder import Event
+from prefixtune.training.together import positions_at_once
 from prefixtune.utils.files import write_text
 
 Step = Callable[[str, Callable[[], Any]], Any]
@@ -50,9 +51,6 @@ _WAIT_SECONDS = 0.1
 _ASK_SECONDS, _AWAY_SECONDS = 0.5, 3.0
 """Between two questions to the database, and after one that it did not answer."""
 _LONGEST = 1000
-_MOST_POSITIONS = 1024
-"""That are computed at once on a processor, so that memory does not grow with `batch_size`: 1.2 MiB a token for
-SmolLM2-135M in bfloat16 (docs/LOG.md)."""
 _log = logging.getLogger("prefixtune.jobs")
 
 
@@ -167,8 +165,7 @@ class _Claim:
     def _take_steps(self, run: Run) -> None:
         """All steps that are left; or, if the job is stopped, this one: then its state is saved."""
         loop, leave = run.loop, threading.Event()
-        if self.trainer.backbone.device.type == "cpu":
-            loop.most_positions = _MOST_POSITIONS
+        loop.most_positions = positions_at_once(self.trainer.backbone)
         reporter, begun_at = Reporter(self.job, self.folder, run, self.events), loop.state.step
         _note("job_opened", job=self.job.id, step=begun_at, steps=loop.state.total_steps)
 

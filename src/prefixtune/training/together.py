@@ -193,7 +193,7 @@ class RunGroup:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
-        self._most_positions = _positions_at_once(backbone)
+        self._most_positions = positions_at_once(backbone)
         self._new: list[Run] = []
         self._remaining: dict[Run, Iterator[list[tuple[Batch, bool]]]] = {}
         self.failed: list[tuple[Run, TrainingError]] = []
@@ -265,7 +265,8 @@ class RunGroup:
             self.failed.append((run, error))
 
 
-def _positions_at_once(backbone: Backbone) -> int:
+def positions_at_once(backbone: Backbone) -> int:
+    """Most positions of a pass over a backbone, so that memory does not grow with `batch_size`."""
     return MOST_POSITIONS_ON_CPU if backbone.device.type == "cpu" else MOST_POSITIONS
 
 

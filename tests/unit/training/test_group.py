@@ -119,7 +119,7 @@ def test_more_runs_take_more_passes_but_no_more_memory(
     runs = [open_one(f"run{index}") for index in range(5)]
     batches = next(open_one("measured").loop.remaining_steps())
     most = int(2.5 * batches[0][0].input_ids.numel())
-    monkeypatch.setattr(group_module, "_positions_at_once", lambda backbone: most)
+    monkeypatch.setattr(group_module, "positions_at_once", lambda backbone: most)
     group = RunGroup(backbone)
     for run in runs:
         group.add(run)
