@@ -135,11 +135,8 @@ models: $(VENV)/.integrated  ## examine every model type of the installed transf
 	$(BIN)/python -m tools.models_page
 
 docs: $(VENV)/.integrated  ## write the generated pages of docs/
-	$(BIN)/python -m tools.cli_page
 	$(BIN)/python -m tools.models_page
 	$(BIN)/python -m tools.deploy_page
-	$(BIN)/python -m tools.config_page
-	$(BIN)/python -m tools.http_page
 	$(BIN)/python -m tools.gpu_page
 
 site: $(VENV)/.site  ## the documentation as a site, in build/site; fetches nothing, and a warning is an error

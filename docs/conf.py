@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 import prefixtune  # noqa: E402
+from tools.site import reference  # noqa: E402
 
 project = "prefixtune"
 version = release = prefixtune.__version__
@@ -25,6 +26,9 @@ extensions = [
 root_doc = "index"
 source_suffix = {".md": "markdown"}
 
+# Pages that are made from the code.
+reference.write(ROOT / "docs")
+
 # Pages that stand for files outside this folder.
 site_root = str(ROOT)
 site_repository_pages = {
@@ -33,6 +37,7 @@ site_repository_pages = {
     "changelog": "CHANGELOG.md",
     "retrieval": "examples/retrieval/README.md",
     "results": "research/RESULTS.md",
+    "LOG": "research/LOG.md",
 }
 
 myst_enable_extensions = ["dollarmath"]

@@ -1,6 +1,6 @@
 """Programs for this repository: they write the generated pages of docs/ and print measures of the code.
 
-Run them from the root of the repository: `python -m tools.cli_page`, ...
+Run them from the root of the repository: `python -m tools.models_page`, ...
 """
 
 import sys

@@ -25,7 +25,7 @@ from prefixtune.training.run_folder import EARLIER_STATE_FILE, Event
 
 MOST_POSITIONS_ON_CPU = 1024
 """Of runs that share passes on a processor: larger passes are a little quicker, and take more memory, for SmolLM2-135M
-in bfloat16 1.2 MiB a token (docs/LOG.md)."""
+in bfloat16 1.2 MiB a token (research/LOG.md)."""
 
 
 def train_together(
