@@ -31,7 +31,7 @@ __all__ = ["COMMANDS", "build_app", "command_options", "main", "run"]
 
 COMMANDS = {
     "Start": {
-        "demo": "train a prefix on a small set of night-train notices, and show outputs before and after",
+        "demo": "train two prefixes on eight rows each, and ask both and the bare model in one batch",
         "prepare": "fetch the default backbone and store it, ready to load without a network",
         "doctor": "check that a backbone carries prefixes correctly; exits with 1 if anything fails",
         "env": "show versions, devices, precision and folders: what a bug report needs",

