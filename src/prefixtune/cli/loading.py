@@ -1,21 +1,21 @@
-"""Load the backbone, and the prefix or trained weights that the options name, after checking all that can be wrong."""
+"""What the options name: prefixes or trained weights, read and checked first; then the backbone and the engine."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import ConfigError, short_repr
-from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
-    from prefixtune.cli.decoding import EngineOptions
+    from prefixtune.cli.decoding import BackboneOptions, EngineOptions
+    from prefixtune.cli.options import ReadingOptions
     from prefixtune.engine.base import Engine
     from prefixtune.engine.remote import RemoteEngine
     from prefixtune.prefix.prefix import Prefix
@@ -24,14 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_BACKBONE",
-    "Artifact",
+    "Trained",
     "columns_as_trained",
-    "find_artifact",
     "load",
-    "load_artifact",
-    "load_with_prefixes",
-    "prefix_files",
-    "read_prefix",
+    "load_trained",
+    "read_trained",
     "short_name",
     "split_joined",
     "started_engine",
@@ -45,21 +42,95 @@ _MOST_PLUSES = 64
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """The result of a training that a command uses; empty for the bare model.
+class Trained:
+    """What trainings have made for a command, read and not yet on a backbone; empty for the bare model.
 
     Attributes:
-        prefix: The file of a prefix, or several with a + between them, which are joined.
+        files: The files of prefixes that each text of --prefix names.
+        read: File -> prefix.
+        prefixes: One for each text: those of its files joined, to be checked against other options.
         weights: The file of the trained weights of another method.
-        header: The header of that file.
+        headers: Those of `prefixes` or `weights`; of the bare model an empty one.
     """
 
-    prefix: str | None = None
+    files: Sequence[Sequence[str]] = ()
+    read: Mapping[str, Prefix] = field(default_factory=dict)
+    prefixes: Sequence[Prefix] = ()
     weights: Path | None = None
-    header: Mapping[str, Any] = field(default_factory=dict)
+    headers: Sequence[Mapping[str, Any]] = ({},)
 
 
-def load(console: Console, name: str, options: Any, adapter: str | None = None, *, self_check: bool = True) -> Backbone:
+def read_trained(options: BackboneOptions, texts: Sequence[str], run: str | None = None) -> Trained:
+    """Read what the texts of --prefix name, or the prefix or weights of a run.
+
+    Args:
+        options: Of the command.
+        texts: Each a path, the folder of a run or `hub:OWNER/NAME`, or several with a + between them, to be joined.
+        run: The folder of a run (--run), instead.
+
+    Raises:
+        PrefixError: A file is missing or wrong, prefixes cannot be joined, or an option does not go with weights.
+    """
+    if run:
+        from prefixtune.training.run_folder import PREFIX_FILE, WEIGHTS_FILE
+
+        if (weights := Path(run, WEIGHTS_FILE)).is_file():
+            return _read_weights(options, weights)
+        if not Path(run, PREFIX_FILE).is_file():
+            raise ConfigError(
+                f"{run!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
+                hint="name the --output folder of a `prefixtune train` that was finished.",
+            )
+        texts = [run]
+    if not texts:
+        return Trained()
+
+    from prefixtune.prefix.hub import prefix_file
+
+    # A file that is missing is named before torch is imported.
+    files = [[str(prefix_file(name)) for name in split_joined(text)] for text in texts]
+
+    from prefixtune.backbone.prefixes import load_prefix
+
+    read = {file: load_prefix(file) for names in files for file in names}
+    prefixes = _joined(files, read)
+    return Trained(files, read, prefixes, headers=[prefix.header for prefix in prefixes])
+
+
+def _read_weights(options: BackboneOptions, weights: Path) -> Trained:
+    from prefixtune.training.artifact import load_weights
+
+    if given := [options.flag(name) for name in ("quantize", "adapter", "engine") if options.has(name)]:
+        raise ConfigError(
+            f"{' and '.join(given)} cannot go with {str(weights)!r}, which holds weights of its own.",
+            hint="leave it out; it goes with a prefix or the bare model.",
+        )
+    return Trained(weights=weights, headers=[load_weights(weights)[1]])
+
+
+def _joined(
+    files: Sequence[Sequence[str]], read: Mapping[str, Prefix], rotation: Rotation | None = None
+) -> list[Prefix]:
+    """One prefix for each text of --prefix.
+
+    Before a model is loaded, those whose headers do not say how keys turn are joined as they are, to be checked.
+
+    Raises:
+        PrefixError: They cannot be joined.
+    """
+    from prefixtune.prefix.compose import concatenate, stored_rotation
+    from prefixtune.prefix.rotation import Rotation
+
+    def join(names: Sequence[str]) -> Prefix:
+        parts = [read[name] for name in names]
+        if len(parts) == 1:
+            return parts[0]
+        return concatenate(parts, rotation or stored_rotation(parts, names) or Rotation("none"), names=names)
+
+    return [join(names) for names in files]
+
+
+def load(options: Any, name: str, adapter: str | None = None, *, self_check: bool = True) -> Backbone:
     """Load a backbone with the `dtype`, `device` and `quantize` of the options, and report it.
 
     For an engine that has the weights in a file of its own, without them.
@@ -71,29 +142,48 @@ def load(console: Console, name: str, options: Any, adapter: str | None = None, 
         if adapter:
             raise ConfigError(f"--engine {options.engine} has no adapters.", hint="use --engine torch.")
         return load_shapes(name)
-    with_adapter = f" with the adapter {adapter}" if adapter else ""
-    console.info(f"loading {name}{with_adapter} ...")
-    backbone = load_backbone(
-        name,
-        dtype=options.dtype,
-        device=options.device,
-        quantize=options.quantize,
-        adapter=adapter,
-        self_check=self_check,
-    )
-    console.info(f"{backbone!r}")
+    options.console.info(f"loading {name}{f' with the adapter {adapter}' if adapter else ''} ...")
+    settings = {key: getattr(options, key) for key in ("dtype", "device", "quantize")}
+    backbone = load_backbone(name, adapter=adapter, self_check=self_check, **settings)
+    options.console.info(f"{backbone!r}")
     return backbone
 
 
+def load_trained(options: Any, trained: Trained) -> tuple[Backbone, list[Prefix], TextFormat | None]:
+    """Load the backbone that --backbone or the headers name; what was trained is checked against it.
+
+    Returns:
+        The backbone, or the model with the trained weights; the prefixes; the text format that goes with weights.
+
+    Raises:
+        PrefixError: They do not fit each other.
+    """
+    from prefixtune.backbone.prefixes import load_prefix, named_backbone, trained_adapter
+    from prefixtune.prefix.chat_format import allow_named
+
+    read = list(trained.read.values())
+    headers = trained.headers if trained.weights else [prefix.header for prefix in read]
+    allow_named(options.chat_template, headers, remember=True)
+    if trained.weights is not None:
+        from prefixtune.training.artifact import load_tuned
+
+        options.console.info(f"loading {trained.weights} ...")
+        settings = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
+        backbone, text_format = load_tuned(trained.weights, **settings)
+        return backbone, [], text_format
+    adapter = options.adapter or trained_adapter([Path(file) for file in trained.read], read)
+    backbone = load(options, options.backbone or named_backbone(read), adapter)
+    other = options.allow_other_backbone
+    checked = {file: load_prefix(file, backbone, allow_other_backbone=other) for file in trained.read}
+    return backbone, _joined(trained.files, checked, backbone.rotation if checked else None), None
+
+
 @contextlib.contextmanager
-def started_engine(
-    console: Console, options: EngineOptions, backbone: Backbone, num_slots: int
-) -> Iterator[Engine | None]:
+def started_engine(options: EngineOptions, backbone: Backbone, num_slots: int) -> Iterator[Engine | None]:
     """The engine of the options, while the block runs; None: torch's, which every call starts for itself.
 
     Args:
-        console: Says what computes.
-        options: The options of the command.
+        options: Of the command.
         backbone: By `load`.
         num_slots: Texts at once.
 
@@ -109,7 +199,7 @@ def started_engine(
     from prefixtune.engine.llama_cpp import LlamaCppEngine
     from prefixtune.engine.vllm import VllmConfig, VllmEngine
 
-    console.info(f"starting {options.engine} ...")
+    options.console.info(f"starting {options.engine} ...")
     engine: RemoteEngine
     if options.engine == "llama.cpp":
         engine = LlamaCppEngine(backbone, options.gguf, num_slots=num_slots, threads=options.threads)
@@ -120,7 +210,7 @@ def started_engine(
         config = VllmConfig(model, num_slots=num_slots, dtype=options.dtype, python=python, arguments=eager)
         engine = VllmEngine(backbone, config)
     with engine:
-        console.info(engine.name)
+        options.console.info(engine.name)
         yield engine
 
 
@@ -164,145 +254,7 @@ def short_name(text: str) -> str:
     return "+".join(path.parent.name if path.stem == "prefix" else path.stem for path in paths)
 
 
-def prefix_files(text: str) -> list[str]:
-    """The files that a text of --prefix names.
-
-    Raises:
-        PrefixError: A name is empty, or one of them is missing.
-    """
-    from prefixtune.prefix.hub import prefix_file
-
-    return [str(prefix_file(name)) for name in split_joined(text)]
-
-
-def read_prefix(text: str) -> Prefix:
-    """The prefix that a text of --prefix names, to check it before a model is loaded.
-
-    Where no header of joined ones says how keys turn, they are not turned, and only the model's positions are unknown.
-
-    Raises:
-        PrefixError: A file is missing or wrong, or they cannot be joined.
-    """
-    # A file that is missing is named before torch is imported.
-    files = prefix_files(text)
-
-    from prefixtune.backbone.prefixes import load_prefix
-
-    return _join([load_prefix(file) for file in files], split_joined(text))
-
-
-def _join(parts: Sequence[Prefix], names: Sequence[str], rotation: Rotation | None = None) -> Prefix:
-    """One prefix of those that a text of --prefix names.
-
-    Raises:
-        PrefixError: They cannot be joined.
-    """
-    from prefixtune.prefix.compose import concatenate, stored_rotation
-    from prefixtune.prefix.rotation import Rotation
-
-    if len(parts) == 1:
-        return parts[0]
-    return concatenate(parts, rotation or stored_rotation(parts, names) or Rotation("none"), names=names)
-
-
-def load_with_prefixes(
-    console: Console,
-    options: Any,
-    files: Sequence[str],
-    check: Callable[[Sequence[Prefix]], object] | None = None,
-) -> tuple[Backbone, list[Prefix]]:
-    """Load the backbone that the prefixes name (or that --backbone names), and the prefixes, checked against it.
-
-    Args:
-        console: Reports what is loaded.
-        options: The options of the command.
-        files: Prefixes: paths, folders of runs or `hub:OWNER/NAME`; several with a + between them are joined.
-        check: Checks the prefixes, one per text of `files`, against other options; called before the backbone loads.
-
-    Raises:
-        PrefixError: A prefix or an option is wrong, or they do not fit each other.
-    """
-    # Wrong files are reported before the model loads, missing ones before torch is imported.
-    parts = [prefix_files(text) for text in files]
-
-    from prefixtune.backbone.prefixes import load_prefix, named_backbone, trained_adapter
-    from prefixtune.prefix.chat_format import allow_named
-
-    read = {file: load_prefix(file) for names in parts for file in names}
-    joined = [_join([read[name] for name in names], names) for names in parts]
-    if check is not None:
-        check(joined)
-    allow_named(options.chat_template, [prefix.header for prefix in read.values()], remember=True)
-    name = options.backbone or named_backbone(list(read.values()))
-    adapter = options.adapter or trained_adapter([Path(file) for file in read], list(read.values()))
-    backbone = load(console, name, options, adapter)
-    checked = {file: load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone) for file in read}
-    return backbone, [_join([checked[name] for name in names], names, backbone.rotation) for names in parts]
-
-
-def find_artifact(options: Any, file: str | None) -> Artifact:
-    """The prefix or the trained weights to use, with their header.
-
-    Args:
-        options: With `run_folder` (--run): the folder of a run; its prefix or weights are used.
-        file: Without --run: a prefix as a path, the folder of a run or `hub:OWNER/NAME`, or several with a + between
-            them; empty: the bare model.
-
-    Raises:
-        ConfigError: The run has neither, or --quantize or --adapter does not go with its weights.
-    """
-    if options.run_folder:
-        from prefixtune.training.run_folder import PREFIX_FILE, WEIGHTS_FILE
-
-        folder = Path(options.run_folder)
-        weights = folder / WEIGHTS_FILE
-        if weights.is_file():
-            from prefixtune.training.artifact import load_weights
-
-            if given := [f"--{name}" for name in ("quantize", "adapter") if getattr(options, name)]:
-                raise ConfigError(
-                    f"{' and '.join(given)} cannot go with {str(weights)!r}, which holds weights of its own.",
-                    hint="leave it out; it goes with a prefix or the bare model.",
-                )
-            return Artifact(weights=weights, header=load_weights(weights)[1])
-        if not (folder / PREFIX_FILE).is_file():
-            raise ConfigError(
-                f"{options.run_folder!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
-                hint="name the --output folder of a `prefixtune train` that was finished.",
-            )
-        file = str(folder / PREFIX_FILE)
-    if not file:
-        return Artifact()
-    file = "+".join(prefix_files(file))
-    return Artifact(prefix=file, header=read_prefix(file).header)
-
-
-def load_artifact(
-    console: Console, options: Any, artifact: Artifact
-) -> tuple[Backbone, Prefix | None, TextFormat | None]:
-    """The model, the prefix and the text format of an artifact."""
-    if artifact.weights is not None:
-        if options.engine != "torch":
-            raise ConfigError(
-                f"{str(artifact.weights)!r} holds weights of its own, which only the engine torch reads.",
-                hint=f"leave --engine {options.engine} out.",
-            )
-        from prefixtune.backbone.devices import choose_device, choose_dtype
-        from prefixtune.prefix.chat_format import allow_named
-        from prefixtune.training.artifact import load_tuned
-
-        choose_dtype(options.dtype, choose_device(options.device))
-        allow_named(options.chat_template, [artifact.header], remember=True)
-        console.info(f"loading {artifact.weights} ...")
-        backbone, text_format = load_tuned(
-            artifact.weights, name_or_path=options.backbone, dtype=options.dtype, device=options.device
-        )
-        return backbone, None, text_format
-    backbone, prefixes = load_with_prefixes(console, options, [artifact.prefix] if artifact.prefix else [])
-    return backbone, prefixes[0] if prefixes else None, None
-
-
-def columns_as_trained(options: Any, task: str, header: Mapping[str, Any]) -> dict[str, Any]:
+def columns_as_trained(options: ReadingOptions, task: str, header: Mapping[str, Any]) -> dict[str, Any]:
     """What --data is read with: --source, --target and --form, or what the training read its own with.
 
     References are made in the same way as the training made its targets, unless --form says what the columns are.

@@ -66,7 +66,14 @@ COMMANDS = {
     },
 }
 """Group -> command -> one line of help."""
-_MODULES = dict.fromkeys(("prepare", "doctor", "env"), "setup")
+_MODULES = {
+    **dict.fromkeys(("prepare", "doctor", "env"), "setup"),
+    **dict.fromkeys(("convert", "push", "export"), "share"),
+    "length": "train",
+    "inspect": "compose",
+    "worker": "serve",
+    "report": "explain",
+}
 """Commands whose module has another name."""
 _COMPLETION = "complete commands, options and choices by the Tab key, in bash, zsh or fish"
 _RESUMABLE = ("distill", "evaluate", "length", "train")
@@ -167,16 +174,11 @@ def run(words: Sequence[str]) -> int:
         # --help, --version and shell completion are cyclopts' own.
         function(*bound.args, **bound.kwargs)
         return 0
-    texts = dict(bound.arguments)
-    if texts.get("as_json") and "quiet" in function.options.model_fields:
-        # Programs also read stderr.
-        texts["quiet"] = True
-    options = function.options.read(texts)
+    options = function.options.read(bound.arguments)
     if isinstance(options, ConfigOptions) and options.print_config:
         print(options.part(options.configuration()).to_toml().rstrip())
         return 0
-    result: int = function.run(options)
-    return result
+    return int(function.run(options) or 0)
 
 
 def build_app(command: str = "") -> App:

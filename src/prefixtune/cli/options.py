@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -18,31 +18,48 @@ from cyclopts import Group, Parameter, Token
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
+from prefixtune.cli.show import Table, print_event, show
 from prefixtune.utils.config import Config, Layer, allowed_range, has_commas
+from prefixtune.utils.console import Console
 
-__all__ = ["CommandOptions", "ConfigOptions", "OutputOptions", "PathText", "command", "json_option", "positional"]
+__all__ = [
+    "CommandOptions",
+    "ConfigOptions",
+    "Conflicts",
+    "OutputOptions",
+    "PathText",
+    "ReadingOptions",
+    "RunOptions",
+    "command",
+    "option",
+]
 
 _WITH_HYPHEN = ("train", "dev", "data", "test", "outputs", "against", "weights")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
 
 
+Conflicts = Iterator[tuple[tuple[str, ...], str]]
+"""What is wrong with several options together, as of `Config.conflicts`."""
+
 PathText = Annotated[str, Field(min_length=1)]
 """A path that, left out, means something else: an empty one, as of a shell's variable that is not set, is refused."""
 
 
-def positional(default: Any = ..., **options: Any) -> Any:
-    """A `Field` that is an argument without a name; of a tuple's type: all that follow."""
-    return Field(default, json_schema_extra={"positional": True}, **options)
+def option(default: Any = ..., description: str = "", *, group: str = "", **settings: Any) -> Any:
+    """A field of a command's options.
 
-
-def json_option(what: str) -> Any:
-    """The field `as_json` of a command that can print `what` for programs: `--json`."""
-    return Field(False, description=f"print {what} as JSON on stdout", json_schema_extra={"flag": "json"})
-
-
-def form_option() -> Any:
-    """The field `form` of a command that reads examples, of type `Literal["", FormName]`."""
-    return Field("", description="records without source: what the columns are, where several readings fit")
+    Args:
+        default: `...`: the option must be given.
+        description: For the help.
+        group: The heading that the help lists it under; empty: the usual one.
+        **settings: How the command line has it: `flag` (its name, if not the field's), `positional` (an argument
+            without a name; of a tuple's type: all that follow), `metavar` and `many`. All others are those of
+            pydantic's `Field`, such as `ge`.
+    """
+    extra = {name: settings.pop(name) for name in ("flag", "positional", "metavar", "many") if name in settings}
+    return Field(
+        default, description=description, json_schema_extra=extra | ({"group": group} if group else {}), **settings
+    )
 
 
 class CommandOptions(Config):
@@ -76,6 +93,23 @@ class CommandOptions(Config):
         """The values that the command line or a file has for the fields of a configuration."""
         return {name: getattr(self, name) for name in kind.model_fields if name in self.model_fields_set}
 
+    def apart(self, name: str, *others: str) -> Conflicts:
+        """Options that cannot be given together with the first one."""
+        if self.has(name) and (given := [other for other in others if self.has(other)]):
+            yield (
+                (name, *given),
+                f"{self.flag(name)} cannot go with {' and '.join(map(self.flag, given))}; leave it out",
+            )
+
+    def only_with(self, name: str, *others: str) -> Conflicts:
+        """Options that say more of the first one, which they need."""
+        if not self.has(name) and (given := [other for other in others if self.has(other)]):
+            yield (name, *given), f"{' and '.join(map(self.flag, given))}: give {self.flag(name)} too"
+
+    def has(self, name: str) -> bool:
+        """Whether an option says something else than its default."""
+        return bool(getattr(self, name) != self.default(name))
+
     @classmethod
     def flag(cls, name: str) -> str:
         """The option of a field, or the name of an argument."""
@@ -86,9 +120,30 @@ class CommandOptions(Config):
 
 
 class OutputOptions(CommandOptions):
-    """The options of a command that shows progress."""
+    """The options of a command that prints results, and shows progress."""
 
-    quiet: bool = Field(False, description="no progress, only results and errors")
+    quiet: bool = option(False, "no progress, only results and errors")
+    as_json: bool = option(False, "print results as JSON on stdout, one value a line", flag="json")
+
+    @functools.cached_property
+    def console(self) -> Console:
+        """For people; programs, which --json is for, also read stderr."""
+        return Console(quiet=self.quiet or self.as_json)
+
+    def show(self, facts: Mapping[str, Any], *parts: str | Table) -> None:
+        """Print a result: `facts` for programs, or lines and tables for people."""
+        show(facts, *parts, as_json=self.as_json)
+
+
+class ReadingOptions(CommandOptions):
+    """How examples are read."""
+
+    data: str = option("", "examples: a file, a folder, hub:NAME, or - (stdin)", metavar="PATH")
+    task: str = option("", "how the data are read (default: the prefix's or the run's task)")
+    split: Literal["", "train", "dev", "test"] = option("", "which part of a folder")
+    source: str | None = option(None, "records: column or template (default: as in training)")
+    target: str | None = option(None, "records: column or template (default: as in training)")
+    form: str = option("", "what the columns are, where several forms fit: messages, prompt, instruction, text, ...")
 
 
 class ConfigOptions(CommandOptions):
@@ -97,12 +152,10 @@ class ConfigOptions(CommandOptions):
     It stands before the configuration among the bases: `class TrainOptions(ConfigOptions, TrainConfig)`.
     """
 
-    config: str = Field(
-        "",
-        description='TOML file with the options of the groups below, as in dtype = "auto"; what the command line says '
-        "wins over it",
+    config: str = option(
+        "", 'TOML file with the options of the groups below, as in dtype = "auto"; the command line wins over it'
     )
-    print_config: bool = Field(False, description="print the final configuration as TOML, and do nothing else")
+    print_config: bool = option(False, "print the final configuration as TOML, and do nothing else")
 
     @classmethod
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
@@ -116,7 +169,40 @@ class ConfigOptions(CommandOptions):
         return next(base for base in cls.__mro__ if issubclass(base, Config) and not issubclass(base, CommandOptions))
 
 
-def command(run: Callable[[Any], int]) -> Callable[..., int]:
+class RunOptions(ConfigOptions, OutputOptions):
+    """The options of a command that fills the folder `output`, and can go on if it was stopped."""
+
+    resume: bool = option(False, "go on with the run in --output, from where it was stopped")
+    usual: ClassVar[Mapping[str, Any]] = {}
+    """Values in place of the configuration's usual ones."""
+
+    @property
+    def reporting(self) -> dict[str, Any]:
+        """How a run reports, and whether it resumes: arguments of its function."""
+        shown = not (self.quiet or self.as_json)
+        return {"resume": self.resume, "progress": shown, "on_event": print_event if self.as_json else None}
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """The file of --config, or the configuration of the run to resume."""
+        if not given.get("resume") or "config" in given:
+            return super().layers(given)
+        path = cls.stored(given.get("output", cls.usual.get("output", cls.default("output"))))
+        return [Layer.from_file(path, cls.configuration().model_fields)]
+
+    @classmethod
+    def stored(cls, output: str) -> Path:
+        """The configuration that a folder holds.
+
+        Raises:
+            CheckpointError: It holds no run.
+        """
+        from prefixtune.training.run_folder import stored_config
+
+        return stored_config(output)
+
+
+def command(run: Callable[[Any], int | None]) -> Callable[..., int]:
     """A function for cyclopts, whose parameters are the fields of `run`'s options; its help is `run`'s docstring.
 
     Its arguments are texts; `main` reads `options` from these and calls `run`.

@@ -13,7 +13,7 @@ from prefixtune.utils.console import Console, Figure
 if TYPE_CHECKING:
     from prefixtune.results import Evaluation, Score
 
-__all__ = ["Table", "format_score", "print_event", "print_json", "score_tables", "show"]
+__all__ = ["Table", "format_score", "outline", "print_event", "print_json", "score_tables", "show"]
 
 
 def print_json(value: object) -> None:
@@ -57,6 +57,17 @@ def show(facts: Mapping[str, Any], *parts: str | Table, as_json: bool) -> None:
             console.table(*part, result=True)
         else:
             print(part)
+
+
+def outline(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Nested facts as lines, for people."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{name}"
+            yield from outline(value, f"{indent}  ")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{indent}{name}: {('no', 'yes')[value] if isinstance(value, bool) else text or 'none'}"
 
 
 def score_tables(title: str, outcome: Evaluation) -> Iterator[Table]:

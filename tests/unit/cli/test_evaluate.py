@@ -127,7 +127,7 @@ def test_a_second_system_intervals_and_the_report(
     references: str, outputs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = write(tmp_path / "other.txt", "Something.\nQuite.\nDifferent.\n")
-    options = ["--task", "e2e", "--data", references, "--outputs", outputs, "--metrics", "ter", "--samples", "200"]
+    options = ["--task", "e2e", "--data", references, "--outputs", outputs, "--metrics", "ter"]
     options += ["--intervals", "--against", other, "--output", str(tmp_path / "scored")]
     result = scored(capsys, *options)
     low, high = result["scores"]["ter"]["interval"]
@@ -136,7 +136,7 @@ def test_a_second_system_intervals_and_the_report(
     assert against["outputs"] == other
     found = against["comparison"]["ter"]
     assert found["difference"] == result["scores"]["ter"]["score"] - against["scores"]["ter"]["score"] < 0
-    assert (0 < found["p_value"] <= 1, found["samples"]) == (True, 200)
+    assert (0 < found["p_value"] <= 1, found["samples"]) == (True, 1000)
     assert call("evaluate", *options) == 0
     assert "approximate randomization" in capsys.readouterr().out
     stored = read_results(tmp_path / "scored")

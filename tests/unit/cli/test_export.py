@@ -37,12 +37,12 @@ def export(trained: Path, *arguments: object) -> int:
 
 def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
-    assert export(trained, "--to", "llama.cpp", "--output", folder, "--kv-type", "f32", "--state-version", 3) == 0
+    assert export(trained, "--to", "llama.cpp", "--output", folder, "--kv-type", "f32") == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{folder / 'pubs.bin'}; run {folder / 'check.py'} against the server")
     assert "exporting to llama.cpp" in shown.err
     facts = json.loads((folder / "export.json").read_text())
-    assert (facts["kv_type"], facts["state_version"], facts["task"]) == ("f32", 3, "e2e")
+    assert (facts["kv_type"], facts["task"]) == ("f32", "e2e")
     assert export(trained, "--to", "llama.cpp", "--output", folder, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["kv_type"], result["folder"]) == ("f16", str(folder))
@@ -53,7 +53,6 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--to", "llamacpp"], "--to is 'llamacpp'"),
         (["--to", "onnx", "--kv-type", "f16"], "--kv-type is for llama.cpp"),
-        (["--to", "llama.cpp", "--state-version", "9"], "--state-version is '9'"),
         (["--to", "onnx", "--dtype", "bfloat16"], "the backbone is in torch.bfloat16"),
     ],
 )

@@ -33,7 +33,7 @@ def arguments(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: A
             "5",
         ),
         *("--train", str(tmp_path / "rows.jsonl"), "--dev", str(tmp_path / "rows.jsonl")),
-        *("--source", "name", "--target", "text", "--max-steps", "3", "--samples", "50"),
+        *("--source", "name", "--target", "text", "--max-steps", "3"),
         *("--output", str(tmp_path / "run")),
     ]
 
@@ -59,9 +59,7 @@ def test_events_and_the_curve_as_json(arguments: list[str], tmp_path: Path) -> N
     assert Path(events[-1]["path"]).is_file()
     assert not err
     # A finished run gives its curve again.
-    again, _ = run(
-        "length", "--resume", "--output", str(tmp_path / "run"), "--json", "--samples", "50", "--lengths", "4"
-    )
+    again, _ = run("length", "--resume", "--output", str(tmp_path / "run"), "--json", "--lengths", "4")
     curve = [event for event in map(json.loads, again.splitlines()) if event["event"] == "length"]
     assert [event["prefix_length"] for event in curve] == [4, 5]
     assert curve[-1]["loss"] == [event for event in events if event["event"] == "length"][-1]["loss"]

@@ -94,7 +94,6 @@ def test_mistakes_end_with_2(ours: Path, prefix: Prefix, tmp_path: Path, capsys:
         (tmp_path, out, "--to", "prefixtune"),
         (ours, out, "--to", "onnx"),
         (ours, tmp_path / "out.bin", "--to", "prefixtune"),
-        (ours, out, "--to", "prefixtune", "--frozen-tokens", "1"),
         (adapter / "adapter_model.safetensors", out, "--to", "prefixtune"),
         (tmp_path / "other.safetensors", out, "--to", "prefixtune"),
         (tmp_path / "pickle.bin", out, "--to", "prefixtune"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from child_process import is_running, kill, start_child
-from prefixtune.cli.commands import worker as worker_command
+from prefixtune.cli.commands import serve as worker_command
 from prefixtune.cli.main import main
 from prefixtune.server import training_worker
 from prefixtune.server.settings import ServeConfig

@@ -8,17 +8,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from prefixtune.cli.conversation import Conversation
-from prefixtune.cli.decoding import EngineOptions, note_unused, task_decoding
-from prefixtune.cli.loading import load_with_prefixes, short_name, started_engine
-from prefixtune.cli.options import OutputOptions, command, json_option
+from prefixtune.cli.decoding import EngineOptions, task_decoding
+from prefixtune.cli.loading import load_trained, read_trained, short_name, started_engine
+from prefixtune.cli.options import command, option
 from prefixtune.cli.show import print_json
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.sampling.config import SamplingConfig
-from prefixtune.utils.config import TextList, option_group
-from prefixtune.utils.console import Console
+from prefixtune.utils.config import TextList
 from prefixtune.utils.folders import expand_home
 
 if TYPE_CHECKING:
@@ -39,22 +36,30 @@ _FEW = 64
 """Tokens: with room for fewer, an answer may break off."""
 
 
-class ChatOptions(OutputOptions, EngineOptions, SamplingConfig):
+class ChatOptions(EngineOptions, SamplingConfig):
     """The options of `prefixtune chat`."""
 
-    prefix: TextList = Field(
+    prefix: TextList = option(
         (),
-        description="a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; given several times: /prefix "
-        "NAME switches; none: bare model",
+        "a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; given several times: /prefix NAME "
+        "switches; none: bare model",
     )
-    as_json: bool = json_option("one object per answer")
-    max_new_tokens: int = option_group("decoding")(
-        512, ge=1, description="most tokens of an answer; with a prefix: as its task has it, for records at least 512"
+    max_new_tokens: int = option(
+        512,
+        "most tokens of an answer; with a prefix: as its task has it, for records at least 512",
+        ge=1,
+        group="decoding",
     )
+
+    def decoding(self, prefix: Prefix | None) -> GenerateConfig:
+        """The settings of the prefix's task, replaced by those of the options; beam search cannot stream."""
+        header = {} if prefix is None else prefix.header
+        given = {**self.without_lacks, **self.given(SamplingConfig), "num_beams": 1}
+        return task_decoding(header.get("task"), [header], given, least=self.max_new_tokens)
 
 
 @command
-def chat(options: ChatOptions) -> int:
+def chat(options: ChatOptions) -> None:
     r"""Talk with a model and its prefixes in the terminal.
 
     The model reads the whole conversation in its own chat template, or in the one that the prefix was trained with. A
@@ -70,11 +75,15 @@ def chat(options: ChatOptions) -> int:
         prefixtune chat --engine llama.cpp
         printf 'Hello\nWho are you?\n' | prefixtune chat --json
     """
-    console = Console(quiet=options.quiet)
-    note_unused(console, options, _decoding_with(options, None))
-    backbone, prefixes = load_with_prefixes(console, options, options.prefix, _check_prefixes)
+    options.decoding(None)
+    trained = read_trained(options, options.prefix)
 
     from prefixtune.data.chat import has_chat_template
+    from prefixtune.data.labels import labels_in
+
+    if any(map(labels_in, trained.headers)):
+        raise ConfigError("a prefix that gives labels has no answers.", hint="use `prefixtune generate`.")
+    backbone, prefixes, _ = load_trained(options, trained)
 
     if not has_chat_template(backbone) and not any(prefix.header.get("text_format") for prefix in prefixes):
         raise ConfigError(
@@ -82,20 +91,9 @@ def chat(options: ChatOptions) -> int:
             hint="use `prefixtune generate`, or name another model with --backbone.",
         )
     named = dict(zip(_names(options.prefix), prefixes, strict=True))
-    with started_engine(console, options, backbone, num_slots=1) as engine:
-        conversation = Conversation(backbone, named, partial(_decoding_with, options), next(iter(named), ""), engine)
-        _Terminal(conversation, console, options.as_json).run()
-    return 0
-
-
-def _check_prefixes(prefixes: Sequence[Prefix]) -> None:
-    from prefixtune.data.labels import labels_of
-
-    for prefix in prefixes:
-        if labels := labels_of(prefix):
-            raise ConfigError(
-                f"a prefix for {labels.kind} gives labels, and has no answers.", hint="use `prefixtune generate`."
-            )
+    with started_engine(options, backbone, num_slots=1) as engine:
+        conversation = Conversation(backbone, named, options.decoding, next(iter(named), ""), engine)
+        _Terminal(conversation, options).run()
 
 
 def _names(files: Sequence[str]) -> list[str]:
@@ -106,27 +104,16 @@ def _names(files: Sequence[str]) -> list[str]:
     >>> _names(["a/x.safetensors", "b/x.safetensors"])
     ['a/x.safetensors', 'b/x.safetensors']
     """
-    short = [short_name(file) for file in files]
-    return [
-        name if short.count(name) == 1 and name != _NO_PREFIX else file for name, file in zip(short, files, strict=True)
-    ]
-
-
-def _decoding_with(options: ChatOptions, prefix: Prefix | None) -> GenerateConfig:
-    """The settings of the prefix's task, replaced by those of the options; beam search cannot stream."""
-    header = {} if prefix is None else prefix.header
-    given = {**options.without_lacks, **options.given(SamplingConfig), "num_beams": 1}
-    return task_decoding(header.get("task"), [header], given, least=options.max_new_tokens)
+    short = [_NO_PREFIX, *map(short_name, files)]
+    return [name if short.count(name) == 1 else file for name, file in zip(short[1:], files, strict=True)]
 
 
 class _Terminal:
     """Reads messages and commands, and shows answers."""
 
-    def __init__(self, conversation: Conversation, console: Console, as_json: bool) -> None:
-        self._conversation = conversation
-        self._console = console
-        self._as_json = as_json
-        self._interactive = sys.stdin is not None and sys.stdin.isatty() and not as_json
+    def __init__(self, conversation: Conversation, options: ChatOptions) -> None:
+        self._conversation, self._console, self._as_json = conversation, options.console, options.as_json
+        self._interactive = sys.stdin is not None and sys.stdin.isatty() and not options.as_json
         self._said_one_message = False
 
     def run(self) -> None:
@@ -137,17 +124,21 @@ class _Terminal:
             self._console.info("/help lists the commands; Ctrl-D ends.")
         for line in self._lines():
             text = line.strip()
-            if not text:
-                continue
-            if line.startswith("/"):
-                name, _, argument = text.partition(" ")
-                if name == "/exit":
-                    return
-                with self._reporting(text):
+            name, _, argument = text.partition(" ")
+            is_command = line.startswith("/")
+            if is_command and name == "/exit":
+                return
+            try:
+                if is_command:
                     self._obey(name, argument.strip())
-            else:
-                with self._reporting(text):
+                elif text:
                     self._answer(text)
+            except PrefixError as error:
+                # The conversation goes on.
+                if self._as_json:
+                    print_json({"text": text, "error": error.message, "hint": error.hint})
+                else:
+                    self._console.error(error.message, error.hint)
 
     def _lines(self) -> Iterator[str]:
         while True:
@@ -168,29 +159,15 @@ class _Terminal:
                     raise
                 print()
 
-    @contextlib.contextmanager
-    def _reporting(self, text: str) -> Iterator[None]:
-        """A message that cannot be answered is reported, and the conversation goes on."""
-        try:
-            yield
-        except PrefixError as error:
-            if self._as_json:
-                print_json({"text": text, "error": error.message, "hint": error.hint})
-            else:
-                self._console.error(error.message, error.hint)
-
     def _answer(self, text: str) -> None:
-        if not is_text(text):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            # Half characters, as bytes become that are no UTF-8.
             raise RequestError("the message is not UTF-8 text.", hint="convert it to UTF-8.")
         conversation = self._conversation
         if conversation.reads_one_message and conversation.messages and not self._said_one_message:
             self._said_one_message = True
             self._console.info(f"the prefix {conversation.name!r} reads your last message only, not those before it")
-
-        def on_piece(piece: str) -> None:
-            if not self._as_json:
-                print(piece, end="", flush=True)
-
+        on_piece = (lambda _: None) if self._as_json else partial(print, end="", flush=True)
         answer = conversation.ask(text, on_piece, lambda _: self._console.info("your message was truncated to fit"))
         if self._as_json:
             row = {"text": text, "output": answer.text, "prefix": conversation.name or None}
@@ -228,8 +205,3 @@ class _Terminal:
             conversation.name = "" if name == _NO_PREFIX else name
         else:
             raise RequestError(f"there is no prefix {name[:80]!r}.", hint=did_you_mean(name, known))
-
-
-def is_text(text: str) -> bool:
-    """Whether a text from a terminal has no half characters, as bytes become that are no UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

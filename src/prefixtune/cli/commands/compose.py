@@ -1,24 +1,23 @@
-"""`prefixtune compose`: one prefix of several, or fewer positions of one."""
+"""`prefixtune compose` and `inspect`: one prefix of several, or fewer positions of one; what files hold."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.cli.show import Table, show
-from prefixtune.errors import ConfigError
+from prefixtune.cli.options import Conflicts, OutputOptions, PathText, command, option
+from prefixtune.cli.show import Table
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.utils.config import CommaList, TextList
-from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
 
-__all__ = ["compose", "parts_table"]
+__all__ = ["compose", "inspect"]
 
 _APPROXIMATE = (
     "the model adds positions to its input, so that keys cannot be moved: each part stays as it was computed, which is "
@@ -29,52 +28,39 @@ _APPROXIMATE = (
 class ComposeOptions(OutputOptions):
     """The options of `prefixtune compose`."""
 
-    files: TextList = positional(
+    files: TextList = option(
         (),
-        description="prefixes of one backbone, in order: files, folders of runs, or hub:OWNER/NAME; one alone is cut",
+        "prefixes of one backbone, in order: files, folders of runs, or hub:OWNER/NAME; one alone is cut",
+        positional=True,
     )
-    output: str = Field(description="the .safetensors file to write")
-    mode: Literal["concatenate", "average", "interpolate"] = Field(
+    output: str = option(description="the .safetensors file to write")
+    mode: Literal["concatenate", "average", "interpolate"] = option(
         "concatenate",
-        description="concatenate: one after the other, each turned on by the lengths before it. average, interpolate: "
-        "number by number, of one length",
+        "concatenate: one after the other, each turned on by the lengths before it. average, interpolate: number by "
+        "number, of one length",
     )
-    weights: CommaList[float] = Field((), description="interpolate: one for each file, with sum 1")
-    length: int | None = Field(
-        None, ge=1, description="cut the result to so many positions, at every site that has more"
-    )
-    cut_from: Literal["start", "end"] = Field(
+    weights: CommaList[float] = option((), "interpolate: one for each file, with sum 1")
+    length: int | None = option(None, "cut the result to so many positions, at every site that has more", ge=1)
+    cut_from: Literal["start", "end"] = option(
         "end",
-        description="with --length: which end is cut off. end: the first positions stay, exactly as they are. start: "
-        "the last ones stay, and their keys are turned back",
-        json_schema_extra={"flag": "from"},
+        "with --length: which end is cut off. end: the first positions stay, exactly as they are. start: the last ones "
+        "stay, and their keys are turned back",
+        flag="from",
     )
-    backbone: str | None = Field(
-        None, description="their backbone, if it is elsewhere now; how keys turn is then found by running it"
+    backbone: str | None = option(
+        None, "their backbone, if it is elsewhere now; how keys turn is then found by running it"
     )
-    as_json: bool = json_option("what was done")
 
-    @property
-    def turns_keys(self) -> bool:
-        """Whether positions are moved."""
-        joins = self.mode == "concatenate" and len(self.files) > 1
-        return joins or (bool(self.length) and self.cut_from == "start")
-
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def conflicts(self) -> Conflicts:
         """Options that do not go together."""
-        if Path(self.output).suffix != ".safetensors":
-            name = Path(self.output).stem or "prefix"
-            yield ("output",), f"{self.output!r} does not end with .safetensors; write to {name}.safetensors"
         if len(self.files) < (1 if self.length else 2):
             yield ("files",), f"FILES names {len(self.files) or 'no'} prefix; name two or more, or cut one by --length"
         if self.weights and self.mode != "interpolate":
             yield ("weights", "mode"), "--weights is for --mode interpolate; leave it out"
-        if self.backbone is not None and not self.turns_keys:
-            yield ("backbone", "mode"), "--backbone is needed where keys are turned, and none are; leave it out"
 
 
 @command
-def compose(options: ComposeOptions) -> int:
+def compose(options: ComposeOptions) -> None:
     """Make one prefix file of several: joined one after the other, or averaged; or cut one to fewer positions.
 
     Joined, the first file stands first, and the text follows the last, whose text format and task the result has. The
@@ -96,14 +82,15 @@ def compose(options: ComposeOptions) -> int:
 
     names, output = list(options.files), Path(options.output)
     prefixes = [load_prefix(file) for file in names]
+    composed, rotation = prefixes[0], None
     if len(prefixes) > 1:
         check_joinable(prefixes, names)
-    rotation = _find_rotation(options, prefixes) if options.turns_keys else None
-    if len(prefixes) == 1:
-        composed = prefixes[0]
-    elif options.mode == "concatenate":
+    joins = options.mode == "concatenate" and len(names) > 1
+    if joins or (options.length and options.cut_from == "start"):
+        rotation = _find_rotation(options, prefixes)
+    if joins:
         composed = concatenate(prefixes, rotation, names=names)
-    else:
+    elif len(prefixes) > 1:
         composed = average(prefixes, options.weights if options.mode == "interpolate" else None, names=names)
     if options.length:
         composed = cut(composed, options.length, rotation, end=options.cut_from)
@@ -113,34 +100,20 @@ def compose(options: ComposeOptions) -> int:
     notes += [] if exact else [_APPROXIMATE]
     parts, mode = composed.header["composition"]["parts"], composed.header["composition"]["mode"]
     for note in notes:
-        Console(quiet=options.quiet).warn(note)
-    show(
-        {"output": options.output, "mode": mode, "prefix_length": composed.lengths, "file_bytes": size}
-        | {"exact": exact, "parts": parts, "notes": notes},
-        parts_table(mode, parts),
-        f"{options.output}: {composed!r}, {size:,} bytes",
-        as_json=options.as_json,
-    )
-    return 0
+        options.console.warn(note)
+    facts = {"output": options.output, "mode": mode, "prefix_length": composed.lengths, "file_bytes": size}
+    facts |= {"exact": exact, "parts": parts, "notes": notes}
+    options.show(facts, _parts_table(mode, parts), f"{options.output}: {composed!r}, {size:,} bytes")
 
 
 def _notes(prefixes: Sequence[Prefix], names: Sequence[str]) -> Iterator[str]:
     """What a user should know of the result."""
     from prefixtune.prefix.compose import same_templates
     from prefixtune.prefix.header import backbone_origin
-    from prefixtune.prefix.prefix import content_hash
 
-    first_of: dict[str, str] = {}
-    for name, prefix in zip(names, prefixes, strict=True):
-        first = first_of.setdefault(content_hash(prefix), name)
-        if first is not name:
-            yield f"{name} has the content of {first}, which counts twice"
     formats = [one for prefix in prefixes if (one := prefix.header.get("text_format")) is not None]
     if not all(same_templates(one, formats[0]) for one in formats):
         yield "the parts have different text formats; the result has one of them (`prefixtune inspect` shows it)"
-    dtypes = {str((prefix.header.get("training") or {}).get("backbone_dtype") or "") for prefix in prefixes} - {""}
-    if len(dtypes) > 1:
-        yield f"the parts were trained on the backbone in different dtypes ({', '.join(sorted(dtypes))})"
     unnamed = [
         name for name, prefix in zip(names, prefixes, strict=True) if not backbone_origin(prefix.header).fingerprint
     ]
@@ -165,7 +138,7 @@ def _find_rotation(options: ComposeOptions, prefixes: Sequence[Prefix]) -> Rotat
     name = options.backbone or next((origin for one in prefixes if (origin := backbone_origin(one.header).name)), "")
     if not name:
         raise ConfigError(f"{options.files[0]!r} does not name its backbone.", hint="name it: --backbone NAME.")
-    Console(quiet=options.quiet).info(f"loading {name} ...")
+    options.console.info(f"loading {name} ...")
     loaded = load_backbone(name, device="cpu")
     for prefix in prefixes:
         load_prefix(prefix, loaded)
@@ -187,7 +160,7 @@ def _save(path: Path, prefix: Prefix) -> int:
     return path.stat().st_size
 
 
-def parts_table(mode: object, parts: Sequence[Mapping[str, Any]]) -> Table:
+def _parts_table(mode: object, parts: Sequence[Mapping[str, Any]]) -> Table:
     """The parts of a composed prefix, whose header may come from anybody."""
     from prefixtune.prefix.compose import MAX_PARTS
 
@@ -198,7 +171,117 @@ def parts_table(mode: object, parts: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _cell(value: object) -> str | int | float:
+    """A value from a header, cut; lengths that are the same at all sites as one."""
     if isinstance(value, int | float):
         return value
-    text = ", ".join(f"{site} {n}" for site, n in value.items()) if isinstance(value, Mapping) else str(value or "")
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(value, Mapping):
+        same = len(set(map(str, value.values()))) == 1
+        value = str(next(iter(value.values()))) if same else ", ".join(f"{site} {n}" for site, n in value.items())
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 90 else f"{text[:87]}..."
+
+
+class InspectOptions(OutputOptions):
+    """The options of `prefixtune inspect`."""
+
+    path: PathText = option(
+        description="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
+        "method, are listed, broken ones with the reason (exit code 1)",
+        positional=True,
+    )
+
+
+@command
+def inspect(options: InspectOptions) -> int:
+    """Show a prefix file: header, sizes, norms per layer; or list a folder."""
+    from prefixtune.prefix.hub import prefix_file
+
+    if os.path.isdir(options.path):  # Path.is_dir raises if the parent folder may not be read
+        return _list(options, Path(options.path))
+    path = prefix_file(options.path)
+
+    from prefixtune.backbone.prefixes import load_prefix
+
+    prefix = load_prefix(path)
+    norms = [
+        {"site": site, "layer": index}
+        | {f"{name}_norm": round(float(one.float().norm(dim=-1).mean()), 4) for name, one in (("key", k), ("value", v))}
+        for site, layers in prefix.layers.items()
+        for index, (k, v) in enumerate(layers)
+    ]
+    sizes: dict[str, Any] = {"file_bytes": path.stat().st_size, "tensor_bytes": prefix.num_bytes}
+    sizes |= {"parameters": prefix.num_parameters, "prefix_length": prefix.lengths}
+    composition = prefix.header.get("composition") or {}
+    parts = composition.get("parts") or []
+    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts) and bool(parts)
+    options.show(
+        {"file": str(path), **sizes, "header": prefix.header, "layers": norms},
+        f"{path}: {prefix!r}, {sizes['file_bytes']:,} bytes",
+        Table("header", ["key", "value"], list(_flatten({**prefix.header, "composition": {}}))),
+        *([_parts_table(composition.get("mode"), parts)] if has_parts else []),
+        Table("mean norm of a head's vector", ["site", "layer", "key", "value"], [[*row.values()] for row in norms]),
+    )
+    return 0
+
+
+def _list(options: InspectOptions, folder: Path) -> int:
+    """List the prefixes of a folder and the runs in it; returns 1 if a file is broken."""
+    rows = [_row(folder, path) for path in _artifacts(folder)]
+    if not rows:
+        raise CheckpointError(
+            f"{str(folder)!r} holds no prefix and no finished run.",
+            hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
+        )
+    names = {"name": "name", "file_bytes": "bytes", "method": "method", "backbone": "backbone"}
+    names |= {"prefix_length": "length", "task": "task"}
+    good = [[_cell(row[name] or "") for name in names] for row in rows if "error" not in row]
+    broken = [[row["name"], row["error"]] for row in rows if "error" in row]
+    options.show(
+        {"folder": str(folder), "prefixes": rows},
+        Table(f"{len(good)} of {len(rows)} files in {folder}", [*names.values()], good),
+        *([Table("broken files", ["name", "why"], broken)] if broken else []),
+    )
+    return 1 if broken else 0
+
+
+def _artifacts(folder: Path) -> list[Path]:
+    """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
+    from prefixtune.prefix.folder import ENDING, list_names, path_of
+    from prefixtune.prefix.hub import FILE
+    from prefixtune.training.run_folder import STATE_FILE, WEIGHTS_FILE
+
+    here = [path_of(folder, name) for name in list_names(folder) - {STATE_FILE.removesuffix(ENDING)}]
+    return sorted([*here, *(path for name in (FILE, WEIGHTS_FILE) for path in folder.glob(f"*/{name}"))])
+
+
+def _row(folder: Path, path: Path) -> dict[str, Any]:
+    """The row of a file in the list; the whole file is read and checked, as when it is used."""
+    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.prefix.header import backbone_origin
+    from prefixtune.training.artifact import load_weights
+    from prefixtune.training.run_folder import WEIGHTS_FILE
+
+    header: Mapping[str, Any]
+    row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
+    try:
+        row["file_bytes"] = path.stat().st_size
+        if path.name == WEIGHTS_FILE:
+            tensors, header = load_weights(path)
+            row |= {"parameters": sum(tensor.numel() for tensor in tensors.values()), "prefix_length": {}}
+        else:
+            prefix = load_prefix(path)
+            header = prefix.header
+            row |= {"parameters": prefix.num_parameters, "prefix_length": prefix.lengths}
+    except (PrefixError, OSError) as error:
+        return {**row, "error": str(error)}
+    row |= {"method": header.get("method", "prefix"), "backbone": backbone_origin(header).name or None}
+    return {**row, "task": header.get("task")}
+
+
+def _flatten(header: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
+    """A header's entries as rows."""
+    for key, value in header.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{above}{key}.")
+        else:
+            yield [f"{above}{key}", str(_cell(value))]

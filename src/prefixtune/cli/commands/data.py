@@ -1,21 +1,20 @@
-"""`prefixtune data`: what a training run would read of a file, before the run."""
+"""`prefixtune data`: what a training run would read of a file, before the run; the tasks and presets."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from prefixtune.cli.options import CommandOptions, command, json_option, positional
-from prefixtune.cli.show import show
+from prefixtune.cli.options import Conflicts, OutputOptions, command, option
+from prefixtune.cli.show import outline
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.console import safe_text
 
 if TYPE_CHECKING:
+    from prefixtune.data import Task
     from prefixtune.evaluation.data_report import DataReport, Part
 
 __all__ = ["data"]
@@ -23,31 +22,26 @@ __all__ = ["data"]
 _MAX_TEXT = 1_500
 """Characters of a piece of the example that are shown, at most; of a longer one, its beginning and its end."""
 _MAX_LABELS = 12
+_READ = {"backbone", "task", "form", "source", "target", "chat_template", "system", "prompt_format", "target_format"}
 
 
-class DataOptions(CommandOptions):
-    """The options of `prefixtune data`."""
+class DataOptions(OutputOptions, TrainConfig):
+    """The options of `prefixtune data`: those of a training that change what it reads."""
 
-    file: str = positional("", description="data to look at: a file, a folder or hub:NAME; none: standard input")
-    test: str = Field("", description="a test file: how many of its sources are also in the data?")
-    backbone: str = Field("smollm2-135m", description="whose tokens are counted; its weights are not loaded")
-    task: str = Field("records", description="how to read the files (see `prefixtune data --tasks`)")
-    form: str = Field("", description="form of the data, where several fit: messages, prompt, instruction, text, ...")
-    source: str = Field("", description="column or template of the source, such as '{name} is {food}'")
-    target: str = Field("", description="column or template of the target")
-    chat_template: str = Field("", description="as of `prefixtune train`: a file, model, none; empty: by the data")
-    system: str = Field("", description="system message of a conversation that has none")
-    prompt_format: str = Field("", description="text before the target, as of `prefixtune train`")
-    target_format: str = Field("", description="text of the target, as of `prefixtune train`")
-    max_length: int = Field(0, ge=0, description="most positions of source and target together; 0: the backbone's")
-    prefix_length: int = Field(10, ge=0, description="P, which takes positions too")
-    batch_size: int = Field(16, ge=1, description="targets per forward pass, for the positions of a step")
-    tasks: bool = Field(False, description="list the tasks and presets, and do nothing else")
-    as_json: bool = json_option("all figures")
+    unused = TrainConfig.model_fields.keys() - _READ - {"max_length", "prefix_length", "batch_size"}
+
+    file: str = option("", "data to look at: a file, a folder or hub:NAME; none: standard input", positional=True)
+    test: str = option("", "a test file: how many of its sources are also in the data?")
+    tasks: bool = option(False, "list the tasks and presets, and do nothing else")
+
+    def conflicts(self) -> Conflicts:
+        """Also: a list that has no file."""
+        yield from super().conflicts()
+        yield from self.apart("tasks", "file", "test")
 
 
 @command
-def data(options: DataOptions) -> int:
+def data(options: DataOptions) -> None:
     """Look at data before a run: form, lengths, what would be cut, one example with its labels, duplicates.
 
     Only the backbone's tokenizer is loaded, and nothing is written.
@@ -58,20 +52,42 @@ def data(options: DataOptions) -> int:
         prefixtune data --tasks
     """
     if options.tasks:
-        from prefixtune.cli.tasks import show_tasks
+        from prefixtune.data import TASKS
 
-        return show_tasks(options.as_json)
+        tasks = [_describe(task) for task in TASKS.values()]
+        options.show({"tasks": tasks}, *outline({task["name"]: task for task in tasks}))
+        return
     from prefixtune.evaluation.data_report import report_data
 
-    fields = TrainConfig.model_fields.keys() & options.given(DataOptions).keys()
     if not options.file and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("there is no data to look at.", hint="name a file, or send one: prefixtune data < rows.jsonl")
-    given = {name: getattr(options, name) for name in fields}
-    config = TrainConfig(train=options.file or "-", **given, initialization="random")
+    config = TrainConfig(**options.given(TrainConfig), train=options.file or "-", initialization="random")
     report = report_data(config, test=options.test)
     text = "\n\n".join("\n".join(lines) for lines in _paragraphs(report, options.test))
-    show(report.model_dump(mode="json"), text, as_json=options.as_json)
-    return 0
+    options.show(report.model_dump(mode="json"), text)
+
+
+def _describe(task: Task) -> dict[str, Any]:
+    """A task: its files, decoding and scores, and the presets that have values for it."""
+    from prefixtune.training.presets import PRESETS, preset
+
+    return {
+        "name": task.name,
+        "description": task.description,
+        "kind": task.kind,
+        "formats": [] if task.parts else list(task.formats),
+        "parts": list(task.parts),
+        "takes_columns": task.takes_columns,
+        "decoding": task.decoding,
+        "metrics": list(task.metrics),
+        "protocol": task.protocol,
+        "groups": list(task.groups),
+        "presets": {
+            name: {method: preset(name, task.name, method) for method in one.runs[task.name]}
+            for name, one in PRESETS.items()
+            if task.name in one.runs
+        },
+    }
 
 
 def _paragraphs(report: DataReport, test: str) -> Iterator[Iterable[str]]:

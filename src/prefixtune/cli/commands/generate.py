@@ -2,94 +2,64 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from prefixtune.cli.decoding import DecodingOptions, generate_config, note_unused
-from prefixtune.cli.loading import (
-    Artifact,
-    find_artifact,
-    load_artifact,
-    load_with_prefixes,
-    read_prefix,
-    started_engine,
-)
-from prefixtune.cli.options import OutputOptions, PathText, command, json_option, positional
-from prefixtune.cli.show import show
+from prefixtune.cli.decoding import DecodingOptions
+from prefixtune.cli.loading import Trained, load_trained, read_trained, started_engine
+from prefixtune.cli.options import Conflicts, PathText, command, option
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList
-from prefixtune.utils.console import Console, safe_text
+from prefixtune.utils.console import safe_text
 
 if TYPE_CHECKING:
+    from prefixtune.backbone.backbone import Backbone
     from prefixtune.data.chat import Source
     from prefixtune.data.labels import Labels
+    from prefixtune.engine.base import Engine
     from prefixtune.inference.classify import Prediction
-    from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
-    from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["generate", "unescape"]
-
-
-# Half characters (\ud800 to \udfff) are no text.
-_ESCAPE = re.compile(r"\\(?:u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|[nrt\\])")
+__all__ = ["generate"]
 
 
-class GenerateOptions(DecodingOptions, OutputOptions):
+class GenerateOptions(DecodingOptions):
     """The options of `prefixtune generate`."""
 
-    texts: TextList = positional(
+    texts: TextList = option(
         (),
-        description="sources, taken as typed (\\n is two characters: see --escapes); without any, lines are read from "
-        "stdin, one result a line",
+        "sources, taken as typed (\\n is two characters); without any, lines are read from stdin, one result a line",
+        positional=True,
     )
-    data: str = Field(
+    data: str = option(
         "",
-        description="a file instead of texts, in any form that train reads: conversations, prompts, texts, ...; each "
-        "row's last user message is answered, one result a row",
-        json_schema_extra={"metavar": "FILE"},
+        "a file instead of texts, in any form that train reads: conversations, prompts, texts, ...; each row's last "
+        "user message is answered, one result a row",
+        metavar="FILE",
     )
-    form: str = Field("", description="form of --data, where several fit: messages, prompt, instruction, ...")
-    prefix: TextList = Field(
+    form: str = option("", "form of --data, where several fit: messages, prompt, instruction, ...")
+    prefix: TextList = option(
         (),
-        description="a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; once for all texts, or once "
-        "per text; none: bare model",
-        json_schema_extra={"metavar": "FILE"},
+        "a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; once for all texts, or once per text; "
+        "none: bare model",
+        metavar="FILE",
     )
-    run_folder: PathText = Field(
-        "",
-        description="a run of `prefixtune train`, with any method",
-        json_schema_extra={"flag": "run", "metavar": "FOLDER"},
-    )
-    escapes: bool = Field(False, description="read \\n, \\r, \\t, \\\\ and \\uXXXX in the texts as characters")
-    stream: bool = Field(False, description="print the text while it is generated (one text only)")
-    as_json: bool = json_option("one object a text")
+    run_folder: PathText = option("", "a run of `prefixtune train`, with any method", flag="run", metavar="FOLDER")
+    stream: bool = option(False, "print the text while it is generated (one text only)")
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Options that exclude each other, and texts that are missing or too many."""
+    def conflicts(self) -> Conflicts:
+        """Also: options that exclude each other."""
         yield from super().conflicts()
-        if self.prefix and self.run_folder:
-            yield ("prefix", "run_folder"), "--prefix cannot go with --run, whose prefix is used; give one of the two"
-        if self.stream and self.as_json:
-            yield ("stream", "as_json"), "--stream prints one text while it is generated, and cannot go with --json"
-        if self.data and (self.texts or self.stream):
-            other = "texts" if self.texts else "stream"
-            yield ("data", other), "--data gives the texts, one result a row; leave out --stream and other texts"
-        if self.form and not self.data:
-            yield ("form", "data"), "--form says what the columns of --data are: give --data FILE too"
-        if not (self.texts or self.data) and not self.print_config and (sys.stdin is None or sys.stdin.isatty()):
-            yield ("texts",), 'there is no text to continue: give it as an argument ("..."), or as lines on stdin'
+        yield from self.apart("run_folder", "prefix")
+        yield from self.apart("stream", "as_json")
+        yield from self.apart("data", "texts", "stream")
+        yield from self.only_with("data", "form")
 
 
 @command
-def generate(options: GenerateOptions) -> int:
+def generate(options: GenerateOptions) -> None:
     r"""Generate with a prefix, from arguments or from lines on stdin.
 
     The defaults of decoding are those of the prefix's task.
@@ -99,55 +69,57 @@ def generate(options: GenerateOptions) -> int:
         prefixtune generate --prefix a.safetensors --prefix b.safetensors "text for a" "text for b"
         prefixtune generate --prefix manual.safetensors+style.safetensors "How do I reset it?"
         prefixtune generate --run runs/full "name : Aromi | type : pub"
-        prefixtune generate --prefix p.safetensors --escapes "first line\nsecond line"
         prefixtune generate --prefix p.safetensors --data chats.jsonl --json
         prefixtune generate --prefix p.safetensors --engine llama.cpp "name : Aromi"
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """
-    console = Console(quiet=options.quiet)
-    artifact = find_artifact(options, None) if options.run_folder else Artifact()
-    stored = {name: read_prefix(name).header for name in dict.fromkeys(options.prefix)}
-    headers = list(stored.values()) or [artifact.header]
-    config = generate_config(options, headers)
+    trained = read_trained(options, options.prefix, options.run_folder)
+    config = options.configuration(trained.headers)
     if options.print_config:
         print(config.to_toml().rstrip())
-        return 0
-    lines = _read_texts(options, console, headers)
+        return
+    lines = _read_texts(options, trained)
     # Blank lines of stdin have empty results, so that the lines of sources and results match.
     kept = [index for index, line in enumerate(lines) if options.texts or not isinstance(line, str) or line.strip()]
-    names = [artifact.prefix] if artifact.prefix else list(options.prefix)
-    note_unused(console, options, config)
-    labels = _common_labels(headers, options)
-    if options.stream and labels is None:
+    labels = _common_labels(options, trained)
+    if options.stream:
         from prefixtune.inference.generate import check_streams
 
         check_streams(config)
-    work = _Work(console, options, config, [lines[index] for index in kept])
-    if artifact.weights is not None:
-        work.backbone, _, work.text_format = load_artifact(console, options, artifact)
+    backbone, prefixes, text_format = load_trained(options, trained)
+    texts = [lines[index] for index in kept]
+    each = [prefixes[index % len(prefixes)] if prefixes else None for index in kept]
+    cut: set[int] = set()
+    shared = {"text_format": text_format, "config": config, "on_cut": cut.update}
+    rows: list[dict[str, Any]] = []
+    if labels is not None:
+        rows = _label(options, backbone, texts, each, labels, shared)
     else:
-        used = [names[index] for index in kept] if len(names) > 1 else names
-        work.backbone, work.prefixes = load_with_prefixes(console, options, used)
-    if options.stream and labels is None:
-        work.stream()
-        return 0
-    rows = work.generate() if labels is None else work.label(labels)
-    _print_rows(options, lines, dict(zip(kept, rows, strict=True)), names)
-    return 0
+        num_slots = 1 if options.stream else max(1, min(config.batch_size, len(texts)))
+        with started_engine(options, backbone, num_slots) as engine:
+            if options.stream:
+                _stream(backbone, texts[0], each[0], engine, shared)
+            else:
+                rows = _complete(options, backbone, texts, each, engine, shared)
+    if cut:
+        options.console.info(f"{len(cut)} of {len(texts)} sources were truncated to fit")
+    if options.stream:
+        return
+    results = {at: {**row, "cut": index in cut} for index, (at, row) in enumerate(zip(kept, rows, strict=True))}
+    names: Sequence[str | None] = options.prefix or ["+".join(files) for files in trained.files] or [None]
+    for index, line in enumerate(lines):
+        row = results.get(index, {"text": line, "output": "", "ended": True, "cut": False, "note": "the line is blank"})
+        text = _for_stdout(row["output"].replace("\n", "\\n").replace("\r", "\\r"))
+        options.show({**row, "prefix": names[index % len(names)]}, text)
 
 
-def _read_texts(options: GenerateOptions, console: Console, headers: Sequence[Mapping[str, Any]]) -> list[Source]:
+def _read_texts(options: GenerateOptions, trained: Trained) -> list[Source]:
     """The texts of the arguments or of stdin, or the texts and conversations of a file.
 
     Raises:
         PrefixError: There is none, one is no UTF-8, or their number does not fit the other options.
     """
-    lines: list[Source]
-    if options.data:
-        lines = _read_data(options, console, headers)
-    else:
-        typed = list(options.texts) or _stdin_lines()
-        lines = [*map(unescape, typed)] if options.escapes else [*typed]
+    lines: list[Source] = _read_data(options, trained) if options.data else [*(options.texts or _stdin_lines())]
     if options.stream and len(lines) != 1:
         raise ConfigError(
             f"--stream prints one text while it is generated, but got {len(lines)}.", hint="give one text."
@@ -159,7 +131,19 @@ def _read_texts(options: GenerateOptions, console: Console, headers: Sequence[Ma
     return lines
 
 
-def _read_data(options: GenerateOptions, console: Console, headers: Sequence[Mapping[str, Any]]) -> list[Source]:
+def _stdin_lines() -> list[str]:
+    from prefixtune.data.streams import STDIN, open_bytes, reading, text_lines
+
+    lines: list[str] = []
+    if sys.stdin is not None and not sys.stdin.isatty():
+        with reading(Path(STDIN)):
+            lines = [line.rstrip("\r\n") for line in text_lines(open_bytes(Path(STDIN)), "stdin")]
+    if not any(line.strip() for line in lines):
+        raise ConfigError("there is no text.", hint='give it as an argument ("..."), or as lines on stdin.')
+    return lines
+
+
+def _read_data(options: GenerateOptions, trained: Trained) -> list[Source]:
     """The source of every row of a file: of a conversation, all messages before the last answer; a text as it is.
 
     Rows that have the columns of the prefix's training are read as it read them, unless --form is given.
@@ -170,16 +154,16 @@ def _read_data(options: GenerateOptions, console: Console, headers: Sequence[Map
     from prefixtune.data.sets import locate
 
     path = locate(Path(options.data), None, FORMATS, {})
-    trained = {_trained_source(header) for header in headers}
-    task, template = trained.pop() if len(trained) == 1 and not options.form else ("", "")
+    sources = {_trained_source(header) for header in trained.headers}
+    task, template = sources.pop() if len(sources) == 1 and not options.form else ("", "")
     if template and set(check_template(template)) <= next(iter_file(path)).values.keys():
-        sources = read_sources(task, path, template)
-        console.info(f"{options.data}: read as in training, by {template!r}: {len(sources):,} rows")
-        return [*sources]
+        texts = read_sources(task, path, template)
+        options.console.info(f"{options.data}: read as in training, by {template!r}: {len(texts):,} rows")
+        return [*texts]
     _, form, row = resolve_task("records", path, form=options.form, needs_targets=False)
     assert form is not None
     examples = [make_example(record, form) for record in iter_file(path)]
-    console.info(describe_data(form, examples, options.data, row))
+    options.console.info(describe_data(form, examples, options.data, row))
     return [example.messages or example.source or example.targets[0] for example in examples]
 
 
@@ -193,14 +177,7 @@ def _trained_source(header: Mapping[str, Any]) -> tuple[str, str]:
     return (task, stored.source) if stored is not None and takes_columns else ("", "")
 
 
-def _shown(source: Source) -> dict[str, Any]:
-    """A source in a result."""
-    from prefixtune.data.chat import as_conversation
-
-    return {"text": source} if isinstance(source, str) else {"messages": as_conversation(source)}
-
-
-def _common_labels(headers: Sequence[Mapping[str, Any]], options: GenerateOptions) -> Labels | None:
+def _common_labels(options: GenerateOptions, trained: Trained) -> Labels | None:
     """The labels of the first prefix, or of the trained weights, where all classify or all tag; None: they generate.
 
     Raises:
@@ -208,9 +185,9 @@ def _common_labels(headers: Sequence[Mapping[str, Any]], options: GenerateOption
     """
     from prefixtune.data.labels import labels_in
 
-    labels = [labels_in(header) for header in headers]
+    labels = [labels_in(header) for header in trained.headers]
     kinds = {"generation" if one is None else one.kind for one in labels}
-    if kinds <= {"generation"}:
+    if kinds == {"generation"}:
         return None
     if len(kinds) > 1 or options.stream or options.engine != "torch":
         raise ConfigError(
@@ -220,180 +197,88 @@ def _common_labels(headers: Sequence[Mapping[str, Any]], options: GenerateOption
     return labels[0]
 
 
-@dataclass
-class _Work:
-    """Texts, and what continues or labels them."""
-
-    console: Console
-    options: GenerateOptions
-    config: GenerateConfig
-    texts: Sequence[Source]
-    backbone: Any = None
-    prefixes: Sequence[Prefix] = ()
-    text_format: TextFormat | None = None
-
-    def stream(self) -> None:
-        """Print the output of one text while it is generated."""
-        from prefixtune.inference.generate import stream
-
-        cut: set[int] = set()
-        with started_engine(self.console, self.options, self.backbone, 1) as engine:
-            for piece in stream(
-                self.backbone,
-                self.texts[0],
-                next(iter(self.prefixes), None),
-                text_format=self.text_format,
-                config=self.config,
-                engine=engine,
-                on_cut=cut.update,
-            ):
-                print(_for_stdout(piece), end="", flush=True)
-        print()
-        self._report_cut(len(cut))
-
-    def generate(self) -> list[dict[str, Any]]:
-        """The output of every text."""
-        from prefixtune.inference.generate import generate
-
-        cut: set[int] = set()
-        unended: set[int] = set()
-        num_slots = max(1, min(self.config.batch_size, len(self.texts)))
-        with (
-            started_engine(self.console, self.options, self.backbone, num_slots) as engine,
-            self.console.progress("generating", len(self.texts)) as bar,
-        ):
-            outputs = generate(
-                self.backbone,
-                self.texts,
-                self.prefixes[0] if len(self.prefixes) == 1 else self.prefixes or None,
-                text_format=self.text_format,
-                config=self.config,
-                engine=engine,
-                on_batch=bar.update,
-                on_cut=cut.update,
-                on_unended=unended.update,
-            )
-        self._report_cut(len(cut))
-        return [
-            {**_shown(text), "output": output, "cut": index in cut, "ended": index not in unended}
-            for index, (text, output) in enumerate(zip(self.texts, outputs, strict=True))
-        ]
-
-    def label(self, labels: Labels) -> list[dict[str, Any]]:
-        """The label or tags of every text, with their probabilities; without a prefix, by the words of `labels`."""
-        from prefixtune.data.chat import as_conversation
-        from prefixtune.inference.classify import classify, tag
-
-        # What is labelled is the text, or that of the last message.
-        texts = [as_conversation(text)[-1]["content"] for text in self.texts]
-        rows: dict[int, dict[str, Any]] = {}
-        with self.console.progress("labelling", len(texts)) as bar:
-            for prefix, indices in self._by_prefix():
-                chosen = [texts[index] for index in indices]
-                if prefix is not None and labels.kind == "tagging":
-                    found = tag(self.backbone, [text.split() for text in chosen], prefix, config=self.config)
-                    made = [_tag_row(text, tags) for text, tags in zip(chosen, found, strict=True)]
-                else:
-                    cut: set[int] = set()
-                    classes = classify(
-                        self.backbone,
-                        chosen,
-                        prefix,
-                        labels=labels if prefix is None else None,
-                        text_format=self.text_format,
-                        config=self.config,
-                        on_cut=cut.update,
-                    )
-                    made = [_class_row(chosen[at], result, at in cut) for at, result in enumerate(classes)]
-                rows |= dict(zip(indices, made, strict=True))
-                bar.update(len(rows))
-        self._report_cut(sum(row.get("cut", False) for row in rows.values()))
-        return [rows[index] for index in range(len(texts))]
-
-    def _by_prefix(self) -> Sequence[tuple[Prefix | None, Sequence[int]]]:
-        """Every prefix with the indices of its texts; one prefix is for all texts, and so is none."""
-        if len(self.prefixes) < 2:
-            return [(next(iter(self.prefixes), None), range(len(self.texts)))]
-        groups: dict[int, tuple[Prefix, list[int]]] = {}
-        for index, prefix in enumerate(self.prefixes):
-            groups.setdefault(id(prefix), (prefix, []))[1].append(index)
-        return list(groups.values())
-
-    def _report_cut(self, count: int) -> None:
-        if count:
-            self.console.info(f"{count} of {len(self.texts)} sources were truncated to fit")
-
-
-def _print_rows(
-    options: GenerateOptions, lines: Sequence[Source], rows: Mapping[int, Mapping[str, Any]], names: Sequence[str]
+def _stream(
+    backbone: Backbone, text: Source, prefix: Prefix | None, engine: Engine | None, shared: Mapping[str, Any]
 ) -> None:
-    """Print one result per line of input, in order.
+    from prefixtune.inference.generate import stream
 
-    Args:
-        options: Whether as JSON.
-        lines: The input.
-        rows: Index of a line -> its result; a blank line has none.
-        names: Of the prefixes: none, one for all lines, or one for each.
-    """
-    facts = next(iter(rows.values()), {})
-    blank = {name: value for name, value in (("cut", False), ("ended", True)) if name in facts}
-    for index, line in enumerate(lines):
-        row = rows.get(index, {"text": line, "output": "", **blank, "note": "the line is blank"})
-        name = names[index if len(names) > 1 else 0] if names else None
-        # Every result is one line.
-        show({**row, "prefix": name}, _for_stdout(_escaped(str(row["output"]))), as_json=options.as_json)
+    for piece in stream(backbone, text, prefix, engine=engine, **shared):
+        print(_for_stdout(piece), end="", flush=True)
+    print()
 
 
-def _escaped(text: str) -> str:
-    return text.replace("\n", "\\n").replace("\r", "\\r")
+def _complete(
+    options: GenerateOptions,
+    backbone: Backbone,
+    texts: Sequence[Source],
+    prefixes: Sequence[Prefix | None],
+    engine: Engine | None,
+    shared: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The output of every text."""
+    from prefixtune.data.chat import as_conversation
+    from prefixtune.inference.generate import generate
+
+    unended: set[int] = set()
+    with options.console.progress("generating", len(texts)) as bar:
+        outputs = generate(
+            backbone, texts, prefixes, engine=engine, on_batch=bar.update, on_unended=unended.update, **shared
+        )
+    shown = [{"text": text} if isinstance(text, str) else {"messages": as_conversation(text)} for text in texts]
+    return [
+        {**text, "output": output, "ended": index not in unended}
+        for index, (text, output) in enumerate(zip(shown, outputs, strict=True))
+    ]
+
+
+def _label(
+    options: GenerateOptions,
+    backbone: Backbone,
+    texts: Sequence[Source],
+    prefixes: Sequence[Prefix | None],
+    labels: Labels,
+    shared: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The label or tags of every text, with their probabilities; without a prefix, by the words of `labels`."""
+    from prefixtune.data.chat import as_conversation
+    from prefixtune.inference.classify import classify, tag
+
+    groups: dict[int, list[int]] = {}
+    for index, prefix in enumerate(prefixes):
+        groups.setdefault(id(prefix), []).append(index)
+    rows: dict[int, dict[str, Any]] = {}
+    with options.console.progress("labelling", len(texts)) as bar:
+        for indices in groups.values():
+            prefix = prefixes[indices[0]]
+            # What is labelled is the text, or that of the last message.
+            chosen = [as_conversation(texts[index])[-1]["content"] for index in indices]
+            if prefix is not None and labels.kind == "tagging":
+                found = tag(backbone, [text.split() for text in chosen], prefix, config=shared["config"])
+                made = [_tag_row(text, tags) for text, tags in zip(chosen, found, strict=True)]
+            else:
+                cut: set[int] = set()
+                own = {**shared, "on_cut": cut.update}
+                classes = classify(backbone, chosen, prefix, labels=labels if prefix is None else None, **own)
+                shared["on_cut"](indices[at] for at in cut)
+                made = [_class_row(text, one) for text, one in zip(chosen, classes, strict=True)]
+            rows |= dict(zip(indices, made, strict=True))
+            bar.update(len(rows))
+    return [rows[index] for index in range(len(texts))]
+
+
+def _tag_row(text: str, tags: Sequence[Prediction]) -> dict[str, Any]:
+    labels, shares = [token.label for token in tags], [_rounded(token) for token in tags]
+    return {"text": text, "output": " ".join(labels), "tokens": text.split(), "tags": labels, "probabilities": shares}
+
+
+def _class_row(text: str, one: Prediction) -> dict[str, Any]:
+    return {"text": text, "output": one.label, "label": one.label, "probabilities": _rounded(one)}
+
+
+def _rounded(one: Prediction) -> dict[str, float]:
+    return {label: round(share, 6) for label, share in one.probabilities.items()}
 
 
 def _for_stdout(text: str) -> str:
     """A model's text, without what would steer a terminal that shows it."""
     return safe_text(text.replace("\r", "")) if sys.stdout.isatty() else text
-
-
-def _tag_row(text: str, tags: Sequence[Prediction]) -> dict[str, Any]:
-    labels = [token.label for token in tags]
-    probabilities = [_rounded(token.probabilities) for token in tags]
-    return {
-        "text": text,
-        "output": " ".join(labels),
-        "tokens": text.split(),
-        "tags": labels,
-        "probabilities": probabilities,
-    }
-
-
-def _class_row(text: str, result: Prediction, cut: bool) -> dict[str, Any]:
-    probabilities = _rounded(result.probabilities)
-    return {"text": text, "output": result.label, "label": result.label, "probabilities": probabilities, "cut": cut}
-
-
-def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
-    return {label: round(share, 6) for label, share in probabilities.items()}
-
-
-def unescape(text: str) -> str:
-    r"""Read the escapes of a text: `\n`, `\r`, `\t`, `\\` and `\uXXXX`; what is none stays as it is.
-
-    >>> unescape(r"two\nlines \\n")
-    'two\nlines \\n'
-    """
-    return _ESCAPE.sub(lambda escape: json.loads(f'"{escape[0]}"'), text)
-
-
-def _stdin_lines() -> list[str]:
-    """The lines of stdin.
-
-    Raises:
-        ConfigError: There is no text.
-        DataError: A line is too long, or is no UTF-8 text.
-    """
-    from prefixtune.data.streams import STDIN, open_bytes, reading, text_lines
-
-    with reading(Path(STDIN)):
-        lines = [line.rstrip("\r\n") for line in text_lines(open_bytes(Path(STDIN)), "stdin")]
-    if not any(line.strip() for line in lines):
-        raise ConfigError("stdin holds no text.", hint="give one source a line.")
-    return lines

@@ -6,19 +6,20 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from prefixtune.cli.jobs_client import JOBS, JobsClient
-from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.cli.show import print_event, print_json
-from prefixtune.errors import RequestError
-from prefixtune.utils.config import TextList, option_group
-from prefixtune.utils.console import Console, safe_text
+from prefixtune.cli.options import Conflicts, OutputOptions, command, option
+from prefixtune.cli.show import Table, print_event
+from prefixtune.errors import ConfigError, RequestError
+from prefixtune.utils.config import TextList
+from prefixtune.utils.console import safe_text
 from prefixtune.utils.folders import expand_home
 
 __all__ = ["jobs"]
@@ -26,41 +27,43 @@ __all__ = ["jobs"]
 _KEY, _OTHER_KEY, _OTHER_URL = "PREFIXTUNE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"
 _FOLLOW_SECONDS, _ASK_SECONDS = 120.0, 5.0
 """How long a server that is away is waited for."""
+_PAUSE, _CONNECT_SECONDS, _ANSWER_SECONDS = 1.0, 10.0, 600.0
+_AWAY = (502, 503, 504)
+_ENDED = ("succeeded", "failed", "cancelled", "paused")
+_JOBS, _PAGE = "/fine_tuning/jobs", 100
 _LOSSES = {"train_loss": "loss", "valid_loss": "validation_loss"}
+_HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
 _FILE_ID = re.compile(r"file-[A-Za-z0-9]+")
-
-_server, _training = option_group("server"), option_group("create")
 
 
 class JobsOptions(OutputOptions):
     """The options of `prefixtune jobs`."""
 
     action: Literal["list", "create", "show", "follow", "cancel", "pause", "resume", "upload", "files", "delete"] = (
-        positional("list", description="what to do, as listed above")
+        option("list", "what to do, as listed above", positional=True)
     )
-    what: str = positional("", description="the id of a job, a file, or a name")
-    limit: int = Field(20, ge=1, le=100, description="list, files: how many, the newest first")
-    follow: bool = Field(False, description="create, resume: then show the training until it ends")
-    as_json: bool = json_option("the server's objects, and of a training that is followed its events as lines,")
+    what: str = option("", "the id of a job, a file, or a name", positional=True)
+    limit: int = option(20, "list, files: how many, the newest first", ge=1, le=100)
+    follow: bool = option(False, "create, resume: then show the training until it ends")
 
-    url: str = _server("http://127.0.0.1:8000/v1", description="the server's interface")
-    key: str = _server(
+    url: str = option("http://127.0.0.1:8000/v1", "the server's interface", group="server")
+    key: str = option(
         "",
-        description="API key, which other users of this machine can see in the list of processes (default: the "
-        f"variable {_KEY}; or {_OTHER_KEY}, if {_OTHER_URL} names this server)",
+        "API key, which other users of this machine can see in the list of processes (default: the variable "
+        f"{_KEY}; or {_OTHER_KEY}, if {_OTHER_URL} names this server)",
+        group="server",
     )
 
-    model: str = _training("", description="what to train: the bare model, or an earlier result (default: bare)")
-    name: str = _training("", description="what the result is served as (default: the server makes one)")
-    validation: str = _training("", description="file, or id of one, to choose the best steps by")
-    document: bool = _training(False, description="the file is a document, to make a memory of")
-    questions: str = _training("", description="of a document: file, or id of one, with questions; or self")
-    epochs: int | None = _training(None, description="times that each example is seen (default: the server's choice)")
-    batch_size: int | None = _training(None, description="examples per step (default: the server's choice)")
-    learning_rate_multiplier: float | None = _training(None, description="times the usual learning rate")
-    seed: int | None = _training(None, ge=0, description="of the order of the data (default: the server chooses)")
-    option: TextList = _training(
-        (), description="NAME=VALUE, a further field of the request's object `prefixtune`, as in prefix_length=20"
+    model: str = option("", "what to train: the bare model, or an earlier result (default: bare)", group="create")
+    name: str = option("", "what the result is served as (default: the server makes one)", group="create")
+    validation: str = option("", "file, or id of one, to choose the best steps by", group="create")
+    document: bool = option(False, "the file is a document, to make a memory of", group="create")
+    questions: str = option("", "of a document: file, or id of one, with questions; or self", group="create")
+    option: TextList = option(
+        (),
+        f"NAME=VALUE, once for each: seed, {', '.join(_HYPERPARAMETERS)}, or a field of the request's object "
+        "`prefixtune`, as in prefix_length=20",
+        group="create",
     )
 
     @field_validator("option")
@@ -71,10 +74,12 @@ class JobsOptions(OutputOptions):
                 raise ValueError(f"is {text[:80]!r}, but must be NAME=VALUE")
         return texts
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Most actions are done to something."""
+    def conflicts(self) -> Conflicts:
+        """Most actions are done to something, and a key is no part of an address."""
         if (self.action in ("list", "files")) == bool(self.what):
             yield ("what",), f"{self.action} {'takes no' if self.what else 'needs a'} file, name or id"
+        if not re.match(r"https?://[^@/?#]+(/[^?#]*)?$", self.url):
+            yield ("url",), "--url must be an address of http or https, without a key in it: http://127.0.0.1:8000/v1"
 
 
 @command
@@ -95,74 +100,51 @@ def jobs(options: JobsOptions) -> int:
     For example:
         prefixtune jobs create chats.jsonl --name support --follow
         prefixtune jobs create manual.txt --document --questions self --name manual
-        prefixtune jobs create more.jsonl --model support --name support-2
+        prefixtune jobs create more.jsonl --model support --name support-2 --option n_epochs=2
     """
-    follows = options.follow or options.action == "follow"
-    client = JobsClient(options.url, _key(options), _FOLLOW_SECONDS if follows else _ASK_SECONDS)
-    with contextlib.closing(client):
+    with contextlib.closing(_Client(options)) as client:
         return _run(client, options)
 
 
-def _run(client: JobsClient, options: JobsOptions) -> int:
+def _run(client: _Client, options: JobsOptions) -> int:
     """Do what the words say, and print it; returns the exit code."""
-    console, what = Console(quiet=options.quiet), options.what
+    what = options.what
     match options.action:
         case "list":
-            found = client.list(JOBS, limit=options.limit)
-            rows = [[job["id"], _status(job), _name(job), job.get("model"), _time(job)] for job in found]
-            return _show_list(console, options, "jobs", found, ["job", "status", "name", "model", "created"], rows)
+            found = client.list(_JOBS, limit=options.limit)
+            rows = [[job["id"], _status(job), _name(job), str(job.get("model")), _time(job)] for job in found]
+            options.show({"jobs": found}, Table("", ["job", "status", "name", "model", "created"], rows))
         case "files":
             found = client.list("/files", limit=options.limit)
-            columns = ["file", "name", "purpose", "bytes", "created"]
-            rows = [[*(one.get(name) for name in ("id", "filename", "purpose", "bytes")), _time(one)] for one in found]
-            return _show_list(console, options, "files", found, columns, rows)
+            columns = ["id", "filename", "purpose", "bytes"]
+            rows = [[*(str(one.get(name)) for name in columns), _time(one)] for one in found]
+            options.show({"files": found}, Table("", ["file", "name", *columns[2:], "created"], rows))
         case "upload":
-            file = _upload(console, client, what, _purpose(options))
-            print_json(file) if options.as_json else print(safe_text(str(file["id"])))
-            if is_wrong := file.get("status") == "error":
-                console.error(f"it cannot be trained on: {_line(file.get('status_details'))}")
-            return int(is_wrong)
+            file = client.upload(what, _purpose(options))
+            options.show(file, safe_text(str(file["id"])))
+            if file.get("status") == "error":
+                options.console.error(f"it cannot be trained on: {_line(file.get('status_details'))}")
+                return 1
         case "delete":
-            client.delete("/files" if _FILE_ID.fullmatch(what) else "/models", what)
-            print_json({"id": what, "deleted": True}) if options.as_json else console.info(f"{what} is deleted")
-            return 0
+            client.ask("DELETE", f"{'/files' if _FILE_ID.fullmatch(what) else '/models'}/{quote(what, safe='')}")
+            options.show({"id": what, "deleted": True}, f"{what} is deleted")
         case "follow":
-            return _follow(console, client, options, what)
-        case "create":
-            job = _create(console, client, options)
-        case "cancel" | "pause" | "resume" as action:
-            job = client.job(what, action)
-        case _:
-            job = client.job(what)
-    if options.follow:
-        return _follow(console, client, options, job["id"])
-    if options.as_json:
-        print_json(job)
-    else:
-        facts = {"job": job["id"], "status": _status(job), "name": _name(job), "model": job.get("model")}
-        facts |= {"created": _time(job), "error": _line((job.get("error") or {}).get("message"))}
-        shown = [[name, str(value)] for name, value in facts.items() if value]
-        console.table("", ["", ""], shown, result=True)
+            return _follow(client, options, what)
+        case action:
+            if action == "create":
+                job = _create(client, options)
+            else:
+                job = client.job(what, "" if action == "show" else action)
+            if options.follow:
+                return _follow(client, options, job["id"])
+            facts = {"job": job["id"], "status": _status(job), "name": _name(job), "model": job.get("model")}
+            facts |= {"created": _time(job), "error": _line((job.get("error") or {}).get("message"))}
+            options.show(job, Table("", ["", ""], [[name, str(value)] for name, value in facts.items() if value]))
     return 0
 
 
-def _key(options: JobsOptions) -> str:
-    """The key for this server: a key for another one is not sent."""
-    is_other = os.environ.get(_OTHER_URL, "").rstrip("/") == options.url.rstrip("/")
-    return options.key or os.environ.get(_KEY, "") or (os.environ.get(_OTHER_KEY, "") if is_other else "")
-
-
-def _purpose(options: JobsOptions) -> str:
-    return "document" if options.document else "fine-tune"
-
-
-def _upload(console: Console, client: JobsClient, file: str, purpose: str) -> dict[str, Any]:
-    console.info(f"uploading {file} ...")
-    return client.upload(expand_home(file), purpose)
-
-
-def _create(console: Console, client: JobsClient, options: JobsOptions) -> dict[str, Any]:
-    """Upload what is not on the server, and ask for a training.
+def _create(client: _Client, options: JobsOptions) -> dict[str, Any]:
+    """Upload what is not on the server, and ask for a training; again if need be: by its key it is made once.
 
     Raises:
         RequestError: The server refuses, or finds that a file cannot be trained on.
@@ -171,11 +153,11 @@ def _create(console: Console, client: JobsClient, options: JobsOptions) -> dict[
     def file_id(file: str, purpose: str) -> str:
         if _FILE_ID.fullmatch(file) and not Path(file).exists():
             return file
-        uploaded = _upload(console, client, file, purpose)
+        uploaded = client.upload(file, purpose)
         if uploaded.get("status") == "error":
             raise RequestError(f"{file} cannot be trained on: {_line(uploaded.get('status_details'))}")
         # A job that is refused need not upload it again.
-        console.info(f"uploaded as {uploaded['id']}, which can be given instead of the file")
+        options.console.info(f"uploaded as {uploaded['id']}, which can be given instead of the file")
         return str(uploaded["id"])
 
     request: dict[str, Any] = {"model": options.model or client.bare_model()}
@@ -192,22 +174,18 @@ def _create(console: Console, client: JobsClient, options: JobsOptions) -> dict[
     if options.questions:
         own = options.questions == "self"
         extension["questions"] = "self" if own else file_id(options.questions, "fine-tune")
-    hyperparameters = {
-        "n_epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "learning_rate_multiplier": options.learning_rate_multiplier,
-    }
-    given = {name: value for name, value in hyperparameters.items() if value is not None}
-    optional = {
-        "seed": options.seed,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": given}} if given else None,
-        "prefixtune": extension or None,
-    }
-    return client.create({**request, **{name: value for name, value in optional.items() if value is not None}})
+    if "seed" in extension:
+        request["seed"] = extension.pop("seed")
+    if given := {name: extension.pop(name) for name in _HYPERPARAMETERS if name in extension}:
+        request["method"] = {"type": "supervised", "supervised": {"hyperparameters": given}}
+    if extension:
+        request["prefixtune"] = extension
+    return client.ask("POST", _JOBS, json=request, headers={"Idempotency-Key": secrets.token_hex(16)})
 
 
-def _follow(console: Console, client: JobsClient, options: JobsOptions, job_id: str) -> int:
+def _follow(client: _Client, options: JobsOptions, job_id: str) -> int:
     """Show the events of a job until it ends; returns the exit code."""
+    console = options.console
     with contextlib.ExitStack() as stack:
         on_step: Callable[..., None] | None = None
 
@@ -236,19 +214,114 @@ def _follow(console: Console, client: JobsClient, options: JobsOptions, job_id: 
     return 0 if status == "succeeded" else 1
 
 
-def _show_list(
-    console: Console,
-    options: JobsOptions,
-    name: str,
-    found: Sequence[dict[str, Any]],
-    columns: list[str],
-    rows: Sequence[Sequence[object]],
-) -> int:
-    if options.as_json:
-        print_json({name: found})
-    else:
-        console.table("", columns, [[str(cell) for cell in row] for row in rows], result=True)
-    return 0
+class _Client:
+    """What a server can be asked to train. Files, jobs and events are as the server says them.
+
+    A key is sent to this server alone: redirects are not followed. Every method raises a `RequestError` where the
+    server is away, refuses, or answers in another shape.
+    """
+
+    def __init__(self, options: JobsOptions) -> None:
+        import httpx2
+
+        # A key for another server is not sent.
+        is_other = os.environ.get(_OTHER_URL, "").rstrip("/") == options.url.rstrip("/")
+        key = options.key or os.environ.get(_KEY, "") or (os.environ.get(_OTHER_KEY, "") if is_other else "")
+        self.url, self._console = options.url.rstrip("/"), options.console
+        self._patience = _FOLLOW_SECONDS if options.follow or options.action == "follow" else _ASK_SECONDS
+        self._client = httpx2.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx2.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
+            # Proxies of the environment are for other machines.
+            trust_env=httpx2.URL(options.url).host not in ("localhost", "127.0.0.1", "::1"),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def bare_model(self) -> str:
+        """The name of the model without a prefix."""
+        bare = [str(model["id"]) for model in self.list("/models") if model.get("parent") is None]
+        if len(bare) != 1:
+            raise RequestError(
+                f"{self.url} does not say which of its models is the bare one.", hint="name it with --model."
+            )
+        return bare[0]
+
+    def upload(self, file: str, purpose: str) -> dict[str, Any]:
+        """Upload a file."""
+        self._console.info(f"uploading {file} ...")
+        try:
+            with expand_home(file).open("rb") as stream:
+                return self.ask("POST", "/files", data={"purpose": purpose}, files={"file": stream})
+        except OSError as error:
+            raise ConfigError(f"cannot read {file!r}: {error.strerror}.", hint="check the path.") from error
+
+    def list(self, path: str, **parameters: str | int) -> list[dict[str, Any]]:
+        """A page of `/files`, `/models`, jobs or events, the newest first."""
+        found = self.ask("GET", path, params=parameters).get("data")
+        if not isinstance(found, list) or not all(isinstance(one, dict) and "id" in one for one in found):
+            raise self._foreign()
+        return found
+
+    def job(self, job_id: str, action: str = "") -> dict[str, Any]:
+        """One job; with `cancel`, `pause` or `resume`, how it stands after that."""
+        path = f"{_JOBS}/{quote(job_id, safe='')}"
+        job = self.ask("POST", f"{path}/{action}") if action else self.ask("GET", path)
+        if not isinstance(job.get("status"), str):
+            raise self._foreign()
+        return job
+
+    def follow(self, job_id: str, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Call `on_event` with each event, from the first on, until the job stands still; returns how it stands."""
+        known, path = set[str](), f"{_JOBS}/{quote(job_id, safe='')}/events"
+        while True:
+            job = self.job(job_id)
+            new: list[dict[str, Any]] = []
+            page = self.list(path, limit=_PAGE)
+            while fresh := [event for event in page if event["id"] not in known]:
+                new += fresh
+                known |= {event["id"] for event in fresh}
+                page = self.list(path, limit=_PAGE, after=page[-1]["id"]) if len(page) == _PAGE else []
+            for event in reversed(new):
+                on_event(event)
+            if job["status"] in _ENDED:
+                return job
+            time.sleep(_PAUSE)
+
+    def ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        """The object of an answer; a question, or what has a key, is asked again while the server is away."""
+        import httpx2
+
+        end = time.monotonic() + self._patience
+        while True:
+            try:
+                response = self._client.request(method, self.url + path, **options)
+                status, answer = response.status_code, response.json()
+                if response.is_success and isinstance(answer, dict):
+                    return answer
+                message = str(answer["error"]["message"])
+            except httpx2.HTTPError as error:
+                status, message = 0, f"{self.url} cannot be reached: {error}."
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise self._foreign() from error
+            may_ask_again = (method == "GET" or "headers" in options) and (not status or status in _AWAY)
+            if not may_ask_again or time.monotonic() > end:
+                hint = "does --url name a server of `prefixtune serve`?" if not status else ""
+                hint = f"give a key with --key, or in the variable {_KEY}." if status == 401 else hint
+                raise RequestError(message, hint=hint)
+            time.sleep(_PAUSE)
+
+    def _foreign(self) -> RequestError:
+        return RequestError(
+            f"{self.url} answers in a shape that OpenAI's interface does not have.",
+            hint="does --url name a server of `prefixtune serve`, with /v1 at its end?",
+        )
+
+
+def _purpose(options: JobsOptions) -> str:
+    return "document" if options.document else "fine-tune"
 
 
 def _name(job: dict[str, Any]) -> str:

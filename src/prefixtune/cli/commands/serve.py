@@ -1,22 +1,49 @@
-"""`prefixtune serve`: one model and many prefixes over HTTP."""
+"""`prefixtune serve` and `worker`: one model and many prefixes over HTTP; training what servers are asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
+import sys
+import threading
+import traceback
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
-from prefixtune.cli.options import ConfigOptions, command
+from prefixtune.cli.options import ConfigOptions, command, option
+from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.jobs.config import WORKER_ENVIRONMENT, WorkerConfig
+from prefixtune.server.logs import configure_logging
 from prefixtune.server.settings import SERVER_LIBRARIES, ServeConfig
 from prefixtune.utils.config import Layer
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["ServeOptions", "serve"]
+__all__ = ["serve", "worker"]
+
+_STOP_SECONDS = 10.0
+"""After a request to end, the longest time for the running step and for saving."""
+_KEY = """\
+key for its user; it is not stored anywhere:
+
+    {key}
+
+table for the file of --config:
+
+    [keys.{name}]
+    hash = "{hash}"
+    prefixes = ["*"]              # patterns of model names
+    requests_per_minute = 0       # 0: any number
+    concurrent = 0                # requests at once; 0: any number
+    admin = false                 # true: sees, changes and deletes what all keys have
+    train = true                  # may upload files and train
+    max_jobs = 10                 # unfinished"""
 
 
 def _key_name(value: Any) -> Any:
@@ -27,12 +54,10 @@ def _key_name(value: Any) -> Any:
 class ServeOptions(ConfigOptions, ServeConfig):
     """The options of `prefixtune serve`."""
 
-    new_key: Annotated[str, BeforeValidator(_key_name)] = Field(
-        "",
-        description="make an API key, print it and its table for NAME (me), and exit",
-        json_schema_extra={"many": [0, 1], "metavar": "[NAME]"},
+    new_key: Annotated[str, BeforeValidator(_key_name)] = option(
+        "", "make an API key, print it and its table for NAME (me), and exit", many=[0, 1], metavar="[NAME]"
     )
-    quiet: bool = Field(False, description="only errors on stderr; the log on stdout has its level")
+    quiet: bool = option(False, "only errors on stderr; the log on stdout has its level")
 
     @classmethod
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
@@ -53,8 +78,12 @@ def serve(options: ServeOptions) -> int:
         prefixtune serve --new-key alice
     """
     if "new_key" in options.model_fields_set:
-        return _new_key(options.new_key)
-    config, console = options.part(ServeConfig), Console(quiet=options.quiet)
+        from prefixtune.server.auth import hash_key, new_key
+
+        key = new_key()
+        print(_KEY.format(key=key, name=json.dumps(options.new_key), hash=hash_key(key)))
+        return 0
+    config = options.part(ServeConfig)
     if config.engine == "llama.cpp":
         with needs_extra("llama", "--engine llama.cpp"):
             importlib.import_module("xllamacpp")
@@ -62,22 +91,88 @@ def serve(options: ServeOptions) -> int:
         for library in SERVER_LIBRARIES:
             importlib.import_module(library)
         from prefixtune.server.launch import run as launch
-    return launch(config, console)
+    return launch(config, Console(quiet=options.quiet))
 
 
-def _new_key(name: str) -> int:
-    from prefixtune.server.auth import hash_key, new_key
+class WorkerOptions(ConfigOptions, WorkerConfig):
+    """The options of `prefixtune worker`."""
 
-    key = new_key()
-    print(f"key for its user; it is not stored anywhere:\n\n    {key}\n")
-    print("table for the file of --config:\n")
-    print(f'    [keys.{json.dumps(name)}]\n    hash = "{hash_key(key)}"')
-    print(
-        '    prefixes = ["*"]              # patterns of model names\n    requests_per_minute = 0       # 0: any number'
-    )
-    print("    concurrent = 0                # requests at once; 0: any number")
-    print("    admin = false                 # true: sees, changes and deletes what all keys have")
-    print(
-        "    train = true                  # may upload files and train\n    max_jobs = 10                 # unfinished"
-    )
+    with_parent: bool = option(False, "end when stdin ends, as with the process that started this one")
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """The file that is named by `--config`, and the environment."""
+        return [*super().layers(given), Layer.from_environment(WORKER_ENVIRONMENT, os.environ)]
+
+
+@command
+def worker(options: WorkerOptions) -> int:
+    """Train the jobs that servers take by OpenAI's interface (/v1/fine_tuning/jobs); one worker per device.
+
+    `prefixtune serve` starts one by itself. Further ones share its data folder and its folder of prefixes, on this
+    machine or, with --database-url, on others. It ends soon after SIGTERM, and may be killed: its jobs go on from
+    their last saved state with the next worker.
+
+    Variables such as PREFIXTUNE_WORKER_DATABASE_URL win over the file of --config, and options over both.
+
+    For example:
+        prefixtune worker --prefixes prefixes
+        prefixtune worker --database-url postgresql://db/jobs --data-folder /mnt/jobs --prefixes /mnt/prefixes
+    """
+    config = options.part(WorkerConfig)
+    if not Path(config.prefixes).is_dir():
+        raise ConfigError(
+            f"there is no folder of prefixes {config.prefixes!r}.",
+            hint="name the one that the server serves: results are put there.",
+        )
+    with needs_extra("serve", "a worker"):
+        import dbos  # noqa: F401
+    configure_logging(config.log_level)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _request_stop(stop))
+    if options.with_parent:
+        threading.Thread(target=_follow_parent, args=(stop,), name="prefixtune-parent", daemon=True).start()
+    # Threads of the library of jobs wait for jobs that are left to the next worker: nobody waits for these threads.
+    return _exit_now(_run(config, stop))
+
+
+def _run(config: WorkerConfig, stop: threading.Event) -> int:
+    from prefixtune.jobs.worker import run_worker
+
+    try:
+        run_worker(config, stop)
+    except PrefixError as error:
+        Console().error(error.message, error.hint)
+        return 2
+    except BaseException:
+        traceback.print_exc()
+        return 1
     return 0
+
+
+def _request_stop(stop: threading.Event) -> None:
+    """End soon, even if the running step takes longer than that; asked again, at once."""
+    if stop.is_set():
+        _exit_now(0)
+    stop.set()
+    timer = threading.Timer(_STOP_SECONDS, _exit_now, [0])
+    timer.daemon = True
+    timer.start()
+
+
+def _follow_parent(stop: threading.Event) -> None:
+    """End when the other end of stdin is closed, however its process ended."""
+    with contextlib.suppress(OSError):
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+    if not stop.is_set():
+        _request_stop(stop)
+
+
+def _exit_now(code: int) -> NoReturn:
+    # Whoever reads them may be gone, and a signal may come in the middle of a line.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

