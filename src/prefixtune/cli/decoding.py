@@ -33,22 +33,16 @@ class BackboneOptions(OutputOptions):
     adapter: str | None = _backbone(None, "folder of a LoRA adapter (PEFT); default: the one of the prefix")
     allow_other_backbone: bool = _backbone(False, "accept other weights of the same shapes")
     chat_template: str = _backbone(
-        "", "run the prefix's own chat template: a file with its text, or own: as its file has it"
+        "", "run the prefix's own chat template: a file with its text, or own: the one it has"
     )
 
 
 class EngineOptions(BackboneOptions):
     """The options of what computes."""
 
-    engine: Literal["torch", "llama.cpp", "vllm"] = _engine(
-        "torch", "what computes: torch; llama.cpp, which needs the extra llama; or vLLM"
-    )
-    gguf: str = _engine(
-        "",
-        "for llama.cpp: the backbone's weights, quantized or not; default: those of the embedded backbone",
-        metavar="FILE",
-    )
-    threads: int = _engine(0, "for llama.cpp: threads; 0: one per core; fewer are faster beside other programs", ge=0)
+    engine: Literal["torch", "llama.cpp", "vllm"] = _engine("torch", "what computes; llama.cpp needs the extra llama")
+    gguf: str = _engine("", "for llama.cpp: the backbone's weights; default: those of the embedded one", metavar="FILE")
+    threads: int = _engine(0, "for llama.cpp: threads; 0: one per core", ge=0)
     vllm_python: str = _engine("", "for vllm: the Python of the environment with vLLM; default: this one")
 
     @property

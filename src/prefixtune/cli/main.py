@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import importlib
 import io
 import itertools
 import json
 import logging
 import os
+import pkgutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -76,6 +76,10 @@ _MODULES = {
 }
 """Commands whose module has another name."""
 _COMPLETION = "complete commands, options and choices by the Tab key, in bash, zsh or fish"
+_EPILOGUE = (
+    "Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`. Mistakes exit with 2; "
+    "failed checks, jobs and runs, and bugs with 1; with --json a mistake is one JSON object on stderr."
+)
 _RESUMABLE = ("distill", "evaluate", "length", "train")
 _GO_ON = "what was stored is kept: the same command goes on, with --resume if it has that option."
 _LESS_MEMORY = (
@@ -123,7 +127,9 @@ def _main(words: Sequence[str]) -> int:
         # rich, which prints the help, turns a pipe that its reader has closed into the end of the program.
         closed = isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError)
         if closed or (isinstance(error, OSError) and error.filename is None):
-            _discard_output()
+            # Python would complain, when it closes stdout, of results that cannot be written.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if closed:
             return 0
         failure = _failure(error, *words[:1])
@@ -186,11 +192,7 @@ def build_app(command: str = "") -> App:
     app = App(
         name="prefixtune",
         help="Train, evaluate and use prefixes for frozen language models (prefix-tuning).",
-        help_epilogue=None
-        if command
-        else "Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`. Mistakes "
-        "exit with 2; failed checks, jobs and runs, and bugs with 1; with --json a mistake is one JSON object on "
-        "stderr.",
+        help_epilogue=None if command else _EPILOGUE,
         version=f"prefixtune {__version__}",
         help_format="plaintext",
         group_parameters=Group("Options", sort_key=0),
@@ -200,30 +202,21 @@ def build_app(command: str = "") -> App:
     for title, commands in COMMANDS.items():
         for name, text in commands.items():
             shown = None if name == command else text
-            app.command(":".join(_function(name)), name=name, help=shown, group=groups[title])
+            app.command(_function(name), name=name, help=shown, group=groups[title])
     app.register_install_completion_command(add_to_startup=False, help=_COMPLETION, group=groups["Start"])
     return app
 
 
 def command_options() -> dict[str, type[CommandOptions]]:
     """Command -> its options, in the order of the help; imports all commands."""
-    functions = {name: _function(name) for commands in COMMANDS.values() for name in commands}
-    return {
-        name: getattr(importlib.import_module(module), function).options
-        for name, (module, function) in functions.items()
-    }
+    names = [name for commands in COMMANDS.values() for name in commands]
+    return {name: pkgutil.resolve_name(_function(name)).options for name in names}
 
 
-def _function(command: str) -> tuple[str, str]:
-    """The module and the name of a command's function."""
+def _function(command: str) -> str:
+    """Where a command's function is: its module, a colon and its name."""
     name = command.replace("-", "_")
-    return f"prefixtune.cli.commands.{_MODULES.get(name, name)}", name
-
-
-def _discard_output() -> None:
-    """Keep Python from complaining, when it closes stdout, of results that cannot be written."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return f"prefixtune.cli.commands.{_MODULES.get(name, name)}:{name}"
 
 
 @contextlib.contextmanager

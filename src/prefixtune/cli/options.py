@@ -23,6 +23,7 @@ from prefixtune.utils.config import Config, Layer, allowed_range, has_commas
 from prefixtune.utils.console import Console
 
 __all__ = [
+    "PREFIX",
     "CommandOptions",
     "ConfigOptions",
     "Conflicts",
@@ -38,6 +39,8 @@ _WITH_HYPHEN = ("train", "dev", "data", "test", "outputs", "against", "weights")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
 
 
+PREFIX = "a file, the folder of a run, or hub:OWNER/NAME; A+B joins several"
+"""What names a prefix, for the help."""
 Conflicts = Iterator[tuple[tuple[str, ...], str]]
 """What is wrong with several options together, as of `Config.conflicts`."""
 

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 import command_line
+from prefixtune.data import TASKS
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.training.presets import preset
 
 
 @pytest.fixture
@@ -45,3 +48,15 @@ def test_characters_that_steer_a_terminal_are_not_shown(words: list[str], tmp_pa
     assert "not used: \ufffd[2J" in shown
     assert "b\ufffd[31mad 1" in shown
     assert "\x1b" not in shown
+
+
+def test_the_list_of_tasks_holds_what_a_program_needs() -> None:
+    listed = json.loads(command_line.run("data", "--tasks", "--json")[0])["tasks"]
+    tasks: dict[str, Any] = {task["name"]: task for task in listed}
+    assert list(tasks) == list(TASKS)
+    assert tasks["webnlg"]["formats"] == [".xml", ".jsonl"]
+    assert tasks["dart"]["presets"]["paper"]["prefix"] == preset("paper", "dart")
+    assert (tasks["toy"]["parts"], tasks["toy"]["formats"]) == (["train", "held_out"], [])
+    for task in tasks.values():
+        GenerateConfig(**task["decoding"])
+    command_line.run("data", "some.jsonl", "--tasks", code=2)

@@ -21,17 +21,8 @@ def arguments(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: A
     rows = [{"name": name, "text": f"{name} eats."} for name in ("Ann", "Bo", "Cy", "Di")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
-        *(
-            "length",
-            "--backbone",
-            str(tmp_path / "model"),
-            "--device",
-            "cpu",
-            "--init-text",
-            "ab",
-            "--prefix-length",
-            "5",
-        ),
+        *("length", "--backbone", str(tmp_path / "model"), "--device", "cpu"),
+        *("--init-text", "ab", "--prefix-length", "5"),
         *("--train", str(tmp_path / "rows.jsonl"), "--dev", str(tmp_path / "rows.jsonl")),
         *("--source", "name", "--target", "text", "--max-steps", "3"),
         *("--output", str(tmp_path / "run")),
@@ -69,7 +60,3 @@ def test_examples_or_a_prefix_to_start_from_have_their_own_length() -> None:
     for start in (("--init-examples", "4"), ("--init-prefix", "p.safetensors"), ("--initialization", "examples")):
         out, _ = run("length", "--train", "a", "--dev", "b", *start, "--print-config")
         assert "prefix_length = 0\n" in out
-    out, _ = run(
-        "length", "--train", "a", "--dev", "b", "--init-examples", "4", "--prefix-length", "9", "--print-config"
-    )
-    assert "prefix_length = 9\n" in out

@@ -34,23 +34,14 @@ def test_figures_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_what_cannot_be_written_or_read_leaves_no_page(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
-    folder, page = evaluation(tmp_path / "run"), tmp_path / "out.html"
+    folder, page = evaluation(tmp_path / "run"), tmp_path / "run" / "report.html"
     with pytest.raises(PrefixError):
-        run(folder, "--output", page, "--figures", tmp_path / "file")
+        run(folder, "--figures", tmp_path / "file")
     with pytest.raises(ConfigError):
         run(folder, "--output", tmp_path / "out.md")
     assert not page.exists()
-    page.write_text("old")
-    with pytest.raises(DataError):
-        run(tmp_path / "nowhere", "--output", page)
-    assert page.read_text() == "old"
-
-
-def test_without_a_name_the_page_is_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = (evaluation(tmp_path / name, title=name) for name in ("one", "two"))
-    run(first, second)
-    assert str(first / "report.html") in capsys.readouterr().out.splitlines()[-1]
-    assert "<h1>" in (first / "report.html").read_text(encoding="utf-8")
     with pytest.raises(DataError):
         run(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+    run(folder)
+    assert page.exists()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from prefixtune.cli.conversation import Conversation
 from prefixtune.cli.decoding import EngineOptions, task_decoding
 from prefixtune.cli.loading import load_trained, read_trained, short_name, started_engine
-from prefixtune.cli.options import command, option
+from prefixtune.cli.options import PREFIX, command, option
 from prefixtune.cli.show import print_json
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.sampling.config import SamplingConfig
@@ -32,18 +32,12 @@ _COMMANDS = {
     "/exit": "end the conversation; so does Ctrl-D, and Ctrl-C stops an answer",
 }
 _NO_PREFIX = "none"
-_FEW = 64
-"""Tokens: with room for fewer, an answer may break off."""
 
 
 class ChatOptions(EngineOptions, SamplingConfig):
     """The options of `prefixtune chat`."""
 
-    prefix: TextList = option(
-        (),
-        "a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; given several times: /prefix NAME "
-        "switches; none: bare model",
-    )
+    prefix: TextList = option((), f"{PREFIX}; with several, /prefix NAME switches; none: bare model", metavar="FILE")
     max_new_tokens: int = option(
         512,
         "most tokens of an answer; with a prefix: as its task has it, for records at least 512",
@@ -174,8 +168,6 @@ class _Terminal:
             print_json({**row, "stopped": answer.stopped, "room": answer.room})
         else:
             print(" (stopped)" * answer.stopped)
-            if answer.room is not None and answer.room < _FEW and not conversation.reads_one_message:
-                self._console.info(f"the answer had room for {answer.room} tokens; /reset forgets the messages")
 
     def _obey(self, name: str, argument: str) -> None:
         conversation = self._conversation

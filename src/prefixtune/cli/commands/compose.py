@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefixtune.cli.options import Conflicts, OutputOptions, PathText, command, option
 from prefixtune.cli.show import Table
-from prefixtune.errors import CheckpointError, ConfigError, PrefixError
+from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.utils.config import CommaList, TextList
 
 if TYPE_CHECKING:
@@ -29,27 +29,19 @@ class ComposeOptions(OutputOptions):
     """The options of `prefixtune compose`."""
 
     files: TextList = option(
-        (),
-        "prefixes of one backbone, in order: files, folders of runs, or hub:OWNER/NAME; one alone is cut",
-        positional=True,
+        (), "prefixes of one backbone, in order, named as for generate; one is cut", positional=True
     )
     output: str = option(description="the .safetensors file to write")
     mode: Literal["concatenate", "average", "interpolate"] = option(
         "concatenate",
-        "concatenate: one after the other, each turned on by the lengths before it. average, interpolate: number by "
-        "number, of one length",
+        "one after the other, each turned on by the lengths before it; or number by number, of one length",
     )
     weights: CommaList[float] = option((), "interpolate: one for each file, with sum 1")
     length: int | None = option(None, "cut the result to so many positions, at every site that has more", ge=1)
     cut_from: Literal["start", "end"] = option(
-        "end",
-        "with --length: which end is cut off. end: the first positions stay, exactly as they are. start: the last ones "
-        "stay, and their keys are turned back",
-        flag="from",
+        "end", "which end --length cuts off; at the start, the keys of what stays are turned back", flag="from"
     )
-    backbone: str | None = option(
-        None, "their backbone, if it is elsewhere now; how keys turn is then found by running it"
-    )
+    backbone: str | None = option(None, "their backbone, if it is elsewhere now; it is run to find how keys turn")
 
     def conflicts(self) -> Conflicts:
         """Options that do not go together."""
@@ -128,16 +120,13 @@ def _find_rotation(options: ComposeOptions, prefixes: Sequence[Prefix]) -> Rotat
         PrefixError: No backbone is named, it cannot be loaded, or its keys cannot be moved.
     """
     from prefixtune.backbone.load import load_backbone
-    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.backbone.prefixes import load_prefix, named_backbone
     from prefixtune.prefix.compose import stored_rotation
-    from prefixtune.prefix.header import backbone_origin
 
     stored = None if options.backbone else stored_rotation(prefixes, options.files)
     if stored:
         return stored
-    name = options.backbone or next((origin for one in prefixes if (origin := backbone_origin(one.header).name)), "")
-    if not name:
-        raise ConfigError(f"{options.files[0]!r} does not name its backbone.", hint="name it: --backbone NAME.")
+    name = options.backbone or named_backbone(prefixes)
     options.console.info(f"loading {name} ...")
     loaded = load_backbone(name, device="cpu")
     for prefix in prefixes:
@@ -185,8 +174,7 @@ class InspectOptions(OutputOptions):
     """The options of `prefixtune inspect`."""
 
     path: PathText = option(
-        description="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
-        "method, are listed, broken ones with the reason (exit code 1)",
+        description="a prefix; or a folder, whose prefixes and runs are listed (exit code 1: some are broken)",
         positional=True,
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefixtune.cli.decoding import DecodingOptions
 from prefixtune.cli.loading import Trained, columns_as_trained, load_trained, read_trained, started_engine
-from prefixtune.cli.options import Conflicts, PathText, ReadingOptions, command, option
+from prefixtune.cli.options import PREFIX, Conflicts, PathText, ReadingOptions, command, option
 from prefixtune.cli.show import Table, format_score, score_tables
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.utils.config import CommaList
@@ -26,9 +26,7 @@ __all__ = ["evaluate"]
 class EvaluateOptions(DecodingOptions, ReadingOptions):
     """The options of `prefixtune evaluate`."""
 
-    prefix: PathText | None = option(
-        None, "a file, a run's folder, hub:OWNER/NAME, or A+B; none: the bare model", metavar="FILE"
-    )
+    prefix: PathText | None = option(None, f"{PREFIX}; none: the bare model", metavar="FILE")
     run_folder: PathText | None = option(
         None, "a run of `prefixtune train`, with any method", flag="run", metavar="FOLDER"
     )

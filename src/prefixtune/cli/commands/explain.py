@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import columns_as_trained, load_trained, read_trained, short_name
-from prefixtune.cli.options import Conflicts, OutputOptions, ReadingOptions, command, option
+from prefixtune.cli.options import PREFIX, Conflicts, OutputOptions, ReadingOptions, command, option
 from prefixtune.cli.show import Table
 from prefixtune.errors import PrefixError
 from prefixtune.utils.config import CommaList, TextList
@@ -68,9 +68,7 @@ class PageOptions(OutputOptions):
 class ReportOptions(PageOptions):
     """The options of `prefixtune report`."""
 
-    runs: TextList = option(
-        description="folder of a training run or an evaluation; several are compared", positional=True
-    )
+    runs: TextList = option(description="folders of training runs or evaluations, which are compared", positional=True)
     title: str = option("", "(default: from the folders)")
 
 
@@ -96,16 +94,8 @@ def report(options: ReportOptions) -> None:
 class ExplainOptions(BackboneOptions, PageOptions, ReadingOptions):
     """The options of `prefixtune explain`."""
 
-    prefix: str = option(
-        description="a file, the folder of its run, or hub:OWNER/NAME; several with a + between them are joined",
-        positional=True,
-    )
-    data: str = option(
-        "",
-        "examples with targets, best not those of the training; without it, views that run the prefix on data are left "
-        "out",
-        metavar="PATH",
-    )
+    prefix: str = option(description=PREFIX, positional=True)
+    data: str = option("", "examples with targets, not those of the training; some views need them", metavar="PATH")
     against: str = option("", "a prefix of another task, to compare with", metavar="FILE")
     views: CommaList[Literal["attention", "loss", "nearest", "description"]] = option(
         (), "only these, of attention,loss,nearest,description", metavar="NAMES"

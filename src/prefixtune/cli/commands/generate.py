@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefixtune.cli.decoding import DecodingOptions
 from prefixtune.cli.loading import Trained, load_trained, read_trained, started_engine
-from prefixtune.cli.options import Conflicts, PathText, command, option
+from prefixtune.cli.options import PREFIX, Conflicts, PathText, command, option
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import safe_text
@@ -29,23 +29,15 @@ class GenerateOptions(DecodingOptions):
     """The options of `prefixtune generate`."""
 
     texts: TextList = option(
-        (),
-        "sources, taken as typed (\\n is two characters); without any, lines are read from stdin, one result a line",
-        positional=True,
+        (), "sources, as typed; without any, lines are read from stdin, one result a line", positional=True
     )
     data: str = option(
         "",
-        "a file instead of texts, in any form that train reads: conversations, prompts, texts, ...; each row's last "
-        "user message is answered, one result a row",
+        "a file instead of texts, in any form that train reads: the answer to each row's last message",
         metavar="FILE",
     )
     form: str = option("", "form of --data, where several fit: messages, prompt, instruction, ...")
-    prefix: TextList = option(
-        (),
-        "a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; once for all texts, or once per text; "
-        "none: bare model",
-        metavar="FILE",
-    )
+    prefix: TextList = option((), f"{PREFIX}; once for all texts, or once per text; none: bare model", metavar="FILE")
     run_folder: PathText = option("", "a run of `prefixtune train`, with any method", flag="run", metavar="FOLDER")
     stream: bool = option(False, "print the text while it is generated (one text only)")
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from pydantic import field_validator
-
 from prefixtune.cli.options import Conflicts, OutputOptions, command, option
 from prefixtune.cli.show import Table, print_event
 from prefixtune.errors import ConfigError, RequestError
@@ -49,8 +47,7 @@ class JobsOptions(OutputOptions):
     url: str = option("http://127.0.0.1:8000/v1", "the server's interface", group="server")
     key: str = option(
         "",
-        "API key, which other users of this machine can see in the list of processes (default: the variable "
-        f"{_KEY}; or {_OTHER_KEY}, if {_OTHER_URL} names this server)",
+        f"API key, which other users of this machine can see (default: the variable {_KEY}, or OpenAI's)",
         group="server",
     )
 
@@ -66,20 +63,12 @@ class JobsOptions(OutputOptions):
         group="create",
     )
 
-    @field_validator("option")
-    @classmethod
-    def _check_option(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
-        for text in texts:
-            if not re.match(r"[a-z_]+=", text):
-                raise ValueError(f"is {text[:80]!r}, but must be NAME=VALUE")
-        return texts
-
     def conflicts(self) -> Conflicts:
-        """Most actions are done to something, and a key is no part of an address."""
+        """Most actions are done to something."""
         if (self.action in ("list", "files")) == bool(self.what):
             yield ("what",), f"{self.action} {'takes no' if self.what else 'needs a'} file, name or id"
-        if not re.match(r"https?://[^@/?#]+(/[^?#]*)?$", self.url):
-            yield ("url",), "--url must be an address of http or https, without a key in it: http://127.0.0.1:8000/v1"
+        if wrong := [text for text in self.option if not re.match(r"[a-z_]+=", text)]:
+            yield ("option",), f"--option is {wrong[0][:80]!r}, but must be NAME=VALUE"
 
 
 @command
@@ -224,6 +213,8 @@ class _Client:
     def __init__(self, options: JobsOptions) -> None:
         import httpx2
 
+        if not re.match(r"https?://[^@/?#]+(/[^?#]*)?$", options.url):
+            raise ConfigError("--url must be an address of http or https, without a key.", hint="http://here/v1, say.")
         # A key for another server is not sent.
         is_other = os.environ.get(_OTHER_URL, "").rstrip("/") == options.url.rstrip("/")
         key = options.key or os.environ.get(_KEY, "") or (os.environ.get(_OTHER_KEY, "") if is_other else "")
@@ -252,11 +243,8 @@ class _Client:
     def upload(self, file: str, purpose: str) -> dict[str, Any]:
         """Upload a file."""
         self._console.info(f"uploading {file} ...")
-        try:
-            with expand_home(file).open("rb") as stream:
-                return self.ask("POST", "/files", data={"purpose": purpose}, files={"file": stream})
-        except OSError as error:
-            raise ConfigError(f"cannot read {file!r}: {error.strerror}.", hint="check the path.") from error
+        with expand_home(file).open("rb") as stream:
+            return self.ask("POST", "/files", data={"purpose": purpose}, files={"file": stream})
 
     def list(self, path: str, **parameters: str | int) -> list[dict[str, Any]]:
         """A page of `/files`, `/models`, jobs or events, the newest first."""

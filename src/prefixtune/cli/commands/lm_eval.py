@@ -8,7 +8,7 @@ from typing import Literal
 
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_trained, read_trained
-from prefixtune.cli.options import Conflicts, command, option
+from prefixtune.cli.options import PREFIX, Conflicts, command, option
 from prefixtune.errors import ConfigError
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.extras import needs_extra
@@ -24,15 +24,9 @@ class LmEvalOptions(BackboneOptions):
         min_length=1,
         metavar="NAMES",
     )
-    prefix: str = option(
-        "",
-        "a file, the folder of its run, or hub:OWNER/NAME; A+B joins several; without it: the bare model",
-        metavar="FILE",
-    )
+    prefix: str = option("", f"{PREFIX}; without it: the bare model", metavar="FILE")
     format: Literal["raw", "prefix"] = option(
-        "raw",
-        "raw: a context is read as lm-eval's hf model does; prefix: as the source of the prefix's text format, and its "
-        "continuation as the target",
+        "raw", "how a context is read: raw: as by lm-eval's hf model; prefix: as a source, in the prefix's text format"
     )
     apply_chat_template: bool = option(False, "write contexts as conversations, by the chat template")
     num_fewshot: int | None = option(None, "solved examples before each question (default: the task's)", ge=0)

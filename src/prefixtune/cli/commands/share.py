@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_trained, read_trained, short_name
-from prefixtune.cli.options import Conflicts, OutputOptions, command, option
+from prefixtune.cli.options import PREFIX, Conflicts, OutputOptions, command, option
 from prefixtune.utils.config import DTypeName
 
 if TYPE_CHECKING:
@@ -23,10 +22,7 @@ __all__ = ["convert", "export", "push"]
 class ConvertOptions(OutputOptions):
     """The options of `prefixtune convert`."""
 
-    input: str = option(
-        description="a prefix: a file, the folder of its run, or hub:OWNER/NAME; or the folder of a PEFT adapter",
-        positional=True,
-    )
+    input: str = option(description=f"{PREFIX}; or the folder of a PEFT adapter", positional=True)
     output: str = option(description="a .safetensors file (prefixtune) or a folder (peft)", positional=True)
     to: Literal["peft", "prefixtune"] = option(description="the format to write")
     backbone: str | None = option(None, "check that it fits this model")
@@ -54,9 +50,12 @@ def convert(options: ConvertOptions) -> None:
     from prefixtune.interop.peft import check_adapter_folder, export_peft
     from prefixtune.prefix.card import check_complete
     from prefixtune.prefix.header import backbone_origin
+    from prefixtune.prefix.hub import prefix_file
     from prefixtune.prefix.prefix import save_prefix
 
-    path, output = _find(options.input), Path(options.output)
+    path, output = Path(options.input), Path(options.output)
+    if not (path / "adapter_config.json").is_file():
+        path = prefix_file(options.input)
     # Read now: a wrong file is reported before the model loads.
     prefix = _read(path)
     if options.to == "peft":
@@ -84,15 +83,6 @@ def convert(options: ConvertOptions) -> None:
     options.show(facts, f"{output}: {prefix!r}, from {facts['from']}")
 
 
-def _find(name: str) -> Path:
-    """The file or the adapter's folder that the input names: of a run's folder or a repository, its prefix."""
-    from prefixtune.prefix.hub import FILE, prefix_file, repository_of
-
-    path = Path(name)
-    is_run = os.path.isfile(path / FILE) and not os.path.isfile(path / "adapter_config.json")
-    return prefix_file(name) if is_run or repository_of(name) is not None else path
-
-
 def _read(path: Path, backbone: Backbone | None = None) -> Prefix:
     from prefixtune.backbone.prefixes import load_prefix, make_header
     from prefixtune.interop.peft import import_peft
@@ -108,7 +98,7 @@ def _read(path: Path, backbone: Backbone | None = None) -> Prefix:
 class PushOptions(OutputOptions):
     """The options of `prefixtune push`."""
 
-    file: str = option(description="a .safetensors file of `prefixtune train`, or its run's folder", positional=True)
+    file: str = option(description="a file of `prefixtune train`, or the folder of its run", positional=True)
     repo: str = option(description="repository, OWNER/NAME; made where there is none", positional=True)
     evaluation: str | None = option(None, "folder of `prefixtune evaluate`, whose scores are written into the card")
     public: bool = option(False, "let everybody see a new repository")
@@ -149,10 +139,7 @@ def push(options: PushOptions) -> None:
 class ExportOptions(BackboneOptions):
     """The options of `prefixtune export`."""
 
-    prefix: str = option(
-        description="a .safetensors file of `prefixtune train`, the folder of its run, or hub:OWNER/NAME",
-        positional=True,
-    )
+    prefix: str = option(description=PREFIX, positional=True)
     to: Literal["llama.cpp", "onnx"] = option(description="the runtime")
     output: str = option(description="folder for the exported files")
     kv_type: Literal["f16", "f32", "bf16"] = option("f16", "llama.cpp: type of the server's cache")

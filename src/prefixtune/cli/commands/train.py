@@ -50,7 +50,7 @@ class TrainOptions(TrainingOptions):
 
     together: TextList = option(
         (),
-        "TOML files, each of a run with its own output: trained at once, sharing every pass over the backbone",
+        "files, each of a run with its own output: they share every pass over the backbone",
         many=[1, None],
         metavar="FILE",
     )
@@ -115,12 +115,8 @@ class LengthOptions(TrainingOptions):
     usual: ClassVar[Mapping[str, Any]] = {"nested": True, "prefix_length": 64, "output": "runs/length"}
     defaults_elsewhere = tuple(usual)
 
-    lengths: CommaList[int] = option(
-        (), "lengths to measure besides the whole; none: 1, 2, 3, 4, 6, 8, 12, 16 and so on"
-    )
-    significance: float = option(
-        0.05, "a length is worse than the best where the p-value of the difference is below this", gt=0, lt=1
-    )
+    lengths: CommaList[int] = option((), "lengths to measure besides the whole; none: 1, 2, 3, 4, 6, 8, 12 and so on")
+    significance: float = option(0.05, "below this p-value a length is worse than the best", gt=0, lt=1)
 
 
 @command
