@@ -87,14 +87,6 @@ def test_train_generate_evaluate_inspect(trained: Path, data: str) -> None:
     sources = "Aromi is soup\nBibi is cake\n"
     piped, _ = run_apart("generate", "--prefix", str(trained), "--max-new-tokens", "5", stdin=sources)
     assert piped == out
-    as_json, _ = run(
-        "generate", "--prefix", str(trained), "--max-new-tokens", "5", "--json", "Aromi is soup", "Bibi is cake"
-    )
-    rows = [json.loads(line) for line in as_json.splitlines()]
-    assert [row["text"] for row in rows] == ["Aromi is soup", "Bibi is cake"]
-    assert [row["prefix"] for row in rows] == [str(trained)] * 2
-    streamed, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", "--stream", "Aromi is soup")
-    assert streamed.strip() == rows[0]["output"]
     scores, _ = run("evaluate", "--prefix", str(trained), "--data", data, "--target", "text", "--limit", "4", "--json")
     result = json.loads(scores)
     assert result["num_examples"] == 4
@@ -223,17 +215,11 @@ def test_a_run_is_not_overwritten(trained: Path, train_flags: Callable[..., list
     assert trained.read_bytes() == before
 
 
-def test_resuming_with_other_options_is_refused(trained: Path, train_flags: Callable[..., list[str]]) -> None:
-    _, err = run(*train_flags(trained.parent, "--batch-size", "7", "--resume"), code=2)
-    assert "batch_size" in err
-
-
 def test_doctor_passes_on_a_good_backbone(model: str) -> None:
     out, _ = run("doctor", model, "--json")
     report = json.loads(out)
     assert report["passed"] is True
     assert len(report["checks"]) == 5
-    assert all(check["difference"] <= check["tolerance"] for check in report["checks"])
 
 
 def test_an_unprepared_backbone_is_not_fetched_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

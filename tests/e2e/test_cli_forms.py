@@ -20,15 +20,10 @@ TURNS = [
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "prompt": ({"prompt": "the pub", "completion": "is near"}, "prompts and completions: examples 1, targets 2"),
     "instruction": ({"instruction": "the pub", "output": "is near"}, "instructions: examples 1, targets 2"),
-    "question": ({"question": "the pub", "answer": "is near"}, "questions and answers: examples 1, targets 2"),
     "source": ({"source": "the pub", "targets": ["is near"]}, "sources and targets: examples 1, targets 2"),
     "document": ({"article": "the pub", "highlights": "is near"}, "documents and summaries: examples 2, targets 2"),
     "text": ({"text": "the pub is near " * 9, "id": 1}, "texts: examples 2, targets 2; not used: id"),
     "messages": ({"messages": TURNS[:2]}, "chats: examples 1, targets 2"),
-    "conversations": (
-        {"conversations": [{"from": "human", "value": "the pub"}, {"from": "gpt", "value": "is near"}]},
-        "chats: examples 1, targets 2",
-    ),
 }
 
 
@@ -99,12 +94,6 @@ def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model: str, t
         "train", "--train", str(data), "--backbone", model, "--output", str(tmp_path / "no"), "--examples", "1", code=2
     )
     assert "texts alone are no solved examples" in err
-
-
-def test_development_data_may_have_another_form_of_the_same_task(model: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TURNS[2:]}) + "\n")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "the pub", "completion": "is near"}) + "\n")
-    train(model, tmp_path / "run", tmp_path / "a.jsonl", "--dev", str(tmp_path / "b.jsonl"))
 
 
 def test_a_wrong_row_is_one_line_before_the_model_loads(tmp_path: Path) -> None:

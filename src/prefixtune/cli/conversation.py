@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefixtune.errors import RequestError
 
@@ -20,15 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Conversation"]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer.
-
-    Attributes:
-        text: Of it.
-        stopped: Whether Ctrl-C stopped it before its end.
-        room: Most tokens that it could have; None: as many as the decoding settings say.
-    """
+class Answer(NamedTuple):
+    """An answer: its text, whether Ctrl-C stopped it, and its most tokens; None: as many as the settings say."""
 
     text: str
     stopped: bool

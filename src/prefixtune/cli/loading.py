@@ -35,10 +35,8 @@ __all__ = [
 ]
 
 DEFAULT_BACKBONE = "smollm2-135m"
-_MOST_JOINED = 64
-"""Prefixes that one --prefix joins, at most."""
 _MOST_PLUSES = 64
-"""Signs + in the name of one file or folder that are looked for."""
+"""Signs + in one text of --prefix, at most."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,14 @@ def read_trained(options: BackboneOptions, texts: Sequence[str], run: str | None
         from prefixtune.training.run_folder import PREFIX_FILE, WEIGHTS_FILE
 
         if (weights := Path(run, WEIGHTS_FILE)).is_file():
-            return _read_weights(options, weights)
+            from prefixtune.training.artifact import load_weights
+
+            if given := [options.flag(name) for name in ("quantize", "adapter", "engine") if options.has(name)]:
+                raise ConfigError(
+                    f"{' and '.join(given)} cannot go with {str(weights)!r}, which holds weights of its own.",
+                    hint="leave it out; it goes with a prefix or the bare model.",
+                )
+            return Trained(weights=weights, headers=[load_weights(weights)[1]])
         if not Path(run, PREFIX_FILE).is_file():
             raise ConfigError(
                 f"{run!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
@@ -95,17 +100,6 @@ def read_trained(options: BackboneOptions, texts: Sequence[str], run: str | None
     read = {file: load_prefix(file) for names in files for file in names}
     prefixes = _joined(files, read)
     return Trained(files, read, prefixes, headers=[prefix.header for prefix in prefixes])
-
-
-def _read_weights(options: BackboneOptions, weights: Path) -> Trained:
-    from prefixtune.training.artifact import load_weights
-
-    if given := [options.flag(name) for name in ("quantize", "adapter", "engine") if options.has(name)]:
-        raise ConfigError(
-            f"{' and '.join(given)} cannot go with {str(weights)!r}, which holds weights of its own.",
-            hint="leave it out; it goes with a prefix or the bare model.",
-        )
-    return Trained(weights=weights, headers=[load_weights(weights)[1]])
 
 
 def _joined(
@@ -225,17 +219,15 @@ def split_joined(text: str) -> list[str]:
     Raises:
         ConfigError: A name is empty.
     """
-    pieces = text.split("+")
-    names: list[str] = []
-    while pieces and len(names) <= _MOST_JOINED:
-        lengths = range(min(len(pieces), _MOST_PLUSES + 1), 1, -1)
-        length = next((n for n in lengths if os.path.lexists("+".join(pieces[:n]))), 1)
+    pieces, names = text.split("+"), list[str]()
+    while pieces and len(pieces) <= _MOST_PLUSES:
+        length = next((n for n in range(len(pieces), 1, -1) if os.path.lexists("+".join(pieces[:n]))), 1)
         names.append("+".join(pieces[:length]))
         pieces = pieces[length:]
-    if "" in names or len(names) > _MOST_JOINED:
+    if pieces or "" in names:
         raise ConfigError(
             f"--prefix is {short_repr(text)}, which names no file, or too many.",
-            hint=f"as in a+b, with one + between names, of which {_MOST_JOINED} at most.",
+            hint=f"as in a+b, with one + between names, and fewer than {_MOST_PLUSES}.",
         )
     return names
 

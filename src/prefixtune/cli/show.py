@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prefixtune.utils.console import Console, Figure
+from prefixtune.utils.console import Console, Figure, safe_text
 
 if TYPE_CHECKING:
     from prefixtune.results import Evaluation, Score
+
+_LONGEST = 200
+"""Characters of a value in an outline."""
 
 __all__ = ["Table", "format_score", "outline", "print_event", "print_json", "score_tables", "show"]
 
@@ -60,14 +63,19 @@ def show(facts: Mapping[str, Any], *parts: str | Table, as_json: bool) -> None:
 
 
 def outline(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """Nested facts as lines, for people."""
+    """Nested facts as lines, for people; long values are cut, and none can steer a terminal."""
     for name, value in facts.items():
+        if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            value = {str(number): one for number, one in enumerate(value, start=1)}
         if isinstance(value, Mapping) and value:
-            yield f"{indent}{name}"
+            yield safe_text(f"{indent}{name}")
             yield from outline(value, f"{indent}  ")
         else:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{indent}{name}: {('no', 'yes')[value] if isinstance(value, bool) else text or 'none'}"
+            text = (
+                ", ".join(map(str, value)) if isinstance(value, list | Mapping) else str("" if value is None else value)
+            )
+            shown = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+            yield safe_text(f"{indent}{name}: {shown or 'none'}".replace("\n", "\\n"))
 
 
 def score_tables(title: str, outcome: Evaluation) -> Iterator[Table]:

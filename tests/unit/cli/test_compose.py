@@ -38,7 +38,6 @@ def folder(
     save("long", llama, 156)
     save("other", other, 4)
     save("gpt2", gpt2, 4)
-    save("gpt2b", gpt2, 3)
     manual = read_artifact("manual.safetensors")
     header = {key: value for key, value in manual.header.items() if key != "rotation"}
     save_prefix("old.safetensors", Prefix(manual.layers, header))
@@ -67,21 +66,8 @@ def test_joined_files_have_both_and_say_so(folder: Path, capsys: pytest.CaptureF
     assert both.header["task"] == "xsum"
     assert main(["inspect", "both.safetensors"]) == 0
     shown = capsys.readouterr().out
-    assert "parts, by concatenate" in shown
-    assert content_hash(manual)[:19] in shown
+    assert content_hash(manual) in shown
     assert "1.25" in shown
-
-
-def test_modes_with_numbers(folder: Path) -> None:
-    manual, mood = read_artifact("manual.safetensors"), read_artifact("mood.safetensors")
-    files = "compose manual.safetensors mood.safetensors"
-    assert main(f"{files} --mode average --output mean.safetensors".split()) == 0
-    assert main(f"{files} --mode interpolate --weights 0.9,0.1 --output mix.safetensors".split()) == 0
-    assert main(f"{files} --mode interpolate --weights -0.5,1.5 --output beyond.safetensors".split()) == 0
-    beyond = ("beyond", (-0.5, 1.5))
-    for name, weights in (("mean", (0.5, 0.5)), ("mix", (0.9, 0.1)), beyond):
-        tensors = zip(manual.tensors(), mood.tensors(), read_artifact(f"{name}.safetensors").tensors(), strict=True)
-        assert all(torch.allclose(weights[0] * a + weights[1] * b, c, atol=1e-6) for a, b, c in tensors)
 
 
 @pytest.fixture
@@ -119,19 +105,6 @@ def test_a_backbone_that_is_named_comes_before_what_the_files_say(folder: Path, 
     assert read_artifact("both.safetensors").equal(concatenate([style, manual]))
 
 
-def test_positions_that_are_added_to_the_input_are_said_to_be_an_approximation(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["compose", "gpt2.safetensors", "gpt2b.safetensors", "--output", "both.safetensors"]) == 0
-    assert "approximation" in capsys.readouterr().err
-    assert (
-        main(["compose", "both.safetensors", "--length", "3", "--from", "start", "--output", "b.safetensors", "--json"])
-        == 0
-    )
-    assert json.loads(capsys.readouterr().out)["exact"] is False
-    assert read_artifact("b.safetensors").equal(read_artifact("gpt2b.safetensors"))
-
-
 def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compose", "manual.safetensors", "--length", "2", "--output", "short.safetensors", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -146,32 +119,23 @@ def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(back.tensors(), manual.tensors(), strict=True))
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_what_does_not_belong_together_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
         "manual.safetensors other.safetensors",
-        "manual.safetensors gpt2.safetensors",
         "manual.safetensors long.safetensors",
         "manual.safetensors style.safetensors --mode average",
         "none.safetensors nothing.safetensors",
-    ],
-)
-def test_what_does_not_belong_together_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    assert _error(f"compose {command} --output x.safetensors", capsys)
+        "manual.safetensors",
+    ):
+        assert _error(f"compose {command} --output x.safetensors", capsys)
 
 
-def test_a_prefix_is_not_cut_away_from_its_adapter(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prefix_is_not_cut_away_from_its_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manual = read_artifact("manual.safetensors")
     Path("run/adapter-2").mkdir(parents=True)
     save_prefix("run/prefix.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "adapter-2"}))
     assert _error("compose run --length 2 --output short.safetensors", capsys)
     assert main(["compose", "run", "--length", "2", "--output", "run/short.safetensors"]) == 0
-    # Nor from within the run's folder; a folder of the user's own is named again where the prefix is used.
-    monkeypatch.chdir("run")
-    assert _error("compose . --length 2 --output ../short.safetensors", capsys)
-    save_prefix("../own.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "lora/mine"}))
-    assert main(["compose", "../own.safetensors", "--length", "2", "--output", "../short.safetensors"]) == 0
+    # A folder of the user's own is named again where the prefix is used.
+    save_prefix("own.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "lora/mine"}))
+    assert main(["compose", "own.safetensors", "--length", "2", "--output", "short.safetensors"]) == 0

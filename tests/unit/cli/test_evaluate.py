@@ -108,19 +108,6 @@ def test_outputs_are_lines_or_json_lines_in_any_order(
     for arguments in ((other,), (right, "--against", other)):
         with pytest.raises(DataError, match=r"other\.jsonl, line 2"):
             call("evaluate", *options, *arguments)
-    # Texts that are JSON are texts.
-    answers = ['{"food": "pizza"}', '{"food": "soup"}']
-    rows = [{"prompt": name, "completion": answer} for name, answer in zip("ab", answers, strict=True)]
-    files = write(tmp_path / "rows.jsonl", as_lines(rows)), write(tmp_path / "texts.txt", "\n".join(answers) + "\n")
-    found = scored(capsys, "--data", files[0], "--outputs", files[1], "--metrics", "exact_match")
-    assert found["scores"]["exact_match"]["score"] == 100
-
-
-def test_an_empty_output_is_an_empty_line(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    some = write(tmp_path / "some.txt", "Aromi is a pub.\r\n\n\n")
-    result = scored(capsys, "--task", "e2e", "--data", references, "--outputs", some, "--metrics", "ter")
-    # Nothing to do in the first item; 6 and 8 words to write, of 5 (the mean of 4 and 6), 6 and 8.
-    assert result["scores"]["ter"]["score"] == pytest.approx(14 / 19)
 
 
 def test_a_second_system_intervals_and_the_report(
@@ -157,18 +144,6 @@ def test_the_first_examples_or_all_entries(
     found = scored(capsys, *options, first, "--limit", "2")
     assert found["num_examples"] == 2
     assert found == scored(capsys, *options, outputs, "--limit", "2"), "outputs may also be of all examples"
-    # WebNLG has entries without a good text, which may have an output too.
-    entries = [
-        {"category": "Food", "triples": [["a", "r", str(number)]], "references": [text], "comments": [comment]}
-        for number, (text, comment) in enumerate((("It is none.", "good"), ("It.", "bad"), ("It is two.", "good")))
-    ]
-    data = ("--task", "webnlg", "--data", write(tmp_path / "dev.jsonl", as_lines(entries)), "--metrics", "bleu")
-    examples = write(tmp_path / "examples.txt", "it is none\nit is two\n")
-    whole = write(tmp_path / "whole.txt", "it is none\nwhatever\nit is two\n")
-    one, other = (scored(capsys, *data, "--outputs", name) for name in (examples, whole))
-    assert one == other
-    assert one["num_examples"] == 2
-    assert set(one["groups"]) == {"category", "triples"}
 
 
 def test_without_java_default_metrics_are_left_out_and_asked_ones_refused(

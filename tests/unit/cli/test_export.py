@@ -48,53 +48,21 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (result["kv_type"], result["folder"]) == ("f16", str(folder))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--to", "llamacpp"], "--to is 'llamacpp'"),
-        (["--to", "onnx", "--kv-type", "f16"], "--kv-type is for llama.cpp"),
-        (["--to", "onnx", "--dtype", "bfloat16"], "the backbone is in torch.bfloat16"),
-    ],
-)
-def test_mistakes_exit_with_2(
-    arguments: list[str],
-    message: str,
-    trained: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    # Every one of them is refused before the extra's libraries are used.
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        monkeypatch.setitem(sys.modules, module, sys.modules[__name__])
-    assert export(trained, "--output", tmp_path / "out", *arguments) == 2
-    shown = " ".join(capsys.readouterr().err.split())
-    assert message in shown
-    assert "hint:" in shown
-    assert not (tmp_path / "out" / "export.json").exists()
-
-
-def test_a_missing_extra_says_the_install_line(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_exit_with_2(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for arguments, named in ((("llamacpp",), "--to"), (("onnx", "--kv-type", "f16"), "--kv-type")):
+        assert export(trained, "--output", tmp_path / "out", "--to", *arguments) == 2
+        assert named in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert export(trained, "--to", "onnx", "--output", tmp_path / "out") == 2
-    shown = " ".join(capsys.readouterr().err.split())
-    assert "pip install 'prefixtune[export]'" in shown
-    assert "loading" not in shown
+    assert "prefixtune[export]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_not_written_over(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("config.toml", "prefix.safetensors", "README.md"):
-        folder = tmp_path / name.partition(".")[0]
-        folder.mkdir()
-        (folder / name).write_text("mine")
-        assert export(trained, "--to", "llama.cpp", "--output", folder) == 2
-        shown = capsys.readouterr().err
-        assert name in shown
-        assert "loading" not in shown
-        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine")]
+    (tmp_path / "prefix.safetensors").write_text("mine")
+    assert export(trained, "--to", "llama.cpp", "--output", tmp_path) == 2
+    assert "loading" not in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_files_are_named_after_the_run(
@@ -102,25 +70,9 @@ def test_files_are_named_after_the_run(
 ) -> None:
     run = tmp_path / "inns"
     run.mkdir()
-    for name in ("prefix", "more", "two words"):
+    for name in ("prefix", "two words"):
         (run / f"{name}.safetensors").write_bytes(trained.read_bytes())
     monkeypatch.chdir(run)
-    for given, name in (
-        (".", "inns"),
-        ("prefix.safetensors", "inns"),
-        (f"{trained}+more.safetensors", "pubs+more"),
-        ("two words.safetensors", "two-words"),
-    ):
+    for given, name in ((".", "inns"), (f"{trained}+two words.safetensors", "pubs+two-words")):
         assert main(["export", given, "--to", "llama.cpp", "--output", str(tmp_path / "out"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["file"] == f"{name}.bin"
-
-
-def test_another_backbone_of_other_weights(
-    trained: Path, tmp_path: Path, tiny_models: Make, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_models("llama", seed=1).save_pretrained(tmp_path / "other")
-    tiny_tokenizer.save_pretrained(tmp_path / "other")
-    arguments = ["--to", "llama.cpp", "--output", tmp_path / "out", "--backbone", tmp_path / "other"]
-    assert export(trained, *arguments) == 2
-    assert "with other weights" in " ".join(capsys.readouterr().err.split())
-    assert export(trained, *arguments, "--allow-other-backbone", "--quiet") == 0

@@ -79,17 +79,6 @@ def in_lines(texts: list[str]) -> list[str]:
     return [text.replace("\n", "\\n").replace("\r", "\\r") for text in texts]
 
 
-def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(["generate", *words]) == 2
-    return capsys.readouterr().err
-
-
-def test_a_text_is_taken_as_typed(prefixes: list[str], backbone: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    typed, config = r"a\nb \\ \u00e9", GenerateConfig(max_new_tokens=4)
-    expected = in_lines(generate_texts(backbone, [typed], prefixes[1], config=config))
-    assert outputs(capsys, typed, "--prefix", prefixes[1]) == expected
-
-
 def test_joined_prefixes_are_those_of_the_composed_file(
     backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,13 +135,6 @@ def test_blank_lines_have_empty_results(
     assert {row["prefix"] for row in rows} == {prefixes[1]}
 
 
-def test_options_are_checked_with_the_prefixs_own_before_the_backbone_loads(
-    prefixes: list[str], capsys: pytest.CaptureFixture[str], no_loading: None
-) -> None:
-    # The task decodes with beams, which cannot stream.
-    assert "beam" in error(capsys, "text", "--prefix", prefixes[0], "--stream")
-
-
 @pytest.mark.parametrize("method", ["prefix", "full"])
 def test_a_run_of_any_method_generates(
     method: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -193,8 +175,6 @@ def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
         assert words[row["output"]] == prediction.label
         shares = {words[label]: share for label, share in row["probabilities"].items()}
         assert shares == pytest.approx(prediction.probabilities, abs=1e-5)
-    assert "--stream" in error(capsys, "--run", str(tmp_path / "run"), "--stream", "a good day")
-    # Data that has not all of the labels.
     data = tmp_path / "test.jsonl"
     data.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in zip(texts, words, strict=False)))
     evaluated = ["evaluate", *run, "--data", str(data), "--device", "cpu", "--dtype", "float32", "--quiet"]
@@ -202,16 +182,12 @@ def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
     capsys.readouterr()
     written = [json.loads(line) for line in (tmp_path / "scored" / "outputs.jsonl").read_text().splitlines()]
     assert [row["output"] for row in written] == [row["output"] for row in rows]
-    data.write_text(json.dumps({"text": "so", "label": "soso"}))
-    assert main(evaluated) == 2
-    assert "'soso'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("row", "text", "more"),
     [
         ({"text": "the pub is near"}, "the pub is near", ()),
-        ({"tokens": ["a", "b"]}, "a b", ()),
         ({"name": "Aromi", "food": "soup"}, "Aromi is soup", ()),
         ({"name": "Aromi", "food": "soup", "prompt": "Say"}, "Say", ("--form", "prompt")),
     ],
@@ -281,11 +257,7 @@ def test_outputs_may_be_as_long_as_the_longest_target_of_records(
 
     for command in (["generate"], ["evaluate", "--data", str(data)]):
         assert limit(command, 162) == 162
-        assert limit(command, 62) == 100
         assert limit(command, 162, "--max-new-tokens", "120") == 120
-    # A text has no end.
-    assert limit(["generate"], 162, form="text") == 100
-    assert limit(["generate"], 162, task="toy") == 100
 
 
 def test_an_output_does_not_steer_a_terminal(

@@ -67,11 +67,6 @@ def test_runs_of_other_methods_are_listed(
     assert main(["inspect", str(folder / "tuned")]) == 1
 
 
-def test_a_run_is_a_folder_of_one_prefix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(folder / "run"), "--json"]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)["prefixes"]] == ["prefix.safetensors"]
-
-
 def test_a_folder_without_prefixes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err

@@ -16,37 +16,18 @@ from command_line import run
 
 JOB = {
     "id": "ftjob-0123456789abcdef01234567",
-    "object": "fine_tuning.job",
     "created_at": 1_780_000_000,
     "model": "tiny",
     "status": "running",
     "fine_tuned_model": None,
-    "training_file": "file-0123456789abcdef01234567",
     "prefixtune": {"name": "cats", "progress": {"step": 1, "total_steps": 4}},
 }
-FILE = {
-    "id": "file-0123456789abcdef01234567",
-    "object": "file",
-    "bytes": 12,
-    "created_at": 1_780_000_000,
-    "filename": "rows.jsonl",
-    "purpose": "fine-tune",
-    "status": "processed",
-}
+FILE = {"id": "file-0123456789abcdef01234567", "filename": "rows.jsonl", "status": "processed"}
 DONE = {**JOB, "status": "succeeded", "fine_tuned_model": "cats"}
 EVENTS = [
-    {"id": "ftevent-1", "created_at": 1, "level": "info", "message": "it begins", "type": "message", "data": {}},
-    *(
-        {
-            "id": f"ftevent-{step}",
-            "created_at": step,
-            "level": "info",
-            "message": f"step {step}",
-            "type": "metrics",
-            "data": {"step": step, "total_steps": 4, "train_loss": 1 / step},
-        }
-        for step in (2, 3)
-    ),
+    {"id": "ftevent-1", "level": "info", "message": "it begins", "data": {}},
+    {"id": "ftevent-2", "level": "info", "data": {"step": 2, "total_steps": 4, "train_loss": 0.5}},
+    {"id": "ftevent-3", "level": "info", "data": {"step": 3, "total_steps": 4, "train_loss": 1 / 3}},
 ]
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -189,25 +170,15 @@ def test_a_document_and_its_questions(jobs: Jobs, server: FakeServer, rows: Path
     assert not server.sent("GET /models")
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
+def test_mistakes_are_seen_before_anything_is_sent(jobs: Jobs, server: FakeServer, rows: Path) -> None:
+    for words, named in (
         (["create"], "create"),
         (["list", "x"], "list"),
-        (["create", "{rows}", "--option", "length"], "--option"),
-    ],
-)
-def test_mistakes_are_seen_before_anything_is_sent(
-    words: list[str], named: str, jobs: Jobs, server: FakeServer, rows: Path
-) -> None:
-    _, err = jobs(*[word.format(rows=rows) for word in words], code=2)
-    assert named in err
+        (["create", str(rows), "--option", "length"], "--option"),
+    ):
+        assert named in jobs(*words, code=2)[1]
     assert server.asked == []
-
-
-@pytest.mark.parametrize("url", ["ftp://here/v1", "here:8000", "http://me:secret@here/v1", "http://here/v1?key=1", ""])
-def test_an_address_that_is_none(url: str) -> None:
-    _, err = run("jobs", "--url", url, code=2)
+    _, err = run("jobs", "--url", "http://me:secret@here/v1", code=2)
     assert "--url" in err
     assert "secret" not in err
 
@@ -230,15 +201,12 @@ def test_follow_waits_for_a_server_that_is_away(jobs: Jobs, server: FakeServer) 
     assert err == ""
 
 
-@pytest.mark.parametrize("status", ["failed", "cancelled", "paused"])
-def test_follow_says_what_became_of_it(status: str, jobs: Jobs, server: FakeServer) -> None:
-    error = {"code": "c", "message": "row 7\x1b[2J is wrong"} if status == "failed" else None
-    server.on(f"GET /fine_tuning/jobs/{JOB['id']}", as_json({**JOB, "status": status, "error": error}))
+def test_follow_says_what_became_of_it(jobs: Jobs, server: FakeServer) -> None:
+    error = {"code": "c", "message": "row 7\x1b[2J is wrong"}
+    server.on(f"GET /fine_tuning/jobs/{JOB['id']}", as_json({**JOB, "status": "failed", "error": error}))
     out, err = jobs("follow", JOB["id"], code=1)
     assert out == ""
-    assert f"{JOB['id']} is {status}" in err
-    assert ("row 7\ufffd[2J is wrong" in err) == (status == "failed")
-    assert ("jobs resume" in err) == (status == "paused")
+    assert "row 7\ufffd[2J is wrong" in err
 
 
 # --- what a server may do ---------------------------------------------------------------------------------------------
@@ -248,8 +216,6 @@ def test_follow_says_what_became_of_it(status: str, jobs: Jobs, server: FakeServ
     "answer",
     [
         as_error(404, "there is no job"),
-        as_error(401, "no key"),
-        as_error(429, "too many"),
         (500, {}, b"<html>"),
         as_json([]),
         as_json({**JOB, "status": None}),
@@ -286,29 +252,17 @@ def test_without_a_server(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -
     assert server.url in err
 
 
-@pytest.mark.parametrize(
-    ("environment", "words", "sent"),
-    [
-        ({}, [], None),
-        ({"PREFIXTUNE_API_KEY": "pt-a"}, [], "Bearer pt-a"),
-        ({"PREFIXTUNE_API_KEY": "pt-a"}, ["--key", "pt-b"], "Bearer pt-b"),
-        # The key of another service stays here.
-        ({"OPENAI_API_KEY": "sk-a"}, [], None),
-        ({"OPENAI_API_KEY": "sk-a", "OPENAI_BASE_URL": "https://api.openai.com/v1"}, [], None),
-        ({"OPENAI_API_KEY": "sk-a", "OPENAI_BASE_URL": "{url}/"}, [], "Bearer sk-a"),
-    ],
-)
-def test_which_key_is_sent(
-    environment: dict[str, str],
-    words: list[str],
-    sent: str | None,
-    jobs: Jobs,
-    server: FakeServer,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value.format(url=server.url))
+def test_which_key_is_sent(jobs: Jobs, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     # A proxy of the environment is not for this machine.
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    jobs("list", *words)
-    assert server.asked[0][2].get("Authorization") == sent
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a")
+    # The key of another service stays here.
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
+    jobs()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/")
+    jobs()
+    monkeypatch.setenv("PREFIXTUNE_API_KEY", "pt-a")
+    jobs()
+    jobs("list", "--key", "pt-b")
+    sent = [headers.get("Authorization") for _, _, headers, _ in server.asked]
+    assert sent == [None, "Bearer sk-a", "Bearer pt-a", "Bearer pt-b"]

@@ -33,15 +33,9 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(
     ("options", "expected"),
     [
         ("--hold-out 0", {"hold_out": 0.0, "patience": 0, "init_examples": 2}),
-        ("--hold-out 0 --dev dev.jsonl", {"patience": 2}),
-        ("--dev dev.jsonl --eval-every 0", {"patience": 0}),
-        ("--initialization words", {"init_examples": 0, "prefix_length": 64}),
         ("--initialization text --prefix-length 5", {"init_examples": 0, "prefix_length": 5}),
-        ("--prefix-length 0", {"init_examples": 2}),
-        ("--examples 0", {"initialization": "examples", "prefix_length": 64}),
         ("--initialization examples", {"init_examples": 2, "prefix_length": 64}),
-        ("--init-prefix p.safetensors", {"initialization": "prefix", "init_examples": 0}),
-        ("--init-prefix p.safetensors", {"prefix_length": 0, "patience": 2}),
+        ("--init-prefix p.safetensors", {"initialization": "prefix", "init_examples": 0, "prefix_length": 0}),
     ],
 )
 def test_a_preset_gives_way_to_what_the_user_gives(
@@ -49,17 +43,6 @@ def test_a_preset_gives_way_to_what_the_user_gives(
 ) -> None:
     config = printed(capsys, "--train", "some.jsonl", "--preset", "quick", *options.split())
     assert {name: getattr(config, name) for name in expected} == expected
-
-
-def test_examples_or_a_prefix_set_the_length_that_a_preset_gives_for_words(capsys: pytest.CaptureFixture[str]) -> None:
-    config = printed(capsys, "--task", "e2e", "--preset", "paper", "--examples", "4")
-    assert (config.initialization, config.init_examples, config.prefix_length) == ("examples", 4, 0)
-    assert config.reparameterization == "mlp"
-    options = ("--preset", "paper", "--init-prefix", "p.safetensors")
-    config = printed(capsys, "--task", "e2e", *options)
-    assert (config.initialization, config.prefix_length) == ("prefix", 0)
-    config = printed(capsys, "--task", "e2e", *options, "--prefix-length", "6")
-    assert (config.initialization, config.prefix_length) == ("prefix", 6)
 
 
 def test_a_resumed_run_has_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

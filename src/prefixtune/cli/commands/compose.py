@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefixtune.cli.options import Conflicts, OutputOptions, PathText, command, option
-from prefixtune.cli.show import Table
+from prefixtune.cli.show import Table, outline
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.utils.config import CommaList, TextList
 
@@ -71,6 +70,8 @@ def compose(options: ComposeOptions) -> None:
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.card import check_complete
     from prefixtune.prefix.compose import average, check_joinable, concatenate, cut
+    from prefixtune.prefix.prefix import Prefix, save_prefix
+    from prefixtune.utils.machine import versions
 
     names, output = list(options.files), Path(options.output)
     prefixes = [load_prefix(file) for file in names]
@@ -87,7 +88,9 @@ def compose(options: ComposeOptions) -> None:
     if options.length:
         composed = cut(composed, options.length, rotation, end=options.cut_from)
     check_complete(composed.header, output.parent)
-    size = _save(output, composed)
+    header = {**composed.header, "made_with": versions()}
+    save_prefix(output, Prefix(composed.layers, header, composed.head), dtype=composed.dtype)
+    size = output.stat().st_size
     exact, notes = rotation is None or rotation.is_exact, list(_notes(prefixes, names))
     notes += [] if exact else [_APPROXIMATE]
     parts, mode = composed.header["composition"]["parts"], composed.header["composition"]["mode"]
@@ -95,7 +98,7 @@ def compose(options: ComposeOptions) -> None:
         options.console.warn(note)
     facts = {"output": options.output, "mode": mode, "prefix_length": composed.lengths, "file_bytes": size}
     facts |= {"exact": exact, "parts": parts, "notes": notes}
-    options.show(facts, _parts_table(mode, parts), f"{options.output}: {composed!r}, {size:,} bytes")
+    options.show(facts, *outline({mode: parts}), f"{options.output}: {composed!r}, {size:,} bytes")
 
 
 def _notes(prefixes: Sequence[Prefix], names: Sequence[str]) -> Iterator[str]:
@@ -134,42 +137,6 @@ def _find_rotation(options: ComposeOptions, prefixes: Sequence[Prefix]) -> Rotat
     return loaded.rotation
 
 
-def _save(path: Path, prefix: Prefix) -> int:
-    """Store a prefix in its own dtype; returns the file's size in bytes."""
-    import platform
-
-    import torch
-
-    from prefixtune import __version__
-    from prefixtune.prefix.prefix import Prefix, save_prefix
-
-    versions = {"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    dtype = prefix.dtype if prefix.dtype in (torch.bfloat16, torch.float16) else torch.float32
-    save_prefix(path, Prefix(prefix.layers, {**prefix.header, "made_with": versions}, prefix.head), dtype=dtype)
-    return path.stat().st_size
-
-
-def _parts_table(mode: object, parts: Sequence[Mapping[str, Any]]) -> Table:
-    """The parts of a composed prefix, whose header may come from anybody."""
-    from prefixtune.prefix.compose import MAX_PARTS
-
-    known = ("name", "prefix_length", "weight", "task", "dev_loss", "hash")
-    columns = [name for name in known if any(part.get(name) is not None for part in parts)]
-    rows = [[_cell(part.get(name, "")) for name in columns] for part in parts[:MAX_PARTS]]
-    return Table(f"parts, by {str(mode)[:20]}", columns, rows)
-
-
-def _cell(value: object) -> str | int | float:
-    """A value from a header, cut; lengths that are the same at all sites as one."""
-    if isinstance(value, int | float):
-        return value
-    if isinstance(value, Mapping):
-        same = len(set(map(str, value.values()))) == 1
-        value = str(next(iter(value.values()))) if same else ", ".join(f"{site} {n}" for site, n in value.items())
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 90 else f"{text[:87]}..."
-
-
 class InspectOptions(OutputOptions):
     """The options of `prefixtune inspect`."""
 
@@ -199,14 +166,10 @@ def inspect(options: InspectOptions) -> int:
     ]
     sizes: dict[str, Any] = {"file_bytes": path.stat().st_size, "tensor_bytes": prefix.num_bytes}
     sizes |= {"parameters": prefix.num_parameters, "prefix_length": prefix.lengths}
-    composition = prefix.header.get("composition") or {}
-    parts = composition.get("parts") or []
-    has_parts = isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts) and bool(parts)
     options.show(
         {"file": str(path), **sizes, "header": prefix.header, "layers": norms},
         f"{path}: {prefix!r}, {sizes['file_bytes']:,} bytes",
-        Table("header", ["key", "value"], list(_flatten({**prefix.header, "composition": {}}))),
-        *([_parts_table(composition.get("mode"), parts)] if has_parts else []),
+        *outline(prefix.header),
         Table("mean norm of a head's vector", ["site", "layer", "key", "value"], [[*row.values()] for row in norms]),
     )
     return 0
@@ -220,13 +183,16 @@ def _list(options: InspectOptions, folder: Path) -> int:
             f"{str(folder)!r} holds no prefix and no finished run.",
             hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
         )
-    names = {"name": "name", "file_bytes": "bytes", "method": "method", "backbone": "backbone"}
-    names |= {"prefix_length": "length", "task": "task"}
-    good = [[_cell(row[name] or "") for name in names] for row in rows if "error" not in row]
+    names = {"name": "name", "file_bytes": "bytes", "method": "method", "backbone": "backbone", "task": "task"}
+    good = [
+        [*(row[name] for name in names), ", ".join(f"{site} {n}" for site, n in row["prefix_length"].items())]
+        for row in rows
+        if "error" not in row
+    ]
     broken = [[row["name"], row["error"]] for row in rows if "error" in row]
     options.show(
         {"folder": str(folder), "prefixes": rows},
-        Table(f"{len(good)} of {len(rows)} files in {folder}", [*names.values()], good),
+        Table(f"{len(good)} of {len(rows)} files in {folder}", [*names.values(), "length"], good),
         *([Table("broken files", ["name", "why"], broken)] if broken else []),
     )
     return 1 if broken else 0
@@ -264,12 +230,3 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
         return {**row, "error": str(error)}
     row |= {"method": header.get("method", "prefix"), "backbone": backbone_origin(header).name or None}
     return {**row, "task": header.get("task")}
-
-
-def _flatten(header: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
-    """A header's entries as rows."""
-    for key, value in header.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{above}{key}.")
-        else:
-            yield [f"{above}{key}", str(_cell(value))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixtune.cli.decoding import DecodingOptions
 from prefixtune.cli.loading import Trained, load_trained, read_trained, started_engine
@@ -82,17 +82,17 @@ def generate(options: GenerateOptions) -> None:
     texts = [lines[index] for index in kept]
     each = [prefixes[index % len(prefixes)] if prefixes else None for index in kept]
     cut: set[int] = set()
-    shared = {"text_format": text_format, "config": config, "on_cut": cut.update}
+    work = _Work(backbone, texts, each, {"text_format": text_format, "config": config, "on_cut": cut.update})
     rows: list[dict[str, Any]] = []
     if labels is not None:
-        rows = _label(options, backbone, texts, each, labels, shared)
+        rows = _label(options, work, labels)
     else:
         num_slots = 1 if options.stream else max(1, min(config.batch_size, len(texts)))
         with started_engine(options, backbone, num_slots) as engine:
             if options.stream:
-                _stream(backbone, texts[0], each[0], engine, shared)
+                _stream(work, engine)
             else:
-                rows = _complete(options, backbone, texts, each, engine, shared)
+                rows = _complete(options, work, engine)
     if cut:
         options.console.info(f"{len(cut)} of {len(texts)} sources were truncated to fit")
     if options.stream:
@@ -189,73 +189,65 @@ def _common_labels(options: GenerateOptions, trained: Trained) -> Labels | None:
     return labels[0]
 
 
-def _stream(
-    backbone: Backbone, text: Source, prefix: Prefix | None, engine: Engine | None, shared: Mapping[str, Any]
-) -> None:
+class _Work(NamedTuple):
+    """Texts with their prefixes, what continues or labels them, and how: arguments of the library's functions."""
+
+    backbone: Backbone
+    texts: Sequence[Source]
+    prefixes: Sequence[Prefix | None]
+    how: Mapping[str, Any]
+
+
+def _stream(work: _Work, engine: Engine | None) -> None:
     from prefixtune.inference.generate import stream
 
-    for piece in stream(backbone, text, prefix, engine=engine, **shared):
+    for piece in stream(work.backbone, work.texts[0], work.prefixes[0], engine=engine, **work.how):
         print(_for_stdout(piece), end="", flush=True)
     print()
 
 
-def _complete(
-    options: GenerateOptions,
-    backbone: Backbone,
-    texts: Sequence[Source],
-    prefixes: Sequence[Prefix | None],
-    engine: Engine | None,
-    shared: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+def _complete(options: GenerateOptions, work: _Work, engine: Engine | None) -> list[dict[str, Any]]:
     """The output of every text."""
     from prefixtune.data.chat import as_conversation
     from prefixtune.inference.generate import generate
 
     unended: set[int] = set()
-    with options.console.progress("generating", len(texts)) as bar:
-        outputs = generate(
-            backbone, texts, prefixes, engine=engine, on_batch=bar.update, on_unended=unended.update, **shared
-        )
-    shown = [{"text": text} if isinstance(text, str) else {"messages": as_conversation(text)} for text in texts]
+    with options.console.progress("generating", len(work.texts)) as bar:
+        told = {"on_batch": bar.update, "on_unended": unended.update}
+        outputs = generate(work.backbone, work.texts, work.prefixes, engine=engine, **told, **work.how)
+    shown = [{"text": text} if isinstance(text, str) else {"messages": as_conversation(text)} for text in work.texts]
     return [
         {**text, "output": output, "ended": index not in unended}
         for index, (text, output) in enumerate(zip(shown, outputs, strict=True))
     ]
 
 
-def _label(
-    options: GenerateOptions,
-    backbone: Backbone,
-    texts: Sequence[Source],
-    prefixes: Sequence[Prefix | None],
-    labels: Labels,
-    shared: Mapping[str, Any],
-) -> list[dict[str, Any]]:
+def _label(options: GenerateOptions, work: _Work, labels: Labels) -> list[dict[str, Any]]:
     """The label or tags of every text, with their probabilities; without a prefix, by the words of `labels`."""
     from prefixtune.data.chat import as_conversation
     from prefixtune.inference.classify import classify, tag
 
     groups: dict[int, list[int]] = {}
-    for index, prefix in enumerate(prefixes):
+    for index, prefix in enumerate(work.prefixes):
         groups.setdefault(id(prefix), []).append(index)
     rows: dict[int, dict[str, Any]] = {}
-    with options.console.progress("labelling", len(texts)) as bar:
+    with options.console.progress("labelling", len(work.texts)) as bar:
         for indices in groups.values():
-            prefix = prefixes[indices[0]]
+            prefix = work.prefixes[indices[0]]
             # What is labelled is the text, or that of the last message.
-            chosen = [as_conversation(texts[index])[-1]["content"] for index in indices]
+            chosen = [as_conversation(work.texts[index])[-1]["content"] for index in indices]
             if prefix is not None and labels.kind == "tagging":
-                found = tag(backbone, [text.split() for text in chosen], prefix, config=shared["config"])
+                found = tag(work.backbone, [text.split() for text in chosen], prefix, config=work.how["config"])
                 made = [_tag_row(text, tags) for text, tags in zip(chosen, found, strict=True)]
             else:
                 cut: set[int] = set()
-                own = {**shared, "on_cut": cut.update}
-                classes = classify(backbone, chosen, prefix, labels=labels if prefix is None else None, **own)
-                shared["on_cut"](indices[at] for at in cut)
+                how = {**work.how, "on_cut": cut.update, "labels": labels if prefix is None else None}
+                classes = classify(work.backbone, chosen, prefix, **how)
+                work.how["on_cut"](indices[at] for at in cut)
                 made = [_class_row(text, one) for text, one in zip(chosen, classes, strict=True)]
             rows |= dict(zip(indices, made, strict=True))
             bar.update(len(rows))
-    return [rows[index] for index in range(len(texts))]
+    return [rows[index] for index in range(len(work.texts))]
 
 
 def _tag_row(text: str, tags: Sequence[Prediction]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from prefixtune.cli.options import Conflicts, OutputOptions, command, option
-from prefixtune.cli.show import Table, print_event
+from prefixtune.cli.show import Table, outline, print_event
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import safe_text
@@ -128,7 +128,7 @@ def _run(client: _Client, options: JobsOptions) -> int:
                 return _follow(client, options, job["id"])
             facts = {"job": job["id"], "status": _status(job), "name": _name(job), "model": job.get("model")}
             facts |= {"created": _time(job), "error": _line((job.get("error") or {}).get("message"))}
-            options.show(job, Table("", ["", ""], [[name, str(value)] for name, value in facts.items() if value]))
+            options.show(job, *outline({name: value for name, value in facts.items() if value}))
     return 0
 
 

@@ -45,8 +45,6 @@ def convert(options: ConvertOptions) -> None:
         prefixtune convert adapter prefix.safetensors --to prefixtune --backbone smollm2-135m
         prefixtune convert hub:me/e2e-prefix@v2 prefix.safetensors --to prefixtune
     """
-    import torch
-
     from prefixtune.interop.peft import check_adapter_folder, export_peft
     from prefixtune.prefix.card import check_complete
     from prefixtune.prefix.header import backbone_origin
@@ -72,7 +70,7 @@ def convert(options: ConvertOptions) -> None:
     if options.to == "peft":
         export_peft(prefix, output, backbone, peft_type=options.peft_type)
     else:
-        save_prefix(output, prefix, dtype=torch.bfloat16 if prefix.dtype == torch.bfloat16 else torch.float32)
+        save_prefix(output, prefix, dtype=prefix.dtype)
     facts = {
         "from": "peft" if path.is_dir() else "prefixtune",
         **{name: getattr(options, name) for name in ("to", "input", "output")},
