@@ -45,7 +45,7 @@ Conflicts = Iterator[tuple[tuple[str, ...], str]]
 """What is wrong with several options together, as of `Config.conflicts`."""
 
 PathText = Annotated[str, Field(min_length=1)]
-"""A path that, left out, means something else: an empty one, as of a shell's variable that is not set, is refused."""
+"""A text that, left out, means something else: an empty one, as of a shell's variable that is not set, is refused."""
 
 
 def option(default: Any = ..., description: str = "", *, group: str = "", **settings: Any) -> Any:
@@ -235,7 +235,7 @@ def _parameters_of(options: type[CommandOptions]) -> list[tuple[str, FieldInfo]]
 
 def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> inspect.Parameter:
     extra, kind = _extra(field), field.annotation
-    several, switch = get_origin(kind) is tuple or "many" in extra, kind is bool
+    several, switch = get_origin(kind) is tuple, kind is bool
     item: Any = get_args(kind)[0] if get_origin(kind) is tuple else kind
     choices = [choice for choice in get_args(item) if choice] if get_origin(item) is Literal else []
     notes = [text for text in (allowed_range(field), "required" if field.is_required() else "") if text]

@@ -213,7 +213,7 @@ def _complete(options: GenerateOptions, work: _Work, engine: Engine | None) -> l
 
     unended: set[int] = set()
     with options.console.progress("generating", len(work.texts)) as bar:
-        told = {"on_batch": bar.update, "on_unended": unended.update}
+        told: dict[str, Any] = {"on_batch": bar.update, "on_unended": unended.update}
         outputs = generate(work.backbone, work.texts, work.prefixes, engine=engine, **told, **work.how)
     shown = [{"text": text} if isinstance(text, str) else {"messages": as_conversation(text)} for text in work.texts]
     return [

@@ -12,11 +12,9 @@ import threading
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-from pydantic import BeforeValidator
-
-from prefixtune.cli.options import ConfigOptions, command, option
+from prefixtune.cli.options import ConfigOptions, PathText, command, option
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.jobs.config import WORKER_ENVIRONMENT, WorkerConfig
 from prefixtune.server.logs import configure_logging
@@ -46,17 +44,10 @@ table for the file of --config:
     max_jobs = 10                 # unfinished"""
 
 
-def _key_name(value: Any) -> Any:
-    """The name in what follows `--new-key`, a list."""
-    return ((value and value[-1]) or "me") if isinstance(value, list) else value
-
-
 class ServeOptions(ConfigOptions, ServeConfig):
     """The options of `prefixtune serve`."""
 
-    new_key: Annotated[str, BeforeValidator(_key_name)] = option(
-        "", "make an API key, print it and its table for NAME (me), and exit", many=[0, 1], metavar="[NAME]"
-    )
+    new_key: PathText = option("", "make an API key, print it and its table for NAME, and exit", metavar="NAME")
     quiet: bool = option(False, "only errors on stderr; the log on stdout has its level")
 
     @classmethod
@@ -77,7 +68,7 @@ def serve(options: ServeOptions) -> int:
         prefixtune serve --config serve.toml --host 0.0.0.0
         prefixtune serve --new-key alice
     """
-    if "new_key" in options.model_fields_set:
+    if options.new_key:
         from prefixtune.server.auth import hash_key, new_key
 
         key = new_key()
