@@ -30,7 +30,7 @@ for name, facts in TRAINS.items():
             initialization="text",
             init_text=f"The {name} goes to {facts[0]}. It leaves at {facts[1]}.",
             prefix_length=12,
-            beside="self",  # in half of the steps the others stand beside it: it learns to be joined
+            beside="self",  # samples see the others beside it: it learns to be joined
             max_steps=STEPS,
             warmup_steps=min(5, STEPS),
             batch_size=4,

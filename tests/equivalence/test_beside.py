@@ -1,9 +1,11 @@
-"""Training with others beside: the loss and gradients of one prefix made by hand of all parts."""
+"""Training with others beside: the losses and gradients of prefixes joined by hand, sample by sample."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,17 @@ from transformers import DynamicCache
 
 import prefixtune as pt
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import pad
+from prefixtune.data.batching import collate, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training import beside as beside_module
-from prefixtune.training.beside import Beside, Neighbours
+from prefixtune.training.beside import Beside
 from prefixtune.training.data import tokenize
-from prefixtune.training.loop import TrainLoop, forward_backward
+from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward
+from prefixtune.training.prepare import prepare
 from prefixtune.training.schedule import optimizer_steps
 from prefixtune.training.starts.build import build_encoder
+from prefixtune.training.together import RunGroup, begin_together, train_together
 from prefixtune.training.variation import vary
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
@@ -47,8 +51,10 @@ def moved_on(backbone: Any, prefix: Prefix, offset: int) -> Prefix:
     return Prefix({"decoder": tuple((turn(key), value) for key, value in prefix.layers["decoder"])})
 
 
-def one_after_the_other(backbone: Any, parts: list[Prefix]) -> Prefix:
-    offsets = [sum(part.length("decoder") for part in parts[:index]) for index in range(len(parts))]
+def right_before_the_text(backbone: Any, parts: list[Prefix]) -> Prefix:
+    """One behind the other, each moved on so that it ends where the text begins."""
+    total = sum(part.length("decoder") for part in parts)
+    offsets = [total - part.length("decoder") for part in parts]
     turned = [moved_on(backbone, part, offset) for part, offset in zip(parts, offsets, strict=True)]
     return Prefix(
         {
@@ -72,44 +78,129 @@ def loop_of(backbone: Any, others: list[Prefix], tmp_path: Path, **options: Any)
     return loop
 
 
-@pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others stand beside in every step."""
-    monkeypatch.setattr(beside_module, "BESIDE_RATE", 1.0)
+def front_of(backbone: Any, company: tuple[int, ...], own: Prefix, others: Sequence[Prefix]) -> Prefix:
+    """What is in front of a sample, joined by hand."""
+    return right_before_the_text(backbone, [own, *(others[number] for number in company)])
 
 
-@pytest.mark.usefixtures("always")
+def samples_of(loop: TrainLoop, step: int) -> list[tuple[tuple[int, ...], TokenizedExample]]:
+    """The samples of a step, and who is in front of each."""
+    assert loop.beside is not None
+    (raw,) = next(iter(optimizer_steps(loop.config, loop.data.train.examples, epoch=step - 1)))
+    # Padded rows share what is in front.
+    numbers = itertools.count() if loop.backbone.layout.packable else itertools.repeat(0)
+    drawn = [(loop.beside.draw(loop.config, step, number), one) for number, one in zip(numbers, raw, strict=False)]
+    return sorted(drawn, key=lambda sample: sample[0])
+
+
+def loss_by_hand(loop: TrainLoop, step: int, own: Prefix, others: Sequence[Prefix]) -> Tensor:
+    """The loss of a step, each sample by itself: sums over targets, and their mean over the step."""
+    backbone, samples = loop.backbone, samples_of(loop, step)
+    losses = [
+        batch_loss(backbone, front_of(backbone, company, own, others), collate(backbone, [one])).sum()
+        for company, one in samples
+    ]
+    return torch.stack(losses).sum() / sum(one.num_targets for _, one in samples)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral", "gpt2", "bart", "t5", "m2m_100"])
-def test_a_step_is_that_of_a_prefix_joined_by_hand(
+def test_a_step_is_that_of_prefixes_joined_by_hand(
     name: str, tiny_backbone: Callable[..., Any], random_prefix: Any, tmp_path: Path, assert_same: Any
 ) -> None:
     backbone = tiny_backbone(name)
-    others = [random_prefix(backbone, length, seed, 0.3) for seed, length in enumerate(LENGTHS)]
+    others = [random_prefix(backbone, length, seed, 0.3).detach() for seed, length in enumerate(LENGTHS)]
     loop = loop_of(backbone, others, tmp_path, seed=3)
-    beside = loop.beside
-    assert beside is not None
     seen = set()
     for batches in loop.remaining_steps():
-        drawn = beside.draw(loop.config, loop.state.step + 1)
-        seen.add(drawn)
+        number = loop.state.step + 1
+        seen |= {company for company, _ in samples_of(loop, number)}
         step = loop.prepare(batches)
         forward_backward(backbone, [step])
         assert step.prefix_leaf is not None
         own = step.prefix_leaf.leaves()
-        parts = [*(others[i].detach() for i in drawn.before), own, *(others[i].detach() for i in drawn.after)]
-        (batch,) = step.batches
-        losses = batch_loss(backbone, one_after_the_other(backbone, parts), batch)
-        loss = (losses * step.weights[0]).sum()
+        loss = loss_by_hand(loop, number, own, others)
         loss.backward()
         assert step.loss == pytest.approx(float(loss.detach()), rel=1e-5)
         assert_same([t.grad for t in step.prefix_leaf.tensors()], [t.grad for t in own.tensors()])
         loop.apply(step, threading.Event())
         if loop.state.step == 4:
             break
-    assert len(seen) > 1
+    assert () in seen
+    assert {len(company) for company in seen} >= {0, 3}
 
 
-@pytest.mark.usefixtures("always")
+def open_group(stack: contextlib.ExitStack, backbone: Any, tmp_path: Path) -> tuple[RunGroup, list[TrainLoop]]:
+    """Three runs beside each other, of unequal lengths."""
+    configs = [
+        pt.TrainConfig(prefix_length=length, init_text=text, batch_size=8, beside="self", output=str(tmp_path / text))
+        for length, text in ((3, "abc"), (2, "de"), (4, "fghi"))
+    ]
+    runs = [stack.enter_context(prepare(one, backbone, EXAMPLES, shares_passes=True, begin=False)) for one in configs]
+    begin_together(runs, resume=False)
+    group = RunGroup(backbone)
+    for run in runs:
+        group.add(run)
+    return group, [run.loop for run in runs]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_joined_gradient_is_the_sum_of_one_sided_ones(
+    name: str, tiny_backbone: Callable[..., Any], tmp_path: Path, assert_same: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each run: the gradients that each run's loss has at it, while all others are constants."""
+    backbone = tiny_backbone(name)
+    checked = []
+
+    def check(loop: TrainLoop, step: PendingStep, stop: threading.Event, apply: Any = TrainLoop.apply) -> Any:
+        leaf = step.prefix_leaf
+        assert leaf is not None
+        index, number = loops.index(loop), loop.state.step + 1
+        current = [one.bake() for one in loops] if index == 0 else checked[-1][0]
+        if index == 0:
+            checked.append((current, {}))
+        expected = [torch.zeros_like(tensor) for tensor in leaf.tensors()]
+        for other, one in enumerate(loops):
+            parts = [prefix.detach() for prefix in current]
+            parts[index] = parts[index].leaves()
+            loss_by_hand(one, number, parts[other], parts[:other] + parts[other + 1 :]).backward()
+            for total, tensor in zip(expected, parts[index].tensors(), strict=True):
+                total += 0 if tensor.grad is None else tensor.grad
+        assert_same([tensor.grad for tensor in leaf.tensors()], expected)
+        return apply(loop, step, stop)
+
+    monkeypatch.setattr(TrainLoop, "apply", check)
+    with contextlib.ExitStack() as stack:
+        group, loops = open_group(stack, backbone, tmp_path)
+        for _ in range(3):
+            list(group.step(threading.Event()))
+    assert len(checked) == 3
+
+
+def test_samples_alone_are_those_of_a_run_alone_to_the_bit(
+    tiny_backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone("llama")
+    monkeypatch.setattr(beside_module, "ALONE_RATE", 1.0)
+
+    def trained(beside: str) -> list[Prefix]:
+        configs = [
+            pt.TrainConfig(
+                prefix_length=length,
+                init_text="abcd",
+                learning_rate=0.01,
+                max_steps=5,
+                batch_size=8,
+                beside=beside,
+                output=str(tmp_path / f"{beside}{length}"),
+            )
+            for length in (2, 3)
+        ]
+        return [result.prefix for result in train_together(configs, backbone=backbone, examples=[EXAMPLES] * 2)]
+
+    for one, other in zip(trained("self"), trained(""), strict=True):
+        assert one.equal(other)
+
+
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_hidden_positions_and_lengths_are_those_of_the_own_part(
     name: str, tiny_backbone: Callable[..., Any], random_prefix: Any, tmp_path: Path, assert_same: Any
@@ -122,22 +213,20 @@ def test_hidden_positions_and_lengths_are_those_of_the_own_part(
     assert beside is not None
     steps = loop.remaining_steps()
     for number in (1, 2, 3):
-        drawn = beside.draw(loop.config, number)
         step = loop.prepare(next(steps))
         leaf = step.prefix_leaf
         assert leaf is not None
         (raw,) = optimizer_steps(loop.config, loop.data.train.examples, epoch=number - 1)
         expected = []
-        for group in vary(loop.config, number, raw, {"decoder": 5}, one_length=False)[0]:
-            own = leaf[: group.visible_length]
-            before = sum(LENGTHS[i] for i in drawn.before)
-            parts = [*(others[i] for i in drawn.before), own, *(others[i] for i in drawn.after)]
-            whole = one_after_the_other(backbone, parts)
-            hidden = {before + position for position in group.hidden if position < own.prefix_length}
+        varied = vary(loop.config, number, raw, {"decoder": 5}, one_length=False)[0]
+        drawn = [(beside.draw(loop.config, number, sample), group) for sample, group in enumerate(varied)]
+        for company, group in sorted(drawn, key=lambda sample: sample[0]):
+            own = leaf[: group.front.length]
+            whole = front_of(backbone, company, own, others)
+            hidden = {position for position in group.hidden if position < own.prefix_length}
             kept = [position for position in range(whole.prefix_length) if position not in hidden]
             expected.append(visible_losses(backbone, whole, kept, group))
-        fronts = step.prefixes(0)
-        assert_same(batch_loss(backbone, fronts, step.batches[0]), torch.cat(expected))
+        assert_same(batch_loss(backbone, step.prefixes(0), step.batches[0]), torch.cat(expected))
         loop.state.step += 1
 
 
@@ -167,19 +256,18 @@ def visible_losses(backbone: Any, whole: Prefix, kept: list[int], group: Tokeniz
     return torch.cat(losses)
 
 
-def test_who_stands_beside_is_drawn_by_seed_and_step(tiny_backbone: Any, random_prefix: Any) -> None:
+def test_who_stands_beside_is_drawn_by_seed_step_and_sample(tiny_backbone: Any, random_prefix: Any) -> None:
     backbone = tiny_backbone("gpt2")
-    beside = Beside.of_prefixes([random_prefix(backbone, 1).detach()] * 5, backbone.rotation)
+    beside = Beside.of_prefixes([random_prefix(backbone, 1).detach()] * 4, backbone.rotation)
     config = pt.TrainConfig(beside="x", beside_most=3)
-    drawn = [beside.draw(config, step) for step in range(1, 2001)]
-    assert drawn == [beside.draw(config, step) for step in range(1, 2001)]
-    assert drawn != [beside.draw(config.replace(seed=1), step) for step in range(1, 2001)]
-    joined = [each for each in drawn if each != Neighbours()]
-    assert len(joined) / 2000 == pytest.approx(0.5, abs=0.05)
-    counts = [len(each.before) + len(each.after) for each in joined]
-    assert [counts.count(number) / len(joined) for number in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.06)
-    assert all(len({*each.before, *each.after}) == count for each, count in zip(joined, counts, strict=True))
-    # The own is at each place as often: first in a half of the pairs.
-    pairs = [each for each, count in zip(joined, counts, strict=True) if count == 1]
-    assert sum(not each.before for each in pairs) / len(pairs) == pytest.approx(0.5, abs=0.1)
-    assert {index for each in joined for index in (*each.before, *each.after)} == set(range(5))
+    places = [(step, sample) for step in range(1, 201) for sample in range(10)]
+    drawn = [beside.draw(config, *place) for place in places]
+    assert drawn == [beside.draw(config, *place) for place in places]
+    assert drawn != [beside.draw(config.replace(seed=1), *place) for place in places]
+    assert len({*drawn[:10]}) > 4
+    joined = [company for company in drawn if company]
+    assert len(joined) / 2000 == pytest.approx(0.6, abs=0.05)
+    counts = [len(company) for company in joined]
+    assert [counts.count(n) / len(joined) for n in (1, 2, 3)] == pytest.approx([0.1, 0.1, 0.8], abs=0.05)
+    assert all(company == tuple(sorted({*company})) for company in joined)
+    assert {number for company in joined for number in company} == {*range(4)}

@@ -21,7 +21,7 @@ from prefixtune.cli.main import main
 from prefixtune.errors import BackboneError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
-from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from zoo import exists, make_model
 
@@ -323,6 +323,23 @@ def test_an_encoder_decoders_parts_stand_beside_each_other(backbone: Callable[..
     # Text and parts have no positions towards each other, so that the order means nothing.
     assert (logits[0] - logits[1]).norm() / logits[0].norm() < 1e-5
     assert (logits[0] - logits[2]).norm() / logits[0].norm() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj"])
+def test_parts_that_were_trained_beside_others_stand_right_before_the_text(
+    backbone: Callable[..., Backbone], name: str
+) -> None:
+    """In any order the same; and cut apart again, each is what it was."""
+    made, text = backbone(name), _ids(7, 4)
+    header = {"training": {"beside": {"positions": "shared"}}}
+    parts = [prefix_from_tokens(made.model, made.layout, _ids(count, count)) for count in (6, 4, 5)]
+    one, two, three = (Prefix(part.layers, header) for part in parts)
+    joined = concatenate([one, two, three], made.rotation)
+    again = concatenate([three, concatenate([two, one], made.rotation)], made.rotation)
+    logits = [made.forward(text, prefixes=prefix).logits for prefix in (joined, again)]
+    assert (logits[0] - logits[1]).norm() / logits[0].norm() < 1e-5
+    assert _worst(cut(joined, 6), one) < 1e-5
+    assert _worst(cut(joined, 5, end="start"), three) < 1e-5
 
 
 def test_gradients_reach_every_part(backbone: Callable[..., Backbone]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prefixtune.backbone.batch import Front
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
@@ -50,10 +51,10 @@ def test_groups_of_one_row_have_the_first_positions_alone(
     backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
 ) -> None:
     prefix = random_prefix(backbone, P)
-    marked = [replace(e, visible_length=length) for e, length in zip(examples, LENGTHS, strict=True)]
+    marked = [replace(e, front=Front(length)) for e, length in zip(examples, LENGTHS, strict=True)]
     batch = pack(marked)
-    assert batch.visible_lengths == LENGTHS
-    got = losses_and_gradients(backbone, prefix, batch, [prefix[:length] for length in batch.visible_lengths])
+    assert batch.fronts == tuple(map(Front, LENGTHS))
+    got = losses_and_gradients(backbone, prefix, batch, [prefix[: front.length] for front in batch.fronts])
     # Each alone in a padded row, with a prefix that ends there.
     parts = [
         losses_and_gradients(backbone, prefix, pad([e], pad_id=backbone.pad_id), [prefix[:length]])
@@ -68,7 +69,7 @@ def test_joined_rows_keep_their_own_lengths(
     """Two runs that train together: the first nested, the second with its whole prefix."""
     backbone = tiny_backbone("llama")
     first, second = random_prefix(backbone, P), random_prefix(backbone, 3, seed=1)
-    marked = pack([replace(e, visible_length=length) for e, length in zip(examples, LENGTHS, strict=True)])
+    marked = pack([replace(e, front=Front(length)) for e, length in zip(examples, LENGTHS, strict=True)])
     plain = pack(examples)
     losses = batch_loss(
         backbone, [*(first[:length] for length in LENGTHS), second, first], join([marked, plain, plain])
@@ -143,10 +144,10 @@ def test_hidden_positions_and_lengths_in_encoder_decoders(
         parts.append(losses_and_gradients(backbone, prefix, alone, [shorter]))
     assert_same(got, summed(parts))
 
-    same = [replace(e, hidden=(1,), visible_length=2) for e in examples]
+    same = [replace(e, hidden=(1,), front=Front(2)) for e in examples]
     batch = collate(backbone, same)
-    assert batch.visible_lengths == (2,)
-    alone = pad([replace(e, hidden=(), visible_length=None) for e in examples], pad_id=0, decoder_start_id=start)
+    assert batch.fronts == (Front(2),)
+    alone = pad([replace(e, hidden=(), front=Front()) for e in examples], pad_id=0, decoder_start_id=start)
     first = Prefix(
         {
             site: tuple(

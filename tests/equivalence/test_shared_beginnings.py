@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prefixtune.attention.packing import Group
-from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.batch import Batch, Front
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate, divide, join, pack, pad
@@ -49,7 +49,7 @@ def losses_and_gradients(backbone: Any, prefix: Prefix, batch: Batch, fronts: Se
 
 def one_by_one(backbone: Any, prefix: Prefix, examples: Sequence[TokenizedExample]) -> list[Tensor]:
     parts = [
-        losses_and_gradients(backbone, prefix, pad([e], pad_id=backbone.pad_id), [prefix[: e.visible_length]])
+        losses_and_gradients(backbone, prefix, pad([e], pad_id=backbone.pad_id), [prefix[: e.front.length]])
         for e in examples
     ]
     gradients = [torch.stack(same).sum(0) for same in zip(*(part[1:] for part in parts), strict=True)]
@@ -80,15 +80,15 @@ def test_only_those_that_see_the_same_of_the_prefix_share(
         replace(first, hidden=(1,)),
         replace(second, hidden=(1,)),
         third,
-        replace(first, visible_length=2),
-        replace(third, visible_length=2),
+        replace(first, front=Front(2)),
+        replace(third, front=Front(2)),
         second,
     ]
     batch = pack(examples, share_beginnings=True)
     assert [len(group.target_lengths) for group in batch.packing.groups] == [2, 1, 2, 1]
     assert batch.packing.prefix_index == (0, 0, 1, 0)
     prefix = random_prefix(backbone, P)
-    fronts = [prefix[:length] for length in batch.visible_lengths]
+    fronts = [prefix[: front.length] for front in batch.fronts]
     assert_same(losses_and_gradients(backbone, prefix, batch, fronts), one_by_one(backbone, prefix, examples))
 
 

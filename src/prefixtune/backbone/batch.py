@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -13,7 +13,23 @@ from torch import Tensor
 from prefixtune.attention.packing import Packing
 from prefixtune.backbone.soft_labels import SoftLabels
 
-__all__ = ["Batch", "send"]
+__all__ = ["WHOLE", "Batch", "Front", "send"]
+
+
+class Front(NamedTuple):
+    """What is in front of an example while it is trained on.
+
+    Attributes:
+        length: The first positions of the prefix that trains, as if there were no others; None: all of it.
+        company: The numbers of the others that stand beside it; empty: it is alone.
+    """
+
+    length: int | None = None
+    company: tuple[int, ...] = ()
+
+
+WHOLE = Front()
+"""All of the prefix, alone."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +47,7 @@ class Batch:
         decoder_attention_mask: Padded rows of an encoder-decoder only.
         source_rows: Padded rows of an encoder-decoder only: which source each target looks at.
         labelled: The labels are those of a head, not tokens.
-        visible_lengths: The first positions of the prefix that are in front: one number for all rows, or as many as the
-            packing's prefix index counts through; empty: the whole prefix is in front of all.
+        fronts: What is in front: the same for all rows, or as many as the packing's prefix index counts through.
         hidden: Padded rows only: positions of the prefix that each row of `input_ids` does not see, as `Group.hidden`
             has them in a packed row; None: every row sees all.
         soft_labels: A teacher's distribution at each label, which the loss compares with; None: the labels are certain.
@@ -48,7 +63,7 @@ class Batch:
     decoder_attention_mask: Int[Tensor, "Rd Td"] | None = None
     source_rows: Int[Tensor, " Rd"] | None = None
     labelled: bool = False
-    visible_lengths: tuple[int | None, ...] = ()
+    fronts: tuple[Front, ...] = (WHOLE,)
     hidden: tuple[tuple[int, ...], ...] | None = None
     soft_labels: SoftLabels | None = None
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.batch import Batch, Front
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
@@ -53,7 +53,12 @@ def collate(backbone: Backbone, examples: Sequence[TokenizedExample], *, share_b
 
 
 def divide(
-    backbone: Backbone, examples: Sequence[TokenizedExample], most_positions: int, *, share_beginnings: bool = False
+    backbone: Backbone,
+    examples: Sequence[TokenizedExample],
+    most_positions: int,
+    *,
+    share_beginnings: bool = False,
+    front_size: Callable[[Front], int] = lambda front: 0,
 ) -> list[list[TokenizedExample]]:
     """Divide the examples of a batch, in their order, into parts as large as they may be, to be computed one by one.
 
@@ -62,19 +67,24 @@ def divide(
         examples: A batch.
         most_positions: Tokens of a part, at most, unless a single example has more; 0: nothing is divided.
         share_beginnings: As in `collate`: what is computed once in a part counts once.
+        front_size: The positions that each thing in front of some examples counts for, once in a part.
     """
     of_tokens = examples[0].label_positions is None
     share_beginnings = share_beginnings and of_tokens and backbone.kind == "decoder" and backbone.layout.packable
     if not most_positions:
         return [list(examples)]
     parts: list[list[TokenizedExample]] = []
+    fronts: set[Front] = set()
     group, left = None, 0
     for example in examples:
         joined = group.join(example) if group is not None and share_beginnings else None
         added = _size(example) if joined is None or group is None else joined.size - group.size
+        added += 0 if example.front in fronts else front_size(example.front)
         if not parts or added > left:
             parts.append([])
-            joined, added, left = None, _size(example), most_positions
+            fronts = set()
+            joined, added, left = None, _size(example) + front_size(example.front), most_positions
+        fronts.add(example.front)
         group = joined or _SharedBeginning.of(example)
         parts[-1].append(example)
         left -= added
@@ -103,7 +113,7 @@ class _SharedBeginning:
     def join(self, example: TokenizedExample) -> _SharedBeginning | None:
         """With another example; None: it cannot be, or is no gain: the positions of a group all meet in attention."""
         last = self.examples[-1]
-        sees_alike = (last.hidden, last.visible_length) == (example.hidden, example.visible_length)
+        sees_alike = (last.hidden, last.front) == (example.hidden, example.front)
         if max(len(last.targets), len(example.targets)) > 1 or not sees_alike:
             return None
         pairs = enumerate(zip(last.prompt, example.prompt, strict=False))
@@ -156,7 +166,7 @@ def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) 
         packing,
         attention_mask=mask,
         labelled=True,
-        visible_lengths=_one_length(examples),
+        fronts=_one_front(examples),
         hidden=hidden,
     )
 
@@ -199,7 +209,7 @@ def pack(
                 target_lengths.append(len(rest) - 1 + len(target))
                 ids.extend((*rest, *target[:-1]))
         groups.append(Group(start, shared_length, tuple(target_lengths), group.examples[0].hidden))
-    lengths, prefix_index = _visible_lengths([group.examples[0] for group in shared])
+    fronts, prefix_index = _fronts([group.examples[0] for group in shared])
     sources = tuple(len(example.prompt) for example in examples) if apart else None
     row = torch.tensor([ids])
     return Batch(
@@ -208,7 +218,7 @@ def pack(
         *_labels(examples),
         Packing(tuple(groups), sources, prefix_index),
         decoder_input_ids=row if apart else None,
-        visible_lengths=lengths,
+        fronts=fronts,
         soft_labels=_soft_labels(examples),
     )
 
@@ -249,7 +259,7 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
         decoder_input_ids=ids if apart else None,
         decoder_attention_mask=mask if apart else None,
         source_rows=torch.tensor(owners) if apart else None,
-        visible_lengths=_one_length(examples),
+        fronts=_one_front(examples),
         hidden=_hidden_rows(examples if apart else [examples[owner] for owner in owners]),
         soft_labels=_soft_labels(examples),
     )
@@ -308,29 +318,22 @@ def _labels(examples: Sequence[TokenizedExample]) -> tuple[Int[Tensor, " N"], In
     )
 
 
-def _visible_lengths(
-    examples: Sequence[TokenizedExample],
-) -> tuple[tuple[int | None, ...], tuple[int, ...] | None]:
-    """The different lengths of the prefix in a packed row, and which of them is in front of each group.
-
-    Where all groups have the same, there is no index; where that is the whole prefix, no length either.
-    """
-    lengths = tuple(dict.fromkeys(example.visible_length for example in examples))
-    if len(lengths) == 1:
-        return (() if lengths[0] is None else lengths), None
-    return lengths, tuple(lengths.index(example.visible_length) for example in examples)
+def _fronts(examples: Sequence[TokenizedExample]) -> tuple[tuple[Front, ...], tuple[int, ...] | None]:
+    """What stands in front of some group of a packed row, and which of it is in front of each; None: the same."""
+    fronts = tuple(dict.fromkeys(example.front for example in examples))
+    return fronts, None if len(fronts) == 1 else tuple(fronts.index(example.front) for example in examples)
 
 
-def _one_length(examples: Sequence[TokenizedExample]) -> tuple[int | None, ...]:
-    """The length of the prefix of a batch with one prefix.
+def _one_front(examples: Sequence[TokenizedExample]) -> tuple[Front, ...]:
+    """What is in front of a batch with one prefix.
 
     Raises:
         ConfigError: The examples have several.
     """
-    lengths, prefix_index = _visible_lengths(examples)
+    fronts, prefix_index = _fronts(examples)
     if prefix_index is not None:
-        raise ConfigError("padded rows and heads have one length of the prefix.", hint="give all examples the same.")
-    return lengths
+        raise ConfigError("padded rows and heads have one prefix in front.", hint="give all examples the same.")
+    return fronts
 
 
 def _soft_labels(examples: Sequence[TokenizedExample]) -> SoftLabels | None:

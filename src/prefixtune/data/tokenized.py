@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from prefixtune.backbone.batch import WHOLE, Front
 from prefixtune.backbone.soft_labels import SoftLabels
 
 
@@ -20,8 +21,7 @@ class TokenizedExample:
         targets: Each target's tokens, or the label indices.
         label_positions: For a head: where in the prompt each label is predicted; None: the targets are tokens.
         hidden: Positions of the prefix that the example does not see while it is trained on (see `Group.hidden`).
-        visible_length: It is trained with the first positions of the prefix alone, as if there were no others; None:
-            with the whole prefix.
+        front: What is in front of it while it is trained on.
         soft_targets: A teacher's distribution at each label of each target; empty: the targets are certain.
         turns: Of a conversation, which has one target: the parts [first, stop) of it that are labels, the assistant's
             turns, each of which counts as a target; the rest is read only. Empty: all of every target is labels.
@@ -31,7 +31,7 @@ class TokenizedExample:
     targets: tuple[tuple[int, ...], ...]
     label_positions: tuple[int, ...] | None = None
     hidden: tuple[int, ...] = ()
-    visible_length: int | None = None
+    front: Front = WHOLE
     soft_targets: tuple[SoftLabels, ...] = field(default=(), compare=False)
     turns: tuple[tuple[int, int], ...] = ()
 
@@ -43,6 +43,14 @@ class TokenizedExample:
     def label_spans(self) -> list[list[tuple[int, int]]]:
         """The parts [first, stop) of each target that are labels: the turns of a conversation, else all of it."""
         return [list(self.turns)] if self.turns else [[(0, len(target))] for target in self.targets]
+
+    def beside(self, company: tuple[int, ...], length: int) -> TokenizedExample:
+        """The same with others behind the prefix that trains, which has so many positions: no others are hidden."""
+        if not company:
+            return self
+        seen = length if self.front.length is None else min(length, self.front.length)
+        hidden = tuple(position for position in self.hidden if position < seen)
+        return replace(self, hidden=hidden, front=self.front._replace(company=company))
 
     def with_targets(self, chosen: Sequence[int]) -> TokenizedExample:
         """The same source with some of its targets, by their indices."""

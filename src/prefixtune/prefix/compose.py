@@ -1,8 +1,9 @@
 """Make one prefix of several: one after the other, or number by number.
 
-Joined one after the other, the result is what attention sees with all of them in front: each moved on by the lengths
-before it, the text behind all. Values have no position, so that only keys turn (see `rotation`). Number by number,
-prefixes of one length are averaged. The header says what the parts were.
+Joined, the result is what attention sees with all of them in front: each moved on by the lengths before it, the text
+behind all. Where one was trained beside others, all stand at the same positions, right before the text, as in training.
+Values have no position, so that only keys turn (see `rotation`). Number by number, prefixes of one length are averaged.
+The header says what the parts were.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MAX_PARTS = 64
 
 _TEMPLATES = ("prompt", "target", "separator", "end", "source", "target_template", "chat_template", "system")
 _LIMITS = ("longest_prompt", "longest_target")
+_SHARED = {"positions": "shared"}
+"""In the header of joined parts that all end where the text begins."""
 
 
 # --- one after the other ---------------------------------------------------------------------------------------------
@@ -66,18 +69,28 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
     lead = heads[0] if heads else len(prefixes) - 1
     parts = _describe_parts(prefixes, names, "concatenate")
     header = lead_header(prefixes, lead) | {"rotation": rotation.to_header()}
-    header["composition"] = {"mode": "concatenate", "parts": parts}
-    return Prefix(join(prefixes, rotation).layers, header, prefixes[lead].head)
+    shared = any(_is_shared(prefix, "training", "beside") or _is_shared(prefix, "composition") for prefix in prefixes)
+    header["composition"] = {"mode": "concatenate", **(_SHARED if shared else {}), "parts": parts}
+    return Prefix(join(prefixes, rotation, shared=shared).layers, header, prefixes[lead].head)
 
 
-def join(prefixes: Sequence[Prefix], rotation: Rotation) -> Prefix:
+def _is_shared(prefix: Prefix, *keys: str) -> bool:
+    """Whether it was trained at the positions of others, or is made of such: as a part of its header says."""
+    found: Any = prefix.header
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return isinstance(found, Mapping) and found.get("positions") == "shared"
+
+
+def join(prefixes: Sequence[Prefix], rotation: Rotation, *, shared: bool) -> Prefix:
     """The tensors of `concatenate`, without its checks, header and head; differentiable.
 
-    In a decoder-only model each part is turned on by the lengths before it. Where the text is not shifted (encoders,
-    encoder-decoders), no key turns, and each site holds the parts that have it.
+    In a decoder-only model each part is turned on by the lengths before it; or, where they share positions, by those of
+    all others, so that each ends where the text begins. Where the text is not shifted (encoders, encoder-decoders), no
+    key turns, and each site holds the parts that have it.
     """
-    dtype = _widest(prefixes)
-    starts = accumulate((prefix.length() for prefix in prefixes), initial=0)
+    dtype, lengths = _widest(prefixes), [prefix.length() for prefix in prefixes]
+    starts = [sum(lengths) - length for length in lengths] if shared else accumulate(lengths, initial=0)
     turned = [
         rotation.turn(prefix.to(dtype, prefixes[0].device), start)
         for prefix, start in zip(prefixes, starts, strict=False)
@@ -153,12 +166,13 @@ def cut(
     The header has no development loss: it is the whole's, and stands in its entry of the parts.
 
     Cut at the end, the first ones stay as they are. Cut at the start, the keys of the rest are turned back, so that it
-    begins at position 0; what it has taken over from the positions before it stays in it.
+    begins at position 0; what it has taken over from the positions before it stays in it. Of joined parts that share
+    positions, all that stay are turned back, so that they end where the text begins.
 
     Args:
         prefix: The whole.
         length: How many positions stay, at every site that has more.
-        rotation: The backbone's; None: as the header has it. Needed at the start only.
+        rotation: The backbone's; None: as the header has it. Needed where keys turn.
         end: Where to cut.
 
     Raises:
@@ -173,18 +187,18 @@ def cut(
             f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length!r}.",
             hint="choose a smaller length, at least 1.",
         )
-    if end == "end":
-        kept = prefix[:length]
-    else:
+    kept, shared = prefix[:length] if end == "end" else prefix[-length:], _is_shared(prefix, "composition")
+    if end == "start" or shared:
         rotation = _known(rotation or stored_rotation([prefix]))
-        kept = rotation.turn(prefix[-length:], -max(0, prefix.length() - length))
+        kept = rotation.turn(kept, -max(0, prefix.length() - length))
     header = dict(prefix.header)
     # What was measured of the whole, its part does not have.
     for name, measured in (("training", ("dev_loss",)), ("initialization", ("prefix_length", "at_most"))):
         if isinstance(header.get(name), Mapping):
             header[name] = {key: value for key, value in header[name].items() if key not in measured}
     parts = _describe_parts([prefix], [str(prefix.header.get("task") or "the whole")], "cut")
-    return Prefix(kept.layers, {**header, "composition": {"mode": "cut", "at": end, "parts": parts}}, prefix.head)
+    header["composition"] = {"mode": "cut", "at": end, **(_SHARED if shared else {}), "parts": parts}
+    return Prefix(kept.layers, header, prefix.head)
 
 
 # --- what belongs together -------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Other prefixes that stand beside the one that trains, so that it can be joined later.
 
-In a share of the steps, some others stand before and after it, at random and in random order. Each part's keys are
-turned on by the lengths before it, as `prefix.compose.concatenate` joins files; gradients reach the own part alone.
-Who stands where is a function of the seed and the step.
+Each sample sees the own prefix alone, or with others that are drawn for it. All of them stand at the same positions,
+right before the text: their order means nothing, and each is as near as it is alone. Gradients reach every part that
+trains: it learns to answer, and to be silent where another answers (after Cartridges at Scale, arXiv 2606.04557). Who
+stands beside is a function of the seed, the step and the sample.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.batch import Front
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.tokenized import TokenizedExample, longest_text
 from prefixtune.errors import CheckpointError, ConfigError
@@ -29,8 +31,12 @@ from prefixtune.training.run_folder import PREFIX_FILE
 SELF = "self"
 """The runs that train together."""
 
-BESIDE_RATE = 0.5
-"""Share of the steps in which others stand beside."""
+ALONE_RATE = 0.4
+"""Share of the samples that see the own prefix alone."""
+ALL_RATE = 0.7
+"""Of the other samples, share of those that see all others; the rest see a random number of them."""
+_PER_POSITION = 8
+"""Positions of a prefix, in a company of its own, that take as much memory as one of a text."""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -70,15 +76,7 @@ def load_others(config: TrainConfig, backbone: Backbone) -> list[Prefix]:
     return [Prefix(prefix.layers).to(torch.float32, backbone.device) for prefix in others]
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """Who stands beside in a step: indices of others, in order, before and after the own prefix."""
-
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+# --- samples ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Beside:
     """The others of a run.
 
     Attributes:
-        others: Each yields a prefix as it is now, in float32 and without gradients.
+        others: Each yields a prefix as it is now, in float32; gradients reach it where it trains, too.
         lengths: The lengths of each at its sites.
         rotation: How keys turn with position.
         digest: Tells these others from any.
@@ -112,27 +110,26 @@ class Beside:
             digest.hexdigest(),
         )
 
-    def draw(self, config: TrainConfig, step: int) -> Neighbours:
-        """Who stands beside in a step, counted from 1: nobody, or one to `beside_most` of the others."""
-        rng = random.Random(f"{config.seed}/{step}/beside")
-        if not self.others or rng.random() >= BESIDE_RATE:
-            return Neighbours()
-        chosen = rng.sample(range(len(self.others)), rng.randint(1, min(config.beside_most, len(self.others))))
-        place = rng.randint(0, len(chosen))
-        return Neighbours(tuple(chosen[:place]), tuple(chosen[place:]))
+    def draw(self, config: TrainConfig, step: int, sample: int) -> tuple[int, ...]:
+        """Who stands beside in a sample, as `Front.company` has it."""
+        rng = random.Random(f"{config.seed}/{step}/{sample}/beside")
+        most = min(config.beside_most, len(self.others))
+        if not most or rng.random() < ALONE_RATE:
+            return ()
+        count = most if rng.random() < ALL_RATE else rng.randint(1, most)
+        return tuple(sorted(rng.sample(range(len(self.others)), count)))
 
-    def shift(self, neighbours: Neighbours, site: Site) -> int:
-        """Positions before the own prefix at a site."""
-        return sum(self.lengths[index].get(site, 0) for index in neighbours.before)
+    def join(self, front: Front, own: Prefix) -> Prefix:
+        """What is in front: the own prefix, and behind it the others as they are now."""
+        part = own[: front.length]
+        if not front.company:
+            return part
+        joined = join([part, *(self.others[number]() for number in front.company)], self.rotation, shared=True)
+        return Prefix(joined.layers, own.header, own.head)
 
-    def join(self, neighbours: Neighbours, own: Sequence[Prefix]) -> list[Prefix]:
-        """The own prefix, in each of some forms, with its neighbours before and after it."""
-        if neighbours == Neighbours():
-            return list(own)
-        before = [self.others[index]() for index in neighbours.before]
-        after = [self.others[index]() for index in neighbours.after]
-        joined = [join([*before, form, *after], self.rotation) for form in own]
-        return [Prefix(whole.layers, form.header, form.head) for whole, form in zip(joined, own, strict=True)]
+    def size(self, front: Front) -> int:
+        """How many positions of a text take as much memory as the others in front."""
+        return sum(max(self.lengths[number].values()) for number in front.company) // _PER_POSITION
 
 
 def check_beside(
@@ -166,27 +163,8 @@ def check_beside(
             hint="lower beside_most or max_length, or choose shorter prefixes.",
         )
     hides = config.prefix_dropout > 0 or any(example.hidden for example in examples)
-    if hides and backbone.kind == "encoder-decoder":
-        uneven = [lengths for lengths in (own, *others) if lengths.get("encoder", 0) != lengths.get("cross", 0)]
-        if uneven:
-            raise ConfigError(
-                f"beside moves a prefix by {uneven[0].get('encoder', 0)} positions at the site encoder and by "
-                f"{uneven[0].get('cross', 0)} at cross, so that its positions cannot be hidden.",
-                hint="set prefix_dropout to 0 and start from no examples, or give both sites one length.",
-            )
-
-
-def move_hidden(examples: Sequence[TokenizedExample], own_length: int, shift: int) -> list[TokenizedExample]:
-    """The examples with their hidden positions where the own prefix stands in a joined one.
-
-    Args:
-        examples: Their positions count from the start of the own prefix.
-        own_length: P of the own prefix.
-        shift: Positions before it.
-    """
-    moved = []
-    for example in examples:
-        length = own_length if example.visible_length is None else min(own_length, example.visible_length)
-        hidden = tuple(position + shift for position in example.hidden if position < length)
-        moved.append(replace(example, hidden=hidden))
-    return moved
+    if hides and backbone.kind == "encoder-decoder" and own.get("encoder", 0) != own.get("cross", 0):
+        raise ConfigError(
+            "beside others, positions can be hidden where the sites encoder and cross have one length.",
+            hint="set prefix_dropout to 0 and start from no examples, or give both sites one length.",
+        )

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import check_storable
 from prefixtune.prefix.prefix import Prefix, describe_tensors
 from prefixtune.training.artifact import make_run_header, save_artifact
-from prefixtune.training.beside import SELF, Beside, check_beside, move_hidden
+from prefixtune.training.beside import SELF, Beside, check_beside
 from prefixtune.training.checkpoint import Checkpoint, check_same_run, load_tensors, state_facts, state_tensors, store
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
@@ -60,7 +59,7 @@ class PendingStep:
         prefix_leaf: The same numbers as leaves, at which the gradients gather.
         num_targets: Targets of the step, in all processes.
         num_tokens: Labels of the step, in all processes.
-        join: Puts what stands beside in this step around the prefix, in each of some lengths.
+        beside: What stands beside the prefix in some samples; None: nothing.
         scale: What gradients are computed larger by, so that none is too small for float16; `apply` divides by it.
         losses: Of this process's batches, where they were computed: nothing waits for them until `apply`.
     """
@@ -72,7 +71,7 @@ class PendingStep:
     prefix_leaf: Prefix | None
     num_targets: int
     num_tokens: int
-    join: Callable[[Sequence[Prefix]], list[Prefix]] = list
+    beside: Beside | None = None
     scale: float = 1.0
     losses: list[Tensor] = field(default_factory=list)
 
@@ -83,10 +82,16 @@ class PendingStep:
 
     def prefixes(self, index: int) -> list[Prefix | None]:
         """What is in front of the rows of a batch: one prefix, or as many as its packing counts through."""
-        leaf = self.prefix_leaf
+        leaf, fronts = self.prefix_leaf, self.batches[index].fronts
         if leaf is None:
             return [None]
-        return [*self.join([leaf[:length] for length in self.batches[index].visible_lengths] or [leaf])]
+        return [leaf[: front.length] if self.beside is None else self.beside.join(front, leaf) for front in fronts]
+
+    @property
+    def size(self) -> int:
+        """Positions of the largest batch, with what the others in front of it count for."""
+        counts = (0 if self.beside is None else sum(map(self.beside.size, batch.fronts)) for batch in self.batches)
+        return max(batch.input_ids.numel() + count for batch, count in zip(self.batches, counts, strict=True))
 
 
 def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
@@ -158,6 +163,7 @@ class TrainLoop:
         self.resumed = self.stopped = False
         self.most_positions = MOST_POSITIONS
         self.beside: Beside | None = None
+        self.leaf: Prefix | None = None
         start = self.bake()
         self.site_lengths = {} if start is None else start.lengths
         check_storable({**self._header(), **({} if start is None else describe_tensors(start))})
@@ -237,19 +243,27 @@ class TrainLoop:
                 index += 1
                 if index > steps_taken:
                     varied = self._vary([take(examples, batch) for batch in planned], index)
-                    parts = divided(self.backbone, varied, self.most_positions * self.processes.size)
+                    options = {} if self.beside is None else {"front_size": self.beside.size}
+                    parts = divided(self.backbone, varied, self.most_positions * self.processes.size, **options)
                     yield [local_batch(self.backbone, part, self.processes) for part in parts]
 
     def _vary(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[list[TokenizedExample]]:
-        """The batches of a step, with what of the prefix each group sees in it."""
-        # Padded rows, and those with a head, have prefixes of one length.
-        one_length = not self.backbone.layout.packable or self.data.has_head
-        varied = vary(self.config, step, batches, self.site_lengths, one_length=one_length)
+        """The batches of a step, with what each group has in front, and what it sees of it."""
+        # Padded rows, and those with a head, have one prefix in front.
+        one_front = not self.backbone.layout.packable or self.data.has_head
+        varied = vary(self.config, step, batches, self.site_lengths, one_length=one_front)
         if self.beside is None:
             return varied
         site: Site = "decoder" if self.backbone.kind == "decoder" else "encoder"
-        shift = self.beside.shift(self.beside.draw(self.config, step), site)
-        return [move_hidden(groups, self.site_lengths.get(site, 0), shift) for groups in varied]
+        length, sample = self.site_lengths.get(site, 0), 0
+        for groups in varied:
+            for index, group in enumerate(groups):
+                groups[index] = group.beside(self.beside.draw(self.config, step, sample), length)
+                sample += not one_front
+            sample += one_front
+            # What is in front of several is computed once for those that follow one another.
+            groups.sort(key=lambda group: group.front.company)
+        return varied
 
     def prepare(self, batches: Sequence[tuple[Batch, bool]]) -> PendingStep:
         """Prepare an optimizer step: the prefix once for all of its batches, and each label's weight in the loss."""
@@ -264,18 +278,16 @@ class TrainLoop:
             batch.weights(self.config.loss_reduction, num_targets, num_tokens, self.backbone.device) * float(counts)
             for batch, counts in batches
         ]
-        joining: Callable[[Sequence[Prefix]], list[Prefix]] = list
-        if self.beside is not None:
-            joining = partial(self.beside.join, self.beside.draw(self.config, self.state.step + 1))
+        self.leaf = None if prefix is None else prefix.leaves()
         return PendingStep(
             started,
             [batch for batch, _ in batches],
             weights,
             prefix,
-            None if prefix is None else prefix.leaves(),
+            self.leaf,
             num_targets,
             num_tokens,
-            joining,
+            self.beside,
             _gradient_scale(self.backbone.dtype, weights),
         )
 
@@ -289,6 +301,7 @@ class TrainLoop:
         Raises:
             TrainingError: Loss or gradient is not finite; no parameter was moved.
         """
+        self.leaf = None
         loss, stops = self.processes.all_reduce(step.loss, float(stop.is_set()))
         if stops:
             self.stopped = True
@@ -375,7 +388,7 @@ class TrainLoop:
     # --- beside others -----------------------------------------------------------------------------------------------
 
     def stand_beside(self, beside: Beside) -> None:
-        """Let other prefixes stand beside this one in some of the steps.
+        """Let other prefixes stand beside this one in some of the samples.
 
         Raises:
             ConfigError: They do not fit.
@@ -383,11 +396,13 @@ class TrainLoop:
         check_beside(self.config, self.backbone, self.site_lengths, beside.lengths, self.data.train.examples)
         self.beside = beside
 
-    @torch.no_grad()
     def current_prefix(self) -> Prefix:
-        """The prefix as it is now, in float32 on its device, for another run."""
+        """The prefix as it is now, in float32 on its device, for another run; in a step, where its gradients gather."""
         assert self.encoder is not None, "only prefixes stand beside each other"
-        prefix: Prefix = self.encoder()
+        if self.leaf is not None:
+            return self.leaf
+        with torch.no_grad():
+            prefix: Prefix = self.encoder()
         return prefix
 
     @property

@@ -86,5 +86,5 @@ def _describe_prefix(event: Event) -> str:
         parts.append(f"{event['prefix_dropout']:.0%} of it hidden at a time")
     if beside := event.get("beside"):
         most = min(beside["most"], beside["others"])
-        parts.append(f"up to {most} of {beside['others']} others beside it in {beside['rate']:.0%} of the steps")
+        parts.append(f"up to {most} of {beside['others']} others beside it in {1 - beside['alone']:.0%} of the samples")
     return ", ".join(parts) + "; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,11 +91,11 @@ def evaluation_loss(
 
 
 def divided(
-    backbone: Backbone, batches: Iterable[Sequence[TokenizedExample]], most_positions: int
+    backbone: Backbone, batches: Iterable[Sequence[TokenizedExample]], most_positions: int, **options: Any
 ) -> Iterator[list[TokenizedExample]]:
-    """The batches, each in as many parts as it takes to have at most `most_positions` tokens at once; 0: whole."""
+    """The batches, each in as few parts as have at most `most_positions` tokens at once, with options of `divide`."""
     for batch in batches:
-        yield from divide(backbone, batch, most_positions, share_beginnings=True)
+        yield from divide(backbone, batch, most_positions, share_beginnings=True, **options)
 
 
 def local_batch(backbone: Backbone, groups: Sequence[TokenizedExample], processes: ProcessGroup) -> tuple[Batch, bool]:

@@ -74,7 +74,7 @@ def train_together(
             stack.enter_context(prepare(config, loaded, *given, **options, begin=False))
             for config, given in zip(planned, inputs, strict=True)
         ]
-        _begin(runs, resume=resume)
+        begin_together(runs, resume=resume)
         stop = stack.enter_context(stop_requests())
         group = RunGroup(loaded)
         for run in runs:
@@ -119,7 +119,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         )
 
 
-def _begin(runs: Sequence[Run], *, resume: bool) -> None:
+def begin_together(runs: Sequence[Run], *, resume: bool) -> None:
     """Give each run what stands beside its prefix, and begin or resume all of them, at one step if they see each other.
 
     Raises:
@@ -238,6 +238,10 @@ class RunGroup:
                 self.remove(run)
                 for event in run.loop.last_events():
                     yield run, event
+        # They may reach each other's gradients, so that all are scaled alike.
+        scale = min((step.scale for step in pending.values()), default=1.0)
+        for step in pending.values():
+            step.scale = scale
         for passed in _passes(pending, self._most_positions):
             forward_backward(self._backbone, [pending[run] for run in passed])
         saved = set[Run]()
@@ -275,10 +279,9 @@ def _passes(pending: Mapping[Run, PendingStep], most_positions: int) -> list[lis
     passes: list[list[Run]] = []
     left = 0
     for run, step in pending.items():
-        size = max(batch.input_ids.numel() for batch in step.batches)
-        if size > left:
+        if step.size > left:
             passes.append([])
             left = most_positions
         passes[-1].append(run)
-        left -= size
+        left -= step.size
     return passes

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from prefixtune.backbone.batch import Front
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.geometry import Site
-from prefixtune.training.beside import BESIDE_RATE
+from prefixtune.training.beside import ALL_RATE, ALONE_RATE
 from prefixtune.training.config import TrainConfig
 
 _WHOLE_SHARE = 0.25
@@ -42,7 +43,7 @@ def vary(
         rng = random.Random(f"{config.seed}/{step}/nested")
         for groups in varied:
             drawn = nested_lengths(rng, longest, 1 if one_length else len(groups))
-            groups[:] = [replace(group, visible_length=drawn[index % len(drawn)]) for index, group in enumerate(groups)]
+            groups[:] = [replace(group, front=Front(drawn[index % len(drawn)])) for index, group in enumerate(groups)]
     if config.prefix_dropout and longest > 1:
         rng = random.Random(f"{config.seed}/{step}/dropout")
         for groups in varied:
@@ -95,7 +96,7 @@ def variation_facts(config: TrainConfig, num_beside: int | None = None) -> dict[
     if config.prefix_dropout:
         facts["prefix_dropout"] = config.prefix_dropout
     if config.beside:
-        facts["beside"] = {"rate": BESIDE_RATE, "most": config.beside_most}
+        facts["beside"] = {"alone": ALONE_RATE, "all": ALL_RATE, "most": config.beside_most, "positions": "shared"}
         if num_beside is not None:
             facts["beside"]["others"] = num_beside
     return facts

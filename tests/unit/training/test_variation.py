@@ -56,10 +56,10 @@ def test_lengths_cover_the_range_in_every_step() -> None:
 def test_one_length_for_a_batch_where_rows_cannot_differ() -> None:
     for step in range(1, 20):
         first, second = varied(step, nested=True, one_length=True)
-        assert len({group.visible_length for group in first}) == len({group.visible_length for group in second}) == 1
-    lengths = {varied(step, nested=True, one_length=True)[0][0].visible_length for step in range(1, 100)}
+        assert len({group.front.length for group in first}) == len({group.front.length for group in second}) == 1
+    lengths = {varied(step, nested=True, one_length=True)[0][0].front.length for step in range(1, 100)}
     assert {1, 20} < lengths
-    assert len({group.visible_length for group in varied(nested=True)[0]}) > 6
+    assert len({group.front.length for group in varied(nested=True)[0]}) > 6
 
 
 def test_draws_depend_on_the_seed_and_the_step_alone() -> None:
@@ -69,8 +69,8 @@ def test_draws_depend_on_the_seed_and_the_step_alone() -> None:
     random.seed(4)
     assert varied(5, **options) == once
     assert varied(6, **options) != once != varied(5, seed=1, **options)
-    lengths = [group.visible_length for group in once[0]]
-    assert [group.visible_length for group in varied(5, nested=True)[0]] == lengths
+    lengths = [group.front.length for group in once[0]]
+    assert [group.front.length for group in varied(5, nested=True)[0]] == lengths
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(
@@ -109,7 +109,7 @@ def test_processes_share_the_same_groups(
         found = []
         for ((batch, counts),) in loop.remaining_steps():
             assert counts
-            lengths = [batch.visible_lengths[index] for index in batch.packing.prefix_index]
+            lengths = [batch.fronts[index].length for index in batch.packing.prefix_index]
             found.append([*zip((group.hidden for group in batch.packing.groups), lengths, strict=True)])
             loop.state.step += 1
         return found

@@ -33,7 +33,7 @@ class ComposeOptions(OutputOptions):
     output: str = option(description="the .safetensors file to write")
     mode: Literal["concatenate", "average", "interpolate"] = option(
         "concatenate",
-        "one after the other, each turned on by the lengths before it; or number by number, of one length",
+        "one after the other (all right before the text if trained beside others); or number by number, of one length",
     )
     weights: CommaList[float] = option((), "interpolate: one for each file, with sum 1")
     length: int | None = option(None, "cut the result to so many positions, at every site that has more", ge=1)

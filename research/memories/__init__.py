@@ -1,0 +1,1 @@
+"""Memories of documents: how many answers survive when they are joined."""

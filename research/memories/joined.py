@@ -1,0 +1,167 @@
+"""Train memories of several documents beside each other, and count their exact answers alone and joined.
+
+    python -m research.memories.joined DATA OUTPUT [--steps 200] [--batch-size 4] [--beside self] ...
+
+DATA has a folder per document: document.txt, train.jsonl and test.jsonl (`question`, `answer`). An answer is exact if
+each of its tokens, and the end of its line, is the likeliest one: what greedy decoding writes. Documents are those of
+night trains: with `--split` each is cut in two, and its questions with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.loss import label_logits, token_losses
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.distillation.config import DistillConfig
+from prefixtune.distillation.distill import distill
+from prefixtune.distillation.inputs import Question
+from prefixtune.distillation.wording import choose_wording, encode_questions
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.prefix import Prefix
+
+Rows = list[dict[str, str]]
+
+
+def documents(data: Path, split: bool) -> Iterator[tuple[str, str, Rows, Rows]]:
+    """Each document's name, text, and questions to train on and to measure with."""
+    for folder in sorted(path.parent for path in data.glob("four-*/document.txt")):
+        head, *lines = (folder / "document.txt").read_text(encoding="utf-8").strip().splitlines()
+        rows = [
+            [json.loads(line) for line in (folder / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+            for part in ("train", "test")
+        ]
+        if not split:
+            yield folder.name, "\n".join([head, *lines]), rows[0], rows[1]
+            continue
+        for half, some in enumerate((lines[: len(lines) // 2], lines[len(lines) // 2 :])):
+            names = [line.split()[1] for line in some]
+            about = [[row for row in part if set(names) & set(re.findall(r"\w+", row["question"]))] for part in rows]
+            yield f"{folder.name}{'ab'[half]}", "\n".join([head, *some]), about[0], about[1]
+
+
+def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix], list[Rows], DistillConfig]:
+    """The memories, the questions to measure each with, and how they were made; what is there already is kept."""
+    tests, folder = [], options.output
+    for name, text, trained, test in documents(options.data, options.split):
+        for part, content in (("text", f"{name}.txt"), ("questions", f"{name}.jsonl")):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            body = text if part == "text" else "".join(f"{json.dumps(row)}\n" for row in trained)
+            (folder / part / content).write_text(body, encoding="utf-8")
+        tests.append(test)
+    config = DistillConfig(
+        document=str(folder / "text"),
+        questions=str(folder / "questions"),
+        dtype=backbone.dtype_name,
+        prefix_length=options.length,
+        beside=options.beside,
+        **({"beside_most": options.beside_most} if options.beside_most else {}),
+        learning_rate=options.rate,
+        max_steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        eval_every=0,
+        save_every=20,
+        output=str(folder / "runs"),
+    )
+    resume = (folder / "runs" / "distill.toml").exists()
+    return [result.prefix for result in distill(config, backbone=backbone, resume=resume)], tests, config
+
+
+@torch.no_grad()
+def score(backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExample]) -> tuple[int, float, int]:
+    """Of some questions: exact answers, the loss summed over the answers' tokens, and their number."""
+    exact, loss, tokens = 0, 0.0, 0
+    for first in range(0, len(examples), 16):
+        batch = collate(backbone, examples[first : first + 16], share_beginnings=True)
+        logits = label_logits(backbone, prefix, batch).float()
+        # The end token is left out: the line ends before it.
+        kept = torch.cat([batch.target_index[1:] == batch.target_index[:-1], torch.tensor([False])])
+        wrong = (logits.argmax(-1) != batch.labels) & kept
+        exact += batch.num_targets - len(set(batch.target_index[wrong].tolist()))
+        loss += float(token_losses(logits, batch.labels)[kept].sum())
+        tokens += int(kept.sum())
+    return exact, loss, tokens
+
+
+def measure(backbone: Backbone, memories: list[Prefix], tests: list[Rows], config: DistillConfig) -> dict[str, Any]:
+    """Exact answers of each document's questions with its memory alone, with another's, and with some joined."""
+    wording, count = choose_wording(config, backbone, None), len(memories)
+    asked = [[Question(row["question"], row["answer"]) for row in rows] for rows in tests]
+    examples = [encode_questions(backbone, questions, wording, count * config.prefix_length) for questions in asked]
+
+    def over(fronts: dict[int, list[tuple[int, ...]]]) -> dict[str, Any]:
+        scores, exact = torch.zeros(3, dtype=torch.float64), []
+        for own, orders in fronts.items():
+            found = [
+                score(backbone, concatenate([memories[number] for number in order], backbone.rotation), examples[own])
+                for order in orders
+            ]
+            exact.append(round(sum(one[0] for one in found) / len(found) / len(examples[own]), 4))
+            scores += torch.tensor(found, dtype=torch.float64).sum(0)
+        return {
+            "exact": round(sum(exact) / count, 4),
+            "loss": round(float(scores[1] / scores[2]), 4),
+            "documents": exact,
+        }
+
+    numbers = range(count)
+    result = {
+        "alone": over({own: [(own,)] for own in numbers}),
+        "another": over({own: [((own + 1) % count,)] for own in numbers}),
+    }
+    for size in [size for size in (2, 4, 8, 16) if size <= count]:
+        # Each own memory with the next ones; turned, so that it stands at up to four places.
+        sets = {own: [(own + step) % count for step in range(size)] for own in numbers}
+        turns = range(0, size, max(1, size // 4))
+        result[f"joined_{size}"] = over(
+            {own: [(*some[turn:], *some[:turn]) for turn in turns] for own, some in sets.items()}
+        )
+    result["kept"] = round(result[f"joined_{count}"]["exact"] / result["alone"]["exact"], 4)
+    return result
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--backbone", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--beside", default="self", help="self, or nothing: each is trained alone")
+    parser.add_argument("--beside-most", type=int, default=0)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=4, help="questions of each document in a step")
+    parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", action="store_true", help="each document in two halves")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Train, measure, and write `OUTPUT/joined.json`."""
+    options = parse()
+    started = time.monotonic()
+    backbone = load_backbone(options.backbone, dtype=options.dtype)
+    memories, tests, config = train(options, backbone)
+    seconds = round(time.monotonic() - started)
+    kept = {name: value for name, value in vars(options).items() if name not in ("data", "output")}
+    result = {"options": kept, "training_seconds": seconds, **measure(backbone, memories, tests, config)}
+    (options.output / "joined.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
