@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import prefixtune as pt
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
