@@ -51,7 +51,7 @@ class EngineWorker(Limits):
         name: `torch`.
         backbone: The engine's model.
         max_length: Most positions of a text.
-        lacks: Nothing; what some models do not have, `check` refuses.
+        lacks: What the model does not have.
         failed: Whether the engine has failed.
         on_failure: Called, in the engine's thread, after the engine has failed and all requests know it.
     """
@@ -59,7 +59,7 @@ class EngineWorker(Limits):
     def __init__(self, engine: Engine) -> None:
         self.name, self.engine = "torch", engine
         self.backbone, self.max_length, self.remedy = engine.backbone, engine.max_length, engine.remedy
-        self.lacks: Mapping[str, Any] = {}
+        self.lacks: Mapping[str, Any] = engine.lacks
         self.on_failure: Callable[[], None] = lambda: None
         self.failed = self._closing = False
         self._submissions: dict[str, _Submission] = {}

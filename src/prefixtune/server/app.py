@@ -9,7 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from prefixtune import __version__
 from prefixtune.server import playground
-from prefixtune.server.api import classify, completions, file_preview, files, fine_tuning, health, models, tasks
+from prefixtune.server.api import classify, completions, files, fine_tuning, health, models, tasks
 from prefixtune.server.middleware import Middleware
 from prefixtune.server.responses import JsonAnswer, handle_errors
 from prefixtune.server.state import ServerState
@@ -19,7 +19,7 @@ DESCRIPTION = (
     "/v1/tasks takes the fields of a prefix's own task. A name such as manual+style means prefixes that are joined. "
     "Every GET is also a HEAD."
 )
-_ROUTERS = (models.router, files.router, file_preview.router, fine_tuning.router, health.public, health.router)
+_ROUTERS = (models.router, files.router, fine_tuning.router, health.public, health.router)
 _ENGINE_ROUTERS = (completions.router, tasks.router, classify.router, health.engine_router)
 """What a server without an engine does not have."""
 _READABLE_HEADERS = (

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from prefixtune.data import TASKS
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError, RequestError
+from prefixtune.errors import RequestError
+from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.auth import Caller
-from prefixtune.server.logs import log
-from prefixtune.server.prefixes import PrefixFile, PrefixFolder
-from prefixtune.server.responses import ApiError, bad_request, forbidden, not_found, unavailable
+from prefixtune.server.prefixes import PrefixFile, PrefixFolder, not_served
+from prefixtune.server.responses import ApiError, bad_request, forbidden, not_found
 from prefixtune.server.settings import ServeConfig
 
 SEPARATOR = "+"
@@ -31,21 +30,19 @@ class ServedModel:
     """A model that a request names.
 
     Attributes:
-        name: Its name; of joined prefixes all names, with a + between them.
+        names: Its name; of joined prefixes each one's.
         prefix: None for the bare backbone.
         header: Of the prefix's file, or of the joined prefix.
-        parts: The names of the prefixes that are joined; empty: it is one, or none.
     """
 
-    name: str
+    names: tuple[str, ...]
     prefix: Prefix | None = None
     header: Mapping[str, Any] = field(default_factory=dict)
-    parts: tuple[str, ...] = ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names that it is counted under."""
-        return self.parts or (self.name,)
+    def name(self) -> str:
+        """Its name; of joined prefixes all names, with a + between them."""
+        return SEPARATOR.join(self.names)
 
     @property
     def prefix_length(self) -> int:
@@ -115,12 +112,11 @@ class Catalog:
         Raises:
             ApiError: They cannot be joined, whatever they are.
         """
+        names, param = tuple(prefixes or ()), "model" if prefixes is None else "prefixes"
         if prefixes is None:
             # The name of a backbone may have a +, that of a prefix cannot.
-            names, param = (model,) if model == self.backbone_id else tuple(model.split(SEPARATOR)), "model"
-        elif model in ("", self.backbone_id, SEPARATOR.join(prefixes)):
-            names, param = tuple(prefixes), "prefixes"
-        else:
+            names = (model,) if model == self.backbone_id else tuple(model.split(SEPARATOR))
+        elif model not in ("", self.backbone_id, SEPARATOR.join(prefixes)):
             message = f"the model is {model[:128]!r}, but 'prefixes' names others."
             raise bad_request(message, "model", hint=f"leave it out, or write {self.backbone_id!r}.")
         if len(names) == 1:
@@ -141,35 +137,26 @@ class Catalog:
             prefixes: The names of the prefixes instead; `model` is then empty, theirs, or the bare backbone's.
 
         Raises:
-            ApiError: The caller may not use it, there is none, its file is broken, or prefixes cannot be joined.
+            ApiError: The caller may not use it, there is none, or prefixes cannot be joined.
+            PrefixError: As the folder's `load`.
         """
         names, param = self.parts(model, prefixes), "model" if prefixes is None else "prefixes"
         files = self.files(names, caller)
-        if names == (self.backbone_id,):
-            return ServedModel(self.backbone_id)
+        if _BACKBONE in files.values():
+            return ServedModel(names)
         # A decoder's text follows its prefix; those of an encoder-decoder take none of its positions.
         length = sum(file.header.get("prefix_length", {}).get("decoder", 0) for file in files.values())
         if len(files) > 1 and self.store.backbone.kind != "encoder-decoder" and length >= self.max_length:
             message = f"the joined prefixes take {length} positions, but the limit is {self.max_length}, text included."
             raise bad_request(message, param, "context_length_exceeded", hint="join fewer of them.")
-        try:
-            prefix = self.store.load(files)
-        except RequestError as error:
-            raise bad_request(error.message, param, "context_length_exceeded", hint=error.hint) from None
-        except (BackboneError, ConfigError) as error:
-            raise bad_request(error.message, param, hint=error.hint) from None
-        except CheckpointError:
-            raise _not_served(SEPARATOR.join(names)) from None
-        except PrefixError:
-            message = f"the file of {SEPARATOR.join(names)!r} cannot be read now; try again later."
-            raise unavailable(message, "busy", retry_after=5) from None
-        return ServedModel(SEPARATOR.join(names), prefix, prefix.header, names if len(names) > 1 else ())
+        prefix = self.store.load(files)
+        return ServedModel(names, prefix, prefix.header)
 
     def load_header(self, model: str, caller: Caller) -> Mapping[str, Any]:
         """The header of a model's file, or of joined prefixes; empty for the bare backbone.
 
         Raises:
-            ApiError: As `load`.
+            ApiError, PrefixError: As `load`.
         """
         if len(self.parts(model)) > 1:
             return self.load(model, caller).header
@@ -178,24 +165,24 @@ class Catalog:
     def _served(self, name: str, caller: Caller) -> PrefixFile:
         file = self.files((name,), caller)[name]
         if file.reason:
-            raise _not_served(name)
+            raise not_served(name)
         return file
 
-    def open_file(self, name: str, caller: Caller) -> BinaryIO:
-        """The file of a prefix, to be read and closed: for the owner of the job that made it, and for admins.
+    def copy(self, name: str, caller: Caller) -> Path:
+        """The file of a prefix, to be read: for the owner of the job that made it, and for admins.
 
         Raises:
-            ApiError: 403: it is not the caller's; 404: there is none; 503: it cannot be read.
+            ApiError: 403: it is not the caller's; 404: there is none.
+            CheckpointError: It is not served.
         """
         file = self.store.file(name) if caller.rules.admin else self.files((name,), caller)[name]
         if file is None:
             raise not_found("model", name)
-        if not (caller.rules.admin or self._is_theirs(file.origin, caller)):
+        if not self._is_theirs(file.origin, caller, nobodys=caller.rules.admin):
             raise forbidden(f"the file of {name[:128]!r} is for the owner of its training job only.", "not_the_owner")
-        try:
-            return self.store.open(name, file)
-        except PrefixError:
-            raise _not_served(name) from None
+        if file.reason or file is _BACKBONE:
+            raise not_served(name)
+        return path_of(self.store.folder, name)
 
     # --- describing them ----------------------------------------------------------------------------------------------
 
@@ -214,18 +201,15 @@ class Catalog:
         """A model as `/v1/models` lists it; joined prefixes, which are not listed, too.
 
         Raises:
-            ApiError: As `load`.
+            ApiError, PrefixError: As `load`.
         """
         if len(self.parts(model)) == 1:
             return self._describe(model, self._served(model, caller))
         joined = self.load(model, caller)
-        return {
-            **self._model(joined.name, joined.prefix_length),
-            "kind": "joined",
-            "description": f"{len(joined.parts)} prefixes, joined in this order",
-            "task": joined.header.get("task"),
-            "prefix_length": joined.prefix.lengths if joined.prefix else {},
-        }
+        header = {**joined.header, "description": f"{len(joined.names)} prefixes, joined in this order"}
+        if joined.prefix is not None:
+            header["prefix_length"] = joined.prefix.lengths
+        return {**self._describe(joined.name, PrefixFile(None, header)), "kind": "joined"}
 
     def _describe(self, name: str, file: PrefixFile) -> dict[str, Any]:
         header, origin = file.header, file.origin
@@ -274,8 +258,8 @@ class Catalog:
         if not self._is_theirs(origin, caller, nobodys=caller.rules.admin):
             raise forbidden(f"{model[:128]!r} was made by no job of this key.", "not_the_owner")
         # The name itself comes last: if something fails, it can be deleted again.
-        own = None if origin is None or origin.step is not None else origin.id
-        self._remove(*(name for name, one in self._checkpoints(model).items() if one.id == own), model)
+        self._remove_checkpoints(model, origin)
+        self._remove(model)
         return origin
 
     def put(self, name: str, source: Path) -> tuple[bool, JobOrigin | None]:
@@ -285,34 +269,24 @@ class Catalog:
             Whether there was a file of this name, and the job that had made it if that is another one's now.
 
         Raises:
-            PrefixError: As the folder's `put`, or the folder cannot be read; nothing was changed.
+            PrefixError: As the folder's `put`, or a checkpoint cannot be removed.
         """
         before = self.store.file(name)
         self.store.put(name, source)
-        now = self.store.file(name)
-        old, new = before.origin if before else None, now.origin if now else None
-        for other, left in self._checkpoints(name).items():
-            # Without a result before, they are what an earlier change has left.
-            if left.id != (new.id if new else None) and (old is None or left.id == old.id):
-                try:
+        now, old = self.store.file(name), before.origin if before else None
+        if now is not None and now.origin == old:
+            old = None
+        self._remove_checkpoints(name, old)
+        return before is not None, old
+
+    def _remove(self, name: str) -> None:
+        # Somebody else may have deleted it.
+        with contextlib.suppress(RequestError):
+            self.store.delete(name)
+
+    def _remove_checkpoints(self, name: str, origin: JobOrigin | None) -> None:
+        """Remove the checkpoints of a job's result of this name."""
+        if origin is not None and origin.step is None:
+            for other, one in self.store.origins().items():
+                if other.startswith(f"{name}.step-") and one.step is not None and one.id == origin.id:
                     self._remove(other)
-                except PrefixError as error:
-                    # The prefix itself is there.
-                    log("checkpoint_not_removed", level=logging.ERROR, model=other, reason=error.message)
-        return before is not None, old if old != new else None
-
-    def _remove(self, *names: str) -> None:
-        for name in names:
-            # Somebody else may have deleted it.
-            with contextlib.suppress(RequestError):
-                self.store.delete(name)
-
-    def _checkpoints(self, name: str) -> dict[str, JobOrigin]:
-        """The checkpoints that are called after a name, each with its job."""
-        found = self.store.origins().items()
-        return {other: one for other, one in found if other.startswith(f"{name}.step-") and one.step is not None}
-
-
-def _not_served(name: str) -> ApiError:
-    # The reason is for admins only: it may name paths and models of whoever made the file.
-    return unavailable(f"the file of {name!r} is not served; /v1/models tells an admin why.", "model_not_served")

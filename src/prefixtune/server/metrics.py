@@ -63,8 +63,6 @@ class Metrics:
         self._new_tokens = counter("new_tokens", "Tokens generated.", "prefix")
         self._first = histogram("first_token_seconds", "Time to a text's first token.")
         self._gap = histogram("token_gap_seconds", "Time between a text's tokens.", buckets=_GAPS)
-        self.uploads = counter("uploads", "Files uploaded for training, by status.", "status")
-        self.jobs_created = counter("jobs_created", "Training jobs that were asked for.")
         self._jobs = Gauge("prefixtune_jobs", "Training jobs that have not ended.", ("status",), registry=registry)
         registry.register(_Collector(config.num_slots, worker, store, now))
         ProcessCollector(registry=registry)
@@ -126,15 +124,12 @@ class _Collector:
         gauges: list[tuple[str, str, float]] = [
             ("open_requests", "Requests being answered.", num_open),
             ("draining", "1 when the server is shutting down.", draining),
-            ("prefixes", "Prefixes that can be requested.", store.num_files[0]),
-            ("refused_prefixes", "Files that cannot be served.", store.num_files[1]),
             ("cached_prefixes", "Prefixes in memory.", store.num_loaded),
             ("cached_prefix_bytes", "Memory of the prefixes in it.", store.num_bytes),
         ]
         counters: list[tuple[str, str, float]] = [
             ("prefix_cache_hits", "Requested prefixes that were in memory.", store.hits),
             ("prefix_cache_misses", "Requested prefixes that had to be read or joined.", store.misses),
-            ("prefix_cache_evictions", "Prefixes removed from memory to make room.", store.evictions),
         ]
         if self.worker is not None:
             snapshot = self.worker.snapshot()

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import PrefixValidator
@@ -70,7 +70,6 @@ class PrefixFolder:
     Attributes:
         hits: Requested prefixes that were in memory.
         misses: Those that had to be read, or joined.
-        evictions: Prefixes dropped to make room.
         num_bytes: Memory of those that are loaded.
 
     Raises:
@@ -83,7 +82,7 @@ class PrefixFolder:
         self._files: dict[str, PrefixFile] = {}
         # By the names that are joined, the least recently used first.
         self._loaded: OrderedDict[tuple[str, ...], tuple[_Versions, Prefix]] = OrderedDict()
-        self.num_bytes = self.hits = self.misses = self.evictions = 0
+        self.num_bytes = self.hits = self.misses = 0
         self._lock, self._reading = threading.Lock(), threading.RLock()
         with reporting_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,12 +144,6 @@ class PrefixFolder:
         """How many prefixes are in memory, joined ones included."""
         return len(self._loaded)
 
-    @property
-    def num_files(self) -> tuple[int, int]:
-        """How many files can be served, and how many cannot, as they were last looked at."""
-        refused = sum(bool(file.reason) for file in list(self._files.values()))
-        return len(self._files) - refused, refused
-
     # --- getting one --------------------------------------------------------------------------------------------------
 
     def get(self, name: str) -> Prefix:
@@ -198,7 +191,6 @@ class PrefixFolder:
             self.num_bytes += prefix.num_bytes
             while self.num_bytes > self.max_bytes and len(self._loaded) > 1:
                 self._drop(next(iter(self._loaded)))
-                self.evictions += 1
 
     def _drop(self, names: tuple[str, ...]) -> None:
         entry = self._loaded.pop(names, None)
@@ -209,19 +201,19 @@ class PrefixFolder:
         """A whole file, checked."""
         if file is None:
             raise _no_such_prefix(name)
-        if file.reason:
-            raise CheckpointError(f"the prefix {name!r} is not served: {file.reason}", hint="replace its file.")
-        try:
-            prefix = self._validator.load_copy(path_of(self.folder, name), name)
-        except CheckpointError as error:
-            if is_unread(error):
-                _log.warning("the prefix %r cannot be read now: %s", name, error.__cause__ or error)
-                raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from error
-            self._files[name] = self._refused(file.signature, error.message, file.origin)
-            raise
-        if job_origin(prefix.header) != file.origin:
-            raise PrefixError(f"the file of the prefix {name!r} was replaced.", hint="try again.")
-        return prefix
+        if not file.reason:
+            try:
+                prefix = self._validator.load_copy(path_of(self.folder, name), name)
+            except CheckpointError as error:
+                if is_unread(error):
+                    _log.warning("the prefix %r cannot be read now: %s", name, error.__cause__ or error)
+                    raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from None
+                self._files[name] = self._refused(file.signature, error.message, file.origin)
+            else:
+                if job_origin(prefix.header) != file.origin:
+                    raise PrefixError(f"the file of the prefix {name!r} was replaced.", hint="try again.")
+                return prefix
+        raise not_served(name)
 
     def _join(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
         parts = [self.load({name: file}) for name, file in files.items()]
@@ -231,20 +223,6 @@ class PrefixFolder:
             raise RequestError(message, hint="join fewer of them.")
         # The header numbers the parts: it names no prefix.
         return concatenate(parts, self.backbone.rotation)
-
-    def open(self, name: str, file: PrefixFile) -> BinaryIO:
-        """A file as it was looked at, to be read and closed; what replaces it meanwhile is not seen.
-
-        Raises:
-            PrefixError: It cannot be read now.
-        """
-        if not file.reason:
-            with contextlib.suppress(OSError):
-                opened = open(path_of(self.folder, name), "rb")  # noqa: SIM115
-                if signature_of(opened.fileno()) == file.signature:
-                    return opened
-                opened.close()
-        raise PrefixError(f"cannot read {name!r} now.", hint="try again later.")
 
     # --- changing the folder ------------------------------------------------------------------------------------------
 
@@ -319,6 +297,11 @@ def _origin_of(path: Path) -> JobOrigin | None:
     with contextlib.suppress(OSError, ValueError, PrefixError):
         return job_origin(read_table(path, HEADER_KEY)[1]) if path.is_file() else None
     return None
+
+
+def not_served(name: str) -> CheckpointError:
+    """What is said of a file that is not served. The reason is for admins only: it may name paths and models."""
+    return CheckpointError(f"the file of {name[:128]!r} is not served; /v1/models tells an admin why.", hint="mend it.")
 
 
 def _no_such_prefix(name: str) -> RequestError:

@@ -14,9 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from prefixtune.errors import BackboneError, ConfigError, DataError, PrefixError, RequestError, causes
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, DataError, PrefixError, RequestError, causes
 from prefixtune.jobs.files import UnknownFileError
-from prefixtune.prefix.folder import FolderBusyError
 
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {404: "unknown_path", 405: "method_not_allowed", 413: "body_too_large"}
@@ -122,9 +121,9 @@ def api_error(error: PrefixError) -> ApiError:
         return storage_error(error)
     if isinstance(error, RequestError | DataError | BackboneError | ConfigError):
         return bad_request(error.message, hint=error.hint)
-    if isinstance(error, FolderBusyError):
-        return unavailable(f"{error.message} Try again later.", "busy", retry_after=5)
-    return unavailable(error.message, "not_served")
+    if isinstance(error, CheckpointError):
+        return unavailable(error.message, "model_not_served")
+    return unavailable(error.message, "busy", retry_after=5)
 
 
 # --- what FastAPI and this project raise ------------------------------------------------------------------------------

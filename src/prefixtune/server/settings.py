@@ -177,7 +177,6 @@ class ServeConfig(Config):
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = _logs("info", description="lowest level of the log")
-    log_prompts: bool = _logs(False, description="write prompts and outputs to the log")
     metric_prefixes: _Number = _logs(100, description="most prefixes with metrics of their own; the others are 'other'")
 
     keys: Mapping[str, KeyConfig] = Field(default={}, description="tables [keys.NAME], only in the file")

@@ -9,12 +9,12 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from fastapi.concurrency import run_in_threadpool
+
 from prefixtune.backbone.identity import backbone_identity
-from prefixtune.errors import PrefixError
 from prefixtune.jobs.checkpoints import remove_checkpoints
 from prefixtune.jobs.config import jobs_folder
 from prefixtune.jobs.files import FileStore
@@ -30,9 +30,8 @@ from prefixtune.server.settings import ServeConfig
 __all__ = ["Training"]
 
 
-_THREADS = 4
-_SECONDS = 60.0
-"""Longest wait for the database; it gives up a lock after 30 seconds itself."""
+_AT_ONCE = 4
+"""Requests that wait for the database; it gives up a lock after 30 seconds itself."""
 _MOST_UPLOADS = 8
 
 T = TypeVar("T")
@@ -61,12 +60,11 @@ class Training:
         self.database_url = config.database_url or f"sqlite:///{self.folder.database}"
         self.files, self.backbone = FileStore(self.folder), backbone_identity(config.backbone)
         self.uploads = Gate(_MOST_UPLOADS, shared=len(config.keys) > 1)
-        self.wake: Callable[[], None] = _nobody_waits
+        self.wake: Callable[[], None] = lambda: None
         self.adding = threading.Lock()
         self._queue: JobQueue | None = None
         self._opening = threading.Lock()
-        # Of its own: where the database is locked, only requests for training wait.
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prefixtune-jobs")
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     @property
     def prefixes(self) -> Path:
@@ -78,22 +76,12 @@ class Training:
         """Whether the queue has been opened."""
         return self._queue is not None
 
-    def sees_all(self, caller: Caller) -> bool:
-        """Whether somebody sees the files, jobs and results of all owners."""
-        return self.is_open or caller.rules.admin
-
     def whose(self, caller: Caller) -> str | None:
-        """Whose files and jobs somebody sees; None: everybody's."""
-        return None if self.sees_all(caller) else caller.name
-
-    def may_see(self, owner: str, caller: Caller) -> bool:
-        """Whether somebody may see and change what belongs to an owner."""
-        return owner == caller.name or self.sees_all(caller)
+        """Whose files and jobs somebody may see and change; None: everybody's."""
+        return None if self.is_open or caller.rules.admin else caller.name
 
     async def ask(self, work: Callable[[JobQueue], T], *, changes: bool = False) -> T:
-        """Do something with the queue, in a thread.
-
-        What was begun is done, even if the client disconnects or the time is over.
+        """Do something with the queue, in a thread; what was begun is done, even if the client disconnects.
 
         Args:
             work: Called with the queue.
@@ -103,16 +91,14 @@ class Training:
         Raises:
             ApiError: The database is away or locked, or the data folder cannot be used.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(self._open_queue()))
-        # Nobody may wait for it any more, and asyncio would complain.
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        try:
-            async with asyncio.timeout(_SECONDS):
-                return await asyncio.shield(future)
-        except (TimeoutError, QueueUnavailableError) as error:
-            log("queue_unavailable", level=logging.WARNING, reason=str(error) or "no answer in time")
-            message = "the database of jobs cannot be reached now; try again later."
-            raise unavailable(message, "queue_unavailable", retry_after=0 if changes else 5) from None
+        # Where the database is locked, only requests for training wait.
+        async with self._turns:
+            try:
+                return await run_in_threadpool(lambda: work(self._open_queue()))
+            except QueueUnavailableError as error:
+                log("queue_unavailable", level=logging.WARNING, reason=str(error))
+                message = "the database of jobs cannot be reached now; try again later."
+                raise unavailable(message, "queue_unavailable", retry_after=0 if changes else 5) from None
 
     def _open_queue(self) -> JobQueue:
         """The queue; a failure is tried again by the next request.
@@ -124,20 +110,15 @@ class Training:
         with self._opening:
             if self._queue is None:
                 try:
-                    self._queue = self._connect()
-                except QueueUnavailableError:
-                    raise
-                except (PrefixError, OSError) as error:
+                    # What is uploaded is nobody else's business.
+                    self.folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                except OSError as error:
                     log("training_unavailable", level=logging.ERROR, reason=str(error))
                     message = "the data folder cannot be used; the server's log has the reason."
                     raise unavailable(message, "training_unavailable") from None
+                migrate(self.database_url)
+                self._queue = JobQueue(self.database_url)
             return self._queue
-
-    def _connect(self) -> JobQueue:
-        # What is uploaded is nobody else's business.
-        self.folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        migrate(self.database_url)
-        return JobQueue(self.database_url)
 
     def remove_checkpoints(self, origin: JobOrigin | None) -> None:
         """Remove a job's own copies of its checkpoints, once its result is gone.
@@ -163,11 +144,6 @@ class Training:
 
     def close(self) -> None:
         """Close the queue."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
         queue, self._queue = self._queue, None
         if queue is not None:
             queue.close()
-
-
-def _nobody_waits() -> None:
-    """Workers look for jobs themselves."""

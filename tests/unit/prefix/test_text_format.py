@@ -25,7 +25,7 @@ from prefixtune.prefix.text_format import (
     cut_prompt,
     read_text_format,
 )
-from prefixtune.server.target_stream import TargetStream
+from prefixtune.server.api.choices import TargetStream
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 

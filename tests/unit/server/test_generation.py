@@ -17,7 +17,7 @@ import openai_client
 from asgi_client import Response, completion, send, texts_when_done
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.sampling.grammar import Grammar, GrammarState
-from prefixtune.server.api import prompting
+from prefixtune.server.api import generation
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
@@ -80,7 +80,7 @@ def test_a_schema_that_becomes_too_complex_is_400(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app, _ = make_server()
-    monkeypatch.setattr(prompting, "compile_json_schema", lambda *_: _Complex())
+    monkeypatch.setattr(generation, "compile_json_schema", lambda *_: _Complex())
     body = completion(model="tiny", response_format={"type": "json_object"})
     whole = asyncio.run(send(app, "POST", "/v1/completions", body))
     assert (whole.status, whole.code) == (400, "invalid_schema")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest
+from prefixtune.server.api.protocol import ChatRequest, CompletionRequest
 from prefixtune.server.settings import ServeConfig
 
 LIMITS = ServeConfig(max_tokens=100, default_max_tokens=100, max_texts=6)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.detokenizer import Detokenizer
-from prefixtune.server.target_stream import TargetOffsets
 
 _MIN_LOGPROB = -9999.0
 """The logarithm of zero: JSON has no infinity."""
@@ -20,30 +19,43 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 """A byte, as tokenizers such as LLaMA's write it."""
 
 
-@dataclass
-class _Text:
-    """How far one text is.
+class TargetStream:
+    """`TextFormat.extract_target` for an output that comes in pieces; joined, the pieces equal it.
 
-    Attributes:
-        pieces: What its tokens add to it.
-        offsets: Where its tokens begin within the target.
-        prompt: What it begins with.
-        num_tokens: Its tokens so far.
-        tokens_end: Characters of them, the prompt included.
-        end: Characters that were returned, the prompt included.
-        begun: Whether some were.
+    Held back until more is known: white space that may be the last, and everything where the format has words around a
+    target, which can only be removed from the complete output.
+
+    >>> stream = TargetStream(TextFormat())
+    >>> [stream.add(" Aromi "), stream.add("is a pub. "), stream.add("", last=True)]
+    ['Aromi', ' is a pub.', '']
+
+    Args:
+        text_format: Of the output.
     """
 
-    pieces: Detokenizer
-    offsets: TargetOffsets | None
-    prompt: str
-    num_tokens: int = 0
-    tokens_end: int = 0
-    end: int = field(init=False)
-    begun: bool = False
+    def __init__(self, text_format: TextFormat) -> None:
+        self._format, self._needs_all = text_format, any(text_format.target_words)
+        self._held, self._started = "", False
 
-    def __post_init__(self) -> None:
-        self.end = len(self.prompt)
+    def add(self, piece: str, *, last: bool = False) -> str:
+        """The new part of the target that is certain by now."""
+        self._held += piece
+        if self._needs_all:
+            return self._format.extract_target(self._held) if last else ""
+        text = self._held if self._started else self._held.lstrip()
+        ready = text.rstrip()
+        self._held, self._started = text[len(ready) :], self._started or bool(ready)
+        return ready
+
+
+@dataclass
+class _Text:
+    """How far one text is: what its tokens add to it, what it begins with, where its next token is, and if it began."""
+
+    pieces: Detokenizer
+    prompt: str
+    end: int
+    begun: bool = False
 
 
 class CompletionChoices:
@@ -51,22 +63,18 @@ class CompletionChoices:
 
     Args:
         backbone: Whose tokens they are.
-        text_format: Of which the targets are a part; None: texts are returned as they are.
         prompts: Texts that the texts begin with, the same number of texts with each; None: they do not.
         n: Texts for each prompt.
+        has_offsets: Whether texts are returned as they were generated. Else `text_offset` is empty.
     """
 
     id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(
-        self,
-        backbone: Backbone,
-        text_format: TextFormat | None = None,
-        prompts: Sequence[str] | None = None,
-        n: int = 1,
+        self, backbone: Backbone, prompts: Sequence[str] | None = None, n: int = 1, *, has_offsets: bool = True
     ) -> None:
         self.backbone, self.decode = backbone, token_decoder(backbone)
-        self.text_format, self.prompts, self.n = text_format, prompts, n
+        self.prompts, self.n, self.has_offsets = prompts, n, has_offsets
         self.texts: dict[int, _Text] = {}
 
     def whole(self, index: int, output: SequenceOutput, target: str) -> dict[str, Any]:
@@ -80,72 +88,46 @@ class CompletionChoices:
 
     def pieces(self, index: int, output: SequenceOutput, target: str) -> list[dict[str, Any]]:
         """A piece, with the finish reason if it is the last one."""
-        text, finish_reason = self._text(index), output.finish_reason
-        logprobs = self._target_logprobs(text, target, output, last=finish_reason is not None)
-        if not text.begun:
-            text.begun, target = True, text.prompt + target
-        if not target and logprobs is None and finish_reason is None:
-            return []
-        return [{"index": index, "text": target, "logprobs": logprobs, "finish_reason": finish_reason}]
-
-    def _text(self, index: int) -> _Text:
         if index not in self.texts:
             # The text of an encoder-decoder follows none.
             context = _word(self.backbone) if self.backbone.kind == "decoder" else ()
-            self.texts[index] = _Text(
-                Detokenizer(self.backbone.decode, verbatim=True, context=context),
-                None if self.text_format is None else TargetOffsets(self.text_format),
-                "" if self.prompts is None else self.prompts[index // self.n],
-            )
-        return self.texts[index]
-
-    def _target_logprobs(
-        self, text: _Text, target: str, output: SequenceOutput, *, last: bool
-    ) -> dict[str, Any] | None:
-        """Logprobs whose offsets count within the target."""
+            prompt = "" if self.prompts is None else self.prompts[index // self.n]
+            pieces = Detokenizer(self.backbone.decode, verbatim=True, context=context)
+            self.texts[index] = _Text(pieces, prompt, len(prompt))
+        text = self.texts[index]
         logprobs = self._logprobs(text, output)
-        if text.offsets is not None:
-            logprobs = text.offsets.add(target, logprobs, last=last)
-        text.end += len(target)
-        if logprobs is None:
-            return None
-        # Only the offsets need what the tokens add to the text.
-        logprobs["tokens"] = logprobs.pop("names")
-        if last:
-            # Tokens of a stop string are behind the text.
-            logprobs["text_offset"] = [min(offset, text.end) for offset in logprobs["text_offset"]]
-        return logprobs
+        if not text.begun:
+            text.begun, target = True, text.prompt + target
+        if not target and logprobs is None and output.finish_reason is None:
+            return []
+        return [{"index": index, "text": target, "logprobs": logprobs, "finish_reason": output.finish_reason}]
 
     def _logprobs(self, text: _Text, output: SequenceOutput) -> dict[str, list[Any]] | None:
-        """The names of tokens, what they add to the text (as `tokens`), their logprobs, and where they begin."""
+        """The tokens by name, their logprobs, and where in the text they begin."""
         tokens = [*output.prompt_tokens, *output.tokens]
-        if not output.prompt_tokens and not any(token.logprob is not None for token in tokens):
+        if not output.prompt_tokens and all(token.logprob is None for token in tokens):
             return None
         names = [self.decode(token.id) for token in tokens]
-        if output.prompt_tokens or not (self.backbone.kind == "decoder" or text.num_tokens):
+        if output.prompt_tokens or not (self.backbone.kind == "decoder" or text.begun):
             names[0] = _decode(self.backbone, [tokens[0].id])
-        pieces, offsets = list[str](), list[int]()
-        of_prompt = Detokenizer(self.backbone.decode, verbatim=True)
-        for number, (token, name) in enumerate(zip(tokens, names, strict=True)):
-            if number == len(output.prompt_tokens) > 0:
-                text.tokens_end = len(text.prompt)
-            offsets.append(text.tokens_end)
-            if number < len(output.prompt_tokens):
-                offsets[-1] = min(text.tokens_end, len(text.prompt))
-                piece = of_prompt.add(token.id)
-                # A prompt that was decoded has its special tokens, by name.
-                pieces.append(name if text.prompt.startswith(name, text.tokens_end) else piece)
-            else:
-                pieces.append(text.pieces.add(token.id))
-            text.tokens_end += len(pieces[-1])
-        text.num_tokens += len(tokens)
         return {
-            "names": names,
-            "tokens": pieces,
+            "tokens": names,
             "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
             "top_logprobs": [self._top_logprobs(token, name) for token, name in zip(tokens, names, strict=True)],
-            "text_offset": offsets,
+            "text_offset": self._offsets(text, output, names) if self.has_offsets else [],
         }
+
+    def _offsets(self, text: _Text, output: SequenceOutput, names: Sequence[str]) -> list[int]:
+        offsets, end, of_prompt = list[int](), 0, Detokenizer(self.backbone.decode, verbatim=True)
+        for token, name in zip(output.prompt_tokens, names, strict=False):
+            offsets.append(min(end, len(text.prompt)))
+            piece = of_prompt.add(token.id)
+            # A prompt that was decoded has its special tokens, by name.
+            end += len(name if text.prompt.startswith(name, end) else piece)
+        for token in output.tokens:
+            offsets.append(text.end)
+            text.end += len(text.pieces.add(token.id))
+        return offsets
 
     def _top_logprobs(self, token: Token, text: str) -> dict[str, float] | None:
         """The likeliest tokens and the token itself, by their texts; of other tokens with the same text, by number."""

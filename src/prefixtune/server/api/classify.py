@@ -22,19 +22,11 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.labels import labels_of
 from prefixtune.engine.request import ContextLengthError, EngineFull
 from prefixtune.errors import ConfigError, PrefixError, RequestError, short_repr
-from prefixtune.inference.classify import (
-    EncodedTexts,
-    Prediction,
-    encode_to_classify,
-    encode_to_tag,
-    first_duplicate,
-)
+from prefixtune.inference.classify import EncodedTexts, encode_to_classify, encode_to_tag, first_duplicate
 from prefixtune.inference.config import ClassifyConfig
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router
 from prefixtune.server.api.generation import check_prompt_length, engine_error
-from prefixtune.server.api.prompting import tokenize
 from prefixtune.server.api.protocol import Body, Text, Texts
-from prefixtune.server.api.streaming import run_in_time
 from prefixtune.server.catalog import ServedModel
 from prefixtune.server.responses import JsonAnswer, bad_request, unavailable
 from prefixtune.server.settings import ServeConfig
@@ -64,7 +56,7 @@ class ClassifyRequest(Body):
         return [self.input] if isinstance(self.input, str) else list(self.input)
 
     def check(self, config: ServeConfig) -> None:
-        """As `Body.check`."""
+        """As `GenerationRequest.check`."""
         if len(self.texts) > config.max_texts:
             raise bad_request(f"there are {len(self.texts)} texts; at most {config.max_texts} are allowed.", "input")
         if label := first_duplicate(self.labels or ()):
@@ -81,8 +73,6 @@ async def create_classification(request: ClassifyRequest, context: GenerationCon
     request.check(state.config)
     context.admit(len(request.texts))
     model = await run_in_threadpool(state.catalog.load, request.model, context.caller)
-    if state.config.log_prompts:
-        context.log_fields["input"] = request.texts
     _check_kind(request, model)
     encoded = await _encode(context, request, model)
     num_tokens = sum(map(len, encoded.prompts))
@@ -111,17 +101,12 @@ async def create_classification(request: ClassifyRequest, context: GenerationCon
 def _check_kind(request: ClassifyRequest, model: ServedModel) -> None:
     """Refuse a model that gives no labels, and labels or lists of words where there is no use for them."""
     stored, name = labels_of(model.prefix), repr(model.name)
-    if model.prefix is None:
-        if not request.labels:
-            hint = 'give "labels": ["a", "b"], or name a prefix that was trained for classification or tagging.'
-            message = f"{name} is the bare backbone, which needs labels to choose from."
-            raise bad_request(message, "labels", hint=hint)
-    elif stored is None:
-        hint = "use /v1/completions or /v1/tasks, or name a prefix that was trained for classification or tagging."
+    if model.prefix is not None and stored is None:
         message = f"the prefix {name} generates texts and gives no labels."
-        raise bad_request(message, "model", "not_a_classifier", hint=hint)
-    elif request.labels:
-        raise bad_request(f"the prefix {name} has labels of its own.", "labels", hint="leave it out.")
+        raise bad_request(message, "model", "not_a_classifier", hint="use /v1/completions or /v1/tasks.")
+    if (stored is None) != (request.labels is not None):
+        message = f"{name} {'is the bare backbone, which needs labels' if stored is None else 'has labels of its own'}."
+        raise bad_request(message, "labels", hint="give labels with the bare backbone only.")
     if (stored is None or stored.kind != "tagging") and not all(isinstance(text, str) for text in request.texts):
         raise bad_request(f"{name} classifies whole texts.", "input", hint="give texts, not lists of words.")
 
@@ -149,7 +134,7 @@ async def _encode(context: RequestContext, request: ClassifyRequest, model: Serv
         )
 
     try:
-        encoded = await tokenize(context, encode)
+        encoded = await context.tokenize(encode)
         longest = max(map(len, encoded.prompts))
         check_prompt_length(context, longest, "input")
         worker.check_length(longest, model.prefix_length, max(map(len, encoded.words), default=0))
@@ -189,7 +174,7 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
                     scores[row].append(one)
 
     try:
-        await run_in_time(context, score_all())
+        await context.run_in_time(score_all())
     except EngineFull as error:
         raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
     return [torch.cat(of_one, dim=-1) for of_one in scores.values()]
@@ -210,13 +195,11 @@ def _batches(encoded: EncodedTexts, max_tokens: int) -> Iterator[list[int]]:
 
 def _item(encoded: EncodedTexts, index: int, text: str | Sequence[str], scores: Tensor) -> dict[str, Any]:
     """A text of the response."""
-    found = [_label(one) for one in encoded.predict(index, scores)]
+    found = [
+        {"label": one.label, "probs": list(one.probabilities.values()), "num_classes": len(one.probabilities)}
+        for one in encoded.predict(index, scores)
+    ]
     if encoded.labels.kind != "tagging":
         return {"index": index, **found[0]}
     tokens = [{"token": word, **one} for word, one in zip(_words(text), found, strict=True)]
     return {"index": index, "label": None, "probs": None, "num_classes": found[0]["num_classes"], "tokens": tokens}
-
-
-def _label(prediction: Prediction) -> dict[str, Any]:
-    probabilities = list(prediction.probabilities.values())
-    return {"label": prediction.label, "probs": probabilities, "num_classes": len(probabilities)}

@@ -13,22 +13,23 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from functools import partial
+from typing import Any
 
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 
+from prefixtune.data.chat import Source
 from prefixtune.engine.request import SequenceOutput
 from prefixtune.prefix.text_format import TextFormat, read_text_format
-from prefixtune.server.api.choices import ChatChoices, CompletionChoices
+from prefixtune.server.api.choices import ChatChoices, CompletionChoices, TargetStream
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router
-from prefixtune.server.api.generation import Generation
-from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest
-from prefixtune.server.api.prompting import chat_source, decode_prompts, start_texts
-from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
+from prefixtune.server.api.generation import DONE, KEEP_ALIVE, Generation, event, event_stream, start_texts
+from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, OpenAIRequest
 from prefixtune.server.catalog import ServedModel
-from prefixtune.server.responses import JsonAnswer
-from prefixtune.server.target_stream import TargetStream
+from prefixtune.server.responses import JsonAnswer, bad_request
 
+_DROPPED_HEADER = "x-prefixtune-dropped-messages"
+"""Messages of a chat that were dropped because the prefix reads one text."""
 Choices = CompletionChoices | ChatChoices
 router = key_router()
 
@@ -36,40 +37,62 @@ router = key_router()
 @router.post("/v1/completions", name="complete")
 async def create_completion(request: CompletionRequest, context: GenerationContext) -> Response:
     """Continue a prompt."""
-    state, prompts, echo = context.state, request.prompts, request.echo
+    backbone, prompts, echo = context.state.backbone, request.prompts, request.echo
     model = await _load(context, request)
-    if state.config.log_prompts:
-        context.log_fields["prompts"] = prompts
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    raw = state.config.raw_completions or not texts
+    raw = context.state.config.raw_completions or not texts
     text_format = None if raw else read_text_format(model.header)
     generation = await start_texts(context, request, model, text_format, prompts, request.n, verbatim=echo)
     if not echo:
-        return await _respond(context, request, generation, CompletionChoices(state.backbone, text_format), text_format)
+        choices = CompletionChoices(backbone, has_offsets=text_format is None)
+        return await _respond(context, request, generation, choices, text_format)
     # What the model read, and what it generated, both as they are.
-    read = [one.prompt for one in generation.requests]
-    prompt_texts = texts if raw and texts else await decode_prompts(context, read)
-    choices = CompletionChoices(state.backbone, None, prompt_texts, request.n)
-    return await _respond(context, request, generation, choices)
+    if not (raw and texts):
+        decode = partial(backbone.tokenizer.decode, clean_up_tokenization_spaces=False)
+        read = [list(one.prompt) for one in generation.requests]
+        texts = await context.tokenize(lambda: [str(decode(prompt)) for prompt in read])
+    return await _respond(context, request, generation, CompletionChoices(backbone, texts, request.n))
 
 
 @router.post("/v1/chat/completions", name="chat")
 async def create_chat_completion(request: ChatRequest, context: GenerationContext) -> Response:
     """Answer a chat, in the prefix's text format or the backbone's chat template."""
-    state, conversation = context.state, request.conversation
+    (messages,) = request.prompts
     model = await _load(context, request)
-    if state.config.log_prompts:
-        context.log_fields["messages"] = conversation
     text_format = read_text_format(model.header)
-    source = conversation if text_format is None else chat_source(context, conversation, text_format)
+    source = messages if text_format is None else _source(context, messages, text_format)
     generation = await start_texts(context, request, model, text_format, [source], request.n)
-    return await _respond(context, request, generation, ChatChoices(state.backbone), text_format)
+    return await _respond(context, request, generation, ChatChoices(context.state.backbone), text_format)
+
+
+def _source(context: RequestContext, messages: list[dict[str, str]], text_format: TextFormat) -> Source:
+    """The source of a chat with a prefix: with a chat template all messages, else the last one; which is the user's.
+
+    Raises:
+        ApiError: It is not the user's; or there are earlier messages that the prefix cannot read, and the server does
+            not drop them.
+    """
+    last, num_earlier = messages[-1], len(messages) - 1
+    if last["role"] != "user":
+        raise bad_request(f"the last message has the role {last['role']!r}, but must be the user's.", "messages")
+    if not last["content"].strip():
+        raise bad_request("the last message is empty; some text is needed.", "messages")
+    if text_format.is_chat:
+        return messages
+    if num_earlier and context.state.config.earlier_messages == "refuse":
+        hint = "send the last user message alone, or have the server drop the others (earlier_messages = 'drop')."
+        message = f"this prefix reads one text, but the chat has {len(messages)} messages."
+        raise bad_request(message, "messages", "messages_not_carried", hint=hint)
+    if num_earlier:
+        context.log_fields["dropped_messages"] = num_earlier
+        context.headers[_DROPPED_HEADER] = str(num_earlier)
+    return last["content"]
 
 
 async def _load(context: RequestContext, request: OpenAIRequest) -> ServedModel:
     """The requested model, once the request is checked and counted."""
     request.check(context.state.config)
-    context.admit(request.num_prompts * request.n)
+    context.admit(len(request.prompts) * request.n)
     return await run_in_threadpool(context.state.catalog.load, request.model, context.caller, request.prefixes)
 
 
@@ -86,48 +109,46 @@ async def _respond(
         "model": generation.model.name,
         "object": choices.chunk_object if request.stream else choices.whole_object,
     }
-    texts = [""] * generation.num_texts
-
-    async def events() -> AsyncGenerator[bytes]:
-        targets = [] if text_format is None else [TargetStream(text_format) for _ in texts]
-        # As OpenAI's, which has usage in the last event alone.
-        first = {**head, "usage": None} if request.include_usage else head
-
-        def write(index: int, output: SequenceOutput, target: str) -> list[bytes]:
-            return [event({**first, "choices": [piece]}) for piece in choices.pieces(index, output, target)]
-
-        for index in range(generation.num_texts):
-            for choice in choices.opening(index):
-                yield event({**first, "choices": [choice]})
-        async for one in generation.outputs():
-            if one is None:
-                yield KEEP_ALIVE
-                continue
-            index, output = one
-            target = output.text
-            if targets:
-                target = targets[index].add(target, last=output.finish_reason is not None)
-            # As far as they get: the client may disconnect.
-            texts[index] += target
-            # Decoding a long prompt's likeliest tokens takes seconds.
-            written = partial(write, index, output, target)
-            for piece in await run_in_threadpool(written) if output.prompt_tokens else written():
-                yield piece
-        if request.include_usage:
-            yield event({**head, "choices": [], "usage": generation.usage()})
-        yield DONE
-
-    if context.state.config.log_prompts:
-        context.log_fields["outputs"] = texts
     if request.stream:
-        return event_stream(context, events())
+        return event_stream(context, _events(request, generation, choices, text_format, head))
     outputs = await generation.collect()
-    texts[:] = [output.text if text_format is None else text_format.extract_target(output.text) for output in outputs]
 
     def respond() -> Response:
-        whole = [choices.whole(index, *pair) for index, pair in enumerate(zip(outputs, texts, strict=True))]
+        whole = [
+            choices.whole(index, one, one.text if text_format is None else text_format.extract_target(one.text))
+            for index, one in enumerate(outputs)
+        ]
         return JsonAnswer({**head, "choices": whole, "usage": generation.usage()}, headers=context.headers)
 
     # Decoding the likeliest tokens of thousands of positions takes seconds.
-    has_logprobs = generation.requests[0].sampling.logprobs is not None
-    return await run_in_threadpool(respond) if has_logprobs else respond()
+    return await run_in_threadpool(respond)
+
+
+async def _events(
+    request: OpenAIRequest,
+    generation: Generation,
+    choices: Choices,
+    text_format: TextFormat | None,
+    head: dict[str, Any],
+) -> AsyncGenerator[bytes]:
+    targets = [] if text_format is None else [TargetStream(text_format) for _ in range(generation.num_texts)]
+    # As OpenAI's, which has usage in the last event alone.
+    first = {**head, "usage": None} if request.include_usage else head
+
+    def write(index: int, output: SequenceOutput) -> list[bytes]:
+        target = targets[index].add(output.text, last=output.finish_reason is not None) if targets else output.text
+        return [event({**first, "choices": [piece]}) for piece in choices.pieces(index, output, target)]
+
+    for index in range(generation.num_texts):
+        for choice in choices.opening(index):
+            yield event({**first, "choices": [choice]})
+    async for one in generation.outputs():
+        if one is None:
+            yield KEEP_ALIVE
+            continue
+        # Decoding a long prompt's likeliest tokens takes seconds.
+        for piece in await run_in_threadpool(write, *one) if one[1].prompt_tokens else write(*one):
+            yield piece
+    if request.include_usage:
+        yield event({**head, "choices": [], "usage": generation.usage()})
+    yield DONE

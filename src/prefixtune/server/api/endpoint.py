@@ -7,19 +7,21 @@ are cancelled, even where the client disconnected before the first byte.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from starlette.requests import ClientDisconnect
 
 from prefixtune.server.auth import Caller
-from prefixtune.server.responses import ApiError, forbidden, unavailable
+from prefixtune.server.responses import ApiError, bad_request, forbidden, unavailable
 from prefixtune.server.state import ServerState
 from prefixtune.server.training import Training
 
@@ -30,6 +32,8 @@ _PROXY_HEADERS = ("x-forwarded-for", "x-forwarded-host", "x-real-ip", "forwarded
 """Headers that show that a proxy passed the request on."""
 # For the document; the key is found by `Keyring`.
 _BEARER = HTTPBearer(scheme_name="key", description="A key of this server.", auto_error=False)
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -67,14 +71,6 @@ class RequestContext:
         """
         self.exit_stack.enter_context(self.state.gate.admit(texts, self.caller.name))
 
-    def count(self) -> None:
-        """Count the request against the key's limits, where its endpoint does not.
-
-        Raises:
-            ApiError: 429: there are too many of them.
-        """
-        self.exit_stack.enter_context(self.caller.limit.request())
-
     @property
     def training(self) -> Training:
         """Files and jobs.
@@ -87,6 +83,49 @@ class RequestContext:
             raise ApiError(404, message, code="training_off")
         return self.state.training
 
+    async def tokenize(self, work: Callable[[], T]) -> T:
+        """Run work on one text in the tokenizer's thread: a long text must not block streams.
+
+        Raises:
+            ApiError: The request's time is over, or the server has stopped.
+            ClientDisconnect: The client disconnected.
+        """
+        if self.state.closed:
+            raise unavailable("the server is shutting down.", "draining", retry_after=5)
+        return await self.run_in_time(asyncio.get_running_loop().run_in_executor(self.state.tokenizer_thread, work))
+
+    async def run_in_time(self, work: Awaitable[T], *, grace: float = 0.0) -> T:
+        """The result of some work, which is cancelled when the client disconnects or the request's time is over.
+
+        Args:
+            work: What to do.
+            grace: Seconds more, for work that notices the end of the time itself.
+
+        Raises:
+            ApiError: 504.
+            ClientDisconnect: The client disconnected.
+        """
+        tasks = asyncio.ensure_future(work), asyncio.ensure_future(self._wait_for_disconnect())
+        try:
+            await asyncio.wait(tasks, timeout=self.remaining + grace, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                return tasks[0].result()
+            raise ClientDisconnect if tasks[1].done() else self.deadline_exceeded()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _wait_for_disconnect(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+    def deadline_exceeded(self) -> ApiError:
+        """504: the request's time is over."""
+        message = f"the request was not done within {self.state.config.deadline:g} seconds."
+        # A retry, by a client or by a load balancer, would take as long.
+        return ApiError(504, message, code="deadline_exceeded", headers={"x-should-retry": "false"})
+
 
 class _KeyRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -94,6 +133,9 @@ class _KeyRoute(APIRoute):
         answer = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            if "\n" in request.scope["path"]:
+                # A route's pattern would leave out a last one.
+                raise bad_request("the path has a line break.", "name")
             caller = _authenticate(request)
             request.scope["caller"], request.scope["log_fields"]["key"] = caller, caller.name
             return await answer(request)
@@ -122,7 +164,7 @@ def _context(right: Right = "key", *, limited: bool = False) -> Any:
             if limited:
                 if state.draining:
                     raise unavailable("the server is shutting down.", "draining", retry_after=5)
-                found.count()
+                exit_stack.enter_context(found.caller.limit.request())
             if right == "train":
                 _ = found.training
             yield found

@@ -1,29 +1,39 @@
-"""`/v1/files`: data and documents to train on.
+"""`/v1/files`: data and documents to train on, and what training would read of them.
 
 Each key sees its own files; an admin key, and everybody where there are no keys, sees all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
+from fastapi.responses import FileResponse
 from starlette.datastructures import FormData, UploadFile
 
+from prefixtune.data.examples import Example
+from prefixtune.data.registry import TASKS
+from prefixtune.errors import PrefixError
 from prefixtune.jobs.files import FileLimits, FileRefusedError, StoredFile
+from prefixtune.jobs.job import new_job_id
+from prefixtune.jobs.request import JobRequest, make_job
+from prefixtune.pages.format import spread_out
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
-from prefixtune.server.api.paging import After, page_of
-from prefixtune.server.api.streaming import file_stream
-from prefixtune.server.responses import ApiError, bad_request, storage_error
-
-__all__ = ["find_file", "router"]
-
+from prefixtune.server.api.training_views import After, page_of
+from prefixtune.server.responses import ApiError, bad_request
+from prefixtune.training.config import TrainConfig
 
 router = key_router()
 _PATH = "/v1/files/{file_id}"
 _MOST_LISTED = 10_000
+_MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 24, 50, 2_000
+_DOCUMENT_CHARS = 100_000
+"""Characters of a document that are tokenized; its other tokens are estimated."""
+_MOST_WRITTEN = 50_000
+"""Messages that a chat template writes while a sample is measured: some two seconds."""
 _STATUSES = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "too_many_files": 403}
 _PROPERTIES = {
     "file": {"type": "string", "format": "binary"},
@@ -47,15 +57,10 @@ async def upload_file(context: TrainingContext) -> dict[str, Any]:
     # Not by FastAPI's parameters: it would read the form of somebody without a key.
     if not context.request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "the content type must be multipart/form-data.", code="unsupported_media_type")
-    try:
-        with context.training.uploads.admit(tenant=context.caller.name):
-            async with context.request.form(max_files=1, max_fields=4) as form:
-                stored = await run_in_threadpool(_store, context, form)
-    except OSError as error:
-        context.log_fields["storage_error"] = str(error)
-        raise storage_error(error, "the data folder") from None
+    with context.training.uploads.admit(tenant=context.caller.name):
+        async with context.request.form(max_files=1, max_fields=4) as form:
+            stored = await run_in_threadpool(_store, context, form)
     context.log_fields |= {"file": stored.id, "bytes": stored.bytes}
-    context.state.metrics.uploads.labels(stored.status).inc()
     return file_object(stored)
 
 
@@ -97,11 +102,12 @@ def show_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     return file_object(find_file(context, file_id))
 
 
-@router.get(f"{_PATH}/content", response_class=StreamingResponse)
+@router.get(f"{_PATH}/content", response_class=FileResponse)
 def download_file(file_id: str, context: TrainingContext) -> Response:
     """A file's content, as it was uploaded."""
     stored = find_file(context, file_id)
-    return file_stream(context, context.training.files.open(stored.owner, stored.id), stored.filename)
+    path = context.training.files.path(stored.owner, stored.id)
+    return FileResponse(path, filename=stored.filename, media_type="application/octet-stream")
 
 
 @router.delete(_PATH)
@@ -111,11 +117,7 @@ def delete_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     Jobs that were made of it go on.
     """
     stored = find_file(context, file_id)
-    try:
-        context.training.files.delete(stored.owner, stored.id)
-    except OSError as error:
-        context.log_fields["storage_error"] = str(error)
-        raise storage_error(error, "the data folder") from None
+    context.training.files.delete(stored.owner, stored.id)
     context.log_fields["file"] = stored.id
     return {"id": stored.id, "object": "file", "deleted": True}
 
@@ -143,3 +145,87 @@ def find_file(context: RequestContext, file_id: str) -> StoredFile:
         UnknownFileError: There is none.
     """
     return context.training.files.get(context.training.whose(context.caller), file_id)
+
+
+# --- a preview --------------------------------------------------------------------------------------------------------
+
+
+@router.get(f"{_PATH}/preview")
+async def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
+    """What training would read of a file.
+
+    Examples, the lengths of a sample, and what the model would cut.
+    """
+    stored = await run_in_threadpool(find_file, context, file_id)
+    preview = _preview_text if stored.purpose == "document" else _preview_rows
+    head: dict[str, Any] = {"id": stored.id, "object": "file.preview", "examples": [], "lengths": None, "cuts": ""}
+    return {**head, **await preview(context, stored)}
+
+
+async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
+    """The beginning of a document, and how many tokens it has."""
+    if stored.facts is None:
+        return {}
+
+    def read() -> str:
+        with context.training.files.open(stored.owner, stored.id) as file:
+            return file.read(4 * _DOCUMENT_CHARS).decode("utf-8", "ignore")[:_DOCUMENT_CHARS]
+
+    text = await run_in_threadpool(read)
+    tokens = len(await context.tokenize(lambda: context.state.backbone.encode(text)))
+    total = round(tokens * stored.facts.characters / max(len(text), 1))
+    about = "about " if len(text) < stored.facts.characters else ""
+    return {"examples": [{"source": text[:_MOST_CHARS]}], "cuts": f"It has {about}{total:,} tokens."}
+
+
+async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
+    sample = await run_in_threadpool(context.training.files.sample, stored.owner, stored.id)
+    shown = [_shown(example) for example in spread_out(sample, _MOST_SHOWN)]
+    # A chat template writes, for each answer of a conversation, all before it.
+    costs = accumulate(len(one.messages) * (len(one.messages) + len(one.targets)) for one in sample)
+    measured = [example for example, cost in zip(sample, costs, strict=True) if cost <= _MOST_WRITTEN]
+    if not any(example.targets for example in measured):
+        return {"examples": shown}
+    try:
+        return {"examples": shown, **await context.tokenize(lambda: _measure(context, stored, measured))}
+    except PrefixError as error:
+        # Such as labels of which the sample has only one.
+        return {"examples": shown, "cuts": error.message}
+
+
+def _measure(context: RequestContext, stored: StoredFile, sample: Sequence[Example]) -> dict[str, Any]:
+    """The lengths of a sample, and what does not fit, as a job with this file and no options would read it.
+
+    Raises:
+        PrefixError: There is none: the file has several forms, or labels of one kind.
+    """
+    from prefixtune.backbone.load import without_limits
+    from prefixtune.evaluation.data_report import measure_examples
+
+    assert stored.facts is not None
+    backbone, caller, kind = context.state.backbone, context.caller, TASKS[stored.facts.task].kind
+    request = JobRequest(model=context.state.config.model_id, training_file=stored)
+    job = make_job(request, job_id=new_job_id(), owner=caller.name, created=0, max_steps=caller.rules.max_steps)
+    config = TrainConfig(**{**job.config, "train": "data", "output": "run", "backbone": backbone.name})
+    measures = measure_examples(config, sample, kind, backbone, without_limits(backbone), max_tokenized=len(sample))
+    whole, limit = measures.lengths[-1], measures.limit
+    lost, what = (limit.refused, "do not fit") if limit.refused else (limit.cut, "are cut to")
+    cuts = f"{lost:,} of {len(sample):,} examples {what}" if lost else "All fit"
+    return {
+        "lengths": {"unit": "tokens", "median": whole.median, "longest": whole.longest},
+        "cuts": f"{cuts} the model's {limit.positions:,} tokens." if limit.positions else "",
+    }
+
+
+def _shown(example: Example) -> dict[str, Any]:
+    """An example for people, long texts and conversations shortened."""
+    targets = [target[:_MOST_CHARS] for target in example.targets[:3]]
+    if not example.messages:
+        return {"source": example.source[:_MOST_CHARS], "targets": targets}
+    turns: list[tuple[str, str]] = [*example.messages, *(("assistant", target) for target in targets[:1])]
+    return {
+        "messages": [
+            {"role": role, "content": content[:_MOST_CHARS], "trained": role == "assistant"}
+            for role, content in turns[:_MOST_MESSAGES]
+        ]
+    }

@@ -6,6 +6,7 @@ Each key sees its own jobs; an admin key, and everybody where there are no keys,
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,9 +23,17 @@ from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.prefix.folder import path_of
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.job_creation import create_job
-from prefixtune.server.api.paging import After, Limit, list_body, page_of, unknown_after
 from prefixtune.server.api.training_protocol import FineTuningRequest
-from prefixtune.server.api.training_views import checkpoint_view, event_view, job_view
+from prefixtune.server.api.training_views import (
+    After,
+    Limit,
+    checkpoint_view,
+    event_view,
+    job_view,
+    list_body,
+    page_of,
+    unknown_after,
+)
 from prefixtune.server.responses import ApiError, bad_request
 
 __all__ = ["router"]
@@ -41,7 +50,10 @@ async def create_fine_tuning_job(body: FineTuningRequest, context: TrainingConte
     With a header `Idempotency-Key`, a request that is sent again gets the same job.
     """
     body.check(context.state.config)
-    job = await create_job(context, body, partial(_view, context))
+    # With a key, a request that is sent again gets the same job.
+    changes = "idempotency-key" not in context.request.headers
+    create = partial(create_job, context, body=body)
+    job = await context.training.ask(lambda queue: _view(context, queue, create(queue)), changes=changes)
     context.log_fields |= {"job": job["id"], "model": job["model"]}
     return job
 
@@ -58,16 +70,11 @@ async def list_fine_tuning_jobs(context: TrainingContext, after: After = "", lim
     extension = {"backbone": context.state.config.model_id}
 
     def find(queue: JobQueue) -> dict[str, Any]:
-        found: list[JobState] = []
-        has_begun = not after
-        for state in queue.iterate(training.whose(context.caller)):
-            if has_begun and metadata.items() <= state.job.metadata.items():
-                found.append(state)
-            has_begun = has_begun or state.job.id == after
-            if len(found) > limit:
-                break
-        if not has_begun:
+        states = queue.iterate(training.whose(context.caller))
+        if after and all(state.job.id != after for state in states):
             raise unknown_after(after)
+        matching = (state for state in states if metadata.items() <= state.job.metadata.items())
+        found = list(itertools.islice(matching, limit + 1))
         positions = _positions(queue, found)
         shown = [job_view(state, training.folder, positions) for state in found[:limit]]
         return {**list_body(shown, has_more=len(found) > limit), "prefixtune": extension}
@@ -135,7 +142,7 @@ def _get(context: RequestContext, queue: JobQueue, job_id: str) -> JobState:
     context.log_fields["job"] = job_id[:64]
     with contextlib.suppress(RequestError):
         state = queue.get(job_id) if is_job_id(job_id) else None
-        if state is not None and context.training.may_see(state.job.owner, context.caller):
+        if state is not None and context.training.whose(context.caller) in (None, state.job.owner):
             return state
     raise ApiError(404, f"there is no fine-tuning job {job_id[:64]!r}.", code="job_not_found")
 
@@ -153,21 +160,18 @@ async def _change(
         ApiError: There is no such job, or it does not stand at one of `allowed`.
     """
 
-    def wrong_state(state: JobState) -> ApiError:
-        message = f"{state.job.id} is {state.status}; only a job that is {' or '.join(allowed)} can be {done}."
-        return bad_request(message, code="job_ended" if state.status in ENDED else f"job_{state.status}")
-
     def work(queue: JobQueue) -> dict[str, Any]:
-        before = _get(context, queue, job_id)
-        if before.status not in allowed:
-            raise wrong_state(before)
-        after = change(queue, before.job.id)
-        if done == "resumed":
-            context.training.wake()
-        elif after.status != done:
-            # It ended in the same moment.
-            raise wrong_state(after)
-        return _view(context, queue, after)
+        state = _get(context, queue, job_id)
+        if is_allowed := state.status in allowed:
+            state = change(queue, state.job.id)
+            if done == "resumed":
+                context.training.wake()
+            # Else it ended in the same moment.
+            is_allowed = done == "resumed" or state.status == done
+        if not is_allowed:
+            message = f"{state.job.id} is {state.status}; only a job that is {' or '.join(allowed)} can be {done}."
+            raise bad_request(message, code="job_ended" if state.status in ENDED else f"job_{state.status}")
+        return _view(context, queue, state)
 
     return await context.training.ask(work, changes=True)
 
@@ -182,16 +186,15 @@ def _checkpoints(context: RequestContext, state: JobState) -> list[Checkpoint]:
 
 
 def _view(context: RequestContext, queue: JobQueue, state: JobState) -> dict[str, Any]:
-    """A job as clients read it; without its position if the database has just gone away."""
-    positions: dict[str, int] = {}
-    with contextlib.suppress(QueueUnavailableError):
-        positions = _positions(queue, [state])
-    return job_view(state, context.training.folder, positions)
+    """A job as clients read it."""
+    return job_view(state, context.training.folder, _positions(queue, [state]))
 
 
 def _positions(queue: JobQueue, states: Sequence[JobState]) -> dict[str, int]:
-    """How many jobs come before those that wait."""
+    """How many jobs come before those that wait; of none if the database has just gone away."""
     if all(state.status != "queued" for state in states):
         return {}
-    waiting = [job.id for job in queue.unfinished() if job.status == "queued"]
-    return {job_id: number for number, job_id in enumerate(waiting)}
+    with contextlib.suppress(QueueUnavailableError):
+        waiting = [job.id for job in queue.unfinished() if job.status == "queued"]
+        return {job_id: number for number, job_id in enumerate(waiting)}
+    return {}

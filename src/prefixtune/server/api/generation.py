@@ -1,21 +1,27 @@
-"""The engine's part of a request: submit its prompts, stream or collect the outputs, cancel what still runs."""
+"""Texts for a request: sources -> prompts -> the engine -> outputs, whole or as server-sent events.
+
+A source is written in the text format that the prefix was trained with. What still runs when the response ends is
+cancelled.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
 
-from prefixtune.data.chat import special_stops
+from prefixtune.data.chat import Source, as_conversation, encode_chat, end_ids, has_chat_template, special_stops
+from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.labels import labels_of
-from prefixtune.engine.base import Engine
+from prefixtune.data.truncation import truncate_prompt
 from prefixtune.engine.request import (
     ContextLengthError,
     EngineFull,
@@ -24,20 +30,33 @@ from prefixtune.engine.request import (
     SequenceOutput,
     join_outputs,
 )
-from prefixtune.sampling.grammar import Grammar
+from prefixtune.errors import ConfigError, RequestError
+from prefixtune.inference.prompts import newline_tokens
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.sampling.grammar import Grammar, compile_json_schema
 from prefixtune.server.api.endpoint import RequestContext
-from prefixtune.server.api.streaming import deadline_exceeded, run_in_time
+from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.catalog import ServedModel
-from prefixtune.server.responses import ApiError, bad_request, too_many_requests, unavailable
+from prefixtune.server.responses import ApiError, bad_request, json_text, unavailable
+from prefixtune.server.task_schema import task_decoding
 
 KEEP_ALIVE_SECONDS = 15.0
 """Seconds without an output after which a stream says that it is alive."""
+KEEP_ALIVE = format_sse_event(comment="waiting")
+"""Proxies cut silent connections, and clients ignore comments."""
+DONE = format_sse_event(data_str="[DONE]")
+"""The end of a stream."""
 _GRACE_SECONDS = 10.0
 """The engine ends what is too late, at the end of its step."""
 _PARAMS = {"min_new_tokens": "min_tokens", "prompt_logprobs": "echo"}
 """Sampling parameters -> their names in requests, where they differ."""
 _MOST_LOGPROBS = 200_000
 """Log-probabilities of a response: some 5 MB, and one to four seconds of a thread."""
+_AS_IT_IS = TextFormat("{source}", "{target}")
+_CUT_HEADER = "x-prefixtune-cut-tokens"
+"""Tokens of sources that were cut off because they did not fit; of one that is far too long, at least so many."""
+
+Ids = tuple[int, ...]
 
 
 class Generation:
@@ -63,7 +82,7 @@ class Generation:
         self._running: dict[int, tuple[int, float]] = {}
 
     async def submit(self) -> None:
-        """Submit the requests to the engine; what still runs when the response ends is cancelled.
+        """Submit the requests to the engine.
 
         Raises:
             PrefixError: The engine refuses one.
@@ -126,7 +145,7 @@ class Generation:
                 if one is not None:
                     pieces[one[0]].append(one[1])
 
-        await run_in_time(self.context, collect(), grace=_GRACE_SECONDS)
+        await self.context.run_in_time(collect(), grace=_GRACE_SECONDS)
         return [join_outputs(outputs) for outputs in pieces]
 
     def _measure(self, index: int, output: SequenceOutput) -> None:
@@ -144,76 +163,162 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         """Tokens read and generated; the prefix is not counted."""
-        prompt_tokens = sum(len(request.prompt) for request in self.requests)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": self.num_tokens,
-            "total_tokens": prompt_tokens + self.num_tokens,
-        }
+        read, written = sum(len(request.prompt) for request in self.requests), self.num_tokens
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-async def start_generation(
+# --- from a request to the engine -------------------------------------------------------------------------------------
+
+
+async def start_texts(
     context: RequestContext,
+    request: GenerationRequest,
     model: ServedModel,
-    prompts: Sequence[tuple[int, ...]],
-    sampling: SamplingParams,
-    *,
+    text_format: TextFormat | None,
+    sources: Sequence[Source | Ids],
     n: int = 1,
-    default_max_tokens: int | None,
-    verbatim: bool,
-    grammar: Grammar | None = None,
+    *,
+    verbatim: bool = False,
 ) -> Generation:
-    """Submit the prompts to the engine; what still runs when the response ends is cancelled.
+    """Generate the targets of sources, with the decoding of the prefix's task where the request has none of its own.
 
     Args:
         context: The HTTP request.
+        request: Its body.
         model: With which prefix.
-        prompts: Token ids.
-        sampling: How tokens are chosen.
-        n: Texts for each prompt.
-        default_max_tokens: Most new tokens instead of those of `sampling`, as far as they fit; None: the request says.
-        verbatim: Keep the white space around the texts.
-        grammar: What the texts must follow.
+        text_format: Of the sources; None: texts and token ids are continued as they are, and conversations are written
+            in the backbone's own chat template.
+        sources: Each a text, a conversation, or token ids.
+        n: Texts for each source.
+        verbatim: Keep the white space around the texts, as always without a text format.
 
     Raises:
-        ApiError: A prompt is too long, something is asked for that the model does not have, or the engine takes no
-            request now.
+        ApiError: A source is too long or cannot be written, something is asked for that the model does not have, or
+            the engine takes no request now.
         PrefixError: The engine refuses it for another reason.
     """
-    state, worker = context.state, context.state.worker
+    config, worker = context.state.config, context.state.worker
     if labels_of(model.prefix) is not None:
         message = f"the prefix {model.name!r} gives labels and writes no text."
         raise bad_request(message, "model", "not_a_generator", hint="use /classify.")
-    _check_supported(worker, prompts, sampling)
+    defaults = {} if text_format is None else task_decoding(model.header)
+    length = request.length
+    if length is None:
+        length = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
+    prompts = [await _encode(context, model, text_format, source, length) for source in sources]
+    is_chat = isinstance(sources[0], list) or (text_format is not None and text_format.is_chat)
+    sampling = await _sampling(context, request, defaults, length, text_format, is_chat=is_chat)
+    grammar = await _compile_grammar(context, request)
     context.log_fields |= {"model": model.name, "prompt_tokens": sum(map(len, prompts))}
-    sampling = sampling.replace(end_ids=(*sampling.end_ids, *special_stops(state.backbone, sampling.stop)))
-
-    def request(prompt: tuple[int, ...]) -> Request:
+    requests: list[Request] = []
+    for prompt in prompts:
         check_prompt_length(context, len(prompt), "prompt")
-        chosen = sampling
-        if default_max_tokens is not None:
-            fitting = min(default_max_tokens, worker.available_tokens(len(prompt), model.prefix_length))
-            chosen = sampling.replace(max_new_tokens=max(1, sampling.min_new_tokens, fitting))
+        most = length
+        if request.length is None:
+            fitting = min(length, worker.available_tokens(len(prompt), model.prefix_length))
+            most = max(1, sampling.min_new_tokens, fitting)
         names = {"tenant": context.caller.name, "prefix_name": model.name, "id": uuid.uuid4().hex}
-        return Request(prompt, model.prefix, chosen, n=n, verbatim=verbatim, grammar=grammar, **names)
-
-    generation = Generation(context, model, [request(prompt) for prompt in prompts])
-    _check_logprobs(generation.requests)
+        as_it_is, chosen = verbatim or text_format is None, sampling.replace(max_new_tokens=most)
+        requests.append(Request(prompt, model.prefix, chosen, n=n, verbatim=as_it_is, grammar=grammar, **names))
+    _check_logprobs(requests)
+    generation = Generation(context, model, requests)
     try:
-        # Before the queue: what can never fit must not be answered with "try again later".
-        for one in generation.requests:
-            worker.check_length(len(one.prompt), one.prefix_length, one.sampling.max_new_tokens)
         await generation.submit()
     except ContextLengthError as error:
-        hint = f"shorten the prompt or lower max_tokens{', or join fewer prefixes' if model.parts else ''}."
+        hint = f"shorten the prompt or lower max_tokens{', or join fewer prefixes' if len(model.names) > 1 else ''}."
         raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None
     except EngineFull as error:
-        if state.draining or not worker.healthy:
-            raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
-        raise too_many_requests(error.message, "queue_full", 1.0) from None
+        raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
+    except RequestError as error:
+        unknown = any(not 0 <= token < worker.vocab_size for prompt in prompts for token in prompt)
+        raise bad_request(error.message, "prompt" if unknown else "logit_bias", hint=error.hint) from None
     for prompt in prompts:
-        state.metrics.prompt(model.names, len(prompt))
+        context.state.metrics.prompt(model.names, len(prompt))
     return generation
+
+
+async def _sampling(
+    context: RequestContext,
+    request: GenerationRequest,
+    defaults: Mapping[str, Any],
+    length: int,
+    text_format: TextFormat | None,
+    *,
+    is_chat: bool,
+) -> SamplingParams:
+    """How tokens are chosen.
+
+    Raises:
+        ApiError: The engine lacks something that is asked for.
+    """
+    backbone, lacks = context.state.backbone, context.state.worker.lacks
+    sampling = request.sampling(length)
+    changes: dict[str, Any] = {}
+    if request.json_schema is None and "min_tokens" not in request.model_fields_set and "min_new_tokens" not in lacks:
+        changes["min_new_tokens"] = min(defaults.get("min_new_tokens", 0), length)
+    if defaults.get("ban_newlines"):
+        # Takes a while the first time, and is cached.
+        changes["banned"] = tuple(await context.tokenize(partial(newline_tokens, backbone)))
+    ends = await context.tokenize(partial(end_ids, backbone, text_format)) if is_chat else ()
+    changes["end_ids"] = (*ends, *special_stops(backbone, sampling.stop))
+    sampling = sampling.replace(**changes)
+    for name, nothing in lacks.items():
+        if getattr(sampling, name) != nothing:
+            param = _PARAMS.get(name, name)
+            raise bad_request(f"this server's engine has no {param}.", param, "unsupported_field", hint="leave it out.")
+    return sampling
+
+
+async def _encode(
+    context: RequestContext, model: ServedModel, text_format: TextFormat | None, source: Source | Ids, length: int
+) -> Ids:
+    """Token ids of a source; one that is too long for its prefix is treated as in training."""
+    if isinstance(source, tuple):
+        return source
+    backbone, positions = context.state.backbone, context.state.worker.max_length
+    form = _AS_IT_IS if text_format is None else text_format.with_lengths(on_too_long=context.state.config.on_too_long)
+
+    def encode() -> tuple[list[int], int]:
+        param, code = "prompt" if isinstance(source, str) else "messages", None
+        try:
+            if text_format is None and not isinstance(source, str):
+                if not has_chat_template(backbone):
+                    hint = "use /v1/completions, or /v1/tasks/ and the name of a prefix."
+                    raise bad_request("the backbone has no chat template.", param, "no_chat_template", hint=hint)
+                return encode_chat(backbone, as_conversation(source), positions=positions), 0
+            whole = encode_prompts(backbone, form, [source], positions=positions)[0]
+            if text_format is None:
+                return whole, 0
+            code = "context_length_exceeded"
+            room = {"prefix_length": model.prefix_length, "new_tokens": length, "positions": positions}
+            ids = truncate_prompt(backbone, form, whole, **room, name="the prompt", source=source)
+        except RequestError as error:
+            raise bad_request(error.message, param, code, hint=error.hint) from None
+        return ids, len(whole) - len(ids)
+
+    ids, num_cut = await context.tokenize(encode)
+    if num_cut > 0:
+        context.log_fields["cut_tokens"] = context.log_fields.get("cut_tokens", 0) + num_cut
+        context.headers[_CUT_HEADER] = str(context.log_fields["cut_tokens"])
+    return tuple(ids)
+
+
+async def _compile_grammar(context: RequestContext, request: GenerationRequest) -> Grammar | None:
+    """The grammar of a request's `response_format`, compiled outside the event loop; None: it has none.
+
+    Raises:
+        ApiError: The schema cannot be used, or this server lacks what is needed.
+    """
+    if request.json_schema is None:
+        return None
+    param = "response_format"
+    try:
+        return await context.tokenize(partial(compile_json_schema, context.state.worker.backbone, request.json_schema))
+    except RequestError as error:
+        raise bad_request(error.message, param, "invalid_schema", hint=error.hint) from None
+    except ConfigError as error:
+        message = f"{param} is not supported here: {error.message}"
+        raise bad_request(message, param, "unsupported_field", hint=f"on the server, {error.hint}") from None
 
 
 def check_prompt_length(context: RequestContext, tokens: int, param: str) -> None:
@@ -227,23 +332,6 @@ def check_prompt_length(context: RequestContext, tokens: int, param: str) -> Non
         raise bad_request("the prompt has no token; some text is needed.", param)
     if limit and tokens > limit:
         raise bad_request(f"it has {tokens} tokens, but {limit} are allowed.", param, "context_length_exceeded")
-
-
-def _check_supported(engine: Engine, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams) -> None:
-    """Refuse what the engine or the model does not have: parameters, tokens, an encoder prompt's log-probabilities."""
-    for name, nothing in engine.lacks.items():
-        if getattr(sampling, name) != nothing:
-            param = _PARAMS.get(name, name)
-            raise bad_request(f"this server's engine has no {param}.", param, "unsupported_field", hint="leave it out.")
-    vocab_size = engine.vocab_size
-    for param, tokens in (("prompt", itertools.chain(*prompts)), ("logit_bias", iter(sampling.logit_bias))):
-        for token in tokens:
-            if not 0 <= token < vocab_size:
-                message = f"there is no token {token}: the model has {vocab_size:,}."
-                raise bad_request(message, param, hint="use the ids of the backbone's own tokenizer.")
-    if sampling.prompt_logprobs is not None and engine.backbone.kind == "encoder-decoder":
-        message = "the model's encoder reads the prompt, whose tokens then have no log-probabilities."
-        raise bad_request(message, "echo", hint="leave out echo or logprobs.")
 
 
 def _check_logprobs(requests: Sequence[Request]) -> None:
@@ -261,11 +349,38 @@ def _check_logprobs(requests: Sequence[Request]) -> None:
         raise bad_request(message, "logprobs", "too_many_logprobs", hint="ask for fewer, or lower n or max_tokens.")
 
 
+# --- from the engine to a response ------------------------------------------------------------------------------------
+
+
+def event(value: Any) -> bytes:
+    """A server-sent event."""
+    return format_sse_event(data_str=json_text(value))
+
+
+def event_stream(context: RequestContext, events: AsyncGenerator[bytes]) -> StreamingResponse:
+    """A stream of server-sent events.
+
+    The status is sent before the first event, so a later error is sent as the last one.
+    """
+
+    async def with_error() -> AsyncGenerator[bytes]:
+        async with contextlib.aclosing(events):
+            try:
+                async for data in events:
+                    yield data
+            except ApiError as error:
+                yield event(error.body())
+
+    # nginx must not buffer the events.
+    headers = {"x-accel-buffering": "no", **context.headers}
+    return StreamingResponse(with_error(), headers=headers, media_type="text/event-stream")
+
+
 def _failure(context: RequestContext, output: SequenceOutput) -> ApiError:
     """Why a text was not generated."""
     context.log_fields["finished"] = output.finish_reason
     if output.finish_reason == "timeout":
-        return deadline_exceeded(context)
+        return context.deadline_exceeded()
     if output.finish_reason == "cancelled":
         return unavailable("the server is shutting down; the request was cancelled.", "draining", retry_after=5)
     if output.refused:
@@ -273,8 +388,7 @@ def _failure(context: RequestContext, output: SequenceOutput) -> ApiError:
         return bad_request(output.error, "response_format", "invalid_schema", hint=hint)
     failure = engine_error(context, output.error)
     if output.engine_crashed:
-        message = "the engine failed; send the request again later."
-        return unavailable(message, "engine_failed", retry_after=1)
+        return unavailable("the engine failed; send the request again later.", "engine_failed", retry_after=1)
     return failure
 
 

@@ -11,13 +11,12 @@ from typing import Any
 
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
+from fastapi.responses import FileResponse
 
 from prefixtune.errors import CheckpointError
 from prefixtune.prefix.file import is_unread
 from prefixtune.prefix.folder import remove_abandoned_copies
 from prefixtune.server.api.endpoint import AdminContext, GenerationContext, KeyContext, key_router
-from prefixtune.server.api.streaming import file_stream
 from prefixtune.server.responses import JsonAnswer, bad_request
 from prefixtune.utils.files import remove_abandoned, reporting_write_errors, work_folder
 
@@ -39,26 +38,23 @@ def list_models(context: KeyContext) -> dict[str, Any]:
 
 
 # Before the route of any name, which takes this path too.
-@router.get(f"{_PATH}/file", response_class=StreamingResponse)
+@router.get(f"{_PATH}/file", response_class=FileResponse)
 def download_model(name: str, context: GenerationContext) -> Response:
     """The file of a prefix that a job of the key's owner trained.
 
     An admin key gets the file of any prefix.
     """
-    file = context.state.catalog.open_file(name, context.caller)
-    return file_stream(context, file, f"{name}.safetensors")
+    path = context.state.catalog.copy(name, context.caller)
+    return FileResponse(path, filename=path.name, media_type="application/octet-stream")
 
 
 @router.get(_PATH)
-async def show_model(name: str, context: KeyContext) -> dict[str, Any]:
+def show_model(name: str, context: GenerationContext) -> dict[str, Any]:
     """One model.
 
     Or several prefixes that are joined, as in `/v1/models/manual+style`; the list has single ones only.
     """
-    catalog = context.state.catalog
-    if len(catalog.parts(name)) > 1:
-        context.count()
-    return await run_in_threadpool(catalog.describe, name, context.caller)
+    return context.state.catalog.describe(name, context.caller)
 
 
 @router.put(_PATH, openapi_extra=_BYTES_BODY)

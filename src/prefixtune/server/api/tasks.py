@@ -19,14 +19,12 @@ from pydantic import ConfigDict, Field
 
 from prefixtune.data.encoding import default_format
 from prefixtune.engine.request import SequenceOutput, join_outputs
-from prefixtune.prefix.text_format import TextFormat, read_text_format
-from prefixtune.server.api.endpoint import GenerationContext, KeyContext, RequestContext, key_router
-from prefixtune.server.api.generation import Generation
-from prefixtune.server.api.prompting import start_texts, tokenize
+from prefixtune.prefix.text_format import read_text_format
+from prefixtune.server.api.endpoint import GenerationContext, key_router
+from prefixtune.server.api.generation import DONE, KEEP_ALIVE, event, event_stream, start_texts
 from prefixtune.server.api.protocol import GenerationRequest
-from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
 from prefixtune.server.responses import JsonAnswer, bad_request
-from prefixtune.server.task_schema import TaskSchema, task_decoding, task_schema_of
+from prefixtune.server.task_schema import task_decoding, task_schema_of
 
 _PATH = "/v1/tasks/{name:path}"
 router = key_router()
@@ -74,15 +72,12 @@ class TaskRequest(GenerationRequest):
 
 
 @router.get(_PATH, name="show_task")
-async def describe_task(name: str, context: KeyContext) -> dict[str, Any]:
+async def describe_task(name: str, context: GenerationContext) -> dict[str, Any]:
     """The fields of a prefix's task.
 
     Or of joined prefixes, as in `/v1/tasks/manual+style`.
     """
-    catalog = context.state.catalog
-    if len(catalog.parts(name)) > 1:
-        context.count()
-    header = await run_in_threadpool(catalog.load_header, name, context.caller)
+    header = await run_in_threadpool(context.state.catalog.load_header, name, context.caller)
     schema = task_schema_of(header)
     return {
         "id": name,
@@ -110,13 +105,19 @@ async def create_task_output(name: str, request: TaskRequest, context: Generatio
         model = replace(model, header=header)
     schema = task_schema_of(model.header)
     request.check_record(schema.columns if schema else ())
-    source = await _source(context, request, schema)
+    source = request.source
+    if source is None:
+        assert schema is not None, "`check_record` refuses this"
+        source = await context.tokenize(partial(schema.source, request.record))
     text_format = read_text_format(model.header) or default_format(state.backbone)
     generation = await start_texts(context, request, model, text_format, [source])
-    if state.config.log_prompts:
-        context.log_fields["source"] = source
     head = {"id": f"task-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
-    whole = partial(_task_output, generation, text_format, {**head, "object": "task.output", "source": source})
+
+    def whole(output: SequenceOutput) -> dict[str, Any]:
+        target, reason = text_format.extract_target(output.text), output.finish_reason
+        more = {"source": source, "output": target, "finish_reason": reason, "usage": generation.usage()}
+        return {**head, "object": "task.output", **more}
+
     if not request.stream:
         return JsonAnswer(whole(*await generation.collect()), headers=context.headers)
 
@@ -134,21 +135,3 @@ async def create_task_output(name: str, request: TaskRequest, context: Generatio
         yield DONE
 
     return event_stream(context, events())
-
-
-async def _source(context: RequestContext, request: TaskRequest, schema: TaskSchema | None) -> str:
-    """The source: as it is, or linearized from the task's fields."""
-    if request.source is not None:
-        return request.source
-    if schema is None:
-        raise bad_request("this model takes no fields.", "source", hint="give 'source'.")
-    return await tokenize(context, partial(schema.source, request.record))
-
-
-def _task_output(
-    generation: Generation, text_format: TextFormat, head: dict[str, Any], output: SequenceOutput
-) -> dict[str, Any]:
-    target, context = text_format.extract_target(output.text), generation.context
-    if context.state.config.log_prompts:
-        context.log_fields["outputs"] = [target]
-    return {**head, "output": target, "finish_reason": output.finish_reason, "usage": generation.usage()}

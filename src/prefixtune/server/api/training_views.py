@@ -1,24 +1,28 @@
-"""Jobs, their events and their checkpoints as OpenAI's clients read them."""
+"""Jobs, their events and checkpoints, and lists in pages, as OpenAI's clients read them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import Query
 
 from prefixtune.jobs.checkpoints import Checkpoint
 from prefixtune.jobs.events import JobEvent, JobEvents, Progress
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobState
 from prefixtune.jobs.request import resolved_hyperparameters
+from prefixtune.server.responses import ApiError, bad_request
 
-__all__ = ["checkpoint_view", "event_view", "job_view"]
-
+After = Annotated[str, Query(description="The id of the last item of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="Most items.")]
 
 _LATE_SECONDS = 30.0
-"""What was to be done so long ago and is not was estimated wrongly."""
+"""An estimate this far in the past was wrong."""
+_PROGRESS = {"step", "total_steps", "loss", "seconds_left", "updated", "trained_tokens"}
 
 
 def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
             "kind": job.kind,
             "options": job.extension,
             "position": positions.get(job.id),
-            "progress": _progress_view(progress) if progress else None,
+            "progress": progress.model_dump(include=_PROGRESS) if progress else None,
             "best_loss": result.best_loss if result else None,
         },
     }
@@ -78,10 +82,6 @@ def _estimated_finish(progress: Progress | None) -> int | None:
     finish = math.ceil(progress.updated + progress.seconds_left)
     # Of a worker that was killed, or that prepares another job.
     return finish if finish > time.time() - _LATE_SECONDS else None
-
-
-def _progress_view(progress: Progress) -> dict[str, Any]:
-    return progress.model_dump(include={"step", "total_steps", "loss", "seconds_left", "updated", "trained_tokens"})
 
 
 def event_view(event: JobEvent) -> dict[str, Any]:
@@ -108,3 +108,32 @@ def checkpoint_view(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
         "step_number": checkpoint.step,
         "metrics": {"step": checkpoint.step, **checkpoint.metrics},
     }
+
+
+# --- lists in pages ---------------------------------------------------------------------------------------------------
+
+
+def page_of(items: Sequence[dict[str, Any]], after: str, limit: int) -> dict[str, Any]:
+    """The page of a whole list, which is in the wanted order.
+
+    Raises:
+        ApiError: 400: `after` names none of the items.
+    """
+    start = 0
+    if after:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise unknown_after(after)
+        start = ids.index(after) + 1
+    return list_body(items[start : start + limit], has_more=len(items) > start + limit)
+
+
+def unknown_after(after: str) -> ApiError:
+    """400: `after` names no item of the list."""
+    return bad_request(f"after is {after[:80]!r}, which is not in this list.", "after")
+
+
+def list_body(items: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """A page as clients read it."""
+    ids = [item["id"] for item in items] or [None]
+    return {"object": "list", "data": list(items), "first_id": ids[0], "last_id": ids[-1], "has_more": has_more}
