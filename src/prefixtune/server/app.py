@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.staticfiles import StaticFiles
 
 from prefixtune import __version__
 from prefixtune.server import playground
@@ -65,6 +66,8 @@ def with_routes(*, pages: bool = True, has_engine: bool = True) -> FastAPI:
         app.include_router(router)
     if pages:
         app.include_router(playground.router)
+        # Swagger UI.
+        app.mount("/docs", StaticFiles(packages=[("fastapi_offline", "static")]))
         if has_engine:
             app.include_router(playground.start)
     return app

@@ -1,18 +1,20 @@
-"""API keys: who calls, and what they may use.
+"""API keys: who calls, what they may use, and how much at once.
 
 A key is long and random, so its plain SHA-256 can be stored: there is nothing to guess.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import fnmatch
 import hashlib
-import hmac
+import math
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
 
-from prefixtune.server.limits import RequestLimit
+from prefixtune.server.responses import bad_request, too_many_requests
 from prefixtune.server.settings import KeyConfig
 
 
@@ -30,28 +32,50 @@ def hash_key(key: str) -> str:
     return f"sha256:{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()}"
 
 
-@dataclass(frozen=True, eq=False)
 class Caller:
     """The owner of a key or, where no key is configured, whoever is on this machine.
 
-    Attributes:
+    Args:
         name: As in [keys.NAME]; `local` without keys.
         rules: What is allowed.
-        limit: How many requests a minute, and at once.
+        clock: Monotonic seconds; for tests.
     """
 
-    name: str
-    rules: KeyConfig
-    limit: RequestLimit
-
-    @classmethod
-    def from_config(cls, name: str, rules: KeyConfig) -> Caller:
-        """The caller of a table [keys.NAME]."""
-        return cls(name, rules, RequestLimit(name, rules.requests_per_minute, rules.concurrent))
+    def __init__(self, name: str, rules: KeyConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name, self.rules, self.clock = name, rules, clock
+        self._running = 0
+        # A token bucket that holds a minute's requests and refills evenly.
+        self._available, self._refilled_at = float(rules.requests_per_minute), clock()
 
     def may_use(self, model: str) -> bool:
         """Whether the key allows a model of this name; there need not be one."""
         return any(fnmatch.fnmatchcase(model, pattern) for pattern in self.rules.prefixes)
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request while the block runs.
+
+        Raises:
+            ApiError: 429: there are too many of them.
+        """
+        per_minute, concurrent = self.rules.requests_per_minute, self.rules.concurrent
+        if concurrent and self._running >= concurrent:
+            message = f"the key {self.name!r} has {concurrent} requests running, which is its limit."
+            raise too_many_requests(message, "concurrency_limit_exceeded", 1.0)
+        if per_minute:
+            now = self.clock()
+            refill = (now - self._refilled_at) * per_minute / 60
+            self._available, self._refilled_at = min(per_minute, self._available + refill), now
+            if self._available < 1:
+                wait = float(math.ceil((1 - self._available) * 60 / per_minute))
+                message = f"the key {self.name!r} has used its {per_minute} requests a minute."
+                raise too_many_requests(message, "rate_limit_exceeded", wait)
+            self._available -= 1
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
 
 
 class Keyring:
@@ -62,8 +86,8 @@ class Keyring:
     """
 
     def __init__(self, keys: Mapping[str, KeyConfig]) -> None:
-        self._callers = [Caller.from_config(name, rules) for name, rules in keys.items()]
-        self._local = None if keys else Caller.from_config("local", KeyConfig(hash=hash_key(""), metrics=True))
+        self._callers = {rules.hash: Caller(name, rules) for name, rules in keys.items()}
+        self._local = None if keys else Caller("local", KeyConfig(hash=hash_key(""), metrics=True))
 
     @property
     def is_open(self) -> bool:
@@ -77,10 +101,43 @@ class Keyring:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             return None
-        digest = hash_key(key.strip()).encode()
-        match = None
-        # Always compares with all of them, so that the time reveals nothing.
-        for caller in self._callers:
-            if hmac.compare_digest(digest, caller.rules.hash.encode()):
-                match = caller
-        return match
+        return self._callers.get(hash_key(key.strip()))
+
+
+class Gate:
+    """Bounds what is inside the server: texts that are prepared, wait or run, or uploads.
+
+    A tenant that has some inside already may have as many as there is room left, and no more: one alone fills half,
+    and those who come later always find room.
+
+    Args:
+        limit: The bound.
+        shared: Whether there are several tenants.
+
+    Attributes:
+        count: How many there are.
+    """
+
+    def __init__(self, limit: int, *, shared: bool = False) -> None:
+        self.limit, self.shared, self.count = limit, shared, 0
+        self._of_tenant = collections.Counter[str]()
+
+    @contextlib.contextmanager
+    def admit(self, count: int = 1, tenant: str = "") -> Iterator[None]:
+        """Count some of them while the block runs.
+
+        Raises:
+            ApiError: 429: there is no room now; 400: there never is.
+        """
+        if count > self.limit:
+            raise bad_request(f"{count} texts are asked for, but this server has room for {self.limit}.")
+        own, room = self._of_tenant[tenant], self.limit - self.count
+        if count > room or (self.shared and own and own + count > room):
+            raise too_many_requests(f"the queue is full: {self.count} are inside already.", "queue_full", 1.0)
+        self.count += count
+        self._of_tenant[tenant] += count
+        try:
+            yield
+        finally:
+            self.count -= count
+            self._of_tenant[tenant] -= count

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data import TASKS
-from prefixtune.errors import RequestError
+from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.prefix.folder import path_of
-from prefixtune.prefix.header import JobOrigin, job_origin
+from prefixtune.prefix.header import JobOrigin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.auth import Caller
 from prefixtune.server.prefixes import PrefixFile, PrefixFolder, not_served
-from prefixtune.server.responses import ApiError, bad_request, forbidden, not_found
+from prefixtune.server.responses import bad_request, forbidden, not_found
 from prefixtune.server.settings import ServeConfig
 
 SEPARATOR = "+"
 """Between the names of joined prefixes; no file's name may have it."""
-_BACKBONE = PrefixFile(None)
+_BACKBONE = PrefixFile(None, {"description": "the bare backbone"})
 """What stands for the file of the bare backbone."""
 
 
@@ -68,19 +68,14 @@ class Catalog:
 
     # --- who may do what ----------------------------------------------------------------------------------------------
 
-    def may_copy(self, header: Mapping[str, Any], caller: Caller) -> bool:
-        """Whether the caller may have a prefix, or what is trained from it, by the header of its file.
+    def check_owner(self, name: str, origin: JobOrigin | None, caller: Caller) -> None:
+        """Refuse to copy or change a prefix that no job of the caller's made, unless the caller is an admin.
 
-        Owners and admins may; where there are no keys, everybody.
+        Raises:
+            ApiError: 403.
         """
-        return self.is_open or self._is_theirs(job_origin(header), caller, nobodys=caller.rules.admin)
-
-    def may_use(self, model: str, caller: Caller) -> bool:
-        """Whether there is such a model, and the caller may use it: of joined prefixes, every one."""
-        with contextlib.suppress(ApiError):
-            self.files((model,) if model == self.backbone_id else model.split(SEPARATOR), caller)
-            return True
-        return False
+        if not self._is_theirs(origin, caller, nobodys=caller.rules.admin):
+            raise forbidden(f"{name[:128]!r} was made by no job of the key {caller.name!r}.", "not_the_owner")
 
     def files(self, names: Sequence[str], caller: Caller) -> dict[str, PrefixFile]:
         """The files of names, all of which the caller may use; they may be files that are not served.
@@ -112,20 +107,19 @@ class Catalog:
         Raises:
             ApiError: They cannot be joined, whatever they are.
         """
-        names, param = tuple(prefixes or ()), "model" if prefixes is None else "prefixes"
         if prefixes is None:
             # The name of a backbone may have a +, that of a prefix cannot.
             names = (model,) if model == self.backbone_id else tuple(model.split(SEPARATOR))
-        elif model not in ("", self.backbone_id, SEPARATOR.join(prefixes)):
+        elif model in ("", self.backbone_id, SEPARATOR.join(prefixes)):
+            names = tuple(prefixes)
+        else:
             message = f"the model is {model[:128]!r}, but 'prefixes' names others."
             raise bad_request(message, "model", hint=f"leave it out, or write {self.backbone_id!r}.")
-        if len(names) == 1:
-            return names
         if len(names) > self.max_joined:
             message = f"{len(names)} prefixes are named, but this server joins at most {self.max_joined}."
-            raise bad_request(message, param, "too_many_prefixes")
-        if "" in names or self.backbone_id in names or len(set(names)) < len(names):
-            raise bad_request("joined names must be those of prefixes, each once, as in manual+user-42.", param)
+            raise bad_request(message, "model", "too_many_prefixes")
+        if len(names) > 1 and ("" in names or self.backbone_id in names or len(set(names)) < len(names)):
+            raise bad_request("joined names must be those of prefixes, each once, as in manual+user-42.", "model")
         return names
 
     def load(self, model: str, caller: Caller, prefixes: Sequence[str] | None = None) -> ServedModel:
@@ -140,7 +134,7 @@ class Catalog:
             ApiError: The caller may not use it, there is none, or prefixes cannot be joined.
             PrefixError: As the folder's `load`.
         """
-        names, param = self.parts(model, prefixes), "model" if prefixes is None else "prefixes"
+        names = self.parts(model, prefixes)
         files = self.files(names, caller)
         if _BACKBONE in files.values():
             return ServedModel(names)
@@ -148,8 +142,11 @@ class Catalog:
         length = sum(file.header.get("prefix_length", {}).get("decoder", 0) for file in files.values())
         if len(files) > 1 and self.store.backbone.kind != "encoder-decoder" and length >= self.max_length:
             message = f"the joined prefixes take {length} positions, but the limit is {self.max_length}, text included."
-            raise bad_request(message, param, "context_length_exceeded", hint="join fewer of them.")
-        prefix = self.store.load(files)
+            raise bad_request(message, "model", "context_length_exceeded", hint="join fewer of them.")
+        try:
+            prefix = self.store.load(files)
+        except (RequestError, BackboneError, ConfigError) as error:
+            raise bad_request(error.message, "model", hint=error.hint) from None
         return ServedModel(names, prefix, prefix.header)
 
     def load_header(self, model: str, caller: Caller) -> Mapping[str, Any]:
@@ -178,8 +175,7 @@ class Catalog:
         file = self.store.file(name) if caller.rules.admin else self.files((name,), caller)[name]
         if file is None:
             raise not_found("model", name)
-        if not self._is_theirs(file.origin, caller, nobodys=caller.rules.admin):
-            raise forbidden(f"the file of {name[:128]!r} is for the owner of its training job only.", "not_the_owner")
+        self.check_owner(name, file.origin, caller)
         if file.reason or file is _BACKBONE:
             raise not_served(name)
         return path_of(self.store.folder, name)
@@ -212,33 +208,27 @@ class Catalog:
         return {**self._describe(joined.name, PrefixFile(None, header)), "kind": "joined"}
 
     def _describe(self, name: str, file: PrefixFile) -> dict[str, Any]:
-        header, origin = file.header, file.origin
-        if file is _BACKBONE:
-            return {**self._model(name), "kind": "backbone", "description": "the bare backbone", "task": None}
-        task, description = header.get("task"), header.get("description")
-        described = {
-            **self._model(name, header.get("prefix_length", {}).get("decoder", 0)),
-            "kind": "prefix",
-            "description": description or (TASKS[task].description if task in TASKS else "a prefix"),
-            "task": task,
-            **{key: header[key] for key in ("prefix_length", "license") if header.get(key)},
-        }
-        if origin is not None and file.signature is not None:
-            described |= {"created": file.signature[0] // 10**9, "owned_by": origin.owner, "job": origin.id}
-        return described
-
-    def _model(self, name: str, prefix_length: int = 0) -> dict[str, Any]:
-        """What OpenAI's and vLLM's clients read of a model."""
+        header, task, is_bare = file.header, file.header.get("task"), file is _BACKBONE
         takes_room = self.store.backbone.kind == "decoder"
-        return {
+        taken = header.get("prefix_length", {}).get("decoder", 0) if takes_room else 0
+        described = {
+            # What OpenAI's and vLLM's clients read of a model.
             "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "prefixtune",
             "root": name,
-            "parent": None if name == self.backbone_id else self.backbone_id,
-            "max_model_len": max(0, self.max_length - prefix_length) if takes_room else self.max_length,
+            "parent": None if is_bare else self.backbone_id,
+            "max_model_len": max(0, self.max_length - taken),
+            "kind": "backbone" if is_bare else "prefix",
+            "description": header.get("description") or (TASKS[task].description if task in TASKS else "a prefix"),
+            "task": task,
+            **{key: header[key] for key in ("prefix_length", "license") if header.get(key)},
         }
+        if file.origin is not None and file.signature is not None:
+            job = {"owned_by": file.origin.owner, "job": file.origin.id}
+            described |= {"created": file.signature[0] // 10**9, **job}
+        return described
 
     # --- changing them ------------------------------------------------------------------------------------------------
 
@@ -255,38 +245,17 @@ class Catalog:
         origin = self.files((model,), caller)[model].origin
         if model == self.backbone_id:
             raise forbidden(f"{model[:128]!r} is the bare backbone, which is not deleted.", "model_not_deletable")
-        if not self._is_theirs(origin, caller, nobodys=caller.rules.admin):
-            raise forbidden(f"{model[:128]!r} was made by no job of this key.", "not_the_owner")
+        self.check_owner(model, origin, caller)
         # The name itself comes last: if something fails, it can be deleted again.
-        self._remove_checkpoints(model, origin)
-        self._remove(model)
-        return origin
-
-    def put(self, name: str, source: Path) -> tuple[bool, JobOrigin | None]:
-        """As the folder's `put`; the checkpoints of a result that is replaced are removed.
-
-        Returns:
-            Whether there was a file of this name, and the job that had made it if that is another one's now.
-
-        Raises:
-            PrefixError: As the folder's `put`, or a checkpoint cannot be removed.
-        """
-        before = self.store.file(name)
-        self.store.put(name, source)
-        now, old = self.store.file(name), before.origin if before else None
-        if now is not None and now.origin == old:
-            old = None
-        self._remove_checkpoints(name, old)
-        return before is not None, old
-
-    def _remove(self, name: str) -> None:
-        # Somebody else may have deleted it.
-        with contextlib.suppress(RequestError):
-            self.store.delete(name)
-
-    def _remove_checkpoints(self, name: str, origin: JobOrigin | None) -> None:
-        """Remove the checkpoints of a job's result of this name."""
+        own = set[str]()
         if origin is not None and origin.step is None:
-            for other, one in self.store.origins().items():
-                if other.startswith(f"{name}.step-") and one.step is not None and one.id == origin.id:
-                    self._remove(other)
+            own = {
+                name
+                for name, one in self.store.origins().items()
+                if name.startswith(f"{model}.step-") and one.step is not None and one.id == origin.id
+            }
+        for name in (*own, model):
+            # Somebody else may have deleted it.
+            with contextlib.suppress(RequestError):
+                self.store.delete(name)
+        return origin

@@ -9,31 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
-import math
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.jobs.config import jobs_folder
-from prefixtune.jobs.folder import DataFolder
 from prefixtune.prefix.chat_format import allow_named
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training_worker import STOP_SECONDS, TrainingWorker, start_worker
 from prefixtune.utils.console import Console
-from prefixtune.utils.files import check_writable
 
 if TYPE_CHECKING:
     from prefixtune.engine.base import Engine
@@ -42,6 +35,8 @@ if TYPE_CHECKING:
 
 _FLUSH_SECONDS = 5.0
 """Time to send the last responses, once all texts have ended or were cancelled."""
+_KEEP_ALIVE_SECONDS = 75
+"""How long a connection may wait for its next request."""
 _MAX_WARNINGS = 10
 """Refused files that are named at the start."""
 
@@ -53,20 +48,9 @@ def run(config: ServeConfig, console: Console) -> int:
         ConfigError: The folder of prefixes is missing or cannot be read, or the address is in use.
         BackboneError: The model cannot be loaded or served.
     """
-    try:
-        os.scandir(config.prefixes).close()
-    except OSError as error:
-        raise ConfigError(
-            f"the folder of prefixes {config.prefixes!r} cannot be read: {error.strerror}.",
-            hint="create it, let the server's user read and enter it, and put the prefix files of `prefixtune train` "
-            "there, as NAME.safetensors.",
-        ) from error
-    if config.takes_jobs:
-        try:
-            check_writable(DataFolder(jobs_folder(config.data_folder, config.prefixes)).root / "any")
-        except PrefixError as error:
-            # Texts are generated all the same.
-            console.warn(f"requests to train will be refused: {error.message}")
+    if not os.access(config.prefixes, os.R_OK | os.X_OK):
+        message = f"the folder of prefixes {config.prefixes!r} is missing or cannot be read."
+        raise ConfigError(message, hint="create it, and put prefix files there, as NAME.safetensors.")
     with _bind(config) as listener, contextlib.closing(_load(config, console)) as state:
         configure_logging(config.log_level)
         _report_start(state, console, listener)
@@ -107,22 +91,18 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
         starts = {"torch": _start_torch, "llama.cpp": _start_llama_cpp, "vllm": _start_vllm}
         worker = starts[config.engine](config, console)
         backbone = worker.backbone
+        console.info(f"{config.num_slots} texts at once, of {worker.max_length:,} positions at most (fewer take less)")
     store = PrefixFolder(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
     state = ServerState(config, backbone, store, worker)
     if state.training is not None:
         state.training.files.clear()
-    if worker is None:
-        return state
-    if config.max_joined_prefixes > 1:
-        try:
-            # Found by trying it on the model, which no text should wait for.
-            if not backbone.rotation.is_exact:
+    if worker is not None:
+        # Both take a moment, for which the first request should not wait.
+        state.tokenizer_thread.submit(newline_tokens, backbone)
+        with contextlib.suppress(PrefixError):
+            if config.max_joined_prefixes > 1 and not backbone.rotation.is_exact:
                 console.info("joined prefixes are approximate: this model's keys cannot be moved to other positions")
-        except PrefixError as error:
-            console.info(f"requests cannot join prefixes: {error.message}")
-    # Takes a moment, for which the first request should not wait.
-    state.tokenizer_thread.submit(newline_tokens, backbone)
     return state
 
 
@@ -136,15 +116,10 @@ def _start_torch(config: ServeConfig, console: Console) -> Engine:
     console.info(f"loading {config.backbone} ...")
     backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
     console.info(f"{backbone!r}")
-    engine_config = EngineConfig(
-        num_slots=config.num_slots,
-        max_length=config.max_length,
-        prefill_tokens=config.prefill_tokens,
-        kv_cache_mib=config.kv_cache_mib,
-    )
+    same = ("num_slots", "max_length", "prefill_tokens", "kv_cache_mib")
+    engine_config = EngineConfig(**{name: getattr(config, name) for name in same})
     # Callers see this name: it must not be a path.
     engine = torch_engine.Engine(replace(backbone, name=config.model_id), engine_config)
-    _report_memory(console, config, engine.max_length, engine.cache_bytes)
     # Made for the first JSON schema, it would stop all streams for a second.
     prepare_grammars(engine.backbone)
     return EngineWorker(engine)
@@ -161,7 +136,6 @@ def _start_llama_cpp(config: ServeConfig, console: Console) -> Engine:
     engine = LlamaCppEngine(backbone, config.gguf, **sizes)
     engine.backbone = replace(backbone, name=config.model_id)
     console.info(f"{engine.name} runs")
-    _report_memory(console, config, engine.max_length, engine.cache_bytes)
     return engine
 
 
@@ -187,85 +161,46 @@ def _start_vllm(config: ServeConfig, console: Console) -> Engine:
         url=config.vllm_url,
         folder=config.vllm_folder,
     )
-    engine = VllmEngine(replace(backbone, name=config.model_id), engine_config)
-    console.info(f"{config.num_slots} texts at once, of {engine.max_length:,} positions at most")
-    return engine
-
-
-def _report_memory(console: Console, config: ServeConfig, max_length: int, num_bytes: int) -> None:
-    console.info(
-        f"{config.num_slots} texts at once, of {max_length:,} positions at most, have up to {num_bytes / 2**30:.1f} "
-        "GiB of memory besides the model (fewer: --num-slots, --max-length)"
-    )
+    return VllmEngine(replace(backbone, name=config.model_id), engine_config)
 
 
 def _report_start(state: ServerState, console: Console, listener: socket.socket) -> None:
     config, names, refused = state.config, state.store.names(), state.store.refused
     for name, reason in list(refused.items())[:_MAX_WARNINGS]:
         console.warn(f"{name} is not served: {reason}")
-    if (more := len(refused) - _MAX_WARNINGS) > 0:
-        console.warn(f"{more} more files are not served; GET /v1/models lists them to an admin key")
-    if config.model_id in names:
-        console.warn(f"the prefix {config.model_id!r} is hidden by the bare backbone; set backbone_id")
     if not config.keys:
         console.warn("no key is configured: only this machine may use the server")
     host = f"[{config.host}]" if ":" in config.host else config.host
-    url = config.host if config.socket_file else f"http://{host}:{listener.getsockname()[1]}"
+    url = f"http://{host}:{listener.getsockname()[1]}"
     has_page = config.playground and state.has_engine
     console.info(f"serving {len(names)} prefixes on {url}" + " (open it in a browser)" * has_page)
-    if config.takes_jobs and not config.data_folder:
-        console.info(f"uploaded files and jobs will be in {jobs_folder('', config.prefixes)} (--data-folder)")
+    if state.training is not None:
+        console.info(f"uploaded files and jobs are in {state.training.folder.root} (--data-folder)")
     log("started", url=url, prefixes=len(names), refused=len(refused), keys=len(config.keys))
 
 
 # --- the address ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _bind(config: ServeConfig) -> Iterator[socket.socket]:
-    """A socket on the server's address, or a file that only this user can open; it does not listen yet.
+def _bind(config: ServeConfig) -> socket.socket:
+    """A socket on the server's address; it does not listen yet.
 
     Raises:
         ConfigError: The address cannot be used.
     """
-    path = Path(config.socket_file)
-    with contextlib.ExitStack() as made:
-        try:
-            if config.socket_file:
-                listener = made.enter_context(_bind_file(path))
-                made.callback(path.unlink, missing_ok=True)
-            else:
-                family, kind, protocol, _, address = socket.getaddrinfo(
-                    config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-                )[0]
-                listener = made.enter_context(socket.socket(family, kind, protocol))
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(address)
-        except OSError as error:
-            where = config.host if config.socket_file else f"{config.host} port {config.port}"
-            raise ConfigError(
-                f"cannot listen on {where}: {error.strerror or error}.", hint="choose another --port or --host."
-            ) from error
-        yield listener
-
-
-def _bind_file(path: Path) -> socket.socket:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.is_socket():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex(str(path)) == 0:
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        # Of a server that was killed.
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made = None
     try:
-        listener.bind(str(path))
-    except OSError:
-        listener.close()
-        raise
-    # Nobody can connect before it listens.
-    path.chmod(0o600)
-    return listener
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        if made is not None:
+            made.close()
+        message = f"cannot listen on {config.host} port {config.port}: {error.strerror or error}."
+        raise ConfigError(message, hint="choose another --port or --host.") from error
+    return made
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -288,7 +223,7 @@ class GracefulServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 limit_concurrency=state.config.max_connections,
-                timeout_keep_alive=math.ceil(state.config.keep_alive),
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(_FLUSH_SECONDS),
             )
         )

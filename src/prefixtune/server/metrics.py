@@ -5,13 +5,11 @@ Labels are bounded: routes by their patterns, and prefixes by number; the rest c
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     Histogram,
     ProcessCollector,
     disable_created_metrics,
@@ -21,12 +19,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from prefixtune.engine.base import Engine
-from prefixtune.jobs.job import UNFINISHED
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-_OTHER = "other"
+_OTHER, _MOST_LABELS = "other", 100
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
@@ -46,7 +43,7 @@ class Metrics:
     ) -> None:
         # A creation time for each metric would double the text.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._max_labels, self._labels = config.metric_prefixes, set[str]()
+        self._labels = set[str]()
         self.registry = registry = CollectorRegistry()
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
@@ -63,8 +60,8 @@ class Metrics:
         self._new_tokens = counter("new_tokens", "Tokens generated.", "prefix")
         self._first = histogram("first_token_seconds", "Time to a text's first token.")
         self._gap = histogram("token_gap_seconds", "Time between a text's tokens.", buckets=_GAPS)
-        self._jobs = Gauge("prefixtune_jobs", "Training jobs that have not ended.", ("status",), registry=registry)
-        registry.register(_Collector(config.num_slots, worker, store, now))
+        self.num_slots, self.worker, self.store, self.now = config.num_slots, worker, store, now
+        registry.register(self)
         ProcessCollector(registry=registry)
 
     def render(self) -> bytes:
@@ -75,12 +72,6 @@ class Metrics:
         """Record a request that was answered."""
         self._requests.labels(route, status).inc()
         self._request_seconds.labels(route).observe(seconds)
-
-    def count_jobs(self, statuses: Iterable[str]) -> None:
-        """Record where the jobs stand that have not ended."""
-        counts = collections.Counter(statuses)
-        for status in UNFINISHED:
-            self._jobs.labels(status).set(counts[status])
 
     def token(self, seconds: float, *, first: bool) -> None:
         """Record the seconds to a text's first token, or between two of its tokens."""
@@ -98,21 +89,14 @@ class Metrics:
             self._new_tokens.labels(label).inc(tokens)
 
     def _label(self, model: str) -> str:
-        """The model's name, for the first `metric_prefixes`: ever new names must not fill the memory."""
+        """The model's name, for the first hundred: ever new names must not fill the memory."""
         if model not in self._labels:
-            if len(self._labels) >= self._max_labels:
+            if len(self._labels) >= _MOST_LABELS:
                 return _OTHER
             self._labels.add(model)
         return model
 
-
-class _Collector:
-    """What the server, the engine and the folder of prefixes count themselves."""
-
-    def __init__(
-        self, num_slots: int, worker: Engine | None, store: PrefixFolder, now: Callable[[], tuple[int, bool]]
-    ) -> None:
-        self.num_slots, self.worker, self.store, self.now = num_slots, worker, store, now
+    # --- what the server, the engine and the folder of prefixes count themselves ---
 
     def describe(self) -> list[Metric]:
         """Nothing beforehand: values are read at each scrape."""
@@ -124,6 +108,7 @@ class _Collector:
         gauges: list[tuple[str, str, float]] = [
             ("open_requests", "Requests being answered.", num_open),
             ("draining", "1 when the server is shutting down.", draining),
+            ("refused_prefixes", "Files that cannot be served.", store.num_refused),
             ("cached_prefixes", "Prefixes in memory.", store.num_loaded),
             ("cached_prefix_bytes", "Memory of the prefixes in it.", store.num_bytes),
         ]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 import uuid
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +17,6 @@ from prefixtune.server.responses import ApiError
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _SECURITY_HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -49,8 +47,7 @@ class Middleware:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        client_id = Headers(scope=scope).get("x-request-id", "")
-        request_id = client_id if _REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
+        request_id = uuid.uuid4().hex
         log_fields: dict[str, Any] = {"id": request_id}
         # Every GET is also a HEAD, whose body uvicorn does not send.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]

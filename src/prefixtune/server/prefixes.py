@@ -96,11 +96,8 @@ class PrefixFolder:
         Raises:
             PrefixError: The folder cannot be read.
         """
-        try:
+        with reporting_write_errors(self.folder):
             names = list_names(self.folder)
-        except OSError as error:
-            message = f"the folder of prefixes cannot be read: {error.strerror}."
-            raise PrefixError(message, hint="check its permissions.") from None
         found = {name: self.file(name) for name in sorted(names | self._files.keys())}
         return {name: file for name, file in found.items() if file is not None}
 
@@ -135,14 +132,17 @@ class PrefixFolder:
                 self._files.pop(name, None)
             else:
                 self._files[name] = file
-            for names in [names for names in self._loaded if known is not None and name in names]:
-                self._drop(names)
         return file
 
     @property
     def num_loaded(self) -> int:
         """How many prefixes are in memory, joined ones included."""
         return len(self._loaded)
+
+    @property
+    def num_refused(self) -> int:
+        """How many files cannot be served, as they were last looked at."""
+        return sum(bool(file.reason) for file in list(self._files.values()))
 
     # --- getting one --------------------------------------------------------------------------------------------------
 

@@ -103,11 +103,11 @@ def unavailable(message: str, code: str, *, retry_after: int = 0) -> ApiError:
     return ApiError(503, message, code=code, headers=headers)
 
 
-def storage_error(error: BaseException, folder: str = "a folder of this server") -> ApiError:
+def storage_error(error: BaseException) -> ApiError:
     """507: the disk refused something, by an error or its causes; the response names no path."""
     codes = [one.errno for one in causes(error) if isinstance(one, OSError) and one.errno]
     reason = os.strerror(codes[0]) if codes else "unknown reason"
-    return ApiError(507, f"{folder} cannot be changed ({reason}); nothing was changed.", code="storage_failed")
+    return ApiError(507, f"a folder of this server cannot be used ({reason}).", code="storage_failed")
 
 
 def api_error(error: PrefixError) -> ApiError:
@@ -120,7 +120,9 @@ def api_error(error: PrefixError) -> ApiError:
     if any(isinstance(one, OSError) for one in causes(error)):
         return storage_error(error)
     if isinstance(error, RequestError | DataError | BackboneError | ConfigError):
-        return bad_request(error.message, hint=error.hint)
+        # Some say what is at fault.
+        param, code = getattr(error, "param", None), getattr(error, "code", None)
+        return bad_request(error.message, param, code, hint=error.hint)
     if isinstance(error, CheckpointError):
         return unavailable(error.message, "model_not_served")
     return unavailable(error.message, "busy", retry_after=5)
@@ -131,7 +133,7 @@ def api_error(error: PrefixError) -> ApiError:
 
 def handle_errors(app: FastAPI) -> None:
     """Answer all errors of an application in OpenAI's shape."""
-    for kind in (ApiError, PrefixError, HTTPException, RequestValidationError):
+    for kind in (ApiError, PrefixError, OSError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _respond)
 
 
@@ -150,6 +152,8 @@ def _refusal(error: Exception) -> ApiError:
         return error
     if isinstance(error, PrefixError):
         return api_error(error)
+    if isinstance(error, OSError):
+        return storage_error(error)
     if isinstance(error, RequestValidationError):
         return _explain(error)
     assert isinstance(error, HTTPException)

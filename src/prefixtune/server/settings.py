@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from prefixtune.errors import short_repr
 from prefixtune.jobs.config import (
     DATA_FOLDER_HELP,
     DATABASE_URL_HELP,
@@ -34,7 +33,7 @@ _ENGINE_OPTIONS = {
 }
 """Options that only one engine has -> that one."""
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
-_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
+_Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.\-\[\]:]+$")]
 _Number = Annotated[int, Field(ge=0, le=1_000_000_000)]
 _Size = Annotated[int, Field(ge=1, le=1_000_000_000)]
 _Seconds = Annotated[float, Field(ge=0.1)]
@@ -120,13 +119,12 @@ class ServeConfig(Config):
         "", description="quantize the frozen weights (torchao): int8 or int4"
     )
 
-    host: str = _network(
-        "127.0.0.1", description="address, or unix:FILE for a socket of this user's; any but loopback needs keys"
-    )
+    host: str = _network("127.0.0.1", description="address to listen on; any but loopback needs keys")
     port: int = _network(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
-    cors_origins: CommaList[str] = _network((), description="origins whose pages may call it, as in https://a.example")
+    cors_origins: CommaList[_Origin] = _network(
+        (), description="origins whose pages may call it, as in https://a.example"
+    )
     max_connections: _Size = _network(4096, description="connections at once; further ones get 503")
-    keep_alive: _Seconds = _network(75.0, description="seconds that a connection may wait for its next request")
     playground: bool = _network(True, description="serve pages: to try things, at /; to train, at /train; /docs")
 
     # The engine's own limit, whose module would load torch.
@@ -145,7 +143,6 @@ class ServeConfig(Config):
     max_queue: _Number = _limits(256, description="texts that may wait for a slot; beyond them, requests get 429")
     max_body_kib: _Size = _limits(1024, description="largest body of a request, in KiB")
     max_upload_mib: _Size = _limits(256, description="largest uploaded prefix, in MiB")
-    max_prompt_tokens: _Number = _limits(0, description="most tokens of a prompt; 0: as many as fit the model")
     on_too_long: Literal["", "cut", "error"] = _limits(
         "", description="a source that is too long for its prefix: cut it, or an error; empty: as in its training"
     )
@@ -177,17 +174,8 @@ class ServeConfig(Config):
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = _logs("info", description="lowest level of the log")
-    metric_prefixes: _Number = _logs(100, description="most prefixes with metrics of their own; the others are 'other'")
 
     keys: Mapping[str, KeyConfig] = Field(default={}, description="tables [keys.NAME], only in the file")
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in origins:
-            if not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"has {short_repr(origin)}, but needs origins such as https://app.example.org")
-        return origins
 
     @field_validator("keys", mode="before")
     @classmethod
@@ -200,11 +188,6 @@ class ServeConfig(Config):
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with several values together. Wrong keys count as keys: there is no second message."""
-        if self.default_max_tokens > self.max_tokens:
-            yield (
-                ("default_max_tokens", "max_tokens"),
-                f"default_max_tokens is {self.default_max_tokens}, which is more than max_tokens ({self.max_tokens})",
-            )
         if self.engine == "none" and not self.takes_jobs:
             yield (
                 ("engine", "train_workers", "database_url"),
@@ -228,23 +211,13 @@ class ServeConfig(Config):
             )
 
     @property
-    def socket_file(self) -> str:
-        """The file of a Unix socket to listen on; empty: an address.
-
-        >>> ServeConfig(host="unix:/run/prefixtune/serve.sock").socket_file
-        '/run/prefixtune/serve.sock'
-        """
-        kind, _, path = self.host.partition("unix:")
-        return "" if kind else path
-
-    @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the address.
 
         >>> ServeConfig(host="::1").is_loopback
         True
         """
-        if self.host == "localhost" or self.socket_file:
+        if self.host == "localhost":
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback

@@ -10,9 +10,8 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.base import Engine
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.server.auth import Keyring
+from prefixtune.server.auth import Gate, Keyring
 from prefixtune.server.catalog import Catalog
-from prefixtune.server.limits import Gate
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.responses import ApiError

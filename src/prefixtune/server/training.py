@@ -21,8 +21,7 @@ from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, is_job_id
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.prefix.header import JobOrigin
-from prefixtune.server.auth import Caller
-from prefixtune.server.limits import Gate
+from prefixtune.server.auth import Caller, Gate
 from prefixtune.server.logs import log
 from prefixtune.server.responses import unavailable
 from prefixtune.server.settings import ServeConfig
@@ -70,11 +69,6 @@ class Training:
     def prefixes(self) -> Path:
         """The folder that results are served from."""
         return Path(self.config.prefixes).absolute()
-
-    @property
-    def is_used(self) -> bool:
-        """Whether the queue has been opened."""
-        return self._queue is not None
 
     def whose(self, caller: Caller) -> str | None:
         """Whose files and jobs somebody may see and change; None: everybody's."""

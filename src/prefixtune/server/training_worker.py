@@ -21,9 +21,6 @@ from prefixtune.server.logs import log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
 
-__all__ = ["STOP_SECONDS", "TrainingWorker", "start_worker", "training_threads"]
-
-
 STOP_SECONDS = 15.0
 """Time for a worker to save and end, a little more than it takes itself."""
 _LOOK_SECONDS = 60.0
@@ -38,7 +35,8 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
     """Start the supervisor of this server's worker; None: it is to have none."""
     if training is None or not config.train_workers:
         return None
-    threads = training_threads(config)
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = config.train_threads or max(1, num_cores // 2)
     same = ("backbone", "backbone_id", "dtype", "quantize", "cache_mib", "keep_jobs", "log_level")
     options = {name: getattr(config, name) for name in same} | {
         # With vLLM, a GPU's memory is its own.
@@ -62,12 +60,6 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
     training.wake = worker.wake
     worker.start()
     return worker
-
-
-def training_threads(config: ServeConfig) -> int:
-    """Threads of this server's worker."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.train_threads or max(1, num_cores // 2)
 
 
 class TrainingWorker:
@@ -113,20 +105,18 @@ class TrainingWorker:
         pause = _SHORTEST
         while not self._stopping.is_set():
             self._wake.clear()
-            began = time.monotonic()
+            began, has_died = time.monotonic(), True
             try:
                 if not self._has_jobs():
                     self._wake.wait(_LOOK_SECONDS)
                     continue
-                is_well = not self._run() or time.monotonic() - began > _STEADY
+                has_died = self._run()
             except Exception as error:
                 # The database is away, or the system starts no process now. Without this thread, no worker would be.
                 log("worker_failed", level=logging.WARNING, reason=getattr(error, "strerror", None) or str(error))
-                is_well = False
             # Even after a good end its job may still be there, or another one that was queued while it ended.
-            pause = _SHORTEST if is_well else pause
+            pause = min(_LONGEST, 2 * pause) if has_died and time.monotonic() - began < _STEADY else _SHORTEST
             self._stopping.wait(pause)
-            pause = pause if is_well else min(_LONGEST, 2 * pause)
 
     def _run(self) -> bool:
         """Run a worker to its end; returns whether it died."""

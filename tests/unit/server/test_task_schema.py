@@ -10,7 +10,7 @@ import pytest
 
 from prefixtune.data import read_task
 from prefixtune.errors import DataError
-from prefixtune.server.task_schema import task_schema_of
+from prefixtune.server.api.tasks import task_schema_of
 
 TRIPLES = [["Aarhus Airport", "cityServed", "Aarhus, Denmark"], ["Aarhus", "LEADER_NAME", " Jacob\nBundsgaard "]]
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [

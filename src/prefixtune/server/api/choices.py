@@ -3,49 +3,16 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
-from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.detokenizer import Detokenizer
 
 _MIN_LOGPROB = -9999.0
 """The logarithm of zero: JSON has no infinity."""
-_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-"""A byte, as tokenizers such as LLaMA's write it."""
-
-
-class TargetStream:
-    """`TextFormat.extract_target` for an output that comes in pieces; joined, the pieces equal it.
-
-    Held back until more is known: white space that may be the last, and everything where the format has words around a
-    target, which can only be removed from the complete output.
-
-    >>> stream = TargetStream(TextFormat())
-    >>> [stream.add(" Aromi "), stream.add("is a pub. "), stream.add("", last=True)]
-    ['Aromi', ' is a pub.', '']
-
-    Args:
-        text_format: Of the output.
-    """
-
-    def __init__(self, text_format: TextFormat) -> None:
-        self._format, self._needs_all = text_format, any(text_format.target_words)
-        self._held, self._started = "", False
-
-    def add(self, piece: str, *, last: bool = False) -> str:
-        """The new part of the target that is certain by now."""
-        self._held += piece
-        if self._needs_all:
-            return self._format.extract_target(self._held) if last else ""
-        text = self._held if self._started else self._held.lstrip()
-        ready = text.rstrip()
-        self._held, self._started = text[len(ready) :], self._started or bool(ready)
-        return ready
 
 
 @dataclass
@@ -130,14 +97,12 @@ class CompletionChoices:
         return offsets
 
     def _top_logprobs(self, token: Token, text: str) -> dict[str, float] | None:
-        """The likeliest tokens and the token itself, by their texts; of other tokens with the same text, by number."""
+        """The likeliest tokens and the token itself, by their texts; of tokens with the same text the likeliest."""
         if token.logprob is None:
             return None
         by_text = {text: _finite(token.logprob)}
         for other, logprob in token.top_logprobs:
-            if other != token.id:
-                name = self.decode(other)
-                by_text[f"token_id:{other}" if name in by_text else name] = _finite(logprob)
+            by_text.setdefault(self.decode(other) if other != token.id else text, _finite(logprob))
         return by_text
 
 
@@ -192,7 +157,8 @@ class ChatChoices:
 
     def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         text = self.decode(token_id)
-        data = _bytes_of_part(self.backbone, token_id) if "\ufffd" in text else list(text.encode())
+        # Of a part of a character they are not known.
+        data = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": data}
 
 
@@ -219,23 +185,6 @@ def _word(backbone: Backbone) -> list[int]:
         backbone.tokenizer_cache["before_token"] = backbone.encode("a")
     word: list[int] = backbone.tokenizer_cache["before_token"]
     return word
-
-
-def _bytes_of_part(backbone: Backbone, token_id: int) -> list[int] | None:
-    """The bytes of a token that is part of a character; None: the tokenizer does not work on bytes."""
-    written = str(backbone.tokenizer.convert_ids_to_tokens(token_id))
-    if byte := _BYTE_TOKEN.fullmatch(written):
-        return [int(byte[1], 16)]
-    byte_of = _byte_of_character()
-    return [byte_of[character] for character in written] if byte_of.keys() >= set(written) else None
-
-
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    """The characters that tokenizers such as GPT-2's write bytes as."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _decode(backbone: Backbone, ids: Sequence[int]) -> str:

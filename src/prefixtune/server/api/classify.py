@@ -25,15 +25,13 @@ from prefixtune.errors import ConfigError, PrefixError, RequestError, short_repr
 from prefixtune.inference.classify import EncodedTexts, encode_to_classify, encode_to_tag, first_duplicate
 from prefixtune.inference.config import ClassifyConfig
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router
-from prefixtune.server.api.generation import check_prompt_length, engine_error
+from prefixtune.server.api.generation import engine_error
 from prefixtune.server.api.protocol import Body, Text, Texts
 from prefixtune.server.catalog import ServedModel
 from prefixtune.server.responses import JsonAnswer, bad_request, unavailable
 from prefixtune.server.settings import ServeConfig
 
 router = key_router()
-_MOST_PROBABILITIES = 500_000
-"""Probabilities of a response: some 12 MB, and two seconds of a thread."""
 
 
 class ClassifyRequest(Body):
@@ -136,17 +134,10 @@ async def _encode(context: RequestContext, request: ClassifyRequest, model: Serv
     try:
         encoded = await context.tokenize(encode)
         longest = max(map(len, encoded.prompts))
-        check_prompt_length(context, longest, "input")
         worker.check_length(longest, model.prefix_length, max(map(len, encoded.words), default=0))
-    except ContextLengthError as error:
-        raise bad_request(error.message, "input", "context_length_exceeded", hint="shorten the text.") from None
     except (RequestError, ConfigError) as error:
-        raise bad_request(error.message, "input", hint=error.hint) from None
-    # One for every label, of a text or of each of its words.
-    count = len(encoded.labels.names) * (sum(map(len, encoded.positions)) or len(encoded.prompts))
-    if count > _MOST_PROBABILITIES:
-        message = f"the response would have {count:,} probabilities; at most {_MOST_PROBABILITIES:,} are allowed."
-        raise bad_request(message, "input", "too_many_probabilities", hint="send fewer texts at once.")
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        raise bad_request(error.message, "input", code, hint=error.hint) from None
     if cut:
         context.headers["x-prefixtune-cut-texts"] = context.log_fields["cut_texts"] = str(len(cut))
     return encoded

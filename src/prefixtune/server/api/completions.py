@@ -21,7 +21,7 @@ from fastapi.concurrency import run_in_threadpool
 from prefixtune.data.chat import Source
 from prefixtune.engine.request import SequenceOutput
 from prefixtune.prefix.text_format import TextFormat, read_text_format
-from prefixtune.server.api.choices import ChatChoices, CompletionChoices, TargetStream
+from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router
 from prefixtune.server.api.generation import DONE, KEEP_ALIVE, Generation, event, event_stream, start_texts
 from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, OpenAIRequest
@@ -131,12 +131,16 @@ async def _events(
     text_format: TextFormat | None,
     head: dict[str, Any],
 ) -> AsyncGenerator[bytes]:
-    targets = [] if text_format is None else [TargetStream(text_format) for _ in range(generation.num_texts)]
+    # Words around a target can only be removed from the whole output.
+    held, needs_all = [""] * generation.num_texts, text_format is not None and any(text_format.target_words)
     # As OpenAI's, which has usage in the last event alone.
     first = {**head, "usage": None} if request.include_usage else head
 
     def write(index: int, output: SequenceOutput) -> list[bytes]:
-        target = targets[index].add(output.text, last=output.finish_reason is not None) if targets else output.text
+        target = output.text
+        if needs_all and text_format is not None:
+            held[index] += output.text
+            target = "" if output.finish_reason is None else text_format.extract_target(held[index])
         return [event({**first, "choices": [piece]}) for piece in choices.pieces(index, output, target)]
 
     for index in range(generation.num_texts):

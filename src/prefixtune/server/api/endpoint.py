@@ -164,7 +164,7 @@ def _context(right: Right = "key", *, limited: bool = False) -> Any:
             if limited:
                 if state.draining:
                     raise unavailable("the server is shutting down.", "draining", retry_after=5)
-                exit_stack.enter_context(found.caller.limit.request())
+                exit_stack.enter_context(found.caller.request())
             if right == "train":
                 _ = found.training
             yield found

@@ -5,47 +5,36 @@ Each key sees its own files; an admin key, and everybody where there are no keys
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
 from starlette.datastructures import FormData, UploadFile
 
 from prefixtune.data.examples import Example
-from prefixtune.data.registry import TASKS
-from prefixtune.errors import PrefixError
 from prefixtune.jobs.files import FileLimits, FileRefusedError, StoredFile
-from prefixtune.jobs.job import new_job_id
-from prefixtune.jobs.request import JobRequest, make_job
 from prefixtune.pages.format import spread_out
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.training_views import After, page_of
 from prefixtune.server.responses import ApiError, bad_request
-from prefixtune.training.config import TrainConfig
 
 router = key_router()
 _PATH = "/v1/files/{file_id}"
 _MOST_LISTED = 10_000
 _MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 24, 50, 2_000
-_DOCUMENT_CHARS = 100_000
-"""Characters of a document that are tokenized; its other tokens are estimated."""
-_MOST_WRITTEN = 50_000
-"""Messages that a chat template writes while a sample is measured: some two seconds."""
 _STATUSES = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "too_many_files": 403}
-_PROPERTIES = {
-    "file": {"type": "string", "format": "binary"},
-    "purpose": {"type": "string", "enum": ["fine-tune", "document"]},
-}
-_SCHEMA = {
-    "type": "object",
-    "properties": _PROPERTIES,
-    "required": ["file", "purpose"],
-    "additionalProperties": False,
-}
-_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
+
+
+class Upload(BaseModel):
+    """The form of an upload."""
+
+    file: Annotated[str, Field(json_schema_extra={"format": "binary"})]
+    purpose: Literal["fine-tune", "document"]
+
+
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": Upload.model_json_schema()}}}}
 
 
 @router.post("/v1/files", openapi_extra=_FORM)
@@ -125,14 +114,10 @@ def delete_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
 def file_object(stored: StoredFile) -> dict[str, Any]:
     """A file as OpenAI's clients read it, and what it holds."""
     return {
-        "id": stored.id,
         "object": "file",
-        "bytes": stored.bytes,
+        **stored.model_dump(include={"id", "bytes", "filename", "purpose", "status"}),
         "created_at": stored.created,
         "expires_at": None,
-        "filename": stored.filename,
-        "purpose": stored.purpose,
-        "status": stored.status,
         "status_details": stored.status_details or None,
         "prefixtune": None if stored.facts is None else stored.facts.model_dump(),
     }
@@ -151,70 +136,14 @@ def find_file(context: RequestContext, file_id: str) -> StoredFile:
 
 
 @router.get(f"{_PATH}/preview")
-async def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
-    """What training would read of a file.
-
-    Examples, the lengths of a sample, and what the model would cut.
-    """
-    stored = await run_in_threadpool(find_file, context, file_id)
-    preview = _preview_text if stored.purpose == "document" else _preview_rows
-    head: dict[str, Any] = {"id": stored.id, "object": "file.preview", "examples": [], "lengths": None, "cuts": ""}
-    return {**head, **await preview(context, stored)}
-
-
-async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
-    """The beginning of a document, and how many tokens it has."""
-    if stored.facts is None:
-        return {}
-
-    def read() -> str:
-        with context.training.files.open(stored.owner, stored.id) as file:
-            return file.read(4 * _DOCUMENT_CHARS).decode("utf-8", "ignore")[:_DOCUMENT_CHARS]
-
-    text = await run_in_threadpool(read)
-    tokens = len(await context.tokenize(lambda: context.state.backbone.encode(text)))
-    total = round(tokens * stored.facts.characters / max(len(text), 1))
-    about = "about " if len(text) < stored.facts.characters else ""
-    return {"examples": [{"source": text[:_MOST_CHARS]}], "cuts": f"It has {about}{total:,} tokens."}
-
-
-async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
-    sample = await run_in_threadpool(context.training.files.sample, stored.owner, stored.id)
-    shown = [_shown(example) for example in spread_out(sample, _MOST_SHOWN)]
-    # A chat template writes, for each answer of a conversation, all before it.
-    costs = accumulate(len(one.messages) * (len(one.messages) + len(one.targets)) for one in sample)
-    measured = [example for example, cost in zip(sample, costs, strict=True) if cost <= _MOST_WRITTEN]
-    if not any(example.targets for example in measured):
-        return {"examples": shown}
-    try:
-        return {"examples": shown, **await context.tokenize(lambda: _measure(context, stored, measured))}
-    except PrefixError as error:
-        # Such as labels of which the sample has only one.
-        return {"examples": shown, "cuts": error.message}
-
-
-def _measure(context: RequestContext, stored: StoredFile, sample: Sequence[Example]) -> dict[str, Any]:
-    """The lengths of a sample, and what does not fit, as a job with this file and no options would read it.
-
-    Raises:
-        PrefixError: There is none: the file has several forms, or labels of one kind.
-    """
-    from prefixtune.backbone.load import without_limits
-    from prefixtune.evaluation.data_report import measure_examples
-
-    assert stored.facts is not None
-    backbone, caller, kind = context.state.backbone, context.caller, TASKS[stored.facts.task].kind
-    request = JobRequest(model=context.state.config.model_id, training_file=stored)
-    job = make_job(request, job_id=new_job_id(), owner=caller.name, created=0, max_steps=caller.rules.max_steps)
-    config = TrainConfig(**{**job.config, "train": "data", "output": "run", "backbone": backbone.name})
-    measures = measure_examples(config, sample, kind, backbone, without_limits(backbone), max_tokenized=len(sample))
-    whole, limit = measures.lengths[-1], measures.limit
-    lost, what = (limit.refused, "do not fit") if limit.refused else (limit.cut, "are cut to")
-    cuts = f"{lost:,} of {len(sample):,} examples {what}" if lost else "All fit"
-    return {
-        "lengths": {"unit": "tokens", "median": whole.median, "longest": whole.longest},
-        "cuts": f"{cuts} the model's {limit.positions:,} tokens." if limit.positions else "",
-    }
+def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
+    """What training would read of a file: some examples, or the beginning of a document."""
+    stored, files = find_file(context, file_id), context.training.files
+    examples = [_shown(example) for example in spread_out(files.sample(stored.owner, stored.id), _MOST_SHOWN)]
+    if stored.purpose == "document" and stored.facts is not None:
+        with files.open(stored.owner, stored.id) as file:
+            examples = [{"source": file.read(4 * _MOST_CHARS).decode("utf-8", "ignore")[:_MOST_CHARS]}]
+    return {"id": stored.id, "object": "file.preview", "examples": examples}
 
 
 def _shown(example: Example) -> dict[str, Any]:

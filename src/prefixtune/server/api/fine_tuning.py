@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.concurrency import run_in_threadpool
 
@@ -36,11 +36,15 @@ from prefixtune.server.api.training_views import (
 )
 from prefixtune.server.responses import ApiError, bad_request
 
-__all__ = ["router"]
-
-
 router = key_router()
 _JOBS, _JOB = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
+_Change = Callable[[JobQueue, str], JobState]
+_ACTIONS: dict[str, tuple[tuple[str, ...], str, _Change]] = {
+    "cancel": (("queued", "running", "paused"), "cancelled", JobQueue.cancel),
+    "pause": (("queued", "running"), "paused", JobQueue.pause),
+    "resume": (("paused",), "queued", JobQueue.resume),
+}
+"""What may be done with a job -> where it must stand, where it stands then, and how."""
 
 
 @router.post(_JOBS)
@@ -49,7 +53,6 @@ async def create_fine_tuning_job(body: FineTuningRequest, context: TrainingConte
 
     With a header `Idempotency-Key`, a request that is sent again gets the same job.
     """
-    body.check(context.state.config)
     # With a key, a request that is sent again gets the same job.
     changes = "idempotency-key" not in context.request.headers
     create = partial(create_job, context, body=body)
@@ -88,23 +91,28 @@ async def show_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[st
     return await context.training.ask(lambda queue: _view(context, queue, _get(context, queue, job_id)))
 
 
-@router.post(f"{_JOB}/cancel")
-async def cancel_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[str, Any]:
-    """Stop a job for good."""
-    # What a worker has published in the same moment is removed by one.
-    return await _change(context, job_id, "cancelled", ("queued", "running", "paused"), JobQueue.cancel)
+@router.post(f"{_JOB}/{{action}}")
+async def change_fine_tuning_job(
+    job_id: str, action: Literal["cancel", "pause", "resume"], context: TrainingContext
+) -> dict[str, Any]:
+    """Stop a job for good, or so that it can be resumed; or queue a paused one again."""
+    allowed, done, change = _ACTIONS[action]
 
+    def work(queue: JobQueue) -> dict[str, Any]:
+        state = _get(context, queue, job_id)
+        if is_allowed := state.status in allowed:
+            # What a worker has published in the same moment is removed by one.
+            state = change(queue, state.job.id)
+            # Else it ended in the same moment.
+            is_allowed = state.status == done or action == "resume"
+        if not is_allowed:
+            message = f"{state.job.id} is {state.status}; only one that is {' or '.join(allowed)} takes {action!r}."
+            raise bad_request(message, code="job_ended" if state.status in ENDED else f"job_{state.status}")
+        if action == "resume":
+            context.training.wake()
+        return _view(context, queue, state)
 
-@router.post(f"{_JOB}/pause")
-async def pause_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[str, Any]:
-    """Stop a job so that it can be resumed."""
-    return await _change(context, job_id, "paused", ("queued", "running"), JobQueue.pause)
-
-
-@router.post(f"{_JOB}/resume")
-async def resume_fine_tuning_job(job_id: str, context: TrainingContext) -> dict[str, Any]:
-    """Queue a paused job again."""
-    return await _change(context, job_id, "resumed", ("paused",), JobQueue.resume)
+    return await context.training.ask(work, changes=True)
 
 
 @router.get(f"{_JOB}/events")
@@ -145,35 +153,6 @@ def _get(context: RequestContext, queue: JobQueue, job_id: str) -> JobState:
         if state is not None and context.training.whose(context.caller) in (None, state.job.owner):
             return state
     raise ApiError(404, f"there is no fine-tuning job {job_id[:64]!r}.", code="job_not_found")
-
-
-async def _change(
-    context: RequestContext,
-    job_id: str,
-    done: str,
-    allowed: Sequence[str],
-    change: Callable[[JobQueue, str], JobState],
-) -> dict[str, Any]:
-    """Cancel, pause or resume a job; returns how it stands then, as clients read it.
-
-    Raises:
-        ApiError: There is no such job, or it does not stand at one of `allowed`.
-    """
-
-    def work(queue: JobQueue) -> dict[str, Any]:
-        state = _get(context, queue, job_id)
-        if is_allowed := state.status in allowed:
-            state = change(queue, state.job.id)
-            if done == "resumed":
-                context.training.wake()
-            # Else it ended in the same moment.
-            is_allowed = done == "resumed" or state.status == done
-        if not is_allowed:
-            message = f"{state.job.id} is {state.status}; only a job that is {' or '.join(allowed)} can be {done}."
-            raise bad_request(message, code="job_ended" if state.status in ENDED else f"job_{state.status}")
-        return _view(context, queue, state)
-
-    return await context.training.ask(work, changes=True)
 
 
 def _checkpoints(context: RequestContext, state: JobState) -> list[Checkpoint]:

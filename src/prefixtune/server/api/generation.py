@@ -18,6 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
+from prefixtune.data import TASKS
 from prefixtune.data.chat import Source, as_conversation, encode_chat, end_ids, has_chat_template, special_stops
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.labels import labels_of
@@ -38,7 +39,6 @@ from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.catalog import ServedModel
 from prefixtune.server.responses import ApiError, bad_request, json_text, unavailable
-from prefixtune.server.task_schema import task_decoding
 
 KEEP_ALIVE_SECONDS = 15.0
 """Seconds without an output after which a stream says that it is alive."""
@@ -50,8 +50,6 @@ _GRACE_SECONDS = 10.0
 """The engine ends what is too late, at the end of its step."""
 _PARAMS = {"min_new_tokens": "min_tokens", "prompt_logprobs": "echo"}
 """Sampling parameters -> their names in requests, where they differ."""
-_MOST_LOGPROBS = 200_000
-"""Log-probabilities of a response: some 5 MB, and one to four seconds of a thread."""
 _AS_IT_IS = TextFormat("{source}", "{target}")
 _CUT_HEADER = "x-prefixtune-cut-tokens"
 """Tokens of sources that were cut off because they did not fit; of one that is far too long, at least so many."""
@@ -212,7 +210,8 @@ async def start_texts(
     context.log_fields |= {"model": model.name, "prompt_tokens": sum(map(len, prompts))}
     requests: list[Request] = []
     for prompt in prompts:
-        check_prompt_length(context, len(prompt), "prompt")
+        if not prompt:
+            raise bad_request("the prompt has no token; some text is needed.", "prompt")
         most = length
         if request.length is None:
             fitting = min(length, worker.available_tokens(len(prompt), model.prefix_length))
@@ -220,7 +219,6 @@ async def start_texts(
         names = {"tenant": context.caller.name, "prefix_name": model.name, "id": uuid.uuid4().hex}
         as_it_is, chosen = verbatim or text_format is None, sampling.replace(max_new_tokens=most)
         requests.append(Request(prompt, model.prefix, chosen, n=n, verbatim=as_it_is, grammar=grammar, **names))
-    _check_logprobs(requests)
     generation = Generation(context, model, requests)
     try:
         await generation.submit()
@@ -235,6 +233,12 @@ async def start_texts(
     for prompt in prompts:
         context.state.metrics.prompt(model.names, len(prompt))
     return generation
+
+
+def task_decoding(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The default decoding settings of a header's task; empty if it names none."""
+    task = header.get("task")
+    return TASKS[task].decoding if isinstance(task, str) and task in TASKS else {}
 
 
 async def _sampling(
@@ -311,42 +315,11 @@ async def _compile_grammar(context: RequestContext, request: GenerationRequest) 
     """
     if request.json_schema is None:
         return None
-    param = "response_format"
     try:
         return await context.tokenize(partial(compile_json_schema, context.state.worker.backbone, request.json_schema))
-    except RequestError as error:
-        raise bad_request(error.message, param, "invalid_schema", hint=error.hint) from None
-    except ConfigError as error:
-        message = f"{param} is not supported here: {error.message}"
-        raise bad_request(message, param, "unsupported_field", hint=f"on the server, {error.hint}") from None
-
-
-def check_prompt_length(context: RequestContext, tokens: int, param: str) -> None:
-    """Refuse a prompt without a token, or with more than this server allows.
-
-    Raises:
-        ApiError: 400.
-    """
-    limit = context.state.config.max_prompt_tokens
-    if not tokens:
-        raise bad_request("the prompt has no token; some text is needed.", param)
-    if limit and tokens > limit:
-        raise bad_request(f"it has {tokens} tokens, but {limit} are allowed.", param, "context_length_exceeded")
-
-
-def _check_logprobs(requests: Sequence[Request]) -> None:
-    """Refuse a request whose response would be too large by its log-probabilities."""
-    count = 0
-    for one in requests:
-        sampling = one.sampling
-        for tokens, each in (
-            (len(one.prompt), sampling.prompt_logprobs),
-            (sampling.max_new_tokens, sampling.logprobs),
-        ):
-            count += 0 if each is None else one.n * tokens * (each + 1)
-    if count > _MOST_LOGPROBS:
-        message = f"the response would have {count:,} log-probabilities; at most {_MOST_LOGPROBS:,} are allowed."
-        raise bad_request(message, "logprobs", "too_many_logprobs", hint="ask for fewer, or lower n or max_tokens.")
+    except (RequestError, ConfigError) as error:
+        code = "invalid_schema" if isinstance(error, RequestError) else "unsupported_field"
+        raise bad_request(error.message, "response_format", code, hint=error.hint) from None
 
 
 # --- from the engine to a response ------------------------------------------------------------------------------------

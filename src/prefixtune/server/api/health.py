@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from prefixtune.jobs.queue import JobQueue
 from prefixtune.server.api.endpoint import KeyContext, MetricsContext, key_router
 from prefixtune.server.metrics import CONTENT_TYPE
-from prefixtune.server.responses import ApiError, JsonAnswer
+from prefixtune.server.responses import JsonAnswer
 
-_JOBS_SECONDS = 2.0
-"""Longest wait for the number of jobs."""
 public, router, engine_router = APIRouter(), key_router(), key_router()
 """Without a key; with one; for servers with an engine."""
 
@@ -40,12 +35,7 @@ async def is_ready(request: Request) -> Response:
 @router.get("/openapi.json")
 async def show_interface(context: KeyContext) -> Response:
     """This document."""
-    document = context.request.app.openapi()
-    if context.state.keyring.is_open:
-        document["components"].pop("securitySchemes", None)
-        for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
-            operation.pop("security", None)
-    return JsonAnswer(document)
+    return JsonAnswer(context.request.app.openapi())
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -54,27 +44,23 @@ async def show_metrics(context: MetricsContext) -> Response:
 
     Needs a key with the right 'metrics'.
     """
-    state = context.state
-    if state.training is not None and state.training.is_used:
-        # A database that is away, or slow, hides no other metric.
-        with contextlib.suppress(ApiError, TimeoutError):
-            async with asyncio.timeout(_JOBS_SECONDS):
-                state.metrics.count_jobs(job.status for job in await state.training.ask(JobQueue.unfinished))
-    return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
+    return Response(context.state.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
 @engine_router.get("/v1/status")
 def show_status(context: KeyContext) -> dict[str, Any]:
     """What runs now.
 
-    Names of models that the caller may not use are left out.
+    Models of other keys' requests are left out.
     """
     state = context.state
-    snapshot, store = state.worker.snapshot(), state.store
+    snapshot, store, admin = state.worker.snapshot(), state.store, context.caller.rules.admin
     running = [
         {
             "slot": sequence.slot,
-            "model": sequence.prefix_name if state.catalog.may_use(sequence.prefix_name, context.caller) else None,
+            "model": sequence.prefix_name
+            if context.caller.rules.admin or sequence.tenant == context.caller.name
+            else None,
             "prompt_tokens": sequence.prompt_tokens,
             "new_tokens": sequence.new_tokens,
         }

@@ -15,12 +15,13 @@ from prefixtune.jobs.files import StoredFile, UnknownFileError
 from prefixtune.jobs.folder import InputName
 from prefixtune.jobs.job import Job, JobState, new_job_id
 from prefixtune.jobs.queue import JobQueue
-from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
+from prefixtune.jobs.request import JobRequest, make_job
 from prefixtune.prefix.folder import path_of
+from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
-from prefixtune.server.responses import ApiError, bad_request, forbidden, unavailable
+from prefixtune.server.responses import ApiError, bad_request, unavailable
 
 __all__ = ["create_job"]
 
@@ -87,14 +88,9 @@ def _start_lengths(context: RequestContext, model: str) -> _Lengths:
 
 
 def _check_start(context: RequestContext, model: str, start: Prefix) -> None:
-    """Refuse to go on from a prefix that the caller may use only: after a step, the result would be nearly a copy.
-
-    Raises:
-        ApiError: 403.
-    """
-    if not context.state.catalog.may_copy(start.header, context.caller):
-        message = f"the key {context.caller.name!r} may use {model[:128]!r}, but only its owner may train from it."
-        raise forbidden(message, "not_the_owner")
+    """Refuse to go on from a prefix that the caller may use only: after a step, the result would be nearly a copy."""
+    if not context.training.is_open:
+        context.state.catalog.check_owner(model, job_origin(start.header), context.caller)
 
 
 def _find_files(context: RequestContext, body: FineTuningRequest) -> dict[str, StoredFile]:
@@ -148,15 +144,11 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
         metadata=body.metadata or {},
     )
     owner, max_steps = context.caller.name, context.caller.rules.max_steps
-    try:
-        job = make_job(request, job_id=job_id, owner=owner, created=int(time.time()), max_steps=max_steps)
-    except JobRefusedError as error:
-        raise bad_request(error.message, error.param, error.code) from None
+    job = make_job(request, job_id=job_id, owner=owner, created=int(time.time()), max_steps=max_steps)
     train: InputName = "document" if job.kind == "document" else "train"
     ids: dict[InputName, str] = {train: job.training_file, "dev": job.validation_file, "questions": job.questions_file}
-    known = {file.id: file for file in files.values()}
     links: dict[InputName, tuple[Path, str]] = {
-        name: (training.files.path(known[file_id].owner, file_id), known[file_id].ending)
+        name: (training.files.path(None, file_id), training.files.get(None, file_id).ending)
         for name, file_id in ids.items()
         if file_id
     }
@@ -204,16 +196,13 @@ def _make_folder(context: RequestContext, job: Job, links: _Links, lengths: _Len
     start = folder.find_input("start")
     if start is None:
         return
+    replaced = unavailable(f"the file of {job.model!r} was replaced or is broken; try again.", "busy", retry_after=5)
     try:
         # All of it: its checksum shows whether somebody wrote to the file while it was copied.
         copy = read_artifact(start)
         _check_start(context, job.model, copy)
         if copy.lengths != lengths:
-            raise CheckpointError("it has another length.", hint="try again.")
+            raise replaced
     except (ApiError, CheckpointError) as error:
         shutil.rmtree(folder.root, ignore_errors=True)
-        if isinstance(error, ApiError):
-            raise
-        context.log_fields["storage_error"] = error.message
-        message = f"the file of {job.model!r} was replaced or is broken; try again."
-        raise unavailable(message, "busy", retry_after=5) from None
+        raise error if isinstance(error, ApiError) else replaced from None

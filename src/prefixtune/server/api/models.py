@@ -74,13 +74,12 @@ async def upload_model(name: str, context: AdminContext) -> Response:
                 file.write(chunk)
             size = context.log_fields["bytes"] = file.tell()
         try:
-            replaced, gone = await run_in_threadpool(state.catalog.put, name, folder / "received")
+            replaced = await run_in_threadpool(state.store.file, name) is not None
+            await run_in_threadpool(state.store.put, name, folder / "received")
         except CheckpointError as error:
             if is_unread(error):
                 raise
             raise bad_request(error.message, "file", "invalid_prefix", hint=error.hint) from None
-    if state.training is not None:
-        await run_in_threadpool(state.training.remove_checkpoints, gone)
     return JsonAnswer({"id": name, "object": "model", "bytes": size, "replaced": replaced}, 200 if replaced else 201)
 
 

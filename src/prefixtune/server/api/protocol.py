@@ -131,12 +131,6 @@ class StreamOptions(Part):
     include_obfuscation: Any = Field(None, description="Ignored.")
 
 
-class PlainFormat(Part):
-    """Any text, or a JSON object."""
-
-    type: Literal["text", "json_object"]
-
-
 class NamedSchema(Part):
     """A JSON schema with a name, which is not read."""
 
@@ -146,14 +140,11 @@ class NamedSchema(Part):
     strict: Any = Field(None, description="Ignored: texts always follow the schema.")
 
 
-class JsonSchemaFormat(Part):
-    """JSON that follows a schema."""
+class ResponseFormat(Part):
+    """Any text, a JSON object, or JSON that follows a schema."""
 
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-_Format = Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
 
 
 class OpenAIRequest(GenerationRequest):
@@ -166,7 +157,7 @@ class OpenAIRequest(GenerationRequest):
     logit_bias: _Biases | None = Field(
         None, description="Added to the scores of tokens, by token id.", examples=[{"11": -100}]
     )
-    response_format: _Format | None = Field(
+    response_format: ResponseFormat | None = Field(
         None, description="What a text must be: any text, a JSON object, or JSON that follows a schema."
     )
 
@@ -184,10 +175,10 @@ class OpenAIRequest(GenerationRequest):
     @property
     def json_schema(self) -> dict[str, Any] | None:
         """The JSON schema that texts follow; None: they follow none."""
-        if isinstance(self.response_format, JsonSchemaFormat):
-            return self.response_format.json_schema.json_schema
-        is_any = self.response_format is None or self.response_format.type == "text"
-        return None if is_any else {"type": "object"}
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return wanted.json_schema.json_schema if wanted.json_schema else {"type": "object"}
 
     @property
     def include_usage(self) -> bool:
@@ -210,6 +201,9 @@ class OpenAIRequest(GenerationRequest):
             raise bad_request("the name of a model is needed; /v1/models lists them.", "model")
         if self.n * len(self.prompts) > config.max_texts:
             raise bad_request(f"{len(self.prompts)} prompts times n are more than {config.max_texts} texts.", "n")
+        wanted = self.response_format
+        if wanted is not None and (wanted.type == "json_schema") != (wanted.json_schema is not None):
+            raise bad_request("the type json_schema needs a schema, and no other has one.", "response_format")
         if self.json_schema is not None and self.min_tokens:
             raise bad_request("min_tokens cannot go with response_format, which says when a text ends.", "min_tokens")
         if self.stream_options and not self.stream:

@@ -1,6 +1,8 @@
 """`/v1/tasks/{prefix}`: the fields of a prefix's own task -> its output.
 
-The linearization and the text format come from the prefix's file, so a caller need not know them. Decoding is the
+The fields of a prefix's task: how they become its source, and what a page needs to show a form. They and the text
+format come from the prefix's file, whose header names its task and, for a user's own records, the template of the
+source; so a caller need not know them. Decoding is the
 task's, but greedy where the task's own is a beam search.
 """
 
@@ -8,25 +10,31 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ConfigDict, Field
 
+from prefixtune.data import toy
+from prefixtune.data.benchmarks import ATTRIBUTES, check_triples, linearize_dart, linearize_e2e, linearize_webnlg
 from prefixtune.data.encoding import default_format
+from prefixtune.data.files import join_lines, one_line
+from prefixtune.data.forms import check_template, render
 from prefixtune.engine.request import SequenceOutput, join_outputs
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.server.api.endpoint import GenerationContext, key_router
-from prefixtune.server.api.generation import DONE, KEEP_ALIVE, event, event_stream, start_texts
+from prefixtune.server.api.generation import DONE, KEEP_ALIVE, event, event_stream, start_texts, task_decoding
 from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.responses import JsonAnswer, bad_request
-from prefixtune.server.task_schema import task_decoding, task_schema_of
 
 _PATH = "/v1/tasks/{name:path}"
+_WHERE = "the request"
+_SUMMARIZATION_TASKS = ("summarization", "scitldr")
 router = key_router()
 
 
@@ -82,7 +90,7 @@ async def describe_task(name: str, context: GenerationContext) -> dict[str, Any]
     return {
         "id": name,
         "task": header.get("task"),
-        "fields": schema.describe() if schema else [],
+        "fields": schema.fields if schema else [],
         "max_tokens": task_decoding(header).get("max_new_tokens"),
     }
 
@@ -135,3 +143,105 @@ async def create_task_output(name: str, request: TaskRequest, context: Generatio
         yield DONE
 
     return event_stream(context, events())
+
+
+# --- the fields of a task ---------------------------------------------------------------------------------------------
+
+FieldKind = Literal["line", "text", "attributes", "triples"]
+"""How a page asks for a field: one line, a longer text, a meaning representation, or triples."""
+
+
+def _field(name: str, kind: FieldKind, example: Any = "", parts: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A field, as JSON: its name in the request, a valid value to start from, and the attributes of `attributes`."""
+    return {"name": name, "kind": kind, "example": example, "parts": parts}
+
+
+@dataclass(frozen=True)
+class TaskSchema:
+    """The input of a task.
+
+    Attributes:
+        task: Its name.
+        fields: All are required.
+        linearize: A record -> the source.
+    """
+
+    task: str
+    fields: tuple[dict[str, Any], ...]
+    linearize: Callable[[Mapping[str, Any]], str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields' names."""
+        return tuple(field["name"] for field in self.fields)
+
+    def source(self, record: Mapping[str, Any]) -> str:
+        """The source of a record.
+
+        Raises:
+            DataError: A field is missing or wrong.
+        """
+        missing = [name for name in self.columns if name not in record]
+        if missing:
+            raise DataError(
+                f"{_WHERE} lacks {', '.join(map(repr, missing))}.",
+                hint=f"the task {self.task!r} needs all of its fields.",
+            )
+        return self.linearize(record)
+
+
+def task_schema_of(header: Mapping[str, Any]) -> TaskSchema | None:
+    """The fields of the task in a prefix's header; None: it takes a source only."""
+    task, stored = header.get("task"), header.get("text_format")
+    template = stored.get("source") if isinstance(stored, Mapping) else None
+    if not isinstance(task, str) or not isinstance(template, str | None):
+        return None
+    if task in _TASK_SCHEMAS:
+        return _TASK_SCHEMAS[task]
+    if task in _SUMMARIZATION_TASKS:
+        return _template_schema(task, template or "document")
+    return _template_schema(task, template) if task == "records" and template else None
+
+
+def _template_schema(task: str, template: str) -> TaskSchema | None:
+    """The fields of a user's own records. The template is filled in by name; nothing in it is executed."""
+    try:
+        columns = tuple(dict.fromkeys(check_template(template)))
+    except ConfigError:
+        return None
+    # A column that is the whole source may be long; several columns are a few words each.
+    kind: FieldKind = "text" if len(columns) == 1 else "line"
+
+    def linearize(record: Mapping[str, Any]) -> str:
+        text = render(template, record, _WHERE)
+        return join_lines(text) if task in _SUMMARIZATION_TASKS else text
+
+    return TaskSchema(task, tuple(_field(name, kind) for name in columns), linearize)
+
+
+def _triples(linearize: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
+    return lambda record: linearize(check_triples(record["triples"], "triples", _WHERE))
+
+
+_EXAMPLE = "name[The Vaults], eatType[pub], priceRange[cheap], area[riverside]"
+_TRIPLES = _field(
+    "triples", "triples", [["Aarhus", "country", "Denmark"], ["Aarhus", "leaderName", "Jacob_Bundsgaard"]]
+)
+_TOY = {"train": "Heron", "to": "Westport", "time": "19:30", "platform": "C", "fare": "8", "sky": "fog"}
+_TASK_SCHEMAS = {
+    schema.task: schema
+    for schema in (
+        TaskSchema(
+            "e2e",
+            (_field("mr", "attributes", _EXAMPLE, tuple(ATTRIBUTES)),),
+            lambda record: linearize_e2e(one_line(record["mr"], "mr", _WHERE)),
+        ),
+        TaskSchema("webnlg", (_TRIPLES,), _triples(linearize_webnlg)),
+        TaskSchema("dart", (_TRIPLES,), _triples(linearize_dart)),
+        TaskSchema(
+            "toy",
+            tuple(_field(name, "line", value) for name, value in _TOY.items()),
+            lambda record: toy.linearize({name: one_line(record[name], name, _WHERE) for name in _TOY}),
+        ),
+    )
+}

@@ -6,14 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from prefixtune.distillation.config import QuestionKind
 from prefixtune.server.api.protocol import Body, Part, Text
 from prefixtune.server.responses import bad_request
-from prefixtune.server.settings import ServeConfig
 from prefixtune.training.config import FormName
-
-__all__ = ["FineTuningRequest", "TrainingOptions"]
-
 
 _FileId = Annotated[str, Field(min_length=1, max_length=128)]
 _Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. -]{0,63}$")]
@@ -70,8 +65,6 @@ class TrackerSettings(_Options):
 
     project: _Label | None = Field(None, description="By default prefixtune.")
     name: _Label | None = Field(None, description="Of the run; by default the job's id.")
-    entity: None = Field(None, description="Not supported: it is that of the worker's own account.")
-    tags: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
 
 
 class TrainingIntegration(_Options):
@@ -82,6 +75,12 @@ class TrainingIntegration(_Options):
     trackio: TrackerSettings | None = None
     tensorboard: TrackerSettings | None = None
     mlflow: TrackerSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> TrainingIntegration:
+        if others := self.given().keys() - {"type", self.type}:
+            raise ValueError(f"{min(others)} is given, but the type is {self.type!r}")
+        return self
 
 
 class TrainingOptions(_Options):
@@ -99,19 +98,13 @@ class TrainingOptions(_Options):
     start: Literal["words", "text", "examples", "random"] | None = Field(None, description="What training starts from.")
     init_text: _LongText | None = Field(None, description="Words or a text to start from.")
     init_examples: int | None = Field(None, ge=0, le=64, description="Solved examples to start from.")
-    compaction: Literal["cut", "stride", "match"] | None = None
     reparameterization: Literal["none", "mlp", "scaled"] | None = None
-    prefix_dropout: float | None = Field(None, ge=0, lt=1)
-    nested: bool | None = None
     max_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of n_epochs.")
-    warmup_steps: _Count | None = None
-    weight_decay: float | None = Field(None, ge=0, le=10)
     eval_every: int | None = Field(None, ge=0, le=1_000_000, description="Steps between evaluations.")
     patience: _Count | None = None
     hold_out: float | None = Field(None, ge=0, lt=1, description="Share of the examples to choose the best prefix by.")
     max_length: _Count | None = None
     on_too_long: Literal["cut", "error"] | None = None
-    save_dtype: Literal["float32", "bfloat16"] | None = None
     license: Annotated[str, Field(max_length=500)] | None = None
 
     form: FormName | None = Field(None, description="How the file is read, where its columns fit several forms.")
@@ -127,12 +120,7 @@ class TrainingOptions(_Options):
         None, description="About a document, a file; or self, the default: the model makes them."
     )
     num_questions: int | None = Field(None, ge=5, le=1000, description="That the model makes.")
-    kinds: Annotated[list[QuestionKind], Field(min_length=1, max_length=5)] | None = Field(
-        None, description="Of the questions that the model makes."
-    )
     answer_length: int | None = Field(None, ge=1, le=256, description="Most tokens of an answer that it writes.")
-    chunk_length: _Count | None = None
-    ask: Literal["auto", "plain", "chat"] | None = None
 
 
 class FineTuningRequest(Body):
@@ -161,25 +149,11 @@ class FineTuningRequest(Body):
     @property
     def given_hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters, wherever they are."""
-        chosen = self._of_method or self.hyperparameters
-        return chosen.given() if chosen is not None else {}
-
-    @property
-    def _of_method(self) -> TrainingHyperparameters | None:
         supervised = self.method.supervised if self.method is not None else None
-        return supervised.hyperparameters if supervised is not None else None
+        chosen = (supervised.hyperparameters if supervised is not None else None) or self.hyperparameters
+        return chosen.given() if chosen is not None else {}
 
     @property
     def options(self) -> dict[str, Any]:
         """The given fields of `prefixtune`."""
         return self.prefixtune.given() if self.prefixtune is not None else {}
-
-    def check(self, config: ServeConfig) -> None:
-        """As `Body.check`."""
-        old, new = self.hyperparameters, self._of_method
-        if old is not None and new is not None and old.given() != new.given():
-            raise bad_request("hyperparameters and method.supervised.hyperparameters differ.", "hyperparameters")
-        for index, integration in enumerate(self.integrations or ()):
-            if others := sorted(integration.given().keys() - {"type", integration.type}):
-                name = f"integrations[{index}].{others[0]}"
-                raise bad_request(f"{name} is given, but the type is {integration.type!r}.", name)

@@ -22,7 +22,6 @@ Limit = Annotated[int, Query(ge=1, le=100, description="Most items.")]
 
 _LATE_SECONDS = 30.0
 """An estimate this far in the past was wrong."""
-_PROGRESS = {"step", "total_steps", "loss", "seconds_left", "updated", "trained_tokens"}
 
 
 def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) -> dict[str, Any]:
@@ -37,12 +36,11 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
     progress = JobEvents(folder.job(job.id)).progress() if state.status != "queued" else None
     hyperparameters = resolved_hyperparameters(job)
     return {
-        "id": job.id,
         "object": "fine_tuning.job",
+        **job.model_dump(include={"id", "model", "seed", "integrations", "metadata"}),
         "created_at": job.created,
         "finished_at": state.finished,
         "status": state.status,
-        "model": job.model,
         "fine_tuned_model": result.name if result else None,
         "error": error.model_dump() if error else None,
         "training_file": _asked_training_file(job),
@@ -52,9 +50,6 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
         "estimated_finish": _estimated_finish(progress) if state.status == "running" else None,
         "hyperparameters": hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
-        "seed": job.seed,
-        "integrations": job.integrations,
-        "metadata": job.metadata,
         "organization_id": job.owner,
         "user_provided_suffix": job.suffix or None,
         "prefixtune": {
@@ -62,7 +57,7 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
             "kind": job.kind,
             "options": job.extension,
             "position": positions.get(job.id),
-            "progress": progress.model_dump(include=_PROGRESS) if progress else None,
+            "progress": progress.model_dump() if progress else None,
             "best_loss": result.best_loss if result else None,
         },
     }
@@ -86,15 +81,8 @@ def _estimated_finish(progress: Progress | None) -> int | None:
 
 def event_view(event: JobEvent) -> dict[str, Any]:
     """Something that happened to a job."""
-    return {
-        "id": event.id,
-        "object": "fine_tuning.job.event",
-        "created_at": event.created,
-        "level": event.level,
-        "message": event.message,
-        "type": event.type,
-        "data": event.data,
-    }
+    own = event.model_dump(exclude={"created"})
+    return {"object": "fine_tuning.job.event", "created_at": event.created, **own}
 
 
 def checkpoint_view(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -12,9 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
 from prefixtune.server.responses import not_found
-from prefixtune.utils.extras import needs_extra
 
-_SWAGGER_UI = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 _LINK = re.compile(r'<nav id="pages".*</nav>')
 """Between the playground and the page for training, where both are there."""
 router = APIRouter()
@@ -62,18 +60,3 @@ def _page(name: str, *, scripts: str = "", styles: str = "", linked: bool = True
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return HTMLResponse(html, headers={"content-security-policy": policy})
-
-
-@router.get("/docs/{name}", include_in_schema=False)
-async def show_asset(name: str) -> Response:
-    """A file of Swagger UI."""
-    return _asset(name)
-
-
-@functools.cache
-def _asset(name: str) -> Response:
-    if name not in _SWAGGER_UI:
-        raise not_found("page", name)
-    with needs_extra("serve", "/docs"):
-        content = (files("fastapi_offline") / "static" / name).read_bytes()
-    return Response(content, media_type=_SWAGGER_UI[name], headers={"cache-control": "public, max-age=3600"})

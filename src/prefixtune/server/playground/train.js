@@ -61,22 +61,20 @@
   /** Train on a file that the server has. */
   async function use(file, mine = startUpload()) {
     // A file can be trained on without a preview.
-    const preview = await getJson(`/v1/files/${encodeURIComponent(file.id)}/preview`).catch((error) => ({ cuts: error.message }));
+    const preview = await getJson(`/v1/files/${encodeURIComponent(file.id)}/preview`).catch(() => ({}));
     if (mine !== state.upload) return;
     Object.assign(state, { file, examples: preview.examples || [] });
-    const facts = file.prefixtune || {}, forms = facts.forms || [], lengths = preview.lengths;
+    const facts = file.prefixtune || {}, forms = facts.forms || [];
     say("file-said", facts.summary || file.filename);
     showFigures("facts", [
       ...(isDocument() ? [["characters", count(facts.characters)]] : [["rows", count(facts.rows)], ["examples", count(facts.examples)], ["targets", count(facts.targets)]]),
       ["size", size(file.bytes)],
-      ...(lengths ? [["median length", `${count(lengths.median)} ${lengths.unit}`], ["longest", count(lengths.longest)]] : []),
     ]);
     at("read-as").hidden = forms.length < 2 || Boolean(facts.form);
     at("form").replaceChildren(...forms.map((form) => make("option", { value: form }, form)));
     const sample = state.examples.length ? partsOf(state.examples[0]) : [];
     at("sample").replaceChildren(...sample.map(({ role, text, trained }) => make("p", {}, role ? make("b", {}, `${role}: `) : "", trained ? make("mark", {}, text) : text)));
     at("sample").hidden = !sample.length;
-    say("cuts", preview.cuts || "", "quiet");
     at("read").hidden = false;
     if (!at("name").value) at("name").value = file.filename.replace(/(\.\w{1,8}){1,2}$/, "").replace(/[^A-Za-z0-9._-]+/g, "-").replace(/^[.-]+|-+$/g, "").slice(0, 64);
     showSetup();
