@@ -25,7 +25,6 @@ from prefixtune.prefix.text_format import (
     cut_prompt,
     read_text_format,
 )
-from prefixtune.server.api.choices import TargetStream
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 
@@ -104,19 +103,6 @@ def test_few_shot_examples_are_whole_or_refused(llama: Any, place: str):
         instruction_format(llama, "Add.", shown)
     with pytest.raises(DataError, match="the instruction 'Say"):
         instruction_format(llama, f"Say {place}.")
-
-
-# --- targets ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("output", ["  Aromi is  a pub. ", "<< Aromi >>", "", "   ", "<<", ">> x <<", "a\n b \n"])
-@pytest.mark.parametrize("target", [" {target} ", "<<{target}>>", "{target} END"])
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_pieces_joined_are_the_target(output: str, target: str, size: int):
-    form = TextFormat(target=target)
-    made = TargetStream(form)
-    pieces = [made.add(output[start : start + size]) for start in range(0, len(output), size)]
-    assert "".join([*pieces, made.add("", last=True)]) == form.extract_target(output)
 
 
 # --- long sources -----------------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
-"""The application: its routes, its document, and pages of other origins."""
+"""The application: its routes and document, pages of other origins, unexpected errors, metrics, silent streams."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from asgi_client import NEVER, bearer, send
+from asgi_client import NEVER, Response, bearer, completion, send, texts_when_done
+from prefixtune.engine.request import SequenceOutput
 from prefixtune.server.auth import hash_key
+from prefixtune.server.metrics import Metrics
 from prefixtune.server.settings import KeyConfig
 
 
@@ -71,3 +74,74 @@ def test_without_keys_only_this_machine_is_answered(make_server: Callable[..., A
         assert asyncio.run(send(app, "GET", "/v1/models", headers={"host": host})).code == "host_not_allowed"
     for name in ("x-forwarded-for", "x-forwarded-host", "x-real-ip", "forwarded", "via"):
         assert asyncio.run(send(app, "GET", "/v1/models", headers={name: "127.0.0.1"})).code == "key_needed"
+
+
+def test_a_name_with_a_line_break_is_refused(make_server: Callable[..., Any]) -> None:
+    app, state = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
+    body = (state.store.folder / "a.safetensors").read_bytes()
+    for name in ("x\n", "x\ny"):
+        assert asyncio.run(send(app, "PUT", f"/v1/models/{name}", body, headers=bearer("boss"))).status == 400
+    assert state.store.names() == ["a", "b"]
+
+
+def test_details_of_an_unexpected_error_are_only_in_the_log(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, state = make_server()
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("a secret of /srv/models")
+
+    monkeypatch.setattr(state.catalog, "files", fail)
+    with caplog.at_level(logging.ERROR, "prefixtune.server"):
+        response = asyncio.run(send(app, "POST", "/v1/completions", completion()))
+    assert (response.status, response.code) == (500, "internal_error")
+    assert "secret" not in response.body.decode()
+    assert response.headers["x-request-id"] in response.json["error"]["message"]
+    (record,) = caplog.records
+    assert "a secret" in str(record.exc_info)
+    assert texts_when_done(state) == 0
+
+
+def test_metrics_of_prefixes_are_bounded(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, state = make_server()
+    monkeypatch.setattr("prefixtune.server.metrics._MOST_LABELS", 2)
+    metrics = Metrics(state.config, state.worker, state.store, lambda: (0, False))
+    for index in range(1000):
+        metrics.text_done([f"tenant-{index}"], "stop", 1)
+    lines = [line for line in metrics.render().decode().splitlines() if line.startswith("prefixtune_new_tokens_total")]
+    assert sorted(lines) == [
+        'prefixtune_new_tokens_total{prefix="other"} 998.0',
+        'prefixtune_new_tokens_total{prefix="tenant-0"} 1.0',
+        'prefixtune_new_tokens_total{prefix="tenant-1"} 1.0',
+    ]
+
+
+def test_a_silent_stream_sends_keep_alive_comments(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    monkeypatch.setattr("prefixtune.server.api.generation.KEEP_ALIVE_SECONDS", 0.05)
+    later: list[Any] = []
+    monkeypatch.setattr(state.worker, "submit", lambda request, on_output, deadline: later.append((request, on_output)))
+
+    async def wait() -> Response:
+        response = Response()
+        running = asyncio.ensure_future(send(app, "POST", "/v1/chat/completions", body, into=response))
+        async with asyncio.timeout(10):
+            while response.body.count(b": waiting\n\n") < 2:
+                await asyncio.sleep(0.01)
+        request, tell = later[0]
+        tell(SequenceOutput(request.id, 0, (), "done", "stop"))
+        return await running
+
+    body = completion(stream=True)
+    del body["prompt"]
+    body["messages"] = [{"role": "user", "content": "hi"}]
+    state.backbone.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    try:
+        response = asyncio.run(wait())
+    finally:
+        state.backbone.tokenizer.chat_template = None
+    assert response.body.count(b": waiting\n\n") >= 2
+    assert response.body.endswith(b"data: [DONE]\n\n")

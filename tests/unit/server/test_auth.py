@@ -1,8 +1,17 @@
-"""API keys: who calls, and what they may use."""
+"""API keys: who calls, what they may use, and how much at once."""
 
 from __future__ import annotations
 
-from prefixtune.server.auth import Caller, Keyring, hash_key
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asgi_client import Response, completion, send
+from prefixtune.server.auth import Caller, Gate, Keyring, hash_key
+from prefixtune.server.responses import ApiError
 from prefixtune.server.settings import KeyConfig
 
 
@@ -20,10 +29,92 @@ def test_a_key_is_found_by_its_hash_only() -> None:
 
 
 def test_patterns_name_the_allowed_models() -> None:
-    caller = Caller.from_config("a", KeyConfig(hash=hash_key(""), prefixes=("acme-*", "base")))
+    caller = Caller("a", KeyConfig(hash=hash_key(""), prefixes=("acme-*", "base")))
     assert [name for name in ("acme-1", "acme-", "base", "base2", "Acme-1", "x-acme-1") if caller.may_use(name)] == [
         "acme-1",
         "acme-",
         "base",
     ]
-    assert not Caller.from_config("b", KeyConfig(hash=hash_key(""), prefixes=())).may_use("base")
+    assert not Caller("b", KeyConfig(hash=hash_key(""), prefixes=())).may_use("base")
+
+
+def test_the_queue_is_bounded(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, state = make_server(max_queue=2)
+    monkeypatch.setattr(state.worker, "submit", lambda *_, **__: None)
+
+    async def fill() -> tuple[Response, Response]:
+        disconnected = asyncio.Event()
+        running = [
+            asyncio.ensure_future(send(app, "POST", "/v1/completions", completion(n=3), disconnected=disconnected))
+            for _ in range(2)
+        ]
+        while state.gate.count < 6:
+            await asyncio.sleep(0.005)
+        refused = await send(app, "POST", "/v1/completions", completion())
+        health = await send(app, "GET", "/healthz")
+        disconnected.set()
+        await asyncio.gather(*running)
+        return refused, health
+
+    refused, health = asyncio.run(fill())
+    assert (refused.status, refused.code) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert health.status == 200
+    assert state.gate.count == 0
+
+
+def test_no_key_fills_the_gate_alone() -> None:
+    gate = Gate(16, shared=True)
+    with contextlib.ExitStack() as inside:
+        for _ in range(8):
+            inside.enter_context(gate.admit(1, "busy"))
+        with pytest.raises(ApiError) as caught:
+            inside.enter_context(gate.admit(1, "busy"))
+        assert caught.value.code == "queue_full"
+        # Whoever has nothing inside finds all that is left.
+        inside.enter_context(gate.admit(6, "other"))
+        inside.enter_context(gate.admit(2, "third"))
+    assert gate.count == 0
+    with gate.admit(16, "one request may be large"):
+        pass
+    with pytest.raises(ApiError) as caught, gate.admit(17):
+        pass
+    assert caught.value.status == 400, "it would never fit"
+
+
+def test_requests_per_minute() -> None:
+    now = [0.0]
+    limit = Caller("a", KeyConfig(hash=hash_key(""), requests_per_minute=3), clock=lambda: now[0])
+
+    def request_once() -> None:
+        with limit.request():
+            pass
+
+    for _ in range(3):
+        request_once()
+    with pytest.raises(ApiError) as caught:
+        request_once()
+    assert (caught.value.code, caught.value.headers["Retry-After"]) == ("rate_limit_exceeded", "20")
+    # A third of a minute later there is room for exactly one.
+    now[0] = 20.0
+    request_once()
+    with pytest.raises(ApiError):
+        request_once()
+    # A long pause saves up no more than one minute.
+    now[0] = 10_000.0
+    for _ in range(3):
+        request_once()
+    with pytest.raises(ApiError):
+        request_once()
+
+
+def test_concurrent_requests_are_counted_down_whatever_happens() -> None:
+    limit = Caller("a", KeyConfig(hash=hash_key(""), concurrent=2))
+    with limit.request(), limit.request():
+        with pytest.raises(ApiError) as caught, limit.request():
+            pass
+        assert caught.value.code == "concurrency_limit_exceeded"
+    with pytest.raises(OSError, match="gone"), limit.request():
+        raise OSError("gone")
+    with limit.request(), limit.request():
+        pass

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from prefixtune.attention.layout import Layout
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
-from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 
 WORDS = ["<unk>", "</s>", "▁Hello", "▁world", "world", "!", "▁", "a", "▁a"]
@@ -94,19 +93,12 @@ def test_offsets_of_an_echoed_prompt(bytewise: Backbone) -> None:
         assert choice["logprobs"]["text_offset"] == offsets
 
 
-def test_no_offset_is_past_the_text(bytewise: Backbone) -> None:
-    """The tokens of a stop string are behind it."""
-    choice = CompletionChoices(bytewise).whole(0, generated(bytewise, "ab END"), "ab")
-    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 2, 2, 2]
+def test_a_target_has_no_offsets(bytewise: Backbone) -> None:
+    """Words of the text format and white space are taken from the text."""
+    logprobs = CompletionChoices(bytewise, has_offsets=False).whole(0, generated(bytewise, " → é!"), "é!")["logprobs"]
+    assert (logprobs["text_offset"], len(logprobs["tokens"])) == ([], len(" → é!".encode()))
 
 
-def test_offsets_within_a_target_that_follows_a_special_token(bytewise: Backbone) -> None:
-    output = generated(bytewise, "<s> → é!")
-    logprobs = CompletionChoices(bytewise, TextFormat(target="→ {target}")).whole(0, output, "é!")["logprobs"]
-    assert logprobs["text_offset"] == [0, 0, 0, 0, 0, 0, 0, 0, 1]
-
-
-def test_part_of_a_character_has_its_bytes(bytewise: Backbone) -> None:
-    content = ChatChoices(bytewise).whole(0, generated(bytewise, " é😀"), "")["logprobs"]["content"]
-    assert [token["token"] for token in content] == [" ", *["\ufffd"] * 6]
-    assert b"".join(bytes(token["bytes"]) for token in content).decode() == " é😀"
+def test_part_of_a_character_has_no_bytes(bytewise: Backbone) -> None:
+    content = ChatChoices(bytewise).whole(0, generated(bytewise, " é"), "")["logprobs"]["content"]
+    assert [(token["token"], token["bytes"]) for token in content] == [(" ", [32]), ("\ufffd", None), ("\ufffd", None)]

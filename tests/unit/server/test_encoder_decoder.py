@@ -72,11 +72,9 @@ def test_an_encoder_decoder_is_served(
         echo = {"model": "tiny", "prompt": SOURCE, "echo": True, "logprobs": 0}
         refused = asyncio.run(send(app, "POST", "/v1/completions", echo))
         assert (refused.status, refused.json["error"]["param"]) == (400, "echo")
-        assert "Leave out echo or logprobs." in refused.json["error"]["message"]
         long = {"model": "all", "prompt": "word " * 3000, "max_tokens": 5} if family == "bart" else None
         if long:
             refused = asyncio.run(send(app, "POST", "/v1/completions", long))
             assert (refused.status, refused.code) == (400, "context_length_exceeded")
-            assert "on either side" in refused.json["error"]["message"]
     finally:
         state.close()

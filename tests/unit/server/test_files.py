@@ -160,57 +160,21 @@ def preview(app: Any, data: bytes, filename: str, purpose: str = "fine-tune") ->
     return response.json
 
 
-def test_a_preview_shows_examples_and_what_the_model_reads_of_one(app: Any) -> None:
-    found = preview(app, ROWS, "rows.jsonl")
+def test_previews(app: Any) -> None:
+    found = preview(app, ROWS, "rows.jsonl")["examples"]
     # Prompts and completions are chats of one turn.
-    assert found["examples"][0]["messages"] == [
+    assert found[0]["messages"] == [
         {"role": "user", "content": "q0", "trained": False},
         {"role": "assistant", "content": "a0", "trained": True},
     ]
-    assert len(found["examples"]) == 24
-    assert found["sampled"] == 50
-    assert "q0" in "".join(one["text"] for one in found["parts"] if not one["trained"])
-    assert "a0" in "".join(one["text"] for one in found["parts"] if one["trained"])
-    lengths = found["lengths"]
-    assert sum(lengths["counts"]) == 50
-    assert len(lengths["edges"]) == len(lengths["counts"]) + 1
-    assert found["cuts"] == "All fit the model's 512 tokens."
-    # A job without options takes steps of 16 targets.
-    assert found["steps_per_epoch"] * 16 >= 50
-
-
-def test_a_preview_says_what_is_cut(app: Any) -> None:
-    rows = [{"source": "word " * (900 if number == 3 else 3), "target": "yes"} for number in range(8)]
+    assert len(found) == 24
+    rows = [{"source": "word " * 900, "target": "yes"}] * 8
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    found = preview(app, data, "rows.jsonl")
-    assert found["cuts"] == "1 of 8 examples are cut to the model's 512 tokens."
-    assert found["examples"][3] == {"source": rows[3]["source"].strip()[:2000], "targets": ["yes"]}
-
-
-def test_a_preview_of_very_long_conversations(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template writes all earlier messages for each answer: the longest conversations would take hours."""
-    app, state = make_server()
-    template = "{% for m in messages %}<s>{{ m.content }}<pad>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
-    monkeypatch.setattr(state.backbone.tokenizer, "chat_template", template)
-    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    data = b"".join(json.dumps({"messages": turn * count}).encode() + b"\n" for count in (3000, 2, 2000, 3))
-    found = preview(app, data, "chats.jsonl")
-    assert (found["sampled"], len(found["examples"])) == (2, 4)
-    # Nor are all of their messages shown.
-    assert [len(example["messages"]) for example in found["examples"]] == [50, 4, 50, 6]
-    alone = preview(app, data.splitlines()[0], "chats.jsonl")
-    assert alone["cuts"] == "The conversations are too long to be measured here."
-    assert len(alone["examples"]) == 1
-
-
-def test_previews_of_what_has_no_examples(app: Any) -> None:
-    text = preview(app, b"Owls fly at night. " * 50, "owls.txt", "document")
-    assert text["examples"][0]["source"].startswith("Owls fly")
-    assert text["cuts"].startswith("It has ")
+    shown = {"source": rows[0]["source"].strip()[:2000], "targets": ["yes"]}
+    assert preview(app, data, "rows.jsonl")["examples"] == [shown] * 8
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 3000
+    (long,) = preview(app, json.dumps({"messages": chat}).encode(), "chats.jsonl")["examples"]
+    assert len(long["messages"]) == 50
+    (text,) = preview(app, b"Owls fly at night. " * 50, "owls.txt", "document")["examples"]
+    assert text["source"].startswith("Owls fly")
     assert preview(app, b"text\n", "empty.csv")["examples"] == []
-    two_forms = preview(app, b"prompt,completion,question,answer\n1,2,3,4\n", "two.csv")
-    assert (two_forms["examples"], two_forms["lengths"]) == ([], None)
-    one_label = preview(app, b"text,label\ngood,1\nfine,1\n", "labels.csv")
-    assert (one_label["lengths"], "label" in one_label["cuts"]) == (None, True)
-    labels = preview(app, b"text,label\ngood,yes\nbad,no\n", "labels.csv")
-    assert labels["parts"][0]["text"]

@@ -20,13 +20,11 @@ import pytest
 from asgi_client import send
 from openai_client import ask
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.errors import ConfigError
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.job import Job, JobResult
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.jobs.worker import launch
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
-from prefixtune.server import training
 from prefixtune.server.api import job_creation
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
@@ -90,9 +88,8 @@ def keys(**rules: dict[str, Any]) -> dict[str, KeyConfig]:
 
 
 def test_a_job_from_its_creation_to_its_result(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_server: Callable[..., Any],
 ) -> None:
-    monkeypatch.setattr(job_creation, "check_installed", list)
     app, state = make_server(trackers=("wandb",))
     file, check = upload(state), upload(state)
     woken = threading.Event()
@@ -214,7 +211,7 @@ def test_a_job_is_paused_resumed_and_cancelled(make_server: Callable[..., Any]) 
     app, state = make_server()
     job = create(app, upload(state), own={"name": "mine"})
     assert ask(app, lambda client: client.fine_tuning.jobs.pause(job.id)).status == "paused"
-    with pytest.raises(openai.BadRequestError, match="is paused; only a job that is queued or running can be paused"):
+    with pytest.raises(openai.BadRequestError):
         ask(app, lambda client: client.fine_tuning.jobs.pause(job.id))
     # A paused job keeps its name.
     assert refusal(app, upload(state), own={"name": "mine"}).code == "name_taken"
@@ -357,23 +354,11 @@ def test_a_wrong_request_leaves_nothing(
     assert left(state) == ([], [])
 
 
-def test_trackers_are_allowed_by_the_servers_owner_and_installed(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackers_are_allowed_by_the_servers_owner(make_server: Callable[..., Any]) -> None:
     app, state = make_server(trackers="trackio,wandb")
-    file = upload(state)
-    monkeypatch.setattr(job_creation, "check_installed", lambda names: None)
-    other = refusal(app, file, integrations=[{"type": "wandb"}, {"type": "mlflow"}])
+    other = refusal(app, upload(state), integrations=[{"type": "wandb"}, {"type": "mlflow"}])
     assert (other.status_code, other.param, other.code) == (400, "integrations[1].type", "tracker_not_allowed")
-    assert "'trackers'" in other.message
-    monkeypatch.setattr(job_creation, "check_installed", partial(_refuse_all, "missing"))
-    missing = refusal(app, file, integrations=[{"type": "wandb"}])
-    assert (missing.status_code, missing.code) == (400, "tracker_not_installed")
     assert left(state) == ([], [])
-
-
-def _refuse_all(message: str, _: list[str]) -> None:
-    raise ConfigError(message)
 
 
 def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> None:
@@ -467,23 +452,6 @@ def test_a_change_that_may_have_been_made_is_not_tried_again_by_clients(
     assert (response.headers["x-should-retry"], response.headers.get("retry-after")) == ("false", None)
     assert ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id)).status == "cancelled"
 
-    # Nor is one that takes too long, and goes on meanwhile.
-    release = threading.Event()
-    add = JobQueue.add
-
-    def add_slowly(queue: JobQueue, job: Job) -> None:
-        release.wait(20)
-        add(queue, job)
-
-    monkeypatch.setattr(JobQueue, "add", add_slowly)
-    monkeypatch.setattr(training, "_SECONDS", 0.5)
-    slow = refusal(app, file)
-    assert (slow.status_code, slow.response.headers["x-should-retry"]) == (503, "false")
-    # With a key, it may be sent again.
-    again = refusal(app, file, extra_headers={"Idempotency-Key": "one"})
-    assert (again.status_code, again.response.headers["retry-after"]) == (503, "5")
-    release.set()
-
 
 def test_a_data_folder_that_cannot_be_used_is_said_without_its_path(
     make_server: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -527,15 +495,3 @@ def test_a_full_disk_is_said_and_leaves_nothing(
         error = refusal(app, file)
     assert (error.status_code, error.code) == (507, "storage_failed")
     assert left(state) == ([], [])
-
-
-def test_jobs_are_counted(make_server: Callable[..., Any]) -> None:
-    app, state = make_server()
-    text = asyncio.run(send(app, "GET", "/metrics")).body.decode()
-    assert "prefixtune_jobs{" not in text
-    file = upload(state)
-    create(app, file)
-    ask(app, partial(act, create(app, file).id, "pause"))
-    text = asyncio.run(send(app, "GET", "/metrics")).body.decode()
-    for line in ('jobs{status="queued"} 1.0', 'jobs{status="paused"} 1.0', "jobs_created_total 2.0"):
-        assert f"prefixtune_{line}" in text

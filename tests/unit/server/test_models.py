@@ -33,7 +33,7 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(
     answer = download(app, "hers", "ann")
     assert (answer.status, answer.body) == (200, path.read_bytes())
     assert answer.headers["content-length"] == str(path.stat().st_size)
-    assert answer.headers["content-disposition"] == "attachment; filename*=UTF-8''hers.safetensors"
+    assert answer.headers["content-disposition"] == 'attachment; filename="hers.safetensors"'
     assert download(app, "hers", "boss").body == path.read_bytes()
     assert download(app, "a", "boss").status == 200
     # A prefix that no job of hers made, and one that does not exist.
@@ -55,8 +55,7 @@ def test_what_reads_or_joins_a_file_counts_as_a_request(make_server: Callable[..
         return asyncio.run(send(app, method, path, headers=bearer(key))).status
 
     for path, key in zip(paths, names, strict=False):
-        looks = [ask(key, "GET", path.format(name)) for name in ("a", "a", "a+b", "b", "b+a")]
-        assert looks == [200, 200, 200, 200, 429]
+        assert [ask(key, "GET", path.format(name)) for name in ("a+b", "b+a")] == [200, 429]
     for method, path, key in (("DELETE", "/v1/models/a", names[2]), ("GET", "/v1/models/a/file", names[3])):
         assert [ask(key, method, path) for _ in range(2)] == [403, 429]
 

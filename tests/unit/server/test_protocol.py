@@ -24,26 +24,26 @@ def chat(**body: Any) -> ChatRequest:
 
 
 def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
-    plain = completion().sampling(LIMITS)
+    plain = completion().sampling(9)
     assert (plain.temperature, plain.top_p, plain.stop, plain.seed, plain.logprobs) == (1.0, 1.0, (), None, None)
     assert completion().length is None
     request = completion(
         max_tokens=7, min_tokens=2, temperature=0, top_p=0.5, top_k=3, seed=-1, stop=["a", "b"], n=2, logprobs=5,
         repetition_penalty=1.5, stream=True, stream_options={"include_usage": True},
     )  # fmt: skip
-    sampling = request.sampling(LIMITS)
-    assert (sampling.max_new_tokens, sampling.min_new_tokens, sampling.temperature) == (7, 2, 0.0)
+    sampling = request.sampling(9)
+    assert (sampling.max_new_tokens, sampling.min_new_tokens, sampling.temperature) == (9, 2, 0.0)
     assert (sampling.top_p, sampling.top_k, sampling.seed, sampling.stop) == (0.5, 3, -1, ("a", "b"))
     assert (sampling.logprobs, sampling.repetition_penalty, request.n) == (5, 1.5, 2)
     assert (request.stream, request.include_usage, request.length) == (True, True, 7)
-    assert completion(stop="end").sampling(LIMITS).stop == ("end",)
+    assert completion(stop="end").sampling(9).stop == ("end",)
     # Clients send null for what is left out.
     assert completion(max_tokens=None, temperature=None, stop=None, n=None, stream=None, tools=None) == completion()
 
 
 def test_vllms_top_k_for_all_tokens_and_openais_top_p_of_zero() -> None:
-    assert completion(top_k=-1).sampling(LIMITS).top_k == 0
-    assert 0 < completion(top_p=0).sampling(LIMITS).top_p < 1e-6
+    assert completion(top_k=-1).sampling(9).top_k == 0
+    assert 0 < completion(top_p=0).sampling(9).top_p < 1e-6
 
 
 def test_fields_that_change_nothing_are_ignored() -> None:
@@ -52,12 +52,12 @@ def test_fields_that_change_nothing_are_ignored() -> None:
         "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "suffix": "", "modalities": ["text"],
         "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True,
     }  # fmt: skip
-    assert completion(**neutral).sampling(LIMITS) == completion().sampling(LIMITS)
+    assert completion(**neutral).sampling(9) == completion().sampling(9)
 
 
 def test_penalties_and_biases_reach_the_engine() -> None:
     fields = {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.5}
-    params = completion(**fields, logit_bias={"5": -100, "007": 1.5}).sampling(LIMITS)
+    params = completion(**fields, logit_bias={"5": -100, "007": 1.5}).sampling(9)
     assert fields == {name: getattr(params, name) for name in fields}
     assert params.logit_bias == {5: -100.0, 7: 1.5}
 
@@ -71,10 +71,10 @@ def test_response_formats() -> None:
 
 
 def test_echo_asks_for_the_prompts_logprobs_too() -> None:
-    params = completion(echo=True, logprobs=3, max_tokens=0).sampling(LIMITS)
-    assert (params.prompt_logprobs, params.logprobs, params.max_new_tokens) == (3, 3, 0)
-    assert completion(echo=True).sampling(LIMITS).prompt_logprobs is None
-    assert completion(logprobs=3).sampling(LIMITS).prompt_logprobs is None
+    params = completion(echo=True, logprobs=3, max_tokens=0).sampling(9)
+    assert (params.prompt_logprobs, params.logprobs) == (3, 3)
+    assert completion(echo=True).sampling(9).prompt_logprobs is None
+    assert completion(logprobs=3).sampling(9).prompt_logprobs is None
 
 
 def test_messages() -> None:
@@ -88,13 +88,13 @@ def test_messages() -> None:
         logprobs=True,
         top_logprobs=2,
     )
-    assert request.conversation == [
+    assert request.prompts[0] == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "c"},
     ]
-    assert request.sampling(LIMITS).max_new_tokens == 9
-    assert request.sampling(LIMITS).logprobs == 2
-    assert chat(logprobs=True).sampling(LIMITS).logprobs == 0
-    assert chat(logprobs=False).sampling(LIMITS).logprobs is None
-    assert chat(max_tokens=5, max_completion_tokens=9).sampling(LIMITS).max_new_tokens == 9
+    assert request.length == 9
+    assert request.sampling(9).logprobs == 2
+    assert chat(logprobs=True).sampling(9).logprobs == 0
+    assert chat(logprobs=False).sampling(9).logprobs is None
+    assert chat(max_tokens=5, max_completion_tokens=9).length == 9

@@ -1,11 +1,9 @@
-"""A server without an engine: files and training only, over a socket that nobody else opens."""
+"""A server without an engine: files and training only."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-import socket
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone, load_tokenizer
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
-from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.api.models import _UPLOAD_FOLDER
 from prefixtune.server.app import make_app
-from prefixtune.server.launch import _bind, _load
+from prefixtune.server.launch import _load
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
@@ -72,23 +69,6 @@ def test_a_model_without_a_limit_of_its_own_is_trained(state: ServerState, monke
 @pytest.mark.parametrize(("method", "path"), [("POST", "/v1/completions"), ("GET", "/v1/status"), ("GET", "/")])
 def test_nothing_needs_an_engine(state: ServerState, method: str, path: str):
     assert asyncio.run(send(make_app(state), method, path, {})).status == 404
-
-
-def test_a_socket_file_is_the_users_own_and_replaces_that_of_a_killed_server(tmp_path: Path):
-    path = tmp_path / "run" / "serve.sock"
-    config = ServeConfig(host=f"unix:{path}")
-    assert config.is_loopback
-    path.parent.mkdir()
-    with socket.socket(socket.AF_UNIX) as killed:
-        killed.bind(str(path))
-    with _bind(config) as listener:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        listener.listen()
-        with pytest.raises(ConfigError, match="in use"), _bind(config):
-            pass
-    assert not path.exists()
-    with pytest.raises(ConfigError), _bind(ServeConfig(host=f"unix:{path}{'x' * 108}")):
-        pass
 
 
 def test_its_start_removes_what_killed_uploads_left(state: ServerState):

@@ -58,9 +58,7 @@ def show_status(context: KeyContext) -> dict[str, Any]:
     running = [
         {
             "slot": sequence.slot,
-            "model": sequence.prefix_name
-            if context.caller.rules.admin or sequence.tenant == context.caller.name
-            else None,
+            "model": sequence.prefix_name if admin or sequence.tenant == context.caller.name else None,
             "prompt_tokens": sequence.prompt_tokens,
             "new_tokens": sequence.new_tokens,
         }

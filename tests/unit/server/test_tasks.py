@@ -49,9 +49,7 @@ def test_examples_of_fields_are_valid() -> None:
     for task in ("e2e", "webnlg", "dart", "toy"):
         schema = task_schema_of({"task": task})
         assert schema is not None
-        assert schema.source({field.name: field.example for field in schema.fields})
-        # A page makes its schema of this.
-        assert json.loads(json.dumps(schema.describe()))[0]["name"] == schema.columns[0]
+        assert schema.source({field["name"]: field["example"] for field in schema.fields})
 
 
 @pytest.mark.parametrize(
