@@ -89,7 +89,6 @@ class Catalog:
         for name, file in found.items():
             if not (caller.may_use(name) or (file and self._is_theirs(file.origin, caller))):
                 raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
-        for name, file in found.items():
             if file is None or not self._is_theirs(file.origin, caller, nobodys=True):
                 raise not_found("model", name)
         return {name: file for name, file in found.items() if file is not None}

@@ -5,7 +5,7 @@ Labels are bounded: routes by their patterns, and prefixes by number; the rest c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -35,12 +35,9 @@ class Metrics:
         config: The server's configuration.
         worker: The engine; None: the server has none.
         store: The prefixes.
-        now: How many requests are open, and whether the server is shutting down.
     """
 
-    def __init__(
-        self, config: ServeConfig, worker: Engine | None, store: PrefixFolder, now: Callable[[], tuple[int, bool]]
-    ) -> None:
+    def __init__(self, config: ServeConfig, worker: Engine | None, store: PrefixFolder) -> None:
         # A creation time for each metric would double the text.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._labels = set[str]()
@@ -60,7 +57,7 @@ class Metrics:
         self._new_tokens = counter("new_tokens", "Tokens generated.", "prefix")
         self._first = histogram("first_token_seconds", "Time to a text's first token.")
         self._gap = histogram("token_gap_seconds", "Time between a text's tokens.", buckets=_GAPS)
-        self.num_slots, self.worker, self.store, self.now = config.num_slots, worker, store, now
+        self.num_slots, self.worker, self.store = config.num_slots, worker, store
         registry.register(self)
         ProcessCollector(registry=registry)
 
@@ -104,10 +101,8 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The current values."""
-        store, (num_open, draining) = self.store, self.now()
+        store = self.store
         gauges: list[tuple[str, str, float]] = [
-            ("open_requests", "Requests being answered.", num_open),
-            ("draining", "1 when the server is shutting down.", draining),
             ("refused_prefixes", "Files that cannot be served.", store.num_refused),
             ("cached_prefixes", "Prefixes in memory.", store.num_loaded),
             ("cached_prefix_bytes", "Memory of the prefixes in it.", store.num_bytes),

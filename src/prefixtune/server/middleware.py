@@ -43,9 +43,6 @@ class Middleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, then log and count its outcome."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         started = time.monotonic()
         request_id = uuid.uuid4().hex
         log_fields: dict[str, Any] = {"id": request_id}

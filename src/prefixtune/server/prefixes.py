@@ -37,7 +37,6 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_path, reporting_write_errors
 
 _log = logging.getLogger(__name__)
-_MAX_REASON_LENGTH = 500
 _LOCK_SECONDS = 10.0
 _Versions = tuple[Signature | None, ...]
 
@@ -113,10 +112,6 @@ class PrefixFolder:
     def origins(self) -> dict[str, JobOrigin]:
         """The files that jobs made, served or not; as `files`."""
         return {name: file.origin for name, file in self.files().items() if file.origin is not None}
-
-    def __contains__(self, name: str) -> bool:
-        """Whether there is a file of this name, served or not."""
-        return self.file(name) is not None
 
     def file(self, name: str) -> PrefixFile | None:
         """The file of a name as it is now, served or not; None: there is none."""
@@ -285,7 +280,7 @@ class PrefixFolder:
             return self._refused(None, f"it cannot be read: {getattr(error, 'strerror', None) or error}", last)
 
     def _refused(self, signature: Signature | None, reason: str, origin: JobOrigin | None) -> PrefixFile:
-        return PrefixFile(signature, reason=self._without_paths(reason)[:_MAX_REASON_LENGTH], origin=origin)
+        return PrefixFile(signature, reason=self._without_paths(reason), origin=origin)
 
     def _without_paths(self, message: str) -> str:
         """A message without the folder's path, which callers must not see."""

@@ -188,12 +188,6 @@ class ServeConfig(Config):
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with several values together. Wrong keys count as keys: there is no second message."""
-        if self.engine == "none" and not self.takes_jobs:
-            yield (
-                ("engine", "train_workers", "database_url"),
-                "engine is 'none' and nothing trains (train_workers is 0, and there is no database_url), so the server "
-                "would do nothing",
-            )
         if bool(self.vllm_url) != bool(self.vllm_folder):
             yield ("vllm_url", "vllm_folder"), "vllm_url and vllm_folder belong together"
         if self.engine == "vllm" and self.quantize:

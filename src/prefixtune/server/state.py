@@ -9,12 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.base import Engine
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
-from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.auth import Gate, Keyring
 from prefixtune.server.catalog import Catalog
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.prefixes import PrefixFolder
-from prefixtune.server.responses import ApiError
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
 
@@ -49,8 +47,8 @@ class ServerState:
         max_length = worker.max_length if worker else min(limits, default=DEFAULT_MAX_LENGTH)
         self.catalog = Catalog(store, config, max_length)
         self.gate = Gate(config.num_slots + config.max_queue, shared=len(config.keys) > 1)
-        self.metrics = Metrics(config, worker, store, lambda: (self.num_open, self.draining))
-        self.training = Training(config, is_open=self.keyring.is_open) if config.takes_jobs else None
+        self.metrics = Metrics(config, worker, store)
+        self.training = Training(config) if config.takes_jobs else None
         # One thread: tokenizers keep settings that several threads would overwrite.
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
 
@@ -58,17 +56,6 @@ class ServerState:
     def worker(self) -> Engine:
         """The engine, in its thread."""
         assert self._worker is not None, "the server has no endpoint that needs an engine"
-        return self._worker
-
-    @property
-    def torch_worker(self) -> EngineWorker:
-        """The same, where labels are scored.
-
-        Raises:
-            ApiError: Another engine runs, which writes text only.
-        """
-        if not isinstance(self._worker, EngineWorker):
-            raise ApiError(501, "this server's engine writes text only: it gives no labels.", code="unsupported_engine")
         return self._worker
 
     async def drain(self, seconds: float) -> bool:

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from fastapi.concurrency import run_in_threadpool
@@ -41,9 +40,9 @@ class Training:
 
     Args:
         config: The server's configuration.
-        is_open: Whether no key is configured: everybody on this machine then sees everything.
 
     Attributes:
+        is_open: Whether no key is configured: everybody on this machine then sees everything.
         folder: Files and jobs.
         database_url: Of the queue.
         files: The uploaded files.
@@ -53,8 +52,8 @@ class Training:
         adding: Held while a job is looked at and added.
     """
 
-    def __init__(self, config: ServeConfig, *, is_open: bool) -> None:
-        self.config, self.is_open = config, is_open
+    def __init__(self, config: ServeConfig) -> None:
+        self.config, self.is_open = config, not config.keys
         self.folder = DataFolder(jobs_folder(config.data_folder, config.prefixes))
         self.database_url = config.database_url or f"sqlite:///{self.folder.database}"
         self.files, self.backbone = FileStore(self.folder), backbone_identity(config.backbone)
@@ -64,11 +63,6 @@ class Training:
         self._queue: JobQueue | None = None
         self._opening = threading.Lock()
         self._turns = asyncio.Semaphore(_AT_ONCE)
-
-    @property
-    def prefixes(self) -> Path:
-        """The folder that results are served from."""
-        return Path(self.config.prefixes).absolute()
 
     def whose(self, caller: Caller) -> str | None:
         """Whose files and jobs somebody may see and change; None: everybody's."""

@@ -106,7 +106,7 @@ def test_details_of_an_unexpected_error_are_only_in_the_log(
 def test_metrics_of_prefixes_are_bounded(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _, state = make_server()
     monkeypatch.setattr("prefixtune.server.metrics._MOST_LABELS", 2)
-    metrics = Metrics(state.config, state.worker, state.store, lambda: (0, False))
+    metrics = Metrics(state.config, state.worker, state.store)
     for index in range(1000):
         metrics.text_done([f"tenant-{index}"], "stop", 1)
     lines = [line for line in metrics.render().decode().splitlines() if line.startswith("prefixtune_new_tokens_total")]

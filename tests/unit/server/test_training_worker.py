@@ -166,7 +166,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
         train_nice=7,
         cache_mib=77,
     )
-    training = Training(config, is_open=True)
+    training = Training(config)
     assert start_worker(ServeConfig(train_workers=0, database_url=url), training) is None
     assert start_worker(config, None) is None
     worker = start_worker(config, training)

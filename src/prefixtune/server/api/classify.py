@@ -21,6 +21,7 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.labels import labels_of
 from prefixtune.engine.request import ContextLengthError, EngineFull
+from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import ConfigError, PrefixError, RequestError, short_repr
 from prefixtune.inference.classify import EncodedTexts, encode_to_classify, encode_to_tag, first_duplicate
 from prefixtune.inference.config import ClassifyConfig
@@ -28,7 +29,7 @@ from prefixtune.server.api.endpoint import GenerationContext, RequestContext, ke
 from prefixtune.server.api.generation import engine_error
 from prefixtune.server.api.protocol import Body, Text, Texts
 from prefixtune.server.catalog import ServedModel
-from prefixtune.server.responses import JsonAnswer, bad_request, unavailable
+from prefixtune.server.responses import ApiError, JsonAnswer, bad_request, unavailable
 from prefixtune.server.settings import ServeConfig
 
 router = key_router()
@@ -150,7 +151,9 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
         ApiError: The time is over, or the engine accepts no work.
         ClientDisconnect: The client disconnected.
     """
-    worker = context.state.torch_worker
+    worker = context.state.worker
+    if not isinstance(worker, EngineWorker):
+        raise ApiError(501, "this server's engine writes text only: it gives no labels.", code="unsupported_engine")
     max_tokens = worker.engine.prefill_tokens
     scores: dict[int, list[Tensor]] = {row: [] for row in range(len(encoded.prompts))}
 

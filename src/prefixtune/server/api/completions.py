@@ -73,10 +73,8 @@ def _source(context: RequestContext, messages: list[dict[str, str]], text_format
             not drop them.
     """
     last, num_earlier = messages[-1], len(messages) - 1
-    if last["role"] != "user":
-        raise bad_request(f"the last message has the role {last['role']!r}, but must be the user's.", "messages")
-    if not last["content"].strip():
-        raise bad_request("the last message is empty; some text is needed.", "messages")
+    if last["role"] != "user" or not last["content"].strip():
+        raise bad_request("the last message must be the user's, and have some text.", "messages")
     if text_format.is_chat:
         return messages
     if num_earlier and context.state.config.earlier_messages == "refuse":

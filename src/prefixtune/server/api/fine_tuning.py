@@ -38,8 +38,7 @@ from prefixtune.server.responses import ApiError, bad_request
 
 router = key_router()
 _JOBS, _JOB = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
-_Change = Callable[[JobQueue, str], JobState]
-_ACTIONS: dict[str, tuple[tuple[str, ...], str, _Change]] = {
+_ACTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[JobQueue, str], JobState]]] = {
     "cancel": (("queued", "running", "paused"), "cancelled", JobQueue.cancel),
     "pause": (("queued", "running"), "paused", JobQueue.pause),
     "resume": (("paused",), "queued", JobQueue.resume),
@@ -161,7 +160,7 @@ def _checkpoints(context: RequestContext, state: JobState) -> list[Checkpoint]:
     found = checkpoints(job, training.folder.job(job.id).run)
     if state.status != "succeeded":
         return found
-    return [one for one in found if published_by(path_of(training.prefixes, one.name)) == job.id]
+    return [one for one in found if published_by(path_of(context.state.store.folder, one.name)) == job.id]
 
 
 def _view(context: RequestContext, queue: JobQueue, state: JobState) -> dict[str, Any]:

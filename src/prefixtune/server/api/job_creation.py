@@ -26,7 +26,6 @@ from prefixtune.server.responses import ApiError, bad_request, unavailable
 __all__ = ["create_job"]
 
 
-_MAX_KEY_LENGTH = 255
 _Links = Mapping[InputName, tuple[Path, str]]
 """What a job's folder links to, or has a copy of; see `DataFolder.make_job`."""
 _Lengths = Mapping[str, int] | None
@@ -43,8 +42,6 @@ def create_job(context: RequestContext, queue: JobQueue, body: FineTuningRequest
         QueueUnavailableError: The database is away.
     """
     training, key = context.training, context.request.headers.get("idempotency-key", "")
-    if len(key) > _MAX_KEY_LENGTH:
-        raise bad_request(f"the header Idempotency-Key has more than {_MAX_KEY_LENGTH} characters.")
     for index, one in enumerate(body.integrations or ()):
         if one.type not in context.state.config.trackers:
             message = f"jobs of this server may not report to {one.type!r}; its setting 'trackers' allows that."
@@ -153,7 +150,7 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
         if file_id
     }
     if start_lengths is not None:
-        start = path_of(training.prefixes, body.model)
+        start = path_of(state.store.folder, body.model)
         links["start"] = (start, f".{start.name}")
     return job, links, start_lengths
 
@@ -168,10 +165,7 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
     limits, store, unfinished = context.caller.rules, context.state.store, queue.unfinished()
     own = sum(one.owner == job.owner for one in unfinished)
     if own >= limits.max_jobs:
-        message = (
-            f"{own} jobs of this key wait, run or are paused, of at most {limits.max_jobs} (max_jobs); "
-            "cancel one, or wait until one ends."
-        )
+        message = f"{own} jobs of this key have not ended, of at most {limits.max_jobs} (max_jobs); cancel one."
         # A place is free when a job has ended, which takes longer than clients wait by themselves.
         raise ApiError(429, message, code="too_many_jobs", headers={"x-should-retry": "false"})
     # After the jobs: the result of one that has just ended is then seen, also if another server's worker made it.
@@ -179,7 +173,7 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
     if kept + own >= limits.max_prefixes:
         message = f"this key keeps {kept} results and has {own} jobs, which is its limit (max_prefixes)."
         raise bad_request(message, code="too_many_prefixes", hint="delete a model that is not needed.")
-    is_taken = job.name == context.state.config.model_id or job.name in store
+    is_taken = job.name == context.state.config.model_id or store.file(job.name) is not None
     if is_taken or any(one.name == job.name for one in unfinished):
         param = "prefixtune.name" if "name" in job.extension else "suffix"
         raise bad_request(f"the name {job.name!r} is taken.", param, "name_taken", hint="choose another one.")

@@ -19,8 +19,8 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 _StopString = Annotated[str, Field(min_length=1, max_length=256)]
-_Share = Annotated[float, Field(ge=-100, le=100)]
-_Biases = Annotated[dict[Annotated[int, Field(ge=0, lt=10**9)], _Share], Field(max_length=1024)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_Biases = Annotated[dict[Annotated[int, Field(ge=0)], _Bias], Field(max_length=1024)]
 _LIMITED = ("max_tokens", "max_completion_tokens", "min_tokens")
 _AS_THEY_ARE = ("temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 _SMALLEST_TOP_P = 1e-9

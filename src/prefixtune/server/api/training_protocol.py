@@ -104,14 +104,11 @@ class TrainingOptions(_Options):
     patience: _Count | None = None
     hold_out: float | None = Field(None, ge=0, lt=1, description="Share of the examples to choose the best prefix by.")
     max_length: _Count | None = None
-    on_too_long: Literal["cut", "error"] | None = None
-    license: Annotated[str, Field(max_length=500)] | None = None
 
     form: FormName | None = Field(None, description="How the file is read, where its columns fit several forms.")
     system: _LongText | None = Field(None, description="System message of conversations that have none.")
     chat_template: Literal["model", "none"] | None = None
     classifier: Literal["auto", "head", "words"] | None = None
-    label_words: Annotated[str, Field(max_length=4096)] | None = None
 
     document: _FileId | None = Field(
         None, description="A document to remember; the training file then holds questions about it, or is the document."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -88,7 +87,7 @@ def event_view(event: JobEvent) -> dict[str, Any]:
 def checkpoint_view(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     """The prefix of one evaluation."""
     return {
-        "id": f"ftckpt-{hashlib.sha256(f'{job.id}/{checkpoint.step}'.encode()).hexdigest()[:24]}",
+        "id": f"{job.id.replace('ftjob', 'ftckpt')}-{checkpoint.step}",
         "object": "fine_tuning.job.checkpoint",
         "created_at": checkpoint.created,
         "fine_tuning_job_id": job.id,
