@@ -75,15 +75,12 @@ def is_served(server: LiveServer) -> bool:
     ("path", "body"),
     [
         ("/v1/tasks/mine", {"name": "a" + " " * 400_000 + "b", "food": "c"}),
-        ("/v1/tasks/doc", {"document": "a" + " " * 400_000 + "b"}),
         ("/v1/tasks/pubs", {"mr": "name[a" + " " * 400_000 + "]"}),
         ("/v1/tasks/doc", {"document": [[]] * 100_000}),
         ("/v1/completions", {"model": "mine", "prompt": "a" * 900_000}),
-        ("/v1/completions", {"model": "mine", "prompt": ["a"] * 200_000}),
         ("/v1/completions", {"model": "mine", "prompt": [1] * 300_000}),
         ("/v1/completions", {"model": "mine", "prompt": [[]] * 250_000}),
         ("/v1/completions", {"model": "mine", **{str(index): 0 for index in range(80_000)}}),
-        ("/v1/chat/completions", {"model": "mine", "messages": [{}] * 250_000}),
         ("/v1/chat/completions", {"model": "mine", "messages": [{"role": "user", "content": [{}] * 250_000}]}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(reversed(value))[:9],
@@ -109,7 +106,7 @@ def test_a_hostile_text_does_not_delay_others(server: LiveServer, path: str, bod
 def test_abandoned_streams_leave_nothing_behind(server: LiveServer) -> None:
     body = json.dumps({"model": "mine", "prompt": "a", "max_tokens": 6, "n": 4, "stream": True}).encode()
     request = b"POST /v1/completions HTTP/1.1\r\n" + HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
-    for index in range(40):
+    for index in range(24):
         with connect(server) as connection:
             connection.sendall(request[: len(request) - index % 3])
             if index % 3 == 0:

@@ -8,9 +8,9 @@ from stress.load import put_load
 
 
 def test_a_mixed_load_has_no_fault_and_fair_shares(tmp_path: Path) -> None:
-    tally = put_load(tmp_path, seconds=6, prefixes=20, connections=16)
+    tally = put_load(tmp_path, seconds=3, prefixes=20, connections=16)
     assert tally.faults == []
-    assert sum(tally.done.values()) > 50
+    assert sum(tally.done.values()) > 25
     assert tally.left > 0
     # Six times the connections, and about the same share; less where other work keeps the callers from asking.
     assert not tally.busy

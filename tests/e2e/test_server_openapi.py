@@ -21,7 +21,7 @@ from prefixtune.server.auth import hash_key, new_key
 
 KEY = new_key()
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
-EXAMPLES = 8
+EXAMPLES = 5
 """For each operation, good ones and bad ones."""
 GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 CASES = [

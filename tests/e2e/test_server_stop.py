@@ -59,12 +59,12 @@ def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start:
         # Those that have ended first: one that ends in between is missing, and counted the next time.
         ended = sum(each.done() for each in (*wholes, *streams))
         status = server.get("/v1/status")[1]
-        return bool(status["waiting"]) and ended + len(status["running"]) + status["waiting"] == 24
+        return bool(status["waiting"]) and ended + len(status["running"]) + status["waiting"] == 12
 
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPoolExecutor(12) as pool:
         # More than there are slots: some wait.
-        wholes = [pool.submit(whole, index) for index in range(12)]
-        streams = [pool.submit(streamed, index) for index in range(12)]
+        wholes = [pool.submit(whole, index) for index in range(6)]
+        streams = [pool.submit(streamed, index) for index in range(6)]
         server.until(all_are_there, 20)
         server.process.send_signal(signal.SIGTERM)
         server.until(lambda: server.get("/readyz")[0] == 503, 5)
@@ -74,7 +74,7 @@ def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start:
         assert server.get("/healthz")[0] == 200
         answers = [each.result() for each in wholes]
         texts = [each.result() for each in streams]
-    assert [answer[0] for answer in answers] == [200] * 12
+    assert [answer[0] for answer in answers] == [200] * 6
     assert all(answer[1]["usage"]["completion_tokens"] == tokens for answer in answers)
     for answer, (status, text, _) in zip(answers, texts, strict=True):
         assert status == 200

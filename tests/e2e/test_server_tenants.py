@@ -156,12 +156,10 @@ def test_hostile_files_are_refused_and_leave_nothing(
 ) -> None:
     before = {path.name: path.read_bytes() for path in (folder / "prefixes").iterdir()}
     for what, body in hostile(backbone, folder, good).items():
-        # Over a good one, too: it stays.
-        for name in ("evil", "bob-1"):
-            status, answer, _ = put(server, name, body)
-            assert (status, answer["error"]["code"]) == (400, "invalid_prefix"), what
-            assert str(folder) not in answer["error"]["message"], what
-            assert ".upload" not in answer["error"]["message"], what
+        # The good one that is there stays.
+        status, answer, _ = put(server, "bob-1", body)
+        assert (status, answer["error"]["code"]) == (400, "invalid_prefix"), what
+        assert not any(place in answer["error"]["message"] for place in (str(folder), ".upload")), what
     assert {path.name: path.read_bytes() for path in (folder / "prefixes").iterdir()} == before
     assert complete(server, KEYS["bob"], "bob-1")[0] == 200
     assert server.get("/healthz")[0] == 200
@@ -169,17 +167,7 @@ def test_hostile_files_are_refused_and_leave_nothing(
 
 def test_names_cannot_leave_the_folder(server: LiveServer, folder: Path, good: bytes) -> None:
     before = sorted(path for path in folder.rglob("*"))
-    for name in (
-        "..%2fevil",
-        "%2e%2e%2f%2e%2e%2fevil",
-        ".hidden",
-        "a%00b",
-        "a%20b",
-        "x" * 200,
-        "..",
-        "a%5cb",
-        "%C3%A9",
-    ):
+    for name in ("..%2fevil", "%2e%2e%2f%2e%2e%2fevil", ".hidden", "a%00b", "a%20b", "x" * 200, "..", "a%5cb", "x%0a"):
         assert put(server, name, good)[0] in (400, 404)
     assert sorted(path for path in folder.rglob("*")) == before
 

@@ -12,8 +12,10 @@ import pytest
 from asgi_client import completion, send
 
 
-@pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize(("stop", "finish", "count"), [(["<s>"], "stop", 0), (["<x>"], "length", 6)])
+@pytest.mark.parametrize(
+    ("raw", "stop", "finish", "count"),
+    [(False, ["<s>"], "stop", 0), (True, ["<s>"], "stop", 0), (True, ["<x>"], "length", 6)],
+)
 def test_a_special_token_may_be_a_stop_string(
     make_server: Callable[..., Any], raw: bool, stop: list[str], finish: str, count: int
 ) -> None:

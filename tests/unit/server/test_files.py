@@ -6,11 +6,10 @@ import asyncio
 import errno
 import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 
@@ -68,30 +67,12 @@ def test_openais_client_uploads_lists_reads_and_deletes(app: Any) -> None:
     ask(app, work)
 
 
-def test_the_file_may_come_before_its_purpose_and_in_any_pieces(app: Any, tmp_path: Path) -> None:
-    body = FILE + PURPOSE + END
-    assert post(app, body).json["prefixtune"]["rows"] == 50
-
-    async def pieces() -> AsyncIterator[bytes]:
-        for start in range(0, len(body), 7):
-            yield body[start : start + 7]
-
-    async def work() -> httpx2.Response:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
-            headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
-            return await client.post("http://127.0.0.1:8000/v1/files", content=pieces(), headers=headers)
-
-    assert asyncio.run(work()).json()["prefixtune"]["rows"] == 50
-
-
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"no form at all", PURPOSE + END, FILE + END,
-        part("purpose", b"batch") + FILE + END, PURPOSE + FILE + FILE + END,
-        part("purpos", b"fine-tune") + FILE + END, part("expires_after[seconds]", b"3600") + PURPOSE + FILE + END,
-        PURPOSE + part("file", ROWS) + END, PURPOSE + part("file", b"", filename="rows.jsonl") + END,
-        part("expires_after", b"") * 1000 + END, f"--{BOUNDARY}\r\n\r\nno headers\r\n".encode() + END,
+        b"", b"no form at all", PURPOSE + FILE + FILE + END, part("purpos", b"fine-tune") + FILE + END,
+        part("expires_after[seconds]", b"3600") + PURPOSE + FILE + END, part("expires_after", b"") * 1000 + END,
+        f"--{BOUNDARY}\r\n\r\nno headers\r\n".encode() + END,
     ],
 )  # fmt: skip
 def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path, body: bytes) -> None:

@@ -322,7 +322,7 @@ def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callabl
                 model="tiny", training_file=file, extra_body={"prefixtune": {"name": name}}
             )
 
-        return await asyncio.gather(*(job(f"n{n % 12}") for n in range(24)), return_exceptions=True)
+        return await asyncio.gather(*(job(f"n{n % 12}") for n in range(14)), return_exceptions=True)
 
     results = ask(app, create_many)
     made = [one for one in results if not isinstance(one, Exception)]

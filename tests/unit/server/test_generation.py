@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import threading
 from collections.abc import Callable
@@ -15,9 +14,6 @@ import torch
 
 import openai_client
 from asgi_client import Response, completion, send, texts_when_done
-from prefixtune.errors import PrefixError, RequestError
-from prefixtune.sampling.grammar import Grammar, GrammarState
-from prefixtune.server.api import generation
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
@@ -53,43 +49,6 @@ def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
     assert good_stream.body.endswith(b"data: [DONE]\n\n")
 
 
-class _Complex(Grammar):
-    """Becomes too complex at a text's second token."""
-
-    def __init__(self) -> None:
-        pass
-
-    def start(self) -> GrammarState:
-        return _ComplexState()
-
-
-class _ComplexState(GrammarState):
-    def __init__(self) -> None:
-        self.finished, self.count = False, 0
-
-    def allowed(self, vocab_size: int) -> torch.Tensor:
-        return torch.ones(vocab_size, dtype=torch.bool)
-
-    def accept(self, token: int) -> None:
-        self.count += 1
-        if self.count == 2:
-            raise RequestError("too many items.", hint="use a simpler schema.")
-
-
-def test_a_schema_that_becomes_too_complex_is_400(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, _ = make_server()
-    monkeypatch.setattr(generation, "compile_json_schema", lambda *_: _Complex())
-    body = completion(model="tiny", response_format={"type": "json_object"})
-    whole = asyncio.run(send(app, "POST", "/v1/completions", body))
-    assert (whole.status, whole.code) == (400, "invalid_schema")
-    stream = asyncio.run(send(app, "POST", "/v1/completions", {**body, "stream": True}))
-    last = json.loads(stream.body.decode().strip().split("\n\n")[-1].removeprefix("data: "))
-    assert last == whole.json
-    assert last["error"]["param"] == "response_format"
-
-
 def test_when_the_engine_fails_its_requests_and_later_ones_get_503(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,23 +68,6 @@ def test_when_the_engine_fails_its_requests_and_later_ones_get_503(
         assert asyncio.run(send(app, "GET", path)).status == 503
     later = asyncio.run(send(app, "POST", "/v1/completions", completion()))
     assert (later.status, later.code) == (503, "engine_unavailable")
-
-
-def test_a_disk_that_is_full_for_the_engine_is_507(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where llama.cpp's state of a prefix is written."""
-    app, state = make_server()
-
-    def full(*_: Any, **__: Any) -> None:
-        raise PrefixError("cannot write '/srv/state'.") from OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(state.worker, "submit", full)
-    for stream in (False, True):
-        response = asyncio.run(send(app, "POST", "/v1/completions", completion(stream=stream)))
-        assert (response.status, response.code) == (507, "storage_failed")
-        assert b"/srv" not in response.body
-    assert state.gate.count == 0
 
 
 def test_an_engine_that_is_slow_to_take_a_request_stops_no_other(
@@ -171,21 +113,16 @@ def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
 
 
 def test_lengths_fit_the_positions(make_server: Callable[..., Any]) -> None:
-    app, state = make_server(default_max_tokens=300, max_tokens=511, raw_completions=True)
-    # 512 positions, 4 of them the prefix's; the last new token takes none.
-    prompt = "x" * 400
+    app, state = make_server(max_length=64, default_max_tokens=60, max_tokens=63, raw_completions=True)
 
     def outcome(**more: Any) -> Response:
-        return asyncio.run(send(app, "POST", "/v1/completions", completion(prompt=prompt, **more)))
+        return asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 40, **more)))
 
-    assert outcome(max_tokens=109).json["usage"] == {
-        "prompt_tokens": 400,
-        "completion_tokens": 109,
-        "total_tokens": 509,
-    }
-    assert outcome(max_tokens=None).json["usage"]["completion_tokens"] == 109
-    assert outcome(model="tiny", max_tokens=113).json["usage"]["completion_tokens"] == 113
-    for more in ({"max_tokens": 110}, {"model": "tiny", "max_tokens": 114}, {"max_tokens": None, "min_tokens": 110}):
+    # 64 positions, 4 of them the prefix's; the last new token takes none.
+    assert outcome(max_tokens=21).json["usage"] == {"prompt_tokens": 40, "completion_tokens": 21, "total_tokens": 61}
+    assert outcome(max_tokens=None).json["usage"]["completion_tokens"] == 21
+    assert outcome(model="tiny", max_tokens=25).json["usage"]["completion_tokens"] == 25
+    for more in ({"max_tokens": 22}, {"model": "tiny", "max_tokens": 26}, {"max_tokens": None, "min_tokens": 22}):
         assert (outcome(**more).status, outcome(**more).code) == (400, "context_length_exceeded")
     assert texts_when_done(state) == 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,18 +68,6 @@ def test_long_sources_are_treated_as_in_training(
     assert (refused.status, refused.code) == (400, "context_length_exceeded")
     longer = asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 600)))
     assert (longer.status, longer.code) == (400, "context_length_exceeded")
-
-
-def test_a_prefix_with_an_invalid_text_format_is_not_served(
-    make_server: Callable[..., Any], rewrite_header: Callable[..., Path]
-) -> None:
-    app, state = make_server()
-    path = state.store.folder / "bad.safetensors"
-    path.write_bytes((state.store.folder / "a.safetensors").read_bytes())
-    rewrite_header(path, text_format={"prompt": "{source}" * 1500, "target": "{target}"})
-    response = asyncio.run(send(app, "POST", "/v1/completions", completion(model="bad")))
-    assert (response.status, response.code) == (503, "model_not_served")
-    assert "1,500 times" in state.store.refused["bad"]
 
 
 def test_a_default_that_the_engine_lacks_is_left_out(

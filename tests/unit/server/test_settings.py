@@ -57,11 +57,6 @@ def test_without_a_key_only_loopback(host: str) -> None:
     assert not ServeConfig(host=host, keys={"a": key}).is_loopback
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
-def test_loopback_needs_no_key(host: str) -> None:
-    assert ServeConfig(host=host).is_loopback
-
-
 def test_slots_have_the_engines_limit() -> None:
     assert ServeConfig(num_slots=MAX_SLOTS).num_slots == EngineConfig(num_slots=MAX_SLOTS).num_slots
     for config in (ServeConfig, EngineConfig):

@@ -119,13 +119,6 @@ def test_an_idle_worker_ends_without_an_error_until_the_next_job(supervised: Sup
     assert "worker_died" not in supervised.events()
 
 
-def test_one_that_cannot_start_is_reported(supervised: Supervised) -> None:
-    supervised.jobs.set()
-    supervised.start("raise SystemExit(2)")
-    until(lambda: len(supervised.of("worker_died")) >= 2)
-    assert supervised.of("worker_died")[0]["code"] == 2
-
-
 def test_a_database_that_is_away_is_looked_at_again(supervised: Supervised) -> None:
     looks = []
 
@@ -182,17 +175,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
     monkeypatch.setenv("PREFIXTUNE_WORKER_DATABASE_URL", environment["PREFIXTUNE_WORKER_DATABASE_URL"])
     main(list(command[command.index("worker") :]))
     (read,) = seen
-    for name in (
-        "backbone",
-        "dtype",
-        "device",
-        "quantize",
-        "database_url",
-        "data_folder",
-        "cache_mib",
-        "keep_jobs",
-        "log_level",
-    ):
+    for name in ("backbone", "dtype", "device", "quantize", "database_url", "data_folder", "cache_mib", "keep_jobs"):
         assert getattr(read, name) == getattr(config, name)
     assert (read.threads, read.nice, read.idle_seconds) == (3, 7, config.train_idle_seconds)
     assert read.prefixes == str(tmp_path)

@@ -220,6 +220,12 @@
   }
 
   function showList(hasMore) {
+    at("more-jobs").hidden = !hasMore || state.limit >= MAX_LISTED;
+    say("list-said", state.jobs.length ? "" : "No jobs yet.", "quiet");
+    // A list that is the same stays, with what is selected or read in it.
+    const drawn = JSON.stringify([state.id, ...state.jobs.map((job) => [job.id, nameOf(job), stand(job)])]);
+    if (drawn === state.drawn) return;
+    state.drawn = drawn;
     const box = at("jobs"), focused = box.contains(document.activeElement) ? document.activeElement.value : "";
     box.replaceChildren(...state.jobs.map((job) => {
       const row = make("button", { type: "button", value: job.id, ariaCurrent: String(job.id === state.id) });
@@ -228,8 +234,6 @@
       return make("li", {}, row);
     }));
     for (const row of box.querySelectorAll("button")) if (row.value === focused) row.focus();
-    at("more-jobs").hidden = !hasMore || state.limit >= MAX_LISTED;
-    say("list-said", state.jobs.length ? "" : "No jobs yet.", "quiet");
   }
 
   function stand(job) {
