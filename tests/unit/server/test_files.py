@@ -80,27 +80,6 @@ def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path, body: byte
     assert stored(tmp_path) == []
 
 
-def test_keys_see_their_own_files_and_admins_all(make_server: Callable[..., Any], tmp_path: Path) -> None:
-    keys = {name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "ben", "boss")}
-    keys["guest"] = KeyConfig(hash=hash_key("pt-guest"), train=False)
-    app, _ = make_server(keys=keys)
-    made = post(app, PURPOSE + FILE + END, **bearer("ann")).json
-
-    def status(key: str, method: str, path: str) -> int:
-        return asyncio.run(send(app, method, path, headers=bearer(key))).status
-
-    def listed(key: str) -> int:
-        return len(asyncio.run(send(app, "GET", "/v1/files", headers=bearer(key))).json["data"])
-
-    paths = [f"/v1/files/{made['id']}", f"/v1/files/{made['id']}/content"]
-    assert [status("ben", "GET", path) for path in paths] == [404, 404]
-    assert status("ben", "DELETE", paths[0]) == 404
-    assert [listed(key) for key in ("ann", "ben", "boss")] == [1, 0, 1]
-    assert post(app, PURPOSE + FILE + END, **bearer("guest")).code == "training_not_allowed"
-    assert status("guest", "DELETE", paths[0]) == 403
-    assert status("boss", "DELETE", paths[0]) == 200
-
-
 def test_the_limits_of_a_key(make_server: Callable[..., Any], tmp_path: Path) -> None:
     key = KeyConfig(hash=hash_key("pt-ann"), max_files=2, max_storage_mib=1)
     app, _ = make_server(max_file_mib=1, keys={"ann": key})
@@ -115,13 +94,12 @@ def test_the_limits_of_a_key(make_server: Callable[..., Any], tmp_path: Path) ->
     assert len(stored(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("where", ["open", "write", "publish"])
+@pytest.mark.parametrize("where", ["write", "publish"])
 def test_a_full_disk_leaves_nothing(app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
 
     target = {
-        "open": "prefixtune.jobs.files.work_folder",
         "write": "prefixtune.jobs.files.shutil.copyfileobj",
         "publish": "prefixtune.jobs.files.os.rename",
     }[where]

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 import openai_client
-from asgi_client import bearer, completion, send
+from asgi_client import bearer, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.auth import hash_key
@@ -98,20 +98,6 @@ def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publ
     assert answer("a-result-5", "ann")[0] == 403
 
 
-def test_others_can_neither_use_nor_join_nor_delete_it(make_server: Callable[..., Any], publish: Any) -> None:
-    app, _ = make_server(keys=KEYS)
-    path = publish("hers")
-    for model in ("hers", "a+hers", "hers+a"):
-        with pytest.raises(openai.NotFoundError, match="no model 'hers'"):
-            ask(app, "bob", text(model))
-    with pytest.raises(openai.NotFoundError):
-        ask(app, "bob", lambda client: client.models.delete("hers"))
-    assert path.exists()
-    assert asyncio.run(send(app, "POST", "/v1/completions", completion(model="hers"), headers=bearer("bob"))).json[
-        "error"
-    ].keys() == {"message", "type", "param", "code"}
-
-
 def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(
     make_server: Callable[..., Any], publish: Any
 ) -> None:
@@ -123,14 +109,6 @@ def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(
     with pytest.raises(openai.NotFoundError):
         ask(app, "bob", text("shared"))
     assert ask(app, "ann", text("shared")).model == "shared"
-
-
-def test_a_file_that_became_somebody_elses_is_not_downloaded(make_server: Callable[..., Any], publish: Any) -> None:
-    app, _ = make_server(keys=KEYS)
-    publish("shared", owner="ann")
-    publish("shared", owner="bob", seed=4)
-    responses = {key: asyncio.run(send(app, "GET", "/v1/models/shared/file", headers=bearer(key))) for key in KEYS}
-    assert {key: response.status for key, response in responses.items()} == {"ann": 403, "bob": 200, "boss": 200}
 
 
 def test_an_upload_over_a_result_is_no_result_any_more(
@@ -187,16 +165,6 @@ def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., A
         ask(app, "bob", lambda client: client.models.delete("a+b"))
     assert ask(app, "root", lambda client: client.models.delete("a")).deleted
     assert os.listdir(tmp_path / "prefixes") == ["b.safetensors"]
-
-
-def test_without_keys_results_are_everybodys(make_server: Callable[..., Any], publish: Any) -> None:
-    app, _ = make_server()
-    path = publish("hers")
-    assert listed(app, "any") == ["tiny", "a", "b", "hers"]
-    with pytest.raises(openai.PermissionDeniedError):
-        ask(app, "any", lambda client: client.models.delete("a"))
-    assert ask(app, "any", lambda client: client.models.delete("hers")).deleted
-    assert not path.exists()
 
 
 def test_a_result_that_is_not_served_can_be_deleted(make_server: Callable[..., Any], publish: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -121,17 +120,6 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: A
     store.get("good")
 
 
-def test_put_adds_and_replaces_a_file(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
-    store = PrefixFolder(tmp_path / "store", llama)
-    source = save("upload", 1)
-    store.put("p", source)
-    assert source.exists()
-    assert seed_of(store.get("p"), llama, random_prefix) == 1
-    store.put("p", save("upload", 2))
-    assert seed_of(store.get("p"), llama, random_prefix) == 2
-    assert [path.name for path in (tmp_path / "store").iterdir()] == ["p.safetensors"]
-
-
 def test_the_folder_is_changed_by_one_at_a_time(tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("prefixtune.server.prefixes._LOCK_SECONDS", 0.1)
     store = PrefixFolder(tmp_path / "store", llama)
@@ -146,24 +134,6 @@ def test_the_folder_is_changed_by_one_at_a_time(tmp_path: Path, save: Any, llama
     store.put("p", save("upload", 2))
     store.delete("p")
     assert list(store.folder.iterdir()) == []
-
-
-def test_a_name_is_deleted_while_it_is_put(tmp_path: Path, save: Any, llama: Any):
-    store, source, done = PrefixFolder(tmp_path / "store", llama), save("upload"), threading.Event()
-
-    def delete() -> None:
-        while not done.is_set():
-            with contextlib.suppress(RequestError):
-                store.delete("p")
-
-    deleting = threading.Thread(target=delete)
-    deleting.start()
-    try:
-        for _ in range(60):
-            store.put("p", source)
-    finally:
-        done.set()
-        deleting.join()
 
 
 def test_delete_removes_the_file_and_leaves_loaded_prefixes(tmp_path: Path, save: Any, llama: Any):
