@@ -81,7 +81,7 @@ def _start_lengths(context: RequestContext, model: str) -> _Lengths:
     start = catalog.load(model, context.caller).prefix
     assert start is not None, "only the bare backbone has none"
     _check_start(context, model, start)
-    return {**start.lengths}
+    return {str(site): length for site, length in start.lengths.items()}
 
 
 def _check_start(context: RequestContext, model: str, start: Prefix) -> None:
