@@ -89,6 +89,7 @@ class Catalog:
         for name, file in found.items():
             if not (caller.may_use(name) or (file and self._is_theirs(file.origin, caller))):
                 raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
+        for name, file in found.items():
             if file is None or not self._is_theirs(file.origin, caller, nobodys=True):
                 raise not_found("model", name)
         return {name: file for name, file in found.items() if file is not None}
@@ -201,10 +202,9 @@ class Catalog:
         if len(self.parts(model)) == 1:
             return self._describe(model, self._served(model, caller))
         joined = self.load(model, caller)
-        header = {**joined.header, "description": f"{len(joined.names)} prefixes, joined in this order"}
-        if joined.prefix is not None:
-            header["prefix_length"] = joined.prefix.lengths
-        return {**self._describe(joined.name, PrefixFile(None, header)), "kind": "joined"}
+        lengths = joined.prefix.lengths if joined.prefix is not None else {}
+        facts = {"prefix_length": lengths, "description": f"{len(joined.names)} prefixes, joined in this order"}
+        return {**self._describe(joined.name, PrefixFile(None, {**joined.header, **facts})), "kind": "joined"}
 
     def _describe(self, name: str, file: PrefixFile) -> dict[str, Any]:
         header, task, is_bare = file.header, file.header.get("task"), file is _BACKBONE

@@ -38,7 +38,7 @@ def test_a_page_may_use_openais_client(make_server: Callable[..., Any]) -> None:
     response = asyncio.run(send(app, "OPTIONS", "/v1/chat/completions", headers=headers))
     assert (response.status, response.headers["access-control-allow-headers"]) == (200, sent)
     response = asyncio.run(send(app, "GET", "/v1/models", headers={"origin": "https://a.example"}))
-    assert "x-should-retry" in response.headers["access-control-expose-headers"]
+    assert response.headers["access-control-expose-headers"] == "*"
 
 
 def test_the_document_says_which_operations_need_a_key(make_server: Callable[..., Any]) -> None:
@@ -79,8 +79,7 @@ def test_without_keys_only_this_machine_is_answered(make_server: Callable[..., A
 def test_a_name_with_a_line_break_is_refused(make_server: Callable[..., Any]) -> None:
     app, state = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
     body = (state.store.folder / "a.safetensors").read_bytes()
-    for name in ("x\n", "x\ny"):
-        assert asyncio.run(send(app, "PUT", f"/v1/models/{name}", body, headers=bearer("boss"))).status == 400
+    assert asyncio.run(send(app, "PUT", "/v1/models/x\n", body, headers=bearer("boss"))).status == 400
     assert state.store.names() == ["a", "b"]
 
 
