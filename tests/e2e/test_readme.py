@@ -83,3 +83,21 @@ def test_links_lead_somewhere() -> None:
     for page in [*PAGES, *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "choosing.md"], ids=lambda page: page.stem)
+def test_the_figures_shown_are_those_of_the_results_that_are_linked(page: Path) -> None:
+    results = (ROOT / "research" / "RESULTS.md").read_text(encoding="utf-8")
+    headings = re.split(r"^#+ (.*)$", results, flags=re.M)
+    sections = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"): text
+        for title, text in zip(headings[1::2], headings[2::2], strict=True)
+    }
+    text = page.read_text(encoding="utf-8")
+    checked = 0
+    for row in re.split(r"\n\n|\n(?=[|-])", text):
+        linked = re.findall(r"RESULTS\.md#([\w-]+)", row)
+        for figure in re.findall(r"\d+\.\d+", row) if linked else ():
+            assert any(figure in sections[name] for name in linked), (figure, row)
+            checked += 1
+    assert checked > 5
