@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import http.client
 import json
 import os
 import signal
@@ -269,9 +268,9 @@ def test_a_state_that_is_gone_is_written_again(
     request = Request(tuple(shapes.encode(ASKED[0])), prefixes[0], SamplingParams(max_new_tokens=4))
     wanted = run(engine, [request])[0][0].text
     for slot in engine._slots:
-        slot.state = None
-    for state in engine._states._states.values():
-        state.path.unlink()
+        slot.file = None
+    for path in engine._files.folder.glob("*.safetensors"):
+        path.unlink()
     assert run(engine, [replace(request, id="again")])[0][0].text == wanted
 
 
@@ -297,14 +296,6 @@ def test_lengths(engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix
         assert not any(token.top_logprobs for token in found.tokens)
 
 
-def test_the_child_refuses_who_has_no_key(engine: LlamaCppEngine) -> None:
-    connection = http.client.HTTPConnection(engine._server.url.removeprefix("http://"))
-    for method, path in (("POST", "/completion"), ("GET", "/slots")):
-        connection.request(method, path, "{}")
-        assert connection.getresponse().status == 401
-        connection.close()
-
-
 def test_a_callback_that_fails_is_not_called_again(engine: LlamaCppEngine, shapes: Backbone) -> None:
     calls = []
 
@@ -328,7 +319,7 @@ def test_what_cannot_start_is_refused(
         LlamaCppEngine(shapes, str(gguf), num_slots=257)
     with pytest.raises(BackboneError):
         LlamaCppEngine(shapes, str(tmp_path / "none.gguf"), num_slots=1, max_length=64)
-    monkeypatch.setattr("prefixtune.engine.llama_cpp.cache_folder", lambda: gguf)
+    monkeypatch.setattr("prefixtune.engine.prefix_files.cache_folder", lambda: gguf)
     with pytest.raises(PrefixError):
         LlamaCppEngine(shapes, str(gguf))
     monkeypatch.setattr(shapes.model.config, "model_type", "other")
@@ -339,10 +330,10 @@ def test_what_cannot_start_is_refused(
 def test_states_go_with_their_engine(
     shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefixtune.engine.llama_cpp.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("prefixtune.engine.prefix_files.cache_folder", lambda: tmp_path)
     with LlamaCppEngine(shapes, str(gguf), num_slots=1, max_length=64, threads=1):
-        assert list((tmp_path / "llama.cpp").iterdir())
-    assert not list((tmp_path / "llama.cpp").iterdir())
+        assert list((tmp_path / "engines").iterdir())
+    assert not list((tmp_path / "engines").iterdir())
 
 
 def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) -> None:
@@ -358,7 +349,7 @@ def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) 
                 ended.set()
             elif len(outputs) == 1:
                 # In the middle of a text.
-                os.kill(engine._server.pid, signal.SIGKILL)
+                os.kill(engine._server.process.pid, signal.SIGKILL)
 
         request = Request(tuple(shapes.encode("a")), None, SamplingParams(max_new_tokens=100, banned=(shapes.eos_id,)))
         engine.submit(request, receive)
@@ -370,7 +361,7 @@ def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) 
             time.sleep(0.1)
         short = Request(tuple(shapes.encode("a")), None, SamplingParams(max_new_tokens=2))
         assert run(engine, [short])[0][0].finish_reason in ("stop", "length")
-        os.kill(engine._server.pid, signal.SIGKILL)
+        os.kill(engine._server.process.pid, signal.SIGKILL)
         assert failed.wait(20)
         assert engine.failed
         assert not engine.healthy
@@ -401,8 +392,8 @@ def test_a_build_that_restores_nothing_is_refused(
 ) -> None:
     ask = RemoteServer.ask
 
-    def no_restore(self: RemoteServer, path: str, body: dict[str, object]) -> object:
-        return None if path.endswith("action=restore") else ask(self, path, body)
+    async def no_restore(self: RemoteServer, path: str, body: dict[str, object]) -> object:
+        return None if path.endswith("action=restore") else await ask(self, path, body)
 
     monkeypatch.setattr(RemoteServer, "ask", no_restore)
     with pytest.raises(ConfigError):

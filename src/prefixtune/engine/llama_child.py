@@ -1,15 +1,15 @@
 """llama.cpp's server as a child process of the engine, which ends with it.
 
-Run by its file, so that it does not load what the engine's package imports. The options are a line of JSON on stdin. It
-prints the server's address once the model is loaded.
+Run by its file, so that it does not load what the engine's package imports. Its arguments: the model's file, the number
+of slots, the positions of each, the folder of saved states, the number of threads, and the socket to listen on.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 import signal
 import sys
-from typing import Any
 
 __all__ = ["serve"]
 
@@ -18,27 +18,21 @@ _SPARE = 8
 """Positions beyond those of the slots."""
 
 
-def serve(options: dict[str, Any]) -> None:
-    """Serve until stdin is closed.
-
-    Args:
-        options: `gguf`, `num_slots`, `length` (positions of a slot), `states` (the folder of saved states), `threads`,
-            `token` (without it, requests are refused).
-    """
+def serve(gguf: str, num_slots: int, length: int, states: str, threads: int, socket: str) -> None:
+    """Serve until stdin is closed."""
     import xllamacpp
 
     # Whoever interrupts the parent lets it end its texts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     params = xllamacpp.CommonParams()
-    params.model.path = options["gguf"]
-    params.n_parallel = options["num_slots"]
+    params.model.path, params.n_parallel = gguf, num_slots
     # It ends a text shortly before the cells do.
-    params.n_ctx = options["num_slots"] * options["length"] + _SPARE
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
+    params.n_ctx = num_slots * length + _SPARE
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     # Errors only.
-    params.port, params.verbosity = 0, 1
-    params.api_keys, params.ui, params.cors_origins = [options["token"]], False, ""
-    params.slot_save_path = options["states"].rstrip("/") + "/"
+    params.verbosity = 1
+    params.hostnames, params.ui, params.cors_origins = [socket], False, ""
+    params.slot_save_path = states.rstrip("/") + "/"
     params.endpoint_slots = True
     # Without flash attention, values are stored transposed.
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -49,9 +43,11 @@ def serve(options: dict[str, Any]) -> None:
     # Texts are never cut, and come token by token.
     params.ctx_shift, params.warmup = False, True
     server = xllamacpp.Server(params)
-    print(server.listening_address, flush=True)
     sys.stdin.read()
+    # A parent that was killed leaves it.
+    shutil.rmtree(os.path.dirname(socket), ignore_errors=True)
+    del server
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.stdin.readline()))
+    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), sys.argv[6])

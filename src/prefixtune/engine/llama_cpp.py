@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import secrets
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,16 +20,14 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.plain_layers import check_plain_layers
 from prefixtune.engine import llama_child
 from prefixtune.engine.gguf import find_gguf
-from prefixtune.engine.llama_state import SavedState, SavedStates, is_interleaved, probe_file
-from prefixtune.engine.remote import RemoteEngine, RemoteSlot, RemoteText
+from prefixtune.engine.llama_state import encode_file, is_interleaved, placeholders_for, probe_file, rows_of
+from prefixtune.engine.remote import RemoteEngine, RemoteText
 from prefixtune.engine.remote_server import RemoteServer
 from prefixtune.engine.request import FinishReason, SequenceOutput, Token
-from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.errors import ConfigError, RequestError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.utils.extras import needs_extra
-from prefixtune.utils.files import reporting_write_errors, work_folder
-from prefixtune.utils.folders import cache_folder
 from prefixtune.utils.machine import num_cores
 
 __all__ = ["LlamaCppEngine"]
@@ -41,8 +37,6 @@ _COMPLETION = "/completion"
 _DEFAULT_LENGTH = 4096
 _MOST_SLOTS = 256
 """LLAMA_MAX_SEQ of llama.cpp."""
-_SHOWN = 300
-"""Characters of what its process wrote before it ended."""
 _LACKS = MappingProxyType(
     {
         "min_new_tokens": 0,
@@ -83,42 +77,29 @@ class LlamaCppEngine(RemoteEngine):
         limits = (max_length or _DEFAULT_LENGTH, backbone.max_positions)
         length = min(limit for limit in limits if limit)
         check_plain_layers(backbone, "llama.cpp", length)
-        path, quantization = find_gguf(gguf, backbone)
-        super().__init__(f"llama.cpp ({quantization or 'unknown quantization'})", backbone, num_slots)
+        self._path, quantization = find_gguf(gguf, backbone)
         self.max_length, self.lacks = length, _LACKS
-        sizes = {"num_slots": num_slots, "length": length, "threads": threads or num_cores()}
-        parent = cache_folder() / "llama.cpp"
-        with contextlib.ExitStack() as made:
-            with reporting_write_errors(parent):
-                parent.mkdir(parents=True, exist_ok=True)
-                self._folder = made.enter_context(work_folder(parent, "states"))
-            self._options = {"gguf": str(path.absolute()), "states": str(self._folder), **sizes}
-            self._states = SavedStates(self._folder, backbone)
-            self._run()
-            self._made = made.pop_all()
-
-    def close(self, timeout: float = 10.0) -> None:
-        """Cancel what still runs, and stop."""
-        super().close(timeout)
-        self._made.close()
+        self._threads = threads or num_cores()
+        super().__init__(f"llama.cpp ({quantization or 'unknown quantization'})", backbone, num_slots)
 
     @property
     def cache_bytes(self) -> int:
         """Memory for keys and values of all running texts, in float16."""
         return 2 * len(self._slots) * self.max_length * sum(shape.size for shape in self.backbone.geometry["decoder"])
 
-    # --- the server ---------------------------------------------------------------------------------------------------
-
-    def _start(self) -> RemoteServer:
-        server = _start_child(self._options)
+    async def _start(self) -> RemoteServer:
+        sizes = map(str, (len(self._slots), self.max_length, self._files.folder, self._threads))
+        command = [sys.executable, "-P", llama_child.__file__, str(self._path.absolute()), *sizes]
+        hint = "check that it is a whole GGUF file of a model; if memory is short, lower --num-slots or --max-length."
+        server = await RemoteServer.start("llama.cpp", command, hint)
         try:
-            self._states.version = self._probe(server)
+            self._version = await self._probe(server)
         except BaseException:
-            server.close()
+            await server.close()
             raise
         return server
 
-    def _probe(self, server: RemoteServer) -> int:
+    async def _probe(self, server: RemoteServer) -> int:
         """Which layout of states this build has, seen by saving one, and that it uses one that was made here.
 
         Raises:
@@ -126,14 +107,14 @@ class LlamaCppEngine(RemoteEngine):
         """
         tokens = [token for token in range(100, 200) if token != self.backbone.eos_id][:16]
         slot = {"id_slot": 0, "n_predict": 1, "temperature": 0, "cache_prompt": True}
-        file, other, cached, reason = self._folder / "probe.bin", tokens[::-1], 0, "they are not used"
-        server.ask(_COMPLETION, {"prompt": tokens, **slot})
-        server.ask("/slots/0?action=save", {"filename": file.name})
+        file, other, cached, reason = self._files.folder / "probe.bin", tokens[::-1], 0, "they are not used"
+        await server.ask(_COMPLETION, {"prompt": tokens, **slot})
+        await server.ask("/slots/0?action=save", {"filename": file.name})
         version, content = probe_file(file.read_bytes(), self.backbone.geometry["decoder"], other)
         file.write_bytes(content)
         try:
-            server.ask("/slots/0?action=restore", {"filename": file.name})
-            answer = server.ask(_COMPLETION, {"prompt": [*other, tokens[0]], **slot})
+            await server.ask("/slots/0?action=restore", {"filename": file.name})
+            answer = await server.ask(_COMPLETION, {"prompt": [*other, tokens[0]], **slot})
             cached = int(answer["timings"]["cache_n"])
         except RequestError as error:
             reason = error.message
@@ -144,27 +125,25 @@ class LlamaCppEngine(RemoteEngine):
             )
         return version
 
-    # --- texts --------------------------------------------------------------------------------------------------------
+    def _write_file(self, path: Path, prefix: Prefix) -> list[int]:
+        placeholders = placeholders_for(prefix, self.backbone)
+        path.write_bytes(encode_file(rows_of(prefix, self.backbone), placeholders, version=self._version))
+        return placeholders
 
-    def _take(self, prefix: Prefix) -> SavedState:
-        return self._states.of(prefix)
-
-    def _release(self, state: SavedState) -> None:
-        self._states.release(state)
-
-    def _generate(
-        self, server: RemoteServer, slot: RemoteSlot, text: RemoteText, pieces: Detokenizer, ends: set[int]
+    async def _generate(
+        self, server: RemoteServer, text: RemoteText, pieces: Detokenizer, ends: set[int]
     ) -> FinishReason:
-        request = text.request
-        placeholders: list[int] = [] if text.state is None else text.state.placeholders
-        if slot.state is not text.state:
-            slot.state = None
-            if text.state is not None:
-                server.ask(f"/slots/{slot.number}?action=restore", {"filename": text.state.path.name})
-                slot.state = text.state
+        request, slot = text.request, text.slot
+        assert slot is not None
+        placeholders: list[int] = [] if text.file is None else text.file.name
+        if slot.file is not text.file:
+            slot.file = None
+            if text.file is not None:
+                await server.ask(f"/slots/{slot.number}?action=restore", {"filename": text.file.path.name})
+                slot.file = text.file
         body = {"prompt": [*placeholders, *request.prompt], "id_slot": slot.number, **_options(text)}
-        with contextlib.closing(server.stream(_COMPLETION, body, text.opened)) as events:
-            for event in events:
+        async with contextlib.aclosing(server.stream(_COMPLETION, body)) as events:
+            async for event in events:
                 cached = int(event["timings"]["cache_n"])
                 if cached < len(placeholders):
                     raise RequestError(
@@ -181,8 +160,6 @@ class LlamaCppEngine(RemoteEngine):
                     self._deliver(text, SequenceOutput(request.id, text.index, tokens, words))
                 if is_last or pieces.stopped:
                     return "stop"
-                if text.ended is not None:
-                    break
         return "length"
 
     def _tokens_of(
@@ -200,46 +177,6 @@ class LlamaCppEngine(RemoteEngine):
             found[int(entry["id"])] = Token(int(entry["id"]), float(entry["logprob"]), best)
         kept = list(itertools.takewhile(lambda token: token not in ends, ids))
         return tuple(found.get(token, Token(token)) for token in kept), len(kept) < len(ids)
-
-
-def _start_child(options: Mapping[str, Any]) -> RemoteServer:
-    """Start llama.cpp's server, and wait until it has loaded the model.
-
-    Args:
-        options: Of `llama_child.serve`, without the token.
-
-    Raises:
-        BackboneError: It ends before.
-    """
-    token = secrets.token_urlsafe()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", llama_child.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            # The terminal's signals are for the parent, which ends running texts first.
-            start_new_session=True,
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(OSError):
-            # Through a pipe: everybody on a machine sees arguments.
-            print(json.dumps({**options, "token": token}), file=process.stdin, flush=True)
-        with process.stdout as out:
-            address = out.readline().strip()
-        server = RemoteServer("llama.cpp", address, token, process)
-        if not address:
-            server.close()
-            log.seek(0)
-            said = " ".join(log.read().decode(errors="replace").split())
-            raise BackboneError(
-                f"llama.cpp cannot serve {options['gguf']!r}: {said[-_SHOWN:] or 'it does not say why'}",
-                hint="check that it is a whole GGUF file of a model; if memory is short, lower --num-slots or "
-                "--max-length.",
-            )
-    return server
 
 
 def _options(text: RemoteText) -> dict[str, Any]:

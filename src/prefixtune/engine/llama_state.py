@@ -9,14 +9,9 @@ version 4 on whether keys and values are rotated; then every layer's keys, then 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
 import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -26,13 +21,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.files import atomic_path
 
 __all__ = [
     "KV_TYPES",
     "STATE_VERSIONS",
-    "SavedState",
-    "SavedStates",
     "encode_file",
     "is_interleaved",
     "placeholders_for",
@@ -50,8 +42,6 @@ Rows = tuple[Float[Tensor, "P _K"], Float[Tensor, "P _V"]]
 """One layer's keys and values as llama.cpp stores them: one row per position, head after head."""
 
 _FILE = 0x67677371
-_MOST_NUMBERS = 2**29
-"""In saved states, of two bytes each; beyond them, those that were not used for longest are removed."""
 
 
 LAYOUTS = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False, "gpt2": False}
@@ -174,71 +164,3 @@ def _raw(rows: Tensor, dtype: torch.dtype) -> bytes:
             hint="use --kv-type f32, and start llama.cpp with --cache-type-k f32 --cache-type-v f32.",
         )
     return cast.view(torch.uint8).numpy().tobytes()
-
-
-@dataclass(eq=False)
-class SavedState:
-    """A prefix as llama.cpp takes it: a file in the folder of states, and what stands for it in a prompt.
-
-    Attributes:
-        prefix: The prefix.
-        path: The file.
-        placeholders: As many tokens as it has positions.
-        users: Texts that need the file.
-    """
-
-    prefix: Prefix
-    path: Path
-    placeholders: list[int]
-    users: int = 0
-
-
-class SavedStates:
-    """The prefixes of an engine as files, the last used one last. May be used from any thread.
-
-    Args:
-        folder: Gets the files.
-        backbone: The model.
-
-    Attributes:
-        version: Of the layout, as `probe_file` says.
-    """
-
-    version = STATE_VERSIONS[-1]
-
-    def __init__(self, folder: Path, backbone: Backbone) -> None:
-        self._folder, self._backbone = folder, backbone
-        # By the prefix's id, which stays its own as the prefix is kept.
-        self._states: OrderedDict[int, SavedState] = OrderedDict()
-        self._numbers, self._lock = itertools.count(), threading.Lock()
-
-    def of(self, prefix: Prefix) -> SavedState:
-        """The saved state of a prefix, written if there is none; it stays until `release`.
-
-        Raises:
-            ConfigError: It has numbers that llama.cpp cannot hold.
-            PrefixError: The disk is full.
-        """
-        with self._lock:
-            state = self._states.pop(id(prefix), None)
-            if state is None:
-                path = self._folder / f"{next(self._numbers)}.bin"
-                state = SavedState(prefix, path, placeholders_for(prefix, self._backbone))
-            if not state.path.exists():
-                content = encode_file(rows_of(prefix, self._backbone), state.placeholders, version=self.version)
-                with atomic_path(state.path) as made:
-                    made.write_bytes(content)
-            state.users += 1
-            self._states[id(prefix)] = state
-            total = sum(one.prefix.num_parameters for one in self._states.values())
-            for key, old in list(self._states.items()):
-                if total > _MOST_NUMBERS and not old.users:
-                    del self._states[key]
-                    old.path.unlink(missing_ok=True)
-                    total -= old.prefix.num_parameters
-            return state
-
-    def release(self, state: SavedState) -> None:
-        """A text that needed it has ended."""
-        with self._lock:
-            state.users -= 1

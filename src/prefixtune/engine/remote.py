@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import contextlib
 import hashlib
-import http.client
 import itertools
 import logging
-import math
-import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from types import TracebackType
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.base import Limits, Receive, RunningSequence, Snapshot
+from prefixtune.engine.fair_queue import FairQueue
+from prefixtune.engine.prefix_files import PrefixFile, PrefixFiles, own_folder
 from prefixtune.engine.remote_server import Refused, RemoteServer
 from prefixtune.engine.request import EngineFull, FinishReason, Request, SequenceOutput
 from prefixtune.errors import BackboneError, RequestError
@@ -32,9 +32,18 @@ __all__ = ["RemoteEngine", "RemoteSlot", "RemoteText"]
 _log = logging.getLogger(__name__)
 _CONTEXT_TOKENS = 4
 """Tokens of a prompt with which the first generated tokens are decoded."""
-_PATIENCE = 0.2
-"""Seconds between looks at deadlines and at the server."""
-_UNREACHABLE = (OSError, http.client.HTTPException)
+_PATIENCE = 0.3
+"""Seconds between looks at the server."""
+
+
+@dataclass(eq=False)
+class RemoteSlot:
+    """A place for one running text, and the prefix that the program may keep there."""
+
+    number: int
+    file: PrefixFile | None = None
+    used: float = 0.0
+    text: RemoteText | None = None
 
 
 @dataclass(eq=False)
@@ -45,34 +54,28 @@ class RemoteText:
         request: The request.
         index: Which of its texts.
         receive: Gets its outputs.
-        deadline: By the monotonic clock.
-        state: Its prefix as the server takes it; None: there is no prefix.
+        deadline: By the monotonic clock; None: there is none.
+        file: Its prefix as the server takes it; None: there is no prefix.
+        slot: Its slot; None: it waits.
+        turn: Set once it has a slot.
+        task: Writes it.
         num_new_tokens: Tokens generated so far.
-        ended: Why it ends early; None: it does not.
-        connection: On which it comes; None: not yet.
     """
 
     request: Request
     index: int
     receive: Receive
-    deadline: float
-    state: Any
+    deadline: float | None
+    file: PrefixFile | None
+    slot: RemoteSlot | None = None
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[tuple[FinishReason, str]] | None = None
     num_new_tokens: int = 0
-    ended: FinishReason | None = None
-    connection: socket.socket | None = None
 
-    def opened(self, connection: socket.socket) -> None:
-        """It can be interrupted by this connection."""
-        self.connection = connection
-        if self.ended is not None:
-            raise InterruptedError("it was interrupted")
-
-    def interrupt(self, reason: FinishReason) -> None:
-        """End it early, from any thread."""
-        self.ended = self.ended or reason
-        if (connection := self.connection) is not None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+    def interrupt(self) -> None:
+        """End it early."""
+        if self.task is not None:
+            self.task.cancel()
 
     @property
     def seed(self) -> int | None:
@@ -83,25 +86,16 @@ class RemoteText:
         return int.from_bytes(digest[:8], "little") % (2**32 - 1)
 
 
-@dataclass(eq=False)
-class RemoteSlot:
-    """A place for one running text, and the prefix whose state it holds, if the program keeps such."""
-
-    number: int
-    state: Any = None
-    used: float = 0.0
-    text: RemoteText | None = None
-
-
 class RemoteEngine(Limits, abc.ABC):
-    """Gives texts to a server, each in a slot's thread; starts the server again, once, if it dies.
+    """Gives texts to a server, each by a task of an event loop; starts the server again, once, if it dies.
 
-    A subclass calls `_run` when its server may be started.
+    The loop runs in a thread of its own, and only there does anything change but `_texts`.
 
     Args:
         name: What computes.
         backbone: The model's tokenizer and shapes; its weights are not used.
         num_slots: Texts that run at once.
+        folder: Of the prefixes' files; None: one of its own.
 
     Attributes:
         name: See `base.Engine`, as for the others.
@@ -113,23 +107,32 @@ class RemoteEngine(Limits, abc.ABC):
         lacks: Sampling parameters that it refuses -> the value that asks for nothing.
     """
 
-    def __init__(self, name: str, backbone: Backbone, num_slots: int) -> None:
+    def __init__(self, name: str, backbone: Backbone, num_slots: int, folder: Path | None = None) -> None:
         self.name, self.backbone = name, backbone
         self.on_failure: Callable[[], None] = lambda: None
         self.failed = self._closing = False
         self.restarts = self._tokens = 0
         self._slots = [RemoteSlot(number) for number in range(num_slots)]
-        self._waiting: dict[str, deque[RemoteText]] = {}
-        # Of each request, the texts that have not ended.
+        self._queue = FairQueue[RemoteText]()
+        # Of each request, the texts that have not ended; guarded by the lock, as is the order of calls in the loop.
         self._texts: dict[str, list[RemoteText]] = {}
-        # Nothing slow happens while it is held, and no callback is called.
-        self._changed = threading.Condition(threading.RLock())
-        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        started: Future[None] = Future()
+        with contextlib.ExitStack() as made:
+            self._files = PrefixFiles(folder or made.enter_context(own_folder()), self._write_file)
+            made.callback(self._files.close)
+            self._working = self._loop.create_task(self._work(started))
+            self._thread = threading.Thread(target=self._run, name=f"prefixtune-{name}", daemon=True)
+            self._thread.start()
+            made.callback(self._stop)
+            started.result()
+            self._made = made.pop_all()
 
     # --- for subclasses -----------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _start(self) -> RemoteServer:
+    async def _start(self) -> RemoteServer:
         """Start the server, or find it.
 
         Raises:
@@ -137,37 +140,24 @@ class RemoteEngine(Limits, abc.ABC):
         """
 
     @abc.abstractmethod
-    def _take(self, prefix: Prefix) -> Any:
-        """A prefix as the server takes it; it is kept until `_release`."""
+    def _write_file(self, path: Path, prefix: Prefix) -> Any:
+        """Write a prefix's file, and return what stands for it in a request."""
 
     @abc.abstractmethod
-    def _release(self, state: Any) -> None:
-        """A text has ended, and needs it no more."""
-
-    @abc.abstractmethod
-    def _generate(
-        self, server: RemoteServer, slot: RemoteSlot, text: RemoteText, pieces: Detokenizer, ends: set[int]
+    async def _generate(
+        self, server: RemoteServer, text: RemoteText, pieces: Detokenizer, ends: set[int]
     ) -> FinishReason:
         """Generate a text, and deliver what comes by `_deliver`.
 
         Args:
             server: Where.
-            slot: Its slot.
-            text: The text.
+            text: The text, which has a slot.
             pieces: Its tokens as text.
             ends: Tokens that end it.
 
         Returns:
             Why it ended.
         """
-
-    def _run(self) -> None:
-        """Start the server and the threads."""
-        self._server = self._start()
-        self._threads = [threading.Thread(target=self._watch, name=f"prefixtune-{self.name}", daemon=True)]
-        self._threads += [threading.Thread(target=self._serve, args=(slot,), daemon=True) for slot in self._slots]
-        for thread in self._threads:
-            thread.start()
 
     # --- for callers --------------------------------------------------------------------------------------------------
 
@@ -184,102 +174,120 @@ class RemoteEngine(Limits, abc.ABC):
     def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
         """Submit a request (see `base.Engine`)."""
         self.check(request)
-        end = math.inf if deadline is None else time.monotonic() + deadline
-        with self._changed:
-            if not self.healthy:
-                raise EngineFull(f"{self.name} is not running.", hint="try again later.")
-            if request.id in self._texts:
-                raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
-            texts = self._texts[request.id] = [
-                RemoteText(request, index, receive, end, None) for index in range(request.n)
-            ]
+        end = None if deadline is None else time.monotonic() + deadline
+        file = None if request.prefix is None else self._files.take(request.prefix)
         try:
-            for text in texts:
-                text.state = None if request.prefix is None else self._take(request.prefix)
+            with self._lock:
+                if not self.healthy:
+                    raise EngineFull(f"{self.name} is not running.", hint="try again later.")
+                if request.id in self._texts:
+                    raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
+                texts = [RemoteText(request, index, receive, end, file) for index in range(request.n)]
+                self._texts[request.id] = list(texts)
+                for text in texts:
+                    self._loop.call_soon_threadsafe(self._begin, text)
         except BaseException:
-            with self._changed:
-                del self._texts[request.id]
-            for text in texts:
-                if text.state is not None:
-                    self._release(text.state)
+            if file is not None:
+                self._files.release(file)
             raise
-        with self._changed:
-            self._waiting.setdefault(request.tenant, deque()).extend(list(texts))
-            self._assign()
-            is_late = self._closing
-        if is_late:
-            self._interrupt(texts, "cancelled")
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request; its texts end with `cancelled`. Unknown ids are ignored."""
-        self._interrupt(self._texts.get(request_id, ()), "cancelled")
+        with self._lock:
+            for text in self._texts.get(request_id, ()):
+                self._loop.call_soon_threadsafe(text.interrupt)
 
     def snapshot(self) -> Snapshot:
         """What the engine is doing now, and its counters."""
-        with self._changed:
-            running = [(slot.number, slot.text) for slot in self._slots if slot.text is not None]
-            shown = tuple(RunningSequence.of(text.request, number, text.num_new_tokens) for number, text in running)
-            waiting = sum(map(len, self._waiting.values()))
-        return Snapshot(shown, waiting, steps=0, texts=0, tokens=self._tokens)
+        running = [(slot.number, text) for slot in self._slots if (text := slot.text) is not None]
+        shown = tuple(RunningSequence.of(text.request, number, text.num_new_tokens) for number, text in running)
+        return Snapshot(shown, len(self._queue), steps=0, texts=0, tokens=self._tokens)
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what still runs, and stop."""
-        with self._changed:
+        self._stop(timeout)
+        self._made.close()
+
+    def _stop(self, timeout: float = 10.0) -> None:
+        with self._lock:
+            # It has ended already where the server did not start.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._working.cancel)
             self._closing = True
-            texts = list(itertools.chain.from_iterable(self._texts.values()))
-            self._changed.notify_all()
-        self._interrupt(texts, "cancelled")
-        end = time.monotonic() + timeout
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, end - time.monotonic()))
-        self._server.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, value: object, trace: TracebackType | None) -> None:
+    def __exit__(self, *details: object) -> None:
         self.close()
 
-    # --- which text runs where ----------------------------------------------------------------------------------------
+    # --- texts, in the loop -------------------------------------------------------------------------------------------
+
+    def _begin(self, text: RemoteText) -> None:
+        self._queue.add(text)
+        text.task = self._loop.create_task(self._write(text))
+        text.task.add_done_callback(lambda task: self._end(text, task))
+        self._assign()
 
     def _assign(self) -> None:
-        """Give free slots to waiting texts, one tenant after the other; the lock is held."""
-        while self._waiting and (free := [slot for slot in self._slots if slot.text is None]):
-            tenant = next(iter(self._waiting))
-            texts = self._waiting.pop(tenant)
-            text = texts.popleft()
-            if texts:
-                # Behind the other tenants.
-                self._waiting[tenant] = texts
+        """Give free slots to waiting texts."""
+        while len(self._queue) and (free := [slot for slot in self._slots if slot.text is None]):
+            text = self._queue.first()
+            self._queue.take(text)
             # One that holds its prefix, or else the one that was used least recently.
-            min(free, key=lambda slot: (slot.state is not text.state or text.state is None, slot.used)).text = text
-        self._changed.notify_all()
+            text.slot = min(free, key=lambda slot: (slot.file is not text.file or text.file is None, slot.used))
+            text.slot.text = text
+            text.turn.set()
 
-    def _interrupt(self, texts: Iterable[RemoteText], reason: FinishReason) -> None:
-        """End texts early."""
-        waited = []
-        with self._changed:
-            for text in list(texts):
-                text.interrupt(reason)
-                queue = self._waiting.get(text.request.tenant, deque())
-                if text in queue:
-                    queue.remove(text)
-                    waited.append(text)
-            self._waiting = {tenant: queue for tenant, queue in self._waiting.items() if queue}
-        for text in waited:
-            self._end(text, reason)
+    async def _write(self, text: RemoteText) -> tuple[FinishReason, str]:
+        """Wait for a slot, and generate a text: why it ended, and its last words."""
+        request, sampling = text.request, text.request.sampling
+        context = request.prompt[-_CONTEXT_TOKENS:]
+        pieces = Detokenizer(self.backbone.decode, sampling.stop, verbatim=request.verbatim, context=context)
+        async with asyncio.timeout_at(text.deadline):
+            await text.turn.wait()
+            server = self._server
+            if not sampling.max_new_tokens:
+                return "length", ""
+            try:
+                reason = await self._generate(server, text, pieces, {self.backbone.eos_id, *sampling.end_ids})
+            except ConnectionError as error:
+                if await server.is_dying():
+                    raise _ServerDied(str(error)) from error
+                raise
+        return reason, pieces.finish()
 
-    def _end(self, text: RemoteText, reason: FinishReason, words: str = "", **details: Any) -> None:
-        """Tell the caller that a text has ended; the lock is not held."""
-        with self._changed:
+    def _end(self, text: RemoteText, task: asyncio.Task[tuple[FinishReason, str]]) -> None:
+        """Free a text's slot, and tell its caller that it has ended."""
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        self._queue.release(text, has_slot=text.slot is not None)
+        if (slot := text.slot) is not None:
+            slot.text, slot.used = None, time.monotonic()
+            # Whatever it holds now.
+            slot.file = slot.file if error is None else None
+        with self._lock:
             texts = self._texts[text.request.id]
             texts.remove(text)
             if not texts:
                 del self._texts[text.request.id]
-        if text.state is not None:
-            self._release(text.state)
+                if text.file is not None:
+                    self._files.release(text.file)
+        reason, words = ("error", "") if error is not None else task.result()
+        details: dict[str, Any] = {}
+        if isinstance(error, asyncio.CancelledError):
+            reason = "cancelled"
+        elif isinstance(error, TimeoutError):
+            reason = "timeout"
+        elif error is not None:
+            if not isinstance(error, RequestError | OSError):
+                _log.error("request %s failed", text.request.id, exc_info=error)
+            is_refused = isinstance(error, Refused) and text.request.grammar is not None
+            crashed = isinstance(error, _ServerDied)
+            details = {"error": str(error) or type(error).__name__, "engine_crashed": crashed, "refused": is_refused}
         self._deliver(text, SequenceOutput(text.request.id, text.index, (), words, reason, **details))
+        self._assign()
 
     def _deliver(self, text: RemoteText, output: SequenceOutput) -> None:
         self._tokens += len(output.tokens)
@@ -287,84 +295,60 @@ class RemoteEngine(Limits, abc.ABC):
             text.receive(output)
         except Exception:
             _log.exception("the callback of request %s failed; the request is cancelled.", text.request.id)
-            with self._changed:
-                for one in (text, *self._texts.get(text.request.id, ())):
-                    one.receive = _ignore
+            for one in (text, *self._texts.get(text.request.id, ())):
+                one.receive = _ignore
             self.cancel(text.request.id)
 
-    def _serve(self, slot: RemoteSlot) -> None:
-        """Run the texts of a slot, one after the other."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: slot.text is not None or self._closing)
-                if (text := slot.text) is None:
-                    return
-            server, sampling = self._server, text.request.sampling
-            context = text.request.prompt[-_CONTEXT_TOKENS:]
-            pieces = Detokenizer(self.backbone.decode, sampling.stop, verbatim=text.request.verbatim, context=context)
-            try:
-                reason: FinishReason = "length"
-                if text.ended is None and sampling.max_new_tokens:
-                    ends = {self.backbone.eos_id, *sampling.end_ids}
-                    reason = self._generate(server, slot, text, pieces, ends)
-                self._end(text, text.ended or reason, pieces.finish())
-            except Exception as error:
-                slot.state = None
-                self._fail(server, text, error)
-            with self._changed:
-                slot.text, slot.used, text.connection = None, time.monotonic(), None
-                self._assign()
+    # --- the server, in the loop --------------------------------------------------------------------------------------
 
-    def _fail(self, server: RemoteServer, text: RemoteText, error: Exception) -> None:
-        """End a text that was interrupted, or whose server refused it or has ended."""
-        if text.ended is None and not isinstance(error, (RequestError, *_UNREACHABLE)):
-            _log.error("request %s failed", text.request.id, exc_info=error)
-        self._end(
-            text,
-            text.ended or "error",
-            error=str(error) or type(error).__name__,
-            engine_crashed=text.ended is None and isinstance(error, _UNREACHABLE) and server.is_dying(),
-            refused=isinstance(error, Refused) and text.request.grammar is not None,
-        )
+    def _run(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._working)
+        self._loop.close()
 
-    # --- the server ---------------------------------------------------------------------------------------------------
+    async def _work(self, started: Future[None]) -> None:
+        """Start the server, and start it again if it is gone."""
+        try:
+            self._server = await self._start()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        try:
+            while True:
+                await asyncio.sleep(_PATIENCE)
+                if not self.failed and not await self._server.look():
+                    await self._restart()
+        finally:
+            tasks = [text.task for text in itertools.chain(*self._texts.values()) if text.task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._server.close()
 
-    def _watch(self) -> None:
-        """End texts whose deadline has passed; start the server again if it is gone."""
-        while not self.failed:
-            with self._changed:
-                if self._changed.wait_for(lambda: self._closing, _PATIENCE):
-                    return
-                now = time.monotonic()
-                late = [text for texts in self._texts.values() for text in texts if text.deadline <= now]
-            self._interrupt(late, "timeout")
-            if not self._server.look():
-                self._restart()
-
-    def _restart(self) -> None:
+    async def _restart(self) -> None:
         """Start the server once more; nothing is submitted meanwhile, and what runs or waits fails."""
-        is_ours = bool(self._server.pid)
+        is_ours = self._server.process is not None
         if is_ours or not self.restarts:
             _log.error("the server of %s has ended.", self.name)
-        self._server.close()
+        await self._server.close()
         try:
             if is_ours and self.restarts:
                 raise BackboneError(f"the server of {self.name} has ended twice.", hint="start it again.")
             self.restarts += 1
-            server = self._start()
+            self._server = await self._start()
         except Exception as error:
+            # One that somebody else runs may come back.
             if is_ours:
                 _log.error("%s", error)
                 self.failed = True
                 self.on_failure()
-            # One that somebody else runs may come back.
-            return
-        with self._changed:
-            for slot in self._slots:
-                slot.state = None
-            self._server = server
-            if self._closing:
-                server.close()
+        for slot in self._slots:
+            slot.file = None
+
+
+class _ServerDied(OSError):
+    """The server has ended, and with it all texts."""
 
 
 def _ignore(output: SequenceOutput) -> None:

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any, Self
 
-from prefixtune.errors import RequestError
+import httpx2
 
-__all__ = ["SOCKET", "Opened", "Refused", "RemoteServer"]
+from prefixtune.errors import BackboneError, RequestError
+
+__all__ = ["Refused", "RemoteServer"]
 
 
-SOCKET = "socket"
-"""The name of a server's socket in its folder."""
-_SECONDS = 600.0
+_SECONDS = httpx2.Timeout(600.0, connect=10.0)
 """Until the server has answered, or written its next token."""
+_POLL_SECONDS = 0.1
 _DYING_SECONDS = 2.0
 """Between the end of a process's connections and its own."""
-
-_LOOK_SECONDS = 1.0
-"""Between looks at a server that somebody else runs."""
-
-Opened = Callable[[socket.socket], None]
 
 
 class Refused(RequestError):
@@ -38,7 +31,7 @@ class Refused(RequestError):
 
 
 class RemoteServer:
-    """A server that has loaded the model. May be used from any thread.
+    """A server that has loaded the model; for one event loop.
 
     Args:
         program: What runs there, for messages.
@@ -46,10 +39,11 @@ class RemoteServer:
         token: Sent with each request; empty: none is.
         process: Its process, in a session of its own, which ends soon after its stdin is closed; None: somebody else
             started it.
-        folder: Of its socket, if it listens on one there; removed with it.
+        folder: Of its socket, if it is ours.
 
     Attributes:
-        url: Its address.
+        process: Its process.
+        alive: Whether it runs, as far as is known; never again, once it did not.
     """
 
     def __init__(
@@ -57,64 +51,98 @@ class RemoteServer:
         program: str,
         url: str,
         token: str = "",
-        process: subprocess.Popen[Any] | None = None,
+        process: subprocess.Popen[bytes] | None = None,
         folder: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
-        self.url, self._is_up, self._folder = url, True, folder
-        self._program, self._parts, self._token, self._process = program, urlsplit(url), token, process
-        self._looked = time.monotonic()
+        self.process, self._program, self._folder, self._is_up = process, program, folder, True
+        self._client = httpx2.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            transport=httpx2.AsyncHTTPTransport(
+                uds=None if folder is None else _socket_in(folder), limits=httpx2.Limits(max_connections=None)
+            ),
+            timeout=_SECONDS,
+        )
 
-    @property
-    def pid(self) -> int:
-        """Of its process; 0: it is not ours."""
-        return 0 if self._process is None else self._process.pid
+    @classmethod
+    async def start(cls, program: str, command: Sequence[str], hint: str, **environment: str) -> Self:
+        """Start a server as a child process, and wait until it has loaded the model; its messages go to stderr.
+
+        Args:
+            program: What it is.
+            command: Its last argument, the path of the socket that it must listen on, comes in addition.
+            hint: What to do if it does not start.
+            **environment: Variables, besides those of this process.
+
+        Raises:
+            BackboneError: It ends before.
+        """
+        # In a folder of its own, so that nobody else can use it or take its place.
+        folder = tempfile.TemporaryDirectory(prefix="prefixtune-", ignore_cleanup_errors=True)
+        try:
+            process = subprocess.Popen(
+                [*command, _socket_in(folder)],
+                stdin=subprocess.PIPE,
+                # Standard output is for the answers of this program.
+                stdout=2,
+                env={**os.environ, **environment},
+                # The terminal's signals are for the parent, which ends running texts first.
+                start_new_session=True,
+            )
+        except OSError as error:
+            folder.cleanup()
+            raise BackboneError(f"cannot run {command[0]!r}: {error.strerror}.", hint=hint) from error
+        server = cls(program, "http://localhost", process=process, folder=folder)
+        try:
+            while not await server.answers("/health"):
+                if not server.alive:
+                    raise BackboneError(
+                        f"{program} cannot serve this model (exit code {process.returncode}); its messages are above.",
+                        hint=hint,
+                    )
+                await asyncio.sleep(_POLL_SECONDS)
+        except BaseException:
+            await server.close()
+            raise
+        return server
 
     @property
     def alive(self) -> bool:
         """Whether it runs, as far as is known; never again, once it did not."""
-        return self._is_up and (self._process is None or self._process.poll() is None)
+        return self._is_up and (self.process is None or self.process.poll() is None)
 
-    def look(self) -> bool:
+    async def look(self) -> bool:
         """The same, after a look at a server that somebody else runs."""
-        if self.alive and self._process is None and time.monotonic() - self._looked > _LOOK_SECONDS:
-            self._is_up, self._looked = self.answers("/health"), time.monotonic()
+        if self.alive and self.process is None:
+            self._is_up = await self.answers("/health")
         return self.alive
 
-    def is_dying(self) -> bool:
+    async def is_dying(self) -> bool:
         """Whether it has ended, or does so in a moment, after a connection to it has failed."""
-        if self._process is None:
-            return not self.answers("/health")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_DYING_SECONDS)
-        return self._process.poll() is not None
+        if self.process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DYING_SECONDS):
+                    while self.process.poll() is None:
+                        await asyncio.sleep(_POLL_SECONDS)
+        return not await self.look()
 
-    def close(self, seconds: float = 10.0) -> None:
+    async def close(self, seconds: float = 10.0) -> None:
         """End it, if it is ours, with all processes that it started; after some seconds they are killed."""
         self._is_up = False
-        if self._process is None:
-            return
-        with contextlib.suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        self._process.kill()
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        await self._client.aclose()
+        if self.process is not None:
+            await asyncio.to_thread(_end, self.process, seconds)
         if self._folder is not None:
             self._folder.cleanup()
 
-    def answers(self, path: str, seconds: float = 5.0) -> bool:
-        """Whether it answers there with 200."""
+    async def answers(self, path: str) -> bool:
+        """Whether it answers there with 200, in some seconds."""
         try:
-            with self._send("GET", path, seconds=seconds):
-                return True
-        except (OSError, http.client.HTTPException, RequestError):
+            return (await self._client.get(path, timeout=5.0)).status_code == httpx2.codes.OK
+        except httpx2.TransportError:
             return False
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Its answer to a request.
 
         Args:
@@ -126,25 +154,24 @@ class RemoteServer:
             RequestError: It cannot do it.
             OSError: It cannot be reached.
         """
-        with self._send("GET" if body is None else "POST", path, body) as response:
-            return json.loads(response.read())
+        async with self._send("GET" if body is None else "POST", path, body) as response:
+            return json.loads(await response.aread())
 
-    def stream(self, path: str, body: Mapping[str, Any], opened: Opened) -> Generator[Mapping[str, Any]]:
-        """The events of a text; whoever has read the last one closes the stream.
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[Mapping[str, Any]]:
+        """The events of a text; whoever closes the stream early ends it.
 
         Args:
             path: Where it is asked.
             body: What it is asked for.
-            opened: Called with the connection before anything is sent; whoever shuts it down ends the text.
 
         Raises:
             Refused: It refuses.
             RequestError: It failed.
             OSError: It cannot be reached, or the connection ends before the text.
         """
-        with self._send("POST", path, body, opened) as response:
-            for line in response:
-                if line.startswith(b"data: {"):
+        async with self._send("POST", path, body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
                     event = json.loads(line[6:])
                     if "error" in event:
                         message = event["error"].get("message")
@@ -152,36 +179,38 @@ class RemoteServer:
                     yield event
         raise ConnectionError(f"the server of {self._program} has ended in the middle of a text.")
 
-    @contextlib.contextmanager
-    def _send(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        opened: Opened | None = None,
-        seconds: float = _SECONDS,
-    ) -> Iterator[http.client.HTTPResponse]:
+    @contextlib.asynccontextmanager
+    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[httpx2.Response]:
         """Ask; the answer can be read while the block runs."""
-        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        with contextlib.closing(kind(self._parts.hostname or "", self._parts.port, timeout=seconds)) as connection:
-            if self._folder is None:
-                connection.connect()
-            else:
-                connection.sock = socket.socket(socket.AF_UNIX)
-                connection.sock.settimeout(seconds)
-                connection.sock.connect(os.path.join(self._folder.name, SOCKET))
-            if opened is not None:
-                opened(connection.sock)
-            headers = {"Content-Type": "application/json"}
-            headers |= {"Authorization": f"Bearer {self._token}"} if self._token else {}
-            content = None if body is None else json.dumps(body)
-            connection.request(method, f"{self._parts.path.rstrip('/')}{path}", content, headers)
-            with connection.getresponse() as response:
-                if response.status != http.HTTPStatus.OK:
-                    error = Refused if response.status == http.HTTPStatus.BAD_REQUEST else RequestError
-                    reason = _message(response.read(2**16))
-                    raise error(f"{self._program} refuses it ({response.status}): {reason}", hint="see its log.")
+        if not self._is_up:
+            raise ConnectionError(f"{self._program} has ended.")
+        try:
+            async with self._client.stream(method, path, json=body) as response:
+                if response.status_code != httpx2.codes.OK:
+                    error = Refused if response.status_code == httpx2.codes.BAD_REQUEST else RequestError
+                    reason = _message(await response.aread())
+                    raise error(f"{self._program} refuses it ({response.status_code}): {reason}", hint="see its log.")
                 yield response
+        except httpx2.TransportError as error:
+            raise ConnectionError(f"{self._program} cannot be reached: {error or type(error).__name__}") from error
+
+
+def _socket_in(folder: tempfile.TemporaryDirectory[str]) -> str:
+    # llama.cpp knows it by its ending.
+    return os.path.join(folder.name, "server.sock")
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    with contextlib.suppress(OSError):
+        if process.stdin is not None:
+            process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    process.kill()
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _message(content: bytes) -> str:

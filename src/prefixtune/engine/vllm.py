@@ -11,11 +11,7 @@ import contextlib
 import itertools
 import json
 import os
-import secrets
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,20 +22,18 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.engine.remote import RemoteEngine, RemoteSlot, RemoteText
-from prefixtune.engine.remote_server import SOCKET, RemoteServer
+from prefixtune.engine.remote import RemoteEngine, RemoteText
+from prefixtune.engine.remote_server import RemoteServer
 from prefixtune.engine.request import FinishReason, SequenceOutput, Token
-from prefixtune.engine.vllm_files import PrefixFiles, own_folder
 from prefixtune.errors import BackboneError, ConfigError, RequestError
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.reference import PrefixReference
+from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.prefix.reference import PrefixReference, hash_file
 from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["VllmConfig", "VllmEngine"]
 
 
 _COMPLETIONS = "/v1/completions"
-_POLL_SECONDS = 0.25
 _LACKS = MappingProxyType({"prompt_logprobs": None})
 _LOWEST_BIAS = -100
 """What vLLM and OpenAI allow; nothing comes up against it."""
@@ -90,55 +84,43 @@ class VllmEngine(RemoteEngine):
     """
 
     def __init__(self, backbone: Backbone, config: VllmConfig) -> None:
-        super().__init__("vLLM" if config.url else f"vLLM ({config.dtype})", backbone, config.num_slots)
         self.config, self._model, self.max_length = config, "", 0
         self.lacks = _LACKS
         self._placeholder = _choose_placeholder(backbone.tokenizer)
-        with contextlib.ExitStack() as made:
-            folder = Path(config.folder) if config.url else made.enter_context(own_folder())
-            if not folder.is_dir():
-                raise ConfigError(
-                    f"there is no folder {config.folder!r} for vLLM's prefixes.",
-                    hint="name the one that its connector has as `prefixes`.",
-                )
-            self._files = PrefixFiles(folder)
-            made.callback(self._files.close)
-            self._run()
-            self._made = made.pop_all()
-
-    def close(self, timeout: float = 10.0) -> None:
-        """Cancel what still runs, and stop."""
-        super().close(timeout)
-        self._made.close()
+        folder = Path(config.folder) if config.url else None
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(
+                f"there is no folder {config.folder!r} for vLLM's prefixes.",
+                hint="name the one that its connector has as `prefixes`.",
+            )
+        super().__init__("vLLM" if config.url else f"vLLM ({config.dtype})", backbone, config.num_slots, folder)
 
     def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
         """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
         # For vLLM, the last token takes a position too.
         return self.max_length - prefix_length - prompt_tokens
 
-    # --- the server ---------------------------------------------------------------------------------------------------
-
-    def _start(self) -> RemoteServer:
+    async def _start(self) -> RemoteServer:
         config = self.config
         if config.url:
-            server = RemoteServer(self.name, config.url, os.environ.get("VLLM_API_KEY", ""))
+            server = RemoteServer("vLLM", config.url, os.environ.get("VLLM_API_KEY", ""))
         else:
-            server = _start_child(config, self.backbone.name, self._files.folder)
+            server = await _start_child(config, self.backbone.name, self._files.folder)
         try:
-            model = server.ask("/v1/models")["data"][0]
+            model = (await server.ask("/v1/models"))["data"][0]
             limits = (int(model["max_model_len"]), config.max_length)
             self._model, self.max_length = str(model["id"]), min(limit for limit in limits if limit)
             if config.url:
-                self._probe(server)
+                await self._probe(server)
         except (OSError, LookupError, ValueError, TypeError, RequestError) as error:
-            server.close()
+            await server.close()
             raise BackboneError(
-                f"the server at {server.url!r} is none of vLLM with prefixes: {error}",
+                f"{config.url or 'the child process'} is no server of vLLM with prefixes: {error}",
                 hint="start vLLM as docs/vllm.md says, and give its address, folder and key (VLLM_API_KEY).",
             ) from error
         return server
 
-    def _probe(self, server: RemoteServer) -> None:
+    async def _probe(self, server: RemoteServer) -> None:
         """See that a server that somebody else runs has the connector, the backbone's shapes and the folder.
 
         Raises:
@@ -148,30 +130,26 @@ class VllmEngine(RemoteEngine):
             (torch.zeros(shape.num_kv_heads, 1, shape.key_dim), torch.zeros(shape.num_kv_heads, 1, shape.value_dim))
             for shape in self.backbone.geometry["decoder"]
         )
-        reference = self._files.take(Prefix({"decoder": layers}, make_header(self.backbone)))
+        file = self._files.take(Prefix({"decoder": layers}, make_header(self.backbone)))
         body = {"model": self._model, "prompt": [self._placeholder] * 2, "max_tokens": 1}
         try:
-            server.ask(_COMPLETIONS, {**body, **reference.request_fields})
+            await server.ask(_COMPLETIONS, {**body, **file.name.request_fields})
         finally:
-            self._files.release(reference)
+            self._files.release(file)
         with contextlib.suppress(RequestError):
-            server.ask(_COMPLETIONS, {**body, **replace(reference, sha256="0" * 64).request_fields})
+            await server.ask(_COMPLETIONS, {**body, **replace(file.name, sha256="0" * 64).request_fields})
             raise ConnectionError("it has no connector for prefixes.")
 
-    # --- texts --------------------------------------------------------------------------------------------------------
+    def _write_file(self, path: Path, prefix: Prefix) -> PrefixReference:
+        save_prefix(path, prefix)
+        return PrefixReference(path.stem, hash_file(path), prefix.length())
 
-    def _take(self, prefix: Prefix) -> PrefixReference:
-        return self._files.take(prefix)
-
-    def _release(self, state: PrefixReference) -> None:
-        self._files.release(state)
-
-    def _generate(
-        self, server: RemoteServer, slot: RemoteSlot, text: RemoteText, pieces: Detokenizer, ends: set[int]
+    async def _generate(
+        self, server: RemoteServer, text: RemoteText, pieces: Detokenizer, ends: set[int]
     ) -> FinishReason:
         request, reason = text.request, "length"
-        with contextlib.closing(server.stream(_COMPLETIONS, self._body(text, ends), text.opened)) as events:
-            for event in events:
+        async with contextlib.aclosing(server.stream(_COMPLETIONS, self._body(text, ends))) as events:
+            async for event in events:
                 if not event["choices"]:
                     _check_cached(event["usage"], request.prefix_length)
                     break
@@ -190,7 +168,7 @@ class VllmEngine(RemoteEngine):
                     self._deliver(text, SequenceOutput(request.id, text.index, tokens, words))
                 if len(kept) < len(ids) or pieces.stopped or choice.get("finish_reason") == "stop":
                     reason = "stop"
-                if text.ended is not None or pieces.stopped:
+                if pieces.stopped:
                     break
         return "stop" if reason == "stop" else "length"
 
@@ -219,7 +197,7 @@ class VllmEngine(RemoteEngine):
             "return_tokens_as_token_ids": True,
             **{name: getattr(sampling, name) for name in _SAMPLING},
             **{name: value for name, value in optional.items() if value is not None},
-            **({} if text.state is None else text.state.request_fields),
+            **({} if text.file is None else text.file.name.request_fields),
         }
 
 
@@ -256,8 +234,8 @@ def _choose_placeholder(tokenizer: Any) -> int:
     return int(next((token for token in ids if token is not None and token != eos_id), eos_id or 0))
 
 
-def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
-    """Start vLLM's server, and wait until it has loaded the model; its messages go to stderr.
+async def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
+    """Start vLLM's server, and wait until it has loaded the model.
 
     Args:
         config: How it runs.
@@ -267,8 +245,6 @@ def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
     Raises:
         BackboneError: It ends before.
     """
-    # Nobody else can use or take its place: vLLM asks for its key at some paths only, and a port may be another's.
-    listening = tempfile.TemporaryDirectory(prefix="prefixtune-", ignore_cleanup_errors=True)
     transfer = {
         "kv_connector": "PrefixConnector",
         "kv_connector_module_path": "prefixtune.interop.vllm.connector",
@@ -277,7 +253,6 @@ def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
     }
     options = {
         "--served-model-name": name,
-        "--uds": f"{listening.name}/{SOCKET}",
         "--dtype": config.dtype,
         "--max-num-seqs": config.num_slots,
         "--max-model-len": config.max_length or "",
@@ -286,33 +261,12 @@ def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteServer:
         "--kv-transfer-config": json.dumps(transfer),
     }
     flags = [str(part) for option, value in options.items() if value != "" for part in (option, value)]
-    flags += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log", *config.arguments]
-    token = secrets.token_urlsafe()
-    hint = f"{config.python} needs vLLM, jaxtyping and this program (docs/vllm.md)."
-    try:
-        process = subprocess.Popen(
-            [config.python, "-m", "prefixtune.interop.vllm.child", config.model, *flags],
-            stdin=subprocess.PIPE,
-            # Standard output is for the server's own log.
-            stdout=2,
-            # vLLM reports usage over the network unless it is told not to.
-            env={"VLLM_NO_USAGE_STATS": "1", **os.environ, "VLLM_API_KEY": token},
-            # The terminal's signals are for the parent, which ends running texts first.
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise BackboneError(f"cannot run {config.python!r}: {error.strerror}.", hint=hint) from error
-    server = RemoteServer("vLLM", "http://localhost", token, process, listening)
-    try:
-        while not server.answers("/health"):
-            if not server.look():
-                raise BackboneError(
-                    f"vLLM cannot serve {config.model!r} with prefixes (exit code {process.returncode}); its messages "
-                    "are above.",
-                    hint=hint,
-                )
-            time.sleep(_POLL_SECONDS)
-    except BaseException:
-        server.close()
-        raise
-    return server
+    flags += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log", *config.arguments, "--uds"]
+    return await RemoteServer.start(
+        "vLLM",
+        [config.python, "-m", "prefixtune.interop.vllm.child", config.model, *flags],
+        f"{config.python} needs vLLM, jaxtyping and this program (docs/vllm.md).",
+        VLLM_API_KEY="",
+        # It reports usage over the network unless it is told not to.
+        VLLM_NO_USAGE_STATS=os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+    )
