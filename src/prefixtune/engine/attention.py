@@ -124,11 +124,10 @@ class StepAttention:
 
     def __post_init__(self) -> None:
         counts = [span.count for span in self.spans]
-        self.num_single = next((number for number, count in enumerate(counts) if count > 1), len(counts))
+        num_single = next((number for number, count in enumerate(counts) if count > 1), len(counts))
         self.together: list[_Together] = []
         if self.kv_cache.keys[0].device.type == "cpu":
-            self.together = list(_Together.find(self.spans[: self.num_single], self.kv_cache.page))
-        self.alone = {*range(len(counts))} - {row for group in self.together for row in group.rows.tolist()}
+            self.together = list(_Together.find(self.spans[:num_single], self.kv_cache.page))
 
     def attend(
         self,
@@ -157,22 +156,16 @@ class StepAttention:
         # Query heads that share a KV head are rows of one product, so that keys are never repeated.
         grouped = query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))
         out = query.new_empty(*grouped.shape[:3], values.shape[2])
-        plain = scores.fused and bias is None
-        for group in self.together if plain else ():
+        groups = self.together if scores.fused and bias is None else []
+        for group in groups:
             out[group.rows] = self._attend_together(grouped[group.rows], keys, values, scores.scale, window, group)
-        plain = plain and not (query.dtype != torch.float32 and query.device.type == "cpu")
-        alone, first = self.alone if scores.fused and bias is None else range(len(self.spans)), 0
+        done, first = {row for group in groups for row in group.rows.tolist()}, 0
         for number, span in enumerate(self.spans):
-            if number in alone:
-                key_view = key.narrow(2, span.run.start, span.stop)
-                value_view = value.narrow(2, span.run.start, span.stop)
-                if plain and number < self.num_single and (window is None or span.stop - span.prefix_length <= window):
-                    row = grouped[None, first]
-                    out[first] = F.scaled_dot_product_attention(row, key_view, value_view, scale=scores.scale)[0]
-                else:
-                    rows = query[:, :, first : first + span.count]
-                    found = self._attend_span(rows, key_view, value_view, span, scores, window, bias)
-                    out[first : first + span.count] = found.unflatten(1, (kv_heads, -1))
+            rows = slice(first, first + span.count)
+            if number not in done:
+                views = (part.narrow(2, span.run.start, span.stop) for part in (key, value))
+                found = self._attend_span(query[:, :, rows], *views, span, scores, window, bias)
+                out[rows] = found.unflatten(1, (kv_heads, -1))
             first += span.count
         return out.flatten(1, 2)[None]
 
@@ -200,17 +193,11 @@ class StepAttention:
 
     def _mask_together(self, group: _Together, window: int | None, dtype: torch.dtype) -> Float[Tensor, "R 1 1 S"]:
         """Each text sees its own positions; in a window, the nearest ones and its prefix."""
-        spans = [self.spans[row] for row in group.rows.tolist()]
-        stops = torch.ones(group.count, dtype=torch.long)
-        prefixes = torch.zeros(group.count, dtype=torch.long)
-        stops[group.at] = torch.tensor([span.stop for span in spans])
-        prefixes[group.at] = torch.tensor([span.prefix_length for span in spans])
-        columns = torch.arange(group.length)
-        visible = columns < stops[:, None]
-        if window is not None:
-            visible &= (stops[:, None] - 1 - columns < window) | (columns < prefixes[:, None])
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
-        return mask[:, None, None]
+        stops = torch.ones(group.count, 1, dtype=torch.long)
+        prefixes = torch.zeros_like(stops)
+        for place, row in zip(group.at.tolist(), group.rows.tolist(), strict=True):
+            stops[place], prefixes[place] = self.spans[row].stop, self.spans[row].prefix_length
+        return _mask(stops - 1, torch.arange(group.length), window, prefixes, dtype)[:, None, None]
 
     def _attend_span(
         self,
@@ -299,23 +286,30 @@ def _mask_and_bias(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Float[Tensor, "T S"] | None, Float[Tensor, "1 Hq T S"] | None]:
-    """What is added to a text's scores: -inf where a position is not visible, and a bias by distance.
-
-    A position sees itself and what is before it; in a window, only the nearest positions and the prefix. The prefix
-    has no bias.
-    """
+    """What is added to a text's scores: a mask, and a bias by distance, which the prefix does not have."""
     positions = torch.arange(span.start, span.stop, device=device)[:, None]
     columns = torch.arange(span.stop, device=device)
     mask = bias = None
     if span.count > 1 or (window is not None and span.stop - span.prefix_length > window):
-        visible = columns <= positions
-        if window is not None:
-            visible &= (positions - columns < window) | (columns < span.prefix_length)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+        mask = _mask(positions, columns, window, span.prefix_length, dtype)
     if distance_bias is not None:
         distances = (positions - columns).clamp(0, distance_bias.shape[1] - 1)
         bias = distance_bias[:, distances].masked_fill(columns < span.prefix_length, 0)[None]
     return mask, bias
+
+
+def _mask(
+    positions: Int[Tensor, "T 1"],
+    columns: Int[Tensor, " S"],
+    window: int | None,
+    prefix_length: int | Int[Tensor, "T 1"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "T S"]:
+    """-inf where a position does not see a column: behind it; in a window, too far before it and not in the prefix."""
+    visible = columns <= positions
+    if window is not None:
+        visible &= (positions - columns < window) | (columns < prefix_length)
+    return torch.zeros(visible.shape, dtype=dtype, device=columns.device).masked_fill_(~visible, float("-inf"))
 
 
 @dataclass(eq=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Self
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
@@ -63,85 +64,13 @@ class Snapshot:
     tokens: int
 
 
-class Engine(Protocol):
-    """Generates text for many requests at once. May be used from any thread.
-
-    A request is token ids, a prefix, sampling parameters and a tenant. Who uses an engine knows nothing else of it.
-
-    Attributes:
-        name: What computes, for people and for the settings of an evaluation.
-        backbone: The model, or its tokenizer and shapes.
-        max_length: Most positions of a text.
-        lacks: Sampling parameters that it refuses -> the value that asks for nothing, which it takes.
-        failed: Whether it has failed for good.
-        on_failure: Called, in a thread of the engine, after it has failed and all requests know it.
-    """
-
-    name: str
-    backbone: Backbone
-    max_length: int
-    lacks: Mapping[str, Any]
-    failed: bool
-    on_failure: Callable[[], None]
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that the model can read."""
-
-    @property
-    def healthy(self) -> bool:
-        """Whether requests are computed now."""
-
-    def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
-        """Submit a request.
-
-        Args:
-            request: The request.
-            receive: Called with all its outputs. A slow one delays the outputs of other requests; if it raises, the
-                request is cancelled.
-            deadline: Seconds from now until the request must be done; then its sequences end with `timeout`.
-
-        Raises:
-            EngineFull: The engine is closing or has failed.
-            PrefixError: As `check`.
-        """
-
-    def check(self, request: Request) -> None:
-        """Refuse what the engine cannot run.
-
-        Raises:
-            RequestError: The engine refuses it.
-            ContextLengthError: It needs more positions than a text may have.
-            BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
-        """
-
-    def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
-        """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
-
-    def check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
-        """Refuse a request that needs more positions than a text may have.
-
-        Raises:
-            ContextLengthError: It does.
-        """
-
-    def cancel(self, request_id: str) -> None:
-        """Cancel a request; its sequences end with `cancelled`. Unknown ids are ignored."""
-
-    def snapshot(self) -> Snapshot:
-        """What the engine is doing now, and its counters."""
-
-    def close(self, timeout: float = 10.0) -> None:
-        """Cancel what still runs, and stop within so many seconds."""
-
-
 class Limits:
     """What a request may ask of a model: the checks that all engines share.
 
     Attributes:
-        backbone: See `Engine`.
-        max_length: See there.
-        lacks: See there.
+        backbone: The model, or its tokenizer and shapes.
+        max_length: Most positions of a text.
+        lacks: Sampling parameters that are refused -> the value that asks for nothing, which is taken.
         remedy: What to do if a text is too long.
     """
 
@@ -179,7 +108,13 @@ class Limits:
             )
 
     def check(self, request: Request) -> None:
-        """Refuse what the engine cannot run (see `Engine.check`)."""
+        """Refuse what the engine cannot run.
+
+        Raises:
+            RequestError: The engine refuses it.
+            ContextLengthError: It needs more positions than a text may have.
+            BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
+        """
         sampling = request.sampling
         for name, nothing in self.lacks.items():
             if getattr(sampling, name) != nothing:
@@ -196,3 +131,65 @@ class Limits:
                 f"there is no token {unknown[0]}: the model has {size:,}.",
                 hint="encode the text with the backbone's own tokenizer.",
             )
+
+
+class Engine(Limits, abc.ABC):
+    """Generates text for many requests at once. May be used from any thread.
+
+    A request is token ids, a prefix, sampling parameters and a tenant. Who uses an engine knows nothing else of it.
+
+    Attributes:
+        name: What computes, for people and for the settings of an evaluation.
+        backbone: The model, or its tokenizer and shapes.
+        max_length: Most positions of a text.
+        lacks: Sampling parameters that it refuses -> the value that asks for nothing, which it takes.
+        failed: Whether it has failed for good.
+        on_failure: Called, in a thread of the engine, after it has failed and all requests know it.
+    """
+
+    name: str
+    failed = False
+    on_failure: Callable[[], None] = staticmethod(lambda: None)
+
+    @property
+    @abc.abstractmethod
+    def healthy(self) -> bool:
+        """Whether requests are computed now."""
+
+    @property
+    @abc.abstractmethod
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+
+    @abc.abstractmethod
+    def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
+        """Submit a request.
+
+        Args:
+            request: The request.
+            receive: Called with all its outputs. A slow one delays the outputs of other requests; if it raises, the
+                request is cancelled.
+            deadline: Seconds from now until the request must be done; then its sequences end with `timeout`.
+
+        Raises:
+            EngineFull: The engine is closing or has failed.
+            PrefixError: As `check`.
+        """
+
+    @abc.abstractmethod
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request; its sequences end with `cancelled`. Unknown ids are ignored."""
+
+    @abc.abstractmethod
+    def snapshot(self) -> Snapshot:
+        """What the engine is doing now, and its counters."""
+
+    @abc.abstractmethod
+    def close(self, timeout: float = 10.0) -> None:
+        """Cancel what still runs, and stop within so many seconds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()

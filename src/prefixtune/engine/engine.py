@@ -36,18 +36,11 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.engine.base import Limits, RunningSequence
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.model_runner import ModelRunner
-from prefixtune.engine.request import (
-    ContextLengthError,
-    FinishReason,
-    Request,
-    SequenceOutput,
-    Token,
-    join_outputs,
-)
+from prefixtune.engine.request import ContextLengthError, FinishReason, Request, SequenceOutput, Token, join_outputs
 from prefixtune.engine.sampler import NOT_FINITE, prompt_logprobs, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import TokenSequence
-from prefixtune.errors import BackboneError, RequestError, describe_value
+from prefixtune.errors import BackboneError, PrefixError, RequestError
 from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["Engine"]
@@ -135,10 +128,6 @@ class Engine(Limits):
         Raises:
             PrefixError: As `add`.
         """
-        if not isinstance(request, Request):
-            raise RequestError(
-                f"the request is {describe_value(request)}, but must be a Request.", hint="write Request(ids, prefix)."
-            )
         super().check(request)
         for needed, cache in zip(self.runner.positions(request), self.runner.caches, strict=True):
             if needed > cache.num_positions:
@@ -152,11 +141,8 @@ class Engine(Limits):
         decode, sampling = self.backbone.decode, request.sampling
         context = () if self._has_encoder else request.prompt[-_CONTEXT_TOKENS:]
         text = Detokenizer(decode, sampling.stop, verbatim=request.verbatim, context=context)
-        sequence = (
-            TokenSequence(request, index, text, self.backbone.decoder_start_id, self.backbone.forced_bos_id)
-            if self._has_encoder
-            else TokenSequence(request, index, text)
-        )
+        first = (self.backbone.decoder_start_id, self.backbone.forced_bos_id) if self._has_encoder else ()
+        sequence = TokenSequence(request, index, text, *first)
         if request.grammar is not None:
             sequence.grammar = request.grammar.start()
         return sequence
@@ -180,7 +166,7 @@ class Engine(Limits):
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a slot."""
-        return self.scheduler.num_waiting
+        return len(self.scheduler.waiting)
 
     def running_sequences(self) -> tuple[RunningSequence, ...]:
         """The sequences that have a slot, by slot."""
@@ -272,16 +258,14 @@ class Engine(Limits):
 
     def _append(self, sequence: TokenSequence, token: Token | str | RequestError) -> SequenceOutput:
         """Append a sampled token to its sequence, which ends if that fails, or if there is none, as `sample` says."""
-        if isinstance(token, str):
-            return self._finish(sequence, "error", error=token)
         try:
-            if isinstance(token, RequestError):
-                raise token
-            return self._extend(sequence, token)
-        except RequestError as error:
-            return replace(self._finish(sequence, "error", error=error.message), refused=True)
+            if isinstance(token, Token):
+                return self._extend(sequence, token)
+            raise PrefixError(token) if isinstance(token, str) else token
         except Exception as error:
-            return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
+            reason = error.message if isinstance(error, PrefixError) else f"{type(error).__name__}: {error}"
+            is_refused = isinstance(error, RequestError)
+            return replace(self._finish(sequence, "error", error=reason), refused=is_refused)
 
     def _extend(self, sequence: TokenSequence, token: Token) -> SequenceOutput:
         """As `_append`, but raises what fails."""

@@ -45,18 +45,9 @@ def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
         field: dict[str, Any] = {
             name: reader.fields[name].contents() for name in reader.fields if "tokenizer" not in name
         }
-        kind = field["general.architecture"]
-        found = {
-            "layers": field[f"{kind}.block_count"],
-            "width": field[f"{kind}.embedding_length"],
-            "KV heads": field.get(f"{kind}.attention.head_count_kv", field[f"{kind}.attention.head_count"]),
-        }
-        layers = backbone.geometry["decoder"]
-        wanted = {"layers": len(layers), "width": backbone.hidden_size, "KV heads": layers[0].num_kv_heads}
-        wrong = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
-        if not wrong:
-            stored = StoredWeights(checkpoint_folder(backbone.name))
-            wrong = _other_weights(kind, {one.name: one for one in reader.tensors}, backbone, stored)
+        tensors = {one.name: one for one in reader.tensors}
+        stored = StoredWeights(checkpoint_folder(backbone.name))
+        wrong = _other_weights(field["general.architecture"], tensors, backbone, stored)
         number = field.get("general.file_type")
         quantization = "" if number is None else gguf.LlamaFileType(number).name.removeprefix("MOSTLY_")
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
@@ -86,8 +77,11 @@ def _other_weights(kind: str, tensors: Mapping[str, Any], backbone: Backbone, st
     names = gguf.get_tensor_name_map(architecture, len(backbone.geometry["decoder"]))
     for name in numbers:
         other = tensors.get(names.get_name(name, (".weight", ".bias")) or "")
-        if other is None or "norm" not in other.name:
+        if "norm" not in name:
             continue
+        if other is None:
+            wrong.append(f"it has no {name}")
+            break
         vector, theirs = stored.row(name, 0), torch.tensor(other.data).float()
         rounding = max(torch.finfo(vector.dtype).eps, torch.finfo(torch.float16).eps)
         if theirs.shape != vector.shape or not torch.allclose(theirs, vector.float(), rtol=rounding, atol=1e-6):

@@ -1,4 +1,8 @@
-"""Runs the model for texts that have their keys and values in pools: their prefixes, prompts, and next tokens."""
+"""Runs the model for texts that have their keys and values in pools: their prefixes, prompts, and next tokens.
+
+The encoder of an encoder-decoder reads a source in one piece. The source's cross-attention keys and values are computed
+in the text's first step, in the same pass as all other texts' tokens, and kept in a pool of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prefixtune.attention.forward import forward_with_backend
+from prefixtune.attention.compute import relative_bias
+from prefixtune.attention.forward import forward_with_backend, run_encoder
 from prefixtune.attention.injection import AttentionBackend
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.attention import Span, StepAttention, attends_by_pages, page_numbers
-from prefixtune.engine.encoder_cache import EncoderCache
+from prefixtune.engine.attention import EncoderAttention, Span, StepAttention, attends_by_pages, page_numbers
 from prefixtune.engine.kv_cache import PAGE, KVCache, bytes_per_position
 from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import ScheduledSequence
@@ -26,6 +30,8 @@ __all__ = ["ModelRunner"]
 
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.8
 """Of free memory, for keys and values, where nothing else is said."""
+_FIRST_BIAS_LENGTH = 256
+"""Distances at first; twice as many as needed later."""
 
 
 class ModelRunner:
@@ -39,7 +45,7 @@ class ModelRunner:
 
     Attributes:
         caches: Keys and values of prefixes, prompts and texts (of an encoder-decoder's decoder); and of sources.
-        encoder_cache: What an encoder-decoder's decoder sees of sources; None: a decoder-only model.
+        has_encoder: Whether it is an encoder-decoder.
 
     Raises:
         ConfigError: Memory has no room for the keys and values.
@@ -47,7 +53,7 @@ class ModelRunner:
 
     def __init__(self, backbone: Backbone, num_texts: int, max_length: int, cache_bytes: int = 0) -> None:
         self.backbone = backbone
-        has_encoder = backbone.kind == "encoder-decoder"
+        self.has_encoder = has_encoder = backbone.kind == "encoder-decoder"
         sites: tuple[Site, ...] = ("decoder", "cross") if has_encoder else ("decoder",)
         device, dtype = backbone.device, backbone.dtype
         self._by_pages = attends_by_pages(device)
@@ -62,16 +68,19 @@ class ModelRunner:
             KVCache(backbone.geometry[site], num_positions, dtype, device, num_texts, site=site, page=PAGE)
             for site in sites
         ]
-        self.encoder_cache = EncoderCache(backbone, self.caches[1]) if has_encoder else None
+        # The sources whose keys and values the next step computes; and what the pass reads if there is none.
+        self._new_sources: dict[TokenSequence, Float[Tensor, "1 S E"]] = {}
+        self._placeholder: Float[Tensor, "1 1 E"] | None = None
+        self._bias_by_layer: dict[int, Float[Tensor, "Hq N"]] = {}
+        self._bias_length = 0
 
     def positions(self, request: Request) -> tuple[int, ...]:
         """How many positions a text of a request needs of each pool."""
         # The last token needs none; without new tokens, the prompt's last one does.
         new = max(1, request.sampling.max_new_tokens) - 1
-        if self.encoder_cache is None:
+        if not self.has_encoder:
             return (request.prefix_length + len(request.prompt) + new,)
-        prefix = request.prefix
-        return (request.prefix_length + 1 + new, len(request.prompt) + (prefix.length("cross") if prefix else 0))
+        return (request.prefix_length + 1 + new, _source_length(request))
 
     def take_room(self, sequence: TokenSequence) -> bool:
         """Reserve all that a text may need; False: there is no room now, and nothing is reserved."""
@@ -93,8 +102,7 @@ class ModelRunner:
         for cache, run, length in zip(self.caches, sequence.runs, written, strict=False):
             cache.give_back(run, min(length, len(run)))
         sequence.runs = ()
-        if self.encoder_cache is not None:
-            self.encoder_cache.forget(sequence)
+        self._new_sources.pop(sequence, None)
 
     def load_prefix(self, sequence: TokenSequence) -> None:
         """Copy a text's prefix to its first positions."""
@@ -103,15 +111,21 @@ class ModelRunner:
 
     def encode(self, sequence: TokenSequence) -> None:
         """Let the encoder read a text's source."""
-        if self.encoder_cache is None:
-            raise RuntimeError("a decoder-only model has no encoder")
-        self.encoder_cache.encode(sequence)
+        request = sequence.request
+        if request.prefix is not None:
+            self.caches[1].put(sequence.runs[1], request.prefix)
+        ids = torch.tensor([request.prompt], device=self.backbone.device)
+        with self.backbone.autocast():
+            source = run_encoder(self.backbone.model, self.backbone.layout, ids, request.prefix)
+        if self._placeholder is None:
+            self._placeholder = torch.zeros_like(source[:, :1])
+        self._new_sources[sequence] = source
         sequence.num_unencoded = 0
 
     def share_prompt(self, sequence: TokenSequence, computed: TokenSequence) -> None:
         """Copy what was computed of the prompt for another text of the same request."""
-        if self.encoder_cache is not None:
-            self.encoder_cache.share(sequence, computed)
+        if self.has_encoder:
+            self.caches[1].copy(computed.runs[1], sequence.runs[1], _source_length(sequence.request))
             sequence.num_unencoded = 0
             return
         # Without the prompt's last token: each text samples its own next token after it.
@@ -139,7 +153,7 @@ class ModelRunner:
             start = prefix_length + first
             prompt_indices.extend(range(len(ids), len(ids) + work.num_prompt_logits))
             ids.extend(sequence.token_ids[first : first + count])
-            position = start if self.encoder_cache is None else first
+            position = first if self.has_encoder else start
             positions.extend(range(position, position + count))
             place = sequence.runs[0].start + start
             places.extend(range(place, place + count))
@@ -148,7 +162,10 @@ class ModelRunner:
                 last_indices.append(len(ids) - 1)
         sequences = [work.sequence for work in scheduled]
         wanted = [*last_indices, *prompt_indices] or [len(ids) - 1]
-        spans_by_cache = [spans, *([self.encoder_cache.spans(sequences)] if self.encoder_cache else [])]
+        spans_by_cache = [spans]
+        if self.has_encoder:
+            # A text's next token sees all of its source.
+            spans_by_cache.append([Span(s.runs[1], _source_length(s.request) - 1, 1, 0) for s in sequences])
         pages = [page_numbers(of_one, self.caches[0].page) for of_one in spans_by_cache if self._by_pages]
         row, at, to, kept, *tables = _moved([ids, positions, places, wanted, *chain(*pages)], self.backbone.device)
         attentions = []
@@ -157,8 +174,13 @@ class ModelRunner:
             attentions.append(StepAttention(cache, of_one, to if number == 0 else None, own))
         backend: AttentionBackend = attentions[0]
         encoded = None
-        if self.encoder_cache is not None:
-            backend, encoded = self.encoder_cache.attention(attentions[0], attentions[1], sequences)
+        if self.has_encoder:
+            new = {s: self._new_sources.pop(s) for s in sequences if s in self._new_sources}
+            ends = [(e.shape[1], s.runs[1].start + _source_length(s.request)) for s, e in new.items()]
+            targets = [(length, end - length) for length, end in ends]
+            attentions[0].bias_by_layer = self._distance_bias(max(span.stop for span in spans))
+            backend = EncoderAttention(attentions[0], attentions[1], targets)
+            encoded = torch.cat(list(new.values()), dim=1) if new else self._placeholder
         logits_to_keep = kept if self.backbone.supports_logits_to_keep else None
         with self.backbone.autocast():
             logits = forward_with_backend(
@@ -167,6 +189,18 @@ class ModelRunner:
         # Where every token has its own, as in a decoder's step, they are not copied.
         every = len(last_indices) == len(ids) and not prompt_indices
         return logits if logits_to_keep is not None or every else logits[kept]
+
+    def _distance_bias(self, length: int) -> dict[int, Float[Tensor, "Hq N"]]:
+        """Per layer, the decoder's bias by distance, for as many distances as there are, and for more later."""
+        if length > self._bias_length:
+            self._bias_length = max(_FIRST_BIAS_LENGTH, 2 * length)
+            self._bias_by_layer = relative_bias(self.backbone.model, self.backbone.layout, self._bias_length)
+        return self._bias_by_layer
+
+
+def _source_length(request: Request) -> int:
+    """Positions of a request's prefix and source in the pool of sources."""
+    return len(request.prompt) + (0 if request.prefix is None else request.prefix.length("cross"))
 
 
 def _moved(numbers: Sequence[Sequence[int]], device: torch.device) -> Sequence[Int[Tensor, " _"]]:

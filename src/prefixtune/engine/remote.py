@@ -10,14 +10,13 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.base import Limits, Receive, RunningSequence, Snapshot
+from prefixtune.engine.base import Engine, Receive, RunningSequence, Snapshot
 from prefixtune.engine.fair_queue import FairQueue
 from prefixtune.engine.prefix_files import PrefixFile, PrefixFiles, own_folder
 from prefixtune.engine.remote_server import Refused, RemoteServer
@@ -86,7 +85,7 @@ class RemoteText:
         return int.from_bytes(digest[:8], "little") % (2**32 - 1)
 
 
-class RemoteEngine(Limits, abc.ABC):
+class RemoteEngine(Engine):
     """Gives texts to a server, each by a task of an event loop; starts the server again, once, if it dies.
 
     The loop runs in a thread of its own, and only there does anything change but `_texts`.
@@ -98,30 +97,23 @@ class RemoteEngine(Limits, abc.ABC):
         folder: Of the prefixes' files; None: one of its own.
 
     Attributes:
-        name: See `base.Engine`, as for the others.
-        backbone: The backbone.
-        failed: The server has ended and could not be started again.
-        on_failure: Called then.
-        restarts: How often it was started again.
-        max_length: Most positions of a text.
-        lacks: Sampling parameters that it refuses -> the value that asks for nothing.
+        restarts: How often the server was started again.
     """
 
     def __init__(self, name: str, backbone: Backbone, num_slots: int, folder: Path | None = None) -> None:
         self.name, self.backbone = name, backbone
-        self.on_failure: Callable[[], None] = lambda: None
-        self.failed = self._closing = False
+        self._closing = False
         self.restarts = self._tokens = 0
         self._slots = [RemoteSlot(number) for number in range(num_slots)]
         self._queue = FairQueue[RemoteText]()
         # Of each request, the texts that have not ended; guarded by the lock, as is the order of calls in the loop.
         self._texts: dict[str, list[RemoteText]] = {}
         self._lock = threading.Lock()
-        self._loop = asyncio.new_event_loop()
         started: Future[None] = Future()
         with contextlib.ExitStack() as made:
             self._files = PrefixFiles(folder or made.enter_context(own_folder()), self._write_file)
             made.callback(self._files.close)
+            self._loop = asyncio.new_event_loop()
             self._working = self._loop.create_task(self._work(started))
             self._thread = threading.Thread(target=self._run, name=f"prefixtune-{name}", daemon=True)
             self._thread.start()
@@ -217,12 +209,6 @@ class RemoteEngine(Limits, abc.ABC):
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self.close()
-
     # --- texts, in the loop -------------------------------------------------------------------------------------------
 
     def _begin(self, text: RemoteText) -> None:
@@ -274,13 +260,16 @@ class RemoteEngine(Limits, abc.ABC):
                 del self._texts[text.request.id]
                 if text.file is not None:
                     self._files.release(text.file)
-        reason, words = ("error", "") if error is not None else task.result()
+        reason: FinishReason = "error"
+        words = ""
         details: dict[str, Any] = {}
-        if isinstance(error, asyncio.CancelledError):
+        if error is None:
+            reason, words = task.result()
+        elif isinstance(error, asyncio.CancelledError):
             reason = "cancelled"
         elif isinstance(error, TimeoutError):
             reason = "timeout"
-        elif error is not None:
+        else:
             if not isinstance(error, RequestError | OSError):
                 _log.error("request %s failed", text.request.id, exc_info=error)
             is_refused = isinstance(error, Refused) and text.request.grammar is not None

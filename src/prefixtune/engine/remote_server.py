@@ -138,7 +138,7 @@ class RemoteServer:
     async def answers(self, path: str) -> bool:
         """Whether it answers there with 200, in some seconds."""
         try:
-            return (await self._client.get(path, timeout=5.0)).status_code == httpx2.codes.OK
+            return bool((await self._client.get(path, timeout=5.0)).status_code == httpx2.codes.OK)
         except httpx2.TransportError:
             return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from prefixtune.errors import PrefixError, RequestError, describe_value, short_repr
+from prefixtune.errors import PrefixError, RequestError, short_repr
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.sampling.grammar import Grammar
@@ -107,15 +108,10 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.sampling, Mapping):
             object.__setattr__(self, "sampling", SamplingParams(**self.sampling))
-        try:
+        with contextlib.suppress(TypeError):
             object.__setattr__(self, "prompt", tuple(map(operator.index, self.prompt)))
-        except TypeError:
-            raise RequestError(
-                f"the prompt is {describe_value(self.prompt)}, but must be a list of token ids.",
-                hint="encode a text with the backbone: `backbone.encode(text)`.",
-            ) from None
         for name, is_right, needed in (
-            ("prompt", bool(self.prompt), "one token at least"),
+            ("prompt", isinstance(self.prompt, tuple) and self.prompt, "token ids: `backbone.encode(text)`"),
             ("prefix", isinstance(self.prefix, Prefix | None), "a Prefix, as load_prefix(path, backbone) gives it"),
             ("sampling", isinstance(self.sampling, SamplingParams), "a SamplingParams or a dict"),
             ("n", type(self.n) is int and self.n >= 1, "a whole number of at least 1"),

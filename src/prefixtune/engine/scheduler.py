@@ -1,16 +1,12 @@
-"""What is computed in the next step: the next token of every running sequence, and pieces of prompts of bounded size.
-
-A free slot goes to the tenant with the fewest slots, so that no tenant starves another; within a tenant, first come,
-first served.
-"""
+"""What a step computes: the next token of every running sequence, and pieces of prompts of bounded size."""
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from prefixtune.engine.fair_queue import FairQueue
 from prefixtune.engine.sequence import TokenSequence
 
 __all__ = ["ScheduledSequence", "Scheduler"]
@@ -63,18 +59,14 @@ class Scheduler:
 
     def __init__(self, num_slots: int, prefill_tokens: int, max_prompt_logits: int = 1024) -> None:
         self.prefill_tokens, self.max_prompt_logits = prefill_tokens, max_prompt_logits
-        # The tenant who has waited longest for a turn comes first.
-        self.waiting: OrderedDict[str, deque[TokenSequence]] = OrderedDict()
-        self.num_waiting = 0
+        self.waiting = FairQueue[TokenSequence]()
         self.running: list[TokenSequence] = []
         self.free_slots = list(range(num_slots))
-        self._slots_held: Counter[str] = Counter()
 
     def add(self, sequences: Iterable[TokenSequence]) -> None:
         """Queue the sequences of one request."""
         for sequence in sequences:
-            self.waiting.setdefault(sequence.request.tenant, deque()).append(sequence)
-            self.num_waiting += 1
+            self.waiting.add(sequence)
 
     def admit(self, take_room: Callable[[TokenSequence], bool] = lambda _: True) -> list[TokenSequence]:
         """Assign free slots to waiting sequences; returns those that got one.
@@ -83,19 +75,9 @@ class Scheduler:
             take_room: Reserves memory for a sequence. If there is none now, this sequence and all behind it wait.
         """
         admitted = []
-        while self.free_slots and self.waiting:
-            # The first of those with the fewest slots.
-            tenant = min(self.waiting, key=self._slots_held.__getitem__)
-            sequence = self.waiting[tenant][0]
-            if not take_room(sequence):
-                break
-            queue = self.waiting.pop(tenant)
-            queue.popleft()
-            self.num_waiting -= 1
-            if queue:
-                self.waiting[tenant] = queue
+        while self.free_slots and len(self.waiting) and take_room(sequence := self.waiting.first()):
+            self.waiting.take(sequence)
             sequence.slot = heapq.heappop(self.free_slots)
-            self._slots_held[tenant] += 1
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
@@ -159,18 +141,8 @@ class Scheduler:
 
     def release(self, sequence: TokenSequence) -> None:
         """Remove a sequence, running or waiting; its slot is free at once."""
-        tenant = sequence.request.tenant
+        self.waiting.release(sequence, has_slot=sequence.slot >= 0)
         if sequence.slot >= 0:
             self.running.remove(sequence)
             heapq.heappush(self.free_slots, sequence.slot)
             sequence.slot = -1
-            self._slots_held[tenant] -= 1
-            if not self._slots_held[tenant]:
-                del self._slots_held[tenant]
-            return
-        queue = self.waiting.get(tenant)
-        if queue is not None and sequence in queue:
-            queue.remove(sequence)
-            self.num_waiting -= 1
-            if not queue:
-                del self.waiting[tenant]

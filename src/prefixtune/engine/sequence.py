@@ -36,12 +36,13 @@ class LogitRules:
     def __init__(
         self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, device: torch.device | str
     ) -> None:
-        self._params, self._device = params, device
+        self._params = params
         # In the backbone's vocabulary; a tokenizer may have tokens that the model gives no score.
-        banned = [token for token in params.banned if token < vocab_size]
-        self._banned = torch.tensor(banned, dtype=torch.long, device=device)
-        self._biased = torch.tensor(list(params.logit_bias), dtype=torch.long, device=device)
-        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+        changed = {**params.logit_bias, **dict.fromkeys(params.banned, float("-inf"))}
+        changed = {token: bias for token, bias in changed.items() if token < vocab_size}
+        self._bias = torch.zeros(vocab_size, dtype=torch.float32)
+        self._bias[list(changed)] = torch.tensor(list(changed.values()))
+        self._bias = self._bias.to(device)
         self._penalizes = penalizes(params)
         self._num_counted = 0
         if self._penalizes:
@@ -57,16 +58,13 @@ class LogitRules:
             token_ids: The text so far.
             first_new: Index of the first generated token in it.
         """
-        if len(self._biased):
-            scores[self._biased] += self._bias
+        scores += self._bias
         if self._penalizes:
             for token in token_ids[first_new + self._num_counted :]:
                 self._seen[token] = True
                 self._counts[token] += 1
                 self._num_counted += 1
             scores = penalize(scores, self._params, self._seen, self._counts)
-        if len(self._banned):
-            scores[self._banned] = float("-inf")
         return scores
 
 

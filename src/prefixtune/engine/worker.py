@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.base import Limits, Receive, Snapshot
+from prefixtune.engine import base
+from prefixtune.engine.base import Receive, Snapshot
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SequenceOutput
 from prefixtune.errors import PrefixError
@@ -41,7 +42,7 @@ class _Submission:
     deadline: float
 
 
-class EngineWorker(Limits):
+class EngineWorker(base.Engine):
     """Runs an engine until it is closed or fails (see `base.Engine`). May be used from any thread.
 
     Args:
@@ -52,16 +53,13 @@ class EngineWorker(Limits):
         backbone: The engine's model.
         max_length: Most positions of a text.
         lacks: What the model does not have.
-        failed: Whether the engine has failed.
-        on_failure: Called, in the engine's thread, after the engine has failed and all requests know it.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.name, self.engine = "torch", engine
         self.backbone, self.max_length, self.remedy = engine.backbone, engine.max_length, engine.remedy
         self.lacks: Mapping[str, Any] = engine.lacks
-        self.on_failure: Callable[[], None] = lambda: None
-        self.failed = self._closing = False
+        self._closing = False
         self._submissions: dict[str, _Submission] = {}
         self._calls: deque[tuple[Future[Any], Callable[[Backbone], Any]]] = deque()
         self._steps = self._texts = self._tokens = 0
@@ -126,12 +124,6 @@ class EngineWorker(Limits):
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
-
-    def __enter__(self) -> EngineWorker:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self.close()
 
     def _refuse_calls(self, why: str) -> None:
         """End the waiting calls; the lock is held."""

@@ -32,10 +32,10 @@ from prefixtune.data.encoding import (
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, encode_labelled_prompt, labels_of
 from prefixtune.data.truncation import report_truncated, truncate_prompt
-from prefixtune.errors import ConfigError, RequestError, describe_value, short_repr
+from prefixtune.errors import ConfigError, RequestError, short_repr
 from prefixtune.inference.beams import check_finite
 from prefixtune.inference.config import ClassifyConfig
-from prefixtune.inference.prompts import Prompt, check_one_side, check_positions
+from prefixtune.inference.prompts import Prompt, check_positions
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import TextFormat
 
@@ -103,12 +103,8 @@ def classify(
     config = ClassifyConfig.from_arguments(config, options)
     check_texts(texts)
     texts = list(texts)
-    is_list = isinstance(labels, Iterable) and not isinstance(labels, str)
-    if not isinstance(labels, Labels | None) and not (is_list and all(isinstance(label, str) for label in labels)):
-        raise ConfigError(f"labels is {describe_value(labels)}, but must be a list of strings.", hint="write [a, b].")
     backbone = as_backbone(backbone)
-    loaded = as_prefix(prefix, backbone)
-    form = as_text_format(text_format)
+    loaded, form = as_prefix(prefix, backbone), as_text_format(text_format)
     encoded = encode_to_classify(backbone, texts, loaded, labels=labels, text_format=form, config=config, on_cut=on_cut)
     return [one for (one,) in encoded.predict_all(config, on_batch)]
 
@@ -218,7 +214,10 @@ def encode_to_classify(
     form = format_of(backbone, prefix, text_format).with_lengths(config.max_total_length, config.on_too_long)
     if prefix is not None:
         check_fits(prefix, backbone.geometry, backbone.name)
-    words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
+    if chosen.by == "words" and backbone.kind == "encoder":
+        raise ConfigError(f"{backbone.name!r} is an encoder and generates no words.", hint="train a head with it.")
+    targets = [form.format_target(word) for word in chosen.words] if chosen.by == "words" else []
+    words = [tuple(ids) for ids in backbone.encode_targets(targets)]
     length = 0 if prefix is None else prefix.length()
     most = positions or backbone.max_positions_with(length)
     whole = encode_prompts(backbone, form, list(texts), positions=most) if texts else []
@@ -231,7 +230,7 @@ def encode_to_classify(
         for number, prompt in enumerate(whole, start=1)
     ]
     report_truncated(whole, prompts, on_cut)
-    _check(backbone, prompts, prefix, longest)
+    check_positions(backbone, [Prompt(ids, prefix, longest) for ids in prompts], "shorten the text.", together=True)
     # An encoder's first token stands for the text, a decoder's last one.
     places = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
     return EncodedTexts(backbone, prefix, chosen, prompts, places, words)
@@ -259,32 +258,8 @@ def encode_to_tag(
     most = positions or backbone.max_positions_with(prefix.length())
     encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens, most) for tokens in texts]
     prompts, places = [prompt for prompt, _ in encoded], [at for _, at in encoded]
-    _check(backbone, prompts, prefix, 0)
+    check_positions(backbone, [Prompt(ids, prefix, 0) for ids in prompts], "shorten the text.", together=True)
     return EncodedTexts(backbone, prefix, labels, prompts, places)
-
-
-def _encode_label_words(backbone: Backbone, form: TextFormat, labels: Labels) -> list[tuple[int, ...]]:
-    """Every label's word as token ids."""
-    if backbone.kind == "encoder":
-        raise ConfigError(f"{backbone.name!r} is an encoder and generates no words.", hint="train a head with it.")
-    return [tuple(ids) for ids in backbone.encode_targets([form.format_target(word) for word in labels.words])]
-
-
-def _check(backbone: Backbone, prompts: Sequence[list[int]], prefix: Prefix | None, longest: int) -> None:
-    """Refuse texts that are empty or do not fit, or that cannot be labelled together.
-
-    Args:
-        backbone: The model.
-        prompts: Token ids.
-        prefix: In front of them.
-        longest: Tokens of the longest label.
-
-    Raises:
-        RequestError: There is such a text.
-    """
-    checked = [Prompt(prompt, prefix, longest) for prompt in prompts]
-    check_positions(backbone, checked, hint="shorten the text.")
-    check_one_side(backbone, checked)
 
 
 def tag(
@@ -333,10 +308,13 @@ def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] 
     stored = labels_of(prefix)
     if stored is not None and stored.kind == kind and requested is None:
         return stored
-    if isinstance(requested, Labels):
-        if prefix is None:
-            return Labels(kind, "words", requested.names, requested.words)
-    elif prefix is None and requested:
+    if prefix is None and isinstance(requested, Labels):
+        return Labels(kind, "words", requested.names, requested.words)
+    if prefix is None and requested:
+        if isinstance(requested, str) or not all(isinstance(label, str) for label in requested):
+            raise ConfigError(
+                f"labels is {short_repr(requested)}, but must be a list of strings.", hint="write [a, b]."
+            )
         names = tuple(requested)
         if (label := first_duplicate(names)) is not None:
             raise ConfigError(f"labels has {short_repr(label)} more than once.", hint="give every label once.")

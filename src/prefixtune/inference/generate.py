@@ -27,7 +27,7 @@ from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import compile_json_schema
 from prefixtune.utils.console import show_batches
 
-__all__ = ["check_streams", "complete", "generate", "generate_ids", "stream", "stream_prompt", "write"]
+__all__ = ["check_streams", "complete", "generate", "generate_ids", "stream", "write"]
 
 _PREFILL_TOKENS = 1024
 """Prompt tokens of a step: more than in a server, where streams wait for them."""
@@ -113,18 +113,15 @@ def generate_ids(
     The results are in the order of the prompts. `ends` are the tokens, besides the tokenizer's end token, at which each
     text ends.
     """
-    own_ends = [tuple(own) for own in ends] or [()] * len(prompts)
-    made = [
-        Prompt(list(ids), prefix, config.max_new_tokens, own)
-        for ids, prefix, own in zip(prompts, prefixes, own_ends, strict=True)
-    ]
+    rows = zip(prompts, prefixes, ends or [()] * len(prompts), strict=True)
+    made = [Prompt(list(ids), prefix, config.max_new_tokens, tuple(own)) for ids, prefix, own in rows]
     check_requests(backbone, made)
-    results: list[list[int]] = [[] for _ in made]
-    for done, (number, output) in enumerate(complete(backbone, made, config), start=1):
+    results: dict[int, list[int]] = {}
+    for number, output in complete(backbone, made, config):
         results[number] = [token.id for token in output.tokens]
         if on_batch is not None:
-            on_batch(done)
-    return results
+            on_batch(len(results))
+    return [results[number] for number in range(len(made))]
 
 
 def stream(
@@ -152,13 +149,6 @@ def stream(
     backbone = as_backbone(backbone)
     prefixes = [as_prefix(prefix, backbone)]
     (prompt,) = prepare_prompts(backbone, [text], prefixes, config, as_text_format(text_format), on_cut=on_cut)
-    yield from stream_prompt(backbone, prompt, config, engine)
-
-
-def stream_prompt(
-    backbone: Backbone, prompt: Prompt, config: GenerateConfig, engine: Engine | None = None
-) -> Generator[str, None, None]:
-    """`stream` of a checked prompt."""
     pieces: Iterator[str] = (output.text for _, output in write(backbone, [prompt], config, engine=engine))
     if any(prompt.text_format.target_words):
         # Words around the target can only be removed from the whole output.
@@ -237,14 +227,13 @@ def write(
             yield from _ask(worker, prompts, mixed, config)
     for number, ids in search(backbone, prompts, apart, config):
         text = Detokenizer(backbone.decode, config.stop)
-        pieces: list[str] = []
+        pieces = []
         for token in ids:
             pieces.append(text.add(token))
             if text.stopped:
                 break
         ended = text.stopped or len(ids) < prompts[number].new_tokens
-        tokens = tuple(map(Token, ids[: len(pieces)]))
-        written = "".join([*pieces, text.finish()])
+        tokens, written = tuple(map(Token, ids[: len(pieces)])), "".join([*pieces, text.finish()])
         yield number, SequenceOutput(str(number), 0, tokens, written, "stop" if ended else "length")
 
 
@@ -267,17 +256,14 @@ def _ask(
     """What an engine writes; all requests are checked before any is computed, and cancelled if nobody reads on."""
     backbone = engine.backbone
     rules = {name: getattr(config, name) for name in SamplingConfig.model_fields}
-    banned = tuple(newline_tokens(backbone) if config.ban_newlines else ())
+    rules["banned"] = newline_tokens(backbone) if config.ban_newlines else ()
     grammar = compile_json_schema(backbone, config.response_schema) if config.response_schema else None
     asked: dict[str, tuple[int, Request]] = {}
     for number in numbers:
         prompt = prompts[number]
-        limits = {
-            "max_new_tokens": prompt.new_tokens,
-            "min_new_tokens": min(config.min_new_tokens, prompt.new_tokens),
-            "seed": seed_of(config.seed, number),
-        }
-        sampling = SamplingParams(**{**rules, **limits}, banned=banned, end_ids=prompt.ends)
+        least = min(config.min_new_tokens, prompt.new_tokens)
+        own = {"max_new_tokens": prompt.new_tokens, "min_new_tokens": least, "seed": seed_of(config.seed, number)}
+        sampling = SamplingParams(**{**rules, **own, "end_ids": prompt.ends})
         request = Request(tuple(prompt.ids), prompt.prefix, sampling, grammar=grammar)
         try:
             engine.check(request)
@@ -318,6 +304,9 @@ def _per_text(
         raise RequestError(
             f"{len(prefix)} prefixes for {count} texts.", hint="give one for all, or one (or None) per text."
         )
+    loaded: dict[object, Prefix | None] = {}
     keys = [str(item) if isinstance(item, str | os.PathLike) else id(item) for item in prefix]
-    loaded = {key: as_prefix(item, backbone) for key, item in dict(zip(keys, prefix, strict=True)).items()}
-    return [loaded[key] for key in keys]
+    return [
+        loaded[key] if key in loaded else loaded.setdefault(key, as_prefix(item, backbone))
+        for key, item in zip(keys, prefix, strict=True)
+    ]

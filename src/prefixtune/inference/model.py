@@ -122,12 +122,10 @@ class Model:
             RequestError: A text does not fit, or it is something else.
             ConfigError: An option is wrong.
         """
-        single = isinstance(texts, str) or _is_conversation(texts)
-        rows = [texts] if single else texts
-        if isinstance(rows, Sequence):
-            rows = [row if isinstance(row, str) else self._source(row) for row in rows]
-        outputs = generate(self.backbone, rows, self.prefix, **options)
-        return outputs[0] if single else outputs
+        if isinstance(texts, str) or _is_conversation(texts):
+            return self.generate([texts], **options)[0]
+        rows = [row if isinstance(row, str) else self._source(row) for row in texts]
+        return generate(self.backbone, rows, self.prefix, **options)
 
     def chat(self, messages: str | Messages, **options: Any) -> str:
         """The answer to a conversation, or to one message; nothing is remembered.
@@ -176,9 +174,9 @@ class Model:
             RequestError: A text does not fit.
             ConfigError: The prefix is for something else, there are no labels, or an option is wrong.
         """
-        single = isinstance(texts, str)
-        predictions = classify(self.backbone, [texts] if isinstance(texts, str) else texts, self.prefix, **options)
-        return predictions[0] if single else predictions
+        if isinstance(texts, str):
+            return self.classify([texts], **options)[0]
+        return classify(self.backbone, texts, self.prefix, **options)
 
     # --- conversations -----------------------------------------------------------------------------------------------
 

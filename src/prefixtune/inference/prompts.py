@@ -16,7 +16,6 @@ from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
 __all__ = [
     "Prompt",
-    "check_one_side",
     "check_positions",
     "check_requests",
     "fit_new_tokens",
@@ -92,7 +91,10 @@ def prepare_prompts(
     ]
     prompts = []
     for number, (text, prefix, form, ids) in enumerate(zip(texts, prefixes, formats, whole, strict=True), start=1):
-        new_tokens = _max_new_tokens(backbone, form, ids, prefix, config)
+        room, new_tokens = _room(backbone, len(ids), prefix), config.max_new_tokens
+        if room is not None and room > 0 and len(ids) <= form.longest_prompt:
+            # No more than fit after a prompt that training did not truncate.
+            new_tokens = min(room, new_tokens)
         kept = truncate_prompt(
             backbone,
             form,
@@ -147,12 +149,11 @@ def _formats(
 ) -> list[TextFormat]:
     """The text format of each text, with the configuration's treatment of long ones."""
     known: dict[tuple[int, bool], TextFormat] = {}
-    for text, prefix in zip(texts, prefixes, strict=True):
-        key = id(prefix), isinstance(text, str)
-        if key not in known:
-            form = _format_of(backbone, prefix, text_format, is_text=key[1])
-            known[key] = form.with_lengths(config.max_total_length, config.on_too_long)
-    return [known[id(prefix), isinstance(text, str)] for text, prefix in zip(texts, prefixes, strict=True)]
+    keys = [(id(prefix), isinstance(text, str)) for text, prefix in zip(texts, prefixes, strict=True)]
+    for key, prefix in dict(zip(keys, prefixes, strict=True)).items():
+        form = _format_of(backbone, prefix, text_format, is_text=key[1])
+        known[key] = form.with_lengths(config.max_total_length, config.on_too_long)
+    return [known[key] for key in keys]
 
 
 def _format_of(
@@ -190,16 +191,17 @@ def check_requests(backbone: Backbone, prompts: Sequence[Prompt]) -> None:
             f"{backbone.name!r} is an encoder, which reads text and writes none.",
             hint="use it for classification or tagging, or choose a model that generates.",
         )
-    check_positions(backbone, prompts, hint="shorten the text or lower max_new_tokens.")
+    check_positions(backbone, prompts, "shorten the text or lower max_new_tokens.")
 
 
-def check_positions(backbone: Backbone, prompts: Sequence[Prompt], *, hint: str) -> None:
+def check_positions(backbone: Backbone, prompts: Sequence[Prompt], hint: str, *, together: bool = False) -> None:
     """Refuse prompts that are empty, or need more positions than the backbone has.
 
     Args:
         backbone: The frozen model.
         prompts: With the tokens that are to follow each.
         hint: What to do if one is too long.
+        together: They are computed together: none may lie beyond LongRoPE's limit where another one does not.
 
     Raises:
         RequestError: There is such a prompt.
@@ -222,16 +224,8 @@ def check_positions(backbone: Backbone, prompts: Sequence[Prompt], *, hint: str)
                 f"text {number} needs {parts} {new} (new) positions, but {backbone.name!r} has {limit}{of_what}.",
                 hint=hint,
             )
-
-
-def check_one_side(backbone: Backbone, prompts: Sequence[Prompt]) -> None:
-    """Refuse texts on both sides of LongRoPE's limit, which are not computed together.
-
-    Raises:
-        RequestError: The message names one of each.
-    """
     passing = [prompt.passes(backbone.longrope_limit) for prompt in prompts]
-    if len(set(passing)) > 1:
+    if together and len(set(passing)) > 1:
         raise RequestError(
             f"text {passing.index(True) + 1} is longer than {backbone.name!r} was trained for at first "
             f"({backbone.longrope_limit} positions, before LongRoPE), and text {passing.index(False) + 1} is not.",
@@ -248,16 +242,6 @@ def newline_tokens(backbone: Backbone) -> list[int]:
         tokens = [token for token, text in enumerate(texts) if "\n" in text or "\r" in text]
         backbone.tokenizer_cache["newline_tokens"] = tokens
     return tokens
-
-
-def _max_new_tokens(
-    backbone: Backbone, text_format: TextFormat, prompt: Sequence[int], prefix: Prefix | None, config: GenerateConfig
-) -> int:
-    """Most tokens to generate: no more than fit after a prompt that training did not truncate."""
-    room = _room(backbone, len(prompt), prefix)
-    if room is not None and room > 0 and len(prompt) <= text_format.longest_prompt:
-        return min(room, config.max_new_tokens)
-    return config.max_new_tokens
 
 
 def _room(backbone: Backbone, prompt_tokens: int, prefix: Prefix | None) -> int | None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -65,28 +63,20 @@ def import_llguidance() -> Any:
     return llguidance
 
 
-@functools.cache
-def _mask_threads() -> ThreadPoolExecutor:
-    """Where masks are computed, while the model computes the scores that they apply to."""
-    return ThreadPoolExecutor(2, thread_name_prefix="prefixtune-grammar")
-
-
 class GrammarState:
     """How far one text is in its grammar.
 
     Args:
         matcher: llguidance's, at the beginning; this object's alone from now on.
         num_tokens: Of the grammar's vocabulary.
-        on_error: Called when the text cannot go on.
 
     Attributes:
         finished: The text is complete, and nothing may follow.
     """
 
-    def __init__(self, matcher: Any, num_tokens: int, on_error: Callable[[], None]) -> None:
+    def __init__(self, matcher: Any, num_tokens: int) -> None:
         self.finished = False
-        self._matcher, self._num_tokens, self._on_error = matcher, num_tokens, on_error
-        self._mask: Future[Any] = _mask_threads().submit(self._compute)
+        self._matcher, self._num_tokens = matcher, num_tokens
 
     def accept(self, token: int) -> None:
         """Go on after a generated token, which must be allowed.
@@ -94,16 +84,9 @@ class GrammarState:
         Raises:
             RequestError: It is not allowed, or the grammar became too complex.
         """
-        self._mask.result()
         if not self._matcher.consume_token(token):
             raise self._error()
         self.finished = bool(self._matcher.is_stopped())
-        if not self.finished:
-            self._mask = _mask_threads().submit(self._compute)
-
-    def allows(self, token: int) -> bool:
-        """Whether a token may come next."""
-        return bool(self._mask.result()[token])
 
     def allowed(self, vocab_size: int) -> Bool[Tensor, " V"]:
         """Which tokens may come next.
@@ -111,76 +94,41 @@ class GrammarState:
         Raises:
             RequestError: The grammar became too complex.
         """
-        mask = torch.from_numpy(self._mask.result())
-        if self._matcher.is_error():
-            raise self._error()
-        # A model may have more scores than its tokenizer has tokens, or fewer.
-        return torch.nn.functional.pad(mask[:vocab_size], (0, max(0, vocab_size - len(mask))))
-
-    @property
-    def fault(self) -> str:
-        """Why the text cannot go on, once it is refused."""
-        reason = _reason(self._matcher)
-        return "nothing fits it" if reason == "NoExtensionBias" else reason
-
-    def _error(self) -> RequestError:
-        self._on_error()
-        return RequestError(
-            f"the text cannot go on by its JSON schema: {self.fault}.",
-            hint="use a simpler schema.",
-        )
-
-    def _compute(self) -> Any:
         import llguidance.numpy
         import numpy
 
         bits = llguidance.numpy.allocate_token_bitmask(1, self._num_tokens)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, bits)
-        return numpy.unpackbits(bits[0].view(numpy.uint8), bitorder="little")[: self._num_tokens].astype(bool)
+        if self._matcher.is_error():
+            raise self._error()
+        mask = torch.from_numpy(numpy.unpackbits(bits[0].view(numpy.uint8), bitorder="little")[: self._num_tokens])
+        # A model may have more scores than its tokenizer has tokens, or fewer.
+        return torch.nn.functional.pad(mask[:vocab_size], (0, max(0, vocab_size - len(mask)))).bool()
+
+    def _error(self) -> RequestError:
+        reason = _reason(self._matcher)
+        reason = "nothing fits it" if reason == "NoExtensionBias" else reason
+        return RequestError(f"the text cannot go on by its JSON schema: {reason}.", hint="use a simpler schema.")
 
 
 class Grammar:
     """A JSON schema for one backbone's tokens.
 
-    What its texts find out about it is kept for all of them, up to a limit. The text that reaches the limit fails, and
-    with it those that run beside it; the next one begins anew.
+    What its texts find out about it is kept for all of them, up to a limit: of a grammar that reaches it, all texts
+    fail.
 
     Args:
-        make: Makes llguidance's matcher, at the beginning.
+        matcher: llguidance's, at the beginning.
         num_tokens: Of the vocabulary.
         schema: As JSON text.
     """
 
-    def __init__(self, make: Callable[[], Any], num_tokens: int, schema: str) -> None:
-        self.schema = schema
-        self._make, self._num_tokens = make, num_tokens
-        self._renew()
-
-    def _renew(self) -> None:
-        self._matcher, self._failed = self._make(), False
-
-    def _note_failure(self) -> None:
-        self._failed = True
+    def __init__(self, matcher: Any, num_tokens: int, schema: str) -> None:
+        self.schema, self._matcher, self._num_tokens = schema, matcher, num_tokens
 
     def start(self) -> GrammarState:
         """The state of a new text."""
-        if self._failed:
-            self._renew()
-        return GrammarState(self._matcher.deep_copy(), self._num_tokens, self._note_failure)
-
-    def fault(self) -> str:
-        """Why no text can follow it, found by beginning one; empty: texts can."""
-        if self._matcher.is_error():
-            return _reason(self._matcher)
-        state = self.start()
-        try:
-            # What was too much for the first token shows at the second.
-            state.accept(int(state.allowed(self._num_tokens).int().argmax()))
-            if not state.finished:
-                state.allowed(self._num_tokens)
-        except RequestError:
-            return state.fault
-        return ""
+        return GrammarState(self._matcher.deep_copy(), self._num_tokens)
 
 
 def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> Grammar:
@@ -199,15 +147,19 @@ def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> 
     text = check_json_schema(schema)
     tokenizer = _tokenizer(backbone)
     parsed = library.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE})
-    limits = library.LLParserLimits(**_LIMITS)
-    grammar = Grammar(
-        lambda: library.LLMatcher(tokenizer, parsed, log_level=0, limits=limits), tokenizer.vocab_size, text
-    )
-    if fault := grammar.fault():
-        raise RequestError(
-            f"the JSON schema cannot be used: {fault}.",
-            hint='leave that out of the schema, or use {"type": "object"}.',
-        )
+    matcher = library.LLMatcher(tokenizer, parsed, log_level=0, limits=library.LLParserLimits(**_LIMITS))
+    grammar = Grammar(matcher, tokenizer.vocab_size, text)
+    try:
+        if matcher.is_error():
+            raise RequestError(f"{_reason(matcher)}.")
+        # What is too much for the first token shows at the second.
+        state = grammar.start()
+        state.accept(int(state.allowed(tokenizer.vocab_size).int().argmax()))
+        if not state.finished:
+            state.allowed(tokenizer.vocab_size)
+    except RequestError as error:
+        hint = 'leave that out of the schema, or use {"type": "object"}.'
+        raise RequestError(f"the JSON schema cannot be used: {error.message}", hint=hint) from None
     return grammar
 
 

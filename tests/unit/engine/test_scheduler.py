@@ -69,7 +69,7 @@ def test_first_come_first_served_within_a_tenant():
     asked = [make("one", number=n) for n in range(5)]
     scheduler.add(asked)
     served = []
-    while scheduler.num_waiting or scheduler.running:
+    while len(scheduler.waiting) or scheduler.running:
         served += scheduler.admit()
         scheduler.release(scheduler.running[0])
     assert served == asked
@@ -79,7 +79,7 @@ def test_a_text_that_finds_no_room_waits_and_those_behind_it_too():
     scheduler = Scheduler(4, 64)
     scheduler.add([make("one", prompt=9, number=1), make("one", number=2), make("two", number=3)])
     assert scheduler.admit(lambda sequence: len(sequence.request.prompt) < 9) == []
-    assert scheduler.num_waiting == 3
+    assert len(scheduler.waiting) == 3
     assert [s.request.id for s in scheduler.admit()] == ["one-1", "two-3", "one-2"]
 
 
@@ -138,10 +138,10 @@ def test_a_text_that_waits_can_leave():
     scheduler.add(asked)
     scheduler.admit()
     scheduler.release(asked[1])
-    assert scheduler.num_waiting == 1
+    assert len(scheduler.waiting) == 1
     scheduler.release(asked[2])
     scheduler.release(asked[0])
-    assert (scheduler.num_waiting, scheduler.running, dict(scheduler.waiting)) == (0, [], {})
+    assert (len(scheduler.waiting), scheduler.running) == (0, [])
 
 
 # --- in the engine ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids, stream_prompt
+from prefixtune.inference.generate import generate, generate_ids, write
 from prefixtune.inference.prompts import Prompt, prepare_prompts
 
 
@@ -29,7 +29,8 @@ def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Calla
     # In one call, each text has its own.
     assert generate_ids(backbone, prompts, [None] * 3, config=config, ends=ends) == expected
     for prompt, own, ids in zip(prompts, ends, expected, strict=True):
-        assert "".join(stream_prompt(backbone, Prompt(prompt, None, 12, own), config)) == backbone.decode(ids).strip()
+        pieces = [output.text for _, output in write(backbone, [Prompt(prompt, None, 12, own)], config)]
+        assert "".join(pieces) == backbone.decode(ids).strip()
         engine = Engine(backbone, EngineConfig(num_slots=2))
         request = Request(tuple(prompt), sampling=SamplingParams(max_new_tokens=12, end_ids=own))
         ((output,),) = engine.run([request])

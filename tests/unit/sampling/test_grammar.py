@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefixtune.errors import RequestError
-from prefixtune.sampling.grammar import Grammar, check_json_schema
+from prefixtune.sampling.grammar import check_json_schema
 
 
 def divisible(by: Any) -> dict[str, Any]:
@@ -41,14 +41,3 @@ def test_what_looks_like_a_divisor() -> None:
         check_json_schema({"properties": {"multipleOf": value}, "multipleOf": value})
     with pytest.raises(RequestError, match="is not JSON"):
         check_json_schema('{"multipleOf": 1e999}')
-
-
-def test_a_wrong_regular_expression_is_explained() -> None:
-    class Matcher:
-        def is_error(self) -> bool:
-            return True
-
-        def get_error(self) -> str:
-            return "regex parse error:\n    (\n    ^\nerror: unclosed group"
-
-    assert Grammar(Matcher, 1, "{}").fault() == "regex parse error: unclosed group"
