@@ -46,52 +46,42 @@ def sample(
         sequences: The texts.
         eos_id: The token that ends a text.
     """
-    size = len(sequences)
-    if logits.device.type == "cpu":
-        # So many at once that their scores stay in its caches.
-        size = max(1, _CACHED_SCORES // logits.shape[1])
+    forced = {row for row, s in enumerate(sequences) if s.forced_bos_id is not None and s.num_new_tokens == 0}
+    changed = {row for row, s in enumerate(sequences) if _changes_scores(s)} - forced
+    random = {row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0} - forced
+    allowed = _without_ends(logits, sequences, eos_id)
+    has_any = torch.ones(len(sequences), dtype=torch.bool, device=logits.device)
+    is_finite, ids = has_any.clone(), torch.zeros_like(has_any, dtype=torch.long)
     refused: dict[int, RequestError] = {}
-    found = [
-        _choose(logits[start : start + size], sequences[start : start + size], eos_id, start, refused)
-        for start in range(0, len(sequences), size)
-    ]
-    ids, is_finite, has_any = map(torch.cat, zip(*found, strict=True))
-    tokens = _read(ids, is_finite, has_any, logits, [s.request.sampling for s in sequences])
-    return [refused.get(row, token) for row, token in enumerate(tokens)]
-
-
-def _choose(
-    logits: Float[Tensor, "B V"],
-    sequences: Sequence[TokenSequence],
-    eos_id: int,
-    first_row: int,
-    refused: dict[int, RequestError],
-) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"], Bool[Tensor, " B"]]:
-    """The next token of some texts; whether their logits are finite; and whether any token is left of them."""
-    forced = {
-        row: s.forced_bos_id for row, s in enumerate(sequences) if s.forced_bos_id is not None and not s.num_new_tokens
-    }
-    changed = [row for row, s in enumerate(sequences) if row not in forced and _changes_scores(s)]
-    drawn = [row for row, s in enumerate(sequences) if row not in forced and s.request.sampling.temperature > 0]
-    # A CPU finds maxima of bfloat16 more slowly.
-    scores = _without_ends(logits, sequences, eos_id).to(torch.float32, copy=bool(drawn or changed))
-    highest = scores.amax(dim=-1)
-    is_finite = has_any = highest.isfinite()
-    for row in changed:
-        try:
-            scores[row] = _change(scores[row], sequences[row])
-        except RequestError as error:
-            refused[first_row + row] = error
-    if changed:
+    # On a CPU, so many at once that their scores stay in its caches.
+    count = max(1, _CACHED_SCORES // logits.shape[1] if logits.device.type == "cpu" else len(sequences))
+    for start in range(0, len(sequences), count):
+        part = range(start, min(start + count, len(sequences)))
+        drawn, rules = [row - start for row in part if row in random], changed.intersection(part)
+        # A CPU finds maxima of bfloat16 more slowly.
+        scores = allowed[part.start : part.stop].to(torch.float32, copy=bool(drawn or rules))
         highest = scores.amax(dim=-1)
-        has_any = highest.isfinite()
-    ids = scores.argmax(dim=-1) if len(drawn) < len(sequences) else torch.zeros_like(highest, dtype=torch.long)
-    if drawn:
-        below = _rows(scores.sub_(highest[:, None]), drawn)
-        ids[_on(drawn, ids.device)] = _draw(below, [sequences[row] for row in drawn])
-    for row, token in forced.items():
-        ids[row] = token
-    return ids, is_finite, has_any
+        is_finite[part.start : part.stop] = highest.isfinite()
+        if rules:
+            for row in rules:
+                try:
+                    scores[row - start] = _change(scores[row - start], sequences[row])
+                except RequestError as error:
+                    refused[row] = error
+            highest = scores.amax(dim=-1)
+            has_any[part.start : part.stop] = highest.isfinite()
+        if len(drawn) < len(part):
+            ids[part.start : part.stop] = scores.argmax(dim=-1)
+        if drawn:
+            below = _rows(scores.sub_(highest[:, None]), drawn)
+            ids[_on([start + place for place in drawn], ids.device)] = _draw(
+                below, [sequences[start + place] for place in drawn]
+            )
+    for row, sequence in enumerate(sequences):
+        if row in forced and sequence.forced_bos_id is not None:
+            ids[row] = sequence.forced_bos_id
+    found = _read(ids, is_finite, has_any, logits, [s.request.sampling for s in sequences])
+    return [refused.get(row, token) for row, token in enumerate(found)]
 
 
 def _on(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
