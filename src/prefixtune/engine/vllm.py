@@ -269,4 +269,6 @@ async def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteSer
         VLLM_API_KEY="",
         # It reports usage over the network unless it is told not to.
         VLLM_NO_USAGE_STATS=os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+        # Its processes leave semaphores to be cleaned up when it ends, which is no news for a terminal.
+        PYTHONWARNINGS=f"{os.environ.get('PYTHONWARNINGS', '')},ignore::UserWarning:multiprocessing.resource_tracker",
     )

@@ -124,8 +124,9 @@ class Model:
         """
         if isinstance(texts, str) or _is_conversation(texts):
             return self.generate([texts], **options)[0]
-        rows = [row if isinstance(row, str) else self._source(row) for row in texts]
-        return generate(self.backbone, rows, self.prefix, **options)
+        if isinstance(texts, Sequence):
+            texts = [row if isinstance(row, str) else self._source(row) for row in texts]
+        return generate(self.backbone, texts, self.prefix, **options)
 
     def chat(self, messages: str | Messages, **options: Any) -> str:
         """The answer to a conversation, or to one message; nothing is remembered.

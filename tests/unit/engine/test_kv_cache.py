@@ -79,10 +79,6 @@ def test_more_than_memory_has_room_for_is_refused():
         EngineConfig(num_slots=65_537)
 
 
-def test_memory_that_is_free_is_not_more_than_there_is():
-    assert 0 < free_memory(CPU) <= psutil.virtual_memory().total
-
-
 def test_a_long_text_takes_memory_for_itself_alone():
     """A text of 8,192 positions beside 31 short ones: what is there, in the pool's books and in the process."""
     shape = LayerShape(4, 64, 64)

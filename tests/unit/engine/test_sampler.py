@@ -65,11 +65,6 @@ def test_tokens_come_as_often_as_they_should(rules: dict[str, object], expected:
         assert abs(found[token] - count * share) <= EvenNumbers.WITHIN
 
 
-def test_each_token_is_sampled_with_a_new_random_number():
-    """By the sequence's own generator: a fair share of each of two tokens, within five standard deviations."""
-    assert abs(drawn([0.0, 0.0], 400, temperature=1.0)[0] - 200) <= 50
-
-
 def test_numbers_that_are_not_finite_are_that_rows_trouble():
     logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")], [float("inf"), 0.0], [float("-inf"), 3.0], [3.0, 1.0]])
     asked = [sequence() for _ in logits]
@@ -99,19 +94,6 @@ def test_texts_without_a_seed_differ():
     row = torch.zeros(1, 1000)
     found = {sample(row, [sequence(seed=None, temperature=1.0)], eos_id=0)[0] for _ in range(5)}
     assert len(found) > 1
-
-
-def test_drawing_leaves_the_random_state_of_others_alone():
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    drawn(LOGITS, 3, temperature=1.0)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_an_end_token_that_the_model_has_no_score_for_is_no_matter():
-    (token,) = sample(torch.tensor([LOGITS]), [sequence(min_new_tokens=1, end_ids=(4, 99))], eos_id=0)
-    assert isinstance(token, Token)
-    assert token.id == 2
 
 
 class _TooComplex:

@@ -31,22 +31,6 @@ def work_off(scheduler: Scheduler) -> None:
 # --- fair admission --------------------------------------------------------------------------------------------------
 
 
-def test_a_tenant_with_many_texts_does_not_starve_another():
-    scheduler = Scheduler(4, 64)
-    scheduler.add(make("greedy", number=n) for n in range(1000))
-    greedy = scheduler.admit()
-    assert {s.request.tenant for s in greedy} == {"greedy"}
-    scheduler.add(make("modest", number=n) for n in range(3))
-    # Every slot that becomes free goes to who holds the fewest.
-    scheduler.release(greedy[0])
-    assert [s.request.tenant for s in scheduler.admit()] == ["modest"]
-    scheduler.release(greedy[1])
-    assert [s.request.tenant for s in scheduler.admit()] == ["modest"]
-    scheduler.release(greedy[2])
-    assert scheduler.admit()[0].request.tenant in ("greedy", "modest")
-    assert Counter(s.request.tenant for s in scheduler.running)["modest"] in (2, 3)
-
-
 def test_shares_are_equal_however_long_the_texts_are():
     """One tenant's texts run ten times as long, and its slots are not given to it ten times as often."""
     scheduler = Scheduler(6, 64)
@@ -62,17 +46,6 @@ def test_shares_are_equal_however_long_the_texts_are():
             if ages[sequence] >= (30 if sequence.request.tenant == "long" else 3):
                 scheduler.release(sequence)
     assert max(held.values()) <= 1.05 * min(held.values())
-
-
-def test_first_come_first_served_within_a_tenant():
-    scheduler = Scheduler(2, 64)
-    asked = [make("one", number=n) for n in range(5)]
-    scheduler.add(asked)
-    served = []
-    while len(scheduler.waiting) or scheduler.running:
-        served += scheduler.admit()
-        scheduler.release(scheduler.running[0])
-    assert served == asked
 
 
 def test_a_text_that_finds_no_room_waits_and_those_behind_it_too():

@@ -108,18 +108,6 @@ def test_what_the_engine_refuses_is_raised_at_once(worker: EngineWorker, tiny_ba
     assert ear.outputs == []
 
 
-def test_a_cancelled_request_ends_and_frees_its_slot(worker: EngineWorker):
-    ears = [Ear() for _ in range(6)]
-    for number, ear in enumerate(ears):
-        worker.submit(Request((1, 2), sampling=LONG, id=f"r{number}"), ear)
-    assert ears[0].began.wait(PATIENCE)
-    for number in (0, 5):
-        worker.cancel(f"r{number}")
-        assert ears[number].reason == "cancelled"
-    worker.cancel("unknown")
-    assert [ear.reason for ear in ears[1:5]] == ["length"] * 4
-
-
 def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=1, max_length=160))) as worker:
         endless = SamplingParams(max_new_tokens=150, min_new_tokens=150)
@@ -309,23 +297,3 @@ def test_a_snapshot_shows_who_shares_the_batch(llama: Any, random_prefix: Any):
         now = worker.snapshot()
         assert (now.running, now.waiting, now.tokens) == ((), 0, 208)
         assert now.steps < now.texts <= 2 * now.steps
-
-
-def test_many_threads_at_once(worker: EngineWorker):
-    ears = [Ear() for _ in range(60)]
-
-    def ask(thread: int) -> None:
-        for number in range(thread, 60, 6):
-            worker.submit(Request((1, number), sampling=SHORT, tenant=str(thread), id=f"t{number}"), ears[number])
-            if number % 10 == 0:
-                worker.cancel(f"t{number}")
-            worker.snapshot()
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number, ear in enumerate(ears):
-        assert ear.reason in (("length", "cancelled") if number % 10 == 0 else ("length",))
-        assert {output.request_id for output in ear.outputs} == {f"t{number}"}

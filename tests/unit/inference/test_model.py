@@ -21,7 +21,6 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.inference.model import load
 from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
-from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.prefix.text_format import TextFormat
 
@@ -226,14 +225,6 @@ def test_labels(backbone: Backbone) -> None:
     # The probabilities would be fewer than the labels.
     with pytest.raises(ConfigError, match="yes' more than once"):
         classify(backbone, TEXTS, labels=["yes", "no", "yes"])
-
-
-def test_a_list_is_joined(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
-    parts = [make_prefix(3, 0), make_prefix(2, 1)]
-    model = load(backbone, parts)
-    assert model.prefix is not None
-    assert model.prefix.equal(concatenate(parts, backbone.rotation))
-    assert model.generate(TEXTS, **FEW) != load(backbone, parts[0]).generate(TEXTS, **FEW)
 
 
 def test_files_name_their_backbone(backbone: Backbone, make_prefix: Callable[..., Prefix], tmp_path: Path) -> None:

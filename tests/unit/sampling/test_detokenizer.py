@@ -63,12 +63,6 @@ def test_words_in_parts_that_are_marked_as_such():
     assert pieces(by_parts, [0, 1, 2, 3, 4]) == ["", "hello", " world", "", " aren't", ""]
 
 
-def test_what_may_still_be_a_stop_string_is_held_back():
-    assert pieces(by_bytes, list(b"one </s> two"), ("</s>",)) == ["o", "n", "e", "", "", "", "", ""]
-    assert pieces(by_bytes, list(b"a </b>"), ("</s>",)) == ["a", "", "", "", " </b", ">", ""]
-    assert pieces(by_bytes, list(b"a <"), ("</s>",)) == ["a", "", "", " <"]
-
-
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
 def test_held_back_is_the_longest_beginning_of_a_stop_string(text: str, stop: list[str]) -> None:
@@ -104,45 +98,9 @@ def test_verbatim_pieces_joined_are_the_whole_text(decode: Decode, size: int, da
     assert "".join(pieces(decode, ids, stop, verbatim=True)) == cut(decode(ids), stop)
 
 
-def test_outer_white_space_is_kept_where_it_is_wanted() -> None:
-    assert "".join(pieces(by_bytes, list(b" \n one two \n"), verbatim=True)) == " \n one two \n"
-    assert "".join(pieces(by_bytes, list(b" \n "), verbatim=True)) == " \n "
-    assert "".join(pieces(by_bytes, list(b" one \nEnd"), stop=("End",), verbatim=True)) == " one \n"
-    # Returned as soon as it is certain, and once.
-    assert pieces(by_bytes, list(b"  a b "), verbatim=True) == [" ", " ", "a", " ", "b", " ", ""]
-
-
 def test_a_text_goes_on_from_the_prompt() -> None:
     # By itself, the first word would lose the space that divides it from the prompt.
     assert "".join(pieces(by_words, [1, 0], verbatim=True)) == "the a"
     assert "".join(pieces(by_words, [1, 0], verbatim=True, context=(2,))) == " the a"
     # A prompt that ends within a character is no place to go on from.
     assert "".join(pieces(by_bytes, [0xA9, *b" x"], verbatim=True, context=(0xC3,))) == "\ufffd x"
-
-
-# --- stop strings ----------------------------------------------------------------------------------------------------
-
-STOPS = st.lists(st.sampled_from([" the", "b ", "x", "ab", "é", "\n"]), min_size=1, max_size=2).map(tuple)
-
-
-def holds(decode: Decode, ids: list[int], stop: tuple[str, ...]) -> bool:
-    return any(string in decode(ids) for string in stop)
-
-
-@pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-def test_tokens_and_text_end_where_every_prefix_decoded_anew_says(
-    decode: Decode, size: int, data: st.DataObject
-) -> None:
-    tokens = st.integers(0, size - 1) | st.sampled_from(b"abx the" if decode is by_bytes else [0, 1, 2])
-    ids, stop = data.draw(st.lists(tokens, max_size=20)), data.draw(STOPS)
-    counts = [count for count in range(1, len(ids) + 1) if holds(decode, ids[:count], stop)]
-    text, written, used = Detokenizer(decode, stop, verbatim=True), "", 0
-    for token in ids:
-        written += text.add(token)
-        used += 1
-        if text.stopped:
-            break
-    assert used == (counts[0] if counts else len(ids))
-    assert written + text.finish() == cut(decode(ids), stop)
