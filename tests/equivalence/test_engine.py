@@ -565,7 +565,7 @@ def test_a_request_given_up_frees_its_slot_before_the_next_step(llama: Backbone,
     outputs = engine.step()
     reported = {output.request_id: output.finish_reason for output in outputs}
     assert reported == {first.id: "cancelled", third.id: "cancelled", second.id: None}
-    assert [text.request_id for text in engine.running_sequences()] == [second.id]
+    assert [text.request.id for text in engine.running_sequences()] == [second.id]
     assert [token for output in (*outputs, *finish(engine)) for token in ids(output)] == alone(llama, second)
     engine.cancel(first.id)
     assert not engine.busy

@@ -25,24 +25,13 @@ class RunningSequence:
 
     Attributes:
         slot: Its slot.
-        request_id: The request's id.
-        tenant: The request's tenant.
-        prefix_name: The name of its prefix; empty: unknown, or there is no prefix.
-        prompt_tokens: Tokens of the prompt.
+        request: The request that it is of.
         new_tokens: Tokens generated so far.
     """
 
     slot: int
-    request_id: str
-    tenant: str
-    prefix_name: str
-    prompt_tokens: int
+    request: Request
     new_tokens: int
-
-    @classmethod
-    def of(cls, request: Request, slot: int, new_tokens: int) -> RunningSequence:
-        """What a request's sequence in a slot is at."""
-        return cls(slot, request.id, request.tenant, request.prefix_name, len(request.prompt), new_tokens)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ from prefixtune.engine.sampler import NOT_FINITE, prompt_logprobs, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import BackboneError, PrefixError, RequestError
-from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["Engine"]
 
@@ -50,8 +49,6 @@ DEFAULT_MAX_LENGTH = 4096
 """Positions of a slot if the backbone has no limit."""
 _PROMPT_LOGITS_BYTES = 2**27
 """Of the logits (as float32) of prompts whose log-probabilities are wanted, in one step."""
-_CONTEXT_TOKENS = 4
-"""Tokens of a prompt with which the first generated tokens are decoded."""
 _CPU_PREFILL_TOKENS, _GPU_PREFILL_TOKENS = 256, 2048
 """Of prompts in a step, where nothing else is said."""
 
@@ -138,11 +135,8 @@ class Engine(Limits):
                 )
 
     def _sequence(self, request: Request, index: int) -> TokenSequence:
-        decode, sampling = self.backbone.decode, request.sampling
-        context = () if self._has_encoder else request.prompt[-_CONTEXT_TOKENS:]
-        text = Detokenizer(decode, sampling.stop, verbatim=request.verbatim, context=context)
         first = (self.backbone.decoder_start_id, self.backbone.forced_bos_id) if self._has_encoder else ()
-        sequence = TokenSequence(request, index, text, *first)
+        sequence = TokenSequence(request, index, request.detokenizer(self.backbone), *first)
         if request.grammar is not None:
             sequence.grammar = request.grammar.start()
         return sequence
@@ -172,7 +166,7 @@ class Engine(Limits):
         """The sequences that have a slot, by slot."""
         with self._lock:
             running = sorted(self.scheduler.running, key=lambda s: s.slot)
-            return tuple(RunningSequence.of(s.request, s.slot, s.num_new_tokens) for s in running)
+            return tuple(RunningSequence(s.slot, s.request, s.num_new_tokens) for s in running)
 
     def run(self, requests: Sequence[Request]) -> list[list[SequenceOutput]]:
         """Run requests to their end, in an engine that has no others.

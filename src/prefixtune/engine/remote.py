@@ -29,8 +29,6 @@ __all__ = ["RemoteEngine", "RemoteSlot", "RemoteText"]
 
 
 _log = logging.getLogger(__name__)
-_CONTEXT_TOKENS = 4
-"""Tokens of a prompt with which the first generated tokens are decoded."""
 _PATIENCE = 0.3
 """Seconds between looks at the server."""
 
@@ -191,8 +189,10 @@ class RemoteEngine(Engine):
 
     def snapshot(self) -> Snapshot:
         """What the engine is doing now, and its counters."""
-        running = [(slot.number, text) for slot in self._slots if (text := slot.text) is not None]
-        shown = tuple(RunningSequence.of(text.request, number, text.num_new_tokens) for number, text in running)
+        texts = [text for slot in self._slots if (text := slot.text) is not None]
+        shown = tuple(
+            RunningSequence(text.slot.number, text.request, text.num_new_tokens) for text in texts if text.slot
+        )
         return Snapshot(shown, len(self._queue), steps=0, texts=0, tokens=self._tokens)
 
     def close(self, timeout: float = 10.0) -> None:
@@ -230,8 +230,7 @@ class RemoteEngine(Engine):
     async def _write(self, text: RemoteText) -> tuple[FinishReason, str]:
         """Wait for a slot, and generate a text: why it ended, and its last words."""
         request, sampling = text.request, text.request.sampling
-        context = request.prompt[-_CONTEXT_TOKENS:]
-        pieces = Detokenizer(self.backbone.decode, sampling.stop, verbatim=request.verbatim, context=context)
+        pieces = request.detokenizer(self.backbone)
         async with asyncio.timeout_at(text.deadline):
             await text.turn.wait()
             server = self._server

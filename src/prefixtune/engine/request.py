@@ -11,9 +11,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import PrefixError, RequestError, short_repr
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.config import SamplingConfig
+from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import Grammar
 from prefixtune.utils.config import CommaList, option_group
 
@@ -35,6 +37,8 @@ passed; an error."""
 
 _sampling = option_group("decoding")
 _request_numbers = itertools.count(1)
+_CONTEXT_TOKENS = 4
+"""Tokens of a prompt with which the first generated tokens are decoded."""
 
 
 class EngineFull(RequestError):
@@ -123,6 +127,11 @@ class Request:
     def prefix_length(self) -> int:
         """P, of the decoder; 0 without a prefix."""
         return 0 if self.prefix is None else self.prefix.length()
+
+    def detokenizer(self, backbone: Backbone) -> Detokenizer:
+        """The text of one of its sequences; an encoder-decoder's does not go on from the prompt."""
+        context = () if backbone.kind == "encoder-decoder" else self.prompt[-_CONTEXT_TOKENS:]
+        return Detokenizer(backbone.decode, self.sampling.stop, verbatim=self.verbatim, context=context)
 
 
 @dataclass(frozen=True)

@@ -118,19 +118,11 @@ class EngineWorker(base.Engine):
         """Cancel what still runs, and stop; waits at most `timeout` seconds for a step or for slow callbacks."""
         with self._changed:
             self._closing = True
-            self._refuse_calls("the engine is being closed.")
             for request_id in self._submissions:
                 self.engine.cancel(request_id)
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
-
-    def _refuse_calls(self, why: str) -> None:
-        """End the waiting calls; the lock is held."""
-        while self._calls:
-            future, _ = self._calls.popleft()
-            if future.set_running_or_notify_cancel():
-                future.set_exception(EngineFull(why, hint="use another replica."))
 
     @property
     def healthy(self) -> bool:
@@ -226,7 +218,10 @@ class EngineWorker(base.Engine):
         """End all requests, and accept no more."""
         with self._changed:
             self.failed = True
-            self._refuse_calls(why)
+            for future, _ in self._calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(EngineFull(why, hint="use another replica."))
+            self._calls.clear()
             open_texts = [(name, index) for name, one in self._submissions.items() for index in sorted(one.unfinished)]
         self._deliver(
             [SequenceOutput(name, index, (), "", "error", why, engine_crashed=True) for name, index in open_texts]

@@ -58,11 +58,12 @@ def show_status(context: KeyContext) -> dict[str, Any]:
     running = [
         {
             "slot": sequence.slot,
-            "model": sequence.prefix_name if admin or sequence.tenant == context.caller.name else None,
-            "prompt_tokens": sequence.prompt_tokens,
+            "model": one.prefix_name if admin or one.tenant == context.caller.name else None,
+            "prompt_tokens": len(one.prompt),
             "new_tokens": sequence.new_tokens,
         }
         for sequence in snapshot.running
+        for one in [sequence.request]
     ]
     return {
         "draining": state.draining,
