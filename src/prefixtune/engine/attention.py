@@ -163,8 +163,10 @@ class StepAttention:
         for number, span in enumerate(self.spans):
             rows = slice(first, first + span.count)
             if number not in done:
-                views = (part.narrow(2, span.run.start, span.stop) for part in (key, value))
-                found = self._attend_span(query[:, :, rows], *views, span, scores, window, bias)
+                own = slice(span.run.start, span.run.start + span.stop)
+                found = self._attend_span(
+                    query[:, :, rows], key[:, :, own], value[:, :, own], span, scores, window, bias
+                )
                 out[rows] = found.unflatten(1, (kv_heads, -1))
             first += span.count
         return out.flatten(1, 2)[None]

@@ -310,7 +310,7 @@ def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] 
         return stored
     if prefix is None and isinstance(requested, Labels):
         return Labels(kind, "words", requested.names, requested.words)
-    if prefix is None and requested:
+    if prefix is None and requested and not isinstance(requested, Labels):
         if isinstance(requested, str) or not all(isinstance(label, str) for label in requested):
             raise ConfigError(
                 f"labels is {short_repr(requested)}, but must be a list of strings.", hint="write [a, b]."

@@ -123,7 +123,7 @@ class Model:
             ConfigError: An option is wrong.
         """
         if isinstance(texts, str) or _is_conversation(texts):
-            return self.generate([texts], **options)[0]
+            return str(self.generate([texts], **options)[0])
         if isinstance(texts, Sequence):
             texts = [row if isinstance(row, str) else self._source(row) for row in texts]
         return generate(self.backbone, texts, self.prefix, **options)
