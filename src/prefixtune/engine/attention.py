@@ -140,58 +140,45 @@ class StepAttention:
         """Write the tokens' keys and values into the pool, and attend to what each text has there."""
         self.kv_cache.keys[layer[1]][self.places] = key[0].transpose(0, 1)
         self.kv_cache.values[layer[1]][self.places] = value[0].transpose(0, 1)
-        return self.read(layer[1], query, scores, scores.window)
+        return self.read(layer[1], query, scores)
 
-    def read(
-        self, index: int, query: Float[Tensor, "1 Hq T Dk"], scores: ScoreOptions, window: int | None
-    ) -> Float[Tensor, "1 T Hq Dv"]:
+    def read(self, index: int, query: Float[Tensor, "1 Hq T Dk"], scores: ScoreOptions) -> Float[Tensor, "1 T Hq Dv"]:
         """Attend to the texts at a layer, as they are in the pool."""
-        keys, values, bias = self.kv_cache.keys[index], self.kv_cache.values[index], self.bias_by_layer.get(index)
-        if self._fits_pages(query, values, scores, window, bias):
-            return self._attend_pages(query, keys, values, scores, window)
+        if self._fits_pages(index, query, scores):
+            return self._attend_pages(index, query, scores)
         # What the model computed of it came from positions in the row.
         scores = replace(scores, position_bias=None) if scores.position_bias is not None else scores
-        heads, kv_heads = query.shape[1], keys.shape[1]
-        key, value = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        values = self.kv_cache.values[index]
         # Query heads that share a KV head are rows of one product, so that keys are never repeated.
-        grouped = query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))
+        grouped = query[0].transpose(0, 1).unflatten(1, (values.shape[1], -1))
         out = query.new_empty(*grouped.shape[:3], values.shape[2])
-        groups = self.together if scores.fused and bias is None else []
+        groups = self.together if scores.fused and index not in self.bias_by_layer else []
         for group in groups:
-            out[group.rows] = self._attend_together(grouped[group.rows], keys, values, scores.scale, window, group)
+            out[group.rows] = self._attend_together(index, grouped[group.rows], scores, group)
         done, first = {row for group in groups for row in group.rows.tolist()}, 0
         for number, span in enumerate(self.spans):
             rows = slice(first, first + span.count)
             if number not in done:
-                own = slice(span.run.start, span.run.start + span.stop)
-                found = self._attend_span(
-                    query[:, :, rows], key[:, :, own], value[:, :, own], span, scores, window, bias
-                )
-                out[rows] = found.unflatten(1, (kv_heads, -1))
+                found = self._attend_span(index, query[:, :, rows], scores, span)
+                out[rows] = found.unflatten(1, (values.shape[1], -1))
             first += span.count
         return out.flatten(1, 2)[None]
 
     def _attend_together(
-        self,
-        query: Float[Tensor, "B H G D"],
-        keys: Float[Tensor, "N H D"],
-        values: Float[Tensor, "N H Dv"],
-        scale: float,
-        window: int | None,
-        group: _Together,
+        self, index: int, query: Float[Tensor, "B H G D"], scores: ScoreOptions, group: _Together
     ) -> Float[Tensor, "B H G Dv"]:
         """Texts whose runs lie side by side, in one call; what is between them is computed as well, and dropped."""
-        name = (group, window)
+        name = (group, scores.window)
         if name not in self._masks:
-            self._masks[name] = self._mask_together(group, window, query.dtype), None
+            self._masks[name] = self._mask_together(group, scores.window, query.dtype), None
         whole = query.new_zeros(group.count, *query.shape[1:]).index_copy_(0, group.at, query)
         runs = slice(group.first, group.first + group.count * group.size)
         key, value = (
             part[runs].unflatten(0, (group.count, group.size))[:, : group.length].transpose(1, 2)
-            for part in (keys, values)
+            for part in (self.kv_cache.keys[index], self.kv_cache.values[index])
         )
         mask = self._masks[name][0]
-        return F.scaled_dot_product_attention(whole, key, value, attn_mask=mask, scale=scale)[group.at]
+        return F.scaled_dot_product_attention(whole, key, value, attn_mask=mask, scale=scores.scale)[group.at]
 
     def _mask_together(self, group: _Together, window: int | None, dtype: torch.dtype) -> Float[Tensor, "R 1 1 S"]:
         """Each text sees its own positions; in a window, the nearest ones and its prefix."""
@@ -202,45 +189,46 @@ class StepAttention:
         return _mask(stops - 1, torch.arange(group.length), window, prefixes, dtype)[:, None, None]
 
     def _attend_span(
-        self,
-        query: Float[Tensor, "1 Hq T Dk"],
-        key: Float[Tensor, "1 H S Dk"],
-        value: Float[Tensor, "1 H S Dv"],
-        span: Span,
-        scores: ScoreOptions,
-        window: int | None,
-        distance_bias: Float[Tensor, "Hq N"] | None,
+        self, index: int, query: Float[Tensor, "1 Hq T Dk"], scores: ScoreOptions, span: Span
     ) -> Float[Tensor, "T Hq Dv"]:
         """One text by itself, with a mask and a bias that its layers share."""
-        name = (span, window, None if distance_bias is None else distance_bias.data_ptr())
+        by_distance, window = self.bias_by_layer.get(index), scores.window
+        name = (span, window, None if by_distance is None else by_distance.data_ptr())
         if name not in self._masks:
-            self._masks[name] = _mask_and_bias(span, window, distance_bias, query.dtype, query.device)
+            positions = torch.arange(span.start, span.stop, device=query.device)[:, None]
+            columns = torch.arange(span.stop, device=query.device)
+            mask = bias = None
+            if span.count > 1 or (window is not None and span.stop - span.prefix_length > window):
+                mask = _mask(positions, columns, window, span.prefix_length, query.dtype)
+            if by_distance is not None:
+                distances = (positions - columns).clamp(0, by_distance.shape[1] - 1)
+                # The prefix has none.
+                bias = by_distance[:, distances].masked_fill(columns < span.prefix_length, 0)[None]
+            self._masks[name] = mask, bias
         mask, bias = self._masks[name]
+        own = slice(span.run.start, span.run.start + span.stop)
+        key, value = (
+            part[own].transpose(0, 1)[None] for part in (self.kv_cache.keys[index], self.kv_cache.values[index])
+        )
         if not scores.fused:
             wide = None if mask is None else mask[None, None]
             return eager_attention(query, key, value, wide, replace(scores, position_bias=bias))[0].transpose(0, 1)
         return grouped_attention(query, key, value, mask, bias, scores.scale).transpose(0, 1)
 
-    def _fits_pages(
-        self, query: Tensor, values: Tensor, scores: ScoreOptions, window: int | None, bias: Tensor | None
-    ) -> bool:
+    def _fits_pages(self, index: int, query: Tensor, scores: ScoreOptions) -> bool:
         """Whether FlashAttention makes these scores; in a window it would hide the prefix."""
+        window = scores.window
         return (
             len(self.pages) > 0
             and scores.fused
-            and bias is None
+            and index not in self.bias_by_layer
             and query.dtype in _PAGED_DTYPES
-            and query.shape[3] == values.shape[2] <= 256
+            and query.shape[3] == self.kv_cache.values[index].shape[2] <= 256
             and (window is None or all(s.stop <= window or not s.prefix_length for s in self.spans))
         )
 
     def _attend_pages(
-        self,
-        query: Float[Tensor, "1 Hq T D"],
-        keys: Float[Tensor, "N H D"],
-        values: Float[Tensor, "N H D"],
-        scores: ScoreOptions,
-        window: int | None,
+        self, index: int, query: Float[Tensor, "1 Hq T D"], scores: ScoreOptions
     ) -> Float[Tensor, "1 T Hq D"]:
         """All texts in one call, without a mask."""
         varlen, by_page = varlen_attention(), (-1, self.kv_cache.page)
@@ -248,14 +236,14 @@ class StepAttention:
         first_queries, first_keys, lengths, table = self.pages
         out: Tensor = varlen(
             query[0].transpose(0, 1),
-            keys.unflatten(0, by_page),
-            values.unflatten(0, by_page),
+            self.kv_cache.keys[index].unflatten(0, by_page),
+            self.kv_cache.values[index].unflatten(0, by_page),
             first_queries,
             first_keys,
             max(span.count for span in self.spans),
             max(span.stop for span in self.spans),
             scale=scores.scale,
-            window_size=(-1 if window is None else window - 1, 0),
+            window_size=(-1 if scores.window is None else scores.window - 1, 0),
             enable_gqa=True,
             seqused_k=lengths,
             block_table=table.view(len(self.spans), -1),
@@ -279,25 +267,6 @@ def varlen_attention() -> Callable[..., Any] | None:
 def attends_by_pages(device: torch.device) -> bool:
     """Whether all texts are attended to in one call, by a table of their pages."""
     return device.type == "cuda" and varlen_attention() is not None
-
-
-def _mask_and_bias(
-    span: Span,
-    window: int | None,
-    distance_bias: Float[Tensor, "Hq N"] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Float[Tensor, "T S"] | None, Float[Tensor, "1 Hq T S"] | None]:
-    """What is added to a text's scores: a mask, and a bias by distance, which the prefix does not have."""
-    positions = torch.arange(span.start, span.stop, device=device)[:, None]
-    columns = torch.arange(span.stop, device=device)
-    mask = bias = None
-    if span.count > 1 or (window is not None and span.stop - span.prefix_length > window):
-        mask = _mask(positions, columns, window, span.prefix_length, dtype)
-    if distance_bias is not None:
-        distances = (positions - columns).clamp(0, distance_bias.shape[1] - 1)
-        bias = distance_bias[:, distances].masked_fill(columns < span.prefix_length, 0)[None]
-    return mask, bias
 
 
 def _mask(
@@ -346,4 +315,4 @@ class EncoderAttention:
             keys[target : target + length] = key[0, :, first : first + length].transpose(0, 1)
             values[target : target + length] = value[0, :, first : first + length].transpose(0, 1)
             first += length
-        return self.cross.read(index, query, scores, None)
+        return self.cross.read(index, query, replace(scores, window=None))
