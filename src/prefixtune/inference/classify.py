@@ -43,8 +43,7 @@ __all__ = [
     "EncodedTexts",
     "Prediction",
     "classify",
-    "encode_to_classify",
-    "encode_to_tag",
+    "encode_to_label",
     "first_duplicate",
     "tag",
 ]
@@ -105,7 +104,8 @@ def classify(
     texts = list(texts)
     backbone = as_backbone(backbone)
     loaded, form = as_prefix(prefix, backbone), as_text_format(text_format)
-    encoded = encode_to_classify(backbone, texts, loaded, labels=labels, text_format=form, config=config, on_cut=on_cut)
+    options = {"labels": labels, "text_format": form, "config": config, "on_cut": on_cut}
+    encoded = encode_to_label("classification", backbone, texts, loaded, **options)
     return [one for (one,) in encoded.predict_all(config, on_batch)]
 
 
@@ -194,9 +194,10 @@ class EncodedTexts:
         ]
 
 
-def encode_to_classify(
+def encode_to_label(
+    kind: TaskKind,
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[Any],
     prefix: Prefix | None,
     *,
     labels: Sequence[str] | Labels | None = None,
@@ -205,61 +206,42 @@ def encode_to_classify(
     positions: int | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
 ) -> EncodedTexts:
-    """Texts to classify as token ids; arguments and errors as those of `classify`.
+    """Texts to classify, or lists of tokens to tag, as token ids; the rest as for `classify` and `tag`.
 
     `positions` are those of a whole text, the prefix included; None: the backbone's.
     """
     config = config or ClassifyConfig()
-    chosen = _labels_for("classification", prefix, labels)
+    chosen, length = _labels_for(kind, prefix, labels), 0 if prefix is None else prefix.length()
     form = format_of(backbone, prefix, text_format).with_lengths(config.max_total_length, config.on_too_long)
     if prefix is not None:
         check_fits(prefix, backbone.geometry, backbone.name)
+    most = positions or backbone.max_positions_with(length)
     if chosen.by == "words" and backbone.kind == "encoder":
         raise ConfigError(f"{backbone.name!r} is an encoder and generates no words.", hint="train a head with it.")
     targets = [form.format_target(word) for word in chosen.words] if chosen.by == "words" else []
-    words = [tuple(ids) for ids in backbone.encode_targets(targets)]
-    length = 0 if prefix is None else prefix.length()
-    most = positions or backbone.max_positions_with(length)
-    whole = encode_prompts(backbone, form, list(texts), positions=most) if texts else []
+    words = [tuple(ids) for ids in backbone.encode_targets(targets)] if targets else []
     # Room is left for the longest word.
     longest = max((len(word) for word in words), default=0) if backbone.kind == "decoder" else 0
-    prompts = [
-        truncate_prompt(
-            backbone, form, prompt, prefix_length=length, new_tokens=longest, positions=most, name=f"text {number}"
-        )
-        for number, prompt in enumerate(whole, start=1)
-    ]
-    report_truncated(whole, prompts, on_cut)
+    if kind == "tagging":
+        for number, tokens in enumerate(texts, start=1):
+            if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
+                given = short_repr(tokens)
+                raise RequestError(f"text {number} is {given}, no list of tokens.", hint="write text.split().")
+        # A prompt, and the positions of its tokens that are tagged.
+        encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens, most) for tokens in texts]
+        prompts, places = [prompt for prompt, _ in encoded], [at for _, at in encoded]
+    else:
+        whole = encode_prompts(backbone, form, list(texts), positions=most) if texts else []
+        limits: dict[str, Any] = {"prefix_length": length, "new_tokens": longest, "positions": most}
+        prompts = [
+            truncate_prompt(backbone, form, prompt, name=f"text {number}", **limits)
+            for number, prompt in enumerate(whole, start=1)
+        ]
+        report_truncated(whole, prompts, on_cut)
+        # An encoder's first token stands for the text, a decoder's last one.
+        places = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
     check_positions(backbone, [Prompt(ids, prefix, longest) for ids in prompts], "shorten the text.", together=True)
-    # An encoder's first token stands for the text, a decoder's last one.
-    places = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
     return EncodedTexts(backbone, prefix, chosen, prompts, places, words)
-
-
-def encode_to_tag(
-    backbone: Backbone,
-    texts: Sequence[Sequence[str]],
-    prefix: Prefix,
-    *,
-    text_format: TextFormat | None = None,
-    positions: int | None = None,
-) -> EncodedTexts:
-    """Lists of tokens to tag as token ids; arguments and errors as those of `tag`.
-
-    `positions` are those of a whole text, the prefix included; None: the backbone's.
-    """
-    labels = _labels_for("tagging", prefix, None)
-    form = format_of(backbone, prefix, text_format)
-    check_fits(prefix, backbone.geometry, backbone.name)
-    for number, tokens in enumerate(texts, start=1):
-        if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
-            raise RequestError(f"text {number} is {short_repr(tokens)}, no list of tokens.", hint="write text.split().")
-    # A prompt, and the positions of its tokens that are tagged.
-    most = positions or backbone.max_positions_with(prefix.length())
-    encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens, most) for tokens in texts]
-    prompts, places = [prompt for prompt, _ in encoded], [at for _, at in encoded]
-    check_positions(backbone, [Prompt(ids, prefix, 0) for ids in prompts], "shorten the text.", together=True)
-    return EncodedTexts(backbone, prefix, labels, prompts, places)
 
 
 def tag(
@@ -299,7 +281,7 @@ def tag(
     loaded = as_prefix(prefix, backbone)
     if loaded is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
-    encoded = encode_to_tag(backbone, texts, loaded, text_format=as_text_format(text_format))
+    encoded = encode_to_label("tagging", backbone, texts, loaded, text_format=as_text_format(text_format))
     return encoded.predict_all(config, on_batch)
 
 

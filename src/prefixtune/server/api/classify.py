@@ -19,11 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import labels_of
 from prefixtune.engine.request import ContextLengthError, EngineFull
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import ConfigError, PrefixError, RequestError, short_repr
-from prefixtune.inference.classify import EncodedTexts, encode_to_classify, encode_to_tag, first_duplicate
+from prefixtune.inference.classify import EncodedTexts, encode_to_label, first_duplicate
 from prefixtune.inference.config import ClassifyConfig
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router
 from prefixtune.server.api.generation import engine_error
@@ -124,13 +125,11 @@ async def _encode(context: RequestContext, request: ClassifyRequest, model: Serv
     config, cut = ClassifyConfig(on_too_long=context.state.config.on_too_long), list[int]()
 
     def encode() -> EncodedTexts:
-        positions = worker.max_length
-        if model.prefix is not None and stored is not None and stored.kind == "tagging":
-            return encode_to_tag(backbone, [_words(text) for text in request.texts], model.prefix, positions=positions)
-        texts, labels = [str(text) for text in request.texts], request.labels
-        return encode_to_classify(
-            backbone, texts, model.prefix, labels=labels, config=config, positions=positions, on_cut=cut.extend
-        )
+        kind: TaskKind = "classification" if stored is None else stored.kind
+        texts = list(map(_words, request.texts)) if kind == "tagging" else request.texts
+        options: dict[str, Any] = {"labels": request.labels, "positions": worker.max_length, "on_cut": cut.extend}
+        options |= {} if kind == "tagging" else {"config": config}
+        return encode_to_label(kind, backbone, texts, model.prefix, **options)
 
     try:
         encoded = await context.tokenize(encode)
