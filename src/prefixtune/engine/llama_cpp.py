@@ -23,10 +23,9 @@ from prefixtune.engine.gguf import find_gguf
 from prefixtune.engine.llama_state import encode_file, is_interleaved, placeholders_for, probe_file, rows_of
 from prefixtune.engine.remote import RemoteEngine, RemoteText
 from prefixtune.engine.remote_server import RemoteServer
-from prefixtune.engine.request import FinishReason, SequenceOutput, Token
+from prefixtune.engine.request import FinishReason, Token
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.utils.extras import needs_extra
 from prefixtune.utils.machine import num_cores
 
@@ -130,18 +129,15 @@ class LlamaCppEngine(RemoteEngine):
         path.write_bytes(encode_file(rows_of(prefix, self.backbone), placeholders, version=self._version))
         return placeholders
 
-    async def _generate(
-        self, server: RemoteServer, text: RemoteText, pieces: Detokenizer, ends: set[int]
-    ) -> FinishReason:
-        request, slot = text.request, text.slot
+    async def _generate(self, server: RemoteServer, text: RemoteText) -> FinishReason:
+        slot, placeholders = text.slot, [] if text.file is None else text.file.name
         assert slot is not None
-        placeholders: list[int] = [] if text.file is None else text.file.name
         if slot.file is not text.file:
             slot.file = None
             if text.file is not None:
                 await server.ask(f"/slots/{slot.number}?action=restore", {"filename": text.file.path.name})
                 slot.file = text.file
-        body = {"prompt": [*placeholders, *request.prompt], "id_slot": slot.number, **_options(text)}
+        body = {"prompt": [*placeholders, *text.request.prompt], "id_slot": slot.number, **_options(text)}
         async with contextlib.aclosing(server.stream(_COMPLETION, body)) as events:
             async for event in events:
                 cached = int(event["timings"]["cache_n"])
@@ -152,30 +148,26 @@ class LlamaCppEngine(RemoteEngine):
                     )
                 if event["stop"]:
                     return "stop" if event["stop_type"] == "eos" else "length"
-                count = int(event["tokens_predicted"]) - text.num_new_tokens
-                tokens, is_last = self._tokens_of(event, ends, request.sampling.logprobs, count)
-                text.num_new_tokens += count
-                words = pieces.add(*(token.id for token in tokens))
-                if tokens or words:
-                    self._deliver(text, SequenceOutput(request.id, text.index, tokens, words))
-                if is_last or pieces.stopped:
+                tokens, is_last = self._tokens_of(event, text)
+                text.num_new_tokens = int(event["tokens_predicted"])
+                self._deliver(text, tokens, text.pieces.add(*(token.id for token in tokens)))
+                if is_last or text.pieces.stopped:
                     return "stop"
         return "length"
 
-    def _tokens_of(
-        self, event: Mapping[str, Any], ends: set[int], logprobs: int | None, count: int
-    ) -> tuple[tuple[Token, ...], bool]:
+    def _tokens_of(self, event: Mapping[str, Any], text: RemoteText) -> tuple[tuple[Token, ...], bool]:
         """An event's tokens up to one that ends the text, and whether there is one."""
-        ids = [int(token) for token in event["tokens"]]
-        if ids and ids[-1] not in ends and count > len(ids):
+        ids, count = [int(token) for token in event["tokens"]], int(event["tokens_predicted"]) - text.num_new_tokens
+        if ids and ids[-1] not in text.ends and count > len(ids):
             # Of a character of several tokens, only the last one is said: those that the tokenizer makes of it. Some
             # tokenizers put a space in front.
             ids = self.backbone.encode(event["content"])[-count:] or ids
         found = {}
         for entry in event.get("completion_probabilities", ()):
-            best = tuple((int(top["id"]), float(top["logprob"])) for top in entry["top_logprobs"][:logprobs])
+            top = entry["top_logprobs"][: text.request.sampling.logprobs]
+            best = tuple((int(one["id"]), float(one["logprob"])) for one in top)
             found[int(entry["id"])] = Token(int(entry["id"]), float(entry["logprob"]), best)
-        kept = list(itertools.takewhile(lambda token: token not in ends, ids))
+        kept = list(itertools.takewhile(lambda token: token not in text.ends, ids))
         return tuple(found.get(token, Token(token)) for token in kept), len(kept) < len(ids)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import logging
+import random
 import threading
 import time
 from concurrent.futures import Future
@@ -20,7 +20,7 @@ from prefixtune.engine.base import Engine, Receive, RunningSequence, Snapshot
 from prefixtune.engine.fair_queue import FairQueue
 from prefixtune.engine.prefix_files import PrefixFile, PrefixFiles, own_folder
 from prefixtune.engine.remote_server import Refused, RemoteServer
-from prefixtune.engine.request import EngineFull, FinishReason, Request, SequenceOutput
+from prefixtune.engine.request import EngineFull, FinishReason, Request, SequenceOutput, Token
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.detokenizer import Detokenizer
@@ -53,6 +53,8 @@ class RemoteText:
         receive: Gets its outputs.
         deadline: By the monotonic clock; None: there is none.
         file: Its prefix as the server takes it; None: there is no prefix.
+        pieces: Its tokens as text.
+        ends: Tokens that end it.
         slot: Its slot; None: it waits.
         turn: Set once it has a slot.
         task: Writes it.
@@ -64,6 +66,8 @@ class RemoteText:
     receive: Receive
     deadline: float | None
     file: PrefixFile | None
+    pieces: Detokenizer
+    ends: set[int]
     slot: RemoteSlot | None = None
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[tuple[FinishReason, str]] | None = None
@@ -76,11 +80,9 @@ class RemoteText:
 
     @property
     def seed(self) -> int | None:
-        """Its own seed of 32 bits, whose last number stands for none in llama.cpp; None: the request has none."""
-        if self.request.sampling.seed is None:
-            return None
-        digest = hashlib.sha256(f"{self.request.sampling.seed} {self.index}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") % (2**32 - 1)
+        """Its own; None: the request has none."""
+        seed = self.request.sampling.seed
+        return None if seed is None else random.Random(f"{seed}/{self.index}").getrandbits(31)
 
 
 class RemoteEngine(Engine):
@@ -134,20 +136,8 @@ class RemoteEngine(Engine):
         """Write a prefix's file, and return what stands for it in a request."""
 
     @abc.abstractmethod
-    async def _generate(
-        self, server: RemoteServer, text: RemoteText, pieces: Detokenizer, ends: set[int]
-    ) -> FinishReason:
-        """Generate a text, and deliver what comes by `_deliver`.
-
-        Args:
-            server: Where.
-            text: The text, which has a slot.
-            pieces: Its tokens as text.
-            ends: Tokens that end it.
-
-        Returns:
-            Why it ended.
-        """
+    async def _generate(self, server: RemoteServer, text: RemoteText) -> FinishReason:
+        """Generate a text, which has a slot, and deliver what comes by `_deliver`; returns why it ended."""
 
     # --- for callers --------------------------------------------------------------------------------------------------
 
@@ -172,9 +162,11 @@ class RemoteEngine(Engine):
                     raise EngineFull(f"{self.name} is not running.", hint="try again later.")
                 if request.id in self._texts:
                     raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
-                texts = [RemoteText(request, index, receive, end, file) for index in range(request.n)]
-                self._texts[request.id] = list(texts)
-                for text in texts:
+                ends = {self.backbone.eos_id, *request.sampling.end_ids}
+                self._texts[request.id] = []
+                for index in range(request.n):
+                    text = RemoteText(request, index, receive, end, file, request.detokenizer(self.backbone), ends)
+                    self._texts[request.id].append(text)
                     self._loop.call_soon_threadsafe(self._begin, text)
         except BaseException:
             if file is not None:
@@ -229,20 +221,18 @@ class RemoteEngine(Engine):
 
     async def _write(self, text: RemoteText) -> tuple[FinishReason, str]:
         """Wait for a slot, and generate a text: why it ended, and its last words."""
-        request, sampling = text.request, text.request.sampling
-        pieces = request.detokenizer(self.backbone)
         async with asyncio.timeout_at(text.deadline):
             await text.turn.wait()
             server = self._server
-            if not sampling.max_new_tokens:
+            if not text.request.sampling.max_new_tokens:
                 return "length", ""
             try:
-                reason = await self._generate(server, text, pieces, {self.backbone.eos_id, *sampling.end_ids})
+                reason = await self._generate(server, text)
             except ConnectionError as error:
                 if await server.is_dying():
                     raise _ServerDied(str(error)) from error
                 raise
-        return reason, pieces.finish()
+        return reason, text.pieces.finish()
 
     def _end(self, text: RemoteText, task: asyncio.Task[tuple[FinishReason, str]]) -> None:
         """Free a text's slot, and tell its caller that it has ended."""
@@ -274,13 +264,22 @@ class RemoteEngine(Engine):
             is_refused = isinstance(error, Refused) and text.request.grammar is not None
             crashed = isinstance(error, _ServerDied)
             details = {"error": str(error) or type(error).__name__, "engine_crashed": crashed, "refused": is_refused}
-        self._deliver(text, SequenceOutput(text.request.id, text.index, (), words, reason, **details))
+        self._deliver(text, (), words, reason, **details)
         self._assign()
 
-    def _deliver(self, text: RemoteText, output: SequenceOutput) -> None:
-        self._tokens += len(output.tokens)
+    def _deliver(
+        self,
+        text: RemoteText,
+        tokens: tuple[Token, ...],
+        words: str,
+        reason: FinishReason | None = None,
+        **details: Any,
+    ) -> None:
+        """Give a text's caller what is new of it, if anything is."""
+        self._tokens += len(tokens)
         try:
-            text.receive(output)
+            if tokens or words or reason:
+                text.receive(SequenceOutput(text.request.id, text.index, tokens, words, reason, **details))
         except Exception:
             _log.exception("the callback of request %s failed; the request is cancelled.", text.request.id)
             for one in (text, *self._texts.get(text.request.id, ())):

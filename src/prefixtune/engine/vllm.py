@@ -24,11 +24,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.remote import RemoteEngine, RemoteText
 from prefixtune.engine.remote_server import RemoteServer
-from prefixtune.engine.request import FinishReason, SequenceOutput, Token
+from prefixtune.engine.request import FinishReason, Token
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.prefix.reference import PrefixReference, hash_file
-from prefixtune.sampling.detokenizer import Detokenizer
 
 __all__ = ["VllmConfig", "VllmEngine"]
 
@@ -144,14 +143,12 @@ class VllmEngine(RemoteEngine):
         save_prefix(path, prefix)
         return PrefixReference(path.stem, hash_file(path), prefix.length())
 
-    async def _generate(
-        self, server: RemoteServer, text: RemoteText, pieces: Detokenizer, ends: set[int]
-    ) -> FinishReason:
-        request, reason = text.request, "length"
-        async with contextlib.aclosing(server.stream(_COMPLETIONS, self._body(text, ends))) as events:
+    async def _generate(self, server: RemoteServer, text: RemoteText) -> FinishReason:
+        reason: FinishReason = "length"
+        async with contextlib.aclosing(server.stream(_COMPLETIONS, self._body(text))) as events:
             async for event in events:
                 if not event["choices"]:
-                    _check_cached(event["usage"], request.prefix_length)
+                    _check_cached(event["usage"], text.request.prefix_length)
                     break
                 if reason == "stop":
                     continue
@@ -160,19 +157,17 @@ class VllmEngine(RemoteEngine):
                     # As it does with all texts when it is told to end.
                     raise ConnectionError(f"vLLM has ended the text: {choice['finish_reason']}")
                 ids = choice["token_ids"]
-                kept = list(itertools.takewhile(lambda token: token not in ends, ids))
+                kept = list(itertools.takewhile(lambda token: token not in text.ends, ids))
                 text.num_new_tokens += len(ids)
-                words = pieces.add(*kept)
-                if kept or words:
-                    tokens = _tokens(kept, choice.get("logprobs"), request.sampling.logprobs)
-                    self._deliver(text, SequenceOutput(request.id, text.index, tokens, words))
-                if len(kept) < len(ids) or pieces.stopped or choice.get("finish_reason") == "stop":
+                tokens = _tokens(kept, choice.get("logprobs"), text.request.sampling.logprobs)
+                self._deliver(text, tokens, text.pieces.add(*kept))
+                if len(kept) < len(ids) or text.pieces.stopped or choice.get("finish_reason") == "stop":
                     reason = "stop"
-                if pieces.stopped:
+                if text.pieces.stopped:
                     break
-        return "stop" if reason == "stop" else "length"
+        return reason
 
-    def _body(self, text: RemoteText, ends: set[int]) -> dict[str, Any]:
+    def _body(self, text: RemoteText) -> dict[str, Any]:
         """What vLLM is asked for."""
         request, sampling = text.request, text.request.sampling
         biases = {str(token): float(bias) for token, bias in sampling.logit_bias.items()}
@@ -190,7 +185,7 @@ class VllmEngine(RemoteEngine):
             "min_tokens": sampling.min_new_tokens,
             # The end tokens are the backbone's and the request's, whatever vLLM has read elsewhere.
             "ignore_eos": True,
-            "stop_token_ids": sorted(ends),
+            "stop_token_ids": sorted(text.ends),
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
