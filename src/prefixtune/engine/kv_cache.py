@@ -8,7 +8,6 @@ not even as NaN behind a mask.
 
 from __future__ import annotations
 
-import bisect
 import math
 import mmap
 from collections.abc import Sequence
@@ -78,39 +77,27 @@ class KVCache:
             ]
         except (OSError, MemoryError, OverflowError, torch.OutOfMemoryError) as error:
             raise ConfigError(f"there is no room for {size:,.1f} GiB of keys and values.", hint=hint) from error
-        # Whole pages, by their start; neighbours are one.
-        self._free = [range(length)]
-        self._used = 0
+        # By their start, and the end of the pool.
+        self._taken, self._end = list[range](), length
 
     def take(self, length: int) -> range | None:
         """A run of so many positions that nobody has; None: there is no room now."""
-        size = self._pages(length)
-        if self._used + length <= self.num_positions:
-            for index, free in enumerate(self._free):
-                if len(free) >= size:
-                    rest = free[size:]
-                    self._free[index : index + 1] = [rest] if rest else []
-                    self._used += length
-                    return free[:length]
+        start = 0
+        if sum(map(len, self._taken)) + length > self.num_positions:
+            return None
+        for index, taken in enumerate([*self._taken, range(self._end, self._end)]):
+            if taken.start - start >= -(-length // self.page) * self.page:
+                run = range(start, start + length)
+                self._taken.insert(index, run)
+                return run
+            start = -(-taken.stop // self.page) * self.page
         return None
 
     def give_back(self, run: range, written: int) -> None:
         """Let others have a run, of which so many positions were written."""
         for buffer in (*self.keys, *self.values):
             buffer[run.start : run.start + written] = 0
-        self._used -= len(run)
-        run = range(run.start, run.start + self._pages(len(run)))
-        index = bisect.bisect(self._free, run.start, key=lambda free: free.start)
-        before, after = self._free[:index], self._free[index:]
-        if before and before[-1].stop == run.start:
-            run = range(before.pop().start, run.stop)
-        if after and after[0].start == run.stop:
-            run = range(run.start, after.pop(0).stop)
-        self._free = [*before, run, *after]
-
-    def _pages(self, length: int) -> int:
-        """Positions of as many pages as hold a run."""
-        return -(-length // self.page) * self.page
+        self._taken.remove(run)
 
     def put(self, run: range, prefix: Prefix) -> None:
         """Copy a prefix to the first positions of a run."""
@@ -132,7 +119,7 @@ class KVCache:
     @property
     def used_bytes(self) -> int:
         """What running texts have of it."""
-        return self._used * self.bytes_per_position
+        return sum(map(len, self._taken)) * self.bytes_per_position
 
 
 def bytes_per_position(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
