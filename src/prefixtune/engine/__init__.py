@@ -6,8 +6,21 @@ the batch, and the *KV cache* the memory for keys and values. Each step, the *sc
 `base` says what every engine offers. Knows no HTTP and no files.
 """
 
+from prefixtune.engine.base import Snapshot
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
+from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams, SequenceOutput, Token
+from prefixtune.engine.worker import EngineWorker
 
-__all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "SequenceOutput"]
+__all__ = [
+    "ContextLengthError",
+    "Engine",
+    "EngineConfig",
+    "EngineFull",
+    "EngineWorker",
+    "Request",
+    "SamplingParams",
+    "SequenceOutput",
+    "Snapshot",
+    "Token",
+]
