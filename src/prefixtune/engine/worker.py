@@ -118,6 +118,7 @@ class EngineWorker(base.Engine):
         """Cancel what still runs, and stop; waits at most `timeout` seconds for a step or for slow callbacks."""
         with self._changed:
             self._closing = True
+            self._refuse_calls("the engine is being closed.")
             for request_id in self._submissions:
                 self.engine.cancel(request_id)
             self._changed.notify_all()
@@ -158,6 +159,13 @@ class EngineWorker(base.Engine):
         except BaseException as error:
             _log.exception("the engine failed")
             self._fail(f"the engine failed ({type(error).__name__}).")
+
+    def _refuse_calls(self, why: str) -> None:
+        """End the waiting calls; the lock is held."""
+        for future, _ in self._calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineFull(why, hint="use another replica."))
+        self._calls.clear()
 
     def _do_call(self) -> None:
         """Do the first of the waiting calls, if there is one."""
@@ -218,10 +226,7 @@ class EngineWorker(base.Engine):
         """End all requests, and accept no more."""
         with self._changed:
             self.failed = True
-            for future, _ in self._calls:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(EngineFull(why, hint="use another replica."))
-            self._calls.clear()
+            self._refuse_calls(why)
             open_texts = [(name, index) for name, one in self._submissions.items() for index in sorted(one.unfinished)]
         self._deliver(
             [SequenceOutput(name, index, (), "", "error", why, engine_crashed=True) for name, index in open_texts]

@@ -19,7 +19,6 @@ from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.geometry import LayerShape
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.machine import free_memory
 
 SHAPES = (LayerShape(2, 4, 3), LayerShape(1, 8, 8))
@@ -50,23 +49,6 @@ def test_runs_never_overlap_and_all_room_comes_back(asked: list[tuple[int, int]]
     assert cache.used_bytes == 0
     assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
     assert cache.take(100) == range(100)
-
-
-def test_a_prefix_and_a_copy_are_where_their_runs_are():
-    cache = KVCache(SHAPES, 50, torch.float32, CPU, 2)
-    pairs = tuple(
-        (torch.randn(s.num_kv_heads, 5, s.key_dim), torch.randn(s.num_kv_heads, 5, s.value_dim)) for s in SHAPES
-    )
-    first, second = cache.take(8), cache.take(9)
-    assert first is not None
-    assert second is not None
-    cache.put(second, Prefix({"decoder": pairs}))
-    cache.copy(second, first, 4)
-    for layer, (key, value) in enumerate(pairs):
-        for run, length in ((second, 5), (first, 4)):
-            place = slice(run.start, run.start + length)
-            assert torch.equal(cache.keys[layer][place], key.transpose(0, 1)[:length])
-            assert torch.equal(cache.values[layer][place], value.transpose(0, 1)[:length])
 
 
 def test_more_than_memory_has_room_for_is_refused():

@@ -199,42 +199,29 @@ def test_a_model_that_fails_on_a_cpu_ends_the_running_texts_alone(llama: Any, mo
 
 
 @pytest.mark.parametrize(("kind", "survives"), [(RuntimeError, False), (torch.OutOfMemoryError, True)])
-def test_a_model_that_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
-    kind: type[Exception], survives: bool, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by_call", [False, True])
+def test_what_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
+    by_call: bool, kind: type[Exception], survives: bool, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: Any
 ):
     backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
     with EngineWorker(Engine(backbone)) as worker:
+        ended = threading.Event()
+        worker.on_failure = ended.set
 
         def failing(_: Any) -> Any:
             raise kind("device-side assert")
 
         monkeypatch.setattr(worker.engine.runner, "forward", failing)
         monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
-        ear = Ear()
-        worker.submit(Request((1,), sampling=SHORT), ear)
-        assert ear.reason == "error"
-        assert ear.outputs[-1].engine_crashed == (not survives)
-        assert worker.failed == (not survives)
-
-
-@pytest.mark.parametrize(
-    ("kind", "survives"), [(RuntimeError, False), (torch.OutOfMemoryError, True), (RequestError, True)]
-)
-def test_a_call_that_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
-    kind: type[Exception], survives: bool, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-):
-    backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
-    with EngineWorker(Engine(backbone)) as worker:
-        failed = threading.Event()
-        worker.on_failure = failed.set
-
-        def failing(_: Any) -> Any:
-            raise kind("device-side assert", **({"hint": "none"} if kind is RequestError else {}))
-
-        monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
-        with pytest.raises(kind):
-            worker.call(failing).result(PATIENCE)
-        assert failed.wait(0.5 if survives else PATIENCE) == (not survives)
+        if by_call:
+            with pytest.raises(kind):
+                worker.call(failing).result(PATIENCE)
+        else:
+            ear = Ear()
+            worker.submit(Request((1,), sampling=SHORT), ear)
+            assert ear.reason == "error"
+            assert ear.outputs[-1].engine_crashed == (not survives)
+        assert ended.wait(0.5 if survives else PATIENCE) == worker.failed == (not survives)
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

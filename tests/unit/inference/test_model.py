@@ -13,8 +13,7 @@ import torch
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header, named_backbone
-from prefixtune.data.chat import chat_format, encode_chat, encode_conversation
-from prefixtune.data.examples import Message
+from prefixtune.data.chat import encode_chat
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
@@ -179,15 +178,6 @@ def test_a_prefix_with_a_head_writes_no_text(backbone: Backbone, make_prefix: Ca
     for ask in (lambda: model.generate("a"), lambda: model.chat("a"), lambda: list(model.stream("a"))):
         with pytest.raises(RequestError, match="head for labels, and writes no text"):
             ask()
-
-
-def test_what_a_template_writes_before_an_answer_is_no_part_of_it(backbone: Backbone) -> None:
-    thinks = TEMPLATE.replace("{{ m['content'] }}", "{{ '(hm)\n' if m['role'] == 'assistant' }}{{ m['content'] }}")
-    form = chat_format(backbone, thinks)
-    (turn,) = encode_conversation(backbone, form, [Message("user", "Hi")], ["Yes"]).turns
-    assert backbone.tokenizer.decode(turn.labels).startswith("(hm)\nYes")
-    assert form.extract_target(backbone.decode(list(turn.labels))) == "Yes"
-    assert chat_format(backbone, TEMPLATE).target == "{target}"
 
 
 def test_conversations_go_through_the_chat_template(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
