@@ -92,19 +92,6 @@ def test_an_older_files_backbone_is_run(folder: Path, loaded: list[str]) -> None
     assert read_artifact("both.safetensors").equal(concatenate([read_artifact("manual.safetensors")] * 2))
 
 
-def test_a_backbone_that_is_named_comes_before_what_the_files_say(folder: Path, loaded: list[str], capsys: Any) -> None:
-    manual, style = (read_artifact(f"{name}.safetensors") for name in ("manual", "style"))
-    wrong = Prefix(manual.layers, {**manual.header, "rotation": {"positions": "rotary"}})
-    save_prefix("wrong.safetensors", wrong)
-    said = _error("compose style.safetensors wrong.safetensors --output both.safetensors", capsys)
-    assert "wrong.safetensors: the header's rotation cannot be used" in said
-    assert "--backbone NAME" in said
-    command = "compose style.safetensors wrong.safetensors --backbone here --output both.safetensors"
-    assert main(command.split()) == 0
-    assert loaded == ["here"]
-    assert read_artifact("both.safetensors").equal(concatenate([style, manual]))
-
-
 def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compose", "manual.safetensors", "--length", "2", "--output", "short.safetensors", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -128,14 +115,3 @@ def test_what_does_not_belong_together_is_refused(folder: Path, capsys: pytest.C
         "manual.safetensors",
     ):
         assert _error(f"compose {command} --output x.safetensors", capsys)
-
-
-def test_a_prefix_is_not_cut_away_from_its_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manual = read_artifact("manual.safetensors")
-    Path("run/adapter-2").mkdir(parents=True)
-    save_prefix("run/prefix.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "adapter-2"}))
-    assert _error("compose run --length 2 --output short.safetensors", capsys)
-    assert main(["compose", "run", "--length", "2", "--output", "run/short.safetensors"]) == 0
-    # A folder of the user's own is named again where the prefix is used.
-    save_prefix("own.safetensors", Prefix(manual.layers, {**manual.header, "adapter": "lora/mine"}))
-    assert main(["compose", "own.safetensors", "--length", "2", "--output", "short.safetensors"]) == 0

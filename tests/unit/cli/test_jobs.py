@@ -245,13 +245,6 @@ def test_a_job_is_asked_for_again_as_the_same_one(jobs: Jobs, server: FakeServer
     assert len(set(keys)) == 1
 
 
-def test_without_a_server(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.close()
-    monkeypatch.setattr("prefixtune.cli.commands.jobs._ASK_SECONDS", 0.0)
-    _, err = run("jobs", "--url", server.url, code=2)
-    assert server.url in err
-
-
 def test_which_key_is_sent(jobs: Jobs, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     # A proxy of the environment is not for this machine.
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")

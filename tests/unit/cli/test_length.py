@@ -54,9 +54,3 @@ def test_events_and_the_curve_as_json(arguments: list[str], tmp_path: Path) -> N
     curve = [event for event in map(json.loads, again.splitlines()) if event["event"] == "length"]
     assert [event["prefix_length"] for event in curve] == [4, 5]
     assert curve[-1]["loss"] == [event for event in events if event["event"] == "length"][-1]["loss"]
-
-
-def test_examples_or_a_prefix_to_start_from_have_their_own_length() -> None:
-    for start in (("--init-examples", "4"), ("--init-prefix", "p.safetensors"), ("--initialization", "examples")):
-        out, _ = run("length", "--train", "a", "--dev", "b", *start, "--print-config")
-        assert "prefix_length = 0\n" in out
