@@ -98,15 +98,14 @@ class CommandOptions(Config):
 
     def apart(self, name: str, *others: str) -> Conflicts:
         """Options that cannot be given together with the first one."""
-        if self.has(name) and (given := [other for other in others if self.has(other)]):
-            yield (
-                (name, *given),
-                f"{self.flag(name)} cannot go with {' and '.join(map(self.flag, given))}; leave it out",
-            )
+        given = [other for other in others if self.has(other)]
+        if given and self.has(name):
+            yield (name, *given), f"{self.flag(name)} cannot go with {' and '.join(map(self.flag, given))}"
 
     def only_with(self, name: str, *others: str) -> Conflicts:
         """Options that say more of the first one, which they need."""
-        if not self.has(name) and (given := [other for other in others if self.has(other)]):
+        given = [other for other in others if self.has(other)]
+        if given and not self.has(name):
             yield (name, *given), f"{' and '.join(map(self.flag, given))}: give {self.flag(name)} too"
 
     def has(self, name: str) -> bool:
@@ -219,18 +218,17 @@ def command(run: Callable[[Any], int | None]) -> Callable[..., int]:
     # cyclopts shows a docstring's lines as they are: each paragraph becomes one, for it to wrap; indented lines stay.
     parsed.__doc__ = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(run.__doc__ or ""))
     options.hint = f"`prefixtune {run.__name__.replace('_', '-')} --help` explains the options."
-    parameters = [_parameter(options, name, field) for name, field in _parameters_of(options)]
+    # All fields but tables and those without a meaning here.
+    parameters = [
+        _parameter(options, name, field)
+        for name, field in options.model_fields.items()
+        if name not in options.unused and get_origin(field.annotation) is not Mapping
+    ]
     parameters.sort(key=lambda parameter: (parameter.kind, parameter.name in OutputOptions.model_fields))
     parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parsed.__annotations__ = {}
     parsed.options, parsed.run = options, run  # type: ignore[attr-defined]
     return parsed
-
-
-def _parameters_of(options: type[CommandOptions]) -> list[tuple[str, FieldInfo]]:
-    """The fields that a command line can have: all but tables and those without a meaning here."""
-    fields = [(name, field) for name, field in options.model_fields.items() if name not in options.unused]
-    return [(name, field) for name, field in fields if get_origin(field.annotation) is not Mapping]
 
 
 def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> inspect.Parameter:

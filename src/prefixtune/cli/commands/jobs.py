@@ -192,15 +192,14 @@ def _follow(client: _Client, options: JobsOptions, job_id: str) -> int:
                 say(_line(event.get("message")))
 
         job = client.follow(job_id, show)
-    status = job["status"]
+    succeeded = job["status"] == "succeeded"
     if options.as_json:
         print_event(job)
-    elif status == "succeeded":
+    elif succeeded:
         print(safe_text(_name(job)))
     else:
-        hint = "`prefixtune jobs resume ID --follow` goes on." if status == "paused" else ""
-        console.error(f"{job['id']} is {status}: {_line((job.get('error') or {}).get('message'))}", hint)
-    return 0 if status == "succeeded" else 1
+        console.error(f"{job['id']} is {job['status']}: {_line((job.get('error') or {}).get('message'))}")
+    return 0 if succeeded else 1
 
 
 class _Client:
