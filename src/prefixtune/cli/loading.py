@@ -169,7 +169,9 @@ def load_trained(options: Any, trained: Trained) -> tuple[Backbone, list[Prefix]
     backbone = load(options, options.backbone or named_backbone(read), adapter)
     other = options.allow_other_backbone
     checked = {file: load_prefix(file, backbone, allow_other_backbone=other) for file in trained.read}
-    return backbone, _joined(trained.files, checked, backbone.rotation if checked else None), None
+    # Some backbones have keys that cannot be moved: their prefixes are used alone.
+    rotation = backbone.rotation if any(len(files) > 1 for files in trained.files) else None
+    return backbone, _joined(trained.files, checked, rotation), None
 
 
 @contextlib.contextmanager
