@@ -35,7 +35,8 @@ _UNSUPPORTED = {
 }
 _NEUTRAL: tuple[Any, ...] = (None, False, 1, "", [], "none", "auto", "medium", ["text"])
 """Values of such a field that change nothing."""
-_MAX_MESSAGES = 2048
+_MAX_MESSAGES, _MOST_FIELDS = 2048, 1000
+"""Of a chat; of a body, as pydantic would collect a fault for each field that is unknown."""
 
 
 class Part(BaseModel):
@@ -57,6 +58,8 @@ class Body(Part):
     @model_validator(mode="before")
     @classmethod
     def _check_text(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > _MOST_FIELDS:
+            raise bad_request("the body has very many fields.", code="unknown_field")
         try:
             # What is no JSON at all is refused by its type.
             json.dumps(body, ensure_ascii=False, allow_nan=False, default=repr).encode("utf-8")

@@ -98,7 +98,6 @@ class TrainingOptions(_Options):
     start: Literal["words", "text", "examples", "random"] | None = Field(None, description="What training starts from.")
     init_text: _LongText | None = Field(None, description="Words or a text to start from.")
     init_examples: int | None = Field(None, ge=0, le=64, description="Solved examples to start from.")
-    reparameterization: Literal["none", "mlp", "scaled"] | None = None
     max_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of n_epochs.")
     eval_every: int | None = Field(None, ge=0, le=1_000_000, description="Steps between evaluations.")
     patience: _Count | None = None
@@ -108,7 +107,6 @@ class TrainingOptions(_Options):
     form: FormName | None = Field(None, description="How the file is read, where its columns fit several forms.")
     system: _LongText | None = Field(None, description="System message of conversations that have none.")
     chat_template: Literal["model", "none"] | None = None
-    classifier: Literal["auto", "head", "words"] | None = None
 
     document: _FileId | None = Field(
         None, description="A document to remember; the training file then holds questions about it, or is the document."
