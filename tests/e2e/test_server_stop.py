@@ -46,7 +46,7 @@ def start(folder: Path) -> Iterator[Callable[..., LiveServer]]:
 def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start: Callable[..., LiveServer]) -> None:
     server = start("--num-slots", "8")
     # So long that the first ones do not end before the last ones are there.
-    tokens = 400
+    tokens = 300
     body = {"model": "one", "prompt": "abc", "max_tokens": tokens, "temperature": 0, "n": 1}
 
     def whole(index: int) -> Any:
@@ -79,7 +79,9 @@ def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start:
     for answer, (status, text, _) in zip(answers, texts, strict=True):
         assert status == 200
         assert text.endswith("data: [DONE]\n\n")
-        events = [json.loads(part[6:]) for part in text.split("\n\n")[:-2]]
+        # On a slow machine there are comments in between.
+        parts = [part for part in text.split("\n\n")[:-2] if part.startswith("data: ")]
+        events = [json.loads(part[6:]) for part in parts]
         assert "".join(event["choices"][0]["text"] for event in events) == answer[1]["choices"][0]["text"]
     assert server.stop() == 0
     assert [line["event"] for line in server.lines if line["event"] != "request"] == ["started", "draining", "stopped"]
