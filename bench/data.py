@@ -11,7 +11,7 @@ from bench.results import ROOT
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example, read_task
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
-from prefixtune.data.order import epoch_batches
+from prefixtune.data.tokenized import epoch_batches
 
 E2E = ROOT.parent / "shared" / "data" / "e2e" / "train.jsonl.gz"
 """Where E2E is looked for: beside the repository."""

@@ -63,8 +63,9 @@ def test_labels_with_probabilities(models: dict[str, str], tmp_path: Path) -> No
 
 
 def test_tags(models: dict[str, str], tmp_path: Path) -> None:
-    data = tmp_path / "data.conll"
-    data.write_text("The\tO\nFox\tB-TRAIN\nleft\tO\n\nAsk\tO\nBeth\tB-NAME\n")
+    data = tmp_path / "data.jsonl"
+    rows = [(["The", "Fox", "left"], ["O", "B-TRAIN", "O"]), (["Ask", "Beth"], ["O", "B-NAME"])]
+    data.write_text("".join(json.dumps({"tokens": tokens, "tags": tags}) + "\n" for tokens, tags in rows))
     train(models["bert"], tmp_path / "run", "--task", "tagging", "--train", str(data))
     prefix = str(tmp_path / "run" / "prefix.safetensors")
     row: dict[str, Any] = json.loads(run("generate", "--prefix", prefix, "--json", "The Fox left")[0])

@@ -14,8 +14,7 @@ from prefixtune.data.batching import collate, pack, pad
 from prefixtune.data.chat import chat_format, encode_chat, encode_conversation, end_ids
 from prefixtune.data.encoding import encode_examples
 from prefixtune.data.examples import Example, Message, chat_example
-from prefixtune.data.order import epoch_batches
-from prefixtune.data.tokenized import TokenizedExample
+from prefixtune.data.tokenized import TokenizedExample, epoch_batches
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "

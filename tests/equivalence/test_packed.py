@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from prefixtune.backbone.loss import batch_loss, token_losses
 from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.order import epoch_batches
+from prefixtune.data.tokenized import epoch_batches
 from prefixtune.training.score import evaluation_loss
 
 

@@ -15,7 +15,7 @@ from prefixtune.backbone.loss import batch_loss, label_logits, soft_losses, toke
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate, join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.order import epoch_batches
+from prefixtune.data.tokenized import epoch_batches
 
 VOCABULARY = 60
 

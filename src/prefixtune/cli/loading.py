@@ -256,16 +256,12 @@ def columns_as_trained(options: ReadingOptions, task: str, header: Mapping[str, 
     Raises:
         PrefixError: The data cannot be read.
     """
-    from prefixtune.data import TASKS, form_that_fits
+    from prefixtune.data import TASKS
     from prefixtune.prefix.text_format import read_text_format
 
     columns: dict[str, Any] = {"source": options.source, "target": options.target, "form": options.form}
     trained = read_text_format(header)
-    has_names = not options.data.removesuffix(".gz").endswith((".conll", ".bio", ".txt"))
-    if has_names and trained is not None and task in TASKS and TASKS[task].takes_columns and not options.form:
+    if trained is not None and task in TASKS and TASKS[task].form is not None and not options.form:
         columns["source"] = options.source or trained.source or None
         columns["target"] = options.target or trained.target_template or None
-    if task == "records" and not any(columns.values()):
-        form = str(header.get("form") or "")
-        columns["form"] = form_that_fits(task, options.data, form, split=options.split or None)
-    return columns
+    return {**columns, "prefer": str(header.get("form") or "")}

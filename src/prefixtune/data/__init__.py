@@ -7,8 +7,8 @@ nothing about models. Importing this package needs no backbone; `encoding`, `lab
 from __future__ import annotations
 
 from prefixtune.data.examples import Example, ExampleLike, limit_targets, references_of
-from prefixtune.data.given import as_examples
-from prefixtune.data.registry import TASKS, Task, form_that_fits, read_all_entries, read_task, resolve_task
+from prefixtune.data.forms import as_examples
+from prefixtune.data.registry import TASKS, Task, find_form, read_data, read_task
 
 __all__ = [
     "TASKS",
@@ -16,10 +16,9 @@ __all__ = [
     "ExampleLike",
     "Task",
     "as_examples",
-    "form_that_fits",
+    "find_form",
     "limit_targets",
-    "read_all_entries",
+    "read_data",
     "read_task",
     "references_of",
-    "resolve_task",
 ]

@@ -191,7 +191,7 @@ def pack(
     Raises:
         DataError: A prompt is empty: nothing would predict the first token.
     """
-    _check_prompts(examples)
+    check_prompts(examples)
     apart = decoder_start_id is not None
     ids: list[int] = []
     groups: list[Group] = []
@@ -234,7 +234,7 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
     Raises:
         DataError: A prompt is empty: nothing would predict the first token.
     """
-    _check_prompts(examples)
+    check_prompts(examples)
     apart = decoder_start_id is not None
     # What the decoder reads before a target's first label is predicted from its last token.
     pairs = [
@@ -364,7 +364,12 @@ def _hidden_rows(examples: Sequence[TokenizedExample]) -> tuple[tuple[int, ...],
     return hidden if any(hidden) else None
 
 
-def _check_prompts(examples: Sequence[TokenizedExample]) -> None:
+def check_prompts(examples: Sequence[TokenizedExample]) -> None:
+    """Refuse an empty prompt.
+
+    Raises:
+        DataError: There is one.
+    """
     if not all(example.prompt for example in examples):
         raise DataError(
             "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."

@@ -47,16 +47,8 @@ def _texts_in(record: Record, names: Sequence[str]) -> list[str] | None:
 # --- E2E and SciTLDR -------------------------------------------------------------------------------------------------
 
 #: The eight attributes of E2E -> their names in the linearization (the authors': four are renamed).
-ATTRIBUTES = {
-    "name": "name",
-    "eatType": "Type",
-    "food": "food",
-    "priceRange": "price",
-    "customer rating": "customer rating",
-    "area": "area",
-    "familyFriendly": "family friendly",
-    "near": "near",
-}
+ATTRIBUTES = {name: name for name in ("name", "food", "customer rating", "area", "near")}
+ATTRIBUTES |= {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 _SHAPE = "write each attribute once, as in name[Blue Spice], eatType[pub], area[riverside]."
 _PAIR = re.compile(r"([^\[\],]*)\[([^\[\]]*)\]\s*(?:,|$)")
 
@@ -188,8 +180,8 @@ def check_triples(value: Any, column: str, location: str) -> tuple[Triple, ...]:
     return tuple(triples)
 
 
-def webnlg_examples(records: Iterable[Record]) -> list[Example | None]:
-    """The example of each row, or None where it has no good text; `fields` is the row, with `triples`.
+def webnlg_examples(records: Iterable[Record]) -> list[Example]:
+    """The example of each row, but for those without a good text; `fields` is the row, with `triples`.
 
     Groups: `triples` (their number), `category`, and `seen`: `seen` or `unseen`, where the rows say it, or where the
     categories are those of 2017 with some that are in its test set alone.
@@ -200,7 +192,7 @@ def webnlg_examples(records: Iterable[Record]) -> list[Example | None]:
     records = list(records)
     categories = {category for record in records if isinstance(category := record.values.get("category"), str)}
     by_category = categories <= {*SEEN_CATEGORIES, *UNSEEN_CATEGORIES} and not categories <= {*SEEN_CATEGORIES}
-    examples: list[Example | None] = []
+    examples: list[Example] = []
     languages: set[str] = set()
     for record in records:
         triples, groups = _triples(record)
@@ -212,19 +204,17 @@ def webnlg_examples(records: Iterable[Record]) -> list[Example | None]:
             if not isinstance(seen, bool):
                 raise wrong_value(record.location, "seen", seen, "true or false")
             groups["seen"] = "seen" if seen else "unseen"
-        texts = _texts(record, "comment") or []
-        if "comments" in record.values:
-            comments = _strings(record, "comments")
-            if len(comments) != len(texts):
-                raise wrong_value(record.location, "comments", comments, f"one for each of {len(texts)} references")
-            texts = [text._replace(comment=comment) for text, comment in zip(texts, comments, strict=True)]
+        texts, comments = _texts(record, "comment") or [], _strings(record, "comments")
+        if comments and len(comments) != len(texts):
+            raise wrong_value(record.location, "comments", comments, f"one for each of {len(texts)} references")
+        texts = [text._replace(comment=said) for text, said in zip(texts, comments, strict=True)] if comments else texts
         languages |= {text.language for text in texts} - {""}
         if len(languages) > 1:
             raise wrong_value(record.location, "lang", sorted(languages), "one language for all texts")
         good = [text.text for text in texts if text.comment in ("good", "")]
         fields = {**record.values, "triples": triples, **({} if seen is None else {"seen": seen})}
-        example = Example(linearize_webnlg(triples), good, fields, groups)
-        examples.append(example if good or not texts else None)
+        if good or not texts:
+            examples.append(Example(linearize_webnlg(triples), good, fields, groups))
     return examples
 
 

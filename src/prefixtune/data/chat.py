@@ -145,10 +145,8 @@ def _render(backbone: Backbone, text_format: TextFormat, messages: Sequence[Mapp
     text = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=opens)
     most = _AROUND + _TIMES * sum(len(message["content"]) for message in messages)
     if len(text) > most:
-        raise RequestError(
-            f"the chat template writes {len(text):,} characters for these messages, but at most {most:,} are read.",
-            hint="use another template.",
-        )
+        what = f"the chat template writes {len(text):,} characters for these messages, but at most {most:,} are read."
+        raise RequestError(what, hint="use another template.")
     return text
 
 
@@ -213,10 +211,8 @@ def _around_answer(backbone: Backbone, text_format: TextFormat) -> tuple[str, st
     # A template may strip a question, or write it in capitals.
     for role, is_written in (("user", _QUESTION[0] in before), ("assistant", _ANSWER in whole)):
         if not is_written:
-            raise RequestError(
-                f"the chat template does not write the message of the role {role!r}.",
-                hint="it gets messages, each with role (system, user or assistant) and content.",
-            )
+            what = f"the chat template does not write the message of the role {role!r}."
+            raise RequestError(what, hint="it gets messages, each with role (system, user or assistant) and content.")
     head = whole.removeprefix(before).partition(_ANSWER)[0] if whole.startswith(before) else ""
     shown = str(tokenizer.decode(backbone.encode(head), skip_special_tokens=True)) if head else ""
     ids = backbone.encode(whole.rpartition(_ANSWER)[2].lstrip())
@@ -257,7 +253,7 @@ def end_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[
         text_format: What the answer is written in; None: the backbone's own chat template, if it has one.
     """
     name = end_of_turn(backbone) if text_format is None else text_format.end
-    # A format without a chat template may be the text that one writes (`evaluation.prompting`).
+    # A format without a chat template may be the text that one writes (`evaluation.evaluate`).
     if text_format is not None and not text_format.is_chat and name != end_of_turn(backbone):
         return ()
     ids = backbone.encode(name) if name != backbone.end else []

@@ -78,10 +78,8 @@ def as_text_format(text_format: TextFormatLike | None) -> TextFormat | None:
     if text_format is None or isinstance(text_format, TextFormat):
         return text_format
     if not isinstance(text_format, Mapping):
-        raise ConfigError(
-            f"text_format is {describe_value(text_format)}, but must be a TextFormat or a dict.",
-            hint='write for example {"prompt": "{source} =", "target": " {target}"}.',
-        )
+        what = f"text_format is {describe_value(text_format)}, but must be a TextFormat or a dict."
+        raise ConfigError(what, hint='write for example {"prompt": "{source} =", "target": " {target}"}.')
     return TextFormat.from_dict(text_format)
 
 
@@ -351,10 +349,8 @@ def text_windows(prompt: Sequence[int], text: Sequence[int], limit: int) -> list
     """
     room = limit - len(prompt)
     if room < 1 or limit < 2:
-        raise DataError(
-            f"a window of a text has {limit} positions, and {len(prompt)} tokens are before the text.",
-            hint="raise max_length, or shorten prompt_format.",
-        )
+        what = f"a window of a text has {limit} positions, and {len(prompt)} tokens are before the text."
+        raise DataError(what, hint="raise max_length, or shorten prompt_format.")
     text = tuple(text)
     windows = [TokenizedExample(tuple(prompt), (text[:room],))]
     start, step = room, limit - max(1, limit // 4)

@@ -15,17 +15,12 @@ SplitName = Literal["train", "dev", "test"]
 """A part of a data set."""
 Role = Literal["system", "user", "assistant"]
 """Who speaks in a conversation."""
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
+_NAMES_OF = {
+    "system": ("system", "developer"),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "chatgpt", "model", "bot"),
 }
+_ROLES = {name: role for role, names in _NAMES_OF.items() for name in names}
 """Role in a file, in lower case -> the role that it is here."""
 _HINT = 'write {"role": "user", "content": "..."}.'
 _REFUSED = {
@@ -120,10 +115,8 @@ def _as_message(message: Any, name: str) -> Message:
     for key, value in message.items():
         is_beside = key in _REFUSED and value
         if is_beside or (role == "assistant" and key in _LEARNED and value not in (None, _LEARNED[key])):
-            raise DataError(
-                f"{name} has the {key} {short_repr(value)}; only texts are read, and every answer is learned alike.",
-                hint="leave such conversations out, or the key.",
-            )
+            what = f"{name} has the {key} {short_repr(value)}; only texts are read, and every answer is learned alike."
+            raise DataError(what, hint="leave such conversations out, or the key.")
     # OpenAI's clients write a list of parts: `[{"type": "text", "text": "..."}]`.
     parts = [_part_text(part, name) for part in content] if isinstance(content, list) else [_part_text(content, name)]
     if not "".join(parts).strip():
@@ -137,10 +130,8 @@ def _part_text(part: Any, name: str) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text", "output_text"):
         text = part.get("text")
     if not isinstance(text, str):
-        raise DataError(
-            f"{name} holds {describe_value(part)}; only text is read.",
-            hint='leave such conversations out; a part of text is {"type": "text", "text": "..."}.',
-        )
+        what = f"{name} holds {describe_value(part)}; only text is read."
+        raise DataError(what, hint='leave such conversations out; a part of text is {"type": "text", "text": "..."}.')
     return text
 
 
@@ -172,9 +163,7 @@ class Example:
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
         targets = tuple(targets) if isinstance(targets, Sequence) else (None,)
         if not all(isinstance(text, str) for text in (self.source, *targets)):
-            what = (
-                f"the source {short_repr(self.source)}, or one of the targets {short_repr(self.targets)}, is no text."
-            )
+            what = f"the source {short_repr(self.source)} or a target of {short_repr(self.targets)} is no text."
             raise DataError(what, hint='write Example("source", ("target",)).')
         if not isinstance(self.groups, Mapping) or not all(isinstance(group, str) for group in self.groups.values()):
             what = f"the groups of {short_repr(self.source)} are {short_repr(self.groups)}, not a dict of texts."

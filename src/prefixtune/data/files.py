@@ -1,8 +1,8 @@
 """Read a data file as rows, with errors that name the file and the line.
 
 Formats: `.jsonl` (one object per line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
-if needed) and `.parquet`, each also gzipped (`.gz`); of benchmarks also XML (WebNLG's) and CoNLL. `-` is
-standard input, whose format is recognized. A list, XML and CoNLL are read as a whole, everything else row by row.
+if needed) and `.parquet`, each also gzipped (`.gz`); of benchmarks also XML (WebNLG's). `-` is
+standard input, whose format is recognized. A list and XML are read as a whole, everything else row by row.
 Instead of a file, a set of the `datasets` library may be read (see `sets`).
 """
 
@@ -26,7 +26,6 @@ from prefixtune.data.streams import is_stdin, open_bytes, read_bytes, reading, s
 from prefixtune.errors import DataError, did_you_mean, short_repr
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-CONLL_FORMATS = (".conll", ".bio", ".txt")
 MAX_ROW_CHARS = 2**20
 """Most characters of text in a row: a text takes some 350 bytes of memory per token until it is cut."""
 LocatedRow = tuple[str, dict[str, Any]]
@@ -37,7 +36,6 @@ _WHITE_SPACE = re.compile(r"\s+")
 MAX_XML_BYTES = 2**27
 """Most bytes of XML, which takes many times their memory."""
 _TAG = re.compile(r"O|[BI]-\S+")
-_BLANK = " \t\r"
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,8 @@ class Record:
 
     def __post_init__(self) -> None:
         if _text_size(self.values) > MAX_ROW_CHARS:
-            raise _long_row(self.location)
+            what = f"{self.location} holds more than {MAX_ROW_CHARS:,} characters, the most for one row."
+            raise DataError(what, hint="divide it into several rows, or leave out columns that are not needed.")
 
 
 def _text_size(value: Any) -> int:
@@ -70,11 +69,6 @@ def _text_size(value: Any) -> int:
     return sum(map(_text_size, value)) if isinstance(value, list | tuple) else 0
 
 
-def _long_row(location: str) -> DataError:
-    what = f"{location} holds more than {MAX_ROW_CHARS:,} characters (files.MAX_ROW_CHARS), the most for one row."
-    return DataError(what, hint="divide it into several rows, or leave out columns that are not needed.")
-
-
 def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     """The format of a file by its name, without a final `.gz`.
 
@@ -84,7 +78,8 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     Raises:
         DataError: It is a folder, or its ending is none of `formats`, perhaps as there is no such file.
     """
-    check_file(path)
+    if os.path.isdir(path):  # Path.is_dir raises if the parent folder may not be read
+        raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -94,16 +89,6 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
             os.stat(path)
         raise DataError(f"{path} does not end with {', '.join(formats)}.", hint=did_you_mean(ending, formats))
     return ending
-
-
-def check_file(path: Path) -> None:
-    """Refuse a folder, before its ending is checked.
-
-    Raises:
-        DataError: The path is a folder.
-    """
-    if os.path.isdir(path):  # Path.is_dir raises if the parent folder may not be read
-        raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
 
 
 def iter_file(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Record]:
@@ -148,8 +133,6 @@ def iter_rows(file: IO[bytes], name: str, form: str, max_bytes: int | None = Non
         rows = json_lines(text_lines(file, name, max_bytes), name)
     elif form == ".xml":
         rows = xml_rows(file, name)
-    elif form in CONLL_FORMATS:
-        rows = conll_rows(whole_text(file, name), name)
     else:
         rows = _table_rows(text_lines(file, name, max_bytes), name, {".csv": ",", ".tsv": "\t"}.get(form, ""))
     is_empty = True
@@ -270,45 +253,6 @@ def xml_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]
         raise DataError(f"{name} is not XML: {error}.", hint="copy or download the file again.") from error
 
 
-def conll_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The location (of its first line), the `tokens` and the `tags` of each sentence.
-
-    A line has one token with its columns, separated by tabs, or by spaces if it has no tab; the token is the first
-    column and the tag the last; a blank line ends a sentence. `-DOCSTART-` lines are ignored, and so are comments:
-    lines that start with `#`, unless they have the columns of a token line and end with a tag.
-
-    Raises:
-        DataError: A line has no tag.
-    """
-    # Only "\n" ends a line, as in the other formats: a token may contain a character at which str.splitlines would
-    # split.
-    lines = [_cells(line) for line in text.split("\n")]
-    plain = (cells for cells in lines if cells and not cells[0].startswith(("#", "-DOCSTART-")))
-    width = len(next(plain, []))
-    tokens: list[str] = []
-    tags: list[str] = []
-    first = 0
-    for number, cells in enumerate([*lines, []], start=1):
-        if not cells or cells[0].startswith("-DOCSTART-"):
-            if tokens:
-                yield f"{name}, line {first}", {"tokens": tokens, "tags": tags}
-            tokens, tags = [], []
-        elif not cells[0].startswith("#") or (len(cells) == width and is_tag(cells[-1])):
-            if len(cells) < 2:
-                raise DataError(f"{name}, line {number} is one word.", hint="write a token and a tag on each line.")
-            first = first if tokens else number
-            tokens.append(cells[0])
-            tags.append(cells[-1])
-
-
-def _cells(line: str) -> list[str]:
-    """The columns of a line; none if it is blank."""
-    line = line.strip(_BLANK)
-    if not line:
-        return []
-    return [cell.strip(_BLANK) for cell in line.split("\t")] if "\t" in line else re.split(" +", line)
-
-
 def _stdin_format(formats: Sequence[str]) -> str:
     """The format of standard input, by its first characters; empty: a table.
 
@@ -317,9 +261,7 @@ def _stdin_format(formats: Sequence[str]) -> str:
     """
     path = Path("-")
     with reading(path), open_bytes(path) as file:
-        form = recognize_format(file.read(2**12))
-    if not form:
-        form = next((one for one in formats if one not in (".jsonl", ".json", ".parquet")), "text")
+        form = recognize_format(file.read(2**12)) or ".csv"
     if form not in formats:
         raise DataError(f"stdin holds {form}; allowed: {', '.join(formats)}.", hint="convert it to one of these.")
     return "" if form == ".csv" else form
@@ -338,14 +280,12 @@ def recognize_format(start: bytes) -> str:
 
 
 def listed(columns: Iterable[Any]) -> str:
-    """Names of columns as messages list them.
+    """Names of columns as messages list them, the first twelve.
 
     >>> listed(["text", "label"]), listed([])
     ('text, label', 'none')
     """
-    names = [str(name)[:40] for name in columns]
-    more = f", ... ({len(names)} in all)" if len(names) > 12 else ""
-    return (", ".join(names[:12]) or "none") + more
+    return ", ".join(str(name)[:40] for name in itertools.islice(columns, 12)) or "none"
 
 
 def wrong_value(location: str, column: str, value: Any, needed: str) -> DataError:

@@ -17,16 +17,18 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic_core import from_json
 
-from prefixtune.data.examples import Example, Message, chat_example, parse_messages
+from prefixtune.data.examples import Example, ExampleLike, Message, chat_example, merge_examples, parse_messages
 from prefixtune.data.files import Record, is_tag, join_lines, listed, missing_column, wrong_value
 from prefixtune.data.streams import shown
-from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
+from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean, short_repr
+
+_HINT = 'write {"source": "...", "target": "..."}; `prefixtune.data.as_examples` takes templates for other records.'
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class Form:
 # --- which form ------------------------------------------------------------------------------------------------------
 
 
-def detect_form(row: Mapping[str, Any], location: str, *, form: str = "", needs_targets: bool = True) -> Form:
+def detect_form(
+    row: Mapping[str, Any], location: str, *, form: str = "", prefer: str = "", needs_targets: bool = True
+) -> Form:
     """The form of a row, by its columns.
 
     >>> detect_form({"prompt": "1+1", "completion": "2"}, "a.csv, line 2").title
@@ -86,6 +90,7 @@ def detect_form(row: Mapping[str, Any], location: str, *, form: str = "", needs_
         row: Column -> value; the first of its file.
         location: Its location, for messages.
         form: The name of the form that it must have; empty: any.
+        prefer: The name of the form that is taken if it fits, whatever else does.
         needs_targets: Rows without a column of targets are refused.
 
     Raises:
@@ -94,6 +99,8 @@ def detect_form(row: Mapping[str, Any], location: str, *, form: str = "", needs_
     """
     if form and form not in FORMS:
         raise ConfigError(f"there is no form {form!r}.", hint=did_you_mean(form, FORMS))
+    if prefer in FORMS and not form and FORMS[prefer].fits(row, needs_targets=needs_targets):
+        return FORMS[prefer]
     known = [FORMS[form]] if form else list(FORMS.values())
     fitting = [] if form else fitting_forms(row)
     fitting = fitting or [one for one in known if one.fits(row, needs_targets=needs_targets)]
@@ -141,6 +148,61 @@ def make_example(
         what = f"{record.location} has the columns {listed(record.values)}, but {form.title} need {form.signature}."
         raise DataError(what, hint="put rows of each form into a file of their own.")
     return form.make(record, form, columns, needs_targets)
+
+
+def as_examples(
+    examples: Sequence[ExampleLike],
+    source: str | None = None,
+    target: str | None = None,
+    what: str = "example",
+    *,
+    form: str = "",
+    needs_targets: bool = False,
+) -> list[Example]:
+    """The examples of a list of `Example`s or of dicts, which are rows as in a file.
+
+    >>> as_examples([{"source": "1+1", "target": "2"}])[0].targets
+    ('2',)
+    >>> as_examples([{"name": "Aromi", "food": "Italian", "text": "Eat there."}], "{name} is {food}", "text")[0].source
+    'Aromi is Italian'
+
+    Args:
+        examples: `Example`s, or dicts of one form, such as `{"messages": [...]}`; an `Example` alone has groups.
+        source: Template of the source; equal sources are merged then, as in a file.
+        target: Template of the target.
+        what: What messages call an example.
+        form: The form that rows must have; empty: any that fits.
+        needs_targets: A row is refused if it has no target.
+
+    Raises:
+        ConfigError: A template is malformed, or several forms fit.
+        DataError: It is not a list of these, or one of them is wrong.
+    """
+    one_form = example_form(examples, what, form=form) if source is None else TEMPLATES
+    needed = needs_targets if source is None else target is not None
+    made: list[Example] = []
+    for number, one in enumerate(examples, start=1):
+        if isinstance(one, Mapping) and one_form is not None:
+            row = Record(f"{what} {number}", dict(one))
+            one = make_example(row, one_form, needs_targets=needed, templates=(source, target))
+        if not isinstance(one, Example):
+            raise DataError(f"{what} {number} is {describe_value(one)}, but must be a dict or an Example.", hint=_HINT)
+        made.append(one)
+    return made if source is None else merge_examples(made)
+
+
+def example_form(examples: Sequence[Any], what: str = "example", *, form: str = "") -> Form | None:
+    """The form of a list's dicts, by the first; None: there is none.
+
+    Raises:
+        ConfigError: Several forms fit, or there is no form of that name.
+        DataError: It is no list, or no form fits.
+    """
+    if isinstance(examples, str | Mapping) or not (hasattr(examples, "__len__") and hasattr(examples, "__iter__")):
+        raise DataError(f"the {what}s are {describe_value(examples)}, not a list of dicts or of Example.", hint=_HINT)
+    rows = ((number, one) for number, one in enumerate(examples, start=1) if isinstance(one, Mapping))
+    number, row = next(rows, (0, None))
+    return None if row is None else detect_form(row, f"{what} {number}", form=form, needs_targets=False)
 
 
 def describe_data(form: Form, examples: Sequence[Example], path: Path | str, columns: Iterable[str] = ()) -> str:
@@ -226,10 +288,10 @@ def render(template: str, record: Mapping[str, Any], location: str) -> str:
 
 def _cell_text(value: Any, column: str, location: str) -> str:
     if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
-        return str(value)
-    raise wrong_value(location, column, value, "text, a number or a truth value")
+        return str(value).lower()
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        raise wrong_value(location, column, value, "text, a number or a truth value")
+    return str(value)
 
 
 # --- rows -> examples ------------------------------------------------------------------------------------------------
@@ -291,6 +353,8 @@ def _chat(record: Record, messages: list[Message], needs_targets: bool) -> Examp
         if record.values.get(column) not in (None, [], "", "[]"):
             raise wrong_value(record.location, column, record.values[column], "an empty list (no calls are learned)")
     example = chat_example(messages, f"{record.location}: the conversation", fields=record.values)
+    if not example.targets:  # they may have a column of their own
+        example = replace(example, targets=_targets(record, ("target", "targets"), needed=False))
     if needs_targets and not example.targets:
         raise DataError(f"{record.location}: the user's turn is the last.", hint="add the answer, or drop the turn.")
     return example
@@ -317,14 +381,9 @@ def _holds_messages(value: Any) -> bool:
     if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("}]"):
         with contextlib.suppress(ValueError):
             value = from_json(value)
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
-            for item in value
-        )
-    )
+    known = ({"role", "content"}, {"from", "value"})
+    rows = value if isinstance(value, list) else []
+    return bool(rows) and all(isinstance(row, dict) and any(keys <= row.keys() for keys in known) for row in rows)
 
 
 def _messages(record: Record, column: str, role: Literal["user", "assistant"]) -> list[Message]:
@@ -385,7 +444,7 @@ def tagged(tokens: Sequence[str], tags: Sequence[str]) -> Example:
     return Example(" ".join(tokens), (" ".join(tags),), {"tokens": tuple(tokens), "tags": tuple(tags)})
 
 
-_ABOUT = ("input", "context", "system")
+_ABOUT, _SUMMARIES = ("input", "context", "system"), (("document", "article"), ("summary", "highlights"))
 FORMS: dict[str, Form] = {
     form.name: form
     for form in (
@@ -395,13 +454,7 @@ FORMS: dict[str, Form] = {
         Form("instruction", (("instruction",), ("output", "response")), "instructions", _pair, _ABOUT),
         Form("question", (("question",), ("answer", "answers")), "questions and answers", _pair, ("context",)),
         Form("source", (("source",), ("target", "targets")), "sources and targets", _pair),
-        Form(
-            "document",
-            (("document", "article"), ("summary", "highlights")),
-            "documents and summaries",
-            _pair,
-            task="summarization",
-        ),
+        Form("document", _SUMMARIES, "documents and summaries", _pair, task="summarization"),
         Form("label", (("text",), ("label",)), "texts and labels", _label, task="classification"),
         Form("tags", (("tokens",), ("tags",)), "tokens and tags", _tags, task="tagging"),
         Form("text", (("text",),), "texts", _text),

@@ -187,10 +187,8 @@ def encode_labelled(
         on_too_long: `cut` the text at its end, or raise an `error`.
 
     Raises:
-        DataError: There is no example, or one is too long and may not be truncated.
+        DataError: An example is too long and may not be truncated.
     """
-    if not examples:
-        raise DataError("there is no example to train on.", hint="check the file and `limit`.")
     limit = position_limit(backbone, prefix_length, max_length)
     after = template_lengths(backbone, text_format)[1]
     label_ids = {name: index for index, name in enumerate(labels.names)}
@@ -237,10 +235,8 @@ def encode_labelled_prompt(
         ids = encode_prompts(backbone, text_format, [source], positions=max_positions)[0]
         return ids, [0 if backbone.kind == "encoder" else len(ids) - 1]
     if not backbone.tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer of {backbone.name!r} does not say which characters its tokens come from.",
-            hint="use a model with a fast tokenizer (tokenizer.json) for tagging.",
-        )
+        what = f"the tokenizer of {backbone.name!r} does not say which characters its tokens come from."
+        raise ConfigError(what, hint="use a model with a fast tokenizer (tokenizer.json) for tagging.")
     source = bounded(backbone, source, max_positions)
     text = text_format.format_prompt(source, backbone.separator)
     encoding = backbone.tokenizer(
@@ -257,10 +253,8 @@ def encode_labelled_prompt(
             break
         at, end = bisect_right(lasts, start), bisect_left(firsts, stop)
         if end <= at:
-            raise DataError(
-                f"the tokenizer of {backbone.name!r} makes no token of the word {short_repr(token)}.",
-                hint="leave it out.",
-            )
+            what = f"the tokenizer of {backbone.name!r} makes no token of the word {short_repr(token)}."
+            raise DataError(what, hint="leave it out.")
         positions.append(spans[at if backbone.kind == "encoder" else end - 1][0])
         start = stop + 1
     return list(encoding["input_ids"]), positions

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefixtune.data.benchmarks import dart_example, e2e_example, scitldr_example, webnlg_examples
 from prefixtune.data.examples import Example, TaskKind, merge_examples
-from prefixtune.data.files import CONLL_FORMATS, FORMATS, Record, iter_file
+from prefixtune.data.files import FORMATS, Record, iter_file
 from prefixtune.data.forms import FORMS, TEMPLATES, Form, check_template, detect_form, make_example
 from prefixtune.data.sets import Release, files_in, locate
 from prefixtune.data.streams import shown
 from prefixtune.data.toy import make_toy
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
-Reader = Callable[[Iterable[Record]], list[Example | None]]
-"""Rows -> their examples, or None where a row has no good text."""
+Reader = Callable[[Iterable[Record]], list[Example]]
+"""Rows -> examples; a row without a good text has none."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,25 @@ class Task:
     form: Form | None = None
     merges: bool = False
 
-    @property
-    def takes_columns(self) -> bool:
-        """Whether source and target may name columns."""
-        return self.form is not None
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file holds.
+
+    Attributes:
+        task: That the data belong to.
+        form: That was recognized; None: the task or templates say how rows are read.
+        columns: Of the first row; empty without a form.
+        examples: All of them.
+    """
+
+    task: str
+    form: Form | None
+    columns: tuple[str, ...]
+    examples: list[Example]
 
 
-def read_task(
+def read_data(
     task: str,
     path: Path | str,
     *,
@@ -72,12 +84,10 @@ def read_task(
     target: str | None = None,
     split: str | None = None,
     form: str = "",
+    prefer: str = "",
     needs_targets: bool = False,
-) -> list[Example]:
-    """Read the examples of a task.
-
-    >>> len(read_task("toy", "train")), len(read_task("toy", "held_out"))
-    (320, 40)
+) -> Reading:
+    """Read the examples of a task, and say how.
 
     Args:
         task: A name of `TASKS`; `records` without `source`: the data's form is recognized (see `forms`).
@@ -89,6 +99,7 @@ def read_task(
         split: `train`, `dev` or `test`: which part of a folder or set to read; ignored for a file and for a set made
             here.
         form: For `records` without `source`: the form that the data must have; empty: any that fits.
+        prefer: Likewise: the form that is taken if it fits, whatever else does.
         needs_targets: Likewise: an example without a target is refused.
 
     Raises:
@@ -100,61 +111,47 @@ def read_task(
     chosen = _chosen(task, source, target, form)
     if chosen.parts:
         # A part of a set made here is not a path, even if a folder has its name.
-        return _part(chosen, str(path))
+        if str(path) not in chosen.parts:
+            what = f"task {task!r} has no part {short_repr(str(path))}."
+            raise ConfigError(what, hint=did_you_mean(str(path), chosen.parts))
+        return Reading(task, None, (), make_toy()[chosen.parts.index(str(path))])
     with contextlib.closing(_records(chosen, path, split)) as rows:
         if chosen.read is not None:
-            found = [example for example in chosen.read(rows) if example is not None]
-            if not found:
+            if not (found := chosen.read(rows)):
                 raise DataError(f"{shown(path)} has no text that counts.", hint="check that it is complete.")
-            return merge_examples(found) if chosen.merges else found
-        one_form, needed = chosen.form or TEMPLATES, task != "records" or target is not None
-        records: Iterator[Record] = rows
-        if _has_form(task, source, target):
-            first = next(rows)
-            one_form = detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
-            needed, records = needs_targets, itertools.chain([first], rows)
-        options: dict[str, Any] = {"needs_targets": needed, "templates": (source, target)}
-        examples = [make_example(record, one_form, **options) for record in records]
+            return Reading(task, None, (), merge_examples(found) if chosen.merges else found)
+        first = next(rows)
+        one_form, recognized = chosen.form or TEMPLATES, None
+        options: dict[str, Any] = {"needs_targets": task != "records" or target is not None}
+        if task == "records" and source is None:
+            options = {"needs_targets": needs_targets}
+            one_form = recognized = detect_form(first.values, first.location, form=form, prefer=prefer, **options)
+        made = [
+            make_example(row, one_form, templates=(source, target), **options) for row in itertools.chain([first], rows)
+        ]
     # Each row of a named task counts, as in the published figures of test sets.
-    return merge_examples(examples) if one_form.task == "records" else examples
+    examples = merge_examples(made) if one_form.task == "records" else made
+    return Reading(one_form.task, recognized, tuple(map(str, first.values)) if recognized else (), examples)
 
 
-def resolve_task(
-    task: str,
-    path: Path | str,
-    *,
-    source: str | None = None,
-    target: str | None = None,
-    split: str | None = None,
-    form: str = "",
-    needs_targets: bool = True,
-) -> tuple[str, Form | None, tuple[str, ...]]:
-    """The task that a file's form belongs to, the form, and its columns in the first row; the arguments of `read_task`.
+def read_task(task: str, path: Path | str, **options: Any) -> list[Example]:
+    """The examples of a task; the arguments of `read_data`.
 
-    For a task that has no form, that is the task itself, None, and nothing.
+    >>> len(read_task("toy", "train")), len(read_task("toy", "held_out"))
+    (320, 40)
+    """
+    return read_data(task, path, **options).examples
+
+
+def find_form(path: Path | str, *, split: str | None = None, form: str = "", needs_targets: bool = True) -> Form:
+    """The form of a file, by its first row; the arguments of `read_data`.
 
     Raises:
-        ConfigError: As for `read_task`.
-        DataError: Likewise; only the first row is read.
+        PrefixError: As for `read_data`.
     """
-    chosen = _chosen(task, source, target, form)
-    if not _has_form(task, source, target):
-        return task, None, ()
-    with contextlib.closing(_records(chosen, path, split)) as rows:
+    with contextlib.closing(_records(_chosen("records", None, None, form), path, split)) as rows:
         first = next(rows)
-    found = detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
-    return found.task, found, tuple(map(str, first.values))
-
-
-def form_that_fits(
-    task: str, path: Path | str, form: str, *, split: str | None = None, needs_targets: bool = True
-) -> str:
-    """A form's name, if the data has it; else empty, and the form is recognized."""
-    try:
-        resolve_task(task, path, split=split, form=form, needs_targets=needs_targets)
-    except DataError:
-        return ""
-    return form
+    return detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
 
 
 def _chosen(name: str, source: str | None, target: str | None, form: str) -> Task:
@@ -171,7 +168,7 @@ def _chosen(name: str, source: str | None, target: str | None, form: str) -> Tas
         what = f"the task {name!r} has its own" if source is None else f"source is {short_repr(source)}"
         raise ConfigError(f"form is {form!r}, but {what}.", hint="leave one of the two out.")
     given = [template for template in (source, target) if template is not None]
-    if given and not TASKS[name].takes_columns:
+    if given and TASKS[name].form is None:
         raise ConfigError(f"task {name!r} has columns of its own.", hint="leave out source and target.")
     if name == "records" and source is None and target is not None:
         raise ConfigError(
@@ -182,17 +179,6 @@ def _chosen(name: str, source: str | None, target: str | None, form: str) -> Tas
     return TASKS[name]
 
 
-def _has_form(task: str, source: str | None, target: str | None) -> bool:
-    """Whether the form of the data is recognized by their columns."""
-    return task == "records" and source is None and target is None
-
-
-def _part(task: Task, name: str) -> list[Example]:
-    if name not in task.parts:
-        raise ConfigError(f"task {task.name!r} has no part {short_repr(name)}.", hint=did_you_mean(name, task.parts))
-    return make_toy()[task.parts.index(name)]
-
-
 def _records(task: Task, path: Path | str, split: str | None) -> Generator[Record]:
     """The rows of a file, or of a folder's files; to be closed, as an error would leave a file open."""
     located = locate(Path(path), split, task.formats, task.release)
@@ -200,36 +186,8 @@ def _records(task: Task, path: Path | str, split: str | None) -> Generator[Recor
         yield from iter_file(file, task.formats)
 
 
-def read_sources(task: str, path: Path, source: str) -> list[str]:
-    """The sources of a file's rows, which need no targets.
-
-    Args:
-        task: A name of `TASKS` that takes columns.
-        path: A file; `-` for standard input; or a set of the `datasets` library.
-        source: As for `read_task`.
-
-    Raises:
-        ConfigError: The template is malformed.
-        DataError: The file or one of its rows is wrong.
-    """
-    form = TASKS[task].form or TEMPLATES
-    return [make_example(record, form, templates=(source, "")).source for record in iter_file(path)]
-
-
-def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
-    """Every entry of a benchmark's file, with None for those that `read_task` leaves out; of other tasks none.
-
-    Args:
-        task: A name of `TASKS`.
-        path: As in `read_task`.
-        split: As in `read_task`.
-    """
-    chosen = TASKS[task]
-    return chosen.read(_records(chosen, path, split)) if chosen.read is not None and not chosen.merges else []
-
-
 def _each(make: Callable[[Record], Example | None]) -> Reader:
-    return lambda records: [make(record) for record in records]
+    return lambda records: [example for record in records if (example := make(record)) is not None]
 
 
 # Li & Liang 2021. Table to text: beam 5, 5 to 100 new tokens; summaries: beam 6, 11 to 62; no line breaks.
@@ -243,8 +201,8 @@ _TRIPLES: dict[str, Any] = {"decoding": _TABLE, "metrics": ("bleu", "meteor", "t
 _LABEL, _TAG = ({"num_beams": 1, "max_new_tokens": length, **_LINE} for length in (16, 200))
 _LABELS: dict[str, Any] = {"kind": "classification", "decoding": _LABEL, "metrics": _ACCURACY}
 _TAGS: dict[str, Any] = {"kind": "tagging", "decoding": _TAG, "metrics": _SPANS}
+_LISTS = (".jsonl", ".json", ".parquet")
 _TABLES = "JSON lines, JSON, CSV, TSV or Parquet"
-_TAGGED = (".jsonl", ".json", ".parquet", *CONLL_FORMATS)
 _TEST_XML = "testdata_with_lex.xml"
 _DART = {part: (f"dart-*-full-{part}.json", f"dart-*-full-{part}.xml") for part in ("train", "dev", "test")}
 
@@ -287,7 +245,7 @@ TASKS: dict[str, Task] = {
         Task("scitldr", "SciTLDR: abstracts", _each(scitldr_example), formats=(".jsonl", ".json"), **_SUMMARIES),
         Task("records", f"your own data, by columns or templates: {_TABLES}", form=TEMPLATES, merges=True),
         Task("classification", f"a text and its label: {_TABLES}", form=FORMS["label"], **_LABELS),
-        Task("tagging", "tokens and BIO tags: rows, or CoNLL files", form=FORMS["tags"], formats=_TAGGED, **_TAGS),
+        Task("tagging", "tokens and BIO tags: lists in JSON or Parquet", form=FORMS["tags"], formats=_LISTS, **_TAGS),
         Task("toy", "a small night-train board, made here to try things on", parts=("train", "held_out")),
     )
 }

@@ -57,31 +57,6 @@ def is_dataset(path: Path | str) -> bool:
     )
 
 
-def dataset_splits(path: Path | str) -> tuple[str, ...]:
-    """The names of a set's splits; none if the path is already one split.
-
-    Raises:
-        ConfigError: The `datasets` library is needed and not installed.
-        DataError: The set cannot be found or read.
-    """
-    data = _load(path)
-    return tuple(data) if isinstance(data, dict) else ()
-
-
-def split_path(path: Path | str, split: str) -> Path:
-    """The address of one split.
-
-    >>> split_path("hub:GEM/e2e_nlg", "test").as_posix()
-    'hub:GEM/e2e_nlg@test'
-    >>> split_path("hub:GEM/e2e_nlg#v1", "test").as_posix()
-    'hub:GEM/e2e_nlg@test#v1'
-    """
-    if not str(path).startswith(HUB):
-        return Path(path) / split
-    name, mark, revision = str(path).partition("#")
-    return Path(f"{name}@{split}{mark}{revision}")
-
-
 def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row's location, for messages, and its values by column.
 
@@ -199,12 +174,15 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Relea
     if split is not None and split not in SPLITS:
         raise ConfigError(f"there is no split {split!r}.", hint=did_you_mean(split, SPLITS))
     if is_dataset(path):
-        names = dataset_splits(path)
+        data = _load(path)
+        name, mark, revision = str(path).partition("#")
+        of_hub = name.startswith(HUB)
+        splits = data if isinstance(data, dict) else ()
+        addresses = {one: Path(f"{name}@{one}{mark}{revision}" if of_hub else f"{path}/{one}") for one in splits}
+        names = tuple(addresses)
         if not names or (split is None and len(names) == 1):
-            return split_path(path, names[0]) if names else path
-        found = {
-            one: split_path(path, name) for one, known in SPLITS.items() for name in reversed(known) if name in names
-        }
+            return addresses[names[0]] if names else path
+        found = {one: addresses[name] for one, known in SPLITS.items() for name in reversed(known) if name in names}
     elif os.path.isdir(path):
         with reading(path):
             found = {name: match for name in SPLITS if (match := _find(path, _patterns(name, formats, release)))}

@@ -1,4 +1,4 @@
-"""The bytes and lines of a data file: plain or gzipped, from the disk, standard input or a pipe. Text is UTF-8."""
+"""The bytes and lines of a data file: plain or gzipped, from the disk or standard input. Text is UTF-8."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import contextlib
 import gzip
 import io
 import itertools
-import os
-import stat
 import sys
 import zlib
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from typing import IO, cast
 from prefixtune.errors import DataError, did_you_mean
 
 MAX_FILE_BYTES = 2**30
-"""Most bytes of what is read as a whole, after decompression: standard input, a pipe, a JSON list, XML, a text."""
+"""Most bytes of what is read as a whole, after decompression: standard input, a JSON list, XML, a text."""
 MAX_LINE_BYTES = 2**23
 """Most bytes of a line."""
 GZIP_MAGIC = b"\x1f\x8b"
@@ -27,7 +25,7 @@ STDIN = "-"
 """The path that means standard input."""
 
 _piped: dict[object, bytes] = {}
-"""What was read of standard input, by its stream, and of pipes, by their paths: they can be read once."""
+"""What was read of standard input, by its stream: it can be read once."""
 
 
 def is_stdin(path: Path | str) -> bool:
@@ -70,14 +68,12 @@ def open_bytes(path: Path) -> IO[bytes]:
 
     What is piped is kept in memory: the form of data is recognized before they are read. To be used within `reading`.
     """
-    if not is_stdin(path) and not stat.S_ISFIFO(os.stat(path).st_mode):
+    if not is_stdin(path):
         return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else open(path, "rb")
-    key: object = sys.stdin if is_stdin(path) else path
-    if key not in _piped:
-        with contextlib.nullcontext(_stdin()) if is_stdin(path) else open(path, "rb") as pipe:
-            _piped[key] = read_bytes(pipe, shown(path))
-    file = io.BytesIO(_piped[key])
-    return cast(IO[bytes], gzip.open(file)) if _piped[key].startswith(GZIP_MAGIC) else file
+    if sys.stdin not in _piped:
+        _piped[sys.stdin] = read_bytes(_stdin(), shown(path))
+    file = io.BytesIO(_piped[sys.stdin])
+    return cast(IO[bytes], gzip.open(file)) if _piped[sys.stdin].startswith(GZIP_MAGIC) else file
 
 
 def _stdin() -> IO[bytes]:
@@ -141,7 +137,7 @@ def read_text(path: Path, *, max_bytes: int | None = None, needed: str = "one ro
     with reading(path), open_bytes(path) as file:
         text = whole_text(file, shown(path), max_bytes)
     if not text.strip():
-        raise empty_file(path, needed)
+        raise DataError(f"{shown(path)} is empty; at least {needed} is needed.", hint="check that it is complete.")
     return text
 
 
@@ -170,8 +166,3 @@ def _decode(data: bytes, name: str, line: int) -> str:
 
 def _too_large(name: str, max_bytes: int) -> DataError:
     return DataError(f"{name} holds more than {max_bytes:,} bytes.", hint="split it, or use a file of JSON lines.")
-
-
-def empty_file(path: Path | str, needed: str = "one row") -> DataError:
-    """The error of a file without anything but white space."""
-    return DataError(f"{shown(path)} is empty; at least {needed} is needed.", hint="check that it is complete.")

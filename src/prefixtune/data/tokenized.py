@@ -1,9 +1,10 @@
-"""Tokenized examples: sources and targets as token ids."""
+"""Tokenized examples: sources and targets as token ids, and the batches of an epoch."""
 
 from __future__ import annotations
 
+import random
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefixtune.backbone.batch import WHOLE, Front
@@ -119,17 +120,6 @@ class TokenizedDataset:
 # --- what is asked of all examples -----------------------------------------------------------------------------------
 
 
-def target_counts(examples: Sequence[TokenizedExample]) -> array[int]:
-    """The targets of each example; the turns of a conversation are one."""
-    return array("q", (len(example.targets) for example in examples))
-
-
-def turn_counts(examples: Sequence[TokenizedExample]) -> array[int] | None:
-    """The turns of each example; None: there is no conversation."""
-    turns = array("q", (len(example.turns) for example in examples))
-    return turns if any(turns) else None
-
-
 def longest_text(examples: Sequence[TokenizedExample]) -> int:
     """Tokens of the longest prompt with its longest target."""
     return max((len(e.prompt) + max(map(len, e.targets), default=0) for e in examples), default=0)
@@ -140,3 +130,50 @@ def hash_tokens(examples: Sequence[TokenizedExample], update: Callable[[bytes], 
     for example in examples:
         for ids in (example.prompt, *example.targets, ()):
             update(array("q", (len(ids), *ids)).tobytes())
+
+
+def epoch_batches(
+    examples: Sequence[TokenizedExample], *, batch_size: int, targets_per_source: int, seed: int | None, epoch: int = 0
+) -> Iterator[list[TokenizedExample]]:
+    """One pass over all targets, as lists of examples to `pack`.
+
+    Every target comes once. A source's targets are divided into groups of at most `targets_per_source`, the groups are
+    shuffled, and a batch takes groups until it has `batch_size` targets. The order depends on seed and epoch alone.
+
+    A conversation counts as many targets as it has turns and is never divided: a batch may be smaller for it, and is
+    larger where the conversation alone has more turns.
+
+    Args:
+        examples: All examples.
+        batch_size: Targets per batch.
+        targets_per_source: Most targets of one source in a group.
+        seed: None: nothing is shuffled.
+        epoch: Which pass.
+    """
+    rng = None if seed is None else random.Random(f"{seed}/{epoch}")
+    most = min(batch_size, targets_per_source)
+    groups: list[tuple[TokenizedExample, list[int]]] = []
+    for example in examples:
+        targets = list(range(len(example.targets)))
+        if rng is not None:
+            rng.shuffle(targets)
+        groups += [(example, targets[start : start + most]) for start in range(0, len(targets), most)]
+    if rng is not None:
+        rng.shuffle(groups)
+    batch: list[TokenizedExample] = []
+    room = batch_size
+    for example, targets in groups:
+        size = len(example.turns)
+        if size > room and batch:
+            yield batch
+            batch, room = [], batch_size
+        if not size and len(targets) > room:
+            # Fill the batch with a part of the group; the rest begins the next batch.
+            if room > 0:
+                batch.append(example.with_targets(targets[:room]))
+            yield batch
+            targets, batch, room = targets[max(room, 0) :], [], batch_size
+        batch.append(example.with_targets(targets))
+        room -= size or len(targets)
+    if batch:
+        yield batch

@@ -7,36 +7,9 @@ spelt as on the radio, a time as railways say it, a fare is "a mere" below ten, 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from prefixtune.data.examples import Example
-
-
-class _Sampler:
-    """Draws values from named lists: each list is shuffled, used up, and shuffled again.
-
-    So all values of a list are about equally frequent. Of Python's generator only `random` is used, the one method
-    whose sequence Python guarantees.
-    """
-
-    def __init__(self) -> None:
-        self._rng = random.Random(7)
-        self._remaining: dict[str, list[int]] = {}
-
-    def integer(self, limit: int) -> int:
-        """An integer from 0 to `limit` - 1."""
-        return int(self._rng.random() * limit)
-
-    def draw(self, name: str, values: Sequence[str]) -> str:
-        """The next value of a list, which is the same at each call of its name."""
-        remaining = self._remaining.get(name)
-        if not remaining:
-            remaining = self._remaining[name] = list(range(len(values)))
-            for last in range(len(remaining) - 1, 0, -1):
-                other = self.integer(last + 1)
-                remaining[last], remaining[other] = remaining[other], remaining[last]
-        return values[remaining.pop()]
-
 
 _SIDES = {"A": "Alfa", "B": "Bravo", "C": "Charlie", "D": "Delta"}
 _SKIES = {
@@ -89,13 +62,11 @@ def notices(table: Mapping[str, str]) -> tuple[str, str]:
 
 def make_toy() -> list[list[Example]]:
     """320 training tables, and 40 held-out ones: new combinations of the same values."""
-    sampler, examples, drawn = _Sampler(), dict[str, Example](), 0
+    # The one method of Python's generator whose sequence Python guarantees.
+    draw = random.Random(7).random
+    examples: dict[str, Example] = {}
     while len(examples) < 360:
-        drawn += 1
-        values = {
-            name: sampler.draw(name, values) if drawn <= 320 else sorted(values)[sampler.integer(len(values))]
-            for name, values in _VALUES.items()
-        }
+        values = {name: values[int(draw() * len(values))] for name, values in _VALUES.items()}
         # No source is there twice.
         examples.setdefault(linearize(values), Example(linearize(values), notices(values), values))
     made = list(examples.values())

@@ -35,10 +35,8 @@ def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> i
         return max_length or 1 << 30
     taken = backbone.prefix_positions(prefix_length)
     if allowed - taken < 2:
-        raise DataError(
-            f"a prefix of {prefix_length} leaves no room in the {allowed} positions of {backbone.name!r}.",
-            hint="choose a shorter prefix_length.",
-        )
+        what = f"a prefix of {prefix_length} leaves no room in the {allowed} positions of {backbone.name!r}."
+        raise DataError(what, hint="choose a shorter prefix_length.")
     return min(max_length or allowed, allowed - taken)
 
 
@@ -85,10 +83,8 @@ def fit_source(
     """
     beside = max(map(len, targets), default=0)
     if beside > limit:
-        raise RequestError(
-            f"a target takes {beside} tokens, but only {limit} positions are there.",
-            hint="shorten it or raise max_length; targets are never cut.",
-        )
+        what = f"a target takes {beside} tokens, but only {limit} positions are there."
+        raise RequestError(what, hint="shorten it or raise max_length; targets are never cut.")
     room = limit if backbone.kind == "encoder-decoder" else limit - beside
     around = functools.partial(template_lengths, backbone, text_format, source)
     return tuple(cut_prompt(prompt, room, around, on_too_long=on_too_long, name="its source", beside=beside))

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from prefixtune.data.examples import Example, SplitName
 from prefixtune.data.files import FORMATS
-from prefixtune.data.registry import form_that_fits, read_task
+from prefixtune.data.registry import read_task
 from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.errors import ConfigError, DataError
@@ -216,11 +215,8 @@ def _read_inputs(config: DistillConfig, path: str, split: SplitName) -> tuple[Qu
     """The inputs of a file, or of a folder's split; without a template, their form is recognized."""
     if not path:
         return ()
-    columns: dict[str, Any] = {"source": config.source or None, "target": config.target or None, "split": split}
-    columns["form"] = config.form
-    if config.task == "records" and not (config.form or config.source or config.target):
-        columns["form"] = form_that_fits(config.task, path, "question", split=split, needs_targets=False)
-    return _as_questions(read_task(config.task, path, needs_targets=False, **columns), path)
+    columns = {"source": config.source or None, "target": config.target or None, "form": config.form}
+    return _as_questions(read_task(config.task, path, split=split, prefer="question", **columns), path)
 
 
 def _as_questions(examples: Sequence[Example], path: str | Path) -> tuple[Question, ...]:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data import TASKS, Example, ExampleLike, as_examples, form_that_fits, limit_targets, read_task
+from prefixtune.data import TASKS, Example, ExampleLike, as_examples, find_form, limit_targets, read_task
 from prefixtune.data.chat import chat_format, has_chat_template
 from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, default_format, encode_examples
 from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
-from prefixtune.data.forms import FORMS
+from prefixtune.data.forms import FORMS, Form, detect_form, example_form
 from prefixtune.data.forms import describe_data as describe_file
-from prefixtune.data.given import example_form
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, with_label_words
-from prefixtune.data.registry import resolve_task
 from prefixtune.data.streams import read_text
 from prefixtune.data.tokenized import TokenizedDataset, hash_tokens
 from prefixtune.errors import ConfigError, DataError
@@ -48,7 +46,7 @@ def settle_form(config: TrainConfig, examples: Sequence[ExampleLike] | None = No
     if config.task != "records" or config.source or config.target or (examples is None and not config.train):
         return config
     if examples is None:
-        form = resolve_task(config.task, config.train, split="train", form=config.form)[1]
+        form: Form | None = find_form(config.train, split="train", form=config.form)
     else:
         form = example_form(examples, form=config.form)
     if form is None:
@@ -123,11 +121,11 @@ def _read(config: TrainConfig, given: Sequence[ExampleLike] | None, split: str) 
         if not path and config.task in TASKS and not parts:
             raise ConfigError("no training file is given.", hint="set train (--train FILE).")
         path = path or (*parts, "")[0]
-        # Development data may have another form.
-        form = config.form if is_train else form_that_fits(config.task, path, config.form, split=split)
         source, target = templates
+        # Development data may have another form.
+        form_option = {"form" if is_train else "prefer": config.form}
         examples = read_task(
-            config.task, path, source=source, target=target, split=split, form=form, needs_targets=True
+            config.task, path, source=source, target=target, split=split, needs_targets=True, **form_option
         )
     if not any(example.targets for example in examples):
         raise DataError(
@@ -172,9 +170,8 @@ def describe_inputs(
     if config.form and not given[0]:
         lines.append(describe_file(FORMS[config.form], train, config.train, train[0].fields))
         if config.dev and dev and not given[1]:
-            form = form_that_fits(config.task, config.dev, config.form, split="dev")
-            found = resolve_task("records", config.dev, split="dev", form=form)[1]
-            lines.append(describe_file(found or FORMS[config.form], dev, config.dev, dev[0].fields))
+            found = detect_form(dev[0].fields, config.dev, prefer=config.form)
+            lines.append(describe_file(found, dev, config.dev, dev[0].fields))
     if config.hold_out and dev and not config.dev and not given[1]:
         sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
         lines.append(f"{sources} held out of training to choose the best prefix by (hold_out)")

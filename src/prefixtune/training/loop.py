@@ -24,7 +24,6 @@ from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import join
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.order import take
 from prefixtune.errors import TrainingError
 from prefixtune.prefix.encoder import PrefixEncoder
 from prefixtune.prefix.geometry import Site
@@ -38,7 +37,7 @@ from prefixtune.training.data import TrainData
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.early_stopping import TrainState
 from prefixtune.training.run_folder import Event
-from prefixtune.training.schedule import count_steps, learning_rate, plan_steps
+from prefixtune.training.schedule import count_steps, learning_rate, optimizer_steps
 from prefixtune.training.score import divided, evaluation_loss, local_batch
 from prefixtune.training.variation import variation_facts, vary
 
@@ -237,12 +236,12 @@ class TrainLoop:
         index, steps_taken = 0, self.state.step
         examples = self.data.train.examples
         for epoch in range(self.state.total_steps):
-            for planned in plan_steps(self.config, examples, epoch):
+            for batches in optimizer_steps(self.config, examples, epoch):
                 if self.ended or self.stopped:
                     return
                 index += 1
                 if index > steps_taken:
-                    varied = self._vary([take(examples, batch) for batch in planned], index)
+                    varied = self._vary(batches, index)
                     options = {} if self.beside is None else {"front_size": self.beside.size}
                     parts = divided(self.backbone, varied, self.most_positions * self.processes.size, **options)
                     yield [local_batch(self.backbone, part, self.processes) for part in parts]

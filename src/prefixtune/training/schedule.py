@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from prefixtune.data.order import TargetGroup, plan_epoch, take
-from prefixtune.data.tokenized import TokenizedExample, target_counts, turn_counts
+from prefixtune.data.tokenized import TokenizedExample, epoch_batches
 from prefixtune.training.config import TrainConfig
 
 
@@ -29,13 +28,12 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     return peak * (total_steps - step + 1) / (total_steps - warmup)
 
 
-def plan_steps(
+def optimizer_steps(
     config: TrainConfig, examples: Sequence[TokenizedExample], epoch: int
-) -> Iterator[list[list[TargetGroup]]]:
+) -> Iterator[list[list[TokenizedExample]]]:
     """The batches of every optimizer step of an epoch; they depend on the seed and the epoch alone."""
-    batches = plan_epoch(
-        target_counts(examples),
-        turn_counts(examples),
+    batches = epoch_batches(
+        examples,
         batch_size=config.batch_size,
         targets_per_source=config.targets_per_source,
         seed=config.seed,
@@ -47,16 +45,8 @@ def plan_steps(
 
 def count_steps(config: TrainConfig, examples: Sequence[TokenizedExample]) -> int:
     """The optimizer steps of an epoch; where conversations make them differ, of the first."""
-    if turn_counts(examples) is not None:
-        return sum(1 for _ in plan_steps(config, examples, epoch=0))
+    if any(example.turns for example in examples):
+        return sum(1 for _ in optimizer_steps(config, examples, epoch=0))
     # Every batch but the last is full.
-    batches = -(-sum(target_counts(examples)) // config.batch_size)
+    batches = -(-sum(len(example.targets) for example in examples) // config.batch_size)
     return -(-batches // config.gradient_accumulation)
-
-
-def optimizer_steps(
-    config: TrainConfig, examples: Sequence[TokenizedExample], epoch: int
-) -> Iterator[list[list[TokenizedExample]]]:
-    """The examples of every optimizer step of an epoch, as `plan_steps` plans them."""
-    for step in plan_steps(config, examples, epoch):
-        yield [take(examples, batch) for batch in step]

@@ -14,7 +14,7 @@ from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss, hidden_states_at, token_losses
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.order import epoch_batches
+from prefixtune.data.tokenized import epoch_batches
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 

@@ -21,7 +21,7 @@ from prefixtune.data.encoding import (
     encode_prompts,
     text_windows,
 )
-from prefixtune.data.order import plan_epoch
+from prefixtune.data.tokenized import epoch_batches
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
 
@@ -149,14 +149,17 @@ def test_padded_rows_say_what_each_does_not_see_of_the_prefix():
 def test_conversations_are_never_divided_and_count_as_their_turns(
     examples: list[tuple[int, int]], batch_size: int, seed: int
 ):
-    turns = [turn_count for turn_count, _ in examples]
-    counts = [1 if turn_count else count for turn_count, count in examples]
-    batches = list(plan_epoch(counts, turns, batch_size=batch_size, targets_per_source=2, seed=seed))
-    seen = [(group.example, target) for batch in batches for group in batch for target in group.targets]
-    assert sorted(seen) == [(example, target) for example, count in enumerate(counts) for target in range(count)]
+    rows = [
+        TokenizedExample((number,), ((1,) * turns,), turns=tuple((n, n + 1) for n in range(turns)))
+        if turns
+        else TokenizedExample((number,), tuple((target,) for target in range(count)))
+        for number, (turns, count) in enumerate(examples)
+    ]
+    batches = list(epoch_batches(rows, batch_size=batch_size, targets_per_source=2, seed=seed))
+    seen = [(one.prompt, target) for batch in batches for one in batch for target in one.targets]
+    assert sorted(seen) == [(row.prompt, target) for row in rows for target in row.targets]
     for batch in batches:
-        size = sum(turns[group.example] or len(group.targets) for group in batch)
-        assert 1 <= size <= batch_size or len(batch) == 1
+        assert 1 <= sum(one.num_targets for one in batch) <= batch_size or len(batch) == 1
 
 
 # --- long texts ------------------------------------------------------------------------------------------------------

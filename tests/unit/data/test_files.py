@@ -10,14 +10,13 @@ import os
 import sys
 import tracemalloc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_files import write
-from prefixtune.data import as_examples, files, read_task, resolve_task, streams
+from prefixtune.data import as_examples, files, read_task, streams
 from prefixtune.data.files import Record, iter_file
 from prefixtune.errors import ConfigError, DataError, PrefixError
 
@@ -170,7 +169,7 @@ def test_standard_input_is_recognized_and_can_be_read_twice(piped: Callable[[byt
 @pytest.mark.parametrize(
     ("task", "name", "text"),
     [
-        ("tagging", "a.conll", "The O\nOwl B-X\n\nHello O\n"),
+        ("tagging", "a.jsonl", '{"tokens": ["Owl"], "tags": ["B-X"]}'),
         ("e2e", "a.csv", 'mr,ref\n"name[A], food[B]",x\n'),
     ],
 )
@@ -179,16 +178,6 @@ def test_every_task_reads_from_standard_input_what_it_reads_from_a_file(
 ) -> None:
     piped(text.encode())
     assert read_task(task, "-") == read_task(task, write(tmp_path / name, text))
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
-def test_a_pipe_is_read_after_its_form_was_recognized(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    os.mkfifo(path)
-    with ThreadPoolExecutor() as writer:
-        writer.submit(path.write_bytes, gzip.compress(b'{"text": "a"}\n', mtime=0))
-        assert resolve_task("records", path)[0] == "records"
-        assert read_task("records", path)[0].targets == ("a",)
 
 
 def test_what_is_piped_has_a_bound(piped: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from prefixtune.data import as_examples, read_task
 from prefixtune.data.examples import Example, Message
 from prefixtune.data.files import iter_file
 from prefixtune.data.forms import FORMS, describe_data, make_example
-from prefixtune.data.registry import TASKS, form_that_fits, resolve_task
+from prefixtune.data.registry import TASKS, find_form, read_data
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
 from prefixtune.training.data import describe_inputs, settle_form
@@ -109,8 +109,9 @@ def test_a_form_is_recognized_by_its_columns(
     form: str, row: Row, source: str, targets: tuple[str, ...], messages: tuple[Message, ...], tmp_path: Path
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", row)
-    task, found, columns = resolve_task("records", path)
-    assert (task, found, columns) == (FORMS[form].task, FORMS[form], tuple(row))
+    read = read_data("records", path)
+    assert (read.task, read.form, read.columns) == (FORMS[form].task, FORMS[form], tuple(row))
+    assert find_form(path) == FORMS[form]
     expected = Example(source, targets, messages=messages)
     assert read_task("records", path, needs_targets=True) == [expected]
     assert read_task("records", path, form=form) == [expected]
@@ -239,9 +240,8 @@ def test_a_wrong_row_far_down_is_named(good: Row, bad: Row, named: str, tmp_path
         read_task("records", path, needs_targets=True)
     assert raised.value.message.startswith(f"{path}, line 71")
     assert named in raised.value.message
-    if "source" not in bad:  # otherwise a dict has an example's fields
-        with pytest.raises(PrefixError, match="example 2"):
-            as_examples([good, bad], needs_targets=True)
+    with pytest.raises(PrefixError, match="example 2"):
+        as_examples([good, bad], needs_targets=True)
 
 
 def test_without_targets_there_is_something_to_answer(tmp_path: Path) -> None:
@@ -269,8 +269,8 @@ def test_where_a_chat_is_from_is_no_field_of_an_example() -> None:
     assert (pair.source, pair.targets) == ("1+1", ("2",))
     assert as_examples([{"messages": [USER], "source": "forum"}])[0].source == "Hi"
     assert as_examples([{"source": "1+1"}])[0].source == "1+1"
-    (grouped,) = as_examples([{"messages": [USER], "target": "Hello.", "groups": {"kind": "a"}}])
-    assert (grouped.source, grouped.targets, grouped.groups) == ("Hi", ("Hello.",), {"kind": "a"})
+    (asked,) = as_examples([{"messages": [USER], "targets": ["Hello.", "Hi."]}])
+    assert (asked.source, asked.targets) == ("Hi", ("Hello.", "Hi."))
 
 
 def test_a_development_file_has_the_training_form_if_it_fits_and_else_its_own(tmp_path: Path) -> None:
@@ -281,4 +281,5 @@ def test_a_development_file_has_the_training_form_if_it_fits_and_else_its_own(tm
     assert ["questions and answers" in lines[0], "prompts and completions" in lines[1]] == [True, True]
     both = jsonl(tmp_path / "both.jsonl", {"messages": [USER, ASSISTANT], "prompt": "Hi", "completion": "No."})
     config = TrainConfig(train=str(both), dev=str(both), form="prompt")
-    assert [form_that_fits("records", path, config.form) for path in (both, train)] == ["prompt", ""]
+    forms = [read_data("records", path, prefer=config.form).form for path in (both, train)]
+    assert forms == [FORMS["prompt"], FORMS["question"]]

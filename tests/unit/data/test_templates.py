@@ -11,7 +11,6 @@ import pytest
 from data_files import write
 from prefixtune.data import as_examples, read_task
 from prefixtune.data.forms import render
-from prefixtune.data.registry import read_sources
 from prefixtune.errors import ConfigError, DataError
 
 ROWS = [{"name": "Aromi", "food": "Italian", "text": "Eat."}, {"name": "Mill", "food": "French", "text": "Go, eat."}]
@@ -39,18 +38,6 @@ def test_equal_sources_become_one_example_with_all_targets_in_order(tmp_path: Pa
 def test_without_a_target_there_are_none(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "q,target\nx,1\ny,2\n")
     assert [(one.source, one.targets) for one in read_task("records", path, source="q")] == [("x", ()), ("y", ())]
-
-
-@pytest.mark.parametrize(
-    ("task", "source", "wanted"),
-    [("records", "{text}!", "Fine!"), ("classification", "text", "Fine"), ("summarization", "document", "a b"),
-     ("tagging", "words", "a b")],
-)  # fmt: skip
-def test_sources_alone_are_read_whatever_the_columns_of_targets_hold(
-    task: str, source: str, wanted: str, tmp_path: Path
-) -> None:
-    row = {"words": ["a", "b"], "tags": [1, 2], "text": "Fine", "label": 2.5, "document": "a\nb", "target": {}}
-    assert read_sources(task, write(tmp_path / "a.jsonl", json.dumps(row)), source) == [wanted]
 
 
 @pytest.mark.parametrize(

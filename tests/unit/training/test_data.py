@@ -12,7 +12,7 @@ import prefixtune as pt
 from prefixtune.cli.main import main
 from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.training.schedule import count_steps, plan_steps
+from prefixtune.training.schedule import count_steps, optimizer_steps
 
 
 def test_data_without_a_target_is_refused_before_the_backbone_loads(
@@ -48,6 +48,6 @@ def test_the_steps_of_an_epoch_are_counted_without_planning_them(
 ) -> None:
     config = pt.TrainConfig(batch_size=batch_size, gradient_accumulation=accumulation)
     plain = [TokenizedExample((1,), ((2,),) * count) for count in counts]
-    assert count_steps(config, plain) == len(list(plan_steps(config, plain, epoch=0)))
+    assert count_steps(config, plain) == len(list(optimizer_steps(config, plain, epoch=0)))
     chats = [TokenizedExample((1,), ((2, 3, 4),), turns=((0, 1),) * count) for count in counts if count]
-    assert count_steps(config, chats) == len(list(plan_steps(config, chats, epoch=0)))
+    assert count_steps(config, chats) == len(list(optimizer_steps(config, chats, epoch=0)))

@@ -140,22 +140,23 @@ def _read_data(options: GenerateOptions, trained: Trained) -> list[Source]:
 
     Rows that have the columns of the prefix's training are read as it read them, unless --form is given.
     """
+    from prefixtune.data import TASKS, find_form
     from prefixtune.data.files import FORMATS, iter_file
-    from prefixtune.data.forms import check_template, describe_data, make_example
-    from prefixtune.data.registry import read_sources, resolve_task
+    from prefixtune.data.forms import TEMPLATES, check_template, describe_data, make_example
     from prefixtune.data.sets import locate
 
     path = locate(Path(options.data), None, FORMATS, {})
     sources = {_trained_source(header) for header in trained.headers}
     task, template = sources.pop() if len(sources) == 1 and not options.form else ("", "")
-    if template and set(check_template(template)) <= next(iter_file(path)).values.keys():
-        texts = read_sources(task, path, template)
-        options.console.info(f"{options.data}: read as in training, by {template!r}: {len(texts):,} rows")
-        return [*texts]
-    _, form, row = resolve_task("records", path, form=options.form, needs_targets=False)
-    assert form is not None
+    first = next(iter_file(path)).values
+    if template and set(check_template(template)) <= first.keys():
+        form = TASKS[task].form or TEMPLATES
+        examples = [make_example(record, form, templates=(template, "")) for record in iter_file(path)]
+        options.console.info(f"{options.data}: read as in training, by {template!r}: {len(examples):,} rows")
+        return [example.source for example in examples]
+    form = find_form(path, form=options.form, needs_targets=False)
     examples = [make_example(record, form) for record in iter_file(path)]
-    options.console.info(describe_data(form, examples, options.data, row))
+    options.console.info(describe_data(form, examples, options.data, first))
     return [example.messages or example.source or example.targets[0] for example in examples]
 
 
@@ -165,7 +166,7 @@ def _trained_source(header: Mapping[str, Any]) -> tuple[str, str]:
     from prefixtune.prefix.text_format import read_text_format
 
     stored, task = read_text_format(header), str(header.get("task"))
-    takes_columns = task in TASKS and TASKS[task].takes_columns
+    takes_columns = task in TASKS and TASKS[task].form is not None
     return (task, stored.source) if stored is not None and takes_columns else ("", "")
 
 
