@@ -24,7 +24,7 @@ from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import encode_examples
 from prefixtune.data.examples import Example
-from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.inference.generate import generate
 from prefixtune.interop.lm_eval.model import PrefixLM
 from prefixtune.prefix.chat_format import allow_template
@@ -265,7 +265,7 @@ def test_what_is_refused(tiny_backbone: Any, measure: Callable[..., Any]) -> Non
         PrefixLM(tiny_backbone("bert"))
     with pytest.raises(ConfigError):
         PrefixLM(tiny_backbone("llama"), prompt_format="chat")
-    with pytest.raises(RequestError, match="typical_p"):
+    with pytest.raises(ConfigError, match="typical_p"):
         measure(PrefixLM(tiny_backbone("llama")), "made_texts", gen_kwargs={"typical_p": 0.5})
 
 

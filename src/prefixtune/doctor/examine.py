@@ -23,9 +23,6 @@ from prefixtune.doctor.rows import Rows
 from prefixtune.errors import PrefixError, first_line
 from prefixtune.utils.machine import free_memory
 
-__all__ = ["Comparison", "computes_exactly", "examine"]
-
-
 _GRADIENT = "a gradient reaches every layer's prefix"
 _TOLERANCE = 1e-3
 _WIDE_TOLERANCE = 1e-2

@@ -19,9 +19,6 @@ from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["Rows"]
-
-
 _PREFIX_LENGTHS = (2, 4)
 _SOURCE_LENGTHS, _TARGET_LENGTHS = (4, 9, 6, 5), (3, 5, 4, 2, 4)
 

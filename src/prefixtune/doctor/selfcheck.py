@@ -20,9 +20,6 @@ from prefixtune.errors import BackboneError, PrefixError
 from prefixtune.utils.files import write_text
 from prefixtune.utils.folders import cache_folder
 
-__all__ = ["SWITCH", "check_once"]
-
-
 SWITCH = "PREFIXTUNE_SELF_CHECK"
 """The environment variable that turns the check off where it is 0."""
 

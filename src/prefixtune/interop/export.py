@@ -16,17 +16,6 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.training.run_folder import CONFIG_FILE, PREFIX_FILE
 
-__all__ = [
-    "MANIFEST",
-    "README",
-    "check_exportable",
-    "check_folder",
-    "check_prefix",
-    "describe_origin",
-    "write_manifest",
-]
-
-
 MANIFEST, README = "export.json", "README.md"
 
 _HINT = "use `prefixtune generate` or `prefixtune serve` for it."
@@ -58,9 +47,7 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
     name = backbone.name
     if backbone.kind != "decoder":
         raise BackboneError(
-            f"{target} takes decoder-only models, but {name!r} is of kind {backbone.kind!r}: a prefix at its sites "
-            f"({', '.join(backbone.geometry)}) is not part of a cache that can be filled beforehand.",
-            hint=_HINT,
+            f"{target} takes decoder-only models, but {name!r} is of kind {backbone.kind!r}.", hint=_HINT
         )
     check_fits(prefix, backbone.geometry, name)
     check_prefix(prefix, target)
@@ -74,11 +61,8 @@ def check_prefix(prefix: Prefix, target: str) -> None:
         ConfigError: It is empty, holds NaN, or has a head.
     """
     if prefix.head is not None:
-        raise ConfigError(
-            f"the prefix has a head of {len(prefix.head.bias)} labels, which reads hidden states; {target} returns the "
-            "scores of tokens.",
-            hint="`prefixtune train --classifier words` uses words that the model writes as labels.",
-        )
+        what = f"the prefix has a head for labels, which reads hidden states; {target} returns the scores of tokens."
+        raise ConfigError(what, hint="`prefixtune train --classifier words` has labels that the model writes.")
     if prefix.prefix_length == 0:
         raise ConfigError("the prefix has no positions (P = 0).", hint=f"use the backbone alone in {target}.")
     if not prefix.is_finite():

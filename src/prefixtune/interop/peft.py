@@ -10,6 +10,7 @@ In PEFT, too, the text starts at position P. PEFT itself need not be installed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -29,9 +30,6 @@ from prefixtune.prefix.geometry import LayerShape, describe
 from prefixtune.prefix.header import backbone_origin, parse_header
 from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 from prefixtune.utils.files import atomic_files
-
-__all__ = ["PEFT_TYPES", "export_peft", "import_peft"]
-
 
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 
@@ -88,19 +86,13 @@ def _check_type(config: Mapping[str, Any], folder: Path) -> None:
         hint = "only adapters that are keys and values of every layer are prefixes."
         if peft_type == "LORA":
             hint = f"it is part of a backbone: load_backbone({str(folder)!r}), or --backbone {folder}."
+        what = f"{str(folder)!r} is an adapter of type {peft_type!r}, not {' or '.join(PEFT_TYPES)}."
+        raise CheckpointError(what, hint=hint)
+    # Of an encoder-decoder, PEFT shifts the decoder's text by P positions, or biases the prefix by its distance.
+    if task not in (None, "CAUSAL_LM") or config.get("num_transformer_submodules") == 2:
+        what = f"{str(folder)!r} is for the task {task!r}; only prefixes of CAUSAL_LM are the same numbers here."
         raise CheckpointError(
-            f"{str(folder)!r} is an adapter of type {peft_type!r}, not {' or '.join(PEFT_TYPES)}.", hint=hint
-        )
-    if task == "SEQ_2_SEQ_LM" or config.get("num_transformer_submodules") == 2:
-        raise CheckpointError(
-            f"{str(folder)!r} is for an encoder-decoder, where PEFT shifts the decoder's text by P positions, or "
-            "biases the prefix by its distance; prefixtune does neither, so the same numbers would be another prefix.",
-            hint="train it here: `prefixtune train --backbone NAME`, with prefixes at all three sites.",
-        )
-    if task not in (None, "CAUSAL_LM"):
-        raise CheckpointError(
-            f"{str(folder)!r} is for the task {task!r}; only prefixes of CAUSAL_LM are read.",
-            hint="for labels, train here with --task classification or tagging.",
+            what, hint="train it here, with prefixes at all sites: `prefixtune train --backbone NAME`."
         )
 
 
@@ -113,10 +105,8 @@ def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:
         )
     tensors, metadata = read_file(folder / _WEIGHTS)
     if _TENSOR not in tensors or len(tensors) > 1:
-        raise CheckpointError(
-            f"{str(folder / _WEIGHTS)!r} holds {', '.join(sorted(tensors)[:4]) or 'nothing'}, not {_TENSOR!r} alone.",
-            hint="modules_to_save and other adapters' weights are not part of a prefix.",
-        )
+        what = f"{str(folder / _WEIGHTS)!r} holds {', '.join(sorted(tensors)[:4]) or 'nothing'}, not {_TENSOR!r} alone."
+        raise CheckpointError(what, hint="modules_to_save and other adapters' weights are not part of a prefix.")
     try:
         header = parse_header(metadata.get(_HEADER, "{}"))
     except ValueError:
@@ -147,10 +137,8 @@ def _read_shapes(config: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple
 def _check_backbone(prefix: Prefix, header: Mapping[str, Any], backbone: Backbone) -> None:
     """Refuse a prefix of another model, and a model in which PEFT would put the prefix into other layers."""
     if backbone.kind != "decoder":
-        raise BackboneError(
-            f"{backbone.name!r} is of kind {backbone.kind!r}; PEFT's prefixes are for decoder-only models here.",
-            hint="load the model that the adapter's configuration names.",
-        )
+        what = f"{backbone.name!r} is of kind {backbone.kind!r}; PEFT's prefixes are for decoder-only models here."
+        raise BackboneError(what, hint="load the model that the adapter's configuration names.")
     load_prefix(Prefix(prefix.layers, header), backbone)
     count = len(prefix.layers["decoder"])
     num_hidden_layers = getattr(backbone.model.config.get_text_config(decoder=True), "num_hidden_layers", count)
@@ -198,7 +186,7 @@ def export_peft(
     if backbone is not None:
         _check_backbone(prefix, header, backbone)
         header |= make_header(backbone)
-    config = _make_config(prefix, shape, header, peft_type, num_frozen_tokens)
+    config = _make_config(prefix, shape, header.pop("peft", {}), header, peft_type, num_frozen_tokens)
     rows = flatten(prefix.layers["decoder"]).detach().to("cpu").contiguous()
     metadata = {"format": "pt", **({_HEADER: json.dumps(header, ensure_ascii=False)} if header else {})}
     with atomic_files(folder) as temporary:
@@ -214,46 +202,50 @@ def check_adapter_folder(folder: str | Path) -> None:
     Raises:
         ConfigError: It holds a model, or an adapter that is no prefix.
     """
-    folder, other = Path(folder), ""
-    if os.path.exists(folder / "config.json"):  # Path.exists raises where the folder may not be read
+    other = ""
+    if os.path.exists(Path(folder) / "config.json"):  # Path.exists raises where the folder may not be read
         other = "a model"
-    elif os.path.exists(folder / ADAPTER_CONFIG):
-        try:
-            peft_type = adapter_config(folder).get("peft_type")
-        except PrefixError:
-            peft_type = None
-        other = "" if peft_type in PEFT_TYPES else f"an adapter of type {short_repr(peft_type)}"
+    elif os.path.exists(Path(folder) / ADAPTER_CONFIG):
+        with contextlib.suppress(PrefixError):
+            other = str(adapter_config(Path(folder)).get("peft_type"))
+        other = "" if other in PEFT_TYPES else f"another adapter {other}"
     if other:
         raise ConfigError(f"{str(folder)!r} holds {other}.", hint="name a folder of its own.")
 
 
 def _make_config(
-    prefix: Prefix, shape: LayerShape, header: dict[str, Any], peft_type: str | None, num_frozen_tokens: int | None
+    prefix: Prefix,
+    shape: LayerShape,
+    origin: Mapping[str, Any],
+    header: Mapping[str, Any],
+    peft_type: str | None,
+    frozen: int | None,
 ) -> dict[str, Any]:
-    """What `adapter_config.json` holds; takes what an import noted out of the header."""
-    origin = header.pop("peft", {})
+    """What `adapter_config.json` holds; the origin is what an import noted in the header."""
     peft_type = peft_type or origin.get("peft_type", PEFT_TYPES[0])
     if peft_type not in PEFT_TYPES:
         raise ConfigError(f"unknown peft_type {peft_type!r}.", hint=did_you_mean(str(peft_type), PEFT_TYPES))
-    name = backbone_origin(header).name
+    length, name = prefix.length(), backbone_origin(header).name
     config: dict[str, Any] = {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": HUB_NAMES.get(name, name) or None,
         "inference_mode": True,
-        "num_virtual_tokens": prefix.length(),
+        "num_virtual_tokens": length,
         "num_layers": len(prefix.layers["decoder"]),
         "num_attention_heads": shape.num_kv_heads,
         "token_dim": shape.num_kv_heads * shape.key_dim,
         "num_transformer_submodules": 1,
     }
     if peft_type == "CARTRIDGE":
-        return {**config, "num_frozen_tokens": _count_frozen(prefix, num_frozen_tokens, origin)}
-    if num_frozen_tokens:
-        raise ConfigError(
-            f"num_frozen_tokens is {num_frozen_tokens}, which goes with peft_type CARTRIDGE only.", hint="leave it out."
-        )
-    return {**config, "prefix_projection": False, "encoder_hidden_size": config["token_dim"]}
+        frozen = origin.get("num_frozen_tokens", min(1, length)) if frozen is None else frozen
+        config["num_frozen_tokens"] = frozen
+    else:
+        config |= {"prefix_projection": False, "encoder_hidden_size": config["token_dim"]}
+    if type(frozen or 0) is not int or not 0 <= (frozen or 0) <= (length if peft_type == "CARTRIDGE" else 0):
+        what = f"num_frozen_tokens is {short_repr(frozen)}; a CARTRIDGE takes 0 to {length}, other types none."
+        raise ConfigError(what, hint="1 keeps the first position, which models attend to by default.")
+    return config
 
 
 def _only_shape(prefix: Prefix) -> LayerShape:
@@ -277,16 +269,3 @@ def _only_shape(prefix: Prefix) -> LayerShape:
         if applies:
             raise ConfigError(f"PEFT's format cannot hold this prefix: {fault}.", hint="keep prefixtune's own file.")
     return shapes.pop()
-
-
-def _count_frozen(prefix: Prefix, num_frozen_tokens: int | None, origin: Mapping[str, Any]) -> int:
-    """How many first positions of a cartridge are not trained."""
-    count = num_frozen_tokens
-    if count is None:
-        count = origin.get("num_frozen_tokens", min(1, prefix.length()))
-    if type(count) is not int or not 0 <= count <= prefix.length():
-        raise ConfigError(
-            f"num_frozen_tokens is {short_repr(count)}, but must be from 0 to the prefix's length, {prefix.length()}.",
-            hint="1 keeps the first position, which models attend to by default.",
-        )
-    return count

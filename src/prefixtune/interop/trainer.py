@@ -40,9 +40,7 @@ from prefixtune.training.prepare import check_given, check_passes_gradients
 from prefixtune.training.run_folder import PREFIX_FILE
 from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
 
-__all__ = ["PrefixModel"]
-
-_OF_TRAIN = ("nested", "prefix_dropout", "beside", "classifier", "label_words")
+_OF_TRAIN = ("method", "nested", "prefix_dropout", "beside", "classifier", "label_words")
 """Fields of `TrainConfig` that its own loop follows, and no other."""
 
 
@@ -73,25 +71,17 @@ class PrefixModel(nn.Module):
     ) -> None:
         super().__init__()
         config, backbone = TrainConfig.from_arguments(config, options), as_backbone(backbone)
-        if config.method != "prefix":
-            raise ConfigError(f"method is {config.method!r}, but only a prefix is trained here.", hint="use `train`.")
         if backbone.kind == "encoder":
-            raise ConfigError(
-                f"{backbone.name!r} is an encoder, which writes no text.",
-                hint="train labels with `prefixtune train --task classification` or tagging.",
-            )
+            hint = "train labels with `prefixtune train --task classification` or tagging."
+            raise ConfigError(f"{backbone.name!r} is an encoder, which writes no text.", hint=hint)
         if backbone.adapter_parameters:
-            raise ConfigError(
-                f"{backbone.name!r} has weights that are to be trained, but only the prefix is trained here.",
-                hint="load it without train_adapter and adapter_rank.",
-            )
-        faults = [
-            f"{name} is {getattr(config, name)!r}"
-            for name in _OF_TRAIN
-            if getattr(config, name) != config.default(name)
+            what = f"{backbone.name!r} has weights that are to be trained, but only the prefix is trained here."
+            raise ConfigError(what, hint="load it without train_adapter and adapter_rank.")
+        given = [
+            f"{name} is {value!r}" for name in _OF_TRAIN if (value := getattr(config, name)) != config.default(name)
         ]
-        if faults:
-            raise ConfigError(f"{', '.join(faults)}, which is not done here.", hint="use `train`.")
+        if given:
+            raise ConfigError(f"{', '.join(given)}, which is not done here.", hint="use `train`.")
         check_given(config, backbone)
         check_passes_gradients(backbone)
         self.backbone, self.settings = backbone, config
@@ -175,15 +165,11 @@ class PrefixModel(nn.Module):
         """Call a method of the backbone with the prefix in front."""
         unsupported = [name for name, value in others.items() if value is not None]
         if unsupported:
-            raise ConfigError(
-                f"{', '.join(unsupported)} came with a batch, and cannot be used with a prefix.",
-                hint="rows must be padded: no packing, no padding_free; positions are computed here.",
-            )
+            what = f"{', '.join(unsupported)} came with a batch, and cannot be used with a prefix."
+            raise ConfigError(what, hint="rows must be padded: no packing; positions are computed here.")
         if getattr(self, "_is_replica", False):
-            raise ConfigError(
-                "DataParallel copies modules, but a prefix finds its layers by the modules themselves.",
-                hint="start with torchrun or accelerate, or show one GPU (CUDA_VISIBLE_DEVICES=0).",
-            )
+            what = "DataParallel copies modules, but a prefix finds its layers by the modules themselves."
+            raise ConfigError(what, hint="start with torchrun or accelerate, or show one GPU (CUDA_VISIBLE_DEVICES=0).")
         self._check_positions(input_ids, decoder.get("decoder_input_ids"))
         backbone = self.backbone
         # The prefix is computed in float32 even under a trainer's autocast.
@@ -209,19 +195,23 @@ class PrefixModel(nn.Module):
 
         known = self.backbone.kind != "decoder" or self._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         if self.training and not known:
-            raise ConfigError(
-                "a batch came without labels: a trainer that smooths them would not shift them for "
-                f"{self._get_name()}, which transformers does not know as a decoder.",
-                hint="set label_smoothing_factor to 0.",
-            )
+            what = "a batch came without labels: a trainer that smooths them would not shift them for this model."
+            raise ConfigError(what, hint="set label_smoothing_factor to 0.")
+
+    def _check_smoothing(self) -> None:
+        """Refuse a training step whose labels a trainer would compare with the logits of the same tokens."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        known = self.backbone.kind != "decoder" or self._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        if self.training and not known:
+            what = "a batch came without labels: a trainer that smooths them would not shift them for this model."
+            raise ConfigError(what, hint="set label_smoothing_factor to 0.")
 
     def _shift_right(self, labels: Int[Tensor, "B Td"] | None) -> Int[Tensor, "B Td"]:
         """What a decoder reads to predict the labels."""
         if labels is None:
-            raise ConfigError(
-                "a batch has neither labels nor decoder_input_ids, but the decoder must read something.",
-                hint="set label_smoothing_factor to 0, with which trainers keep the labels, or add decoder_input_ids.",
-            )
+            what = "a batch has neither labels nor decoder_input_ids, but the decoder must read something."
+            raise ConfigError(what, hint="set label_smoothing_factor to 0, or add decoder_input_ids.")
         start = torch.full_like(labels[:, :1], self.backbone.decoder_start_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == IGNORED, self.backbone.pad_id)
@@ -287,40 +277,17 @@ class PrefixModel(nn.Module):
         layer: nn.Module = self.backbone.model.get_output_embeddings()
         return layer
 
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Recompute layers in the backward pass.
-
-        Raises:
-            ConfigError: An option of it is not supported.
-        """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant") or every_n_layers != 1 or offload:
-            raise ConfigError(
-                "gradient checkpointing recomputes every layer here, without reentrance or offloading.",
-                hint="leave out its settings, or set use_reentrant to False.",
-            )
+    def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
+        """Recompute every layer in the backward pass, without reentrance or offloading, whatever the options say."""
         self._checkpointing = True
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
         self._checkpointing = False
 
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Its name before transformers 5.24."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Its name before transformers 5.24."""
-        self.activation_checkpointing_disable()
+    # Their names before transformers 5.24.
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
         """Ignored: an artifact has no model card."""

@@ -136,8 +136,6 @@ def test_a_decoder_without_a_head_is_refused(tiny_models: Make) -> None:
     ("name", "changes"),
     [
         ("deberta", {}),
-        ("deberta", {"relative_attention": False}),
-        ("deberta-v2", {}),
         ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 3}),
     ],
 )

@@ -22,9 +22,6 @@ from prefixtune.interop.export import README, check_exportable, check_folder, de
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_files
 
-__all__ = ["export_llama_cpp"]
-
-
 _RESOURCES = importlib.resources.files("prefixtune.interop.llama_cpp")
 
 
@@ -58,10 +55,8 @@ def export_llama_cpp(
     check_folder(folder)
     check_exportable(prefix, backbone, "llama.cpp")
     if backbone.adapter is not None:
-        raise BackboneError(
-            f"{backbone.name!r} has a LoRA adapter, and prefixes with one were not tested in llama.cpp.",
-            hint="use `prefixtune serve`, or export to ONNX.",
-        )
+        what = f"{backbone.name!r} has a LoRA adapter, and prefixes with one were not tested in llama.cpp."
+        raise BackboneError(what, hint="use `prefixtune serve`, or export to ONNX.")
     rows, placeholders, folder = rows_of(prefix, backbone), placeholders_for(prefix, backbone), Path(folder)
     facts = {
         "target": "llama.cpp",

@@ -20,13 +20,13 @@ from prefixtune.data.batching import join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["Continuation", "score_continuations"]
-
 _SHORT_CONTEXT = 256
 """Continuations of a context share a group while they take no more positions than it, or than this: attention within a
 group costs the square of its positions."""
 _ROWS = 64
 """Rows of logits that are converted to float32 at a time."""
+
+Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Continuation:
     prefix: Prefix | None
 
     @property
-    def key(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    def key(self) -> Key:
         """The same for continuations that have the same likelihood."""
         return id(self.prefix), self.context, self.tokens
 
@@ -55,7 +55,7 @@ def score_continuations(
     continuations: Sequence[Continuation],
     *,
     batch_size: int,
-    on_batch: Callable[[dict[int, tuple[float, bool]]], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> list[tuple[float, bool]]:
     """Each continuation's log-likelihood in nats, and whether greedy decoding would write it.
 
@@ -64,25 +64,19 @@ def score_continuations(
         continuations: In any order; equal ones are computed once.
         batch_size: Most continuations that are computed at a time. The longest come first, so that too little memory
             shows at once.
-        on_batch: Called after each batch with its results by their indices in `continuations`.
+        on_batch: Called after each batch with the number of different continuations so far.
 
     Raises:
         DataError: A context is empty.
         BackboneError: A prefix does not fit the backbone.
     """
-    indices: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[int]] = {}
-    for index, one in enumerate(continuations):
-        indices.setdefault(one.key, []).append(index)
-    results: dict[int, tuple[float, bool]] = {}
-    groups = _group([continuations[same[0]] for same in indices.values()])
-    for batch in _batches(backbone, groups, batch_size):
-        scored: dict[int, tuple[float, bool]] = {}
-        for key, result in _score_batch(backbone, batch):
-            scored.update(dict.fromkeys(indices[key], result))
-        results.update(scored)
+    unique = {one.key: one for one in continuations}
+    results: dict[Key, tuple[float, bool]] = {}
+    for batch in _batches(backbone, _group(list(unique.values())), batch_size):
+        results.update(_score_batch(backbone, batch))
         if on_batch is not None:
-            on_batch(scored)
-    return [results[index] for index in range(len(continuations))]
+            on_batch(len(results))
+    return [results[one.key] for one in continuations]
 
 
 def _group(continuations: Sequence[Continuation]) -> list[list[Continuation]]:
@@ -106,42 +100,42 @@ def _batches(
     backbone: Backbone, groups: Sequence[Sequence[Continuation]], batch_size: int
 ) -> Iterator[list[list[Continuation]]]:
     """Groups of continuations that are computed together: at most `batch_size` continuations."""
-    rooms: dict[int | None, tuple[list[list[Continuation]], int]] = {}
+    batch: list[list[Continuation]] = []
+    room = batch_size
+    if not backbone.layout.packable:
+        # Only prefixes of one kind share a batch: each its own. The sort is stable.
+        groups = sorted(groups, key=lambda group: id(group[0].prefix))
     for group in groups:
-        # Only prefixes of one kind share a batch: all that mix, else each its own.
-        kind = None if backbone.layout.packable else id(group[0].prefix)
         for start in range(0, len(group), batch_size):
             part = list(group[start : start + batch_size])
-            batch, room = rooms.get(kind, ([], batch_size))
-            if len(part) > room:
+            alike = not batch or backbone.layout.packable or batch[0][0].prefix is part[0].prefix
+            if len(part) > room or not alike:
                 yield batch
                 batch, room = [], batch_size
             batch.append(part)
-            rooms[kind] = (batch, room - len(part))
-    for batch, _ in rooms.values():
+            room -= len(part)
+    if batch:
         yield batch
 
 
 def _score_batch(
     backbone: Backbone, groups: Sequence[Sequence[Continuation]]
-) -> list[tuple[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[float, bool]]]:
+) -> Iterator[tuple[Key, tuple[float, bool]]]:
     """The key and the result of every continuation of a batch."""
     by_prefix: dict[int, list[Sequence[Continuation]]] = {}
     for group in groups:
         by_prefix.setdefault(id(group[0].prefix), []).append(group)
-    ordered = [one for same in by_prefix.values() for group in same for one in group]
     prefixes = [same[0][0].prefix for same in by_prefix.values()]
     batches = [_collate(backbone, same) for same in by_prefix.values()]
     batch = batches[0] if len(batches) == 1 else join(batches)
     logits = label_logits(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
-    logprobs, greedy = _label_scores(logits, batch.labels.to(logits.device))
-    target = batch.target_index.to(logits.device)
-    sums = torch.zeros(len(ordered), dtype=torch.float64, device="cpu").index_add_(0, target.cpu(), logprobs.cpu())
-    misses = torch.zeros(len(ordered), dtype=torch.long).index_add_(0, target.cpu(), (~greedy).long().cpu())
-    return [
-        (one.key, (float(total), not missed))
-        for one, total, missed in zip(ordered, sums.tolist(), misses.tolist(), strict=True)
-    ]
+    logprobs, greedy = (found.cpu() for found in _label_scores(logits, batch.labels.to(logits.device)))
+    target, size = batch.target_index.cpu(), batch.num_targets
+    sums = torch.zeros(size, dtype=torch.float64).index_add_(0, target, logprobs)
+    misses = torch.zeros(size, dtype=torch.long).index_add_(0, target, (~greedy).long())
+    ordered = (one for same in by_prefix.values() for group in same for one in group)
+    for one, total, missed in zip(ordered, sums.tolist(), misses.tolist(), strict=True):
+        yield one.key, (float(total), not missed)
 
 
 def _collate(backbone: Backbone, groups: Sequence[Sequence[Continuation]]) -> Batch:

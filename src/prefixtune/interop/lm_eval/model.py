@@ -33,10 +33,7 @@ from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, read_text_format
 
-__all__ = ["PrefixLM", "check_writes"]
-
-_SUPPORTED = ("top_k", "top_p", "num_beams", "repetition_penalty", "length_penalty", "min_new_tokens")
-_WITHOUT_EFFECT = ("do_sample", "use_cache", "early_stopping", "temperature")
+_NOT_PASSED_ON = ("do_sample", "use_cache", "early_stopping", "temperature")
 
 
 def check_writes(prefix: Prefix) -> None:
@@ -46,10 +43,8 @@ def check_writes(prefix: Prefix) -> None:
         ConfigError: It is such a prefix.
     """
     if prefix.head is not None:
-        raise ConfigError(
-            "the prefix was trained with a head for labels, and lm-eval's tasks need one that writes text.",
-            hint="measure it with `prefixtune evaluate`.",
-        )
+        what = "the prefix was trained with a head for labels, and lm-eval's tasks need one that writes text."
+        raise ConfigError(what, hint="measure it with `prefixtune evaluate`.")
 
 
 @register_model("prefixtune")
@@ -103,10 +98,8 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         else:
             self.backbone = as_backbone(backbone)
         if self.backbone.kind == "encoder":
-            raise BackboneError(
-                f"{self.backbone.name!r} is an encoder, which reads text and writes none.",
-                hint="lm-eval's tasks need a model that writes.",
-            )
+            what = f"{self.backbone.name!r} is an encoder, which reads text and writes none."
+            raise BackboneError(what, hint="lm-eval's tasks need a model that writes.")
         self.prefix: Prefix | None = None
         if read is not None:
             check_writes(read)
@@ -159,13 +152,17 @@ class PrefixLM(HFLM):  # type: ignore[misc]
             scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
             return scored
         asked = []
-        for context, continuation in (request.args for request in requests):
-            # The format has its own space before a target.
-            example = Example(context, (continuation.strip(),))
-            ((prompt, target),) = encode_pairs(self.backbone, self.text_format, [example])
-            room = self.max_length + (1 - len(target) if self.backend == "causal" else 0)
-            asked.append(((context, continuation), self._keep_right(context, prompt, room), list(target)))
+        # The format has its own space before a target.
+        examples = [Example(request.args[0], (request.args[1].strip(),)) for request in requests]
+        encoded = encode_pairs(self.backbone, self.text_format, examples)
+        for request, (prompt, target) in zip(requests, encoded, strict=True):
+            kept = self._keep_right(request.args[0], prompt, self._room(target))
+            asked.append((request.args, kept, list(target)))
         return self._loglikelihood_tokens(asked, disable_tqdm=disable_tqdm)
+
+    def _room(self, tokens: Sequence[int]) -> int:
+        """Positions for the context of a continuation; nothing is computed at its last token."""
+        return self.max_length + (1 - len(tokens) if self.backend == "causal" else 0)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], disable_tqdm: bool = False, **_: Any
@@ -173,17 +170,13 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         asked = []
         for request in requests:
             context, tokens = request[1:]
-            # Nothing is computed at the last token.
-            room = self.max_length + (1 - len(tokens) if self.backend == "causal" else 0)
             if len(tokens) > self.max_length:
-                raise RequestError(
-                    f"a continuation has {len(tokens):,} tokens, but {self.max_length:,} positions are there for it.",
-                    hint="choose a backbone with more positions, or a shorter prefix.",
-                )
-            asked.append(Continuation(tuple(context[-room:]), tuple(tokens), self.prefix))
+                what = f"a continuation has {len(tokens):,} tokens, but {self.max_length:,} positions are there for it."
+                raise RequestError(what, hint="choose a backbone with more positions, or a shorter prefix.")
+            asked.append(Continuation(tuple(context[-self._room(tokens) :]), tuple(tokens), self.prefix))
         with tqdm(total=len(asked), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             results = score_continuations(
-                self.backbone, asked, batch_size=self.batch_size, on_batch=lambda scored: bar.update(len(scored))
+                self.backbone, asked, batch_size=self.batch_size, on_batch=lambda done: bar.update(done - bar.n)
             )
         for request, result in zip(requests, results, strict=True):
             if request[0] is not None:
@@ -206,8 +199,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         """Continue each context, up to one of its task's strings.
 
         Raises:
-            RequestError: A task decodes in a way that is not known here.
-            ConfigError: A value of its decoding is not allowed.
+            ConfigError: A task decodes in a way that is not known here, or a value is not allowed.
         """
         texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         return texts if self.text_format is None else [self.text_format.extract_target(text) for text in texts]
@@ -288,16 +280,9 @@ def _decoding_config(given: Mapping[str, Any], *, stop: tuple[str, ...], max_new
     """The decoding that a task asks for: greedy, unless it says `do_sample`.
 
     Raises:
-        RequestError: It asks for something that cannot be done here.
-        ConfigError: A value is not allowed.
+        ConfigError: It asks for something that cannot be done here, or a value is not allowed.
     """
-    unknown = sorted(set(given) - {*_SUPPORTED, *_WITHOUT_EFFECT})
-    if unknown:
-        raise RequestError(
-            f"a task decodes with {', '.join(map(repr, unknown))}, which is not known here.",
-            hint=f"known: {', '.join(('until', 'max_gen_toks', 'do_sample', 'temperature', *_SUPPORTED))}.",
-        )
-    values = {name: given[name] for name in _SUPPORTED if given.get(name) is not None}
+    values = {name: value for name, value in given.items() if value is not None and name not in _NOT_PASSED_ON}
     if given.get("do_sample"):
         values["temperature"] = float(given.get("temperature") or 1.0)
         # lm-eval seeds torch.

@@ -34,9 +34,6 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.extras import needs_extra
 from prefixtune.utils.files import atomic_files
 
-__all__ = ["GRAPH", "MAX_BYTES_IN_GRAPH", "PAST", "export_onnx", "require_onnx"]
-
-
 GRAPH = "model.onnx"
 """The graph's file; large weights go into `model.onnx.data` in the same folder."""
 
@@ -98,10 +95,8 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path) -> dict[
     check_folder(folder)
     check_exportable(prefix, backbone, "ONNX")
     if backbone.model.dtype != torch.float32:
-        raise ConfigError(
-            f"the backbone is in {backbone.model.dtype}, but a graph is written and compared in float32.",
-            hint="load it with dtype float32 (--dtype float32), and convert the graph afterwards.",
-        )
+        what = f"the backbone is in {backbone.model.dtype}, but a graph is written and compared in float32."
+        raise ConfigError(what, hint="load it with dtype float32 (--dtype float32), and convert the graph afterwards.")
     facts = _list_facts(prefix, backbone)
     past = {
         name: tensor.detach().float().cpu()[None].contiguous()

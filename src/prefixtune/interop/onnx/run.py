@@ -10,6 +10,7 @@ outputs in the graph's order. With ONNX Runtime it is `lambda feed: session.run(
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-__all__ = ["State", "generate", "main", "pad", "past_names", "start", "step", "target_of"]
-
 
 Run = Callable[[dict[str, Any]], Sequence[Any]]
 
@@ -102,16 +100,12 @@ def generate(
     ids, mask = pad(prompts, facts["pad_id"])
     state = start(facts, prefix, mask)
     outputs: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
-    for _ in range(max_new_tokens):
+    ends = set(facts["end_ids"])
+    while len(outputs[0]) < max_new_tokens and not all(map(ends.intersection, outputs)):
         ids = step(run, state, ids)[:, -1].argmax(axis=-1)[:, None]
-        for row, token in enumerate(ids[:, 0].tolist()):
-            done[row] = done[row] or token in facts["end_ids"]
-            if not done[row]:
-                outputs[row].append(token)
-        if all(done):
-            break
-    return outputs
+        for output, token in zip(outputs, ids[:, 0].tolist(), strict=True):
+            output.append(token)
+    return [list(itertools.takewhile(lambda token: token not in ends, output)) for output in outputs]
 
 
 def target_of(template: str, output: str) -> str:
@@ -136,9 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session = onnxruntime.InferenceSession(str(folder / facts["file"]), providers=["CPUExecutionProvider"])
     prefix = load_file(str(folder / facts["prefix_file"]))
     if not (folder / "tokenizer.json").is_file():
-        parser.error(
-            "the model's tokenizer has no tokenizer.json: make token ids with transformers, and call `generate`"
-        )
+        parser.error("there is no tokenizer.json: make token ids with transformers, and call `generate`")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     # A checkpoint's file may say how its texts were cut and padded when it was trained.
     tokenizer.no_truncation()
