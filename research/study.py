@@ -28,7 +28,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.data import TASKS, read_task
 from prefixtune.errors import DataError, PrefixError, TrainingError
-from prefixtune.evaluation.prompting import instruction_format
+from prefixtune.evaluation.evaluate import instruction_format
 from prefixtune.evaluation.scores import write_evaluation
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.results import EVALUATION_FILE

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 EVALUATION_FILE, OUTPUTS_FILE = "evaluation.json", "outputs.jsonl"
 
@@ -66,17 +66,9 @@ class Overlap(Stored, extra="ignore"):
     num_examples: int = 0
     train: str = ""
 
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def share(self) -> float:
-        """Of all sources."""
-        return round(self.count / self.num_examples, 4) if self.num_examples else 0.0
-
     def __str__(self) -> str:
-        return (
-            f"{self.count:,} of {self.num_examples:,} test sources ({self.share:.1%}) are also in the training set "
-            f"{self.train!r}: the scores say less about new texts"
-        )
+        share = f"{self.count:,} of {self.num_examples:,} test sources ({self.count / max(1, self.num_examples):.1%})"
+        return f"{share} are also in the training set {self.train!r}: the scores say less about new texts"
 
 
 class Comparison(Stored):

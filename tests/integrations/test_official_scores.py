@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prefixtune.evaluation.metrics import alignment as meteor_module
 from prefixtune.evaluation.metrics import measure
-from prefixtune.evaluation.metrics import meteor as meteor_module
+from prefixtune.evaluation.metrics.alignment import METEOR_JAR, edits, meteor_score
 from prefixtune.evaluation.metrics.java import jar_path
-from prefixtune.evaluation.metrics.meteor import METEOR_JAR, meteor_score
-from prefixtune.evaluation.metrics.ter import edits
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")
 
@@ -144,9 +143,9 @@ def test_dart_bleu_counts_absent_references_as_empty_and_says_so(
 ):
     measured = measure(*dart, protocol="dart", metrics=["bleu", "bleu_sound"])
     assert f"{measured['bleu'].score:.2f}" == "48.56"
-    assert "absent references counted as empty" in measured["bleu"].statistics.implementation
+    assert "absent references counted as empty" in measured["bleu"].implementation
     assert f"{measured['bleu_sound'].score:.2f}" == "47.59"
-    assert "counted as empty" not in measured["bleu_sound"].statistics.implementation
+    assert "counted as empty" not in measured["bleu_sound"].implementation
     # From the release's own references, in their spelling, the same figure comes about.
     items = lines(shared_data, "dart/test.jsonl.gz")
     raw = measure(dart[0], [item["references"] for item in items], protocol="dart", metrics=["bleu", "bleu_sound"])
@@ -194,7 +193,7 @@ def test_meteor_of_added_counts_is_what_the_program_says_of_them(monkeypatch: py
     measured = measure(texts, references, metrics=["meteor"])["meteor"]
     # EVAL takes counts of items, and answers with each one's score and then that of all.
     evaluate = " ||| ".join(["EVAL", *(" ".join(map(str, row)) for row in counts)]) + "\n"
-    command = ["java", "-Xmx2G", "-jar", str(jar_path(METEOR_JAR, "METEOR")), "-", "-", "-stdio", "-l", "en", "-norm"]
+    command = ["java", "-Xmx2G", "-jar", str(jar_path(METEOR_JAR)), "-", "-", "-stdio", "-l", "en", "-norm"]
     answer = subprocess.run(command, input=evaluate, capture_output=True, text=True, check=True).stdout.split()
     *each, total = map(float, answer)
     assert [measured.part([number]).score for number in range(len(texts))] == pytest.approx(each, abs=1e-9)

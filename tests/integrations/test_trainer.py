@@ -19,7 +19,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
 from prefixtune.data.batching import pad
 from prefixtune.data.encoding import default_format, encode_examples
-from prefixtune.data.order import epoch_batches
+from prefixtune.data.tokenized import epoch_batches
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.trainer import PrefixModel
 from prefixtune.prefix.text_format import TextFormat

@@ -5,25 +5,26 @@ Only a tokenizer is loaded, and of many examples some are tokenized.
 
 from __future__ import annotations
 
-import statistics
+import functools
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_tokenizer
 from prefixtune.data.encoding import TEXT_FORMAT, encode_examples, is_text
-from prefixtune.data.examples import Example, TaskKind, has_messages
+from prefixtune.data.examples import Example, TaskKind, conversation_of, has_messages, limit_targets
 from prefixtune.data.forms import describe_data
 from prefixtune.data.labels import choose_labels, encode_labelled, with_label_words
-from prefixtune.data.registry import TASKS, read_task, resolve_task
+from prefixtune.data.registry import TASKS, Reading, read_data
 from prefixtune.data.streams import shown
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
 from prefixtune.data.truncation import position_limit
 from prefixtune.errors import DataError
-from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.results import Overlap
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
@@ -33,6 +34,8 @@ _UNBOUNDED = 1 << 30
 _NUM_BINS = 10
 MAX_TOKENIZED = 2_000
 """Examples that are tokenized, at most, evenly spaced."""
+_MAX_TRAINING_BYTES = 2**25
+"""Largest training set that is read again for the comparison, which takes a few seconds."""
 
 
 class Lengths(BaseModel):
@@ -55,28 +58,6 @@ class Lengths(BaseModel):
     bins: list[tuple[int, int, int]]
 
 
-class Limit(BaseModel):
-    """What training does to the examples at its limit of positions.
-
-    Attributes:
-        positions: The limit: `max_length`, or what the model has; None: there is none.
-        cut: Examples that lose something: the end of a source, or the last turns of a conversation; texts alone lose
-            nothing.
-        refused: Examples whose target alone does not fit; training would stop with an error.
-    """
-
-    positions: int | None
-    cut: int
-    refused: int
-
-
-class Part(BaseModel):
-    """A piece of an example as the model reads it; the loss is on it or not."""
-
-    text: str
-    is_label: bool
-
-
 class Measures(BaseModel):
     """What tokens say of examples.
 
@@ -84,17 +65,22 @@ class Measures(BaseModel):
         tokenized: Examples whose lengths are known.
         chat_template: Whether a chat template writes the examples.
         lengths: Of sources, targets and both.
-        limit: What would be cut.
+        positions: The limit: `max_length`, or what the model has; None: there is none.
+        cut: Examples that lose something at the limit: the end of a source, or the last turns of a conversation; texts
+            alone lose nothing.
+        refused: Examples whose target alone does not fit; training would stop with an error.
         steps: Optimizer steps of an epoch.
-        example: The first example, in pieces.
+        example: The first example in pieces, as the model reads it: a text, and whether the loss is on it.
     """
 
     tokenized: int
     chat_template: bool
     lengths: list[Lengths]
-    limit: Limit
+    positions: int | None
+    cut: int
+    refused: int
     steps: int
-    example: list[Part]
+    example: list[tuple[str, bool]]
 
 
 class DataReport(Measures):
@@ -133,41 +119,41 @@ def report_data(config: TrainConfig, *, test: str = "", max_tokenized: int = MAX
     Raises:
         PrefixError: A file cannot be read, or an option is wrong; as in training.
     """
-    read, kind, examples = _read(config, config.train, "train")
+    read = _read(config, config.train, "train")
+    examples, kind = read.examples, TASKS[read.task].kind
     if not any(example.targets for example in examples):
         raise DataError(f"{config.train} has no targets.", hint="name the target column (--target).")
     backbone, unlimited = (load_tokenizer(config.backbone, limited=limited) for limited in (True, False))
     measures = measure_examples(config, examples, kind, backbone, unlimited, max_tokenized=max_tokenized)
     labels = Counter(target for example in examples for target in example.targets if kind == "classification")
     equal_rows, equal_sources = _count_equal(examples)
+    line = f"{shown(config.train)}: read as task {read.task}: examples {len(examples):,}"
+    if read.form is not None:
+        line = describe_data(read.form, examples, config.train, read.columns)
     return DataReport(
         **dict(measures),
-        read=read,
+        read=line,
         rows=sum(len(example.targets) or 1 for example in examples),
         examples=len(examples),
         backbone=config.backbone,
         equal_rows=equal_rows,
         equal_sources=equal_sources,
         labels=dict(labels.most_common()),
-        overlap=find_overlap(_read(config, test, "test")[2], examples, config.train) if test else None,
+        overlap=find_overlap(_read(config, test, "test").examples, examples, config.train) if test else None,
     )
 
 
-def _read(config: TrainConfig, path: str, split: Any) -> tuple[str, TaskKind, list[Example]]:
-    """A line for people, the kind of the task, and the examples, as training reads them."""
-    names = {"source": config.source or None, "target": config.target or None, "split": split, "form": config.form}
-    task, form, columns = resolve_task(config.task, path, needs_targets=split == "train", **names)
-    examples = read_task(config.task, path, needs_targets=split == "train", **names)
-    read = f"{shown(path)}: read as task {task}: examples {len(examples):,}"
-    return (describe_data(form, examples, path, columns) if form else read), TASKS[task].kind, examples
+def _read(config: TrainConfig, path: str, split: str) -> Reading:
+    """The data as training reads them."""
+    names = {"source": config.source or None, "target": config.target or None, "form": config.form}
+    return read_data(config.task, path, split=split, needs_targets=split == "train", **names)
 
 
 def _count_equal(examples: Sequence[Example]) -> tuple[int, int]:
     """Rows that are there before, and rows whose source alone is."""
     targets: dict[Any, list[str]] = {}
     for example in examples:
-        source = (" ".join(example.source.split()), tuple(example.messages[:-1])) if example.source else example.targets
-        targets.setdefault(source, []).extend(example.targets)
+        targets.setdefault(_key(example), []).extend(example.targets)
     distinct = sum(len(set(each)) for each in targets.values())
     return sum(map(len, targets.values())) - distinct, distinct - len(targets)
 
@@ -196,7 +182,7 @@ def measure_examples(
     Raises:
         PrefixError: As in training.
     """
-    solved: Sequence[Example] = [example for example in examples if example.targets]
+    solved = [example for example in examples if example.targets]
     count = min(len(solved), max_tokenized)
     chosen: Sequence[Example] = [solved[index * len(solved) // count] for index in range(count)]
     labels = None
@@ -207,62 +193,57 @@ def measure_examples(
         chosen = with_label_words(chosen, labels)
     are_texts = unlimited.kind == "decoder" and all(map(is_text, chosen))
     if are_texts:
-        around = {"prompt_format": TEXT_FORMAT.prompt, "target_format": TEXT_FORMAT.target}
-        config = config.replace(**{name: getattr(config, name) or text for name, text in around.items()})
-    text_format = training_format(config, unlimited, for_head=by_head, has_messages=has_messages(examples))
+        prompt, target = config.prompt_format or TEXT_FORMAT.prompt, config.target_format or TEXT_FORMAT.target
+        config = config.replace(prompt_format=prompt, target_format=target)
+    text_format = training_format(
+        config, unlimited, for_head=by_head, for_labels=labels is not None, has_messages=has_messages(examples)
+    )
 
-    def encode(reader: Backbone, example: Example, prefix_length: int, max_length: int) -> TokenizedDataset:
-        limits: dict[str, Any] = {"prefix_length": prefix_length, "max_length": max_length}
-        if labels is not None and by_head:
-            return encode_labelled(reader, [example], labels, text_format, **limits)
-        return encode_examples(reader, [example], text_format, **limits)
+    encode = functools.partial(encode_labelled, labels=labels) if by_head and labels else encode_examples
+
+    def made(reader: Backbone, example: Example, prefix_length: int, max_length: int) -> TokenizedDataset:
+        lengths = {"prefix_length": prefix_length, "max_length": max_length}
+        return encode(reader, [example], text_format=text_format, **lengths)
 
     limit = position_limit(backbone, config.prefix_length, config.max_length)
     whole: list[TokenizedExample] = []
     windows: list[TokenizedExample] = []
     cut = refused = 0
     for example in chosen:
-        rows = encode(unlimited, example, 0, _UNBOUNDED).examples
+        rows = made(unlimited, example, 0, _UNBOUNDED).examples
         whole += rows
         if are_texts:
-            windows += encode(backbone, example, config.prefix_length, config.max_length).examples
+            windows += made(backbone, example, config.prefix_length, config.max_length).examples
         elif max(_total(row, by_head) for row in rows) > limit:
             try:
-                made = encode(backbone, example, config.prefix_length, config.max_length)
-                cut += bool(made.num_truncated or made.num_dropped_turns)
+                fitted = made(backbone, example, config.prefix_length, config.max_length)
+                cut += bool(fitted.num_truncated or fitted.num_dropped_turns)
             except DataError:
                 refused += 1
+    lengths = [_lengths("source", [len(row.prompt) for row in whole])]
+    if not by_head:
+        targets = [stop - first for row in whole for spans in row.label_spans() for first, stop in spans]
+        lengths += [_lengths("target", targets), _lengths("together", [_total(row, by_head) for row in whole])]
     return Measures(
         tokenized=len(chosen),
         chat_template=text_format.is_chat,
-        lengths=_all_lengths(whole, by_head),
-        limit=Limit(positions=config.max_length or backbone.max_positions, cut=cut, refused=refused),
+        lengths=lengths,
+        positions=config.max_length or backbone.max_positions,
+        cut=cut,
+        refused=refused,
         steps=max(1, round(count_steps(config, windows or whole) * (num_examples or len(solved)) / len(chosen))),
         example=_parts(unlimited, whole[0], by_head),
     )
 
 
-def _all_lengths(rows: Sequence[TokenizedExample], by_head: bool) -> list[Lengths]:
-    sources = _lengths("source", [len(row.prompt) for row in rows])
-    if by_head:
-        return [sources]
-    targets = [stop - first for row in rows for first, stop in _spans(row)]
-    return [sources, _lengths("target", targets), _lengths("together", [_total(row, by_head) for row in rows])]
-
-
-def _lengths(what: str, numbers: Sequence[int]) -> Lengths:
-    ordered = sorted(numbers)
-    shortest, longest = ordered[0], ordered[-1]
-    p90, p99 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.9, 0.99))
+def _lengths(what: str, found: Sequence[int]) -> Lengths:
+    median, p90, p99 = np.quantile(found, [0.5, 0.9, 0.99], method="higher").tolist()
+    shortest, longest = min(found), max(found)
     width = -(-(longest - shortest + 1) // _NUM_BINS)
-    counts = Counter((number - shortest) // width for number in ordered)
     starts = range(shortest, longest + 1, width)
-    bins = [(start, start + width - 1, counts[index]) for index, start in enumerate(starts)]
-    return Lengths(what=what, median=int(statistics.median(ordered)), p90=p90, p99=p99, longest=longest, bins=bins)
-
-
-def _spans(row: TokenizedExample) -> Sequence[tuple[int, int]]:
-    return row.turns or [(0, len(target)) for target in row.targets]
+    counts = np.histogram(found, [*starts, starts[-1] + width])[0].tolist()
+    bins = [(start, start + width - 1, count) for start, count in zip(starts, counts, strict=True)]
+    return Lengths(what=what, median=median, p90=p90, p99=p99, longest=longest, bins=bins)
 
 
 def _total(row: TokenizedExample, by_head: bool) -> int:
@@ -270,18 +251,55 @@ def _total(row: TokenizedExample, by_head: bool) -> int:
     return len(row.prompt) + (0 if by_head else max(map(len, row.targets)))
 
 
-def _parts(backbone: Backbone, row: TokenizedExample, by_head: bool) -> list[Part]:
+def _parts(backbone: Backbone, row: TokenizedExample, by_head: bool) -> list[tuple[str, bool]]:
     """An example as the model reads it: its first target, in pieces with and without a loss."""
     pieces: list[tuple[Sequence[int], bool]] = [(row.prompt, False)]
     if not by_head:
         target, position = row.targets[0], 0
-        for first, stop in row.turns or [(0, len(target))]:
+        for first, stop in row.label_spans()[0]:
             pieces += [(target[position:first], False), (target[first:stop], True)]
             position = stop
         pieces.append((target[position:], False))
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return [
-        Part(text=str(backbone.tokenizer.decode(list(ids), **options)), is_label=is_label)
-        for ids, is_label in pieces
-        if ids
-    ]
+    return [(str(backbone.tokenizer.decode(list(ids), **options)), is_label) for ids, is_label in pieces if ids]
+
+
+# --- examples that are also in another set ----------------------------------------------------------------------------
+
+
+def find_overlap(examples: Sequence[Example], training: Sequence[Example], train: str) -> Overlap:
+    """Count the examples whose source is also in a training set.
+
+    >>> find_overlap([Example("a  b"), Example("c")], [Example(" a b", ("x",))], "my.csv").count
+    1
+    """
+    known = set(map(_key, training))
+    count = sum(_key(example) in known for example in examples)
+    return Overlap(count=count, num_examples=len(examples), train=train)
+
+
+def training_examples(config: TrainConfig) -> list[Example] | None:
+    """The examples that a run was trained on; None: they cannot be read again.
+
+    They are gone, on a hub, from standard input, or too large.
+
+    Raises:
+        PrefixError: The files are not what the run was trained on.
+    """
+    task, path = TASKS.get(config.task), Path(config.train)
+    if task is None:
+        return None
+    if not task.parts:
+        if not config.train or not path.exists():
+            return None
+        files = [path] if path.is_file() else path.rglob("*")
+        if sum(file.stat().st_size for file in files) > _MAX_TRAINING_BYTES:
+            return None
+    return limit_targets(_read(config, config.train or task.parts[0], "train").examples, config.limit)
+
+
+def _key(example: Example) -> tuple[str, ...]:
+    """The messages before the answer, or a text alone, without differences in white space and the system's message."""
+    messages = [message.content for message in conversation_of(example) if message.role != "system"]
+    texts = messages if any(messages) else example.targets
+    return tuple(" ".join(text.split()) for text in texts)

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
-from prefixtune.data.encoding import TextFormatLike, as_text_format, default_format, is_text
+from prefixtune.data.chat import end_of_turn
+from prefixtune.data.encoding import (
+    DEFAULT_WINDOW,
+    TEXT_FORMAT,
+    TextFormatLike,
+    as_text_format,
+    default_format,
+    encode_examples,
+    is_text,
+)
 from prefixtune.data.examples import Example, ExampleLike, TaskKind, has_messages
-from prefixtune.data.given import as_examples
+from prefixtune.data.forms import as_examples
 from prefixtune.data.labels import Labels, check_labels, label_names, labels_of
+from prefixtune.data.truncation import position_limit
 from prefixtune.engine.base import Engine
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.evaluation.decode import decode
-from prefixtune.evaluation.language import evaluate_texts
-from prefixtune.evaluation.scores import check_examples, check_metrics, score_outputs
+from prefixtune.evaluation.metrics.measurement import Array, Measurement
+from prefixtune.evaluation.scores import LEVEL, check_examples, check_metrics, score_groups, score_outputs
 from prefixtune.inference.classify import classify, tag
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.results import Evaluation
+from prefixtune.training.score import score_targets
 from prefixtune.utils.console import show_batches
 
 
@@ -86,8 +102,6 @@ def evaluate(
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
     labels = _labels(labels, prefix, kind, examples, intervals=intervals)
-    if engine is not None and (labels is not None or all(map(is_text, examples))):
-        raise ConfigError(f"{engine.name} gives no labels and no perplexity.", hint="use the engine torch.")
     truncated: list[int] = []
 
     def note_truncated(indices: Sequence[int]) -> None:
@@ -95,31 +109,26 @@ def evaluate(
         if on_cut is not None:
             on_cut(indices)
 
-    start, num_unended = time.perf_counter(), 0
+    are_texts, start = all(map(is_text, examples)), time.perf_counter()
+    if engine is not None and (labels is not None or are_texts):
+        raise ConfigError(f"{engine.name} gives no labels and no perplexity.", hint="use the engine torch.")
     with show_batches("evaluating", len(examples), on_batch, progress) as show:
-        work: dict[str, Any] = {"text_format": shape, "config": decoding, "on_batch": show}
+        if labels is None and are_texts:
+            limits: dict[str, Any] = {"max_length": decoding.max_total_length, "intervals": intervals}
+            return evaluate_texts(backbone, examples, prefix, shape, on_batch=show, **limits)
+        if prefix is None and shape is None and labels is None and not has_messages(examples):
+            # As a prefix would read them; alone, the model would go on with the source.
+            shape = default_format(backbone)
+        work: dict[str, Any] = {"text_format": shape, "config": decoding, "on_batch": show, "on_cut": note_truncated}
         if labels is not None:
-            outputs = _predict(backbone, examples, prefix, labels, on_cut=note_truncated, **work)
-            seconds = time.perf_counter() - start
-        elif all(map(is_text, examples)):
-            length = decoding.max_total_length
-            return evaluate_texts(
-                backbone, examples, prefix, shape, max_length=length, intervals=intervals, on_batch=show
-            )
+            outputs = _predict(backbone, examples, prefix, labels, **work)
+            outcome = score_outputs(outputs, examples, kind=labels.kind).with_facts(seconds=time.perf_counter() - start)
         else:
-            if prefix is None and shape is None and not has_messages(examples):
-                # As a prefix would read them; alone, the model would go on with the source.
-                work["text_format"] = default_format(backbone)
             file = None if resume_file is None else Path(resume_file)
-            outputs, seconds, num_unended = decode(
-                backbone, examples, prefix, engine=engine, resume_file=file, on_cut=note_truncated, **work
-            )
-    outcome = (
-        score_outputs(outputs, examples, protocol=protocol, metrics=metrics, intervals=intervals)
-        if labels is None
-        else score_outputs(outputs, examples, kind=labels.kind)
-    )
-    return outcome.with_facts(seconds=seconds, num_truncated=len(truncated), num_unended=num_unended)
+            outputs, seconds, unended = decode(backbone, examples, prefix, engine=engine, resume_file=file, **work)
+            outcome = score_outputs(outputs, examples, protocol=protocol, metrics=metrics, intervals=intervals)
+            outcome = outcome.with_facts(seconds=seconds, num_unended=unended)
+    return outcome.with_facts(num_truncated=len(truncated))
 
 
 def _labels(
@@ -129,20 +138,17 @@ def _labels(
     if given is not None and prefix is not None:
         raise ConfigError("labels are given, but a prefix has its own.", hint="leave them out.")
     labels = given or labels_of(prefix)
-    if kind == "tagging" and labels is None and prefix is None:
-        raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
-    if kind != "generation" and labels is None and prefix is not None:
-        raise ConfigError(
-            f"a prefix for generation cannot be used for {kind}.",
-            hint=f"give a prefix that was trained for {kind}, or name a source and a target of your data.",
-        )
-    if kind != "generation" and labels is None:
+    if labels is None and kind == "generation":
+        return None
+    if labels is None and (prefix is not None or kind == "tagging"):
+        what = "the bare model" if prefix is None else "a prefix for generation"
+        raise ConfigError(f"{what} cannot be used for {kind}.", hint=f"give a prefix that was trained for {kind}.")
+    if intervals:
+        raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
+    if labels is None:
         names = label_names(examples)
         labels = Labels(kind, "words", names, names)
-    if labels is not None:
-        check_labels(examples, labels.names, labels.kind)
-        if intervals:
-            raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
+    check_labels(examples, labels.names, labels.kind)
     return labels
 
 
@@ -163,11 +169,152 @@ def _predict(
         return [prediction.label for prediction in predictions]
     if prefix is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
-    for example in examples:
-        if not {"tokens", "tags"} <= example.fields.keys():
-            raise DataError(
-                f"the example {example.source[:60]!r} has no tokens and tags.",
-                hint="read the file with the task 'tagging'.",
-            )
+    if not all({"tokens", "tags"} <= example.fields.keys() for example in examples):
+        raise DataError("an example has no tokens and tags.", hint="read the file with the task 'tagging'.")
     tagged = tag(backbone, [example.fields["tokens"] for example in examples], prefix, **work)
     return [" ".join(prediction.label for prediction in row) for row in tagged]
+
+
+# --- texts alone: perplexity per token, and bits per byte -------------------------------------------------------------
+
+# Long texts are read in windows, as in training (see `data.encoding.text_windows`); every token counts once, the end
+# token, too.
+
+_BATCH_SIZE = 4
+"""Windows in a pass: each may have hundreds of labels."""
+
+
+def evaluate_texts(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    prefix: Prefix | None,
+    text_format: TextFormat | None,
+    *,
+    max_length: int,
+    intervals: bool,
+    on_batch: Callable[[int], None],
+) -> Evaluation:
+    """Compute the losses of texts.
+
+    Args:
+        backbone: The frozen model, decoder-only.
+        examples: Texts as their only targets, without sources.
+        prefix: In front; None: the bare model.
+        text_format: None: the prefix's, else the token that begins texts and the text.
+        max_length: Positions of a window; 0: those of the text format, else 512. Never more than the model has, or had
+            before LongRoPE.
+        intervals: Also compute bootstrap intervals over texts.
+        on_batch: Called with the number of texts done so far.
+
+    Raises:
+        ConfigError: The model is not decoder-only.
+    """
+    if backbone.kind != "decoder":
+        what = f"{backbone.name!r} is an {backbone.kind}, which does not go on with texts, but the data is texts alone."
+        raise ConfigError(what, hint="choose a decoder-only model, or give sources and targets.")
+    begun = time.perf_counter()
+    stored = None if prefix is None else read_text_format(prefix.header)
+    chosen = (text_format or stored or TEXT_FORMAT).with_lengths(max_length)
+    length = 0 if prefix is None else prefix.length("decoder")
+    longest = chosen.max_length
+    if backbone.longrope_limit is not None:
+        # A longer window would turn the keys of the shorter ones in its batch.
+        longest = min(longest or DEFAULT_WINDOW, backbone.longrope_limit)
+    window = min(position_limit(backbone, length, longest), longest or DEFAULT_WINDOW)
+    dataset = encode_examples(backbone, examples, chosen, prefix_length=length, max_length=longest)
+    ends = np.cumsum(np.bincount(dataset.origins or range(len(examples))))
+
+    def report(windows: int) -> None:
+        on_batch(int(np.searchsorted(ends, windows, side="right")))
+
+    rows = score_targets(backbone, prefix, dataset.examples, _BATCH_SIZE, report).numpy()
+    sums = np.add.reduceat(rows, [0, *ends[:-1]], axis=0)
+    num_bytes = np.array([[len(example.targets[0].encode())] for example in examples], dtype=float)
+    values, of = np.concatenate([sums, num_bytes], axis=1), f"windows of {window} positions"
+    by_token = f"prefixtune: exp of the mean loss per token, the end token included, {of}"
+    by_byte = f"prefixtune: summed loss in bits per byte of UTF-8, {of}"
+    measured = {
+        "perplexity": Measurement(values, _perplexity, by_token, "perplexity", higher_is_better=False),
+        "bits_per_byte": Measurement(values, _bits_per_byte, by_byte, "bits per byte", higher_is_better=False),
+    }
+    return Evaluation(
+        scores={name: one.to_score(level=LEVEL if intervals else None) for name, one in measured.items()},
+        outputs=tuple(f"perplexity {_perplexity(row):.3f} of {int(row[1]):,} tokens" for row in values),
+        num_examples=len(examples),
+        groups=score_groups(measured, examples),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _perplexity(sums: Array) -> float:
+    return math.exp(min(sums[0] / sums[1], 700))  # a larger one is no float
+
+
+def _bits_per_byte(sums: Array) -> float:
+    return float(sums[0] / math.log(2) / sums[2])
+
+
+# --- the bare model: instructions, and solved examples (few-shot prompting) -------------------------------------------
+
+
+def few_shot_format(text_format: TextFormat, examples: Sequence[Example], separator: str, end: str) -> TextFormat:
+    """A text format that shows a few solved examples before the source, in the same format.
+
+    >>> shown = few_shot_format(TextFormat("{source} =", " {target}"), [Example("1+1", ("2",))], "", ".")
+    >>> shown.format_prompt("2+3", "")
+    '1+1 = 2.2+3 ='
+
+    Args:
+        text_format: The format without examples.
+        examples: The examples to show, each with its first target.
+        separator: What the format's `{separator}` means.
+        end: The text that ends a target.
+
+    Raises:
+        DataError: The format has a chat template, or an example contains a placeholder of the template.
+    """
+    if text_format.is_chat:
+        hint = "give conversations whose earlier turns are the examples."
+        raise DataError("solved examples cannot be shown in a chat template.", hint=hint)
+    _check_literal(text for example in examples for text in (example.source, example.targets[0]))
+    shown = "".join(
+        text_format.format_prompt(example.source, separator) + text_format.format_target(example.targets[0]) + end
+        for example in examples
+    )
+    return dataclasses.replace(text_format, prompt=shown + text_format.prompt)
+
+
+def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[Example] = ()) -> TextFormat:
+    """A text format that instructs the bare model, and may show it a few solved examples.
+
+    If the tokenizer has a chat template, it is used, and outputs end where its turns do; otherwise instruction and
+    examples are put before the source, which is formatted as for a prefix.
+
+    Args:
+        backbone: The model.
+        instruction: What to do with the source, in words.
+        examples: The examples to show, each with its first target.
+
+    Raises:
+        DataError: The instruction or an example contains a placeholder of the template.
+    """
+    _check_literal([instruction, *(text for one in examples for text in (one.source, one.targets[0]))])
+    tokenizer = backbone.tokenizer
+    if backbone.kind == "decoder" and tokenizer.chat_template:
+        messages = []
+        for example in (*examples, Example("{source}", ("",))):
+            messages.append({"role": "user", "content": f"{instruction}\n{example.source}"})
+            messages.append({"role": "assistant", "content": example.targets[0]})
+        del messages[-1]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return TextFormat(str(prompt), "{target}", end=end_of_turn(backbone))
+    shown = few_shot_format(default_format(backbone), examples, backbone.separator, backbone.end)
+    return dataclasses.replace(shown, prompt=f"{instruction}\n{shown.prompt}")
+
+
+def _check_literal(texts: Iterable[str]) -> None:
+    """Refuse texts that would change the template that they are shown in."""
+    for text in texts:
+        if "{source}" in text or "{separator}" in text:
+            what = f"{text[:60]!r} contains a placeholder of text formats, {{source}} or {{separator}}."
+            raise DataError(what, hint="word it otherwise, or show other examples.")

@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel
 
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError
-from prefixtune.evaluation.metrics.base import Array, ItemStatistics
-from prefixtune.evaluation.metrics.significance import METHOD, Measurement, bootstrap, randomize
-from prefixtune.pages.document import Chart, Series, Table
-from prefixtune.pages.figures import save_figure
+from prefixtune.evaluation.metrics.measurement import METHOD, Array, Measurement, bootstrap, randomize, ratio
 from prefixtune.prefix.compose import cut
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.config import MOST_LENGTHS, TrainConfig
@@ -32,7 +27,7 @@ from prefixtune.training.score import score_targets
 from prefixtune.training.train import train
 from prefixtune.utils.files import write_text
 
-LENGTH_FILE, FIGURE_NAME = "length.json", "length"
+LENGTH_FILE = "length.json"
 
 
 class Point(BaseModel):
@@ -51,10 +46,10 @@ class Point(BaseModel):
     prefix_length: int
     loss: float
     interval: tuple[float, float]
-    difference: float = 0.0
-    difference_interval: tuple[float, float] = (0.0, 0.0)
-    p_value: float = 1.0
-    num_bytes: int = 0
+    difference: float
+    difference_interval: tuple[float, float]
+    p_value: float
+    num_bytes: int
 
 
 class LengthResult(BaseModel):
@@ -68,7 +63,6 @@ class LengthResult(BaseModel):
         file: The name of the artifact that is cut to it, in the run's folder.
         significance: A length is worse than the best where the p-value of their difference is below this.
         test: The name of the test.
-        samples: Its draws.
         num_sources: Development sources that were compared.
         num_targets: Their targets.
         lengths: The curve, from the shortest.
@@ -82,7 +76,6 @@ class LengthResult(BaseModel):
     file: str
     significance: float
     test: str = METHOD
-    samples: int
     num_sources: int
     num_targets: int
     lengths: list[Point]
@@ -99,9 +92,8 @@ def find_length(
     *,
     lengths: Sequence[int] = (),
     significance: float = 0.05,
-    samples: int = 1000,
     resume: bool = False,
-    on_length: Callable[[int], None] | None = None,
+    on_length: Callable[[int], None] = lambda length: None,
     **arguments: Any,
 ) -> LengthResult:
     """Train one nested prefix, measure its loss at several lengths, and cut it to the shortest that is good enough.
@@ -110,7 +102,6 @@ def find_length(
         config: The run; it is trained nested, whatever it says.
         lengths: To measure, besides the whole; empty: about two for each doubling.
         significance: A length is worse than the best where the p-value of their difference is below this.
-        samples: Draws of the bootstrap and of the randomization.
         resume: Go on with the run in `config.output`, and measure its curve.
         on_length: Called with each length before it is measured.
         **arguments: For `train`, such as `examples`, `dev_examples`, `backbone` and `on_event`.
@@ -119,40 +110,22 @@ def find_length(
         ConfigError: There is no development file, or the run trains no prefix; or as `train`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
-    config = config.replace(nested=True)
-    _check(config, has_dev=arguments.get("dev_examples") is not None)
+    if not (config.dev or config.hold_out or arguments.get("dev_examples") is not None):
+        raise ConfigError("lengths are compared on development data, but there is none.", hint="set dev (--dev FILE).")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("lengths are compared in one process.", hint="start it without torchrun.")
+    if not config.trains_prefix:
+        raise ConfigError(f"method {config.method!r} trains no prefix.", hint="use method = 'prefix'.")
     found: list[LengthResult] = []
 
     def measure(loop: TrainLoop, stop: threading.Event) -> None:
-        found.append(_measure_run(loop, stop, lengths, significance, samples, on_length))
+        found.append(_measure_run(loop, stop, lengths, significance, on_length))
 
     def check(loop: TrainLoop) -> None:
         curve_lengths(max(loop.site_lengths.values()), lengths)
 
-    train(config, resume=resume, check=check, after=measure, **arguments)
+    train(config.replace(nested=True), resume=resume, check=check, after=measure, **arguments)
     return found[0]
-
-
-def _check(config: TrainConfig, *, has_dev: bool) -> None:
-    """Refuse a run whose lengths cannot be compared.
-
-    Raises:
-        ConfigError: It has nothing to compare on, or nothing to cut, or it is one of several processes.
-    """
-    if not config.dev and not has_dev and not config.hold_out:
-        raise ConfigError(
-            "lengths are compared on development data, but there is none.",
-            hint="set dev (--dev FILE), or hold_out to a share of the training data.",
-        )
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(
-            "lengths are compared in one process, but this is one of several.",
-            hint="start it without torchrun and accelerate launch.",
-        )
-    if not config.trains_prefix:
-        raise ConfigError(
-            f"method {config.method!r} trains no prefix, which could be cut.", hint="use method = 'prefix'."
-        )
 
 
 def _measure_run(
@@ -160,11 +133,10 @@ def _measure_run(
     stop: threading.Event,
     lengths: Sequence[int],
     significance: float,
-    samples: int,
-    on_length: Callable[[int], None] | None,
+    on_length: Callable[[int], None],
 ) -> LengthResult:
     """The curve of a run that has ended, as files in its folder."""
-    config, dev, backbone = loop.config, loop.data.dev, loop.backbone
+    config, dev = loop.config, loop.data.dev
     assert dev is not None
     folder = Path(config.output)
     prefix = load_prefix(folder / PREFIX_FILE)
@@ -173,42 +145,35 @@ def _measure_run(
         if stop.is_set():
             raise KeyboardInterrupt("the run is saved")
 
+    # A source's targets are no independent measurements.
+    ends = np.cumsum([example.num_targets for example in dev.examples])
     by_source: dict[int, Array] = {}
     for length in curve_lengths(prefix.prefix_length, lengths):
-        if on_length is not None:
-            on_length(length)
-        losses = score_targets(backbone, prefix[:length], dev.examples, config.batch_size, check_stop)
-        by_source[length] = sum_by_source(losses, dev.examples)
-    points = measure_lengths(by_source, prefix, samples=samples, seed=config.seed)
+        on_length(length)
+        losses = score_targets(loop.backbone, prefix[:length], dev.examples, config.batch_size, check_stop)
+        by_source[length] = np.add.reduceat(losses.numpy(), [0, *ends[:-1]], axis=0)
+    points = measure_lengths(by_source, prefix, seed=config.seed)
     best, chosen = choose(points, significance)
-    path = save_prefix(
-        folder / f"prefix-{chosen}.safetensors",
-        prefix if chosen == prefix.prefix_length else _with_loss(cut(prefix, chosen), points),
-        dtype=prefix.dtype,
-    )
+    kept = prefix
+    if chosen.prefix_length < prefix.prefix_length:
+        short = cut(prefix, chosen.prefix_length)
+        training = {**(short.header.get("training") or {}), "dev_loss": chosen.loss}
+        kept = Prefix(short.layers, {**short.header, "training": training}, short.head)
+    path = save_prefix(folder / f"prefix-{chosen.prefix_length}.safetensors", kept, dtype=prefix.dtype)
     result = LengthResult(
         backbone=prefix.header["backbone"]["name"],
         prefix_length=prefix.prefix_length,
-        best=best,
-        chosen=chosen,
+        best=best.prefix_length,
+        chosen=chosen.prefix_length,
         file=path.name,
         significance=significance,
-        samples=samples,
         num_sources=len(dev.examples),
         num_targets=dev.num_targets,
         lengths=points,
         config=config.to_dict(),
     )
     write_text(folder / LENGTH_FILE, result.model_dump_json(indent=1) + "\n")
-    save_figure(draw_curve(result), folder / FIGURE_NAME)
     return result
-
-
-def _with_loss(prefix: Prefix, points: Sequence[Point]) -> Prefix:
-    """A cut prefix whose header has the development loss that was measured at its length."""
-    loss = next(point.loss for point in points if point.prefix_length == prefix.prefix_length)
-    training = {**(prefix.header.get("training") or {}), "dev_loss": loss}
-    return Prefix(prefix.layers, {**prefix.header, "training": training}, prefix.head)
 
 
 # --- the curve -------------------------------------------------------------------------------------------------------
@@ -223,78 +188,48 @@ def curve_lengths(longest: int, wanted: Sequence[int] = ()) -> list[int]:
     Raises:
         ConfigError: One is longer than the prefix, or they are too many.
     """
-    too_long = [length for length in wanted if not 1 <= length <= longest]
-    if too_long:
-        raise ConfigError(
-            f"lengths has {too_long[0]}, but the prefix has {longest} positions.", hint=f"choose from 1 to {longest}."
-        )
-    if len(wanted) > MOST_LENGTHS:
-        raise ConfigError(
-            f"lengths has {len(wanted)} numbers, but at most {MOST_LENGTHS} are measured.", hint="choose fewer."
-        )
+    if len(wanted) > MOST_LENGTHS or not all(1 <= length <= longest for length in wanted):
+        what = f"lengths is {', '.join(map(str, wanted[: MOST_LENGTHS + 1]))}"
+        raise ConfigError(f"{what}.", hint=f"choose at most {MOST_LENGTHS}, from 1 to {longest}.")
     powers = [2**power for power in range(longest.bit_length())]
     usual = {*powers, *(3 * power // 2 for power in powers[1:])}
     return sorted({*(wanted or (length for length in usual if 1 <= length < longest)), longest})
 
 
-def sum_by_source(losses: torch.Tensor, examples: Sequence[TokenizedExample]) -> Array:
-    """Losses and tokens of each source: its targets are no independent measurements. Shape (sources, 2)."""
-    counts = [example.num_targets for example in examples]
-    return np.stack([part.sum(0).numpy() for part in losses.split(counts) if len(part)])
-
-
-def measure_lengths(
-    by_source: Mapping[int, Array], prefix: Prefix, *, samples: int = 1000, seed: int = 0
-) -> list[Point]:
+def measure_lengths(by_source: Mapping[int, Array], prefix: Prefix, *, seed: int = 0) -> list[Point]:
     """The points of a curve.
 
     Args:
         by_source: Length -> loss and number of tokens of each source, (sources, 2).
         prefix: The whole.
-        samples: Draws of bootstrap and randomization.
-        seed: Of these draws.
+        seed: Of the draws of bootstrap and randomization.
     """
     measured = {length: _measurement(values) for length, values in by_source.items()}
-    best = min(measured, key=lambda length: (measured[length].score, length))
+    best = measured[min(measured, key=lambda length: (measured[length].score, length))]
     points = []
     for length in sorted(measured):
         one, values = measured[length], by_source[length]
-        paired = _measurement(np.stack([values[:, 0] - by_source[best][:, 0], values[:, 1]], axis=1))
-        point = Point(
-            prefix_length=length,
-            loss=one.score,
-            interval=bootstrap(one, samples=samples, seed=seed),
-            num_bytes=prefix[:length].num_bytes,
+        paired = _measurement(np.stack([values[:, 0] - best.values[:, 0], values[:, 1]], axis=1))
+        points.append(
+            Point(
+                prefix_length=length,
+                loss=one.score,
+                interval=bootstrap(one, seed=seed),
+                difference=paired.score,
+                difference_interval=bootstrap(paired, seed=seed),
+                p_value=randomize(one, best, seed=seed).p_value,
+                num_bytes=prefix[:length].num_bytes,
+            )
         )
-        if length != best:
-            test = randomize(one, measured[best], samples=samples, seed=seed)
-            span = bootstrap(paired, samples=samples, seed=seed)
-            changes = {"difference": paired.score, "difference_interval": span, "p_value": test.p_value}
-            point = point.model_copy(update=changes)
-        points.append(point)
     return points
 
 
 def _measurement(values: Array) -> Measurement:
-    statistics = ItemStatistics(values, lambda sums: float(sums[0] / sums[1]), "development loss in nats per token")
-    return Measurement("loss", False, statistics)
+    return Measurement(values, ratio, "development loss in nats per token", "loss", higher_is_better=False)
 
 
-def choose(points: Sequence[Point], significance: float = 0.05) -> tuple[int, int]:
-    """The best length, and the shortest whose loss is not significantly higher."""
+def choose(points: Sequence[Point], significance: float = 0.05) -> tuple[Point, Point]:
+    """The best point, and the shortest whose loss is not significantly higher."""
     best = min(points, key=lambda point: (point.loss, point.prefix_length))
-    good = [point.prefix_length for point in points if point.p_value >= significance or point.loss <= best.loss]
-    return best.prefix_length, min(good)
-
-
-def draw_curve(result: LengthResult) -> Chart:
-    """The curve as a picture."""
-    points = [(point.prefix_length, point.loss) for point in result.lengths]
-    chosen = f"p = {result.chosen}, not significantly worse than the best"
-    series = [
-        Series("first p positions", points, 0, [point.interval for point in result.lengths]),
-        Series(chosen, [(length, loss) for length, loss in points if length == result.chosen], 1),
-    ]
-    text = f"Loss per token with 95 % intervals at {len(points)} lengths; the best is {result.best}; {chosen}."
-    title, y_label = "Development loss over the length of the prefix", "development loss, nats per token"
-    return Chart(title, text, series, "prefix length p", y_label, Table("", []))
+    good = [point for point in points if point.p_value >= significance or point.loss <= best.loss]
+    return best, min(good, key=lambda point: point.prefix_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,147 +11,94 @@ import torch
 from torch import Tensor
 
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.evaluation.metrics.base import ItemStatistics
-from prefixtune.evaluation.metrics.significance import Measurement, bootstrap
-from prefixtune.explain.controls import with_layers
-from prefixtune.explain.subject import Subject, View, blocks
+from prefixtune.evaluation.metrics.measurement import Array, Measurement, bootstrap, ratio
+from prefixtune.explain.subject import Subject, View, with_layers
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.score import score_targets
 
-__all__ = ["RowLosses", "loss_view", "row_losses", "rows_of", "without_positions"]
-
-_CONTROL_PARTS = 6
-"""Of a random prefix, so many positions and layers are left out too."""
+_PARTS = 32
+"""Positions, and layers, are left out in at most so many blocks."""
 Part = dict[str, Any]
 
 
-# --- losses of rows ---------------------------------------------------------------------------------------------------
+def losses_of(subject: Subject, rows: Sequence[TokenizedExample], prefix: Prefix | None) -> Array:
+    """The loss of each row in nats and how many labels it has, shape (rows, 2); with a head, that of its labels."""
+    return score_targets(subject.backbone, prefix, rows, subject.batch_size, head=subject.prefix.head).numpy()
 
 
-@dataclass(frozen=True)
-class RowLosses:
-    """Per row, the sum of its labels' losses in nats, and how many labels it has; a text's windows are one row."""
-
-    sums: tuple[float, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def mean(self) -> float:
-        """The loss per label (per token, where targets are texts)."""
-        return sum(self.sums) / sum(self.counts)
-
-    def describe(self, seed: int) -> Part:
-        """The loss per label, and its 95 % bootstrap interval over the rows."""
-        return {"loss": self.mean, "interval": _interval(self.sums, self.counts, seed)}
-
-    def change(self, whole: RowLosses, seed: int) -> Part:
-        """How much larger the loss per label is than with the whole prefix, and the paired interval over the rows."""
-        differences = [a - b for a, b in zip(self.sums, whole.sums, strict=True)]
-        return {"change": self.mean - whole.mean, "interval": _interval(differences, whole.counts, seed)}
-
-
-def _interval(sums: Sequence[float], counts: Sequence[int], seed: int) -> list[float] | None:
-    if len(sums) < 2:
-        return None
-    values = np.array([sums, counts], dtype=float).T
-    statistics = ItemStatistics(values, lambda total: float(total[0] / total[1]), "loss per label")
-    return list(bootstrap(Measurement("loss", False, statistics, lambda items: statistics), seed=seed))
-
-
-def row_losses(subject: Subject, prefix: Prefix | None, hidden: Sequence[int] = ()) -> RowLosses:
-    """Each row's loss with a prefix in front (None: none), whose `hidden` positions are not seen (`Group.hidden`)."""
-    losses = rows_of(subject, [replace(row, hidden=tuple(hidden)) for row in subject.tokenized], prefix)
-    origins = subject.origins or range(len(losses.sums))
-    sums, counts = dict.fromkeys(origins, 0.0), dict.fromkeys(origins, 0)
-    for origin, one, count in zip(origins, losses.sums, losses.counts, strict=True):
-        sums[origin] += one
-        counts[origin] += count
-    return RowLosses(tuple(sums.values()), tuple(counts.values()))
-
-
-def rows_of(subject: Subject, rows: Sequence[TokenizedExample], prefix: Prefix | None) -> RowLosses:
-    """Each row's loss; with a head, that of its labels."""
-    found = score_targets(subject.backbone, prefix, rows, subject.limits.batch_size, head=subject.prefix.head)
-    return RowLosses(tuple(found[:, 0].tolist()), tuple(map(int, found[:, 1].tolist())))
-
-
-# --- the view ---------------------------------------------------------------------------------------------------------
+def row_losses(subject: Subject, prefix: Prefix | None, hidden: Sequence[int] = ()) -> Array:
+    """As `losses_of`, with a prefix whose `hidden` positions are not seen (`Group.hidden`); a text is one row."""
+    found = losses_of(subject, [replace(row, hidden=tuple(hidden)) for row in subject.tokenized], prefix)
+    origins = subject.origins or range(len(found))
+    return np.add.reduceat(found, np.flatnonzero(np.diff(origins, prepend=-1)), axis=0)
 
 
 def loss_view(subject: Subject) -> View:
     """Losses of the whole prefix, of its controls, and with parts left out."""
-    if not subject.tokenized:
-        return View("loss", left_out="there is no data to compute a loss on; give --data.")
-    seed, prefix, notes = subject.limits.seed, subject.prefix, []
-    whole, bare = row_losses(subject, prefix), row_losses(subject, None)
-    numbers: dict[str, Any] = {
-        "rows": len(subject.tokenized),
-        "labels": sum(whole.counts),
-        "whole": whole.describe(seed),
-        "without_prefix": {**bare.describe(seed), **bare.change(whole, seed)},
-        "controls": {},
-    }
-    for name in subject.timed(list(subject.controls)):
-        losses = row_losses(subject, subject.controls[name])
-        numbers["controls"][name] = {**losses.describe(seed), **losses.change(whole, seed)}
-    averaged = {
-        "keys": with_layers(prefix, lambda key, value: (_mean(key), value)),
-        "values": with_layers(prefix, lambda key, value: (key, _mean(value))),
-    }
-    for name in subject.timed(list(averaged)):
-        numbers[name] = row_losses(subject, averaged[name]).change(whole, seed)
-    positions = [_first_last(block) for block in blocks(prefix.prefix_length, subject.limits.parts)]
-    if prefix.prefix_length < 2:
-        notes.append("The prefix has one position: without it is without the prefix.")
-        positions = []
-    each = max(1, subject.limits.parts // len(prefix.layers))
+    prefix = subject.prefix
+    whole = row_losses(subject, prefix)
+
+    def change(losses: Array) -> Part:
+        """How much larger the loss per label is than with the whole prefix, and the paired interval over the rows."""
+        mean, interval = _mean(np.stack([losses[:, 0] - whole[:, 0], whole[:, 1]], axis=1), subject.seed)
+        return {"change": mean, "interval": interval}
+
+    def compared(prefix: Prefix | None) -> Part:
+        losses = row_losses(subject, prefix)
+        return {"loss": _mean(losses, subject.seed)[0], **change(losses)}
+
+    positions = [{"first": block[0], "last": block[-1]} for block in blocks(prefix.prefix_length, _PARTS)]
     layers = [
-        {"site": site, **_first_last(block)}
+        {"site": site, "first": block[0], "last": block[-1]}
         for site, pairs in prefix.layers.items()
-        for block in blocks(len(pairs), each)
+        for block in blocks(len(pairs), max(1, _PARTS // len(prefix.layers)))
     ]
-    numbers["positions"] = _sweep(subject, prefix, whole, positions)
-    numbers["layers"] = _sweep(subject, prefix, whole, layers)
-    random = subject.controls["random"]
-    random_whole = row_losses(subject, random)
-    numbers["random_parts"] = {
-        "positions": _sweep(subject, random, random_whole, _spread(positions)),
-        "layers": _sweep(subject, random, random_whole, _spread(layers)),
+    averaged_keys = with_layers(prefix, lambda key, value: (_averaged(key), value))
+    averaged_values = with_layers(prefix, lambda key, value: (key, _averaged(value)))
+    mean, interval = _mean(whole, subject.seed)
+    numbers = {
+        "rows": len(subject.tokenized),
+        "labels": int(whole[:, 1].sum()),
+        "whole": {"loss": mean, "interval": interval},
+        "without_prefix": compared(None),
+        "controls": {name: compared(control) for name, control in subject.controls.items()},
+        "keys": change(row_losses(subject, averaged_keys)),
+        "values": change(row_losses(subject, averaged_values)),
+        "positions": [{**part, **change(_without(subject, part))} for part in positions],
+        "layers": [{**part, **change(_without(subject, part))} for part in layers],
     }
-    if missing := len(positions) + len(layers) - len(numbers["positions"]) - len(numbers["layers"]):
-        notes.append(f"{missing} parts are not computed: the time is over (--minutes).")
-    return View("loss", numbers, tuple(notes))
+    return View("loss", numbers)
 
 
-def _first_last(block: range) -> Part:
-    return {"first": block[0], "last": block[-1]}
+def blocks(count: int, most: int) -> list[range]:
+    """Numbers from 0 to `count`, in at most `most` blocks of neighbours.
+
+    >>> blocks(5, 2), blocks(2, 9)
+    ([range(0, 3), range(3, 5)], [range(0, 1), range(1, 2)])
+    """
+    size = max(1, -(-count // most))
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _spread(parts: Sequence[Part]) -> list[Part]:
-    """Some of the parts, evenly spread."""
-    count = min(_CONTROL_PARTS, len(parts))
-    return [parts[index * len(parts) // count] for index in range(count)]
+def _mean(losses: Array, seed: int) -> tuple[float, list[float] | None]:
+    """The loss per label, and its 95 % bootstrap interval over the rows; of one row there is none."""
+    measured = Measurement(losses, ratio, "loss per label", "loss", higher_is_better=False)
+    return measured.score, list(bootstrap(measured, seed=seed)) if len(losses) > 1 else None
 
 
-def _sweep(subject: Subject, prefix: Prefix, whole: RowLosses, parts: Sequence[Part]) -> list[Part]:
-    """The change of the loss as each part alone is left out, until the time is over."""
-    seed = subject.limits.seed
-    return [{**part, **_without(subject, prefix, part).change(whole, seed)} for part in subject.timed(parts)]
-
-
-def _without(subject: Subject, prefix: Prefix, part: Part) -> RowLosses:
+def _without(subject: Subject, part: Part) -> Array:
     """The losses without some positions, or with the keys and values of some layers replaced by their mean."""
-    block = range(part["first"], part["last"] + 1)
+    prefix, block = subject.prefix, range(part["first"], part["last"] + 1)
     if "site" not in part:
         return without_positions(subject, prefix, block)
     site: Site = part["site"]
     pairs = enumerate(prefix.layers[site])
-    changed = tuple((_mean(key), _mean(value)) if index in block else (key, value) for index, (key, value) in pairs)
+    changed = tuple((_averaged(k), _averaged(v)) if index in block else (k, v) for index, (k, v) in pairs)
     return row_losses(subject, Prefix({**prefix.layers, site: changed}, prefix.header, prefix.head))
 
 
-def without_positions(subject: Subject, prefix: Prefix, positions: range) -> RowLosses:
+def without_positions(subject: Subject, prefix: Prefix, positions: range) -> Array:
     """Losses where some positions of a prefix are not seen, and all others stand where they stood.
 
     In a decoder-only model they are hidden by a mask, since without them the text would move; elsewhere a prefix
@@ -167,6 +114,6 @@ def without_positions(subject: Subject, prefix: Prefix, positions: range) -> Row
     return row_losses(subject, Prefix(kept, prefix.header, prefix.head) if kept else None)
 
 
-def _mean(tensor: Tensor) -> Tensor:
+def _averaged(tensor: Tensor) -> Tensor:
     """The mean over positions, at each position."""
     return tensor.mean(1, keepdim=True).expand_as(tensor)

@@ -18,20 +18,14 @@ from prefixtune.explain.subject import Subject, View
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["attention_view", "prefix_mass"]
-
 
 def attention_view(subject: Subject) -> View:
     """Attention mass of the prefix and of its controls."""
-    if not subject.tokenized:
-        return View("attention", left_out="there is no data to run the model on; give --data.")
     mass = prefix_mass(subject, subject.prefix)
     if not mass:
         why = f"the attention of {type(subject.backbone.model).__name__} computes its weights itself, unseen from here."
         return View("attention", left_out=why)
-    controls = {
-        name: _describe(prefix_mass(subject, subject.controls[name])) for name in subject.timed(list(subject.controls))
-    }
+    controls = {name: _describe(prefix_mass(subject, control)) for name, control in subject.controls.items()}
     return View("attention", {"rows": len(subject.tokenized), "sites": _describe(mass), "controls": controls})
 
 
@@ -42,7 +36,7 @@ def prefix_mass(subject: Subject, prefix: Prefix) -> Mapping[Site, list[Float[Te
     At an encoder, all tokens of the sources count.
     """
     mass = PrefixMass({})
-    size = subject.limits.batch_size
+    size = subject.batch_size
     for first in range(0, len(subject.tokenized), size):
         batch = collate(subject.backbone, subject.tokenized[first : first + size])
         mass.count(_counted(subject.backbone, batch))
@@ -65,14 +59,12 @@ def _counted(backbone: Backbone, batch: Batch) -> dict[Site, Bool[Tensor, "_B _T
 
 def _describe(mass: Mapping[Site, list[Float[Tensor, "Hq P"]]]) -> dict[str, Any]:
     """The means over heads, by site."""
-    return {site: _shares(torch.stack([layer.mean(0) for layer in layers])) for site, layers in mass.items()}
-
-
-def _shares(by_position: Float[Tensor, "L P"]) -> dict[str, Any]:
+    shares = {site: torch.stack([layer.mean(0) for layer in layers]) for site, layers in mass.items()}
     return {
-        "total": float(by_position.sum(1).mean()),
-        "total_without_first": float(by_position[:, 1:].sum(1).mean()),
-        "by_layer": by_position.sum(1).tolist(),
-        "by_position": by_position.mean(0).tolist(),
-        "by_layer_and_position": by_position.tolist(),
+        site: {
+            "total": float(matrix.sum(1).mean()),
+            "total_without_first": float(matrix[:, 1:].sum(1).mean()),
+            "by_layer_and_position": matrix.tolist(),
+        }
+        for site, matrix in shares.items()
     }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefixtune.pages.format import Number
+from prefixtune.pages.format import MISSING, Number, count, short, spread_out
 
 NUM_STYLES = 8
 """Colours that series have before they are repeated."""
+_MOST_POINTS = 12
+"""Of a line, in the table of a chart."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,26 @@ class Chart:
     series: Sequence[Series]
     x_label: str
     y_label: str
-    table: Table
     rows: Sequence[str] = ()
+
+    @property
+    def table(self) -> Table:
+        """Its figures: of lines, some points of each, the last among them."""
+        if not self.rows:
+            points = [(s.name, *point) for s in self.series for point in spread_out(s.points, _MOST_POINTS)]
+            names, at, found = zip(*points, strict=True) if points else ((), (), ())
+            return Table(
+                f"{self.title}: the figures",
+                [texts("curve", names), numbers(self.x_label, at, count), numbers(self.y_label, found, short)],
+            )
+        columns = []
+        for series in self.series:
+            cells = [Value(MISSING)] * len(self.rows)
+            for (value, row), span in itertools.zip_longest(series.points, series.ranges):
+                small = f"[{short(span[0])}, {short(span[1])}]" if span and span[0] < span[1] else ""
+                cells[int(row)] = Value(short(value), small, value)
+            columns.append(Column(series.name, cells))
+        return Table(f"{self.title}: the figures", [texts(self.y_label, self.rows), *columns])
 
 
 @dataclass(frozen=True)
@@ -143,7 +164,13 @@ class HeatMap:
     values: Sequence[Sequence[Number]]
     x_label: str
     y_label: str
-    table: Table
+
+    @property
+    def table(self) -> Table:
+        """Its figures."""
+        columns = zip(self.columns, zip(*self.values, strict=True), strict=True)
+        cells = [numbers(f"{self.x_label} {name}", values, short) for name, values in columns]
+        return Table(f"{self.title}: the figures", [texts(self.y_label, self.rows), *cells])
 
 
 @dataclass(frozen=True)

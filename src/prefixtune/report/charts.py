@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prefixtune.pages.document import NUM_STYLES, Chart, Column, Section, Series, Table, numbers, texts
-from prefixtune.pages.format import count, fixed, metric_name, natural, spread_out, words
+from prefixtune.pages.document import NUM_STYLES, Chart, Section, Series
+from prefixtune.pages.format import fixed, metric_name, natural, words
 from prefixtune.report.run import Run, losses_of
-from prefixtune.report.systems import System, best_values
+from prefixtune.report.systems import System
 
 MOST_PARTS = 60
 """Of a chart of parts of the data."""
-MOST_ROWS = 24
-"""Rows of a table of losses."""
 STEP = "optimizer step"
 _KINDS = {"seen": "whether the category was seen in training", "triples": "number of triples"}
 
@@ -47,16 +45,9 @@ def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping
         if dots:
             series.append(Series(system.name, dots, system.style, spans, "dots"))
     title = f"{metric_name(main)} by {_title(kind)}"
-    text = f"{metric_name(main)} for each of {len(sizes)} parts; the figures are in the table below."
-    values = {name: best_values(systems, main, (kind, name)) for name in sizes}
-    columns = [
-        texts(words(kind), sizes),
-        numbers("examples", sizes.values(), count),
-        *(Column(s.name, [values[name][index] for name in sizes]) for index, s in enumerate(systems)),
-    ]
-    table = Table(f"{title}: the figures", columns)
+    text = f"{metric_name(main)} for each of {len(sizes)} parts, with the number of examples."
     rows = [f"{name} ({sizes[name]:,})" for name in drawn]
-    return Chart(title, text, series, metric_name(main), words(kind), table, rows)
+    return Chart(title, text, series, metric_name(main), words(kind), rows)
 
 
 def losses_section(systems: Sequence[System]) -> Section | None:
@@ -93,7 +84,7 @@ def _single_chart(name: str, run: Run, key: str, unit: str) -> Chart:
     if development:
         last = development[max(development)]
         text += f" The lowest development loss is {fixed(min(development.values()), 3)}, the last {fixed(last, 3)}."
-    return Chart(name, text, series, STEP, unit, _losses_table(f"Losses of {name}", series[1:] or series))
+    return Chart(name, text, series, STEP, unit)
 
 
 def _overlaid(systems: Sequence[System], key: str, unit: str) -> Iterator[Chart]:
@@ -109,17 +100,7 @@ def _overlaid(systems: Sequence[System], key: str, unit: str) -> Iterator[Chart]
             label = unit if is_training else "loss per token"
             lowest = "; ".join(f"{each.name} {fixed(min(y for _, y in each.points), 3)}" for each in series)
             text = f"{label} over the optimizer steps of {len(series)} runs. The lowest: {lowest}."
-            yield Chart(title, text, series, STEP, label, _losses_table(f"{title}: the figures", series))
-
-
-def _losses_table(title: str, series: Sequence[Series]) -> Table:
-    rows = [(each.name, step, loss) for each in series for step, loss in spread_out(each.points, MOST_ROWS // 2)]
-    columns = [
-        texts("curve", [name for name, _, _ in rows]),
-        numbers("step", [step for _, step, _ in rows], count),
-        numbers("loss", [loss for _, _, loss in rows], lambda loss: fixed(loss, 3)),
-    ]
-    return Table(title, columns)
+            yield Chart(title, text, series, STEP, label)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -78,12 +78,12 @@ def scored(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any
 
 
 def test_scores_agree_with_the_library(references: str, outputs: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from prefixtune.evaluation.metrics import compute
+    from prefixtune.evaluation.metrics import measure
 
     options = ("--task", "e2e", "--data", references, "--outputs", outputs)
     result = scored(capsys, *options, "--metrics", "nist,bleu,ter")
-    wanted = compute(OUTPUTS, [item["references"] for item in ITEMS], protocol="e2e", metrics=["nist", "bleu", "ter"])
-    assert result["scores"] == {name: one.model_dump() for name, one in wanted.items()}
+    wanted = measure(OUTPUTS, [item["references"] for item in ITEMS], protocol="e2e", metrics=["nist", "bleu", "ter"])
+    assert result["scores"] == {name: one.to_score().model_dump() for name, one in wanted.items()}
     assert list(result["scores"]) == ["nist", "bleu", "ter"]
     assert (result["num_examples"], result["task"], result["left_out"]) == (3, "e2e", {})
     other = scored(capsys, *options, "--metrics", "bleu", "--protocol", "plain")
@@ -133,7 +133,7 @@ def test_a_second_system_intervals_and_the_report(
     assert f"p = {found['p_value']:.4f}" in to_html(compose([stored]))
 
 
-def test_the_first_examples_or_all_entries(
+def test_the_first_examples_or_all(
     references: str, outputs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--task", "e2e", "--data", references, "--metrics", "ter", "--outputs")

@@ -73,7 +73,7 @@ def test_limits_are_those_of_training(
                 cut += made.num_truncated
             except DataError:
                 refused += 1
-        assert (report.limit.cut, report.limit.refused) == (cut, refused), length
+        assert (report.cut, report.refused) == (cut, refused), length
 
 
 def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: Callable[..., Any]) -> None:
@@ -89,8 +89,8 @@ def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: C
     assert by_name["together"].longest == max(len(e.prompt) + max(map(len, e.targets)) for e in made.examples)
     assert report.steps == 1
     assert (report.rows, report.examples, report.equal_rows, report.equal_sources) == (6, 4, 1, 1)
-    assert [part.is_label for part in report.example] == [False, True]
-    assert report.example[1].text == " x </s>"
+    assert [is_label for _, is_label in report.example] == [False, True]
+    assert report.example[1][0] == " x </s>"
 
 
 def test_the_loss_of_a_conversation_is_on_its_answers(look: Callable[..., DataReport], tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_loss_of_a_conversation_is_on_its_answers(look: Callable[..., DataRe
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}] * 2
     report = look(rows, chat_template=str(tmp_path / "chat.jinja"))
     assert report.chat_template
-    assert "".join(f"[{p.text}]" if p.is_label else p.text for p in report.example) == (
+    assert "".join(f"[{text}]" if is_label else text for text, is_label in report.example) == (
         "<s>user:Hi</s><s>assistant:[Yes?</s>]<s>user:Go</s><s>assistant:[Gone.</s>]"
     )
     assert next(item for item in report.lengths if item.what == "target").longest == len("Gone.") + 1
@@ -110,10 +110,10 @@ def test_labels(look: Callable[..., DataReport]) -> None:
     rows = [{"text": f"t{n}", "label": "good" if n % 3 else "bad"} for n in range(9)]
     by_words = look(rows)
     assert by_words.labels == {"good": 6, "bad": 3}
-    assert by_words.example[1].text.strip() == "bad </s>"
+    assert by_words.example[1][0].strip() == "bad </s>"
     by_head = look(rows, task="classification", classifier="head")
     assert [lengths.what for lengths in by_head.lengths] == ["source"]
-    assert [part.is_label for part in by_head.example] == [False]
+    assert [is_label for _, is_label in by_head.example] == [False]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_texts_are_measured_whole_and_nothing_of_them_is_cut(look: Callable[...,
     report = look([{"text": text} for text in texts], max_length=40, batch_size=100)
     assert report.lengths[-1].longest == 1200 + 2, "with the tokens that begin and end it"
     assert sum(count for _, _, count in report.lengths[-1].bins) == report.tokenized == 3
-    assert "".join(part.text for part in report.example).count("n") == 700
-    assert (report.limit.cut, report.limit.refused) == (0, 0)
+    assert "".join(text for text, _ in report.example).count("n") == 700
+    assert (report.cut, report.refused) == (0, 0)
 
 
 def test_without_weights(model: Callable[[str], str], tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
 from prefixtune.data.examples import Example, Message
-from prefixtune.evaluation.overlap import find_overlap, training_examples
+from prefixtune.evaluation.data_report import find_overlap, training_examples
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.training.config import TrainConfig
@@ -28,7 +28,7 @@ def test_sources_are_compared_without_their_white_space() -> None:
     training = [Example("name : Ann", ("x",)), Example("name : Bo", ("y",))]
     tested = [Example(" name :\tAnn\n"), Example("name : ann"), Example("name : Bo"), Example("name:Bo")]
     found = find_overlap(tested, training, "my.csv")
-    assert found.model_dump() == {"count": 2, "share": 0.5, "num_examples": 4, "train": "my.csv"}
+    assert found.model_dump() == {"count": 2, "num_examples": 4, "train": "my.csv"}
     assert "2 of 4 test sources (50.0%)" in str(found)
 
 

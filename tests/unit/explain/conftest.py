@@ -9,8 +9,7 @@ import pytest
 
 import prefixtune as pt
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.explain.controls import make_controls
-from prefixtune.explain.subject import Limits, Subject, make_subject
+from prefixtune.explain.subject import Subject, make_subject
 from prefixtune.prefix.prefix import Prefix
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", "unused")) for letter in "abcdef"]
@@ -34,8 +33,6 @@ def make(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]) -
         chosen = prefix or random_prefix(backbone, length, 1).detach()
         facts = {**make_header(backbone, task="records"), **(header or {})}
         whole = Prefix(chosen.layers, {**chosen.header, **facts}, chosen.head)
-        settings = Limits(**limits)
-        controls = make_controls(whole, against, settings.seed)
-        return make_subject(backbone, whole, examples, controls, settings)
+        return make_subject(backbone, whole, examples, against=against, **limits)
 
     return make

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +11,9 @@ import torch
 
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.explain.ablation import loss_view
-from prefixtune.explain.attention import attention_view
-from prefixtune.explain.description import description_view
 from prefixtune.explain.explain import explain, summarize
-from prefixtune.explain.nearest import nearest_view
 from prefixtune.explain.page import compose
-from prefixtune.explain.subject import Limits, View
+from prefixtune.explain.subject import TITLES, View, make_subject
 from prefixtune.pages.page import to_html
 from prefixtune.prefix.prefix import Head, Prefix
 from zoo import make_model
@@ -32,7 +27,7 @@ def shown(views: list[View]) -> None:
     for view in views:
         json.dumps(view.to_dict(), allow_nan=False)
     page = to_html(compose(views, [("prefix", "p")], "Page"))
-    assert all(f">{view.title}" in page for view in views if not view.left_out and "'" not in view.title)
+    assert all(f">{TITLES[view.name]}" in page for view in views if not view.left_out and view.name != "description")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +56,8 @@ def test_kinds(
     head = Head(torch.randn(2, backbone.hidden_size), torch.zeros(2)) if has_head else None
     prefix = Prefix(random_prefix(backbone, 3).detach().layers, header, head)
     examples = [pt.Example(f"n : {c}", ("xy"[i % 2] if labelled else f"{c}{c} it is.",)) for i, c in enumerate("abcd")]
-    views = list(explain(backbone, prefix, examples, limits=Limits(parts=3)))
+    subject = make_subject(backbone, prefix, examples)
+    views = list(explain(subject))
     assert {view.name for view in views if view.left_out} == set(left_out)
     for view in views:
         assert left_out.get(view.name, "") in view.left_out
@@ -71,12 +67,4 @@ def test_kinds(
     if family == "bart":
         assert views[0].numbers["sites"].keys() == {"encoder", "decoder", "cross"}
     shown(views)
-    assert json.dumps(summarize(prefix, backbone, views), allow_nan=False)
-
-
-def test_views_that_ran_out_of_time_are_shown(make: Callable[..., Any]) -> None:
-    subject = dataclasses.replace(make("llama", seconds=1e-9))
-    shown([view(subject) for view in (attention_view, loss_view, nearest_view, description_view)])
-    late = list(explain(subject.backbone, subject.prefix, subject.examples, limits=subject.limits))
-    assert all("the time was over" in view.left_out for view in late)
-    shown(late)
+    assert json.dumps(summarize(subject, views), allow_nan=False)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prefixtune.pages.document import Document, HeatMap, Section, numbers, texts
-from prefixtune.pages.document import Table as PageTable
-from prefixtune.pages.format import short
+from prefixtune.pages.document import Document, HeatMap, Section
 from prefixtune.pages.page import save_figures, to_html
 
 MAP = HeatMap(
@@ -18,7 +16,6 @@ MAP = HeatMap(
     [[0.0, 1.0], [0.5, -0.25], [0.125, 0.75]],
     "position",
     "layer",
-    PageTable("All values", [texts("layer", ["0", "1", "2"]), numbers("p0", [0.0, 0.5, 0.125], short)]),
 )
 DOCUMENT = Document("Page", "", [Section("Attention", [(MAP,)])], command="explain")
 

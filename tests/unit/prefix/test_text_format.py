@@ -13,8 +13,7 @@ from prefixtune.data import Example
 from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.labels import Labels, encode_labelled
 from prefixtune.errors import CheckpointError, DataError, PrefixWarning, RequestError
-from prefixtune.evaluation.evaluate import evaluate
-from prefixtune.evaluation.prompting import few_shot_format, instruction_format
+from prefixtune.evaluation.evaluate import evaluate, few_shot_format, instruction_format
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, stream

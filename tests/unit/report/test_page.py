@@ -16,6 +16,7 @@ import pytest
 from contrast import contrast
 from made_up_runs import evaluation, examples, five_runs, measure, training, write, write_lines
 from prefixtune.errors import DataError
+from prefixtune.pages.format import short
 from prefixtune.report import compose, read_results, save_figures, to_html
 
 NASTY = (
@@ -152,15 +153,16 @@ def test_runs_and_parts_get_names_and_notes(tmp_path: Path) -> None:
     assert list(page.column("BLEU")) == ["prefix (one)", "prefix (two)"]
     assert "BLEU: mine 1; or mine 2. These are different implementations" in page.text()
     assert "NIST was left out: no Java." in page.text()
-    assert page.table("triples", "examples") == [["1", "10", "59.00"], ["2", "20", "58.00"], ["10", "100", "50.00"]]
+    assert [row[0] for row in page.table("triples")] == ["1 (10)", "2 (20)", "10 (100)"]
+    assert [row[1].split()[0] for row in page.table("triples")] == [short(score) for score in (59.0, 58.0, 50.0)]
 
 
 def test_a_training_run_shows_its_losses(tmp_path: Path) -> None:
     page = Page(page_of(training(tmp_path / "run", end=False)))
     assert "the log has no end" in page.text()
-    losses = page.table("curve", "step", "loss")
+    losses = page.table("curve", "optimizer step", "loss per token")
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    development = {f"{e['step']}": f"{e['loss']:.3f}" for e in events if e["event"] == "evaluation"}
+    development = {f"{e['step']}": short(e["loss"]) for e in events if e["event"] == "evaluation"}
     assert {row[1]: row[2] for row in losses if row[0] == "development"} == development
     # The step's own loss is a sum over the target; shown is that of a token, as for the development data.
     assert all(float(row[2]) < 4 for row in losses)
@@ -170,7 +172,7 @@ def test_a_training_run_shows_its_losses(tmp_path: Path) -> None:
 def test_several_runs_are_in_one_curve(tmp_path: Path) -> None:
     page = Page(page_of(*(training(tmp_path / name, seed=seed, final=1 + seed) for seed, name in enumerate("abc"))))
     assert [data for name, data in page.texts if name == "title"][1:] == ["Training loss, smoothed", "Development loss"]
-    assert {row[0] for row in page.table("curve", "step", "loss")} == {"a", "b", "c"}
+    assert {row[0] for row in page.table("curve", "optimizer step")} == {"a", "b", "c"}
 
 
 def test_settings_that_differ_are_shown_apart_from_equal_ones(tmp_path: Path) -> None:

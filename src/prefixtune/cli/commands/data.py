@@ -15,7 +15,7 @@ from prefixtune.utils.console import safe_text
 
 if TYPE_CHECKING:
     from prefixtune.data import Task
-    from prefixtune.evaluation.data_report import DataReport, Part
+    from prefixtune.evaluation.data_report import DataReport
 
 __all__ = ["data"]
 
@@ -77,7 +77,7 @@ def _describe(task: Task) -> dict[str, Any]:
         "kind": task.kind,
         "formats": [] if task.parts else list(task.formats),
         "parts": list(task.parts),
-        "takes_columns": task.takes_columns,
+        "takes_columns": task.form is not None,
         "decoding": task.decoding,
         "metrics": list(task.metrics),
         "protocol": task.protocol,
@@ -110,10 +110,9 @@ def _length_lines(report: DataReport) -> Iterator[str]:
 
 
 def _limit_lines(report: DataReport) -> Iterator[str]:
-    limit = report.limit
-    if limit.positions:
-        refused = f", and {limit.refused:,} are refused, as a target alone is too long" if limit.refused else ""
-        yield f"at {limit.positions:,} positions {limit.cut:,} of {report.tokenized:,} examples are cut{refused}"
+    if report.positions:
+        refused = f", and {report.refused:,} are refused, as a target alone is too long" if report.refused else ""
+        yield f"at {report.positions:,} positions {report.cut:,} of {report.tokenized:,} examples are cut{refused}"
     yield f"optimizer steps of an epoch: {report.steps:,}"
 
 
@@ -130,9 +129,9 @@ def _in_color() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def _marked(parts: Sequence[Part]) -> str:
+def _marked(parts: Sequence[tuple[str, bool]]) -> str:
     before, after = ("\033[1;32m", "\033[0m") if _in_color() else ("[[", "]]")
-    return "".join(f"{before}{_safe(part.text)}{after}" if part.is_label else _safe(part.text) for part in parts)
+    return "".join(f"{before}{_safe(text)}{after}" if is_label else _safe(text) for text, is_label in parts)
 
 
 def _safe(text: str) -> str:

@@ -85,7 +85,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.output:
         check_writable(Path(options.output) / "any")
     if options.outputs:
-        outcome = _score(options, name, task, examples)
+        outcome = _score(options, task, examples)
     else:
         config = options.configuration(trained.headers, name)
         if options.print_config:
@@ -111,40 +111,39 @@ def _read_examples(options: EvaluateOptions, header: Mapping[str, Any]) -> tuple
     Raises:
         ConfigError: An option is for texts that are generated, but the data is texts alone.
     """
-    from prefixtune.data import read_task, resolve_task
+    from prefixtune.data import read_data
     from prefixtune.data.forms import describe_data
 
     name, split = options.task or header.get("task") or "records", options.split or None
     columns = columns_as_trained(options, name, header)
-    name, form, first_row = resolve_task(name, options.data, split=split, **columns)
-    examples = read_task(name, options.data, split=split, needs_targets=True, **columns)
-    if form is not None:
-        options.console.info(describe_data(form, examples, options.data, first_row))
+    read = read_data(name, options.data, split=split, needs_targets=True, **columns)
+    if read.form is not None:
+        options.console.info(describe_data(read.form, read.examples, options.data, read.columns))
         given = [options.flag(name) for name in ("metrics", "shots", "instruction") if options.has(name)]
-        if form.name == "text" and given:
+        if read.form.name == "text" and given:
             raise ConfigError(
                 f"{', '.join(given)}: not for texts alone, whose perplexity is measured.",
                 hint="leave it out, or name a source and a target (--source, --target).",
             )
-    return name, columns, examples
+    return read.task, columns, read.examples
 
 
-def _score(options: EvaluateOptions, name: str, task: Task, examples: Sequence[Example]) -> Evaluation:
+def _score(options: EvaluateOptions, task: Task, examples: Sequence[Example]) -> Evaluation:
     """The scores of outputs that exist already.
 
     Raises:
         PrefixError: A file does not fit the examples, or a metric cannot be computed here.
     """
-    from prefixtune.evaluation.outputs import outputs_of
-    from prefixtune.evaluation.scores import score_outputs
+    from prefixtune.evaluation.scores import outputs_of, score_outputs
 
     if task.kind != "generation" and (options.against or options.protocol or options.intervals):
         raise ConfigError(
             f"--against, --protocol, --intervals: for texts, not for {task.kind}.", hint="leave them out."
         )
-    data: dict[str, Any] = {"task": name, "data": options.data, "split": options.split, "limit": options.limit}
     outputs, *other = (
-        outputs_of(examples, Path(file), **data) for file in (options.outputs, options.against) if file is not None
+        outputs_of(examples, Path(file), data=options.data, limit=options.limit)
+        for file in (options.outputs, options.against)
+        if file is not None
     )
     return score_outputs(
         outputs,
@@ -221,7 +220,7 @@ def _decode(
 def _prompting(options: EvaluateOptions, backbone: Backbone, shots: Sequence[Example]) -> TextFormat | None:
     """The text format that asks the bare model; None: it is not asked."""
     from prefixtune.data.encoding import default_format
-    from prefixtune.evaluation.prompting import few_shot_format, instruction_format
+    from prefixtune.evaluation.evaluate import few_shot_format, instruction_format
 
     if options.instruction:
         return instruction_format(backbone, options.instruction, shots)
@@ -252,7 +251,7 @@ def _overlap(
     options: EvaluateOptions, trained: Trained, examples: Sequence[Example], shots: Sequence[Example]
 ) -> Overlap | None:
     """How many examples are among the shots, or in the training sets of the prefix or the weights; None: unknown."""
-    from prefixtune.evaluation.overlap import find_overlap, training_examples
+    from prefixtune.evaluation.data_report import find_overlap, training_examples
     from prefixtune.training.config import TrainConfig
     from prefixtune.training.run_folder import CONFIG_FILE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +94,7 @@ class ExplainOptions(BackboneOptions, PageOptions, ReadingOptions):
     """The options of `prefixtune explain`."""
 
     prefix: str = option(description=PREFIX, positional=True)
-    data: str = option("", "examples with targets, not those of the training; some views need them", metavar="PATH")
+    data: str = option(description="examples with targets, best not those of the training", metavar="PATH")
     against: str = option("", "a prefix of another task, to compare with", metavar="FILE")
     views: CommaList[Literal["attention", "loss", "nearest", "description"]] = option(
         (), "only these, of attention,loss,nearest,description", metavar="NAMES"
@@ -103,11 +102,6 @@ class ExplainOptions(BackboneOptions, PageOptions, ReadingOptions):
     rows: int = option(32, "most examples, each with its first target; of texts alone, most windows", ge=1, le=10_000)
     batch_size: int = option(8, "examples per batch", ge=1)
     seed: int = option(0, "of the controls and intervals", ge=0)
-
-    def conflicts(self) -> Conflicts:
-        """Also: what says how data are read has no data."""
-        yield from super().conflicts()
-        yield from self.only_with("data", *(name for name in ReadingOptions.model_fields if name != "data"))
 
 
 @command
@@ -124,33 +118,30 @@ def explain(options: ExplainOptions) -> None:
     from prefixtune.explain.explain import explain as explain_prefix
     from prefixtune.explain.explain import summarize
     from prefixtune.explain.page import compose
-    from prefixtune.explain.subject import TITLES, Limits
+    from prefixtune.explain.subject import TITLES, make_subject
 
     page = options.page(_usual_page(options.prefix))
     trained = read_trained(options, [options.prefix, *([options.against] if options.against else [])])
     examples = _read_examples(options, trained.prefixes[0])
     backbone, (prefix, *against), _ = load_trained(options, trained)
-    limits = Limits(rows=options.rows, batch_size=options.batch_size, seed=options.seed)
-    names, parts = [name for name in TITLES if name in (options.views or TITLES)], itertools.count(1)
+    limits = {"rows": options.rows, "batch_size": options.batch_size, "seed": options.seed}
+    subject = make_subject(backbone, prefix, examples, against=next(iter(against), None), **limits)
+    names = [name for name in TITLES if name in (options.views or TITLES)]
+    made = explain_prefix(subject, names)
     views: list[View] = []
     try:
         with options.console.progress("views", len(names)) as bar:
-
-            def on_part(name: str) -> None:
-                bar.update(len(views), view=TITLES[name].lower(), parts=next(parts))
-
-            other = next(iter(against), None)
-            for view in explain_prefix(
-                backbone, prefix, examples, against=other, limits=limits, views=names, on_part=on_part
-            ):
-                views.append(view)
+            for name in names:
+                bar.update(len(views), view=TITLES[name].lower())
+                views.append(next(made))
+            bar.update(len(views))
     finally:
         # A stopped run writes the views that are done; one that has none leaves an earlier page alone.
         if views:
             title = f"What the prefix {short_name(options.prefix)} does"
             document = compose(views, _facts(options, prefix, backbone.name, len(examples)), title)
             line, figures = options.write(page, document)
-    facts: dict[str, Any] = {**summarize(prefix, backbone, views), "page": str(page), "figures": figures}
+    facts: dict[str, Any] = {**summarize(subject, views), "page": str(page), "figures": figures}
     options.show(facts, *_parts(document), line)
 
 
@@ -173,8 +164,6 @@ def _read_examples(options: ExplainOptions, prefix: Prefix) -> list[Example]:
     from prefixtune.data import read_task
     from prefixtune.data.labels import check_labels, labels_of
 
-    if not options.data:
-        return []
     labels, split = labels_of(prefix), options.split or None
     name = options.task or str(prefix.header.get("task") or "records")
     columns = columns_as_trained(options, name, prefix.header)
@@ -192,7 +181,7 @@ def _facts(options: ExplainOptions, prefix: Prefix, backbone: str, rows: int) ->
         ("task", str(prefix.header.get("task") or "")),
         ("backbone", backbone),
         ("length", ", ".join(f"{site} {prefix.length(site)}" for site in prefix.sites)),
-        ("data", f"{options.data}, {rows} rows" if options.data else "none"),
+        ("data", f"{options.data}, {rows} rows"),
         ("against", options.against),
     ]
 

@@ -126,7 +126,7 @@ def length(options: LengthOptions) -> None:
     One nested run of --prefix-length positions (64 if it is not given) makes the first p positions a good prefix for
     every p. The development loss at each length has a 95 % interval; the chosen length is the shortest whose loss is
     not significantly higher than the best. The folder of the run (runs/length if --output is not given) then has the
-    curve as length.json and as pictures, and the prefix cut to that length.
+    curve as length.json, and the prefix cut to that length.
 
     For example:
         prefixtune length --task e2e --train trainset.csv --dev devset.csv --output runs/how-long

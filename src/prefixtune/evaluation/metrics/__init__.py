@@ -1,7 +1,7 @@
 """Scores of strings: texts, labels and tags against their references.
 
-`compute` scores outputs as a task's official script does (its protocol); `measure` keeps each item's statistics, so
-that parts, intervals and comparisons cost little more. Every score names its implementation.
+`measure` scores outputs as a task's official script does (its protocol), and keeps each item's statistics, so that
+parts, intervals and comparisons cost little more. Every score names its implementation.
 
 Of this project, this package imports the model of a score alone: no example, no task, no model, no exception. Misuse
 raises `ValueError`.
@@ -9,23 +9,19 @@ raises `ValueError`.
 
 from __future__ import annotations
 
-from prefixtune.evaluation.metrics.base import Unavailable
+from prefixtune.evaluation.metrics.java import Unavailable
 from prefixtune.evaluation.metrics.labels import accuracy, macro_f1, span_f1
+from prefixtune.evaluation.metrics.measurement import Measurement, bootstrap, randomize
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.evaluation.metrics.scoring import METRICS, compute, measure, metric_names
-from prefixtune.evaluation.metrics.significance import Measurement, bootstrap, randomize
-from prefixtune.results import Comparison, Score
+from prefixtune.evaluation.metrics.scoring import METRICS, measure, metric_names
 
 __all__ = [
     "METRICS",
     "PROTOCOLS",
-    "Comparison",
     "Measurement",
-    "Score",
     "Unavailable",
     "accuracy",
     "bootstrap",
-    "compute",
     "macro_f1",
     "measure",
     "metric_names",

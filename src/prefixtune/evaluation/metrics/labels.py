@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from prefixtune.evaluation.metrics.base import check_counts
 from prefixtune.results import Score
 
 _TAG = re.compile(r"O|([BI])-(.+)", re.DOTALL)
@@ -23,9 +22,8 @@ def accuracy(predictions: Sequence[str], references: Sequence[str]) -> Score:
         references: The correct labels.
 
     Raises:
-        ValueError: The counts differ, or there is no item.
+        ValueError: The counts differ.
     """
-    _check_labels(predictions, references)
     hits = sum(one == other for one, other in zip(predictions, references, strict=True))
     implementation = "prefixtune (share of equal strings)"
     return Score(name="accuracy", score=100 * hits / len(references), implementation=implementation)
@@ -45,9 +43,8 @@ def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> Score:
         references: The correct labels.
 
     Raises:
-        ValueError: The counts differ, or there is no item.
+        ValueError: The counts differ.
     """
-    _check_labels(predictions, references)
     hits = Counter(one for one, other in zip(predictions, references, strict=True) if one == other)
     occurrences = Counter([*predictions, *references])
     scores = [2 * hits[label] / occurrences[label] for label in sorted(occurrences)]
@@ -70,21 +67,16 @@ def span_f1(predicted_tags: Sequence[Sequence[str]], reference_tags: Sequence[Se
         reference_tags: The correct tags.
 
     Raises:
-        ValueError: The numbers of sentences, or of tags in one, differ, there is no sentence, or a reference is no tag.
+        ValueError: The numbers of sentences, or of tags in one, differ, or a reference is no tag.
     """
-    if any(isinstance(item, str) for tags in (predicted_tags, reference_tags) for item in [tags, *tags]):
-        raise ValueError("predicted and reference tags must be lists of lists of strings")
-    check_counts(predicted_tags, reference_tags, "sentences")
     hits = num_predicted = num_references = 0
     for index, (predicted, reference) in enumerate(zip(predicted_tags, reference_tags, strict=True)):
         if len(predicted) != len(reference):
             raise ValueError(
-                f"sentence {index} (from 0) has {len(predicted)} predicted and {len(reference)} reference tags; "
-                "counts must agree"
+                f"sentence {index} (from 0) has {len(predicted)} predicted tags, but {len(reference)} words"
             )
-        for tag in reference:
-            if not _TAG.fullmatch(tag):
-                raise ValueError(f"sentence {index} (from 0): reference {tag!r} is none of O, B-TYPE and I-TYPE")
+        if wrong := [tag for tag in reference if not _TAG.fullmatch(tag)]:
+            raise ValueError(f"sentence {index} (from 0): reference {wrong[0]!r} is none of O, B-TYPE and I-TYPE")
         predicted_spans, reference_spans = set(_spans(predicted)), set(_spans(reference))
         hits += len(predicted_spans & reference_spans)
         num_predicted += len(predicted_spans)
@@ -104,9 +96,3 @@ def _spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
             yield kind, start, position
         if begins or tag_kind != kind:
             kind, start = tag_kind, position
-
-
-def _check_labels(predictions: Sequence[str], references: Sequence[str]) -> None:
-    if isinstance(predictions, str) or isinstance(references, str):
-        raise ValueError("predictions and references must be lists of strings")
-    check_counts(predictions, references, "items")

@@ -1,42 +1,33 @@
-"""All metrics by name, and scoring texts against references.
+"""Metrics of texts by name, measured on outputs against references.
 
 A new metric of texts is one line here and a function in its module.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from prefixtune.evaluation.metrics import ngrams
-from prefixtune.evaluation.metrics.base import ItemStatistics, Unavailable
-from prefixtune.evaluation.metrics.meteor import meteor
-from prefixtune.evaluation.metrics.protocols import PROTOCOLS, Texts
-from prefixtune.evaluation.metrics.significance import Measurement
-from prefixtune.evaluation.metrics.ter import ter
-from prefixtune.results import Score
+from prefixtune.evaluation.metrics.alignment import meteor, ter
+from prefixtune.evaluation.metrics.java import Unavailable
+from prefixtune.evaluation.metrics.measurement import Measurement
+from prefixtune.evaluation.metrics.protocols import PROTOCOLS, Texts, prepare_texts
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One way to score texts.
-
-    Attributes:
-        title: Its usual name.
-        measure: Texts -> each item's statistics.
-        higher_is_better: False for error rates.
-    """
+class Metric(NamedTuple):
+    """One way to score texts: its usual name, what measures it, and whether more is better (not of error rates)."""
 
     title: str
-    measure: Callable[[Texts], ItemStatistics]
+    measure: Callable[[Texts], Measurement]
     higher_is_better: bool = True
 
 
 METRICS: dict[str, Metric] = {
     "bleu": Metric("BLEU", ngrams.bleu),
-    "bleu_sound": Metric("BLEU (absent references ignored)", ngrams.bleu_without_padding),
+    "bleu_sound": Metric("BLEU (absent references ignored)", partial(ngrams.bleu, padded=False)),
     "nist": Metric("NIST", ngrams.nist),
     "meteor": Metric("METEOR", meteor),
     "rouge_1": Metric("ROUGE-1", partial(ngrams.rouge, "1")),
@@ -59,6 +50,10 @@ def measure(
 ) -> dict[str, Measurement]:
     """Compute metrics once, so that scores of parts, intervals and comparisons need no text again.
 
+    >>> found = measure(["a b c d e"], [["a b c d e", "f"]], metrics=["bleu", "ter"])
+    >>> round(found["bleu"].score, 6), found["ter"].score
+    (100.0, 0.0)
+
     Args:
         hypotheses: One text per item; an empty one is allowed.
         references: The references of each item, at least one that is not blank; blank ones are ignored.
@@ -74,37 +69,21 @@ def measure(
             references.
     """
     names = metric_names(protocol, metrics)
-    texts = Texts(PROTOCOLS[protocol], hypotheses, references)
+    texts = prepare_texts(PROTOCOLS[protocol], hypotheses, references)
     measured = {}
     for name in names:
-        metric = METRICS[name]
         try:
-            statistics = metric.measure(texts)
+            measured[name] = _measure(METRICS[name], texts)
         except Unavailable as error:
             if left_out is None:
                 raise
             left_out[name] = str(error)
-            continue
-        measured[name] = Measurement(metric.title, metric.higher_is_better, statistics, _remeasure(metric, texts))
     return measured
 
 
-def compute(
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str]],
-    *,
-    protocol: str = "plain",
-    metrics: str | Iterable[str] | None = None,
-    left_out: dict[str, str] | None = None,
-) -> dict[str, Score]:
-    """Score texts against their references: `measure`, of which only the scores are kept.
-
-    >>> scores = compute(["a b c d e"], [["a b c d e", "f"]], metrics=["bleu", "ter"])
-    >>> round(scores["bleu"].score, 6), scores["ter"].score
-    (100.0, 0.0)
-    """
-    measured = measure(hypotheses, references, protocol=protocol, metrics=metrics, left_out=left_out)
-    return {name: measurement.to_score() for name, measurement in measured.items()}
+def _measure(metric: Metric, texts: Texts) -> Measurement:
+    found = replace(metric.measure(texts), name=metric.title, higher_is_better=metric.higher_is_better)
+    return found if found.independent else replace(found, remeasure=lambda items: _measure(metric, texts.part(items)))
 
 
 def metric_names(protocol: str, metrics: str | Iterable[str] | None) -> list[str]:
@@ -113,20 +92,10 @@ def metric_names(protocol: str, metrics: str | Iterable[str] | None) -> list[str
     Raises:
         ValueError: There is no such protocol or metric.
     """
-    _check_known("protocol", protocol, PROTOCOLS)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"there is no protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
     wanted = PROTOCOLS[protocol].metrics if metrics is None else (metrics,) if isinstance(metrics, str) else metrics
     names = list(dict.fromkeys(wanted))
-    for name in names:
-        _check_known("metric", name, METRICS)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ValueError(f"there is no metric {unknown[0]!r}; known: {', '.join(METRICS)}")
     return names
-
-
-def _remeasure(metric: Metric, texts: Texts) -> Callable[[Sequence[int]], ItemStatistics]:
-    return lambda items: metric.measure(texts.part(items))
-
-
-def _check_known(what: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, list(known), n=1)
-        more = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-        raise ValueError(f"there is no {what} {name!r}; {more}")

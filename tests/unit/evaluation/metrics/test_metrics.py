@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from prefixtune.evaluation.metrics import Score, accuracy, compute, macro_f1, span_f1
+from prefixtune.evaluation.metrics import Measurement, accuracy, macro_f1, measure, span_f1
 
 
-def bleu(hypotheses: Any, references: Any) -> Score:
-    return compute(hypotheses, references, protocol="e2e", metrics=["bleu"])["bleu"]
+def bleu(hypotheses: Any, references: Any) -> Measurement:
+    return measure(hypotheses, references, protocol="e2e", metrics=["bleu"])["bleu"]
 
 
 def test_an_absent_reference_counts_as_absent():
@@ -94,9 +94,9 @@ def test_a_span_counts_as_a_whole(predicted: list[str], wanted: list[str], f1: f
 
 def test_e2e_ignores_the_case_of_ascii_letters_alone():
     reference = [["The CAFE at the riverside is cheap"]]
-    assert compute(["the cafe AT the RIVERSIDE is cheap"], reference, protocol="e2e", metrics=["bleu"])[
+    assert measure(["the cafe AT the RIVERSIDE is cheap"], reference, protocol="e2e", metrics=["bleu"])[
         "bleu"
     ].score == pytest.approx(100)
     accented: tuple[list[str], list[list[str]]] = (["CAFÉ"], [["café"]])
-    assert compute(*accented, protocol="e2e", metrics=["nist"])["nist"].score == 0
-    assert "case:lc" in compute(*accented, protocol="e2e", metrics=["bleu"])["bleu"].implementation
+    assert measure(*accented, protocol="e2e", metrics=["nist"])["nist"].score == 0
+    assert "case:lc" in measure(*accented, protocol="e2e", metrics=["bleu"])["bleu"].implementation

@@ -8,7 +8,8 @@ from itertools import product
 
 import pytest
 
-from prefixtune.evaluation.metrics import Comparison, bootstrap, compute, measure, randomize
+from prefixtune.evaluation.metrics import bootstrap, measure, randomize
+from prefixtune.results import Comparison
 
 METRICS = ["bleu", "nist", "rouge_1", "ter", "chrf"]
 WORDS = list("abcdefghijklmnopq")
@@ -35,10 +36,10 @@ def test_a_part_scores_as_its_texts_scored_anew(metric: str):
     outputs, references = items(30, 0.3)
     chosen = [4, 0, 0, 17, 17, 29]
     part = measure(outputs, references, metrics=[metric])[metric].part(chosen)
-    anew = compute([outputs[number] for number in chosen], [references[number] for number in chosen], metrics=[metric])
+    anew = measure([outputs[number] for number in chosen], [references[number] for number in chosen], metrics=[metric])
     assert part.score == pytest.approx(anew[metric].score)
     # A part of a part counts from the part's own beginning.
-    again = compute([outputs[0], outputs[29]], [references[0], references[29]], metrics=[metric])[metric]
+    again = measure([outputs[0], outputs[29]], [references[0], references[29]], metrics=[metric])[metric]
     assert part.part([1, 5]).score == pytest.approx(again.score)
 
 
@@ -49,7 +50,7 @@ def test_a_part_is_padded_to_its_own_references(protocol: str):
         [["the cat is on the mat in the house"], ["a b c", "d", "e"]],
     )
     part = measure(outputs, references, protocol=protocol, metrics=["bleu"])["bleu"].part([0])
-    alone = compute(outputs[:1], references[:1], protocol=protocol, metrics=["bleu"])["bleu"]
+    alone = measure(outputs[:1], references[:1], protocol=protocol, metrics=["bleu"])["bleu"]
     assert part.score == pytest.approx(alone.score)
 
 
@@ -87,8 +88,8 @@ def test_a_system_compares_with_itself_and_with_a_worse_one(metric: str):
     assert found.p_value == 1 / 1001
     assert (found.difference > 0) == found.higher_is_better == (metric != "ter")
     assert (found.first, found.second) == (
-        compute(good, references, metrics=[metric])[metric].score,
-        compute(bad, references, metrics=[metric])[metric].score,
+        measure(good, references, metrics=[metric])[metric].score,
+        measure(bad, references, metrics=[metric])[metric].score,
     )
     turned = compare(bad, good, references, metric)
     assert (turned.difference, turned.p_value) == (-found.difference, found.p_value)
@@ -103,7 +104,7 @@ def test_a_p_value_is_the_share_of_all_exchanges(metric: str):
 
     def difference(exchanges: Sequence[bool]) -> float:
         sides = ([pair[one != swapped] for pair, swapped in zip(texts, exchanges, strict=True)] for one in (0, 1))
-        one, other = (compute(side, references, metrics=[metric])[metric].score for side in sides)
+        one, other = (measure(side, references, metrics=[metric])[metric].score for side in sides)
         return one - other
 
     observed = abs(difference([False] * 9))

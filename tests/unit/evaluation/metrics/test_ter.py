@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.evaluation.metrics.ter import edits
+from prefixtune.evaluation.metrics.alignment import edits
 
 WORDS = st.lists(st.sampled_from("abcdefgh"), max_size=16)
 

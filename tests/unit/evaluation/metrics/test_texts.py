@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.evaluation.metrics import PROTOCOLS, Unavailable, compute, measure
+from prefixtune.evaluation.metrics import PROTOCOLS, Unavailable, measure
+from prefixtune.evaluation.metrics.alignment import meteor_statistics
 from prefixtune.evaluation.metrics.java import treebank_words
-from prefixtune.evaluation.metrics.meteor import meteor_statistics
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")
 PYTHON_ONLY = ["bleu", "bleu_sound", "nist", "rouge_1", "rouge_2", "chrf", "ter"]
@@ -41,7 +41,7 @@ ODD = [
 
 
 def one(metric: str, hypotheses: list[str], references: list[list[str]], protocol: str = "plain") -> float:
-    return compute(hypotheses, references, protocol=protocol, metrics=[metric])[metric].score
+    return measure(hypotheses, references, protocol=protocol, metrics=[metric])[metric].score
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -88,9 +88,9 @@ def test_rouge_of_known_texts():
 @pytest.mark.parametrize("text", ["Кошка сидит на ковре.", "5 кошек", "你好 世界"])
 def test_rouge_is_not_given_for_texts_that_it_cannot_read(text: str):
     with pytest.raises(Unavailable, match=r"letters a to z and digits alone, and \d+% of the references' are others"):
-        compute([text], [[text]], metrics=["rouge_1"])
+        measure([text], [[text]], metrics=["rouge_1"])
     left_out: dict[str, str] = {}
-    assert list(compute([text], [[text]], metrics=["rouge_l", "chrf"], left_out=left_out)) == ["chrf"]
+    assert list(measure([text], [[text]], metrics=["rouge_l", "chrf"], left_out=left_out)) == ["chrf"]
     assert left_out["rouge_l"].endswith("choose the metric chrf")
 
 
@@ -113,14 +113,14 @@ def test_chrf_of_known_texts():
 @needs_java
 def test_captioning_metrics_of_known_texts():
     references = [["The cat sat.", "the dog"], ["five small red trains"]]
-    made = compute(["the cat!", "five small red trains"], references, protocol="e2e", metrics=["rouge_l", "cider"])
+    made = measure(["the cat!", "five small red trains"], references, protocol="e2e", metrics=["rouge_l", "cider"])
     # ROUGE-L: precision 1, recall 2/3 (beta 1.2), and a whole one.
     first = (1 + 1.44) * (2 / 3) / (2 / 3 + 1.44)
     assert made["rouge_l"].score == pytest.approx((first + 1) / 2)
     # CIDEr of a text that is its only reference, with words that no other item has: 10. Two such words reach orders 1
     # and 2 of 4 alone.
-    assert compute(["a b", "c d"], [["a b"], ["c d"]], metrics=["cider"])["cider"].score == pytest.approx(5)
-    assert compute(["a b c d", "x"], [["a b c d"], ["y"]], metrics=["cider"])["cider"].score == pytest.approx(5)
+    assert measure(["a b", "c d"], [["a b"], ["c d"]], metrics=["cider"])["cider"].score == pytest.approx(5)
+    assert measure(["a b c d", "x"], [["a b c d"], ["y"]], metrics=["cider"])["cider"].score == pytest.approx(5)
 
 
 @needs_java
@@ -131,7 +131,7 @@ def test_meteor_of_known_and_odd_texts():
     mean = (2 / 3) / (0.85 + 0.15 * 2 / 3)
     assert meteor.part([0]).score == pytest.approx(mean * (1 - 0.6 * 0.5**0.2))
     assert meteor.part([1]).score == 1
-    assert len(meteor) == 2 + len(ODD)
+    assert len(meteor.values) == 2 + len(ODD)
     assert 0 < meteor.score < 1
     empty = 2 + ODD.index("")
     assert meteor.part([empty]).score == 0
@@ -150,7 +150,7 @@ def test_scores_do_not_depend_on_the_order_of_items_and_references(items: list[t
     random.shuffle(moved)
     for protocol in ("plain", "e2e"):
         first, second = (
-            compute([text for text, _ in rows], [found for _, found in rows], protocol=protocol, metrics=PYTHON_ONLY)
+            measure([text for text, _ in rows], [found for _, found in rows], protocol=protocol, metrics=PYTHON_ONLY)
             for rows in (items, moved)
         )
         for name in PYTHON_ONLY:
@@ -160,7 +160,7 @@ def test_scores_do_not_depend_on_the_order_of_items_and_references(items: list[t
 
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))
 def test_empty_outputs_score_nothing(protocol: str):
-    made = compute(["", " "], [["a b c d"], ["e f g h"]], protocol=protocol, metrics=PYTHON_ONLY)
+    made = measure(["", " "], [["a b c d"], ["e f g h"]], protocol=protocol, metrics=PYTHON_ONLY)
     assert {name: score.score for name, score in made.items()} == {name: int(name == "ter") for name in PYTHON_ONLY}
 
 
@@ -187,9 +187,9 @@ def test_only_three_references_count_in_webnlg_and_dart():
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("echo 'no memory' >&2; exit 1", "exit code 1, 0 lines for 2: no memory"),
+        ("echo 'no memory' >&2; exit 1", "exit code 1.* for 2: no memory"),
         ("echo 1 2 3", "exit code 0, 1 lines for 2"),
-        ("echo bad; echo worse", "METEOR failed .*'bad'"),
+        ("echo bad; echo worse", "METEOR wrote 'bad'"),
     ],
 )
 def test_a_failing_java_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str):

@@ -10,75 +10,73 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from prefixtune.evaluation.metrics.base import ItemStatistics
 from prefixtune.results import Comparison, Score
 
 METHOD = "paired approximate randomization, two-sided"
 _MAX_CELLS = 2_000_000
 """Cells of one block of draws: 16 MB, however many items there are."""
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+"""Of numbers; the shape is documented where it is used."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric computed once; scores of the set and of its parts, intervals and comparisons follow at little cost.
+    """A metric computed once: the score of any subset of the items is a function of the sum of their rows.
 
     Attributes:
+        values: One row per item, shape (items, columns): counts, or an item's own score and a 1.
+        total: The score of such a sum, shape (columns,).
+        implementation: As in `Score`.
         name: The metric's name.
         higher_is_better: False for error rates.
-        statistics: What each item contributes to the score.
-        remeasure: Measures the items with these indices as a set of their own; needed only where these are not
-            independent.
+        independent: Whether an item's row is the same whatever other items are in the set. False if the references of
+            the whole set determine how rare a word is, or how many references each item is padded to.
+        remeasure: Measures the items with these indices as a set of their own; None: their rows are those here.
     """
 
-    name: str
-    higher_is_better: bool
-    statistics: ItemStatistics
-    remeasure: Callable[[Sequence[int]], ItemStatistics] | None = None
-
-    def __len__(self) -> int:
-        """The number of items."""
-        return len(self.statistics.values)
+    values: Array
+    total: Callable[[Array], float]
+    implementation: str
+    name: str = ""
+    higher_is_better: bool = True
+    independent: bool = True
+    remeasure: Callable[[Sequence[int]], Measurement] | None = None
 
     @property
     def score(self) -> float:
         """The figure of the whole set."""
-        return float(self.statistics.total(self.statistics.values.sum(axis=0)))
+        return float(self.total(self.values.sum(axis=0)))
 
     def to_score(self, *, level: float | None = None, samples: int = 1000, seed: int = 0) -> Score:
         """The score, with a confidence interval if a level is given (see `bootstrap`)."""
-        interval = None if level is None else bootstrap(self, samples=samples, level=level, seed=seed)
         return Score(
             name=self.name,
             score=self.score,
-            implementation=self.statistics.implementation,
+            implementation=self.implementation,
             higher_is_better=self.higher_is_better,
-            interval=interval,
+            interval=None if level is None else bootstrap(self, samples=samples, level=level, seed=seed),
         )
 
     def part(self, items: Sequence[int]) -> Measurement:
-        """The measurement of some of the items, as if there were no others.
+        """The measurement of the items with these indices, at least one, as if there were no others."""
+        if self.remeasure is not None:
+            return self.remeasure(items)
+        return dataclasses.replace(self, values=self.values[list(items)])
 
-        Args:
-            items: Their indices; at least one.
 
-        Raises:
-            ValueError: There is none, or one is out of range.
-        """
-        indices = list(items)
-        if not indices or min(indices) < 0 or max(indices) >= len(self):
-            raise ValueError(f"a part holds at least one item, numbered 0 to {len(self) - 1}; got {indices[:5]}")
-        remeasure = self.remeasure
-        if remeasure is None or self.statistics.independent:
-            statistics = dataclasses.replace(self.statistics, values=self.statistics.values[indices])
-            return dataclasses.replace(self, statistics=statistics, remeasure=None)
-        return dataclasses.replace(
-            self,
-            statistics=remeasure(indices),
-            remeasure=lambda inner: remeasure([indices[index] for index in inner]),
-        )
+def ratio(sums: Array) -> float:
+    """The first of two sums divided by the second: a mean of the items' scores, or a loss per label."""
+    return float(sums[0] / sums[1])
+
+
+def average(scores: Sequence[float] | Array, implementation: str, *, independent: bool = True) -> Measurement:
+    """A metric whose score is the mean of the items' scores."""
+    values = np.stack([np.asarray(scores, dtype=float), np.ones(len(scores))], axis=1)
+    return Measurement(values, ratio, implementation, independent=independent)
 
 
 def bootstrap(measured: Measurement, *, samples: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -89,18 +87,12 @@ def bootstrap(measured: Measurement, *, samples: int = 1000, level: float = 0.95
         samples: How many sets of items are drawn; at least 2.
         level: Share of the drawn scores within the interval; between 0 and 1.
         seed: Seed of the draws; equal seeds give equal intervals.
-
-    Raises:
-        ValueError: `samples` or `level` is out of range.
     """
-    _check_samples(samples)
-    if not 0 < level < 1:
-        raise ValueError(f"the level of an interval is {level}, but must be between 0 and 1")
-    count = len(measured)
+    count = len(measured.values)
     scores = []
     for rng, size in _blocks(samples, count, seed):
         draws = rng.multinomial(count, np.full(count, 1 / count), size=size)
-        scores += [measured.statistics.total(row) for row in draws @ measured.statistics.values]
+        scores += [measured.total(row) for row in draws @ measured.values]
     low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -118,31 +110,25 @@ def randomize(first: Measurement, second: Measurement, *, samples: int = 1000, s
         seed: Seed of the coins.
 
     Raises:
-        ValueError: The metrics or the numbers of items differ, or `samples` is out of range.
+        ValueError: The metrics or the numbers of items differ.
     """
-    _check_samples(samples)
-    if (first.name, len(first)) != (second.name, len(second)):
-        raise ValueError(
-            f"only one metric on the same items compares; got {first.name} on {len(first)} items and "
-            f"{second.name} on {len(second)}"
-        )
-    one, other = first.statistics.values, second.statistics.values
-    total = first.statistics.total
+    one, other, total = first.values, second.values, first.total
+    if (first.name, len(one)) != (second.name, len(other)):
+        raise ValueError(f"{first.name} of {len(one)} items cannot be compared with {second.name} of {len(other)}")
     difference = first.score - second.score
     # Sums of floats in another order differ in the last digits, but equal differences must count as equal.
     threshold = abs(difference) - 1e-12 * max(1.0, abs(first.score), abs(second.score))
     reached = 0
-    for rng, size in _blocks(samples, len(first), seed):
-        exchanged = rng.integers(0, 2, size=(size, len(first))) @ (other - one)
+    for rng, size in _blocks(samples, len(one), seed):
+        exchanged = rng.integers(0, 2, size=(size, len(one))) @ (other - one)
         for shift in exchanged:
             reached += abs(total(one.sum(axis=0) + shift) - total(other.sum(axis=0) - shift)) >= threshold
-    p_value = (reached + 1) / (samples + 1)
     return Comparison(
         name=first.name,
         first=first.score,
         second=second.score,
         difference=difference,
-        p_value=p_value,
+        p_value=(reached + 1) / (samples + 1),
         samples=samples,
         higher_is_better=first.higher_is_better,
         method=METHOD,
@@ -155,8 +141,3 @@ def _blocks(samples: int, count: int, seed: int) -> Iterator[tuple[np.random.Gen
     size = max(1, _MAX_CELLS // count)
     for start in range(0, samples, size):
         yield rng, min(size, samples - start)
-
-
-def _check_samples(samples: int) -> None:
-    if samples < 2:
-        raise ValueError(f"samples is {samples}, but must be at least 2")
