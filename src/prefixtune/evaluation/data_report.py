@@ -5,7 +5,6 @@ Only a tokenizer is loaded, and of many examples some are tokenized.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,8 +144,8 @@ def report_data(config: TrainConfig, *, test: str = "", max_tokenized: int = MAX
 
 def _read(config: TrainConfig, path: str, split: str) -> Reading:
     """The data as training reads them."""
-    names = {"source": config.source or None, "target": config.target or None, "form": config.form}
-    return read_data(config.task, path, split=split, needs_targets=split == "train", **names)
+    columns = {"source": config.source or None, "target": config.target or None}
+    return read_data(config.task, path, split=split, form=config.form, needs_targets=split == "train", **columns)
 
 
 def _count_equal(examples: Sequence[Example]) -> tuple[int, int]:
@@ -199,11 +198,11 @@ def measure_examples(
         config, unlimited, for_head=by_head, for_labels=labels is not None, has_messages=has_messages(examples)
     )
 
-    encode = functools.partial(encode_labelled, labels=labels) if by_head and labels else encode_examples
-
     def made(reader: Backbone, example: Example, prefix_length: int, max_length: int) -> TokenizedDataset:
-        lengths = {"prefix_length": prefix_length, "max_length": max_length}
-        return encode(reader, [example], text_format=text_format, **lengths)
+        lengths: dict[str, Any] = {"prefix_length": prefix_length, "max_length": max_length}
+        if labels is not None and by_head:
+            return encode_labelled(reader, [example], labels, text_format, **lengths)
+        return encode_examples(reader, [example], text_format, **lengths)
 
     limit = position_limit(backbone, config.prefix_length, config.max_length)
     whole: list[TokenizedExample] = []

@@ -192,7 +192,7 @@ def evaluate_texts(
     *,
     max_length: int,
     intervals: bool,
-    on_batch: Callable[[int], None],
+    on_batch: Callable[[int], None] | None,
 ) -> Evaluation:
     """Compute the losses of texts.
 
@@ -225,7 +225,8 @@ def evaluate_texts(
     ends = np.cumsum(np.bincount(dataset.origins or range(len(examples))))
 
     def report(windows: int) -> None:
-        on_batch(int(np.searchsorted(ends, windows, side="right")))
+        if on_batch is not None:
+            on_batch(int(np.searchsorted(ends, windows, side="right")))
 
     rows = score_targets(backbone, prefix, dataset.examples, _BATCH_SIZE, report).numpy()
     sums = np.add.reduceat(rows, [0, *ends[:-1]], axis=0)

@@ -198,15 +198,6 @@ class PrefixModel(nn.Module):
             what = "a batch came without labels: a trainer that smooths them would not shift them for this model."
             raise ConfigError(what, hint="set label_smoothing_factor to 0.")
 
-    def _check_smoothing(self) -> None:
-        """Refuse a training step whose labels a trainer would compare with the logits of the same tokens."""
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        known = self.backbone.kind != "decoder" or self._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        if self.training and not known:
-            what = "a batch came without labels: a trainer that smooths them would not shift them for this model."
-            raise ConfigError(what, hint="set label_smoothing_factor to 0.")
-
     def _shift_right(self, labels: Int[Tensor, "B Td"] | None) -> Int[Tensor, "B Td"]:
         """What a decoder reads to predict the labels."""
         if labels is None:
