@@ -71,13 +71,9 @@ def _attention(found: Found) -> list[Block]:
     by_name = _named(sites, found["controls"])
     rows = {name: {site: mass["total"] for site, mass in by_site.items()} for name, by_site in by_name.items()}
     rows["this prefix, without its first position"] = {s: mass["total_without_first"] for s, mass in sites.items()}
-    columns = [numbers(site, [row.get(site) for row in rows.values()], _percent) for site in sites]
+    columns = [texts(site, [f"{row[site]:.1%}" if site in row else MISSING for row in rows.values()]) for site in sites]
     table = Table("Share of the attention, mean over layers and heads", [texts("prefix", rows), *columns])
     return [table, tuple(_heat_map(site, mass["by_layer_and_position"]) for site, mass in sites.items())]
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1%}"
 
 
 def _heat_map(site: str, matrix: Sequence[Sequence[float]]) -> HeatMap:

@@ -168,7 +168,7 @@ def random_like(prefix: Prefix, seed: int) -> Prefix:
 
     def draw(tensor: Tensor) -> Tensor:
         direction = torch.nn.functional.normalize(torch.randn(tensor.shape, generator=generator), dim=-1)
-        return direction * tensor.norm(dim=-1, keepdim=True)
+        return direction.mul(torch.linalg.vector_norm(tensor, dim=-1, keepdim=True))
 
     return with_layers(prefix, lambda key, value: (draw(key), draw(value)))
 
