@@ -196,16 +196,11 @@ TRIPLE = '{"triples": [["a", "b", "c"]]'
     ("task", "name", "text", "says"),
     [
         ("webnlg", "a.xml", benchmark(GOOD)[:-40], "line 9"),
-        ("webnlg", "a.xml", benchmark(GOOD).replace("UTF-8", "none"), "not XML"),
         ("webnlg", "a.xml", benchmark(entry([["a", "b"]], [("good", "x")])), "entry 1: 'input'"),
-        ("webnlg", "a.xml", benchmark(entry([LEADER], [("toFix", "x")])), "no text"),
         ("webnlg", "a.jsonl", '{"triple": []}', "line 1: there is no column 'triples'"),
-        ("webnlg", "a.jsonl", '{"triples": [["a", "b"]]}', "'triples'"),
         ("webnlg", "a.jsonl", TRIPLE + ', "references": ["x"], "seen": "no"}', "'seen'"),
-        ("dart", "a.json", json.dumps([release(("e2e", " "))]), "no text"),
         ("dart", "a.json", json.dumps([release(("e2e", "x")), release()]), "item 2: 'annotations'"),
         ("dart", "a.json", json.dumps([release(("e2e", "x"), triples=[["a", "b", None]])]), "'tripleset'"),
-        ("dart", "a.jsonl", '{"text": "x"}', "line 1: there is no column 'triples'"),
         ("dart", "a.jsonl", TRIPLE + ', "references": ["x"], "sources": "y"}', "'sources'"),
     ],
 )
@@ -272,9 +267,7 @@ def test_a_value_may_hold_commas_and_the_order_is_kept():
     assert list(parse_mr("near[A], name[D]")) == ["near", "name"]
 
 
-@pytest.mark.parametrize(
-    "mr", ["", "name[Blue Spice", "name[a] eatType[pub]", "name[ ]", "name[a], name[b]", "[a]", "name[a]; near[b]"]
-)
+@pytest.mark.parametrize("mr", ["", "name[Blue Spice", "name[a] eatType[pub]", "name[ ]", "name[a], name[b]"])
 def test_a_malformed_meaning_representation_is_refused(mr: str) -> None:
     with pytest.raises(DataError):
         parse_mr(mr)
@@ -340,9 +333,7 @@ def test_files_may_have_the_columns_of_the_hubs_sets(tmp_path: Path, name: str, 
     [
         ("a.csv", "meaning,ref\nname[B],x\n", "line 2: 'mr'"),
         ("a.csv", 'mr,ref\nname[B],"two\nlines"\nBlue,y\n', "line 4: .*'Blue'"),
-        ("a.csv", "mr,ref\nname[B], \n", "line 2: 'ref'"),
         ("a.jsonl", '{"mr": "name[B]", "references": ["x", null]}', "line 1: 'references'"),
-        ("a.jsonl", '{"mr": "name[B]", "references": []}', "line 1: 'references'"),
         ("a.jsonl", '{"mr": "name[B]", "references": ["\\ud83d"]}', "line 1"),
         ("a.json", "[]", r"\.csv, \.jsonl"),
     ],

@@ -213,11 +213,6 @@ def labelled(*labels: str) -> list[Example]:
     return [Example(f"text {number}", (label,)) for number, label in enumerate(labels)]
 
 
-def test_the_names_are_the_distinct_labels_in_order() -> None:
-    assert label_names(labelled("b", "a", "b", "c")) == ("a", "b", "c")
-    assert label_names(iter(labelled("10", "9"))) == ("10", "9")
-
-
 def test_the_names_of_tags_are_whole_pairs_after_o() -> None:
     examples = [tagged(["a", "b"], ["B-Y", "O"]), tagged(["a"], ["I-X-2"])]
     assert label_names(iter(examples), "tagging") == ("O", "B-X-2", "I-X-2", "B-Y", "I-Y")
@@ -227,12 +222,6 @@ def test_the_names_of_tags_are_whole_pairs_after_o() -> None:
 def test_one_label_is_no_classification(examples: list[Example]) -> None:
     with pytest.raises(DataError):
         label_names(examples)
-
-
-@pytest.mark.parametrize("examples", [[], [tagged(["a"], ["O"])], [tagged(["a"], ["B-X"]), Example("x", ("O",))]])
-def test_no_span_is_no_tagging(examples: list[Example]) -> None:
-    with pytest.raises(DataError):
-        label_names(examples, "tagging")
 
 
 def test_an_unknown_label_is_named_with_its_example_and_the_nearest_known_one() -> None:

@@ -39,25 +39,6 @@ def study(backbone: Any, tmp_path: Path, **arguments: Any) -> Any:
     return find_length(config(tmp_path), **{**given, **arguments})
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_losses_of_targets_add_up_to_the_evaluation(batch_size: int, backbone: Any, random_prefix: Any) -> None:
-    data = tokenize(pt.TrainConfig(prefix_length=4), backbone, EXAMPLES, DEV)
-    assert data.dev is not None
-    prefix, counts = random_prefix(backbone, 4), []
-    rows = score_targets(backbone, prefix, data.dev.examples, batch_size, counts.append)
-    assert rows[:, 1].tolist() == [len(target) for example in data.dev.examples for target in example.targets]
-    loss = evaluation_loss(backbone, prefix, data.dev.examples)
-    assert float(rows[:, 0].sum() / rows[:, 1].sum()) == pytest.approx(loss, rel=1e-6)
-    # Each target alone.
-    alone = [
-        score_targets(backbone, prefix, [type(example)(example.prompt, (target,))])
-        for example in data.dev.examples
-        for target in example.targets
-    ]
-    assert torch.allclose(rows, torch.cat(alone), rtol=1e-5)
-    assert counts[-1] == 4
-
-
 def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone: Any, tmp_path: Path) -> None:
     seen: list[int] = []
     result = study(backbone, tmp_path, on_length=seen.append)

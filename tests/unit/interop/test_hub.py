@@ -181,10 +181,8 @@ def test_a_missing_path_is_never_looked_for_on_the_hub(
 @pytest.mark.parametrize(
     ("license_note", "fields"),
     [
-        ("Apache 2.0", ("apache-2.0", None)),
         ("CC-BY-4.0", ("cc-by-4.0", None)),
         ("ACME's Model License", ("other", "acme-s-model-license")),
-        ("仅供内部使用", ("other", None)),
         ("", (None, None)),
     ],
 )
