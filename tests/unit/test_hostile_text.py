@@ -38,7 +38,7 @@ WORK: dict[str, Callable[[str], object]] = {
     "check_template": check_template,
     "did_you_mean": lambda text: did_you_mean(text, ["prompt", "model", text[:9]]),
     "render": lambda text: render("{column} and {column}", {"column": text}, "the request"),
-    **{f"protocol {name}": PROTOCOLS[name].normalize for name in ("plain", "dart")},
+    **{f"protocol {name}": PROTOCOLS[name].prepare for name in ("plain", "dart")},
 }
 
 
