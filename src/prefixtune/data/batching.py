@@ -371,6 +371,4 @@ def check_prompts(examples: Sequence[TokenizedExample]) -> None:
         DataError: There is one.
     """
     if not all(example.prompt for example in examples):
-        raise DataError(
-            "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."
-        )
+        raise DataError("an empty prompt predicts no first token.", hint="use a prompt format with a separator.")

@@ -178,9 +178,7 @@ def chat_format(backbone: Backbone, template: str, system: str = "") -> TextForm
     # Whoever asks for a format has chosen its template; one that a file holds is read by `read_text_format`.
     allow_template(template)
     if own and not has_chat_template(backbone):
-        raise RequestError(
-            f"{backbone.name!r} has no chat template.", hint="give one (--chat-template FILE), or none (none)."
-        )
+        raise RequestError(f"{backbone.name!r} has no chat template.", hint="give one (--chat-template FILE), or none.")
     form = TextFormat(
         "{source}",
         "{target}",

@@ -109,9 +109,7 @@ def _as_message(message: Any, name: str) -> Message:
     written, content = map(message.get, names)
     role: Any = _ROLES.get(written.lower()) if isinstance(written, str) else None
     if role is None:
-        raise DataError(
-            f"{name} has the role {short_repr(written)}, which is not known.", hint=f"known: {', '.join(_ROLES)}."
-        )
+        raise DataError(f"{name} has the unknown role {short_repr(written)}.", hint=f"known: {', '.join(_ROLES)}.")
     for key, value in message.items():
         is_beside = key in _REFUSED and value
         if is_beside or (role == "assistant" and key in _LEARNED and value not in (None, _LEARNED[key])):

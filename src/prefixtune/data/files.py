@@ -168,9 +168,7 @@ def _parse_json(text: str, location: str) -> Any:
     try:
         return from_json(text)
     except ValueError as error:
-        raise DataError(
-            f"{location}: not JSON: {error}.", hint="write one object a line, or in .json a list."
-        ) from error
+        raise DataError(f"{location}: not JSON: {error}.", hint="write one object a line, or a list.") from error
 
 
 def _as_object(value: Any, location: str) -> dict[str, Any]:

@@ -171,9 +171,7 @@ def _chosen(name: str, source: str | None, target: str | None, form: str) -> Tas
     if given and TASKS[name].form is None:
         raise ConfigError(f"task {name!r} has columns of its own.", hint="leave out source and target.")
     if name == "records" and source is None and target is not None:
-        raise ConfigError(
-            f"target is {short_repr(target)}, but there is no source.", hint="give both, or leave target out."
-        )
+        raise ConfigError(f"target is {short_repr(target)}, but there is no source.", hint="give both, or none.")
     for template in given:
         check_template(template)
     return TASKS[name]

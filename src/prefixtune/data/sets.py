@@ -106,9 +106,7 @@ def _reporting(name: Path | str) -> Iterator[None]:
     except (ConfigError, DataError):
         raise
     except Exception as error:
-        raise DataError(
-            f"{name} cannot be read: {first_line(error)}", hint="check its name, or get it again."
-        ) from error
+        raise DataError(f"{name} cannot be read: {first_line(error)}", hint="check its name.") from error
 
 
 def _as_json(value: Any, feature: Any = None) -> Any:
