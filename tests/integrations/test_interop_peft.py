@@ -205,7 +205,7 @@ def test_an_encoder_decoders_adapter_would_not_mean_the_same(
     config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
     theirs = peft.get_peft_model(model(), config).eval()
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="encoder-decoder"):
+    with pytest.raises(CheckpointError):
         import_peft(tmp_path)
     backbone = Backbone.from_model(model(), tiny_tokenizer, name)
     layers = unflatten(theirs.get_prompt_embedding_to_save("default"), backbone.geometry["decoder"])
