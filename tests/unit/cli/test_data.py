@@ -31,8 +31,8 @@ def test_for_people_and_for_programs(words: list[str], tmp_path: Path) -> None:
     assert "read as prompts and completions: examples 29, targets 29" in shown
     assert "[[ n </s>]]" in shown
     figures = json.loads(command_line.run(*words, "--json", "--max-length", "20")[0])
-    assert figures["limit"]["positions"] == 20
-    assert figures["limit"]["cut"] + figures["limit"]["refused"] > 0
+    assert figures["positions"] == 20
+    assert figures["cut"] + figures["refused"] > 0
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 

@@ -61,6 +61,6 @@ def test_max_length_is_that_of_the_windows(model: Backbone) -> None:
     assert whole["perplexity"].implementation.endswith(f"windows of {model.max_positions} positions")
 
 
-def test_an_encoder_decoder_cannot_go_on_with_a_text(encoder_decoder: Backbone) -> None:
-    with pytest.raises(ConfigError, match="does not go on with a text"):
-        evaluate(encoder_decoder, [{"text": "it rained"}])
+def test_an_encoder_decoder_cannot_go_on_with_a_text(tiny_backbone: Any) -> None:
+    with pytest.raises(ConfigError):
+        evaluate(tiny_backbone("t5"), [{"text": "it rained"}])

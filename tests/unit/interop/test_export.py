@@ -76,7 +76,7 @@ def test_prefixes_that_no_runtime_gets(tiny_backbone: Make, random_prefix: Make,
     empty = Prefix({"decoder": tuple((key[:, :0], value[:, :0]) for key, value in good.layers["decoder"])})
     infinite = Prefix({"decoder": tuple((key / 0, value) for key, value in good.layers["decoder"])})
     cases = [
-        (dataclasses.replace(good, head=Head(torch.zeros(2, 32), torch.zeros(2))), "a head of 2 labels"),
+        (dataclasses.replace(good, head=Head(torch.zeros(2, 32), torch.zeros(2))), "a head for labels"),
         (empty, "P = 0"),
         (infinite, "NaN or infinity"),
     ]
