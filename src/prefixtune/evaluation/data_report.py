@@ -30,7 +30,6 @@ from prefixtune.training.data import training_format
 from prefixtune.training.schedule import count_steps
 
 _UNBOUNDED = 1 << 30
-_NUM_BINS = 10
 MAX_TOKENIZED = 2_000
 """Examples that are tokenized, at most, evenly spaced."""
 _MAX_TRAINING_BYTES = 2**25
@@ -46,7 +45,6 @@ class Lengths(BaseModel):
         p90: Nine of ten are no longer.
         p99: Ninety-nine of a hundred are no longer.
         longest: The longest.
-        bins: Numbers of texts by length, as (from, to, how many).
     """
 
     what: str
@@ -54,7 +52,6 @@ class Lengths(BaseModel):
     p90: int
     p99: int
     longest: int
-    bins: list[tuple[int, int, int]]
 
 
 class Measures(BaseModel):
@@ -123,7 +120,7 @@ def report_data(config: TrainConfig, *, test: str = "", max_tokenized: int = MAX
     if not any(example.targets for example in examples):
         raise DataError(f"{config.train} has no targets.", hint="name the target column (--target).")
     backbone, unlimited = (load_tokenizer(config.backbone, limited=limited) for limited in (True, False))
-    measures = measure_examples(config, examples, kind, backbone, unlimited, max_tokenized=max_tokenized)
+    measures = _measure(config, examples, kind, backbone, unlimited, max_tokenized)
     labels = Counter(target for example in examples for target in example.targets if kind == "classification")
     equal_rows, equal_sources = _count_equal(examples)
     line = f"{shown(config.train)}: read as task {read.task}: examples {len(examples):,}"
@@ -157,15 +154,13 @@ def _count_equal(examples: Sequence[Example]) -> tuple[int, int]:
     return sum(map(len, targets.values())) - distinct, distinct - len(targets)
 
 
-def measure_examples(
+def _measure(
     config: TrainConfig,
     examples: Sequence[Example],
     kind: TaskKind,
     backbone: Backbone,
     unlimited: Backbone,
-    *,
     max_tokenized: int,
-    num_examples: int = 0,
 ) -> Measures:
     """Tokenize examples, and measure them.
 
@@ -176,7 +171,6 @@ def measure_examples(
         backbone: It has as many positions as the model.
         unlimited: It has the same tokenizer, and any number of positions.
         max_tokenized: Examples that are tokenized, at most, evenly spaced.
-        num_examples: Of all the data, of which the examples are a sample; 0: they are all.
 
     Raises:
         PrefixError: As in training.
@@ -230,19 +224,14 @@ def measure_examples(
         positions=config.max_length or backbone.max_positions,
         cut=cut,
         refused=refused,
-        steps=max(1, round(count_steps(config, windows or whole) * (num_examples or len(solved)) / len(chosen))),
+        steps=max(1, round(count_steps(config, windows or whole) * len(solved) / len(chosen))),
         example=_parts(unlimited, whole[0], by_head),
     )
 
 
 def _lengths(what: str, found: Sequence[int]) -> Lengths:
-    median, p90, p99 = np.quantile(found, [0.5, 0.9, 0.99], method="higher").tolist()
-    shortest, longest = min(found), max(found)
-    width = -(-(longest - shortest + 1) // _NUM_BINS)
-    starts = range(shortest, longest + 1, width)
-    counts = np.histogram(found, [*starts, starts[-1] + width])[0].tolist()
-    bins = [(start, start + width - 1, count) for start, count in zip(starts, counts, strict=True)]
-    return Lengths(what=what, median=median, p90=p90, p99=p99, longest=longest, bins=bins)
+    median, p90, p99, longest = np.quantile(found, [0.5, 0.9, 0.99, 1], method="higher").tolist()
+    return Lengths(what=what, median=median, p90=p90, p99=p99, longest=longest)
 
 
 def _total(row: TokenizedExample, by_head: bool) -> int:
