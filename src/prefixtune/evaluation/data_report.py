@@ -141,7 +141,7 @@ def report_data(config: TrainConfig, *, test: str = "", max_tokenized: int = MAX
 
 def _read(config: TrainConfig, path: str, split: str) -> Reading:
     """The data as training reads them."""
-    columns = {"source": config.source or None, "target": config.target or None}
+    columns: dict[str, Any] = {"source": config.source or None, "target": config.target or None}
     return read_data(config.task, path, split=split, form=config.form, needs_targets=split == "train", **columns)
 
 
