@@ -24,23 +24,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 
-__all__ = [
-    "BackboneError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "PrefixError",
-    "PrefixWarning",
-    "RequestError",
-    "TrainingError",
-    "causes",
-    "describe_value",
-    "did_you_mean",
-    "first_line",
-    "is_out_of_memory",
-    "short_repr",
-]
-
 
 class PrefixError(Exception):
     """The root: catch this to catch every mistake that this project reports.

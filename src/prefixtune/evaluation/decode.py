@@ -25,7 +25,7 @@ from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix, content_hash
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.utils.files import check_writable, line_writer, reporting_write_errors
+from prefixtune.utils.files import append_line, check_writable, reporting_write_errors
 
 DECODED_FILE = "decoded.jsonl"
 _KEYS = {"digest", "number", "output", "seconds", "ended"}
@@ -69,27 +69,24 @@ def decode(
     # Every length is checked, and every truncated source counted, before any of them is computed.
     prompts = prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
     missing = [number for number in range(len(prompts)) if number not in rows]
-    with contextlib.ExitStack() as stack:
-        append: Callable[[str], None] = lambda line: None  # noqa: E731
-        if resume_file is not None and missing:
-            with reporting_write_errors(resume_file):
-                resume_file.parent.mkdir(parents=True, exist_ok=True)
-            append = stack.enter_context(line_writer(resume_file))
-            append("")  # an incomplete line of a process that was killed stays alone
-        start = time.perf_counter()
-        for number, output in complete(backbone, prompts, config, missing, engine):
-            text, end = prompts[number].text_format.extract_target(output.text), time.perf_counter()
-            rows[number] = {
-                "number": number,
-                "output": text,
-                "ended": output.finish_reason != "length",
-                "digest": digest,
-                "seconds": round(end - start, 6),
-            }
-            start = end
-            append(json.dumps(rows[number]))
-            if on_batch is not None:
-                on_batch(len(rows))
+    if resume_file is not None and missing:
+        with reporting_write_errors(resume_file):
+            resume_file.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    for number, output in complete(backbone, prompts, config, missing, engine):
+        text, end = prompts[number].text_format.extract_target(output.text), time.perf_counter()
+        rows[number] = {
+            "number": number,
+            "output": text,
+            "ended": output.finish_reason != "length",
+            "digest": digest,
+            "seconds": round(end - start, 6),
+        }
+        start = end
+        if resume_file is not None:
+            append_line(resume_file, json.dumps(rows[number]))
+        if on_batch is not None:
+            on_batch(len(rows))
     ordered = [rows[number] for number in range(len(prompts))]
     seconds, unended = sum(row["seconds"] for row in ordered), sum(not row["ended"] for row in ordered)
     return [row["output"] for row in ordered], seconds, unended

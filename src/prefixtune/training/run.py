@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from prefixtune.training.run_folder import (
     write_log,
 )
 from prefixtune.training.trackers import Tracker, report, tracking
-from prefixtune.utils.files import line_writer
+from prefixtune.utils.files import append_line
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Run:
                 loop.save()
             elif checkpoint.path.name == EARLIER_STATE_FILE:
                 os.replace(checkpoint.path, self.folder / STATE_FILE)
-        self._log = self._open.enter_context(line_writer(self.folder / EVENTS_FILE))
+        self._log = partial(append_line, self.folder / EVENTS_FILE)
 
     def train(self, stop: threading.Event, on_event: Callable[[Event], None] = lambda event: None) -> TrainResult:
         """Train to the end.

@@ -31,22 +31,9 @@ from pydantic_core import ErrorDetails
 from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean, short_repr
 from prefixtune.utils.folders import expand_home
 
-__all__ = [
-    "CommaList",
-    "Config",
-    "DTypeName",
-    "Layer",
-    "Table",
-    "TextList",
-    "allowed_range",
-    "has_commas",
-    "option_group",
-]
-
 _WRITTEN = ("data_folder", "figures", "output", "prefixes")
 """Fields that name what is written: one with `~` in front would be made, and not be missing as an input is."""
 _MOST_FAULTS = 50
-_MOST_CHARACTERS = 2**20
 
 _T = TypeVar("_T")
 _PartT = TypeVar("_PartT", bound="Config")
@@ -94,7 +81,7 @@ def allowed_range(field: FieldInfo) -> str:
     ...     port: int = Field(0, ge=0, le=65535)
     ...     rate: float = Field(1.0, gt=0)
     >>> [allowed_range(field) for field in Model.model_fields.values()]
-    ['between 0 and 65535', 'above 0']
+    ['at least 0 and at most 65535', 'above 0']
     """
     bounds = {
         name: value
@@ -102,8 +89,6 @@ def allowed_range(field: FieldInfo) -> str:
         for name in ("ge", "gt", "le", "lt")
         if (value := getattr(item, name, None)) is not None
     }
-    if bounds.keys() == {"ge", "le"}:
-        return f"between {bounds['ge']} and {bounds['le']}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     return " and ".join(f"{words[name]} {value}" for name, value in bounds.items())
 
@@ -140,7 +125,17 @@ class Layer:
         Raises:
             ConfigError: It cannot be read, or has a key that is none of `fields`.
         """
-        values = _read_file(Path(path))
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the configuration {str(path)!r}: {error.strerror}.", hint="check the path."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            reason = str(error).removesuffix(".")
+            raise ConfigError(
+                f"{str(path)!r} is not TOML: {reason}.", hint='write lines such as dtype = "auto".'
+            ) from error
         unknown = [name for name in values if name not in fields]
         if unknown:
             raise ConfigError(
@@ -154,24 +149,6 @@ class Layer:
         """Take the variables whose names begin with `prefix`."""
         values = {name[len(prefix) :].lower(): text for name, text in environment.items() if name.startswith(prefix)}
         return cls(values, lambda field: f"{prefix}{field.upper()}")
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(_MOST_CHARACTERS + 1)
-        if len(text) > _MOST_CHARACTERS:
-            raise ValueError(f"it has more than {_MOST_CHARACTERS:,} characters")
-        return tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the configuration {str(path)!r}: {error.strerror}.", hint="check the path."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        reason = str(error).removesuffix(".")
-        raise ConfigError(
-            f"{str(path)!r} is not TOML: {reason}.", hint='write lines such as dtype = "auto".'
-        ) from error
 
 
 class Table(BaseModel):

@@ -18,9 +18,6 @@ from rich import progress as rich_progress
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Console", "Progress", "format_figure", "format_seconds", "safe_text", "show_batches"]
-
-
 Figure = float | int | str
 
 SECONDS = 15.0

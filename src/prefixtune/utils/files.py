@@ -14,27 +14,11 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from prefixtune.errors import PrefixError
 from prefixtune.utils.locks import acquire_lock, file_lock
-
-__all__ = [
-    "append_line",
-    "atomic_files",
-    "atomic_path",
-    "check_writable",
-    "claim_folder",
-    "flush_to_disk",
-    "fsync",
-    "line_writer",
-    "remove_abandoned",
-    "reporting_write_errors",
-    "work_folder",
-    "write_text",
-]
-
 
 # --- can it be written? -----------------------------------------------------------------------------------------------
 
@@ -114,29 +98,6 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def line_writer(path: Path) -> Iterator[Callable[[str], None]]:
-    """Yield a function that appends a line to a text file; each line is flushed.
-
-    Raises:
-        PrefixError: It cannot be written.
-    """
-    with reporting_write_errors(path):
-        handle = open(path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def append(line: str) -> None:
-        with reporting_write_errors(path):
-            handle.write(f"{line}\n")
-            handle.flush()
-
-    try:
-        yield append
-    finally:
-        # A failed write was reported already.
-        with contextlib.suppress(OSError):
-            handle.close()
 
 
 def append_line(path: Path, line: str) -> None:

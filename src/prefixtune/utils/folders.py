@@ -7,8 +7,6 @@ from pathlib import Path
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["cache_folder", "data_folder", "expand_home"]
-
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
     """A path with its `~` or `~USER` replaced; as in a shell, it stays as it is where there is no such user."""

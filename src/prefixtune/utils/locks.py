@@ -13,8 +13,6 @@ from prefixtune.errors import PrefixError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["acquire_lock", "file_lock"]
-
 
 @contextlib.contextmanager
 def file_lock(path: Path, timeout: float = 0.3) -> Iterator[bool]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["describe_machine", "free_memory", "num_cores", "versions"]
 
 _PACKAGES = ("prefixtune", "torch", "transformers", "safetensors", "sacrebleu", "peft")
 

@@ -16,7 +16,6 @@ from prefixtune.utils.files import (
     atomic_files,
     atomic_path,
     check_writable,
-    line_writer,
     remove_abandoned,
     write_text,
 )
@@ -101,21 +100,6 @@ with atomic_path(Path(sys.argv[1])) as temporary:
     kill(living)
     write_text(path, "again")
     assert names(tmp_path) == ["a"]
-
-
-def test_lines_are_appended(tmp_path: Path) -> None:
-    with line_writer(tmp_path / "log") as append:
-        append("1")
-        assert (tmp_path / "log").read_text() == "1\n"
-        append("2")
-    assert (tmp_path / "log").read_text() == "1\n2\n"
-    with pytest.raises(PrefixError, match="cannot write"), line_writer(tmp_path / "none" / "log"):
-        pass
-    with (
-        pytest.raises(PrefixError, match="cannot write '/dev/full': No space left"),
-        line_writer(Path("/dev/full")) as append,
-    ):
-        append("1")
 
 
 def test_processes_that_append_together_lose_and_divide_no_line(tmp_path: Path) -> None:
