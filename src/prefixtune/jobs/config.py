@@ -15,8 +15,6 @@ DATA_FOLDER_HELP = (
     "folder of uploaded files and jobs; made when it is first needed (default: in the user's data folder, one for each "
     "folder of prefixes)"
 )
-KEEP_JOBS = 1000
-KEEP_JOBS_HELP = "most jobs of a key that are kept once they have ended; older ones are deleted, and their models stay"
 DATABASE_URL_HELP = (
     "queue of jobs: postgresql://... where several machines serve and train, or sqlite:///FILE; "
     "empty: jobs.sqlite in the data folder"
@@ -47,7 +45,6 @@ def _check_url(url: str) -> str:
 
 DatabaseUrl = Annotated[str, AfterValidator(_check_url)]
 """Where the queue of jobs is; empty: in the data folder."""
-KeepJobs = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
 
 WORKER_ENVIRONMENT = "PREFIXTUNE_WORKER_"
@@ -78,7 +75,6 @@ class WorkerConfig(Config):
     cache_mib: Annotated[int, Field(ge=1, le=1_000_000_000)] = _jobs(
         1024, description="largest result, in MiB: cache_mib of the servers, which refuse larger prefixes"
     )
-    keep_jobs: KeepJobs = _jobs(KEEP_JOBS, description=KEEP_JOBS_HELP)
     idle_seconds: Annotated[float, Field(ge=0)] = _jobs(
         0.0, description="end after this many seconds without a job; 0: never"
     )

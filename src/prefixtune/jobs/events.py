@@ -1,13 +1,12 @@
-"""What a job's owner sees while it runs: a log of events that only grows, and how far it is.
+"""What a job's owner sees while it runs: a log of events that only grows, and how far it is by the last of them.
 
 Any number of processes may read while one writes. A line that a kill cut off is left out by readers, and ended before
-the next one is written.
+the next one is written. What is done again after a kill is written again under the same id, and read once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import time
@@ -17,11 +16,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prefixtune.jobs.folder import JobFolder
-from prefixtune.utils.files import append_line, reporting_write_errors
+from prefixtune.utils.files import append_line
 
-_MAX_LOG_BYTES, _MAX_PROGRESS_BYTES = 2**24, 2**12
-"""Bytes of a log that are read: its last ones; and of the progress."""
-_LOG, _PROGRESS = "events.jsonl", "progress.json"
+_LOG_BYTES, _TAIL_BYTES = 2**24, 2**16
+"""Bytes of a log that are read, its last ones: for a list, and for the progress."""
 EventLevel = Literal["info", "warn", "error"]
 
 
@@ -52,63 +50,48 @@ class Progress(BaseModel):
 
     Attributes:
         step: Optimizer steps taken.
-        total_steps: Optimizer steps that are planned; 0: not known yet.
-        loss: Of the last step, in nats per token; None: there was none yet.
-        seconds_left: Until it is over, as far as its steps tell; None: not known, as before the first step of a worker.
+        total_steps: Optimizer steps that are planned.
+        loss: Of the last step, in nats per token.
+        seconds_left: Until it is over, as far as the steps of its worker tell.
         updated: When this was written, in seconds since 1970.
         trained_tokens: Tokens of the steps taken, as they were counted for the loss.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    step: int = Field(ge=0)
-    total_steps: int = Field(ge=0)
+    step: int
+    total_steps: int = 0
     loss: float | None = None
     seconds_left: float | None = None
     updated: int = 0
-    trained_tokens: int = Field(default=0, ge=0)
+    trained_tokens: int = 0
 
 
 class JobEvents:
-    """The events and the progress of a job.
+    """The events of a job.
 
     Args:
         folder: Of the job.
     """
 
     def __init__(self, folder: JobFolder) -> None:
-        self._job, self._log, self._progress = folder.root.name, folder.root / _LOG, folder.root / _PROGRESS
-        self._known: set[str] | None = None
-
-    # --- reading ------------------------------------------------------------------------------------------------------
+        self._job, self._log = folder.root.name, folder.root / "events.jsonl"
 
     def read(self) -> list[JobEvent]:
         """The events, the oldest first; of a very long log, the last ones."""
-        try:
-            with self._log.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - _MAX_LOG_BYTES, 0))
-                return list(_parse(file.read(_MAX_LOG_BYTES)))
-        except FileNotFoundError:
-            return []
+        known: dict[str, JobEvent] = {}
+        for event in self._last(_LOG_BYTES):
+            known.setdefault(event.id, event)
+        return list(known.values())
 
     def progress(self) -> Progress | None:
-        """How far the job is; None: it has not begun."""
-        try:
-            with self._progress.open("rb") as file:
-                return Progress.model_validate_json(file.read(_MAX_PROGRESS_BYTES))
-        except (OSError, ValidationError):
+        """How far the job is; None: it has taken no step."""
+        steps = [event for event in self._last(_TAIL_BYTES) if "train_loss" in event.data]
+        if not steps:
             return None
-
-    # --- writing ------------------------------------------------------------------------------------------------------
+        last = steps[-1]
+        return Progress(**{**last.data, "loss": last.data["train_loss"], "updated": last.created})
 
     def add(
-        self,
-        message: str,
-        *,
-        level: EventLevel = "info",
-        data: dict[str, Any] | None = None,
-        key: str = "",
+        self, message: str, *, level: EventLevel = "info", data: dict[str, Any] | None = None, key: str = ""
     ) -> None:
         """Append an event.
 
@@ -116,20 +99,15 @@ class JobEvents:
             message: What happened.
             level: How serious it is.
             data: Figures of a step.
-            key: Tells what happens at most once, such as a step: it is not written again by whoever does it again;
-                empty: it may happen any number of times.
+            key: Names what happens at most once, such as a step: of two events with one key, the first is read; empty:
+                it may happen any number of times.
 
         Raises:
             PrefixError: The log cannot be written.
         """
-        if self._known is None:
-            self._known = {event.id for event in self.read()}
         digest = hashlib.sha256(f"{self._job}/{key}".encode()).hexdigest()[:24]
-        event_id = f"ftevent-{digest if key else secrets.token_hex(12)}"
-        if event_id in self._known:
-            return
         event = JobEvent(
-            id=event_id,
+            id=f"ftevent-{digest if key else secrets.token_hex(12)}",
             created=int(time.time()),
             level=level,
             message=message,
@@ -137,26 +115,17 @@ class JobEvents:
             data=data or {},
         )
         append_line(self._log, event.model_dump_json())
-        self._known.add(event_id)
 
-    def write_progress(self, progress: Progress) -> None:
-        """Replace the progress; a reader sees the old one or the new one.
-
-        Raises:
-            PrefixError: It cannot be written.
-        """
-        # Not flushed to disk: it tells nothing that the next step does not tell anew.
-        temporary = self._progress.with_name(f".{_PROGRESS}.tmp")
-        with reporting_write_errors(self._progress):
-            temporary.write_text(progress.model_dump_json(), encoding="utf-8")
-            os.replace(temporary, self._progress)
-
-
-def _parse(lines: bytes) -> Iterator[JobEvent]:
-    """The events of whole lines; what is none is left out."""
-    for line in lines.split(b"\n"):
+    def _last(self, size: int) -> Iterator[JobEvent]:
+        """The events of the log's last bytes; what is no whole event is left out."""
         try:
-            event: dict[str, Any] = json.loads(line)
-            yield JobEvent.model_validate(event)
-        except (ValueError, RecursionError):
-            continue
+            with self._log.open("rb") as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - size, 0))
+                lines = file.read(size).split(b"\n")
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                yield JobEvent.model_validate_json(line)
+            except ValidationError:
+                continue

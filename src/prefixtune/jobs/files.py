@@ -1,7 +1,7 @@
 """Uploaded files, each with its owner: in the data folder, whole or not at all.
 
 A file is written into a hidden folder, checked as training would read it, and moved to its place in one rename. What a
-killed process left is removed at the next start.
+killed process left is removed by the next upload.
 """
 
 from __future__ import annotations
@@ -12,32 +12,29 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import FORMATS, recognize_format
 from prefixtune.data.streams import GZIP_MAGIC
-from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.file_check import FileFacts, check_file
+from prefixtune.errors import RequestError
+from prefixtune.jobs.file_check import FileFacts, check_file, sample_rows
 from prefixtune.jobs.folder import DataFolder, is_file_id
-from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
+from prefixtune.utils.files import flush_to_disk, fsync, work_folder
 from prefixtune.utils.locks import file_lock
 
 Purpose = Literal["fine-tune", "document", "fine-tune-results"]
 """What a file is for; results are made by workers."""
-_META, _SAMPLE = "meta.json", "sample.json"
-_WORK_FOLDERS = _NEW, _DELETED = "new", "deleted"
-"""Names of hidden folders."""
+_META = "meta.json"
 _LOCK, _LOCK_SECONDS = ".files.lock", 30.0
 """Among the servers that share the folder: held while a file gets its place."""
-_SAMPLES = TypeAdapter(list[Example])
-_HEAD, _MAX_FILENAME = 512, 200
-"""Bytes by which the format of a file is recognized; and the longest name."""
+_HEAD, _MAX_FILENAME, _MAX_SAMPLED = 512, 200, 100
+"""Bytes by which the format of a file is recognized; the longest name; and examples of a sample."""
 _TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
 
 
@@ -90,10 +87,10 @@ class StoredFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: str
+    id: str = Field(default_factory=lambda: f"file-{secrets.token_hex(12)}")
     owner: str
     bytes: int
-    created_ns: int
+    created_ns: int = Field(default_factory=time.time_ns)
     filename: str
     purpose: Purpose
     ending: str
@@ -105,11 +102,6 @@ class StoredFile(BaseModel):
     def created(self) -> int:
         """When, in seconds since 1970."""
         return self.created_ns // 10**9
-
-    @property
-    def data_name(self) -> str:
-        """The name that its data have on disk: readers know a format by its ending."""
-        return f"data{self.ending}"
 
 
 def result_file_id(job_id: str) -> str:
@@ -129,11 +121,7 @@ class FileStore:
     """
 
     def __init__(self, folder: DataFolder) -> None:
-        self._folder = folder
-
-    def clear(self) -> int:
-        """Remove what killed processes left; returns how many folders there were."""
-        return sum(remove_abandoned(owner, name) for owner in _entries(self._folder.owners) for name in _WORK_FOLDERS)
+        self._root = folder.files
 
     def put(
         self, owner: str, file: IO[bytes], filename: str, purpose: Purpose, limits: FileLimits | None = None
@@ -158,29 +146,21 @@ class FileStore:
         file.seek(0)
         head = file.read(_HEAD)
         file.seek(0)
-        if not size:
-            raise FileRefusedError("empty_file", f"{filename} is empty. Check that it is complete.")
         self._check_room(owner, size, limits)
-        stored = _new_file(owner, filename, purpose, size, ending=_ending_of(filename, head, purpose))
-        with work_folder(self._owned(owner), _NEW) as made:
-            folder = made / "file"
-            folder.mkdir()
-            with open(folder / stored.data_name, "wb") as copy:
+        ending = _ending_of(filename, head, purpose)
+        stored = StoredFile(owner=owner, bytes=size, filename=filename, purpose=purpose, ending=ending)
+        with self._work() as made:
+            with open(made / f"data{ending}", "wb") as copy:
                 shutil.copyfileobj(file, copy, 2**20)
-            try:
-                report = check_file(folder / stored.data_name, filename, stored.ending)
-            except PrefixError as error:
-                details = f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}".strip()[:1000]
-                stored = stored.model_copy(update={"status": "error", "status_details": details})
-            else:
-                (folder / _SAMPLE).write_bytes(_SAMPLES.dump_json(report.sample))
-                stored = stored.model_copy(update={"facts": report.facts})
-            with file_lock(self._owned(owner) / _LOCK, _LOCK_SECONDS) as held:
+            report = check_file(made / f"data{ending}", filename, ending)
+            status = "error" if report.error else "processed"
+            stored = stored.model_copy(update={"status": status, "status_details": report.error, "facts": report.facts})
+            with file_lock(self._root / _LOCK, _LOCK_SECONDS) as held:
                 if not held:
                     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
                 # Other uploads may have ended meanwhile.
                 self._check_room(owner, size, limits)
-                self._publish(folder, stored)
+                _publish(made, stored)
         return stored
 
     def put_result(self, owner: str, file_id: str, filename: str, data: bytes) -> StoredFile:
@@ -195,15 +175,14 @@ class FileStore:
         Raises:
             OSError: It cannot be written.
         """
-        with contextlib.suppress(UnknownFileError):
-            return self.get(owner, file_id)
-        stored = _new_file(owner, filename, "fine-tune-results", len(data), id=file_id, ending=Path(filename).suffix)
-        with work_folder(self._owned(owner), _NEW) as made:
-            folder = made / "file"
-            folder.mkdir()
-            (folder / stored.data_name).write_bytes(data)
-            self._publish(folder, stored)
-        return stored
+        facts: dict[str, Any] = {"id": file_id, "owner": owner, "bytes": len(data), "filename": filename}
+        stored = StoredFile(**facts, purpose="fine-tune-results", ending=Path(filename).suffix)
+        with self._work() as made:
+            (made / f"data{stored.ending}").write_bytes(data)
+            # Another worker may have stored it just now.
+            with contextlib.suppress(FileExistsError):
+                _publish(made, stored)
+        return self.get(owner, file_id)
 
     def get(self, owner: str | None, file_id: str) -> StoredFile:
         """What is known about a file.
@@ -215,78 +194,45 @@ class FileStore:
         Raises:
             UnknownFileError: There is none.
         """
-        return self._find(owner, file_id)[0]
+        stored = _read(self._root / file_id) if is_file_id(file_id) else None
+        if stored is None or owner not in (None, stored.owner):
+            raise UnknownFileError(f"there is no file {file_id[:128]!r}.")
+        return stored
 
-    def path(self, owner: str | None, file_id: str) -> Path:
-        """Where a file's data are; their ending is that of their format. To be linked, never changed.
+    def path(self, file: StoredFile) -> Path:
+        """Where a file's data are; their ending is that of their format. To be linked, never changed."""
+        return self._root / file.id / f"data{file.ending}"
 
-        Raises:
-            UnknownFileError: There is none.
-        """
-        stored, folder = self._find(owner, file_id)
-        return folder / stored.data_name
-
-    def open(self, owner: str | None, file_id: str) -> IO[bytes]:
-        """A file's data; they can be read to the end even if the file is deleted meanwhile.
-
-        Raises:
-            UnknownFileError: There is none.
-        """
-        try:
-            return open(self.path(owner, file_id), "rb")
-        except FileNotFoundError:
-            raise _unknown(file_id) from None
-
-    def sample(self, owner: str | None, file_id: str) -> Sequence[Example]:
-        """Some examples of a file, evenly spaced, the first one among them; none where its form is not known.
-
-        Raises:
-            UnknownFileError: There is no such file.
-        """
-        path = self._find(owner, file_id)[1] / _SAMPLE
-        try:
-            return _SAMPLES.validate_json(path.read_bytes())
-        except (OSError, ValidationError):
-            return []
+    def sample(self, file: StoredFile) -> Sequence[Example]:
+        """The first examples of a file; none of a document, or where its form is not known."""
+        form = file.facts.form if file.facts and file.purpose == "fine-tune" else ""
+        return sample_rows(self.path(file), file.ending, form, _MAX_SAMPLED) if form else []
 
     def list(self, owner: str | None) -> Sequence[StoredFile]:
         """All files of an owner, or of all owners, the newest first."""
-        folders = _entries(self._folder.owners) if owner is None else [self._folder.files_of(owner)]
-        found = [_read(file) for folder in folders for file in _entries(folder) if is_file_id(file.name)]
-        known = [stored for stored in found if stored is not None]
+        found = [_read(folder) for folder in self._root.glob("file-*")]
+        known = [stored for stored in found if stored is not None and owner in (None, stored.owner)]
         return sorted(known, key=lambda stored: (stored.created_ns, stored.id), reverse=True)
 
-    def delete(self, owner: str | None, file_id: str) -> None:
+    def delete(self, file: StoredFile) -> None:
         """Delete a file; jobs that were made of it keep their own links.
 
         Raises:
-            UnknownFileError: There is none.
             OSError: It cannot be deleted.
         """
-        folder = self._find(owner, file_id)[1]
-        with work_folder(folder.parent, _DELETED) as temporary:
-            try:
-                # One rename: it is there with all that belongs to it, or not at all.
-                os.replace(folder, temporary / "file")
-            except FileNotFoundError:
-                raise _unknown(file_id) from None
-            fsync(folder.parent)
+        with self._work() as temporary, contextlib.suppress(FileNotFoundError):
+            # One rename: it is there with all that belongs to it, or not at all.
+            os.replace(self._root / file.id, temporary / "file")
+            fsync(self._root)
 
-    def _find(self, owner: str | None, file_id: str) -> tuple[StoredFile, Path]:
-        if is_file_id(file_id):
-            for parent in _entries(self._folder.owners) if owner is None else [self._folder.files_of(owner)]:
-                stored = _read(parent / file_id)
-                if stored is not None:
-                    return stored, parent / file_id
-        raise _unknown(file_id)
-
-    def _owned(self, owner: str) -> Path:
-        """The folder of an owner's files, made if it is missing."""
+    @contextlib.contextmanager
+    def _work(self) -> Iterator[Path]:
+        """A hidden folder for what comes or goes; those that killed processes left are removed."""
         # What is uploaded is nobody else's business.
-        self._folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = self._folder.files_of(owner)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        self._root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._root.mkdir(exist_ok=True)
+        with work_folder(self._root, "work") as folder:
+            yield folder
 
     def _check_room(self, owner: str, size: int, limits: FileLimits) -> None:
         """Refuse a file of so many bytes where there is no room for it.
@@ -295,33 +241,37 @@ class FileStore:
             FileRefusedError: It is refused.
         """
         kept = [file.bytes for file in self.list(owner) if file.purpose != "fine-tune-results"]
-        if size > limits.max_bytes:
-            message = f"the file has more than {limits.max_bytes:,} bytes, which is the most for one. Split it."
-            raise FileRefusedError("file_too_large", message)
-        if len(kept) >= limits.max_files:
-            message = f"there are {len(kept):,} files already, of {limits.max_files:,} that may be kept."
-            raise FileRefusedError("too_many_files", f"{message} Delete one that is not needed.")
-        if sum(kept) + size > limits.max_total_bytes:
-            message = f"with this file there would be more than {limits.max_total_bytes:,} bytes, the most to be kept."
-            raise FileRefusedError("no_room", f"{message} Delete files that are not needed.")
-
-    def _publish(self, folder: Path, stored: StoredFile) -> None:
-        """Move a complete folder to its place, if nothing is there."""
-        (folder / _META).write_text(stored.model_dump_json(), encoding="utf-8")
-        flush_to_disk(*folder.iterdir())
-        fsync(folder)
-        try:
-            os.rename(folder, folder.parents[1] / stored.id)
-        except OSError:
-            # A result that another worker has just stored.
-            if _read(folder.parents[1] / stored.id) is None:
-                raise
-        fsync(folder.parents[1])
+        for code, is_wrong, message in (
+            ("empty_file", not size, "the file is empty"),
+            ("file_too_large", size > limits.max_bytes, f"a file may have {limits.max_bytes:,} bytes; split it"),
+            ("too_many_files", len(kept) >= limits.max_files, f"{limits.max_files:,} files may be kept; delete one"),
+            (
+                "no_room",
+                sum(kept) + size > limits.max_total_bytes,
+                f"all files may have {limits.max_total_bytes:,} bytes",
+            ),
+        ):
+            if is_wrong:
+                raise FileRefusedError(code, f"{message}.")
 
 
-def _new_file(owner: str, filename: str, purpose: Purpose, size: int, **more: Any) -> StoredFile:
-    values = {"id": f"file-{secrets.token_hex(12)}", "owner": owner, "bytes": size, "created_ns": time.time_ns()}
-    return StoredFile(**{**values, "filename": filename, "purpose": purpose, **more})
+def _publish(folder: Path, stored: StoredFile) -> None:
+    """Move a complete folder to its place.
+
+    Raises:
+        FileExistsError: Something is there.
+        OSError: It cannot be moved.
+    """
+    (folder / _META).write_text(stored.model_dump_json(), encoding="utf-8")
+    flush_to_disk(*folder.iterdir())
+    fsync(folder)
+    try:
+        os.rename(folder, folder.parent / stored.id)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError(error.errno, error.strerror) from None
+        raise
+    fsync(folder.parent)
 
 
 def _read(folder: Path) -> StoredFile | None:
@@ -330,18 +280,6 @@ def _read(folder: Path) -> StoredFile | None:
         return StoredFile.model_validate_json((folder / _META).read_bytes())
     except (OSError, ValidationError):
         return None
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What is in a folder; nothing, if it is not there."""
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _unknown(file_id: str) -> UnknownFileError:
-    return UnknownFileError(f"there is no file {file_id[:128]!r}.")
 
 
 def _shown_name(filename: str) -> str:

@@ -1,6 +1,6 @@
 """The data folder of jobs: what lies where.
 
-    files/OWNER/file-.../      an uploaded file: `data.jsonl` (or another ending), `meta.json`, `sample.json`
+    files/file-.../            an uploaded file: `data.jsonl` (or another ending), `meta.json`
     jobs/ftjob-.../            a job: its events, its run and, until it has ended, its inputs
     workers/NAME.lock          held by a worker as long as it lives
     jobs.sqlite                the queue, where no other database is named
@@ -16,12 +16,10 @@ Several machines that serve and train share this folder and the folder of prefix
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +28,6 @@ from prefixtune.utils.locks import acquire_lock
 
 InputName = Literal["train", "dev", "document", "questions", "start"]
 _FILE_ID, _JOB_ID = re.compile(r"file-[0-9a-f]{24}"), re.compile(r"ftjob-[0-9a-f]{24}")
-_WORK = "new"
-"""Name of the hidden folders in which the folders of jobs are made."""
 
 
 def is_file_id(text: str) -> bool:
@@ -44,33 +40,23 @@ def is_job_id(text: str) -> bool:
     return _JOB_ID.fullmatch(text) is not None
 
 
-@dataclass(frozen=True)
 class JobFolder:
     """The files of a job.
 
-    Attributes:
+    Args:
         root: Its folder.
+
+    Attributes:
+        inputs: What it reads, until it has ended.
+        run: The run's folder, as `prefixtune train --output` makes it.
     """
 
-    root: Path
-
-    @property
-    def inputs(self) -> Path:
-        """What it reads, until it has ended."""
-        return self.root / "inputs"
-
-    @property
-    def run(self) -> Path:
-        """The run's folder, as `prefixtune train --output` makes it."""
-        return self.root / "run"
+    def __init__(self, root: Path) -> None:
+        self.root, self.inputs, self.run = root, root / "inputs", root / "run"
 
     def find_input(self, name: InputName) -> Path | None:
         """The file of that name, whatever its ending; None: the job has none."""
-        with contextlib.suppress(FileNotFoundError):
-            for path in sorted(self.inputs.iterdir()):
-                if path.name.partition(".")[0] == name:
-                    return path
-        return None
+        return next(self.inputs.glob(f"{name}.*"), None)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[bool]:
@@ -88,39 +74,22 @@ class JobFolder:
                 lock.release()
 
 
-@dataclass(frozen=True)
 class DataFolder:
     """Paths in a data folder; nothing is made by asking for one.
 
-    Attributes:
+    Args:
         root: The folder.
+
+    Attributes:
+        files: The folders of uploaded files, and of results.
+        jobs: The folders of all jobs.
+        workers: The locks of workers.
+        database: The queue, where no other database is named.
     """
 
-    root: Path
-
-    @property
-    def database(self) -> Path:
-        """The queue, where no other database is named."""
-        return self.root / "jobs.sqlite"
-
-    @property
-    def workers(self) -> Path:
-        """The locks of workers."""
-        return self.root / "workers"
-
-    @property
-    def owners(self) -> Path:
-        """A folder for the files of each owner."""
-        return self.root / "files"
-
-    def files_of(self, owner: str) -> Path:
-        """The folder of an owner's files; the name may hold any characters."""
-        return self.owners / hashlib.sha256(owner.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-    @property
-    def jobs(self) -> Path:
-        """The folders of all jobs."""
-        return self.root / "jobs"
+    def __init__(self, root: Path) -> None:
+        self.root, self.files, self.jobs = root, root / "files", root / "jobs"
+        self.workers, self.database = root / "workers", root / "jobs.sqlite"
 
     def job(self, job_id: str) -> JobFolder:
         """The folder of a job.
@@ -145,29 +114,23 @@ class DataFolder:
         folder = self.job(job_id)
         with reporting_write_errors(self.jobs):
             self.jobs.mkdir(parents=True, exist_ok=True)
-            with work_folder(self.jobs, _WORK) as made:
-                new = JobFolder(made / "job")
-                new.inputs.mkdir(parents=True)
+            with work_folder(self.jobs, "new") as made:
+                new = JobFolder(made)
+                new.inputs.mkdir()
                 for name, (source, ending) in inputs.items():
-                    put = _copy if name == "start" else _link
-                    put(source, new.inputs / f"{name}{ending}")
+                    _put(source, new.inputs / f"{name}{ending}", copy=name == "start")
                 fsync(new.inputs)
                 if not folder.root.exists():
-                    os.rename(new.root, folder.root)
+                    os.rename(made, folder.root)
                     fsync(self.jobs)
         return folder
 
 
-def _link(source: Path, path: Path) -> None:
-    """A second name of a file or, on another disk, a copy; of a symbolic link's file, not of the link."""
-    try:
-        os.link(source.resolve(strict=True), path)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        _copy(source, path)
-
-
-def _copy(source: Path, path: Path) -> None:
+def _put(source: Path, path: Path, *, copy: bool) -> None:
+    """A second name of a file (of a symbolic link's file, not of the link) or, on another disk, a copy."""
+    if not copy:
+        with contextlib.suppress(OSError):
+            os.link(source.resolve(), path)
+            return
     shutil.copyfile(source, path)
     fsync(path)

@@ -48,11 +48,10 @@ class Job(_Stored):
         training_file: Id of the uploaded file; of a document, the document's.
         validation_file: Id of the file to choose the best prefix by; empty: none.
         questions_file: Id of a document's questions; empty: the model makes them.
-        targets: Training targets of the file, as they were counted when it was uploaded; 0: unknown.
         seed: Of the start and the order of the data.
-        hyperparameters: As asked for: `n_epochs`, `batch_size` and `learning_rate_multiplier`, each a number or `auto`.
+        hyperparameters: `n_epochs`, `batch_size` and `learning_rate_multiplier`, as numbers.
         extension: The request's object `prefixtune`, as asked for.
-        integrations: The request's trackers, as asked for.
+        integrations: The request's tracker, as asked for, or none.
         suffix: As asked for; empty: none.
         metadata: As asked for.
     """
@@ -61,15 +60,14 @@ class Job(_Stored):
     owner: str
     created: int
     model: str
-    name: str
+    name: str = ""
     kind: Literal["examples", "document"] = "examples"
     backbone: str = ""
     fingerprint: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
-    training_file: str
+    training_file: str = ""
     validation_file: str = ""
     questions_file: str = ""
-    targets: int = 0
     seed: int = 0
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     extension: dict[str, Any] = Field(default_factory=dict)
@@ -108,20 +106,6 @@ class JobError(_Stored):
     code: str
     message: str
     param: str | None = None
-
-
-class JobFailedError(Exception):
-    """A job ends as failed.
-
-    Args:
-        code: As in `JobError`, like the others.
-        message: As its owner may read it.
-        param: The field of the request.
-    """
-
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.error = JobError(code=code, message=message, param=param)
 
 
 class JobPausedError(Exception):

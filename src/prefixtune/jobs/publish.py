@@ -10,23 +10,30 @@ import csv
 import io
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import PrefixValidator
 from prefixtune.errors import CheckpointError
-from prefixtune.jobs.checkpoints import checkpoints
+from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.files import FileStore, result_file_id
-from prefixtune.jobs.job import Job, JobFailedError, JobPausedError, JobResult
-from prefixtune.prefix.file import is_unread
-from prefixtune.prefix.folder import change_folder, path_of
+from prefixtune.jobs.folder import JobFolder
+from prefixtune.jobs.job import Job, JobPausedError, JobResult, checkpoint_name
+from prefixtune.prefix.folder import ENDING, change_folder, path_of
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact, read_outline, save_prefix
-from prefixtune.training.run_folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
+from prefixtune.training.run_folder import PREFIX_FILE, Event
 from prefixtune.utils.files import flush_to_disk, fsync, reporting_write_errors, work_folder
 
+if TYPE_CHECKING:
+    # A server reads checkpoints, and does without it.
+    from prefixtune.training.loop import TrainLoop
+
+_KEPT = 3
+"""How many are kept: the last ones."""
 METRICS_FILE = "step_metrics.csv"
 """What the file of a job's metrics is called, as OpenAI calls it."""
 _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "seconds")
@@ -35,7 +42,7 @@ _LOCK_SECONDS = 30.0
 
 
 def publish(
-    job: Job, run: Path, backbone: Backbone, prefixes: Path, files: FileStore, *, max_bytes: int = 2**30
+    job: Job, folder: JobFolder, backbone: Backbone, prefixes: Path, files: FileStore, *, max_bytes: int = 2**30
 ) -> JobResult:
     """Serve what a job has trained under the job's name, and store its metrics for its owner.
 
@@ -45,25 +52,23 @@ def publish(
 
     Args:
         job: What was asked for.
-        run: The folder of its run, which has ended.
+        folder: Its folder; its run has ended.
         backbone: The model that it was trained on.
         prefixes: The folder that servers serve from.
         files: Where the metrics are stored.
         max_bytes: Largest prefix, in the backbone's dtype; see `cache_mib` of the server.
 
     Raises:
-        JobFailedError: The prefix cannot be served; nothing is published.
-        JobPausedError: Another file has its name, or it is too large; nothing is published.
+        CheckpointError: The prefix cannot be served; nothing is published.
+        JobPausedError: Another file has its name; nothing is published.
         FolderBusyError: Others change the folder of prefixes; nothing is published.
         OSError, PrefixError: A file cannot be written, as on a full disk; nothing is published.
     """
-    events = read_events(run / EVENTS_FILE)
-    steps = [event for event in events if event["event"] == "step"]
-    evaluations = [event for event in events if event["event"] == "evaluation" and "loss" in event]
-    metrics = files.put_result(job.owner, result_file_id(job.id), METRICS_FILE, metrics_csv(events).encode())
-    validator = PrefixValidator(backbone, max_bytes)
-    with reporting_write_errors(path_of(prefixes, job.name)), _checking(run):
-        prefix = read_artifact(run / PREFIX_FILE)
+    figures = [event.data for event in JobEvents(folder).read() if event.data]
+    metrics = files.put_result(job.owner, result_file_id(job.id), METRICS_FILE, metrics_csv(figures).encode())
+    run = folder.run
+    prefix, validator = read_artifact(run / PREFIX_FILE), PrefixValidator(backbone, max_bytes)
+    with reporting_write_errors(path_of(prefixes, job.name)):
         prefixes.mkdir(parents=True, exist_ok=True)
         with work_folder(prefixes, path_of(prefixes, job.name).name) as made:
             found = checkpoints(job, run)
@@ -72,48 +77,31 @@ def publish(
             save_prefix(path_of(made, job.name), _owned(prefix, job), dtype=prefix.dtype)
             names = [*(checkpoint.name for checkpoint in found), job.name]
             for name in names:
-                _check(path_of(made, name), name, validator)
+                # As an upload is checked.
+                validator.read_header(path_of(made, name))
+                validator.load(path_of(made, name), name)
             flush_to_disk(*(path_of(made, name) for name in names))
             with change_folder(prefixes, _LOCK_SECONDS):
                 _move(job, names, made, prefixes)
         fsync(prefixes)
+    best = [one["best_loss"] for one in figures if "valid_loss" in one]
+    last = [one for one in figures if "train_loss" in one][-1]
     return JobResult(
         name=job.name,
-        trained_tokens=sum(event["target_tokens"] for event in steps),
-        steps=max((event["step"] for event in steps), default=0),
+        trained_tokens=last["trained_tokens"],
+        steps=last["step"],
         result_files=[metrics.id],
-        best_loss=evaluations[-1]["best_loss"] if evaluations else None,
+        best_loss=best[-1] if best else None,
     )
 
 
 def _owned(prefix: Prefix, job: Job) -> Prefix:
     """A run's prefix, with the job in its header."""
     header = {**prefix.header, "job": JobOrigin(id=job.id, owner=job.owner).model_dump(exclude_none=True)}
-    initialization = header.get("initialization")
-    if isinstance(initialization, Mapping) and initialization.get("kind") == "prefix":
+    if (start := header.get("initialization") or {}).get("kind") == "prefix":
         # The name that the owner knows, not that of the job's copy.
-        header["initialization"] = {**initialization, "file": job.model}
+        header["initialization"] = {**start, "file": job.model}
     return Prefix(prefix.layers, header, prefix.head)
-
-
-@contextlib.contextmanager
-def _checking(run: Path) -> Iterator[None]:
-    """Turn what is wrong with a prefix into the job's failure; what the disk does not let be read stays as it is."""
-    try:
-        yield
-    except CheckpointError as error:
-        if is_unread(error):
-            raise
-        message = f"the trained prefix cannot be served: {error.message.replace(f'{run}/', '')}"
-        raise JobFailedError("invalid_prefix", message) from error
-
-
-def _check(path: Path, name: str, validator: PrefixValidator) -> None:
-    """Check a file as an upload is checked."""
-    if read_outline(path).num_parameters * validator.backbone.dtype.itemsize > validator.max_bytes:
-        raise JobPausedError(f"the new model is larger than the {validator.max_bytes:,} bytes that servers take")
-    validator.read_header(path)
-    validator.load(path, name)
 
 
 def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
@@ -121,34 +109,108 @@ def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
 
     A checkpoint of the same owner's that stayed without its result is replaced.
     """
-    if not _is_free(path_of(prefixes, job.name), job):
+
+    def is_free(name: str) -> bool:
+        origin = _origin(path_of(prefixes, name))
+        if origin is None:
+            return not path_of(prefixes, name).exists()
+        return origin.id == job.id or (origin.owner == job.owner and origin.step is not None)
+
+    if not is_free(job.name):
         raise JobPausedError(f"another model is served as {job.name!r} now")
-    for name in names:
-        path = path_of(prefixes, name)
-        origin = _origin(path)
-        is_left_over = origin is not None and origin.owner == job.owner and origin.step is not None
-        if is_left_over or _is_free(path, job):
-            os.replace(path_of(made, name), path)
+    for name in filter(is_free, names):
+        os.replace(path_of(made, name), path_of(prefixes, name))
 
 
-def _is_free(path: Path, job: Job) -> bool:
-    return not path.exists() or published_by(path) == job.id
-
-
-def metrics_csv(events: Iterable[Event]) -> str:
-    """The figures of a run's steps as CSV; losses are in nats per token, `seconds` are those of the step."""
+def metrics_csv(figures: Iterable[dict[str, Any]]) -> str:
+    """The figures of steps as CSV; losses are in nats per token, `seconds` are those of the step."""
     rows: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if event["event"] == "step":
-            figures = {"train_loss": event["loss_per_token"], "learning_rate": event["lr"], "seconds": event["seconds"]}
-            rows[event["step"]] = {"step": event["step"], **figures}
-        elif event["event"] == "evaluation" and "loss" in event:
-            rows.setdefault(event["step"], {"step": event["step"]})["valid_loss"] = event["loss"]
+    for one in figures:
+        rows.setdefault(one["step"], {}).update(one)
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows.values())
     return text.getvalue()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The prefix of one evaluation.
+
+    Attributes:
+        step: Optimizer steps taken.
+        created: When it was stored, in seconds since 1970.
+        name: What it is served as once the job has succeeded.
+        path: Its file.
+        metrics: `train_loss` of this step and, with a validation file, `valid_loss`, in nats per token.
+    """
+
+    step: int
+    created: int
+    name: str
+    path: Path
+    metrics: dict[str, float]
+
+
+def keep_checkpoint(job: Job, run: Path, loop: TrainLoop, event: Event, train_loss: float | None) -> None:
+    """Store the prefix of an evaluation that has just happened; the oldest one makes room for it.
+
+    Args:
+        job: What the run trains for.
+        run: The run's folder.
+        loop: It.
+        event: The evaluation.
+        train_loss: Of the last step.
+
+    Raises:
+        PrefixError: It cannot be written.
+    """
+    prefix = loop.snapshot()
+    if prefix is None:
+        return
+    training = {**prefix.header["training"], "dev_loss": event.get("loss"), "train_loss": train_loss}
+    origin = JobOrigin(id=job.id, owner=job.owner, step=event["step"])
+    header = {**prefix.header, "training": training, "job": origin.model_dump(exclude_none=True)}
+    path = run / "checkpoints" / f"{event['step']:09}{ENDING}"
+    save_prefix(path, Prefix(prefix.layers, header, prefix.head), dtype=loop.config.save_dtype)
+    for old in _files(run)[:-_KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def checkpoints(job: Job, run: Path) -> list[Checkpoint]:
+    """The checkpoints of a job, the oldest first; reads their headers only. Broken files are left out.
+
+    Args:
+        job: What was asked for.
+        run: The run's folder.
+    """
+    found = []
+    for path in _files(run):
+        # One that is replaced or removed meanwhile.
+        with contextlib.suppress(OSError, CheckpointError):
+            header, created = read_outline(path).header, int(path.stat().st_mtime)
+            origin = job_origin(header)
+            if origin is not None and origin.id == job.id and origin.step is not None:
+                name = checkpoint_name(job.name, origin.step)
+                training = header.get("training") or {}
+                losses = {"train_loss": training.get("train_loss"), "valid_loss": training.get("dev_loss")}
+                metrics = {name: loss for name, loss in losses.items() if isinstance(loss, float)}
+                found.append(Checkpoint(origin.step, created, name, path, metrics))
+    return found[-_KEPT:]
+
+
+def remove_checkpoints(folder: JobFolder) -> None:
+    """Remove a job's own copies of its checkpoints, as far as that can be done."""
+    shutil.rmtree(folder.run / "checkpoints", ignore_errors=True)
+
+
+def _files(run: Path) -> list[Path]:
+    """The files of checkpoints, in the order of their steps."""
+    return sorted((run / "checkpoints").glob(f"*{ENDING}"))
 
 
 # --- taking it back ---------------------------------------------------------------------------------------------------

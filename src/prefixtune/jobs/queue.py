@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs.job import ENDED, Job, JobError, JobResult, JobState, JobStatus
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from dbos import WorkflowStatus
 
 APPLICATION, WORKFLOW = "prefixtune", "train"
-PROTOCOL = "2"
+PROTOCOL = "3"
 """What workers understand. Raised when a job's stored form changes: a worker takes no job of another version."""
 
 _T = TypeVar("_T")
@@ -41,29 +40,6 @@ _PAGE = 100
 
 class QueueUnavailableError(PrefixError):
     """The database cannot be reached, or is locked; trying again later may help."""
-
-
-class Standing(NamedTuple):
-    """Where a job stands, and which worker has it; empty: none."""
-
-    status: JobStatus
-    worker: str = ""
-
-
-class UnfinishedJob(NamedTuple):
-    """A job that waits, runs or is paused.
-
-    Attributes:
-        id: `ftjob-...`.
-        owner: Whose.
-        name: What its result will be served as.
-        status: Where it stands.
-    """
-
-    id: str
-    owner: str
-    name: str
-    status: JobStatus
 
 
 def queue_name(backbone: str) -> str:
@@ -124,7 +100,7 @@ class JobQueue:
                     "workflow_id": job.id,
                     "app_version": PROTOCOL,
                     "authenticated_user": job.owner,
-                    "attributes": {"name": job.name, _CANCELLED: False},
+                    "attributes": {_CANCELLED: False},
                 },
                 job.model_dump(mode="json"),
             )
@@ -152,15 +128,10 @@ class JobQueue:
     def give_back(self, worker: str, backbone: str) -> list[str]:
         """Queue the jobs of a worker that trains no more again; returns their ids."""
         queue = queue_name(backbone)
-        jobs = self._list(status="PENDING", queue_name=queue, executor_id=worker, load_input=False)
-        ids = [job.workflow_id for job in jobs]
+        ids = [job.workflow_id for job in self._list(status="PENDING", queue_name=queue, executor_id=worker)]
         if ids:
             _reach(lambda: self._client.resume_workflows(ids, queue_name=queue))
         return ids
-
-    def delete(self, job_id: str) -> None:
-        """Forget a job that has ended."""
-        _reach(lambda: self._client.delete_workflow(job_id))
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -170,33 +141,22 @@ class JobQueue:
         Raises:
             RequestError: There is none with this id.
         """
-        found = self._list(workflow_ids=[job_id])
-        if not found:
-            raise RequestError(f"there is no job {job_id[:64]!r}.", hint="list the jobs first.")
-        return _state(found[0])
+        for state in self.states([job_id]).values():
+            return state
+        raise RequestError(f"there is no job {job_id[:64]!r}.", hint="list the jobs first.")
 
     def iterate(self, owner: str | None = None) -> Iterator[JobState]:
         """The jobs of an owner, or of all, the newest first; read as far as they are asked for."""
-        seen = set[str]()
         for offset in itertools.count(0, _PAGE):
             page = self._list(user=owner, sort_desc=True, limit=_PAGE, offset=offset)
-            # One that was added meanwhile moves the others.
-            yield from (_state(job) for job in page if job.workflow_id not in seen)
-            seen |= {job.workflow_id for job in page}
+            yield from map(_state, page)
             if len(page) < _PAGE:
                 return
 
-    def unfinished(self) -> list[UnfinishedJob]:
-        """All jobs that have not ended; those that wait are in the order of their turns, about: owners take turns."""
-        found = self._list(status=[*_ACTIVE, "CANCELLED"], load_input=False)
-        turns = defaultdict[str, int](int)
-        jobs: list[tuple[int, UnfinishedJob]] = []
-        for job in found:
-            owner, status = job.authenticated_user or "", _standing(job).status
-            if status not in ENDED:
-                jobs.append((turns[owner], UnfinishedJob(job.workflow_id, owner, _attributes(job)["name"], status)))
-                turns[owner] += status == "queued"
-        return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
+    def unfinished(self) -> list[JobState]:
+        """All jobs that have not ended, the oldest first."""
+        found = map(_state, self._list(status=[*_ACTIVE, "CANCELLED"]))
+        return [state for state in found if state.status not in ENDED]
 
     def has_work(self, backbone: str) -> bool:
         """Whether jobs of a backbone wait or run."""
@@ -204,23 +164,16 @@ class JobQueue:
 
     def workers(self, backbone: str) -> set[str]:
         """The names of workers that have jobs of a backbone; some may be dead."""
-        running = self._list(queue_name=queue_name(backbone), status="PENDING", load_input=False)
-        return {job.executor_id for job in running if job.executor_id}
+        return {job.executor_id or "" for job in self._list(queue_name=queue_name(backbone), status="PENDING")}
 
-    def standings(self, job_ids: Sequence[str]) -> dict[str, Standing]:
-        """Where jobs stand, and who has them; those that do not exist are left out."""
-        found = [
-            job
-            for start in range(0, len(job_ids), _PAGE)
-            for job in self._list(workflow_ids=list(job_ids[start : start + _PAGE]), load_input=False)
-        ]
-        return {job.workflow_id: _standing(job) for job in found}
+    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
+        """How jobs stand, by their ids; those that do not exist are left out."""
+        pages = (list(job_ids[start : start + _PAGE]) for start in range(0, len(job_ids), _PAGE))
+        return {job.workflow_id: _state(job) for page in pages for job in self._list(workflow_ids=page)}
 
-    def _list(self, *, load_input: bool = True, **query: Any) -> list[WorkflowStatus]:
-        """Jobs, the oldest first; without their inputs, their outputs are not read either."""
-        return _reach(
-            lambda: self._client.list_workflows(name=WORKFLOW, load_input=load_input, load_output=load_input, **query)
-        )
+    def _list(self, **query: Any) -> list[WorkflowStatus]:
+        """Jobs, the oldest first."""
+        return _reach(lambda: self._client.list_workflows(name=WORKFLOW, **query))
 
 
 def _reach(action: Callable[[], _T]) -> _T:
@@ -241,27 +194,18 @@ def _reach(action: Callable[[], _T]) -> _T:
         ) from error
 
 
-def _attributes(workflow: WorkflowStatus) -> Mapping[str, Any]:
-    return {"name": "", **(workflow.attributes or {})}
-
-
-def _standing(workflow: WorkflowStatus) -> Standing:
-    if _attributes(workflow).get(_CANCELLED):
-        return Standing("cancelled")
-    status = _STATES[workflow.status]
-    return Standing(status, workflow.executor_id or "" if status == "running" else "")
-
-
 def _state(workflow: WorkflowStatus) -> JobState:
     assert workflow.input is not None
-    (stored,), (status, worker) = workflow.input["args"], _standing(workflow)
+    status = _STATES[workflow.status]
+    if (workflow.attributes or {}).get(_CANCELLED):
+        status = "cancelled"
     return JobState(
-        Job.model_validate(stored),
+        Job.model_validate(workflow.input["args"][0]),
         status,
         finished=int(workflow.completed_at / 1000) if status in ENDED and workflow.completed_at else None,
         result=JobResult.model_validate(workflow.output) if status == "succeeded" else None,
         error=_error(workflow.error) if status == "failed" else None,
-        worker=worker,
+        worker=workflow.executor_id or "" if status == "running" else "",
     )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.errors import PrefixError, RequestError
@@ -17,18 +15,14 @@ from prefixtune.training.presets import preset, without_conflicts
 if TYPE_CHECKING:
     from prefixtune.jobs.files import StoredFile
 
-AUTO = "auto"
-Hyperparameters = Mapping[str, int | float | Literal["auto"]]
-
 _PLACEHOLDERS = frozenset({"train", "dev", "document", "questions", "output", "init_prefix"})
 """Paths, which the worker fills in."""
 _QUICK_TARGETS, _FEWEST_EXAMPLES = range(8, 201), 4
 _FEWEST_STEPS, _EPOCHS = 24, 5
 _EVALUATIONS = 8
 """Of a run with a validation file, unless the request says otherwise."""
-MOST_VALIDATED, _FEWEST_VALIDATED, _VALIDATED_CHARACTERS = 256, 16, 60_000
-"""Targets of a validation file, or of those held out, that are used: the first ones, fewer of long ones, as other jobs
-wait while they are computed; and the characters that they have together, about."""
+MOST_VALIDATED = 256
+"""Targets of a validation file, or of those held out, that are used: the first ones."""
 _MOST_QUESTIONS = 1000
 """Without an answer, which the model has to write."""
 _CHARACTERS_OF_WINDOW = 2048
@@ -48,328 +42,188 @@ class JobRefusedError(RequestError):
         self.param, self.code = param, code
 
 
-@dataclass(frozen=True)
-class JobRequest:
-    """What somebody asks for: each value has the right type, and is in its own bounds.
-
-    Attributes:
-        model: The backbone's name, or that of the prefix to go on from.
-        training_file: The examples, the document, or questions about the document that the options name.
-        validation_file: To choose the best prefix by.
-        document: The file that the option `document` names.
-        questions: The file that the option `questions` names.
-        hyperparameters: `n_epochs`, `batch_size` and `learning_rate_multiplier`, each a number or `auto`.
-        options: The given fields of the request's object `prefixtune`.
-        integrations: Trackers, as given.
-        start_lengths: Positions by site of the prefix to go on from; None: training begins anew.
-        backbone: Which workers may train it; see `Job`.
-        fingerprint: Of the server's weights.
-        seed: Of the start and the order of the data.
-        suffix: For the result's name.
-        metadata: Of the owner.
-    """
-
-    model: str
-    training_file: StoredFile
-    validation_file: StoredFile | None = None
-    document: StoredFile | None = None
-    questions: StoredFile | None = None
-    hyperparameters: Hyperparameters = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    integrations: Sequence[Mapping[str, Any]] = ()
-    start_lengths: Mapping[str, int] | None = None
-    backbone: str = ""
-    fingerprint: str = ""
-    seed: int = 0
-    suffix: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def text(self) -> StoredFile | None:
-        """The document that it distills; None: it trains on examples."""
-        return self.document or (self.training_file if self.training_file.purpose == "document" else None)
-
-    @property
-    def asked(self) -> StoredFile | None:
-        """The questions about the document; None: there is none, or the model makes them."""
-        found = self.questions or self.training_file
-        return None if self.text is None or found.id == self.text.id else found
-
-    @property
-    def form(self) -> str:
-        """How the training file's rows are read; empty: it is not said, and several forms fit."""
-        facts = self.training_file.facts
-        return str(self.options.get("form") or (facts.form if facts is not None else ""))
-
-
-def make_job(request: JobRequest, *, job_id: str, owner: str, created: int, max_steps: int) -> Job:
+def settle_job(
+    asked: Job,
+    training: StoredFile,
+    hyperparameters: Mapping[str, Any],
+    *,
+    max_steps: int,
+    validation: StoredFile | None = None,
+    questions: StoredFile | None = None,
+    start_lengths: Mapping[str, int] | None = None,
+) -> Job:
     """A job that can be queued.
 
     Args:
-        request: What is asked for.
-        job_id: The job's id.
-        owner: Who asks.
-        created: When, in seconds since 1970.
+        asked: All that is asked for; what follows from the files is still empty.
+        training: The file of examples, or the document.
+        hyperparameters: `n_epochs`, `batch_size` and `learning_rate_multiplier`, each a number or `auto`.
         max_steps: Most optimizer steps that the owner may ask for.
+        validation: The file to choose the best prefix by.
+        questions: The file of questions about the document; None: the model makes them.
+        start_lengths: Positions by site of the prefix to go on from; None: training begins anew.
 
     Raises:
         JobRefusedError: Something is wrong with the request.
     """
-    name = str(request.options.get("name") or f"{request.suffix or 'ft'}-{job_id[-8:]}")
-    _check_files(request)
-    _check_options(request)
-    try:
-        check_result_name(name)
-    except RequestError as error:
-        param = "prefixtune.name" if request.options.get("name") else "suffix"
-        raise JobRefusedError(param, error.message, "invalid_name") from None
-    targets = _num_targets(request)
-    values = _config_values(request, targets, max_steps) | _tracking(request, job_id)
-    config = _validate(request, values)
-    return Job(
-        id=job_id,
-        owner=owner,
-        created=created,
-        model=request.model,
-        name=name,
-        backbone=request.backbone,
-        fingerprint=request.fingerprint,
-        kind="examples" if request.text is None else "document",
-        config=config.model_dump(mode="json", include=set(config.model_fields_set) - _PLACEHOLDERS),
-        training_file=(request.text or request.training_file).id,
-        validation_file=request.validation_file.id if request.validation_file else "",
-        questions_file=request.asked.id if request.asked else "",
-        targets=targets,
-        seed=request.seed,
-        hyperparameters=dict(request.hyperparameters),
-        extension=dict(request.options),
-        integrations=[dict(one) for one in request.integrations],
-        suffix=request.suffix,
-        metadata=dict(request.metadata),
-    )
-
-
-def resolved_hyperparameters(job: Job) -> dict[str, int | float]:
-    """The hyperparameters of a job as numbers."""
-    kind = DistillConfig if job.kind == "document" else TrainConfig
-    batch_size = int(job.config.get("batch_size", kind.default("batch_size")))
-    steps = int(job.config.get("max_steps", kind.default("max_steps")))
-    epochs = float(job.config.get("epochs", kind.default("epochs")))
-    if steps and job.targets:
-        epochs = steps / -(-job.targets // batch_size)
-    usual = _usual_rate(job.config)
-    rate = float(job.config.get("learning_rate", 0.0)) or usual
-    # Whole, as OpenAI's are.
-    return {
-        "n_epochs": max(1, round(epochs)),
-        "batch_size": batch_size,
-        "learning_rate_multiplier": round(rate / usual, 6),
+    options, facts = asked.extension, training.facts
+    numbers = {name: value for name, value in hyperparameters.items() if value != "auto"}
+    is_document = training.purpose == "document"
+    form = None if is_document else str(options.get("form") or (facts.form if facts else ""))
+    _check_file("training_file", training, form)
+    if validation is not None:
+        _check_file("validation_file", validation, form)
+    if questions is not None:
+        _check_file("prefixtune.questions", questions, "question")
+    _check_options(asked, numbers, questions, start_lengths)
+    values = _given_values(asked, form, start_lengths)
+    if validation is not None:
+        values["dev"] = "dev"
+    targets = _num_targets(questions or training, form, options)
+    values = {**_preset_values(training, form, targets, values, options.get("preset")), **values}
+    usual_rate = default_learning_rate(values.get("reparameterization", TrainConfig.default("reparameterization")))
+    batch_size = int(numbers.get("batch_size", values.get("batch_size", TrainConfig.default("batch_size"))))
+    per_epoch = -(-targets // batch_size)
+    usual = int(values.get("max_steps") or max(_FEWEST_STEPS, _EPOCHS * per_epoch))
+    steps = min(int(DistillConfig.default("max_steps")) if is_document else usual, max_steps)
+    steps = int(options.get("max_steps", numbers.get("n_epochs", 0) * per_epoch)) or steps
+    if steps > max_steps:
+        message = f"{steps:,} steps are asked for, but a job of this key may take {max_steps:,} (max_steps)."
+        param = "prefixtune.max_steps" if "max_steps" in options else "hyperparameters.n_epochs"
+        raise JobRefusedError(param, message, "too_many_steps")
+    values |= {"batch_size": batch_size, "max_steps": steps, "seed": asked.seed}
+    if "learning_rate_multiplier" in numbers:
+        values["learning_rate"] = usual_rate * numbers["learning_rate_multiplier"]
+    if validation is not None:
+        values = {"eval_every": max(1, steps // _EVALUATIONS), **values}
+    if validation is not None or values.get("hold_out"):
+        values["dev_limit"] = MOST_VALIDATED
+    config = _validate(values, is_document=is_document)
+    settled: dict[str, Any] = {
+        "name": _result_name(asked),
+        "kind": "document" if is_document else "examples",
+        "config": config.model_dump(mode="json", include=set(config.model_fields_set) - _PLACEHOLDERS),
+        "training_file": training.id,
+        "validation_file": validation.id if validation else "",
+        "questions_file": questions.id if questions else "",
+        # Whole, as OpenAI's are.
+        "hyperparameters": {
+            "n_epochs": max(1, round(steps / per_epoch)),
+            "batch_size": batch_size,
+            "learning_rate_multiplier": round((config.learning_rate or usual_rate) / usual_rate, 6),
+        },
     }
+    return asked.model_copy(update=settled)
 
 
 # --- what can be wrong ------------------------------------------------------------------------------------------------
 
 
-def _check_files(request: JobRequest) -> None:
-    """Refuse files that cannot be read as what they are for."""
-    training, validation, text, asked = request.training_file, request.validation_file, request.text, request.asked
-    if text is not None and training.id == text.id:
-        _check_file("training_file", training, "document")
-    else:
-        form = "question" if asked is not None and training.id == asked.id else request.options.get("form")
-        _check_file("training_file", training, "fine-tune", form)
-    for param, file, purpose, form in (
-        ("prefixtune.document", request.document, "document", None),
-        ("prefixtune.questions", request.questions, "fine-tune", "question"),
-        ("validation_file", validation, "fine-tune", None),
-    ):
-        if file is not None:
-            _check_file(param, file, purpose, form)
-    if text is not None and request.questions and training.id not in (text.id, request.questions.id):
-        message = "'training_file' and prefixtune.questions both name questions; give one of them."
-        raise JobRefusedError("training_file", message)
-    facts = training.facts
-    if text is None and facts is not None and facts.form and not facts.targets:
-        message = f"{training.id} has nothing to train on: no row has a target, such as an answer."
-        raise JobRefusedError("training_file", message, "invalid_training_file")
-    unanswered = asked.facts.rows - asked.facts.targets if asked is not None and asked.facts is not None else 0
-    if unanswered > _MOST_QUESTIONS:
-        message = f"{unanswered:,} questions have no answer, but the model answers at most {_MOST_QUESTIONS:,}."
-        param = "prefixtune.questions" if asked is request.questions else "training_file"
-        raise JobRefusedError(param, message, "too_many_questions")
-    if validation is not None and text is not None:
-        raise JobRefusedError("validation_file", "a document has no validation file; leave it out.")
-    forms = [request.form] if request.form else _forms(training)
-    if validation is not None and not set(forms) & set(_forms(validation)):
-        message = f"'validation_file' holds {_forms(validation)}, but 'training_file' holds {forms}."
-        raise JobRefusedError("validation_file", message, "invalid_validation_file")
+def _result_name(asked: Job) -> str:
+    """What the result will be served as."""
+    name = str(asked.extension.get("name") or f"{asked.suffix or 'ft'}-{asked.id[-8:]}")
+    try:
+        check_result_name(name)
+    except RequestError as error:
+        param = "prefixtune.name" if "name" in asked.extension else "suffix"
+        raise JobRefusedError(param, error.message, "invalid_name") from None
+    return name
 
 
-def _check_file(param: str, file: StoredFile, purpose: str, form: str | None = None) -> None:
-    code = f"invalid_{param}" if "." not in param else "invalid_file"
+def _check_file(param: str, file: StoredFile, form: str | None) -> None:
+    """Refuse a file that cannot be read in a form; None: as a document."""
+    code, forms = f"invalid_{param.removeprefix('prefixtune.')}", file.facts.forms if file.facts else []
     if file.status != "processed":
-        details = file.status_details.rstrip(".")
-        raise JobRefusedError(param, f"{file.id} cannot be trained on: {details}. Upload a corrected file.", code)
-    if file.purpose != purpose:
-        message = f"the purpose of {file.id} is {file.purpose!r}, but must be {purpose!r} here."
+        message = f"{file.id} cannot be trained on: {file.status_details.rstrip('.')}. Upload a corrected file."
         raise JobRefusedError(param, message, code)
-    if form and form not in _forms(file):
-        where = "prefixtune.form" if param == "training_file" and form != "question" else param
-        raise JobRefusedError(where, f"{file.id} holds {_forms(file)}, which are not read as {form!r}.", code)
+    if form is None:
+        return
+    if not form and forms:
+        raise JobRefusedError("prefixtune.form", f"'training_file' can be read as {forms}; say which by this option.")
+    if form not in forms or file.purpose != "fine-tune":
+        raise JobRefusedError(param, f"{file.id} ({file.purpose}) holds {forms}, but must hold {form!r}.", code)
 
 
-def _forms(file: StoredFile) -> list[str]:
-    return list(file.facts.forms) if file.facts is not None else []
-
-
-def _check_options(request: JobRequest) -> None:
+def _check_options(
+    asked: Job,
+    numbers: Mapping[str, Any],
+    questions: StoredFile | None,
+    start_lengths: Mapping[str, int] | None,
+) -> None:
     """Refuse options that mean nothing in this job, or do not go together."""
-    for name in request.options:
-        if request.start_lengths is not None and name in ("start", "prefix_length", "init_text", "init_examples"):
-            message = f"prefixtune.{name} is given, but training goes on from the prefix {request.model!r}."
-            raise JobRefusedError(f"prefixtune.{name}", message)
-    if str(request.options.get("init_text", "")).startswith("@"):
-        message = "prefixtune.init_text must be a text that does not begin with '@'."
-        raise JobRefusedError("prefixtune.init_text", message)
-    if request.hyperparameters.get("n_epochs", AUTO) != AUTO and "max_steps" in request.options:
-        message = "n_epochs and prefixtune.max_steps are both given; give one of them."
-        raise JobRefusedError("prefixtune.max_steps", message)
-    if request.text is None and not request.form:
-        message = f"'training_file' can be read as {_forms(request.training_file)}; say which in prefixtune.form."
-        raise JobRefusedError("prefixtune.form", message)
-    projects = {(settings.get("project"), settings.get("name")) for settings in _trackers(request).values()}
-    if len(projects) > 1:
-        message = "the integrations have different projects or names, but a job has one of each."
-        raise JobRefusedError("integrations", message)
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def _num_targets(request: JobRequest) -> int:
-    """What an epoch goes through."""
-    if request.text is not None:
-        if request.asked is not None and request.asked.facts is not None:
-            return request.asked.facts.rows
-        return int(request.options.get("num_questions", DistillConfig.default("num_questions")))
-    facts = request.training_file.facts
-    assert facts is not None
-    # Texts are learned in windows.
-    windows = facts.characters // _CHARACTERS_OF_WINDOW if request.form == "text" else 0
-    return max(facts.targets or facts.rows, windows)
-
-
-def _config_values(request: JobRequest, targets: int, max_steps: int) -> dict[str, Any]:
-    """The values of the configuration: the request's, those of a preset beneath, and what `auto` stands for."""
-    options, asked = request.options, request.hyperparameters
-    no_config = ("name", "preset") if request.text is None else ("name", "document", "questions")
-    given = {name: value for name, value in options.items() if name not in no_config}
-    if "start" in given:
-        given["initialization"] = given.pop("start")
-    if request.start_lengths is not None:
-        lengths = request.start_lengths
-        given |= {"initialization": "prefix", "prefix_length": max(lengths.values()), "sites": spell_lengths(lengths)}
-    if request.text is None:
-        given["form"] = request.form
-        given |= {"dev": "dev"} if request.validation_file is not None else {}
-    numbers = {name: value for name, value in asked.items() if not isinstance(value, str)}
-    given |= {"batch_size": int(numbers["batch_size"])} if "batch_size" in numbers else {}
-    values = {**_preset_values(request, targets, given), **given, "seed": request.seed}
-    batch_size = int(values.get("batch_size", TrainConfig.default("batch_size")))
-    values["max_steps"] = _steps(request, values, targets, batch_size, max_steps)
-    if request.validation_file is not None and "eval_every" not in values:
-        values["eval_every"] = max(1, values["max_steps"] // _EVALUATIONS)
-    if request.validation_file is not None or values.get("hold_out"):
-        values["dev_limit"] = _num_validated(request)
-    if "learning_rate_multiplier" in numbers:
-        values["learning_rate"] = _usual_rate(values) * numbers["learning_rate_multiplier"]
-    return values
-
-
-def _usual_rate(values: Mapping[str, Any]) -> float:
-    """The learning rate that a multiplier of 1 stands for."""
-    return default_learning_rate(str(values.get("reparameterization", TrainConfig.default("reparameterization"))))
-
-
-def _num_validated(request: JobRequest) -> int:
-    """Targets that an evaluation computes, at most."""
-    facts = (request.validation_file or request.training_file).facts
-    assert facts is not None
-    length = facts.characters // max(facts.targets, facts.rows, 1)
-    return min(max(_VALIDATED_CHARACTERS // max(length, 1), _FEWEST_VALIDATED), MOST_VALIDATED)
-
-
-def _preset_values(request: JobRequest, targets: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `quick`, for as few examples as it is for; refuses it where it is asked for and not for such data."""
-    facts, chosen = request.training_file.facts, request.options.get("preset")
-    if (
-        request.text is not None
-        or facts is None
-        or chosen == "none"
-        or (chosen is None and targets not in _QUICK_TARGETS)
+    options, facts = asked.extension, questions.facts if questions else None
+    begun = ("start", "prefix_length", "init_text", "init_examples") if start_lengths is not None else ()
+    for name, is_wrong, message in (
+        *(
+            (name, name in options, f"training goes on from {asked.model!r}, which has its own {name}")
+            for name in begun
+        ),
+        # A command line would read a file.
+        ("init_text", str(options.get("init_text", "")).startswith("@"), "init_text must not begin with '@'"),
+        ("max_steps", "n_epochs" in numbers and "max_steps" in options, "both n_epochs and max_steps are given"),
+        (
+            "questions",
+            facts is not None and facts.rows - facts.targets > _MOST_QUESTIONS,
+            f"the model answers at most {_MOST_QUESTIONS:,} questions that have no answer",
+        ),
     ):
-        return {}
-    if facts.task in ("classification", "tagging") or request.form == "text" or facts.examples < _FEWEST_EXAMPLES:
-        if chosen is None:
-            return {}
-        what = f"at least {_FEWEST_EXAMPLES} examples whose targets are texts"
-        message = f"prefixtune.preset is 'quick', which is for {what}; leave it out."
-        raise JobRefusedError("prefixtune.preset", message)
-    return without_conflicts(preset("quick", "records"), given)
-
-
-def _steps(request: JobRequest, values: Mapping[str, Any], targets: int, batch_size: int, max_steps: int) -> int:
-    """Optimizer steps; more than are allowed are refused."""
-    per_epoch = -(-targets // batch_size)
-    epochs, wanted = request.hyperparameters.get("n_epochs", AUTO), request.options.get("max_steps")
-    if epochs == AUTO and not wanted:
-        if request.text is not None:
-            return min(int(DistillConfig.default("max_steps")), max_steps)
-        return min(int(values.get("max_steps") or max(_FEWEST_STEPS, _EPOCHS * per_epoch)), max_steps)
-    param, steps = "prefixtune.max_steps", int(wanted or 0)
-    if epochs != AUTO:
-        param, steps = "hyperparameters.n_epochs", int(epochs) * per_epoch
-    if steps > max_steps:
-        message = (
-            f"{steps:,} steps are asked for, over {targets:,} targets in batches of {batch_size}, but a job of this "
-            f"key may take {max_steps:,} (max_steps); ask for fewer steps."
-        )
-        raise JobRefusedError(param, message, "too_many_steps")
-    return steps
-
-
-def _trackers(request: JobRequest) -> dict[str, Mapping[str, Any]]:
-    return {str(one["type"]): one.get(str(one["type"])) or {} for one in request.integrations}
-
-
-def _tracking(request: JobRequest, job_id: str) -> dict[str, Any]:
-    trackers = _trackers(request)
-    if not trackers:
-        return {}
-    settings = next(iter(trackers.values()))
-    project = {"project": settings["project"]} if settings.get("project") else {}
-    return {"report_to": list(trackers), "run_name": settings.get("name") or job_id, **project}
+        if is_wrong:
+            raise JobRefusedError(f"prefixtune.{name}", f"{message}.")
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
 
 
-def _validate(request: JobRequest, values: Mapping[str, Any]) -> TrainConfig:
+def _num_targets(file: StoredFile, form: str | None, options: Mapping[str, Any]) -> int:
+    """What an epoch goes through."""
+    assert file.facts is not None
+    if file.purpose == "document":
+        return int(options.get("num_questions", DistillConfig.default("num_questions")))
+    if form is None:
+        return file.facts.rows
+    # Texts are learned in windows.
+    windows = file.facts.characters // _CHARACTERS_OF_WINDOW if form == "text" else 0
+    return max(file.facts.targets or file.facts.rows, windows)
+
+
+def _given_values(asked: Job, form: str | None, start_lengths: Mapping[str, int] | None) -> dict[str, Any]:
+    """What the request says, as the configuration calls it."""
+    no_config = ("name", "document", "questions") if form is None else ("name", "preset")
+    given = {name: value for name, value in asked.extension.items() if name not in no_config}
+    if form is not None:
+        given["form"] = form
+    if "start" in given:
+        given["initialization"] = given.pop("start")
+    if start_lengths is not None:
+        length, sites = max(start_lengths.values()), spell_lengths(start_lengths)
+        given |= {"initialization": "prefix", "init_prefix": "start", "prefix_length": length, "sites": sites}
+    for integration in asked.integrations:
+        settings = integration.get(integration["type"]) or {}
+        given |= {"report_to": [integration["type"]], "run_name": settings.get("name") or asked.id}
+        given["project"] = settings.get("project") or ""
+    return given
+
+
+def _preset_values(
+    training: StoredFile, form: str | None, targets: int, given: Mapping[str, Any], chosen: str | None
+) -> dict[str, Any]:
+    """Those of `quick`, where it is asked for, or there are as few examples as it is for."""
+    facts = training.facts
+    if form is None or facts is None or (chosen or ("quick" if targets in _QUICK_TARGETS else "none")) == "none":
+        return {}
+    if facts.task not in ("classification", "tagging") and form != "text" and facts.examples >= _FEWEST_EXAMPLES:
+        return without_conflicts(preset("quick", "records"), given)
+    if chosen is None:
+        return {}
+    message = f"the preset 'quick' is for at least {_FEWEST_EXAMPLES} examples whose targets are texts."
+    raise JobRefusedError("prefixtune.preset", message)
+
+
+def _validate(values: Mapping[str, Any], *, is_document: bool) -> TrainConfig:
     """The configuration that the worker will have, with other paths; refuses values that do not go together."""
-    paths: dict[str, Any] = {"output": "run", "init_prefix": "start" if request.start_lengths is not None else ""}
     try:
-        config: TrainConfig
-        if request.text is not None:
-            config = DistillConfig(**values, **paths, document="document", questions=SELF)
-        else:
-            config = TrainConfig(**values, **paths, train="train")
+        if is_document:
+            return DistillConfig(**values, output="run", document="document", questions=SELF)
+        return TrainConfig(**values, output="run", train="train")
     except PrefixError as error:
-        message = re.sub(r"\binitialization\b", "start", error.message)
-        # The option that it is about: the first that it names.
-        named = {name: found.start() for name in request.options if (found := re.search(rf"\b{name}\b", message))}
-        param = f"prefixtune.{min(named, key=named.__getitem__)}" if named else "prefixtune"
-        raise JobRefusedError(param, message) from None
-    if config.patience and not (config.dev or config.hold_out):
-        message = "prefixtune.patience needs a validation file, or prefixtune.hold_out."
-        raise JobRefusedError("prefixtune.patience", message)
-    return config
+        raise JobRefusedError("prefixtune", error.message.replace("initialization", "start")) from None

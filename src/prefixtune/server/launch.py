@@ -95,8 +95,6 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     store = PrefixFolder(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
     state = ServerState(config, backbone, store, worker)
-    if state.training is not None:
-        state.training.files.clear()
     if worker is not None:
         # Both take a moment, for which the first request should not wait.
         state.tokenizer_thread.submit(newline_tokens, backbone)

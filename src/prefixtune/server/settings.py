@@ -13,10 +13,7 @@ from pydantic import ConfigDict, Field, field_validator
 from prefixtune.jobs.config import (
     DATA_FOLDER_HELP,
     DATABASE_URL_HELP,
-    KEEP_JOBS,
-    KEEP_JOBS_HELP,
     DatabaseUrl,
-    KeepJobs,
 )
 from prefixtune.utils.config import CommaList, Config, Layer, Table, option_group
 
@@ -167,7 +164,6 @@ class ServeConfig(Config):
     train_idle_seconds: _Seconds = _training(
         600.0, description="seconds without a job after which the training process ends"
     )
-    keep_jobs: KeepJobs = _training(KEEP_JOBS, description=KEEP_JOBS_HELP)
     max_file_mib: _Size = _training(512, description="largest file that is uploaded for training, in MiB")
     trackers: CommaList[Literal["wandb", "trackio", "tensorboard", "mlflow"]] = _training(
         (), description="trackers that a job may report to, with the accounts of this server's owner"

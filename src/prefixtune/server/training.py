@@ -14,10 +14,10 @@ from typing import TypeVar
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.backbone.identity import backbone_identity
-from prefixtune.jobs.checkpoints import remove_checkpoints
 from prefixtune.jobs.config import jobs_folder
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, is_job_id
+from prefixtune.jobs.publish import remove_checkpoints
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.prefix.header import JobOrigin
 from prefixtune.server.auth import Caller, Gate

@@ -37,7 +37,7 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
         return None
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = config.train_threads or max(1, num_cores // 2)
-    same = ("backbone", "backbone_id", "dtype", "quantize", "cache_mib", "keep_jobs", "log_level")
+    same = ("backbone", "backbone_id", "dtype", "quantize", "cache_mib", "log_level")
     options = {name: getattr(config, name) for name in same} | {
         # With vLLM, a GPU's memory is its own.
         "device": "cpu" if config.engine == "vllm" and config.device == "auto" else config.device,

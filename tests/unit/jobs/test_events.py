@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.events import JobEvents, Progress
+from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import new_job_id
 
@@ -49,14 +49,18 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_written_again(folder: JobFol
     assert messages(folder) == ["Step 1/2", "Step 2/2"]
 
 
-def test_progress_is_whole_or_not_there(folder: JobFolder) -> None:
+def test_the_progress_is_that_of_the_last_step(folder: JobFolder) -> None:
     events = JobEvents(folder)
     assert (events.progress(), events.read()) == (None, [])
-    progress = Progress(step=1, total_steps=2, loss=1.5)
-    events.write_progress(progress)
-    assert events.progress() == progress
-    (folder.root / "progress.json").write_text('{"step": 1')
+    events.add("Training has started.")
     assert events.progress() is None
+    for step in (1, 2):
+        data = {"step": step, "total_steps": 3, "train_loss": 1.5, "seconds_left": 4.0, "trained_tokens": 7}
+        events.add(f"Step {step}/3", data=data)
+    events.add("Step 2/3", data={"step": 2, "total_steps": 3, "valid_loss": 9.0})
+    found = events.progress()
+    assert found is not None
+    assert (found.step, found.total_steps, found.loss, found.seconds_left, found.trained_tokens) == (2, 3, 1.5, 4.0, 7)
 
 
 def test_inputs_stay_when_the_upload_is_deleted_and_the_start_when_it_is_overwritten(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from prefixtune.distillation.config import DistillConfig
 from prefixtune.jobs.file_check import FileFacts
 from prefixtune.jobs.files import StoredFile
 from prefixtune.jobs.job import Job
-from prefixtune.jobs.request import MOST_VALIDATED, JobRefusedError, JobRequest, make_job, resolved_hyperparameters
+from prefixtune.jobs.request import MOST_VALIDATED, JobRefusedError, settle_job
 from prefixtune.training.config import TrainConfig
 
 
@@ -29,9 +29,26 @@ DOCUMENT = stored(9, "document", 0, purpose="document", task="document")
 QUESTIONS = stored(8, "question", 40)
 
 
-def made(max_steps: int = 5000, **fields: Any) -> Job:
-    request = JobRequest(**{"model": "tiny", "training_file": stored(), **fields})
-    return make_job(request, job_id="ftjob-" + "ab" * 12, owner="ann", created=1, max_steps=max_steps)
+def made(
+    training_file: StoredFile | None = None,
+    *,
+    max_steps: int = 5000,
+    hyperparameters: dict[str, Any] | None = None,
+    start_lengths: dict[str, int] | None = None,
+    options: dict[str, Any] | None = None,
+    model: str = "tiny",
+    seed: int = 0,
+    suffix: str = "",
+    integrations: Any = (),
+    **files: StoredFile,
+) -> Job:
+    named: Any = {name.removesuffix("_file"): file for name, file in files.items()}
+    asked = Job(
+        id="ftjob-" + "ab" * 12, owner="ann", created=1, model=model, extension=options or {}, seed=seed,
+        suffix=suffix, integrations=integrations,
+    )  # fmt: skip
+    limits: Any = {"max_steps": max_steps, "start_lengths": start_lengths}
+    return settle_job(asked, training_file or stored(), hyperparameters or {}, **limits, **named)
 
 
 def refused(**fields: Any) -> JobRefusedError:
@@ -56,7 +73,7 @@ def refused(**fields: Any) -> JobRefusedError:
 def test_auto_chooses_by_the_data(file: StoredFile, steps: int, epochs: int, is_quick: bool) -> None:
     job = made(training_file=file)
     assert job.config["max_steps"] == steps
-    assert resolved_hyperparameters(job) == {"n_epochs": epochs, "batch_size": 16, "learning_rate_multiplier": 1.0}
+    assert job.hyperparameters == {"n_epochs": epochs, "batch_size": 16, "learning_rate_multiplier": 1.0}
     assert (job.config.get("initialization") == "examples") == is_quick
     assert job.config["form"] == file.facts.form if file.facts else ""
 
@@ -66,7 +83,6 @@ def test_numbers_are_used_as_they_are() -> None:
     job = made(hyperparameters=numbers, options={"reparameterization": "none"}, seed=5)
     config = TrainConfig(train="x", output="y", **job.config)
     assert (config.max_steps, config.batch_size, config.learning_rate, config.seed) == (21, 8, 2.5e-3, 5)
-    assert resolved_hyperparameters(job) == numbers
     assert job.hyperparameters == numbers
 
 
@@ -81,28 +97,14 @@ def test_the_same_values_come_back_from_the_database() -> None:
 
 def test_a_validation_file_is_evaluated_on_while_it_trains() -> None:
     job = made(training_file=stored(targets=1000), validation_file=stored(2))
-    assert job.config["eval_every"] == 39
+    assert (job.config["eval_every"], job.config["dev_limit"]) == (39, MOST_VALIDATED)
     assert job.validation_file == stored(2).id
-
-
-def test_evaluations_take_a_bounded_part_of_the_time() -> None:
-    large, validation = stored(targets=100_000), stored(2, targets=10_000)
-    assert made(training_file=large, validation_file=validation).config["dev_limit"] == MOST_VALIDATED
-    assert made(training_file=large, options={"hold_out": 0.5}).config["dev_limit"] == MOST_VALIDATED
-    assert "dev_limit" not in made(training_file=large).config
-    for characters, limit in ((600, 100), (1_000_000, 16)):
-        long = stored(2, targets=10_000, characters=10_000 * characters)
-        assert made(training_file=large, validation_file=long).config["dev_limit"] == limit
 
 
 def test_the_model_answers_a_bounded_number_of_questions() -> None:
     some = stored(7, "question", 1001, counted=0)
-    for fields, param in (
-        ({"training_file": DOCUMENT, "questions": some}, "prefixtune.questions"),
-        ({"training_file": some, "document": DOCUMENT}, "training_file"),
-    ):
-        error = refused(**fields)
-        assert (error.param, error.code) == (param, "too_many_questions")
+    error = refused(training_file=DOCUMENT, questions=some)
+    assert (error.param, error.code) == ("prefixtune.questions", None)
     # Nothing has to be written for these.
     made(training_file=DOCUMENT, questions=stored(7, "question", 5000))
 
@@ -112,13 +114,9 @@ def test_a_document_is_distilled() -> None:
     config = DistillConfig(document="x", questions="self", output="y", **job.config)
     assert (config.max_steps, config.prefix_length, config.num_questions) == (150, 8, 32)
     assert (job.kind, job.training_file, job.questions_file) == ("document", DOCUMENT.id, "")
-    for fields in (
-        {"training_file": DOCUMENT, "questions": QUESTIONS},
-        {"training_file": QUESTIONS, "document": DOCUMENT},
-    ):
-        both = made(**fields, hyperparameters={"n_epochs": 4})
-        assert (both.training_file, both.questions_file) == (DOCUMENT.id, QUESTIONS.id)
-        assert both.config["max_steps"] == 12
+    both = made(training_file=DOCUMENT, questions=QUESTIONS, hyperparameters={"n_epochs": 4})
+    assert (both.training_file, both.questions_file) == (DOCUMENT.id, QUESTIONS.id)
+    assert both.config["max_steps"] == 12
 
 
 def test_training_goes_on_from_a_prefix_of_any_sites() -> None:
@@ -135,34 +133,28 @@ def test_the_name_is_that_of_the_request_or_made_up() -> None:
     assert refused(options={"name": "x.step-4"}).param == "prefixtune.name"
 
 
-def test_trackers_share_a_project() -> None:
-    wandb = {"type": "wandb", "wandb": {"project": "p"}}
-    config = made(integrations=[wandb, {"type": "mlflow", "mlflow": {"project": "p"}}]).config
-    assert (config["report_to"], config["project"]) == (["wandb", "mlflow"], "p")
-    assert config["run_name"].startswith("ftjob-")
-    assert refused(integrations=[wandb, {"type": "mlflow"}]).param == "integrations"
+def test_a_tracker_has_the_project_and_the_name_of_the_request() -> None:
+    for settings, expected in (({"project": "p", "name": "n"}, ("p", "n")), (None, ("", "ftjob-" + "ab" * 12))):
+        config = made(integrations=[{"type": "wandb", "wandb": settings}]).config
+        assert (config["report_to"], (config["project"], config["run_name"])) == (["wandb"], expected)
 
 
 WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"training_file": stored(status="error", status_details="row 7: no answer.")}, "training_file",
      "invalid_training_file"),
     ({"training_file": stored(purpose="fine-tune-results")}, "training_file", "invalid_training_file"),
-    ({"training_file": stored(counted=0)}, "training_file", "invalid_training_file"),
     ({"training_file": stored(form="", forms=["prompt", "text"])}, "prefixtune.form", None),
-    ({"options": {"form": "label"}}, "prefixtune.form", "invalid_training_file"),
+    ({"options": {"form": "label"}}, "training_file", "invalid_training_file"),
+    ({"training_file": DOCUMENT, "validation_file": stored(2)}, "prefixtune", None),
     ({"validation_file": stored(2, "label")}, "validation_file", "invalid_validation_file"),
-    ({"training_file": DOCUMENT, "validation_file": stored(2)}, "validation_file", None),
-    ({"training_file": stored(), "document": DOCUMENT}, "training_file", "invalid_training_file"),
-    ({"training_file": QUESTIONS, "document": DOCUMENT, "questions": stored(7, "question")}, "training_file", None),
-    ({"training_file": DOCUMENT, "questions": stored(2)}, "prefixtune.questions", "invalid_file"),
-    ({"training_file": DOCUMENT, "options": {"hold_out": 0.1}}, "prefixtune.hold_out", None),
-    ({"options": {"num_questions": 9}}, "prefixtune.num_questions", None),
+    ({"training_file": DOCUMENT, "questions": stored(2)}, "prefixtune.questions", "invalid_questions"),
+    ({"training_file": DOCUMENT, "options": {"hold_out": 0.1}}, "prefixtune", None),
+    ({"options": {"num_questions": 9}}, "prefixtune", None),
     ({"options": {"max_steps": 5001}}, "prefixtune.max_steps", "too_many_steps"),
     ({"options": {"max_steps": 5}, "hyperparameters": {"n_epochs": 2}}, "prefixtune.max_steps", None),
     ({"hyperparameters": {"n_epochs": 900, "batch_size": 1}}, "hyperparameters.n_epochs", "too_many_steps"),
-    ({"options": {"patience": 2, "preset": "none"}}, "prefixtune.patience", None),
     ({"options": {"init_text": "@/etc/passwd"}}, "prefixtune.init_text", None),
-    ({"options": {"start": "words", "prefix_length": 0}}, "prefixtune.prefix_length", None),
+    ({"options": {"start": "words", "prefix_length": 0}}, "prefixtune", None),
     ({"options": {"preset": "quick"}, "training_file": stored(targets=3)}, "prefixtune.preset", None),
 ]  # fmt: skip
 
@@ -171,7 +163,3 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
 def test_what_is_wrong_is_named(fields: dict[str, Any], param: str, code: str | None) -> None:
     error = refused(**fields)
     assert (error.param, error.code) == (param, code)
-
-
-def test_patience_may_go_by_what_the_preset_holds_out() -> None:
-    assert made(options={"patience": 5}).config["patience"] == 5

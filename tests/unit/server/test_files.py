@@ -39,8 +39,8 @@ def post(app: Any, body: bytes, boundary: str = BOUNDARY, **headers: str) -> Res
 
 
 def stored(tmp_path: Path) -> list[str]:
-    """Everything below the folders of owners, hidden folders too."""
-    return [path.name for path in (tmp_path / "data" / "files").glob("*/*")]
+    """Everything that is kept, hidden folders too."""
+    return [path.name for path in (tmp_path / "data" / "files").glob("*") if path.suffix != ".lock"]
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
     monkeypatch.setenv("PREFIXTUNE_WORKER_DATABASE_URL", environment["PREFIXTUNE_WORKER_DATABASE_URL"])
     main(list(command[command.index("worker") :]))
     (read,) = seen
-    for name in ("backbone", "dtype", "device", "quantize", "database_url", "data_folder", "cache_mib", "keep_jobs"):
+    for name in ("backbone", "dtype", "device", "quantize", "database_url", "data_folder", "cache_mib"):
         assert getattr(read, name) == getattr(config, name)
     assert (read.threads, read.nice, read.idle_seconds) == (3, 7, config.train_idle_seconds)
     assert read.prefixes == str(tmp_path)

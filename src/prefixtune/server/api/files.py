@@ -95,7 +95,7 @@ def show_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
 def download_file(file_id: str, context: TrainingContext) -> Response:
     """A file's content, as it was uploaded."""
     stored = find_file(context, file_id)
-    path = context.training.files.path(stored.owner, stored.id)
+    path = context.training.files.path(stored)
     return FileResponse(path, filename=stored.filename, media_type="application/octet-stream")
 
 
@@ -106,7 +106,7 @@ def delete_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     Jobs that were made of it go on.
     """
     stored = find_file(context, file_id)
-    context.training.files.delete(stored.owner, stored.id)
+    context.training.files.delete(stored)
     context.log_fields["file"] = stored.id
     return {"id": stored.id, "object": "file", "deleted": True}
 
@@ -139,9 +139,9 @@ def find_file(context: RequestContext, file_id: str) -> StoredFile:
 def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     """What training would read of a file: some examples, or the beginning of a document."""
     stored, files = find_file(context, file_id), context.training.files
-    examples = [_shown(example) for example in spread_out(files.sample(stored.owner, stored.id), _MOST_SHOWN)]
+    examples = [_shown(example) for example in spread_out(files.sample(stored), _MOST_SHOWN)]
     if stored.purpose == "document" and stored.facts is not None:
-        with files.open(stored.owner, stored.id) as file:
+        with open(files.path(stored), "rb") as file:
             examples = [{"source": file.read(4 * _MOST_CHARS).decode("utf-8", "ignore")[:_MOST_CHARS]}]
     return {"id": stored.id, "object": "file.preview", "examples": examples}
 

@@ -14,11 +14,10 @@ from typing import Any, Literal
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.errors import RequestError
-from prefixtune.jobs.checkpoints import Checkpoint, checkpoints
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.folder import is_job_id
 from prefixtune.jobs.job import ENDED, JobState
-from prefixtune.jobs.publish import published_by
+from prefixtune.jobs.publish import Checkpoint, checkpoints, published_by
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.prefix.folder import path_of
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
@@ -173,6 +172,6 @@ def _positions(queue: JobQueue, states: Sequence[JobState]) -> dict[str, int]:
     if all(state.status != "queued" for state in states):
         return {}
     with contextlib.suppress(QueueUnavailableError):
-        waiting = [job.id for job in queue.unfinished() if job.status == "queued"]
+        waiting = [state.job.id for state in queue.unfinished() if state.status == "queued"]
         return {job_id: number for number, job_id in enumerate(waiting)}
     return {}

@@ -15,7 +15,7 @@ from prefixtune.jobs.files import StoredFile, UnknownFileError
 from prefixtune.jobs.folder import InputName
 from prefixtune.jobs.job import Job, JobState, new_job_id
 from prefixtune.jobs.queue import JobQueue
-from prefixtune.jobs.request import JobRequest, make_job
+from prefixtune.jobs.request import settle_job
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact
@@ -97,10 +97,11 @@ def _find_files(context: RequestContext, body: FineTuningRequest) -> dict[str, S
         ApiError: 404: there is no such file, or it is somebody else's.
     """
     training, options = context.training, body.options
+    if options.get("document", body.training_file) != body.training_file:
+        raise bad_request("the document must be the training file.", "prefixtune.document")
     asked = {
         "training_file": body.training_file,
         "validation_file": body.validation_file,
-        "prefixtune.document": options.get("document"),
         "prefixtune.questions": None if options.get("questions") == SELF else options.get("questions"),
     }
     found = {}
@@ -124,30 +125,32 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
     if (length := body.options.get("prefix_length", 0)) >= state.catalog.max_length:
         message = f"prefixtune.prefix_length is {length}, but the model has {state.catalog.max_length} positions."
         raise bad_request(message, "prefixtune.prefix_length")
-    request = JobRequest(
+    asked = Job(
+        id=job_id,
+        owner=context.caller.name,
+        created=int(time.time()),
         model=body.model,
-        training_file=files["training_file"],
-        validation_file=files.get("validation_file"),
-        document=files.get("prefixtune.document"),
-        questions=files.get("prefixtune.questions"),
-        hyperparameters=body.given_hyperparameters,
-        options=body.options,
-        integrations=[one.given() for one in body.integrations or ()],
-        start_lengths=start_lengths,
         backbone=training.backbone,
         fingerprint=state.backbone.fingerprint,
         seed=body.seed or 0,
+        extension=body.options,
+        integrations=[one.given() for one in body.integrations or ()],
         suffix=body.suffix or "",
         metadata=body.metadata or {},
     )
-    owner, max_steps = context.caller.name, context.caller.rules.max_steps
-    job = make_job(request, job_id=job_id, owner=owner, created=int(time.time()), max_steps=max_steps)
+    job = settle_job(
+        asked,
+        files["training_file"],
+        body.given_hyperparameters,
+        max_steps=context.caller.rules.max_steps,
+        validation=files.get("validation_file"),
+        questions=files.get("prefixtune.questions"),
+        start_lengths=start_lengths,
+    )
     train: InputName = "document" if job.kind == "document" else "train"
-    ids: dict[InputName, str] = {train: job.training_file, "dev": job.validation_file, "questions": job.questions_file}
+    read: dict[InputName, str] = {train: "training_file", "dev": "validation_file", "questions": "prefixtune.questions"}
     links: dict[InputName, tuple[Path, str]] = {
-        name: (training.files.path(None, file_id), training.files.get(None, file_id).ending)
-        for name, file_id in ids.items()
-        if file_id
+        name: (training.files.path(files[param]), files[param].ending) for name, param in read.items() if param in files
     }
     if start_lengths is not None:
         start = path_of(state.store.folder, body.model)
@@ -163,7 +166,7 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
         PrefixError: The folder of prefixes cannot be read.
     """
     limits, store, unfinished = context.caller.rules, context.state.store, queue.unfinished()
-    own = sum(one.owner == job.owner for one in unfinished)
+    own = sum(one.job.owner == job.owner for one in unfinished)
     if own >= limits.max_jobs:
         message = f"{own} jobs of this key have not ended, of at most {limits.max_jobs} (max_jobs); cancel one."
         # A place is free when a job has ended, which takes longer than clients wait by themselves.
@@ -174,7 +177,7 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
         message = f"this key keeps {kept} results and has {own} jobs, which is its limit (max_prefixes)."
         raise bad_request(message, code="too_many_prefixes", hint="delete a model that is not needed.")
     is_taken = job.name == context.state.config.model_id or store.file(job.name) is not None
-    if is_taken or any(one.name == job.name for one in unfinished):
+    if is_taken or any(one.job.name == job.name for one in unfinished):
         param = "prefixtune.name" if "name" in job.extension else "suffix"
         raise bad_request(f"the name {job.name!r} is taken.", param, "name_taken", hint="choose another one.")
 

@@ -108,9 +108,7 @@ class TrainingOptions(_Options):
     system: _LongText | None = Field(None, description="System message of conversations that have none.")
     chat_template: Literal["model", "none"] | None = None
 
-    document: _FileId | None = Field(
-        None, description="A document to remember; the training file then holds questions about it, or is the document."
-    )
+    document: _FileId | None = Field(None, description="The training file again, which is a document to remember.")
     questions: _FileId | None = Field(
         None, description="About a document, a file; or self, the default: the model makes them."
     )
@@ -124,7 +122,7 @@ class FineTuningRequest(Body):
     model: Text = Field(description="The bare backbone's name; or that of a prefix, which training goes on from.")
     training_file: _FileId = Field(description="An uploaded file with examples; or a document to remember.")
     validation_file: _FileId | None = Field(
-        None, description="Examples to choose the best prefix by: the first 256 targets, fewer of long ones."
+        None, description="Examples to choose the best prefix by: the first 256 targets."
     )
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")] | None = Field(
         None, description="Begins the name of the result."
@@ -132,7 +130,7 @@ class FineTuningRequest(Body):
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
     method: TrainingMethod | None = None
     hyperparameters: TrainingHyperparameters | None = Field(None, description="The older place of them.")
-    integrations: Annotated[list[TrainingIntegration], Field(max_length=4)] | None = None
+    integrations: Annotated[list[TrainingIntegration], Field(max_length=1)] | None = None
     metadata: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 from fastapi import Query
 
-from prefixtune.jobs.checkpoints import Checkpoint
 from prefixtune.jobs.events import JobEvent, JobEvents, Progress
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobState
-from prefixtune.jobs.request import resolved_hyperparameters
+from prefixtune.jobs.publish import Checkpoint
 from prefixtune.server.responses import ApiError, bad_request
 
 After = Annotated[str, Query(description="The id of the last item of the page before.")]
@@ -33,7 +32,6 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
     """
     job, result, error = state.job, state.result, state.error
     progress = JobEvents(folder.job(job.id)).progress() if state.status != "queued" else None
-    hyperparameters = resolved_hyperparameters(job)
     return {
         "object": "fine_tuning.job",
         **job.model_dump(include={"id", "model", "seed", "integrations", "metadata"}),
@@ -42,13 +40,13 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
         "status": state.status,
         "fine_tuned_model": result.name if result else None,
         "error": error.model_dump() if error else None,
-        "training_file": _asked_training_file(job),
+        "training_file": job.training_file,
         "validation_file": job.validation_file or None,
         "result_files": list(result.result_files) if result else [],
         "trained_tokens": result.trained_tokens if result else None,
         "estimated_finish": _estimated_finish(progress) if state.status == "running" else None,
-        "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "hyperparameters": job.hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": job.hyperparameters}},
         "organization_id": job.owner,
         "user_provided_suffix": job.suffix or None,
         "prefixtune": {
@@ -60,13 +58,6 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
             "best_loss": result.best_loss if result else None,
         },
     }
-
-
-def _asked_training_file(job: Job) -> str:
-    """What the request called the training file: of a document, perhaps the questions about it."""
-    if "document" in job.extension and "questions" not in job.extension and job.questions_file:
-        return job.questions_file
-    return job.training_file
 
 
 def _estimated_finish(progress: Progress | None) -> int | None:
