@@ -39,6 +39,10 @@ _DECISIVE = (
 """Options that decide what a teacher makes."""
 
 
+_MOST_STORED, _MOST_CHARACTERS = 256, 400
+"""Questions that are stored with a memory, and characters of each with its answer."""
+
+
 class Preparation:
     """Memories before their training, and the teacher of all of them, who is let go when the last one is labelled.
 
@@ -161,6 +165,8 @@ class Preparation:
         memory = self._unlabelled.pop(run.output)
         if memory.soft:
             data = self._with_labels(memory, data)
+        if self._config.subject == "document":
+            data = replace(data, questions=_stored(memory.questions))
         if not self._unlabelled:
             self._teacher = Teacher(self._student, self._student.name)
         return data
@@ -183,6 +189,13 @@ class Preparation:
         labelled = read_labels(path, examples)
         memory.labelled = labelled[count:]
         return replace(data, train=replace(data.train, examples=tuple(labelled[:count])), digest=digest)
+
+
+def _stored(questions: Sequence[Question]) -> list[tuple[str, str]]:
+    """Some questions with their answers, none of them long, to be stored with a memory."""
+    pairs = [(one.question, one.answer or "") for one in questions]
+    short = [pair for pair in dict.fromkeys(pairs) if sum(map(len, pair)) <= _MOST_CHARACTERS]
+    return short[:: -(-len(short) // _MOST_STORED) or 1]
 
 
 def sources_of(config: DistillConfig, job: Job, student: Backbone) -> list[Any]:

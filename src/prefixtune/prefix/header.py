@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -89,6 +89,7 @@ class Header(_Part):
     method: str = ""
     peft: dict[str, Any] = {}
     placement: Literal["front"] = "front"
+    questions: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
     rotation: dict[str, Any] = {}
     task: str = ""
     text_format: dict[str, Any] | None = None

@@ -54,6 +54,7 @@ def make_run_header(
         text_format=data.text_format.to_dict(),
         **({} if data.labels is None else {"labels": data.labels.to_dict()}),
         initialization=initialization,
+        **({"questions": [list(pair) for pair in data.questions]} if data.questions else {}),
         training={
             "steps": state.step,
             "total_steps": state.total_steps,

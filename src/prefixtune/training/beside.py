@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,13 +19,17 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Front
 from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data.encoding import encode_examples
+from prefixtune.data.examples import Example
 from prefixtune.data.tokenized import TokenizedExample, longest_text
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.compose import check_joinable, join
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.rotation import Rotation
+from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import TrainData
 from prefixtune.training.run_folder import PREFIX_FILE
 
 SELF = "self"
@@ -35,6 +39,8 @@ ALONE_RATE = 0.4
 """Share of the samples that see the own prefix alone."""
 ALL_RATE = 0.7
 """Of the other samples, share of those that see all others; the rest see a random number of them."""
+_OWN_PER_QUESTION = 3
+"""Examples of its own that a run has for each question of others, at least."""
 _PER_POSITION = 8
 """Positions of a prefix, in a company of its own, that take as much memory as one of a text."""
 
@@ -73,7 +79,29 @@ def load_others(config: TrainConfig, backbone: Backbone) -> list[Prefix]:
     names = find_files(config.beside, config.output)
     others = [load_prefix(path, backbone) for path in names]
     check_joinable(others, [repr(str(path)) for path in names])
-    return [Prefix(prefix.layers).to(torch.float32, backbone.device) for prefix in others]
+    return [prefix.to(torch.float32, backbone.device) for prefix in others]
+
+
+def with_questions(data: TrainData, others: Sequence[Prefix], backbone: Backbone, seed: int) -> TrainData:
+    """A run's data with questions that others were made for, each with that other beside it.
+
+    So the own prefix learns to leave them to it. There are a third as many as own examples, at most.
+
+    Args:
+        data: The run's own.
+        others: Those that stand beside; questions are in the headers of memories.
+        backbone: Of all.
+        seed: Which questions.
+    """
+    asked = [(number, pair) for number, prefix in enumerate(others) for pair in prefix.header.get("questions", ())]
+    random.Random(f"{seed}/questions").shuffle(asked)
+    examples = list(data.train.examples)
+    for number, (question, answer) in asked[: len(examples) // _OWN_PER_QUESTION]:
+        form, length = read_text_format(others[number].header), others[number].length()
+        if form is not None:
+            found = encode_examples(backbone, [Example(question, (answer,))], form, prefix_length=length)
+            examples += [one.beside((number,), 0) for one in found.examples]
+    return replace(data, train=replace(data.train, examples=examples))
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -110,14 +138,15 @@ class Beside:
             digest.hexdigest(),
         )
 
-    def draw(self, config: TrainConfig, step: int, sample: int) -> tuple[int, ...]:
-        """Who stands beside in a sample, as `Front.company` has it."""
+    def draw(self, config: TrainConfig, step: int, sample: int, needed: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Who stands beside in a sample, as `Front.company` has it: those that it needs, and perhaps more."""
         rng = random.Random(f"{config.seed}/{step}/{sample}/beside")
         most = min(config.beside_most, len(self.others))
         if not most or rng.random() < ALONE_RATE:
-            return ()
+            return needed
         count = most if rng.random() < ALL_RATE else rng.randint(1, most)
-        return tuple(sorted(rng.sample(range(len(self.others)), count)))
+        more = [number for number in range(len(self.others)) if number not in needed]
+        return tuple(sorted({*needed, *rng.sample(more, max(count - len(needed), 0))}))
 
     def join(self, front: Front, own: Prefix) -> Prefix:
         """What is in front: the own prefix, and behind it the others as they are now."""

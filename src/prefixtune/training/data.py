@@ -191,6 +191,7 @@ class TrainData:
         text_format: The text around source and target, with the lengths that training left whole.
         labels: What the run learns to classify; None: it learns to generate.
         plan: The training examples that the prefix starts from; None: it starts from something else.
+        questions: Of a memory, questions with their answers, to be stored with it.
         digest: Tells this data from any other, so that a run is never resumed on other data.
     """
 
@@ -200,6 +201,7 @@ class TrainData:
     labels: Labels | None
     digest: str
     plan: ExamplePlan | None = None
+    questions: Sequence[tuple[str, str]] = ()
 
     @property
     def has_head(self) -> bool:

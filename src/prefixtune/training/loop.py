@@ -257,7 +257,7 @@ class TrainLoop:
         length, sample = self.site_lengths.get(site, 0), 0
         for groups in varied:
             for index, group in enumerate(groups):
-                groups[index] = group.beside(self.beside.draw(self.config, step, sample), length)
+                groups[index] = group.beside(self.beside.draw(self.config, step, sample, group.front.company), length)
                 sample += not one_front
             sample += one_front
             # What is in front of several is computed once for those that follow one another.

@@ -15,7 +15,7 @@ from prefixtune.backbone.devices import choose_device, choose_dtype, is_quantize
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.data import ExampleLike
 from prefixtune.errors import ConfigError
-from prefixtune.training.beside import SELF, Beside, load_others
+from prefixtune.training.beside import SELF, Beside, load_others, with_questions
 from prefixtune.training.checkpoint import read_checkpoint
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData, describe_inputs, read_data, settle_form, tokenize
@@ -96,18 +96,17 @@ def prepare(
             check_given(config, loaded)
             config = with_backbone(config, loaded)
         _check_backbone(config, loaded)
-        others = None
-        if config.beside not in ("", SELF):
-            others = Beside.of_prefixes(load_others(config, loaded), loaded.rotation)
+        others = load_others(config, loaded) if config.beside not in ("", SELF) else []
         stored_start = None if checkpoint is None else checkpoint.facts.initialization
         data = tokenize(config, loaded, train, dev, stored_start=stored_start, console=console)
         if shares_passes and (data.has_head or not loaded.layout.packable):
             what = "the run has a head" if data.has_head else f"{loaded.name!r} reads no packed rows"
             raise ConfigError(f"{what}, so that runs cannot share a pass.", hint="train it separately.")
         data = data if teach is None else teach(config, loaded, data)
+        data = with_questions(data, others, loaded, config.seed)
         loop = _build_loop(config, data, stored_start, loaded, processes)
-        if others is not None:
-            loop.stand_beside(others)
+        if others:
+            loop.stand_beside(Beside.of_prefixes(others, loaded.rotation))
         stack.enter_context(gradient_checkpointing(loaded.model, config.gradient_checkpointing))
         run = Run(loop, checkpoint, stack)
         if begin:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefixtune.backbone.batch import Front
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.geometry import Site
 from prefixtune.training.beside import ALL_RATE, ALONE_RATE
@@ -43,7 +42,10 @@ def vary(
         rng = random.Random(f"{config.seed}/{step}/nested")
         for groups in varied:
             drawn = nested_lengths(rng, longest, 1 if one_length else len(groups))
-            groups[:] = [replace(group, front=Front(drawn[index % len(drawn)])) for index, group in enumerate(groups)]
+            groups[:] = [
+                replace(group, front=group.front._replace(length=drawn[index % len(drawn)]))
+                for index, group in enumerate(groups)
+            ]
     if config.prefix_dropout and longest > 1:
         rng = random.Random(f"{config.seed}/{step}/dropout")
         for groups in varied:
