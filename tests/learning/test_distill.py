@@ -174,6 +174,7 @@ def test_memories_train_beside_each_other(
     alone = quiet(backbone, **{**own, "output": str(tmp_path / "alone")})
     for one, other in zip(beside, alone, strict=True):
         assert one.report["labels"] == "the teacher's 20 likeliest tokens"
+        assert {pair[0] for pair in one.prefix.header["questions"]} < {row["question"] for row in ROWS}
         tensors = zip(one.prefix.stored_tensors(), other.prefix.stored_tensors(), strict=True)
         assert any(not torch.allclose(tensor, wanted, atol=1e-4) for tensor, wanted in tensors)
 

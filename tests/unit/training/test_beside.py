@@ -12,6 +12,7 @@ import prefixtune as pt
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.training.beside import find_files
 from prefixtune.training.loop import TrainLoop
+from prefixtune.training.prepare import prepare
 from prefixtune.training.train import train_together
 
 
@@ -106,6 +107,33 @@ def test_a_joined_length_beyond_the_positions_is_refused(
         train(1, output=str(others / name), prefix_length=80)
     with pytest.raises(ConfigError, match=r"up to \d+ of those beside it .* positions, but 'tiny-llama' has"):
         train(2, output=str(tmp_path / "new"), beside=str(others))
+
+
+def test_questions_of_others_are_learned_with_those_in_view(
+    backbone: Any, examples: list[pt.Example], others: Path, tmp_path: Path
+) -> None:
+    """At most a third as many as own examples; who else stands beside is drawn."""
+    two = others / "two" / "prefix.safetensors"
+    made = pt.load_prefix(two)
+    questions = [[f"n : {letter}", f"{letter} {letter}."] for letter in "xyz"]
+    pt.save_prefix(two, pt.Prefix(made.layers, {**made.header, "questions": questions}))
+    config = pt.TrainConfig(beside=str(others), init_text="ab", batch_size=4, output=str(tmp_path / "own"))
+    with prepare(config, backbone, examples) as run:
+        *own, last = run.loop.data.train.examples
+        assert len(own) == len(examples)
+        assert backbone.decode(last.targets[0]).strip().removesuffix(backbone.end) in [f"{one} {one}." for one in "xyz"]
+        assert last.front.company == (1,)
+        seen = set()
+        for step, batches in zip(range(40), run.loop.remaining_steps(), strict=False):
+            seen |= {front.company for batch, _ in batches for front in batch.fronts}
+            run.loop.state.step = step + 1
+        assert run.loop.beside is not None
+        drawn = {run.loop.beside.draw(config, step, 0, (1,)) for step in range(40)}
+    assert drawn == {(1,), (0, 1)}
+    assert seen == {(), (0,), (1,), (0, 1)}
+    pt.save_prefix(tmp_path / "odd.safetensors", pt.Prefix(made.layers, {**made.header, "questions": [["alone"]]}))
+    with pytest.raises(CheckpointError):
+        pt.load_prefix(tmp_path / "odd.safetensors")
 
 
 def test_self_needs_other_runs(train: Callable[..., Any], backbone: Any) -> None:
