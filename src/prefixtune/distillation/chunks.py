@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,10 +12,10 @@ from prefixtune.distillation.inputs import Job, Question
 from prefixtune.distillation.questions import asking_tokens
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import DataError
+from prefixtune.prefix.routing import nearest
 
 __all__ = ["chunk_length", "sliding_window", "split_document", "start_excerpt", "text_bytes", "with_chunks"]
 
-_WORD = re.compile(r"\w+")
 _MOST_BYTES = 4 * 2**30
 """Of the keys and values of a text in view, which are all in memory while questions are answered."""
 _UNBOUNDED = 4096
@@ -67,28 +65,14 @@ def _parts(backbone: Backbone, text: str, length: int) -> list[str]:
 def with_chunks(questions: Sequence[Question], chunks: Sequence[str]) -> list[Question]:
     """The questions, each with the piece that shares most with it: rare words count more.
 
-    A word counts by the logarithm of how few pieces have it.
-
     >>> asked = [Question("Where is the fox?"), Question("Who flies?")]
     >>> [question.chunk for question in with_chunks(asked, ["The owl flies.", "The fox runs."])]
     [1, 0]
     """
     if len(chunks) < 2:
         return list(questions)
-    words = [_words(chunk) for chunk in chunks]
-    counts = Counter(word for own in words for word in own)
-    weight = {word: math.log(1 + len(chunks) / count) for word, count in counts.items()}
-
-    def nearest(question: Question) -> int:
-        asked = _words(question.question)
-        scores = [sum(weight[word] for word in sorted(asked & own)) for own in words]
-        return max(range(len(chunks)), key=scores.__getitem__)
-
-    return [replace(question, chunk=nearest(question)) for question in questions]
-
-
-def _words(text: str) -> set[str]:
-    return {word.casefold() for word in _WORD.findall(text)}
+    find = nearest(chunks)
+    return [replace(question, chunk=find(question.question) or 0) for question in questions]
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------

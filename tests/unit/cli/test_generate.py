@@ -271,3 +271,24 @@ def test_an_output_does_not_steer_a_terminal(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert [main(words), main([*words, "--stream"])] == [0, 0]
     assert capsys.readouterr().out == "a\ufffd[2Jb\n" * 2
+
+
+def test_texts_are_routed_to_the_memory_with_the_nearest_question(
+    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for seed, animal in enumerate(("owl", "fox")):
+        header = make_header(backbone) | {"questions": [[f"Where is the {animal}?", "here"], ["When?", "now"]]}
+        prefix = Prefix(random_prefix(backbone, 3, seed).layers, header)
+        files.append(str(save_prefix(tmp_path / f"{animal}.safetensors", prefix)))
+    given = [word for file in files for word in ("--prefix", file)]
+    texts = ["The Fox, please", "which owl", "fox or no fox", "zzz"]
+    assert main(["generate", *given, "--route", "--json", *texts, *SHORT]) == 0
+    rows = [json.loads(line) for line in lines_of(capsys.readouterr().out)]
+    assert [row["prefix"] for row in rows] == [files[1], files[0], files[1], None]
+    fox, owl = load_prefix(files[1], backbone), load_prefix(files[0], backbone)
+    config = GenerateConfig(max_new_tokens=4)
+    assert [row["output"] for row in rows] == generate_texts(backbone, texts, [fox, owl, fox, None], config=config)
+    plain = str(save_prefix(tmp_path / "plain.safetensors", Prefix(fox.layers, make_header(backbone))))
+    assert main(["generate", "--prefix", files[0], "--prefix", plain, "--route", "fox", *SHORT]) == 2
+    assert main(["generate", "--route", "fox", *SHORT]) == 2

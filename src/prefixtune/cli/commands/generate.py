@@ -38,6 +38,7 @@ class GenerateOptions(DecodingOptions):
     )
     form: str = option("", "form of --data, where several fit: messages, prompt, instruction, ...")
     prefix: TextList = option((), f"{PREFIX}; once for all texts, or once per text; none: bare model", metavar="FILE")
+    route: bool = option(False, "of several memories, each text gets the one that its stored questions are nearest to")
     run_folder: PathText = option("", "a run of `prefixtune train`, with any method", flag="run", metavar="FOLDER")
     stream: bool = option(False, "print the text while it is generated (one text only)")
 
@@ -45,6 +46,7 @@ class GenerateOptions(DecodingOptions):
         """Also: options that exclude each other."""
         yield from super().conflicts()
         yield from self.apart("run_folder", "prefix")
+        yield from self.only_with("prefix", "route")
         yield from self.apart("stream", "as_json")
         yield from self.apart("data", "texts", "stream")
         yield from self.only_with("data", "form")
@@ -60,6 +62,7 @@ def generate(options: GenerateOptions) -> None:
         prefixtune generate --prefix runs/e2e/prefix.safetensors "name : Aromi | type : pub"
         prefixtune generate --prefix a.safetensors --prefix b.safetensors "text for a" "text for b"
         prefixtune generate --prefix manual.safetensors+style.safetensors "How do I reset it?"
+        prefixtune generate --prefix a.safetensors --prefix b.safetensors --route "A question about a or b"
         prefixtune generate --run runs/full "name : Aromi | type : pub"
         prefixtune generate --prefix p.safetensors --data chats.jsonl --json
         prefixtune generate --prefix p.safetensors --engine llama.cpp "name : Aromi"
@@ -80,7 +83,8 @@ def generate(options: GenerateOptions) -> None:
         check_streams(config)
     backbone, prefixes, text_format = load_trained(options, trained)
     texts = [lines[index] for index in kept]
-    each = [prefixes[index % len(prefixes)] if prefixes else None for index in kept]
+    chosen = _route(options, prefixes, texts) or [index % len(prefixes) if prefixes else None for index in kept]
+    each = [None if number is None else prefixes[number] for number in chosen]
     cut: set[int] = set()
     work = _Work(backbone, texts, each, {"text_format": text_format, "config": config, "on_cut": cut.update})
     rows: list[dict[str, Any]] = []
@@ -99,10 +103,12 @@ def generate(options: GenerateOptions) -> None:
         return
     results = {at: {**row, "cut": index in cut} for index, (at, row) in enumerate(zip(kept, rows, strict=True))}
     names: Sequence[str | None] = options.prefix or ["+".join(files) for files in trained.files] or [None]
+    used = dict(zip(kept, chosen, strict=True))
     for index, line in enumerate(lines):
         row = results.get(index, {"text": line, "output": "", "ended": True, "cut": False, "note": "the line is blank"})
         text = _for_stdout(row["output"].replace("\n", "\\n").replace("\r", "\\r"))
-        options.show({**row, "prefix": names[index % len(names)]}, text)
+        number = used.get(index, index % len(names))
+        options.show({**row, "prefix": None if number is None else names[number]}, text)
 
 
 def _read_texts(options: GenerateOptions, trained: Trained) -> list[Source]:
@@ -116,11 +122,20 @@ def _read_texts(options: GenerateOptions, trained: Trained) -> list[Source]:
         raise ConfigError(
             f"--stream prints one text while it is generated, but got {len(lines)}.", hint="give one text."
         )
-    if len(options.prefix) > 1 and len(options.prefix) != len(lines):
+    if not options.route and len(options.prefix) > 1 and len(options.prefix) != len(lines):
         raise RequestError(
             f"{len(options.prefix)} prefixes for {len(lines)} texts.", hint="give --prefix once, or once per text."
         )
     return lines
+
+
+def _route(options: GenerateOptions, prefixes: Sequence[Prefix], texts: Sequence[Source]) -> list[int | None]:
+    """Which prefix each text gets by --route; None: no stored question shares a word with it; empty: not asked for."""
+    from prefixtune.data.chat import as_conversation
+    from prefixtune.prefix.routing import router
+
+    find = router(prefixes, options.prefix) if options.route else None
+    return [] if find is None else [find(as_conversation(text)[-1]["content"]) for text in texts]
 
 
 def _stdin_lines() -> list[str]:
