@@ -1,7 +1,9 @@
 """Train memories of several documents beside each other, and count their exact answers alone and joined.
 
-    python -m research.memories.joined DATA OUTPUT [--steps 200] [--batch-size 4] [--beside self] ...
+    python -m research.memories.joined DATA OUTPUT [--steps 200] [--batch-size 4] [--documents NAME ...] ...
+    python -m research.memories.joined DATA OUTPUT --documents NAME --beside EARLIER/runs
 
+The second trains one more beside those of an earlier run, which stay as they are, and measures all.
 DATA has a folder per document: document.txt, train.jsonl and test.jsonl (`question`, `answer`). An answer is exact if
 each of its tokens, and the end of its line, is the likeliest one: what greedy decoding writes. Documents are those of
 night trains: with `--split` each is cut in two, and its questions with it.
@@ -22,6 +24,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.loss import label_logits, token_losses
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import DistillConfig
@@ -55,6 +58,8 @@ def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix]
     """The memories, the questions to measure each with, and how they were made; what is there already is kept."""
     tests, folder = [], options.output
     for name, text, trained, test in documents(options.data, options.split):
+        if options.documents and name not in options.documents:
+            continue
         for part, content in (("text", f"{name}.txt"), ("questions", f"{name}.jsonl")):
             (folder / part).mkdir(parents=True, exist_ok=True)
             body = text if part == "text" else "".join(f"{json.dumps(row)}\n" for row in trained)
@@ -75,8 +80,18 @@ def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix]
         save_every=20,
         output=str(folder / "runs"),
     )
+    earlier = (
+        {}
+        if options.beside in ("", "self")
+        else {
+            path.parent.name: load_prefix(path, backbone)
+            for path in sorted(Path(options.beside).glob("*/prefix.safetensors"))
+        }
+    )
+    tests = [test for name, _, _, test in documents(options.data, options.split) if name in earlier] + tests
     resume = (folder / "runs" / "distill.toml").exists()
-    return [result.prefix for result in distill(config, backbone=backbone, resume=resume)], tests, config
+    made = [result.prefix for result in distill(config, backbone=backbone, resume=resume)]
+    return [*earlier.values(), *made], tests, config
 
 
 @torch.no_grad()
@@ -121,7 +136,7 @@ def measure(backbone: Backbone, memories: list[Prefix], tests: list[Rows], confi
         "alone": over({own: [(own,)] for own in numbers}),
         "another": over({own: [((own + 1) % count,)] for own in numbers}),
     }
-    for size in [size for size in (2, 4, 8, 16) if size <= count]:
+    for size in sorted({size for size in (2, 4, 8, 16, count) if size <= count}):
         # Each own memory with the next ones; turned, so that it stands at up to four places.
         sets = {own: [(own + step) % count for step in range(size)] for own in numbers}
         turns = range(0, size, max(1, size // 4))
@@ -139,7 +154,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("output", type=Path)
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--beside", default="self", help="self, or nothing: each is trained alone")
+    parser.add_argument("--documents", nargs="+", default=(), help="some of them; none: all")
+    parser.add_argument(
+        "--beside", default="self", help="self; runs of earlier memories; nothing: each is trained alone"
+    )
     parser.add_argument("--beside-most", type=int, default=0)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--steps", type=int, default=200)
