@@ -68,7 +68,7 @@ def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix]
     config = DistillConfig(
         document=str(folder / "text"),
         questions=str(folder / "questions"),
-        dtype=backbone.dtype_name,
+        dtype=options.dtype,
         prefix_length=options.length,
         beside=options.beside,
         **({"beside_most": options.beside_most} if options.beside_most else {}),
