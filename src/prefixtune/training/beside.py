@@ -93,6 +93,9 @@ def with_questions(data: TrainData, others: Sequence[Prefix], backbone: Backbone
         backbone: Of all.
         seed: Which questions.
     """
+    if data.has_head or not backbone.layout.packable:
+        # All rows have one prefix in front.
+        return data
     asked = [(number, pair) for number, prefix in enumerate(others) for pair in prefix.header.get("questions", ())]
     random.Random(f"{seed}/questions").shuffle(asked)
     examples = list(data.train.examples)
