@@ -2,8 +2,7 @@
 
 All examples of a step share one packed row. A source appears once, followed by its targets; each target attends to the
 source and to itself, and its positions continue from the end of the source. For a causal model this equals one padded
-row per pair of source and target, because a source never attends to its target; packing only computes less. A
-conversation is one such target, of which the assistant's turns are labels: each turn sees what was before it. Sources
+row per pair of source and target, because a source never attends to its target; packing only computes less. A conversation is one such target. The assistant's turns are its labels: each turn sees what was before it. Sources
 that begin alike, as with a chat template, may share that beginning in the same way: it becomes the source, and the rest
 of each stands in front of its target. For an encoder-decoder the sources are in the encoder's row and the targets in
 the decoder's, and all targets of a source share its encoder states.
@@ -93,7 +92,7 @@ def divide(
 
 @dataclass(frozen=True)
 class _SharedBeginning:
-    """Examples, one after the other, of which the sources begin alike: the beginning is computed once.
+    """Examples, one after the other, whose sources begin alike: the beginning is computed once.
 
     Attributes:
         examples: They see the same of the prefix, and each has one target, unless it is alone.

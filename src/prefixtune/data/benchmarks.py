@@ -132,7 +132,7 @@ _TRIPLES = ("triples", "tripleset", "input", "modified_triple_sets")
 
 
 class _Text(NamedTuple):
-    """A text, what is said about it (its quality in WebNLG, where it is from in DART), and its language, or empty."""
+    """A text, what is known about it (its quality in WebNLG, where it is from in DART), and its language, or empty."""
 
     text: str
     comment: str = ""

@@ -151,7 +151,7 @@ def whole_text(file: IO[bytes], name: str, max_bytes: int | None = None) -> str:
 
 
 def _decode(data: bytes, name: str, line: int) -> str:
-    """The text of some lines, of which the first has this number; in the first of a file, without a byte order mark."""
+    """The text of some lines, the first of which has this number; in the first of a file, without a byte order mark."""
     data = data.removeprefix(codecs.BOM_UTF8) if line == 1 else data
     try:
         text = data.decode("utf-8")

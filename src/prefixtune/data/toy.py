@@ -1,7 +1,7 @@
 """A small set made here, to try things on: the same on every machine and version of Python.
 
-It is a night-train board, with two notices of each table in a house style that no model knows: a platform's letter is
-spelt as on the radio, a time as railways say it, a fare is "a mere" below ten, and the sky decides the end.
+It is a night-train board, with two notices of each table in a house style that no model knows. A platform's letter is
+spelt as on the radio, and a time as railways say it. A fare is "a mere" below ten, and the sky decides the end.
 """
 
 from __future__ import annotations

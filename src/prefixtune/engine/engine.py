@@ -50,7 +50,7 @@ DEFAULT_MAX_LENGTH = 4096
 _PROMPT_LOGITS_BYTES = 2**27
 """Of the logits (as float32) of prompts whose log-probabilities are wanted, in one step."""
 _CPU_PREFILL_TOKENS, _GPU_PREFILL_TOKENS = 256, 2048
-"""Of prompts in a step, where nothing else is said."""
+"""Of prompts in a step, by default."""
 
 _log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """A prefix as llama.cpp takes it: the bytes of its saved sequence states, and files of them.
 
-Layout, little-endian: magic, version, number of tokens, tokens, cells. Cells: number of streams; the number of cells
-and per cell its position, the number of its sequences and these; whether values are transposed; number of layers; from
-version 4 on whether keys and values are rotated; then every layer's keys, then every layer's values. Rows are cells:
+Layout, little-endian: magic, version, number of tokens, tokens, cells. Cells: number of streams; the number of cells, and per cell its position, the number of its sequences and these. Then
+whether values are transposed, the number of layers, and from version 4 on whether keys and values are rotated. Then every
+layer's keys, then every layer's values. Rows are cells:
 (P, H * D).
 """
 

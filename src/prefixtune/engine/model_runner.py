@@ -29,7 +29,7 @@ __all__ = ["ModelRunner"]
 
 
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.8
-"""Of free memory, for keys and values, where nothing else is said."""
+"""Of free memory, for keys and values, by default."""
 _FIRST_BIAS_LENGTH = 256
 """Distances at first; twice as many as needed later."""
 

@@ -50,7 +50,7 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
     @field_validator("response_schema")
     @classmethod
     def _read_schema(cls, value: str) -> str:
-        """Reads a file, so that what is wrong with it is said before the model loads."""
+        """Reads a file, so that a fault in it is found before the model loads."""
         if not value:
             return value
         from prefixtune.sampling.grammar import import_llguidance, read_json_schema

@@ -78,7 +78,7 @@ class Catalog:
             raise forbidden(f"{name[:128]!r} was made by no job of the key {caller.name!r}.", "not_the_owner")
 
     def files(self, names: Sequence[str], caller: Caller) -> dict[str, PrefixFile]:
-        """The files of names, all of which the caller may use; they may be files that are not served.
+        """The files of names that the caller may use; they may be files that are not served.
 
         What a job made for somebody else is answered like a name that there is not.
 
@@ -194,7 +194,7 @@ class Catalog:
         ]
 
     def describe(self, model: str, caller: Caller) -> dict[str, Any]:
-        """A model as `/v1/models` lists it; joined prefixes, which are not listed, too.
+        """A model as `/v1/models` lists it, or joined prefixes, which it does not list.
 
         Raises:
             ApiError, PrefixError: As `load`.

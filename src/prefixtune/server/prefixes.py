@@ -295,7 +295,7 @@ def _origin_of(path: Path) -> JobOrigin | None:
 
 
 def not_served(name: str) -> CheckpointError:
-    """What is said of a file that is not served. The reason is for admins only: it may name paths and models."""
+    """What is known of a file that is not served. The reason is for admins only: it may name paths and models."""
     return CheckpointError(f"the file of {name[:128]!r} is not served; /v1/models tells an admin why.", hint="mend it.")
 
 

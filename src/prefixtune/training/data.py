@@ -29,7 +29,7 @@ from prefixtune.training.starts.examples import ExamplePlan, check_example_count
 from prefixtune.utils.console import Console
 
 _MANY = 20_000
-"""Examples from which on it is said that they are tokenized."""
+"""From so many examples on, a message tells that they are tokenized."""
 
 # --- files -> examples -----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Locks among processes: each ends with its process, however that ends, and holds among containers, too."""
+"""Locks among processes: each ends with its process, however that ends, and also holds among containers."""
 
 from __future__ import annotations
 

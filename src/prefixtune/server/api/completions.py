@@ -2,9 +2,9 @@
 
 With a prefix, a prompt or a chat's last message is a source: it is put into the text format that the prefix was trained
 with, and the response is the target alone. Where that format has a chat template, all messages of a chat are written by
-it, and a prompt is one user message. Otherwise (the bare backbone, token ids, `raw_completions`, a prefix whose
-file has no format) a prompt goes to the model as it is, and a chat in the backbone's own template; the response is what
-the model generated, white space around it included.
+it, and a prompt is one user message. Otherwise a prompt goes to the model as it is, and a chat in the backbone's own
+template. This is so for the bare backbone, token ids, `raw_completions`, and a prefix whose file has no format. The
+response is what the model generated, with the white space around it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`/v1/models`: what a key may use; upload, download and delete prefixes.
 
-An upload is streamed into a hidden folder beside the prefixes, checked as a whole by the folder of prefixes, and only
-then moved to its place: readers see the old prefix or the new one.
+An upload is streamed into a hidden folder beside the prefixes, checked as a whole, and only then moved to its place.
+Readers see the old prefix or the new one.
 """
 
 from __future__ import annotations
