@@ -1,8 +1,8 @@
 """Prefixes in front of disentangled attention (DeBERTa), which does not go through transformers' registry.
 
 During a call, hooks lengthen what such a layer reads by P positions. They replace the keys and values that it projects
-from these by those of the prefix, and cut the P positions off its output. The layer's own code computes the attention. A
-prefix has no position: it is at distance 0 from every token, so that the order of its positions does not matter.
+from these by those of the prefix, and cut the P positions off its output. The layer's own code computes the attention.
+A prefix has no position: it is at distance 0 from every token, so that the order of its positions does not matter.
 """
 
 from __future__ import annotations

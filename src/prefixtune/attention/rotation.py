@@ -1,9 +1,9 @@
 """Find out how each layer's keys turn with position: read from the model, and verified by running a few tokens.
 
 Rotary models keep the frequencies of their pairs. Which numbers of a key are a pair (half-split or interleaved, the
-whole head or a part of it) is not written anywhere, and layers may differ. So the same row of tokens is run at several offsets. In a model whose positions enter through its attention alone, hidden
-states do not change with the offset. Every layer's keys at offset n must then be those at offset 0, turned in one of the
-ways possible, or unchanged.
+whole head or a part of it) is not written anywhere, and layers may differ. So the same row of tokens is run at several
+offsets. In a model whose positions enter through its attention alone, hidden states do not change with the offset.
+Every layer's keys at offset n must then be those at offset 0, turned in one of the ways possible, or unchanged.
 """
 
 from __future__ import annotations

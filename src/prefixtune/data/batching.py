@@ -2,10 +2,11 @@
 
 All examples of a step share one packed row. A source appears once, followed by its targets; each target attends to the
 source and to itself, and its positions continue from the end of the source. For a causal model this equals one padded
-row per pair of source and target, because a source never attends to its target; packing only computes less. A conversation is one such target. The assistant's turns are its labels: each turn sees what was before it. Sources
-that begin alike, as with a chat template, may share that beginning in the same way: it becomes the source, and the rest
-of each stands in front of its target. For an encoder-decoder the sources are in the encoder's row and the targets in
-the decoder's, and all targets of a source share its encoder states.
+row per pair of source and target, because a source never attends to its target; packing only computes less. A
+conversation is one such target. The assistant's turns are its labels: each turn sees what was before it. Sources that
+begin alike, as with a chat template, may share that beginning in the same way: it becomes the source, and the rest of
+each stands in front of its target. For an encoder-decoder the sources are in the encoder's row and the targets in the
+decoder's, and all targets of a source share its encoder states.
 
 Models that cannot be packed (state-space layers mix all positions of a row) get padded rows.
 """

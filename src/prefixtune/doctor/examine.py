@@ -3,8 +3,9 @@
 A prefix that is ignored raises no error: training goes on, text comes out. So every way in which prefixes are used is
 run on the model itself with random prefixes, and compared with the plainest one: a row alone, computed in full.
 
-It runs in float32, where right and wrong are orders of magnitude apart. Some models run in their own dtype, with a wider
-tolerance: quantized, spread over devices, on MPS, or so large that a copy would take more than half of the free memory.
+It runs in float32, where right and wrong are orders of magnitude apart. Some models run in their own dtype, with a
+wider tolerance: quantized, spread over devices, on MPS, or so large that a copy would take more than half of the free
+memory.
 """
 
 from __future__ import annotations

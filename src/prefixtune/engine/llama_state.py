@@ -1,9 +1,9 @@
 """A prefix as llama.cpp takes it: the bytes of its saved sequence states, and files of them.
 
-Layout, little-endian: magic, version, number of tokens, tokens, cells. Cells: number of streams; the number of cells, and per cell its position, the number of its sequences and these. Then
-whether values are transposed, the number of layers, and from version 4 on whether keys and values are rotated. Then every
-layer's keys, then every layer's values. Rows are cells:
-(P, H * D).
+Layout, little-endian: magic, version, number of tokens, tokens, cells. Cells: number of streams; the number of cells,
+and per cell its position, the number of its sequences and these. Then whether values are transposed, the number of
+layers, and from version 4 on whether keys and values are rotated. Then every layer's keys, then every layer's values.
+Rows are cells: (P, H * D).
 """
 
 from __future__ import annotations

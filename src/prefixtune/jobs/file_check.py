@@ -1,7 +1,7 @@
 """Read an uploaded file as training would read it, and say what it holds.
 
-A large one is read by a process. In a thread of the server, Python would slow down all texts that are generated, and what
-a few kilobytes unpack to may need more memory than there is.
+A large one is read by a process. In a thread of the server, Python would slow down all texts that are generated, and
+what a few kilobytes unpack to may need more memory than there is.
 """
 
 from __future__ import annotations

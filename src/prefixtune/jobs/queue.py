@@ -1,8 +1,8 @@
 """The durable queue of jobs: DBOS's workflows in SQLite or Postgres, seen from outside by whoever asks for training.
 
 A job is a workflow in the queue of its backbone, where each owner has a partition: whoever asks for many jobs does not
-hold up another's first one. A job stands where its workflow stands, but for two words that DBOS does not have. A cancelled workflow is a paused job, as
-it may be resumed. One that is marked as cancelled is cancelled for good.
+hold up another's first one. A job stands where its workflow stands, but for two words that DBOS does not have. A
+cancelled workflow is a paused job, as it may be resumed. One that is marked as cancelled is cancelled for good.
 """
 
 from __future__ import annotations

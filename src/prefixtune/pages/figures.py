@@ -61,7 +61,7 @@ STYLE = {
 
 @contextmanager
 def matplotlib_style(**changes: Any) -> Iterator[None]:
-    """Settings of this module alone, whatever the user's; nothing is printed about fonts, their cache, or a tight layout."""
+    """Settings of this module alone, whatever the user's. Fonts, their cache and tight layouts are not reported."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)

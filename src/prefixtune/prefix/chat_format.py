@@ -1,7 +1,7 @@
 """A conversation -> the text that a model reads, by the chat template that a text format names.
 
-A template is a program. So one that came in a prefix's file is not even compiled before somebody has named it. It must be the model's own, or one
-that was given to `allow_template`, or one that this user named once on this machine.
+A template is a program. So one that came in a prefix's file is not even compiled before somebody has named it. It must
+be the model's own, or one that was given to `allow_template`, or one that this user named once on this machine.
 
 This needs a tokenizer's template and special tokens alone, so that other engines write the same text.
 """

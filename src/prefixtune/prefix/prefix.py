@@ -1,8 +1,8 @@
 """A prefix: per site and layer, one key and one value tensor.
 
 A `Prefix` is P virtual tokens' keys and values, as the attention of each layer sees them (after any rotary embedding).
-They are put in front of the text's own: K = [P_key; K], V = [P_val; V] (Li & Liang 2021, section 4). It has its shapes and the
-header of the file that it came from.
+They are put in front of the text's own: K = [P_key; K], V = [P_val; V] (Li & Liang 2021, section 4). It has its shapes
+and the header of the file that it came from.
 
 Axes: P prefix positions, L layers, H key-value heads, D head size.
 """

@@ -1,8 +1,8 @@
 """Run a Java program of pycocoevalcap's wheel: the Penn Treebank tokenizer, or METEOR 1.5.
 
-Each program runs once over all texts, reads standard input to its end and stops by itself. So there is no temporary file
-and no dialogue that could deadlock, and nothing is written into the installed package. pycocoevalcap's own wrappers are
-not used, but their commands are.
+Each program runs once over all texts, reads standard input to its end and stops by itself. So there is no temporary
+file and no dialogue that could deadlock, and nothing is written into the installed package. pycocoevalcap's own
+wrappers are not used, but their commands are.
 """
 
 from __future__ import annotations

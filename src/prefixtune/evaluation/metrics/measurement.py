@@ -1,7 +1,8 @@
 """A measured metric: the score of all or some items, its bootstrap interval, and a test of two systems' difference.
 
-Everything is computed from each item's statistics, so no text is scored twice. For intervals and tests, what the items of a set share stays as it is in the whole set. That is how rare a word is among all
-references (NIST and CIDEr), and how many references an item is padded to (WebNLG's BLEU).
+Everything is computed from each item's statistics, so no text is scored twice. For intervals and tests, what the items
+of a set share stays as it is in the whole set. That is how rare a word is among all references (NIST and CIDEr), and
+how many references an item is padded to (WebNLG's BLEU).
 """
 
 from __future__ import annotations
