@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from prefixtune.backbone.load import DEFAULT_BACKBONE
+from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.errors import PrefixError
 from prefixtune.utils.console import Console, format_figure, format_seconds
 from prefixtune.utils.files import write_text

@@ -33,7 +33,8 @@ from bench.models import make_backbone, model_folder
 from bench.results import ROOT, DifferenceError, Figure, Log, Results, make_parser, run_benchmark
 from bench.server import Done, Server
 from bench.turns import ratio_figures, speed_ratios, take_turns
-from prefixtune.attention.cache import cache_argument, prefilled_cache
+from prefixtune.attention.injection import prefilled_cache
+from prefixtune.attention.layout import cache_argument
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine import Engine, Request

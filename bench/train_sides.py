@@ -19,7 +19,7 @@ from bench.models import make_backbone, make_model, silence_peft
 from bench.results import DifferenceError
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
-from prefixtune.backbone.load import DEFAULT_BACKBONE
+from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.encoder import PrefixEncoder

@@ -176,15 +176,14 @@ def tiny_backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any, enclosin
 def rewrite_header() -> Callable[..., Path]:
     """A function: `rewrite_header(path, **fields)` changes a prefix file's header, as another program might."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
-    from prefixtune.prefix.file import HEADER_KEY, metadata_with_checksum
+    from prefixtune.prefix.file import HEADER_KEY, save_file
 
     def rewrite(path: Path, **fields: Any) -> Path:
         with safe_open(path, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             header = json.loads(handle.metadata()[HEADER_KEY])
-        save_file(tensors, path, metadata_with_checksum(HEADER_KEY, {**header, **fields}, tensors))
+        save_file(path, tensors, HEADER_KEY, {**header, **fields})
         return path
 
     return rewrite

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from prefixtune.attention.compute import add_noise, prefix_from_tokens
+from prefixtune.attention.record import add_noise, prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.checkpoint import auto_class
 from prefixtune.doctor.examine import Comparison, examine

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixtune.attention import mass as mass_module
-from prefixtune.attention.cache import cache_argument
+from prefixtune.attention import record
 from prefixtune.attention.injection import observe_attention
-from prefixtune.attention.mass import PrefixMass
+from prefixtune.attention.layout import cache_argument
+from prefixtune.attention.record import PrefixMass
 from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
@@ -70,7 +70,7 @@ def test_mass_is_transformers_own(
             first = len(example.prompt) - 1
             expected.append([weights[:, first : first + len(target)] for weights in whole])
     by_layer = [torch.cat(parts, dim=1).mean(1) for parts in zip(*expected, strict=True)]
-    monkeypatch.setattr(mass_module, "_MOST_WEIGHTS", 100)  # so that queries come in several parts
+    monkeypatch.setattr(record, "_MOST_WEIGHTS", 100)  # so that queries come in several parts
     batch = make_batch(examples)
     counted = torch.zeros(batch.input_ids.numel(), dtype=torch.bool)
     counted[batch.label_positions] = True

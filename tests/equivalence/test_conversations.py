@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from prefixtune.backbone.batch import SoftLabels
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate, pack, pad
 from prefixtune.data.chat import chat_format, encode_chat, encode_conversation, end_ids
 from prefixtune.data.encoding import encode_examples

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from engine_runs import ENCODER_DECODERS_OF_THE_ZOO, alone, ids
 from patching import replace_everywhere
-from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import run_encoder
+from prefixtune.attention.record import relative_bias
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample

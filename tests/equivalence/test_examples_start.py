@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 import prefixtune as pt
-from prefixtune.attention.cache import cache_argument
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.layout import cache_argument
+from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, pad

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from prefixtune.attention.cache import cache_argument
+from prefixtune.attention.layout import cache_argument
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample

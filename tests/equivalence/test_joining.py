@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixtune.attention.cache import cache_argument
-from prefixtune.attention.compute import compute_kv, prefix_from_tokens
+from prefixtune.attention.layout import cache_argument
+from prefixtune.attention.record import compute_kv, prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixtune.attention.cache import cache_argument, prefilled_cache
+from prefixtune.attention.injection import prefilled_cache
+from prefixtune.attention.layout import cache_argument
 from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.errors import BackboneError, ConfigError
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from prefixtune.attention.packing import Group
-from prefixtune.backbone.batch import Batch, Front
+from prefixtune.backbone.batch import Batch, Front, SoftLabels
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate, divide, join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix

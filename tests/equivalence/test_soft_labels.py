@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.record import prefix_from_tokens
+from prefixtune.backbone.batch import SoftLabels
 from prefixtune.backbone.loss import batch_loss, label_logits, soft_losses, token_losses
-from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate, join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.tokenized import epoch_batches

@@ -35,8 +35,8 @@ from prefixtune.data.forms import check_template, render
 from prefixtune.data.labels import labels_of
 from prefixtune.errors import PrefixError
 from prefixtune.evaluation.decode import read_decoded
-from prefixtune.prefix.card import read_evaluations
 from prefixtune.prefix.file import HEADER_KEY
+from prefixtune.prefix.hub import read_evaluations
 from prefixtune.prefix.prefix import Prefix, read_artifact, read_outline, save_prefix
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.report import compose, read_results, to_html

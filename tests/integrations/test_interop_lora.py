@@ -107,7 +107,7 @@ def test_the_fingerprint_distinguishes_adapters(make_lora: Make) -> None:
 
 def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
     folder = make_lora("lora")
-    for options in ({"adapter": folder}, {"adapter_rank": 2}, {"quantize": "int8"}):
+    for options in ({"adapter": folder}, {"quantize": "int8"}):
         with pytest.raises(ConfigError):
             load_backbone(folder, device="cpu", **options)
     for changes in ({"base_model_name_or_path": None}, {"base_model_name_or_path": "./nowhere"}, {"peft_type": "IA3"}):

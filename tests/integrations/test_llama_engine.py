@@ -19,7 +19,7 @@ import torch
 
 from bench.quantized import write_gguf
 from command_line import run as run_command
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.packaged import packaged_gguf

@@ -133,7 +133,6 @@ def test_a_run_goes_on_as_quantized_as_it_began(folder: Path, tmp_path: Path) ->
     ("library", "extra", "options"),
     [
         ("torchao", "quantize", {"quantize": "int8"}),
-        ("peft", "lora", {"adapter_rank": 4}),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra_before_anything_loads(

@@ -38,8 +38,8 @@ from prefixtune.engine.vllm import VllmConfig, VllmEngine
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.folder import PrefixReference
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
-from prefixtune.prefix.reference import PrefixReference
 from prefixtune.training.starts.words import from_words
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -32,21 +32,13 @@ from prefixtune.attention.injection import (
     batch_prefixes,
     current_injection,
     injecting,
-    using,
 )
-from prefixtune.attention.layout import Layout, main_device
+from prefixtune.attention.layout import Layout, main_device, using
 from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.packing import Packing
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.rotation import longrope_limit
-
-__all__ = [
-    "forward_with_backend",
-    "forward_with_prefixes",
-    "gradient_checkpointing",
-    "run_encoder",
-]
 
 overridden_positions: contextvars.ContextVar[Mapping[str, Tensor]] = contextvars.ContextVar("overridden_positions")
 
@@ -98,17 +90,21 @@ def forward_with_prefixes(
             f"{type(model).__name__} is of kind {layout.kind!r}: decoder_input_ids go with an encoder-decoder only.",
             hint="give them to an encoder-decoder, and to no other model.",
         )
+    for prefix in rows:
+        if prefix is not None:
+            check_fits(prefix, layout.geometry, type(model).__name__)
+    # In float32 until a layer casts them: so the gradients of a row's groups add up in float32 too.
+    exact = torch.float32, main_device(model)
     if packing is None:
         if len(rows) not in (1, len(input_ids)) or (source_rows is not None and len(rows) > 1):
             raise ConfigError(
                 f"{len(rows)} prefixes for {len(input_ids)} rows.", hint="give one for all, or one a row."
             )
+        injection = batch_prefixes(rows, layout, *exact)
     else:
         _check_packed(model, layout, packing, len(rows), len(input_ids), attention_mask)
-    for prefix in rows:
-        if prefix is not None:
-            check_fits(prefix, layout.geometry, type(model).__name__)
-    injection = _build_injection(rows, layout, main_device(model), packing)
+        by_prefix = [batch_prefixes([prefix], layout, *exact).layers for prefix in rows]
+        injection = Injection(layout.layer_of, packing=packing, layers_by_prefix=by_prefix)
     if hidden is not None:
         injection = _hide(injection, layout, hidden, source_rows)
     call: dict[str, Any] = dict(kwargs)
@@ -142,23 +138,12 @@ def _check_packed(
     model: Any, layout: Layout, packing: Packing, num_prefixes: int, batch: int, mask: Tensor | None
 ) -> None:
     counted = num_prefixes == 1 if packing.prefix_index is None else num_prefixes > max(packing.prefix_index)
-    if mask is not None or batch > 1 or not counted:
+    if mask is not None or batch > 1 or not counted or not (layout.packable or layout.kind == "decoder"):
         raise ConfigError(
-            "a packed row is a batch of its own, without a mask, with as many prefixes as its packing counts.",
-            hint="use a padded batch.",
+            f"{type(model).__name__} takes no such row: a packed one is a batch of its own, without a mask, with as "
+            "many prefixes as its packing counts.",
+            hint="use `collate`, which pads them.",
         )
-    if layout.kind != "decoder" and not layout.packable:
-        raise ConfigError(f"{type(model).__name__} takes no packed rows.", hint="use `collate`, which pads them.")
-
-
-def _build_injection(
-    prefixes: Sequence[Prefix | None], layout: Layout, device: torch.device, packing: Packing | None
-) -> Injection:
-    """Prefixes in float32 until a layer casts them: so the gradients of a row's groups add up in float32 too."""
-    if packing is not None:
-        by_prefix = [batch_prefixes([prefix], layout, torch.float32, device).layers for prefix in prefixes]
-        return Injection(layout.layer_of, packing=packing, layers_by_prefix=by_prefix)
-    return batch_prefixes(prefixes, layout, torch.float32, device)
 
 
 def _hide(
@@ -173,15 +158,11 @@ def _hide(
         raise ConfigError("hidden positions go with padded rows and one prefix.", hint="use `Group.hidden`, or none.")
     masks = dict(injection.prefix_mask)
     for site, layers in injection.layers.items():
-        if site == "decoder" and layout.kind == "encoder-decoder":
-            continue
-        key = layers[0][0]
-        mask = torch.ones(len(hidden), key.shape[2], dtype=torch.bool)
-        for row, positions in enumerate(hidden):
-            mask[row, [position for position in positions if position < key.shape[2]]] = False
-        if site == "cross" and source_rows is not None:
-            mask = mask[source_rows.cpu()]
-        masks[site] = mask.to(key.device)
+        if site != "decoder" or layout.kind == "decoder":
+            length = layers[0][0].shape[2]
+            rows = [[place not in positions for place in range(length)] for positions in map(set, hidden)]
+            mask = torch.tensor(rows, device=layers[0][0].device)
+            masks[site] = mask[source_rows] if site == "cross" and source_rows is not None else mask
     return replace(injection, prefix_mask=masks)
 
 

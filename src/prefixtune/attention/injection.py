@@ -1,37 +1,31 @@
-"""What a call of the model carries down to its attention layers: the prefixes, and how a row is made up."""
+"""What a call of the model carries down to its attention layers: the prefixes, and how a row is made up.
+
+Layers in transformers' registry find it in a context variable (see `registry.attend`). Disentangled attention (DeBERTa)
+does not go through the registry: hooks lengthen what such a layer reads by P positions, replace the keys and values
+that it projects from these by those of the prefix, and cut the P positions off its output. The layer's own code
+computes the attention. A prefix has no position: it is at distance 0 from every token.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from prefixtune.attention.disentangled import PrefixKV, disentangled_prefix, is_disentangled
 from prefixtune.attention.kernels import ScoreOptions
-from prefixtune.attention.layout import Layout
+from prefixtune.attention.layout import Layout, growing_cache, main_device, using
 from prefixtune.attention.masks import causal_mask, extend_mask
 from prefixtune.attention.packing import Packing
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
-
-__all__ = [
-    "AttentionBackend",
-    "AttentionCall",
-    "Injection",
-    "batch_prefixes",
-    "injecting",
-    "observe_attention",
-    "to_rows",
-    "trace_calls",
-    "using",
-]
 
 
 @runtime_checkable
@@ -69,15 +63,14 @@ class Injection:
     layers_by_prefix: Sequence[Mapping[Site, Sequence[tuple[Tensor, Tensor]]]] = ()
     backend: AttentionBackend | None = None
 
-    def prefix_kv(self, layer: tuple[Site, int]) -> tuple[Tensor, Tensor] | None:
-        """The keys and values in front at an attention layer; None: no prefix."""
-        site, index = layer
-        return self.layers[site][index] if site in self.layers else None
-
-    def packed_prefixes(self, layer: tuple[Site, int]) -> Sequence[tuple[Tensor, Tensor] | None]:
-        """The prefixes that a packed row's groups count through, at an attention layer."""
-        site, index = layer
-        return [layers[site][index] if site in layers else None for layers in self.layers_by_prefix]
+    def rows_in_front(self, module: nn.Module, rows: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Keys and values in front of a batch's rows, (B, H, P, D), and their slots that are real; None: no prefix."""
+        site, index = self.layer_of.get(module, (None, 0))
+        if site is None or site not in self.layers:
+            return None
+        key, value = self.layers[site][index]
+        mask = self.prefix_mask.get(site)
+        return to_rows(key, rows), to_rows(value, rows), None if mask is None else to_rows(mask, rows)
 
     def prepend(
         self,
@@ -92,23 +85,20 @@ class Injection:
 
         On an accelerator, fused causal attention in which all rows see their whole prefix is left without a mask.
         """
-        layer = self.layer_of.get(module)
-        prefix_kv = None if layer is None else self.prefix_kv(layer)
-        if layer is None or prefix_kv is None:
+        front = self.rows_in_front(module, query.shape[0])
+        if front is None:
             return key, value, mask, scores
-        queries, rows, length = query.shape[2], query.shape[0], prefix_kv[0].shape[2]
-        prefix_mask = self.prefix_mask.get(layer[0])
+        prefix_key, prefix_value, prefix_mask = front
+        length = prefix_key.shape[2]
         plain = prefix_mask is None and scores.fused and scores.position_bias is None
         unmasked = plain and query.device.type != "cpu" and attention_observer.get() is None
-        if mask is None and scores.causal and queries > 1 and not unmasked:
+        if mask is None and scores.causal and query.shape[2] > 1 and not unmasked:
             mask = causal_mask(query, key)
-        key = torch.cat([to_rows(prefix_kv[0], rows).to(key), key], dim=2)
-        value = torch.cat([to_rows(prefix_kv[1], rows).to(value), value], dim=2)
-        if prefix_mask is not None:
-            prefix_mask = to_rows(prefix_mask, rows).to(key.device)
+        key = torch.cat([prefix_key.to(key), key], dim=2)
+        value = torch.cat([prefix_value.to(value), value], dim=2)
         if scores.position_bias is not None:
             scores = replace(scores, position_bias=nn.functional.pad(scores.position_bias, (length, 0)))
-        return key, value, extend_mask(mask, prefix_mask, length, key, queries), scores
+        return key, value, extend_mask(mask, prefix_mask, length, key, query.shape[2]), scores
 
 
 class AttentionCall(NamedTuple):
@@ -141,16 +131,6 @@ current_injection: contextvars.ContextVar[Injection | None] = contextvars.Contex
 
 
 @contextlib.contextmanager
-def using(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
-    """While the block runs, a variable has a value."""
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
-@contextlib.contextmanager
 def trace_calls(model: nn.Module) -> Iterator[list[AttentionCall]]:
     """While the block runs, every call of a model's attention is added to the list that it yields.
 
@@ -176,34 +156,12 @@ def injecting(injection: Injection) -> Iterator[None]:
 
     Calls of other threads are not concerned.
     """
-    with using(current_injection, injection), _inject_disentangled(injection):
-        yield
-
-
-@contextlib.contextmanager
-def _inject_disentangled(injection: Injection) -> Iterator[None]:
-    """While the block runs, layers of disentangled attention have the prefix in front too."""
-
-    def prefix_kv(module: nn.Module, rows: int) -> PrefixKV | None:
-        layer = injection.layer_of.get(module)
-        kv = None if layer is None else injection.prefix_kv(layer)
-        if layer is None or kv is None:
-            return None
-        mask = injection.prefix_mask.get(layer[0])
-        return to_rows(kv[0], rows), to_rows(kv[1], rows), None if mask is None else to_rows(mask, rows)
-
-    def on_kv(module: nn.Module, key: Tensor, value: Tensor) -> None:
-        calls = traced_calls.get()
-        if calls is not None:
-            calls.append(AttentionCall(module, key, value))
-
-    def is_active() -> bool:
-        return current_injection.get() is injection
-
     with contextlib.ExitStack() as stack:
+        stack.enter_context(using(current_injection, injection))
         for module in injection.layer_of:
-            if is_disentangled(module):
-                stack.enter_context(disentangled_prefix(module, prefix_kv, on_kv, is_active))
+            own = type(module).__name__ == "DisentangledSelfAttention"
+            if own and (hasattr(module, "in_proj") or hasattr(module, "key_proj")):
+                _Disentangled(module, injection).hook(stack)
         yield
 
 
@@ -251,3 +209,123 @@ def _stack(rows: Sequence[Float[Tensor, "H _P D"]]) -> Float[Tensor, "B H P D"]:
         return rows[0][None]
     longest = max(row.shape[1] for row in rows)
     return torch.stack([nn.functional.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
+
+
+def prefilled_cache(model: Any, layout: Layout, prefixes: Sequence[Prefix | None]) -> tuple[Any, Bool[Tensor, "B P"]]:
+    """A cache that already holds every row's prefix, shorter ones padded in front; and which of its slots are real.
+
+    Args:
+        model: The frozen model.
+        layout: What `probe` found.
+        prefixes: One per row; None: that row has no prefix.
+    """
+    injection = batch_prefixes(prefixes, layout, model.dtype, main_device(model))
+    cache, rows, pairs = growing_cache(model), len(prefixes), injection.layers.get("decoder", ())
+    for index, (key, value) in zip(layout.cache_layers or (), pairs, strict=bool(pairs)):
+        cache.update(to_rows(key, rows), to_rows(value, rows), index)
+    mask = injection.prefix_mask.get("decoder")
+    if mask is None:
+        mask = torch.ones(rows, pairs[0][0].shape[2] if pairs else 0, dtype=torch.bool, device=main_device(model))
+    return cache, mask
+
+
+@dataclass(eq=False)
+class _Disentangled:
+    """The hooks of one layer of disentangled attention, and what they keep during a call.
+
+    Attributes:
+        module: The layer's attention.
+        injection: What is in front; another thread may use the model with another one meanwhile.
+        text: What the layer reads: its projections of anything else are of positions.
+        prefix: Keys and values in front, each (B, H, P, D), and which of its slots are real, (B, P); None: all.
+        keys: The text's, until its values are known.
+    """
+
+    module: Any
+    injection: Injection
+    text: Tensor | None = None
+    prefix: tuple[Tensor, Tensor, Tensor | None] | None = None
+    keys: Tensor | None = None
+
+    def hook(self, stack: contextlib.ExitStack) -> None:
+        """Register them, until the stack is closed."""
+        stack.callback(self.module.register_forward_pre_hook(self.before, with_kwargs=True).remove)
+        for name in ("in_proj", "key_proj", "value_proj"):
+            if (part := getattr(self.module, name, None)) is not None:
+                stack.callback(part.register_forward_hook(getattr(self, name)).remove)
+        stack.callback(self.module.register_forward_hook(self.after).remove)
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return 0 if self.prefix is None else int(self.prefix[0].shape[2])
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+        """Lengthen text, mask and distances by P positions in front.
+
+        While torch registers or removes a hook, another thread's call meets it without keyword arguments.
+        """
+        if kwargs is None or current_injection.get() is not self.injection:
+            return None
+        arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        del arguments["self"]
+        self.text = arguments["hidden_states"]
+        rows, text_length = self.text.shape[:2]
+        self.prefix = self.injection.rows_in_front(module, rows)
+        if self.prefix is None:
+            return None
+        length = self.length
+        self.text = arguments["hidden_states"] = nn.functional.pad(self.text, (0, 0, length, 0))
+        mask, prefix_mask = arguments["attention_mask"].bool(), self.prefix[2]
+        columns = mask.new_ones(1, 1, 1, length) if prefix_mask is None else prefix_mask[:, None, None]
+        parts = (columns.expand(rows, 1, text_length, -1), mask.expand(rows, 1, text_length, -1))
+        arguments["attention_mask"] = nn.functional.pad(torch.cat(parts, dim=-1), (0, 0, length, 0), value=True)
+        if arguments.get("relative_pos") is not None:
+            arguments["relative_pos"] = nn.functional.pad(arguments["relative_pos"], (length, 0, length, 0))
+        return (), dict(arguments)
+
+    def in_proj(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Queries, keys and values at once: head by head, and the values without their bias."""
+        if args[0] is not self.text:
+            return None
+        heads = self.module.num_attention_heads
+        queries, keys, values = output.unflatten(-1, (heads, -1)).chunk(3, dim=-1)
+        bias = self.module.v_bias.view(heads, -1)
+        keys, values = self._replace(keys, values + bias)
+        return torch.cat([queries, keys, values - bias], dim=-1).flatten(-2)
+
+    def key_proj(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Keys, which come before the values."""
+        if args[0] is not self.text:
+            return None
+        self.keys = output.unflatten(-1, (self.module.num_attention_heads, -1))
+        return self._with_prefix(self.keys, 0).flatten(-2)
+
+    def value_proj(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Values."""
+        if args[0] is not self.text or self.keys is None:
+            return None
+        values = output.unflatten(-1, (self.module.num_attention_heads, -1))
+        return self._replace(self.keys, values)[1].flatten(-2)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Cut the prefix's positions off."""
+        if current_injection.get() is not self.injection:
+            return None
+        length = self.length
+        self.text = self.prefix = self.keys = None
+        return output[0][:, length:], None if output[1] is None else output[1][:, :, length:]
+
+    def _replace(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace the first P keys and values by the prefix's, (B, P + T, H, D); the text's are traced."""
+        if (calls := traced_calls.get()) is not None:
+            key, value = (part[:, self.length :].transpose(1, 2) for part in (keys, values))
+            calls.append(AttentionCall(self.module, key, value))
+        return self._with_prefix(keys, 0), self._with_prefix(values, 1)
+
+    def _with_prefix(self, projected: Tensor, part: int) -> Tensor:
+        """Keys (part 0) or values (part 1), the first P of them the prefix's."""
+        if self.prefix is None:
+            return projected
+        prefix = self.prefix[:2][part]
+        return torch.cat([prefix.transpose(1, 2).to(projected), projected[:, self.length :]], dim=1)

@@ -14,18 +14,6 @@ from torch import Tensor, nn
 
 from prefixtune.attention.masks import causal_mask
 
-__all__ = [
-    "AttentionKernel",
-    "ScoreOptions",
-    "attention_weights",
-    "causal_attention",
-    "eager_attention",
-    "flex_functions_on",
-    "grouped_attention",
-    "plain_attention",
-]
-
-
 AttentionKernel = Literal["sdpa", "eager", "flex"]
 """Torch's fused functions (flash among them where the mask allows), and flex_attention for packed rows on accelerators;
 matrix products; or flex_attention for packed rows everywhere."""

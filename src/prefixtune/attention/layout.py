@@ -1,8 +1,11 @@
-"""Where a model's attention layers are, and where its inputs go."""
+"""Where a model's attention layers are, where its inputs go, and its cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +13,6 @@ import torch
 from torch import nn
 
 from prefixtune.prefix.geometry import BackboneKind, Geometry, Site
-
-__all__ = ["Layout", "main_device", "passes_gradients", "setting"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +42,8 @@ class Layout:
 def main_device(model: Any) -> torch.device:
     """Where a model's inputs go: the device of its embeddings, also when they are kept elsewhere between calls."""
     embeddings = model.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)
-    where = getattr(hook, "execution_device", None)
-    if where is not None:
-        return torch.device(where)
-    device: torch.device = embeddings.weight.device
-    return device
+    where = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return torch.device(embeddings.weight.device if where is None else where)
 
 
 def passes_gradients(model: nn.Module) -> bool:
@@ -62,3 +59,32 @@ def setting(config: Any, name: str) -> Any:
         # Configurations with settings by layer refuse to name one for all.
         layers = config.per_layer_config
         return [getattr(layer, name, None) for layer in (layers.values() if isinstance(layers, Mapping) else layers)]
+
+
+@contextlib.contextmanager
+def using(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    """While the block runs, a variable has a value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model's forward takes its cache (transformers 5.24 renamed it)."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def growing_cache(model: Any) -> Any:
+    """An empty cache that forgets nothing; the mask applies the window.
+
+    A windowed layer's own cache would forget the prefix, and cannot be shortened.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
+    return cache

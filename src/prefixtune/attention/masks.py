@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from prefixtune.attention.layout import setting
-
-__all__ = [
-    "cached_prefix_slots",
-    "causal_mask",
-    "extend_mask",
-    "make_additive_mask",
-    "make_mask",
-    "positions_from_mask",
-]
+from prefixtune.attention.layout import setting, using
 
 _num_cached_prefix_slots: contextvars.ContextVar[int] = contextvars.ContextVar("cached_prefix_slots", default=0)
 
 
-@contextlib.contextmanager
-def cached_prefix_slots(count: int) -> Iterator[None]:
+def cached_prefix_slots(count: int) -> contextlib.AbstractContextManager[None]:
     """While the block runs, the first `count` cache slots are prefix slots: no sliding window hides them."""
-    token = _num_cached_prefix_slots.set(count)
-    try:
-        yield
-    finally:
-        _num_cached_prefix_slots.reset(token)
+    return using(_num_cached_prefix_slots, count)
 
 
 def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Any:
@@ -43,11 +28,12 @@ def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int 
         # Of such a model only the last queries may reach a layer, which without a mask count as the first ones.
         kwargs["allow_is_causal_skip"] = False
     slots = _num_cached_prefix_slots.get()
+    if slots and local_size is not None:
+        kwargs["allow_is_causal_skip"] = False
+    mask = sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
     if not slots or local_size is None:
-        return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
-    mask = sdpa_mask(
-        *args, attention_mask=attention_mask, local_size=local_size, **{**kwargs, "allow_is_causal_skip": False}
-    ).clone()
+        return mask
+    mask = mask.clone()
     mask[..., :slots] = True if attention_mask is None else attention_mask[:, None, None, :slots].bool()
     return mask
 
@@ -85,7 +71,7 @@ def extend_mask(
     if prefix_mask is None:
         columns = mask.new_ones(1, 1, 1, prefix_length, dtype=torch.bool)
     else:
-        columns = prefix_mask[:, None, None]
+        columns = prefix_mask[:, None, None].to(key.device)
     if mask.dtype != torch.bool:
         columns = torch.zeros_like(columns, dtype=mask.dtype).masked_fill_(~columns, torch.finfo(mask.dtype).min)
     batch = max(mask.shape[0], columns.shape[0])

@@ -27,8 +27,6 @@ from prefixtune.attention.kernels import (
 from prefixtune.attention.packing import Packing, Visibility, sees
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["block_mask", "compiles_on", "packed_attention", "uses_flex"]
-
 _SMALL_HEAD = 16
 """Numbers of a head's key or value, below which torch compiles no flex_attention."""
 

@@ -8,7 +8,7 @@ sources are in the encoder's row and the targets in the decoder's, and each grou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, no_type_check
 
@@ -17,8 +17,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from prefixtune.prefix.geometry import Site
-
-__all__ = ["Group", "Packing", "Visibility", "sees"]
 
 _FAR = 2**30
 """A text position that no window hides, and minus that, a first one that hides nothing."""
@@ -173,27 +171,16 @@ class Packing:
             visibility = self.visibility(site, prefix_lengths, window)
             self.cache[name] = [None] * len(self.groups)
             if site == "decoder" or visibility.hidden is not None:
-                self.cache[name] = [
-                    torch.zeros(visible.shape, dtype=like.dtype)
-                    .masked_fill_(~visible, float("-inf"))
-                    .repeat(repeats, 1)
-                    .to(like.device)
-                    for visible in self._visible(site, prefix_lengths, visibility)
-                ]
+                queries, keys = self.sizes(site)
+                columns = torch.arange(visibility.keys.shape[1]).split([*prefix_lengths, *keys])
+                fronts, texts = columns[: len(prefix_lengths)], columns[len(prefix_lengths) :]
+                rows = torch.arange(sum(queries)).split(queries)
+                for number, owner in enumerate(self.owners):
+                    seen = sees(visibility, rows[number][:, None], torch.cat([fronts[owner], texts[number]])[None])
+                    mask = torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, float("-inf"))
+                    self.cache[name][number] = mask.repeat(repeats, 1).to(like.device)
         masks: list[Tensor | None] = self.cache[name]
         return masks
-
-    def _visible(
-        self, site: Site, prefix_lengths: Sequence[int], visibility: Visibility
-    ) -> Iterator[Bool[Tensor, "N S"]]:
-        """Per group, which of its queries sees which position of its prefix and which of its keys."""
-        rows, columns = (torch.arange(facts.shape[1]) for facts in visibility[:2])
-        prefixes, texts = columns.split([sum(prefix_lengths), len(columns) - sum(prefix_lengths)])
-        by_prefix = prefixes.split(list(prefix_lengths))
-        queries, keys = self.sizes(site)
-        for owner, group_rows, group_texts in zip(self.owners, rows.split(queries), texts.split(keys), strict=True):
-            group_columns = torch.cat([by_prefix[owner], group_texts])
-            yield sees(visibility, group_rows[:, None], group_columns[None])
 
     def _facts(self, site: Site, sizes: Sequence[int]) -> Int[Tensor, "4 N"]:
         """Of each position of a row: its group, its part, its place and its text position."""

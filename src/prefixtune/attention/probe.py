@@ -15,17 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefixtune.attention.cache import cache_argument, growing_cache
 from prefixtune.attention.injection import AttentionCall, trace_calls
 from prefixtune.attention.kernels import AttentionKernel
-from prefixtune.attention.layout import Layout, main_device
+from prefixtune.attention.layout import Layout, cache_argument, growing_cache, main_device
 from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.registry import ATTENTIONS, register
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean, first_line
 from prefixtune.prefix.geometry import LayerShape, Site
-
-__all__ = ["probe"]
-
 
 _HINT = "use a model whose attention goes through transformers' AttentionInterface, such as LLaMA, Qwen, BART or BERT."
 _DECODER_TOKENS, _ENCODER_TOKENS = 5, 4
@@ -34,6 +30,8 @@ _SUPPORTED_ARGUMENTS = frozenset(
     | {"use_cache", "output_attentions", "output_hidden_states", "return_dict", "deterministic", "layer_idx"}
 )
 """Arguments of the attention function that are computed, or that change nothing about it."""
+_STATEFUL = ("mamba", "linear", "conv", "recurrent", "ssm", "rwkv", "moe", "mlp")
+"""In the types of a hybrid's layers that keep a state instead of keys and values."""
 _CACHE_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError)
 """What a model raises that keeps more than keys and values, in a cache of its own."""
 
@@ -53,10 +51,7 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
     register()
     kernel = next((kernel for kernel in ATTENTIONS if kernel == attention), None)
     if kernel is None:
-        flash = " flash kernels are used through 'sdpa', where the mask allows;" if "flash" in attention else ""
-        raise ConfigError(
-            f"unknown attention {attention!r}.", hint=f"{flash} {did_you_mean(attention, ATTENTIONS)}".strip()
-        )
+        raise ConfigError(f"unknown attention {attention!r}.", hint=did_you_mean(attention, ATTENTIONS))
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
     try:
         with torch.no_grad():
@@ -198,10 +193,9 @@ def _check_padding(model: Any, name: str) -> None:
     The row is padded on the left, and changes places with another between two steps, as beams do.
     """
     ids = torch.arange(4, device=main_device(model))[None]
-    rows = torch.cat([torch.cat([ids[:, 1:3], ids], dim=1), torch.arange(6, device=ids.device).flip(0)[None]])
+    rows = torch.tensor([[1, 2, 0, 1, 2, 3], [5, 4, 3, 2, 1, 0]], device=ids.device)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device=ids.device)
-    positions = positions_from_mask(mask)
-    swapped = torch.tensor([1, 0], device=ids.device)
+    positions, swapped = positions_from_mask(mask), torch.tensor([1, 0], device=ids.device)
     expected = model(input_ids=ids, use_cache=False)[0][:, -2:].float()
     try:
         step = {"position_ids": positions[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
@@ -221,11 +215,8 @@ def _check_padding(model: Any, name: str) -> None:
 def _layer_types(model: Any) -> Sequence[str]:
     """The layers' types, by the configuration; empty where it names none."""
     config = model.config.get_text_config(decoder=True)
-    for name in ("layer_types", "layers_block_type"):
-        types = getattr(config, name, None)
-        if types:
-            return tuple(str(kind) for kind in types)
-    return ()
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    return tuple(map(str, types))
 
 
 def _layers(part: nn.Module, calls: Sequence[AttentionCall]) -> list[nn.Module]:
@@ -250,7 +241,7 @@ def _number_layers(
     """
     attending = {call.module for call in calls}
     untraced = [n for n, layer in enumerate(layers) if not attending.intersection(layer.modules())]
-    unknown = [n for n in untraced if not _has_no_attention(types[n] if n < len(types) else "")]
+    unknown = [n for n in untraced if n >= len(types) or not any(kind in types[n] for kind in _STATEFUL)]
     if not attending or unknown:
         raise BackboneError(
             f"{name} has {len(layers)} {site} layers, but {len(layers) - len(untraced)} of them attend through "
@@ -279,11 +270,6 @@ def _number_layers(
 
 def _shapes(calls: Sequence[AttentionCall]) -> tuple[LayerShape, ...]:
     return tuple(LayerShape(call.key.shape[1], call.key.shape[3], call.value.shape[3]) for call in calls)
-
-
-def _has_no_attention(kind: str) -> bool:
-    """Whether a layer type of a hybrid model keeps a state instead of keys and values."""
-    return any(word in kind for word in ("mamba", "linear", "conv", "recurrent", "ssm", "rwkv", "moe", "mlp"))
 
 
 def _cache_layers(cache: Any, calls: Sequence[AttentionCall]) -> tuple[int, ...] | None:

@@ -20,9 +20,6 @@ from prefixtune.attention.masks import make_additive_mask, make_mask
 from prefixtune.attention.packed import packed_attention
 from prefixtune.errors import BackboneError
 
-__all__ = ["ATTENTION", "ATTENTIONS", "register"]
-
-
 ATTENTION = "prefixtune"
 """The name of the attention function in transformers' registry."""
 
@@ -94,10 +91,10 @@ def attend(
         return injection.backend.attend(injection.layer_of[module], query, key, value, scores), None
     observer = attention_observer.get()
     if injection.packing is not None:  # training: one row, many groups
-        layer = injection.layer_of[module]
+        site, index = layer = injection.layer_of[module]
         observe = None if observer is None else functools.partial(observer, layer)
-        prefixes = injection.packed_prefixes(layer)
-        return packed_attention(injection.packing, layer[0], prefixes, query, key, value, scores, observe), None
+        prefixes = [layers[site][index] if site in layers else None for layers in injection.layers_by_prefix]
+        return packed_attention(injection.packing, site, prefixes, query, key, value, scores, observe), None
     prefixed = injection.prepend(module, query, key, value, attention_mask, scores)
     if observer is not None and module in injection.layer_of:
         observer(injection.layer_of[module], prefixed[0].shape[2] - key.shape[2], query, *prefixed, 0)

@@ -16,12 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prefixtune.attention.compute import record_kv
 from prefixtune.attention.layout import Layout, main_device
+from prefixtune.attention.record import record_kv
 from prefixtune.errors import BackboneError, first_line
 from prefixtune.prefix.rotation import PairTurns, Rotation, length_dependent_turn
-
-__all__ = ["find_rotation"]
 
 _TOKENS = 8
 _FARTHEST = 4096
@@ -31,7 +29,6 @@ _TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.006}
 _FLOAT32_TOLERANCE = 0.002
 _DEEPER = 6.0
 """Times the tolerance: how far later layers may be, where rounding adds up."""
-_HINT = "its prefixes can be used alone, but not joined."
 
 
 @torch.no_grad()
@@ -50,20 +47,21 @@ def find_rotation(model: Any, layout: Layout, max_positions: int | None) -> Rota
     """
     if layout.kind != "decoder":
         return Rotation("none")
-    name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
+
+    def refusal(why: str) -> BackboneError:
+        name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
+        hint = "its prefixes can be used alone, but not joined."
+        return BackboneError(f"prefixes of {name} cannot be moved to other positions: {why}.", hint=hint)
+
     kind = length_dependent_turn(model.config.get_text_config(decoder=True))
     if kind is not None:
-        raise BackboneError(
-            f"the rotary frequencies of {name} depend on the length of the text (rope_type {kind!r}), so that its "
-            "prefixes cannot be moved to other positions.",
-            hint=_HINT,
-        )
+        raise refusal(f"its rotary frequencies depend on the length of the text (rope_type {kind!r})")
     most = max(0, min(max_positions or _FARTHEST, _FARTHEST) - _TOKENS)
     offsets = sorted({0, min(1, most), most // 9, most // 2, most})
     try:
         samples = _run_at(model, layout, offsets)
     except Exception as failure:
-        raise BackboneError(f"{name} does not run at several positions: {first_line(failure)}", hint=_HINT) from failure
+        raise refusal(f"it does not run at several ones: {first_line(failure)}") from failure
     tolerance = _TOLERANCE.get(model.dtype, _FLOAT32_TOLERANCE)
     turns: list[PairTurns | None] = []
     for index, (keys, values) in enumerate(samples):
@@ -72,20 +70,12 @@ def find_rotation(model: Any, layout: Layout, max_positions: int | None) -> Rota
             if index == 0:
                 # Positions are added to the input.
                 return Rotation("absolute", max_positions=max_positions)
-            raise BackboneError(
-                f"what the layers of {name} compute depends on where a text stands, not on distances alone (seen at "
-                f"layer {index}), so that its prefixes cannot be moved to other positions.",
-                hint=_HINT,
-            )
+            raise refusal(f"what layer {index} computes depends on where a text stands, not on distances alone")
         ways: list[PairTurns | None] = [None, *_possible_turns(model, keys.shape[-1])]
         errors = [_distance(keys, _turned(keys[:1], offsets, turn)) for turn in ways]
         error = min(errors)
         if error > allowed:
-            raise BackboneError(
-                f"the keys of {name} change with position in a way that is no rotation (layer {index}, relative "
-                f"difference {error:.1e}), so that a prefix cannot be moved.",
-                hint=_HINT,
-            )
+            raise refusal(f"keys change in a way that is no rotation (layer {index}, relative difference {error:.1e})")
         turns.append(ways[errors.index(error)])
     if not any(turns):
         return Rotation("none", max_positions=max_positions)

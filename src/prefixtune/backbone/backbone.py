@@ -9,8 +9,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,14 +19,10 @@ from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
 from prefixtune.attention.rotation import find_rotation
 from prefixtune.backbone.identity import fingerprint
-from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.doctor.selfcheck import check_once
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.geometry import BackboneKind, Geometry, describe
 from prefixtune.prefix.rotation import Rotation, longrope_limit
-from prefixtune.utils.files import atomic_files
-
-__all__ = ["Backbone"]
 
 _POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 
@@ -42,7 +37,6 @@ class Backbone:
         name: What it was loaded by: an embedded name, a hub id or a path.
         layout: Its attention layers, found by running it.
         fingerprint: Of configuration and sampled weights; the same in every dtype. See `fingerprints_match`.
-        adapter: PEFT's view of the model, where it holds a LoRA adapter.
         compute_dtype: The dtype of its products, where some weights are kept in float32 to be trained; None: that of
             the weights.
         tokenizer_cache: Facts about the tokenizer that other modules computed and keep here.
@@ -55,7 +49,6 @@ class Backbone:
     name: str
     layout: Layout
     fingerprint: str
-    adapter: Any = field(default=None, repr=False)
     compute_dtype: torch.dtype | None = None
     tokenizer_cache: dict[str, Any] = field(default_factory=dict, repr=False)
     unused_weights: tuple[str, ...] = field(default=(), repr=False)
@@ -116,8 +109,7 @@ class Backbone:
         Of an encoder-decoder: on either side.
         """
         config = self.model.config.get_text_config(decoder=True)
-        limits = [getattr(config, name, None) for name in _POSITION_LIMITS]
-        known = [int(limit) for limit in limits if limit is not None]
+        known = [int(limit) for name in _POSITION_LIMITS if (limit := getattr(config, name, None)) is not None]
         if not known:
             return None
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
@@ -220,11 +212,9 @@ class Backbone:
 
         Where the configuration names none (mBART), it is the language token that the tokenizer puts after a target.
         """
-        given = getattr(self.model.config, "decoder_start_token_id", None)
-        if given is None:
-            given = getattr(self.model.generation_config, "decoder_start_token_id", None)
-        if given is not None:
-            return int(given)
+        for config in (self.model.config, self.model.generation_config):
+            if (given := getattr(config, "decoder_start_token_id", None)) is not None:
+                return int(given)
         ids: list[int] = self.tokenizer(text_target="")["input_ids"]
         other = [token for token in ids if token != self.eos_id]
         return other[-1] if other else self.pad_id
@@ -241,13 +231,17 @@ class Backbone:
         return ids
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of what a model reads; with the tokenizer's special tokens where an encoder reads it."""
-        for number, text in enumerate(texts, start=1):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                what = f"text {number} holds half a surrogate pair at position {error.start}, which is no character."
-                raise RequestError(what, hint="write UTF-8 text.") from error
+        """Token ids of what a model reads; with the tokenizer's special tokens where an encoder reads it.
+
+        Raises:
+            RequestError: A text holds half a surrogate pair.
+        """
+        try:
+            "".join(texts).encode("utf-8")
+        except UnicodeEncodeError as error:
+            number = 1 + next(n for n, text in enumerate(texts) if error.object[error.start] in text)
+            what = f"text {number} holds half a surrogate pair, which is no character."
+            raise RequestError(what, hint="write UTF-8 text.") from error
         encoded = self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
@@ -274,12 +268,6 @@ class Backbone:
         with self.autocast():
             return forward_with_prefixes(self.model.base_model, self.layout, input_ids, attention_mask, **kwargs)[0]
 
-    def save_adapter(self, folder: Path) -> Backbone:
-        """Store the LoRA adapter as PEFT does, and return the backbone as it now is, with its present fingerprint."""
-        with atomic_files(folder) as made, quiet_transformers():
-            self.adapter.save_pretrained(made)
-        return replace(self, fingerprint=fingerprint(self.model, self.layout.geometry))
-
     @property
     def dtype_name(self) -> str:
         """`dtype` as files and messages name it: `float32`, say."""
@@ -293,7 +281,7 @@ class Backbone:
 
     @property
     def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters of a LoRA adapter that is to be trained with the prefix, by name."""
+        """The parameters that are trained in place of a prefix, by name (see `training.tuning`)."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @classmethod
@@ -303,8 +291,6 @@ class Backbone:
         tokenizer: Any,
         name: str,
         *,
-        adapter: Any = None,
-        train_adapter: bool = False,
         attention: str = "sdpa",
         samples: str = "",
         self_check: bool = True,
@@ -315,8 +301,6 @@ class Backbone:
             model: Of transformers.
             tokenizer: Its tokenizer.
             name: What to call it, in messages and in artifacts.
-            adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
-            train_adapter: Leave the LoRA layers trainable.
             attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
             samples: Of the weights before they were quantized (see `identity.sample`); empty: they were not.
             self_check: Compare the ways in which prefixes are used, if this type was not checked before.
@@ -324,8 +308,7 @@ class Backbone:
         Raises:
             BackboneError: It cannot have a prefix, or fails the self-check; the message says why.
         """
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_(train_adapter and "lora_" in parameter_name)
+        model.requires_grad_(False)
         model.eval()
         silence_dropout(model)
         # Decoding follows `GenerateConfig` alone: a penalty or ban that the model's files bring along would apply
@@ -335,12 +318,10 @@ class Backbone:
         stored = getattr(model, "generation_config", None)
         if stored is not None:
             # How an encoder-decoder's output begins belongs to the model; its generation configuration wins.
-            names = ("decoder_start_token_id", "forced_bos_token_id")
-            begins = {
-                name: token if (token := getattr(stored, name, None)) is not None else getattr(model.config, name, None)
-                for name in names
-            }
-            model.generation_config = GenerationConfig(**begins)
+            model.generation_config = GenerationConfig()
+            for key in ("decoder_start_token_id", "forced_bos_token_id"):
+                token = getattr(stored, key, None)
+                setattr(model.generation_config, key, getattr(model.config, key, None) if token is None else token)
         layout = probe(model, attention)
         if layout.kind != "encoder" and model.get_output_embeddings() is None:
             raise BackboneError(
@@ -349,7 +330,7 @@ class Backbone:
             )
         if self_check:
             check_once(model, layout, attention)
-        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry, samples), adapter)
+        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry, samples))
 
 
 def silence_dropout(model: torch.nn.Module) -> None:

@@ -15,10 +15,7 @@ from safetensors import SafetensorError
 
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.quiet import quiet_transformers
-from prefixtune.errors import BackboneError, did_you_mean, first_line
-
-__all__ = ["auto_class", "checkpoint_folder", "find_checkpoint", "read_checkpoint", "read_tokenizer", "reading"]
-
+from prefixtune.errors import BackboneError, first_line
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
 _SHOWN = 5
@@ -29,8 +26,7 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a backbone, and the options to load it with.
 
     Raises:
-        BackboneError: There is no such file or folder, the embedded backbone is not prepared, or the name of an
-            embedded one is misspelt.
+        BackboneError: There is no such file or folder, or the embedded backbone is not prepared.
     """
     # Weights come from safetensors only: a pickle could run code.
     safe = {"use_safetensors": True, "trust_remote_code": False}
@@ -50,12 +46,6 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
     if path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         hint = "give a folder with config.json, safetensors weights and a tokenizer."
         raise BackboneError(f"{name!r} is neither a folder of a model nor a .gguf file.", hint=hint)
-    suggestion = did_you_mean(name.lower(), PRETRAINED)
-    # The hub has old models without an owner, such as gpt2; none of them resembles an embedded one.
-    if "/" not in name and suggestion.startswith("did you mean"):
-        raise BackboneError(
-            f"there is no backbone {name!r}.", hint=f"{suggestion} Other models of the hub are named OWNER/NAME."
-        )
     return name, safe
 
 

@@ -11,9 +11,6 @@ from prefixtune.errors import ConfigError, describe_value, did_you_mean
 from prefixtune.prefix.prefix import DTYPES
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["QUANTIZATIONS", "check_quantization", "choose_device", "choose_dtype", "is_quantized", "quantize"]
-
-
 BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16", "sve_bf16")
 """Features of processors that multiply bfloat16 faster than float32."""
 
@@ -53,19 +50,17 @@ def choose_device(device: str | torch.device) -> torch.device:
     Raises:
         ConfigError: The name is unknown, or the machine has no such device.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if device == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        return torch.device(next(kind for kind in count if count[kind]))
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"unknown device {device!r}.", hint="use cpu, cuda, cuda:0, mps or auto.") from error
-    if chosen.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device is {str(device)!r}, which is not supported.", hint="use cpu, cuda, mps or auto.")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}[chosen.type]
-    if (chosen.index or 0) >= count and chosen.type != "cpu":
-        has = f"devices 0 to {count - 1}" if count else f"no {chosen.type.upper()}"
-        raise ConfigError(f"device is {str(device)!r}, but this machine has {has}.", hint="use --device auto.")
+    if chosen.type != "cpu" and (chosen.index or 0) >= count.get(chosen.type, 0):
+        has = ", ".join(f"{number} of {kind}" for kind, number in count.items())
+        raise ConfigError(f"device is {str(device)!r}, but there are {has} here.", hint="use --device auto.")
     return chosen
 
 

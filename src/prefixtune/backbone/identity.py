@@ -18,11 +18,6 @@ from prefixtune.errors import BackboneError
 from prefixtune.prefix.fingerprint import sample_weights
 from prefixtune.prefix.geometry import Geometry
 
-__all__ = ["backbone_identity", "fingerprint", "public_name", "sample", "weights"]
-
-
-_LENGTH = 12
-
 
 def backbone_identity(name: str) -> str:
     """Identify the backbone that a name stands for; the same on every machine that has the same files.
@@ -54,7 +49,7 @@ def backbone_identity(name: str) -> str:
         raise BackboneError(
             f"the configuration of {name!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
         ) from error
-    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:_LENGTH]
+    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def public_name(name: str, called: str = "") -> str:
@@ -91,8 +86,10 @@ def fingerprint(model: Any, geometry: Geometry, samples: str = "") -> str:
         "window": setting(config, "sliding_window"),
         "embeddings": list(embeddings.shape),
         "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
-        **_adapter_facts(model),
     }
+    # What a LoRA adapter's effect depends on besides its weights.
+    if scalings := [sorted(module.scaling.values()) for module in model.modules() if hasattr(module, "lora_A")]:
+        facts["adapter"] = scalings
     shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return f"{shape}:{samples or sample(model)}"
 
@@ -102,12 +99,6 @@ def sample(model: Any) -> str:
     named = dict(weights(model))
     sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
     return sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])
-
-
-def _adapter_facts(model: Any) -> Mapping[str, Any]:
-    """What a LoRA adapter's effect depends on besides its weights; empty where there is none."""
-    scalings = [sorted(module.scaling.values()) for module in model.modules() if hasattr(module, "lora_A")]
-    return {"adapter": scalings} if scalings else {}
 
 
 def weights(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -16,22 +16,11 @@ from prefixtune.backbone.checkpoint import auto_class, find_checkpoint, read_che
 from prefixtune.backbone.devices import check_quantization, choose_device, choose_dtype
 from prefixtune.backbone.devices import quantize as quantize_weights
 from prefixtune.backbone.identity import sample
-from prefixtune.backbone.lora import add_adapter, base_model_name, check_adapter, import_peft, is_adapter, load_adapter
-from prefixtune.backbone.packaged import DEFAULT as DEFAULT_BACKBONE
+from prefixtune.backbone.lora import base_model_name, check_adapter, import_peft, is_adapter, load_adapter
+from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, describe_value
 from prefixtune.prefix.geometry import BackboneKind
-
-__all__ = [
-    "DEFAULT_BACKBONE",
-    "BackboneLike",
-    "as_backbone",
-    "load_backbone",
-    "load_tokenizer",
-    "resolve",
-    "without_limits",
-]
-
 
 BackboneLike = Backbone | str | os.PathLike[str] | tuple[Any, Any]
 """A backbone, its name or path, or a transformers model with its tokenizer."""
@@ -75,10 +64,7 @@ def load_backbone(
     device_map: str | dict[str, Any] | None = None,
     offload_folder: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
-    train_adapter: bool = False,
-    adapter_rank: int = 0,
     attention: str = "sdpa",
-    seed: int = 0,
     self_check: bool = True,
 ) -> Backbone:
     """Load a frozen language model: decoder-only, encoder-decoder, or a text encoder.
@@ -96,11 +82,8 @@ def load_backbone(
             `device`.
         offload_folder: Holds the weights that `device_map` puts on disk.
         adapter: Folder of a LoRA adapter (PEFT) to add to the model; its weights count as the backbone's.
-        train_adapter: Leave the adapter trainable, to be trained together with a prefix.
-        adapter_rank: Add a new LoRA adapter of this rank to the model, to be trained together with a prefix; 0: none.
         attention: What computes the attention once the prefix is in front: `sdpa` (torch's fused functions), `flex`
             (flex_attention for packed rows on a CPU, too) or `eager` (matrix products, to compare with).
-        seed: Of a new adapter's weights.
         self_check: Compare the ways in which prefixes are used, if this type of model was not checked before.
 
     Raises:
@@ -111,7 +94,7 @@ def load_backbone(
     """
     if not isinstance(name_or_path, str | os.PathLike):
         usual = (dtype, str(device)) == ("auto", "auto") and attention == "sdpa"
-        if not usual or quantize or device_map or adapter or train_adapter or adapter_rank:
+        if not usual or quantize or device_map or adapter:
             raise ConfigError(
                 f"the backbone is {describe_value(name_or_path)}, which is used as it is, but options were given too.",
                 hint="give a name or path with them, or set dtype and device on the model itself.",
@@ -120,8 +103,8 @@ def load_backbone(
     name = os.fspath(name_or_path)
     target = choose_device(device)
     weights_dtype = choose_dtype(dtype, target)
-    source, options, adapter = resolve(name, quantize, adapter, adapter_rank, train_adapter=train_adapter)
-    if quantize and (device_map is not None or adapter is not None or adapter_rank):
+    source, options, adapter = resolve(name, quantize, adapter)
+    if quantize and (device_map is not None or adapter is not None):
         what = f"quantize = {quantize!r} cannot be combined with device_map or an adapter."
         raise ConfigError(what, hint="leave one of them out.")
     place: dict[str, Any] = {}
@@ -131,61 +114,39 @@ def load_backbone(
         # Read straight to the device. A model that is to be quantized goes there layer by layer.
         place = {"device_map": {"": target}}
     model, tokenizer, unused = read_checkpoint(name, source, options, weights_dtype, place)
-    samples, peft_model = "", None
+    samples = ""
     with quiet_transformers():
         if quantize:
             samples = sample(model)
             quantize_weights(model, quantize, target)
         elif adapter is not None:
-            peft_model = load_adapter(model, str(adapter), trainable=train_adapter)
-        elif adapter_rank:
-            peft_model = add_adapter(model, adapter_rank, seed=seed)
-    backbone = Backbone.from_model(
-        model,
-        tokenizer,
-        name,
-        adapter=peft_model,
-        train_adapter=train_adapter or adapter_rank > 0,
-        attention=attention,
-        samples=samples,
-        self_check=self_check,
-    )
+            load_adapter(model, str(adapter))
+    backbone = Backbone.from_model(model, tokenizer, name, attention=attention, samples=samples, self_check=self_check)
     return check_end_token(replace(backbone, unused_weights=unused))
 
 
 def resolve(
-    name: str,
-    quantize: str = "",
-    adapter: str | os.PathLike[str] | None = None,
-    adapter_rank: int = 0,
-    *,
-    train_adapter: bool = False,
+    name: str, quantize: str = "", adapter: str | os.PathLike[str] | None = None
 ) -> tuple[str, dict[str, Any], str | os.PathLike[str] | None]:
     """Where a backbone is, the options to load it with, and its adapter; arguments as for `load_backbone`.
 
     A name on the hub is not looked up.
 
     Raises:
-        PrefixError: There is no such backbone or adapter, none to train, or a library that it needs is missing.
+        PrefixError: There is no such backbone or adapter, or a library that it needs is missing.
     """
-    new = f"a new one of rank {adapter_rank}" if adapter_rank else None
-    adapters = [str(one) for one in (name if is_adapter(Path(name)) else None, adapter, new) if one is not None]
-    if len(adapters) > 1 or (train_adapter and not adapters):
-        raise ConfigError(
-            f"a backbone has one adapter{' to train' * train_adapter}, but here is {' and '.join(adapters) or 'none'}.",
-            hint="give a LoRA adapter as the backbone or as adapter (--adapter FOLDER), or train a new one "
-            "(adapter_rank, --adapter-rank 8).",
-        )
     base = name
     if is_adapter(Path(name)):
+        if adapter is not None:
+            what = f"a backbone has one adapter, but here are {name!r} and {str(adapter)!r}."
+            raise ConfigError(what, hint="give a LoRA adapter as the backbone or as adapter (--adapter FOLDER).")
         base, adapter = base_model_name(Path(name)), name
     if adapter is not None:
         check_adapter(Path(adapter))
+        import_peft()
     if quantize:
         with quiet_transformers():
             check_quantization(quantize)
-    if adapter is not None or adapter_rank:
-        import_peft()
     source, options = find_checkpoint(base)
     return source, options, adapter
 

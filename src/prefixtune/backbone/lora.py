@@ -13,9 +13,6 @@ from prefixtune.errors import BackboneError, CheckpointError, first_line
 from prefixtune.prefix.header import parse_header
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["ADAPTER_CONFIG", "adapter_config", "add_adapter", "check_adapter", "has_adapter", "load_adapter"]
-
-
 ADAPTER_CONFIG = "adapter_config.json"
 """The file in which PEFT describes an adapter."""
 
@@ -31,18 +28,15 @@ def import_peft() -> Any:
     return peft
 
 
-def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
+def load_adapter(model: Any, path: str) -> None:
     """Put a LoRA adapter of PEFT into a model; its files were checked by `check_adapter`.
-
-    Returns:
-        PEFT's view of the model, which can store the adapter again; the model itself now holds the adapter's layers.
 
     Raises:
         BackboneError: It lacks weights, or does not fit.
     """
     peft = import_peft()
     try:
-        tuned = peft.PeftModel.from_pretrained(model, path, is_trainable=trainable, local_files_only=True)
+        tuned = peft.PeftModel.from_pretrained(model, path, local_files_only=True)
         # PEFT only warns of weights that are missing, and leaves those layers as they were.
         stored = peft.load_peft_weights(path, device="cpu").keys()
         missing = sorted(key for key in peft.get_peft_model_state_dict(tuned) if "lora_" in key and key not in stored)
@@ -55,20 +49,15 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
             f"the adapter {path!r} lacks {len(missing)} weights that its configuration asks for, such as {missing[0]}.",
             hint="get the whole adapter, and load its own base model.",
         )
-    return tuned
 
 
-def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:
-    """Put a fresh LoRA adapter on every linear layer but the output head, to be trained; it starts without effect.
-
-    Returns:
-        PEFT's view of the model, as for `load_adapter`.
-    """
+def add_adapter(model: Any, rank: int, *, seed: int = 0) -> None:
+    """Put a fresh LoRA adapter on every linear layer but the output head, to be trained; it starts without effect."""
     peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, config)
+        peft.get_peft_model(model, config)
 
 
 def has_adapter(model: torch.nn.Module) -> bool:
@@ -104,8 +93,7 @@ def base_model_name(folder: Path) -> str:
         BackboneError: It names none, or is no LoRA adapter.
         CheckpointError: Its configuration cannot be read.
     """
-    _check_kind(folder)
-    base = adapter_config(folder).get("base_model_name_or_path")
+    base = _lora_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         hint = "load that model yourself, with adapter=FOLDER (--adapter FOLDER)."
         raise BackboneError(f"the adapter {str(folder)!r} names no base model.", hint=hint)
@@ -119,20 +107,20 @@ def check_adapter(folder: Path) -> None:
         BackboneError: It is not.
         CheckpointError: Its configuration cannot be read.
     """
-    if folder.is_dir():
-        _check_kind(folder)
-    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / "adapter_model.safetensors").is_file():
+    _lora_config(folder)
+    if not (folder / "adapter_model.safetensors").is_file():
         raise BackboneError(
-            f"{str(folder)!r} holds no adapter_config.json with adapter_model.safetensors.",
+            f"{str(folder)!r} holds no adapter_model.safetensors.",
             hint="give the folder that PEFT's save_pretrained wrote, with safe serialization.",
         )
 
 
-def _check_kind(folder: Path) -> None:
-    """Refuse PEFT's other adapters: those in front of the text would be ignored in silence."""
-    kind = adapter_config(folder).get("peft_type")
-    if kind != "LORA":
+def _lora_config(folder: Path) -> dict[str, Any]:
+    """An adapter's configuration; PEFT's other adapters, in front of the text, would be ignored in silence."""
+    config = adapter_config(folder)
+    if (kind := config.get("peft_type")) != "LORA":
         hint = "only LORA adapters are part of a backbone."
         if kind in ("PREFIX_TUNING", "CARTRIDGE"):
             hint = "it is a prefix: `prefixtune convert FOLDER prefix.safetensors --to prefixtune`."
         raise BackboneError(f"the adapter {str(folder)!r} is of type {kind!r}, not LORA.", hint=hint)
+    return config

@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.batch import Batch
-from prefixtune.backbone.soft_labels import SoftLabels
+from prefixtune.backbone.batch import Batch, SoftLabels
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
-
-__all__ = ["batch_loss", "head_losses", "hidden_states_at", "label_logits", "soft_losses", "token_losses"]
-
 
 Prefixes = Prefix | Sequence[Prefix | None] | None
 """What is in front of a batch: one prefix for all, or one for each index that its packing counts through."""
@@ -38,20 +34,22 @@ def _chunks(count: int, width: int, device: torch.device, share: int = 1) -> Ite
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-class _Losses(torch.autograd.Function):
-    """Losses of rows, chunk by chunk, with their gradient by what they are made of, in its dtype.
+_Compute = Callable[[Tensor, slice, Tensor | None], Tensor]
+"""Returns the losses of some rows, and fills in the slopes of all rows that it is given."""
 
-    `compute` returns the losses of some rows, and fills in the slopes of all rows that it is given.
-    """
+
+def _in_chunks(given: Tensor, width: int, compute: _Compute, *, once: bool = False, share: int = 1) -> Tensor:
+    """Losses of rows, chunk by chunk; `once`: their gradient is computed once, in place."""
+    chunks = _chunks(len(given), width, given.device, share)
+    losses: Tensor = _Losses.apply(given, compute, chunks, once)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _Losses(torch.autograd.Function):
+    """Losses of rows, with their gradient by what they are made of, in its dtype."""
 
     @staticmethod
-    def forward(
-        context: Any,
-        given: Tensor,
-        compute: Callable[[Tensor, slice, Tensor | None], Tensor],
-        chunks: Iterator[slice],
-        once: bool,
-    ) -> Tensor:
+    def forward(context: Any, given: Tensor, compute: _Compute, chunks: Iterator[slice], once: bool) -> Tensor:
         slopes = torch.empty_like(given) if context.needs_input_grad[0] else None
         context.slopes, context.once = slopes, once
         return torch.cat([compute(given, rows, slopes) for rows in chunks] or [given.new_empty(0)])
@@ -69,7 +67,7 @@ class _Losses(torch.autograd.Function):
         return slopes.mul_(factors.to(slopes.dtype)), None, None, None
 
 
-def _losses_of(labels: Int[Tensor, " N"]) -> Callable[[Tensor, slice, Tensor | None], Tensor]:
+def _losses_of(labels: Int[Tensor, " N"]) -> _Compute:
     """Cross-entropy for `_Losses`; d loss / d logits = softmax - one-hot."""
 
     def compute(logits: Tensor, rows: slice, slopes: Tensor | None) -> Tensor:
@@ -94,9 +92,7 @@ def token_losses(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> Flo
         logits: One row per label.
         labels: Token ids.
     """
-    rows = _chunks(len(logits), logits.shape[1], logits.device)
-    losses: Tensor = _Losses.apply(logits, _losses_of(labels), rows, True)  # type: ignore[no-untyped-call]
-    return losses
+    return _in_chunks(logits, logits.shape[1], _losses_of(labels), once=True)
 
 
 def soft_losses(logits: Float[Tensor, "N V"], labels: SoftLabels) -> Float[Tensor, " N"]:
@@ -106,9 +102,7 @@ def soft_losses(logits: Float[Tensor, "N V"], labels: SoftLabels) -> Float[Tenso
         logits: The student's, one row per label.
         labels: The teacher's, on the same device.
     """
-    rows = _chunks(len(logits), logits.shape[1], logits.device)
-    losses: Tensor = _Losses.apply(logits, labels.losses, rows, False)  # type: ignore[no-untyped-call]
-    return losses
+    return _in_chunks(logits, logits.shape[1], labels.losses)
 
 
 def head_losses(hidden: Float[Tensor, "N E"], head: nn.Linear, labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -130,15 +124,13 @@ def head_losses(hidden: Float[Tensor, "N E"], head: nn.Linear, labels: Int[Tenso
             slopes[rows] = logits @ weight
         return losses
 
-    chunks = _chunks(len(hidden), len(weight), hidden.device, _HEAD_SHARE)
-    losses: Tensor = _Losses.apply(hidden, compute, chunks, False)  # type: ignore[no-untyped-call]
-    return losses
+    return _in_chunks(hidden, len(weight), compute, share=_HEAD_SHARE)
 
 
 def batch_loss(backbone: Backbone, prefix: Prefixes, batch: Batch) -> Tensor:
     """Each label's loss in a batch, in nats; differentiable in the prefix. Shape (N,).
 
-    With soft labels, it is the divergence of the teacher's distribution from the model's (see `backbone.soft_labels`).
+    With soft labels, it is the divergence of the teacher's distribution from the model's (see `backbone.batch`).
 
     Args:
         backbone: The frozen model.
@@ -181,8 +173,8 @@ def _logits(backbone: Backbone, prefix: Prefixes, batch: Batch) -> tuple[Float[T
         # Where the batch was made: on a GPU the number of columns would have to be waited for.
         chosen["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
     given = batch.inputs(backbone.device, rows=rows, columns=columns, **own, **chosen)
-    rows, columns = given.pop("rows"), given.pop("columns")
     labels = {name: given.pop(name) for name in own}
+    rows, columns = given.pop("rows"), given.pop("columns")
     logits: Tensor = backbone.forward(**given, prefixes=prefix).logits
     # In a packed row the logits are the labels', in order; no need to copy them, nor their gradient.
     in_order = batch.packing is not None and logits.shape[1] == len(columns)

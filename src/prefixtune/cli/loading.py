@@ -119,7 +119,7 @@ def _joined(
         parts = [read[name] for name in names]
         if len(parts) == 1:
             return parts[0]
-        return concatenate(parts, rotation or stored_rotation(parts, names) or Rotation("none"), names=names)
+        return concatenate(parts, rotation or stored_rotation(parts) or Rotation("none"), names=names)
 
     return [join(names) for names in files]
 
@@ -165,7 +165,7 @@ def load_trained(options: Any, trained: Trained) -> tuple[Backbone, list[Prefix]
         settings = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
         backbone, text_format = load_tuned(trained.weights, **settings)
         return backbone, [], text_format
-    adapter = options.adapter or trained_adapter([Path(file) for file in trained.read], read)
+    adapter = options.adapter or trained_adapter(read)
     backbone = load(options, options.backbone or named_backbone(read), adapter)
     other = options.allow_other_backbone
     checked = {file: load_prefix(file, backbone, allow_other_backbone=other) for file in trained.read}

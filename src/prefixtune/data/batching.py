@@ -24,8 +24,7 @@ from torch import Tensor
 
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.batch import Batch, Front
-from prefixtune.backbone.soft_labels import SoftLabels
+from prefixtune.backbone.batch import Batch, Front, SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
 

@@ -13,7 +13,7 @@ from prefixtune.data.examples import Example, check_messages, conversation_of
 from prefixtune.data.tokenized import TokenizedDataset as TokenizedDataset
 from prefixtune.data.tokenized import TokenizedExample as TokenizedExample
 from prefixtune.data.truncation import fit_source, named_example, position_limit
-from prefixtune.errors import ConfigError, DataError, RequestError, describe_value, short_repr
+from prefixtune.errors import DataError, RequestError, describe_value, short_repr
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, bounded, read_text_format
 
@@ -77,9 +77,6 @@ def as_text_format(text_format: TextFormatLike | None) -> TextFormat | None:
     """
     if text_format is None or isinstance(text_format, TextFormat):
         return text_format
-    if not isinstance(text_format, Mapping):
-        what = f"text_format is {describe_value(text_format)}, but must be a TextFormat or a dict."
-        raise ConfigError(what, hint='write for example {"prompt": "{source} =", "target": " {target}"}.')
     return TextFormat.from_dict(text_format)
 
 

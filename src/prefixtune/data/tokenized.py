@@ -7,8 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from prefixtune.backbone.batch import WHOLE, Front
-from prefixtune.backbone.soft_labels import SoftLabels
+from prefixtune.backbone.batch import WHOLE, Front, SoftLabels
 
 
 @dataclass(frozen=True)

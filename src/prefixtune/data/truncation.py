@@ -16,7 +16,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import Source, lengths_around
 from prefixtune.data.examples import Example
 from prefixtune.errors import DataError, PrefixWarning, RequestError, short_repr
-from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt, fit_ids
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt
 
 
 def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> int:
@@ -101,7 +101,9 @@ def truncate_prompt(
     name: str = "the text",
     source: Source = "",
 ) -> list[int]:
-    """A prompt's tokens; a source that is too long is treated as in training (see `prefix.text_format.fit_ids`).
+    """A prompt's tokens; a source that is too long is treated as in training (see `prefix.text_format.cut_prompt`).
+
+    Where the format says `error`, one that does not fit the model is returned as it is: the caller refuses it.
 
     Args:
         backbone: Its tokenizer and positions count.
@@ -118,15 +120,13 @@ def truncate_prompt(
             left.
     """
     whole = backbone.max_positions_with(prefix_length) if positions is None else positions
-    return fit_ids(
-        text_format,
-        prompt,
-        positions=None if whole is None else whole - backbone.prefix_positions(prefix_length),
-        new_tokens=new_tokens,
-        around=lambda: template_lengths(backbone, text_format, source),
-        apart=backbone.kind == "encoder-decoder",
-        name=name,
-    )
+    apart, policy = backbone.kind == "encoder-decoder", text_format.on_too_long
+    known = None if whole is None or policy == "error" else whole - backbone.prefix_positions(prefix_length)
+    room = text_format.source_room(len(prompt), known, new_tokens, apart=apart)
+    if room is None:
+        return list(prompt)
+    around = functools.partial(template_lengths, backbone, text_format, source)
+    return cut_prompt(prompt, room, around, on_too_long=policy, name=name, beside=0 if apart else new_tokens)
 
 
 def report_truncated(

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
+from prefixtune.backbone.batch import SoftLabels
 from prefixtune.backbone.loss import label_logits
-from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.inputs import Question
 from prefixtune.distillation.reader import Progress, Reader
 from prefixtune.distillation.wording import count_endings
 from prefixtune.errors import BackboneError
-from prefixtune.prefix.file import metadata_with_checksum, read_verified, save_file
+from prefixtune.prefix.file import read_verified, save_file
 from prefixtune.prefix.header import FORMAT_VERSION
 
 __all__ = ["LABELS_FILE", "label_examples", "read_labels", "write_labels"]
@@ -82,7 +82,7 @@ def write_labels(path: Path, examples: Sequence[TokenizedExample]) -> None:
     """Write the labels of examples to a file."""
     labels = SoftLabels.cat([part for example in examples for part in example.soft_targets])
     tensors = {"ids": labels.ids, "log_probs": labels.log_probs}
-    save_file(tensors, path, metadata_with_checksum(_LABELS, {"format_version": FORMAT_VERSION}, tensors))
+    save_file(path, tensors, _LABELS, {"format_version": FORMAT_VERSION})
 
 
 def read_labels(path: Path, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.soft_labels import SoftLabels
+from prefixtune.backbone.batch import SoftLabels
 from prefixtune.data.chat import chat_format, end_ids, has_chat_template, literal_format
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
 from prefixtune.data.examples import Example

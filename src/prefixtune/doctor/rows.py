@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixtune.attention.cache import cache_argument, prefilled_cache
-from prefixtune.attention.compute import add_noise, prefix_from_tokens
 from prefixtune.attention.forward import forward_with_prefixes
-from prefixtune.attention.injection import batch_prefixes, injecting
-from prefixtune.attention.layout import Layout, main_device
+from prefixtune.attention.injection import batch_prefixes, injecting, prefilled_cache
+from prefixtune.attention.layout import Layout, cache_argument, main_device
 from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.attention.packing import Group, Packing
+from prefixtune.attention.record import add_noise, prefix_from_tokens
 from prefixtune.prefix.prefix import Prefix
 
 _PREFIX_LENGTHS = (2, 4)

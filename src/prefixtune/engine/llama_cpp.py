@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.plain_layers import check_plain_layers
+from prefixtune.backbone.shapes import check_plain_layers
 from prefixtune.engine import llama_child
 from prefixtune.engine.gguf import find_gguf
 from prefixtune.engine.llama_state import encode_file, is_interleaved, placeholders_for, probe_file, rows_of

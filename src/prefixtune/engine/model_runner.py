@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import forward_with_backend, run_encoder
 from prefixtune.attention.injection import AttentionBackend
+from prefixtune.attention.record import relative_bias
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import EncoderAttention, Span, StepAttention, attends_by_pages, page_numbers
 from prefixtune.engine.kv_cache import PAGE, KVCache, bytes_per_position

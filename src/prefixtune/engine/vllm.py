@@ -26,8 +26,8 @@ from prefixtune.engine.remote import RemoteEngine, RemoteText
 from prefixtune.engine.remote_server import RemoteServer
 from prefixtune.engine.request import FinishReason, Token
 from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.prefix.folder import PrefixReference, hash_file
 from prefixtune.prefix.prefix import Prefix, save_prefix
-from prefixtune.prefix.reference import PrefixReference, hash_file
 
 __all__ = ["VllmConfig", "VllmEngine"]
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prefixtune.attention.injection import observe_attention
-from prefixtune.attention.mass import PrefixMass
+from prefixtune.attention.record import PrefixMass
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.data.batching import collate
@@ -39,7 +39,7 @@ def prefix_mass(subject: Subject, prefix: Prefix) -> Mapping[Site, list[Float[Te
     size = subject.batch_size
     for first in range(0, len(subject.tokenized), size):
         batch = collate(subject.backbone, subject.tokenized[first : first + size])
-        mass.count(_counted(subject.backbone, batch))
+        mass.counted = _counted(subject.backbone, batch)
         with observe_attention(mass.add):
             subject.backbone.hidden_states(**batch.inputs(subject.backbone.device), prefixes=prefix)
     return mass.mean()

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.attention.cache import cache_argument
 from prefixtune.attention.injection import batch_prefixes, injecting
+from prefixtune.attention.layout import cache_argument
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.sampler import NOT_FINITE
 from prefixtune.errors import PrefixError

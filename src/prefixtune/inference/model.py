@@ -73,7 +73,7 @@ def load(
     if model is None:
         model = named_backbone(read)
     if isinstance(model, str | os.PathLike):
-        adapter = options.pop("adapter", None) or trained_adapter(files, read)
+        adapter = options.pop("adapter", None) or trained_adapter(read)
         backbone = load_backbone(model, **{"dtype": "auto", "adapter": adapter, **options})
     else:
         backbone = load_backbone(model, **options) if options else as_backbone(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.plain_layers import check_plain_layers
+from prefixtune.backbone.shapes import check_plain_layers
 from prefixtune.data.chat import literal_format
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError

@@ -24,10 +24,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.lora import ADAPTER_CONFIG, adapter_config
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError, did_you_mean, short_repr
-from prefixtune.prefix.card import HUB_NAMES
 from prefixtune.prefix.file import read_file
 from prefixtune.prefix.geometry import LayerShape, describe
 from prefixtune.prefix.header import backbone_origin, parse_header
+from prefixtune.prefix.hub import HUB_NAMES
 from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 from prefixtune.utils.files import atomic_files
 

@@ -76,7 +76,7 @@ class PrefixModel(nn.Module):
             raise ConfigError(f"{backbone.name!r} is an encoder, which writes no text.", hint=hint)
         if backbone.adapter_parameters:
             what = f"{backbone.name!r} has weights that are to be trained, but only the prefix is trained here."
-            raise ConfigError(what, hint="load it without train_adapter and adapter_rank.")
+            raise ConfigError(what, hint="load it again.")
         given = [
             f"{name} is {value!r}" for name in _OF_TRAIN if (value := getattr(config, name)) != config.default(name)
         ]

@@ -123,12 +123,16 @@ def render_chat(
             "text; of a server: --chat-templates FILE; in Python: load(..., chat_template=...). `prefixtune generate "
             "--prefix FILE --chat-template own TEXT` names it once for all commands.",
         )
-    if own:
-        _check_own(tokenizer, text_format)
     conversation = [dict(message) for message in messages]
     if text_format.system and conversation and conversation[0]["role"] != "system":
         conversation.insert(0, {"role": "system", "content": text_format.system})
     try:
+        if own and text_format.template_hash not in ("", template_hash(tokenizer)):
+            # Python shows a warning once for each place that it comes from.
+            what = (
+                "the model's chat template is not the one that the prefix was trained with: its answers may be worse."
+            )
+            warnings.warn(what, PrefixWarning, stacklevel=3)
         return str(
             tokenizer.apply_chat_template(
                 conversation,
@@ -142,23 +146,6 @@ def render_chat(
             f"the {'model' if own else 'prefix'}'s chat template refuses the messages: {short_repr(str(error), 300)}.",
             hint="change the roles or their order, or train with another template (--chat-template FILE).",
         ) from None
-
-
-def _check_own(tokenizer: Any, text_format: TextFormat) -> None:
-    """Refuse a tokenizer without a template, and warn of another one than the training's."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise RequestError(
-            "the text format names the model's own chat template, but its tokenizer has none.",
-            hint="use the tokenizer that the prefix was trained with.",
-        )
-    if text_format.template_hash and text_format.template_hash != template_hash(tokenizer):
-        # Python shows a warning once for each place that it comes from.
-        warnings.warn(
-            "the model's chat template is not the one that the prefix was trained with: its answers may be worse. Use "
-            "the tokenizer of the training.",
-            PrefixWarning,
-            stacklevel=3,
-        )
 
 
 def split_at_last_message(

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, short_repr
+from prefixtune.errors import BackboneError, ConfigError, short_repr
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.prefix.geometry import SITES, Site, describe
+from prefixtune.prefix.geometry import Site, describe
 from prefixtune.prefix.header import backbone_origin
 from prefixtune.prefix.prefix import KeyValue, Prefix, content_hash, from_named
 from prefixtune.prefix.rotation import Rotation
@@ -53,7 +53,7 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
             fit, several have a head, they are too many, or nothing is left of the model's positions.
     """
     names = check_joinable(prefixes, names)
-    rotation = _known(rotation or stored_rotation(prefixes, names))
+    rotation = _known(rotation, prefixes)
     total, most = sum(prefix.length() for prefix in prefixes), rotation.max_positions
     if most is not None and total >= most:
         raise ConfigError(
@@ -95,15 +95,16 @@ def join(prefixes: Sequence[Prefix], rotation: Rotation, *, shared: bool) -> Pre
         rotation.turn(prefix.to(dtype, prefixes[0].device), start)
         for prefix, start in zip(prefixes, starts, strict=False)
     ]
-    layers: dict[Site, tuple[KeyValue, ...]] = {}
-    for site in SITES:
-        parts = [prefix.layers[site] for prefix in turned if site in prefix.layers]
-        if parts:
-            layers[site] = tuple(
-                (torch.cat([key for key, _ in layer], dim=1), torch.cat([value for _, value in layer], dim=1))
-                for layer in zip(*parts, strict=True)
-            )
-    return Prefix(layers)
+    layers: dict[Site, list[Sequence[KeyValue]]] = {}
+    for prefix in turned:
+        for site, pairs in prefix.layers.items():
+            layers.setdefault(site, []).append(pairs)
+
+    def joined(*pairs: KeyValue) -> KeyValue:
+        key, value = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
+        return key, value
+
+    return Prefix({site: tuple(map(joined, *parts)) for site, parts in layers.items()})
 
 
 # --- number by number ------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
     names = check_joinable(prefixes, names)
     mode = "average" if weights is None else "interpolate"
     weights = [1 / len(prefixes)] * len(prefixes) if weights is None else weights
-    are_numbers = isinstance(weights, Sequence) and all(isinstance(one, Real) for one in weights)
+    are_numbers = all(isinstance(one, Real) for one in weights)
     if not are_numbers or len(weights) != len(prefixes) or not abs(sum(weights) - 1) <= 1e-6:
         raise ConfigError(
             f"the weights are {short_repr(weights)}, but must be {len(prefixes)} numbers with sum 1.",
@@ -148,8 +149,7 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
         for key in named[0]
     }
     header = lead_header(prefixes, len(prefixes) - 1)
-    rotation = stored_rotation(prefixes, names)
-    if rotation is not None and any(prefix.header.get("rotation") is not None for prefix in prefixes):
+    if any(prefix.header.get("rotation") for prefix in prefixes) and (rotation := stored_rotation(prefixes)):
         header["rotation"] = rotation.to_header()
     header["composition"] = {"mode": mode, "parts": _describe_parts(prefixes, names, mode, weights)}
     return from_named({key: tensor.sum(0).to(dtype) for key, tensor in mean.items()}, header)
@@ -179,18 +179,14 @@ def cut(
         CheckpointError: The rotation in the header cannot be used.
         ConfigError: Nothing would be cut, or left; no rotation is known; or an argument is of a wrong type.
     """
-    _check_prefixes([prefix])
-    if end not in ("start", "end"):
-        raise ConfigError(f"end is {end!r}, but must be 'start' or 'end'.", hint="'end' keeps the first positions.")
-    if not isinstance(length, int) or not 1 <= length < prefix.prefix_length:
+    if end not in ("start", "end") or length not in range(1, prefix.prefix_length):
         raise ConfigError(
-            f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length!r}.",
-            hint="choose a smaller length, at least 1.",
+            f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length!r} at {end!r}.",
+            hint="choose a smaller length, at least 1, and 'start' or 'end'.",
         )
     kept, shared = prefix[:length] if end == "end" else prefix[-length:], _is_shared(prefix, "composition")
     if end == "start" or shared:
-        rotation = _known(rotation or stored_rotation([prefix]))
-        kept = rotation.turn(kept, -max(0, prefix.length() - length))
+        kept = _known(rotation, [prefix]).turn(kept, -max(0, prefix.length() - length))
     header = dict(prefix.header)
     # What was measured of the whole, its part does not have.
     for name, measured in (("training", ("dev_loss",)), ("initialization", ("prefix_length", "at_most"))):
@@ -212,10 +208,14 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
         ConfigError: There is none, one is no prefix or has a LoRA adapter of its own; or the names are too few or too
             many.
     """
-    _check_prefixes(prefixes)
-    if len(names) not in (0, len(prefixes)):
+    if not prefixes or not all(isinstance(one, Prefix) for one in prefixes):
+        raise ConfigError(
+            f"prefixes is {short_repr(prefixes)}, but must be a list of Prefix.",
+            hint="Prefix.from_pretrained(path) reads one from a file.",
+        )
+    names = list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
+    if len(names) != len(prefixes):
         raise ConfigError(f"{len(names)} names for {len(prefixes)} prefixes.", hint="give one for each, or none.")
-    names = _named(prefixes, names)
     for name, prefix in zip(names, prefixes, strict=True):
         if prefix.header.get("adapter"):
             raise ConfigError(
@@ -238,12 +238,8 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
     return names
 
 
-def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Rotation | None:
+def stored_rotation(prefixes: Sequence[Prefix]) -> Rotation | None:
     """How keys turn with position, as the headers say; None: none does.
-
-    Args:
-        prefixes: At least one.
-        names: What to call them in messages; none: by number.
 
     Raises:
         CheckpointError: A header has one that cannot be used for its prefix.
@@ -254,44 +250,20 @@ def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Ro
     ):
         # The text behind the prefix is not shifted.
         return Rotation("none")
-    found: Rotation | None = None
-    for name, prefix in zip(_named(prefixes, names), prefixes, strict=True):
-        if prefix.header.get("rotation") is None:
-            continue
-        try:
-            rotation = Rotation.from_header(prefix.header["rotation"])
-            rotation.check(prefix.geometry)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error.message}", hint=error.hint) from error
-        # All have the same: a fingerprint is of the rotary settings, too.
-        found = found or rotation
-    return found
+    # All have the same: a fingerprint is of the rotary settings, too.
+    stored = [(prefix.header["rotation"], prefix) for prefix in prefixes if prefix.header.get("rotation") is not None]
+    found = [Rotation.from_header(value, prefix.geometry) for value, prefix in stored]
+    return found[0] if found else None
 
 
-def _known(rotation: Rotation | None) -> Rotation:
+def _known(rotation: Rotation | None, prefixes: Sequence[Prefix]) -> Rotation:
+    rotation = rotation or stored_rotation(prefixes)
     if rotation is None:
         raise ConfigError(
             "no header says how keys turn with position: the files are older than joining.",
             hint="pass the backbone's rotation: load_backbone(...).rotation.",
         )
     return rotation
-
-
-def _check_prefixes(prefixes: object) -> None:
-    """Refuse arguments that are no prefixes.
-
-    Raises:
-        ConfigError: There is none, or one is something else.
-    """
-    if not isinstance(prefixes, Sequence) or not prefixes or not all(isinstance(one, Prefix) for one in prefixes):
-        raise ConfigError(
-            f"prefixes is {short_repr(prefixes)}, but must be a list of Prefix.",
-            hint="Prefix.from_pretrained(path) reads one from a file.",
-        )
-
-
-def _named(prefixes: Sequence[Prefix], names: Sequence[str]) -> list[str]:
-    return list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
 
 
 def _widest(prefixes: Sequence[Prefix]) -> torch.dtype:
@@ -314,15 +286,13 @@ def lead_header(prefixes: Sequence[Prefix], lead: int) -> dict[str, Any]:
         header[name] = next((one[name] for one in order if one.get(name) is not None), None)
     if header["text_format"] is not None:
         # With the longest prompt and target of the parts that write the same text.
-        formats = [one["text_format"] for one in order if isinstance(one.get("text_format"), Mapping)]
+        formats = [one["text_format"] for one in order if one.get("text_format") is not None]
         alike = [one for one in formats if same_templates(one, header["text_format"])]
-        limits = {name: [one.get(name) for one in alike] for name in _LIMITS}
-        header["text_format"] = header["text_format"] | {
-            name: max(values) for name, values in limits.items() if all(type(value) is int for value in values)
-        }
+        limits = {name: max(one.get(name, 0) for one in alike) for name in _LIMITS if name in header["text_format"]}
+        header["text_format"] = header["text_format"] | limits
     header["labels"] = order[0].get("labels") or None
-    license_ = prefixes[0].header.get("license")
-    header["license"] = license_ if all(one.get("license") == license_ for one in order) else None
+    licenses = {one.get("license") for one in order}
+    header["license"] = licenses.pop() if len(licenses) == 1 else None
     return {name: value for name, value in header.items() if value is not None}
 
 

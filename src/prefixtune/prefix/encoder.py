@@ -41,8 +41,8 @@ class SiteEncoder(nn.Module):
         scale: For `scaled`: the size of a step of each of the S numbers, the same at all positions; None: 1.
     """
 
-    start: Tensor | None
-    scale: Tensor | None
+    start: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -56,28 +56,25 @@ class SiteEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.register_buffer("start", None)
-        self.register_buffer("scale", None)
-        if kind != "mlp" and start is None:
-            start = torch.randn(prefix_length, size) * RANDOM_STD
-        if kind == "scaled":
-            self.start = start.detach().clone().float()  # type: ignore[union-attr]
-            self.scale = torch.ones(size) if scale is None else scale.detach().clone().float()
-            self.delta = nn.Parameter(torch.zeros(prefix_length, size))
+        if kind == "mlp":
+            self.embedding = nn.Embedding(prefix_length, embedding_size)
+            self.hidden = nn.Linear(embedding_size, bottleneck_size)
+            self.output = nn.Linear(bottleneck_size, size)
             return
+        rows = torch.randn(prefix_length, size) * RANDOM_STD if start is None else start.detach().clone().float()
         if kind == "none":
-            self.table = nn.Parameter(start.detach().clone().float())  # type: ignore[union-attr]
+            self.table = nn.Parameter(rows)
             return
-        self.embedding = nn.Embedding(prefix_length, embedding_size)
-        self.hidden = nn.Linear(embedding_size, bottleneck_size)
-        self.output = nn.Linear(bottleneck_size, size)
+        self.register_buffer("start", rows)
+        self.register_buffer("scale", torch.ones(size) if scale is None else scale.detach().clone().float())
+        self.delta = nn.Parameter(torch.zeros_like(rows))
 
     def forward(self) -> Float[Tensor, "P S"]:
         """The prefix as it is now, one row per position."""
         if self.kind == "none":
             return self.table
         if self.kind == "scaled":
-            return self.start + self.scale * self.delta  # type: ignore[operator]
+            return self.start + self.scale * self.delta
         out: Tensor = self.output(torch.tanh(self.hidden(self.embedding.weight)))
         return out
 
@@ -161,31 +158,19 @@ class PrefixEncoder(nn.Module):
         self.kind = kind
         like = like if start is None else start
         self.geometry: dict[Site, tuple[LayerShape, ...]] = dict(geometry)
-        self.sites = nn.ModuleDict(
-            {
-                site: SiteEncoder(
-                    kind,
-                    sum(shape.size for shape in shapes),
-                    lengths[site],
-                    embedding_size,
-                    bottleneck_size,
-                    None if start is None else flatten(start.layers[site]),
-                    step_sizes(
-                        shapes, None if like is None else like.layers[site], value_scale, (sinks or {}).get(site, (0,))
-                    ),
-                )
-                for site, shapes in self.geometry.items()
-            }
-        )
-
+        self.sites = nn.ModuleDict()
+        for site, shapes in self.geometry.items():
+            rows = None if start is None else flatten(start.layers[site])
+            seen = None if like is None else like.layers[site]
+            scale = step_sizes(shapes, seen, value_scale, (sinks or {}).get(site, (0,)))
+            size = sum(shape.size for shape in shapes)
+            self.sites[site] = SiteEncoder(kind, size, lengths[site], embedding_size, bottleneck_size, rows, scale)
         self.head = None if head is None else HeadEncoder(*head)
 
     def forward(self) -> Prefix:
         """The prefix as it is now, in float32, attached to the graph of its parameters."""
-        head = None if self.head is None else self.head()
-        return Prefix(
-            {site: unflatten(self.sites[site](), shapes) for site, shapes in self.geometry.items()}, head=head
-        )
+        layers = {site: unflatten(self.sites[site](), shapes) for site, shapes in self.geometry.items()}
+        return Prefix(layers, head=None if self.head is None else self.head())
 
     @torch.no_grad()
     def bake(self) -> Prefix:

@@ -58,12 +58,9 @@ def fingerprints_match(one: str, other: str) -> bool:
         return False
     # bfloat16 bits of one sign are ordered like the numbers themselves.
     steps = (first - second).abs()
-    steps[(_numbers(first) - _numbers(second)).abs() <= _FLOAT16_STEP] = 0
+    numbers, others = (bits.to(torch.int16).view(torch.bfloat16).float() for bits in (first, second))
+    steps[(numbers - others).abs() <= _FLOAT16_STEP] = 0
     return bool((steps <= 1).all() and (steps > 0).float().mean() <= _SLACK)
-
-
-def _numbers(bits: Tensor) -> Tensor:
-    return bits.to(torch.int16).view(torch.bfloat16).float()
 
 
 def _parse(text: str) -> tuple[str, torch.Tensor]:

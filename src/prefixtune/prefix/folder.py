@@ -1,21 +1,31 @@
-"""A folder of prefixes: files NAME.safetensors, their names, and how to notice that one has changed."""
+"""A folder of prefixes: files NAME.safetensors, how to see that one has changed, and how vLLM is told which it is."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any
 
-from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from prefixtune.errors import CheckpointError, PrefixError, RequestError, first_line
+from prefixtune.prefix.prefix import read_outline
 from prefixtune.utils.files import remove_abandoned
 from prefixtune.utils.locks import file_lock
 
 ENDING = ".safetensors"
 _LOCK = ".publish.lock"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+_NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")
+_PARAMETER = "prefixtune"
+"""The key in `kv_transfer_params`."""
+_SALT = "prefixtune:"
 
 Signature = tuple[int, int, int]
 """Modification time in nanoseconds, size in bytes, and inode: where it differs, the file has changed."""
@@ -92,14 +102,79 @@ def check_regular_file(folder: Path, name: str) -> None:
         OSError: Its status cannot be read, as that of a link to itself.
     """
     path = path_of(folder, name)
-    mode = os.stat(path).st_mode
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
-        raise CheckpointError("it is a link that leads out of the folder.", hint="copy the file into the folder.")
-    if not stat.S_ISREG(mode):
-        raise CheckpointError("it is not a regular file.", hint="put a file there.")
+    if not stat.S_ISREG(os.stat(path).st_mode) or path.resolve().parent != folder.resolve():
+        raise CheckpointError("it is no regular file in the folder.", hint="copy the file into the folder.")
 
 
 def remove_abandoned_copies(folder: Path) -> int:
     """Remove the unfinished files of processes that were killed while they put one there; returns how many."""
     names = {left.name[1:].rsplit(".", 2)[0] for left in folder.glob(f".*{ENDING}.*.tmp")}
     return sum(remove_abandoned(folder, name) for name in names)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class PrefixReference:
+    """A prefix in the folder that vLLM's connector reads: its file, and what is in it.
+
+    Attributes:
+        name: Of its file, without the ending.
+        sha256: Of the file's bytes: whoever replaces the file makes another prefix.
+        length: P.
+        fault: Why the request must fail; empty: it is right.
+    """
+
+    name: Annotated[str, Field(pattern=_NAME.pattern)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    length: Annotated[int, Field(ge=1)]
+    fault: str = ""
+
+    @classmethod
+    def of_file(cls, path: Path) -> PrefixReference:
+        """The reference to a file NAME.safetensors.
+
+        Raises:
+            CheckpointError: It is no complete prefix.
+            OSError: It cannot be read.
+        """
+        return cls(path.stem, hash_file(path), read_outline(path).length())
+
+    @property
+    def request_fields(self) -> dict[str, Any]:
+        """Fields of a request for /v1/completions, whose prompt begins with P token ids, whichever they are.
+
+        The salt keeps vLLM's cached blocks of different prefixes apart.
+        """
+        fields = {"name": self.name, "sha256": self.sha256, "length": self.length}
+        return {"kv_transfer_params": {_PARAMETER: fields}, "cache_salt": f"{_SALT}{self.sha256}"}
+
+    @classmethod
+    def of_request(cls, params: object, cache_salt: str | None) -> PrefixReference | None:
+        """The inverse of `request_fields`; None where the request names no prefix.
+
+        Never raises: it runs in vLLM's scheduler. A request with a wrong salt must fail, or others would find its
+        blocks.
+        """
+        is_named = isinstance(params, Mapping) and _PARAMETER in params
+        if not is_named and not str(cache_salt).startswith(_SALT):
+            return None
+        try:
+            reference = cls(**(params[_PARAMETER] if isinstance(params, Mapping) and is_named else {}))
+        except (TypeError, ValueError) as error:
+            return cls("none", "0" * 64, 1, f"its reference to a prefix is wrong: {first_line(error)}")
+        if cache_salt != reference.request_fields["cache_salt"]:
+            return replace(reference, length=1, fault="its cache_salt is not that of its prefix")
+        return reference
+
+    def path(self, folder: Path) -> Path:
+        """Its file in a folder."""
+        return path_of(folder, self.name)
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 digits.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,18 +23,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, short_repr
-from prefixtune.prefix.card import CARD, check_complete, make_card, read_evaluations
 from prefixtune.prefix.file import (
     HEADER_KEY,
     hash_tensors,
-    metadata_with_checksum,
     read_table,
     read_verified,
     save_file,
 )
 from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, Site, describe
 from prefixtune.prefix.header import backbone_origin, check_header
-from prefixtune.prefix.hub import FILE, find_pretrained, upload
+from prefixtune.prefix.hub import CARD, FILE, LIBRARY, REPOSITORY, hub_errors, make_card, prefix_file
 from prefixtune.utils.files import atomic_path, write_text
 
 KeyValue = tuple[Float[Tensor, "_H _P _Dk"], Float[Tensor, "_H _P _Dv"]]
@@ -140,21 +138,13 @@ class Prefix:
             for site, layers in self.layers.items()
         }
 
-    def keys(self, site: Site = "decoder") -> Float[Tensor, "L H P D"]:
-        """All keys of a site in one tensor; for sites whose layers share one shape."""
-        return torch.stack([key for key, _ in self.layers[site]])
-
-    def values(self, site: Site = "decoder") -> Float[Tensor, "L H P D"]:
-        """All values of a site in one tensor; for sites whose layers share one shape."""
-        return torch.stack([value for _, value in self.layers[site]])
-
     def tensors(self) -> list[Tensor]:
         """Every tensor: per site and layer, key then value."""
         return list(chain.from_iterable(pair for layers in self.layers.values() for pair in layers))
 
     def stored_tensors(self) -> list[Tensor]:
         """Every tensor, and the head's."""
-        return self.tensors() + ([] if self.head is None else [self.head.weight, self.head.bias])
+        return list(self.named_tensors().values())
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in a file."""
@@ -236,12 +226,7 @@ class Prefix:
 
     def equal(self, other: Prefix) -> bool:
         """Whether all tensors are bit for bit the same."""
-        mine, theirs = self.stored_tensors(), other.stored_tensors()
-        return (
-            self.sites == other.sites
-            and len(mine) == len(theirs)
-            and all(a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in zip(mine, theirs, strict=True))
-        )
+        return content_hash(self) == content_hash(other)
 
     # --- as in transformers ------------------------------------------------------------------------------------------
 
@@ -262,7 +247,7 @@ class Prefix:
             ConfigError: A revision comes with a path, or the hub is switched off.
             PrefixError: The hub cannot be reached, or has no such file.
         """
-        return read_artifact(find_pretrained(name, revision=revision, token=token))
+        return read_artifact(prefix_file(name, bare=True, revision=revision, token=token))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, evaluation: Any = None) -> Path:
         """Store `prefix.safetensors` and a model card in a folder; returns the file's path.
@@ -276,11 +261,10 @@ class Prefix:
 
         Raises:
             CheckpointError: The prefix holds NaN or infinity.
-            ConfigError: The evaluation holds no scores, or the prefix needs a LoRA adapter, which is not in the folder.
+            ConfigError: The evaluation holds no scores.
             PrefixError: A file cannot be written.
         """
         folder = Path(save_directory)
-        check_complete(self.header, folder)
         card = self.card(folder.resolve().name, evaluation)
         path = save_prefix(folder / FILE, self, dtype=self.dtype)
         if not (folder / CARD).exists():
@@ -313,17 +297,31 @@ class Prefix:
                 hub is switched off.
             PrefixError: The hub cannot be reached, or refuses.
         """
+        from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+
         # Checked as a whole before anything is sent.
-        check_complete(self.header)
+        if adapter := self.header.get("adapter"):
+            raise ConfigError(
+                f"the prefix was trained on the LoRA adapter {short_repr(adapter)}, which would not be with it.",
+                hint="upload both with `hf upload`, or merge the adapter into its model and train again.",
+            )
         card = self.card(repo_id, evaluation)
+        if not REPOSITORY.fullmatch(repo_id):
+            raise ConfigError(f"{short_repr(repo_id)} is not the name of a repository.", hint="write OWNER/NAME.")
         with TemporaryDirectory() as folder:
             file = save_prefix(Path(folder) / FILE, self, dtype=self.dtype)
-            return upload(file, card, repo_id, private=private, revision=revision, token=token, message=commit_message)
+            with hub_errors(f"cannot upload to {repo_id!r}"):
+                api = HfApi(token=token, **LIBRARY)
+                # A card that the hub refuses must not leave an empty repository.
+                ModelCard(card).validate()
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                files = [CommitOperationAdd(FILE, str(file)), CommitOperationAdd(CARD, card.encode())]
+                message = commit_message or f"Upload {FILE}"
+                return str(api.create_commit(repo_id, files, commit_message=message, revision=revision).commit_url)
 
     def card(self, repo_id: str, evaluation: Any = None) -> str:
         """The model card that `push_to_hub` uploads; arguments as there."""
-        evaluations = read_evaluations(evaluation, str(self.header.get("task") or ""))
-        return make_card(self.header, self.lengths, self.num_parameters, repo_id, evaluations)
+        return make_card(self, repo_id, evaluation)
 
     def __repr__(self) -> str:
         return (
@@ -421,12 +419,8 @@ def _assemble(tensors: Mapping[str, Tensor], header: Mapping[str, Any], what: st
     except ConfigError as error:
         raise CheckpointError(f"{what} holds no whole prefix: {error.message}", hint=_AGAIN) from error
     _check_header(prefix, what)
-    for key, fact in describe_tensors(prefix).items():
-        if key in header and header[key] != fact:
-            raise CheckpointError(
-                f"the header of {what} has {key} {short_repr(header[key])}, but its tensors have {short_repr(fact)}.",
-                hint="the file was changed, or written by another program; get it again.",
-            )
+    if other := [key for key, fact in describe_tensors(prefix).items() if header.get(key, fact) != fact]:
+        raise CheckpointError(f"the header of {what} is of other tensors: {', '.join(other)} differ.", hint=_AGAIN)
     return prefix
 
 
@@ -476,9 +470,8 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
             hint="store it as bfloat16 or float32, or train it again.",
         )
     _check_header(stored, f"the prefix for {str(path)!r}")
-    header, tensors = {**prefix.header, **describe_tensors(stored)}, stored.named_tensors()
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata_with_checksum(HEADER_KEY, header, tensors))
+        save_file(temporary, stored.named_tensors(), HEADER_KEY, {**prefix.header, **describe_tensors(stored)})
     return path
 
 

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError, short_repr
@@ -32,11 +33,13 @@ approximation.
 """
 
 _MAX_LAYERS, _MAX_PAIRS = 4096, 4096
-_Index = Annotated[int, Field(ge=0, le=2 * _MAX_PAIRS)]
+_Index = Annotated[int, Field(ge=0, le=2 * _MAX_PAIRS, strict=True)]
+_Indices = Annotated[tuple[_Index, ...], Field(min_length=1, max_length=_MAX_PAIRS)]
+_Frequency = Annotated[float, Field(ge=-math.pi, le=math.pi, strict=True)]
 _HINT = "get the file again, or `prefixtune compose --backbone NAME`: the rotation is then found by running it."
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class PairTurns:
     """Which numbers of a key turn together, and how fast; one pair for each entry of the lists.
 
@@ -44,11 +47,19 @@ class PairTurns:
         first: Index of each pair's first number in a head's key; indices in no pair do not turn.
         second: Index of its second number: first + D / 2 in LLaMA, first + 1 where pairs are interleaved (GPT-J).
         frequencies: Radians per position.
+
+    Raises:
+        ValueError: They do not fit together.
     """
 
-    first: tuple[int, ...]
-    second: tuple[int, ...]
-    frequencies: tuple[float, ...]
+    first: _Indices
+    second: _Indices
+    frequencies: tuple[_Frequency, ...]
+
+    def __post_init__(self) -> None:
+        indices = {*self.first, *self.second}
+        if not len(self.first) == len(self.second) == len(self.frequencies) == len(indices) / 2:
+            raise ValueError("its pairs do not fit together")
 
     def __call__(self, keys: Float[Tensor, "*_ P D"], offset: int) -> Float[Tensor, "*_ P D"]:
         """Keys `offset` positions further on, in their own dtype; computed in float32."""
@@ -124,35 +135,33 @@ class Rotation:
 
     def to_header(self) -> dict[str, Any]:
         """What an artifact's header keeps of it, so that joining needs no model; `docs/format.md` has the fields."""
-        kinds: list[PairTurns] = []
-        layers: dict[str, list[int | None]] = {}
-        for site, turns in self.layers.items():
-            for turn in turns:
-                if turn is not None and turn not in kinds:
-                    kinds.append(turn)
-            layers[site] = [None if turn is None else kinds.index(turn) for turn in turns]
-        value: dict[str, Any] = {"positions": self.positions}
-        if self.max_positions is not None:
-            value["max_positions"] = self.max_positions
-        if layers:
-            value |= {
-                "turns": [{key: list(part) for key, part in vars(one).items()} for one in kinds],
-                "layers": layers,
-            }
-        return value
+        kinds = list(dict.fromkeys(turn for turns in self.layers.values() for turn in turns if turn is not None))
+        stored = _StoredRotation(
+            positions=self.positions,
+            max_positions=self.max_positions,
+            turns=kinds,
+            layers={
+                site: [None if turn is None else kinds.index(turn) for turn in turns]
+                for site, turns in self.layers.items()
+            },
+        )
+        return stored.model_dump(mode="json", exclude_defaults=True)
 
     @classmethod
-    def from_header(cls, value: object) -> Rotation:
+    def from_header(cls, value: object, geometry: Geometry | None = None) -> Rotation:
         """Read what `to_header` wrote; it may come from anybody.
 
+        Args:
+            value: From a header.
+            geometry: Shapes of the prefix's layers; None: they are not compared.
+
         Raises:
-            CheckpointError: It is something else.
+            CheckpointError: It is something else, or of other layers.
         """
         try:
             stored = _StoredRotation.model_validate(value)
-            kinds = [PairTurns(tuple(one.first), tuple(one.second), tuple(one.frequencies)) for one in stored.turns]
             layers: dict[Site, tuple[PairTurns | None, ...]] = {
-                site: tuple(None if number is None else kinds[number] for number in numbers)
+                site: tuple(None if number is None else stored.turns[number] for number in numbers)
                 for site, numbers in stored.layers.items()
             }
             if (stored.positions == "rotary") != any(turn is not None for turns in layers.values() for turn in turns):
@@ -161,42 +170,28 @@ class Rotation:
             raise CheckpointError(
                 f"the header's rotation cannot be used: {short_repr(str(error))}.", hint=_HINT
             ) from error
-        return cls(stored.positions, layers, stored.max_positions)
-
-
-class _StoredTurns(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    first: list[_Index] = Field(min_length=1, max_length=_MAX_PAIRS)
-    second: list[_Index]
-    frequencies: list[Annotated[float, Field(ge=-math.pi, le=math.pi, allow_inf_nan=False)]]
-
-    @model_validator(mode="after")
-    def _check_pairs(self) -> _StoredTurns:
-        indices = {*self.first, *self.second}
-        if not len(self.first) == len(self.second) == len(self.frequencies) == len(indices) / 2:
-            raise ValueError("its pairs do not fit together")
-        return self
+        found = cls(stored.positions, layers, stored.max_positions)
+        found.check(geometry or {})
+        return found
 
 
 class _StoredRotation(BaseModel):
-    model_config = ConfigDict(strict=True)
+    """In a header, layers name their turns by number."""
 
     positions: Positions
-    max_positions: Annotated[int, Field(ge=1)] | None = None
-    turns: list[_StoredTurns] = Field([], max_length=_MAX_LAYERS)
+    max_positions: Annotated[int, Field(ge=1, strict=True)] | None = None
+    turns: list[PairTurns] = Field([], max_length=_MAX_LAYERS)
     layers: dict[Site, Annotated[list[_Index | None], Field(max_length=_MAX_LAYERS)]] = {}
 
 
-def rotary_settings(config: Any) -> dict[str, Mapping[str, Any]]:
-    """A model's rotary settings by the kind of its layers; where all share them, as `full_attention`.
+def rotary_settings(config: Any) -> list[Mapping[str, Any]]:
+    """A model's rotary settings, one for each kind of layers; one where all share them.
 
     Args:
         config: The text configuration, of any version of transformers.
     """
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = {kind: one for kind, one in settings.items() if isinstance(one, Mapping)}
-    return nested or {"full_attention": settings}
+    return [one for one in settings.values() if isinstance(one, Mapping)] or [settings]
 
 
 def length_dependent_turn(config: Any) -> str | None:
@@ -205,7 +200,7 @@ def length_dependent_turn(config: Any) -> str | None:
     Args:
         config: As for `rotary_settings`.
     """
-    kinds = [settings.get("rope_type") or settings.get("type") for settings in rotary_settings(config).values()]
+    kinds = [settings.get("rope_type") or settings.get("type") for settings in rotary_settings(config)]
     return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
 
 
@@ -217,7 +212,7 @@ def longrope_limit(config: Any) -> int | None:
     """
     limits = [
         settings.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for settings in rotary_settings(config).values()
+        for settings in rotary_settings(config)
         if settings.get("rope_type") == "longrope"
     ]
     return min((int(limit) for limit in limits if limit), default=None)

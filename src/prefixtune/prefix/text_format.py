@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError, short_repr
@@ -25,12 +25,10 @@ TruncationPolicy = Literal["cut", "error"]
 """What happens to a source that is too long: it is truncated, or refused."""
 
 _CHAT_FIELDS = ("chat_template", "template_hash", "system")
-_MAX_TOKEN_CHARS = 256
 _MAX_REPEATS = 8
-_MAX_LENGTH = 2**31 - 1
-_Length = Annotated[int, Field(ge=0, le=_MAX_LENGTH)]
+_Length = Annotated[int, Field(ge=0, lt=2**31)]
 _Template = Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)]
-_Token = Annotated[str, Field(max_length=_MAX_TOKEN_CHARS)]
+_Token = Annotated[str, Field(max_length=256)]
 _HINT = 'write for example {"prompt": "{source} =", "target": " {target}"}.'
 _COLUMN = re.compile(r"\{([^{}]*)\}")
 
@@ -60,9 +58,8 @@ class TextFormat:
         system: The system message of a conversation that has none; empty: none.
 
     Raises:
-        ConfigError: A name is unknown, or a value has a wrong type.
-        DataError: A template lacks its text or repeats it, the separator is there too often, or a length or
-            `on_too_long` is not valid.
+        ValidationError: A name is unknown, or a value has a wrong type or is out of range.
+        DataError: A template lacks its text or repeats it, or the separator is there too often.
     """
 
     prompt: _Template = " {source} {separator}"
@@ -84,33 +81,25 @@ class TextFormat:
         """From a dict of some fields.
 
         Raises:
-            PrefixError: As for the class.
+            ConfigError: A name is unknown, or a value has a wrong type.
+            DataError: As for the class.
         """
-        return cls(**{str(name): value for name, value in values.items()})
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explain_faults(cls, values: Any, handler: ModelWrapValidatorHandler[TextFormat]) -> TextFormat:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"text format: it is {short_repr(values)}, but must be an object.", hint=_HINT)
         try:
-            return handler(values)
+            return cls(**{str(name): value for name, value in values.items()})
         except ValidationError as error:
             fault = error.errors(include_url=False, include_input=False)[0]
             raise ConfigError(f"text format: {fault['loc'][0]}: {fault['msg']}.", hint=_HINT) from None
 
     def __post_init__(self) -> None:
         for name, needed in (("prompt", "source"), ("target", "target"), ("source", ""), ("target_template", "")):
-            template = getattr(self, name)
-            counts = Counter(_COLUMN.findall(template))
-            if needed and counts[needed] != 1:
+            counts = Counter(_COLUMN.findall(getattr(self, name)))
+            if (needed and counts[needed] != 1) or max(counts.values(), default=0) > _MAX_REPEATS:
                 raise DataError(
-                    f"text format: {name} template {short_repr(template)} has {{{needed}}} {counts[needed]:,} times.",
-                    hint="write it once, where the text belongs.",
-                )
-            if max(counts.values(), default=0) > _MAX_REPEATS:
-                raise DataError(
-                    f"text format: {name} template {short_repr(template)} repeats a column more than {_MAX_REPEATS} "
-                    "times.",
-                    hint="write each once.",
+                    f"text format: {name} template {short_repr(getattr(self, name))} lacks a text, or repeats one.",
+                    hint="write {source} of a prompt or {target} of a target once, and no other more than "
+                    f"{_MAX_REPEATS} times.",
                 )
         if "{source}" in self.separator:
             raise DataError("text format: the separator contains {source}.", hint="the separator is a token's text.")
@@ -197,11 +186,7 @@ class TextFormat:
         return min(rooms, default=None)
 
     def with_lengths(self, max_length: int = 0, on_too_long: Literal["", TruncationPolicy] = "") -> TextFormat:
-        """The same with another treatment of long sources; 0 and an empty text change nothing.
-
-        Raises:
-            DataError: The length or the treatment is not valid.
-        """
+        """The same with another treatment of long sources; 0 and an empty text change nothing."""
         narrower = max_length and (not self.max_length or max_length < self.max_length)
         return dataclasses.replace(
             self,
@@ -229,8 +214,6 @@ def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
     if stored is None:
         return None
     try:
-        if not isinstance(stored, Mapping):
-            raise DataError(f"text format: it is {short_repr(stored)}, but must be an object.")
         return TextFormat.from_dict(stored)
     except (ConfigError, DataError) as error:
         raise CheckpointError(
@@ -250,8 +233,7 @@ def cut_prompt(
     """A prompt's tokens; where they are more than `room`, the source in it is cut at its end, or refused.
 
     This is the one place where something is cut: training calls it with the room that a target leaves, generation with
-    what the tokens to generate leave (`fit_ids`, and `data.truncation.truncate_prompt` for a backbone). The text around
-    the source stays. Targets are never cut.
+    what the tokens to generate leave (see `data.truncation`). The text around the source stays. Targets are never cut.
 
     >>> cut_prompt([1, 2, 3, 4, 5, 0], 4, lambda: (0, 1)), cut_prompt([1, 0], 4, lambda: (0, 1))
     ([1, 2, 3, 0], [1, 0])
@@ -282,40 +264,6 @@ def cut_prompt(
             hint="raise max_length, or shorten the target or max_new_tokens; targets are never cut.",
         )
     return [*ids[: room - after], *ids[len(ids) - after :]]
-
-
-def fit_ids(
-    text_format: TextFormat,
-    ids: Sequence[int],
-    *,
-    positions: int | None,
-    new_tokens: int,
-    around: Callable[[], tuple[int, int]],
-    apart: bool = False,
-    name: str = "the text",
-) -> list[int]:
-    """A prompt's tokens, with a source that is too long treated as in training (see `cut_prompt`).
-
-    Where the format says `error`, one that does not fit the model is returned as it is: the caller refuses it.
-
-    Args:
-        text_format: Says what happens to long sources, and how long they may be.
-        ids: The prompt's.
-        positions: The model's, without those that the prefix takes; None: any number.
-        new_tokens: Most tokens that are to be generated.
-        around: As for `cut_prompt`.
-        apart: An encoder reads the source, so that the target takes none of its positions.
-        name: The text's name in messages.
-
-    Raises:
-        RequestError: It is longer than training allowed, and must not be cut; or nothing of its source would stay.
-    """
-    policy = text_format.on_too_long
-    known = positions if policy == "cut" else None
-    room = text_format.source_room(len(ids), known, new_tokens, apart=apart)
-    if room is None:
-        return list(ids)
-    return cut_prompt(ids, room, around, on_too_long=policy, name=name, beside=0 if apart else new_tokens)
 
 
 # --- before a text is tokenized -------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ class PrefixFolder:
             raise _no_such_prefix(name)
         if not file.reason:
             try:
-                prefix = self._validator.load_copy(path_of(self.folder, name), name)
+                prefix = self._validator.load(path_of(self.folder, name), name)
             except CheckpointError as error:
                 if is_unread(error):
                     _log.warning("the prefix %r cannot be read now: %s", name, error.__cause__ or error)

@@ -17,7 +17,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.data.encoding import default_format
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.prefix.file import metadata_with_checksum, read_verified, save_file
+from prefixtune.prefix.file import read_verified, save_file
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.header import check_header
 from prefixtune.prefix.hub import HUB
@@ -134,7 +134,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
     if broken:
         raise CheckpointError(f"{broken[0]!r} for {str(path)!r} holds NaN or infinity.", hint="train it again.")
     with atomic_path(path) as temporary:
-        save_file(stored, temporary, metadata_with_checksum(_WEIGHTS, header, stored))
+        save_file(temporary, stored, _WEIGHTS, header)
     return path
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import is_quantized
 from prefixtune.errors import CheckpointError, ConfigError, first_line
-from prefixtune.prefix.file import metadata_with_checksum, read_verified, save_file
+from prefixtune.prefix.file import read_verified, save_file
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.early_stopping import TrainState
@@ -78,7 +78,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[s
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(Path(path)) as temporary:
-        save_file(stored, temporary, metadata_with_checksum(_STATE, facts, stored))
+        save_file(temporary, stored, _STATE, facts)
 
 
 def store(folder: Path, tensors: Mapping[str, Tensor], facts: Facts, *, keep_earlier: bool = False) -> None:

@@ -13,6 +13,7 @@ from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype, is_quantized
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.lora import has_adapter
 from prefixtune.data import ExampleLike
 from prefixtune.errors import ConfigError
 from prefixtune.training.beside import SELF, Beside, load_others, with_questions
@@ -180,7 +181,7 @@ def check_given(config: TrainConfig, backbone: Backbone) -> None:
         "device": config.device not in ("auto", device.type, str(device)),
         "attention": config.attention != TrainConfig.default("attention") and not attends_so,
         "quantize": bool(config.quantize) and not is_quantized(model),
-        "adapter": bool(config.adapter) and backbone.adapter is None,
+        "adapter": bool(config.adapter) and not has_adapter(model),
         "shard": config.shard and not is_sharded(model),
     }
     if faults := [f"{name} is {getattr(config, name)!r}" for name, is_so in differs.items() if is_so]:

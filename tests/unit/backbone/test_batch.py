@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from prefixtune.backbone import batch, loss
+from prefixtune.backbone.batch import SoftLabels
 from prefixtune.backbone.loss import head_losses, soft_losses, token_losses
-from prefixtune.backbone.soft_labels import SoftLabels
 
 
 def test_tensors_of_several_dtypes_are_one_and_come_apart_again() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefixtune.backbone.identity import backbone_identity, public_name
-from prefixtune.backbone.packaged import DEFAULT
+from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 
 
 def test_a_folder_is_the_same_wherever_it_lies_and_whether_or_not_it_has_weights(
@@ -32,12 +32,12 @@ def test_a_folder_is_the_same_wherever_it_lies_and_whether_or_not_it_has_weights
 
 
 def test_an_embedded_backbone_and_a_hub_id_are_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    identities = [backbone_identity(name) for name in (DEFAULT, "org/model", "org/other")]
+    identities = [backbone_identity(name) for name in (DEFAULT_BACKBONE, "org/model", "org/other")]
     assert len(set(identities)) == 3
     # The embedded one is used even where a folder has its name.
     monkeypatch.chdir(tmp_path)
-    (tmp_path / DEFAULT).mkdir()
-    assert backbone_identity(DEFAULT) == identities[0]
+    (tmp_path / DEFAULT_BACKBONE).mkdir()
+    assert backbone_identity(DEFAULT_BACKBONE) == identities[0]
 
 
 def test_a_name_for_others_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,4 +49,4 @@ def test_a_name_for_others_is_no_path(tmp_path: Path, monkeypatch: pytest.Monkey
     assert public_name("/", "base") == "base"
     assert public_name("/") == "backbone"
     # Others load these by their names.
-    assert [public_name(name, "base") for name in (DEFAULT, "org/model")] == [DEFAULT, "org/model"]
+    assert [public_name(name, "base") for name in (DEFAULT_BACKBONE, "org/model")] == [DEFAULT_BACKBONE, "org/model"]

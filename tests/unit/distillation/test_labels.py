@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.soft_labels import SoftLabels
+from prefixtune.backbone.batch import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.inputs import Question
 from prefixtune.distillation.labels import label_examples, read_labels, write_labels

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from patching import replace_everywhere
-from prefixtune.attention.cache import prefilled_cache
-from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, using
+from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, prefilled_cache
+from prefixtune.attention.layout import using
 from prefixtune.attention.masks import cached_prefix_slots, extend_mask
 from prefixtune.attention.packed import packed_attention
 from prefixtune.attention.packing import Packing, Visibility, sees

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from patching import replace_everywhere
-from prefixtune.attention.cache import prefilled_cache
+from prefixtune.attention.injection import prefilled_cache
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor import examine as examine_module
 from prefixtune.doctor import selfcheck

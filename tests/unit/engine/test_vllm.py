@@ -24,7 +24,7 @@ from prefixtune.engine.request import (
 )
 from prefixtune.engine.vllm import VllmConfig, VllmEngine
 from prefixtune.errors import BackboneError, ConfigError, RequestError
-from prefixtune.prefix.reference import PrefixReference
+from prefixtune.prefix.folder import PrefixReference
 
 Make = Callable[..., Any]
 NEW = 6

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import prefixtune as pt
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.data.encoding import TEXT_FORMAT, encode_examples
 from prefixtune.errors import DataError
 from prefixtune.evaluation.evaluate import evaluate

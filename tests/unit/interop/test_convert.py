@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
-from prefixtune.errors import ConfigError
 from prefixtune.interop.peft import export_peft
 from prefixtune.prefix.prefix import Prefix, save_prefix
 
@@ -101,17 +100,3 @@ def test_mistakes_end_with_2(ours: Path, prefix: Prefix, tmp_path: Path, capsys:
         assert main(["convert", *map(str, words)]) == 2
         assert "hint:" in capsys.readouterr().err
     assert not out.exists()
-
-
-def test_a_prefix_is_not_stored_away_from_its_adapter(
-    prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "run" / "adapter-2").mkdir(parents=True)
-    adapted = Prefix(prefix.layers, {**prefix.header, "adapter": "adapter-2"})
-    path, new = save_prefix(tmp_path / "run" / "prefix.safetensors", adapted), tmp_path / "new"
-    assert main(["convert", str(path), str(new / "p.safetensors"), "--to", "prefixtune"]) == 2
-    with pytest.raises(ConfigError):
-        adapted.save_pretrained(new)
-    assert not new.exists()
-    convert(capsys, path, tmp_path / "run" / "p.safetensors", "--to", "prefixtune")
-    assert adapted.save_pretrained(tmp_path / "run") == path

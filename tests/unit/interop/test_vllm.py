@@ -20,9 +20,9 @@ from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.interop.vllm import prefix_cache
 from prefixtune.interop.vllm.model import check_kv_cache, geometry_of, heads_of_rank
 from prefixtune.interop.vllm.prefix_cache import PrefixCache
+from prefixtune.prefix.folder import PrefixReference
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
-from prefixtune.prefix.reference import PrefixReference
 
 SHAPES = (LayerShape(2, 8, 8),) * 3
 

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.card import read_evaluations
+from prefixtune.prefix.hub import read_evaluations
 from prefixtune.prefix.prefix import Prefix
 
 SCORES = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
@@ -62,15 +62,6 @@ def test_it_names_no_folder_of_a_machine(
     assert "somebody" not in text
     assert "base_model" not in text
     assert "model-index" not in text
-
-
-@pytest.mark.parametrize(
-    ("kind", "tag"), [("classification", "text-classification"), ("tagging", "token-classification")]
-)
-def test_labels_have_pipelines_of_their_own(prefix: Prefix, kind: str, tag: str) -> None:
-    prefix.header["labels"] = {"kind": kind, "by": "words", "names": ["a", "b"]}
-    card = ModelCard(prefix.card("me/pubs", EVALUATION))
-    assert card.data.pipeline_tag == card.data.eval_results[0].task_type == tag
 
 
 def test_a_header_makes_no_link_and_no_picture(prefix: Prefix) -> None:

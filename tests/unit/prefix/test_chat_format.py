@@ -18,7 +18,7 @@ from prefixtune.errors import CheckpointError, ConfigError, RequestError
 from prefixtune.inference.model import load
 from prefixtune.prefix.chat_format import allow_named, allow_template, is_allowed, render_chat
 from prefixtune.prefix.prefix import Prefix, read_outline, save_prefix
-from prefixtune.prefix.text_format import TextFormat, read_text_format
+from prefixtune.prefix.text_format import TextFormat
 
 TALK = [{"role": "user", "content": "Hi"}]
 
@@ -99,24 +99,8 @@ def test_a_file_of_templates_that_cannot_be_read(tmp_path: Path) -> None:
             allow_named(name, ())
 
 
-def test_what_editors_change_in_a_file_does_not_matter(tmp_path: Path) -> None:
-    (tmp_path / "mine.jinja").write_bytes(b"\xef\xbb\xbf{{ messages }}\r\nand\r\n")
-    allow_named(str(tmp_path / "mine.jinja"), ())
-    assert is_allowed("{{ messages }}\nand")
-    assert is_allowed("{{ messages }}\r\nand\n")
-    assert not is_allowed("{{ messages }} and")
-
-
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"])
 def test_a_template_that_fails(template: str, llama: Any) -> None:
     allow_template(template)
     with pytest.raises(RequestError):
         render_chat(llama.tokenizer, TextFormat(chat_template=template), TALK, add_generation_prompt=True)
-
-
-def test_a_header_keeps_a_template_within_its_length() -> None:
-    form = read_text_format({"text_format": {"chat_template": "{{ no template %}"}})
-    assert form is not None
-    assert form.is_chat
-    with pytest.raises(CheckpointError):
-        read_text_format({"text_format": {"chat_template": "x" * 16385}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,22 +35,6 @@ def _with_head(prefix: Prefix, *labels: str) -> Prefix:
 
 
 # --- one after the other ---------------------------------------------------------------------------------------------
-
-
-def test_parts_stand_one_after_the_other_each_turned_on() -> None:
-    parts = [_prefix(length, length) for length in (3, 5, 2)]
-    joined = concatenate(parts)
-    start = 0
-    for part in parts:
-        stop = start + part.length()
-        expected = ROTATION.turn(part, start)
-        for (key, value), (want_key, want_value) in zip(
-            joined.layers["decoder"], expected.layers["decoder"], strict=True
-        ):
-            assert torch.equal(key[:, start:stop], want_key)
-            assert torch.equal(value[:, start:stop], want_value)
-        start = stop
-    assert joined.length() == 10
 
 
 def test_the_header_keeps_what_each_part_was() -> None:
@@ -152,22 +135,6 @@ def test_every_site_has_one_shape_in_all_parts_that_have_it() -> None:
     assert joined.lengths == {"encoder": 4, "cross": 4}
     with pytest.raises(BackboneError):
         concatenate([_at(decoder=2), _at(decoder=2, encoder=2), _at(decoder=2, encoder=3)])
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda p: concatenate(["a.safetensors", "b.safetensors"]),
-        lambda p: concatenate([p, p], names=["one"]),
-        lambda p: cut(p, "2"),
-        lambda p: cut(p, 2, ROTATION, end="middle"),
-        lambda p: p[::-1],
-    ],
-)
-def test_arguments_of_a_wrong_type_are_refused(call: Callable[[Any], Any]) -> None:
-    with pytest.raises(ConfigError) as error:
-        call(_prefix(5))
-    assert error.value.hint
 
 
 @pytest.mark.parametrize(

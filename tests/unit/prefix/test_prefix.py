@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.geometry import LayerShape, describe
+from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 
 
@@ -24,13 +24,6 @@ def layer(heads: int = 2, length: int = 3, key: int = 4, value: int = 4, start: 
 @pytest.fixture
 def prefix() -> Prefix:
     return Prefix({"decoder": (layer(), layer(start=100), layer(start=200))}, {"task": "toy"})
-
-
-def test_layers_may_differ_in_heads_and_sizes():
-    mixed = Prefix({"decoder": (layer(2, 3, 4, 6), layer(1, 3, 8, 8))})
-    assert mixed.geometry["decoder"] == (LayerShape(2, 4, 6), LayerShape(1, 8, 8))
-    assert describe(mixed.geometry) == "decoder: 2 layers x 1 KV heads x 8 or 2 KV heads x 4"
-    assert flatten(mixed.layers["decoder"]).shape == (3, 2 * 4 + 2 * 6 + 8 + 8)
 
 
 def test_slicing_keeps_positions_and_header(prefix: Prefix):

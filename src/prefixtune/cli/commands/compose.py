@@ -68,7 +68,6 @@ def compose(options: ComposeOptions) -> None:
         prefixtune compose runs/e2e --length 5 --output short.safetensors
     """
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.card import check_complete
     from prefixtune.prefix.compose import average, check_joinable, concatenate, cut
     from prefixtune.prefix.prefix import Prefix, save_prefix
     from prefixtune.utils.machine import versions
@@ -87,7 +86,6 @@ def compose(options: ComposeOptions) -> None:
         composed = average(prefixes, options.weights if options.mode == "interpolate" else None, names=names)
     if options.length:
         composed = cut(composed, options.length, rotation, end=options.cut_from)
-    check_complete(composed.header, output.parent)
     header = {**composed.header, "made_with": versions()}
     save_prefix(output, Prefix(composed.layers, header, composed.head), dtype=composed.dtype)
     size = output.stat().st_size
@@ -126,7 +124,7 @@ def _find_rotation(options: ComposeOptions, prefixes: Sequence[Prefix]) -> Rotat
     from prefixtune.backbone.prefixes import load_prefix, named_backbone
     from prefixtune.prefix.compose import stored_rotation
 
-    stored = None if options.backbone else stored_rotation(prefixes, options.files)
+    stored = None if options.backbone else stored_rotation(prefixes)
     if stored:
         return stored
     name = options.backbone or named_backbone(prefixes)

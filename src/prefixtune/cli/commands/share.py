@@ -46,7 +46,6 @@ def convert(options: ConvertOptions) -> None:
         prefixtune convert hub:me/e2e-prefix@v2 prefix.safetensors --to prefixtune
     """
     from prefixtune.interop.peft import check_adapter_folder, export_peft
-    from prefixtune.prefix.card import check_complete
     from prefixtune.prefix.header import backbone_origin
     from prefixtune.prefix.hub import prefix_file
     from prefixtune.prefix.prefix import save_prefix
@@ -58,8 +57,6 @@ def convert(options: ConvertOptions) -> None:
     prefix = _read(path)
     if options.to == "peft":
         check_adapter_folder(output)
-    else:
-        check_complete(prefix.header, output.parent)
     backbone = None
     if options.backbone is not None:
         from prefixtune.backbone.load import load_backbone

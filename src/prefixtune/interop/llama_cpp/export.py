@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.lora import has_adapter
 from prefixtune.engine.llama_state import encode_file, placeholders_for, rows_of
 from prefixtune.errors import BackboneError
 from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
@@ -54,7 +55,7 @@ def export_llama_cpp(
     """
     check_folder(folder)
     check_exportable(prefix, backbone, "llama.cpp")
-    if backbone.adapter is not None:
+    if has_adapter(backbone.model):
         what = f"{backbone.name!r} has a LoRA adapter, and prefixes with one were not tested in llama.cpp."
         raise BackboneError(what, hint="use `prefixtune serve`, or export to ONNX.")
     rows, placeholders, folder = rows_of(prefix, backbone), placeholders_for(prefix, backbone), Path(folder)

@@ -17,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.backbone.prefixes import PrefixLike, load_prefix, trained_adapter
 from prefixtune.data.chat import end_ids, special_stops
 from prefixtune.data.encoding import encode_pairs, encode_prompts, format_of
@@ -29,7 +30,6 @@ from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
 from prefixtune.prefix.chat_format import render_chat
 from prefixtune.prefix.header import backbone_origin
-from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, read_text_format
 
@@ -88,12 +88,11 @@ class PrefixLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if prompt_format not in ("raw", "prefix"):
             raise ConfigError(f"prompt_format is {short_repr(prompt_format)}, but must be 'raw' or 'prefix'.")
-        file = prefix if prefix is None or isinstance(prefix, Prefix) else prefix_file(prefix)
-        read = None if file is None else load_prefix(file)
+        read = None if prefix is None else load_prefix(prefix)
         if backbone is None:
             backbone = (read is not None and backbone_origin(read.header).name) or DEFAULT_BACKBONE
         if isinstance(backbone, str | Path):
-            adapter = None if file is None or read is None else trained_adapter([file], [read])
+            adapter = None if read is None else trained_adapter([read])
             self.backbone = load_backbone(backbone, dtype=dtype, device=device, adapter=adapter)
         else:
             self.backbone = as_backbone(backbone)

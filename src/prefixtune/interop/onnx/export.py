@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prefixtune.attention.cache import cache_argument, growing_cache
+from prefixtune.attention.layout import cache_argument, growing_cache
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data.chat import end_ids

@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError, short_repr
 from prefixtune.interop.vllm.model import check_cache_updates, check_kv_cache, geometry_of, heads_of_rank
 from prefixtune.interop.vllm.prefix_cache import KeyValues, PrefixCache
-from prefixtune.prefix.reference import PrefixReference
+from prefixtune.prefix.folder import PrefixReference
 
 __all__ = ["PrefixConnector"]
 

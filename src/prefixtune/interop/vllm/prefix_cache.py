@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError
+from prefixtune.prefix.folder import PrefixReference, hash_file
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, read_artifact
-from prefixtune.prefix.reference import PrefixReference, hash_file
 
 __all__ = ["KeyValues", "PrefixCache"]
 

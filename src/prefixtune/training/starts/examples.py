@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.attention.forward import run_encoder
+from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import hidden_states_at
 from prefixtune.data.batching import collate

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.streams import read_text
 from prefixtune.errors import BackboneError, ConfigError, DataError

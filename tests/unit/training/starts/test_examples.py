@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import prefixtune as pt
-from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.training.checkpoint import load_state, save_state
