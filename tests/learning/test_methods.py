@@ -13,6 +13,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.lora import add_adapter
 from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data import Example
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.inference.generate import generate
@@ -185,7 +186,8 @@ def test_contradictions_are_refused(changes: dict[str, Any], name: str) -> None:
 
 def test_lora_takes_no_other_adapters_place(folder: Path, run: Make) -> None:
     backbone = load_backbone(folder)
-    add_adapter(backbone.model, 2)
+    with quiet_transformers():
+        add_adapter(backbone.model, 2)
     backbone.model.requires_grad_(False)
     with pytest.raises(BackboneError):
         run("lora", backbone=backbone)
@@ -194,7 +196,8 @@ def test_lora_takes_no_other_adapters_place(folder: Path, run: Make) -> None:
 def test_a_new_adapter_begins_by_the_seed(folder: Path) -> None:
     def begin(seed: int) -> Any:
         model = load_backbone(folder).model
-        add_adapter(model, 2, seed=seed)
+        with quiet_transformers():
+            add_adapter(model, 2, seed=seed)
         return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
 
     assert torch.equal(begin(1), begin(1))
