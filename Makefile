@@ -143,7 +143,7 @@ site: $(VENV)/.site  ## the documentation as a site, in build/site; fetches noth
 	$(BIN)/python -m sphinx -W -n --keep-going --jobs auto -q -b html docs build/site
 	@echo "build/site/index.html"
 
-examples: $(VENV)/.integrated  ## run every script of examples/, and write docs/examples.md (PREFIXTUNE_EXAMPLES=short: in seconds)
+examples: $(VENV)/.integrated  ## run every script of examples/, and keep what it printed (PREFIXTUNE_EXAMPLES=short: in seconds)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m tools.examples_page $(EXAMPLES)
 

@@ -1,9 +1,8 @@
-"""Run the scripts of examples/, and write docs/examples.md with each script and what it printed.
+"""Run the scripts of examples/, keep what they printed, and make a page of both for the site.
 
-    python -m tools.examples_page                  run all, keep their outputs, write the page
+    python -m tools.examples_page                  run all, keep their outputs
     python -m tools.examples_page joined classify  run these; the others' outputs stay as they were
-    python -m tools.examples_page --short          run all with two training steps; keep and write nothing
-    python -m tools.examples_page --check          run nothing; exit 1 if the page is not that of scripts and outputs
+    python -m tools.examples_page --short          run all with two training steps; keep nothing
 
 Every script runs in an empty folder of its own. `PREFIXTUNE_EXAMPLES=short` is `--short`.
 """
@@ -19,13 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.pages import DOCS, ROOT
+from tools.pages import ROOT
 
 __all__ = ["NAMES", "examples_page", "run_example"]
 
 EXAMPLES = ROOT / "examples"
 OUTPUTS = EXAMPLES / "output"
-PAGE = DOCS / "examples.md"
 FIRST = (
     "first_prefix",
     "own_chats",
@@ -44,7 +42,7 @@ MOST_SECONDS = 900
 INTRODUCTION = """\
 Each script is at most 60 lines and runs from a checkout (some read `examples/data`), in minutes on two cores, with the
 backbone that `prefixtune prepare` fetches, SmolLM2-135M. What it needs besides prefixtune is said before it.
-`make examples` installs all of that, runs them all and writes this page, with what they printed. Two variables change
+`make examples` installs all of that, and runs them all. Two variables change
 a script without an edit: `STEPS` (training steps) and `BACKBONE` (another model).
 
 [examples/retrieval](../examples/retrieval/README.md) is a larger one: three of a hundred memories, chosen by words."""
@@ -93,15 +91,10 @@ def main() -> int:
     """Run what the command line asks for; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="scripts to run (default: all)")
-    parser.add_argument("--short", action="store_true", help="two training steps; keep no output, write no page")
-    parser.add_argument("--check", action="store_true", help="run nothing; exit 1 if the page is out of date")
+    parser.add_argument("--short", action="store_true", help="two training steps; keep no output")
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"there is no example {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    if args.check:
-        is_current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == examples_page()
-        print("docs/examples.md is current" if is_current else "docs/examples.md is out of date: run `make examples`")
-        return 0 if is_current else 1
     short = args.short or os.environ.get("PREFIXTUNE_EXAMPLES") == "short"
     for name in args.names or NAMES:
         started = time.monotonic()
@@ -112,8 +105,6 @@ def main() -> int:
             OUTPUTS.mkdir(exist_ok=True)
             lines = [line.rstrip() for line in output.splitlines()]
             (OUTPUTS / f"{name}.txt").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    if not short:
-        PAGE.write_text(examples_page(), encoding="utf-8")
     return 0
 
 

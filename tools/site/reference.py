@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tools.examples_page import examples_page
 from tools.site import cli_reference, configuration_reference, http_reference
 
 PAGES = {
     "cli.md": cli_reference.page,
     "configuration.md": configuration_reference.page,
+    "examples.md": examples_page,
     "http.md": http_reference.page,
 }
 
