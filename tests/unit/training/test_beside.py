@@ -131,9 +131,8 @@ def test_questions_of_others_are_learned_with_those_in_view(
         drawn = {run.loop.beside.draw(config, step, 0, (1,)) for step in range(40)}
     assert drawn == {(1,), (0, 1)}
     assert {(), (1,), (0, 1)} <= seen
-    pt.save_prefix(tmp_path / "odd.safetensors", pt.Prefix(made.layers, {**made.header, "questions": [["alone"]]}))
     with pytest.raises(CheckpointError):
-        pt.load_prefix(tmp_path / "odd.safetensors")
+        pt.save_prefix(tmp_path / "odd.safetensors", pt.Prefix(made.layers, {**made.header, "questions": [["alone"]]}))
 
 
 def test_self_needs_other_runs(train: Callable[..., Any], backbone: Any) -> None:
