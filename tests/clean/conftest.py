@@ -95,7 +95,7 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def demo(machine: Machine) -> tuple[str, str]:
     """What `prefixtune demo` prints, the first command of all; it fetches the backbone. By uv it is cut short."""
-    return machine.run("prefixtune", "demo", "--json", "--steps", "20" if machine.name == "pip" else "2")
+    return machine.run("prefixtune", "demo", "--steps", "20" if machine.name == "pip" else "2")
 
 
 @pytest.fixture(scope="session")
