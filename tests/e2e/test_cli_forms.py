@@ -19,8 +19,6 @@ TURNS = [
 ]
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "prompt": ({"prompt": "the pub", "completion": "is near"}, "prompts and completions: examples 1, targets 2"),
-    "instruction": ({"instruction": "the pub", "output": "is near"}, "instructions: examples 1, targets 2"),
-    "source": ({"source": "the pub", "targets": ["is near"]}, "sources and targets: examples 1, targets 2"),
     "document": ({"article": "the pub", "highlights": "is near"}, "documents and summaries: examples 2, targets 2"),
     "text": ({"text": "the pub is near " * 9, "id": 1}, "texts: examples 2, targets 2; not used: id"),
     "messages": ({"messages": TURNS[:2]}, "chats: examples 1, targets 2"),
@@ -59,18 +57,6 @@ def test_train_generate_and_evaluate_with_nothing_but_the_file(form: str, model:
     assert json.loads(out)["overlap"]["count"] == json.loads(out)["num_examples"]
 
 
-def test_labels_are_classified_and_tags_are_tagged(model: str, tmp_path: Path) -> None:
-    data = tmp_path / "data.csv"
-    data.write_text("text,label\nthe pub is near,good\nit rained,bad\n")
-    assert "read as texts and labels" in train(model, tmp_path / "labels", data, "--dev", str(data))
-    prefix = str(tmp_path / "labels" / "prefix.safetensors")
-    out, _ = run("evaluate", "--prefix", prefix, "--data", str(data), "--json")
-    assert set(json.loads(out)["scores"]) == {"accuracy", "macro_f1"}
-    tags = tmp_path / "tags.json"
-    tags.write_text(json.dumps([{"tokens": ["the", "pub"], "tags": ["O", "B-X"]}]))
-    assert "read as tokens and tags" in train(model, tmp_path / "tags", tags)
-
-
 def test_standard_input_trains_and_is_resumed(model: str, tmp_path: Path) -> None:
     rows = "".join(json.dumps({"messages": TURNS[:2]}) + "\n" for _ in range(3))
     said = train(model, tmp_path / "run", "-", stdin=rows)
@@ -90,10 +76,6 @@ def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model: str, t
     )
     said = train(model, tmp_path / "run", data, "--max-length", "64", "--hold-out", "0.25")
     assert "texts longer than 64 positions (max_length) are learned in windows: 3 texts, " in said
-    _, err = run(
-        "train", "--train", str(data), "--backbone", model, "--output", str(tmp_path / "no"), "--examples", "1", code=2
-    )
-    assert "texts alone are no solved examples" in err
 
 
 def test_a_wrong_row_is_one_line_before_the_model_loads(tmp_path: Path) -> None:

@@ -110,13 +110,3 @@ def test_no_path_of_the_server_leaves_it(server: LiveServer, folder: Path, rows:
     # What a reader of the run's folder sees.
     reports = [json.loads(path.read_text()) for path in (folder / "data").glob("jobs/*/run/distill.json")]
     assert [(report["subject"], report["memory"]) for report in reports] == [("document", "prefix.safetensors")]
-
-
-def test_a_wrong_file_and_a_wrong_key(server: LiveServer, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFIXTUNE_API_KEY", raising=False)
-    url = ("--url", f"{server.url}/v1")
-    assert "--key" in run("jobs", *url, code=2)[1]
-    rows.write_text(rows.read_text() + '{"prompt": "no completion"}\n')
-    out, err = run("jobs", "upload", str(rows), "--key", "pt-alice", *url, code=1)
-    assert "7" in err
-    assert "cannot be trained on" in run("jobs", "create", out.strip(), "--key", "pt-alice", *url, code=2)[1]

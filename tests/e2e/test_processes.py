@@ -126,8 +126,3 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path, flags: Cal
     # Alone, where the two left off.
     run(*flags("two", *more, "--resume"))
     same(folder, "one", "two")
-
-
-def test_splitting_needs_several_processes(flags: Callable[..., list[str]]) -> None:
-    err = run(*flags("one", "--shard"), code=2)[1]
-    assert "shard" in err

@@ -131,12 +131,6 @@ def unfinished_requests_are_cancelled_and_reported(server: LiveServer) -> None:
     assert "gave_up" in [line["event"] for line in server.lines]
 
 
-def test_it_does_not_start_without_keys_on_a_public_address(folder: Path) -> None:
-    error = run("serve", "--prefixes", str(folder), "--host", "0.0.0.0", code=2)[1]
-    assert "no key is configured" in error
-    assert "--new-key" in error
-
-
 def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:
     missing = ("--prefixes", str(folder / "none"), "--prefill-tokens", "8")
     assert "the folder of prefixes" in run("serve", *missing, code=2)[1]
@@ -146,15 +140,3 @@ def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:
         wrong = ("--backbone", "no/such-model", "--prefixes", str(folder / "prefixes"), "--port", port)
         error = run("serve", *wrong, code=2)[1]
     assert f"cannot listen on 127.0.0.1 port {port}" in error
-
-
-def test_a_new_key_is_printed_with_its_table(tmp_path: Path) -> None:
-    out, _ = run("serve", "--new-key", "al ice")
-    key = next(line.strip() for line in out.splitlines() if line.strip().startswith("pt-"))
-    table = out[out.index("[keys") :]
-    (tmp_path / "serve.toml").write_text(table)
-    from prefixtune.server.settings import ServeConfig
-
-    keys = ServeConfig.from_file(tmp_path / "serve.toml").keys
-    assert keys["al ice"].hash == hash_key(key)
-    assert not keys["al ice"].admin

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.prefix import Prefix, content_hash, read_artifact, save_prefix
+from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 
 
 @pytest.fixture
@@ -23,8 +22,8 @@ def folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """Prefixes of one tiny LLaMA (`old` as before headers had a rotation), one of other weights, and one of GPT-2."""
-    llama, other, gpt2 = tiny_backbone("llama"), tiny_backbone("llama", seed=1), tiny_backbone("gpt2")
+    """Prefixes of one tiny LLaMA (`old` as before headers had a rotation), and one of other weights."""
+    llama, other = tiny_backbone("llama"), tiny_backbone("llama", seed=1)
     monkeypatch.chdir(tmp_path)
 
     def save(name: str, backbone: Any, length: int, **facts: Any) -> None:
@@ -34,10 +33,8 @@ def folder(
 
     save("manual", llama, 4, task="e2e", training={"dev_loss": 1.25})
     save("style", llama, 3, task="xsum")
-    save("mood", llama, 4)
     save("long", llama, 156)
     save("other", other, 4)
-    save("gpt2", gpt2, 4)
     manual = read_artifact("manual.safetensors")
     header = {key: value for key, value in manual.header.items() if key != "rotation"}
     save_prefix("old.safetensors", Prefix(manual.layers, header))
@@ -64,10 +61,6 @@ def test_joined_files_have_both_and_say_so(folder: Path, capsys: pytest.CaptureF
     assert said["parts"][0]["dev_loss"] == 1.25
     assert said["file_bytes"] == Path("both.safetensors").stat().st_size
     assert both.header["task"] == "xsum"
-    assert main(["inspect", "both.safetensors"]) == 0
-    shown = capsys.readouterr().out
-    assert content_hash(manual) in shown
-    assert "1.25" in shown
 
 
 @pytest.fixture
@@ -98,12 +91,6 @@ def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (said["prefix_length"], said["mode"], said["exact"]) == ({"decoder": 2}, "cut", True)
     manual = read_artifact("manual.safetensors")
     assert read_artifact("short.safetensors").equal(manual[:2])
-    assert main(["compose", "style.safetensors", "manual.safetensors", "--output", "both.safetensors"]) == 0
-    assert (
-        main(["compose", "both.safetensors", "--length", "4", "--from", "start", "--output", "back.safetensors"]) == 0
-    )
-    back = read_artifact("back.safetensors")
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(back.tensors(), manual.tensors(), strict=True))
 
 
 def test_what_does_not_belong_together_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

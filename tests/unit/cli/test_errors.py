@@ -1,4 +1,4 @@
-"""What the command line says of mistakes: a line with a hint to people, JSON to programs; and with no argument."""
+"""What the command line says of mistakes: a line with a hint to people, JSON to programs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,9 @@ import torch
 from prefixtune.cli.main import main
 
 
-def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    out, err = capsys.readouterr()
-    assert out.startswith("Usage: prefixtune")
-    assert "demo" in out
-    assert err == ""
-
-
 @pytest.mark.parametrize(
     ("arguments", "kind", "named"),
     [
-        (["--json"], "ConfigError", "--json"),
         (["train", "--json", "--seed", "x"], "ConfigError", "--seed"),
         (["inspect", "/nowhere.safetensors", "--json"], "CheckpointError", "/nowhere.safetensors"),
     ],

@@ -63,16 +63,3 @@ def test_a_run_is_not_written_over(trained: Path, tmp_path: Path, capsys: pytest
     assert export(trained, "--to", "llama.cpp", "--output", tmp_path) == 2
     assert "loading" not in capsys.readouterr().err
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_files_are_named_after_the_run(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "inns"
-    run.mkdir()
-    for name in ("prefix", "two words"):
-        (run / f"{name}.safetensors").write_bytes(trained.read_bytes())
-    monkeypatch.chdir(run)
-    for given, name in ((".", "inns"), (f"{trained}+two words.safetensors", "pubs+two-words")):
-        assert main(["export", given, "--to", "llama.cpp", "--output", str(tmp_path / "out"), "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["file"] == f"{name}.bin"

@@ -18,12 +18,8 @@ from prefixtune.prefix.prefix import Prefix, save_prefix
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2
 
 COMMANDS = [
-    "inspect closed",
     "generate --prefix unread.safetensors a",
-    "generate --data closed/rows.jsonl",
     "train --train unread.jsonl --backbone model",
-    "train --train rows.jsonl --backbone model --output closed/x",
-    "evaluate --data rows.jsonl --backbone model --output closed/x",
     "compose p.safetensors --length 2 --output closed/x.safetensors",
     "demo --output closed",
     "serve --backbone model --prefixes closed",

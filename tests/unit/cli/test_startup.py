@@ -35,7 +35,7 @@ def run_commands(*commands: list[str]) -> list[tuple[int, str, set[str]]]:
 
 def test_help_and_mistakes_need_neither_torch_nor_transformers(tmp_path: Path) -> None:
     missing, names = ["--prefix", str(tmp_path / "missing")], list(command_options())
-    helped = [["--help"], *([name, "--help"] for name in names)]
+    helped = [["--help"], *([name, "--help"] for name in names), []]
     mistakes = [["generate", "--max-tokenz", "1", "hello"], ["generate", *missing, "hello"], ["chat", *missing]]
     seen = run_commands(*helped, *mistakes)
     assert [code for code, _, _ in seen] == [0] * len(helped) + [2] * len(mistakes)

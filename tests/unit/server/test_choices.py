@@ -93,12 +93,6 @@ def test_offsets_of_an_echoed_prompt(bytewise: Backbone) -> None:
         assert choice["logprobs"]["text_offset"] == offsets
 
 
-def test_a_target_has_no_offsets(bytewise: Backbone) -> None:
-    """Words of the text format and white space are taken from the text."""
-    logprobs = CompletionChoices(bytewise, has_offsets=False).whole(0, generated(bytewise, " → é!"), "é!")["logprobs"]
-    assert (logprobs["text_offset"], len(logprobs["tokens"])) == ([], len(" → é!".encode()))
-
-
 def test_part_of_a_character_has_no_bytes(bytewise: Backbone) -> None:
     content = ChatChoices(bytewise).whole(0, generated(bytewise, " é"), "")["logprobs"]["content"]
     assert [(token["token"], token["bytes"]) for token in content] == [(" ", [32]), ("\ufffd", None), ("\ufffd", None)]

@@ -136,3 +136,19 @@ def test_unknown_token_ids_are_refused(make_server: Callable[..., Any]) -> None:
         response = asyncio.run(send(app, "POST", "/v1/completions", completion(**{param: value})))
         error = response.json["error"]
         assert (response.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+
+
+@pytest.mark.parametrize(
+    ("raw", "stop", "finish", "count"),
+    [(False, ["<s>"], "stop", 0), (True, ["<s>"], "stop", 0), (True, ["<x>"], "length", 6)],
+)
+def test_a_special_token_may_be_a_stop_string(
+    make_server: Callable[..., Any], raw: bool, stop: list[str], finish: str, count: int
+) -> None:
+    app, state = make_server(raw_completions=raw)
+    # Its text is never shown.
+    bias = {str(state.backbone.tokenizer.bos_token_id): 100}
+    body = completion(max_tokens=6, temperature=0, logit_bias=bias, stop=stop)
+    reply = asyncio.run(send(app, "POST", "/v1/completions", body)).json
+    assert (reply["choices"][0]["text"].strip(), reply["choices"][0]["finish_reason"]) == ("", finish)
+    assert reply["usage"]["completion_tokens"] == count

@@ -1,10 +1,8 @@
-"""`/v1/models`: the file of a prefix that one's own job trained, and uploads."""
+"""`/v1/models`: what clients read, the file of a prefix that one's own job trained, and uploads."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,31 +73,6 @@ def test_a_file_that_cannot_be_read_now_is_asked_for_again(
     assert asyncio.run(send(app, "POST", "/v1/completions", completion(model="a"))).status == 200
 
 
-@pytest.mark.parametrize("where", ["prefixtune.utils.files.file_lock", "shutil.copyfile"])
-def test_an_upload_onto_a_failing_disk_changes_nothing(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
-) -> None:
-    app, state = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
-    folder = tmp_path / "prefixes"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "a.safetensors"))
-
-    monkeypatch.setattr(where, fail)
-    for name in ("a", "fresh"):
-        body = before["b.safetensors"]
-        response = asyncio.run(send(app, "PUT", f"/v1/models/{name}", body, headers=bearer("boss")))
-        assert (response.status, response.code, response.json["error"]["type"]) == (
-            507,
-            "storage_failed",
-            "server_error",
-        )
-        assert str(folder) not in response.body.decode()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert (state.store.names(), state.store.refused) == (["a", "b"], {})
-
-
 def test_an_admin_uploads_replaces_and_sees_what_is_refused(make_server: Callable[..., Any], tmp_path: Path) -> None:
     app, _ = make_server(
         keys={name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "boss")}
@@ -119,3 +92,12 @@ def test_an_admin_uploads_replaces_and_sees_what_is_refused(make_server: Callabl
     assert [model["id"] for model in listed["data"]] == ["tiny", "a", "b", "fresh"]
     assert list(listed["refused"]) == ["bad"]
     assert "refused" not in asyncio.run(send(app, "GET", "/v1/models", headers=bearer("ann"))).json
+
+
+def test_models_are_described_as_vllm_does(make_server: Callable[..., Any]) -> None:
+    app, _ = make_server()
+    models = {model["id"]: model for model in asyncio.run(send(app, "GET", "/v1/models")).json["data"]}
+    assert (models["tiny"]["root"], models["tiny"]["parent"], models["tiny"]["max_model_len"]) == ("tiny", None, 512)
+    assert (models["a"]["root"], models["a"]["parent"], models["a"]["max_model_len"]) == ("a", "tiny", 508)
+    joined = asyncio.run(send(app, "GET", "/v1/models/a+b")).json
+    assert (joined["parent"], joined["max_model_len"]) == ("tiny", 504)
