@@ -294,7 +294,7 @@ class TrainConfig(Config):
     def peak_learning_rate(self) -> float:
         """The configured learning rate, or the default of what trains; half of it beside others.
 
-        What stands beside changes from step to step: at the full rate such a prefix never settles.
+        What stands beside changes from sample to sample: at the full rate such a prefix knows less.
         """
         if self.learning_rate:
             return self.learning_rate
